@@ -1,0 +1,27 @@
+"""Attention layers: every mechanism of the standard family, as one design of three independent choices.
+
+Shapes, everywhere: B batch, H query heads, Hkv key/value heads (a divisor of H), Lq queries, Lk keys, D width of a
+query and a key, Dv width of a value, E width of a model. Tensors of heads are (B, heads, length, width).
+"""
+
+from qkv.backends import BackendError as BackendError
+from qkv.cache import CrossKVCache as CrossKVCache
+from qkv.cache import KVCache as KVCache
+from qkv.cache import SlidingKVCache as SlidingKVCache
+from qkv.functional import attention as attention
+from qkv.functional import attention_weights as attention_weights
+from qkv.functional import attention_with_lse as attention_with_lse
+from qkv.functional import explain as explain
+from qkv.functional import merge as merge
+from qkv.layers import Attention as Attention
+from qkv.layers import CausalAttention as CausalAttention
+from qkv.layers import CrossAttention as CrossAttention
+from qkv.layers import GroupedQueryAttention as GroupedQueryAttention
+from qkv.layers import MultiHeadAttention as MultiHeadAttention
+from qkv.layers import MultiQueryAttention as MultiQueryAttention
+from qkv.layers import RotaryEmbedding as RotaryEmbedding
+from qkv.layers import ScaledDotProductAttention as ScaledDotProductAttention
+from qkv.layers import SlidingWindowAttention as SlidingWindowAttention
+from qkv.masks import Mask as Mask
+
+__version__ = "0.1.0"

@@ -1,0 +1,146 @@
+"""FlexAttention: the mask and the scores lowered to its ``mask_mod`` and ``score_mod``. Meant for CUDA."""
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
+
+from qkv.backends.nonfinite import restore, shield
+from qkv.backends.result import Result, accumulation_dtype
+from qkv.masks import Mask
+from qkv.problem import Problem
+
+NAME = "flex"
+
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def why_not(problem: Problem) -> list[str]:
+    reasons: list[str] = []
+    if problem.dropout:
+        reasons.append("FlexAttention has no dropout")
+    if problem.q.device.type == "cpu" and problem.needs_grad:
+        reasons.append("FlexAttention has no backward on CPU")
+    if problem.q.numel() == 0 or problem.k.numel() == 0 or problem.v.numel() == 0:
+        reasons.append("FlexAttention takes no empty tensors")
+    return reasons
+
+
+def why_rather_not(problem: Problem) -> list[str]:
+    if problem.q.device.type != "cuda":
+        return [f"FlexAttention runs uncompiled on {problem.q.device.type}, with all scores in memory"]
+    return []
+
+
+def run(problem: Problem) -> Result:
+    clean, poison = shield(problem)
+    return restore(_run(clean), poison)
+
+
+def _run(problem: Problem) -> Result:
+    wants_lse = problem.wants_lse or problem.sink_logits is not None
+    out, aux = _attend(problem.q.device.type)(
+        problem.q,
+        problem.k,
+        problem.v,
+        score_mod=lower_scores(problem),
+        block_mask=_block_mask(problem),
+        scale=problem.scale,
+        enable_gqa=problem.group != 1,
+        return_aux=AuxRequest(lse=True) if wants_lse else AuxRequest(),
+    )
+    lse = aux.lse
+    if problem.sink_logits is not None:
+        sink = problem.sink_logits.to(lse.dtype)[:, None]
+        out = (out * torch.sigmoid(lse - sink)[..., None]).to(problem.q.dtype)
+        lse = torch.logaddexp(lse, sink)
+    return Result(out, lse if problem.wants_lse else None)
+
+
+def lower_mask(mask: Mask, offset: int, lk: int) -> MaskMod:
+    """The mask as a function of one query and one key."""
+    left, right, sink_tokens = mask.left, mask.right, mask.sink_tokens
+    keep, ids, allow = mask.keep_keys(lk), mask.document_ids, mask.allow
+
+    def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        position = i + offset
+        seen = j >= 0
+        if right is not None:
+            seen = seen & (j <= position + right)
+        if left is not None:
+            seen = seen & ((j >= position - left) | (j < sink_tokens))
+        if keep is not None:
+            seen = seen & _at(keep, b, j)
+        if ids is not None:
+            seen = seen & (_at(ids, b, position) == _at(ids, b, j))
+        if allow is not None:
+            seen = seen & _at(allow, b, h, i, j)
+        return seen
+
+    return mask_mod
+
+
+def lower_scores(problem: Problem) -> ScoreMod | None:
+    """Softcap, bias and ALiBi as a function of one score, or None where there are none."""
+    softcap, bias, alibi, offset = problem.softcap, problem.bias, problem.alibi, problem.offset
+    if softcap is None and bias is None and alibi is None:
+        return None
+    dtype = accumulation_dtype(problem.q.dtype)
+
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        score = score.to(dtype)
+        if softcap is not None:
+            score = softcap * torch.tanh(score / softcap)
+        if bias is not None:
+            score = score + _at(bias, b, h, i, j)
+        if alibi is not None:
+            score = score - alibi[h] * (i + offset - j).abs()
+        return score
+
+    return score_mod
+
+
+def _at(tensor: Tensor, *index: Tensor) -> Tensor:
+    """``tensor[index]``, with broadcast dimensions read at 0."""
+    return tensor[tuple(where if size != 1 else where * 0 for size, where in zip(tensor.shape, index, strict=True))]
+
+
+def _block_mask(problem: Problem) -> BlockMask | None:
+    mask = problem.mask
+    if mask.is_full:
+        return None
+    if not mask.has_tensors:
+        return _interval_block_mask(mask, problem.offset, problem.lq, problem.lk, problem.q.device)
+    return _build_block_mask(problem)
+
+
+@functools.lru_cache(maxsize=64)
+def _interval_block_mask(mask: Mask, offset: int, lq: int, lk: int, device: torch.device) -> BlockMask:
+    """Masks without tensors depend on sizes alone, and every layer of a model asks for the same."""
+    return create_block_mask(lower_mask(mask, offset, lk), None, None, lq, lk, device=device)
+
+
+def _build_block_mask(problem: Problem) -> BlockMask:
+    mask = problem.mask
+    batch = max(tensor.shape[0] for _, tensor in mask.tensors())
+    heads = 1 if mask.allow is None else mask.allow.shape[1]
+    mask_mod = lower_mask(mask, problem.offset, problem.lk)
+    return create_block_mask(mask_mod, batch, heads, problem.lq, problem.lk, device=problem.q.device)
+
+
+@functools.cache
+def _attend(device_type: str) -> Callable[..., Any]:
+    if device_type == "cuda":
+        return torch.compile(flex_attention, dynamic=True)
+
+    def eager(*args: Any, **kwargs: Any) -> Any:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*without torch.compile.*")
+            return flex_attention(*args, **kwargs)
+
+    return eager

@@ -1,0 +1,165 @@
+"""PyTorch's fused kernels, with the mask lowered to the cheapest form that is exact."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qkv.backends import blocks
+from qkv.backends.nonfinite import restore, shield
+from qkv.backends.result import Result, accumulation_dtype
+from qkv.problem import Problem
+
+NAME = "sdpa"
+
+
+def why_not(problem: Problem) -> list[str]:
+    reasons: list[str] = []
+    if problem.softcap is not None:
+        reasons.append("scaled_dot_product_attention has no softcap")
+    if _needs_lse(problem):
+        wanted = "sink logits need" if problem.sink_logits is not None else "the caller wants"
+        if problem.q.device.type not in ("cpu", "meta"):
+            reasons.append(f"{wanted} the lse, which torch's kernels give on CPU alone")
+        if problem.lk == 0:
+            reasons.append(f"{wanted} the lse, which torch's kernels do not give without keys")
+        if problem.dropout:
+            reasons.append(f"{wanted} the lse, which torch's kernels do not give with dropout")
+        if problem.needs_grad and _has_learned_bias(problem):
+            reasons.append(f"{wanted} the lse, which torch's kernels do not give with a bias that needs a gradient")
+    return reasons
+
+
+def why_rather_not(problem: Problem) -> list[str]:
+    return []
+
+
+def run(problem: Problem) -> Result:
+    clean, poison = shield(problem)
+    return restore(blocks.run(clean, _fused) if blocks.pays(clean) else _fused(clean), poison)
+
+
+def _needs_lse(problem: Problem) -> bool:
+    return problem.wants_lse or problem.sink_logits is not None
+
+
+def _has_learned_bias(problem: Problem) -> bool:
+    return any(score is not None and score.requires_grad for score in (problem.bias, problem.alibi))
+
+
+def _fused(problem: Problem) -> Result:
+    attn_mask, is_causal = _lower(problem)
+    if _needs_lse(problem):
+        return _fused_with_lse(problem, attn_mask, is_causal)
+    q, k, v = problem.q, problem.k, problem.v
+    width, value_width = q.shape[3], v.shape[3]
+    if width != value_width and q.device.type == "cpu":
+        q, k, v = _pad_widths(q, k, v)
+    out = F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=attn_mask,
+        dropout_p=problem.dropout,
+        is_causal=is_causal,
+        scale=problem.scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return Result(out if out.shape[3] == value_width else out[..., :value_width], None)
+
+
+def _lower(problem: Problem) -> tuple[Tensor | None, bool]:
+    """The mask and the additive scores as ``attn_mask`` and ``is_causal``."""
+    mask = problem.mask
+    score = _additive_score(problem)
+    if score is not None:
+        return score if mask.is_full else torch.where(problem.visible(), score, -torch.inf), False
+    if mask.is_full:
+        return None, False
+    if mask.left is None and mask.right == 0 and problem.offset == 0 and not mask.has_tensors:
+        return None, True
+    return problem.visible(), False
+
+
+def _additive_score(problem: Problem) -> Tensor | None:
+    """Bias and ALiBi as one float tensor of 4 dimensions."""
+    dtype = accumulation_dtype(problem.q.dtype)
+    score = None if problem.bias is None else problem.bias.to(dtype)
+    if problem.alibi is not None:
+        penalty = problem.alibi.to(dtype)[:, None, None] * problem.distance().to(dtype)
+        score = -penalty[None] if score is None else score - penalty
+    return score
+
+
+def _pad_widths(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Equal widths of keys and values, by zeros that change neither scores nor the values asked for.
+
+    torch's fused CPU kernel takes equal widths alone; its fallback keeps all scores in memory.
+    """
+    missing = q.shape[3] - v.shape[3]
+    if missing > 0:
+        return q, k, F.pad(v, (0, missing))
+    return F.pad(q, (0, -missing)), F.pad(k, (0, -missing)), v
+
+
+def _fused_with_lse(problem: Problem, attn_mask: Tensor | None, is_causal: bool) -> Result:
+    q, k, v = problem.q, problem.k, problem.v
+    value_width = v.shape[3]
+    if q.shape[3] != value_width:
+        q, k, v = _pad_widths(q, k, v)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        blocked = attn_mask.new_zeros((), dtype=accumulation_dtype(q.dtype))
+        attn_mask = torch.where(attn_mask, blocked, -torch.inf)
+    out, lse = _FlashWithLse.apply(q, k, v, attn_mask, is_causal, problem.scale)
+    out = out[..., :value_width]
+    if attn_mask is not None:
+        # torch's kernel writes 0 for rows that see nothing.
+        lse = lse.masked_fill((attn_mask == -torch.inf).all(dim=-1), -torch.inf)
+    if problem.sink_logits is not None:
+        sink = problem.sink_logits.to(lse.dtype)[:, None]
+        out = (out * torch.sigmoid(lse - sink)[..., None]).to(q.dtype)
+        lse = torch.logaddexp(lse, sink)
+    return Result(out, lse if problem.wants_lse else None)
+
+
+class _FlashWithLse(torch.autograd.Function):
+    """torch's fused CPU kernel, whose lse is an output with a gradient.
+
+    ``aten::_scaled_dot_product_flash_attention_for_cpu`` returns the lse, but lets no gradient flow back from it. The
+    gradient enters its backward where the scores do: ``dS = P * (dP - delta)`` with ``delta = rowsum(dO * O) - dlse``.
+    One more column, 1 in dO, -dlse in O and 0 in V, makes the kernel's own ``rowsum`` that delta.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, is_causal, attn_mask=attn_mask, scale=scale
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        q, k, v, attn_mask, is_causal, scale = inputs
+        ctx.save_for_backward(q, k, v, attn_mask, *output)
+        ctx.is_causal, ctx.scale = is_causal, scale
+
+    @staticmethod
+    def backward(ctx, d_out, d_lse):  # type: ignore[no-untyped-def]
+        q, k, v, attn_mask, out, lse = ctx.saved_tensors
+        width = v.shape[3]
+        d_lse = d_lse.to(out.dtype)[..., None]
+        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            torch.cat([d_out, torch.ones_like(d_lse)], dim=-1),
+            F.pad(q, (0, 1)),
+            F.pad(k, (0, 1)),
+            F.pad(v, (0, 1)),
+            torch.cat([out, -d_lse], dim=-1),
+            lse,
+            0.0,
+            ctx.is_causal,
+            attn_mask=attn_mask,
+            scale=ctx.scale,
+        )
+        return dq[..., :width], dk[..., :width], dv[..., :width], None, None, None

@@ -1,0 +1,288 @@
+"""Caches: where keys and values come from when they are not computed anew. Passed to a layer, never owned by one."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qkv.masks import Mask
+
+
+class Keys(NamedTuple):
+    """What a cache returns: keys and values in order, and where the queries appended last stand among them."""
+
+    k: Tensor
+    """(B, Hkv, Lk, D)"""
+    v: Tensor
+    """(B, Hkv, Lk, Dv)"""
+    offset: int | None
+    """Position of the first appended token among these keys; None where queries have no position among them."""
+
+
+class KVCache:
+    """All keys and values so far, in buffers that double when full: appending is amortised O(1), without a copy.
+
+    Args:
+        capacity: number of tokens to reserve and never to exceed; None grows without bound.
+
+    Example:
+        >>> import torch, qkv
+        >>> cache = qkv.KVCache()
+        >>> k = torch.randn(1, 2, 5, 8)
+        >>> cache.append(k, k).offset, cache.append(k, k).offset, cache.length
+        (0, 5, 10)
+
+    The keys returned are views of the buffers, valid until the next append. Where a gradient is wanted, appending
+    concatenates instead, so that every step keeps what its backward needs.
+    """
+
+    def __init__(self, capacity: int | None = None) -> None:
+        if capacity is not None and capacity < 1:
+            raise ValueError(f"KVCache: capacity must be at least 1 token, or None to grow; got {capacity}.")
+        self.capacity = capacity
+        self.length = 0
+        self._k: Tensor | None = None
+        self._v: Tensor | None = None
+
+    def append(self, k: Tensor, v: Tensor) -> Keys:
+        """Adds keys ``(B, Hkv, L, D)`` and values ``(B, Hkv, L, Dv)``, and returns all so far.
+
+        Raises:
+            ValueError: for a batch, heads, width, dtype or device other than the first append's, and past capacity.
+        """
+        _check_append("KVCache", k, v, self._k, self._v)
+        start, stop = self.length, self.length + k.shape[2]
+        if self.capacity is not None and stop > self.capacity:
+            raise ValueError(
+                f"KVCache: {start} of {self.capacity} tokens are taken, and {k.shape[2]} more do not fit. "
+                "Give a larger capacity, or None to grow."
+            )
+        if _wants_grad(k, v, self._k, self._v):
+            self._k, self._v = _concatenate(self._k, k, start), _concatenate(self._v, v, start)
+        else:
+            room = self._room(stop)
+            self._k, self._v = _reserve(self._k, k, start, room), _reserve(self._v, v, start, room)
+            self._k[:, :, start:stop] = k
+            self._v[:, :, start:stop] = v
+        self.length = stop
+        return Keys(self._k[:, :, :stop], self._v[:, :, :stop], start)
+
+    def _room(self, stop: int) -> int:
+        """Tokens that the buffers should hold, so that ``stop`` fit."""
+        if self.capacity is not None:
+            return self.capacity
+        held = 0 if self._k is None else self._k.shape[2]
+        return held if stop <= held else max(2 * held, stop, SMALLEST_BUFFER)
+
+    def held(self, mask: Mask) -> Mask:
+        """The mask over the keys that the last append returned: here, over all."""
+        return mask
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers."""
+        return _nbytes(self._k, self._v)
+
+
+class SlidingKVCache:
+    """The last ``window`` keys and values, in memory that does not grow with the text.
+
+    Args:
+        window: number of keys that a query sees, its own included, as in ``Mask.causal(window=...)``.
+        sink_tokens: number of first keys kept for good.
+
+    Positions are counted among the keys returned, sinks first, so that ``Mask.causal(window, sink_tokens)`` with the
+    offset returned shows the same keys as without a cache. (ALiBi, which needs distances to the sinks, does not.)
+
+    Example:
+        >>> import torch, qkv
+        >>> cache = qkv.SlidingKVCache(window=4)
+        >>> for _ in range(100):
+        ...     keys = cache.append(torch.randn(1, 2, 1, 8), torch.randn(1, 2, 1, 8))
+        >>> cache.length, keys.k.shape[2] <= 8
+        (100, True)
+
+    Source: Mistral 7B, section 2 (rolling buffer); StreamingLLM for the sinks, except that keys keep the rotary
+    position at which they were computed.
+    """
+
+    def __init__(self, window: int, sink_tokens: int = 0) -> None:
+        if window < 1:
+            raise ValueError(f"SlidingKVCache: window must be at least 1 key, the query's own; got {window}.")
+        if sink_tokens < 0:
+            raise ValueError(f"SlidingKVCache: sink_tokens must be at least 0; got {sink_tokens}.")
+        self.window = window
+        self.sink_tokens = sink_tokens
+        self.length = 0
+        self._held = 0
+        self._returned = 0
+        self._k: Tensor | None = None
+        self._v: Tensor | None = None
+
+    def append(self, k: Tensor, v: Tensor) -> Keys:
+        """Adds keys ``(B, Hkv, L, D)`` and values ``(B, Hkv, L, Dv)``; returns the sinks and all keys in a window.
+
+        Raises:
+            ValueError: for a batch, heads, width, dtype or device other than the first append's.
+        """
+        _check_append("SlidingKVCache", k, v, self._k, self._v)
+        room, held, new = self.sink_tokens + 2 * self.window, self._held, k.shape[2]
+        if _wants_grad(k, v, self._k, self._v) or held + new > room:
+            keys, values = self._recent(self._k, k), self._recent(self._v, v)
+            before = keys.shape[2] - new
+            self._keep(keys, values, room)
+        else:
+            self._k, self._v = _reserve(self._k, k, held, room), _reserve(self._v, v, held, room)
+            self._k[:, :, held : held + new] = k
+            self._v[:, :, held : held + new] = v
+            self._held = held + new
+            keys, values, before = self._k[:, :, : held + new], self._v[:, :, : held + new], held
+        self.length += new
+        self._returned = before + new
+        return Keys(keys, values, before)
+
+    def _recent(self, buffer: Tensor | None, new: Tensor) -> Tensor:
+        """The sinks, the keys in the window of the first new token, and the new ones."""
+        if buffer is None:
+            return new
+        sinks = min(self.sink_tokens, self._held)
+        start = max(sinks, self._held - (self.window - 1))
+        return torch.cat([buffer[:, :, :sinks], buffer[:, :, start : self._held], new], dim=2)
+
+    def _keep(self, keys: Tensor, values: Tensor, room: int) -> None:
+        """Stores the sinks and the keys that the next query may see."""
+        sinks = min(self.sink_tokens, keys.shape[2])
+        start = max(sinks, keys.shape[2] - (self.window - 1))
+        kept_k = torch.cat([keys[:, :, :sinks], keys[:, :, start:]], dim=2)
+        kept_v = torch.cat([values[:, :, :sinks], values[:, :, start:]], dim=2)
+        self._held = kept_k.shape[2]
+        if _wants_grad(kept_k, kept_v):
+            self._k, self._v = kept_k, kept_v
+            return
+        self._k, self._v = _reserve(self._k, kept_k, 0, room), _reserve(self._v, kept_v, 0, room)
+        self._k[:, :, : self._held] = kept_k
+        self._v[:, :, : self._held] = kept_v
+
+    def held(self, mask: Mask) -> Mask:
+        """The mask over the keys that the last append returned.
+
+        Raises:
+            ValueError: when the mask shows keys that this cache has dropped.
+        """
+        if mask.left is None or mask.left >= self.window or mask.sink_tokens > self.sink_tokens:
+            raise ValueError(
+                f"SlidingKVCache(window={self.window}, sink_tokens={self.sink_tokens}) drops keys that {mask!r} shows. "
+                f"Use Mask.causal(window={self.window}, sink_tokens={self.sink_tokens}), or a KVCache."
+            )
+        if self._returned == self.length:
+            return mask
+        recent = self._returned - self.sink_tokens
+        return mask.select_keys(self.length - recent, self.length, self.sink_tokens)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers."""
+        return _nbytes(self._k, self._v)
+
+
+class CrossKVCache:
+    """The projected context of a cross-attention, computed once and read at every decoding step.
+
+    Example:
+        >>> import torch, qkv
+        >>> layer = qkv.CrossAttention(16, 2)
+        >>> cache, context = qkv.CrossKVCache(), torch.randn(1, 7, 16)
+        >>> first = layer(torch.randn(1, 1, 16), context, cache=cache)
+        >>> later = layer(torch.randn(1, 1, 16), cache=cache)
+        >>> cache.length
+        7
+    """
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._keys: Keys | None = None
+
+    def append(self, k: Tensor, v: Tensor) -> Keys:
+        """Stores the keys ``(B, Hkv, L, D)`` and values ``(B, Hkv, L, Dv)`` of the context.
+
+        Raises:
+            ValueError: on a second append.
+        """
+        if self._keys is not None:
+            raise ValueError(
+                f"CrossKVCache: it already holds a context of {self.length} tokens; got {k.shape[2]} more. "
+                "Make one cache for each layer and context."
+            )
+        _check_append("CrossKVCache", k, v, None, None)
+        self._keys = Keys(k, v, None)
+        self.length = k.shape[2]
+        return self._keys
+
+    def keys(self) -> Keys:
+        """What was stored.
+
+        Raises:
+            ValueError: before the first append.
+        """
+        if self._keys is None:
+            raise ValueError("CrossKVCache: it is empty; call the layer with a context first.")
+        return self._keys
+
+    def held(self, mask: Mask) -> Mask:
+        """The mask over the keys stored: here, over all."""
+        return mask
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values."""
+        return _nbytes(*(self._keys[:2] if self._keys is not None else ()))
+
+
+Cache = KVCache | SlidingKVCache | CrossKVCache
+"""Any of the three."""
+
+SMALLEST_BUFFER = 16
+
+
+def _check_append(who: str, k: Tensor, v: Tensor, held_k: Tensor | None, held_v: Tensor | None) -> None:
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.dim() != 4:
+            raise ValueError(f"{who}: {name} must be (B, Hkv, L, width); got shape {tuple(tensor.shape)}.")
+    if k.shape[:3] != v.shape[:3]:
+        raise ValueError(
+            f"{who}: k and v must agree in batch, heads and length; got {tuple(k.shape)} and {tuple(v.shape)}."
+        )
+    for name, tensor, held in (("k", k, held_k), ("v", v, held_v)):
+        if held is None:
+            continue
+        same_sizes = tensor.shape[:2] == held.shape[:2] and tensor.shape[3] == held.shape[3]
+        if not same_sizes or tensor.dtype != held.dtype or tensor.device != held.device:
+            batch, heads, _, width = held.shape
+            raise ValueError(
+                f"{who}: {name} must be ({batch}, {heads}, L, {width}) in {held.dtype} on {held.device}, as at the "
+                f"first append; got {tuple(tensor.shape)} in {tensor.dtype} on {tensor.device}. "
+                "Make one cache for each layer and batch."
+            )
+
+
+def _wants_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _concatenate(buffer: Tensor | None, new: Tensor, length: int) -> Tensor:
+    return new if buffer is None else torch.cat([buffer[:, :, :length], new], dim=2)
+
+
+def _reserve(buffer: Tensor | None, like: Tensor, length: int, room: int) -> Tensor:
+    """A buffer for at least ``room`` tokens shaped like ``like``, with the first ``length`` of the old one."""
+    if buffer is not None and buffer.shape[2] >= room:
+        return buffer
+    batch, heads, _, width = like.shape
+    larger = like.new_empty(batch, heads, room, width)
+    if buffer is not None:
+        larger[:, :, :length] = buffer[:, :, :length]
+    return larger
+
+
+def _nbytes(*tensors: Tensor | None) -> int:
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)

@@ -1,0 +1,236 @@
+"""`attention` and its sisters: state the problem, choose a backend, run it."""
+
+from collections.abc import Sequence
+from typing import NamedTuple, TypedDict
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from qkv import backends
+from qkv.backends.nonfinite import shield
+from qkv.backends.reference import weights_and_lse
+from qkv.masks import FULL, Mask
+from qkv.problem import pose, trim
+
+
+class Options(TypedDict, total=False):
+    """The keywords of `attention` that its sisters share."""
+
+    mask: Mask
+    offset: int | None
+    scale: float | None
+    softcap: float | None
+    bias: Tensor | None
+    alibi: Tensor | None
+    sink_logits: Tensor | None
+    dropout: float
+
+
+class Partial(NamedTuple):
+    """Attention over some keys, and the log of its normaliser."""
+
+    out: Tensor
+    """(B, H, Lq, Dv)"""
+    lse: Tensor
+    """(B, H, Lq)"""
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask = FULL,
+    offset: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    alibi: Tensor | None = None,
+    sink_logits: Tensor | None = None,
+    dropout: float = 0.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Scaled dot-product attention, ``softmax(scale * q @ k.mT + bias, where the mask allows) @ v``.
+
+    Query head ``h`` reads key/value head ``h // (H / Hkv)``: Hkv = H is multi-head, 1 < Hkv < H grouped-query and
+    Hkv = 1 multi-query attention. Keys and values are never copied for their group.
+
+    Args:
+        q: ``(B, H, Lq, D)``; fp32, bf16, fp16 or fp64, any strides.
+        k: ``(B, Hkv, Lk, D)``, where Hkv divides H.
+        v: ``(B, Hkv, Lk, Dv)``; Dv may differ from D.
+        mask: which keys a query may see.
+        offset: position of the first query, counted in keys. Needed where the mask or ``alibi`` depends on positions
+            and Lq differs from Lk; 0 where they are equal. A cache supplies it.
+        scale: factor of the scores, ``1 / sqrt(D)`` if None.
+        softcap: replaces a score s by ``softcap * tanh(s / softcap)``.
+        bias: added to the scores after softcap, broadcastable to ``(B, H, Lq, Lk)``, differentiable.
+        alibi: ``(H,)`` slopes; adds ``-slope * |i + offset - j|``.
+        sink_logits: ``(H,)``, a learned score without a value that takes part in the normaliser of each row, so that
+            the weights of a row may sum to less than 1.
+        dropout: probability with which a weight is zeroed; the others are scaled by ``1 / (1 - dropout)``.
+        backend: ``"auto"``, or the name of one that is used or raises. See `explain`.
+
+    Returns:
+        ``(B, H, Lq, Dv)`` in the dtype of q. A query that sees no key gets 0, and gradient 0. Masked keys have
+        exactly no influence, even where they hold NaN or inf.
+
+    Raises:
+        TypeError: for arguments of the wrong type.
+        ValueError: for shapes, dtypes, devices and numbers that do not fit together, and for a positional mask with
+            Lq != Lk and no offset.
+        BackendError: when the backend asked for cannot solve the problem.
+
+    Example:
+        >>> import torch, qkv
+        >>> q, k, v = torch.randn(2, 8, 5, 64), torch.randn(2, 2, 7, 64), torch.randn(2, 2, 7, 32)
+        >>> qkv.attention(q, k, v, mask=qkv.Mask.causal(), offset=2).shape
+        torch.Size([2, 8, 5, 32])
+
+    Source: Vaswani et al. 2017, section 3.2.1; Ainslie et al. 2023 for groups; Gemma 2 for softcap; Press et al. 2022
+    for ALiBi; gpt-oss for sink logits. Matches torch's ``scaled_dot_product_attention``, which aligns causal masks
+    top-left whatever the lengths.
+    """
+    problem = pose(
+        "attention",
+        q,
+        k,
+        v,
+        mask=mask,
+        offset=offset,
+        scale=scale,
+        softcap=softcap,
+        bias=bias,
+        alibi=alibi,
+        sink_logits=sink_logits,
+        dropout=dropout,
+    )
+    problem = trim(problem)
+    return backends.choose("attention", problem, backend).run(problem).out
+
+
+def attention_with_lse(
+    q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", **options: Unpack[Options]
+) -> Partial:
+    """`attention`, and the log of each row's normaliser, from which partial results over pieces of the keys `merge`.
+
+    Args:
+        q, k, v, backend: as in `attention`.
+        **options: the keywords of `attention`.
+
+    Returns:
+        ``out`` as `attention` returns it, and ``lse (B, H, Lq)``, ``log(sum(exp(scores)))`` over the visible keys and
+        the sink logit, -inf for a row that sees no key; fp32, or fp64 for fp64. Both are differentiable.
+
+    Raises:
+        As `attention`.
+
+    Example:
+        >>> import torch, qkv
+        >>> q, k = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 4, 8)
+        >>> qkv.attention_with_lse(q, k, k).lse.shape
+        torch.Size([1, 2, 3])
+    """
+    problem = trim(pose("attention_with_lse", q, k, v, wants_lse=True, **options))
+    out, lse = backends.choose("attention_with_lse", problem, backend).run(problem)
+    assert lse is not None
+    return Partial(out, lse)
+
+
+def attention_weights(q: Tensor, k: Tensor, **options: Unpack[Options]) -> Tensor:
+    """The weights with which `attention` sums the values, written out: for looking at, not for speed.
+
+    Args:
+        q, k: as in `attention`.
+        **options: the keywords of `attention`; ``dropout`` has no effect here.
+
+    Returns:
+        ``(B, H, Lq, Lk)`` in the dtype of q. Each row sums to 1; to less with ``sink_logits``; to 0 where the query
+        sees no key.
+
+    Raises:
+        As `attention`.
+
+    Example:
+        >>> import torch, qkv
+        >>> q = torch.zeros(1, 1, 3, 8)
+        >>> qkv.attention_weights(q, q, mask=qkv.Mask.causal())[0, 0]
+        tensor([[1.0000, 0.0000, 0.0000],
+                [0.5000, 0.5000, 0.0000],
+                [0.3333, 0.3333, 0.3333]])
+    """
+    problem = pose("attention_weights", q, k, k, **options)
+    clean, poison = shield(problem)
+    weights, _ = weights_and_lse(clean)
+    if poison is not None:
+        weights = weights + poison.lse[..., None]
+    return weights.to(problem.q.dtype)
+
+
+def merge(partials: Sequence[tuple[Tensor, Tensor]]) -> Partial:
+    """Attention over all keys, from the results over pieces of them: ``sum_i exp(lse_i - lse) * out_i``.
+
+    Args:
+        partials: the ``(out, lse)`` of the same queries over disjoint pieces of the keys, as `attention_with_lse`
+            returns them. Sink logits take part in one piece alone.
+
+    Returns:
+        ``out`` in the dtype of the first piece, and the ``lse`` over all keys. Both are differentiable.
+
+    Raises:
+        ValueError: for no pieces, or pieces of different shapes.
+
+    Example:
+        >>> import torch, qkv
+        >>> q, k = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 6, 8)
+        >>> halves = [qkv.attention_with_lse(q, part, part) for part in k.chunk(2, dim=2)]
+        >>> torch.allclose(qkv.merge(halves).out, qkv.attention(q, k, k), atol=1e-6)
+        True
+
+    Source: FlashAttention-2, section 3.1; Flash-Decoding.
+    """
+    if not partials:
+        raise ValueError("merge: partials must hold at least one (out, lse); got none.")
+    for out, lse in partials:
+        if out.shape != partials[0][0].shape or lse.shape != out.shape[:3]:
+            raise ValueError(
+                "merge: every out must have the same shape (B, H, Lq, Dv) and every lse be (B, H, Lq); "
+                f"got out {tuple(out.shape)} with lse {tuple(lse.shape)}, "
+                f"beside a first out {tuple(partials[0][0].shape)}."
+            )
+    outs = torch.stack([out for out, _ in partials])
+    lses = torch.stack([lse for _, lse in partials])
+    top = lses.detach().amax(dim=0)
+    top = top.masked_fill(top == -torch.inf, 0)
+    shares = (lses - top).exp()
+    total = shares.sum(dim=0)
+    empty = total == 0
+    total = total.masked_fill(empty, 1)
+    merged = ((shares / total)[..., None] * outs).sum(dim=0).to(outs.dtype)
+    return Partial(merged, (top + total.log()).masked_fill(empty, -torch.inf))
+
+
+def explain(q: Tensor, k: Tensor, v: Tensor, **options: Unpack[Options]) -> backends.Explanation:
+    """Which backend `attention` would choose for this call, and every reason against the others.
+
+    Args:
+        q, k, v: as in `attention`.
+        **options: the keywords of `attention`.
+
+    Returns:
+        ``chosen``, a name, and ``reasons``, a list for each backend. ``str()`` of it is a table.
+
+    Raises:
+        As `attention`, BackendError apart.
+
+    Example:
+        >>> import torch, qkv
+        >>> q = torch.randn(1, 2, 4, 8)
+        >>> print(qkv.explain(q, q, q, softcap=30.0))
+        native     this version of qkv ships no compiled kernel
+        sdpa       scaled_dot_product_attention has no softcap
+        flex       FlexAttention runs uncompiled on cpu, with all scores in memory
+        reference  chosen
+    """
+    return backends.explain(trim(pose("explain", q, k, v, **options)))

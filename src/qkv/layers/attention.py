@@ -1,0 +1,324 @@
+"""`Attention`: one layer for every mechanism of the family."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from qkv import functional
+from qkv.cache import Cache, CrossKVCache, Keys
+from qkv.layers import torch_mha
+from qkv.layers.rotary import RotaryEmbedding
+from qkv.masks import FULL, Mask
+
+
+class _Inputs(NamedTuple):
+    """What a layer hands to `qkv.attention`."""
+
+    q: Tensor
+    keys: Keys
+    mask: Mask
+
+
+class Attention(nn.Module):
+    """Attention with learned projections: ``out_proj(concat_h softmax(scale * q_h @ k_g.mT) @ v_g)``.
+
+    Three independent choices make it any mechanism of the family: where keys and values come from (``context_dim``,
+    ``cache``), which keys a query may see (``mask``), how many key/value heads there are (``num_kv_heads``). The named
+    layers narrow the constructor and share every line of the forward pass, and their state dicts are the same.
+
+    Args:
+        embed_dim: width of the input and of the output.
+        num_heads: query heads.
+        num_kv_heads: heads of keys and values, a divisor of num_heads; num_heads (multi-head) if None.
+        head_dim: width of a query and a key, ``embed_dim / num_heads`` if None.
+        value_dim: width of a value, head_dim if None.
+        context_dim: width of the second sequence that keys and values come from; self-attention if None.
+        mask: which keys a query may see.
+        rotary: rotates queries and keys by their position. Self-attention only.
+        qk_norm: normalises each query and key to unit root mean square, with learned gains ``q_norm`` and ``k_norm``.
+        bias: whether q_proj, k_proj and v_proj have one.
+        out_bias: whether out_proj has one; as ``bias`` if None.
+        scale: factor of the scores, ``1 / sqrt(head_dim)`` if None.
+        softcap: as in `qkv.attention`.
+        sink_logits: whether each head learns a sink logit, at first 0.
+        alibi: ``(num_heads,)`` slopes, as in `qkv.attention`.
+        dropout: of the weights, while training.
+        backend: as in `qkv.attention`.
+        device, dtype: of the parameters.
+
+    Parameters are ``q_proj``, ``k_proj``, ``v_proj`` and ``out_proj``, each a ``nn.Linear``; then ``q_norm``,
+    ``k_norm`` and ``sink_logits`` where asked for. Weights start as Xavier-uniform, biases as 0.
+
+    Raises:
+        ValueError: for sizes that do not fit together.
+
+    Example:
+        >>> import torch, qkv
+        >>> layer = qkv.Attention(64, 8, num_kv_heads=2, mask=qkv.Mask.causal(), rotary=qkv.RotaryEmbedding(8))
+        >>> cache = qkv.KVCache()
+        >>> prompt = layer(torch.randn(1, 5, 64), cache=cache)
+        >>> step = layer(torch.randn(1, 1, 64), cache=cache)
+        >>> step.shape, cache.length
+        (torch.Size([1, 1, 64]), 6)
+
+    Source: Vaswani et al. 2017, section 3.2.2; Shazeer 2019; Ainslie et al. 2023. `from_torch` and `to_torch` convert
+    from and to ``nn.MultiheadAttention``, which returns a tuple, takes masks with True for *ignore*, and has
+    the sequence first unless told otherwise.
+    """
+
+    sink_logits: Tensor | None
+    alibi: Tensor | None
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        value_dim: int | None = None,
+        context_dim: int | None = None,
+        mask: Mask = FULL,
+        rotary: RotaryEmbedding | None = None,
+        qk_norm: bool = False,
+        bias: bool = True,
+        out_bias: bool | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+        sink_logits: bool = False,
+        alibi: Tensor | None = None,
+        dropout: float = 0.0,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        who = type(self).__name__
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
+            raise ValueError(
+                f"{who}: num_heads must be a multiple of num_kv_heads, both at least 1; "
+                f"got num_heads={num_heads} and num_kv_heads={num_kv_heads}."
+            )
+        if head_dim is None:
+            if embed_dim % num_heads:
+                raise ValueError(
+                    f"{who}: embed_dim must be a multiple of num_heads unless head_dim is given; "
+                    f"got embed_dim={embed_dim} and num_heads={num_heads}."
+                )
+            head_dim = embed_dim // num_heads
+        if rotary is not None and context_dim is not None:
+            raise ValueError(f"{who}: rotary has no meaning between two sequences; give rotary or context_dim.")
+        if rotary is not None and rotary.head_dim != head_dim:
+            raise ValueError(f"{who}: rotary must be for head_dim={head_dim}; got {rotary.head_dim}.")
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"{who}: dropout must be a probability in [0, 1); got {dropout!r}.")
+
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.value_dim = head_dim if value_dim is None else value_dim
+        self.context_dim = context_dim
+        self.mask = mask
+        self.scale = scale
+        self.softcap = softcap
+        self.dropout = dropout
+        self.backend = backend
+
+        source_dim = embed_dim if context_dim is None else context_dim
+        out_bias = bias if out_bias is None else out_bias
+
+        def linear(rows: int, columns: int, bias: bool) -> nn.Linear:
+            return nn.Linear(rows, columns, bias=bias, device=device, dtype=dtype)
+
+        self.q_proj = linear(embed_dim, num_heads * head_dim, bias)
+        self.k_proj = linear(source_dim, num_kv_heads * head_dim, bias)
+        self.v_proj = linear(source_dim, num_kv_heads * self.value_dim, bias)
+        self.out_proj = linear(num_heads * self.value_dim, embed_dim, out_bias)
+        self.rotary = rotary
+        self.q_norm = nn.RMSNorm(head_dim, eps=1e-6, device=device, dtype=dtype) if qk_norm else None
+        self.k_norm = nn.RMSNorm(head_dim, eps=1e-6, device=device, dtype=dtype) if qk_norm else None
+        learned = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype)) if sink_logits else None
+        self.register_parameter("sink_logits", learned)
+        self.register_buffer("alibi", None if alibi is None else alibi.to(device), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the weights anew."""
+        for projection in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
+            nn.init.xavier_uniform_(projection.weight)
+            if projection.bias is not None:
+                nn.init.zeros_(projection.bias)
+        for norm in (self.q_norm, self.k_norm):
+            if norm is not None:
+                norm.reset_parameters()
+        if self.sink_logits is not None:
+            nn.init.zeros_(self.sink_logits)
+
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, *, mask: Mask | None = None, cache: Cache | None = None
+    ) -> Tensor:
+        """Attends from every token of x.
+
+        Args:
+            x: ``(B, Lq, embed_dim)``.
+            context: ``(B, Lk, context_dim)``, for a layer with a context_dim; not needed once ``cache`` holds it.
+            mask: further restricts the mask of the layer; tensors in it count all keys so far.
+            cache: keys and values of earlier calls, to which this call adds its own.
+
+        Returns:
+            ``(B, Lq, embed_dim)``.
+
+        Raises:
+            ValueError: for inputs of other widths, a missing or unexpected context, and whatever `qkv.attention`
+                and the cache raise.
+            TypeError: for a cache of the wrong kind.
+        """
+        q, (k, v, offset), mask = self._inputs(x, context, mask, cache)
+        out = functional.attention(
+            q,
+            k,
+            v,
+            mask=mask,
+            offset=offset,
+            scale=self.scale,
+            softcap=self.softcap,
+            alibi=self.alibi,
+            sink_logits=self.sink_logits,
+            dropout=self.dropout if self.training else 0.0,
+            backend=self.backend,
+        )
+        projected: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
+        return projected
+
+    def attention_weights(
+        self, x: Tensor, context: Tensor | None = None, *, mask: Mask | None = None, cache: Cache | None = None
+    ) -> Tensor:
+        """The weights ``(B, num_heads, Lq, Lk)`` with which `forward` would sum the values. Arguments as there."""
+        q, (k, _, offset), mask = self._inputs(x, context, mask, cache)
+        return functional.attention_weights(
+            q,
+            k,
+            mask=mask,
+            offset=offset,
+            scale=self.scale,
+            softcap=self.softcap,
+            alibi=self.alibi,
+            sink_logits=self.sink_logits,
+        )
+
+    def _inputs(self, x: Tensor, context: Tensor | None, mask: Mask | None, cache: Cache | None) -> _Inputs:
+        who = type(self).__name__
+        if x.dim() != 3 or x.shape[2] != self.embed_dim:
+            raise ValueError(f"{who}: x must be (B, L, {self.embed_dim}); got shape {tuple(x.shape)}.")
+        q = self._heads(self.q_proj(x), self.num_heads, self.q_norm)
+        if self.context_dim is None:
+            q, keys = self._self_keys(x, q, context, cache)
+        else:
+            keys = self._context_keys(x, context, cache)
+        mask = self.mask if mask is None else self.mask & mask
+        return _Inputs(q, keys, mask if cache is None else cache.held(mask))
+
+    def _self_keys(self, x: Tensor, q: Tensor, context: Tensor | None, cache: Cache | None) -> tuple[Tensor, Keys]:
+        who = type(self).__name__
+        if context is not None:
+            raise ValueError(
+                f"{who}: it attends to its own input and takes no context; got one of shape {tuple(context.shape)}. "
+                "Build it with context_dim=, or use CrossAttention."
+            )
+        if isinstance(cache, CrossKVCache):
+            raise TypeError(f"{who}: cache must be a KVCache or SlidingKVCache in self-attention; got a CrossKVCache.")
+        k, v = self._keys(x)
+        if self.rotary is not None:
+            position = 0 if cache is None else cache.length
+            q, k = self.rotary(q, position), self.rotary(k, position)
+        return q, Keys(k, v, 0) if cache is None else cache.append(k, v)
+
+    def _context_keys(self, x: Tensor, context: Tensor | None, cache: Cache | None) -> Keys:
+        who = type(self).__name__
+        if cache is not None and not isinstance(cache, CrossKVCache):
+            raise TypeError(f"{who}: cache must be a CrossKVCache in cross-attention; got {type(cache).__name__}.")
+        held = 0 if cache is None else cache.length
+        if context is None:
+            if cache is None or not held:
+                raise ValueError(
+                    f"{who}: context must be given, (B, Lk, {self.context_dim}), or a CrossKVCache that holds one."
+                )
+            return cache.keys()
+        if context.dim() != 3 or context.shape[2] != self.context_dim or context.shape[0] != x.shape[0]:
+            raise ValueError(
+                f"{who}: context must be ({x.shape[0]}, Lk, {self.context_dim}); got shape {tuple(context.shape)}."
+            )
+        if cache is not None and held:
+            if context.shape[1] != held:
+                raise ValueError(
+                    f"{who}: cache holds a context of {held} tokens; got another of {context.shape[1]}. "
+                    "Make one CrossKVCache for each layer and context."
+                )
+            return cache.keys()
+        k, v = self._keys(context)
+        return Keys(k, v, None) if cache is None else cache.append(k, v)
+
+    def _keys(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        k = self._heads(self.k_proj(source), self.num_kv_heads, self.k_norm)
+        return k, self._heads(self.v_proj(source), self.num_kv_heads, None)
+
+    @staticmethod
+    def _heads(x: Tensor, heads: int, norm: Callable[[Tensor], Tensor] | None) -> Tensor:
+        """(B, L, heads * width) to (B, heads, L, width), as a view."""
+        x = x.unflatten(2, (heads, -1)).transpose(1, 2)
+        return x if norm is None else norm(x)
+
+    @classmethod
+    def from_torch(cls, module: nn.MultiheadAttention, **options: Any) -> Self:
+        """The layer that computes what ``module`` does, given batch-first inputs, with its weights copied.
+
+        Args:
+            module: one with equal kdim and vdim. Where these differ from its embed_dim, the layer is
+                cross-attention; otherwise call it on a ``CrossAttention`` for that.
+            **options: of the layer, beyond those that the module has: ``mask``, ``window``, ...
+
+        Raises:
+            ValueError: for unequal kdim and vdim, add_bias_kv, add_zero_attn, and a layer with fewer KV heads.
+
+        Example:
+            >>> import torch, qkv
+            >>> theirs = torch.nn.MultiheadAttention(16, 2, batch_first=True)
+            >>> ours, x = qkv.MultiHeadAttention.from_torch(theirs), torch.randn(1, 5, 16)
+            >>> torch.allclose(ours(x), theirs(x, x, x)[0], atol=1e-6)
+            True
+        """
+        layer = cls(**{**torch_mha.options(module), **options})
+        if layer.num_kv_heads != layer.num_heads:
+            raise ValueError(
+                f"from_torch: the module has keys and values for each of its {layer.num_heads} heads, "
+                f"{cls.__name__} for {layer.num_kv_heads}; pooling them changes what is computed."
+            )
+        layer.load_state_dict(torch_mha.state(module))
+        return layer.train(module.training)
+
+    def to_torch(self) -> nn.MultiheadAttention:
+        """The batch-first ``nn.MultiheadAttention`` that computes what this layer does, with its weights copied.
+
+        Keys and values are repeated for each query head of a group, since the module has no groups.
+
+        Raises:
+            ValueError: for a layer with anything that the module cannot express, listing all of it.
+
+        Example:
+            >>> import torch, qkv
+            >>> ours, x = qkv.GroupedQueryAttention(16, 4, 2), torch.randn(1, 5, 16)
+            >>> torch.allclose(ours.to_torch()(x, x, x)[0], ours(x), atol=1e-6)
+            True
+        """
+        return torch_mha.build(self)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.embed_dim}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
+            f"head_dim={self.head_dim}, value_dim={self.value_dim}, context_dim={self.context_dim}, mask={self.mask!r}"
+        )

@@ -1,0 +1,165 @@
+"""The seven mechanisms by name: each narrows the constructor of `Attention` and adds no forward logic."""
+
+from typing import Any
+
+from qkv.layers.attention import Attention
+from qkv.masks import FULL, Mask
+
+
+class ScaledDotProductAttention(Attention):
+    """`Attention` with a single head: ``softmax(q @ k.mT / sqrt(head_dim)) @ v`` between learned projections.
+
+    Args:
+        embed_dim: width of the input and of the output.
+        **options: as in `Attention`, head counts apart. For the bare function, see `qkv.attention`.
+
+    Example:
+        >>> import qkv
+        >>> qkv.ScaledDotProductAttention(64, head_dim=16, value_dim=32).num_heads
+        1
+
+    Source: Vaswani et al. 2017, section 3.2.1.
+    """
+
+    def __init__(self, embed_dim: int, **options: Any) -> None:
+        super().__init__(embed_dim, 1, num_kv_heads=1, **options)
+
+
+class MultiHeadAttention(Attention):
+    """`Attention` in which every query head has keys and values of its own.
+
+    Args:
+        embed_dim: width of the input and of the output.
+        num_heads: heads of queries, keys and values.
+        **options: as in `Attention`, num_kv_heads apart.
+
+    Example:
+        >>> import qkv
+        >>> qkv.MultiHeadAttention(64, 8).num_kv_heads
+        8
+
+    Source: Vaswani et al. 2017, section 3.2.2.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, **options: Any) -> None:
+        super().__init__(embed_dim, num_heads, num_kv_heads=num_heads, **options)
+
+
+class CrossAttention(Attention):
+    """`Attention` with queries from one sequence, keys and values from another.
+
+    Args:
+        embed_dim: width of the queries' sequence and of the output.
+        num_heads: query heads.
+        context_dim: width of the second sequence; embed_dim if None.
+        **options: as in `Attention`.
+
+    Example:
+        >>> import torch, qkv
+        >>> layer = qkv.CrossAttention(64, 8, context_dim=48)
+        >>> layer(torch.randn(1, 3, 64), torch.randn(1, 7, 48)).shape
+        torch.Size([1, 3, 64])
+
+    Source: Vaswani et al. 2017, section 3.2.3, "encoder-decoder attention"; the width of its own is ours.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, *, context_dim: int | None = None, **options: Any) -> None:
+        context_dim = embed_dim if context_dim is None else context_dim
+        super().__init__(embed_dim, num_heads, context_dim=context_dim, **options)
+
+
+class CausalAttention(Attention):
+    """`Attention` in which a token sees itself and those before it.
+
+    Args:
+        embed_dim: width of the input and of the output.
+        num_heads: query heads.
+        **options: as in `Attention`; a mask given is combined with the causal one.
+
+    Example:
+        >>> import qkv
+        >>> qkv.CausalAttention(64, 8).mask
+        Mask.band(left=None, right=0)
+
+    Source: Vaswani et al. 2017, section 3.2.3, on the decoder.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, *, mask: Mask = FULL, **options: Any) -> None:
+        super().__init__(embed_dim, num_heads, mask=Mask.causal() & mask, **options)
+
+
+class SlidingWindowAttention(Attention):
+    """`Attention` in which a token sees a window of the keys around it; time and memory are linear in the length.
+
+    Args:
+        embed_dim: width of the input and of the output.
+        num_heads: query heads.
+        window: with ``causal=False`` the keys on both sides, half on each, besides the token's own
+            (``Mask.sliding``, Longformer); with ``causal=True`` the keys up to the token, its own included
+            (``Mask.causal``, Mistral).
+        causal: which of the two.
+        sink_tokens: number of first keys that stay visible.
+        **options: as in `Attention`; a mask given is combined with the window.
+
+    Example:
+        >>> import qkv
+        >>> qkv.SlidingWindowAttention(64, 8, 512).mask, qkv.SlidingWindowAttention(64, 8, 512, causal=True).mask
+        (Mask.band(left=256, right=256), Mask.band(left=511, right=0))
+
+    Source: Longformer, section 3.1; Mistral 7B, section 2.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        window: int,
+        *,
+        causal: bool = False,
+        sink_tokens: int = 0,
+        mask: Mask = FULL,
+        **options: Any,
+    ) -> None:
+        windowed = Mask.causal(window, sink_tokens) if causal else Mask.sliding(window, sink_tokens)
+        super().__init__(embed_dim, num_heads, mask=windowed & mask, **options)
+
+
+class MultiQueryAttention(Attention):
+    """`Attention` in which all query heads share one key head and one value head.
+
+    Args:
+        embed_dim: width of the input and of the output.
+        num_heads: query heads.
+        **options: as in `Attention`, num_kv_heads apart.
+
+    Example:
+        >>> import qkv
+        >>> qkv.MultiQueryAttention(64, 8).num_kv_heads
+        1
+
+    Source: Shazeer 2019, "Fast Transformer Decoding: One Write-Head is All You Need".
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, **options: Any) -> None:
+        super().__init__(embed_dim, num_heads, num_kv_heads=1, **options)
+
+
+class GroupedQueryAttention(Attention):
+    """`Attention` in which groups of query heads share a key head and a value head.
+
+    Args:
+        embed_dim: width of the input and of the output.
+        num_heads: query heads.
+        num_kv_heads: groups, a divisor of num_heads; num_heads gives multi-head and 1 multi-query attention.
+        **options: as in `Attention`.
+
+    Example:
+        >>> import qkv
+        >>> qkv.GroupedQueryAttention(64, 8, num_kv_heads=2).num_kv_heads
+        2
+
+    Source: Ainslie et al. 2023, section 2.2.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, num_kv_heads: int, **options: Any) -> None:
+        super().__init__(embed_dim, num_heads, num_kv_heads=num_kv_heads, **options)

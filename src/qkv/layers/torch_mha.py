@@ -1,0 +1,119 @@
+"""``nn.MultiheadAttention`` in the terms of `Attention`: its options, its weights, and the way back."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from qkv.masks import FULL
+
+if TYPE_CHECKING:
+    from qkv.layers.attention import Attention
+
+
+def options(module: nn.MultiheadAttention) -> dict[str, Any]:
+    """The constructor's arguments of the layer that computes what the module does.
+
+    Raises:
+        ValueError: for what no layer here can express.
+    """
+    if module.kdim != module.vdim:
+        raise ValueError(
+            f"from_torch: kdim and vdim must be equal, keys and values come from one context; "
+            f"got kdim={module.kdim} and vdim={module.vdim}."
+        )
+    if module.bias_k is not None or module.add_zero_attn:
+        raise ValueError(
+            "from_torch: add_bias_kv and add_zero_attn must be False, an extra key has no equal here; "
+            f"got add_bias_kv={module.bias_k is not None}, add_zero_attn={module.add_zero_attn}."
+        )
+    like = module.out_proj.weight
+    found: dict[str, Any] = {
+        "embed_dim": module.embed_dim,
+        "num_heads": module.num_heads,
+        "bias": module.in_proj_bias is not None,
+        "dropout": module.dropout,
+        "device": like.device,
+        "dtype": like.dtype,
+    }
+    if module.kdim != module.embed_dim:
+        found["context_dim"] = module.kdim
+    return found
+
+
+def state(module: nn.MultiheadAttention) -> dict[str, Tensor]:
+    """The module's weights under the names of `Attention`."""
+    found = {f"out_proj.{name}": tensor for name, tensor in module.out_proj.state_dict().items()}
+    if module.in_proj_weight is not None:
+        weights = module.in_proj_weight.chunk(3)
+    else:
+        weights = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+    for name, weight in zip("qkv", weights, strict=True):
+        found[f"{name}_proj.weight"] = weight
+    if module.in_proj_bias is not None:
+        for name, bias in zip("qkv", module.in_proj_bias.chunk(3), strict=True):
+            found[f"{name}_proj.bias"] = bias
+    return found
+
+
+def build(layer: "Attention") -> nn.MultiheadAttention:
+    """The batch-first module that computes what the layer does.
+
+    Raises:
+        ValueError: for a layer with anything that the module cannot express, listing all of it.
+    """
+    lost = _inexpressible(layer)
+    if lost:
+        raise ValueError(f"to_torch: nn.MultiheadAttention has no {', '.join(lost)}.")
+    like = layer.out_proj.weight
+    module = nn.MultiheadAttention(
+        layer.embed_dim,
+        layer.num_heads,
+        dropout=layer.dropout,
+        bias=layer.q_proj.bias is not None,
+        kdim=layer.context_dim,
+        vdim=layer.context_dim,
+        batch_first=True,
+        device=like.device,
+        dtype=like.dtype,
+    )
+    module.load_state_dict(_packed(layer, module))
+    return module.train(layer.training)
+
+
+def _packed(layer: "Attention", module: nn.MultiheadAttention) -> dict[str, Tensor]:
+    """The state dict of the module from that of an `Attention`."""
+
+    def repeated(projection: Tensor) -> Tensor:
+        heads = projection.unflatten(0, (layer.num_kv_heads, -1))
+        return heads.repeat_interleave(layer.num_heads // layer.num_kv_heads, dim=0).flatten(0, 1)
+
+    packed = {f"out_proj.{name}": tensor for name, tensor in layer.out_proj.state_dict().items()}
+    weights = (layer.q_proj.weight, repeated(layer.k_proj.weight), repeated(layer.v_proj.weight))
+    if module.in_proj_weight is not None:
+        packed["in_proj_weight"] = torch.cat(weights)
+    else:
+        for name, weight in zip("qkv", weights, strict=True):
+            packed[f"{name}_proj_weight"] = weight
+    if layer.q_proj.bias is not None:
+        packed["in_proj_bias"] = torch.cat(
+            [layer.q_proj.bias, repeated(layer.k_proj.bias), repeated(layer.v_proj.bias)]
+        )
+    return packed
+
+
+def _inexpressible(layer: "Attention") -> list[str]:
+    """What the layer has and ``nn.MultiheadAttention`` has not."""
+    lost: list[str] = []
+    if layer.mask != FULL:
+        lost.append(f"mask of its own ({layer.mask!r}; it takes one at each call)")
+    if layer.num_heads * layer.head_dim != layer.embed_dim or layer.value_dim != layer.head_dim:
+        lost.append(
+            f"head widths other than embed_dim / num_heads (head_dim={layer.head_dim}, value_dim={layer.value_dim})"
+        )
+    if (layer.q_proj.bias is None) != (layer.out_proj.bias is None):
+        lost.append("bias for some projections alone")
+    for name in ("rotary", "q_norm", "scale", "softcap", "sink_logits", "alibi"):
+        if getattr(layer, name) is not None:
+            lost.append("qk_norm" if name == "q_norm" else name)
+    return lost

@@ -1,0 +1,375 @@
+"""`Mask`: which keys a query may see. The vocabulary of the library; imports nothing of ours."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Mask:
+    """Which keys a query may see, as a frozen value that combines with ``&``.
+
+    The query in row ``i`` stands at position ``p = i + offset``, the key ``j`` at ``j``. It sees the key when all of
+
+    - ``j <= p + right``
+    - ``j >= p - left`` or ``j < sink_tokens``
+    - ``keep[b, j]`` and ``j < lengths[b]``
+    - ``documents[b, p] == documents[b, j]``
+    - ``allow[b, h, i, j]``
+
+    hold, where ``None`` stands for no such condition. True means *may attend*, everywhere. Build masks with the
+    constructors (`full`, `causal`, `sliding`, `band`, `padding`, `documents`, `dense`), not with the fields.
+
+    A mask holds no lengths and no offset: the same value serves the whole of a sequence, any chunk of it and every
+    decoding step.
+
+    Raises:
+        TypeError: when a mask is used as a boolean (``mask1 and mask2``).
+        ValueError: from the constructors, for bounds, shapes and dtypes that mean nothing.
+
+    Example:
+        >>> from qkv import Mask
+        >>> Mask.causal(window=3)
+        Mask.band(left=2, right=0)
+        >>> Mask.causal() & Mask.sliding(window=4)
+        Mask.band(left=2, right=0)
+        >>> Mask.causal(window=2).visible(3, 3).int()
+        tensor([[[[1, 0, 0],
+                  [1, 1, 0],
+                  [0, 1, 1]]]], dtype=torch.int32)
+    """
+
+    left: int | None = None
+    right: int | None = None
+    sink_tokens: int = 0
+    keep: Tensor | None = None
+    lengths: Tensor | None = None
+    document_ids: Tensor | None = None
+    allow: Tensor | None = None
+
+    @staticmethod
+    def full() -> "Mask":
+        """Every query sees every key."""
+        return FULL
+
+    @staticmethod
+    def causal(window: int | None = None, sink_tokens: int = 0) -> "Mask":
+        """A query sees its own key and those before it; with a window, ``window`` keys in all, itself included.
+
+        Args:
+            window: number of keys seen, the query's own included, at least 1; None for all.
+            sink_tokens: number of first keys that stay visible whatever the window.
+
+        Source: Mistral 7B, section 2 and transformers' ``sliding_window``. flash-attn's ``window_size=(W, 0)`` is
+        ``window=W + 1`` here.
+        """
+        if window is None:
+            return Mask.band(None, 0, sink_tokens)
+        _require_count("Mask.causal", "window", window, 1, "the query's own key counts as one")
+        return Mask.band(window - 1, 0, sink_tokens)
+
+    @staticmethod
+    def sliding(window: int, sink_tokens: int = 0) -> "Mask":
+        """A query sees ``window / 2`` keys on each side, and its own.
+
+        Args:
+            window: even number of keys, half of them before the query and half after it.
+            sink_tokens: number of first keys that stay visible whatever the window.
+
+        Source: Longformer, section 3.1 ("w/2 tokens on each side"). For the window of Mistral, which looks back
+        only, see `causal`.
+        """
+        _require_count("Mask.sliding", "window", window, 1, "half of it lies on each side of the query")
+        if window % 2:
+            raise ValueError(
+                f"Mask.sliding: window must be even, half of it lies on each side of the query; got {window}. "
+                f"Use {window + 1}, or Mask.band(left, right) for uneven sides, or Mask.causal(window={window})."
+            )
+        return Mask.band(window // 2, window // 2, sink_tokens)
+
+    @staticmethod
+    def band(left: int | None, right: int | None, sink_tokens: int = 0) -> "Mask":
+        """A query at position p sees keys ``p - left`` to ``p + right``, both included: the one primitive.
+
+        Args:
+            left: number of keys seen before the query's own; None for all of them.
+            right: number of keys seen after the query's own; None for all of them.
+            sink_tokens: number of first keys that stay visible however far ``left`` they lie. They obey ``right``.
+        """
+        if left is not None:
+            _require_count("Mask.band", "left", left, 0, "None means unbounded")
+        if right is not None:
+            _require_count("Mask.band", "right", right, 0, "None means unbounded")
+        _require_count("Mask.band", "sink_tokens", sink_tokens, 0, "it is a number of keys")
+        # Without a left bound every earlier key is visible anyway.
+        return Mask(left=left, right=right, sink_tokens=0 if left is None else sink_tokens)
+
+    @staticmethod
+    def padding(keep: Tensor) -> "Mask":
+        """Hides padded keys of each batch row.
+
+        Args:
+            keep: boolean ``(B, Lk)``, True where the key is real; or integer ``(B,)``, the number of real keys of a
+                row padded on the right.
+        """
+        if keep.dtype == torch.bool and keep.dim() == 2:
+            return Mask(keep=keep)
+        if not keep.dtype.is_floating_point and keep.dtype != torch.bool and keep.dim() == 1:
+            return Mask(lengths=keep)
+        raise ValueError(
+            "Mask.padding: keep must be boolean (B, Lk), True for real keys, or integer lengths (B,); "
+            f"got {keep.dtype} of shape {tuple(keep.shape)}."
+        )
+
+    @staticmethod
+    def documents(ids: Tensor) -> "Mask":
+        """Hides the keys of other documents packed into the same row.
+
+        Args:
+            ids: integer ``(B, L)``, the document of each position. Keys take ``ids[b, j]`` and queries
+                ``ids[b, i + offset]``, so that L is the number of keys.
+        """
+        if ids.dtype.is_floating_point or ids.dtype == torch.bool or ids.dim() != 2:
+            raise ValueError(
+                "Mask.documents: ids must be integers of shape (B, L); "
+                f"got {ids.dtype} of shape {tuple(ids.shape)}."
+            )
+        return Mask(document_ids=ids)
+
+    @staticmethod
+    def dense(allow: Tensor) -> "Mask":
+        """Any pattern, at the price of storing it.
+
+        Args:
+            allow: boolean, broadcastable to ``(B, H, Lq, Lk)``, True where the query may see the key.
+        """
+        if allow.dtype != torch.bool or not 2 <= allow.dim() <= 4:
+            raise ValueError(
+                "Mask.dense: allow must be boolean with 2 to 4 dimensions, broadcastable to (B, H, Lq, Lk), True where "
+                f"a query may attend; got {allow.dtype} of shape {tuple(allow.shape)}. "
+                "A float mask is a score: pass it as bias=."
+            )
+        return Mask(allow=allow[(None,) * (4 - allow.dim())])
+
+    def __and__(self, other: "Mask") -> "Mask":
+        """The keys that both masks show."""
+        left, sink_tokens = _intersect_left(self, other)
+        return Mask(
+            left=left,
+            right=_least(self.right, other.right),
+            sink_tokens=sink_tokens,
+            keep=_combine(self.keep, other.keep, torch.logical_and),
+            lengths=_combine(self.lengths, other.lengths, torch.minimum),
+            document_ids=_combine(self.document_ids, other.document_ids, _same_in_both),
+            allow=_combine(self.allow, other.allow, torch.logical_and),
+        )
+
+    def __bool__(self) -> bool:
+        raise TypeError(
+            f"{self!r} has no truth value: combine masks with `&`, not with `and`; "
+            "ask `mask.is_full` whether a mask hides nothing."
+        )
+
+    def __eq__(self, other: object) -> bool:
+        """Equal bounds and the very same tensors."""
+        if not isinstance(other, Mask):
+            return NotImplemented
+        mine, theirs = self._identity(), other._identity()
+        return mine == theirs
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+    def _identity(self) -> tuple[int | None, ...]:
+        tensors = (self.keep, self.lengths, self.document_ids, self.allow)
+        return (self.left, self.right, self.sink_tokens, *(None if t is None else id(t) for t in tensors))
+
+    def __repr__(self) -> str:
+        parts: list[str] = []
+        if self.left is not None or self.right is not None:
+            sinks = f", sink_tokens={self.sink_tokens}" if self.sink_tokens else ""
+            parts.append(f"Mask.band(left={self.left}, right={self.right}{sinks})")
+        for name, tensor in (
+            ("padding", self.keep),
+            ("padding", self.lengths),
+            ("documents", self.document_ids),
+            ("dense", self.allow),
+        ):
+            if tensor is not None:
+                dtype = str(tensor.dtype).removeprefix("torch.")
+                parts.append(f"Mask.{name}(<{dtype} {tuple(tensor.shape)}>)")
+        return " & ".join(parts) or "Mask.full()"
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every query sees every key, whatever the lengths."""
+        return self.left is None and self.right is None and not self.has_tensors
+
+    @property
+    def has_tensors(self) -> bool:
+        """Whether anything beyond the interval restricts what is seen."""
+        return not (self.keep is None and self.lengths is None and self.document_ids is None and self.allow is None)
+
+    @property
+    def is_positional(self) -> bool:
+        """Whether what is seen depends on where the query stands, so that an offset is needed."""
+        return self.left is not None or self.right is not None or self.document_ids is not None
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of the mask, each with the name that error messages use."""
+        for name, tensor in (
+            ("padding keep", self.keep),
+            ("padding lengths", self.lengths),
+            ("documents ids", self.document_ids),
+            ("dense allow", self.allow),
+        ):
+            if tensor is not None:
+                yield name, tensor
+
+    def visible(self, lq: int, lk: int, offset: int = 0, *, device: torch.device | None = None) -> Tensor:
+        """The mask written out.
+
+        Returns:
+            boolean, broadcastable to ``(B, H, lq, lk)`` with the last two dimensions in full.
+        """
+        if device is None:
+            device = next((tensor.device for _, tensor in self.tensors()), None)
+        position = torch.arange(lq, device=device)[:, None] + offset
+        key = torch.arange(lk, device=device)[None, :]
+        seen = torch.ones(lq, lk, dtype=torch.bool, device=device)
+        if self.right is not None:
+            seen = key <= position + self.right
+        if self.left is not None:
+            near = key >= position - self.left
+            seen = seen & (near | (key < self.sink_tokens) if self.sink_tokens else near)
+        seen = seen[None, None]
+        keep = self.keep_keys(lk)
+        if keep is not None:
+            seen = seen & keep[:, None, None, :]
+        if self.document_ids is not None:
+            of_query = self.document_ids[:, offset : offset + lq]
+            seen = seen & (of_query[:, None, :, None] == self.document_ids[:, None, None, :])
+        if self.allow is not None:
+            seen = seen & self.allow
+        return seen
+
+    def keep_keys(self, lk: int) -> Tensor | None:
+        """The padding of both kinds as one boolean ``(B, lk)``, or None where there is none."""
+        if self.lengths is None:
+            return self.keep
+        within = torch.arange(lk, device=self.lengths.device) < self.lengths[:, None]
+        return within if self.keep is None else within & self.keep
+
+    def key_range(self, lq: int, lk: int, offset: int) -> tuple[int, int]:
+        """First key and one past the last key that the interval shows to any of the queries."""
+        stop = lk if self.right is None else max(0, min(lk, offset + lq + self.right))
+        start = 0 if self.left is None or self.sink_tokens else max(0, min(stop, offset - self.left))
+        return start, stop
+
+    def simplified(self, lq: int, lk: int, offset: int) -> "Mask":
+        """The mask without the bounds that hide nothing from these queries."""
+        left, right = self.left, self.right
+        if right is not None and offset + right >= lk - 1:
+            right = None
+        if left is not None and offset + lq - 1 - left <= self.sink_tokens:
+            left = None
+        if left == self.left and right == self.right:
+            return self
+        return replace(self, left=left, right=right, sink_tokens=0 if left is None else self.sink_tokens)
+
+    def select_keys(self, start: int, stop: int, sink_tokens: int = 0) -> "Mask":
+        """The mask over the keys ``0 .. sink_tokens - 1`` and ``start .. stop - 1`` alone.
+
+        Positions are then counted among these keys: an offset shifts by ``sink_tokens - start``.
+        """
+        if not self.has_tensors:
+            return self
+
+        def pick(tensor: Tensor) -> Tensor:
+            if tensor.shape[-1] == 1:
+                return tensor
+            kept = tensor[..., start:stop]
+            return torch.cat([tensor[..., :sink_tokens], kept], dim=-1) if sink_tokens else kept
+
+        def count(lengths: Tensor) -> Tensor:
+            return lengths.clamp(max=sink_tokens) + (lengths.clamp(max=stop) - start).clamp(min=0)
+
+        return replace(
+            self,
+            keep=_apply(pick, self.keep),
+            lengths=_apply(count, self.lengths),
+            document_ids=_apply(pick, self.document_ids),
+            allow=_apply(pick, self.allow),
+        )
+
+    def select_queries(self, start: int, stop: int) -> "Mask":
+        """The mask of the query rows ``start .. stop - 1`` alone; their offset is larger by ``start``."""
+        if self.allow is None or self.allow.shape[2] == 1:
+            return self
+        return replace(self, allow=self.allow[:, :, start:stop])
+
+    def to(self, device: torch.device | str) -> "Mask":
+        """The mask with its tensors on another device."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device)
+
+        return replace(
+            self,
+            keep=_apply(move, self.keep),
+            lengths=_apply(move, self.lengths),
+            document_ids=_apply(move, self.document_ids),
+            allow=_apply(move, self.allow),
+        )
+
+
+def _require_count(who: str, name: str, value: object, least: int, why: str) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{who}: {name} must be an int ({why}); got {value!r}.")
+    if value < least:
+        raise ValueError(f"{who}: {name} must be at least {least} ({why}); got {value}.")
+
+
+def _least(a: int | None, b: int | None) -> int | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return min(a, b)
+
+
+def _intersect_left(a: Mask, b: Mask) -> tuple[int | None, int]:
+    """The left bound and the sink tokens of ``a & b``."""
+    if a.left is None or b.left is None:
+        bounded = b if a.left is None else a
+        return bounded.left, bounded.sink_tokens
+    if a.left == b.left:
+        return a.left, min(a.sink_tokens, b.sink_tokens)
+    narrow, wide = (a, b) if a.left < b.left else (b, a)
+    if narrow.sink_tokens > wide.sink_tokens:
+        raise ValueError(
+            f"{a!r} & {b!r}: the narrower window keeps {narrow.sink_tokens} sink tokens, the wider one "
+            f"{wide.sink_tokens}; their intersection is not a band. "
+            "Give both the same sink_tokens, or combine them written out: Mask.dense(a.visible(...) & b.visible(...))."
+        )
+    return narrow.left, narrow.sink_tokens
+
+
+def _apply(change: Callable[[Tensor], Tensor], tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else change(tensor)
+
+
+def _combine(a: Tensor | None, b: Tensor | None, both: Callable[[Tensor, Tensor], Tensor]) -> Tensor | None:
+    if a is None or b is None or a is b:
+        return b if a is None else a
+    return both(a, b)
+
+
+def _same_in_both(a: Tensor, b: Tensor) -> Tensor:
+    """Ids that agree exactly where both a and b agree."""
+    pairs = torch.stack(torch.broadcast_tensors(a, b), dim=-1)
+    _, ids = torch.unique(pairs.flatten(0, -2), dim=0, return_inverse=True)
+    return ids.view(pairs.shape[:-1])
+
+
+FULL = Mask()

@@ -1,0 +1,259 @@
+"""`Problem`: one call of attention, validated and trimmed. The only place that validates tensors."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qkv.masks import FULL, Mask
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Problem(NamedTuple):
+    """What every backend receives.
+
+    Scores are ``scale * q @ k.mT``, then softcap, bias and alibi, then the mask, then a softmax whose normaliser may
+    hold one more term, the sink logit of the head, then dropout.
+    """
+
+    q: Tensor
+    """(B, H, Lq, D)"""
+    k: Tensor
+    """(B, Hkv, Lk, D)"""
+    v: Tensor
+    """(B, Hkv, Lk, Dv)"""
+    mask: Mask
+    offset: int
+    """Position of the first query, counted in keys."""
+    scale: float
+    softcap: float | None
+    bias: Tensor | None
+    """Broadcastable to (B, H, Lq, Lk), always with 4 dimensions."""
+    alibi: Tensor | None
+    """(H,)"""
+    sink_logits: Tensor | None
+    """(H,)"""
+    dropout: float
+    wants_lse: bool
+
+    @property
+    def num_heads(self) -> int:
+        return self.q.shape[1]
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key/value head."""
+        return self.q.shape[1] // self.k.shape[1]
+
+    @property
+    def lq(self) -> int:
+        return self.q.shape[2]
+
+    @property
+    def lk(self) -> int:
+        return self.k.shape[2]
+
+    @property
+    def needs_grad(self) -> bool:
+        tensors = (self.q, self.k, self.v, self.bias, self.alibi, self.sink_logits)
+        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+    def visible(self) -> Tensor:
+        """The mask written out for these queries and keys, broadcastable to (B, H, Lq, Lk)."""
+        return self.mask.visible(self.lq, self.lk, self.offset, device=self.q.device)
+
+    def distance(self) -> Tensor:
+        """How far each key lies from each query, (Lq, Lk), as ALiBi counts it."""
+        position = torch.arange(self.lq, device=self.q.device) + self.offset
+        return (position[:, None] - torch.arange(self.lk, device=self.q.device)).abs()
+
+    def select_queries(self, start: int, stop: int) -> "Problem":
+        """The same problem for the query rows ``start .. stop - 1`` alone."""
+        bias = self.bias
+        if bias is not None and bias.shape[2] != 1:
+            bias = bias[:, :, start:stop]
+        rows = self._replace(
+            q=self.q[:, :, start:stop],
+            mask=self.mask.select_queries(start, stop),
+            offset=self.offset + start,
+            bias=bias,
+        )
+        return trim(rows)
+
+
+def pose(
+    who: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask = FULL,
+    offset: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    alibi: Tensor | None = None,
+    sink_logits: Tensor | None = None,
+    dropout: float = 0.0,
+    wants_lse: bool = False,
+) -> Problem:
+    """The problem that a call of ``who`` states.
+
+    Raises:
+        TypeError: for arguments of the wrong type.
+        ValueError: for shapes, dtypes, devices and numbers that do not fit together.
+    """
+    _check_tensors(who, q, k, v)
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    _check_dtypes(who, q, k, v)
+    if mask is not FULL:
+        _check_mask(who, mask, q, k)
+    offset = _resolve_offset(who, mask, alibi, offset, q.shape[2], k.shape[2])
+    if scale is None:
+        scale = q.shape[3] ** -0.5
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"{who}: softcap must be a positive number or None; got {softcap!r}.")
+    if bias is not None:
+        bias = _check_bias(who, bias, q, k)
+    if alibi is not None:
+        _check_per_head(who, "alibi", alibi, q)
+    if sink_logits is not None:
+        _check_per_head(who, "sink_logits", sink_logits, q)
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"{who}: dropout must be a probability in [0, 1); got {dropout!r}.")
+    return Problem(q, k, v, mask, offset, scale, softcap, bias, alibi, sink_logits, dropout, wants_lse)
+
+
+def trim(problem: Problem) -> Problem:
+    """The same problem without the keys that no query sees and the bounds that hide nothing.
+
+    A decoding step over a window then reads the window alone, and without a mask.
+    """
+    if problem.mask is FULL:
+        return problem
+    lq, lk = problem.q.shape[2], problem.k.shape[2]
+    start, stop = problem.mask.key_range(lq, lk, problem.offset)
+    if start > 0 or stop < lk:
+        bias = problem.bias
+        if bias is not None and bias.shape[3] != 1:
+            bias = bias[..., start:stop]
+        problem = problem._replace(
+            k=problem.k[:, :, start:stop],
+            v=problem.v[:, :, start:stop],
+            mask=problem.mask.select_keys(start, stop),
+            offset=problem.offset - start,
+            bias=bias,
+        )
+        lk = stop - start
+    mask = problem.mask.simplified(lq, lk, problem.offset)
+    return problem if mask is problem.mask else problem._replace(mask=mask)
+
+
+def _check_tensors(who: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{who}: {name} must be a tensor; got {type(tensor).__name__}.")
+        if tensor.dim() != 4:
+            raise ValueError(
+                f"{who}: {name} must have 4 dimensions (batch, heads, length, width); got shape {tuple(tensor.shape)}."
+            )
+    batch, heads, _, width = q.shape
+    k_batch, kv_heads, lk, k_width = k.shape
+    if k_batch != batch or v.shape[0] != batch:
+        raise ValueError(
+            f"{who}: q, k and v must have the same batch; got {batch}, {k_batch} and {v.shape[0]}. "
+            "Expand the one that is shared: k.expand(batch, -1, -1, -1) copies nothing."
+        )
+    if v.shape[1] != kv_heads or v.shape[2] != lk:
+        raise ValueError(
+            f"{who}: k and v must have the same heads and length; "
+            f"got k with {kv_heads} heads and {lk} keys, v with {v.shape[1]} heads and {v.shape[2]} values."
+        )
+    if k_width != width:
+        raise ValueError(f"{who}: q and k must have the same width; got {width} and {k_width}.")
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(
+            f"{who}: the {heads} query heads of q must be a multiple of the {kv_heads} heads of k and v, "
+            "so that each group of query heads shares one of them."
+        )
+
+
+def _check_dtypes(who: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    if not (q.dtype == k.dtype == v.dtype):
+        raise ValueError(f"{who}: q, k and v must have the same dtype; got {q.dtype}, {k.dtype} and {v.dtype}.")
+    if q.dtype not in DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise ValueError(f"{who}: q, k and v must be one of {names}; got {q.dtype}.")
+    if not (q.device == k.device == v.device):
+        raise ValueError(f"{who}: q, k and v must be on the same device; got {q.device}, {k.device} and {v.device}.")
+
+
+def _check_mask(who: str, mask: Mask, q: Tensor, k: Tensor) -> None:
+    if not isinstance(mask, Mask):
+        remedy = "Mask.dense(allow)" if isinstance(mask, Tensor) else "Mask.causal(), Mask.padding(keep), ..."
+        raise TypeError(f"{who}: mask must be a qkv.Mask; got {type(mask).__name__}. Use {remedy}.")
+    batch, heads, lq, _ = q.shape
+    lk = k.shape[2]
+    for name, tensor in mask.tensors():
+        if tensor.device != q.device:
+            raise ValueError(f"{who}: mask is on {tensor.device}, q on {q.device}; use mask.to({str(q.device)!r}).")
+        if name == "dense allow":
+            want: tuple[int, ...] = (batch, heads, lq, lk)
+        elif name == "padding lengths":
+            want = (batch,)
+        else:
+            want = (batch, lk)
+        per_row = name != "dense allow" and tensor.shape[1:] == want[1:]
+        fits = _broadcasts(tensor, want) if name == "dense allow" else per_row and tensor.shape[0] in (1, batch)
+        if not fits:
+            raise ValueError(f"{who}: mask's {name} must fit {want}; got shape {tuple(tensor.shape)}.")
+
+
+def _resolve_offset(who: str, mask: Mask, alibi: Tensor | None, offset: int | None, lq: int, lk: int) -> int:
+    if offset is None:
+        if lq != lk and (mask.is_positional or alibi is not None):
+            positional = repr(mask) if mask.is_positional else "alibi"
+            raise ValueError(
+                f"{who}: {positional} depends on where the {lq} queries stand among the {lk} keys, and offset is not "
+                f"given. offset=0 aligns the first query with the first key (top-left: torch's is_causal); "
+                f"offset={lk - lq} aligns the last query with the last key (bottom-right: flash-attn, decoding)."
+            )
+        return 0
+    if not isinstance(offset, int | torch.SymInt) or isinstance(offset, bool):
+        raise TypeError(f"{who}: offset must be an int, the position of the first query; got {offset!r}.")
+    if mask.document_ids is not None and (offset < 0 or offset + lq > lk):
+        raise ValueError(
+            f"{who}: a documents mask of {lk} positions must cover the queries; got offset={offset} and {lq} queries."
+        )
+    return offset
+
+
+def _check_bias(who: str, bias: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    want = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    if not isinstance(bias, Tensor) or not bias.dtype.is_floating_point:
+        got = bias.dtype if isinstance(bias, Tensor) else type(bias).__name__
+        raise TypeError(
+            f"{who}: bias must be a floating-point tensor, added to the scores; got {got}. "
+            "A boolean mask is mask=Mask.dense(allow)."
+        )
+    if bias.device != q.device:
+        raise ValueError(f"{who}: bias must be on the device of q; got {bias.device} and {q.device}.")
+    if bias.dim() > 4 or not _broadcasts(bias, want):
+        raise ValueError(f"{who}: bias must broadcast to {want}; got shape {tuple(bias.shape)}.")
+    return bias[(None,) * (4 - bias.dim())]
+
+
+def _check_per_head(who: str, name: str, tensor: Tensor, q: Tensor) -> None:
+    if not isinstance(tensor, Tensor) or not tensor.dtype.is_floating_point or tensor.shape != (q.shape[1],):
+        got = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else repr(tensor)
+        raise ValueError(f"{who}: {name} must be floating-point of shape ({q.shape[1]},), one a query head; got {got}.")
+    if tensor.device != q.device:
+        raise ValueError(f"{who}: {name} must be on the device of q; got {tensor.device} and {q.device}.")
+
+
+def _broadcasts(tensor: Tensor, want: tuple[int, ...]) -> bool:
+    missing = len(want) - tensor.dim()
+    return all(size in (1, goal) for size, goal in zip(tensor.shape, want[missing:], strict=True))

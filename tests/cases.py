@@ -1,0 +1,325 @@
+"""The contract grid: every mask and every score option, over sizes that are primes or lie at the edge of a block."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from oracle import Answer, Rule, Scores, attend
+from qkv import Mask
+
+B, H, D = 2, 6, 13
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem, stated twice: as a `Mask` for the library and as a `Rule` for the oracle."""
+
+    name: str
+    mask: Callable[[], Mask] = Mask.full
+    rule: Callable[[], Rule] = Rule
+    lq: int = 19
+    lk: int = 19
+    offset: int = 0
+    batch: int = B
+    heads: int = H
+    kv_heads: int = 2
+    width: int = D
+    value_width: int = D
+    scale: float | None = None
+    softcap: float | None = None
+    bias_shape: tuple[int, ...] | None = None
+    bias_hides: bool = False
+    alibi: bool = False
+    sinks: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+    def inputs(self, dtype: torch.dtype, *, views: bool = False) -> dict[str, Tensor]:
+        """q, k, v and the tensors among the score options, in ``dtype``; the same numbers at every call."""
+        generator = torch.Generator().manual_seed(len(self.name) + 31 * self.lk + 7 * self.lq)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+        found = {
+            "q": draw(self.batch, self.heads, self.lq, self.width),
+            "k": draw(self.batch, self.kv_heads, self.lk, self.width),
+            "v": draw(self.batch, self.kv_heads, self.lk, self.value_width),
+        }
+        if views:
+            found = {name: _between_poisoned_neighbours(tensor) for name, tensor in found.items()}
+        if self.bias_shape is not None:
+            found["bias"] = draw(*self.bias_shape)
+            if self.bias_hides:
+                found["bias"][..., ::3] = -torch.inf
+        if self.alibi:
+            found["alibi"] = torch.arange(1, self.heads + 1, dtype=torch.float64).to(dtype) / 16
+        if self.sinks:
+            found["sink_logits"] = draw(self.heads)
+        return found
+
+    def options(self) -> dict[str, object]:
+        """The other keywords of the call."""
+        return {"mask": self.mask(), "offset": self.offset, "scale": self.scale, "softcap": self.softcap}
+
+    def scores(self, inputs: dict[str, Tensor]) -> Scores:
+        alibi, sinks = inputs.get("alibi"), inputs.get("sink_logits")
+        return Scores(
+            scale=self.scale,
+            softcap=self.softcap,
+            bias=inputs.get("bias"),
+            alibi=None if alibi is None else alibi.double().tolist(),
+            sink_logits=None if sinks is None else sinks.double().tolist(),
+        )
+
+
+def _between_poisoned_neighbours(tensor: Tensor) -> Tensor:
+    """The same numbers as a view, head-split and sliced out of a buffer that holds NaN everywhere else."""
+    batch, heads, length, width = tensor.shape
+    buffer = torch.full((batch + 1, length + 5, heads + 2, width + 3), torch.nan, dtype=tensor.dtype)
+    view = buffer[1:, 2 : 2 + length, 1 : 1 + heads, 1 : 1 + width].transpose(1, 2)
+    view.copy_(tensor)
+    return view
+
+
+@lru_cache(maxsize=None)
+def answer(case: Case, dtype: torch.dtype) -> Answer:
+    """The oracle's answer for the inputs as rounded to ``dtype``."""
+    inputs = case.inputs(dtype)
+    return attend(inputs["q"], inputs["k"], inputs["v"], case.rule(), case.offset, case.scores(inputs))
+
+
+KEEP_LEFT = [[j >= 7 for j in range(19)], [j >= 2 for j in range(19)]]
+KEEP_HOLES = [[j % 3 != 1 for j in range(19)], [False] * 19]
+IDS = [[0] * 5 + [1] * 9 + [2] * 5, [3] * 1 + [8] * 18]
+ALLOW = torch.rand(B, H, 19, 19, generator=torch.Generator().manual_seed(5)) < 0.4
+ALLOW_SHARED = torch.rand(1, 1, 19, 19, generator=torch.Generator().manual_seed(6)) < 0.4
+
+LONG = 197  # more than two blocks of 64, and a prime
+KEEP_LONG = [[j % 11 != 3 and j > 20 for j in range(LONG)], [j < 150 for j in range(LONG)]]
+IDS_LONG = [[j // 41 for j in range(LONG)], [j // 90 for j in range(LONG)]]
+
+
+def _keep(rows: list[list[bool]]) -> Mask:
+    return Mask.padding(torch.tensor(rows))
+
+
+def _lengths(lengths: list[int], lk: int) -> list[list[bool]]:
+    return [[j < length for j in range(lk)] for length in lengths]
+
+
+MASKS = [
+    Case("full"),
+    Case("full, other length", lk=23),
+    Case("one key", lq=3, lk=1),
+    Case("one query", lq=1, lk=17),
+    Case("causal", Mask.causal, lambda: Rule(right=0)),
+    Case("causal, top-left", Mask.causal, lambda: Rule(right=0), lk=23),
+    Case("causal, more queries than keys", Mask.causal, lambda: Rule(right=0), lq=23, lk=11),
+    Case("causal, bottom-right", Mask.causal, lambda: Rule(right=0), lq=5, lk=23, offset=18),
+    Case("causal, decoding", Mask.causal, lambda: Rule(right=0), lq=1, lk=23, offset=22),
+    Case("causal, decoding in a longer buffer", Mask.causal, lambda: Rule(right=0), lq=1, lk=23, offset=10),
+    Case("causal, first rows see nothing", Mask.causal, lambda: Rule(right=0), offset=-4),
+    Case("causal, no row sees anything", Mask.causal, lambda: Rule(right=0), lq=3, offset=-4),
+    Case("causal, past all keys", Mask.causal, lambda: Rule(right=0), offset=40),
+    Case("band", lambda: Mask.band(3, 2), lambda: Rule(left=3, right=2)),
+    Case("band, left only", lambda: Mask.band(3, None), lambda: Rule(left=3)),
+    Case("band, itself only", lambda: Mask.band(0, 0), lambda: Rule(left=0, right=0)),
+    Case("band, past all keys", lambda: Mask.band(3, 0), lambda: Rule(left=3, right=0), lq=5, offset=17),
+    Case("window", lambda: Mask.causal(window=4), lambda: Rule(left=3, right=0)),
+    Case("window, decoding", lambda: Mask.causal(window=4), lambda: Rule(left=3, right=0), lq=1, offset=18),
+    Case("window, chunk", lambda: Mask.causal(window=4), lambda: Rule(left=3, right=0), lq=5, lk=23, offset=11),
+    Case("window at least the length", lambda: Mask.causal(window=19), lambda: Rule(left=18, right=0)),
+    Case("sliding", lambda: Mask.sliding(6), lambda: Rule(left=3, right=3)),
+    Case("window and sinks", lambda: Mask.causal(4, sink_tokens=2), lambda: Rule(left=3, right=0, sink_tokens=2)),
+    Case(
+        "window and sinks, decoding",
+        lambda: Mask.causal(4, sink_tokens=2),
+        lambda: Rule(left=3, right=0, sink_tokens=2),
+        lq=1,
+        offset=18,
+    ),
+    Case("lengths", lambda: Mask.padding(torch.tensor([11, 0])), lambda: Rule(keep=_lengths([11, 0], 19))),
+    Case(
+        "lengths, causal",
+        lambda: Mask.padding(torch.tensor([11, 3])) & Mask.causal(),
+        lambda: Rule(right=0, keep=_lengths([11, 3], 19)),
+    ),
+    Case("left padding, causal", lambda: _keep(KEEP_LEFT) & Mask.causal(), lambda: Rule(right=0, keep=KEEP_LEFT)),
+    Case(
+        "left padding, decoding",
+        lambda: _keep(KEEP_LEFT) & Mask.causal(),
+        lambda: Rule(right=0, keep=KEEP_LEFT),
+        lq=1,
+        offset=18,
+    ),
+    Case("holes", lambda: _keep(KEEP_HOLES), lambda: Rule(keep=KEEP_HOLES)),
+    Case(
+        "holes, window and sinks",
+        lambda: Mask.causal(4, sink_tokens=2) & _keep(KEEP_HOLES),
+        lambda: Rule(left=3, right=0, sink_tokens=2, keep=KEEP_HOLES),
+    ),
+    Case("documents", lambda: Mask.documents(torch.tensor(IDS)), lambda: Rule(documents=IDS)),
+    Case(
+        "documents, window",
+        lambda: Mask.documents(torch.tensor(IDS)) & Mask.causal(4),
+        lambda: Rule(left=3, right=0, documents=IDS),
+    ),
+    Case(
+        "documents, chunk",
+        lambda: Mask.documents(torch.tensor(IDS)) & Mask.causal(4),
+        lambda: Rule(left=3, right=0, documents=IDS),
+        lq=5,
+        offset=9,
+    ),
+    Case("dense", lambda: Mask.dense(ALLOW), lambda: Rule(allow=ALLOW)),
+    Case("dense, shared", lambda: Mask.dense(ALLOW_SHARED), lambda: Rule(allow=ALLOW_SHARED)),
+    Case(
+        "everything at once",
+        lambda: (
+            Mask.dense(ALLOW)
+            & Mask.causal(9, sink_tokens=3)
+            & _keep(KEEP_LEFT)
+            & Mask.documents(torch.tensor(IDS))
+            & Mask.padding(torch.tensor([18, 17]))
+        ),
+        lambda: Rule(
+            left=8,
+            right=0,
+            sink_tokens=3,
+            keep=[[a and b for a, b in zip(x, y, strict=True)] for x, y in zip(KEEP_LEFT, _lengths([18, 17], 19))],
+            documents=IDS,
+            allow=ALLOW,
+        ),
+    ),
+]
+
+LONG_WINDOWS = [
+    Case(
+        "long window",
+        lambda: Mask.causal(window=6),
+        lambda: Rule(left=5, right=0),
+        lq=LONG,
+        lk=LONG,
+        batch=1,
+        heads=3,
+        kv_heads=1,
+    ),
+    Case(
+        "long sliding",
+        lambda: Mask.sliding(10),
+        lambda: Rule(left=5, right=5),
+        lq=LONG,
+        lk=LONG,
+        heads=2,
+        value_width=7,
+    ),
+    Case(
+        "long window and sinks",
+        lambda: Mask.causal(6, sink_tokens=3),
+        lambda: Rule(left=5, right=0, sink_tokens=3),
+        lq=LONG,
+        lk=LONG,
+        heads=2,
+        sinks=True,
+    ),
+    Case(
+        "long window, holes and sinks",
+        lambda: Mask.sliding(6, sink_tokens=2) & _keep(KEEP_LONG) & Mask.padding(torch.tensor([190, 120])),
+        lambda: Rule(
+            left=3,
+            right=3,
+            sink_tokens=2,
+            keep=[
+                [a and b for a, b in zip(x, y, strict=True)] for x, y in zip(KEEP_LONG, _lengths([190, 120], LONG))
+            ],
+        ),
+        lq=LONG,
+        lk=LONG,
+        heads=2,
+    ),
+    Case(
+        "long window, documents",
+        lambda: Mask.sliding(10) & Mask.documents(torch.tensor(IDS_LONG)),
+        lambda: Rule(left=5, right=5, documents=IDS_LONG),
+        lq=LONG,
+        lk=LONG,
+        heads=2,
+    ),
+    Case(
+        "long window, alibi",
+        lambda: Mask.causal(6),
+        lambda: Rule(left=5, right=0),
+        lq=LONG,
+        lk=LONG,
+        heads=2,
+        alibi=True,
+    ),
+    Case(
+        "long window, chunk",
+        lambda: Mask.causal(6, sink_tokens=1),
+        lambda: Rule(left=5, right=0, sink_tokens=1),
+        lq=140,
+        lk=LONG,
+        offset=50,
+        heads=2,
+    ),
+    Case(
+        "long window, first rows see nothing",
+        lambda: Mask.sliding(4),
+        lambda: Rule(left=2, right=2),
+        lq=LONG,
+        lk=LONG,
+        offset=-9,
+        heads=2,
+    ),
+]
+
+SCORES = [
+    Case("scale", scale=0.37),
+    Case("scale of 0", scale=0.0),
+    Case("softcap", softcap=1.5),
+    Case("bias", bias_shape=(B, H, 19, 19)),
+    Case("bias per head", bias_shape=(H, 1, 19)),
+    Case("bias per query", Mask.causal, lambda: Rule(right=0), bias_shape=(19, 1)),
+    Case("bias of -inf", bias_shape=(1, H, 19, 19), bias_hides=True),
+    Case("bias, decoding", Mask.causal, lambda: Rule(right=0), lq=1, offset=11, bias_shape=(B, 1, 1, 19)),
+    Case("alibi", Mask.causal, lambda: Rule(right=0), alibi=True),
+    Case("alibi, chunk", Mask.causal, lambda: Rule(right=0), lq=5, offset=14, alibi=True),
+    Case("alibi both ways", alibi=True, lq=7, offset=6),
+    Case("sinks", sinks=True),
+    Case("sinks, causal", Mask.causal, lambda: Rule(right=0), sinks=True),
+    Case("sinks, rows that see nothing", Mask.causal, lambda: Rule(right=0), offset=-4, sinks=True),
+    Case("sinks, lengths", lambda: Mask.padding(torch.tensor([11, 0])), lambda: Rule(keep=_lengths([11, 0], 19)), sinks=True),
+    Case(
+        "every score",
+        lambda: Mask.causal(9, sink_tokens=2) & _keep(KEEP_LEFT),
+        lambda: Rule(left=8, right=0, sink_tokens=2, keep=KEEP_LEFT),
+        scale=0.4,
+        softcap=2.0,
+        bias_shape=(H, 19, 19),
+        alibi=True,
+        sinks=True,
+    ),
+]
+
+SHAPES = [
+    Case("multi-head", Mask.causal, lambda: Rule(right=0), kv_heads=6),
+    Case("multi-query", Mask.causal, lambda: Rule(right=0), kv_heads=1),
+    Case("group of 3", Mask.causal, lambda: Rule(right=0), heads=3, kv_heads=1),
+    Case("group of 5", Mask.causal, lambda: Rule(right=0), heads=5, kv_heads=1),
+    Case("group of 7", Mask.causal, lambda: Rule(right=0), heads=7, kv_heads=1, batch=1),
+    Case("narrow values", value_width=5, lk=23),
+    Case("wide values", Mask.causal, lambda: Rule(right=0), value_width=29),
+    Case("wide values, sinks", Mask.causal, lambda: Rule(right=0), value_width=29, sinks=True),
+    Case("narrow values, sinks", value_width=5, sinks=True),
+    Case("width 64", Mask.causal, lambda: Rule(right=0), width=64, value_width=64),
+    Case("width 1", width=1, value_width=1),
+]
+
+CASES = [*MASKS, *LONG_WINDOWS, *SCORES, *SHAPES]
+assert len({case.name for case in CASES}) == len(CASES)
