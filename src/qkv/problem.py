@@ -153,24 +153,26 @@ def trim(problem: Problem) -> Problem:
 
 
 def _check_tensors(who: str, q: Tensor, k: Tensor, v: Tensor) -> None:
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{who}: {name} must be a tensor; got {type(tensor).__name__}.")
-        if tensor.dim() != 4:
-            raise ValueError(
-                f"{who}: {name} must have 4 dimensions (batch, heads, length, width); got shape {tuple(tensor.shape)}."
-            )
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        got = ", ".join(type(x).__name__ for x in (q, k, v))
+        raise TypeError(f"{who}: q, k and v must be tensors; got {got}.")
+    if not (q.dim() == k.dim() == v.dim() == 4):
+        got = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+        raise ValueError(
+            f"{who}: q, k and v must have 4 dimensions (batch, heads, length, width); got shapes {got}."
+        )
     batch, heads, _, width = q.shape
     k_batch, kv_heads, lk, k_width = k.shape
-    if k_batch != batch or v.shape[0] != batch:
+    v_batch, v_heads, lv, _ = v.shape
+    if not (batch == k_batch == v_batch):
         raise ValueError(
-            f"{who}: q, k and v must have the same batch; got {batch}, {k_batch} and {v.shape[0]}. "
+            f"{who}: q, k and v must have the same batch; got {batch}, {k_batch} and {v_batch}. "
             "Expand the one that is shared: k.expand(batch, -1, -1, -1) copies nothing."
         )
-    if v.shape[1] != kv_heads or v.shape[2] != lk:
+    if v_heads != kv_heads or lv != lk:
         raise ValueError(
             f"{who}: k and v must have the same heads and length; "
-            f"got k with {kv_heads} heads and {lk} keys, v with {v.shape[1]} heads and {v.shape[2]} values."
+            f"got k with {kv_heads} heads and {lk} keys, v with {v_heads} heads and {lv} values."
         )
     if k_width != width:
         raise ValueError(f"{who}: q and k must have the same width; got {width} and {k_width}.")
@@ -182,11 +184,12 @@ def _check_tensors(who: str, q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _check_dtypes(who: str, q: Tensor, k: Tensor, v: Tensor) -> None:
-    if not (q.dtype == k.dtype == v.dtype):
-        raise ValueError(f"{who}: q, k and v must have the same dtype; got {q.dtype}, {k.dtype} and {v.dtype}.")
-    if q.dtype not in DTYPES:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise ValueError(f"{who}: q, k and v must be one of {names}; got {q.dtype}.")
+    dtype = q.dtype
+    if not (dtype is k.dtype is v.dtype):
+        raise ValueError(f"{who}: q, k and v must have the same dtype; got {dtype}, {k.dtype} and {v.dtype}.")
+    if dtype not in DTYPES:
+        names = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
+        raise ValueError(f"{who}: q, k and v must be one of {names}; got {dtype}.")
     if not (q.device == k.device == v.device):
         raise ValueError(f"{who}: q, k and v must be on the same device; got {q.device}, {k.device} and {v.device}.")
 

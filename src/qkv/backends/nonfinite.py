@@ -58,8 +58,8 @@ def _can_read(tensor: Tensor) -> bool:
 def _all_finite(tensor: Tensor) -> bool:
     # A sum is finite only if all its terms are, and costs a seventh of isfinite().all(). Where it overflows, the
     # answer is a false alarm: correct, only slower.
-    dtype = torch.float32 if tensor.dtype == torch.float16 else None
-    return math.isfinite(tensor.sum(dtype=dtype).item())
+    total = tensor.sum() if tensor.dtype is not torch.float16 else tensor.sum(dtype=torch.float32)
+    return math.isfinite(total.item())
 
 
 def _poison(problem: Problem) -> Poison:

@@ -10,6 +10,7 @@ from typing_extensions import Self
 from qkv import functional
 from qkv.cache import Cache, CrossKVCache, Keys
 from qkv.layers import torch_mha
+from qkv.layers.projection import project
 from qkv.layers.rotary import RotaryEmbedding
 from qkv.masks import FULL, Mask
 
@@ -192,8 +193,7 @@ class Attention(nn.Module):
             dropout=self.dropout if self.training else 0.0,
             backend=self.backend,
         )
-        projected: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
-        return projected
+        return project(self.out_proj, out.transpose(1, 2).flatten(2))
 
     def attention_weights(
         self, x: Tensor, context: Tensor | None = None, *, mask: Mask | None = None, cache: Cache | None = None
@@ -215,7 +215,7 @@ class Attention(nn.Module):
         who = type(self).__name__
         if x.dim() != 3 or x.shape[2] != self.embed_dim:
             raise ValueError(f"{who}: x must be (B, L, {self.embed_dim}); got shape {tuple(x.shape)}.")
-        q = self._heads(self.q_proj(x), self.num_heads, self.q_norm)
+        q = self._heads(project(self.q_proj, x), self.num_heads, self.q_norm)
         if self.context_dim is None:
             q, keys = self._self_keys(x, q, context, cache)
         else:
@@ -264,13 +264,13 @@ class Attention(nn.Module):
         return Keys(k, v, None) if cache is None else cache.append(k, v)
 
     def _keys(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        k = self._heads(self.k_proj(source), self.num_kv_heads, self.k_norm)
-        return k, self._heads(self.v_proj(source), self.num_kv_heads, None)
+        k = self._heads(project(self.k_proj, source), self.num_kv_heads, self.k_norm)
+        return k, self._heads(project(self.v_proj, source), self.num_kv_heads, None)
 
     @staticmethod
     def _heads(x: Tensor, heads: int, norm: Callable[[Tensor], Tensor] | None) -> Tensor:
         """(B, L, heads * width) to (B, heads, L, width), as a view."""
-        x = x.unflatten(2, (heads, -1)).transpose(1, 2)
+        x = x.view(*x.shape[:2], heads, -1).transpose(1, 2)
         return x if norm is None else norm(x)
 
     @classmethod

@@ -1,0 +1,143 @@
+"""transformers' masks in our words: `make_mask` recognises a mask function instead of evaluating it.
+
+transformers describes a mask as a closure over (batch, head, query, key) and evaluates it into a dense boolean. The
+closures of its own module are told apart by their code, and their parameters read from their cells.
+"""
+
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from qkv.masks import FULL, Mask
+
+MaskFunction = Callable[..., Any]
+
+
+class MaskTensor(torch.Tensor):
+    """A boolean ``(B, 1, Lq, Lk)`` that is a `Mask` and an offset, written out only if somebody computes with it.
+
+    transformers' models pass a mask on as a tensor, and some cut or combine it on the way: these get the dense one.
+    """
+
+    mask: Mask
+    offset: int
+
+    @staticmethod
+    def __new__(
+        cls, mask: Mask, offset: int, shape: tuple[int, int, int, int], device: torch.device | str
+    ) -> "MaskTensor":
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=torch.device(device))
+        self.mask = mask
+        self.offset = offset
+        return self
+
+    def dense(self) -> Tensor:
+        """The mask written out."""
+        seen = self.mask.visible(self.shape[2], self.shape[3], self.offset, device=self.device)
+        return seen.expand(self.shape).contiguous()
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        return f"MaskTensor({self.mask!r}, offset={self.offset}, shape={tuple(self.shape)})"
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        def written(value: object) -> object:
+            return value.dense() if isinstance(value, MaskTensor) else value
+
+        return func(*tree_map(written, args), **tree_map(written, kwargs or {}))
+
+
+def make_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: MaskFunction | None = None,
+    attention_mask: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    **options: Any,
+) -> Tensor:
+    """The mask function that transformers' models call; signature and meaning as of ``masking_utils.sdpa_mask``.
+
+    Returns:
+        a `MaskTensor` where ``mask_function`` is recognised, else the dense boolean.
+    """
+    from transformers import masking_utils
+
+    mask_function = mask_function or masking_utils.causal_mask_function
+    mask = None if torch.compiler.is_compiling() else recognise(mask_function)
+    if mask is None:
+        options |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        dense: Tensor = masking_utils.sdpa_mask(
+            batch_size,
+            q_length,
+            kv_length,
+            q_offset,
+            kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            device=device,
+            **options,
+        )
+        return dense
+    keep = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    if keep is not None:
+        keep = keep[:, kv_offset : kv_offset + kv_length].bool()
+        if not keep.all():
+            mask = mask & Mask.padding(keep)
+    return MaskTensor(mask, int(q_offset) - kv_offset, (batch_size, 1, q_length, kv_length), device)
+
+
+def recognise(mask_function: MaskFunction) -> Mask | None:
+    """The `Mask` that shows the same keys, or None for a function that is not one of transformers' own."""
+    return _recognise(mask_function, within_documents=False)
+
+
+def _recognise(function: MaskFunction, *, within_documents: bool) -> Mask | None:
+    from transformers import masking_utils
+
+    if function is masking_utils.causal_mask_function:
+        return Mask.causal()
+    if function is masking_utils.bidirectional_mask_function:
+        return FULL
+    kind = _kinds().get(getattr(function, "__code__", None))
+    if kind is None:
+        return None
+    cells = dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in function.__closure__), strict=True))
+    if kind == "and":
+        parts = cells["mask_functions"]
+        packed = within_documents or any(_kinds().get(getattr(part, "__code__", None)) == "packed" for part in parts)
+        masks = [_recognise(part, within_documents=packed) for part in parts]
+        return None if None in masks else functools.reduce(operator.and_, masks, FULL)
+    if kind == "window":
+        return Mask.band(cells["sliding_window"] - 1, None)
+    if kind == "window both ways":
+        return Mask.band(cells["sliding_window"], cells["sliding_window"])
+    if kind == "packed":
+        return Mask.documents(cells["packed_sequence_mask"])
+    # Positions that restart in each document: distances within one are those of the row.
+    return _recognise(cells["mask_function"], within_documents=True) if within_documents else None
+
+
+@functools.cache
+def _kinds() -> dict[object, str]:
+    """transformers' closures by their code."""
+    from transformers import masking_utils as theirs
+
+    nothing = torch.zeros(1, 1, dtype=torch.int64)
+    closures = {
+        "and": theirs.and_masks(theirs.causal_mask_function),
+        "window": theirs.sliding_window_overlay(1),
+        "window both ways": theirs.sliding_window_bidirectional_overlay(1),
+        "packed": theirs.packed_sequence_mask_function(nothing),
+        "restarting positions": theirs.remap_positions_for_packed_sequence(theirs.causal_mask_function, nothing),
+    }
+    return {closure.__code__: kind for kind, closure in closures.items()}
