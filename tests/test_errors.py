@@ -1,0 +1,132 @@
+"""Wrong calls: the message names the argument, what was required, what was given and what to do."""
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import qkv
+from qkv import Mask
+
+Q, K, V = torch.randn(2, 6, 5, 8), torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 4)
+X, CONTEXT = torch.randn(2, 5, 24), torch.randn(2, 7, 10)
+BOOLEAN = torch.ones(5, 7, dtype=torch.bool)
+
+ATTENTION = [
+    (lambda: qkv.attention(Q[0], K, V), ValueError, "4 dimensions (batch, heads, length, width); got shapes (6, 5, 8)"),
+    (lambda: qkv.attention(Q.tolist(), K, V), TypeError, "q, k and v must be tensors; got list, Tensor, Tensor"),
+    (lambda: qkv.attention(Q[:, :4], K, V), ValueError, "the 4 query heads of q must be a multiple of the 3 heads"),
+    (lambda: qkv.attention(Q[:1], K, V), ValueError, "must have the same batch; got 1, 2 and 2. Expand"),
+    (lambda: qkv.attention(Q, K, V[:1]), ValueError, "must have the same batch; got 2, 2 and 1"),
+    (lambda: qkv.attention(Q, K[..., :6], V), ValueError, "q and k must have the same width; got 8 and 6"),
+    (lambda: qkv.attention(Q, K, V[:, :, :6]), ValueError, "k with 3 heads and 7 keys, v with 3 heads and 6 values"),
+    (lambda: qkv.attention(Q, K, V[:, :1]), ValueError, "k with 3 heads and 7 keys, v with 1 heads and 7 values"),
+    (lambda: qkv.attention(Q, K.double(), V), ValueError, "torch.float32, torch.float64 and torch.float32"),
+    (lambda: qkv.attention(Q.int(), K.int(), V.int()), ValueError, "one of float32, bfloat16, float16, float64; got torch.int32"),
+    (lambda: qkv.attention(Q, K.to("meta"), V), ValueError, "same device; got cpu, meta and cpu"),
+    (
+        lambda: qkv.attention(Q, K, V, mask=Mask.causal()),
+        ValueError,
+        "Mask.band(left=None, right=0) depends on where the 5 queries stand among the 7 keys, and offset is not given. "
+        "offset=0 aligns the first query with the first key (top-left: torch's is_causal); "
+        "offset=2 aligns the last query with the last key (bottom-right: flash-attn, decoding).",
+    ),
+    (lambda: qkv.attention(Q, K, V, alibi=torch.ones(6)), ValueError, "alibi depends on where the 5 queries stand"),
+    (lambda: qkv.attention(Q, K, V, mask=Mask.causal(), offset=2.0), TypeError, "offset must be an int, the position of the first query; got 2.0"),
+    (lambda: qkv.attention(Q, K, V, mask=BOOLEAN), TypeError, "mask must be a qkv.Mask; got Tensor. Use Mask.dense(allow)"),
+    (lambda: qkv.attention(Q, K, V, mask="causal"), TypeError, "mask must be a qkv.Mask; got str. Use Mask.causal()"),
+    (lambda: qkv.attention(Q, K, V, mask=Mask.dense(BOOLEAN[:, :6])), ValueError, "mask's dense allow must fit (2, 6, 5, 7); got shape (1, 1, 5, 6)"),
+    (lambda: qkv.attention(Q, K, V, mask=Mask.padding(BOOLEAN[:2, :6])), ValueError, "mask's padding keep must fit (2, 7); got shape (2, 6)"),
+    (lambda: qkv.attention(Q, K, V, mask=Mask.padding(torch.ones(3, dtype=int))), ValueError, "mask's padding lengths must fit (2,); got shape (3,)"),
+    (lambda: qkv.attention(Q, K, V, mask=Mask.documents(torch.zeros(2, 5, dtype=int)), offset=0), ValueError, "mask's documents ids must fit (2, 7); got shape (2, 5)"),
+    (lambda: qkv.attention(Q, K, V, mask=Mask.documents(torch.zeros(2, 7, dtype=int)), offset=4), ValueError, "documents mask of 7 positions must cover the queries; got offset=4 and 5 queries"),
+    (lambda: qkv.attention(Q, K, V, mask=Mask.padding(torch.ones(2, 7, dtype=torch.bool, device="meta"))), ValueError, "mask is on meta, q on cpu; use mask.to('cpu')"),
+    (lambda: qkv.attention(Q, K, V, bias=torch.ones(5, 6)), ValueError, "bias must broadcast to (2, 6, 5, 7); got shape (5, 6)"),
+    (lambda: qkv.attention(Q, K, V, bias=BOOLEAN), TypeError, "bias must be a floating-point tensor, added to the scores; got torch.bool"),
+    (lambda: qkv.attention(Q, K, V, bias=torch.ones(5, 7, device="meta")), ValueError, "bias must be on the device of q; got meta and cpu"),
+    (lambda: qkv.attention(Q, K, V, sink_logits=torch.ones(3)), ValueError, "sink_logits must be floating-point of shape (6,), one a query head; got torch.float32 (3,)"),
+    (lambda: qkv.attention(Q, K, V, sink_logits=0.5), ValueError, "sink_logits must be floating-point of shape (6,), one a query head; got 0.5"),
+    (lambda: qkv.attention(Q, K, V, alibi=torch.ones(6, device="meta"), offset=0), ValueError, "alibi must be on the device of q; got meta and cpu"),
+    (lambda: qkv.attention(Q, K, V, softcap=0.0), ValueError, "softcap must be a positive number or None; got 0.0"),
+    (lambda: qkv.attention(Q, K, V, dropout=1.0), ValueError, "dropout must be a probability in [0, 1); got 1.0"),
+    (lambda: qkv.attention_with_lse(Q[0], K, V), ValueError, "attention_with_lse: q, k and v must have 4 dimensions"),
+    (lambda: qkv.attention_weights(Q[0], K), ValueError, "attention_weights: q, k and v must have 4 dimensions"),
+    (lambda: qkv.explain(Q[0], K, V), ValueError, "explain: q, k and v must have 4 dimensions"),
+    (lambda: qkv.merge([]), ValueError, "partials must hold at least one (out, lse); got none"),
+    (lambda: qkv.merge([(Q, Q[..., 0]), (K, K[..., 0])]), ValueError, "got out (2, 3, 7, 8) with lse (2, 3, 7), beside a first out (2, 6, 5, 8)"),
+]
+
+LAYERS = [
+    (lambda: qkv.Attention(24, 6, num_kv_heads=4), ValueError, "Attention: num_heads must be a multiple of num_kv_heads, both at least 1; got num_heads=6 and num_kv_heads=4"),
+    (lambda: qkv.GroupedQueryAttention(24, 6, 0), ValueError, "GroupedQueryAttention: num_heads must be a multiple of num_kv_heads, both at least 1; got num_heads=6 and num_kv_heads=0"),
+    (lambda: qkv.CausalAttention(25, 6), ValueError, "CausalAttention: embed_dim must be a multiple of num_heads unless head_dim is given; got embed_dim=25 and num_heads=6"),
+    (lambda: qkv.MultiHeadAttention(24, 6, dropout=1.5), ValueError, "dropout must be a probability in [0, 1); got 1.5"),
+    (lambda: qkv.CrossAttention(24, 6, rotary=qkv.RotaryEmbedding(4)), ValueError, "rotary has no meaning between two sequences"),
+    (lambda: qkv.Attention(24, 6, rotary=qkv.RotaryEmbedding(8)), ValueError, "rotary must be for head_dim=4; got 8"),
+    (lambda: qkv.SlidingWindowAttention(24, 6, 5), ValueError, "Mask.sliding: window must be even"),
+    (lambda: qkv.SlidingWindowAttention(24, 6, 0, causal=True), ValueError, "Mask.causal: window must be at least 1"),
+    (lambda: qkv.RotaryEmbedding(8, rotary_dim=3), ValueError, "rotary_dim must be even and at most head_dim=8; got 3"),
+    (lambda: qkv.RotaryEmbedding(8, rotary_dim=10), ValueError, "rotary_dim must be even and at most head_dim=8; got 10"),
+    (lambda: qkv.RotaryEmbedding(8, frequencies=torch.ones(3)), ValueError, "frequencies must be (4,), one a pair of channels; got shape (3,)"),
+    (lambda: qkv.RotaryEmbedding(8)(torch.ones(1, 1, 2, 6)), ValueError, "x must have width 8; got shape (1, 1, 2, 6)"),
+    (lambda: qkv.Attention(24, 6)(X[0]), ValueError, "Attention: x must be (B, L, 24); got shape (5, 24)"),
+    (lambda: qkv.Attention(24, 6)(CONTEXT), ValueError, "Attention: x must be (B, L, 24); got shape (2, 7, 10)"),
+    (lambda: qkv.CausalAttention(24, 6)(X, X), ValueError, "CausalAttention: it attends to its own input and takes no context; got one of shape (2, 5, 24)"),
+    (lambda: qkv.CrossAttention(24, 6)(X), ValueError, "context must be given, (B, Lk, 24), or a CrossKVCache that holds one"),
+    (lambda: qkv.CrossAttention(24, 6)(X, cache=qkv.CrossKVCache()), ValueError, "context must be given, (B, Lk, 24)"),
+    (lambda: qkv.CrossAttention(24, 6)(X, CONTEXT), ValueError, "context must be (2, Lk, 24); got shape (2, 7, 10)"),
+    (lambda: qkv.CrossAttention(24, 6)(X, X[:1]), ValueError, "context must be (2, Lk, 24); got shape (1, 5, 24)"),
+    (lambda: qkv.CrossAttention(24, 6)(X, X, cache=qkv.KVCache()), TypeError, "cache must be a CrossKVCache in cross-attention; got KVCache"),
+    (lambda: qkv.CausalAttention(24, 6)(X, cache=qkv.CrossKVCache()), TypeError, "cache must be a KVCache or SlidingKVCache in self-attention; got a CrossKVCache"),
+    (lambda: qkv.CausalAttention(24, 6)(X, cache=qkv.SlidingKVCache(4)), ValueError, "SlidingKVCache(window=4, sink_tokens=0) drops keys that Mask.band(left=None, right=0) shows. Use Mask.causal(window=4, sink_tokens=0), or a KVCache"),
+    (lambda: qkv.SlidingWindowAttention(24, 6, 5, causal=True)(X, cache=qkv.SlidingKVCache(4)), ValueError, "drops keys that Mask.band(left=4, right=0) shows"),
+]
+
+K1 = torch.randn(2, 3, 1, 8)
+
+
+def second_append(cache: qkv.KVCache | qkv.SlidingKVCache | qkv.CrossKVCache, k: torch.Tensor) -> Callable[[], object]:
+    def run() -> None:
+        cache.append(K1, K1)
+        cache.append(k, k)
+
+    return run
+
+
+CACHES = [
+    (lambda: qkv.KVCache(capacity=0), ValueError, "capacity must be at least 1 token, or None to grow; got 0"),
+    (lambda: qkv.SlidingKVCache(0), ValueError, "window must be at least 1 key, the query's own; got 0"),
+    (lambda: qkv.SlidingKVCache(4, -1), ValueError, "sink_tokens must be at least 0; got -1"),
+    (lambda: qkv.KVCache().append(K1[0], K1[0]), ValueError, "k must be (B, Hkv, L, width); got shape (3, 1, 8)"),
+    (lambda: qkv.KVCache().append(K1, K1[:1]), ValueError, "k and v must agree in batch, heads and length; got (2, 3, 1, 8) and (1, 3, 1, 8)"),
+    (second_append(qkv.KVCache(), K1[:1]), ValueError, "KVCache: k must be (2, 3, L, 8) in torch.float32 on cpu, as at the first append; got (1, 3, 1, 8) in torch.float32 on cpu. Make one cache for each layer and batch"),
+    (second_append(qkv.SlidingKVCache(4), K1[..., :6]), ValueError, "SlidingKVCache: k must be (2, 3, L, 8) in torch.float32 on cpu, as at the first append; got (2, 3, 1, 6)"),
+    (second_append(qkv.KVCache(), K1.double()), ValueError, "got (2, 3, 1, 8) in torch.float64"),
+    (second_append(qkv.KVCache(), K1.to("meta")), ValueError, "got (2, 3, 1, 8) in torch.float32 on meta"),
+    (second_append(qkv.KVCache(capacity=3), K1.expand(-1, -1, 3, -1)), ValueError, "KVCache: 1 of 3 tokens are taken, and 3 more do not fit. Give a larger capacity, or None to grow"),
+    (second_append(qkv.CrossKVCache(), K1), ValueError, "CrossKVCache: it already holds a context of 1 tokens; got 1 more"),
+    (lambda: qkv.CrossKVCache().keys(), ValueError, "CrossKVCache: it is empty; call the layer with a context first"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), [*ATTENTION, *LAYERS, *CACHES])
+def test_wrong_calls_say_what_is_wrong(call: Callable[[], object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        call()
+
+
+def test_a_cache_refused_keeps_what_it_held() -> None:
+    cache = qkv.KVCache(capacity=3)
+    cache.append(K1, K1)
+    with pytest.raises(ValueError, match="do not fit"):
+        cache.append(K1.expand(-1, -1, 3, -1), K1.expand(-1, -1, 3, -1))
+    keys = cache.append(2 * K1, 2 * K1)
+    assert torch.equal(keys.k, torch.cat([K1, 2 * K1], dim=2)) and cache.length == 2
+
+
+def test_a_cross_cache_notices_another_context() -> None:
+    layer, cache = qkv.CrossAttention(24, 6), qkv.CrossKVCache()
+    layer(X, X, cache=cache)
+    with pytest.raises(ValueError, match="cache holds a context of 5 tokens; got another of 4"):
+        layer(X, X[:, :4], cache=cache)
