@@ -264,8 +264,13 @@ class Mask:
 
     def key_range(self, lq: int, lk: int, offset: int) -> tuple[int, int]:
         """First key and one past the last key that the interval shows to any of the queries."""
-        stop = lk if self.right is None else max(0, min(lk, offset + lq + self.right))
-        start = 0 if self.left is None or self.sink_tokens else max(0, min(stop, offset - self.left))
+        # Comparisons instead of min and max: with symbolic lengths, a compiler decides the former.
+        stop = lk
+        if self.right is not None and offset + lq + self.right < lk:
+            stop = max(0, offset + lq + self.right)
+        start = 0
+        if self.left is not None and not self.sink_tokens and offset > self.left:
+            start = min(stop, offset - self.left)
         return start, stop
 
     def simplified(self, lq: int, lk: int, offset: int) -> "Mask":

@@ -105,7 +105,7 @@ def pose(
         ValueError: for shapes, dtypes, devices and numbers that do not fit together.
     """
     _check_tensors(who, q, k, v)
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+    if not q.is_meta and torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     _check_dtypes(who, q, k, v)

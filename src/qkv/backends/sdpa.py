@@ -30,6 +30,8 @@ def why_not(problem: Problem) -> list[str]:
 
 
 def why_rather_not(problem: Problem) -> list[str]:
+    if torch._C._are_functorch_transforms_active() and any(map(_is_batched, (problem.q, problem.k, problem.v))):
+        return ["torch.vmap has no rule for the fused kernels and would run them one by one"]
     return []
 
 
@@ -44,6 +46,16 @@ def _needs_lse(problem: Problem) -> bool:
 
 def _has_learned_bias(problem: Problem) -> bool:
     return any(score is not None and score.requires_grad for score in (problem.bias, problem.alibi))
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    """Whether vmap stands anywhere around the tensor."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
 
 
 def _fused(problem: Problem) -> Result:

@@ -1,9 +1,9 @@
 """`Attention`: one layer for every mechanism of the family."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -13,6 +13,13 @@ from qkv.layers import torch_mha
 from qkv.layers.projection import project
 from qkv.layers.rotary import RotaryEmbedding
 from qkv.masks import FULL, Mask
+
+
+class HeadNorm(nn.RMSNorm):
+    """``nn.RMSNorm`` in the dtype of its input: autocast lowers queries and keys, not gains."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class _Inputs(NamedTuple):
@@ -141,8 +148,8 @@ class Attention(nn.Module):
         self.v_proj = linear(source_dim, num_kv_heads * self.value_dim, bias)
         self.out_proj = linear(num_heads * self.value_dim, embed_dim, out_bias)
         self.rotary = rotary
-        self.q_norm = nn.RMSNorm(head_dim, eps=1e-6, device=device, dtype=dtype) if qk_norm else None
-        self.k_norm = nn.RMSNorm(head_dim, eps=1e-6, device=device, dtype=dtype) if qk_norm else None
+        self.q_norm = HeadNorm(head_dim, eps=1e-6, device=device, dtype=dtype) if qk_norm else None
+        self.k_norm = HeadNorm(head_dim, eps=1e-6, device=device, dtype=dtype) if qk_norm else None
         learned = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype)) if sink_logits else None
         self.register_parameter("sink_logits", learned)
         self.register_buffer("alibi", None if alibi is None else alibi.to(device), persistent=False)
@@ -268,7 +275,7 @@ class Attention(nn.Module):
         return k, self._heads(project(self.v_proj, source), self.num_kv_heads, None)
 
     @staticmethod
-    def _heads(x: Tensor, heads: int, norm: Callable[[Tensor], Tensor] | None) -> Tensor:
+    def _heads(x: Tensor, heads: int, norm: HeadNorm | None) -> Tensor:
         """(B, L, heads * width) to (B, heads, L, width), as a view."""
         x = x.view(*x.shape[:2], heads, -1).transpose(1, 2)
         return x if norm is None else norm(x)

@@ -1,0 +1,183 @@
+"""torch.compile, torch.export, torch.func, autocast, copies, pickles and construction without memory."""
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import qkv
+from qkv import Mask
+
+LAYERS: dict[str, Callable[[], qkv.Attention]] = {
+    "multi-head": lambda: qkv.MultiHeadAttention(24, 6),
+    "causal": lambda: qkv.CausalAttention(24, 6, num_kv_heads=2, rotary=qkv.RotaryEmbedding(4), qk_norm=True),
+    "window": lambda: qkv.SlidingWindowAttention(24, 6, 4, value_dim=3, sink_tokens=1),
+    "sinks and softcap": lambda: qkv.CausalAttention(24, 6, sink_logits=True, softcap=3.0, alibi=torch.ones(6)),
+    "sinks": lambda: qkv.CausalAttention(24, 6, num_kv_heads=1, sink_logits=True),
+}
+each_layer = pytest.mark.parametrize("name", LAYERS)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> None:
+    torch.compiler.reset()
+
+
+@each_layer
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own dependencies
+def test_compiled_without_a_graph_break_it_computes_the_same(name: str) -> None:
+    layer, x = LAYERS[name](), torch.randn(2, 11, 24, requires_grad=True)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    want, got = layer(x), compiled(x)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), x)[0] for out in (got, want)))
+    x = torch.randn(2, 13, 24)
+    torch.testing.assert_close(compiled(x), layer(x))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_to_machine_code_it_computes_the_same() -> None:
+    layer, x = LAYERS["causal"](), torch.randn(2, 11, 24, requires_grad=True)
+    compiled = torch.compile(layer, fullgraph=True)
+    mask = Mask.padding(torch.tensor([11, 7]))
+    want, got = layer(x, mask=mask), compiled(x, mask=mask)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), x)[0] for out in (got, want)))
+
+
+@pytest.mark.parametrize("cached", ["growing", "reserved", "sliding"])
+@pytest.mark.filterwarnings("ignore")
+def test_decoding_steps_do_not_recompile(cached: str) -> None:
+    window = 6 if cached == "sliding" else None
+    layer = qkv.Attention(24, 6, num_kv_heads=2, mask=Mask.causal(window), rotary=qkv.RotaryEmbedding(4)).eval()
+    make = {
+        "growing": qkv.KVCache,
+        "reserved": lambda: qkv.KVCache(capacity=64),
+        "sliding": lambda: qkv.SlidingKVCache(6),
+    }[cached]
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    x, cache = torch.randn(2, 60, 24), make()
+    with torch.no_grad():
+        want = layer(x)
+        got = [compiled(x[:, :5], cache=cache)]
+        counts = []
+        for i in range(5, 60):
+            got.append(compiled(x[:, i : i + 1], cache=cache))
+            counts.append(counter.frame_count)
+    torch.testing.assert_close(torch.cat(got, dim=1), want)
+    # Each branch of a cache (append, grow, roll) compiles once, and once more for sizes that vary; then never again.
+    assert counts[-1] == counts[30], f"compiled again while decoding: {counts}"
+    assert counts[-1] <= {"reserved": 2, "growing": 7, "sliding": 8}[cached], counts
+
+
+@each_layer
+@pytest.mark.filterwarnings("ignore")
+def test_exported_it_computes_the_same(name: str) -> None:
+    layer, x = LAYERS[name]().eval(), torch.randn(2, 11, 24)
+    length = torch.export.Dim("length", min=8, max=100)
+    program = torch.export.export(layer, (x,), dynamic_shapes={"x": {1: length}})
+    for other in (x, torch.randn(2, 17, 24)):
+        torch.testing.assert_close(program.module()(other), layer(other))
+
+
+@each_layer
+def test_vmap_over_a_stack_of_batches_equals_a_loop(name: str) -> None:
+    layer, x = LAYERS[name](), torch.randn(3, 2, 11, 24)
+    torch.testing.assert_close(torch.vmap(layer)(x), torch.stack([layer(part) for part in x]))
+
+
+@each_layer
+def test_functional_gradients_equal_those_of_autograd(name: str) -> None:
+    layer, x = LAYERS[name](), torch.randn(2, 11, 24)
+    parameters = dict(layer.named_parameters())
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, parameters, (x,)).square().sum()
+
+    got = torch.func.grad(loss)(parameters, x)
+    want = torch.autograd.grad(loss(parameters, x), list(parameters.values()))
+    torch.testing.assert_close(list(got.values()), list(want))
+
+
+def test_per_sample_gradients() -> None:
+    layer, x = LAYERS["causal"](), torch.randn(3, 7, 24)
+    parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], sample: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, parameters, (sample[None],)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    for index in range(3):
+        alone = torch.func.grad(loss)(parameters, x[index])
+        for name, grad in alone.items():
+            torch.testing.assert_close(each[name][index], grad, rtol=1e-4, atol=1e-5)
+
+
+@each_layer
+def test_under_autocast_it_computes_in_the_lower_precision(name: str) -> None:
+    layer, x = LAYERS[name](), torch.randn(2, 11, 24)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = layer(x)
+        scores = torch.randn(1, 2, 3, 4)
+        assert qkv.attention(scores, scores, scores).dtype == torch.bfloat16
+        mixed = qkv.attention(scores, scores.bfloat16(), scores)
+        assert mixed.dtype == torch.bfloat16
+    assert out.dtype == torch.bfloat16
+    assert (out.float() - layer(x)).abs().max() < 0.05 * layer(x).abs().max()
+    out.square().sum().backward()
+
+
+@each_layer
+def test_deep_copies_pickles_and_state_dicts_compute_the_same(name: str) -> None:
+    layer, x = LAYERS[name](), torch.randn(2, 11, 24)
+    want = layer(x)
+    assert torch.equal(copy.deepcopy(layer)(x), want)
+    assert torch.equal(pickle.loads(pickle.dumps(layer))(x), want)
+    other = LAYERS[name]()
+    buffer = io.BytesIO()
+    torch.save(layer.state_dict(), buffer)
+    buffer.seek(0)
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    assert torch.equal(other(x), want)
+
+
+@each_layer
+def test_built_without_memory_and_filled_later(name: str) -> None:
+    with torch.device("meta"):
+        layer = LAYERS[name]()
+    assert all(parameter.is_meta for parameter in layer.parameters())
+    assert layer(torch.randn(2, 11, 24, device="meta")).shape == (2, 11, 24)
+    source = LAYERS[name]()
+    layer.load_state_dict(source.state_dict(), assign=True)
+
+
+def test_the_device_argument_reaches_every_parameter() -> None:
+    layer = qkv.Attention(24, 6, qk_norm=True, sink_logits=True, device="meta", dtype=torch.bfloat16)
+    assert all(p.is_meta and p.dtype == torch.bfloat16 for p in layer.parameters())
+
+
+def test_hooks_and_replaced_projections_are_honoured() -> None:
+    layer, x, calls = qkv.MultiHeadAttention(24, 6), torch.randn(2, 5, 24), []
+    layer.q_proj.register_forward_hook(lambda *_: calls.append("hook"))
+    layer.k_proj.register_forward_pre_hook(lambda *_: calls.append("pre-hook"))
+    patched = layer.v_proj.forward
+    layer.v_proj.forward = lambda x: (calls.append("patched"), patched(x))[1]  # type: ignore[method-assign]
+    layer.out_proj = torch.nn.Sequential(layer.out_proj, torch.nn.Identity())
+    layer(x)
+    assert sorted(calls) == ["hook", "patched", "pre-hook"]
+    assert sum(1 for _ in layer.out_proj) == 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("backend", ["auto", "sdpa", "flex", "reference"])
+def test_on_cuda_it_computes_what_the_reference_does_on_cpu(backend: str) -> None:
+    q, k, v = torch.randn(2, 6, 300, 64), torch.randn(2, 2, 300, 64), torch.randn(2, 2, 300, 64)
+    for mask in (Mask.full(), Mask.causal(), Mask.causal(40, sink_tokens=2)):
+        want = qkv.attention(q, k, v, mask=mask, backend="reference")
+        got = qkv.attention(q.cuda(), k.cuda(), v.cuda(), mask=mask, backend=backend)
+        torch.testing.assert_close(got.cpu(), want, rtol=1e-3, atol=1e-3)
