@@ -1,13 +1,13 @@
 """The contract grid: every mask and every score option, over sizes that are primes or lie at the edge of a block."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cache
 
 import torch
+from oracle import Answer, Rule, Scores, attend
 from torch import Tensor
 
-from oracle import Answer, Rule, Scores, attend
 from qkv import Mask
 
 B, H, D = 2, 6, 13
@@ -86,7 +86,7 @@ def _between_poisoned_neighbours(tensor: Tensor) -> Tensor:
     return view
 
 
-@lru_cache(maxsize=None)
+@cache
 def answer(case: Case, dtype: torch.dtype) -> Answer:
     """The oracle's answer for the inputs as rounded to ``dtype``."""
     inputs = case.inputs(dtype)
@@ -110,6 +110,10 @@ def _keep(rows: list[list[bool]]) -> Mask:
 
 def _lengths(lengths: list[int], lk: int) -> list[list[bool]]:
     return [[j < length for j in range(lk)] for length in lengths]
+
+
+def _both(first: list[list[bool]], second: list[list[bool]]) -> list[list[bool]]:
+    return [[a and b for a, b in zip(x, y, strict=True)] for x, y in zip(first, second, strict=True)]
 
 
 MASKS = [
@@ -191,7 +195,7 @@ MASKS = [
             left=8,
             right=0,
             sink_tokens=3,
-            keep=[[a and b for a, b in zip(x, y, strict=True)] for x, y in zip(KEEP_LEFT, _lengths([18, 17], 19))],
+            keep=_both(KEEP_LEFT, _lengths([18, 17], 19)),
             documents=IDS,
             allow=ALLOW,
         ),
@@ -234,9 +238,7 @@ LONG_WINDOWS = [
             left=3,
             right=3,
             sink_tokens=2,
-            keep=[
-                [a and b for a, b in zip(x, y, strict=True)] for x, y in zip(KEEP_LONG, _lengths([190, 120], LONG))
-            ],
+            keep=_both(KEEP_LONG, _lengths([190, 120], LONG)),
         ),
         lq=LONG,
         lk=LONG,
@@ -294,7 +296,12 @@ SCORES = [
     Case("sinks", sinks=True),
     Case("sinks, causal", Mask.causal, lambda: Rule(right=0), sinks=True),
     Case("sinks, rows that see nothing", Mask.causal, lambda: Rule(right=0), offset=-4, sinks=True),
-    Case("sinks, lengths", lambda: Mask.padding(torch.tensor([11, 0])), lambda: Rule(keep=_lengths([11, 0], 19)), sinks=True),
+    Case(
+        "sinks, lengths",
+        lambda: Mask.padding(torch.tensor([11, 0])),
+        lambda: Rule(keep=_lengths([11, 0], 19)),
+        sinks=True,
+    ),
     Case(
         "every score",
         lambda: Mask.causal(9, sink_tokens=2) & _keep(KEEP_LEFT),

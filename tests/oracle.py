@@ -52,9 +52,7 @@ class Answer:
     weights: Tensor
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, rule: Rule, offset: int = 0, scores: Scores | None = None
-) -> Answer:
+def attend(q: Tensor, k: Tensor, v: Tensor, rule: Rule, offset: int = 0, scores: Scores | None = None) -> Answer:
     """The answer in fp64. Masked keys are never read, so that whatever they hold cannot matter."""
     scores = scores or Scores()
     q, k, v = q.detach().double(), k.detach().double(), v.detach().double()

@@ -2,9 +2,8 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from cases import Case
+from torch import Tensor
 
 
 def visible(case: Case) -> Tensor:
@@ -21,7 +20,7 @@ def visible(case: Case) -> Tensor:
 
 
 def compute(case: Case, inputs: dict[str, Tensor]) -> Tensor:
-    """torch's fused kernel where it can express the case, else the formula in torch operations, all in one dtype."""
+    """Torch's fused kernel where it can express the case, else the formula in torch operations, all in one dtype."""
     if case.softcap is not None:
         return formula(case, inputs)[0]
     q, k, v = inputs["q"], inputs["k"], inputs["v"]
@@ -67,8 +66,8 @@ def formula(case: Case, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 def gradient_terms(case: Case, inputs: dict[str, Tensor], upstream: Tensor) -> dict[str, Tensor]:
     """The sum of the absolute terms behind each gradient, in fp64.
 
-    The rounding error of a sum is bounded by its terms, not by its value: they may cancel. With weights P, outputs O and
-    upstream dO, the terms of dV are ``P dO``, those of the scores ``P (|dO| |V| + rowsum(|dO| |O|))``.
+    The rounding error of a sum is bounded by its terms, not by its value: they may cancel. With weights P, outputs O
+    and upstream dO, the terms of dV are ``P dO``, those of the scores ``P (|dO| |V| + rowsum(|dO| |O|))``.
     """
     wide = {name: tensor.detach().double() for name, tensor in inputs.items()}
     group = case.heads // case.kv_heads

@@ -1,5 +1,7 @@
 """The sisters of `attention`, and the laws that hold between them."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,7 +25,7 @@ def test_merged_pieces_equal_the_whole(cuts: set[int], window: int | None, sinks
         qkv.attention_with_lse(
             q, k[:, :, a:b], v[:, :, a:b], mask=mask, offset=11 - a, sink_logits=logits if a == 0 else None
         )
-        for a, b in zip(edges, edges[1:], strict=False)
+        for a, b in itertools.pairwise(edges)
     ]
     out, lse = qkv.merge(pieces)
     want = qkv.attention_with_lse(q, k, v, mask=mask, offset=11, sink_logits=logits)
@@ -35,7 +37,9 @@ def test_merging_is_differentiable_through_out_and_lse() -> None:
     q, k, v = (draw(1, 2, 5, 4).requires_grad_() for _ in range(3))
 
     def halves(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return qkv.merge([qkv.attention_with_lse(q, *part) for part in zip(k.chunk(2, 2), v.chunk(2, 2), strict=True)]).out
+        return qkv.merge(
+            [qkv.attention_with_lse(q, *part) for part in zip(k.chunk(2, 2), v.chunk(2, 2), strict=True)]
+        ).out
 
     assert torch.autograd.gradcheck(halves, (q, k, v))
     for got, want in zip(
@@ -173,7 +177,7 @@ def test_an_explicit_backend_never_falls_back() -> None:
     q = torch.randn(1, 2, 4, 8)
     with pytest.raises(qkv.BackendError, match=r"attention: backend 'sdpa' cannot .*has no softcap\."):
         qkv.attention(q, q, q, softcap=3.0, backend="sdpa")
-    with pytest.raises(qkv.BackendError, match="backend 'native' cannot .*ships no compiled kernel"):
+    with pytest.raises(qkv.BackendError, match=r"backend 'native' cannot .*ships no compiled kernel"):
         qkv.attention(q, q, q, backend="native")
     with pytest.raises(qkv.BackendError, match=r"backend 'flex' cannot .*has no dropout"):
         qkv.attention(q, q, q, dropout=0.5, backend="flex")

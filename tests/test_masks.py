@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-
 from oracle import Rule
+
 from qkv import Mask
 
 LQ, LK = 7, 11
@@ -34,10 +34,7 @@ def rules(draw: st.DrawFn) -> tuple[Mask, Rule]:
 
 def written(rule: Rule, offset: int) -> torch.Tensor:
     return torch.tensor(
-        [
-            [[[rule.sees(b, h, i, j, offset) for j in range(LK)] for i in range(LQ)] for h in range(3)]
-            for b in range(2)
-        ]
+        [[[[rule.sees(b, h, i, j, offset) for j in range(LK)] for i in range(LQ)] for h in range(3)] for b in range(2)]
     )
 
 
@@ -51,11 +48,11 @@ def test_visible_is_the_rule(stated: tuple[Mask, Rule], offset: int) -> None:
 @settings(max_examples=60, deadline=None)
 @given(rules(), rules(), st.integers(0, LK - LQ))
 def test_and_shows_what_both_show(first: tuple[Mask, Rule], second: tuple[Mask, Rule], offset: int) -> None:
-    try:
-        both = first[0] & second[0]
-    except ValueError as error:
-        assert "their intersection is not a band" in str(error)
-        assume(False)
+    (a, _), (b, _) = first, second
+    if a.left is not None and b.left is not None and a.left != b.left:
+        narrow, wide = (a, b) if a.left < b.left else (b, a)
+        assume(narrow.sink_tokens <= wide.sink_tokens)
+    both = a & b
     want = first[0].visible(LQ, LK, offset) & second[0].visible(LQ, LK, offset)
     assert torch.equal(*torch.broadcast_tensors(both.visible(LQ, LK, offset), want))
 
@@ -81,9 +78,7 @@ def test_shorthands_are_the_one_primitive_and_print_as_such() -> None:
     for mask in (Mask.full(), Mask.causal(), Mask.causal(4, sink_tokens=2)):
         assert eval(repr(mask)) == mask
     both = Mask.causal() & Mask.padding(torch.ones(2, 7, dtype=torch.bool)) & Mask.padding(torch.tensor([3, 4]))
-    assert repr(both) == (
-        "Mask.band(left=None, right=0) & Mask.padding(<bool (2, 7)>) & Mask.padding(<int64 (2,)>)"
-    )
+    assert repr(both) == ("Mask.band(left=None, right=0) & Mask.padding(<bool (2, 7)>) & Mask.padding(<int64 (2,)>)")
 
 
 def test_masks_compare_and_hash_by_bounds_and_by_tensor_identity() -> None:

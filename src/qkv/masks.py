@@ -133,8 +133,7 @@ class Mask:
         """
         if ids.dtype.is_floating_point or ids.dtype == torch.bool or ids.dim() != 2:
             raise ValueError(
-                "Mask.documents: ids must be integers of shape (B, L); "
-                f"got {ids.dtype} of shape {tuple(ids.shape)}."
+                f"Mask.documents: ids must be integers of shape (B, L); got {ids.dtype} of shape {tuple(ids.shape)}."
             )
         return Mask(document_ids=ids)
 
@@ -374,7 +373,8 @@ def _same_in_both(a: Tensor, b: Tensor) -> Tensor:
     """Ids that agree exactly where both a and b agree."""
     pairs = torch.stack(torch.broadcast_tensors(a, b), dim=-1)
     _, ids = torch.unique(pairs.flatten(0, -2), dim=0, return_inverse=True)
-    return ids.view(pairs.shape[:-1])
+    shared: Tensor = ids.view(pairs.shape[:-1])
+    return shared
 
 
 FULL = Mask()

@@ -158,9 +158,7 @@ def _check_tensors(who: str, q: Tensor, k: Tensor, v: Tensor) -> None:
         raise TypeError(f"{who}: q, k and v must be tensors; got {got}.")
     if not (q.dim() == k.dim() == v.dim() == 4):
         got = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
-        raise ValueError(
-            f"{who}: q, k and v must have 4 dimensions (batch, heads, length, width); got shapes {got}."
-        )
+        raise ValueError(f"{who}: q, k and v must have 4 dimensions (batch, heads, length, width); got shapes {got}.")
     batch, heads, _, width = q.shape
     k_batch, kv_heads, lk, k_width = k.shape
     v_batch, v_heads, lv, _ = v.shape

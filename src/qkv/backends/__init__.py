@@ -3,8 +3,6 @@
 from types import ModuleType
 from typing import NamedTuple, Protocol, cast
 
-from torch import Tensor
-
 from qkv.backends import flex, native, reference, sdpa
 from qkv.backends.result import Result
 from qkv.problem import Problem
@@ -67,7 +65,7 @@ def choose(who: str, problem: Problem, backend: str) -> Backend:
                 return candidate
         raise BackendError(f"{who}: no backend can solve this call.\n{explain(problem)}")
     for candidate in BACKENDS:
-        if candidate.NAME == backend:
+        if backend == candidate.NAME:
             reasons = candidate.why_not(problem)
             if reasons:
                 raise BackendError(f"{who}: backend {backend!r} cannot solve this call: {'; '.join(reasons)}.")

@@ -7,6 +7,8 @@ from torch import Tensor
 
 
 class Result(NamedTuple):
+    """Attention, and on request the log of its normaliser."""
+
     out: Tensor
     """(B, H, Lq, Dv) in the dtype of q"""
     lse: Tensor | None

@@ -37,7 +37,8 @@ def why_rather_not(problem: Problem) -> list[str]:
 
 def run(problem: Problem) -> Result:
     clean, poison = shield(problem)
-    return restore(blocks.run(clean, _fused) if blocks.pays(clean) else _fused(clean), poison)
+    plan = blocks.plan(clean)
+    return restore(_fused(clean) if plan is None else blocks.run(clean, plan, _fused), poison)
 
 
 def _needs_lse(problem: Problem) -> bool:
@@ -121,7 +122,7 @@ def _fused_with_lse(problem: Problem, attn_mask: Tensor | None, is_causal: bool)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         blocked = attn_mask.new_zeros((), dtype=accumulation_dtype(q.dtype))
         attn_mask = torch.where(attn_mask, blocked, -torch.inf)
-    out, lse = _FlashWithLse.apply(q, k, v, attn_mask, is_causal, problem.scale)
+    out, lse = _FlashWithLse.apply(q, k, v, attn_mask, is_causal, problem.scale)  # type: ignore[no-untyped-call]
     out = out[..., :value_width]
     if attn_mask is not None:
         # torch's kernel writes 0 for rows that see nothing.
@@ -147,9 +148,10 @@ class _FlashWithLse(torch.autograd.Function):
     def forward(
         q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float
     ) -> tuple[Tensor, Tensor]:
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, is_causal, attn_mask=attn_mask, scale=scale
         )
+        return out, lse
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]

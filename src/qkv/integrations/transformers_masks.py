@@ -5,6 +5,7 @@ closures of its own module are told apart by their code, and their parameters re
 """
 
 import functools
+import inspect
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -41,7 +42,7 @@ class MaskTensor(torch.Tensor):
         seen = self.mask.visible(self.shape[2], self.shape[3], self.offset, device=self.device)
         return seen.expand(self.shape).contiguous()
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"MaskTensor({self.mask!r}, offset={self.offset}, shape={tuple(self.shape)})"
 
     @classmethod
@@ -111,7 +112,7 @@ def _recognise(function: MaskFunction, *, within_documents: bool) -> Mask | None
     kind = _kinds().get(getattr(function, "__code__", None))
     if kind is None:
         return None
-    cells = dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in function.__closure__), strict=True))
+    cells = inspect.getclosurevars(function).nonlocals
     if kind == "and":
         parts = cells["mask_functions"]
         packed = within_documents or any(_kinds().get(getattr(part, "__code__", None)) == "packed" for part in parts)
@@ -129,7 +130,7 @@ def _recognise(function: MaskFunction, *, within_documents: bool) -> Mask | None
 
 @functools.cache
 def _kinds() -> dict[object, str]:
-    """transformers' closures by their code."""
+    """Transformers' closures by their code."""
     from transformers import masking_utils as theirs
 
     nothing = torch.zeros(1, 1, dtype=torch.int64)

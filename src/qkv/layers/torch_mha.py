@@ -85,7 +85,7 @@ def _packed(layer: "Attention", module: nn.MultiheadAttention) -> dict[str, Tens
     """The state dict of the module from that of an `Attention`."""
 
     def repeated(projection: Tensor) -> Tensor:
-        heads = projection.unflatten(0, (layer.num_kv_heads, -1))
+        heads: Tensor = projection.unflatten(0, (layer.num_kv_heads, -1))
         return heads.repeat_interleave(layer.num_heads // layer.num_kv_heads, dim=0).flatten(0, 1)
 
     packed = {f"out_proj.{name}": tensor for name, tensor in layer.out_proj.state_dict().items()}
@@ -113,7 +113,7 @@ def _inexpressible(layer: "Attention") -> list[str]:
         )
     if (layer.q_proj.bias is None) != (layer.out_proj.bias is None):
         lost.append("bias for some projections alone")
-    for name in ("rotary", "q_norm", "scale", "softcap", "sink_logits", "alibi"):
-        if getattr(layer, name) is not None:
-            lost.append("qk_norm" if name == "q_norm" else name)
-    return lost
+    if layer.q_norm is not None:
+        lost.append("qk_norm")
+    names = ("rotary", "scale", "softcap", "sink_logits", "alibi")
+    return lost + [name for name in names if getattr(layer, name) is not None]

@@ -1,0 +1,87 @@
+"""The one direction of imports, and what importing costs."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "qkv"
+
+# Each layer may import itself and what stands below it. The vocabulary stands at the bottom.
+ORDER = [
+    {"qkv.masks"},
+    {"qkv.problem"},
+    {"qkv.backends"},
+    {"qkv.functional", "qkv.cache"},
+    {"qkv.layers"},
+    {"qkv.integrations"},
+    {"qkv.cli"},
+]
+
+
+def level(module: str) -> int:
+    for height, names in enumerate(ORDER):
+        if any(module == name or module.startswith(name + ".") for name in names):
+            return height
+    raise AssertionError(f"{module} has no place in the order of imports; give it one in ORDER")
+
+
+def imports(path: Path) -> set[str]:
+    """The modules of ours that a file imports, functions' own imports included."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: imports are absolute"
+            submodules = {f"{node.module}.{alias.name}" for alias in node.names}
+            known = {name for name in submodules if is_module(name)}
+            found |= known or {node.module}
+    return {name for name in found if name == "qkv" or name.startswith("qkv.")}
+
+
+def is_module(name: str) -> bool:
+    path = SOURCE.parent.joinpath(*name.split("."))
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_nothing_imports_upward(path: Path) -> None:
+    module = ".".join(path.relative_to(SOURCE.parent).with_suffix("").parts).removesuffix(".__init__")
+    for imported in imports(path) - {"qkv"}:
+        assert level(imported) <= level(module), f"{module} imports {imported}, which stands above it"
+    if "qkv" in imports(path):
+        assert level(module) >= level("qkv.cli"), f"{module} imports the package that imports it"
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_importing_qkv_loads_no_optional_dependency() -> None:
+    names = ("transformers", "matplotlib", "rich", "typer", "safetensors", "gguf", "accelerate", "triton")
+    code = f"import torch, sys; before = set(sys.modules); import qkv; print({names} & (set(sys.modules) - before))"
+    assert run(code.replace(f"{names}", f"set({names})")) == "set()"
+
+
+PUBLIC = {
+    *("attention", "attention_with_lse", "attention_weights", "merge", "explain", "BackendError"),
+    *("Mask", "KVCache", "SlidingKVCache", "CrossKVCache", "RotaryEmbedding"),
+    *("Attention", "ScaledDotProductAttention", "MultiHeadAttention", "CrossAttention", "CausalAttention"),
+    *("SlidingWindowAttention", "MultiQueryAttention", "GroupedQueryAttention"),
+}
+
+
+def test_the_public_names_are_these_and_every_one_has_a_docstring() -> None:
+    import qkv
+
+    public = {name for name, value in vars(qkv).items() if not name.startswith("_") and not inspect.ismodule(value)}
+    assert public == PUBLIC
+    for name in public:
+        assert inspect.getdoc(getattr(qkv, name)), f"qkv.{name} has no docstring"
