@@ -1,11 +1,14 @@
 """What torch itself computes for a problem, in the same dtype: the measure of how much error is allowed."""
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from cases import Case
 from torch import Tensor
 
 
+@cache
 def visible(case: Case) -> Tensor:
     """The rule written out, (B, H, Lq, Lk)."""
     rule = case.rule()
