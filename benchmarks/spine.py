@@ -1,0 +1,89 @@
+"""The bars of the spine: the cost of a call, windows that are linear, the cost of the import.
+
+python benchmarks/spine.py             measures, prints, and writes benchmarks/results/spine.json
+python benchmarks/spine.py window N    one window measurement, for the peak memory of a process of its own
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import machine
+import torch
+import torch.nn.functional as F
+from timing import interleaved
+
+import qkv
+
+RESULTS = Path(__file__).parent / "results" / "spine.json"
+
+
+def call_cost() -> dict[str, object]:
+    """`qkv.attention` and `MultiHeadAttention` against torch's, where the arithmetic is next to nothing."""
+    q, k, v = (torch.randn(1, 8, 16, 64) for _ in range(3))
+    x = torch.randn(1, 16, 64)
+    causal = qkv.Mask.causal()
+    theirs, ours = torch.nn.MultiheadAttention(64, 8, batch_first=True).eval(), qkv.MultiHeadAttention(64, 8).eval()
+    functions: dict[str, Callable[[], object]] = {
+        "scaled_dot_product_attention": lambda: F.scaled_dot_product_attention(q, k, v),
+        "qkv.attention": lambda: qkv.attention(q, k, v),
+        "scaled_dot_product_attention, causal": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+        "qkv.attention, causal": lambda: qkv.attention(q, k, v, mask=causal),
+    }
+    layers: dict[str, Callable[[], object]] = {
+        "nn.MultiheadAttention": lambda: theirs(x, x, x),
+        "nn.MultiheadAttention, need_weights=False": lambda: theirs(x, x, x, need_weights=False),
+        "qkv.MultiHeadAttention": lambda: ours(x),
+    }
+    with torch.no_grad():
+        inference = interleaved(functions) | interleaved(layers)
+    return {"inference": inference, "recording gradients": interleaved(layers)}
+
+
+def window_once(length: int) -> dict[str, float]:
+    """Forward and backward of a window of 512 over ``length`` tokens, batch 1, 8 heads of 64, fp32."""
+    layer = qkv.SlidingWindowAttention(512, 8, window=512)
+    x = torch.randn(1, length, 512, requires_grad=True)
+    times = []
+    for _ in range(4):
+        x.grad = None
+        layer.zero_grad()
+        start = time.perf_counter()
+        layer(x).sum().backward()
+        times.append(time.perf_counter() - start)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {"length": length, "seconds": round(median(times[1:]), 3), "peak_gib": round(peak, 3)}
+
+
+def windows() -> list[dict[str, float]]:
+    """Each length in a process of its own, so that its peak memory is its own."""
+    lengths = (8192, 16384, 32768, 65536)
+    command = [sys.executable, __file__, "window"]
+    runs = [subprocess.run([*command, str(n)], check=True, capture_output=True, text=True) for n in lengths]
+    return [json.loads(run.stdout) for run in runs]
+
+
+def import_cost() -> dict[str, float]:
+    """Seconds that ``import qkv`` takes after ``import torch``."""
+    code = "import torch, time; start = time.perf_counter(); import qkv; print(time.perf_counter() - start)"
+    runs = [subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True) for _ in range(9)]
+    return {"median_seconds": round(median(float(run.stdout) for run in runs), 4)}
+
+
+def main() -> None:
+    """Measures everything, in order."""
+    if sys.argv[1:2] == ["window"]:
+        print(json.dumps(window_once(int(sys.argv[2]))))
+        return
+    results = {"machine": machine.describe(), "call": call_cost(), "window": windows(), "import": import_cost()}
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    print(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Plants one bug after another into a copy of the library and runs the tests on it: each must be found.
+
+    python tests/mutants.py [NAME ...]
+
+Prints a line a bug, and exits with 1 if one survives.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+
+
+class Mutant(NamedTuple):
+    """One planted bug: in ``file``, the first ``right`` becomes ``wrong``."""
+
+    name: str
+    file: str
+    right: str
+    wrong: str
+
+
+MUTANTS = [
+    Mutant("scale dropped (reference)", "backends/reference.py", "problem.scale * (", "1.0 * ("),
+    Mutant("scale dropped (sdpa)", "backends/sdpa.py", "scale=problem.scale,", "scale=1.0,"),
+    Mutant("scale of the value width", "problem.py", "scale = q.shape[3] ** -0.5", "scale = v.shape[3] ** -0.5"),
+    Mutant("causal window one wider", "masks.py", "Mask.band(window - 1, 0", "Mask.band(window, 0"),
+    Mutant("left bound off by one", "masks.py", "near = key >= position - self.left", "near = key > position - self.left"),
+    Mutant("right bound off by one", "masks.py", "seen = key <= position + self.right", "seen = key < position + self.right"),
+    Mutant("trimmed one key short", "masks.py", "start = min(stop, offset - self.left)", "start = min(stop, offset - self.left + 1)"),
+    Mutant("a bound dropped too early", "masks.py", "offset + right >= lk - 1", "offset + right >= lk - 2"),
+    Mutant("blocks start one key late", "backends/blocks.py", "plan.start + problem.offset - plan.left", "plan.start + problem.offset - plan.left + 1"),
+    Mutant("causal aligned top-left in decoding", "backends/sdpa.py", " and problem.offset == 0 and", " and"),
+    Mutant("offset of the cache ignored", "layers/attention.py", "q, (k, v, offset), mask = self._inputs(x, context, mask, cache)\n        out", "q, (k, v, _), mask = self._inputs(x, context, mask, cache)\n        offset = 0\n        out"),
+    Mutant("rotary restarts at every chunk", "layers/attention.py", "position = 0 if cache is None else cache.length", "position = 0"),
+    Mutant("groups interleaved (reference)", "backends/reference.py", "keys = problem.k.to(dtype).repeat_interleave(problem.group, dim=1)", "keys = problem.k.to(dtype).repeat(1, problem.group, 1, 1)"),
+    Mutant("groups interleaved (sdpa)", "backends/sdpa.py", "enable_gqa=q.shape[1] != k.shape[1],", "enable_gqa=False,"),
+    Mutant("masked NaN leaks", "backends/nonfinite.py", "if problem.mask.is_full:", "if True:"),
+    Mutant("visible NaN swallowed", "backends/nonfinite.py", "if poison is None:", "if True:"),
+    Mutant("sink forgotten in the normaliser (reference)", "backends/reference.py", "total = total + (sink - top).exp()", "total = total + 0 * (sink - top).exp()"),
+    Mutant("sink forgotten in the normaliser (sdpa)", "backends/sdpa.py", "out = (out * torch.sigmoid(lse - sink)[..., None]).to(q.dtype)", "out = out.to(q.dtype)"),
+    Mutant("sink forgotten in the lse", "backends/sdpa.py", "lse = torch.logaddexp(lse, sink)", "lse = lse + 0 * sink"),
+    Mutant("sink tokens ignore the right bound", "masks.py", "seen = seen & (near | (key < self.sink_tokens) if self.sink_tokens else near)", "seen = (seen & near) | (key < self.sink_tokens)"),
+    Mutant("gradient of the lse lost", "backends/sdpa.py", "torch.cat([out, -d_lse], dim=-1)", "torch.cat([out, 0 * d_lse], dim=-1)"),
+    Mutant("softcap after the bias", "backends/reference.py", "scores = problem.softcap * torch.tanh(scores / problem.softcap)", "scores = scores"),
+    Mutant("alibi of the wrong sign", "backends/sdpa.py", "score = -penalty[None]", "score = penalty[None]"),
+    Mutant("padding inverted", "masks.py", "seen = seen & keep[:, None, None, :]", "seen = seen & ~keep[:, None, None, :]"),
+    Mutant("documents by row instead of position", "masks.py", "self.document_ids[:, offset : offset + lq]", "self.document_ids[:, :lq]"),
+    Mutant("dropout while evaluating", "layers/attention.py", "self.dropout if self.training else 0.0", "self.dropout"),
+    Mutant("sliding cache one key short", "cache.py", "start = max(sinks, keys.shape[2] - (self.window - 1))", "start = max(sinks, keys.shape[2] - (self.window - 2))"),
+    Mutant("growing cache forgets", "cache.py", "larger[:, :, :length] = buffer[:, :, :length]", "pass"),
+    Mutant("cross cache projects again", "layers/attention.py", "        if cache is not None and held:\n            if context.shape[1]", "        if False:\n            if context.shape[1]"),
+    Mutant("rotary turns the other way", "layers/rotary.py", "first * cos - second * sin, second * cos + first * sin", "first * cos + second * sin, second * cos - first * sin"),
+    Mutant("transformers' window one wider", "integrations/transformers_masks.py", 'Mask.band(cells["sliding_window"] - 1, None)', 'Mask.band(cells["sliding_window"], None)'),
+    Mutant("transformers' padding dropped", "integrations/transformers_masks.py", "if not keep.all():", "if False:"),
+    Mutant("packed weights of torch in another order", "layers/torch_mha.py", 'for name, weight in zip("qkv", weights, strict=True):\n        found', 'for name, weight in zip("kqv", weights, strict=True):\n        found'),
+]  # fmt: skip
+
+
+def survives(mutant: Mutant, folder: Path) -> bool:
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".venv", ".git", "__pycache__", ".*_cache"))
+    path = folder / "src" / "qkv" / mutant.file
+    source = path.read_text()
+    assert mutant.right in source, f"{mutant.name}: {mutant.file} no longer holds {mutant.right!r}"
+    path.write_text(source.replace(mutant.right, mutant.wrong, 1))
+    tests = [f"tests/{name}" for name in ("mechanisms", "test_masks.py", "test_functional.py", "test_rotary.py")]
+    tests += ["tests/test_contract.py", "tests/test_transformers.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "not flex", *tests]
+    environment = {"PYTHONPATH": str(folder / "src"), "PATH": "/usr/bin:/bin"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True).returncode == 0
+
+
+def main(names: list[str]) -> int:
+    survivors = 0
+    for mutant in MUTANTS:
+        if names and not any(name in mutant.name for name in names):
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            alive = survives(mutant, Path(folder) / "qkv")
+        survivors += alive
+        print(f"{'SURVIVED' if alive else 'found   '}  {mutant.name}", flush=True)
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,28 @@
+"""The README's examples, run in order as a reader would."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers' own making
+def test_every_example_runs_and_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(BLOCKS) >= 6
+    namespace: dict[str, object] = {}
+    for block in BLOCKS:
+        exec(compile(block, "README.md", "exec"), namespace)
+    printed = capsys.readouterr().out
+    for words in ("offset=7 aligns", "[7, 8, 9, 10, 11, 12, 13]", "reference  chosen"):
+        assert words in printed
+
+
+def test_every_mechanism_stands_in_the_table_with_its_layer() -> None:
+    import qkv
+
+    layers = re.findall(r"\| `(\w+)`[^|]*\|$", README, flags=re.MULTILINE)
+    assert len(layers) == 7
+    assert all(issubclass(getattr(qkv, layer), qkv.Attention) for layer in layers)
