@@ -1,14 +1,35 @@
 """``nn.MultiheadAttention`` in the terms of `Attention`: its options, its weights, and the way back."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from qkv.masks import FULL
+from qkv.masks import FULL, Mask
 
-if TYPE_CHECKING:
-    from qkv.layers.attention import Attention
+
+class Layer(Protocol):
+    """What `build` reads of an `Attention`."""
+
+    embed_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+    context_dim: int | None
+    mask: Mask
+    scale: float | None
+    softcap: float | None
+    dropout: float
+    training: bool
+    rotary: Any
+    q_norm: Any
+    alibi: Tensor | None
+    sink_logits: Tensor | None
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    out_proj: nn.Linear
 
 
 def options(module: nn.MultiheadAttention) -> dict[str, Any]:
@@ -56,7 +77,7 @@ def state(module: nn.MultiheadAttention) -> dict[str, Tensor]:
     return found
 
 
-def build(layer: "Attention") -> nn.MultiheadAttention:
+def build(layer: Layer) -> nn.MultiheadAttention:
     """The batch-first module that computes what the layer does.
 
     Raises:
@@ -81,7 +102,7 @@ def build(layer: "Attention") -> nn.MultiheadAttention:
     return module.train(layer.training)
 
 
-def _packed(layer: "Attention", module: nn.MultiheadAttention) -> dict[str, Tensor]:
+def _packed(layer: Layer, module: nn.MultiheadAttention) -> dict[str, Tensor]:
     """The state dict of the module from that of an `Attention`."""
 
     def repeated(projection: Tensor) -> Tensor:
@@ -102,7 +123,7 @@ def _packed(layer: "Attention", module: nn.MultiheadAttention) -> dict[str, Tens
     return packed
 
 
-def _inexpressible(layer: "Attention") -> list[str]:
+def _inexpressible(layer: Layer) -> list[str]:
     """What the layer has and ``nn.MultiheadAttention`` has not."""
     lost: list[str] = []
     if layer.mask != FULL:
