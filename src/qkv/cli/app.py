@@ -1,0 +1,35 @@
+"""The commands of `qkv`, one file each."""
+
+from typing import Annotated
+
+import typer
+
+import qkv
+from qkv.cli.demo import demo
+
+app = typer.Typer(
+    help="Attention layers for PyTorch: try them on a model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"qkv {qkv.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Attention layers for PyTorch: try them on a model."""
+
+
+app.command()(demo)

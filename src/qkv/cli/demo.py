@@ -1,0 +1,97 @@
+"""`qkv demo`: a language model on transformers' attention and on qkv's, and what its KV cache weighs."""
+
+import json
+import sys
+from enum import Enum
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from qkv.cli.comparison import OURS, STOCK, compare
+from qkv.cli.demo_report import DemoReport, as_json, print_report
+from qkv.cli.kv_cache_size import cache_sizes, layer_shapes
+from qkv.cli.language_model import load
+from qkv.cli.model_source import find_model, gguf_source
+from qkv.cli.progress import Progress
+from qkv.cli.weights import SMOLLM2_135M, obtain
+
+
+class Dtype(str, Enum):
+    """The dtypes that ``--dtype`` takes."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+def _at_least_one(number: int) -> int:
+    if number < 1:
+        raise typer.BadParameter(f"it must be at least 1; got {number}.")
+    return number
+
+
+def _a_text(prompt: str) -> str:
+    if not prompt.strip():
+        raise typer.BadParameter(f"it must hold a text for the model to continue; got {prompt!r}.")
+    if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # What Python makes of bytes it cannot decode.
+        raise typer.BadParameter(f"it must be text in the encoding of the terminal; got {prompt!r}.")
+    return prompt
+
+
+def _tokens(help_text: str) -> typer.models.OptionInfo:
+    option: typer.models.OptionInfo = typer.Option(help=help_text, metavar="TOKENS", callback=_at_least_one)
+    return option
+
+
+def demo(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="A folder as transformers saves it, a GGUF file, or the name of a model on the Hugging Face hub. "
+            "Default: SmolLM2-135M-Instruct, downloaded once (93 MB).",
+            metavar="MODEL",
+            show_default=False,
+        ),
+    ] = None,
+    prompt: Annotated[
+        str, typer.Option(help="What the model is asked.", metavar="TEXT", callback=_a_text)
+    ] = "What is attention in a transformer?",
+    max_new_tokens: Annotated[int, _tokens("The most tokens to generate.")] = 64,
+    length: Annotated[int, _tokens("Length of the text in the table of KV caches.")] = 4096,
+    window: Annotated[int, _tokens("Keys that a query sees in the table of KV caches, its own included.")] = 512,
+    dtype: Annotated[Dtype, typer.Option(help="What the model computes in.")] = Dtype.float32,
+    as_document: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document, and nothing else, on standard output.")
+    ] = False,
+) -> None:
+    """Generate with transformers' attention and with qkv's, and compare.
+
+    Prints both texts, which must be the same in float32 (exit code 1 if they are not), the tokens per second of each,
+    and what the model's KV cache weighs as multi-head, grouped-query and multi-query attention, with and without a
+    sliding window.
+    """
+    progress = Progress()
+    source = gguf_source(obtain(SMOLLM2_135M, progress)) if model is None else find_model(model)
+    torch_dtype: torch.dtype = getattr(torch, dtype.value)
+    language_model = load(source, torch_dtype, progress)
+    inputs = language_model.encode(prompt, max_new_tokens)
+    comparison = compare(language_model, inputs, max_new_tokens, progress)
+    layers = layer_shapes(language_model.model.config, comparison.runs[STOCK][0].cache)
+    report = DemoReport(
+        model=language_model.name,
+        dtype=dtype.value,
+        prompt=prompt,
+        layers=layers,
+        comparison=comparison,
+        texts={name: language_model.decode(comparison.runs[name][0].tokens) for name in (STOCK, OURS)},
+        length=length,
+        window=window,
+        cache_sizes=cache_sizes(layers, length, window, torch_dtype.itemsize),
+    )
+    if as_document:
+        print(json.dumps(as_json(report), indent=2, allow_nan=False))
+    else:
+        print_report(report, Console(file=sys.stdout))
+    if dtype is Dtype.float32 and not report.comparison.identical:
+        raise typer.Exit(1)

@@ -1,0 +1,63 @@
+"""`ModelSource`: what ``--model`` names, and whether it can be a model at all."""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from qkv.cli.errors import CommandError
+
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+ACCEPTED = "Give a folder as transformers saves it, a GGUF file, or the name of a model on the Hugging Face hub."
+
+
+class ModelSource(NamedTuple):
+    """Where transformers is to load a model from."""
+
+    name: str
+    """For people."""
+    location: str
+    """A folder, or a name on the hub."""
+    gguf_file: str | None = None
+    """The file's name in the folder."""
+
+    @property
+    def is_remote(self) -> bool:
+        return not Path(self.location).is_dir()
+
+
+def find_model(model: str) -> ModelSource:
+    """What ``model`` names: a folder, a GGUF file, or else a model on the hub.
+
+    Raises:
+        CommandError: for a folder or file that holds no model, and for what is none of the three.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return _in_folder(model, path.absolute())
+    if path.is_file():
+        return gguf_source(path.absolute())
+    if HUB_NAME.fullmatch(model) and not model.startswith(".") and not model.endswith((".gguf", ".safetensors")):
+        return ModelSource(model, model)
+    raise CommandError(f"--model: there is no file or folder {model!r}, and it is no name of a hub model. {ACCEPTED}")
+
+
+def gguf_source(path: Path) -> ModelSource:
+    """The model in a GGUF file."""
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise CommandError(f"--model: {path} cannot be read: {error.strerror}.") from error
+    if magic != b"GGUF":
+        raise CommandError(
+            f"--model: {path} is not a GGUF file; it starts with {magic!r} instead of b'GGUF'. {ACCEPTED}"
+        )
+    return ModelSource(path.stem, str(path.parent), path.name)
+
+
+def _in_folder(name: str, folder: Path) -> ModelSource:
+    if (folder / "config.json").is_file():
+        return ModelSource(name, str(folder))
+    files = sorted(folder.glob("*.gguf"))
+    remedy = f"For the GGUF file in it, give {files[0]}." if files else ACCEPTED
+    raise CommandError(f"--model: the folder {folder} must have a config.json to be a model, and has none. {remedy}")

