@@ -1,0 +1,73 @@
+// The library's face: which instruction set runs, and the call itself. Plain C, so that any Python can load it.
+#include <cstdlib>
+#include <cstring>
+
+#include "problem.h"
+
+namespace qkv {
+
+#define QKV_DECLARE(isa)              \
+    namespace isa {                   \
+    void forward(const Problem&);     \
+    }
+
+QKV_DECLARE(generic)
+#if defined(QKV_X86)
+QKV_DECLARE(avx2)
+QKV_DECLARE(avx512)
+QKV_DECLARE(avx512bf16)
+#endif
+
+namespace {
+
+struct Isa {
+    const char* name;
+    bool supported;
+    void (*forward)(const Problem&);
+};
+
+// The best that this machine has, or the one that the environment variable QKV_ISA names.
+const Isa* choose() {
+#if defined(QKV_X86)
+    const bool has_avx2 =
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
+    static const Isa all[] = {
+#if defined(QKV_X86)
+        {"avx512bf16", has_bf16, avx512bf16::forward},
+        {"avx512", has_avx512, avx512::forward},
+        {"avx2", has_avx2, avx2::forward},
+#endif
+        {"generic", true, generic::forward},
+    };
+    const char* forced = std::getenv("QKV_ISA");
+    const bool any = !forced || !*forced;
+    for (const Isa& isa : all)
+        if (isa.supported && (any || std::strcmp(forced, isa.name) == 0)) return &isa;
+    return nullptr;
+}
+
+const Isa* chosen() {
+    static const Isa* const isa = choose();
+    return isa;
+}
+
+}  // namespace
+}  // namespace qkv
+
+#define QKV_EXPORT extern "C" __attribute__((visibility("default")))
+
+// The name of the instruction set that runs; null where QKV_ISA names none, or one that this machine lacks.
+QKV_EXPORT const char* qkv_isa() { return qkv::chosen() ? qkv::chosen()->name : nullptr; }
+
+// What the caller's idea of the struct is held against.
+QKV_EXPORT int qkv_problem_size() { return (int)sizeof(qkv::Problem); }
+
+QKV_EXPORT void qkv_forward(const void* problem) {
+    qkv::Problem p;
+    std::memcpy(&p, problem, sizeof p);
+    qkv::chosen()->forward(p);
+}

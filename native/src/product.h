@@ -1,0 +1,111 @@
+// One micro-kernel for both products of attention: C[m][lane] (+)= sum_k A[m][k] * B[k][lane].
+//
+// Lanes are query rows. A is read in place and broadcast, element by element: keys for Q K^T, values for P V. So neither
+// keys nor values are packed or transposed, and any head width is as good as another. B is a panel in scratch, and C
+// stays in registers while k runs.
+#pragma once
+
+#include <type_traits>
+
+#include "vec.h"
+
+namespace qkv {
+namespace QKV_ISA {
+
+// Vectors and rows of C that registers hold beside a row of B and an element of A.
+#if defined(__AVX512F__)
+constexpr int NV = 4;
+constexpr int height(int vecs) { return vecs <= 2 ? 12 : (vecs == 3 ? 8 : 6); }  // up to 24 of 32 registers
+#elif defined(__AVX2__)
+constexpr int NV = 2;
+constexpr int height(int vecs) { return vecs == 1 ? 12 : 6; }  // 12 of 16
+#else
+constexpr int NV = 2;
+constexpr int height(int vecs) { return vecs == 1 ? 8 : 4; }
+#endif
+
+// fp32: one multiply-add a step.
+struct Single {
+    typedef float Element;
+    static inline vec madd(vec c, float a, vec b) { return c + a * b; }
+};
+
+#if defined(__AVX512BF16__)
+// bf16: a step takes two neighbours along k; an element is the pair.
+struct Pair {
+    typedef uint32_t Element;
+    static inline vec madd(vec c, uint32_t a, vec b) {
+        return (vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)b, (__m512bh)_mm512_set1_epi32((int)a));
+    }
+};
+#endif
+
+// How A lies: rows of keys are contiguous along k, columns of values are contiguous along m. The other stride counts
+// elements; those of B and C count floats.
+enum class Along { k, m };
+
+struct Strides {
+    int64_t a, b, c;
+};
+
+template <class Kind, Along ALONG, int ROWS, int VECS, bool ADD>
+static inline void micro(int64_t steps, const typename Kind::Element* a, const float* b, float* c, Strides s) {
+    typedef typename Kind::Element Element;
+    // Several steps at a time where C is narrow: the address of a row then serves more than one of them.
+    constexpr int STEPS = VECS == 1 ? 4 : (VECS == 2 ? 2 : 1);
+    vec acc[ROWS][VECS];
+    for (int m = 0; m < ROWS; ++m)
+        for (int n = 0; n < VECS; ++n) acc[m][n] = ADD ? load(c + m * s.c + n * LANES) : vec{};
+    const auto advance = [&](int64_t k, auto count) {
+        constexpr int COUNT = decltype(count)::value;
+        vec row[COUNT][VECS];
+        for (int u = 0; u < COUNT; ++u)
+            for (int n = 0; n < VECS; ++n) row[u][n] = load(b + (k + u) * s.b + n * LANES);
+        for (int m = 0; m < ROWS; ++m) {
+            for (int u = 0; u < COUNT; ++u) {
+                Element x;
+                std::memcpy(&x, ALONG == Along::k ? a + m * s.a + k + u : a + (k + u) * s.a + m, sizeof x);
+                for (int n = 0; n < VECS; ++n) acc[m][n] = Kind::madd(acc[m][n], x, row[u][n]);
+            }
+        }
+    };
+    int64_t k = 0;
+    for (; k + STEPS <= steps; k += STEPS) advance(k, std::integral_constant<int, STEPS>());
+    for (; k < steps; ++k) advance(k, std::integral_constant<int, 1>());
+    for (int m = 0; m < ROWS; ++m)
+        for (int n = 0; n < VECS; ++n) store(c + m * s.c + n * LANES, acc[m][n]);
+}
+
+template <class Kind, Along ALONG, int VECS, bool ADD>
+static inline void rows(int64_t count, int64_t steps, const typename Kind::Element* a, const float* b, float* c,
+                        Strides s) {
+    constexpr int FULL = height(VECS);
+    int64_t m = 0;
+    const auto some = [&](auto rows) {
+        constexpr int ROWS = decltype(rows)::value;
+        micro<Kind, ALONG, ROWS, VECS, ADD>(steps, ALONG == Along::k ? a + m * s.a : a + m, b, c + m * s.c, s);
+        m += ROWS;
+    };
+    while (m + FULL <= count) some(std::integral_constant<int, FULL>());
+    if (FULL > 8 && m + 8 <= count) some(std::integral_constant<int, 8>());
+    if (m + 4 <= count) some(std::integral_constant<int, 4>());
+    if (m + 2 <= count) some(std::integral_constant<int, 2>());
+    if (m + 1 <= count) some(std::integral_constant<int, 1>());
+}
+
+// C of `count` rows and `vecs` vectors.
+template <class Kind, Along ALONG, bool ADD>
+static void product(int64_t count, int vecs, int64_t steps, const typename Kind::Element* a, const float* b, float* c,
+                    Strides s) {
+    int n = 0;
+    for (; n + NV <= vecs; n += NV) rows<Kind, ALONG, NV, ADD>(count, steps, a, b + n * LANES, c + n * LANES, s);
+    switch (vecs - n) {
+        case 3: rows<Kind, ALONG, (NV > 3 ? 3 : 1), ADD>(count, steps, a, b + n * LANES, c + n * LANES, s); break;
+        case 2: rows<Kind, ALONG, (NV > 2 ? 2 : 1), ADD>(count, steps, a, b + n * LANES, c + n * LANES, s); break;
+        case 1: rows<Kind, ALONG, 1, ADD>(count, steps, a, b + n * LANES, c + n * LANES, s); break;
+        default: break;
+    }
+}
+
+}  // namespace QKV_ISA
+}  // namespace qkv
