@@ -226,11 +226,11 @@ def explain(q: Tensor, k: Tensor, v: Tensor, **options: Unpack[Options]) -> back
 
     Example:
         >>> import torch, qkv
-        >>> q = torch.randn(1, 2, 4, 8)
-        >>> print(qkv.explain(q, q, q, softcap=30.0))
-        native     this version of qkv ships no compiled kernel
+        >>> q = torch.randn(1, 2, 64, 8)
+        >>> print(qkv.explain(q, q, q, softcap=30.0, dropout=0.1))
+        native     the kernel has no dropout yet
         sdpa       scaled_dot_product_attention has no softcap
-        flex       FlexAttention runs uncompiled on cpu, with all scores in memory
+        flex       FlexAttention has no dropout; FlexAttention runs uncompiled on cpu, with all scores in memory
         reference  chosen
     """
     return backends.explain(trim(pose("explain", q, k, v, **options)))

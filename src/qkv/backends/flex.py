@@ -11,6 +11,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_bloc
 
 from qkv.backends.nonfinite import restore, shield
 from qkv.backends.result import Result, accumulation_dtype
+from qkv.backends.sinks import add_sinks
 from qkv.masks import Mask
 from qkv.problem import Problem
 
@@ -56,9 +57,7 @@ def _run(problem: Problem) -> Result:
     )
     lse = aux.lse
     if problem.sink_logits is not None:
-        sink = problem.sink_logits.to(lse.dtype)[:, None]
-        out = (out * torch.sigmoid(lse - sink)[..., None]).to(problem.q.dtype)
-        lse = torch.logaddexp(lse, sink)
+        out, lse = add_sinks(out, lse, problem.sink_logits)
     return Result(out, lse if problem.wants_lse else None)
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from qkv.backends import blocks
 from qkv.backends.nonfinite import restore, shield
 from qkv.backends.result import Result, accumulation_dtype
+from qkv.backends.sinks import add_sinks
 from qkv.problem import Problem
 
 NAME = "sdpa"
@@ -128,9 +129,7 @@ def _fused_with_lse(problem: Problem, attn_mask: Tensor | None, is_causal: bool)
         # torch's kernel writes 0 for rows that see nothing.
         lse = lse.masked_fill((attn_mask == -torch.inf).all(dim=-1), -torch.inf)
     if problem.sink_logits is not None:
-        sink = problem.sink_logits.to(lse.dtype)[:, None]
-        out = (out * torch.sigmoid(lse - sink)[..., None]).to(q.dtype)
-        lse = torch.logaddexp(lse, sink)
+        out, lse = add_sinks(out, lse, problem.sink_logits)
     return Result(out, lse if problem.wants_lse else None)
 
 

@@ -150,9 +150,12 @@ class Attention(nn.Module):
         self.rotary = rotary
         self.q_norm = HeadNorm(head_dim, eps=1e-6, device=device, dtype=dtype) if qk_norm else None
         self.k_norm = HeadNorm(head_dim, eps=1e-6, device=device, dtype=dtype) if qk_norm else None
-        learned = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype)) if sink_logits else None
-        self.register_parameter("sink_logits", learned)
-        self.register_buffer("alibi", None if alibi is None else alibi.to(device), persistent=False)
+        # What is absent is a plain attribute: looking up a registered None costs a microsecond at each call.
+        self.sink_logits = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype)) if sink_logits else None
+        if alibi is None:
+            self.alibi = None
+        else:
+            self.register_buffer("alibi", alibi.to(device), persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
