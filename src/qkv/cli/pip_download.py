@@ -1,6 +1,5 @@
 """`download_wheel`: a pinned wheel through the running interpreter's pip, and so through the user's own settings."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -26,7 +25,8 @@ def download_wheel(package: str, version: str, sha256: str, folder: Path, reach:
     Raises:
         CommandError: where there is no pip, or pip could not.
     """
-    if importlib.util.find_spec("pip") is None:
+    # Asked in a process of its own: setuptools watches for imports of pip, and breaks in a process that looked for it.
+    if subprocess.run([sys.executable, "-c", "import pip"], capture_output=True).returncode != 0:
         raise CommandError(
             f"downloading the default model needs pip, and {sys.executable} has none. Install it "
             f"({sys.executable} -m ensurepip, or uv pip install pip), {INSTEAD}."
