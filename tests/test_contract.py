@@ -1,6 +1,6 @@
 """One contract for all backends. A new backend joins by being listed in `qkv.backends.BACKENDS`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -15,22 +15,31 @@ import qkv
 from qkv.backends import BACKENDS, Backend
 from qkv.problem import DTYPES, pose, trim
 
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
-
-def reasons(backend: Backend, case: Case, *, needs_grad: bool = False, wants_lse: bool = False) -> list[str]:
-    inputs = case.inputs(torch.float32)
+def reasons(
+    backend: Backend,
+    case: Case,
+    dtype: torch.dtype = torch.float32,
+    *,
+    needs_grad: bool = False,
+    wants_lse: bool = False,
+) -> list[str]:
+    inputs = case.inputs(dtype)
     if needs_grad:
         inputs = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
     return backend.why_not(trim(pose("test", **inputs, **case.options(), wants_lse=wants_lse)))
 
 
-def solvable(cases: list[Case], **wants: bool) -> pytest.MarkDecorator:
-    """Every backend with every case that it can solve; `test_what_no_backend_solves` holds the others."""
-    pairs = [(backend, case) for backend in BACKENDS for case in cases if not reasons(backend, case, **wants)]
-    return pytest.mark.parametrize(
-        ("backend", "case"), pairs, ids=[f"{backend.NAME}-{case.name}" for backend, case in pairs]
-    )
+def solvable(cases: list[Case], dtypes: Sequence[torch.dtype], **wants: bool) -> pytest.MarkDecorator:
+    """Every backend with every case that it can solve; `UNSOLVED` holds the reasons against all others."""
+    found = [
+        pytest.param(backend, dtype, case, id=f"{backend.NAME}-{str(dtype).removeprefix('torch.')}-{case.name}")
+        for backend in BACKENDS
+        for dtype in dtypes
+        for case in cases
+        if not reasons(backend, case, dtype, **wants)
+    ]
+    return pytest.mark.parametrize(("backend", "dtype", "case"), found)
 
 
 def hides_the_middle_key(case: Case) -> bool:
@@ -38,14 +47,18 @@ def hides_the_middle_key(case: Case) -> bool:
     return not visible(case)[..., case.lk // 2].all() and case.bias_shape is None
 
 
-NATIVE = "this version of qkv ships no compiled kernel"
+NATIVE = {
+    "the kernel has no fp64",
+    "the kernel adds no bias yet",
+    "the kernel takes no documents and no dense masks yet",
+}
 LSE = "sink logits need the lse, which torch's kernels do not give"
 UNSOLVED = {
-    ("native", "forward"): {NATIVE},
+    ("native", "forward"): NATIVE,
     ("sdpa", "forward"): {"scaled_dot_product_attention has no softcap", f"{LSE} without keys"},
     ("flex", "forward"): {"FlexAttention takes no empty tensors"},
     ("reference", "forward"): set(),
-    ("native", "backward"): {NATIVE},
+    ("native", "backward"): {*NATIVE, "the kernel has no backward yet"},
     ("sdpa", "backward"): {
         "scaled_dot_product_attention has no softcap",
         f"{LSE} with a bias that needs a gradient",
@@ -59,8 +72,30 @@ UNSOLVED = {
 @pytest.mark.parametrize(("name", "direction"), UNSOLVED)
 def test_what_a_backend_does_not_solve_has_one_of_these_reasons(name: str, direction: str) -> None:
     (backend,) = (backend for backend in BACKENDS if name == backend.NAME)
-    found = {reason for case in CASES for reason in reasons(backend, case, needs_grad=direction == "backward")}
+    found = {
+        reason
+        for dtype in DTYPES
+        for case in CASES
+        for reason in reasons(backend, case, dtype, needs_grad=direction == "backward")
+    }
     assert found <= UNSOLVED[name, direction]
+
+
+@solvable(CASES, DTYPES)
+def test_output_is_as_near_the_oracle_as_torch(backend: Backend, dtype: torch.dtype, case: Case) -> None:
+    inputs = case.inputs(dtype)
+    out = qkv.attention(**inputs, **case.options(), backend=backend.NAME)
+    assert out.dtype == dtype
+    assert_within_budget(out, answer(case, dtype).out, compute(case, inputs), case.name)
+
+
+@solvable(CASES, [torch.float32, torch.bfloat16], wants_lse=True)
+def test_lse_is_as_near_the_oracle_as_torch(backend: Backend, dtype: torch.dtype, case: Case) -> None:
+    inputs = case.inputs(dtype)
+    out, lse = qkv.attention_with_lse(**inputs, **case.options(), backend=backend.NAME)
+    assert lse.dtype == torch.float32
+    assert_within_budget(out, answer(case, dtype).out, compute(case, inputs), case.name)
+    assert_within_budget(lse, answer(case, dtype).lse, formula(case, inputs)[1], case.name)
 
 
 def gradients(
@@ -101,8 +136,7 @@ def gradient_oracle(case: Case, dtype: torch.dtype) -> GradientOracle:
     )
 
 
-@solvable(CASES, needs_grad=True)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["fp64", "fp32", "bf16"])
+@solvable(CASES, [torch.float64, torch.float32, torch.bfloat16], needs_grad=True)
 def test_gradients_are_as_near_the_oracle_as_torch(backend: Backend, dtype: torch.dtype, case: Case) -> None:
     inputs = case.inputs(dtype)
     oracle = gradient_oracle(case, dtype)
@@ -112,18 +146,22 @@ def test_gradients_are_as_near_the_oracle_as_torch(backend: Backend, dtype: torc
         assert_within_budget(grad, oracle.exact[name], oracle.torch[name], what, oracle.rounding[name])
 
 
-@solvable(CASES)
-def test_views_between_poisoned_neighbours_are_as_near_the_oracle(backend: Backend, case: Case) -> None:
-    views = case.inputs(torch.float32, views=True)
+@solvable(CASES, [torch.float32, torch.bfloat16])
+def test_views_between_poisoned_neighbours_are_as_near_the_oracle(
+    backend: Backend, dtype: torch.dtype, case: Case
+) -> None:
+    views = case.inputs(dtype, views=True)
     out = qkv.attention(**views, **case.options(), backend=backend.NAME)
-    want = answer(case, torch.float32).out
-    assert_within_budget(out, want, compute(case, case.inputs(torch.float32)), case.name)
+    want = answer(case, dtype).out
+    assert_within_budget(out, want, compute(case, case.inputs(dtype)), case.name)
 
 
-@solvable(CASES)
-def test_masked_keys_have_no_influence_even_where_they_hold_nan(backend: Backend, case: Case) -> None:
-    inputs = case.inputs(torch.float32)
-    weights = answer(case, torch.float32).weights.unflatten(1, (case.kv_heads, -1))
+@solvable(CASES, [torch.float32, torch.bfloat16])
+def test_masked_keys_have_no_influence_even_where_they_hold_nan(
+    backend: Backend, dtype: torch.dtype, case: Case
+) -> None:
+    inputs = case.inputs(dtype)
+    weights = answer(case, dtype).weights.unflatten(1, (case.kv_heads, -1))
     options = {**case.options(), "backend": backend.NAME}
     clean = qkv.attention(**inputs, **options)
     for j in (0, case.lk // 2, case.lk - 1):
@@ -138,10 +176,12 @@ def test_masked_keys_have_no_influence_even_where_they_hold_nan(backend: Backend
         assert not out[sees].isfinite().any()
 
 
-@solvable([case for case in CASES if hides_the_middle_key(case)], needs_grad=True)
-def test_masked_keys_get_exactly_no_gradient_even_where_they_hold_nan(backend: Backend, case: Case) -> None:
-    inputs = case.inputs(torch.float32)
-    weights = answer(case, torch.float32).weights.unflatten(1, (case.kv_heads, -1))
+@solvable([case for case in CASES if hides_the_middle_key(case)], [torch.float32], needs_grad=True)
+def test_masked_keys_get_exactly_no_gradient_even_where_they_hold_nan(
+    backend: Backend, dtype: torch.dtype, case: Case
+) -> None:
+    inputs = case.inputs(dtype)
+    weights = answer(case, dtype).weights.unflatten(1, (case.kv_heads, -1))
     j = case.lk // 2
     blind = ~(weights[..., j] > 0).flatten(1, 2)
     inputs["k"][:, :, j] = torch.nan

@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "qkv"
 # Each layer may import itself and what stands below it. The vocabulary stands at the bottom.
 ORDER = [
     {"qkv.masks"},
-    {"qkv.problem"},
+    {"qkv.problem", "qkv.kernels"},
     {"qkv.backends"},
     {"qkv.functional", "qkv.cache"},
     {"qkv.layers"},

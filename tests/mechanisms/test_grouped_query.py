@@ -16,7 +16,7 @@ def test_as_many_groups_as_heads_is_multi_head_and_one_is_multi_query_bit_for_bi
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3, 6])
-@pytest.mark.parametrize("backend", [backend.NAME for backend in BACKENDS if backend.NAME != "native"])
+@pytest.mark.parametrize("backend", [backend.NAME for backend in BACKENDS])
 def test_groups_are_contiguous_and_equal_repeated_heads_bit_for_bit(backend: str, groups: int) -> None:
     q, k, v = torch.randn(2, 6, 11, 8), torch.randn(2, groups, 13, 8), torch.randn(2, groups, 13, 8)
     repeats = 6 // groups

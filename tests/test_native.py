@@ -1,0 +1,182 @@
+"""The native kernel beside the contract: instruction sets, bits, threads, and what happens without it."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+import qkv
+from qkv import Mask, kernels
+from qkv.kernels import binding
+
+ROOT = Path(__file__).parents[1]
+present = pytest.mark.skipif(kernels.absence() is not None, reason=str(kernels.absence()))
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **environment}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+
+def isas() -> list[str]:
+    """The instruction sets that this machine can run."""
+    names = ("avx512bf16", "avx512", "avx2", "generic")
+    code = "from qkv import kernels; print(kernels.absence() is None)"
+    return [name for name in names if run(code, QKV_ISA=name).stdout.strip() == "True"]
+
+
+@present
+@pytest.mark.parametrize("isa", isas()[1:])
+def test_every_instruction_set_meets_the_contract(isa: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "native", "tests/test_contract.py"]
+    environment = {**os.environ, "QKV_ISA": isa}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout and " skipped" not in done.stdout
+
+
+@present
+def test_an_unknown_instruction_set_is_refused_and_auto_goes_on_without() -> None:
+    code = (
+        "import torch, qkv; q = torch.randn(1, 2, 64, 4); found = qkv.explain(q, q, q); "
+        "print(found.chosen, found.reasons['native'])"
+    )
+    assert run(code, QKV_ISA="mmx").stdout.strip() == (
+        """sdpa ["QKV_ISA='mmx' is no instruction set that this machine and the kernel have"]"""
+    )
+
+
+@pytest.fixture
+def absent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """A place where no library lies."""
+    monkeypatch.setattr(binding, "PATH", tmp_path / "native.so")
+    binding._load.cache_clear()
+    yield tmp_path / "native.so"
+    binding._load.cache_clear()
+
+
+def test_without_the_library_everything_works_and_explain_says_why(absent: Path) -> None:
+    q = torch.randn(1, 2, 64, 4)
+    assert qkv.explain(q, q, q).chosen == "sdpa"
+    (reason,) = qkv.explain(q, q, q).reasons["native"]
+    assert reason == "this installation of qkv has no compiled kernel (it found no C++ compiler when it was built)"
+    assert qkv.attention(q, q, q).shape == q.shape
+    with pytest.raises(qkv.BackendError, match="has no compiled kernel"):
+        qkv.attention(q, q, q, backend="native")
+    with pytest.raises(RuntimeError, match="has no compiled kernel"):
+        kernels.loaded()
+
+
+def test_a_broken_library_says_so(absent: Path) -> None:
+    absent.write_bytes(b"not a library")
+    q = torch.randn(1, 2, 64, 4)
+    assert "the compiled kernel does not load" in qkv.explain(q, q, q).reasons["native"][0]
+    assert qkv.attention(q, q, q).shape == q.shape
+
+
+def test_reasons_name_what_the_kernel_lacks() -> None:
+    q = torch.randn(1, 2, 64, 4)
+    wide = torch.randn(1, 2, 64, 8)[..., ::2]
+
+    def against(q: torch.Tensor, **options: object) -> list[str]:
+        return qkv.explain(q, q, q, **options).reasons["native"]  # type: ignore[arg-type]
+
+    assert against(q.requires_grad_()) == ["the kernel has no backward yet"]
+    assert against(wide) == ["the last dimension of q, k and v must be contiguous for the kernel"]
+    assert against(q.detach(), dropout=0.5) == ["the kernel has no dropout yet"]
+    assert against(q.detach(), alibi=torch.ones(2), offset=1 << 30) == ["the kernel counts positions in 32 bits"]
+    assert against(q.detach().double()) == ["the kernel has no fp64"]
+
+
+@present
+def test_auto_leaves_to_torch_what_torch_does_faster() -> None:
+    def chosen(heads: int, kv_heads: int, lq: int, lk: int, dtype: torch.dtype = torch.float32) -> str | None:
+        q, k = torch.randn(1, heads, lq, 64).to(dtype), torch.randn(1, kv_heads, lk, 64).to(dtype)
+        return qkv.explain(q, k, k).chosen
+
+    assert chosen(8, 2, 1, 511) == chosen(8, 8, 1, 4096) == chosen(8, 2, 1, 15, torch.bfloat16) == "sdpa"
+    assert chosen(8, 2, 1, 512) == chosen(8, 8, 2, 4096) == chosen(8, 2, 1, 16, torch.bfloat16) == "native"
+    assert chosen(8, 8, 31, 32) == "sdpa" and chosen(8, 8, 32, 32) == chosen(8, 8, 16, 16, torch.bfloat16) == "native"
+    q = torch.randn(1, 8, 1, 64)
+    reason = "for one query over 1 keys in groups of 1 torch's kernel is faster"
+    assert qkv.explain(q, q, q).reasons["native"] == [reason]
+
+
+MASKS = [Mask.full(), Mask.causal(), Mask.causal(70, sink_tokens=5), Mask.sliding(20)]
+
+
+@present
+@pytest.mark.parametrize("mask", MASKS, ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_bits_depend_on_neither_threads_nor_batch_nor_chunking_nor_padding(dtype: torch.dtype, mask: Mask) -> None:
+    q, k, v = (torch.randn(2, heads, 611, 64).to(dtype) for heads in (6, 2, 2))
+    options = {"mask": mask, "backend": "native"}
+    want = qkv.attention(q, k, v, **options)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3, 8):
+            torch.set_num_threads(count)
+            assert torch.equal(qkv.attention(q, k, v, **options), want)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(qkv.attention(q[1:], k[1:], v[1:], **options), want[1:])
+    padded = [torch.cat([x, torch.full_like(x[:, :, :37], torch.nan)], dim=2) for x in (k, v)]
+    lengths = Mask.padding(torch.tensor([611, 611]))
+    assert torch.equal(qkv.attention(q, *padded, mask=mask & lengths, offset=0, backend="native"), want)
+    if mask.left is None:  # a window is trimmed to the chunk, which moves the pieces of keys
+        for a, b in ((0, 2), (2, 300), (300, 609), (609, 611)):
+            chunk = qkv.attention(q[:, :, a:b], k, v, mask=mask, offset=a, backend="native")
+            assert torch.equal(chunk, want[:, :, a:b])
+
+
+@present
+def test_several_python_threads_at_once() -> None:
+    q = torch.randn(2, 4, 300, 64)
+    want = qkv.attention(q, q, q, mask=Mask.causal(), backend="native")
+    with ThreadPoolExecutor(8) as pool:
+        found = pool.map(lambda _: qkv.attention(q, q, q, mask=Mask.causal(), backend="native"), range(64))
+        assert all(torch.equal(out, want) for out in found)
+
+
+class Attending(torch.utils.data.Dataset[torch.Tensor]):
+    """Items that are computed with the kernel, in the worker that loads them."""
+
+    def __init__(self, q: torch.Tensor) -> None:
+        self.q = q
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return qkv.attention(self.q, self.q, self.q, mask=Mask.causal(), backend="native")
+
+
+@present
+def test_in_forked_workers_of_a_data_loader() -> None:
+    q = torch.randn(1, 4, 300, 64)
+    want = qkv.attention(q, q, q, mask=Mask.causal(), backend="native")
+    loader = torch.utils.data.DataLoader(
+        Attending(q), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60
+    )
+    items = list(loader)
+    assert len(items) == 6 and all(torch.equal(item, want) for item in items)
+
+
+@present
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 7, 8, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_decoding_with_any_group_over_many_keys(dtype: torch.dtype, group: int) -> None:
+    q, k, v = torch.randn(2, 2 * group, 1, 80), torch.randn(2, 2, 1501, 80), torch.randn(2, 2, 1501, 72)
+    options = {"mask": Mask.causal() & Mask.padding(torch.tensor([1501, 700])), "offset": 1500}
+    want = qkv.attention(q.double(), k.double(), v.double(), **options, backend="reference")
+    got, theirs = (
+        qkv.attention(q.to(dtype), k.to(dtype), v.to(dtype), **options, backend=backend)
+        for backend in ("native", "sdpa")
+    )
+    error, allowed = (got.double() - want).abs().max(), (theirs.double() - want).abs().max()
+    assert error <= 2 * allowed + torch.finfo(dtype).eps * want.abs().max()
