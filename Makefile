@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format bench wheel clean
+.PHONY: demo test check format mutants bench wheel clean
 
 demo: $(VENV)/ready
 	$(BIN)/qkv demo
@@ -20,8 +20,12 @@ format: $(VENV)/ready
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+mutants: $(VENV)/ready
+	$(BIN)/python tests/mutants.py
+
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/spine.py
+	$(BIN)/python benchmarks/kernel.py
 
 wheel: $(VENV)/ready
 	$(BIN)/python -m build --outdir dist
@@ -29,7 +33,7 @@ wheel: $(VENV)/ready
 clean:
 	rm -rf $(VENV) dist
 
-$(VENV)/ready: pyproject.toml constraints.txt
+$(VENV)/ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/src/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@

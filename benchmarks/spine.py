@@ -81,6 +81,7 @@ def main() -> None:
         print(json.dumps(window_once(int(sys.argv[2]))))
         return
     results = {"machine": machine.describe(), "call": call_cost(), "window": windows(), "import": import_cost()}
+    RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     print(json.dumps(results, indent=1))
 
