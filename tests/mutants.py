@@ -15,8 +15,11 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 
 
+NATIVE = "../../native/src"
+
+
 class Mutant(NamedTuple):
-    """One planted bug: in ``file``, the first ``right`` becomes ``wrong``."""
+    """One planted bug: in ``file`` of the package, the first ``right`` becomes ``wrong``."""
 
     name: str
     file: str
@@ -34,10 +37,22 @@ MUTANTS = [
     Mutant("trimmed one key short", "masks.py", "start = min(stop, offset - self.left)", "start = min(stop, offset - self.left + 1)"),
     Mutant("a bound dropped too early", "masks.py", "offset + right >= lk - 1", "offset + right >= lk - 2"),
     Mutant("blocks start one key late", "backends/blocks.py", "plan.start + problem.offset - plan.left", "plan.start + problem.offset - plan.left + 1"),
-    Mutant("offset dropped on the way to the kernel", "backends/native.py", "(problem.offset, UNBOUNDED", "(0, UNBOUNDED"),
-    Mutant("window one wider in the kernel", "backends/native.py", "UNBOUNDED if mask.left is None else mask.left", "UNBOUNDED if mask.left is None else mask.left + 1"),
-    Mutant("scale dropped in the kernel", "backends/native.py", "*(problem.scale, problem.softcap or 0.0)", "*(1.0, problem.softcap or 0.0)"),
-    Mutant("sinks dropped in the kernel", "backends/native.py", "*(_address(alibi), _address(sink_logits))", "*(_address(alibi), 0)"),
+    Mutant("offset dropped on the way to the kernel", "backends/native.py", "        problem.offset,\n", "        0,\n"),
+    Mutant("window one wider in the kernel", "backends/native.py", "        mask.left,\n", "        None if mask.left is None else mask.left + 1,\n"),
+    Mutant("scale dropped in the kernel", "backends/native.py", "        problem.scale,\n", "        1.0,\n"),
+    Mutant("gradient of the lse lost in the kernel", "kernels/operators.py", "*(d_lse.data_ptr(), delta.data_ptr())", "*(0, delta.data_ptr())"),
+    Mutant("gradient of the sinks of the wrong sign", "kernels/operators.py", "d_sinks = -(shares", "d_sinks = (shares"),
+    Mutant("groups interleaved (kernel)", f"{NATIVE}/tile.h", "kv_head * members + member", "member * p.kv_heads + kv_head"),
+    Mutant("segments trimmed one key short", f"{NATIVE}/mask.h", "t.position[from] + p.right < first + begin", "t.position[from] + p.right <= first + begin"),
+    Mutant("documents passed over by their largest", f"{NATIVE}/mask.h", "t.document[r] >= part.low && t.document[r] <= part.high", "t.document[r] == part.high"),
+    Mutant("sums not moved with their maximum", f"{NATIVE}/forward.h", "store(state.sum + n * LANES, load(state.sum + n * LANES) * shrink);", ""),
+    Mutant("pieces merged without their shares", f"{NATIVE}/state.h", "store(out, load(out) * left + load(piece.out", "store(out, load(out) + load(piece.out"),
+    Mutant("sink forgotten in the normaliser (kernel)", f"{NATIVE}/state.h", "sum = sum * share + std::exp2(sink - peak);", "sum = sum * share;"),
+    Mutant("hidden NaN leaks in decoding", f"{NATIVE}/few.h", "write(p.dtype, clean, d, 0.0f);", ""),
+    Mutant("delta dropped", f"{NATIVE}/backward.h", "weight * (d_weight - load(delta + n * LANES))", "weight * d_weight"),
+    Mutant("softcap without its derivative", f"{NATIVE}/scores.h", "1.0f - y * y", "set1(1.0f)"),
+    Mutant("another dropout in the backward pass", f"{NATIVE}/backward.h", "dropout.factors(b.first + j, n)", "dropout.factors(b.first + j + 1, n)"),
+    Mutant("turns not waited for", f"{NATIVE}/backward.h", "turns.wait(p, t, index);", ""),
     Mutant("causal aligned top-left in decoding", "backends/sdpa.py", " and problem.offset == 0 and", " and"),
     Mutant("offset of the cache ignored", "layers/attention.py", "q, (k, v, offset), mask = self._inputs(x, context, mask, cache)\n        out", "q, (k, v, _), mask = self._inputs(x, context, mask, cache)\n        offset = 0\n        out"),
     Mutant("rotary restarts at every chunk", "layers/attention.py", "position = 0 if cache is None else cache.length", "position = 0"),
@@ -76,15 +91,28 @@ sys.exit(pytest.main(sys.argv[1:]))
 """
 
 
+def build(folder: Path) -> None:
+    """Compiles the kernel of the copy into the copy."""
+    tools = Path(sys.executable).parent
+    there = f"-S {folder} -B {folder}/build -G Ninja -DCMAKE_MAKE_PROGRAM={tools}/ninja -DSKBUILD_STATE=editable"
+    for arguments in (there.split(), ["--build", f"{folder}/build"]):
+        subprocess.run([tools / "cmake", *arguments], check=True, capture_output=True)
+
+
 def survives(mutant: Mutant, folder: Path) -> bool:
-    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".venv", ".git", "__pycache__", ".*_cache"))
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".venv", ".git", "__pycache__", ".*_cache", "build*"))
     path = folder / "src" / "qkv" / mutant.file
     source = path.read_text()
     assert mutant.right in source, f"{mutant.name}: {mutant.file} no longer holds {mutant.right!r}"
     path.write_text(source.replace(mutant.right, mutant.wrong, 1))
+    if mutant.file.startswith(NATIVE):
+        build(folder)
     names = ("mechanisms", "test_masks.py", "test_functional.py", "test_layers.py", "test_rotary.py")
     tests = [*(f"tests/{name}" for name in names), "tests/test_contract.py", "tests/test_transformers.py"]
-    command = [sys.executable, "-c", RUN_THERE, "-q", "-x", "-p", "no:cacheprovider", "-k", "not flex", *tests]
+    selected = "not flex and not every_instruction_set"
+    if mutant.file.startswith(NATIVE):
+        tests, selected = ["tests/test_native.py", "tests/test_contract.py"], f"native and {selected}"
+    command = [sys.executable, "-c", RUN_THERE, "-q", "-x", "-p", "no:cacheprovider", "-k", selected, *tests]
     return subprocess.run(command, cwd=folder, capture_output=True).returncode == 0
 
 

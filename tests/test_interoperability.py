@@ -93,7 +93,7 @@ def test_vmap_over_a_stack_of_batches_equals_a_loop(name: str) -> None:
 
 @each_layer
 def test_functional_gradients_equal_those_of_autograd(name: str) -> None:
-    layer, x = LAYERS[name](), torch.randn(2, 11, 24)
+    layer, x = LAYERS[name]().double(), torch.randn(2, 11, 24, dtype=torch.float64)
     parameters = dict(layer.named_parameters())
 
     def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:

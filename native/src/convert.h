@@ -1,5 +1,8 @@
-// Rows of 16-bit numbers as fp32, and back.
+// Numbers of any dtype as fp32, and back.
 #pragma once
+
+#include <algorithm>
+#include <type_traits>
 
 #include "problem.h"
 #include "vec.h"
@@ -63,8 +66,11 @@ static inline uint16_t to_f16(float x) {
 #endif
 }
 
+static inline int64_t size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : (dtype == Dtype::u8 ? 1 : 2); }
+
 static inline float read(Dtype dtype, const void* data, int64_t i) {
     if (dtype == Dtype::f32) return ((const float*)data)[i];
+    if (dtype == Dtype::u8) return ((const uint8_t*)data)[i];
     const uint16_t x = ((const uint16_t*)data)[i];
     return dtype == Dtype::bf16 ? from_bf16(x) : from_f16(x);
 }
@@ -76,27 +82,70 @@ static inline void write(Dtype dtype, void* data, int64_t i, float x) {
         ((uint16_t*)data)[i] = dtype == Dtype::bf16 ? to_bf16(x) : to_f16(x);
 }
 
-// `count` numbers of a row as fp32.
-static inline void widen(Dtype dtype, const uint16_t* from, float* to, int64_t count) {
-    int64_t i = 0;
-#if defined(__AVX512F__)
-    for (; i + 16 <= count; i += 16) {
-        const __m256i half = _mm256_loadu_si256((const __m256i*)(from + i));
-        const __m512 wide = dtype == Dtype::bf16
-                                ? _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))
-                                : _mm512_cvtph_ps(half);
-        _mm512_storeu_ps(to + i, wide);
+// Calls work with the dtype of queries, keys and values as a constant.
+template <class Work>
+static inline void for_dtype(Dtype dtype, Work work) {
+    switch (dtype) {
+        case Dtype::f32: return work(std::integral_constant<Dtype, Dtype::f32>());
+        case Dtype::bf16: return work(std::integral_constant<Dtype, Dtype::bf16>());
+        default: return work(std::integral_constant<Dtype, Dtype::f16>());
     }
+}
+
+// A vector of neighbours. The dtype is best a constant.
+static inline vec load_as(Dtype dtype, const void* data) {
+    if (dtype == Dtype::f32) return load((const float*)data);
+#if defined(__AVX512F__)
+    if (dtype == Dtype::bf16)
+        return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)data)), 16);
+    if (dtype == Dtype::f16) return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)data));
 #elif defined(__AVX2__)
-    for (; i + 8 <= count; i += 8) {
-        const __m128i half = _mm_loadu_si128((const __m128i*)(from + i));
-        const __m256 wide = dtype == Dtype::bf16
-                                ? _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16))
-                                : _mm256_cvtph_ps(half);
-        _mm256_storeu_ps(to + i, wide);
+    if (dtype == Dtype::bf16)
+        return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)data)), 16);
+    if (dtype == Dtype::f16) return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)data));
+#endif
+    vec x = {};
+    for (int i = 0; i < LANES; ++i) x[i] = read(dtype, data, i);
+    return x;
+}
+
+// The first `count` of a vector of neighbours, and zeros.
+static inline vec load_part(Dtype dtype, const void* data, int64_t count) {
+    if (count >= LANES) return load_as(dtype, data);
+    char part[LANES * sizeof(float)] = {};
+    std::memcpy(part, data, count * size_of(dtype));
+    return load_as(dtype, part);
+}
+
+// The first `count` lanes.
+static inline void store_part(Dtype dtype, void* data, vec x, int64_t count) {
+    count = std::min<int64_t>(count, LANES);
+    if (dtype == Dtype::f32) {
+        if (count == LANES)
+            store((float*)data, x);
+        else
+            std::memcpy(data, &x, count * sizeof(float));
+        return;
+    }
+#if defined(__AVX512F__)
+    const __mmask16 lanes = (__mmask16)((1u << count) - 1);
+    if (dtype == Dtype::f16) {
+        const __m256i half = _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        return _mm256_mask_storeu_epi16(data, lanes, half);
     }
 #endif
-    for (; i < count; ++i) to[i] = dtype == Dtype::bf16 ? from_bf16(from[i]) : from_f16(from[i]);
+    if (dtype == Dtype::f16) {
+        for (int64_t i = 0; i < count; ++i) ((uint16_t*)data)[i] = to_f16(x[i]);
+        return;
+    }
+    const uvec bits = (uvec)x;
+    const uvec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const uvec half = (ivec)(x == x) ? rounded : (bits >> 16 | 0x40);
+#if defined(__AVX512F__)
+    _mm256_mask_storeu_epi16(data, lanes, _mm512_cvtepi32_epi16((__m512i)half));
+#else
+    for (int64_t i = 0; i < count; ++i) ((uint16_t*)data)[i] = (uint16_t)half[i];
+#endif
 }
 
 }  // namespace QKV_ISA

@@ -6,9 +6,11 @@
 
 namespace qkv {
 
-#define QKV_DECLARE(isa)              \
-    namespace isa {                   \
-    void forward(const Problem&);     \
+#define QKV_DECLARE(isa)                             \
+    namespace isa {                                  \
+    void forward(const Problem&);                    \
+    void backward(const Problem&, const Gradients&); \
+    int64_t count_scores(const Problem&);            \
     }
 
 QKV_DECLARE(generic)
@@ -24,6 +26,8 @@ struct Isa {
     const char* name;
     bool supported;
     void (*forward)(const Problem&);
+    void (*backward)(const Problem&, const Gradients&);
+    int64_t (*count_scores)(const Problem&);
 };
 
 // The best that this machine has, or the one that the environment variable QKV_ISA names.
@@ -37,11 +41,11 @@ const Isa* choose() {
 #endif
     static const Isa all[] = {
 #if defined(QKV_X86)
-        {"avx512bf16", has_bf16, avx512bf16::forward},
-        {"avx512", has_avx512, avx512::forward},
-        {"avx2", has_avx2, avx2::forward},
+        {"avx512bf16", has_bf16, avx512bf16::forward, avx512bf16::backward, avx512bf16::count_scores},
+        {"avx512", has_avx512, avx512::forward, avx512::backward, avx512::count_scores},
+        {"avx2", has_avx2, avx2::forward, avx2::backward, avx2::count_scores},
 #endif
-        {"generic", true, generic::forward},
+        {"generic", true, generic::forward, generic::backward, generic::count_scores},
     };
     const char* forced = std::getenv("QKV_ISA");
     const bool any = !forced || !*forced;
@@ -63,11 +67,27 @@ const Isa* chosen() {
 // The name of the instruction set that runs; null where QKV_ISA names none, or one that this machine lacks.
 QKV_EXPORT const char* qkv_isa() { return qkv::chosen() ? qkv::chosen()->name : nullptr; }
 
-// What the caller's idea of the struct is held against.
+// What the caller's idea of the structs is held against.
 QKV_EXPORT int qkv_problem_size() { return (int)sizeof(qkv::Problem); }
+QKV_EXPORT int qkv_gradients_size() { return (int)sizeof(qkv::Gradients); }
 
 QKV_EXPORT void qkv_forward(const void* problem) {
     qkv::Problem p;
     std::memcpy(&p, problem, sizeof p);
     qkv::chosen()->forward(p);
+}
+
+QKV_EXPORT void qkv_backward(const void* problem, const void* gradients) {
+    qkv::Problem p;
+    std::memcpy(&p, problem, sizeof p);
+    qkv::Gradients g;
+    std::memcpy(&g, gradients, sizeof g);
+    qkv::chosen()->backward(p, g);
+}
+
+// How many scores a forward pass computes, those hidden by a mask in the midst of others included.
+QKV_EXPORT int64_t qkv_count_scores(const void* problem) {
+    qkv::Problem p;
+    std::memcpy(&p, problem, sizeof p);
+    return qkv::chosen()->count_scores(p);
 }

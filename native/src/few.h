@@ -1,227 +1,418 @@
-// Products for a handful of rows, as in decoding: lanes along the width instead of along the rows.
+// Attention forward for the rows of a single query, as in decoding: one to eight heads that share their keys and
+// values.
 //
-// A single query fills one lane of sixteen. Here a key is read as vectors, 16-bit ones are widened in registers, and
-// each is used for all rows while it is there, so that the speed is that of memory.
+// A handful of rows would fill a handful of sixteen lanes. Here lanes lie along the width in both products, and along
+// keys and rows in between; every key and value is read once, in the order of memory, for all rows: the speed is that
+// of memory. 16-bit numbers are widened in registers, or multiplied as they are where there are dot products of bf16.
 #pragma once
 
-#include "format.h"
+#include "forward.h"
 
 namespace qkv {
 namespace QKV_ISA {
 
-constexpr int FEW = 8;    // rows at most
-constexpr int PARTY = 4;  // rows at a time
+constexpr int FEW = LANES < 8 ? LANES : 8;  // rows at most
 
-struct Few {
-    typedef char Element;
-};
+// Numbers from the start of a row to that of the next, for rows of this width.
+static inline int64_t pitch_of(int64_t width) { return (width + 2 * LANES - 1) / (2 * LANES) * (2 * LANES); }
 
-template <Dtype DTYPE>
-static inline vec load_wide(const char* row, int64_t d) {
-    if (DTYPE == Dtype::f32) return load((const float*)row + d);
-    float wide[LANES];
-    const uint16_t* from = (const uint16_t*)row + d;
-#if defined(__AVX512F__)
-    const __m256i half = _mm256_loadu_si256((const __m256i*)from);
-    if (DTYPE == Dtype::bf16) return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
-    return (vec)_mm512_cvtph_ps(half);
-#elif defined(__AVX2__)
-    const __m128i half = _mm_loadu_si128((const __m128i*)from);
-    if (DTYPE == Dtype::bf16) return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16);
-    return (vec)_mm256_cvtph_ps(half);
-#endif
-    widen(DTYPE, from, wide, LANES);
-    return load(wide);
-}
+// `State` of a few rows: rows of out lie as `Products` sums them.
+struct FewState {
+    float *top, *sum, *out;
 
-// The rest of a row that fills no vector, and zeros.
-template <Dtype DTYPE>
-static inline vec load_rest(const char* row, int64_t d, int64_t width) {
-    float wide[LANES] = {};
-    for (int64_t i = d; i < width; ++i) wide[i - d] = read(DTYPE, row, i);
-    return load(wide);
-}
+    FewState(float* memory, const Tile&) : top(memory), sum(memory + FEW), out(memory + 2 * FEW) {}
 
-// Lane i of the result is the sum over the lanes of a[i].
-static inline vec sum_each(vec* a) {
-    for (int distance = 1, count = LANES; distance < LANES; distance *= 2, count /= 2) {
-        ivec here, there;
-        for (int lane = 0; lane < LANES; ++lane) {
-            const int from = lane & distance ? LANES : 0;  // the second of two vectors
-            here[lane] = from + lane;
-            there[lane] = from + (lane ^ distance);
-        }
-        for (int i = 0; i < count / 2; ++i)
-            a[i] = __builtin_shuffle(a[2 * i], a[2 * i + 1], here) + __builtin_shuffle(a[2 * i], a[2 * i + 1], there);
-    }
-    return a[0];
-}
+    static int64_t floats(const Problem& p) { return FEW * (2 + pitch_of(p.value_width)); }
 
-// Rows that will be read next, asked for a row at a time between others: more at once would overrun the queue.
-struct Ahead {
-    const char* rows;
-    int64_t stride, bytes;
-    bool first;  // whether no party has been here before
-
-    void ask(int64_t row) const {
-        for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(rows + row * stride + byte);
+    void clear(const Problem& p, const Tile& t) const {
+        std::fill(top, top + t.count, -INF);
+        std::fill(sum, sum + t.count, 0.0f);
+        std::fill(out, out + t.count * pitch_of(p.value_width), 0.0f);
     }
 };
 
-// Key by key, since memory is fastest in order.
-template <Dtype DTYPE, int KEYS, int PARTIES>
-static inline void score_some(const char* keys, int64_t stride, int64_t width, const float* queries, int64_t pitch,
-                              float* scores, int64_t lanes, const Ahead& ahead) {
-    vec acc[(KEYS * PARTIES + LANES - 1) / LANES * LANES] = {};  // whole groups for sum_each
-    for (int j = 0; j < KEYS; ++j) {
-        const char* row = keys + j * stride;
-        ahead.ask(j);
-        vec sum[PARTIES] = {};
-        int64_t d = 0;
-        for (; d + LANES <= width; d += LANES) {
-            const vec key = load_wide<DTYPE>(row, d);
-            for (int r = 0; r < PARTIES; ++r) sum[r] += key * load(queries + r * pitch + d);
-        }
-        if (d < width) {
-            const vec key = load_rest<DTYPE>(row, d, width);
-            for (int r = 0; r < PARTIES; ++r) sum[r] += key * load(queries + r * pitch + d);
-        }
-        for (int r = 0; r < PARTIES; ++r) acc[j * PARTIES + r] = sum[r];
+// Memory for a few rows.
+struct FewRoom {
+    float *queries, *scores, *values, *state, *total;
+
+    FewRoom(const Problem& p, Placer& place) {
+        queries = place(FEW * pitch_of(p.width));
+        scores = place(FEW * BLOCK);
+        values = place(BLOCK * p.value_width);
+        state = place(FewState::floats(p));
+        total = place(FewState::floats(p));
     }
-    for (int first = 0; first < KEYS * PARTIES; first += LANES) {
-        float sums[LANES];
-        store(sums, sum_each(acc + first));
-        for (int i = first; i < std::min(first + LANES, KEYS * PARTIES); ++i) {
-            float* at = scores + i / PARTIES * lanes + i % PARTIES;
-            if (ahead.first && i % PARTIES == 0)
-                store(at, set1(sums[i - first]));  // lanes without a row follow the first
-            else
-                *at = sums[i - first];
-        }
+};
+
+// Both products of a block of keys, for rows of fp32 queries.
+template <Dtype DTYPE>
+struct Widened {
+    static void queries(const Problem& p, const Tile& t, float* to) {
+        for (int r = 0; r < t.count; ++r, to += pitch_of(p.width))
+            for (int64_t d = 0; d < p.width; d += LANES)
+                store(to + d, load_part(DTYPE, t.row(p, p.q, r) + d * size_of(DTYPE), p.width - d));
     }
-}
 
-template <Dtype DTYPE, int PARTIES>
-static inline void score_rows(const char* keys, int64_t stride, int64_t count, int64_t width, const float* queries,
-                              int64_t pitch, float* scores, int64_t lanes, Ahead ahead) {
-    constexpr int KEYS = PARTIES == 1 ? 16 : (PARTIES == 2 ? 8 : 4);
-    int64_t j = 0;
-    const auto some = [&](auto keys_at_once) {
-        constexpr int COUNT = decltype(keys_at_once)::value;
-        score_some<DTYPE, COUNT, PARTIES>(keys + j * stride, stride, width, queries, pitch, scores + j * lanes, lanes,
-                                          {ahead.rows + j * ahead.stride, ahead.stride, ahead.bytes, ahead.first});
-        j += COUNT;
-    };
-    while (j + KEYS <= count) some(std::integral_constant<int, KEYS>());
-    while (j < count) some(std::integral_constant<int, 1>());
-}
-
-template <Dtype DTYPE, int PARTIES, int VECS>
-static inline void add_some(const char* values, int64_t stride, int64_t count, int64_t d, int64_t width,
-                            const float* weights, int64_t lanes, float* out) {
-    vec acc[PARTIES][VECS] = {};
-    const bool whole = d + VECS * LANES <= width;
-    for (int64_t j = 0; j < count; ++j) {
-        const char* row = values + j * stride;
-        vec value[VECS];
-        for (int n = 0; n < VECS; ++n)
-            value[n] = whole ? load_wide<DTYPE>(row, d + n * LANES) : load_rest<DTYPE>(row, d + n * LANES, width);
-        for (int r = 0; r < PARTIES; ++r)
-            for (int n = 0; n < VECS; ++n) acc[r][n] += weights[j * lanes + r] * value[n];
-    }
-    for (int r = 0; r < PARTIES; ++r)
-        for (int64_t i = 0; i < std::min<int64_t>(VECS * LANES, width - d); ++i)
-            out[(d + i) * lanes + r] += acc[r][i / LANES][i % LANES];
-}
-
-template <Dtype DTYPE, int PARTIES>
-static inline void add_rows(const char* values, int64_t stride, int64_t count, int64_t width, const float* weights,
-                            int64_t lanes, float* out) {
-    constexpr int VECS = 4;
-    int64_t d = 0;
-    for (; d + VECS * LANES <= width; d += VECS * LANES)
-        add_some<DTYPE, PARTIES, VECS>(values, stride, count, d, width, weights, lanes, out);
-    for (; d < width; d += LANES)
-        add_some<DTYPE, PARTIES, 1>(values, stride, count, d, width, weights, lanes, out);
-}
-
-// Calls work(dtype, rows) with both as constants, for the dtype of the problem and up to PARTY rows at a time.
-template <class Work>
-static inline void each_party(const Problem& p, const Tile& t, Work work) {
-    const auto with = [&](auto dtype) {
-        for (int r = 0; r < t.count; r += PARTY) {
-            switch (std::min(PARTY, t.count - r)) {
-                case 1: work(dtype, std::integral_constant<int, 1>(), r); break;
-                case 2: work(dtype, std::integral_constant<int, 2>(), r); break;
-                case 3: work(dtype, std::integral_constant<int, 3>(), r); break;
-                default: work(dtype, std::integral_constant<int, 4>(), r); break;
+    // sums[j * ROWS + r] = key j times row r, as lanes that are still to be added up.
+    template <int COUNT, int ROWS, int KEYS>
+    static inline void score(const char* keys, int64_t stride, int64_t width, const float* queries, vec* sums) {
+        if (width < 1) __builtin_unreachable();
+        const int64_t pitch = pitch_of(width), item = size_of(DTYPE);
+        vec acc[KEYS][COUNT] = {};
+        for (int64_t d = 0; d < width; d += LANES) {
+            const bool whole = d + LANES <= width;
+            vec key[KEYS];
+            for (int j = 0; j < KEYS; ++j) {
+                const char* const at = keys + j * stride + d * item;
+                key[j] = whole ? load_as(DTYPE, at) : load_part(DTYPE, at, width - d);
+            }
+            for (int r = 0; r < COUNT; ++r) {
+                const vec query = load(queries + r * pitch + d);
+                for (int j = 0; j < KEYS; ++j) acc[j][r] += key[j] * query;
             }
         }
-    };
-    switch (p.dtype) {
-        case Dtype::f32: with(std::integral_constant<Dtype, Dtype::f32>()); break;
-        case Dtype::bf16: with(std::integral_constant<Dtype, Dtype::bf16>()); break;
-        default: with(std::integral_constant<Dtype, Dtype::f16>()); break;
+        for (int j = 0; j < KEYS; ++j)
+            for (int r = 0; r < COUNT; ++r) sums[j * ROWS + r] = acc[j][r];
     }
-}
 
-template <>
-struct Format<Few> {
-    static constexpr int BLOCK = PIECE;  // outputs are written once a block, and lie across
+    template <int ROWS>
+    static void pack(float*, int) {}
 
-    static int64_t pitch(const Problem& p) { return (p.width + LANES - 1) / LANES * LANES; }
+    // Adds weights times values to rows of out.
+    template <int COUNT, int ROWS>
+    static void add(const char* values, int64_t stride, int count, int64_t width, const float* weights, float* out) {
+        constexpr int VECS = COUNT <= 4 ? 4 : 2;
+        int64_t d = 0;
+        for (; d + VECS * LANES <= width; d += VECS * LANES)
+            some<COUNT, ROWS, VECS>(values + d * size_of(DTYPE), stride, count, width - d, weights, out + d, width);
+        for (; d < width; d += LANES)
+            some<COUNT, ROWS, 1>(values + d * size_of(DTYPE), stride, count, width - d, weights, out + d, width);
+    }
 
-    static void queries(const Problem& p, const Tile& t, float* panel) {
-        for (int r = 0; r < t.count; ++r, panel += pitch(p)) {
-            const char* row = t.query(p, r);
-            for (int64_t d = 0; d < pitch(p); ++d) panel[d] = d < p.width ? read(p.dtype, row, d) : 0.0f;
+    // Where column d of a row of out lies.
+    static int64_t column(int64_t d) { return d; }
+
+    // The columns of a row of out from d on, a multiple of LANES.
+    static vec columns(const float* out, int64_t d) { return load(out + d); }
+
+   private:
+    template <int COUNT, int ROWS, int VECS>
+    static inline void some(const char* values, int64_t stride, int count, int64_t left, const float* weights,
+                            float* out, int64_t width) {
+        const int64_t pitch = pitch_of(width), item = size_of(DTYPE);
+        vec acc[COUNT][VECS];
+        for (int r = 0; r < COUNT; ++r)
+            for (int n = 0; n < VECS; ++n) acc[r][n] = load(out + r * pitch + n * LANES);
+        for (int j = 0; j < count; ++j, values += stride) {
+            vec x[VECS];
+            for (int n = 0; n < VECS; ++n)
+                x[n] =
+                    left >= VECS * LANES ? load_as(DTYPE, values + n * LANES * item) : load_part(DTYPE, values, left);
+            for (int r = 0; r < COUNT; ++r)
+                for (int n = 0; n < VECS; ++n) acc[r][n] += weights[j * ROWS + r] * x[n];
+        }
+        for (int r = 0; r < COUNT; ++r)
+            for (int n = 0; n < VECS; ++n) store(out + r * pitch + n * LANES, acc[r][n]);
+    }
+};
+
+#if defined(__AVX512BF16__)
+// The same in dot products of bf16.
+struct Dots {
+    static constexpr int STEP = 2 * LANES;
+
+    template <int FROM>
+    struct Merged {
+        static constexpr int at(int i) { return (FROM + i) / 8 * 4 + i % 4 + (i & 4 ? LANES : 0); }
+    };
+
+    static void queries(const Problem& p, const Tile& t, float* to) {
+        for (int r = 0; r < t.count; ++r, to += pitch_of(p.width)) {
+            std::fill(to, to + pitch_of(p.width) / 2, 0.0f);
+            std::memcpy(to, t.row(p, p.q, r), p.width * 2);
         }
     }
 
-    static const char* keys(const Problem& p, const Tile& t, int64_t first, int64_t, float*, int64_t& stride) {
-        stride = p.k.row * size_of(p.dtype);
-        return row_of(p, p.k, t.batch, t.kv_head, first);
+    template <int COUNT, int ROWS, int KEYS>
+    static inline void score(const char* keys, int64_t stride, int64_t width, const float* queries, vec* sums) {
+        if (width < 1) __builtin_unreachable();
+        const int64_t pitch = pitch_of(width);
+        vec acc[KEYS][COUNT] = {};
+        for (int64_t d = 0; d < width; d += STEP) {
+            __m512i key[KEYS];
+            for (int j = 0; j < KEYS; ++j) key[j] = take(keys + j * stride + 2 * d, width - d);
+            for (int r = 0; r < COUNT; ++r) {
+                const vec query = load(queries + r * pitch + d / 2);
+                for (int j = 0; j < KEYS; ++j) acc[j][r] = Pair::dot(acc[j][r], key[j], query);
+            }
+        }
+        for (int j = 0; j < KEYS; ++j)
+            for (int r = 0; r < COUNT; ++r) sums[j * ROWS + r] = acc[j][r];
     }
 
-    static const char* values(const Problem& p, const Tile& t, int64_t first, int64_t, float*, int64_t& stride) {
-        stride = p.v.row * size_of(p.dtype);
-        return row_of(p, p.v, t.batch, t.kv_head, first);
+    // Weights of neighbouring keys become pairs: (key / 2, row).
+    template <int ROWS>
+    static void pack(float* weights, int count) {
+        alignas(32) uint16_t from[LANES];
+        for (int i = 0; i < LANES; ++i) from[i] = (uint16_t)((i / 2 / ROWS * 2 + i % 2) * ROWS + i / 2 % ROWS);
+        const __m256i order = _mm256_load_si256((const __m256i*)from);
+        for (int i = 0; i < count * ROWS; i += LANES) {
+            const __m256i half = (__m256i)_mm512_cvtneps_pbh((__m512)load(weights + i));
+            _mm256_storeu_si256((__m256i*)(weights + i / 2), _mm256_permutexvar_epi16(order, half));
+        }
     }
 
-    static void score(const Problem& p, const Tile& t, int64_t block, const char* keys, int64_t stride, const Segment& s,
-                      const float* queries, float* scores) {
-        // Values are asked for while their keys are read.
-        const char* values = row_of(p, p.v, t.batch, t.kv_head, block + s.begin);
-        each_party(p, t, [&](auto dtype, auto rows, int r) {
-            const int64_t bytes = r == 0 ? p.value_width * size_of(p.dtype) : 0;
-            score_rows<decltype(dtype)::value, decltype(rows)::value>(
-                keys + s.begin * stride, stride, s.end - s.begin, p.width, queries + r * pitch(p), pitch(p),
-                scores + s.begin * t.lanes() + r, t.lanes(), {values, p.v.row * size_of(p.dtype), bytes, r == 0});
-        });
+    template <int COUNT, int ROWS>
+    static void add(const char* values, int64_t stride, int count, int64_t width, const float* weights, float* out) {
+        constexpr int SPANS = COUNT <= 4 ? 2 : 1;
+        int64_t d = 0;
+        for (; d + SPANS * STEP <= width; d += SPANS * STEP)
+            some<COUNT, ROWS, SPANS>(values + 2 * d, stride, count, width - d, weights, out + d, width);
+        for (; d < width; d += STEP)
+            some<COUNT, ROWS, 1>(values + 2 * d, stride, count, width - d, weights, out + d, width);
     }
 
-    static void pack_weights(const Tile&, const Segment&, float*) {}
-
-    static void accumulate(const Problem& p, const Tile& t, const char* values, int64_t stride, const Segment& s,
-                           const float* weights, float* out) {
-        each_party(p, t, [&](auto dtype, auto rows, int r) {
-            add_rows<decltype(dtype)::value, decltype(rows)::value>(values + s.begin * stride, stride, s.end - s.begin,
-                                                                    p.value_width, weights + s.begin * t.lanes() + r,
-                                                                    t.lanes(), out + r);
-        });
+    // Two rows are interleaved in runs of four.
+    static int64_t column(int64_t d) {
+        const int64_t in_step = d % STEP;
+        return d - in_step + in_step / 8 * 4 + in_step % 4 + (in_step & 4 ? LANES : 0);
     }
 
-    static char* own_values(const Problem& p, const char* values, int64_t count, float* scratch, int64_t& stride) {
-        const int64_t bytes = p.value_width * size_of(p.dtype);
-        for (int64_t j = 0; j < count; ++j) std::memcpy((char*)scratch + j * bytes, values + j * stride, bytes);
-        stride = bytes;
-        return (char*)scratch;
+    static vec columns(const float* out, int64_t d) {
+        const float* const step = out + d / STEP * STEP;
+        const vec low = load(step), high = load(step + LANES);
+        return d % STEP == 0 ? shuffle(low, high, Merged<0>()) : shuffle(low, high, Merged<LANES>());
     }
 
-    static void clear_value(const Problem& p, char* values, int64_t stride, int64_t j, int64_t d) {
-        write(p.dtype, values + j * stride, d, 0.0f);
+   private:
+    static __m512i take(const char* row, int64_t left) {
+        if (left >= STEP) return _mm512_loadu_si512(row);
+        return _mm512_maskz_loadu_epi16((__mmask32)((1ull << left) - 1), row);
+    }
+
+    template <int COUNT, int ROWS, int SPANS>
+    static inline void some(const char* values, int64_t stride, int count, int64_t left, const float* weights,
+                            float* out, int64_t width) {
+        const int64_t pitch = pitch_of(width);
+        vec acc[COUNT][2 * SPANS];
+        for (int r = 0; r < COUNT; ++r)
+            for (int n = 0; n < 2 * SPANS; ++n) acc[r][n] = load(out + r * pitch + n * LANES);
+        for (int j = 0; j < count; j += 2, values += 2 * stride) {
+            __m512i x[2 * SPANS];
+            for (int n = 0; n < SPANS; ++n) {
+                const __m512i low = take(values + n * 2 * STEP, left - n * STEP);
+                const __m512i high = j + 1 < count ? take(values + stride + n * 2 * STEP, left - n * STEP) : __m512i{};
+                x[2 * n] = _mm512_unpacklo_epi16(low, high);
+                x[2 * n + 1] = _mm512_unpackhi_epi16(low, high);
+            }
+            for (int r = 0; r < COUNT; ++r) {
+                const vec pair = set1(weights[j / 2 * ROWS + r]);
+                for (int n = 0; n < 2 * SPANS; ++n) acc[r][n] = Pair::dot(acc[r][n], x[n], pair);
+            }
+        }
+        for (int r = 0; r < COUNT; ++r)
+            for (int n = 0; n < 2 * SPANS; ++n) store(out + r * pitch + n * LANES, acc[r][n]);
     }
 };
+#endif
+
+// Lane i stands for key first + i / ROWS and row i % ROWS; lanes without a row follow the last one.
+template <int COUNT, int ROWS>
+struct Spread {
+    const Problem& p;
+    const Tile& t;
+
+    static int row(int lane) { return std::min(lane % ROWS, COUNT - 1); }
+
+    template <class Value>
+    static vec each(Value value) {
+        vec x;
+        for (int i = 0; i < LANES; ++i) x[i] = value(i);
+        return x;
+    }
+
+    vec of(const Matrix& m, int64_t first) const {
+        return each([&](int i) {
+            const int64_t key = std::min(first + i / ROWS, p.lk - 1), head = t.head[row(i)];
+            return read(m.dtype, m.data, t.batch * m.batch + head * m.head + key * m.column);
+        });
+    }
+
+    // Scores from products.
+    vec transform(int64_t first, vec x) const {
+        x = x * p.scale;
+        if (p.softcap != 0) x = p.softcap * tanh(x / p.softcap);
+        if (p.bias.data) x = x + of(p.bias, first);
+        if (p.alibi) {
+            const int64_t position = t.position[0];
+            x = x - each([&](int i) { return t.slope[row(i)] * (float)std::abs(position - (first + i / ROWS)); });
+        }
+        return x;
+    }
+
+    bool may_see(int64_t key) const { return QKV_ISA::may_see(p, t, 0, key); }
+
+    // -inf for keys that are hidden, or do not exist.
+    vec hide(int64_t first, int64_t end, vec x) const {
+        x = each([&](int i) { return first + i / ROWS < end && may_see(first + i / ROWS) ? 0.0f : -INF; }) == 0.0f
+                ? x
+                : set1(-INF);
+        return p.allow.data ? (of(p.allow, first) != 0.0f ? x : set1(-INF)) : x;
+    }
+
+    // The largest of all keys, for each row.
+    template <int DISTANCE = ROWS>
+    static vec largest(vec x) {
+        if constexpr (DISTANCE < LANES) return largest<2 * DISTANCE>(max(x, shuffle(x, x, Across<DISTANCE>())));
+        return x;
+    }
+};
+
+// `without_poison` for a few rows: leaves the values of a block in room.values.
+template <class Products, int COUNT, int ROWS>
+static void without_poison_few(const Problem& p, const Tile& t, const Block& b, const char* values, const FewRoom& room,
+                               const FewState& state) {
+    const Spread<COUNT, ROWS> spread{p, t};
+    const int64_t item = size_of(p.dtype), pitch = pitch_of(p.value_width);
+    for (int j = 0; j < b.size; ++j) {
+        const char* const row = values + j * p.v.row * item;
+        char* const clean = (char*)room.values + j * p.value_width * item;
+        std::memcpy(clean, row, p.value_width * item);
+        const vec seen = spread.hide(b.first + j, b.first + b.size, vec{});
+        for (int64_t d = 0; d < p.value_width; ++d) {
+            const float x = read(p.dtype, row, d);
+            if (std::isfinite(x)) continue;
+            write(p.dtype, clean, d, 0.0f);
+            for (int r = 0; r < COUNT; ++r)
+                if (seen[r] == 0) state.out[r * pitch + Products::column(d)] += room.scores[j * ROWS + r] * x;
+        }
+    }
+}
+
+// Folds the keys [begin, end) into a state that was empty. COUNT is the number of rows, ROWS the next power of two.
+template <class Products, int COUNT, int ROWS>
+static void fold_few(const Problem& p, const Tile& t, const Outline& outline, const Dropout& dropout, int64_t begin,
+                     int64_t end, const FewRoom& room, const FewState& state) {
+    typedef Spread<COUNT, ROWS> Spread;
+    constexpr int KEYS = LANES / ROWS;                           // keys of a vector
+    constexpr int ABREAST = COUNT == 1 ? 1 : std::min(KEYS, 2);  // keys read side by side: more would slow memory down
+    const Spread spread{p, t};
+    const bool plain = plain_scores(p);
+    const float factor = exponent_factor(p), patience = 8.0f / factor;
+    const int64_t pitch = pitch_of(p.value_width), item = size_of(p.dtype), key_stride = p.k.row * item;
+    vec top = set1(-INF), sum = {};
+    state.clear(p, t);
+    for (int64_t first = begin; first < end; first += BLOCK) {
+        const Block b(p, t, outline, first, end);
+        if (b.count == 0) continue;
+        // What lies before a window is not read.
+        const int from = first < p.sink_tokens ? 0 : (int)std::max<int64_t>(0, t.begin - first) / LANES * LANES;
+        float* const scores = room.scores + from * ROWS;
+        const char* const keys = row_of(p, p.k, t.batch, t.kv_head, first);
+        const char* values = row_of(p, p.v, t.batch, t.kv_head, first);
+        int64_t value_stride = p.v.row * item;
+        vec peak = set1(-INF);
+        for (int j = from; j < b.size; j += KEYS) {
+            vec sums[LANES] = {};
+            for (int i = 0; i < KEYS; i += ABREAST) {
+                if (j + i >= b.size) break;
+                // Values are asked for while their keys are read.
+                for (int n = 0; n < ABREAST; ++n)
+                    for (int64_t byte = 0; byte < p.value_width * item; byte += 64)
+                        __builtin_prefetch(values + (j + i + n) * value_stride + byte);
+                if (j + i + ABREAST <= b.size)
+                    Products::template score<COUNT, ROWS, ABREAST>(keys + (j + i) * key_stride, key_stride, p.width,
+                                                                   room.queries, sums + i * ROWS);
+                else
+                    Products::template score<COUNT, ROWS, 1>(keys + (j + i) * key_stride, key_stride, p.width,
+                                                             room.queries, sums + i * ROWS);
+            }
+            vec x = sum_each(sums);
+            if (!plain) x = spread.transform(first + j, x);
+            if (b.edge || j + KEYS > b.size) x = spread.hide(first + j, first + b.size, x);
+            peak = max(x, peak);
+            store(room.scores + j * ROWS, x);
+        }
+        peak = Spread::largest(peak);
+        const ivec rises = peak > top + patience;
+        const vec next = rises ? peak : top;
+        const vec shift = next == -INF ? set1(0.0f) : next * factor;
+        if (any(rises)) {
+            // Exactly 1 for rows that stay: what other rows do must not show.
+            const vec shrink = rises ? (top == -INF ? set1(0.0f) : exp2(top * factor - shift)) : set1(1.0f);
+            top = next;
+            sum = sum * shrink;
+            for (int r = 0; r < COUNT; ++r)
+                for (int64_t d = 0; d < pitch; d += LANES)
+                    store(state.out + r * pitch + d, load(state.out + r * pitch + d) * shrink[r]);
+        }
+        for (int j = from; j < b.size; j += KEYS) {
+            const vec weight = exp2(load(room.scores + j * ROWS) * factor - shift);
+            sum = sum + weight;
+            store(room.scores + j * ROWS,
+                  p.dropout > 0 ? weight * dropout.factors_of(first + j, ROWS, Spread::row) : weight);
+        }
+        if (b.edge && !all_finite(p, t.batch, t.kv_head, p.v, p.value_width, first + from, b.size - from)) {
+            without_poison_few<Products, COUNT, ROWS>(p, t, b, values, room, state);
+            values = (const char*)room.values;
+            value_stride = p.value_width * item;
+        }
+        Products::template pack<ROWS>(scores, b.size - from);
+        Products::template add<COUNT, ROWS>(values + from * value_stride, value_stride, b.size - from, p.value_width,
+                                            scores, state.out);
+    }
+    for (int r = 0; r < COUNT; ++r) {
+        state.top[r] = top[r];
+        for (int i = r; i < LANES; i += ROWS) state.sum[r] += sum[i];
+    }
+}
+
+static void merge(const Problem& p, const Tile& t, const FewState& total, const FewState& piece) {
+    const float factor = exponent_factor(p);
+    const int64_t pitch = pitch_of(p.value_width);
+    for (int r = 0; r < t.count; ++r) {
+        const float a = total.top[r], b = piece.top[r], top = a > b ? a : b, base = top == -INF ? 0.0f : top;
+        const float left = std::exp2((a - base) * factor), right = std::exp2((b - base) * factor);
+        total.top[r] = top;
+        total.sum[r] = total.sum[r] * left + piece.sum[r] * right;
+        for (int64_t d = r * pitch; d < (r + 1) * pitch; d += LANES)
+            store(total.out + d, load(total.out + d) * left + load(piece.out + d) * right);
+    }
+}
+
+template <class Products>
+static void finish(const Problem& p, const Tile& t, const FewState& state) {
+    for (int r = 0; r < t.count; ++r) {
+        const float factor = normalise(p, t, r, state.top[r], state.sum[r]);
+        char* const row = t.row(p, p.out, r);
+        for_columns(p.value_width, [&](int64_t d, int64_t count) {
+            const vec x = Products::columns(state.out + r * pitch_of(p.value_width), d) * factor;
+            store_part(p.dtype, row + d * size_of(p.dtype), x, count);
+        });
+    }
+}
+
+// Calls work(products, count) with types for the dtype of the problem and the number of rows.
+template <int COUNT = FEW, class Products, class Work>
+static inline void with_count(Products products, int count, Work work) {
+    if (count == COUNT)
+        work(products, std::integral_constant<int, COUNT>());
+    else if constexpr (COUNT > 1)
+        with_count<COUNT - 1>(products, count, work);
+}
+
+template <class Work>
+static inline void for_few(const Problem& p, int count, Work work) {
+    switch (p.dtype) {
+        case Dtype::f32: return with_count(Widened<Dtype::f32>(), count, work);
+#if defined(__AVX512BF16__)
+        case Dtype::bf16: return with_count(Dots(), count, work);
+#else
+        case Dtype::bf16: return with_count(Widened<Dtype::bf16>(), count, work);
+#endif
+        default: return with_count(Widened<Dtype::f16>(), count, work);
+    }
+}
 
 }  // namespace QKV_ISA
 }  // namespace qkv

@@ -1,8 +1,12 @@
-// How queries, keys, values and weights lie for the micro-kernel: in fp32, or as pairs of bf16.
+// How rows, keys, values and weights lie for the micro-kernel: in fp32, or as pairs of bf16.
+//
+// Of the operands of a product, A is read element by element, either along the width (`along_width`) or along the keys
+// (`along_keys`); B is a panel with a row for each step, of query rows (`panel`) or of numbers along the width
+// (`rows`).
 #pragma once
 
+#include "mask.h"
 #include "product.h"
-#include "tile.h"
 
 namespace qkv {
 namespace QKV_ISA {
@@ -10,161 +14,210 @@ namespace QKV_ISA {
 template <class Kind>
 struct Format;
 
-// fp32: keys and values are read in place; 16-bit ones are widened a block at a time.
+static inline int64_t whole_vectors(int64_t width) { return (width + LANES - 1) / LANES * LANES; }
+
+// fp32: keys and values are read in place; 16-bit ones are widened.
 template <>
 struct Format<Single> {
-    static constexpr int BLOCK = QKV_ISA::BLOCK;
+    typedef float Element;
 
-    static void queries(const Problem& p, const Tile& t, float* panel) {
-        const int64_t lanes = t.lanes(), width = p.width;
-        for (int r = 0; r < lanes; ++r) {
-            const char* row = t.query(p, std::min(r, t.count - 1));
-            if (p.dtype == Dtype::f32)
-                for (int64_t d = 0; d < width; ++d) panel[d * lanes + r] = ((const float*)row)[d];
-            else
-                for (int64_t d = 0; d < width; ++d) panel[d * lanes + r] = read(p.dtype, row, d);
-        }
+    static int64_t steps(int64_t count) { return count; }
+
+    // The rows of a tile as lanes: (width, lanes).
+    static void panel(const Problem& p, const Tile& t, const View& view, int64_t width, float* to) {
+        const char* rows[ROWS];
+        for (int r = 0; r < t.lanes(); ++r) rows[r] = t.row(p, view, r);
+        for_dtype(p.dtype, [&](auto dtype) {
+            rows_to_lanes(t.lanes(), width, to, t.lanes(), [&](int64_t r, int64_t c, int64_t count) {
+                return load_part(dtype, rows[r] + c * size_of(dtype), count);
+            });
+        });
     }
 
-    static const float* keys(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch,
-                             int64_t& stride) {
-        return rows(p, t, p.k, first, count, p.width, scratch, stride);
+    // The rows of a tile as they are: (count, whole vectors of the width).
+    static void rows(const Problem& p, const Tile& t, const View& view, int64_t width, float* to) {
+        for_dtype(p.dtype, [&](auto dtype) {
+            for (int r = 0; r < t.count; ++r, to += whole_vectors(width)) {
+                const char* row = t.row(p, view, r);
+                for_columns(width, [&](int64_t d, int64_t count) {
+                    store(to + d, load_part(dtype, row + d * size_of(dtype), count));
+                });
+            }
+        });
     }
 
-    static const float* values(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch,
-                               int64_t& stride) {
-        return rows(p, t, p.v, first, count, p.value_width, scratch, stride);
-    }
-
-    static void score(const Problem& p, const Tile& t, int64_t, const float* keys, int64_t stride, const Segment& s,
-                      const float* queries, float* scores) {
-        product<Single, Along::k, false>(s.end - s.begin, s.last - s.first, p.width, keys + s.begin * stride,
-                                         queries + s.first * LANES, scores + s.begin * t.lanes() + s.first * LANES,
-                                         {stride, t.lanes(), t.lanes()});
-    }
-
-    static void pack_weights(const Tile&, const Segment&, float*) {}
-
-    static void accumulate(const Problem& p, const Tile& t, const float* values, int64_t stride, const Segment& s,
-                           const float* weights, float* out) {
-        product<Single, Along::m, true>(p.value_width, s.last - s.first, s.end - s.begin, values + s.begin * stride,
-                                        weights + s.begin * t.lanes() + s.first * LANES, out + s.first * LANES,
-                                        {stride, t.lanes(), t.lanes()});
-    }
-
-    // The values in memory that may be written to.
-    static float* own_values(const Problem& p, const float* values, int64_t count, float* scratch, int64_t& stride) {
-        if (values != scratch) {
-            for (int64_t j = 0; j < count; ++j)
-                std::memcpy(scratch + j * p.value_width, values + j * stride, p.value_width * sizeof(float));
-            stride = p.value_width;
-        }
-        return scratch;
-    }
-
-    static void clear_value(const Problem&, float* values, int64_t stride, int64_t j, int64_t d) { values[j * stride + d] = 0; }
-
-   private:
-    static const float* rows(const Problem& p, const Tile& t, const View& view, int64_t first, int64_t count,
-                             int64_t width, float* scratch, int64_t& stride) {
-        const char* from = row_of(p, view, t.batch, t.kv_head, first);
+    static const float* along_width(const Problem& p, int64_t batch, int64_t kv_head, const View& view, int64_t width,
+                                    int64_t first, int64_t count, float* scratch, int64_t& stride) {
+        const char* from = row_of(p, view, batch, kv_head, first);
         if (p.dtype == Dtype::f32) {
             stride = view.row;
             return (const float*)from;
         }
-        for (int64_t j = 0; j < count; ++j)
-            widen(p.dtype, (const uint16_t*)from + j * view.row, scratch + j * width, width);
         stride = width;
+        for_dtype(p.dtype, [&](auto dtype) {
+            for (int64_t j = 0; j < count; ++j, from += view.row * size_of(dtype)) {
+                for_columns(width, [&](int64_t d, int64_t part) {
+                    store_part(Dtype::f32, scratch + j * width + d, load_part(dtype, from + d * size_of(dtype), part),
+                               part);
+                });
+            }
+        });
         return scratch;
     }
+
+    static const float* along_keys(const Problem& p, int64_t batch, int64_t kv_head, const View& view, int64_t width,
+                                   int64_t first, int64_t count, float* scratch, int64_t& stride) {
+        return along_width(p, batch, kv_head, view, width, first, count, scratch, stride);
+    }
+
+    // Makes rows of weights ready to be B of a product along the keys.
+    static void pack_keys(const Tile&, const Segment&, const float*, float*) {}
+
+    // Makes rows of weights ready to be A of a product along the rows, in place.
+    static void pack_rows(const Tile&, const Segment&, float*) {}
+
+    static constexpr bool PACKS = false;
+
+    // Keys or values, laid along the keys, in memory that may be written to.
+    static float* own(const float* from, int64_t width, int64_t count, float* scratch, int64_t& stride) {
+        if (from != scratch) {
+            for (int64_t j = 0; j < count; ++j)
+                std::memcpy(scratch + j * width, from + j * stride, width * sizeof(float));
+            stride = width;
+        }
+        return scratch;
+    }
+
+    static void clear(float* along_keys, int64_t stride, int64_t j, int64_t d) { along_keys[j * stride + d] = 0; }
 };
 
 #if defined(__AVX512BF16__)
-// Pairs of bf16: of neighbours along the width for queries and keys, of neighbouring keys for weights and values.
+// Pairs of bf16, of neighbours along the dimension that a product sums over.
 template <>
 struct Format<Pair> {
-    static constexpr int BLOCK = QKV_ISA::BLOCK;
+    typedef uint32_t Element;
 
-    static void queries(const Problem& p, const Tile& t, float* panel) {
-        const int64_t pairs = (p.width + 1) / 2;
-        for (int r = 0; r < t.lanes(); ++r) {
-            const uint16_t* row = (const uint16_t*)t.query(p, std::min(r, t.count - 1));
-            for (int64_t d = 0; d < pairs; ++d) {
-                const uint32_t pair = row[2 * d] | (2 * d + 1 < p.width ? (uint32_t)row[2 * d + 1] << 16 : 0);
-                std::memcpy(panel + d * t.lanes() + r, &pair, sizeof pair);
-            }
+    static int64_t steps(int64_t count) { return (count + 1) / 2; }
+
+    static void panel(const Problem& p, const Tile& t, const View& view, int64_t width, float* to) {
+        const char* rows[ROWS];
+        for (int r = 0; r < t.lanes(); ++r) rows[r] = t.row(p, view, r);
+        rows_to_lanes(t.lanes(), steps(width), to, t.lanes(), [&](int64_t r, int64_t c, int64_t count) {
+            vec x = {};
+            std::memcpy(&x, rows[r] + c * 4, std::min(count * 4, (width - 2 * c) * 2));
+            return x;
+        });
+    }
+
+    // Pairs of neighbouring rows: (count / 2, whole vectors of the width).
+    static void rows(const Problem& p, const Tile& t, const View& view, int64_t width, float* to) {
+        for (int r = 0; r < t.count; r += 2, to += whole_vectors(width)) {
+            const uint16_t* low = (const uint16_t*)t.row(p, view, r);
+            interleave(low, r + 1 < t.count ? (const uint16_t*)t.row(p, view, r + 1) : nullptr, width, (uint32_t*)to);
+            std::fill(to + width, to + whole_vectors(width), 0.0f);
         }
     }
 
     // In place where every row starts on a pair and the width is even.
-    static const uint32_t* keys(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch,
-                                int64_t& stride) {
-        const uint16_t* from = (const uint16_t*)row_of(p, p.k, t.batch, t.kv_head, first);
-        if (p.width % 2 == 0 && p.k.row % 2 == 0) {
-            stride = p.k.row / 2;
+    static const uint32_t* along_width(const Problem& p, int64_t batch, int64_t kv_head, const View& view,
+                                       int64_t width, int64_t first, int64_t count, float* scratch, int64_t& stride) {
+        const uint16_t* from = (const uint16_t*)row_of(p, view, batch, kv_head, first);
+        if (width % 2 == 0 && view.row % 2 == 0) {
+            stride = view.row / 2;
             return (const uint32_t*)from;
         }
-        stride = (p.width + 1) / 2;
+        stride = steps(width);
         uint16_t* to = (uint16_t*)scratch;
         for (int64_t j = 0; j < count; ++j, to += 2 * stride) {
-            std::memcpy(to, from + j * p.k.row, p.width * sizeof(uint16_t));
-            if (p.width % 2) to[p.width] = 0;
+            std::memcpy(to, from + j * view.row, width * sizeof(uint16_t));
+            if (width % 2) to[width] = 0;
         }
         return (const uint32_t*)scratch;
     }
 
-    static const uint32_t* values(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch,
-                                  int64_t& stride) {
-        stride = p.value_width;
+    static const uint32_t* along_keys(const Problem& p, int64_t batch, int64_t kv_head, const View& view, int64_t width,
+                                      int64_t first, int64_t count, float* scratch, int64_t& stride) {
+        stride = width;
         for (int64_t j = 0; j < count; j += 2) {
-            const uint16_t* low = (const uint16_t*)row_of(p, p.v, t.batch, t.kv_head, first + j);
-            const uint16_t* high = low + p.v.row;
-            uint32_t* to = (uint32_t*)scratch + j / 2 * stride;
-            if (j + 1 < count)
-                for (int64_t d = 0; d < stride; ++d) to[d] = low[d] | (uint32_t)high[d] << 16;
-            else
-                for (int64_t d = 0; d < stride; ++d) to[d] = low[d];
+            const uint16_t* low = (const uint16_t*)row_of(p, view, batch, kv_head, first + j);
+            interleave(low, j + 1 < count ? low + view.row : nullptr, width, (uint32_t*)scratch + j / 2 * stride);
         }
         return (const uint32_t*)scratch;
     }
 
-    static void score(const Problem& p, const Tile& t, int64_t, const uint32_t* keys, int64_t stride, const Segment& s,
-                      const float* queries, float* scores) {
-        product<Pair, Along::k, false>(s.end - s.begin, s.last - s.first, (p.width + 1) / 2, keys + s.begin * stride,
-                                       queries + s.first * LANES, scores + s.begin * t.lanes() + s.first * LANES,
-                                       {stride, t.lanes(), t.lanes()});
-    }
-
-    // Weights of two keys become one row of pairs, in place: row j / 2 lies before all that is still to be read.
-    static void pack_weights(const Tile& t, const Segment& s, float* weights) {
+    // Weights of two keys become one row of pairs. In place too: row j / 2 lies before all that is still to be read.
+    static void pack_keys(const Tile& t, const Segment& s, const float* weights, float* to) {
         for (int j = s.begin; j < s.end; j += 2) {
             for (int n = s.first; n < s.last; ++n) {
                 const float* row = weights + j * t.lanes() + n * LANES;
                 const vec low = load(row), high = j + 1 < s.end ? load(row + t.lanes()) : vec{};
                 const __m512i l = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)low));
                 const __m512i h = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)high));
-                store(weights + j / 2 * t.lanes() + n * LANES, (vec)_mm512_or_si512(l, _mm512_slli_epi32(h, 16)));
+                store(to + j / 2 * t.lanes() + n * LANES, (vec)_mm512_or_si512(l, _mm512_slli_epi32(h, 16)));
             }
         }
     }
 
-    static void accumulate(const Problem& p, const Tile& t, const uint32_t* values, int64_t stride, const Segment& s,
-                           const float* weights, float* out) {
-        product<Pair, Along::m, true>(p.value_width, s.last - s.first, (s.end - s.begin + 1) / 2,
-                                      values + s.begin / 2 * stride,
-                                      weights + s.begin / 2 * t.lanes() + s.first * LANES, out + s.first * LANES,
-                                      {stride, t.lanes(), t.lanes()});
+    // A row of weights becomes half a row of pairs.
+    static void pack_rows(const Tile& t, const Segment& s, float* weights) {
+        for (int j = s.begin; j < s.end; ++j) {
+            float* const row = weights + j * t.lanes();
+            for (int n = s.first; n < s.last; ++n) {
+                const __m256i half = (__m256i)_mm512_cvtneps_pbh((__m512)load(row + n * LANES));
+                _mm256_storeu_si256((__m256i*)(row + n * LANES / 2), half);
+            }
+        }
     }
 
-    static uint32_t* own_values(const Problem&, const uint32_t*, int64_t, float* scratch, int64_t&) {
-        return (uint32_t*)scratch;
+    static constexpr bool PACKS = true;
+
+    static uint32_t* own(const uint32_t*, int64_t, int64_t, float* scratch, int64_t&) { return (uint32_t*)scratch; }
+
+    static void clear(uint32_t* along_keys, int64_t stride, int64_t j, int64_t d) {
+        along_keys[j / 2 * stride + d] &= j % 2 ? 0x0000ffffu : 0xffff0000u;
     }
 
-    static void clear_value(const Problem&, uint32_t* values, int64_t stride, int64_t j, int64_t d) {
-        values[j / 2 * stride + d] &= j % 2 ? 0x0000ffffu : 0xffff0000u;
+   private:
+    static void interleave(const uint16_t* low, const uint16_t* high, int64_t count, uint32_t* to) {
+        if (high)
+            for (int64_t d = 0; d < count; ++d) to[d] = low[d] | (uint32_t)high[d] << 16;
+        else
+            for (int64_t d = 0; d < count; ++d) to[d] = low[d];
     }
 };
 #endif
+
+// Q K^T of a segment, or dO V^T: (key, row), from keys laid along the width and the panel of rows.
+template <class Kind>
+static inline void multiply_rows(const Tile& t, const Segment& s, int64_t width, const typename Kind::Element* keys,
+                                 int64_t stride, const float* panel, float* to) {
+    product<Kind, Along::k, false>(s.end - s.begin, s.last - s.first, Format<Kind>::steps(width),
+                                   keys + s.begin * stride, panel + s.first * LANES,
+                                   to + s.begin * t.lanes() + s.first * LANES, {stride, t.lanes(), t.lanes()});
+}
+
+// Adds weights times values, or gradients of scores times keys, to (width, row), from values laid along the keys.
+template <class Kind>
+static inline void sum_over_keys(const Tile& t, const Segment& s, int64_t width, const typename Kind::Element* values,
+                                 int64_t stride, const float* weights, float* to) {
+    constexpr int STEP = Format<Kind>::PACKS ? 2 : 1;
+    product<Kind, Along::m, true>(width, s.last - s.first, Format<Kind>::steps(s.end - s.begin),
+                                  values + s.begin / STEP * stride,
+                                  weights + s.begin / STEP * t.lanes() + s.first * LANES, to + s.first * LANES,
+                                  {stride, t.lanes(), t.lanes()});
+}
+
+// Adds transposed weights times rows to (key, whole vectors of the width).
+template <class Kind>
+static inline void sum_over_rows(const Tile& t, const Segment& s, int64_t width, const float* weights,
+                                 const float* rows, float* to) {
+    constexpr int STEP = Format<Kind>::PACKS ? 2 : 1;
+    const int64_t pitch = whole_vectors(width), first = s.first * LANES / STEP;
+    const int64_t count = std::min<int64_t>(t.count, s.last * LANES) - s.first * LANES;
+    product<Kind, Along::k, true>(s.end - s.begin, (int)(pitch / LANES), Format<Kind>::steps(count),
+                                  (const typename Kind::Element*)weights + s.begin * t.lanes() + first,
+                                  rows + first * pitch, to + s.begin * pitch, {t.lanes(), pitch, pitch});
+}
 
 }  // namespace QKV_ISA
 }  // namespace qkv

@@ -1,72 +1,140 @@
 // The kernel for one instruction set. Compiled once for each, with its flags and QKV_ISA naming its namespace.
+#include "backward.h"
+#include "few.h"
 #include "forward.h"
+#include "pages.h"
 #include "parallel.h"
 
 namespace qkv {
 namespace QKV_ISA {
 
+// How tiles of many rows fold keys.
 template <class Kind>
-static void fold_piece(const Problem& p, const Tile& t, int64_t piece, Scratch& scratch, const State& state) {
-    state.clear(p, t);
-    fold<Kind>(p, t, piece * PIECE, std::min<int64_t>(t.end, (piece + 1) * PIECE), scratch, state);
-}
+struct Many {
+    typedef ForwardRoom Room;
+    typedef QKV_ISA::State State;
 
-template <class Kind>
+    static void prepare(const Problem& p, const Tile& t, const Room& room) {
+        Format<Kind>::panel(p, t, p.q, p.width, room.panel);
+    }
+
+    static void fold(const Problem& p, const Tile& t, const Outline& outline, const Dropout& dropout, int64_t begin,
+                     int64_t end, const Room& room, const State& state) {
+        state.clear(p, t);
+        QKV_ISA::fold<Kind>(p, t, outline, dropout, begin, end, room, state);
+    }
+
+    static void finish(const Problem& p, const Tile& t, const State& state) { QKV_ISA::finish(p, t, state); }
+};
+
+// How the few rows of a single query do.
+template <class Products, int COUNT>
+struct Few {
+    typedef FewRoom Room;
+    typedef FewState State;
+
+    static void prepare(const Problem& p, const Tile& t, const Room& room) { Products::queries(p, t, room.queries); }
+
+    static void fold(const Problem& p, const Tile& t, const Outline& outline, const Dropout& dropout, int64_t begin,
+                     int64_t end, const Room& room, const State& state) {
+        constexpr int ROWS = COUNT <= 2 ? COUNT : (COUNT <= 4 ? 4 : 8);
+        fold_few<Products, COUNT, ROWS>(p, t, outline, dropout, begin, end, room, state);
+    }
+
+    static void finish(const Problem& p, const Tile& t, const State& state) { QKV_ISA::finish<Products>(p, t, state); }
+};
+
+template <class Way>
 static void run(const Problem& p) {
-    static thread_local Scratch scratch;
-    const int64_t tiles = (p.lq * group(p) + ROWS - 1) / ROWS, heads = p.batch * p.kv_heads;
-    const int64_t pieces = (p.lk + PIECE - 1) / PIECE, room = State::floats(p);
+    typedef typename Way::Room Room;
+    typedef typename Way::State State;
+    const int64_t tiles = tiles_of_head(p), heads = p.batch * p.kv_heads;
+    const int64_t pieces = (p.lk + PIECE - 1) / PIECE, floats = State::floats(p);
+    const Outline outline(p);
     const auto tile_of = [&](int64_t item) {
         // Late tiles first: under a causal mask they see the most.
-        return Tile(p, item % heads / p.kv_heads, item % heads % p.kv_heads, (tiles - 1 - item / heads) * ROWS);
+        return Tile(p, item % heads / p.kv_heads, item % heads % p.kv_heads, tiles - 1 - item / heads);
     };
     const auto is_seen = [&](const Tile& t, int64_t piece) {
-        return piece * PIECE < t.end && ((piece + 1) * PIECE > t.begin || piece * PIECE < p.sink_tokens);
+        return shows_any(p, t, outline, piece * PIECE, (piece + 1) * PIECE);
+    };
+    const auto fold = [&](const Tile& t, int64_t piece, const Room& room, const State& state) {
+        Way::fold(p, t, outline, Dropout(p, t), piece * PIECE, std::min(t.end, (piece + 1) * PIECE), room, state);
     };
     if (heads * tiles >= 4 * p.threads || pieces <= 1) {
         parallel_for(heads * tiles, p.threads, [&](int64_t item) {
             const Tile t = tile_of(item);
-            scratch.reserve(p);
-            std::vector<float>& memory = scratch.merged;
-            if ((int64_t)memory.size() < room) memory.resize(room);
-            Format<Kind>::queries(p, t, scratch.queries);
-            const State total(memory.data(), t), state(scratch.state, t);
-            total.clear(p, t);
+            const Room room = QKV_ISA::room<Room>(p);
+            Way::prepare(p, t, room);
+            const State total(room.total, t), state(room.state, t);
+            bool any = false;
             for (int64_t piece = 0; piece < pieces; ++piece) {
                 if (!is_seen(t, piece)) continue;
-                fold_piece<Kind>(p, t, piece, scratch, state);
-                merge(p, t, total, state);
+                fold(t, piece, room, any ? state : total);
+                if (any) merge(p, t, total, state);  // the same bits as merging the first one with nothing
+                any = true;
             }
-            finish(p, t, total);
+            if (!any) total.clear(p, t);
+            Way::finish(p, t, total);
         });
         return;
     }
     // Few tiles: their pieces go to different threads, and are merged in the same order.
-    std::vector<float> states(heads * tiles * pieces * room);
+    std::vector<float> states(heads * tiles * pieces * floats);
     parallel_for(heads * tiles * pieces, p.threads, [&](int64_t item) {
         const Tile t = tile_of(item / pieces);
         if (!is_seen(t, item % pieces)) return;
-        scratch.reserve(p);
-        Format<Kind>::queries(p, t, scratch.queries);
-        fold_piece<Kind>(p, t, item % pieces, scratch, State(&states[item * room], t));
+        const Room room = QKV_ISA::room<Room>(p);
+        Way::prepare(p, t, room);
+        fold(t, item % pieces, room, State(&states[item * floats], t));
     });
     parallel_for(heads * tiles, p.threads, [&](int64_t item) {
         const Tile t = tile_of(item);
-        scratch.reserve(p);
-        const State total(scratch.state, t);
+        const Room room = QKV_ISA::room<Room>(p);
+        const State total(room.total, t);
         total.clear(p, t);
         for (int64_t piece = 0; piece < pieces; ++piece)
-            if (is_seen(t, piece)) merge(p, t, total, State(&states[(item * pieces + piece) * room], t));
-        finish(p, t, total);
+            if (is_seen(t, piece)) merge(p, t, total, State(&states[(item * pieces + piece) * floats], t));
+        Way::finish(p, t, total);
     });
 }
 
 void forward(const Problem& p) {
-    if (p.lq == 1 && group(p) <= FEW) return run<Few>(p);
+    prefer_huge_pages(p.out.data, p.batch * p.heads * p.lq * p.value_width * size_of(p.dtype));
+    if (p.lq == 1 && group(p) <= FEW) {
+        return for_few(p, (int)group(p),
+                       [&](auto products, auto count) { run<Few<decltype(products), decltype(count)::value>>(p); });
+    }
 #if defined(__AVX512BF16__)
-    if (p.dtype == Dtype::bf16) return run<Pair>(p);
+    if (p.dtype == Dtype::bf16) return run<Many<Pair>>(p);
 #endif
-    run<Single>(p);
+    run<Many<Single>>(p);
+}
+
+int64_t count_scores(const Problem& p) {
+    const Outline outline(p);
+    const int64_t tiles = tiles_of_head(p);
+    int64_t count = 0;
+    for (int64_t item = 0; item < p.batch * p.kv_heads * tiles; ++item) {
+        const Tile t(p, item / tiles / p.kv_heads, item / tiles % p.kv_heads, item % tiles);
+        for (int64_t first = 0; first < t.end; first += BLOCK) {
+            const Block b(p, t, outline, first, t.end);
+            for (int i = 0; i < b.count; ++i)
+                count += (b.parts[i].end - b.parts[i].begin) * (b.parts[i].last - b.parts[i].first) * LANES;
+        }
+    }
+    return count;
+}
+
+void backward(const Problem& p, const Gradients& g) {
+    const int64_t item = size_of(p.dtype), keys = p.batch * p.kv_heads * p.lk;
+    prefer_huge_pages(g.dq.data, p.batch * p.heads * p.lq * p.width * item);
+    prefer_huge_pages(g.dk.data, keys * p.width * item);
+    prefer_huge_pages(g.dv.data, keys * p.value_width * item);
+#if defined(__AVX512BF16__)
+    if (p.dtype == Dtype::bf16) return run_backward<Pair>(p, g);
+#endif
+    run_backward<Single>(p, g);
 }
 
 }  // namespace QKV_ISA

@@ -1,11 +1,11 @@
-// The plain struct that the Python side fills in. No torch header: one build serves every torch version.
+// The plain structs that the Python side fills in. No torch header: one build serves every torch version.
 #pragma once
 
 #include <cstdint>
 
 namespace qkv {
 
-enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2 };
+enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2, u8 = 3 };
 
 // A tensor of heads, (batch, head, row, column). Strides count elements; columns lie next to each other.
 struct View {
@@ -13,27 +13,53 @@ struct View {
     int64_t batch, head, row;
 };
 
-// One call of attention. Query head h reads key/value head h / (heads / kv_heads).
+// A number for each query and key, (batch, head, query, key), or null. Strides count elements and are 0 where one
+// number serves all.
+struct Matrix {
+    const void* data;
+    int64_t batch, head, row, column;
+    Dtype dtype;
+};
+
+// One call of attention. Query head h reads key/value head h / (heads / kv_heads). Widths are at least 1, other sizes
+// 0.
 struct Problem {
     Dtype dtype;
     int64_t batch, heads, kv_heads, lq, lk, width, value_width;
     View q, k, v, out;
     float* lse;  // (batch, heads, lq), or null
 
-    // The query in row i stands at i + offset and sees key j when
-    // j <= position + right and (j >= position - left or j < sink_tokens) and keep[b, j] and j < lengths[b].
+    // The query in row i stands at position i + offset and sees key j when
+    // j <= position + right and (j >= position - left or j < sink_tokens) and keep[b, j] and j < lengths[b]
+    // and documents[b, position] == documents[b, j] and allow[b, h, i, j].
     int64_t offset, left, right, sink_tokens;
     const uint8_t* keep;  // (batch or 1, lk), or null
     int64_t keep_batch;
     const int64_t* lengths;  // (batch or 1), or null
     int64_t lengths_batch;
+    const int64_t* documents;  // (batch or 1, lk), or null
+    int64_t documents_batch;
+    Matrix allow;
 
     float scale;
-    float softcap;             // 0 for none
+    float softcap;  // 0 for none
+    Matrix bias;
     const float* alibi;        // (heads), or null
     const float* sink_logits;  // (heads), or null
+    float dropout;             // probability that a weight is dropped
+    uint64_t seed;
 
     int threads;
+};
+
+// What a backward pass takes and gives beside its problem, whose out and lse are those of the forward pass.
+struct Gradients {
+    View d_out;
+    const float* d_lse;  // (batch, heads, lq), or null
+    float* delta;        // (batch, heads, lq): rowsum(d_out * out) - d_lse is left there
+    View dq, dk, dv;
+    float* d_bias;   // (batch, heads, lq, lk) of zeros, or null
+    float* d_alibi;  // (heads), or null
 };
 
 }  // namespace qkv

@@ -1,8 +1,8 @@
 // One micro-kernel for both products of attention: C[m][lane] (+)= sum_k A[m][k] * B[k][lane].
 //
-// Lanes are query rows. A is read in place and broadcast, element by element: keys for Q K^T, values for P V. So neither
-// keys nor values are packed or transposed, and any head width is as good as another. B is a panel in scratch, and C
-// stays in registers while k runs.
+// Lanes are query rows. A is read in place and broadcast, element by element: keys for Q K^T, values for P V. So
+// neither keys nor values are packed or transposed, and any head width is as good as another. B is a panel in scratch,
+// and C stays in registers while k runs.
 #pragma once
 
 #include <type_traits>
@@ -34,9 +34,10 @@ struct Single {
 // bf16: a step takes two neighbours along k; an element is the pair.
 struct Pair {
     typedef uint32_t Element;
-    static inline vec madd(vec c, uint32_t a, vec b) {
-        return (vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)b, (__m512bh)_mm512_set1_epi32((int)a));
+    static inline vec dot(vec c, __m512i a, vec b) {
+        return (vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)b, (__m512bh)a);
     }
+    static inline vec madd(vec c, uint32_t a, vec b) { return dot(c, _mm512_set1_epi32((int)a), b); }
 };
 #endif
 
@@ -51,27 +52,19 @@ struct Strides {
 template <class Kind, Along ALONG, int ROWS, int VECS, bool ADD>
 static inline void micro(int64_t steps, const typename Kind::Element* a, const float* b, float* c, Strides s) {
     typedef typename Kind::Element Element;
-    // Several steps at a time where C is narrow: the address of a row then serves more than one of them.
-    constexpr int STEPS = VECS == 1 ? 4 : (VECS == 2 ? 2 : 1);
+    if (steps < 1) __builtin_unreachable();  // else compilers keep a second C in memory for that
     vec acc[ROWS][VECS];
     for (int m = 0; m < ROWS; ++m)
         for (int n = 0; n < VECS; ++n) acc[m][n] = ADD ? load(c + m * s.c + n * LANES) : vec{};
-    const auto advance = [&](int64_t k, auto count) {
-        constexpr int COUNT = decltype(count)::value;
-        vec row[COUNT][VECS];
-        for (int u = 0; u < COUNT; ++u)
-            for (int n = 0; n < VECS; ++n) row[u][n] = load(b + (k + u) * s.b + n * LANES);
+    for (int64_t k = 0; k < steps; ++k) {
+        vec row[VECS];
+        for (int n = 0; n < VECS; ++n) row[n] = load(b + k * s.b + n * LANES);
         for (int m = 0; m < ROWS; ++m) {
-            for (int u = 0; u < COUNT; ++u) {
-                Element x;
-                std::memcpy(&x, ALONG == Along::k ? a + m * s.a + k + u : a + (k + u) * s.a + m, sizeof x);
-                for (int n = 0; n < VECS; ++n) acc[m][n] = Kind::madd(acc[m][n], x, row[u][n]);
-            }
+            Element x;
+            std::memcpy(&x, ALONG == Along::k ? a + m * s.a + k : a + k * s.a + m, sizeof x);
+            for (int n = 0; n < VECS; ++n) acc[m][n] = Kind::madd(acc[m][n], x, row[n]);
         }
-    };
-    int64_t k = 0;
-    for (; k + STEPS <= steps; k += STEPS) advance(k, std::integral_constant<int, STEPS>());
-    for (; k < steps; ++k) advance(k, std::integral_constant<int, 1>());
+    }
     for (int m = 0; m < ROWS; ++m)
         for (int n = 0; n < VECS; ++n) store(c + m * s.c + n * LANES, acc[m][n]);
 }

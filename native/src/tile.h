@@ -1,4 +1,4 @@
-// What one thread works on: a tile of query rows, its running state, and scratch memory.
+// What one thread works on: a tile of query rows, and scratch memory.
 #pragma once
 
 #include <algorithm>
@@ -7,7 +7,6 @@
 
 #include "convert.h"
 #include "problem.h"
-#include "vec.h"
 
 namespace qkv {
 namespace QKV_ISA {
@@ -17,31 +16,48 @@ constexpr int SEGMENT = 12;  // keys of a segment at an edge
 constexpr int BLOCK = 96;    // keys of a block, of which scores are held
 constexpr int PIECE = 480;   // keys that are folded apart from the others, and merged in order
 
+constexpr float LOG2E = 1.44269504088896341f;
+constexpr float LN2 = 0.693147180559945309f;
+constexpr float INF = std::numeric_limits<float>::infinity();
+
 static inline int64_t group(const Problem& p) { return p.heads / p.kv_heads; }
 
-static inline int64_t size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+static inline int64_t rows_of_head(const Problem& p) { return p.lq * group(p); }
+
+static inline int64_t tiles_of_head(const Problem& p) { return (rows_of_head(p) + ROWS - 1) / ROWS; }
 
 static inline char* row_of(const Problem& p, const View& view, int64_t batch, int64_t head, int64_t row) {
     return (char*)view.data + (batch * view.batch + head * view.head + row * view.row) * size_of(p.dtype);
 }
 
-// The rows [first, first + count) of one key/value head, and what they see.
+// The rows [first, first + count) of one key/value head, and what the interval shows to them. Rows are (token, head)
+// pairs, tokens first.
 struct Tile {
-    int64_t batch, kv_head, first;
+    int64_t batch, kv_head, index;
     int count, vecs;
     int64_t low, high;   // positions of the first and the last row
     int64_t begin, end;  // keys that the interval shows to any row
-    int32_t position[ROWS];
+    // Lanes behind the last row repeat it.
+    int32_t token[ROWS], head[ROWS], position[ROWS];
     float slope[ROWS];
+    int64_t document[ROWS];
 
-    Tile(const Problem& p, int64_t batch, int64_t kv_head, int64_t first)
-        : batch(batch), kv_head(kv_head), first(first) {
-        count = (int)std::min<int64_t>(ROWS, p.lq * group(p) - first);
+    Tile(const Problem& p, int64_t batch, int64_t kv_head, int64_t index)
+        : batch(batch), kv_head(kv_head), index(index) {
+        const int64_t first = index * ROWS, members = group(p);
+        count = (int)std::min<int64_t>(ROWS, rows_of_head(p) - first);
         vecs = (count + LANES - 1) / LANES;
+        int64_t row = first / members, member = first % members;
         for (int r = 0; r < lanes(); ++r) {
-            const int64_t row = first + std::min(r, count - 1);
-            position[r] = (int32_t)(row / group(p) + p.offset);
-            slope[r] = p.alibi ? p.alibi[kv_head * group(p) + row % group(p)] : 0.0f;
+            token[r] = (int32_t)row;
+            head[r] = (int32_t)(kv_head * members + member);
+            position[r] = (int32_t)(row + p.offset);
+            if (p.alibi) slope[r] = p.alibi[head[r]];
+            if (p.documents) document[r] = p.documents[batch * p.documents_batch + position[r]];
+            if (r + 1 < count && ++member == members) {
+                member = 0;
+                ++row;
+            }
         }
         low = position[0];
         high = position[count - 1];
@@ -52,69 +68,34 @@ struct Tile {
 
     int lanes() const { return vecs * LANES; }
 
-    const char* query(const Problem& p, int r) const {
-        const int64_t row = first + r;
-        return row_of(p, p.q, batch, kv_head * group(p) + row % group(p), row / group(p));
+    // Row r of queries, outputs or their gradients.
+    char* row(const Problem& p, const View& view, int r) const { return row_of(p, view, batch, head[r], token[r]); }
+
+    // Where row r lies among (batch, heads, lq).
+    int64_t place(const Problem& p, int r) const { return (batch * p.heads + head[r]) * p.lq + token[r]; }
+};
+
+// Hands out aligned parts of a buffer; without one, it only counts.
+struct Placer {
+    float* base;
+    int64_t used = 0;
+
+    float* operator()(int64_t floats) {
+        float* const here = base ? base + used : nullptr;
+        used += (floats + 15) / 16 * 16;
+        return here;
     }
 };
 
-// Keys [begin, end) of a block for the vectors [first, last) of rows that see any of them.
-struct Segment {
-    int begin, end, first, last;
-};
-
-// Running maximum, sum and output of each row; the maximum in units of the scores, and lagging behind.
-struct State {
-    float* top;
-    float* sum;
-    float* out;  // (value_width, lanes)
-
-    State(float* memory, const Tile& t) : top(memory), sum(memory + t.lanes()), out(memory + 2 * t.lanes()) {}
-
-    static int64_t floats(const Problem& p) { return (p.value_width + 2) * ROWS; }
-
-    void clear(const Problem& p, const Tile& t) const {
-        std::fill(top, top + t.lanes(), -std::numeric_limits<float>::infinity());
-        std::fill(sum, sum + t.lanes(), 0.0f);
-        std::fill(out, out + p.value_width * t.lanes(), 0.0f);
-    }
-};
-
-// Memory of one thread, kept from call to call.
-struct Scratch {
-    std::vector<float> memory, merged;
-    float *queries, *scores, *keys, *values, *state;
-
-    void reserve(const Problem& p) {
-        const auto aligned = [](int64_t floats) { return (floats + 15) / 16 * 16; };
-        const int64_t q = aligned((p.width + LANES) * ROWS), s = std::max(BLOCK * ROWS, PIECE * LANES);
-        const int64_t k = aligned(BLOCK * (p.width + 1)), v = aligned(PIECE * (p.value_width + 1)), o = State::floats(p);
-        const size_t needed = q + s + k + v + o + 16;
-        if (memory.size() < needed) memory.resize(needed);
-        queries = (float*)(((uintptr_t)memory.data() + 63) / 64 * 64);
-        scores = queries + q;
-        keys = scores + s;
-        values = keys + k;
-        state = values + v;
-    }
-};
-
-
-static bool all_finite(const Problem& p, const Tile& t, int64_t first, int64_t count) {
-    for (int64_t j = 0; j < count; ++j) {
-        const char* row = row_of(p, p.v, t.batch, t.kv_head, first + j);
-        uint32_t worst = 0;
-        if (p.dtype == Dtype::f32) {
-            const uint32_t* x = (const uint32_t*)row;
-            for (int64_t d = 0; d < p.value_width; ++d) worst |= (x[d] & 0x7f800000u) == 0x7f800000u;
-        } else {
-            const uint16_t* x = (const uint16_t*)row;
-            const uint16_t exponent = p.dtype == Dtype::bf16 ? 0x7f80 : 0x7c00;
-            for (int64_t d = 0; d < p.value_width; ++d) worst |= (x[d] & exponent) == exponent;
-        }
-        if (worst) return false;
-    }
-    return true;
+// The scratch memory of this thread as a `Room`, whose constructor takes what it needs. Kept from call to call.
+template <class Room>
+static Room room(const Problem& p) {
+    static thread_local std::vector<float> memory;
+    Placer count{nullptr};
+    Room(p, count);
+    if ((int64_t)memory.size() < count.used + 16) memory.resize(count.used + 16);
+    Placer place{(float*)(((uintptr_t)memory.data() + 63) / 64 * 64)};
+    return Room(p, place);
 }
 
 }  // namespace QKV_ISA

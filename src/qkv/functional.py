@@ -11,7 +11,7 @@ from qkv import backends
 from qkv.backends.nonfinite import shield
 from qkv.backends.reference import weights_and_lse
 from qkv.masks import FULL, Mask
-from qkv.problem import pose, trim
+from qkv.problem import pose
 
 
 class Options(TypedDict, total=False):
@@ -106,7 +106,6 @@ def attention(
         sink_logits=sink_logits,
         dropout=dropout,
     )
-    problem = trim(problem)
     return backends.choose("attention", problem, backend).run(problem).out
 
 
@@ -132,7 +131,7 @@ def attention_with_lse(
         >>> qkv.attention_with_lse(q, k, k).lse.shape
         torch.Size([1, 2, 3])
     """
-    problem = trim(pose("attention_with_lse", q, k, v, wants_lse=True, **options))
+    problem = pose("attention_with_lse", q, k, v, wants_lse=True, **options)
     out, lse = backends.choose("attention_with_lse", problem, backend).run(problem)
     assert lse is not None
     return Partial(out, lse)
@@ -226,11 +225,11 @@ def explain(q: Tensor, k: Tensor, v: Tensor, **options: Unpack[Options]) -> back
 
     Example:
         >>> import torch, qkv
-        >>> q = torch.randn(1, 2, 64, 8)
+        >>> q = torch.randn(1, 2, 64, 8, dtype=torch.float64)
         >>> print(qkv.explain(q, q, q, softcap=30.0, dropout=0.1))
-        native     the kernel has no dropout yet
+        native     the kernel has no fp64
         sdpa       scaled_dot_product_attention has no softcap
         flex       FlexAttention has no dropout; FlexAttention runs uncompiled on cpu, with all scores in memory
         reference  chosen
     """
-    return backends.explain(trim(pose("explain", q, k, v, **options)))
+    return backends.explain(pose("explain", q, k, v, **options))

@@ -113,6 +113,8 @@ def pose(
         _check_mask(who, mask, q, k)
     offset = _resolve_offset(who, mask, alibi, offset, q.shape[2], k.shape[2])
     if scale is None:
+        if q.shape[3] == 0:
+            raise ValueError(f"{who}: heads of width 0 have no default scale, 1 / sqrt(width); give scale.")
         scale = q.shape[3] ** -0.5
     if softcap is not None and not softcap > 0:
         raise ValueError(f"{who}: softcap must be a positive number or None; got {softcap!r}.")
@@ -130,7 +132,8 @@ def pose(
 def trim(problem: Problem) -> Problem:
     """The same problem without the keys that no query sees and the bounds that hide nothing.
 
-    A decoding step over a window then reads the window alone, and without a mask.
+    For backends that do not skip what is hidden: a decoding step over a window then reads the window alone, and without
+    a mask.
     """
     if problem.mask is FULL:
         return problem

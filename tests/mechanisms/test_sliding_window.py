@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import qkv
-from qkv import Mask
+from qkv import Mask, kernels
 
 
 class Count(TorchDispatchMode):
@@ -29,6 +29,8 @@ class Count(TorchDispatchMode):
         if "flash_attention" in func.name():
             q, k = (args[0], args[1]) if "backward" not in func.name() else (args[1], args[2])
             self.scores += q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+        if func.name().startswith("qkv::"):
+            self.scores += kernels.count_scores(kernels.Call(*args[: len(kernels.Call._fields)]))
         return out
 
 
@@ -57,7 +59,7 @@ def test_time_and_memory_are_linear_in_the_length_forward_and_backward(options: 
 
 def test_the_counter_sees_a_square_where_there_is_one() -> None:
     once, twice = (cost(lambda: qkv.CausalAttention(16, 2), n) for n in (512, 1024))
-    assert twice.scores == 4 * once.scores
+    assert 3.9 * once.scores <= twice.scores <= 4 * once.scores  # less what blocks around the diagonal share
 
 
 def test_linear_with_padding_and_documents_too() -> None:

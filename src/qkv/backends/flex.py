@@ -13,7 +13,7 @@ from qkv.backends.nonfinite import restore, shield
 from qkv.backends.result import Result, accumulation_dtype
 from qkv.backends.sinks import add_sinks
 from qkv.masks import Mask
-from qkv.problem import Problem
+from qkv.problem import Problem, trim
 
 NAME = "flex"
 
@@ -27,7 +27,7 @@ def why_not(problem: Problem) -> list[str]:
         reasons.append("FlexAttention has no dropout")
     if problem.q.device.type == "cpu" and problem.needs_grad:
         reasons.append("FlexAttention has no backward on CPU")
-    if problem.q.numel() == 0 or problem.k.numel() == 0 or problem.v.numel() == 0:
+    if problem.q.numel() == 0 or trim(problem).k.numel() == 0 or problem.v.numel() == 0:
         reasons.append("FlexAttention takes no empty tensors")
     return reasons
 
@@ -39,7 +39,7 @@ def why_rather_not(problem: Problem) -> list[str]:
 
 
 def run(problem: Problem) -> Result:
-    clean, poison = shield(problem)
+    clean, poison = shield(trim(problem))
     return restore(_run(clean), poison)
 
 

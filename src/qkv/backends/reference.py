@@ -5,7 +5,7 @@ from torch import Tensor
 
 from qkv.backends.nonfinite import restore, shield
 from qkv.backends.result import Result, accumulation_dtype
-from qkv.problem import Problem
+from qkv.problem import Problem, trim
 
 NAME = "reference"
 
@@ -19,7 +19,7 @@ def why_rather_not(problem: Problem) -> list[str]:
 
 
 def run(problem: Problem) -> Result:
-    clean, poison = shield(problem)
+    clean, poison = shield(trim(problem))
     weights, lse = weights_and_lse(clean)
     if clean.dropout:
         weights = torch.dropout(weights, clean.dropout, train=True)

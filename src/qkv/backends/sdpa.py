@@ -8,7 +8,7 @@ from qkv.backends import blocks
 from qkv.backends.nonfinite import restore, shield
 from qkv.backends.result import Result, accumulation_dtype
 from qkv.backends.sinks import add_sinks
-from qkv.problem import Problem
+from qkv.problem import Problem, trim
 
 NAME = "sdpa"
 
@@ -21,7 +21,7 @@ def why_not(problem: Problem) -> list[str]:
         wanted = "sink logits need" if problem.sink_logits is not None else "the caller wants"
         if problem.q.device.type not in ("cpu", "meta"):
             reasons.append(f"{wanted} the lse, which torch's kernels give on CPU alone")
-        if problem.lk == 0:
+        if trim(problem).lk == 0:
             reasons.append(f"{wanted} the lse, which torch's kernels do not give without keys")
         if problem.dropout:
             reasons.append(f"{wanted} the lse, which torch's kernels do not give with dropout")
@@ -37,7 +37,7 @@ def why_rather_not(problem: Problem) -> list[str]:
 
 
 def run(problem: Problem) -> Result:
-    clean, poison = shield(problem)
+    clean, poison = shield(trim(problem))
     plan = blocks.plan(clean)
     return restore(_fused(clean) if plan is None else blocks.run(clean, plan, _fused), poison)
 

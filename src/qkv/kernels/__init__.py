@@ -1,5 +1,8 @@
-"""The compiled CPU kernel, loaded once."""
+"""The compiled CPU kernel, loaded once, and its operators."""
 
 from qkv.kernels.binding import Library as Library
 from qkv.kernels.binding import absence as absence
 from qkv.kernels.binding import loaded as loaded
+from qkv.kernels.operators import Call as Call
+from qkv.kernels.operators import count_scores as count_scores
+from qkv.kernels.operators import forward as forward

@@ -1,26 +1,35 @@
-"""`loaded`: the native library, bound by the layout of its struct. `absence`: why there is none."""
+"""`loaded`: the native library, bound by the layout of its structs. `absence`: why there is none."""
 
 import ctypes
-import functools
 import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-PATH = Path(__file__).parent / "native.so"
-
-# `Problem` in native/src/problem.h, field by field, with C's own alignment.
+# The structs of native/src/problem.h, field by field, with C's own alignment.
+_VIEW = "P3q"  # data, strides
+_MATRIX = "P4qi"  # data, strides, dtype
+_END = "0P"  # the padding of the struct
 PROBLEM = struct.Struct(
     "@i"  # dtype
     "7q"  # batch, heads, kv_heads, lq, lk, width, value_width
-    "P3qP3qP3qP3q"  # q, k, v, out: data and strides
+    f"{_VIEW * 4}"  # q, k, v, out
     "P"  # lse
     "4q"  # offset, left, right, sink_tokens
-    "PqPq"  # keep, keep_batch, lengths, lengths_batch
+    "PqPqPq"  # keep, lengths, documents, each with the stride of its batch
+    f"{_MATRIX}{_END}"  # allow
     "2f"  # scale, softcap
+    f"{_MATRIX}{_END}"  # bias
     "2P"  # alibi, sink_logits
-    "i0P"  # threads, and the padding of the struct
+    "fQ"  # dropout, seed
+    f"i{_END}"  # threads
+)
+GRADIENTS = struct.Struct(
+    f"@{_VIEW}"  # d_out
+    "2P"  # d_lse, delta
+    f"{_VIEW * 3}"  # dq, dk, dv
+    "2P"  # d_bias, d_alibi
 )
 
 UNBOUNDED = 1 << 40
@@ -28,31 +37,42 @@ UNBOUNDED = 1 << 40
 
 
 class Library(NamedTuple):
-    """The library, and the instruction set that it has chosen."""
+    """The library, and the instruction set that it has chosen. Its calls release the interpreter's lock."""
 
     isa: str
     forward: Callable[[bytes], None]
-    """Takes a `PROBLEM`; releases the interpreter's lock while it runs."""
+    """Takes a `PROBLEM`."""
+    backward: Callable[[bytes, bytes], None]
+    """Takes a `PROBLEM` and its `GRADIENTS`."""
+    count_scores: Callable[[bytes], int]
+    """Takes a `PROBLEM`: how many scores its forward pass computes, for tests of what masks spare."""
 
 
-@functools.cache
-def _load() -> Library | str:
-    """The library, or why there is none."""
-    if not PATH.exists():
+def load(path: Path) -> Library | str:
+    """The library at ``path``, or why there is none."""
+    if not path.exists():
         return "this installation of qkv has no compiled kernel (it found no C++ compiler when it was built)"
     try:
-        native = ctypes.CDLL(str(PATH))
+        native = ctypes.CDLL(str(path))
     except OSError as error:
         return f"the compiled kernel does not load: {error}"
-    if native.qkv_problem_size() != PROBLEM.size:
-        return f"{PATH} is of another version of qkv and needs to be built anew"
+    sizes = (PROBLEM.size, GRADIENTS.size)
+    if not hasattr(native, "qkv_gradients_size") or (native.qkv_problem_size(), native.qkv_gradients_size()) != sizes:
+        return f"{path} is of another version of qkv and needs to be built anew"
     native.qkv_isa.restype = ctypes.c_char_p
     isa = native.qkv_isa()
     if isa is None:
         return f"QKV_ISA={os.environ.get('QKV_ISA')!r} is no instruction set that this machine and the kernel have"
-    native.qkv_forward.argtypes = [ctypes.c_char_p]
-    native.qkv_forward.restype = None
-    return Library(isa.decode(), native.qkv_forward)
+    native.qkv_forward.argtypes = native.qkv_count_scores.argtypes = [ctypes.c_char_p]
+    native.qkv_backward.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
+    native.qkv_forward.restype = native.qkv_backward.restype = None
+    native.qkv_count_scores.restype = ctypes.c_int64
+    return Library(isa.decode(), native.qkv_forward, native.qkv_backward, native.qkv_count_scores)
+
+
+# Loaded with the module: a compiler can trace a constant, not the loading.
+_found = load(Path(__file__).parent / "native.so")
+_library, _absence = (None, _found) if isinstance(_found, str) else (_found, None)
 
 
 def loaded() -> Library:
@@ -61,13 +81,11 @@ def loaded() -> Library:
     Raises:
         RuntimeError: where there is none; `absence` tells beforehand.
     """
-    found = _load()
-    if isinstance(found, str):
-        raise RuntimeError(found)
-    return found
+    if _library is None:
+        raise RuntimeError(_absence)
+    return _library
 
 
 def absence() -> str | None:
     """Why there is no native library, or None where there is one."""
-    found = _load()
-    return found if isinstance(found, str) else None
+    return _absence

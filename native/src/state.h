@@ -1,0 +1,80 @@
+// The running softmax of a tile: maximum, sum and output of each row, over the keys seen so far.
+#pragma once
+
+#include <cmath>
+
+#include "scores.h"
+
+namespace qkv {
+namespace QKV_ISA {
+
+// The maximum is in units of the scores, and may lag behind.
+struct State {
+    float* top;
+    float* sum;
+    float* out;  // (value_width, lanes)
+
+    State(float* memory, const Tile& t) : top(memory), sum(memory + t.lanes()), out(memory + 2 * t.lanes()) {}
+
+    static int64_t floats(const Problem& p) { return (p.value_width + 2) * ROWS; }
+
+    void clear(const Problem& p, const Tile& t) const {
+        std::fill(top, top + t.lanes(), -INF);
+        std::fill(sum, sum + t.lanes(), 0.0f);
+        std::fill(out, out + p.value_width * t.lanes(), 0.0f);
+    }
+};
+
+// Folds the state of later keys into that of earlier ones.
+static void merge(const Problem& p, const Tile& t, const State& total, const State& piece) {
+    const float factor = exponent_factor(p);
+    for (int n = 0; n < t.vecs; ++n) {
+        const vec a = load(total.top + n * LANES), b = load(piece.top + n * LANES);
+        const vec top = max(a, b);
+        const vec base = top == -INF ? set1(0.0f) : top;
+        const vec left = exp2((a - base) * factor), right = exp2((b - base) * factor);
+        store(total.top + n * LANES, top);
+        store(total.sum + n * LANES, load(total.sum + n * LANES) * left + load(piece.sum + n * LANES) * right);
+        for (int64_t d = 0; d < p.value_width; ++d) {
+            float* out = total.out + d * t.lanes() + n * LANES;
+            store(out, load(out) * left + load(piece.out + d * t.lanes() + n * LANES) * right);
+        }
+    }
+}
+
+// Writes (width, row), each row times its factor, as rows of a tensor.
+static void write_rows(const Problem& p, const Tile& t, const View& view, int64_t width, const float* from,
+                       const float* factors) {
+    char* rows[ROWS];
+    for (int r = 0; r < t.count; ++r) rows[r] = t.row(p, view, r);
+    for_dtype(p.dtype, [&](auto dtype) {
+        lanes_to_rows(t.count, width, from, t.lanes(), [&](int64_t r, int64_t c, int64_t count, vec x) {
+            store_part(dtype, rows[r] + c * size_of(dtype), x * factors[r], count);
+        });
+    });
+}
+
+// What the sums of row r are to be multiplied by. Leaves its lse.
+static inline float normalise(const Problem& p, const Tile& t, int r, float top, float sum) {
+    float share = 1.0f;
+    top = top == -INF ? -INF : top * exponent_factor(p);
+    if (p.sink_logits) {
+        const float sink = p.sink_logits[t.head[r]] * LOG2E;
+        const float peak = top > sink ? top : sink;
+        share = std::exp2(top - peak);
+        sum = sum * share + std::exp2(sink - peak);
+        top = peak;
+    }
+    if (p.lse) p.lse[t.place(p, r)] = sum == 0 ? -INF : (top + std::log2(sum)) * LN2;
+    return sum == 0 ? 0.0f : share / sum;
+}
+
+// Output and lse of a tile from its state.
+static void finish(const Problem& p, const Tile& t, const State& state) {
+    float normaliser[ROWS];
+    for (int r = 0; r < t.count; ++r) normaliser[r] = normalise(p, t, r, state.top[r], state.sum[r]);
+    write_rows(p, t, p.out, p.value_width, state.out, normaliser);
+}
+
+}  // namespace QKV_ISA
+}  // namespace qkv

@@ -1,0 +1,221 @@
+"""The kernel as operators of torch, ``qkv::forward`` and ``qkv::backward``: with shapes for tracing, and gradients."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qkv.kernels.binding import GRADIENTS, PROBLEM, UNBOUNDED, loaded
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
+"""As the kernel numbers them."""
+
+
+class Call(NamedTuple):
+    """One call of the kernel: the arguments that both operators share, in the order of their schema."""
+
+    q: Tensor
+    """(B, H, Lq, D), the last dimension contiguous, as in k and v"""
+    k: Tensor
+    v: Tensor
+    keep: Tensor | None
+    """boolean (B or 1, Lk)"""
+    lengths: Tensor | None
+    """integer (B or 1,)"""
+    document_ids: Tensor | None
+    """integer (B or 1, Lk)"""
+    allow: Tensor | None
+    """boolean, broadcastable to (B, H, Lq, Lk), as is bias"""
+    bias: Tensor | None
+    alibi: Tensor | None
+    """(H,), as is sink_logits"""
+    sink_logits: Tensor | None
+    seed: Tensor | None
+    """one integer, which says what dropout drops"""
+    left: int | None
+    right: int | None
+    sink_tokens: int
+    offset: int
+    scale: float
+    softcap: float
+    """0 for none"""
+    dropout: float
+
+
+_ARGUMENTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor? lengths, Tensor? document_ids, Tensor? allow, Tensor? bias, "
+    "Tensor? alibi, Tensor? sink_logits, Tensor? seed, SymInt? left, SymInt? right, SymInt sink_tokens, SymInt offset, "
+    "float scale, float softcap, float dropout"
+)
+_LIBRARY = torch.library.Library("qkv", "DEF")
+_LIBRARY.define(f"forward({_ARGUMENTS}) -> (Tensor out, Tensor lse)")
+_LIBRARY.define(
+    f"backward({_ARGUMENTS}, Tensor out, Tensor lse, Tensor d_out, Tensor d_lse, bool wants_bias, bool wants_alibi)"
+    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor delta, Tensor d_bias, Tensor d_alibi)"
+)
+
+
+def forward(call: Call, *, wants_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """Attention and its lse, past the dispatcher of torch: for plain tensors, without gradients."""
+    out, lse = _new_results(call, wants_lse=wants_lse)
+    call = _prepared(call)
+    loaded().forward(_pack(call, out, lse))
+    return out, lse
+
+
+def count_scores(call: Call) -> int:
+    """How many scores the kernel computes for a call: those that the mask shows, and a little around its edges."""
+    call = _prepared(call)
+    return loaded().count_scores(_pack(call, call.q, None))
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    out, lse = forward(Call(*arguments), wants_lse=True)
+    assert lse is not None
+    return out, lse
+
+
+def _backward(*arguments: Any) -> tuple[Tensor, ...]:
+    call, (out, lse, d_out, d_lse, wants_bias, wants_alibi) = _split(arguments)
+    found = _new_gradients(call, wants_bias, wants_alibi)
+    dq, dk, dv, delta, d_bias, d_alibi = found
+    call, d_lse = _prepared(call), d_lse.contiguous()
+    d_out = d_out if d_out.stride(3) == 1 else d_out.contiguous()
+    gradients = GRADIENTS.pack(
+        *_view(d_out),
+        *(d_lse.data_ptr(), delta.data_ptr()),
+        *(*_view(dq), *_view(dk), *_view(dv)),
+        *(d_bias.data_ptr() if wants_bias else 0, d_alibi.data_ptr() if wants_alibi else 0),
+    )
+    loaded().backward(_pack(call, out, lse), gradients)
+    return found
+
+
+def _forward_shapes(*arguments: Any) -> tuple[Tensor, Tensor]:
+    out, lse = _new_results(Call(*arguments), wants_lse=True)
+    assert lse is not None
+    return out, lse
+
+
+def _backward_shapes(*arguments: Any) -> tuple[Tensor, ...]:
+    call, (*_, wants_bias, wants_alibi) = _split(arguments)
+    return _new_gradients(call, wants_bias, wants_alibi)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    call = Call(*inputs)
+    tensors = [value if isinstance(value, Tensor) else None for value in call]
+    ctx.save_for_backward(*tensors, *output)
+    ctx.constants = [None if isinstance(value, Tensor) else value for value in call]
+
+
+def _differentiate(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, out, lse = ctx.saved_tensors
+    saved = zip(tensors, ctx.constants, strict=True)
+    call = Call(*(constant if tensor is None else tensor for tensor, constant in saved))
+    wanted = Call(*ctx.needs_input_grad)
+    dq, dk, dv, delta, d_bias, d_alibi = torch.ops.qkv.backward(
+        *call, out, lse, d_out, d_lse, wanted.bias, wanted.alibi
+    )
+    d_sinks = None
+    if call.sink_logits is not None and wanted.sink_logits:
+        shares = (call.sink_logits.to(lse.dtype)[:, None] - lse).exp()
+        d_sinks = -(shares * delta).sum((0, 2)).to(call.sink_logits.dtype)
+    found: dict[str, Tensor | None] = dict.fromkeys(Call._fields)
+    found |= {"q": dq, "k": dk, "v": dv, "sink_logits": d_sinks}
+    if call.bias is not None and wanted.bias:
+        found["bias"] = d_bias.sum_to_size(call.bias.shape).to(call.bias.dtype)
+    if call.alibi is not None and wanted.alibi:
+        found["alibi"] = d_alibi.to(call.alibi.dtype)
+    return tuple(found.values())
+
+
+_LIBRARY.impl("forward", _forward, "CPU")
+_LIBRARY.impl("backward", _backward, "CPU")
+torch.library.register_fake("qkv::forward", _forward_shapes, lib=_LIBRARY)
+torch.library.register_fake("qkv::backward", _backward_shapes, lib=_LIBRARY)
+torch.library.register_autograd("qkv::forward", _differentiate, setup_context=_save, lib=_LIBRARY)
+
+
+def _split(arguments: tuple[Any, ...]) -> tuple[Call, tuple[Any, ...]]:
+    count = len(Call._fields)
+    return Call(*arguments[:count]), arguments[count:]
+
+
+def _new_results(call: Call, *, wants_lse: bool) -> tuple[Tensor, Tensor | None]:
+    (batch, heads, lq, _), width = call.q.shape, call.v.shape[3]
+    # Tokens outside of heads, as torch's kernels lay it out: joining the heads again copies nothing.
+    strides = (lq * heads * width, width, heads * width, 1)
+    out = call.q.new_empty_strided((batch, heads, lq, width), strides)
+    return out, call.q.new_empty((batch, heads, lq), dtype=torch.float32) if wants_lse else None
+
+
+def _new_gradients(call: Call, wants_bias: bool, wants_alibi: bool) -> tuple[Tensor, ...]:
+    q, k, v = call.q, call.k, call.v
+    (batch, heads, lq, _), lk = q.shape, k.shape[2]
+    delta = q.new_empty((batch, heads, lq), dtype=torch.float32)
+    d_bias = q.new_zeros((batch, heads, lq, lk) if wants_bias else (0,), dtype=torch.float32)
+    d_alibi = q.new_empty((heads,) if wants_alibi else (0,), dtype=torch.float32)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), delta, d_bias, d_alibi
+
+
+def _prepared(call: Call) -> Call:
+    """The call with its small tensors in the dtypes and layouts that the kernel reads."""
+    changes: dict[str, Any] = {}
+    if call.keep is not None:
+        changes["keep"] = call.keep.contiguous()
+    if call.lengths is not None and not (call.lengths.dtype is torch.int64 and call.lengths.is_contiguous()):
+        changes["lengths"] = call.lengths.to(torch.int64).contiguous()
+    if call.document_ids is not None:
+        changes["document_ids"] = call.document_ids.to(torch.int64).contiguous()
+    if call.allow is not None:
+        changes["allow"] = call.allow.view(torch.uint8)
+    if call.bias is not None and call.bias.dtype not in DTYPES:
+        changes["bias"] = call.bias.float()
+    if call.alibi is not None:
+        changes["alibi"] = call.alibi.float().contiguous()
+    if call.sink_logits is not None:
+        changes["sink_logits"] = call.sink_logits.float().contiguous()
+    return call._replace(**changes) if changes else call
+
+
+def _pack(call: Call, out: Tensor, lse: Tensor | None) -> bytes:
+    """The struct of a prepared call, which must outlive it."""
+    q, k, v, keep, lengths, document_ids, allow, bias, alibi, sink_logits, seed, left, right, *numbers = call
+    sink_tokens, offset, scale, softcap, dropout = numbers
+    batch, heads, lq, width = q.shape
+    _, kv_heads, lk, value_width = v.shape
+    return PROBLEM.pack(
+        *(DTYPES[q.dtype], batch, heads, kv_heads, lq, lk, width, value_width),
+        *(*_view(q), *_view(k), *_view(v), *_view(out), _address(lse)),
+        *(offset, UNBOUNDED if left is None else left, UNBOUNDED if right is None else right, sink_tokens),
+        *(_address(keep), _batch_stride(keep), _address(lengths), _batch_stride(lengths)),
+        *(_address(document_ids), _batch_stride(document_ids)),
+        *(_NO_MATRIX if allow is None else _matrix(allow)),
+        *(scale, softcap),
+        *(_NO_MATRIX if bias is None else _matrix(bias)),
+        *(_address(alibi), _address(sink_logits)),
+        *(dropout, 0 if seed is None else int(seed.item())),
+        torch.get_num_threads(),
+    )
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _view(tensor: Tensor) -> tuple[int, int, int, int]:
+    batch, head, row, _ = tensor.stride()
+    return tensor.data_ptr(), batch, head, row
+
+
+def _batch_stride(tensor: Tensor | None) -> int:
+    return 0 if tensor is None or tensor.shape[0] == 1 else tensor.stride(0)
+
+
+_NO_MATRIX = (0, 0, 0, 0, 0, 0)
+
+
+def _matrix(tensor: Tensor) -> tuple[int, ...]:
+    strides = (0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), *strides, DTYPES[tensor.dtype]
