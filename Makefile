@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+CPP := $(wildcard native/*/*.h native/*/*.cpp)
 
-.PHONY: demo test check format mutants bench wheel clean
+.PHONY: demo test check format sanitize mutants bench wheel clean
 
 demo: $(VENV)/ready
 	$(BIN)/qkv demo
@@ -14,26 +15,46 @@ test: check
 check: $(VENV)/ready
 	$(BIN)/ruff check --quiet
 	$(BIN)/ruff format --check --quiet
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/mypy
 
 format: $(VENV)/ready
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CPP)
+
+# The kernel's own tests under each sanitizer, for all instruction sets of this machine.
+sanitize: build/sanitize-address,undefined build/sanitize-thread
+
+build/sanitize-%: $(VENV)/ready FORCE
+	$(BIN)/cmake -S . -B $@ -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DQKV_TESTS=ON -DQKV_SANITIZE=$*
+	$(BIN)/cmake --build $@
+	$(BIN)/ctest --test-dir $@ --output-on-failure --no-tests=error
+
+FORCE:
 
 mutants: $(VENV)/ready
 	$(BIN)/python tests/mutants.py
 
-bench: $(VENV)/ready
-	$(BIN)/python benchmarks/spine.py
+bench: $(VENV)/peers
 	$(BIN)/python benchmarks/kernel.py
+	$(BIN)/python benchmarks/grid.py
+	$(BIN)/python benchmarks/avx2.py
+	$(BIN)/python benchmarks/alternating.py
+	$(BIN)/python benchmarks/spine.py
+	$(BIN)/python benchmarks/page.py
 
 wheel: $(VENV)/ready
 	$(BIN)/python -m build --outdir dist
 
 clean:
-	rm -rf $(VENV) dist
+	rm -rf $(VENV) dist build
 
 $(VENV)/ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/src/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(VENV)/peers: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
 	touch $@

@@ -1,0 +1,190 @@
+#include "call.h"
+
+#include <sstream>
+
+#include "library.h"
+
+namespace qkv {
+
+namespace {
+
+// A matrix (batch, head, query, key) that is stored but once where it broadcasts.
+Tensor matrix(const Case& c, const std::optional<Broadcast>& broadcast, Dtype dtype) {
+    if (!broadcast) return Tensor(dtype, 0, 0, 0, 0, {});
+    const Broadcast& one = *broadcast;
+    return Tensor(dtype, one.batch ? 1 : c.batch, one.head ? 1 : c.kv_heads * c.group, one.row ? 1 : c.lq,
+                  one.column ? 1 : c.lk, {});
+}
+
+Matrix as_matrix(const Tensor& tensor, const std::optional<Broadcast>& broadcast) {
+    if (!broadcast) return Matrix{};
+    const Broadcast& one = *broadcast;
+    return {tensor.view.data,
+            one.batch ? 0 : tensor.view.batch,
+            one.head ? 0 : tensor.view.head,
+            one.row ? 0 : tensor.view.row,
+            one.column ? 0 : 1,
+            tensor.dtype};
+}
+
+void compare(const std::string& name, const Tensor& got, const Allowed& want) {
+    size_t i = 0;
+    for (int64_t b = 0; b < got.batch; ++b)
+        for (int64_t h = 0; h < got.heads; ++h)
+            for (int64_t row = 0; row < got.rows; ++row)
+                for (int64_t d = 0; d < got.width; ++d, ++i) {
+                    const double x = got.get(b, h, row, d), y = want.value[i], error = want.error[i];
+                    if (x == y || std::fabs(x - y) <= error || (std::isnan(x) && std::isnan(y))) continue;
+                    std::ostringstream message;
+                    message.precision(9);
+                    message << name << "[" << b << ", " << h << ", " << row << ", " << d << "] is " << x << ", and not "
+                            << y << " +- " << error;
+                    throw Failure(message.str());
+                }
+    require(i == want.value.size(), name + " has another size than expected");
+}
+
+}  // namespace
+
+Case Case::causal(int64_t window) const {
+    Case c = *this;
+    c.offset = lk - lq;
+    c.right = 0;
+    c.left = window == UNBOUNDED ? UNBOUNDED : window - 1;
+    return c;
+}
+
+std::string Case::describe() const {
+    std::ostringstream text;
+    text << format_of(dtype).name << " batch=" << batch << " kv_heads=" << kv_heads << " group=" << group
+         << " lq=" << lq << " lk=" << lk << " width=" << width << " value_width=" << value_width;
+    if (offset) text << " offset=" << offset;
+    if (left != UNBOUNDED) text << " left=" << left;
+    if (right != UNBOUNDED) text << " right=" << right;
+    if (sink_tokens) text << " sink_tokens=" << sink_tokens;
+    for (const auto& [is_set, name] : {std::pair(keep, " keep"),
+                                       {documents, " documents"},
+                                       {!lengths.empty(), " lengths"},
+                                       {allow.has_value(), " allow"},
+                                       {bias.has_value(), " bias"},
+                                       {alibi, " alibi"},
+                                       {sink_logits, " sink_logits"},
+                                       {values_are_keys, " values_are_keys"}})
+        if (is_set) text << name;
+    if (softcap) text << " softcap=" << softcap;
+    if (dropout) text << " dropout=" << dropout;
+    text << " threads=" << threads;
+    return text.str();
+}
+
+Call::Call(const Case& c)
+    : c(c), heads(c.kv_heads * c.group), q(c.dtype, c.batch, heads, c.lq, c.width, c.queries),
+      k(c.dtype, c.batch, c.kv_heads, c.lk, c.width, c.keys),
+      v(c.values_are_keys ? Tensor(k, c.value_width)
+                          : Tensor(c.dtype, c.batch, c.kv_heads, c.lk, c.value_width, c.keys)),
+      out(c.dtype, c.batch, heads, c.lq, c.value_width, c.results),
+      d_out(c.dtype, c.batch, heads, c.lq, c.value_width, c.queries),
+      dq(c.dtype, c.batch, heads, c.lq, c.width, c.results), dk(c.dtype, c.batch, c.kv_heads, c.lk, c.width, c.results),
+      dv(c.dtype, c.batch, c.kv_heads, c.lk, c.value_width, c.results), lse(Dtype::f32, c.batch, heads, c.lq, 1, {}),
+      d_lse(Dtype::f32, c.batch, heads, c.lq, 1, {}), delta(Dtype::f32, c.batch, heads, c.lq, 1, {}),
+      d_bias(Dtype::f32, c.batch, heads, c.bias ? c.lq : 0, c.lk, {}),
+      d_alibi(Dtype::f32, 1, 1, c.alibi ? 1 : 0, heads, {}), bias(matrix(c, c.bias, c.bias_dtype)),
+      allow(matrix(c, c.allow, Dtype::u8)) {
+    std::mt19937 random(c.seed);
+    const auto number = [&] { return (double)random() / 0x1p31 - 1; };
+    for (const Tensor* tensor : {&q, &k, &v, &d_out, &d_lse, &bias}) tensor->fill([&] { return 2 * number(); });
+    allow.fill([&] { return random() % 4 > 0; });
+    d_bias.fill([] { return 0.0; });
+    const int64_t rows = c.shared_rows ? 1 : c.batch;
+    if (c.keep)
+        for (int64_t i = 0; i < rows * c.lk; ++i) keep.push_back(random() % 3 > 0);
+    if (c.documents)
+        for (int64_t i = 0; i < rows * c.lk; ++i)
+            documents.push_back(i % c.lk == 0 ? 7 : documents.back() + (random() % 40 == 0));
+    for (int64_t h = 0; h < heads; ++h) {
+        if (c.alibi) alibi.push_back((float)std::ldexp(1.0, -(int)(h % 8) - 1));
+        if (c.sink_logits) sink_logits.push_back((float)(4 * number()));
+    }
+    const auto data = [](const auto& all) { return all.empty() ? nullptr : all.data(); };
+    problem.dtype = c.dtype;
+    problem.batch = c.batch;
+    problem.heads = heads;
+    problem.kv_heads = c.kv_heads;
+    problem.lq = c.lq;
+    problem.lk = c.lk;
+    problem.width = c.width;
+    problem.value_width = c.value_width;
+    problem.q = q.view;
+    problem.k = k.view;
+    problem.v = v.view;
+    problem.out = out.view;
+    problem.lse = (float*)lse.view.data;
+    problem.offset = c.offset;
+    problem.left = c.left;
+    problem.right = c.right;
+    problem.sink_tokens = c.sink_tokens;
+    problem.keep = data(keep);
+    problem.documents = data(documents);
+    problem.keep_batch = problem.documents_batch = c.shared_rows ? 0 : c.lk;
+    problem.lengths = data(this->c.lengths);
+    problem.lengths_batch = c.lengths.size() > 1;
+    problem.allow = as_matrix(allow, c.allow);
+    problem.scale = c.scale;
+    problem.softcap = c.softcap;
+    problem.bias = as_matrix(bias, c.bias);
+    problem.alibi = data(alibi);
+    problem.sink_logits = data(sink_logits);
+    problem.dropout = c.dropout;
+    problem.seed = 0x9e3779b97f4a7c15u * c.seed;
+    problem.threads = c.threads;
+    gradients.d_out = d_out.view;
+    gradients.d_lse = c.d_lse ? (const float*)d_lse.view.data : nullptr;
+    gradients.delta = (float*)delta.view.data;
+    gradients.dq = dq.view;
+    gradients.dk = dk.view;
+    gradients.dv = dv.view;
+    gradients.d_bias = c.bias ? (float*)d_bias.view.data : nullptr;
+    gradients.d_alibi = c.alibi ? (float*)d_alibi.view.data : nullptr;
+}
+
+void Call::forward() const { qkv_forward(&problem); }
+
+void Call::backward() const { qkv_backward(&problem, &gradients); }
+
+void Call::check(const std::vector<bool>& kept) const {
+    // Pairs of bf16 are multiplied as such; everything else in fp32.
+    const bool pairs = c.dtype == Dtype::bf16 && std::string(qkv_isa()) == "avx512bf16";
+    const Expected want = expect(problem, &gradients, kept, pairs ? format_of(Dtype::bf16).roundoff : 0);
+    try {
+        compare("out", out, want.out);
+        compare("lse", lse, want.lse);
+        compare("dq", dq, want.dq);
+        compare("dk", dk, want.dk);
+        compare("dv", dv, want.dv);
+        if (c.bias) compare("d_bias", d_bias, want.d_bias);
+        if (c.alibi) compare("d_alibi", d_alibi, want.d_alibi);
+        const std::pair<const Tensor*, const char*> all[] = {
+            {&q, "q"},   {&k, "k"},   {&v, "v"},     {&d_out, "d_out"}, {&out, "out"},       {&dq, "dq"},
+            {&dk, "dk"}, {&dv, "dv"}, {&lse, "lse"}, {&delta, "delta"}, {&d_bias, "d_bias"}, {&d_alibi, "d_alibi"}};
+        for (const auto& [tensor, name] : all)
+            require((c.values_are_keys && tensor == &v) || tensor->is_intact(),
+                    std::string("something was written between the rows of ") + name);
+    } catch (const Failure& failure) {
+        throw Failure(c.describe() + ": " + failure.what());
+    }
+}
+
+std::string Call::bits() const {
+    std::string all;
+    for (const Tensor* tensor : {&out, &lse, &dq, &dk, &dv, &d_bias, &d_alibi}) all += tensor->bits();
+    return all;
+}
+
+void check(const Case& c) {
+    const Call call(c);
+    call.forward();
+    call.backward();
+    call.check();
+}
+
+}  // namespace qkv

@@ -1,0 +1,69 @@
+// A call of the kernel from its description: random tensors, their results, and what these should be.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "oracle.h"
+#include "tensor.h"
+
+namespace qkv {
+
+constexpr int64_t UNBOUNDED = (int64_t)1 << 40;
+
+// How a matrix broadcasts.
+struct Broadcast {
+    bool batch = false, head = false, row = false, column = false;
+};
+
+struct Case {
+    Dtype dtype = Dtype::f32;
+    int64_t batch = 1, kv_heads = 1, group = 1, lq = 1, lk = 1, width = 16, value_width = 16;
+    int64_t offset = 0, left = UNBOUNDED, right = UNBOUNDED, sink_tokens = 0;
+    bool keep = false, documents = false, shared_rows = false;  // one row of keep and documents for all batches
+    std::vector<int64_t> lengths = {};
+    std::optional<Broadcast> allow = {}, bias = {};
+    Dtype bias_dtype = Dtype::f32;
+    bool alibi = false, sink_logits = false, d_lse = true;
+    float scale = 0.3f, softcap = 0, dropout = 0;
+    int threads = 1;
+    Layout queries = {}, keys = {}, results = {};
+    bool values_are_keys = false;  // values are the first columns of the keys
+    unsigned seed = 1;
+
+    Case causal(int64_t window = UNBOUNDED) const;
+
+    std::string describe() const;
+};
+
+class Call {
+   public:
+    explicit Call(const Case& c);
+    Call(const Call&) = delete;
+
+    void forward() const;
+    void backward() const;  // after forward
+
+    // Holds all results against the oracle. `kept` as `expect` has it.
+    void check(const std::vector<bool>& kept = {}) const;
+
+    // The bits of all results.
+    std::string bits() const;
+
+    const Case c;
+    const int64_t heads;
+    Tensor q, k, v, out, d_out, dq, dk, dv;
+    Tensor lse, d_lse, delta, d_bias, d_alibi;  // (batch, heads, lq, 1), or (1, 1, 1, heads)
+    Tensor bias, allow;
+    std::vector<uint8_t> keep;
+    std::vector<int64_t> documents;
+    std::vector<float> alibi, sink_logits;
+    Problem problem{};
+    Gradients gradients{};
+};
+
+// Forward, backward and the oracle.
+void check(const Case& c);
+
+}  // namespace qkv

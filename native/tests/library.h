@@ -1,0 +1,13 @@
+// The library's face, as a program that links it declares it.
+#pragma once
+
+#include "../src/problem.h"
+
+extern "C" {
+const char* qkv_isa();
+int qkv_problem_size();
+int qkv_gradients_size();
+void qkv_forward(const void* problem);
+void qkv_backward(const void* problem, const void* gradients);
+int64_t qkv_count_scores(const void* problem);
+}

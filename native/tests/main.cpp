@@ -1,0 +1,33 @@
+// Runs all tests, or those whose names hold the first argument, on the instruction set that the library chooses.
+#include <cstdio>
+
+#include "check.h"
+#include "library.h"
+
+int main(int count, char** arguments) {
+    constexpr int SKIPPED = 77;  // as automake and ctest have it
+    if (!qkv_isa()) {
+        std::puts("this machine lacks the instruction set that QKV_ISA names");
+        return SKIPPED;
+    }
+    if (qkv_problem_size() != sizeof(qkv::Problem) || qkv_gradients_size() != sizeof(qkv::Gradients)) {
+        std::puts("the library is of another version than these tests: build it anew");
+        return 1;
+    }
+    int passed = 0, failed = 0;
+    for (const qkv::Test& test : qkv::tests()) {
+        if (count > 1 && test.name.find(arguments[1]) == std::string::npos) continue;
+        try {
+            test.run();
+            ++passed;
+        } catch (const qkv::Skipped& skipped) {
+            std::printf("SKIPPED %s: %s\n", test.name.c_str(), skipped.what());
+        } catch (const std::exception& failure) {
+            std::printf("FAILED %s: %s\n", test.name.c_str(), failure.what());
+            ++failed;
+        }
+        std::fflush(stdout);
+    }
+    std::printf("%s: %d passed, %d failed\n", qkv_isa(), passed, failed);
+    return failed > 0 || passed == 0;
+}

@@ -1,0 +1,204 @@
+#include "oracle.h"
+
+#include <algorithm>
+
+#include "numbers.h"
+
+namespace qkv {
+
+namespace {
+
+constexpr double U = 0x1p-24;       // roundoff of fp32
+constexpr double LEAST = 0x1p-126;  // weights below may be 0
+
+typedef std::vector<double> Row;
+
+// All rows of a tensor, in the order (batch, head, row).
+std::vector<Row> read(const Problem& p, const View& view, int64_t heads, int64_t rows, int64_t width) {
+    const int64_t item = format_of(p.dtype).item;
+    std::vector<Row> all;
+    for (int64_t b = 0; b < p.batch; ++b)
+        for (int64_t h = 0; h < heads; ++h)
+            for (int64_t i = 0; i < rows; ++i) {
+                const int64_t at = b * view.batch + h * view.head + i * view.row;
+                all.emplace_back(width);
+                for (int64_t d = 0; d < width; ++d)
+                    all.back()[d] = decode(p.dtype, (const char*)view.data + (at + d) * item);
+            }
+    return all;
+}
+
+double read(const Matrix& m, int64_t batch, int64_t head, int64_t row, int64_t column) {
+    const int64_t at = batch * m.batch + head * m.head + row * m.row + column * m.column;
+    return decode(m.dtype, (const char*)m.data + at * format_of(m.dtype).item);
+}
+
+// A sum of products, and the sum of their magnitudes.
+struct Dot {
+    double sum = 0, size = 0;
+
+    Dot(const Row& a, const Row& b) {
+        for (size_t d = 0; d < a.size(); ++d) add(a[d] * b[d]);
+    }
+
+    void add(double x) {
+        sum += x;
+        size += std::fabs(x);
+    }
+};
+
+// A score with its error, and what its derivative by the product of query and key is before the scale.
+struct Score {
+    double value, error, slope = 1, slope_error = 0;
+};
+
+Score score(const Problem& p, int64_t b, int64_t h, int64_t i, int64_t j, const Dot& dot) {
+    Score s{dot.sum * p.scale, (p.width + 4) * U * dot.size * std::fabs(p.scale)};
+    if (p.softcap != 0) {
+        const double y = std::tanh(s.value / p.softcap), y_error = s.error / p.softcap + 8 * U;
+        s = {p.softcap * y, p.softcap * (y_error + 2 * U), 1 - y * y, 2 * y_error + 4 * U};
+    }
+    if (p.bias.data) {
+        const double bias = read(p.bias, b, h, i, j);
+        s.error += 2 * U * (std::fabs(s.value) + std::fabs(bias));
+        s.value += bias;
+    }
+    if (p.alibi) {
+        const double slant = (double)p.alibi[h] * std::llabs(i + p.offset - j);
+        s.error += 2 * U * (std::fabs(s.value) + 2 * std::fabs(slant));
+        s.value -= slant;
+    }
+    return s;
+}
+
+// Adds factor * x, where the factor may be off by `error` and the sum takes `steps` roundings.
+void add(Allowed& to, int64_t at, const Row& x, double factor, double error, double steps) {
+    for (size_t d = 0; d < x.size(); ++d) {
+        to.value[at + d] += factor * x[d];
+        to.error[at + d] += std::fabs(x[d]) * (error + steps * U * std::fabs(factor));
+    }
+}
+
+// Multiplies by the scale and rounds to the dtype.
+void round(Allowed& all, Dtype dtype, double scale) {
+    const Format& format = format_of(dtype);
+    for (size_t i = 0; i < all.value.size(); ++i) {
+        all.value[i] *= scale;
+        all.error[i] *= std::fabs(scale);
+        all.error[i] += (format.roundoff + 2 * U) * (std::fabs(all.value[i]) + all.error[i]) + format.subnormal;
+    }
+}
+
+}  // namespace
+
+bool is_visible(const Problem& p, int64_t batch, int64_t head, int64_t query, int64_t key) {
+    const int64_t position = query + p.offset;
+    if (key > position + p.right) return false;
+    if (key < position - p.left && key >= p.sink_tokens) return false;
+    if (p.keep && !p.keep[batch * p.keep_batch + key]) return false;
+    if (p.lengths && key >= p.lengths[batch * p.lengths_batch]) return false;
+    if (p.documents) {
+        const int64_t* const documents = p.documents + batch * p.documents_batch;
+        if (documents[position] != documents[key]) return false;
+    }
+    return !p.allow.data || read(p.allow, batch, head, query, key) != 0;
+}
+
+Expected expect(const Problem& p, const Gradients* g, const std::vector<bool>& kept, double weight_roundoff) {
+    Expected want;
+    const int64_t group = p.heads / p.kv_heads, queries = p.batch * p.heads * p.lq, keys = p.batch * p.kv_heads * p.lk;
+    want.out = Allowed(queries * p.value_width);
+    want.lse = Allowed(queries);
+    if (g) {
+        want.dq = Allowed(queries * p.width);
+        want.dk = Allowed(keys * p.width);
+        want.dv = Allowed(keys * p.value_width);
+        want.d_bias = Allowed(queries * p.lk);
+        want.d_alibi = Allowed(p.heads);
+    }
+    const Format& format = format_of(p.dtype);
+    const std::vector<Row> q = read(p, p.q, p.heads, p.lq, p.width), k = read(p, p.k, p.kv_heads, p.lk, p.width);
+    const std::vector<Row> v = read(p, p.v, p.kv_heads, p.lk, p.value_width);
+    const std::vector<Row> d_outs = g ? read(p, g->d_out, p.heads, p.lq, p.value_width) : std::vector<Row>();
+    for (int64_t row = 0; row < queries; ++row) {
+        const int64_t b = row / (p.heads * p.lq), h = row / p.lq % p.heads, i = row % p.lq;
+        const int64_t first_key = (b * p.kv_heads + h / group) * p.lk;
+        std::vector<int64_t> seen;
+        std::vector<Score> scores;
+        double top = p.sink_logits ? p.sink_logits[h] : -INFINITY, largest = 0, error = 0;
+        if (p.sink_logits) largest = std::fabs(top);
+        for (int64_t j = 0; j < p.lk; ++j) {
+            if (!is_visible(p, b, h, i, j)) continue;
+            seen.push_back(j);
+            scores.push_back(score(p, b, h, i, j, Dot(q[row], k[first_key + j])));
+            top = std::max(top, scores.back().value);
+            largest = std::max(largest, std::fabs(scores.back().value));
+            error = std::max(error, scores.back().error);
+        }
+        error += 8 * U * largest;  // of any exponent
+        double sum = p.sink_logits ? std::exp(p.sink_logits[h] - top) : 0;
+        for (const Score& s : scores) sum += std::exp(s.value - top);
+        const double lse = sum == 0 ? -INFINITY : top + std::log(sum);
+        const double folding = (2.0 * seen.size() + 64) * U;
+        want.lse.value[row] = lse;
+        want.lse.error[row] = sum == 0 ? 0 : error + folding + 8 * U * std::fabs(lse);
+
+        // exp(2 * error) - 1, and the roundings of the weight and of what it is divided by.
+        const double off = std::expm1(2 * error) + folding + weight_roundoff;
+        const double kept_share = 1 / (1 - (double)p.dropout);
+        const auto factor = [&](int64_t j) { return kept.empty() ? 1.0 : kept[row * p.lk + j] * kept_share; };
+        std::vector<double> weights(seen.size());
+        for (size_t n = 0; n < seen.size(); ++n) {
+            weights[n] = std::exp(scores[n].value - lse);
+            const double weight = weights[n] * factor(seen[n]);
+            add(want.out, row * p.value_width, v[first_key + seen[n]], weight, weight * off + LEAST, 4);
+        }
+        if (!g) continue;
+
+        const Row& d_out = d_outs[row];
+        Dot delta({}, {});
+        double delta_error = 0;
+        for (int64_t d = 0; d < p.value_width; ++d) {
+            const int64_t at = row * p.value_width + d;
+            delta.add(d_out[d] * want.out.value[at]);
+            const double out_error = want.out.error[at] + (format.roundoff + 2 * U) * std::fabs(want.out.value[at]);
+            delta_error += std::fabs(d_out[d]) * (1.01 * out_error + format.subnormal);
+        }
+        if (g->d_lse) delta.add(-(double)g->d_lse[row]);
+        delta_error += (p.value_width + 4) * U * delta.size;
+        const double weight_off = std::expm1(2 * error + want.lse.error[row]) + 64 * U;
+        for (size_t n = 0; n < seen.size(); ++n) {
+            const int64_t j = seen[n], key = first_key + j;
+            const double weight = weights[n], share = factor(j);
+            const Dot d_weight(d_out, v[key]);
+            const double difference = share * d_weight.sum - delta.sum;
+            double d_score = weight * difference;
+            const double size = std::fabs(share * d_weight.sum) + std::fabs(delta.sum);
+            double d_error = weight * (1 + weight_off) *
+                                 (share * (p.value_width + 4) * U * d_weight.size + delta_error + 4 * U * size) +
+                             (weight * weight_off + LEAST) * std::fabs(difference);
+            want.d_bias.value[row * p.lk + j] = d_score;
+            want.d_bias.error[row * p.lk + j] = d_error;
+            const double distance = std::llabs(i + p.offset - j);
+            want.d_alibi.value[h] -= d_score * distance;
+            want.d_alibi.error[h] += distance * (d_error + (p.lk + 8) * U * std::fabs(d_score));
+            d_error = d_error * scores[n].slope + (std::fabs(d_score) + d_error) * scores[n].slope_error;
+            d_score *= scores[n].slope;
+            d_error += weight_roundoff * (std::fabs(d_score) + d_error);
+            const double over_rows = p.lq * group + 8.0;
+            add(want.dq, row * p.width, k[key], d_score, d_error, seen.size() + 8.0);
+            add(want.dk, key * p.width, q[row], d_score, d_error, over_rows);
+            add(want.dv, key * p.value_width, d_out, weight * share,
+                share * (weight * (weight_off + weight_roundoff) + LEAST), over_rows);
+        }
+    }
+    round(want.out, p.dtype, 1);
+    if (g) {
+        round(want.dq, p.dtype, p.scale);
+        round(want.dk, p.dtype, p.scale);
+        round(want.dv, p.dtype, 1);
+    }
+    return want;
+}
+
+}  // namespace qkv

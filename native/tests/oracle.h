@@ -1,0 +1,31 @@
+// What a problem's results are: plain loops in double, which never use a hidden key; and how far a kernel that computes
+// in fp32 may be off, from the roundings on its way.
+#pragma once
+
+#include <vector>
+
+#include "../src/problem.h"
+
+namespace qkv {
+
+// Values, and the error that each may have.
+struct Allowed {
+    std::vector<double> value, error;
+
+    explicit Allowed(int64_t size = 0) : value(size), error(size) {}
+};
+
+// Dense, in the order (batch, head, row, column).
+struct Expected {
+    Allowed out, lse;
+    Allowed dq, dk, dv, d_bias, d_alibi;  // empty without gradients
+};
+
+// Whether the mask of a problem shows a key to a query.
+bool is_visible(const Problem& p, int64_t batch, int64_t head, int64_t query, int64_t key);
+
+// `kept` says which weights dropout keeps, (batch, head, query, key), and is empty without dropout. `weight_roundoff`
+// is that of the dtype in which the kernel multiplies weights.
+Expected expect(const Problem& p, const Gradients* g, const std::vector<bool>& kept, double weight_roundoff);
+
+}  // namespace qkv

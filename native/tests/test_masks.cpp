@@ -1,0 +1,127 @@
+// What masks show, alone and together; and that hidden blocks are not computed.
+#include "call.h"
+#include "library.h"
+
+namespace qkv {
+
+static const Dtype DTYPES[] = {Dtype::f32, Dtype::bf16, Dtype::f16};
+
+// Each mask meets one query, a few, and more than a tile, in every dtype.
+static void check_all(Case c) {
+    const std::pair<int64_t, int64_t> lengths[] = {{1, 210}, {6, 210}, {70, 210}, {130, 130}};
+    for (Dtype dtype : DTYPES)
+        for (const auto& [lq, lk] : lengths) {
+            c.dtype = dtype;
+            c.batch = 2;
+            c.group = 2;
+            c.lq = lq;
+            c.lk = lk;
+            c.offset = lk - lq;
+            check(c);
+        }
+}
+
+TEST(intervals) {
+    for (int64_t left : {(int64_t)0, (int64_t)12, (int64_t)100, UNBOUNDED})
+        for (int64_t right : {(int64_t)0, (int64_t)3, UNBOUNDED}) {
+            Case c;
+            c.left = left;
+            c.right = right;
+            check_all(c);
+        }
+}
+
+TEST(sink_tokens) {
+    for (int64_t sink_tokens : {1, 12, 13, 97}) {
+        Case c;
+        c.left = 20;
+        c.right = 0;
+        c.sink_tokens = sink_tokens;
+        check_all(c);
+    }
+}
+
+TEST(queries_outside_of_the_keys) {
+    for (int64_t offset : {-70, -3, 40, 1000})
+        for (int64_t left : {(int64_t)10, UNBOUNDED}) {
+            Case c;
+            c.lq = 66;
+            c.lk = 50;
+            c.offset = offset;
+            c.left = left;
+            c.right = 0;
+            check(c);
+        }
+}
+
+TEST(keep) {
+    Case c;
+    c.keep = true;
+    check_all(c);
+    c.shared_rows = true;
+    c.right = 0;
+    check_all(c);
+}
+
+TEST(lengths) {
+    Case c;
+    for (const std::vector<int64_t>& lengths : {std::vector<int64_t>{0, 1}, {97, 96}, {500, 13}, {150}}) {
+        c.lengths = lengths;
+        check_all(c);
+        check_all(c.causal());
+    }
+}
+
+TEST(documents) {
+    Case c;
+    c.documents = true;
+    check_all(c);
+    c.shared_rows = true;
+    c.right = 0;
+    check_all(c);
+}
+
+TEST(dense) {
+    for (const Broadcast& broadcast : {Broadcast{},
+                                       {true, false, false, false},
+                                       {false, true, false, false},
+                                       {true, true, true, false},
+                                       {false, false, false, true}}) {
+        Case c;
+        c.allow = broadcast;
+        check_all(c);
+    }
+}
+
+TEST(all_together) {
+    Case c;
+    c.left = 90;
+    c.right = 5;
+    c.sink_tokens = 3;
+    c.keep = c.documents = true;
+    c.lengths = {200, 101};
+    c.allow = Broadcast{false, true, false, false};
+    c.bias = Broadcast{true, false, false, false};
+    c.alibi = c.sink_logits = true;
+    c.softcap = 2;
+    check_all(c);
+}
+
+static int64_t count_scores(const Case& c) {
+    const Call call(c);
+    return qkv_count_scores(&call.problem);
+}
+
+TEST(hidden_blocks_are_not_computed) {
+    Case c;
+    c.lq = c.lk = 1920;
+    c.width = c.value_width = 1;
+    const double all = 1920.0 * 1920.0;
+    require(count_scores(c) == all, "a full problem computes each score once");
+    require(count_scores(c.causal()) < 0.51 * all, "a causal mask computes more than half of all scores");
+    require(count_scores(c.causal(240)) < 0.14 * all, "a window of an eighth computes more than that");
+    c.lengths = {960};
+    require(count_scores(c) == all / 2, "padding is computed");
+}
+
+}  // namespace qkv

@@ -1,0 +1,112 @@
+"""No machine meets an instruction that it lacks: what the compiled kernel consists of, read from its machine code."""
+
+import bisect
+import re
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from qkv.kernels import binding
+
+LIBRARY = Path(binding.__file__).parent / "native.so"
+
+LEVELS = ["generic", "avx2", "avx512", "avx512bf16"]
+"""Instruction sets, each of which holds those before."""
+
+MANGLED = {name: f"3qkv{len(name)}{name}" for name in LEVELS}
+
+BASELINE = re.compile(rb"(?:[\x66\xf2\xf3][\x40-\x4f]?)*\x0f(?:[\x38\x3a]|\xb8)", re.DOTALL)
+"""Legacy encodings that x86-64 did not begin with: SSSE3, SSE4 and popcnt."""
+
+
+class Function(NamedTuple):
+    start: int
+    name: str
+    level: int
+
+
+def output(*command: object) -> str:
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True).stdout
+
+
+def own_level(name: str) -> int | None:
+    return next((LEVELS.index(level) for level, mangled in MANGLED.items() if mangled in name), None)
+
+
+def functions(library: Path) -> list[Function]:
+    """All functions by address, with the level that they may use.
+
+    That is the level of the namespace in their names; for a local function without one, such as a clone of a standard
+    one, the level of the object file that it came from; and the baseline for all that is shared.
+    """
+    found: list[Function] = []
+    units: list[list[tuple[int, str, bool]]] = [[]]
+    file = ""
+    for line in output("objdump", "--syms", "--wide", library).splitlines():
+        match = re.match(r"([0-9a-f]{16}) (.{7}) (\S+)\t[0-9a-f]+ +(?:\.hidden )?(\S*)$", line)
+        if not match:
+            continue
+        address, flags, section, name = match.groups()
+        if flags.endswith("df"):
+            file = name  # of the local symbols that follow; none for those that the linker made local
+            units.append([])
+        elif flags.endswith("F") and section.startswith("."):
+            units[-1].append((int(address, 16), name, flags[0] == "l" and file != ""))
+    for unit in units:
+        levels = {own_level(name) for _, name, _ in unit} - {None}
+        for address, name, is_local in unit:
+            level = own_level(name)
+            if level is None:
+                runs_on_loading = name.startswith("_GLOBAL_")
+                level = max(levels) if is_local and len(levels) == 1 and not runs_on_loading else 0
+            found.append(Function(address, name, level))
+    return sorted(found)
+
+
+def needed_level(code: bytes, text: str) -> int:
+    """The least level that has an instruction, from its encoding."""
+    mnemonic = text.split()[0]
+    if "bf16" in mnemonic:
+        return 3
+    if code[0] == 0x62 or re.search(r"%k[0-7]", text):  # EVEX, or a mask
+        return 2
+    if code[0] in (0xC4, 0xC5):  # VEX; BMI is encoded so too, and belongs to no level
+        return 1 if mnemonic.startswith("v") else len(LEVELS)
+    return len(LEVELS) if BASELINE.match(code) else 0
+
+
+@pytest.mark.skipif(not LIBRARY.exists(), reason="there is no library")
+def test_no_function_holds_an_instruction_beyond_its_level() -> None:
+    known = functions(LIBRARY)
+    if not any(function.level for function in known):
+        pytest.skip("the library is of another architecture, or without symbols")
+    starts = [function.start for function in known]
+    seen, wrong = [0] * len(LEVELS), set()
+    listing = output("objdump", "--disassemble", "--wide", "--section=.text", LIBRARY)
+    for line in listing.splitlines():
+        address, _, rest = line.partition(":\t")
+        code, _, text = rest.partition("\t")
+        if not text:
+            continue
+        function = known[bisect.bisect(starts, int(address, 16)) - 1]
+        needed = needed_level(bytes.fromhex(code.replace(" ", "")), text)
+        seen[min(needed, len(LEVELS) - 1)] += 1
+        if needed > function.level:
+            wrong.add(f"{function.name}: {text.strip()}")
+    assert not wrong
+    assert all(seen), "instructions of every level were expected"
+
+
+@pytest.mark.skipif(not LIBRARY.exists(), reason="there is no library")
+def test_the_library_exports_its_own_functions_alone() -> None:
+    exported = {line.split()[-1] for line in output("nm", "--dynamic", "--defined-only", LIBRARY).splitlines()}
+    assert exported == {
+        "qkv_isa",
+        "qkv_problem_size",
+        "qkv_gradients_size",
+        "qkv_forward",
+        "qkv_backward",
+        "qkv_count_scores",
+    }
