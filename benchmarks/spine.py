@@ -16,9 +16,9 @@ from statistics import median
 import machine
 import torch
 import torch.nn.functional as F
-from timing import interleaved
 
 import qkv
+from qkv.cli.timing import interleaved
 
 RESULTS = Path(__file__).parent / "results" / "spine.json"
 

@@ -24,7 +24,9 @@ def test_version(capsys):
 
 def test_help_names_the_commands(capsys):
     assert main(["--help"]) == 0
-    assert "demo  Generate with transformers' attention and with qkv's, and compare." in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "demo   Generate with transformers' attention and with qkv's, and compare." in shown
+    assert "bench  Time and weigh the seven mechanisms, beside torch's attention." in shown
 
 
 def test_help_of_demo_names_every_option(capsys):

@@ -25,7 +25,7 @@ def _count(stream, unit):
         reach(3)
 
 
-@pytest.mark.parametrize(("unit", "amount"), [("tokens", "3/3 tokens"), ("bytes", "3/3 bytes")])
+@pytest.mark.parametrize(("unit", "amount"), [("tokens", "3/3 tokens"), ("calls", "3/3 calls"), ("bytes", "3/3 bytes")])
 def test_terminal_gets_a_bar_that_goes_away(terminal, unit, amount):
     _count(terminal, unit)
     shown = terminal.getvalue()

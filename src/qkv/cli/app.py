@@ -5,10 +5,11 @@ from typing import Annotated
 import typer
 
 import qkv
+from qkv.cli.bench import bench
 from qkv.cli.demo import demo
 
 app = typer.Typer(
-    help="Attention layers for PyTorch: try them on a model.",
+    help="Attention layers for PyTorch: try them on a model, and measure them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -29,7 +30,8 @@ def options(
         bool, typer.Option("--version", help="Print the version and leave.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Attention layers for PyTorch: try them on a model."""
+    """Attention layers for PyTorch: try them on a model, and measure them."""
 
 
 app.command()(demo)
+app.command()(bench)

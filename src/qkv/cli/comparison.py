@@ -6,7 +6,7 @@ from torch import Tensor
 
 from qkv.cli.generation import Run, generate, use_attention
 from qkv.cli.language_model import LanguageModel
-from qkv.cli.progress import Progress, Reach
+from qkv.cli.progress import Progress, after
 
 STOCK, OURS = "sdpa", "qkv"
 TURNS = (STOCK, OURS, OURS, STOCK)
@@ -55,10 +55,6 @@ def compare(
     with progress.step("generating", len(TURNS) * max_new_tokens, "tokens") as reach:
         for turn, implementation in enumerate(TURNS):
             use_attention(language_model, implementation)
-            run = generate(language_model, inputs, max_new_tokens, _after(turn * max_new_tokens, reach))
+            run = generate(language_model, inputs, max_new_tokens, after(turn * max_new_tokens, reach))
             runs[implementation].append(run)
     return Comparison(runs)
-
-
-def _after(before: int, reach: Reach) -> Reach:
-    return lambda done: reach(before + done)

@@ -14,6 +14,7 @@ from qkv.cli.demo_report import DemoReport, as_json, print_report
 from qkv.cli.kv_cache_size import cache_sizes, layer_shapes
 from qkv.cli.language_model import load
 from qkv.cli.model_source import find_model, gguf_source
+from qkv.cli.options import count
 from qkv.cli.progress import Progress
 from qkv.cli.weights import SMOLLM2_135M, obtain
 
@@ -25,23 +26,12 @@ class Dtype(str, Enum):
     bfloat16 = "bfloat16"
 
 
-def _at_least_one(number: int) -> int:
-    if number < 1:
-        raise typer.BadParameter(f"it must be at least 1; got {number}.")
-    return number
-
-
 def _a_text(prompt: str) -> str:
     if not prompt.strip():
         raise typer.BadParameter(f"it must hold a text for the model to continue; got {prompt!r}.")
     if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # What Python makes of bytes it cannot decode.
         raise typer.BadParameter(f"it must be text in the encoding of the terminal; got {prompt!r}.")
     return prompt
-
-
-def _tokens(help_text: str) -> typer.models.OptionInfo:
-    option: typer.models.OptionInfo = typer.Option(help=help_text, metavar="TOKENS", callback=_at_least_one)
-    return option
 
 
 def demo(
@@ -57,9 +47,11 @@ def demo(
     prompt: Annotated[
         str, typer.Option(help="What the model is asked.", metavar="TEXT", callback=_a_text)
     ] = "What is attention in a transformer?",
-    max_new_tokens: Annotated[int, _tokens("The most tokens to generate.")] = 64,
-    length: Annotated[int, _tokens("Length of the text in the table of KV caches.")] = 4096,
-    window: Annotated[int, _tokens("Keys that a query sees in the table of KV caches, its own included.")] = 512,
+    max_new_tokens: Annotated[int, count("The most tokens to generate.", "TOKENS")] = 64,
+    length: Annotated[int, count("Length of the text in the table of KV caches.", "TOKENS")] = 4096,
+    window: Annotated[
+        int, count("Keys that a query sees in the table of KV caches, its own included.", "TOKENS")
+    ] = 512,
     dtype: Annotated[Dtype, typer.Option(help="What the model computes in.")] = Dtype.float32,
     as_document: Annotated[
         bool, typer.Option("--json", help="Print one JSON document, and nothing else, on standard output.")

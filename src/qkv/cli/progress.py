@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, ProgressColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
-Unit = Literal["bytes", "tokens"]
+Unit = Literal["bytes", "tokens", "calls", "rounds"]
 Reach = Callable[[int], None]
 """Tells how much of the total is done by now."""
 
@@ -33,7 +33,7 @@ class Progress:
 
     @contextmanager
     def step(self, title: str, total: int | None = None, unit: Unit | None = None) -> Iterator[Reach]:
-        """One step of ``total`` bytes or tokens, or of a length nobody knows.
+        """One step of ``total`` units, or of a length nobody knows.
 
         Example:
             >>> with Progress(sys.stdout).step("counting", 2, "tokens") as reach:
@@ -53,9 +53,12 @@ class Progress:
             yield lambda done: bars.update(task, completed=done)
 
 
+def after(before: int, reach: Reach) -> Reach:
+    """For a part of a step, which starts when ``before`` of the total are done."""
+    return lambda done: reach(before + done)
+
+
 def _amount(unit: Unit | None) -> tuple[ProgressColumn, ...]:
-    if unit == "bytes":
-        return (DownloadColumn(),)
-    if unit == "tokens":
-        return (MofNCompleteColumn(), TextColumn("tokens"))
-    return ()
+    if unit is None:
+        return ()
+    return (DownloadColumn(),) if unit == "bytes" else (MofNCompleteColumn(), TextColumn(unit))

@@ -1,0 +1,67 @@
+"""Attention between matrix products, as layers call it, against attention alone.
+
+    python benchmarks/alternating.py      measures, prints, and writes benchmarks/results/alternating.json
+
+A kernel with threads of its own would fight torch's for the cores, and one that relies on warm caches would lose them.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import machine
+import torch
+from case import DTYPES, Case
+from torch import Tensor
+
+from qkv.cli.attention_call import Call, qkv_call, torch_call
+from qkv.cli.timing import Spread, spread
+
+RESULTS = Path(__file__).parent / "results" / "alternating.json"
+SECONDS = 3.0
+"""Of alternation and of attention alone together, for each library on each case."""
+
+CASES = [
+    Case("short, 16", 16, 16),
+    Case("causal, 512", 512, 512, "causal"),
+    Case("causal, 2048", 2048, 2048, "causal"),
+    Case("decoding, 4096 keys, 32 heads on 8", 1, 4096, "causal", heads=32, kv_heads=8, head_dim=128),
+]
+
+
+def alone_and_between(call: Call, x: Tensor, weight: Tensor) -> dict[str, Spread]:
+    """The time of attention after attention, and after a projection of the same tokens: ten calls of each, in turns."""
+    times: dict[str, list[float]] = {"alone": [], "between products": []}
+    end = time.perf_counter() + SECONDS
+    while time.perf_counter() < end or len(times["alone"]) < 10:
+        for name, values in times.items():
+            for turn in range(10):
+                if name != "alone":
+                    x @ weight
+                start = time.perf_counter()
+                call()
+                if turn:  # The first call of each ten comes after the other kind.
+                    values.append((time.perf_counter() - start) * 1e6)
+    return {name: spread(values) for name, values in times.items()}
+
+
+def main() -> None:
+    """Measures every case in fp32 and bf16."""
+    print(f"{'case':<38} {'dtype':<5} {'library':<7} {'alone us':>10} {'between us':>10} {'ratio':>6}")
+    results = []
+    for case in CASES:
+        for dtype in ("fp32", "bf16"):
+            q, k, v = case.inputs(DTYPES[dtype])
+            x = torch.randn(case.lq, 4096).to(q.dtype)
+            weight = torch.randn(4096, case.heads * case.head_dim).to(q.dtype)
+            for library, prepare in (("qkv", qkv_call), ("torch", torch_call)):
+                times = alone_and_between(prepare(q, k, v, case.as_mask(), case.offset), x, weight)
+                results.append({"case": case.name, "dtype": dtype, "library": library, "times": times})
+                alone, between = (times[name]["median_us"] for name in ("alone", "between products"))
+                columns = f"{alone:>10.1f} {between:>10.1f} {between / alone:>6.2f}"
+                print(f"{case.name:<38} {dtype:<5} {library:<7} {columns}", flush=True)
+    RESULTS.write_text(json.dumps({"machine": machine.describe(), "measurements": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

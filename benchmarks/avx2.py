@@ -1,0 +1,52 @@
+"""qkv and torch's SDPA where both are held to AVX2, the instruction set of most machines.
+
+python benchmarks/avx2.py     measures in a process of its own, prints, and writes benchmarks/results/avx2.json
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import limits
+import machine
+import torch
+from case import Case
+from kernel import heading, line
+from measurement import measure
+from peers import torch_sdpa
+
+from qkv import kernels
+
+RESULTS = Path(__file__).parent / "results" / "avx2.json"
+HELD = {
+    "QKV_ISA": "avx2",
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+}
+"""Libraries read these when they are loaded."""
+
+CASES = [Case("full, 2048", 2048, 2048), Case("causal, 2048", 2048, 2048, "causal")]
+
+
+def measure_held() -> None:
+    """Measures in a process that has `HELD` in its environment."""
+    isa, torch_isa = kernels.absence() or kernels.loaded().isa, torch.backends.cpu.get_cpu_capability()
+    if (isa, torch_isa) != ("avx2", "AVX2"):
+        raise SystemExit(f"Both must run on AVX2; the kernel says: {isa}; torch says: {torch_isa}.")
+    bounds = limits.measure(torch.get_num_threads(), arch="haswell")
+    print(heading())
+    rows = [measure(case, "fp32", [torch_sdpa]) for case in CASES]
+    for row in rows:
+        print(line(row, bounds))
+    record = {"machine": machine.describe(), "limits": bounds, "measurements": [row.as_json() for row in rows]}
+    RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    if HELD.items() <= os.environ.items():
+        measure_held()
+    else:
+        sys.exit(subprocess.run([sys.executable, __file__], env=os.environ | HELD, check=False).returncode)

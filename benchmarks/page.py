@@ -1,0 +1,184 @@
+"""The tables of benchmarks/README.md and the plots, from what is in benchmarks/results.
+
+python benchmarks/page.py
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from grid import describe
+from kernel import skips
+from limits import Limits
+from measurement import OURS, Measurement
+from peers import PEERS
+from plots import plot_grid, plot_rates
+
+from qkv.cli.bench_report import readable_time
+
+HERE = Path(__file__).parent
+PAGE = HERE / "README.md"
+START, END = "<!-- From here on written by page.py. -->", "<!-- To here. -->"
+
+
+def load(name: str) -> Any:
+    """A file of results, or None where it was not measured."""
+    path = HERE / "results" / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def table(titles: Sequence[str], rows: Iterable[Sequence[str]], words: int = 3) -> str:
+    """A table in Markdown; the first columns are words, the others numbers."""
+    rule = ["---" if column < words else "---:" for column in range(len(titles))]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (titles, rule, *rows))
+
+
+def machine(record: Any) -> str:
+    """What was measured on, in a sentence."""
+    m = record["machine"]
+    kernel = f", kernel for {m['kernel']}" if "kernel" in m else ""
+    peers = "".join(f", {name} {m[name]}" for name in ("onnxruntime", "openvino") if name in m)
+    return (
+        f"{m['date']}, {m['threads']} threads on {m['cores']} cores of {m['cpu']}{kernel}, "
+        f"qkv {m['qkv']}, torch {m['torch']}{peers}."
+    )
+
+
+def limits(bounds: Limits) -> str:
+    """The limits of the machine, in a sentence."""
+    parts = {"fp32_gflops": "{} GF/s in fp32", "bf16_gflops": "{} GF/s in bf16", "read_gb_per_s": "{} GB/s read"}
+    known = [words.format(bounds[name]) for name, words in parts.items() if bounds[name] is not None]  # type: ignore[literal-required]
+    return f"Limits of the machine: {', '.join(known) or 'not measured'}."
+
+
+def rates(rows: list[Measurement], bounds: Limits) -> str:
+    """A row for each case and dtype."""
+    unit = "GB/s" if rows[0].case.is_decoding else "GF/s"
+    present = [peer.NAME for peer in PEERS if any(peer.NAME in row.times for row in rows)]
+    titles = ["case", "dtype", "backend", OURS, "quartiles", unit, "of the limit", *present]
+    return table(titles, (_cells(row, bounds, present) for row in rows))
+
+
+def _cells(row: Measurement, bounds: Limits, peers: list[str]) -> list[str]:
+    time, share = row.times[OURS], row.share(bounds)
+    ratios = [row.ratio(peer) for peer in peers]
+    return [
+        row.case.name,
+        row.dtype,
+        str(row.backend),
+        readable_time(time["median_us"]),
+        f"{readable_time(time['low_us'])} to {readable_time(time['high_us'])}",
+        f"{row.rate(OURS):.0f}",
+        "-" if share is None else f"{share:.0%}",
+        *("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
+    ]
+
+
+def kernel_section() -> list[str]:
+    """Every case against every peer."""
+    record = load("kernel")
+    if record is None:
+        return []
+    rows = [Measurement.from_json(fields) for fields in record["measurements"]]
+    bounds: Limits = record["limits"]
+    kinds = {
+        "Forward": [row for row in rows if row.case.lq > 128 and not row.case.backward],
+        "Forward and backward": [row for row in rows if row.case.backward],
+        "Decoding": [row for row in rows if row.case.is_decoding],
+        "Short calls": [row for row in rows if 1 < row.case.lq <= 128],
+    }
+    parts = [
+        f"## Against its peers\n\n{machine(record)} {limits(bounds)} Peers: how many times as long as qkv they take."
+    ]
+    for title, kind in kinds.items():
+        parts.append(f"### {title}")
+        if title != "Short calls":  # Their rates say nothing, and their ratios stand in the table.
+            name = title.lower().replace(" ", "-")
+            plot_rates(kind, bounds, HERE / "plots" / f"{name}.svg")
+            parts.append(f"![{title}](plots/{name}.svg)")
+        parts.append(rates(kind, bounds))
+    return [*parts, "Not measured:", "\n".join(f"- {reason}" for reason in skips(rows))]
+
+
+def grid_section() -> list[str]:
+    """The random shapes in short, and in full where torch is faster."""
+    record = load("grid")
+    if record is None:
+        return []
+    rows = [Measurement.from_json(fields) for fields in record["measurements"]]
+    plot_grid(rows, HERE / "plots" / "grid.svg")
+    slow = [row for row in rows if (row.ratio("torch") or 0) < record["slow"]]
+    words = f"{len(slow)} of {len(rows)} take more than 1 / {record['slow']} of torch's time."
+    mean = f"torch takes {record['geometric_mean']:.2f} times as long in the geometric mean; {words}"
+    parts = [f"## A hundred random shapes\n\n{machine(record)}", f"![Random shapes](plots/grid.svg)\n\n{mean}"]
+    return [*parts, "```\n" + "\n".join(map(describe, slow)) + "\n```"] if slow else parts
+
+
+def avx2_section() -> list[str]:
+    """Both libraries held to AVX2."""
+    record = load("avx2")
+    if record is None:
+        return []
+    rows = [Measurement.from_json(fields) for fields in record["measurements"]]
+    return [f"## Held to AVX2\n\n{machine(record)} {limits(record['limits'])}", rates(rows, record["limits"])]
+
+
+def alternating_section() -> list[str]:
+    """Attention between matrix products."""
+    record = load("alternating")
+    if record is None:
+        return []
+
+    def cells(row: Any) -> list[str]:
+        alone, between = (row["times"][name]["median_us"] for name in ("alone", "between products"))
+        return [
+            row["case"],
+            row["dtype"],
+            row["library"],
+            *map(readable_time, (alone, between)),
+            f"{between / alone:.2f}",
+        ]
+
+    titles = ["case", "dtype", "library", "alone", "between products", "ratio"]
+    return [f"## Between matrix products\n\n{machine(record)}", table(titles, map(cells, record["measurements"]))]
+
+
+def spine_section() -> list[str]:
+    """The cost of a call, long windows and the import."""
+    record = load("spine")
+    if record is None:
+        return []
+    calls = [
+        (
+            name,
+            mode,
+            readable_time(times["median_us"]),
+            f"{readable_time(times['low_us'])} to {readable_time(times['high_us'])}",
+        )
+        for mode, rows in record["call"].items()
+        for name, times in rows.items()
+    ]
+    windows = [
+        (f"{row['length']} tokens", "forward and backward", f"{row['seconds']:.2f} s", f"{row['peak_gib']:.2f} GiB")
+        for row in record["window"]
+    ]
+    return [
+        f"## The cost of a call\n\n{machine(record)} 8 heads of 64 on 16 tokens; layers of width 64.",
+        table(["call", "mode", "time", "quartiles"], calls, words=2),
+        "### Sliding windows of 512, a layer of 8 heads of 64",
+        table(["text", "passes", "time", "peak of the process"], windows, words=2),
+        f"`import qkv` takes {record['import']['median_seconds'] * 1e3:.0f} ms after `import torch`.",
+    ]
+
+
+def main() -> None:
+    """Writes the page and the plots."""
+    sections = (kernel_section, grid_section, avx2_section, alternating_section, spine_section)
+    body = "\n\n".join(part for section in sections for part in section())
+    head = PAGE.read_text().split(START)[0]
+    PAGE.write_text(f"{head}{START}\n\n{body}\n\n{END}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""The libraries that qkv is measured against, each called as well as it can be. `PEERS` lists them."""
+
+from types import ModuleType
+from typing import Protocol, cast
+
+import torch
+from case import Case
+from torch import Tensor
+
+from peers import flex, onnx_runtime, openvino_sdpa, torch_sdpa
+from qkv.cli.attention_call import Call
+
+
+class Peer(Protocol):
+    """What a module of a peer gives."""
+
+    NAME: str
+
+    def why_not(self, case: Case, dtype: torch.dtype) -> str | None:
+        """Why the peer is not measured on a case, or None where it is."""
+        ...
+
+    def prepare(self, case: Case, dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor) -> Call:
+        """The call to be measured. What a user does once, such as compiling, is done here."""
+        ...
+
+
+def _peer(module: ModuleType) -> Peer:
+    return cast(Peer, module)
+
+
+PEERS: tuple[Peer, ...] = tuple(map(_peer, (torch_sdpa, flex, onnx_runtime, openvino_sdpa)))

@@ -1,0 +1,24 @@
+"""torch's ``scaled_dot_product_attention``."""
+
+import torch
+from case import Case
+from torch import Tensor
+
+from qkv.cli.attention_call import Call, torch_call
+
+NAME = "torch"
+
+MOST_SCORES = 8192**2
+"""Of one head. A window saves torch nothing: it computes and masks all scores."""
+
+
+def why_not(case: Case, dtype: torch.dtype) -> str | None:
+    """See `Peer`."""
+    if case.window is not None and case.lq * case.lk > MOST_SCORES:
+        return f"is quadratic in a window of {case.lq} queries, and not waited for"
+    return None
+
+
+def prepare(case: Case, dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor) -> Call:
+    """See `Peer`."""
+    return torch_call(q, k, v, case.as_mask(), case.offset)
