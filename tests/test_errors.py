@@ -109,7 +109,11 @@ ATTENTION = [
         "alibi must be on the device of q; got meta and cpu",
     ),
     (lambda: qkv.attention(Q, K, V, softcap=0.0), ValueError, "softcap must be a positive number or None; got 0.0"),
-    (lambda: qkv.attention(Q[..., :0], K[..., :0], V), ValueError, "attention: heads of width 0 have no default scale, 1 / sqrt(width); give scale."),
+    (
+        lambda: qkv.attention(Q[..., :0], K[..., :0], V),
+        ValueError,
+        "attention: heads of width 0 have no default scale, 1 / sqrt(width); give scale.",
+    ),
     (lambda: qkv.attention(Q, K, V, dropout=1.0), ValueError, "dropout must be a probability in [0, 1); got 1.0"),
     (lambda: qkv.attention_with_lse(Q[0], K, V), ValueError, "attention_with_lse: q, k and v must have 4 dimensions"),
     (lambda: qkv.attention_weights(Q[0], K), ValueError, "attention_weights: q, k and v must have 4 dimensions"),
