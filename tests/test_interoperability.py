@@ -8,6 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import qkv
 from qkv import Mask
@@ -116,6 +118,32 @@ def test_per_sample_gradients() -> None:
         alone = torch.func.grad(loss)(parameters, x[index])
         for name, grad in alone.items():
             torch.testing.assert_close(each[name][index], grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")  # of tracing itself
+def test_traced_it_computes_the_same_on_other_inputs() -> None:
+    layer, x, other = LAYERS["causal"]().eval(), torch.randn(2, 11, 24), torch.randn(2, 11, 24)
+    with torch.no_grad():
+        for traced in (torch.jit.trace(layer, x), make_fx(layer)(x)):
+            torch.testing.assert_close(traced(other), layer(other))
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's own making
+def test_forward_mode_derivatives_are_right_or_refused_and_never_dropped() -> None:
+    q, step = torch.randn(1, 2, 5, 8), torch.full((1, 2, 5, 8), 1e-3)
+
+    def slope(backend: str) -> Tensor | None:
+        with forward_ad.dual_level():
+            out = qkv.attention(forward_ad.make_dual(q, torch.ones_like(q)), q, q, backend=backend)
+            return forward_ad.unpack_dual(out).tangent
+
+    found = slope("reference")
+    want = (qkv.attention(q + step, q, q) - qkv.attention(q - step, q, q)) / 2e-3
+    torch.testing.assert_close(found, want, rtol=1e-2, atol=1e-3)
+    with pytest.raises(qkv.BackendError, match="no forward-mode derivatives"):
+        slope("native")
+    with pytest.raises(NotImplementedError):  # torch's own kernel
+        slope("auto")
 
 
 @each_layer

@@ -64,7 +64,10 @@ def test_without_the_library_everything_works_and_explain_says_why() -> None:
     q = torch.randn(1, 2, 64, 4)
     assert qkv.explain(q, q, q).chosen == "sdpa"
     (reason,) = qkv.explain(q, q, q).reasons["native"]
-    assert reason == "this installation of qkv has no compiled kernel (it found no C++ compiler when it was built)"
+    assert (
+        reason
+        == "this installation of qkv has no compiled kernel (it found no suitable C++ compiler when it was built)"
+    )
     assert qkv.attention(q, q, q).shape == q.shape
     with pytest.raises(qkv.BackendError, match="has no compiled kernel"):
         qkv.attention(q, q, q, backend="native")
@@ -92,6 +95,93 @@ def test_reasons_name_what_the_kernel_lacks() -> None:
     assert against(q.to("meta")) == ["the kernel runs on CPU"]
     (reason,) = torch.func.vmap(lambda q: (against(q), q)[0], out_dims=None)(q[None])
     assert reason == "the kernel takes plain tensors, outside of functorch"
+
+
+@present
+def test_auto_chooses_the_kernel_for_training_every_mask_and_every_score() -> None:
+    q, k = torch.randn(1, 4, 9, 8, requires_grad=True), torch.randn(1, 2, 9, 8)
+    masks = [
+        Mask.full(),
+        Mask.causal(3, sink_tokens=1),
+        Mask.padding(torch.tensor([5])),
+        Mask.padding(torch.arange(9)[None] > 2),
+        Mask.documents(torch.arange(9)[None] // 4),
+        Mask.dense(torch.rand(9, 9) > 0.5),
+    ]
+    scores = {"softcap": 3.0, "bias": torch.randn(9, 9, requires_grad=True), "alibi": torch.ones(4), "dropout": 0.1}
+    scores["sink_logits"] = torch.ones(4, requires_grad=True)
+    for mask in masks:
+        assert qkv.explain(q, k, k, mask=mask).chosen == "native"
+        assert qkv.explain(q, k, k, mask=mask, **scores).chosen == "native"  # type: ignore[arg-type]
+
+
+@present
+@pytest.mark.parametrize("requires_grad", [True, False])
+@pytest.mark.filterwarnings("ignore")
+def test_the_operators_keep_what_torch_asks_of_operators(requires_grad: bool) -> None:
+    q, k, v = (torch.randn(2, heads, 9, 8).requires_grad_(requires_grad) for heads in (4, 2, 2))
+    bias, alibi, sinks = (torch.randn(*shape).requires_grad_(requires_grad) for shape in ((1, 4, 9, 9), (4,), (4,)))
+    keep, ids = torch.arange(9)[None] > 1, torch.arange(9)[None] // 4
+    allow, lengths, seed = torch.rand(2, 1, 9, 9) > 0.2, torch.tensor([9, 7]), torch.tensor([3])
+    plain = kernels.Call(q, k, v, *[None] * 8, None, 0, 0, 0, 0.3, 0.0, 0.0)
+    full = kernels.Call(q, k, v, keep, lengths, ids, allow, bias, alibi, sinks, seed, 4, 0, 1, 0, 0.3, 2.0, 0.25)
+    for call in (plain, full):
+        torch.library.opcheck(torch.ops.qkv.forward.default, tuple(call))
+
+
+@present
+def test_second_derivatives_are_refused_and_the_reference_has_them() -> None:
+    q = torch.randn(1, 2, 5, 8, dtype=torch.float64, requires_grad=True)
+
+    def slope(q: torch.Tensor, backend: str) -> torch.Tensor:
+        out = qkv.attention(q, q, q, backend=backend)
+        return torch.autograd.grad(out.square().sum(), q, create_graph=True)[0]
+
+    with pytest.raises(NotImplementedError, match=r"has no second derivative: .* backend='reference'"):
+        slope(q.float(), "native").sum().backward()
+    assert torch.autograd.gradcheck(lambda q: slope(q, "reference"), q)
+
+
+@present
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_and_exported_programs_hold_the_operators() -> None:
+    torch.compiler.reset()
+    layer, x = qkv.CausalAttention(24, 6, num_kv_heads=2), torch.randn(2, 11, 24)
+    program = torch.export.export(layer, (x,))
+    assert "torch.ops.qkv.forward.default" in program.graph_module.code
+    seen: list[str] = []
+
+    def record(graph: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
+        seen.append(graph.code)
+        return graph
+
+    backend = torch._dynamo.backends.common.aot_autograd(fw_compiler=record, bw_compiler=record)
+    torch.compile(layer, backend=backend, fullgraph=True)(x.requires_grad_()).sum().backward()
+    forward, backward = seen
+    assert "torch.ops.qkv.forward.default" in forward and "torch.ops.qkv.backward.default" in backward
+
+
+@present
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of address space are tested on Linux")
+def test_too_little_memory_for_the_sums_is_an_error_and_not_the_end_of_the_process() -> None:
+    code = """
+import resource, torch, qkv
+q, k = torch.randn(1, 8, 65536, 64, dtype=torch.bfloat16, requires_grad=True), torch.randn(1, 1, 16, 64).bfloat16()
+out = qkv.attention(q, k, k, backend="native")
+upstream = torch.ones_like(out)
+torch.autograd.grad(out, q, upstream, retain_graph=True)
+taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (taken + 120 * 2**20,) * 2)  # 64 MiB for the gradient, but not 128 for its sums
+try:
+    torch.autograd.grad(out, q, upstream)
+except MemoryError as error:
+    print(error)
+"""
+    done = run(code)
+    assert done.stdout.strip() == (
+        "qkv's kernel: there is not enough memory for its sums over q (1, 8, 65536, 64) and k (1, 1, 16, 64); "
+        "give fewer batches or heads at once."
+    ), done.stderr
 
 
 MASKS = [Mask.full(), Mask.causal(), Mask.causal(70, sink_tokens=5), Mask.sliding(20)]

@@ -1,6 +1,7 @@
 // The library's face: which instruction set runs, and the call itself. Plain C, so that any Python can load it.
 #include <cstdlib>
 #include <cstring>
+#include <new>
 
 #include "problem.h"
 
@@ -33,6 +34,7 @@ struct Isa {
 // The best that this machine has, or the one that the environment variable QKV_ISA names.
 const Isa* choose() {
 #if defined(QKV_X86)
+    __builtin_cpu_init();
     const bool has_avx2 =
         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -71,18 +73,38 @@ QKV_EXPORT const char* qkv_isa() { return qkv::chosen() ? qkv::chosen()->name : 
 QKV_EXPORT int qkv_problem_size() { return (int)sizeof(qkv::Problem); }
 QKV_EXPORT int qkv_gradients_size() { return (int)sizeof(qkv::Gradients); }
 
-QKV_EXPORT void qkv_forward(const void* problem) {
-    qkv::Problem p;
-    std::memcpy(&p, problem, sizeof p);
-    qkv::chosen()->forward(p);
+namespace qkv {
+namespace {
+
+enum Status { DONE = 0, OUT_OF_MEMORY = 1 };
+
+// Callers are not C++: an exception would end their process.
+template <class Work>
+int status_of(Work work) {
+    try {
+        work();
+        return DONE;
+    } catch (const std::bad_alloc&) {
+        return OUT_OF_MEMORY;
+    }
 }
 
-QKV_EXPORT void qkv_backward(const void* problem, const void* gradients) {
+}  // namespace
+}  // namespace qkv
+
+// Both return 0, or 1 where memory does not suffice: then results are not written, or in part.
+QKV_EXPORT int qkv_forward(const void* problem) {
+    qkv::Problem p;
+    std::memcpy(&p, problem, sizeof p);
+    return qkv::status_of([&] { qkv::chosen()->forward(p); });
+}
+
+QKV_EXPORT int qkv_backward(const void* problem, const void* gradients) {
     qkv::Problem p;
     std::memcpy(&p, problem, sizeof p);
     qkv::Gradients g;
     std::memcpy(&g, gradients, sizeof g);
-    qkv::chosen()->backward(p, g);
+    return qkv::status_of([&] { qkv::chosen()->backward(p, g); });
 }
 
 // How many scores a forward pass computes, those hidden by a mask in the midst of others included.

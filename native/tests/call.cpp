@@ -147,9 +147,9 @@ Call::Call(const Case& c)
     gradients.d_alibi = c.alibi ? (float*)d_alibi.view.data : nullptr;
 }
 
-void Call::forward() const { qkv_forward(&problem); }
+void Call::forward() const { require(qkv_forward(&problem) == 0, c.describe() + ": no memory"); }
 
-void Call::backward() const { qkv_backward(&problem, &gradients); }
+void Call::backward() const { require(qkv_backward(&problem, &gradients) == 0, c.describe() + ": no memory"); }
 
 void Call::check(const std::vector<bool>& kept) const {
     // Pairs of bf16 are multiplied as such; everything else in fp32.

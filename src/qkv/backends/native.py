@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from qkv import kernels
 from qkv.backends.result import Result
@@ -28,6 +29,8 @@ def why_not(problem: Problem) -> list[str]:
             reasons.append("ONNX does not know the kernel")
     elif torch._C._are_functorch_transforms_active() or not (_is_plain(q) and _is_plain(k) and _is_plain(v)):
         reasons.append("the kernel takes plain tensors, outside of functorch")
+    if forward_ad._current_level >= 0:
+        reasons.append("the kernel has no forward-mode derivatives")
     if q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1:
         reasons.append("the last dimension of q, k and v must be contiguous for the kernel")
     if q.shape[3] == 0 or v.shape[3] == 0:
@@ -64,10 +67,17 @@ def run(problem: Problem) -> Result:
         problem.softcap or 0.0,
         problem.dropout,
     )
-    if torch.compiler.is_compiling() or problem.needs_grad:
+    if problem.needs_grad or _is_watched():
         out, lse = torch.ops.qkv.forward(*call)
         return Result(out, lse if problem.wants_lse else None)
     return Result(*kernels.forward(call, wants_lse=problem.wants_lse))
+
+
+def _is_watched() -> bool:
+    """Whether somebody records operators: a compiler, a tracer, a mode of dispatch."""
+    return bool(
+        torch.compiler.is_compiling() or torch._C._get_tracing_state() or torch._C._len_torch_dispatch_stack() > 0
+    )
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -40,10 +40,10 @@ class Library(NamedTuple):
     """The library, and the instruction set that it has chosen. Its calls release the interpreter's lock."""
 
     isa: str
-    forward: Callable[[bytes], None]
-    """Takes a `PROBLEM`."""
-    backward: Callable[[bytes, bytes], None]
-    """Takes a `PROBLEM` and its `GRADIENTS`."""
+    forward: Callable[[bytes], int]
+    """Takes a `PROBLEM`. Returns 0, or 1 where memory does not suffice."""
+    backward: Callable[[bytes, bytes], int]
+    """Takes a `PROBLEM` and its `GRADIENTS`. Returns as `forward`."""
     count_scores: Callable[[bytes], int]
     """Takes a `PROBLEM`: how many scores its forward pass computes, for tests of what masks spare."""
 
@@ -51,7 +51,7 @@ class Library(NamedTuple):
 def load(path: Path) -> Library | str:
     """The library at ``path``, or why there is none."""
     if not path.exists():
-        return "this installation of qkv has no compiled kernel (it found no C++ compiler when it was built)"
+        return "this installation of qkv has no compiled kernel (it found no suitable C++ compiler when it was built)"
     try:
         native = ctypes.CDLL(str(path))
     except OSError as error:
@@ -65,7 +65,7 @@ def load(path: Path) -> Library | str:
         return f"QKV_ISA={os.environ.get('QKV_ISA')!r} is no instruction set that this machine and the kernel have"
     native.qkv_forward.argtypes = native.qkv_count_scores.argtypes = [ctypes.c_char_p]
     native.qkv_backward.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
-    native.qkv_forward.restype = native.qkv_backward.restype = None
+    native.qkv_forward.restype = native.qkv_backward.restype = ctypes.c_int
     native.qkv_count_scores.restype = ctypes.c_int64
     return Library(isa.decode(), native.qkv_forward, native.qkv_backward, native.qkv_count_scores)
 

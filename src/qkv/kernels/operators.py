@@ -56,10 +56,14 @@ _LIBRARY.define(
 
 
 def forward(call: Call, *, wants_lse: bool) -> tuple[Tensor, Tensor | None]:
-    """Attention and its lse, past the dispatcher of torch: for plain tensors, without gradients."""
+    """Attention and its lse, past the dispatcher of torch: for plain tensors, without gradients.
+
+    Raises:
+        MemoryError: where the kernel's own sums do not fit, as in both operators.
+    """
     out, lse = _new_results(call, wants_lse=wants_lse)
     call = _prepared(call)
-    loaded().forward(_pack(call, out, lse))
+    _check(loaded().forward(_pack(call, out, lse)), call)
     return out, lse
 
 
@@ -87,7 +91,7 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
         *(*_view(dq), *_view(dk), *_view(dv)),
         *(d_bias.data_ptr() if wants_bias else 0, d_alibi.data_ptr() if wants_alibi else 0),
     )
-    loaded().backward(_pack(call, out, lse), gradients)
+    _check(loaded().backward(_pack(call, out, lse), gradients), call)
     return found
 
 
@@ -130,11 +134,18 @@ def _differentiate(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | Non
     return tuple(found.values())
 
 
+def _refuse_second_derivative(ctx: Any, *gradients: Tensor) -> None:
+    raise NotImplementedError(
+        "qkv's kernel has no second derivative: create_graph=True needs attention(..., backend='reference')."
+    )
+
+
 _LIBRARY.impl("forward", _forward, "CPU")
 _LIBRARY.impl("backward", _backward, "CPU")
 torch.library.register_fake("qkv::forward", _forward_shapes, lib=_LIBRARY)
 torch.library.register_fake("qkv::backward", _backward_shapes, lib=_LIBRARY)
 torch.library.register_autograd("qkv::forward", _differentiate, setup_context=_save, lib=_LIBRARY)
+torch.library.register_autograd("qkv::backward", _refuse_second_derivative, lib=_LIBRARY)
 
 
 def _split(arguments: tuple[Any, ...]) -> tuple[Call, tuple[Any, ...]]:
@@ -202,6 +213,14 @@ def _pack(call: Call, out: Tensor, lse: Tensor | None) -> bytes:
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def _check(status: int, call: Call) -> None:
+    if status:
+        raise MemoryError(
+            f"qkv's kernel: there is not enough memory for its sums over q {tuple(call.q.shape)} and "
+            f"k {tuple(call.k.shape)}; give fewer batches or heads at once."
+        )
 
 
 def _view(tensor: Tensor) -> tuple[int, int, int, int]:
