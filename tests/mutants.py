@@ -45,7 +45,7 @@ MUTANTS = [
     Mutant("groups interleaved (kernel)", f"{NATIVE}/tile.h", "kv_head * members + member", "member * p.kv_heads + kv_head"),
     Mutant("segments trimmed one key short", f"{NATIVE}/mask.h", "t.position[from] + p.right < first + begin", "t.position[from] + p.right <= first + begin"),
     Mutant("documents passed over by their largest", f"{NATIVE}/mask.h", "t.document[r] >= part.low && t.document[r] <= part.high", "t.document[r] == part.high"),
-    Mutant("sums not moved with their maximum", f"{NATIVE}/forward.h", "store(state.sum + n * LANES, load(state.sum + n * LANES) * shrink);", ""),
+    Mutant("sums not moved with their maximum", f"{NATIVE}/forward.h", "store(state.sum + n * LANES, load(state.sum + n * LANES) * rise.shrink);", ""),
     Mutant("pieces merged without their shares", f"{NATIVE}/state.h", "store(out, load(out) * left + load(piece.out", "store(out, load(out) + load(piece.out"),
     Mutant("sink forgotten in the normaliser (kernel)", f"{NATIVE}/state.h", "sum = sum * share + std::exp2(sink - peak);", "sum = sum * share;"),
     Mutant("hidden NaN leaks in decoding", f"{NATIVE}/few.h", "write(p.dtype, clean, d, 0.0f);", ""),

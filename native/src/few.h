@@ -298,7 +298,7 @@ static void fold_few(const Problem& p, const Tile& t, const Outline& outline, co
     constexpr int ABREAST = COUNT == 1 ? 1 : std::min(KEYS, 2);  // keys read side by side: more would slow memory down
     const Spread spread{p, t};
     const bool plain = plain_scores(p);
-    const float factor = exponent_factor(p), patience = 8.0f / factor;
+    const float factor = exponent_factor(p);
     const int64_t pitch = pitch_of(p.value_width), item = size_of(p.dtype), key_stride = p.k.row * item;
     vec top = set1(-INF), sum = {};
     state.clear(p, t);
@@ -333,21 +333,16 @@ static void fold_few(const Problem& p, const Tile& t, const Outline& outline, co
             peak = max(x, peak);
             store(room.scores + j * ROWS, x);
         }
-        peak = Spread::largest(peak);
-        const ivec rises = peak > top + patience;
-        const vec next = rises ? peak : top;
-        const vec shift = next == -INF ? set1(0.0f) : next * factor;
-        if (any(rises)) {
-            // Exactly 1 for rows that stay: what other rows do must not show.
-            const vec shrink = rises ? (top == -INF ? set1(0.0f) : exp2(top * factor - shift)) : set1(1.0f);
-            top = next;
-            sum = sum * shrink;
+        const Rise rise(p, top, Spread::largest(peak));
+        if (any(rise.rows)) {
+            top = rise.top;
+            sum = sum * rise.shrink;
             for (int r = 0; r < COUNT; ++r)
                 for (int64_t d = 0; d < pitch; d += LANES)
-                    store(state.out + r * pitch + d, load(state.out + r * pitch + d) * shrink[r]);
+                    store(state.out + r * pitch + d, load(state.out + r * pitch + d) * rise.shrink[r]);
         }
         for (int j = from; j < b.size; j += KEYS) {
-            const vec weight = exp2(load(room.scores + j * ROWS) * factor - shift);
+            const vec weight = exp2(load(room.scores + j * ROWS) * factor - rise.shift);
             sum = sum + weight;
             store(room.scores + j * ROWS,
                   p.dropout > 0 ? weight * dropout.factors_of(first + j, ROWS, Spread::row) : weight);

@@ -30,23 +30,18 @@ struct ForwardRoom {
     }
 };
 
-// Moves the maximum of each row up to `peak` where that is needed, and all sums with it. Returns what is to be
-// subtracted from exponents. A maximum may lag behind by a factor of 2^8, which spares most of the rescaling.
+// Moves the maxima of a tile up where that is needed, and all sums with them. Returns what is to be subtracted from
+// exponents.
 static void raise(const Problem& p, const Tile& t, const vec* peak, const State& state, vec* shift) {
-    const float factor = exponent_factor(p), patience = 8.0f / factor;
     for (int n = 0; n < t.vecs; ++n) {
-        const vec top = load(state.top + n * LANES);
-        const ivec rises = peak[n] > top + patience;  // also from -inf, where nothing was seen yet
-        const vec next = rises ? peak[n] : top;
-        shift[n] = next == -INF ? set1(0.0f) : next * factor;
-        if (!any(rises)) continue;
-        // Exactly 1 for rows that stay: what other rows of a tile do must not show.
-        const vec shrink = rises ? (top == -INF ? set1(0.0f) : exp2(top * factor - shift[n])) : set1(1.0f);
-        store(state.top + n * LANES, next);
-        store(state.sum + n * LANES, load(state.sum + n * LANES) * shrink);
+        const Rise rise(p, load(state.top + n * LANES), peak[n]);
+        shift[n] = rise.shift;
+        if (!any(rise.rows)) continue;
+        store(state.top + n * LANES, rise.top);
+        store(state.sum + n * LANES, load(state.sum + n * LANES) * rise.shrink);
         for (int64_t d = 0; d < p.value_width; ++d) {
             float* out = state.out + d * t.lanes() + n * LANES;
-            store(out, load(out) * shrink);
+            store(out, load(out) * rise.shrink);
         }
     }
 }

@@ -8,6 +8,24 @@
 namespace qkv {
 namespace QKV_ISA {
 
+// How the maximum of each row moves up to what is in sight. It may lag behind by a factor of 2^8, which spares most of
+// the rescaling.
+struct Rise {
+    ivec rows;   // those that move
+    vec top;     // the new maximum, in units of the scores
+    vec shift;   // what is to be subtracted from exponents
+    vec shrink;  // what all sums so far are to be multiplied by
+
+    Rise(const Problem& p, vec from, vec peak) {
+        const float factor = exponent_factor(p);
+        rows = peak > from + 8.0f / factor;  // also from -inf, where nothing was seen yet
+        top = rows ? peak : from;
+        shift = top == -INF ? set1(0.0f) : top * factor;
+        // Exactly 1 for rows that stay: what others do must not show.
+        shrink = rows ? (from == -INF ? set1(0.0f) : exp2(from * factor - shift)) : set1(1.0f);
+    }
+};
+
 // The maximum is in units of the scores, and may lag behind.
 struct State {
     float* top;

@@ -12,6 +12,9 @@ namespace qkv {
 
 constexpr int64_t UNBOUNDED = (int64_t)1 << 40;
 
+// Of queries, keys and values.
+constexpr Dtype DTYPES[] = {Dtype::f32, Dtype::bf16, Dtype::f16};
+
 // How a matrix broadcasts.
 struct Broadcast {
     bool batch = false, head = false, row = false, column = false;

@@ -1,7 +1,6 @@
 // Memory that faults when it is read or written past its end, and tells when it is written between its parts.
 #pragma once
 
-#include <sanitizer/asan_interface.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -9,6 +8,13 @@
 #include <cstring>
 
 #include "check.h"
+
+#if __has_include(<sanitizer/asan_interface.h>)
+#include <sanitizer/asan_interface.h>
+#else  // a compiler without sanitizers
+#define ASAN_POISON_MEMORY_REGION(data, bytes) ((void)(data), (void)(bytes))
+#define ASAN_UNPOISON_MEMORY_REGION(data, bytes) ((void)(data), (void)(bytes))
+#endif
 
 namespace qkv {
 

@@ -3,8 +3,6 @@
 
 namespace qkv {
 
-static const Dtype DTYPES[] = {Dtype::f32, Dtype::bf16, Dtype::f16};
-
 static void check_all(Case c) {
     const std::pair<int64_t, int64_t> widths[] = {{16, 16}, {13, 21}, {40, 64}};
     for (Dtype dtype : DTYPES)

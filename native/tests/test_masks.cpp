@@ -4,8 +4,6 @@
 
 namespace qkv {
 
-static const Dtype DTYPES[] = {Dtype::f32, Dtype::bf16, Dtype::f16};
-
 // Each mask meets one query, a few, and more than a tile, in every dtype.
 static void check_all(Case c) {
     const std::pair<int64_t, int64_t> lengths[] = {{1, 210}, {6, 210}, {70, 210}, {130, 130}};

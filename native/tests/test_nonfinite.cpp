@@ -3,8 +3,6 @@
 
 namespace qkv {
 
-static const Dtype DTYPES[] = {Dtype::f32, Dtype::bf16, Dtype::f16};
-
 // The bits of all results, where no query sees the keys [from, to) of the last batch, and these hold `number`.
 static std::string results(const Case& c, int64_t from, int64_t to, double number) {
     const Call call(c);

@@ -3,8 +3,6 @@
 
 namespace qkv {
 
-static const Dtype DTYPES[] = {Dtype::f32, Dtype::bf16, Dtype::f16};
-
 static void check_all(Case c) {
     for (Dtype dtype : DTYPES)
         for (int64_t lq : {1, 40})

@@ -14,7 +14,7 @@ static std::string results(const Case& c) {
 
 static std::vector<Case> cases() {
     std::vector<Case> all;
-    for (Dtype dtype : {Dtype::f32, Dtype::bf16, Dtype::f16})
+    for (Dtype dtype : DTYPES)
         for (int64_t lq : {1, 5, 300}) {
             Case c;
             c.dtype = dtype;
