@@ -11,6 +11,7 @@ import torch
 
 import qkv
 from qkv import Mask, kernels
+from qkv.backends import native
 from qkv.kernels import binding
 
 ROOT = Path(__file__).parents[1]
@@ -95,6 +96,55 @@ def test_reasons_name_what_the_kernel_lacks() -> None:
     assert against(q.to("meta")) == ["the kernel runs on CPU"]
     (reason,) = torch.func.vmap(lambda q: (against(q), q)[0], out_dims=None)(q[None])
     assert reason == "the kernel takes plain tensors, outside of functorch"
+
+
+@present
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "mask", [Mask.full(), Mask.causal(), Mask.causal(3, sink_tokens=1), Mask.band(None, 2)], ids=str
+)
+def test_the_way_of_plain_calls_gives_the_bits_of_the_other(dtype: torch.dtype, mask: Mask) -> None:
+    q = torch.randn(2, 5, 6, 8, dtype=dtype).transpose(1, 2)  # views, as where heads are split and buffers filled
+    k, v = torch.randn(2, 11, 2, 8, dtype=dtype).transpose(1, 2)[:, :, :9], torch.randn(2, 2, 9, 3, dtype=dtype)
+    for offset in (-1, 0, 4, 2**29):
+        for scale in (None, 0.7):
+            plain = native.run_plain(q, k, v, mask, offset, scale)
+            posed = qkv.attention(q, k, v, mask=mask, offset=offset, scale=scale, backend="native")
+            assert plain is not None and torch.equal(plain, posed)
+            assert plain.shape == posed.shape and plain.stride() == posed.stride() and plain.dtype == dtype
+
+
+@present
+def test_calls_that_are_not_plain_are_posed() -> None:
+    q, k = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 7, 8)
+
+    def is_plain(
+        q: object = q,
+        k: object = k,
+        v: object = k,
+        mask: object = qkv.masks.FULL,
+        offset: object = None,
+        scale: object = None,
+    ) -> bool:
+        return native.run_plain(q, k, v, mask, offset, scale) is not None  # type: ignore[arg-type]
+
+    assert is_plain()
+    assert is_plain(mask=Mask.causal(), offset=3)
+    assert not is_plain(mask=Mask.causal())  # Two readings.
+    assert not is_plain(mask=Mask.padding(torch.tensor([5])))
+    assert not is_plain(mask=k)
+    assert not is_plain(offset=2.0) and not is_plain(offset=1 << 30)
+    assert not is_plain(scale=torch.ones(()))
+    for other in ("q", k[0], k.double(), k.bfloat16(), k.to("meta"), k[:, :0], k[:, :, :0], k[..., :0], k[..., ::2]):
+        assert not is_plain(v=other)
+    assert not is_plain(q=k[:, :, :, :7]) and not is_plain(q=k.expand(2, -1, -1, -1)) and not is_plain(q=k[:, :1])
+    assert not is_plain(v=k[:, :, 1:]) and not is_plain(k=k.to_sparse()) and not is_plain(q=k.half(), k=k.half())
+    tracked = k.clone().requires_grad_()
+    assert not is_plain(v=tracked)
+    with torch.no_grad():
+        assert is_plain(v=tracked)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not is_plain()
 
 
 @present

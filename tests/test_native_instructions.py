@@ -104,6 +104,7 @@ def test_the_library_exports_its_own_functions_alone() -> None:
     exported = {line.split()[-1] for line in output("nm", "--dynamic", "--defined-only", LIBRARY).splitlines()}
     assert exported == {
         "qkv_isa",
+        "qkv_plain",
         "qkv_problem_size",
         "qkv_gradients_size",
         "qkv_forward",

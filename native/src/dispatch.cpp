@@ -1,9 +1,9 @@
-// The library's face: which instruction set runs, and the call itself. Plain C, so that any Python can load it.
+// Which instruction set runs, and the calls of it.
 #include <cstdlib>
 #include <cstring>
 #include <new>
 
-#include "problem.h"
+#include "face.h"
 
 namespace qkv {
 
@@ -64,8 +64,6 @@ const Isa* chosen() {
 }  // namespace
 }  // namespace qkv
 
-#define QKV_EXPORT extern "C" __attribute__((visibility("default")))
-
 // The name of the instruction set that runs; null where QKV_ISA names none, or one that this machine lacks.
 QKV_EXPORT const char* qkv_isa() { return qkv::chosen() ? qkv::chosen()->name : nullptr; }
 
@@ -75,8 +73,6 @@ QKV_EXPORT int qkv_gradients_size() { return (int)sizeof(qkv::Gradients); }
 
 namespace qkv {
 namespace {
-
-enum Status { DONE = 0, OUT_OF_MEMORY = 1 };
 
 // Callers are not C++: an exception would end their process.
 template <class Work>
@@ -92,7 +88,6 @@ int status_of(Work work) {
 }  // namespace
 }  // namespace qkv
 
-// Both return 0, or 1 where memory does not suffice: then results are not written, or in part.
 QKV_EXPORT int qkv_forward(const void* problem) {
     qkv::Problem p;
     std::memcpy(&p, problem, sizeof p);

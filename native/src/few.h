@@ -13,6 +13,12 @@ namespace QKV_ISA {
 
 constexpr int FEW = LANES < 8 ? LANES : 8;  // rows at most
 
+constexpr int AHEAD = 16;  // keys that are asked for before they are read
+
+static inline void prefetch(const char* row, int64_t bytes) {
+    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + byte, 0, 2);
+}
+
 // Numbers from the start of a row to that of the next, for rows of this width.
 static inline int64_t pitch_of(int64_t width) { return (width + 2 * LANES - 1) / (2 * LANES) * (2 * LANES); }
 
@@ -316,10 +322,12 @@ static void fold_few(const Problem& p, const Tile& t, const Outline& outline, co
             vec sums[LANES] = {};
             for (int i = 0; i < KEYS; i += ABREAST) {
                 if (j + i >= b.size) break;
-                // Values are asked for while their keys are read.
-                for (int n = 0; n < ABREAST; ++n)
-                    for (int64_t byte = 0; byte < p.value_width * item; byte += 64)
-                        __builtin_prefetch(values + (j + i + n) * value_stride + byte);
+                // Values are asked for while their keys are read, and keys before. Not into the nearest cache, whose
+                // few requests under way would hold up what is read.
+                for (int n = 0; n < ABREAST; ++n) {
+                    prefetch(keys + (j + i + n + AHEAD) * key_stride, p.width * item);
+                    prefetch(values + (j + i + n) * value_stride, p.value_width * item);
+                }
                 if (j + i + ABREAST <= b.size)
                     Products::template score<COUNT, ROWS, ABREAST>(keys + (j + i) * key_stride, key_stride, p.width,
                                                                    room.queries, sums + i * ROWS);

@@ -8,6 +8,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from qkv import backends
+from qkv.backends import native
 from qkv.backends.nonfinite import shield
 from qkv.backends.reference import weights_and_lse
 from qkv.masks import FULL, Mask
@@ -92,6 +93,10 @@ def attention(
     for ALiBi; gpt-oss for sink logits. Matches torch's ``scaled_dot_product_attention``, which aligns causal masks
     top-left whatever the lengths.
     """
+    if backend == "auto" and softcap is bias is alibi is sink_logits is None and dropout == 0.0:
+        out = native.run_plain(q, k, v, mask, offset, scale)
+        if out is not None:
+            return out
     problem = pose(
         "attention",
         q,

@@ -6,12 +6,46 @@ from torch.autograd import forward_ad
 
 from qkv import kernels
 from qkv.backends.result import Result
+from qkv.masks import FULL, Mask
 from qkv.problem import Problem
 
 NAME = "native"
 
 LARGEST_POSITION = 1 << 30
 """Positions are 32 bits wide in the kernel."""
+
+
+def run_plain(q: Tensor, k: Tensor, v: Tensor, mask: Mask, offset: int | None, scale: float | None) -> Tensor | None:
+    """Solves the plainest of calls before a problem is posed, which takes longer than a few tokens of attention do.
+
+    None for a call that is not plain, or wrong: posing it says what is the matter.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or kernels.absence() is not None
+        or not (_is_plain(q) and _is_plain(k) and _is_plain(v))
+        or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
+        or torch.is_autocast_enabled("cpu")
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or _is_watched()
+    ):
+        return None
+    if not q.dim() == k.dim() == v.dim() == 4:
+        return None
+    if mask is not FULL and (type(mask) is not Mask or mask.has_tensors):
+        return None
+    if offset is None:
+        if mask is not FULL and q.shape[2] != k.shape[2]:
+            return None
+        offset = 0
+    elif type(offset) is not int or not -LARGEST_POSITION < offset < LARGEST_POSITION:
+        return None
+    if scale is None:
+        scale = (q.shape[3] or 1) ** -0.5
+    elif type(scale) is not float:
+        return None
+    return kernels.forward_plain(q, k, v, mask.left, mask.right, mask.sink_tokens, offset, scale)
 
 
 def why_not(problem: Problem) -> list[str]:

@@ -6,3 +6,4 @@ from qkv.kernels.binding import loaded as loaded
 from qkv.kernels.operators import Call as Call
 from qkv.kernels.operators import count_scores as count_scores
 from qkv.kernels.operators import forward as forward
+from qkv.kernels.operators import forward_plain as forward_plain

@@ -1,11 +1,15 @@
 """`loaded`: the native library, bound by the layout of its structs. `absence`: why there is none."""
 
 import ctypes
+import functools
 import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 # The structs of native/src/problem.h, field by field, with C's own alignment.
 _VIEW = "P3q"  # data, strides
@@ -46,6 +50,9 @@ class Library(NamedTuple):
     """Takes a `PROBLEM` and its `GRADIENTS`. Returns as `forward`."""
     count_scores: Callable[[bytes], int]
     """Takes a `PROBLEM`: how many scores its forward pass computes, for tests of what masks spare."""
+    plain: Callable[[Tensor, Tensor, Tensor, Tensor, int, int, int, int, float, int], int] | None
+    """Takes q, k, v, out, offset, left, right, sink_tokens, scale and threads. Returns as `forward`, or 2 for tensors
+    that it does not take. None where torch has no DLPack exchange functions."""
 
 
 def load(path: Path) -> Library | str:
@@ -57,7 +64,7 @@ def load(path: Path) -> Library | str:
     except OSError as error:
         return f"the compiled kernel does not load: {error}"
     sizes = (PROBLEM.size, GRADIENTS.size)
-    if not hasattr(native, "qkv_gradients_size") or (native.qkv_problem_size(), native.qkv_gradients_size()) != sizes:
+    if not hasattr(native, "qkv_plain") or (native.qkv_problem_size(), native.qkv_gradients_size()) != sizes:
         return f"{path} is of another version of qkv and needs to be built anew"
     native.qkv_isa.restype = ctypes.c_char_p
     isa = native.qkv_isa()
@@ -67,7 +74,38 @@ def load(path: Path) -> Library | str:
     native.qkv_backward.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
     native.qkv_forward.restype = native.qkv_backward.restype = ctypes.c_int
     native.qkv_count_scores.restype = ctypes.c_int64
-    return Library(isa.decode(), native.qkv_forward, native.qkv_backward, native.qkv_count_scores)
+    return Library(isa.decode(), native.qkv_forward, native.qkv_backward, native.qkv_count_scores, _load_plain(path))
+
+
+class _Interpreter(ctypes.Structure):
+    """What the library calls of Python and torch. As in native/src/plain.cpp."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("tensors", "release_lock", "take_lock", "forget_exception")]
+
+
+class _Exchange(ctypes.Structure):
+    """DLPack's exchange functions. As in native/src/dlpack.h."""
+
+    _fields_ = [("major", ctypes.c_uint32), ("minor", ctypes.c_uint32)] + [
+        (name, ctypes.c_void_p) for name in ("older", "allocate", "take", "give", "look", "stream")
+    ]
+
+
+def _load_plain(path: Path) -> Callable[..., int] | None:
+    capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    if capsule is None:
+        return None
+    python = ctypes.pythonapi
+    prototype = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
+    tensors = prototype(("PyCapsule_GetPointer", python))(capsule, b"dlpack_exchange_api")
+    exchange = _Exchange.from_address(tensors)
+    if exchange.major != 1 or not exchange.look:
+        return None
+    functions = (python.PyEval_SaveThread, python.PyEval_RestoreThread, python.PyErr_Clear)
+    interpreter = _Interpreter(tensors, *(ctypes.cast(function, ctypes.c_void_p) for function in functions))
+    plain = ctypes.PyDLL(str(path)).qkv_plain  # called with the interpreter's lock
+    plain.argtypes = [ctypes.c_void_p, *[ctypes.py_object] * 4, *[ctypes.c_int64] * 4, ctypes.c_float, ctypes.c_int]
+    return functools.partial(plain, ctypes.byref(interpreter))
 
 
 # Loaded with the module: a compiler can trace a constant, not the loading.

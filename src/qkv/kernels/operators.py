@@ -67,6 +67,18 @@ def forward(call: Call, *, wants_lse: bool) -> tuple[Tensor, Tensor | None]:
     return out, lse
 
 
+def forward_plain(
+    q: Tensor, k: Tensor, v: Tensor, left: int | None, right: int | None, sink_tokens: int, offset: int, scale: float
+) -> Tensor | None:
+    """`forward` for a call of nothing but an interval, by the shortest way; None for one that does not fit it."""
+    plain = loaded().plain
+    if plain is None:
+        return None
+    out = _new_out(q, v)
+    left, right = UNBOUNDED if left is None else left, UNBOUNDED if right is None else right
+    return None if plain(q, k, v, out, offset, left, right, sink_tokens, scale, torch.get_num_threads()) else out
+
+
 def count_scores(call: Call) -> int:
     """How many scores the kernel computes for a call: those that the mask shows, and a little around its edges."""
     call = _prepared(call)
@@ -154,11 +166,14 @@ def _split(arguments: tuple[Any, ...]) -> tuple[Call, tuple[Any, ...]]:
 
 
 def _new_results(call: Call, *, wants_lse: bool) -> tuple[Tensor, Tensor | None]:
-    (batch, heads, lq, _), width = call.q.shape, call.v.shape[3]
+    lse = call.q.new_empty(call.q.shape[:3], dtype=torch.float32) if wants_lse else None
+    return _new_out(call.q, call.v), lse
+
+
+def _new_out(q: Tensor, v: Tensor) -> Tensor:
+    (batch, heads, lq, _), width = q.shape, v.shape[3]
     # Tokens outside of heads, as torch's kernels lay it out: joining the heads again copies nothing.
-    strides = (lq * heads * width, width, heads * width, 1)
-    out = call.q.new_empty_strided((batch, heads, lq, width), strides)
-    return out, call.q.new_empty((batch, heads, lq), dtype=torch.float32) if wants_lse else None
+    return q.new_empty_strided((batch, heads, lq, width), (lq * heads * width, width, heads * width, 1))
 
 
 def _new_gradients(call: Call, wants_bias: bool, wants_alibi: bool) -> tuple[Tensor, ...]:
