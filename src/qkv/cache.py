@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qkv.growing import Growing
 from qkv.masks import Mask
 
 
@@ -31,6 +32,9 @@ class KVCache:
         >>> k = torch.randn(1, 2, 5, 8)
         >>> cache.append(k, k).offset, cache.append(k, k).offset, cache.length
         (0, 5, 10)
+        >>> cache.crop(7)
+        >>> cache.append(k, k).offset
+        7
 
     The keys returned are views of the buffers, valid until the next append. Where a gradient is wanted, appending
     concatenates instead, so that every step keeps what its backward needs.
@@ -40,9 +44,13 @@ class KVCache:
         if capacity is not None and capacity < 1:
             raise ValueError(f"KVCache: capacity must be at least 1 token, or None to grow; got {capacity}.")
         self.capacity = capacity
-        self.length = 0
-        self._k: Tensor | None = None
-        self._v: Tensor | None = None
+        self._k = Growing()
+        self._v = Growing()
+
+    @property
+    def length(self) -> int:
+        """Tokens held."""
+        return self._k.length
 
     def append(self, k: Tensor, v: Tensor) -> Keys:
         """Adds keys ``(B, Hkv, L, D)`` and values ``(B, Hkv, L, Dv)``, and returns all so far.
@@ -50,29 +58,35 @@ class KVCache:
         Raises:
             ValueError: for a batch, heads, width, dtype or device other than the first append's, and past capacity.
         """
-        _check_append("KVCache", k, v, self._k, self._v)
+        _check_append("KVCache", k, v, self._k.tensor, self._v.tensor)
         start, stop = self.length, self.length + k.shape[2]
         if self.capacity is not None and stop > self.capacity:
             raise ValueError(
                 f"KVCache: {start} of {self.capacity} tokens are taken, and {k.shape[2]} more do not fit. "
                 "Give a larger capacity, or None to grow."
             )
-        if _wants_grad(k, v, self._k, self._v):
-            self._k, self._v = _concatenate(self._k, k, start), _concatenate(self._v, v, start)
-        else:
-            room = self._room(stop)
-            self._k, self._v = _reserve(self._k, k, start, room), _reserve(self._v, v, start, room)
-            self._k[:, :, start:stop] = k
-            self._v[:, :, start:stop] = v
-        self.length = stop
-        return Keys(self._k[:, :, :stop], self._v[:, :, :stop], start)
+        room = max(2 * start, stop, SMALLEST_BUFFER) if self.capacity is None else self.capacity
+        return Keys(self._k.extend(k, room), self._v.extend(v, room), start)
 
-    def _room(self, stop: int) -> int:
-        """Tokens that the buffers should hold, so that ``stop`` fit."""
-        if self.capacity is not None:
-            return self.capacity
-        held = 0 if self._k is None else self._k.shape[2]
-        return held if stop <= held else max(2 * held, stop, SMALLEST_BUFFER)
+    def crop(self, length: int) -> None:
+        """Forgets all tokens but the first ``length``, as when a draft of them was refused.
+
+        Raises:
+            ValueError: for more tokens than are held, or fewer than none.
+        """
+        if not 0 <= length <= self.length:
+            raise ValueError(f"KVCache: crop keeps between 0 and the {self.length} tokens held; got {length}.")
+        self._k.crop(length)
+        self._v.crop(length)
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps these rows of the batch, in this order and as often as they are named, as when beams go on.
+
+        Args:
+            rows: integer ``(B',)``.
+        """
+        self._k.select(rows)
+        self._v.select(rows)
 
     def held(self, mask: Mask) -> Mask:
         """The mask over the keys that the last append returned: here, over all."""
@@ -81,7 +95,7 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers."""
-        return _nbytes(self._k, self._v)
+        return _nbytes(self._k.tensor, self._v.tensor)
 
 
 class SlidingKVCache:
@@ -235,7 +249,7 @@ class CrossKVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of the keys and values."""
-        return _nbytes(*(self._keys[:2] if self._keys is not None else ()))
+        return sum(tensor.nbytes for tensor in self._keys[:2]) if self._keys is not None else 0
 
 
 Cache = KVCache | SlidingKVCache | CrossKVCache
@@ -269,10 +283,6 @@ def _wants_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def _concatenate(buffer: Tensor | None, new: Tensor, length: int) -> Tensor:
-    return new if buffer is None else torch.cat([buffer[:, :, :length], new], dim=2)
-
-
 def _reserve(buffer: Tensor | None, like: Tensor, length: int, room: int) -> Tensor:
     """A buffer for at least ``room`` tokens shaped like ``like``, with the first ``length`` of the old one."""
     if buffer is not None and buffer.shape[2] >= room:
@@ -285,4 +295,5 @@ def _reserve(buffer: Tensor | None, like: Tensor, length: int, room: int) -> Ten
 
 
 def _nbytes(*tensors: Tensor | None) -> int:
-    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    """Bytes of the memory that the tensors are views of."""
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)

@@ -93,7 +93,8 @@ def attention(
     for ALiBi; gpt-oss for sink logits. Matches torch's ``scaled_dot_product_attention``, which aligns causal masks
     top-left whatever the lengths.
     """
-    if backend == "auto" and softcap is bias is alibi is sink_logits is None and dropout == 0.0:
+    plain_scores = softcap is None and bias is None and alibi is None and sink_logits is None and dropout == 0.0
+    if plain_scores and backend == "auto":
         out = native.run_plain(q, k, v, mask, offset, scale)
         if out is not None:
             return out

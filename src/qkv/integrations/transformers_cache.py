@@ -1,0 +1,148 @@
+"""Caches for transformers' models that append without copying what they hold."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
+
+from qkv.growing import Growing
+
+
+def _room(tokens: int) -> int:
+    """Tokens of new memory, of which a fifth waits to be filled: a token is moved 4 times at most, on average."""
+    return tokens + max(tokens // 4, 64)
+
+
+class GrowingLayer(DynamicLayer):  # type: ignore[misc]
+    """All keys and values of one layer, in memory with room behind them.
+
+    Takes transformers' own operations (reordering for beams, cropping, repeating, selecting) as they are: what is left
+    in place grows in place, what was made anew is copied once.
+    """
+
+    keys: Any
+    values: Any
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self._keys, self._values = Growing(), Growing()
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Appends keys and values ``(B, Hkv, L, D)``; returns all, as views that the next update may move."""
+        if torch.compiler.is_compiling():
+            return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = _extend(self._keys, self.keys, key_states)
+        self.values = _extend(self._values, self.values, value_states)
+        return self.keys, self.values
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorders the batch for beam search, with one copy."""
+        if self.get_seq_length() > 0:
+            self.keys = _select(self._keys, self.keys, beam_idx)
+            self.values = _select(self._values, self.values, beam_idx)
+
+
+class SlidingLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
+    """The keys and values of one layer that the next query may see, in memory for two windows."""
+
+    keys: Any
+    values: Any
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self._keys, self._values = Growing(), Growing()
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Appends keys and values ``(B, Hkv, L, D)``; returns those in a window of any of them."""
+        if torch.compiler.is_compiling() or self.record_past:
+            return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.cumulative_length += key_states.shape[2]
+        keys, self.keys = self._roll(self._keys, self.keys, key_states)
+        values, self.values = self._roll(self._values, self.values, value_states)
+        return keys, values
+
+    def _roll(self, memory: Growing, held: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+        """What was held and ``new`` behind it, and what of both the next query may see."""
+        room, before = 2 * self.sliding_window, self.sliding_window - 1
+        if _length(held) + new.shape[2] <= room:
+            seen = _extend(memory, held, new, room)
+            return seen, seen[:, :, max(0, seen.shape[2] - before) :]
+        # A prompt of many windows is not kept.
+        seen = torch.cat([held, new], dim=2) if _length(held) else new
+        return seen, seen[:, :, seen.shape[2] - before :].clone()
+
+
+class QKVCache(DynamicCache):  # type: ignore[misc]
+    """transformers' default cache, with layers that append without copying: for ``past_key_values``.
+
+    Args:
+        config: of the model. Layers with a window keep that window alone; kinds of layers that hold no keys and values,
+            such as those of linear attention, are transformers' own.
+
+    Example:
+        >>> import transformers
+        >>> config = transformers.LlamaConfig(
+        ...     vocab_size=99, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4
+        ... )
+        >>> model = transformers.LlamaForCausalLM(config)
+        >>> cache = QKVCache(config)
+        >>> tokens = model.generate(torch.ones(1, 5, dtype=torch.int64), past_key_values=cache, max_new_tokens=3)
+        >>> cache.get_seq_length()
+        7
+    """
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config=config)
+        self.layers: list[CacheLayerMixin] = [_ours(layer) for layer in self.layers]
+
+
+OURS = {DynamicLayer: GrowingLayer, DynamicSlidingWindowLayer: SlidingLayer}
+"""What replaces transformers' layers."""
+
+
+def use_by_default() -> None:
+    """Makes every ``DynamicCache(config=...)`` of transformers, such as that of ``generate``, one of our layers."""
+    for name, kind in list(DYNAMIC_LAYER_TYPE_MAPPING.items()):
+        if kind in OURS:
+            DYNAMIC_LAYER_TYPE_MAPPING[name] = OURS[kind]
+
+
+def _ours(layer: CacheLayerMixin) -> CacheLayerMixin:
+    if type(layer) is DynamicLayer:
+        return GrowingLayer()
+    if type(layer) is DynamicSlidingWindowLayer:
+        return SlidingLayer(layer.sliding_window)
+    return layer
+
+
+def _length(held: Tensor) -> int:
+    # A layer begins with an empty tensor of one dimension.
+    return held.shape[2] if held.dim() == 4 else 0
+
+
+def _extend(memory: Growing, held: Tensor, new: Tensor, room: int | None = None) -> Tensor:
+    if _length(held):
+        memory.hold(held)
+    else:
+        memory.crop(0)
+    return memory.extend(new, _room(memory.length + new.shape[2]) if room is None else room)
+
+
+def _select(memory: Growing, held: Tensor, rows: Tensor) -> Tensor:
+    memory.hold(held)
+    memory.select(rows.to(held.device))
+    selected = memory.tensor
+    assert selected is not None
+    return selected

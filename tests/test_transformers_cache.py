@@ -1,0 +1,139 @@
+"""Caches for transformers' models: what they return is what transformers' own return, without the copies."""
+
+from typing import Any
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from transformers.cache_utils import (  # noqa: E402
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
+
+from qkv.integrations import transformers_cache  # noqa: E402
+from qkv.integrations.transformers_cache import GrowingLayer, QKVCache, SlidingLayer  # noqa: E402
+
+LENGTHS = (7, 1, 1, 1, 3, 1, 1, 12, 1, 1, 1, 40, 1)
+
+
+def tokens(length: int, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(batch, 3, length, 4), torch.randn(batch, 3, length, 5)
+
+
+def assert_same_update(mine: Any, theirs: Any, k: torch.Tensor, v: torch.Tensor) -> None:
+    assert mine.get_mask_sizes(k.shape[2]) == theirs.get_mask_sizes(k.shape[2])
+    for got, want in zip(mine.update(k, v), theirs.update(k, v), strict=True):
+        assert torch.equal(got, want)
+    assert mine.get_seq_length() == theirs.get_seq_length()
+
+
+@pytest.mark.parametrize("window", [2, 3, 5, 11, 100])
+def test_a_sliding_layer_returns_what_the_one_of_transformers_does(window: int) -> None:
+    mine, theirs = SlidingLayer(window), DynamicSlidingWindowLayer(window)
+    for length in LENGTHS:
+        assert_same_update(mine, theirs, *tokens(length))
+    rows = torch.tensor([1, 1])
+    mine.reorder_cache(rows)
+    theirs.reorder_cache(rows)
+    assert_same_update(mine, theirs, *tokens(2))
+
+
+def test_a_sliding_layer_keeps_two_windows() -> None:
+    layer = SlidingLayer(5)
+    for length in (100, *[1] * 30):
+        layer.update(*tokens(length))
+        assert layer.keys.untyped_storage().nbytes() <= 2 * 3 * 10 * 4 * 4
+
+
+def test_a_sliding_layer_that_records_the_past_can_be_cropped() -> None:
+    mine, theirs = SlidingLayer(5), DynamicSlidingWindowLayer(5)
+    for layer in (mine, theirs):
+        layer.activate_past_recording()
+    for length in (7, 3, 2):
+        assert_same_update(mine, theirs, *tokens(length))
+        mine.crop(-1)
+        theirs.crop(-1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: layer.crop(-3),
+        lambda layer: layer.crop(0),
+        lambda layer: layer.reorder_cache(torch.tensor([1, 0])),
+        lambda layer: layer.reorder_cache(torch.tensor([1, 1])),
+        lambda layer: layer.batch_repeat_interleave(2),
+        lambda layer: layer.batch_select_indices(torch.tensor([1])),
+        lambda layer: layer.reset(),
+        lambda layer: layer.offload() or layer.prefetch(),
+    ],
+)
+def test_a_growing_layer_takes_every_operation_of_transformers(change: Any) -> None:
+    mine, theirs = GrowingLayer(), DynamicLayer()
+    for length in LENGTHS:
+        assert_same_update(mine, theirs, *tokens(length))
+    change(mine)
+    change(theirs)
+    batch = theirs.keys.shape[0] if theirs.keys is not None else 2
+    for length in LENGTHS:
+        assert_same_update(mine, theirs, *tokens(length, batch))
+
+
+def test_appending_copies_what_is_new_alone() -> None:
+    layer = GrowingLayer()
+    layer.update(*tokens(100))
+    layer.update(*tokens(1))
+    places = set()
+    for _ in range(20):
+        places.add(layer.update(*tokens(1))[0].data_ptr())
+    layer.crop(-5)
+    places.add(layer.update(*tokens(1))[0].data_ptr())
+    assert len(places) == 1
+
+
+def test_a_crop_does_not_bring_back_what_was_forgotten() -> None:
+    layer, (k, v) = GrowingLayer(), tokens(6)
+    layer.update(k, v)
+    layer.crop(-2)
+    new = tokens(1)
+    assert torch.equal(layer.update(*new)[0], torch.cat([k[:, :, :4], new[0]], dim=2))
+
+
+def test_gradients_flow_through_the_cache() -> None:
+    layer, first, second = GrowingLayer(), *(tokens(3)[0].requires_grad_() for _ in range(2))
+    layer.update(first, first)
+    keys, _ = layer.update(second, second)
+    keys.sum().backward()
+    assert torch.equal(first.grad, torch.ones_like(first)) and torch.equal(second.grad, torch.ones_like(second))
+
+
+def test_a_model_writes_the_same_text_on_either_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    config = transformers.Gemma3TextConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=5,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    )
+    model = transformers.Gemma3ForCausalLM(config).eval()
+    ids = torch.randint(3, 97, (2, 9))
+    cache = QKVCache(config)
+    assert [type(layer) for layer in cache.layers] == [SlidingLayer, GrowingLayer, SlidingLayer]
+    for options in ({}, {"num_beams": 3}):
+        want = model.generate(ids, max_new_tokens=20, do_sample=False, **options)
+        got = model.generate(ids, max_new_tokens=20, do_sample=False, past_key_values=QKVCache(config), **options)
+        assert torch.equal(got, want)
+
+    for kind, layer in list(DYNAMIC_LAYER_TYPE_MAPPING.items()):
+        monkeypatch.setitem(DYNAMIC_LAYER_TYPE_MAPPING, kind, layer)  # which is undone afterwards
+    transformers_cache.use_by_default()
+    assert [type(layer) for layer in DynamicCache(config=config).layers] == [SlidingLayer, GrowingLayer, SlidingLayer]
