@@ -71,7 +71,15 @@ MUTANTS = [
     Mutant("documents by row instead of position", "masks.py", "self.document_ids[:, offset : offset + lq]", "self.document_ids[:, :lq]"),
     Mutant("dropout while evaluating", "layers/attention.py", "self.dropout if self.training else 0.0", "self.dropout"),
     Mutant("sliding cache one key short", "cache.py", "start = max(sinks, keys.shape[2] - (self.window - 1))", "start = max(sinks, keys.shape[2] - (self.window - 2))"),
-    Mutant("growing cache forgets", "cache.py", "larger[:, :, :length] = buffer[:, :, :length]", "pass"),
+    Mutant("growing cache forgets", "growing.py", "larger[:, :, :length] = held", "pass"),
+    Mutant("what was cropped comes back", "growing.py", "self._start, self.length = tensor.storage_offset() // max(memory.stride(2), 1), tensor.shape[2]", "pass"),
+    Mutant("offset of plain calls dropped", "backends/native.py", "mask.sink_tokens, offset, scale)", "mask.sink_tokens, 0, scale)"),
+    Mutant("scale of values dropped (kernel)", f"{NATIVE}/few.h", "weight * spread.of(p.v_scale, first + j)", "weight"),
+    Mutant("scale of keys dropped (kernel)", f"{NATIVE}/few.h", "x = x * spread.of(p.k_scale, first + j)", "x = x"),
+    Mutant("packed sequences aligned top-left", "integrations/varlen.py", "offset = sum(len(k) for k in keys[n]) - len(q)", "offset = 0"),
+    Mutant("pages all at one position", "integrations/varlen.py", "offset -= len(k)", "pass"),
+    Mutant("flash-attn's cache not written", "integrations/flash_attn.py", "k_cache[place], v_cache[place] = k, v", "pass"),
+    Mutant("flash-attn's queries rotated apart without a mask", "integrations/flash_attn.py", ' * options["mask"].is_positional', ""),
     Mutant("cross cache projects again", "layers/attention.py", "        if cache is not None and held:\n            if context.shape[1]", "        if False:\n            if context.shape[1]"),
     Mutant("rotary turns the other way", "layers/rotary.py", "first * cos - second * sin, second * cos + first * sin", "first * cos + second * sin, second * cos - first * sin"),
     Mutant("transformers' window one wider", "integrations/transformers_masks.py", 'Mask.band(cells["sliding_window"] - 1, None)', 'Mask.band(cells["sliding_window"], None)'),
@@ -108,10 +116,12 @@ def survives(mutant: Mutant, folder: Path) -> bool:
     if mutant.file.startswith(NATIVE):
         build(folder)
     names = ("mechanisms", "test_masks.py", "test_functional.py", "test_layers.py", "test_rotary.py")
-    tests = [*(f"tests/{name}" for name in names), "tests/test_contract.py", "tests/test_transformers.py"]
+    names += ("test_contract.py", "test_int8.py", "test_native.py", "test_flash_attn.py", "test_varlen.py")
+    tests = [f"tests/{name}" for name in (*names, "test_transformers.py", "test_transformers_cache.py")]
     selected = "not flex and not every_instruction_set"
     if mutant.file.startswith(NATIVE):
-        tests, selected = ["tests/test_native.py", "tests/test_contract.py"], f"native and {selected}"
+        tests = [f"tests/{name}" for name in ("test_native.py", "test_int8.py", "test_contract.py")]
+        selected = f"native and {selected}"
     command = [sys.executable, "-c", RUN_THERE, "-q", "-x", "-p", "no:cacheprovider", "-k", selected, *tests]
     return subprocess.run(command, cwd=folder, capture_output=True).returncode == 0
 

@@ -33,7 +33,8 @@ def isas() -> list[str]:
 @present
 @pytest.mark.parametrize("isa", isas()[1:])
 def test_every_instruction_set_meets_the_contract(isa: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "native", "tests/test_contract.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "native"]
+    command += ["tests/test_contract.py", "tests/test_int8.py"]
     environment = {**os.environ, "QKV_ISA": isa}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

@@ -66,11 +66,14 @@ static inline uint16_t to_f16(float x) {
 #endif
 }
 
-static inline int64_t size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : (dtype == Dtype::u8 ? 1 : 2); }
+static inline int64_t size_of(Dtype dtype) {
+    return dtype == Dtype::f32 ? 4 : (dtype == Dtype::u8 || dtype == Dtype::i8 ? 1 : 2);
+}
 
 static inline float read(Dtype dtype, const void* data, int64_t i) {
     if (dtype == Dtype::f32) return ((const float*)data)[i];
     if (dtype == Dtype::u8) return ((const uint8_t*)data)[i];
+    if (dtype == Dtype::i8) return ((const int8_t*)data)[i];
     const uint16_t x = ((const uint16_t*)data)[i];
     return dtype == Dtype::bf16 ? from_bf16(x) : from_f16(x);
 }
@@ -99,10 +102,12 @@ static inline vec load_as(Dtype dtype, const void* data) {
     if (dtype == Dtype::bf16)
         return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)data)), 16);
     if (dtype == Dtype::f16) return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)data));
+    if (dtype == Dtype::i8) return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)data)));
 #elif defined(__AVX2__)
     if (dtype == Dtype::bf16)
         return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)data)), 16);
     if (dtype == Dtype::f16) return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)data));
+    if (dtype == Dtype::i8) return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)data)));
 #endif
     vec x = {};
     for (int i = 0; i < LANES; ++i) x[i] = read(dtype, data, i);

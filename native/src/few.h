@@ -3,7 +3,8 @@
 //
 // A handful of rows would fill a handful of sixteen lanes. Here lanes lie along the width in both products, and along
 // keys and rows in between; every key and value is read once, in the order of memory, for all rows: the speed is that
-// of memory. 16-bit numbers are widened in registers, or multiplied as they are where there are dot products of bf16.
+// of memory. Numbers of 8 and 16 bits are widened in registers; those of bf16 are multiplied as they are where there
+// are dot products of them.
 #pragma once
 
 #include "forward.h"
@@ -50,13 +51,13 @@ struct FewRoom {
     }
 };
 
-// Both products of a block of keys, for rows of fp32 queries.
+// Both products of a block of keys of this dtype, for rows of queries as fp32.
 template <Dtype DTYPE>
 struct Widened {
     static void queries(const Problem& p, const Tile& t, float* to) {
         for (int r = 0; r < t.count; ++r, to += pitch_of(p.width))
             for (int64_t d = 0; d < p.width; d += LANES)
-                store(to + d, load_part(DTYPE, t.row(p, p.q, r) + d * size_of(DTYPE), p.width - d));
+                store(to + d, load_part(p.dtype, t.row(p, p.q, r) + d * size_of(p.dtype), p.width - d));
     }
 
     // sums[j * ROWS + r] = key j times row r, as lanes that are still to be added up.
@@ -123,19 +124,80 @@ struct Widened {
 };
 
 #if defined(__AVX512BF16__)
-// The same in dot products of bf16.
-struct Dots {
-    static constexpr int STEP = 2 * LANES;
+// A step of numbers of bf16, in their order. Those of two rows are interleaved in runs of four.
+struct Halves {
+    static constexpr Dtype DTYPE = Dtype::bf16;
 
     template <int FROM>
     struct Merged {
         static constexpr int at(int i) { return (FROM + i) / 8 * 4 + i % 4 + (i & 4 ? LANES : 0); }
     };
 
+    // The numbers of a step, those behind the row as zeros.
+    static __m512i take(const char* row, int64_t left) {
+        if (left >= 2 * LANES) return _mm512_loadu_si512(row);
+        return _mm512_maskz_loadu_epi16((__mmask32)((1ull << left) - 1), row);
+    }
+
+    // Where `take` puts number i.
+    static int place(int i) { return i; }
+
+    // Pairs of the numbers of two rows.
+    static void pair(const char* row, const char* next, int64_t left, __m512i* pairs) {
+        const __m512i low = take(row, left), high = next ? take(next, left) : __m512i{};
+        pairs[0] = _mm512_unpacklo_epi16(low, high);
+        pairs[1] = _mm512_unpackhi_epi16(low, high);
+    }
+
+    // Where `pair` puts column d, and two vectors of sums of its pairs as columns.
+    static int64_t column(int64_t d) { return d / 8 * 4 + d % 4 + (d & 4 ? LANES : 0); }
+    static vec first(vec low, vec high) { return shuffle(low, high, Merged<0>()); }
+    static vec second(vec low, vec high) { return shuffle(low, high, Merged<LANES>()); }
+};
+
+// A step of numbers of i8, which bf16 holds exactly: two vectors of them as pairs, and those of two rows in order.
+struct Octets {
+    static constexpr Dtype DTYPE = Dtype::i8;
+
+    static __m512i take(const char* row, int64_t left) {
+        return together(widen(row, left), widen(row + LANES, left - LANES));
+    }
+
+    static int place(int i) { return i % LANES * 2 + i / LANES; }
+
+    static void pair(const char* row, const char* next, int64_t left, __m512i* pairs) {
+        for (int n = 0; n < 2; ++n, left -= LANES)
+            pairs[n] = together(widen(row + n * LANES, left), next ? widen(next + n * LANES, left) : vec{});
+    }
+
+    static int64_t column(int64_t d) { return d; }
+    static vec first(vec low, vec) { return low; }
+    static vec second(vec, vec high) { return high; }
+
+   private:
+    static vec widen(const char* row, int64_t left) {
+        if (left >= LANES) return load_as(Dtype::i8, row);
+        return left > 0 ? load_part(Dtype::i8, row, left) : vec{};
+    }
+
+    // The upper halves of both, the first below the second.
+    static __m512i together(vec low, vec high) {
+        return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32((__m512i)low, 16), (__m512i)high);
+    }
+};
+
+// The same in dot products of bf16, for queries of bf16.
+template <class Numbers>
+struct Dots {
+    static constexpr int STEP = 2 * LANES;
+    static constexpr int64_t SIZE = Numbers::DTYPE == Dtype::i8 ? 1 : 2;
+
     static void queries(const Problem& p, const Tile& t, float* to) {
         for (int r = 0; r < t.count; ++r, to += pitch_of(p.width)) {
             std::fill(to, to + pitch_of(p.width) / 2, 0.0f);
-            std::memcpy(to, t.row(p, p.q, r), p.width * 2);
+            const uint16_t* const row = (const uint16_t*)t.row(p, p.q, r);
+            for (int64_t d = 0; d < p.width; ++d)
+                ((uint16_t*)to)[d / STEP * STEP + Numbers::place((int)(d % STEP))] = row[d];
         }
     }
 
@@ -146,7 +208,7 @@ struct Dots {
         vec acc[KEYS][COUNT] = {};
         for (int64_t d = 0; d < width; d += STEP) {
             __m512i key[KEYS];
-            for (int j = 0; j < KEYS; ++j) key[j] = take(keys + j * stride + 2 * d, width - d);
+            for (int j = 0; j < KEYS; ++j) key[j] = Numbers::take(keys + j * stride + SIZE * d, width - d);
             for (int r = 0; r < COUNT; ++r) {
                 const vec query = load(queries + r * pitch + d / 2);
                 for (int j = 0; j < KEYS; ++j) acc[j][r] = Pair::dot(acc[j][r], key[j], query);
@@ -173,29 +235,20 @@ struct Dots {
         constexpr int SPANS = COUNT <= 4 ? 2 : 1;
         int64_t d = 0;
         for (; d + SPANS * STEP <= width; d += SPANS * STEP)
-            some<COUNT, ROWS, SPANS>(values + 2 * d, stride, count, width - d, weights, out + d, width);
+            some<COUNT, ROWS, SPANS>(values + SIZE * d, stride, count, width - d, weights, out + d, width);
         for (; d < width; d += STEP)
-            some<COUNT, ROWS, 1>(values + 2 * d, stride, count, width - d, weights, out + d, width);
+            some<COUNT, ROWS, 1>(values + SIZE * d, stride, count, width - d, weights, out + d, width);
     }
 
-    // Two rows are interleaved in runs of four.
-    static int64_t column(int64_t d) {
-        const int64_t in_step = d % STEP;
-        return d - in_step + in_step / 8 * 4 + in_step % 4 + (in_step & 4 ? LANES : 0);
-    }
+    static int64_t column(int64_t d) { return d / STEP * STEP + Numbers::column(d % STEP); }
 
     static vec columns(const float* out, int64_t d) {
         const float* const step = out + d / STEP * STEP;
         const vec low = load(step), high = load(step + LANES);
-        return d % STEP == 0 ? shuffle(low, high, Merged<0>()) : shuffle(low, high, Merged<LANES>());
+        return d % STEP == 0 ? Numbers::first(low, high) : Numbers::second(low, high);
     }
 
    private:
-    static __m512i take(const char* row, int64_t left) {
-        if (left >= STEP) return _mm512_loadu_si512(row);
-        return _mm512_maskz_loadu_epi16((__mmask32)((1ull << left) - 1), row);
-    }
-
     template <int COUNT, int ROWS, int SPANS>
     static inline void some(const char* values, int64_t stride, int count, int64_t left, const float* weights,
                             float* out, int64_t width) {
@@ -206,10 +259,8 @@ struct Dots {
         for (int j = 0; j < count; j += 2, values += 2 * stride) {
             __m512i x[2 * SPANS];
             for (int n = 0; n < SPANS; ++n) {
-                const __m512i low = take(values + n * 2 * STEP, left - n * STEP);
-                const __m512i high = j + 1 < count ? take(values + stride + n * 2 * STEP, left - n * STEP) : __m512i{};
-                x[2 * n] = _mm512_unpacklo_epi16(low, high);
-                x[2 * n + 1] = _mm512_unpackhi_epi16(low, high);
+                const char* const row = values + n * STEP * SIZE;
+                Numbers::pair(row, j + 1 < count ? row + stride : nullptr, left - n * STEP, x + 2 * n);
             }
             for (int r = 0; r < COUNT; ++r) {
                 const vec pair = set1(weights[j / 2 * ROWS + r]);
@@ -242,6 +293,17 @@ struct Spread {
             const int64_t key = std::min(first + i / ROWS, p.lk - 1), head = t.head[row(i)];
             return read(m.dtype, m.data, t.batch * m.batch + head * m.head + key * m.column);
         });
+    }
+
+    struct Repeated {
+        static constexpr int at(int i) { return i / ROWS; }
+    };
+
+    // The scale of each key.
+    vec of(const Scales& scales, int64_t first) const {
+        const float* const at = scales.data + t.batch * scales.batch + t.kv_head * scales.head + first;
+        const vec each = load_part(Dtype::f32, at, p.lk - first);
+        return shuffle(each, each, Repeated());
     }
 
     // Scores from products.
@@ -305,7 +367,8 @@ static void fold_few(const Problem& p, const Tile& t, const Outline& outline, co
     const Spread spread{p, t};
     const bool plain = plain_scores(p);
     const float factor = exponent_factor(p);
-    const int64_t pitch = pitch_of(p.value_width), item = size_of(p.dtype), key_stride = p.k.row * item;
+    const int64_t pitch = pitch_of(p.value_width), item = size_of(p.kv_dtype), key_stride = p.k.row * item;
+    const bool scaled = p.k_scale.data;
     vec top = set1(-INF), sum = {};
     state.clear(p, t);
     for (int64_t first = begin; first < end; first += BLOCK) {
@@ -314,8 +377,8 @@ static void fold_few(const Problem& p, const Tile& t, const Outline& outline, co
         // What lies before a window is not read.
         const int from = first < p.sink_tokens ? 0 : (int)std::max<int64_t>(0, t.begin - first) / LANES * LANES;
         float* const scores = room.scores + from * ROWS;
-        const char* const keys = row_of(p, p.k, t.batch, t.kv_head, first);
-        const char* values = row_of(p, p.v, t.batch, t.kv_head, first);
+        const char* const keys = row_of(p.kv_dtype, p.k, t.batch, t.kv_head, first);
+        const char* values = row_of(p.kv_dtype, p.v, t.batch, t.kv_head, first);
         int64_t value_stride = p.v.row * item;
         vec peak = set1(-INF);
         for (int j = from; j < b.size; j += KEYS) {
@@ -336,6 +399,7 @@ static void fold_few(const Problem& p, const Tile& t, const Outline& outline, co
                                                              room.queries, sums + i * ROWS);
             }
             vec x = sum_each(sums);
+            if (scaled) x = x * spread.of(p.k_scale, first + j);
             if (!plain) x = spread.transform(first + j, x);
             if (b.edge || j + KEYS > b.size) x = spread.hide(first + j, first + b.size, x);
             peak = max(x, peak);
@@ -350,12 +414,14 @@ static void fold_few(const Problem& p, const Tile& t, const Outline& outline, co
                     store(state.out + r * pitch + d, load(state.out + r * pitch + d) * rise.shrink[r]);
         }
         for (int j = from; j < b.size; j += KEYS) {
-            const vec weight = exp2(load(room.scores + j * ROWS) * factor - rise.shift);
+            vec weight = exp2(load(room.scores + j * ROWS) * factor - rise.shift);
             sum = sum + weight;
-            store(room.scores + j * ROWS,
-                  p.dropout > 0 ? weight * dropout.factors_of(first + j, ROWS, Spread::row) : weight);
+            if (p.dropout > 0) weight = weight * dropout.factors_of(first + j, ROWS, Spread::row);
+            // The scale of a hidden key may be NaN.
+            if (scaled) weight = weight == 0.0f ? weight : weight * spread.of(p.v_scale, first + j);
+            store(room.scores + j * ROWS, weight);
         }
-        if (b.edge && !all_finite(p, t.batch, t.kv_head, p.v, p.value_width, first + from, b.size - from)) {
+        if (b.edge && !scaled && !all_finite(p, t.batch, t.kv_head, p.v, p.value_width, first + from, b.size - from)) {
             without_poison_few<Products, COUNT, ROWS>(p, t, b, values, room, state);
             values = (const char*)room.values;
             value_stride = p.value_width * item;
@@ -395,7 +461,7 @@ static void finish(const Problem& p, const Tile& t, const FewState& state) {
     }
 }
 
-// Calls work(products, count) with types for the dtype of the problem and the number of rows.
+// Calls work(products, count) with types for the dtype of the keys and the number of rows.
 template <int COUNT = FEW, class Products, class Work>
 static inline void with_count(Products products, int count, Work work) {
     if (count == COUNT)
@@ -406,15 +472,20 @@ static inline void with_count(Products products, int count, Work work) {
 
 template <class Work>
 static inline void for_few(const Problem& p, int count, Work work) {
-    switch (p.dtype) {
+    switch (p.kv_dtype) {
         case Dtype::f32: return with_count(Widened<Dtype::f32>(), count, work);
 #if defined(__AVX512BF16__)
-        case Dtype::bf16: return with_count(Dots(), count, work);
+        case Dtype::bf16: return with_count(Dots<Halves>(), count, work);
 #else
         case Dtype::bf16: return with_count(Widened<Dtype::bf16>(), count, work);
 #endif
-        default: return with_count(Widened<Dtype::f16>(), count, work);
+        case Dtype::f16: return with_count(Widened<Dtype::f16>(), count, work);
+        default: break;
     }
+#if defined(__AVX512BF16__)
+    if (p.dtype == Dtype::bf16) return with_count(Dots<Octets>(), count, work);
+#endif
+    with_count(Widened<Dtype::i8>(), count, work);
 }
 
 }  // namespace QKV_ISA

@@ -99,9 +99,38 @@ static void run(const Problem& p) {
     });
 }
 
+// Keys or values of i8 in the dtype of queries.
+static std::vector<char> widened(const Problem& p, const View& view, const Scales& scales, int64_t width) {
+    const int64_t item = size_of(p.dtype);
+    std::vector<char> to(p.batch * p.kv_heads * p.lk * width * item);
+    parallel_for(p.batch * p.kv_heads, p.threads, [&](int64_t head) {
+        const int64_t batch = head / p.kv_heads, kv_head = head % p.kv_heads;
+        for (int64_t row = 0; row < p.lk; ++row) {
+            const char* const from = row_of(p.kv_dtype, view, batch, kv_head, row);
+            const float scale = scales.data[batch * scales.batch + kv_head * scales.head + row];
+            char* const wide = to.data() + (head * p.lk + row) * width * item;
+            for_columns(width, [&](int64_t d, int64_t count) {
+                store_part(p.dtype, wide + d * item, load_part(p.kv_dtype, from + d, count) * scale, count);
+            });
+        }
+    });
+    return to;
+}
+
 void forward(const Problem& p) {
+    const bool few = p.lq == 1 && group(p) <= FEW;
+    if (p.kv_dtype != p.dtype && !few) {
+        std::vector<char> keys = widened(p, p.k, p.k_scale, p.width);
+        std::vector<char> values = widened(p, p.v, p.v_scale, p.value_width);
+        Problem wide = p;
+        wide.kv_dtype = p.dtype;
+        wide.k_scale = wide.v_scale = {};
+        wide.k = {keys.data(), p.kv_heads * p.lk * p.width, p.lk * p.width, p.width};
+        wide.v = {values.data(), p.kv_heads * p.lk * p.value_width, p.lk * p.value_width, p.value_width};
+        return forward(wide);
+    }
     prefer_huge_pages(p.out.data, p.batch * p.heads * p.lq * p.value_width * size_of(p.dtype));
-    if (p.lq == 1 && group(p) <= FEW) {
+    if (few) {
         return for_few(p, (int)group(p),
                        [&](auto products, auto count) { run<Few<decltype(products), decltype(count)::value>>(p); });
     }

@@ -47,6 +47,7 @@ bool pose(const dlpack::Tensor& q, const dlpack::Tensor& k, const dlpack::Tensor
     Dtype of_k, of_v;
     if (!dtype_of(q, p.dtype) || !dtype_of(k, of_k) || !dtype_of(v, of_v)) return false;
     if (of_k != p.dtype || of_v != p.dtype) return false;
+    p.kv_dtype = p.dtype;
     p.batch = q.shape[0], p.heads = q.shape[1], p.lq = q.shape[2], p.width = q.shape[3];
     p.kv_heads = k.shape[1], p.lk = k.shape[2], p.value_width = v.shape[3];
     if (k.shape[0] != p.batch || v.shape[0] != p.batch || v.shape[1] != p.kv_heads || v.shape[2] != p.lk) return false;

@@ -5,12 +5,18 @@
 
 namespace qkv {
 
-enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2, u8 = 3 };
+enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2, u8 = 3, i8 = 4 };
 
 // A tensor of heads, (batch, head, row, column). Strides count elements; columns lie next to each other.
 struct View {
     void* data;
     int64_t batch, head, row;
+};
+
+// A factor for each key, (batch, head, row), or null. Rows lie next to each other.
+struct Scales {
+    const float* data;
+    int64_t batch, head;
 };
 
 // A number for each query and key, (batch, head, query, key), or null. Strides count elements and are 0 where one
@@ -24,10 +30,12 @@ struct Matrix {
 // One call of attention. Query head h reads key/value head h / (heads / kv_heads). Widths are at least 1, other sizes
 // 0.
 struct Problem {
-    Dtype dtype;
+    Dtype dtype;     // of q and out
+    Dtype kv_dtype;  // of k and v: the same, or i8, where a number is to be multiplied by the scale of its row
     int64_t batch, heads, kv_heads, lq, lk, width, value_width;
     View q, k, v, out;
     float* lse;  // (batch, heads, lq), or null
+    Scales k_scale, v_scale;
 
     // The query in row i stands at position i + offset and sees key j when
     // j <= position + right and (j >= position - left or j < sink_tokens) and keep[b, j] and j < lengths[b]

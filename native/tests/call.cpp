@@ -106,7 +106,7 @@ Call::Call(const Case& c)
         if (c.sink_logits) sink_logits.push_back((float)(4 * number()));
     }
     const auto data = [](const auto& all) { return all.empty() ? nullptr : all.data(); };
-    problem.dtype = c.dtype;
+    problem.dtype = problem.kv_dtype = c.dtype;
     problem.batch = c.batch;
     problem.heads = heads;
     problem.kv_heads = c.kv_heads;

@@ -1,6 +1,6 @@
 """Caches: where keys and values come from when they are not computed anew. Passed to a layer, never owned by one."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +19,96 @@ class Keys(NamedTuple):
     offset: int | None
     """Position of the first appended token among these keys; None where queries have no position among them."""
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What `qkv.attention` is to know of them."""
+        return {"offset": self.offset}
 
-class KVCache:
+
+class Int8Keys(NamedTuple):
+    """`Keys` in int8."""
+
+    k: Tensor
+    v: Tensor
+    offset: int
+    k_scale: Tensor
+    """(B, Hkv, Lk), what each key is to be multiplied by; so v_scale."""
+    v_scale: Tensor
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What `qkv.attention` is to know of them."""
+        return {"offset": self.offset, "k_scale": self.k_scale, "v_scale": self.v_scale}
+
+
+class _GrowingCache:
+    """What caches share that keep all tokens, in the tensors of `_parts`."""
+
+    def __init__(self, capacity: int | None = None) -> None:
+        if capacity is not None and capacity < 1:
+            who = type(self).__name__
+            raise ValueError(f"{who}: capacity must be at least 1 token, or None to grow; got {capacity}.")
+        self.capacity = capacity
+        self._k = Growing()
+        self._v = Growing()
+        self._dtype: torch.dtype | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens held."""
+        return self._k.length
+
+    def _admit(self, k: Tensor, v: Tensor) -> tuple[int, int]:
+        """Where new tokens begin, and how many tokens new buffers are to hold."""
+        who = type(self).__name__
+        _check_append(who, k, v, self._k.tensor, self._v.tensor, self._dtype)
+        self._dtype = k.dtype
+        start, stop = self.length, self.length + k.shape[2]
+        if self.capacity is None:
+            return start, max(2 * start, stop, SMALLEST_BUFFER)
+        if stop > self.capacity:
+            raise ValueError(
+                f"{who}: {start} of {self.capacity} tokens are taken, and {k.shape[2]} more do not fit. "
+                "Give a larger capacity, or None to grow."
+            )
+        return start, self.capacity
+
+    def crop(self, length: int) -> None:
+        """Forgets all tokens but the first ``length``, as when a draft of them was refused.
+
+        Raises:
+            ValueError: for more tokens than are held, or fewer than none.
+        """
+        if not 0 <= length <= self.length:
+            who = type(self).__name__
+            raise ValueError(f"{who}: crop keeps between 0 and the {self.length} tokens held; got {length}.")
+        for part in self._parts:
+            part.crop(length)
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps these rows of the batch, in this order and as often as they are named, as when beams go on.
+
+        Args:
+            rows: integer ``(B',)``.
+        """
+        for part in self._parts:
+            part.select(rows)
+
+    def held(self, mask: Mask) -> Mask:
+        """The mask over the keys that the last append returned: here, over all."""
+        return mask
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers."""
+        return _nbytes(*(part.tensor for part in self._parts))
+
+    @property
+    def _parts(self) -> tuple[Growing, ...]:
+        return self._k, self._v
+
+
+class KVCache(_GrowingCache):
     """All keys and values so far, in buffers that double when full: appending is amortised O(1), without a copy.
 
     Args:
@@ -40,62 +128,81 @@ class KVCache:
     concatenates instead, so that every step keeps what its backward needs.
     """
 
-    def __init__(self, capacity: int | None = None) -> None:
-        if capacity is not None and capacity < 1:
-            raise ValueError(f"KVCache: capacity must be at least 1 token, or None to grow; got {capacity}.")
-        self.capacity = capacity
-        self._k = Growing()
-        self._v = Growing()
-
-    @property
-    def length(self) -> int:
-        """Tokens held."""
-        return self._k.length
-
     def append(self, k: Tensor, v: Tensor) -> Keys:
         """Adds keys ``(B, Hkv, L, D)`` and values ``(B, Hkv, L, Dv)``, and returns all so far.
 
         Raises:
             ValueError: for a batch, heads, width, dtype or device other than the first append's, and past capacity.
         """
-        _check_append("KVCache", k, v, self._k.tensor, self._v.tensor)
-        start, stop = self.length, self.length + k.shape[2]
-        if self.capacity is not None and stop > self.capacity:
-            raise ValueError(
-                f"KVCache: {start} of {self.capacity} tokens are taken, and {k.shape[2]} more do not fit. "
-                "Give a larger capacity, or None to grow."
-            )
-        room = max(2 * start, stop, SMALLEST_BUFFER) if self.capacity is None else self.capacity
+        start, room = self._admit(k, v)
         return Keys(self._k.extend(k, room), self._v.extend(v, room), start)
 
-    def crop(self, length: int) -> None:
-        """Forgets all tokens but the first ``length``, as when a draft of them was refused.
+
+class Int8KVCache(_GrowingCache):
+    """A `KVCache` in int8: half the bytes of bf16, and 4 more for each key and each value of a head.
+
+    Each key and each value is rounded to 255 steps of its own largest number, as `quantize` does.
+
+    Args:
+        capacity: as of `KVCache`.
+
+    Example:
+        >>> import torch, qkv
+        >>> layer, cache = qkv.MultiQueryAttention(64, 2, mask=qkv.Mask.causal()).eval(), qkv.Int8KVCache()
+        >>> with torch.no_grad():
+        ...     y = layer(torch.randn(1, 5, 64), cache=cache)
+        >>> cache.append(*torch.randn(2, 1, 1, 1, 32)).k.dtype
+        torch.int8
+    """
+
+    def __init__(self, capacity: int | None = None) -> None:
+        super().__init__(capacity)
+        self._k_scale = Growing()
+        self._v_scale = Growing()
+
+    def append(self, k: Tensor, v: Tensor) -> Int8Keys:
+        """Adds keys ``(B, Hkv, L, D)`` and values ``(B, Hkv, L, Dv)``, and returns all so far.
 
         Raises:
-            ValueError: for more tokens than are held, or fewer than none.
+            ValueError: as `KVCache.append`, and for keys or values that a gradient is wanted of.
         """
-        if not 0 <= length <= self.length:
-            raise ValueError(f"KVCache: crop keeps between 0 and the {self.length} tokens held; got {length}.")
-        self._k.crop(length)
-        self._v.crop(length)
-
-    def select(self, rows: Tensor) -> None:
-        """Keeps these rows of the batch, in this order and as often as they are named, as when beams go on.
-
-        Args:
-            rows: integer ``(B',)``.
-        """
-        self._k.select(rows)
-        self._v.select(rows)
-
-    def held(self, mask: Mask) -> Mask:
-        """The mask over the keys that the last append returned: here, over all."""
-        return mask
+        if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
+            raise ValueError("Int8KVCache: int8 has no gradient; call it under torch.no_grad(), or use a KVCache.")
+        start, room = self._admit(k, v)
+        k, k_scale = quantize(k)
+        v, v_scale = quantize(v)
+        return Int8Keys(
+            self._k.extend(k, room),
+            self._v.extend(v, room),
+            start,
+            self._k_scale.extend(k_scale[..., None], room)[..., 0],
+            self._v_scale.extend(v_scale[..., None], room)[..., 0],
+        )
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the buffers."""
-        return _nbytes(self._k.tensor, self._v.tensor)
+    def _parts(self) -> tuple[Growing, ...]:
+        return self._k, self._v, self._k_scale, self._v_scale
+
+
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows in int8 and what each is to be multiplied by: ``x ~ codes * scale[..., None]``, off by half a scale at most.
+
+    Args:
+        x: ``(..., width)``, floating-point.
+
+    Returns:
+        codes ``(..., width)`` from -127 to 127, and the scale ``(...)`` in fp32, a 127th of the largest of the row.
+
+    Example:
+        >>> import torch
+        >>> from qkv.cache import quantize
+        >>> quantize(torch.tensor([0.5, -1.0, 0.25]))
+        (tensor([  64, -127,   32], dtype=torch.int8), tensor(0.0079))
+    """
+    wide = x.float()
+    scale = wide.abs().amax(dim=-1) / 127
+    codes = wide / scale.clamp_min(torch.finfo(torch.float32).tiny)[..., None]
+    return codes.round_().to(torch.int8), scale
 
 
 class SlidingKVCache:
@@ -139,7 +246,7 @@ class SlidingKVCache:
         Raises:
             ValueError: for a batch, heads, width, dtype or device other than the first append's.
         """
-        _check_append("SlidingKVCache", k, v, self._k, self._v)
+        _check_append("SlidingKVCache", k, v, self._k, self._v, None if self._k is None else self._k.dtype)
         room, held, new = self.sink_tokens + 2 * self.window, self._held, k.shape[2]
         if _wants_grad(k, v, self._k, self._v) or held + new > room:
             keys, values = self._recent(self._k, k), self._recent(self._v, v)
@@ -227,7 +334,7 @@ class CrossKVCache:
                 f"CrossKVCache: it already holds a context of {self.length} tokens; got {k.shape[2]} more. "
                 "Make one cache for each layer and context."
             )
-        _check_append("CrossKVCache", k, v, None, None)
+        _check_append("CrossKVCache", k, v, None, None, None)
         self._keys = Keys(k, v, None)
         self.length = k.shape[2]
         return self._keys
@@ -252,13 +359,15 @@ class CrossKVCache:
         return sum(tensor.nbytes for tensor in self._keys[:2]) if self._keys is not None else 0
 
 
-Cache = KVCache | SlidingKVCache | CrossKVCache
-"""Any of the three."""
+Cache = KVCache | Int8KVCache | SlidingKVCache | CrossKVCache
+"""Any of them."""
 
 SMALLEST_BUFFER = 16
 
 
-def _check_append(who: str, k: Tensor, v: Tensor, held_k: Tensor | None, held_v: Tensor | None) -> None:
+def _check_append(
+    who: str, k: Tensor, v: Tensor, held_k: Tensor | None, held_v: Tensor | None, dtype: torch.dtype | None
+) -> None:
     for name, tensor in (("k", k), ("v", v)):
         if tensor.dim() != 4:
             raise ValueError(f"{who}: {name} must be (B, Hkv, L, width); got shape {tuple(tensor.shape)}.")
@@ -270,10 +379,10 @@ def _check_append(who: str, k: Tensor, v: Tensor, held_k: Tensor | None, held_v:
         if held is None:
             continue
         same_sizes = tensor.shape[:2] == held.shape[:2] and tensor.shape[3] == held.shape[3]
-        if not same_sizes or tensor.dtype != held.dtype or tensor.device != held.device:
+        if not same_sizes or tensor.dtype != dtype or tensor.device != held.device:
             batch, heads, _, width = held.shape
             raise ValueError(
-                f"{who}: {name} must be ({batch}, {heads}, L, {width}) in {held.dtype} on {held.device}, as at the "
+                f"{who}: {name} must be ({batch}, {heads}, L, {width}) in {dtype} on {held.device}, as at the "
                 f"first append; got {tuple(tensor.shape)} in {tensor.dtype} on {tensor.device}. "
                 "Make one cache for each layer and batch."
             )

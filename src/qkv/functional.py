@@ -18,6 +18,8 @@ from qkv.problem import pose
 class Options(TypedDict, total=False):
     """The keywords of `attention` that its sisters share."""
 
+    k_scale: Tensor | None
+    v_scale: Tensor | None
     mask: Mask
     offset: int | None
     scale: float | None
@@ -42,6 +44,8 @@ def attention(
     k: Tensor,
     v: Tensor,
     *,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     mask: Mask = FULL,
     offset: int | None = None,
     scale: float | None = None,
@@ -61,6 +65,8 @@ def attention(
         q: ``(B, H, Lq, D)``; fp32, bf16, fp16 or fp64, any strides.
         k: ``(B, Hkv, Lk, D)``, where Hkv divides H.
         v: ``(B, Hkv, Lk, Dv)``; Dv may differ from D.
+        k_scale, v_scale: ``(B, Hkv, Lk)``, fp32, for keys and values in int8: key j is ``k_scale[j] * k[j]``. As
+            `quantize` makes them, and a `KVCache` of dtype int8 holds them.
         mask: which keys a query may see.
         offset: position of the first query, counted in keys. Needed where the mask or ``alibi`` depends on positions
             and Lq differs from Lk; 0 where they are equal. A cache supplies it.
@@ -93,8 +99,8 @@ def attention(
     for ALiBi; gpt-oss for sink logits. Matches torch's ``scaled_dot_product_attention``, which aligns causal masks
     top-left whatever the lengths.
     """
-    plain_scores = softcap is None and bias is None and alibi is None and sink_logits is None and dropout == 0.0
-    if plain_scores and backend == "auto":
+    scores_are_plain = softcap is None and bias is None and alibi is None and sink_logits is None and dropout == 0.0
+    if backend == "auto" and scores_are_plain and k_scale is None and v_scale is None:
         out = native.run_plain(q, k, v, mask, offset, scale)
         if out is not None:
             return out
@@ -103,6 +109,8 @@ def attention(
         q,
         k,
         v,
+        k_scale=k_scale,
+        v_scale=v_scale,
         mask=mask,
         offset=offset,
         scale=scale,
@@ -165,7 +173,8 @@ def attention_weights(q: Tensor, k: Tensor, **options: Unpack[Options]) -> Tenso
                 [0.5000, 0.5000, 0.0000],
                 [0.3333, 0.3333, 0.3333]])
     """
-    problem = pose("attention_weights", q, k, k, **options)
+    options["v_scale"] = options.get("k_scale")
+    problem = pose("attention_weights", q, k, k, **options).widened()
     clean, poison = shield(problem)
     weights, _ = weights_and_lse(clean)
     if poison is not None:

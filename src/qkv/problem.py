@@ -23,6 +23,9 @@ class Problem(NamedTuple):
     """(B, Hkv, Lk, D)"""
     v: Tensor
     """(B, Hkv, Lk, Dv)"""
+    k_scale: Tensor | None
+    """(B, Hkv, Lk), what each row of k is to be multiplied by, where k and v are int8"""
+    v_scale: Tensor | None
     mask: Mask
     offset: int
     """Position of the first query, counted in keys."""
@@ -56,7 +59,8 @@ class Problem(NamedTuple):
 
     @property
     def needs_grad(self) -> bool:
-        tensors = (self.q, self.k, self.v, self.bias, self.alibi, self.sink_logits)
+        inputs = (self.q, self.k, self.v, self.k_scale, self.v_scale)
+        tensors = (*inputs, self.bias, self.alibi, self.sink_logits)
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
     def visible(self) -> Tensor:
@@ -67,6 +71,13 @@ class Problem(NamedTuple):
         """How far each key lies from each query, (Lq, Lk), as ALiBi counts it."""
         position = torch.arange(self.lq, device=self.q.device) + self.offset
         return (position[:, None] - torch.arange(self.lk, device=self.q.device)).abs()
+
+    def widened(self) -> "Problem":
+        """The same problem with keys and values in the dtype of q, for backends that know no int8."""
+        if self.k_scale is None or self.v_scale is None:
+            return self
+        k, v = self.k * self.k_scale[..., None], self.v * self.v_scale[..., None]
+        return self._replace(k=k.to(self.q.dtype), v=v.to(self.q.dtype), k_scale=None, v_scale=None)
 
     def select_queries(self, start: int, stop: int) -> "Problem":
         """The same problem for the query rows ``start .. stop - 1`` alone."""
@@ -88,6 +99,8 @@ def pose(
     k: Tensor,
     v: Tensor,
     *,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     mask: Mask = FULL,
     offset: int | None = None,
     scale: float | None = None,
@@ -107,8 +120,13 @@ def pose(
     _check_tensors(who, q, k, v)
     if not q.is_meta and torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    _check_dtypes(who, q, k, v)
+        q, k, v = (x if x.dtype is torch.int8 else x.to(dtype) for x in (q, k, v))
+    if k_scale is None and v_scale is None:
+        _check_dtypes(who, q, k, v)
+    else:
+        _check_dtypes(who, q, q, q)
+        _check_int8(who, "k", k, k_scale)
+        _check_int8(who, "v", v, v_scale)
     if mask is not FULL:
         _check_mask(who, mask, q, k)
     offset = _resolve_offset(who, mask, alibi, offset, q.shape[2], k.shape[2])
@@ -126,7 +144,8 @@ def pose(
         _check_per_head(who, "sink_logits", sink_logits, q)
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"{who}: dropout must be a probability in [0, 1); got {dropout!r}.")
-    return Problem(q, k, v, mask, offset, scale, softcap, bias, alibi, sink_logits, dropout, wants_lse)
+    scores = (scale, softcap, bias, alibi, sink_logits)
+    return Problem(q, k, v, k_scale, v_scale, mask, offset, *scores, dropout, wants_lse)
 
 
 def trim(problem: Problem) -> Problem:
@@ -146,6 +165,8 @@ def trim(problem: Problem) -> Problem:
         problem = problem._replace(
             k=problem.k[:, :, start:stop],
             v=problem.v[:, :, start:stop],
+            k_scale=None if problem.k_scale is None else problem.k_scale[:, :, start:stop],
+            v_scale=None if problem.v_scale is None else problem.v_scale[:, :, start:stop],
             mask=problem.mask.select_keys(start, stop),
             offset=problem.offset - start,
             bias=bias,
@@ -193,6 +214,19 @@ def _check_dtypes(who: str, q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"{who}: q, k and v must be one of {names}; got {dtype}.")
     if not (q.device == k.device == v.device):
         raise ValueError(f"{who}: q, k and v must be on the same device; got {q.device}, {k.device} and {v.device}.")
+
+
+def _check_int8(who: str, name: str, tensor: Tensor, scale: Tensor | None) -> None:
+    want = tuple(tensor.shape[:3])
+    fits = isinstance(scale, Tensor) and scale.dtype is torch.float32 and scale.shape == want
+    if tensor.dtype is not torch.int8 or not fits:
+        got = f"{scale.dtype} {tuple(scale.shape)}" if isinstance(scale, Tensor) else repr(scale)
+        raise ValueError(
+            f"{who}: k_scale and v_scale are for k and v in int8, and must both be float32 (batch, heads, length); "
+            f"got {name} in {tensor.dtype} with {name}_scale {got}, where {want} would fit."
+        )
+    if scale is not None and scale.device != tensor.device:
+        raise ValueError(f"{who}: {name}_scale must be on the device of {name}; got {scale.device}, {tensor.device}.")
 
 
 def _check_mask(who: str, mask: Mask, q: Tensor, k: Tensor) -> None:

@@ -39,7 +39,7 @@ def why_rather_not(problem: Problem) -> list[str]:
 
 
 def run(problem: Problem) -> Result:
-    clean, poison = shield(trim(problem))
+    clean, poison = shield(trim(problem).widened())
     return restore(_run(clean), poison)
 
 

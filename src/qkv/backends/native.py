@@ -69,6 +69,8 @@ def why_not(problem: Problem) -> list[str]:
         reasons.append("the last dimension of q, k and v must be contiguous for the kernel")
     if q.shape[3] == 0 or v.shape[3] == 0:
         reasons.append("the kernel takes no heads of width 0")
+    if problem.k_scale is not None and problem.needs_grad:
+        reasons.append("the kernel has no gradients over int8 keys and values")
     if not -LARGEST_POSITION < problem.offset < LARGEST_POSITION:
         reasons.append("the kernel counts positions in 32 bits")
     return reasons
@@ -85,6 +87,8 @@ def run(problem: Problem) -> Result:
         problem.q,
         problem.k,
         problem.v,
+        problem.k_scale,
+        problem.v_scale,
         mask.keep,
         mask.lengths,
         mask.document_ids,

@@ -19,7 +19,7 @@ def why_rather_not(problem: Problem) -> list[str]:
 
 
 def run(problem: Problem) -> Result:
-    clean, poison = shield(trim(problem))
+    clean, poison = shield(trim(problem).widened())
     weights, lse = weights_and_lse(clean)
     if clean.dropout:
         weights = torch.dropout(weights, clean.dropout, train=True)

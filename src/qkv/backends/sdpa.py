@@ -21,8 +21,8 @@ def why_not(problem: Problem) -> list[str]:
         wanted = "sink logits need" if problem.sink_logits is not None else "the caller wants"
         if problem.q.device.type not in ("cpu", "meta"):
             reasons.append(f"{wanted} the lse, which torch's kernels give on CPU alone")
-        if trim(problem).lk == 0:
-            reasons.append(f"{wanted} the lse, which torch's kernels do not give without keys")
+        if problem.lq == 0 or trim(problem).lk == 0:
+            reasons.append(f"{wanted} the lse, which torch's kernels do not give without queries or keys")
         if problem.dropout:
             reasons.append(f"{wanted} the lse, which torch's kernels do not give with dropout")
         if problem.needs_grad and _has_learned_bias(problem):
@@ -37,7 +37,7 @@ def why_rather_not(problem: Problem) -> list[str]:
 
 
 def run(problem: Problem) -> Result:
-    clean, poison = shield(trim(problem))
+    clean, poison = shield(trim(problem).widened())
     plan = blocks.plan(clean)
     return restore(_fused(clean) if plan is None else blocks.run(clean, plan, _fused), poison)
 

@@ -14,12 +14,14 @@ from torch import Tensor
 # The structs of native/src/problem.h, field by field, with C's own alignment.
 _VIEW = "P3q"  # data, strides
 _MATRIX = "P4qi"  # data, strides, dtype
+_SCALES = "P2q"  # data, strides
 _END = "0P"  # the padding of the struct
 PROBLEM = struct.Struct(
-    "@i"  # dtype
+    "@2i"  # dtype, kv_dtype
     "7q"  # batch, heads, kv_heads, lq, lk, width, value_width
     f"{_VIEW * 4}"  # q, k, v, out
     "P"  # lse
+    f"{_SCALES * 2}"  # k_scale, v_scale
     "4q"  # offset, left, right, sink_tokens
     "PqPqPq"  # keep, lengths, documents, each with the stride of its batch
     f"{_MATRIX}{_END}"  # allow

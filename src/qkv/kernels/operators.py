@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qkv.kernels.binding import GRADIENTS, PROBLEM, UNBOUNDED, loaded
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3, torch.int8: 4}
 """As the kernel numbers them."""
 
 
@@ -18,6 +18,9 @@ class Call(NamedTuple):
     """(B, H, Lq, D), the last dimension contiguous, as in k and v"""
     k: Tensor
     v: Tensor
+    k_scale: Tensor | None
+    """float32 (B, Hkv, Lk), where k and v are int8, as is v_scale"""
+    v_scale: Tensor | None
     keep: Tensor | None
     """boolean (B or 1, Lk)"""
     lengths: Tensor | None
@@ -43,7 +46,7 @@ class Call(NamedTuple):
 
 
 _ARGUMENTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor? keep, Tensor? lengths, Tensor? document_ids, Tensor? allow, Tensor? bias, "
+    "Tensor q, Tensor k, Tensor v, Tensor? k_scale, Tensor? v_scale, Tensor? keep, Tensor? lengths, Tensor? document_ids, Tensor? allow, Tensor? bias, "
     "Tensor? alibi, Tensor? sink_logits, Tensor? seed, SymInt? left, SymInt? right, SymInt sink_tokens, SymInt offset, "
     "float scale, float softcap, float dropout"
 )
@@ -188,6 +191,10 @@ def _new_gradients(call: Call, wants_bias: bool, wants_alibi: bool) -> tuple[Ten
 def _prepared(call: Call) -> Call:
     """The call with its small tensors in the dtypes and layouts that the kernel reads."""
     changes: dict[str, Any] = {}
+    if call.k_scale is not None and call.k_scale.stride(2) != 1:
+        changes["k_scale"] = call.k_scale.contiguous()
+    if call.v_scale is not None and call.v_scale.stride(2) != 1:
+        changes["v_scale"] = call.v_scale.contiguous()
     if call.keep is not None:
         changes["keep"] = call.keep.contiguous()
     if call.lengths is not None and not (call.lengths.dtype is torch.int64 and call.lengths.is_contiguous()):
@@ -207,13 +214,13 @@ def _prepared(call: Call) -> Call:
 
 def _pack(call: Call, out: Tensor, lse: Tensor | None) -> bytes:
     """The struct of a prepared call, which must outlive it."""
-    q, k, v, keep, lengths, document_ids, allow, bias, alibi, sink_logits, seed, left, right, *numbers = call
-    sink_tokens, offset, scale, softcap, dropout = numbers
+    q, k, v, k_scale, v_scale, keep, lengths, document_ids, allow, bias, alibi, sink_logits, seed, *numbers = call
+    left, right, sink_tokens, offset, scale, softcap, dropout = numbers
     batch, heads, lq, width = q.shape
     _, kv_heads, lk, value_width = v.shape
     return PROBLEM.pack(
-        *(DTYPES[q.dtype], batch, heads, kv_heads, lq, lk, width, value_width),
-        *(*_view(q), *_view(k), *_view(v), *_view(out), _address(lse)),
+        *(DTYPES[q.dtype], DTYPES[k.dtype], batch, heads, kv_heads, lq, lk, width, value_width),
+        *(*_view(q), *_view(k), *_view(v), *_view(out), _address(lse), *_scales(k_scale), *_scales(v_scale)),
         *(offset, UNBOUNDED if left is None else left, UNBOUNDED if right is None else right, sink_tokens),
         *(_address(keep), _batch_stride(keep), _address(lengths), _batch_stride(lengths)),
         *(_address(document_ids), _batch_stride(document_ids)),
@@ -241,6 +248,10 @@ def _check(status: int, call: Call) -> None:
 def _view(tensor: Tensor) -> tuple[int, int, int, int]:
     batch, head, row, _ = tensor.stride()
     return tensor.data_ptr(), batch, head, row
+
+
+def _scales(tensor: Tensor | None) -> tuple[int, int, int]:
+    return (0, 0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0), tensor.stride(1))
 
 
 def _batch_stride(tensor: Tensor | None) -> int:

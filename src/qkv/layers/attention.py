@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from qkv import functional
-from qkv.cache import Cache, CrossKVCache, Keys
+from qkv.cache import Cache, CrossKVCache, Int8Keys, Keys
 from qkv.layers import torch_mha
 from qkv.layers.projection import project
 from qkv.layers.rotary import RotaryEmbedding
@@ -26,7 +26,7 @@ class _Inputs(NamedTuple):
     """What a layer hands to `qkv.attention`."""
 
     q: Tensor
-    keys: Keys
+    keys: Keys | Int8Keys
     mask: Mask
 
 
@@ -189,19 +189,19 @@ class Attention(nn.Module):
                 and the cache raise.
             TypeError: for a cache of the wrong kind.
         """
-        q, (k, v, offset), mask = self._inputs(x, context, mask, cache)
+        q, keys, mask = self._inputs(x, context, mask, cache)
         out = functional.attention(
             q,
-            k,
-            v,
+            keys.k,
+            keys.v,
             mask=mask,
-            offset=offset,
             scale=self.scale,
             softcap=self.softcap,
             alibi=self.alibi,
             sink_logits=self.sink_logits,
             dropout=self.dropout if self.training else 0.0,
             backend=self.backend,
+            **keys.options,
         )
         return project(self.out_proj, out.transpose(1, 2).flatten(2))
 
@@ -209,16 +209,16 @@ class Attention(nn.Module):
         self, x: Tensor, context: Tensor | None = None, *, mask: Mask | None = None, cache: Cache | None = None
     ) -> Tensor:
         """The weights ``(B, num_heads, Lq, Lk)`` with which `forward` would sum the values. Arguments as there."""
-        q, (k, _, offset), mask = self._inputs(x, context, mask, cache)
+        q, keys, mask = self._inputs(x, context, mask, cache)
         return functional.attention_weights(
             q,
-            k,
+            keys.k,
             mask=mask,
-            offset=offset,
             scale=self.scale,
             softcap=self.softcap,
             alibi=self.alibi,
             sink_logits=self.sink_logits,
+            **keys.options,
         )
 
     def _inputs(self, x: Tensor, context: Tensor | None, mask: Mask | None, cache: Cache | None) -> _Inputs:
@@ -233,7 +233,9 @@ class Attention(nn.Module):
         mask = self.mask if mask is None else self.mask & mask
         return _Inputs(q, keys, mask if cache is None else cache.held(mask))
 
-    def _self_keys(self, x: Tensor, q: Tensor, context: Tensor | None, cache: Cache | None) -> tuple[Tensor, Keys]:
+    def _self_keys(
+        self, x: Tensor, q: Tensor, context: Tensor | None, cache: Cache | None
+    ) -> tuple[Tensor, Keys | Int8Keys]:
         who = type(self).__name__
         if context is not None:
             raise ValueError(

@@ -71,19 +71,7 @@ class RotaryEmbedding(nn.Module):
         if x.shape[-1] != self.head_dim:
             raise ValueError(f"RotaryEmbedding: x must have width {self.head_dim}; got shape {tuple(x.shape)}.")
         cos, sin = self._tables(x.shape[-2], offset)
-        rotated, rest = x[..., : self.rotary_dim], x[..., self.rotary_dim :]
-        wide = rotated.to(torch.promote_types(x.dtype, torch.float32))
-        if self.interleaved:
-            first, second = wide[..., 0::2], wide[..., 1::2]
-        else:
-            first, second = wide.chunk(2, dim=-1)
-        first, second = first * cos - second * sin, second * cos + first * sin
-        if self.interleaved:
-            rotated = torch.stack([first, second], dim=-1).flatten(-2)
-        else:
-            rotated = torch.cat([first, second], dim=-1)
-        rotated = rotated.to(x.dtype)
-        return rotated if self.rotary_dim == self.head_dim else torch.cat([rotated, rest], dim=-1)
+        return rotate(x, cos, sin, interleaved=self.interleaved)
 
     def _tables(self, length: int, offset: int) -> tuple[Tensor, Tensor]:
         frequencies = self.frequencies.float()  # A module moved to bf16 would place position 257 at 256.
@@ -93,3 +81,24 @@ class RotaryEmbedding(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.head_dim}, rotary_dim={self.rotary_dim}, interleaved={self.interleaved}"
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
+    """Turns the first channels of ``x (..., width)`` in pairs, in fp32, by the angles of ``cos`` and ``sin (..., n)``.
+
+    The 2 n channels are paired as `RotaryEmbedding` says; the others stay.
+    """
+    half = cos.shape[-1]
+    turned, rest = x[..., : 2 * half], x[..., 2 * half :]
+    wide = turned.to(torch.promote_types(x.dtype, torch.float32))
+    if interleaved:
+        first, second = wide[..., 0::2], wide[..., 1::2]
+    else:
+        first, second = wide.chunk(2, dim=-1)
+    first, second = first * cos - second * sin, second * cos + first * sin
+    if interleaved:
+        turned = torch.stack([first, second], dim=-1).flatten(-2)
+    else:
+        turned = torch.cat([first, second], dim=-1)
+    turned = turned.to(x.dtype)
+    return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned

@@ -1,0 +1,409 @@
+"""The functions of flash-attn 2 under their own names and signatures, on a CPU.
+
+``from qkv.integrations.flash_attn import flash_attn_func`` stands in for ``from flash_attn import flash_attn_func``.
+Lengths come before heads here: ``(batch, length, heads, width)``.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkv.functional import Partial, attention_with_lse
+from qkv.integrations.varlen import (
+    attend_each,
+    band,
+    page_table,
+    read_pages,
+    require_keys,
+    require_layout,
+    sequence_lengths,
+    token_counts,
+)
+from qkv.layers.rotary import rotate
+
+DENSE = "(batch, length, heads, width)"
+PACKED = "(T, heads, width)"
+PAGES = "(pages, page_size, heads, width)"
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """Attention with the last query aligned with the last key: query i stands at ``p = i + Lk - Lq``, key j at j.
+
+    Args:
+        q: ``(B, Lq, H, D)``.
+        k: ``(B, Lk, Hkv, D)``, where Hkv divides H.
+        v: ``(B, Lk, Hkv, Dv)``.
+        dropout_p: probability with which a weight is zeroed; the others are scaled by ``1 / (1 - dropout_p)``.
+        softmax_scale: factor of the scores, ``1 / sqrt(D)`` if None.
+        causal: whether to hide keys after p, whatever the window.
+        window_size: ``(left, right)``; keys ``p - left`` to ``p + right`` are seen, -1 for no bound.
+        softcap: replaces a score s by ``softcap * tanh(s / softcap)``, where greater than 0.
+        alibi_slopes: ``(H,)`` or ``(B, H)``; adds ``-slope * |p - j|``.
+        deterministic: has no effect, since gradients are the same bits every time.
+        return_attn_probs: whether to return the lse, too.
+
+    Returns:
+        ``(B, Lq, H, Dv)``. With return_attn_probs also the lse ``(B, H, Lq)`` and, in place of ``S_dmask``, the empty
+        tensor that flash-attn gives without dropout. A query that sees no key gets 0, and an lse of -inf.
+
+    Raises:
+        ValueError: for shapes, dtypes and numbers that do not fit together.
+        NotImplementedError: for return_attn_probs with dropout: the pattern that it asks for is not kept.
+
+    Example:
+        >>> import torch
+        >>> from qkv.integrations.flash_attn import flash_attn_func
+        >>> q, k = torch.randn(1, 3, 4, 8), torch.randn(1, 5, 2, 8)
+        >>> flash_attn_func(q, k, k, causal=True).shape
+        torch.Size([1, 3, 4, 8])
+
+    Source: flash-attn 2.8, ``flash_attn_interface.py``, by its documentation. Its kernel gives an lse of inf where no
+    key is seen, and one that is larger by ``slope * p`` for causal ALiBi; drops a bound as long as the keys, which
+    shows more than the bound where Lq > Lk; and takes fp16 and bf16 alone, and no softcap with dropout.
+    """
+    who = "flash_attn_func"
+    require_layout(who, DENSE, q=q, k=k, v=v)
+    _require_no_pattern(who, return_attn_probs, dropout_p)
+    options = _options(who, softmax_scale, causal, window_size, softcap, dropout_p)
+    if alibi_slopes is None or alibi_slopes.shape == (q.shape[2],):
+        transposed = (x.transpose(1, 2) for x in (q, k, v))
+        out, lse = attention_with_lse(*transposed, offset=k.shape[1] - q.shape[1], alibi=alibi_slopes, **options)
+        out = out.transpose(1, 2)
+    else:
+        keys, values = ([[row] for row in x.unbind()] for x in (k, v))
+        out, lse = _in_batch(attend_each(who, q.unbind(), keys, values, slopes=alibi_slopes, **options), q.shape[0])
+    return (out, lse, q.new_empty(0)) if return_attn_probs else out
+
+
+def flash_attn_qkvpacked_func(
+    qkv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """`flash_attn_func` of queries, keys and values in one tensor ``(B, L, 3, H, D)``.
+
+    Example:
+        >>> import torch
+        >>> from qkv.integrations.flash_attn import flash_attn_qkvpacked_func
+        >>> flash_attn_qkvpacked_func(torch.randn(1, 5, 3, 2, 8), causal=True).shape
+        torch.Size([1, 5, 2, 8])
+    """
+    if qkv.dim() != 5 or qkv.shape[2] != 3:
+        raise ValueError(
+            f"flash_attn_qkvpacked_func: qkv must be (batch, length, 3, heads, width); got shape {tuple(qkv.shape)}."
+        )
+    q, k, v = qkv.unbind(2)
+    return flash_attn_func(
+        q,
+        k,
+        v,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
+    )
+
+
+def flash_attn_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """`flash_attn_func` of keys and values in one tensor ``(B, Lk, 2, Hkv, D)``.
+
+    Example:
+        >>> import torch
+        >>> from qkv.integrations.flash_attn import flash_attn_kvpacked_func
+        >>> flash_attn_kvpacked_func(torch.randn(1, 3, 4, 8), torch.randn(1, 5, 2, 2, 8)).shape
+        torch.Size([1, 3, 4, 8])
+    """
+    if kv.dim() != 5 or kv.shape[2] != 2:
+        raise ValueError(
+            f"flash_attn_kvpacked_func: kv must be (batch, length, 2, heads, width); got shape {tuple(kv.shape)}."
+        )
+    k, v = kv.unbind(2)
+    return flash_attn_func(
+        q,
+        k,
+        v,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
+    )
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """`flash_attn_func` within each of N packed sequences.
+
+    Args:
+        q: ``(Tq, H, D)``.
+        k: ``(Tk, Hkv, D)``; ``(pages, page_size, Hkv, D)`` with a block_table.
+        v: ``(Tk, Hkv, Dv)``; ``(pages, page_size, Hkv, Dv)`` with a block_table.
+        cu_seqlens_q, cu_seqlens_k: ``(N + 1,)``, where each sequence begins, and the end.
+        max_seqlen_q, max_seqlen_k: have no effect, since cu_seqlens_q and cu_seqlens_k say how long sequences are.
+        dropout_p, softmax_scale, causal, window_size, softcap, deterministic: as in `flash_attn_func`.
+        alibi_slopes: ``(H,)`` or ``(N, H)``.
+        return_attn_probs: as in `flash_attn_func`; the lse is ``(H, Tq)``.
+        block_table: ``(N, pages of a sequence)``, the pages in which the keys of a sequence stand, in order. A page may
+            have any size.
+
+    Returns:
+        ``(Tq, H, Dv)``, or what `flash_attn_func` returns with return_attn_probs.
+
+    Raises:
+        ValueError: for lengths, pages and shapes that do not fit together.
+        NotImplementedError: as `flash_attn_func`.
+
+    Example:
+        >>> import torch
+        >>> from qkv.integrations.flash_attn import flash_attn_varlen_func
+        >>> x, starts = torch.randn(7, 2, 8), torch.tensor([0, 3, 7])
+        >>> flash_attn_varlen_func(x, x, x, starts, starts, 4, 4, causal=True).shape
+        torch.Size([7, 2, 8])
+
+    Source: as `flash_attn_func`.
+    """
+    who = "flash_attn_varlen_func"
+    require_layout(who, PACKED, q=q)
+    require_keys(who, PACKED if block_table is None else PAGES, k=k, v=v)
+    _require_no_pattern(who, return_attn_probs, dropout_p)
+    options = _options(who, softmax_scale, causal, window_size, softcap, dropout_p)
+    queries = q.split(sequence_lengths(who, "cu_seqlens_q", cu_seqlens_q, q.shape[0]))
+    if block_table is None:
+        held = sequence_lengths(who, "cu_seqlens_k", cu_seqlens_k, k.shape[0])
+        keys, values = ([[piece] for piece in packed.split(held)] for packed in (k, v))
+    else:
+        held = sequence_lengths(who, "cu_seqlens_k", cu_seqlens_k)
+        table = page_table(who, k, block_table, held)
+        keys, values = (read_pages(pool, table, held) for pool in (k, v))
+    partial = attend_each(who, queries, keys, values, slopes=alibi_slopes, **options)
+    return (*partial, q.new_empty(0)) if return_attn_probs else partial.out
+
+
+@torch.no_grad()
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: Tensor | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Writes new keys and values into a cache, in place, and attends to all that the cache then holds.
+
+    The queries stand at the last of the keys. Without gradients, as in flash-attn.
+
+    Args:
+        q: ``(B, Lq, H, D)``.
+        k_cache: ``(rows, capacity, Hkv, D)``; ``(pages, page_size, Hkv, D)`` with a block_table.
+        v_cache: ``(rows, capacity, Hkv, Dv)``; ``(pages, page_size, Hkv, Dv)`` with a block_table.
+        k: ``(B, new, Hkv, D)``, written behind the keys that the cache holds; none if None.
+        v: ``(B, new, Hkv, Dv)``; none if None.
+        rotary_cos, rotary_sin: ``(positions, rotary_dim / 2)``; rotate k, and q by the positions of its tokens, or all
+            of q by the first of them where neither causal nor window_size tells tokens apart. Counted in the cache,
+            padding included.
+        cache_seqlens: how many tokens the cache holds before the call, for all or for each ``(B,)``; all if None.
+        cache_batch_idx: ``(B,)``, the row of the cache for each of the batch; the first B if None.
+        cache_leftpad: ``(B,)``, how many of the first keys are none.
+        block_table: ``(B, pages of a sequence)``, the pages in which the keys of a sequence stand, in order. A page may
+            have any size.
+        softmax_scale, causal, window_size, softcap, alibi_slopes: as in `flash_attn_func`.
+        rotary_interleaved: as ``interleaved`` of `qkv.RotaryEmbedding`.
+        num_splits: has no effect: the bits of a row of the batch never depend on the others.
+        return_softmax_lse: whether to return the lse, too.
+
+    Returns:
+        ``(B, Lq, H, Dv)``, and where asked for the lse ``(B, H, Lq)``.
+
+    Raises:
+        ValueError: for lengths, rows, pages and shapes that do not fit together.
+
+    Example:
+        >>> import torch
+        >>> from qkv.integrations.flash_attn import flash_attn_with_kvcache
+        >>> k_cache, v_cache = torch.zeros(1, 16, 2, 8), torch.zeros(1, 16, 2, 8)
+        >>> q, k = torch.randn(1, 1, 4, 8), torch.randn(1, 1, 2, 8)
+        >>> flash_attn_with_kvcache(q, k_cache, v_cache, k, k, cache_seqlens=5, causal=True).shape
+        torch.Size([1, 1, 4, 8])
+        >>> torch.equal(k_cache[:, 5:6], k)
+        True
+
+    Source: as `flash_attn_func`.
+    """
+    who = "flash_attn_with_kvcache"
+    require_layout(who, DENSE, q=q)
+    require_keys(who, DENSE if block_table is None else PAGES, k_cache=k_cache, v_cache=v_cache)
+    options = _options(who, softmax_scale, causal, window_size, softcap)
+    batch, lq = q.shape[:2]
+    page_size = k_cache.shape[1]
+    capacity = page_size if block_table is None else page_size * block_table.shape[1]
+    new = 0 if k is None and v is None else _count_new(who, batch, k, v, k_cache, v_cache)
+    if isinstance(cache_seqlens, Tensor):
+        held = token_counts(who, "cache_seqlens", cache_seqlens, batch)
+    else:
+        held = [capacity if cache_seqlens is None else cache_seqlens] * batch
+    stops = [length + new for length in held]
+    if not all(new <= stop <= capacity for stop in stops):
+        raise ValueError(
+            f"{who}: cache_seqlens and {new} new tokens must fit the {capacity} of the cache; got {cache_seqlens}."
+        )
+    padding = [0] * batch if cache_leftpad is None else token_counts(who, "cache_leftpad", cache_leftpad, batch)
+    if any(pad > length for pad, length in zip(padding, held, strict=True)):
+        raise ValueError(f"{who}: cache_leftpad must be at most cache_seqlens, {held}; got {padding}.")
+
+    start = torch.tensor(held, device=q.device)[:, None]
+    positions = start + torch.arange(new, device=q.device)
+    if rotary_cos is not None or rotary_sin is not None:
+        if rotary_cos is None or rotary_sin is None or k is None:
+            raise ValueError(f"{who}: rotary_cos, rotary_sin and k must be given together; got None for one of them.")
+        ahead = torch.arange(lq, device=q.device) * options["mask"].is_positional
+        q = _rotate(who, q, start + ahead, rotary_cos, rotary_sin, rotary_interleaved)
+        k = _rotate(who, k, positions, rotary_cos, rotary_sin, rotary_interleaved)
+    if block_table is not None and cache_batch_idx is not None:
+        raise ValueError(f"{who}: cache_batch_idx has no meaning beside a block_table; give one of them.")
+    # A cache without pages is one whose pages hold a sequence each.
+    pages = _rows(who, cache_batch_idx, batch, k_cache) if block_table is None else block_table.long()
+    table = page_table(who, k_cache, pages, stops)
+    if k is not None and v is not None:
+        place = pages.gather(1, positions // page_size), positions % page_size
+        k_cache[place], v_cache[place] = k, v
+    keys, values = (read_pages(cache, table, stops, padding) for cache in (k_cache, v_cache))
+    out, lse = _in_batch(attend_each(who, q.unbind(), keys, values, slopes=alibi_slopes, **options), batch)
+    return (out, lse) if return_softmax_lse else out
+
+
+def _options(
+    who: str,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: tuple[int, int],
+    softcap: float,
+    dropout_p: float = 0.0,
+) -> dict[str, Any]:
+    """What all functions share, as keywords of `qkv.attention`."""
+    return {
+        "mask": band(who, window_size, causal),
+        "scale": softmax_scale,
+        "softcap": softcap if softcap > 0 else None,
+        "dropout": dropout_p,
+    }
+
+
+def _require_no_pattern(who: str, return_attn_probs: bool, dropout_p: float) -> None:
+    if return_attn_probs and dropout_p > 0:
+        raise NotImplementedError(
+            f"{who}: return_attn_probs asks for the pattern of dropped weights, which is not kept; "
+            f"got dropout_p={dropout_p}. Call it with dropout_p=0 for the lse, which dropout leaves alone."
+        )
+
+
+def _in_batch(packed: Partial, batch: int) -> Partial:
+    """``(B, Lq, H, Dv)`` and the lse ``(B, H, Lq)`` from sequences of one length, packed."""
+    shape = (batch, packed.out.shape[0] // batch)
+    return Partial(packed.out.unflatten(0, shape), packed.lse.unflatten(1, shape).transpose(0, 1))
+
+
+def _count_new(who: str, batch: int, k: Tensor | None, v: Tensor | None, k_cache: Tensor, v_cache: Tensor) -> int:
+    """The number of new tokens, which must fit the cache in all but number."""
+    if k is None or v is None:
+        raise ValueError(f"{who}: k and v must be given together; got None for {'k' if k is None else 'v'}.")
+    require_keys(who, DENSE, k=k, v=v)
+    for name, x, cache in (("k", k, k_cache), ("v", v, v_cache)):
+        if x.shape[0] != batch or x.shape[2:] != cache.shape[2:] or x.dtype != cache.dtype:
+            heads, width = cache.shape[2:]
+            raise ValueError(
+                f"{who}: {name} must be ({batch}, new tokens, {heads}, {width}) of {cache.dtype}, as the cache; "
+                f"got {tuple(x.shape)} of {x.dtype}."
+            )
+    return k.shape[1]
+
+
+def _rows(who: str, cache_batch_idx: Tensor | None, batch: int, cache: Tensor) -> Tensor:
+    """The row of the cache for each of the batch, ``(B, 1)``."""
+    if cache_batch_idx is None:
+        rows = list(range(batch))
+    else:
+        rows = token_counts(who, "cache_batch_idx", cache_batch_idx, batch)
+    if max(rows, default=0) >= cache.shape[0]:
+        raise ValueError(f"{who}: cache_batch_idx must be rows of the cache, which has {cache.shape[0]}; got {rows}.")
+    return torch.tensor(rows, device=cache.device)[:, None]
+
+
+def _rotate(who: str, x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Rotates ``x (B, L, heads, D)`` by the rows ``positions (B, L)`` of tables ``(positions, rotary_dim / 2)``."""
+    if cos.dim() != 2 or cos.shape != sin.shape or 2 * cos.shape[1] > x.shape[3]:
+        raise ValueError(
+            f"{who}: rotary_cos and rotary_sin must be (positions, rotary_dim / 2), with rotary_dim at most "
+            f"{x.shape[3]}; got shapes {tuple(cos.shape)} and {tuple(sin.shape)}."
+        )
+    if (positions >= cos.shape[0]).any():
+        raise ValueError(
+            f"{who}: rotary_cos and rotary_sin must hold position {positions.max()}; got {cos.shape[0]} positions."
+        )
+    cos, sin = (table.to(torch.promote_types(x.dtype, torch.float32))[positions][:, :, None] for table in (cos, sin))
+    return rotate(x, cos, sin, interleaved=interleaved)

@@ -1,0 +1,239 @@
+"""`varlen_attn` of torch, on a CPU: attention over packed sequences. What flash-attn's functions share with it is here.
+
+Sequences of different lengths stand one after the other in ``(T, H, D)``; where each begins is said by cumulative
+lengths ``(N + 1,)``, or, for keys in a pool of pages, by a table of pages.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qkv.functional import Partial, attention_with_lse, merge
+from qkv.masks import Mask
+
+
+class AuxRequest(NamedTuple):
+    """What `varlen_attn` returns beside its output."""
+
+    lse: bool = False
+
+
+def varlen_attn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    *,
+    return_aux: AuxRequest | None = None,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+    seqused_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    num_splits: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention within each of N packed sequences, the last query of each aligned with its last key.
+
+    Args:
+        query: ``(Tq, H, D)``.
+        key: ``(Tk, Hkv, D)``; ``(pages, page_size, Hkv, D)`` with a block_table.
+        value: ``(Tk, Hkv, Dv)``; ``(pages, page_size, Hkv, Dv)`` with a block_table.
+        cu_seq_q, cu_seq_k: ``(N + 1,)``, where each sequence begins, and the end. With a block_table, cu_seq_k has no
+            effect and may be None.
+        max_q, max_k: have no effect, since cu_seq_q and cu_seq_k say how long sequences are.
+        return_aux: ``AuxRequest(lse=True)`` asks for the lse as well.
+        scale: factor of the scores, ``1 / sqrt(D)`` if None.
+        window_size: numbers of keys seen before and after the query's own, -1 for all: ``(-1, 0)`` is causal.
+        enable_gqa: whether Hkv may be less than H.
+        seqused_k: ``(N,)``, how many keys of each sequence count, from its first on.
+        block_table: ``(N, pages of a sequence)``, the pages in which the keys of a sequence stand, in order. Needs
+            seqused_k.
+        num_splits: has no effect: the bits of a sequence's results never depend on what else is packed.
+
+    Returns:
+        ``(Tq, H, Dv)``, and where asked for the lse ``(H, Tq)``. A query that sees no key gets 0, and an lse of -inf.
+
+    Raises:
+        ValueError: for lengths, pages and shapes that do not fit together, and fewer KV heads without enable_gqa.
+
+    Example:
+        >>> import torch
+        >>> from qkv.integrations.varlen import varlen_attn
+        >>> x, starts = torch.randn(7, 2, 8), torch.tensor([0, 3, 7])
+        >>> varlen_attn(x, x, x, starts, starts, 4, 4, window_size=(-1, 0)).shape
+        torch.Size([7, 2, 8])
+
+    Source: ``torch.nn.attention.varlen`` of torch 2.13, which takes fp16 and bf16 on a GPU. There the lse of a query
+    without keys is inf, and no gradient flows through the lse, nor with seqused_k or block_table; here it does. (The
+    lse is documented as ``(Tq, H)`` there, and returned as ``(H, Tq)``.)
+    """
+    who = "varlen_attn"
+    require_layout(who, "(Tq, H, D)", query=query)
+    require_keys(who, "(Tk, Hkv, D)" if block_table is None else "(pages, page_size, Hkv, D)", key=key, value=value)
+    if not enable_gqa and query.shape[1] != key.shape[-2]:
+        raise ValueError(
+            f"{who}: query and key must have the same number of heads; got {query.shape[1]} and {key.shape[-2]}. "
+            "Give enable_gqa=True where groups of query heads share a key head."
+        )
+    queries = query.split(sequence_lengths(who, "cu_seq_q", cu_seq_q, query.shape[0]))
+    if block_table is not None:
+        if seqused_k is None:
+            raise ValueError(f"{who}: block_table needs seqused_k, the number of keys of each sequence; got None.")
+        used = token_counts(who, "seqused_k", seqused_k, len(queries))
+        table = page_table(who, key, block_table, used)
+        keys, values = (read_pages(pool, table, used) for pool in (key, value))
+    else:
+        if cu_seq_k is None:
+            raise ValueError(f"{who}: cu_seq_k must be given where no block_table says where keys stand; got None.")
+        held = sequence_lengths(who, "cu_seq_k", cu_seq_k, key.shape[0])
+        used = held if seqused_k is None else token_counts(who, "seqused_k", seqused_k, len(held))
+        if any(count > length for count, length in zip(used, held, strict=True)):
+            raise ValueError(f"{who}: seqused_k must be at most the lengths that cu_seq_k gives, {held}; got {used}.")
+        keys, values = ([[x[:n]] for x, n in zip(packed.split(held), used, strict=True)] for packed in (key, value))
+    out, lse = attend_each(who, queries, keys, values, mask=band(who, window_size), scale=scale)
+    return (out, lse) if return_aux is not None and return_aux.lse else out
+
+
+def attend_each(
+    who: str,
+    queries: Sequence[Tensor],
+    keys: Sequence[Sequence[Tensor]],
+    values: Sequence[Sequence[Tensor]],
+    *,
+    mask: Mask,
+    slopes: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+) -> Partial:
+    """Attention of each sequence of queries over its own keys, the last query aligned with the last key.
+
+    A call for each sequence: lengths may differ in any way, and the bits of a row depend on nothing else that is
+    packed. Keys in several pieces, such as pages, are read where they stand, and what comes of each is merged.
+
+    Args:
+        who: the caller, for messages.
+        queries: of each sequence, ``(Lq, H, D)``.
+        keys, values: of each sequence, the pieces ``(n, Hkv, D)`` and ``(n, Hkv, Dv)``, in order.
+        mask: a band.
+        slopes: of ALiBi, ``(H,)`` or ``(N, H)``.
+        scale, softcap, dropout: as in `qkv.attention`.
+
+    Returns:
+        ``(sum of Lq, H, Dv)`` and the lse ``(H, sum of Lq)``.
+    """
+    if not queries or len(queries) != len(keys):
+        raise ValueError(
+            f"{who}: there must be at least one sequence, and as many of queries as of keys; "
+            f"got {len(queries)} and {len(keys)}."
+        )
+    if slopes is not None:
+        batch, num_heads = len(queries), queries[0].shape[1]
+        if slopes.shape not in ((num_heads,), (batch, num_heads)):
+            raise ValueError(
+                f"{who}: alibi_slopes must be ({num_heads},) or ({batch}, {num_heads}), one a query head; "
+                f"got shape {tuple(slopes.shape)}."
+            )
+        slopes = slopes.expand(batch, num_heads)
+    results: list[Partial] = []
+    for n, q in enumerate(queries):
+        offset = sum(len(k) for k in keys[n]) - len(q)
+        partials: list[Partial] = []
+        for k, v in zip(keys[n], values[n], strict=True):
+            partial = attention_with_lse(
+                *(x.transpose(0, 1)[None] for x in (q, k, v)),
+                mask=mask,
+                offset=offset,
+                alibi=None if slopes is None else slopes[n],
+                scale=scale,
+                softcap=softcap,
+                dropout=dropout,
+            )
+            partials.append(partial)
+            offset -= len(k)
+        results.append(merge(partials) if len(partials) > 1 else partials[0])
+    return Partial(
+        out=torch.cat([result.out[0].transpose(0, 1) for result in results]),
+        lse=torch.cat([result.lse[0] for result in results], dim=1),
+    )
+
+
+def band(who: str, window_size: Sequence[int], causal: bool = False) -> Mask:
+    """The mask of flash-attn's ``window_size``, ``(left, right)`` with -1 for no bound; ``causal`` makes right 0."""
+    if len(window_size) != 2:
+        raise ValueError(f"{who}: window_size must be (left, right), -1 for no bound; got {window_size!r}.")
+    left, right = window_size
+    if causal:
+        right = 0
+    return Mask.band(None if left < 0 else left, None if right < 0 else right)
+
+
+def sequence_lengths(who: str, name: str, starts: Tensor, total: int | None = None) -> list[int]:
+    """The lengths of packed sequences, from where each begins among ``total`` tokens (any number, if None)."""
+    bounds = starts.tolist() if starts.dim() == 1 and not starts.dtype.is_floating_point else []
+    lengths = [stop - start for start, stop in pairwise(bounds)]
+    if not lengths or bounds[0] != 0 or min(lengths) < 0 or total not in (None, bounds[-1]):
+        end = "" if total is None else f" and end at {total}, the number of tokens"
+        raise ValueError(f"{who}: {name} must be (N + 1,) integers that start at 0, never fall{end}; got {starts}.")
+    return lengths
+
+
+def token_counts(who: str, name: str, counts: Tensor, batch: int) -> list[int]:
+    """The number of tokens of each sequence of a batch."""
+    if counts.shape != (batch,) or counts.dtype.is_floating_point or (counts < 0).any():
+        raise ValueError(f"{who}: {name} must be ({batch},) integers, at least 0, one a sequence; got {counts}.")
+    found: list[int] = counts.tolist()
+    return found
+
+
+def require_layout(who: str, layout: str, **tensors: Tensor) -> None:
+    """Raises ValueError unless each tensor has the dimensions that ``layout``, as ``(T, H, D)``, names."""
+    for name, tensor in tensors.items():
+        if tensor.dim() != layout.count(",") + 1:
+            raise ValueError(f"{who}: {name} must be {layout}; got shape {tuple(tensor.shape)}.")
+
+
+def require_keys(who: str, layout: str, **keys_and_values: Tensor) -> None:
+    """Raises ValueError unless keys and values have the dimensions of ``layout``, and equal ones but for the last."""
+    require_layout(who, layout, **keys_and_values)
+    (k_name, k), (v_name, v) = keys_and_values.items()
+    if k.shape[:-1] != v.shape[:-1]:
+        raise ValueError(
+            f"{who}: {k_name} and {v_name} must have the same shape but for their width; "
+            f"got {tuple(k.shape)} and {tuple(v.shape)}."
+        )
+
+
+def page_table(who: str, pool: Tensor, block_table: Tensor, lengths: Sequence[int]) -> list[list[int]]:
+    """The pages of each sequence, in order: as many as its length takes, and at least one."""
+    num_pages, page_size = pool.shape[:2]
+    if block_table.dim() != 2 or block_table.shape[0] != len(lengths):
+        raise ValueError(
+            f"{who}: block_table must be ({len(lengths)}, pages of a sequence); got shape {tuple(block_table.shape)}."
+        )
+    if max(lengths, default=0) > block_table.shape[1] * page_size:
+        raise ValueError(
+            f"{who}: block_table must have pages for {max(lengths)} keys; "
+            f"got {block_table.shape[1]} of {page_size} keys for each sequence."
+        )
+    table = [pages[: -(-length // page_size)] for pages, length in zip(block_table.tolist(), lengths, strict=True)]
+    if any(not 0 <= page < num_pages for pages in table for page in pages):
+        raise ValueError(f"{who}: block_table must name pages 0 to {num_pages - 1}; got {block_table}.")
+    return [pages or [0] for pages in table]
+
+
+def read_pages(
+    pool: Tensor, table: Sequence[Sequence[int]], stops: Sequence[int], starts: Sequence[int] | None = None
+) -> list[list[Tensor]]:
+    """Tokens ``start`` to ``stop - 1`` of each sequence in ``(pages, page_size, Hkv, D)``: views of its pages."""
+    page_size = pool.shape[1]
+    return [
+        [pool[page, max(0, start - n * page_size) : stop - n * page_size] for n, page in enumerate(pages)]
+        for pages, start, stop in zip(table, starts or [0] * len(stops), stops, strict=True)
+    ]

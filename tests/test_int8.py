@@ -1,0 +1,157 @@
+"""Keys and values in int8: on every backend what their numbers say, and what rounding to them costs."""
+
+import pytest
+import torch
+from budget import assert_within_budget
+from oracle import Rule, attend
+
+import qkv
+from qkv import Mask
+from qkv.backends import BACKENDS, Backend
+from qkv.cache import quantize
+from qkv.problem import pose
+
+HALF = [torch.float32, torch.bfloat16, torch.float16]
+# Groups for each number of rows that decoding has a loop for, more rows than that, prefill, odd widths, one key.
+SHAPES = [
+    *((2, 2 * group, 2, 1, 101, 64, 64) for group in (1, 2, 3, 5, 8)),
+    (1, 9, 1, 1, 40, 16, 16),
+    (2, 4, 2, 5, 23, 33, 7),
+    (1, 3, 1, 1, 500, 31, 5),
+    (1, 2, 2, 1, 1, 8, 8),
+]
+MASKS = {
+    "full": (Mask.full(), Rule()),
+    "window": (Mask.causal(9, sink_tokens=1), Rule(left=8, right=0, sink_tokens=1)),
+}
+
+
+def case(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    batch, heads, kv_heads, lq, lk, width, value_width = shape
+    generator = torch.Generator().manual_seed(sum(shape))
+    q = torch.randn(batch, heads, lq, width, generator=generator).to(dtype)
+    k, v = (torch.randn(batch, kv_heads, lk, w, generator=generator) for w in (width, value_width))
+    return q, *quantize(k), *quantize(v)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.NAME)
+def test_every_backend_reads_int8(backend: Backend, shape: tuple[int, ...], dtype: torch.dtype, mask: str) -> None:
+    q, k, k_scale, v, v_scale = case(shape, dtype)
+    (given, rule), offset = MASKS[mask], shape[4] - shape[3]
+    options = {"k_scale": k_scale, "v_scale": v_scale, "mask": given, "offset": offset}
+    if backend.why_not(pose("test", q, k, v, **options)):
+        pytest.skip("the reasons stand in test_contract.py")
+    wide_k, wide_v = k.double() * k_scale.double()[..., None], v.double() * v_scale.double()[..., None]
+    want = attend(q, wide_k, wide_v, rule, offset)
+    peer = torch.nn.functional.scaled_dot_product_attention(
+        q, wide_k.to(dtype), wide_v.to(dtype), attn_mask=given.visible(shape[3], shape[4], offset), enable_gqa=True
+    )
+    got = qkv.attention(q, k, v, **options, backend=backend.NAME)  # type: ignore[arg-type]
+    assert got.dtype == dtype
+    # A kernel may round weights as they are, or values, or both: each by half a unit of the dtype.
+    allowance = torch.finfo(dtype).eps * wide_v.abs().max().item()
+    assert_within_budget(got, want.out, peer, "out", allowance)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.NAME)
+def test_masked_keys_and_scales_have_no_influence(backend: Backend, dtype: torch.dtype) -> None:
+    q, k, k_scale, v, v_scale = case((2, 6, 2, 1, 101, 64, 64), dtype)
+    options = {"k_scale": k_scale, "v_scale": v_scale, "mask": Mask.padding(torch.tensor([101, 40]))}
+    if backend.why_not(pose("test", q, k, v, **options)):
+        pytest.skip("the reasons stand in test_contract.py")
+    want = qkv.attention(q, k, v, **options, backend=backend.NAME)
+    for tensor, poison in ((k, 100), (v, -100), (k_scale, torch.nan), (v_scale, torch.nan)):
+        tensor[1, :, 40:] = poison
+    assert torch.equal(qkv.attention(q, k, v, **options, backend=backend.NAME), want)
+
+
+def test_strided_views_are_read_where_they_lie() -> None:
+    q, k, k_scale, v, v_scale = case((2, 6, 2, 1, 101, 64, 64), torch.bfloat16)
+    room = torch.full((2, 2, 150, 64), 99, dtype=torch.int8)
+    scales = torch.full((2, 2, 150, 3), torch.nan)
+    room[:, :, 7:108], scales[:, :, 7:108, 1] = k, k_scale
+    want = qkv.attention(q, k, v, k_scale=k_scale, v_scale=v_scale)
+    got = qkv.attention(q, room[:, :, 7:108], v, k_scale=scales[:, :, 7:108, 1], v_scale=v_scale)
+    assert torch.equal(got, want)
+
+
+def test_queries_have_gradients_over_int8() -> None:
+    q, k, k_scale, v, v_scale = case((1, 4, 2, 3, 9, 8, 8), torch.float32)
+    wide = qkv.attention(q.requires_grad_(), k * k_scale[..., None], v * v_scale[..., None])
+    (want,) = torch.autograd.grad(wide.sum(), q)
+    (got,) = torch.autograd.grad(qkv.attention(q, k, v, k_scale=k_scale, v_scale=v_scale).sum(), q)
+    torch.testing.assert_close(got, want)
+    reasons = qkv.explain(q, k, v, k_scale=k_scale, v_scale=v_scale).reasons["native"]
+    assert reasons == ["the kernel has no gradients over int8 keys and values"]
+
+
+def test_quantizing_is_off_by_half_a_step_at_most() -> None:
+    x = torch.randn(3, 5, 7) * torch.logspace(-30, 30, 7)
+    x[0, 0] = 0
+    codes, scale = quantize(x)
+    error = (codes.double() * scale.double()[..., None] - x.double()).abs()
+    # A step is the scale; its own rounding moves a number of 127 steps by 127 half units of fp32.
+    bound = scale.double() * (0.5 + 127 * torch.finfo(torch.float32).eps)
+    assert codes.dtype == torch.int8 and codes.abs().max() == 127 and (error <= bound[..., None]).all()
+    assert quantize(torch.tensor([torch.nan, 1.0]))[1].isnan()
+
+
+def test_a_cache_in_int8_gives_what_its_keys_say_in_any_chunking() -> None:
+    torch.manual_seed(0)
+    layer = qkv.GroupedQueryAttention(48, 6, 2, mask=Mask.causal(), rotary=qkv.RotaryEmbedding(8)).eval()
+    x = torch.randn(2, 23, 48)
+    with torch.no_grad():
+        exact, outs = layer(x), []
+        for chunks in ([23], [1] * 23, [5, 1, 7, 10]):
+            cache = qkv.Int8KVCache()
+            outs.append(torch.cat([layer(part, cache=cache) for part in x.split(chunks, dim=1)], dim=1))
+            assert cache.length == 23
+    for out in outs:
+        torch.testing.assert_close(out, outs[0], rtol=1e-4, atol=1e-5)
+        error = (out - exact).norm() / exact.norm()
+        assert 1e-5 < error < 0.02  # It rounds, by a part of 127.
+
+
+def test_the_cache_halves_the_bytes() -> None:
+    k = torch.randn(1, 2, 100, 64).bfloat16()
+    wide, narrow = qkv.KVCache(100), qkv.Int8KVCache(100)
+    wide.append(k, k)
+    narrow.append(k, k)
+    assert narrow.nbytes / wide.nbytes == (64 + 4) / 128
+
+
+def test_the_cache_crops_and_selects() -> None:
+    k = torch.randn(2, 2, 5, 8)
+    cache = qkv.Int8KVCache()
+    cache.append(k, k)
+    cache.crop(3)
+    cache.select(torch.tensor([1, 0, 1]))
+    found = cache.append(k[[1, 0, 1], :, 3:4], k[[1, 0, 1], :, 3:4])
+    codes, scale = quantize(k[[1, 0, 1], :, :4])
+    assert found.offset == 3
+    for got, want in zip((found.k, found.v, found.k_scale, found.v_scale), (codes, codes, scale, scale), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_wrong_input_is_named() -> None:
+    q, k, k_scale, v, v_scale = case((1, 4, 2, 1, 9, 8, 8), torch.float32)
+    with pytest.raises(
+        ValueError, match=r"must both be float32 \(batch, heads, length\); got v in torch.int8 with v_s"
+    ):
+        qkv.attention(q, k, v, k_scale=k_scale)
+    with pytest.raises(ValueError, match=r"k_scale torch.float32 \(1, 2, 8\), where \(1, 2, 9\) would fit"):
+        qkv.attention(q, k, v, k_scale=k_scale[..., :8], v_scale=v_scale)
+    with pytest.raises(ValueError, match=r"got k in torch\.float32"):
+        qkv.attention(q, k.float(), v, k_scale=k_scale, v_scale=v_scale)
+    with pytest.raises(ValueError, match=r"same dtype; got torch\.float32, torch\.int8 and torch\.int8"):
+        qkv.attention(q, k, v)
+    with pytest.raises(ValueError, match="Int8KVCache: int8 has no gradient"):
+        qkv.Int8KVCache().append(q.requires_grad_(), q)
+    cache = qkv.Int8KVCache()
+    cache.append(torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 8))
+    with pytest.raises(ValueError, match=r"Int8KVCache: k must be .* in torch\.float32"):
+        cache.append(torch.randn(1, 2, 3, 8).bfloat16(), torch.randn(1, 2, 3, 8).bfloat16())
