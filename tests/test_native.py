@@ -174,8 +174,10 @@ def test_the_operators_keep_what_torch_asks_of_operators(requires_grad: bool) ->
     bias, alibi, sinks = (torch.randn(*shape).requires_grad_(requires_grad) for shape in ((1, 4, 9, 9), (4,), (4,)))
     keep, ids = torch.arange(9)[None] > 1, torch.arange(9)[None] // 4
     allow, lengths, seed = torch.rand(2, 1, 9, 9) > 0.2, torch.tensor([9, 7]), torch.tensor([3])
-    plain = kernels.Call(q, k, v, *[None] * 8, None, 0, 0, 0, 0.3, 0.0, 0.0)
-    full = kernels.Call(q, k, v, keep, lengths, ids, allow, bias, alibi, sinks, seed, 4, 0, 1, 0, 0.3, 2.0, 0.25)
+    plain = kernels.Call(q, k, v, *[None] * 10, None, 0, 0, 0, 0.3, 0.0, 0.0)
+    full = kernels.Call(
+        q, k, v, None, None, keep, lengths, ids, allow, bias, alibi, sinks, seed, 4, 0, 1, 0, 0.3, 2.0, 0.25
+    )
     for call in (plain, full):
         torch.library.opcheck(torch.ops.qkv.forward.default, tuple(call))
 
@@ -356,11 +358,39 @@ def test_bits_of_gradients_depend_on_neither_run_nor_threads_nor_batch(dtype: to
 
 
 @present
+@pytest.mark.parametrize("lq", [1, 4])
+@pytest.mark.parametrize("extreme", [torch.finfo(torch.float32).min, torch.finfo(torch.float32).max], ids=str)
+def test_a_row_of_extreme_finite_biases_weighs_all_alike(extreme: float, lq: int) -> None:
+    q, v = torch.randn(1, 2, lq, 8), torch.randn(1, 2, 40, 8)
+    bias = torch.full((1, 1, lq, 40), extreme)
+    torch.testing.assert_close(qkv.attention(q, v, v, bias=bias), v.mean(dim=2, keepdim=True).expand(1, 2, lq, 8))
+    # Such a number is a common way to hide a key, and beside others it does.
+    bias = torch.zeros(1, 1, lq, 40).index_fill(3, torch.arange(30, 40), -abs(extreme))
+    torch.testing.assert_close(qkv.attention(q, v, v, bias=bias), qkv.attention(q, v[:, :, :30], v[:, :, :30]))
+
+
+@present
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of torch's own kernel
+def test_batched_gradients_are_refused_and_another_backend_has_them() -> None:
+    q = torch.randn(1, 2, 3, 8, requires_grad=True)
+    many = torch.randn(4, *q.shape)
+
+    def batched(backend: str) -> torch.Tensor:
+        return torch.autograd.grad(qkv.attention(q, q, q, backend=backend), q, many, is_grads_batched=True)[0]
+
+    with pytest.raises(NotImplementedError, match=r"no batched gradients .* backend='sdpa'"):
+        batched("native")
+    each = [torch.autograd.grad(qkv.attention(q, q, q), q, one)[0] for one in many]
+    torch.testing.assert_close(batched("sdpa"), torch.stack(each))
+
+
+@present
 def test_what_masks_hide_is_not_computed() -> None:
     def computed(mask: Mask, length: int = 2048) -> float:
         q = torch.randn(1, 1, length, 8)
-        call = kernels.Call(q, q, q, mask.keep, mask.lengths, mask.document_ids, *[None] * 5, mask.left, mask.right,
-                            mask.sink_tokens, 0, 1.0, 0.0, 0.0)  # fmt: skip
+        tensors = (mask.keep, mask.lengths, mask.document_ids, *[None] * 5)
+        interval = (mask.left, mask.right, mask.sink_tokens)
+        call = kernels.Call(q, q, q, None, None, *tensors, *interval, 0, 1.0, 0.0, 0.0)
         return kernels.count_scores(call) / float(mask.visible(length, length).sum())
 
     assert computed(Mask.full()) == 1

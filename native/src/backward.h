@@ -182,7 +182,7 @@ struct Chunk {
             const int64_t place = t.place(p, r);
             // Weights of 0 for rows that see nothing.
             const bool blind = p.lse[place] == -INF || (!finite && is_idle(p, g, t, r));
-            shift[r] = blind ? INF : p.lse[place] * LOG2E;
+            shift[r] = blind ? INF : (plain_scores(p) ? p.lse[place] * LOG2E : p.lse[place]);
             delta[r] = g.delta[place];
         }
         const Dropout dropout(p, t);
@@ -211,6 +211,7 @@ struct Chunk {
                const Dropout& dropout) const {
         const int64_t into = b.first - first;  // the chunk
         const float factor = exponent_factor(p);
+        const bool plain = plain_scores(p);
         multiply_rows<Kind>(t, s, p.width, keys + into * key_stride, key_stride, room.queries, room.weights);
         if (!plain_scores(p)) transform(p, t, b, s, room.bias, room.weights, p.softcap != 0 ? room.slope : nullptr);
         if (b.edge) hide(p, t, b, s, room.allowed, -INF, room.weights);
@@ -220,7 +221,7 @@ struct Chunk {
             for (int n = s.first; n < s.last; ++n) {
                 float* const weights = room.weights + j * t.lanes() + n * LANES;
                 float* const d_scores = room.d_scores + j * t.lanes() + n * LANES;
-                const vec weight = exp2(load(weights) * factor - load(shift + n * LANES));
+                const vec weight = exp2(exponents(plain, load(weights), factor, load(shift + n * LANES)));
                 vec d_weight = load(d_scores);
                 if (p.dropout > 0) {
                     const vec kept = dropout.factors(b.first + j, n);

@@ -310,7 +310,7 @@ struct Spread {
     vec transform(int64_t first, vec x) const {
         x = x * p.scale;
         if (p.softcap != 0) x = p.softcap * tanh(x / p.softcap);
-        if (p.bias.data) x = x + of(p.bias, first);
+        if (p.bias.data) x = x + bounded(of(p.bias, first));
         if (p.alibi) {
             const int64_t position = t.position[0];
             x = x - each([&](int i) { return t.slope[row(i)] * (float)std::abs(position - (first + i / ROWS)); });
@@ -414,7 +414,7 @@ static void fold_few(const Problem& p, const Tile& t, const Outline& outline, co
                     store(state.out + r * pitch + d, load(state.out + r * pitch + d) * rise.shrink[r]);
         }
         for (int j = from; j < b.size; j += KEYS) {
-            vec weight = exp2(load(room.scores + j * ROWS) * factor - rise.shift);
+            vec weight = exp2(exponents(plain, load(room.scores + j * ROWS), factor, rise.shift));
             sum = sum + weight;
             if (p.dropout > 0) weight = weight * dropout.factors_of(first + j, ROWS, Spread::row);
             // The scale of a hidden key may be NaN.

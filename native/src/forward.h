@@ -106,8 +106,10 @@ static inline void find_peaks(const Tile& t, const Segment& s, int n, const floa
 
 // Scores become weights, which are added up.
 template <int COUNT>
-static inline void weigh(const Tile& t, const Segment& s, int n, float factor, const vec* shift, float* scores,
+static inline void weigh(const Problem& p, const Tile& t, const Segment& s, int n, const vec* shift, float* scores,
                          vec* sum) {
+    const bool plain = plain_scores(p);
+    const float factor = exponent_factor(p);
     const int64_t lanes = t.lanes();
     vec less[COUNT], found[COUNT];
     for (int i = 0; i < COUNT; ++i) {
@@ -117,7 +119,7 @@ static inline void weigh(const Tile& t, const Segment& s, int n, float factor, c
     for (int64_t j = s.begin, end = s.end; j < end; ++j) {
         for (int i = 0; i < COUNT; ++i) {
             float* const at = scores + j * lanes + (n + i) * LANES;
-            const vec weight = exp2(load(at) * factor - less[i]);
+            const vec weight = exp2(exponents(plain, load(at), factor, less[i]));
             found[i] = found[i] + weight;
             store(at, weight);
         }
@@ -139,7 +141,6 @@ template <class Kind>
 static void fold(const Problem& p, const Tile& t, const Outline& outline, const Dropout& dropout, int64_t begin,
                  int64_t end, const ForwardRoom& room, const State& state) {
     const bool plain = plain_scores(p);
-    const float factor = exponent_factor(p);
     float* const scores = room.scores;
     for (int64_t first = begin; first < end; first += BLOCK) {
         const Block b(p, t, outline, first, end);
@@ -165,7 +166,7 @@ static void fold(const Problem& p, const Tile& t, const Outline& outline, const 
         for (int i = 0; i < b.count; ++i) {
             const Segment& s = b.parts[i];
             for_vectors(s, [&](int n, auto count) {
-                weigh<decltype(count)::value>(t, s, n, factor, shift + n, scores, sum + n);
+                weigh<decltype(count)::value>(p, t, s, n, shift + n, scores, sum + n);
             });
             if (p.dropout > 0) drop(t, b, s, dropout, scores);
         }

@@ -12,6 +12,12 @@ static inline bool plain_scores(const Problem& p) { return p.softcap == 0 && !p.
 // What turns a score into an exponent of 2.
 static inline float exponent_factor(const Problem& p) { return plain_scores(p) ? p.scale * LOG2E : LOG2E; }
 
+// Exponents of 2 from scores. `shift` is in units of exponents for plain scores, in one rounding with them; and in
+// units of scores for others, which a bias can make as large as numbers are, so that equal ones leave nothing.
+static inline vec exponents(bool plain, vec x, float factor, vec shift) {
+    return plain ? x * factor - shift : (x - shift) * factor;
+}
+
 static inline vec tanh(vec x) {
     const vec e = exp2(x * (2 * LOG2E));
     const vec far = x > 20.0f ? set1(1.0f) : 1.0f - 2.0f / (1.0f + e);
@@ -22,6 +28,14 @@ static inline vec tanh(vec x) {
     p = p * y - 1.0f / 3.0f;
     const vec near = x + x * y * p;
     return ((x < 0.25f) & (x > -0.25f)) ? near : far;
+}
+
+// A bias within what exponents of 2 can count. The lowest of all numbers is a common way to hide a key: a row of
+// nothing else has the same weights for all.
+static inline vec bounded(vec bias) {
+    constexpr float MOST = 2e38f;
+    const vec low = (bias < -MOST) & (bias > -INF) ? set1(-MOST) : bias;
+    return (low > MOST) & (low < INF) ? set1(MOST) : low;
 }
 
 static inline vec absolute(ivec distance) { return __builtin_convertvector(distance < 0 ? -distance : distance, vec); }
@@ -39,7 +53,7 @@ static void transform(const Problem& p, const Tile& t, const Block& b, const Seg
                 x = p.softcap * y;
                 if (slope) store(slope + at, 1.0f - y * y);
             }
-            if (p.bias.data) x = x + load(bias + at);
+            if (p.bias.data) x = x + bounded(load(bias + at));
             if (p.alibi) x = x - load(t.slope + n * LANES) * absolute(positions(t, n) - (int32_t)(b.first + j));
             store(scores + at, x);
         }

@@ -13,16 +13,17 @@ namespace QKV_ISA {
 struct Rise {
     ivec rows;   // those that move
     vec top;     // the new maximum, in units of the scores
-    vec shift;   // what is to be subtracted from exponents
+    vec shift;   // of `exponents`
     vec shrink;  // what all sums so far are to be multiplied by
 
     Rise(const Problem& p, vec from, vec peak) {
         const float factor = exponent_factor(p);
         rows = peak > from + 8.0f / factor;  // also from -inf, where nothing was seen yet
         top = rows ? peak : from;
-        shift = top == -INF ? set1(0.0f) : top * factor;
+        const vec base = top == -INF ? set1(0.0f) : top;
+        shift = plain_scores(p) ? base * factor : base;
         // Exactly 1 for rows that stay: what others do must not show.
-        shrink = rows ? (from == -INF ? set1(0.0f) : exp2(from * factor - shift)) : set1(1.0f);
+        shrink = rows ? exp2((from - base) * factor) : set1(1.0f);
     }
 };
 
@@ -75,15 +76,15 @@ static void write_rows(const Problem& p, const Tile& t, const View& view, int64_
 // What the sums of row r are to be multiplied by. Leaves its lse.
 static inline float normalise(const Problem& p, const Tile& t, int r, float top, float sum) {
     float share = 1.0f;
-    top = top == -INF ? -INF : top * exponent_factor(p);
+    if (top != -INF && plain_scores(p)) top *= p.scale;
     if (p.sink_logits) {
-        const float sink = p.sink_logits[t.head[r]] * LOG2E;
+        const float sink = p.sink_logits[t.head[r]];
         const float peak = top > sink ? top : sink;
-        share = std::exp2(top - peak);
-        sum = sum * share + std::exp2(sink - peak);
+        share = std::exp2((top - peak) * LOG2E);
+        sum = sum * share + std::exp2((sink - peak) * LOG2E);
         top = peak;
     }
-    if (p.lse) p.lse[t.place(p, r)] = sum == 0 ? -INF : (top + std::log2(sum)) * LN2;
+    if (p.lse) p.lse[t.place(p, r)] = sum == 0 ? -INF : top + std::log2(sum) * LN2;
     return sum == 0 ? 0.0f : share / sum;
 }
 

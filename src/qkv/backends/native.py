@@ -28,7 +28,7 @@ def run_plain(q: Tensor, k: Tensor, v: Tensor, mask: Mask, offset: int | None, s
         or torch.is_autocast_enabled("cpu")
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or _is_watched()
+        or kernels.is_watched()
     ):
         return None
     if not q.dim() == k.dim() == v.dim() == 4:
@@ -105,17 +105,11 @@ def run(problem: Problem) -> Result:
         problem.softcap or 0.0,
         problem.dropout,
     )
-    if problem.needs_grad or _is_watched():
-        out, lse = torch.ops.qkv.forward(*call)
+    watched = kernels.is_watched()
+    if watched or problem.needs_grad:
+        out, lse = torch.ops.qkv.forward(*call) if watched else kernels.forward_with_gradients(call)
         return Result(out, lse if problem.wants_lse else None)
     return Result(*kernels.forward(call, wants_lse=problem.wants_lse))
-
-
-def _is_watched() -> bool:
-    """Whether somebody records operators: a compiler, a tracer, a mode of dispatch."""
-    return bool(
-        torch.compiler.is_compiling() or torch._C._get_tracing_state() or torch._C._len_torch_dispatch_stack() > 0
-    )
 
 
 def _is_plain(tensor: Tensor) -> bool:

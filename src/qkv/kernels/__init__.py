@@ -7,3 +7,5 @@ from qkv.kernels.operators import Call as Call
 from qkv.kernels.operators import count_scores as count_scores
 from qkv.kernels.operators import forward as forward
 from qkv.kernels.operators import forward_plain as forward_plain
+from qkv.kernels.operators import forward_with_gradients as forward_with_gradients
+from qkv.kernels.operators import is_watched as is_watched

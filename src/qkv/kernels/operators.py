@@ -46,9 +46,9 @@ class Call(NamedTuple):
 
 
 _ARGUMENTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor? k_scale, Tensor? v_scale, Tensor? keep, Tensor? lengths, Tensor? document_ids, Tensor? allow, Tensor? bias, "
-    "Tensor? alibi, Tensor? sink_logits, Tensor? seed, SymInt? left, SymInt? right, SymInt sink_tokens, SymInt offset, "
-    "float scale, float softcap, float dropout"
+    "Tensor q, Tensor k, Tensor v, Tensor? k_scale, Tensor? v_scale, Tensor? keep, Tensor? lengths, "
+    "Tensor? document_ids, Tensor? allow, Tensor? bias, Tensor? alibi, Tensor? sink_logits, Tensor? seed, "
+    "SymInt? left, SymInt? right, SymInt sink_tokens, SymInt offset, float scale, float softcap, float dropout"
 )
 _LIBRARY = torch.library.Library("qkv", "DEF")
 _LIBRARY.define(f"forward({_ARGUMENTS}) -> (Tensor out, Tensor lse)")
@@ -80,6 +80,19 @@ def forward_plain(
     out = _new_out(q, v)
     left, right = UNBOUNDED if left is None else left, UNBOUNDED if right is None else right
     return None if plain(q, k, v, out, offset, left, right, sink_tokens, scale, torch.get_num_threads()) else out
+
+
+def forward_with_gradients(call: Call) -> tuple[Tensor, Tensor]:
+    """The operator ``qkv::forward`` past the dispatcher of torch, which costs 100 us: for plain tensors."""
+    found: tuple[Tensor, Tensor] = _Recorded.apply(*call)  # type: ignore[no-untyped-call]
+    return found
+
+
+def is_watched() -> bool:
+    """Whether somebody records operators: a compiler, a tracer, a mode of dispatch."""
+    return bool(
+        torch.compiler.is_compiling() or torch._C._get_tracing_state() or torch._C._len_torch_dispatch_stack() > 0
+    )
 
 
 def count_scores(call: Call) -> int:
@@ -132,10 +145,16 @@ def _differentiate(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | Non
     *tensors, out, lse = ctx.saved_tensors
     saved = zip(tensors, ctx.constants, strict=True)
     call = Call(*(constant if tensor is None else tensor for tensor, constant in saved))
+    if torch._C._functorch.is_legacy_batchedtensor(d_out):
+        raise NotImplementedError(
+            "qkv's kernel has no batched gradients (is_grads_batched=True, vectorize=True): "
+            "take them one by one, or give attention(..., backend='sdpa')."
+        )
     wanted = Call(*ctx.needs_input_grad)
-    dq, dk, dv, delta, d_bias, d_alibi = torch.ops.qkv.backward(
-        *call, out, lse, d_out, d_lse, wanted.bias, wanted.alibi
-    )
+    # Whoever wants gradients of these gradients must find an operator, which refuses.
+    plain = not (torch.is_grad_enabled() or is_watched() or torch._C._are_functorch_transforms_active())
+    backward = _backward if plain and type(d_out) is Tensor else torch.ops.qkv.backward
+    dq, dk, dv, delta, d_bias, d_alibi = backward(*call, out, lse, d_out, d_lse, wanted.bias, wanted.alibi)
     d_sinks = None
     if call.sink_logits is not None and wanted.sink_logits:
         shares = (call.sink_logits.to(lse.dtype)[:, None] - lse).exp()
@@ -147,6 +166,16 @@ def _differentiate(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | Non
     if call.alibi is not None and wanted.alibi:
         found["alibi"] = d_alibi.to(call.alibi.dtype)
     return tuple(found.values())
+
+
+class _Recorded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        output = _forward(*arguments)
+        _save(ctx, arguments, output)
+        return output
+
+    backward = staticmethod(_differentiate)
 
 
 def _refuse_second_derivative(ctx: Any, *gradients: Tensor) -> None:
