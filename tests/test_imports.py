@@ -17,6 +17,7 @@ ORDER = [
     {"qkv.backends"},
     {"qkv.functional", "qkv.growing", "qkv.cache"},
     {"qkv.layers"},
+    {"qkv.convert"},
     {"qkv.integrations"},
     {"qkv.cli"},
 ]
@@ -71,8 +72,8 @@ def test_importing_qkv_loads_no_optional_dependency() -> None:
 
 
 PUBLIC = {
-    *("attention", "attention_with_lse", "attention_weights", "merge", "explain", "BackendError"),
-    *("Mask", "KVCache", "SlidingKVCache", "CrossKVCache", "RotaryEmbedding"),
+    *("attention", "attention_with_lse", "attention_weights", "merge", "explain", "BackendError", "accelerate"),
+    *("Mask", "KVCache", "Int8KVCache", "SlidingKVCache", "CrossKVCache", "RotaryEmbedding"),
     *("Attention", "ScaledDotProductAttention", "MultiHeadAttention", "CrossAttention", "CausalAttention"),
     *("SlidingWindowAttention", "MultiQueryAttention", "GroupedQueryAttention"),
 }
