@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CPP := $(wildcard native/*/*.h native/*/*.cpp)
 
-.PHONY: demo test check format sanitize mutants bench wheel clean
+.PHONY: demo test check format sanitize mutants families bench wheel clean
 
 demo: $(VENV)/ready
 	$(BIN)/qkv demo
@@ -36,12 +36,17 @@ FORCE:
 mutants: $(VENV)/ready
 	$(BIN)/python tests/mutants.py
 
+# Every model family of transformers that our rules reach, and the table of them in docs/transformers.md.
+families: $(VENV)/ready
+	PYTHONPATH=tests $(BIN)/python -m families.sweep
+
 bench: $(VENV)/peers
 	$(BIN)/python benchmarks/kernel.py
 	$(BIN)/python benchmarks/grid.py
 	$(BIN)/python benchmarks/avx2.py
 	$(BIN)/python benchmarks/alternating.py
 	$(BIN)/python benchmarks/spine.py
+	$(BIN)/python benchmarks/models.py
 	$(BIN)/python benchmarks/page.py
 
 wheel: $(VENV)/ready

@@ -1,6 +1,9 @@
 """transformers' models on `attn_implementation="qkv"`: the same numbers and the same text as on their own."""
 
+import inspect
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -13,6 +16,8 @@ from qkv.integrations import transformers_masks
 from qkv.integrations.transformers_masks import MaskTensor, recognise
 
 transformers = pytest.importorskip("transformers")
+families = pytest.importorskip("families.compare")
+
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers' own making
 
 SMALL = {
@@ -58,9 +63,7 @@ def registered() -> None:
 def model(request: pytest.FixtureRequest) -> Any:
     torch.manual_seed(0)
     model = DECODERS[request.param]().eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith("sinks"):
-            torch.nn.init.normal_(parameter)
+    families.draw_weights(model)
     return model
 
 
@@ -84,10 +87,21 @@ def test_logits_with_padding_are_those_of_eager(model: Any, side: str) -> None:
     torch.testing.assert_close(on(model, "qkv", run), on(model, "eager", run), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"use_cache": False}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"use_cache": False},
+        {"prefill_chunk_size": 5},
+        {"cache_implementation": "static", "disable_compile": True},
+        {"do_sample": True},
+    ],
+    ids=str,
+)
 def test_generated_tokens_are_those_of_eager(model: Any, options: dict[str, Any]) -> None:
     ids, keep = batch("left")
-    run = lambda model: model.generate(ids, attention_mask=keep, max_new_tokens=20, do_sample=False, **options)
+    run = lambda model: model.generate(ids, attention_mask=keep, max_new_tokens=20, **{"do_sample": False, **options})
     assert torch.equal(on(model, "qkv", run), on(model, "eager", run))
 
 
@@ -157,17 +171,64 @@ def test_encoders_and_cross_attention_are_those_of_eager() -> None:
     torch.testing.assert_close(on(t5, "qkv", run), on(t5, "eager", run), rtol=1e-3, atol=1e-4)
 
 
-def test_a_static_cache_is_read_at_its_valid_length() -> None:
-    model, (ids, keep) = small("Llama")().eval(), batch("left")
-    run = lambda model: model.generate(
-        ids,
-        attention_mask=keep,
-        max_new_tokens=10,
-        do_sample=False,
-        cache_implementation="static",
-        disable_compile=True,
-    )
+@pytest.mark.parametrize("drafter", ["prompt", "model"])
+def test_assisted_generation_gives_the_tokens_of_eager(model: Any, drafter: str) -> None:
+    ids = batch("left")[0][:1]
+    drafts = {"assistant_model": small("Llama")().eval()} if drafter == "model" else {"prompt_lookup_num_tokens": 3}
+    run = lambda model: model.generate(ids, max_new_tokens=20, do_sample=False, **drafts)
     assert torch.equal(on(model, "qkv", run), on(model, "eager", run))
+
+
+def test_a_quantized_cache_is_read_as_eager_reads_it() -> None:
+    model, (ids, keep) = small("Llama")().eval(), batch("left")
+    families.draw_weights(model)
+    options = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
+    run = lambda model: model.generate(ids, attention_mask=keep, max_new_tokens=20, do_sample=False, **options)
+    assert torch.equal(on(model, "qkv", run), on(model, "eager", run))
+
+
+def test_a_cached_prefix_is_continued(model: Any) -> None:
+    ids = batch("left")[0]
+
+    def run(model: Any) -> torch.Tensor:
+        cache = transformers.DynamicCache(config=model.config)
+        model(ids[:, :12], past_key_values=cache)
+        return model.generate(ids, past_key_values=cache, max_new_tokens=10, do_sample=False)
+
+    assert torch.equal(on(model, "qkv", run), on(model, "eager", run))
+
+
+def test_checkpointed_training_draws_the_same_dropout_again() -> None:
+    model, (ids, keep) = small("Mistral", sliding_window=7, attention_dropout=0.3)().train(), batch("right")
+
+    def run(model: Any) -> list[torch.Tensor]:
+        loss = model(ids, attention_mask=keep, labels=ids.masked_fill(keep == 0, -100)).loss
+        return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+
+    plain, other = on(model, "qkv", run), on(model.eval(), "qkv", run)
+    model.train().gradient_checkpointing_enable()
+    for got, want in zip(on(model, "qkv", run), plain, strict=True):
+        assert torch.equal(got, want)
+    assert not torch.equal(plain[0], other[0])
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2, softcap and alternating windows"])
+def test_a_compiled_decoder_is_one_graph_and_gives_the_logits_of_eager(name: str) -> None:
+    model, (ids, keep) = DECODERS[name]().eval(), batch("left")
+    families.draw_weights(model)
+    run = lambda forward: forward(ids, attention_mask=keep, use_cache=False).logits.detach()[keep.bool()]
+    compiled = lambda model: run(torch.compile(model, backend="aot_eager", fullgraph=True))
+    torch.testing.assert_close(on(model, "qkv", compiled), on(model, "eager", run), rtol=1e-4, atol=1e-5)
+
+
+def test_a_prefix_that_sees_itself_is_honoured() -> None:
+    model = families.build(transformers.PaliGemmaForConditionalGeneration)
+    ids = batch("right")[0] % 40 + 3
+    kinds = (torch.arange(19) >= 8).long().expand(3, -1)
+    outcome = families.Outcome("paligemma")
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": kinds, "labels": ids}
+    families.compare(model, inputs, outcome)
+    assert outcome.reference == "eager fp64"
 
 
 def test_masks_are_recognised_and_never_written_out() -> None:
@@ -191,29 +252,45 @@ def test_each_mask_function_of_transformers_becomes_the_mask_that_shows_the_same
         theirs.packed_sequence_compatibility_function(window, positions, ids): Mask.causal(3) & Mask.documents(ids),
     }
     for function, want in functions.items():
-        assert recognise(function) == want
+        assert recognise(function, range(7)) == want
         dense = theirs.sdpa_mask(1, 7, 7, mask_function=function, allow_is_causal_skip=False)
         assert torch.equal(dense, want.visible(7, 7).expand_as(dense))
+
+
+def test_chunks_become_documents_wherever_the_cache_stands() -> None:
+    theirs = transformers.masking_utils
+    function = theirs.chunked_causal_mask_function(3, torch.tensor([0, 2]))
+    for q_offset, kv_offset, lq, lk in ((0, 0, 9, 9), (5, 3, 2, 4), (6, 4, 1, 3)):
+        mask = recognise(function, range(kv_offset, kv_offset + lk))
+        assert mask is not None and mask.document_ids is not None and mask.allow is None
+        dense = theirs.sdpa_mask(2, lq, lk, q_offset, kv_offset, mask_function=function, allow_is_causal_skip=False)
+        assert torch.equal(mask.visible(lq, lk, q_offset - kv_offset), dense)
+
+
+def test_a_window_of_nothing_is_not_recognised() -> None:
+    assert recognise(transformers.masking_utils.sliding_window_causal_mask_function(0), range(7)) is None
 
 
 def test_unknown_mask_functions_are_honoured_and_not_guessed() -> None:
     theirs = transformers.masking_utils
     diagonal = lambda batch, head, query, key: query == key
-    assert recognise(diagonal) is None
-    assert recognise(theirs.and_masks(theirs.causal_mask_function, diagonal)) is None
-    assert recognise(theirs.or_masks(theirs.causal_mask_function, diagonal)) is None
-    assert recognise(theirs.remap_positions_for_packed_sequence(theirs.causal_mask_function, torch.zeros(1, 1))) is None
+    assert recognise(diagonal, range(7)) is None
+    assert recognise(theirs.and_masks(theirs.causal_mask_function, diagonal), range(7)) is None
+    assert recognise(theirs.or_masks(theirs.causal_mask_function, diagonal), range(7)) is None
+    remapped = theirs.remap_positions_for_packed_sequence(theirs.causal_mask_function, torch.zeros(1, 1))
+    assert recognise(remapped, range(7)) is None
     mask = transformers_masks.make_mask(2, 5, 5, mask_function=diagonal)
-    assert type(mask) is torch.Tensor and torch.equal(mask[0, 0], torch.eye(5).bool())
+    assert torch.equal(mask[0, 0] == 0, torch.eye(5).bool())
 
 
-def test_a_mask_tensor_is_the_dense_mask_to_whoever_computes_with_it() -> None:
+def test_a_mask_tensor_is_the_additive_mask_to_whoever_computes_with_it() -> None:
     keep = torch.tensor([[True] * 7, [False] * 2 + [True] * 5])
-    lazy = transformers_masks.make_mask(2, 3, 7, q_offset=4, attention_mask=keep)
-    want = transformers.masking_utils.sdpa_mask(2, 3, 7, q_offset=4, attention_mask=keep)
-    assert isinstance(lazy, MaskTensor) and lazy.shape == want.shape and lazy.dtype == torch.bool
-    assert torch.equal(lazy & True, want) and torch.equal(lazy[:, :, 1:], want[:, :, 1:])
-    assert torch.equal(torch.where(lazy, 0.0, 1.0), torch.where(want, 0.0, 1.0))
+    for dtype in (torch.float32, torch.bfloat16):
+        lazy = transformers_masks.make_mask(2, 3, 7, q_offset=4, attention_mask=keep, dtype=dtype)
+        want = transformers.masking_utils.eager_mask(2, 3, 7, q_offset=4, attention_mask=keep, dtype=dtype)
+        assert isinstance(lazy, MaskTensor) and lazy.shape == want.shape and lazy.dtype == dtype
+        assert torch.equal(lazy + 0, want) and torch.equal(lazy[:, :, 1:], want[:, :, 1:])
+        assert torch.equal(torch.where(lazy == 0, 0.0, 1.0), torch.where(want == 0, 0.0, 1.0))
     assert "Mask.band(left=None, right=0)" in repr(lazy)
 
 
@@ -223,6 +300,85 @@ def test_additive_masks_of_the_caller_are_a_bias() -> None:
     additive[..., 0] = 0
     run = lambda model: model(ids, attention_mask=additive).logits.detach()
     torch.testing.assert_close(on(model, "qkv", run), on(model, "eager", run), rtol=1e-4, atol=1e-5)
+
+
+def dense_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allow: torch.Tensor) -> torch.Tensor:
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    weights = (q @ k.mT * q.shape[3] ** -0.5).masked_fill(~allow, -torch.inf).softmax(-1)
+    return (weights @ v).transpose(1, 2)
+
+
+def test_keys_chosen_by_an_indexer_are_the_only_ones_seen() -> None:
+    q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
+    indices = torch.stack([torch.randperm(9)[:3] for _ in range(10)]).view(2, 5, 3)
+    allow = torch.zeros(2, 5, 9).scatter(-1, indices, 1).bool()[:, None]
+    got, _ = integration.attend(torch.nn.Module(), q, k, v, None, indices=indices)
+    torch.testing.assert_close(got, dense_attention(q, k, v, allow))
+
+    module = torch.nn.Module()
+    module.indexer = torch.nn.Module()
+    module.indexer.block_size = 4
+    blocks = torch.tensor([[[[0, -1]] * 5, [[2, 1]] * 5]] * 2)
+    allow = torch.zeros(2, 4, 5, 9).bool()
+    allow[:, :2, :, :4] = True
+    allow[:, 2:, :, 4:] = True
+    got, _ = integration.attend(module, q, k, v, None, block_indices=blocks)
+    torch.testing.assert_close(got, dense_attention(q, k, v, allow))
+
+
+def test_sinks_of_each_query_absorb_their_share() -> None:
+    q, k, v, sinks = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 4, 5, 1)
+    scores = q @ k.repeat_interleave(2, dim=1).mT * 8**-0.5
+    weights = torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]
+    got = integration.attend(torch.nn.Module(), q, k, v, None, sinks=sinks, output_attentions=True)
+    torch.testing.assert_close(got[0], (weights @ v.repeat_interleave(2, dim=1)).transpose(1, 2))
+    torch.testing.assert_close(got[1], weights)
+
+
+def test_without_a_mask_all_is_seen_unless_the_call_says_causal() -> None:
+    q, k, v = torch.randn(1, 4, 5, 8), torch.randn(3, 2, 5, 8), torch.randn(3, 2, 5, 8)
+    module = torch.nn.Module()
+    module.is_causal = True
+    full, triangle = torch.ones(5, 5).bool(), torch.ones(5, 5).tril().bool()
+    for is_causal, allow in ((None, full), (False, full), (True, triangle)):
+        got, _ = integration.attend(module, q, k, v, None, is_causal=is_causal)
+        torch.testing.assert_close(got, dense_attention(q.expand(3, -1, -1, -1), k, v, allow))
+
+
+def test_the_least_number_in_an_additive_mask_hides() -> None:
+    q = torch.randn(1, 2, 4, 8)
+    least = torch.finfo(torch.float32).min
+    additive = torch.zeros(1, 1, 4, 4)
+    additive[..., 1, :] = least
+    additive[..., 2, 2:] = least - 1
+    got, _ = integration.attend(torch.nn.Module(), q, q, q, additive)
+    want = dense_attention(q, q, q, additive == 0)
+    torch.testing.assert_close(got, want.nan_to_num(0))
+
+
+def test_a_mask_of_another_length_is_an_error() -> None:
+    q = torch.randn(2, 2, 3, 8)
+    mask = transformers_masks.make_mask(2, 5, 3, attention_mask=torch.ones(2, 3).bool())
+    with pytest.raises(ValueError, match=r"dense allow must fit \(2, 2, 3, 3\); got shape \(2, 1, 5, 3\)"):
+        integration.attend(torch.nn.Module(), q, q, q, mask)
+
+
+# What models pass for flash attention alone, or what the mask says already.
+MEANT_FOR_OTHERS = {
+    *("sliding_window", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
+    *("position_ids", "deterministic"),
+}
+
+
+def test_every_argument_that_a_model_passes_is_known() -> None:
+    known = set(inspect.signature(integration.attend).parameters) | MEANT_FOR_OTHERS
+    calls = 0
+    for path in Path(transformers.__file__).parent.glob("models/*/modeling_*.py"):
+        for call in re.findall(r" = attention_interface\(\n(.*?)\n +\)\n", path.read_text(), re.DOTALL):
+            unknown = set(re.findall(r"^ +(\w+)=", call, re.MULTILINE)) - known
+            assert not unknown, f"{path.name} passes {unknown} to its attention function"
+            calls += 1
+    assert calls > 300
 
 
 def test_the_paged_cache_is_refused() -> None:

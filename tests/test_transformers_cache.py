@@ -1,6 +1,7 @@
 """Caches for transformers' models: what they return is what transformers' own return, without the copies."""
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from transformers.cache_utils import (  # noqa: E402
     DynamicSlidingWindowLayer,
 )
 
-from qkv.integrations import transformers_cache  # noqa: E402
-from qkv.integrations.transformers_cache import GrowingLayer, QKVCache, SlidingLayer  # noqa: E402
+from qkv.integrations import transformers as integration  # noqa: E402
+from qkv.integrations.lazy_tensor import Int8Tensor  # noqa: E402
+from qkv.integrations.transformers_cache import GrowingLayer, Int8Layer, QKVCache, SlidingLayer  # noqa: E402
 
 LENGTHS = (7, 1, 1, 1, 3, 1, 1, 12, 1, 1, 1, 40, 1)
 
@@ -111,6 +113,60 @@ def test_gradients_flow_through_the_cache() -> None:
     assert torch.equal(first.grad, torch.ones_like(first)) and torch.equal(second.grad, torch.ones_like(second))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: layer.crop(-3),
+        lambda layer: layer.reorder_cache(torch.tensor([1, 0])),
+        lambda layer: layer.batch_repeat_interleave(2),
+        lambda layer: layer.batch_select_indices(torch.tensor([1])),
+        lambda layer: layer.reset(),
+    ],
+)
+def test_a_layer_in_int8_takes_every_operation_and_is_written_out_for_others(change: Any) -> None:
+    mine, theirs = Int8Layer(), DynamicLayer()
+    for length in (5, 1, 3):
+        k, v = tokens(length)
+        mine.update(k, v)
+        theirs.update(k, v)
+    change(mine)
+    change(theirs)
+    k, v = tokens(2, theirs.keys.shape[0] if theirs.keys is not None else 2)
+    assert mine.get_mask_sizes(2) == theirs.get_mask_sizes(2)
+    for got, want in zip(mine.update(k, v), theirs.update(k, v), strict=True):
+        assert got.shape == want.shape and got.dtype == want.dtype
+        assert 0 < (got - want).abs().max() <= want.abs().max() / 127
+
+
+def test_a_model_reads_a_cache_in_int8() -> None:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    integration.register()
+    ids = torch.randint(3, 97, (2, 12))
+
+    def logits(implementation: str, cache: Any) -> torch.Tensor:
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            return torch.cat([model(part, past_key_values=cache).logits for part in ids.split([7, 1, 1, 3], 1)], 1)
+
+    exact, cache = logits("qkv", QKVCache(config)), QKVCache(config, dtype=torch.int8)
+    with mock.patch.object(Int8Tensor, "dense", side_effect=AssertionError("written out")):
+        rounded = logits("qkv", cache)
+    assert cache.layers[0].keys.codes.dtype == torch.int8
+    assert 0 < (rounded - exact).norm() / exact.norm() < 0.02
+    torch.testing.assert_close(logits("sdpa", QKVCache(config, dtype=torch.int8)), rounded, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"must be torch\.int8, or None for that of the model; got torch\.float16"):
+        QKVCache(config, dtype=torch.float16)
+
+
 def test_a_model_writes_the_same_text_on_either_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     config = transformers.Gemma3TextConfig(
@@ -135,5 +191,9 @@ def test_a_model_writes_the_same_text_on_either_cache(monkeypatch: pytest.Monkey
 
     for kind, layer in list(DYNAMIC_LAYER_TYPE_MAPPING.items()):
         monkeypatch.setitem(DYNAMIC_LAYER_TYPE_MAPPING, kind, layer)  # which is undone afterwards
-    transformers_cache.use_by_default()
+    integration.register()
+    assert type(DynamicCache(config=config).layers[1]) is DynamicLayer
+    integration.register(cache=torch.int8)
+    assert [type(layer) for layer in DynamicCache(config=config).layers] == [SlidingLayer, Int8Layer, SlidingLayer]
+    integration.register(cache=True)
     assert [type(layer) for layer in DynamicCache(config=config).layers] == [SlidingLayer, GrowingLayer, SlidingLayer]

@@ -169,15 +169,22 @@ class Int8KVCache(_GrowingCache):
         if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
             raise ValueError("Int8KVCache: int8 has no gradient; call it under torch.no_grad(), or use a KVCache.")
         start, room = self._admit(k, v)
-        k, k_scale = quantize(k)
-        v, v_scale = quantize(v)
-        return Int8Keys(
-            self._k.extend(k, room),
-            self._v.extend(v, room),
-            start,
-            self._k_scale.extend(k_scale[..., None], room)[..., 0],
-            self._v_scale.extend(v_scale[..., None], room)[..., 0],
-        )
+        for x, codes, scales in ((k, self._k, self._k_scale), (v, self._v, self._v_scale)):
+            code, scale = quantize(x)
+            codes.extend(code, room)
+            scales.extend(scale[..., None], room)
+        return self.keys()._replace(offset=start)
+
+    def keys(self) -> Int8Keys:
+        """All that is held, with the offset of the next token.
+
+        Raises:
+            ValueError: before the first append.
+        """
+        k, v, k_scale, v_scale = (part.tensor for part in self._parts)
+        if k is None or v is None or k_scale is None or v_scale is None:
+            raise ValueError("Int8KVCache: it is empty; append keys and values first.")
+        return Int8Keys(k, v, self.length, k_scale[..., 0], v_scale[..., 0])
 
     @property
     def _parts(self) -> tuple[Growing, ...]:

@@ -5,22 +5,29 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qkv.functional import attention, attention_weights
+from qkv.functional import attention, attention_weights, attention_with_lse
+from qkv.integrations.lazy_tensor import Int8Tensor
 from qkv.integrations.transformers_masks import MaskTensor, make_mask
 from qkv.masks import FULL, Mask
 
 NAME = "qkv"
 
 
-def register() -> None:
+def register(*, cache: bool | torch.dtype = False) -> None:
     """Makes ``attn_implementation="qkv"`` known to transformers: the attention function and the mask function.
 
     Afterwards ``from_pretrained(..., attn_implementation="qkv")`` or ``model.set_attn_implementation("qkv")`` runs a
     model on `qkv.attention`. Masks that transformers would write out are recognised and passed on as a `Mask`;
     what is not recognised is honoured as a dense mask. Keys and values are never repeated for their group.
 
+    Args:
+        cache: whether transformers' default cache, for all models from now on, shall be the one that appends without
+            concatenating; ``torch.int8`` for the one in int8. False leaves it as it is: give single calls a
+            ``past_key_values=QKVCache(model.config)`` of `qkv.integrations.transformers_cache`.
+
     Raises:
         ModuleNotFoundError: where transformers is not installed.
+        ValueError: for another dtype.
 
     Example:
         >>> from qkv.integrations import transformers as integration
@@ -31,14 +38,10 @@ def register() -> None:
 
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, make_mask)
+    if cache is not False:
+        from qkv.integrations.transformers_cache import use_by_default
 
-
-class _Visibility(NamedTuple):
-    """What transformers' ``attention_mask`` says, in our words."""
-
-    mask: Mask
-    offset: int
-    bias: Tensor | None
+        use_by_default(None if cache is True else cache)
 
 
 def attend(
@@ -53,6 +56,9 @@ def attend(
     position_bias: Tensor | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    sinks: Tensor | None = None,
+    indices: Tensor | None = None,
+    block_indices: Tensor | None = None,
     output_attentions: bool | None = False,
     cache: object | None = None,
     **ignored: Any,
@@ -60,12 +66,17 @@ def attend(
     """The attention function that transformers' models call.
 
     Args:
-        module: the calling layer; its ``is_causal`` counts where no mask is given.
-        query: ``(B, H, Lq, D)``.
+        module: the calling layer.
+        query: ``(B, H, Lq, D)``, or a batch of one for all.
         key, value: ``(B, Hkv, Lk, D)`` and ``(B, Hkv, Lk, Dv)``.
         attention_mask: from `make_mask`, or a boolean or additive mask of the caller's.
-        dropout, scaling, is_causal, position_bias, softcap: as for transformers' own implementations.
+        dropout, scaling, position_bias, softcap: as for transformers' own implementations.
+        is_causal: whether no mask means causal, aligned top-left, as it does to transformers' sdpa.
         s_aux: learned sink logits ``(H,)``.
+        sinks: sink logits of each query ``(B, H, Lq, 1)``.
+        indices: ``(B, Lq, n)``, the only keys that a query may see, on top of the mask.
+        block_indices: ``(B, G, Lq, n)``, the only blocks of ``module.indexer.block_size`` keys that the queries of one
+            of G groups of heads may see; -1 is no block.
         output_attentions: whether to return the weights as well, which costs writing them out.
         cache: transformers' paged cache, which is not supported.
         **ignored: what transformers passes for other implementations (positions, window sizes that the mask holds).
@@ -78,38 +89,64 @@ def attend(
             f"attn_implementation={NAME!r} does not read transformers' paged cache (continuous batching); "
             f"use generate, or another implementation. Got {type(cache).__name__}."
         )
-    seen = _visibility(module, query, key, attention_mask, is_causal, position_bias)
+    query = query.expand(key.shape[0], -1, -1, -1)
+    lk = key.shape[2]
+    seen = _visibility(attention_mask, query.shape[2], lk, is_causal)
+    mask, bias = seen.mask, seen.bias
+    if indices is not None:
+        mask = mask & Mask.dense(_chosen(indices, lk)[:, None])
+    if block_indices is not None:
+        size: int = module.indexer.block_size  # type: ignore[assignment, union-attr]
+        keys = _chosen(block_indices, -(-lk // size)).repeat_interleave(size, dim=-1)[..., :lk]
+        mask = mask & Mask.dense(keys.repeat_interleave(query.shape[1] // keys.shape[1], dim=1))
+    if position_bias is not None:
+        bias = position_bias[..., :lk] if bias is None else bias + position_bias[..., :lk]
     options: dict[str, Any] = {
-        "mask": seen.mask,
+        "mask": mask,
         "offset": seen.offset,
         "scale": scaling,
         "softcap": softcap,
-        "bias": seen.bias,
+        "bias": bias,
         "sink_logits": s_aux,
     }
-    out = attention(query, key, value, dropout=dropout, **options)
+    if isinstance(key, Int8Tensor) and isinstance(value, Int8Tensor):
+        options |= {"k_scale": key.scale, "v_scale": value.scale}
+        key, value = key.codes, value.codes
     weights = attention_weights(query, key, **options) if output_attentions else None
+    if sinks is None:
+        out = attention(query, key, value, dropout=dropout, **options)
+    else:
+        out, lse = attention_with_lse(query, key, value, dropout=dropout, **options)
+        kept = torch.sigmoid(lse[..., None] - sinks).to(out.dtype)
+        out, weights = out * kept, None if weights is None else weights * kept
     return out.transpose(1, 2).contiguous(), weights
 
 
-def _visibility(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    attention_mask: Tensor | None,
-    is_causal: bool | None,
-    position_bias: Tensor | None,
-) -> _Visibility:
-    lk = key.shape[2]
-    if position_bias is not None:
-        position_bias = position_bias[..., :lk]
+class _Visibility(NamedTuple):
+    """What transformers' ``attention_mask`` says, in our words."""
+
+    mask: Mask
+    offset: int = 0
+    bias: Tensor | None = None
+
+
+def _visibility(attention_mask: Tensor | None, lq: int, lk: int, is_causal: bool | None) -> _Visibility:
     if attention_mask is None:
-        # As transformers' sdpa: no mask means causal for causal modules, and aligned top-left, except in decoding.
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        return _Visibility(Mask.causal() if causal and query.shape[2] > 1 else FULL, 0, position_bias)
+        # As eager: without a mask all is seen. `module.is_causal` is no sign, since some layers that see all carry it.
+        return _Visibility(Mask.causal() if is_causal and lq > 1 else FULL)
     if isinstance(attention_mask, MaskTensor):
-        return _Visibility(attention_mask.mask, attention_mask.offset, position_bias)
+        *_, rows, keys = attention_mask.shape
+        if keys == lk and (rows == lq or (rows == 1 and not attention_mask.mask.is_positional)):
+            return _Visibility(attention_mask.mask, attention_mask.offset)
     attention_mask = attention_mask[..., :lk]
     if attention_mask.dtype == torch.bool:
-        return _Visibility(Mask.dense(attention_mask), 0, position_bias)
-    return _Visibility(FULL, 0, attention_mask if position_bias is None else attention_mask + position_bias)
+        return _Visibility(Mask.dense(attention_mask))
+    # The least number stands for hidden, up to what was added to it.
+    seen = attention_mask > torch.finfo(attention_mask.dtype).min / 2
+    return _Visibility(Mask.dense(seen), bias=attention_mask.masked_fill(~seen, 0))
+
+
+def _chosen(indices: Tensor, size: int) -> Tensor:
+    """Which of ``size`` places the last dimension of ``indices`` names; -1 names none."""
+    chosen = indices.new_zeros((*indices.shape[:-1], size + 1), dtype=torch.bool)
+    return chosen.scatter(-1, indices.long().masked_fill(indices < 0, size), True)[..., :size]

@@ -13,7 +13,9 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
 )
 
+from qkv.cache import Int8KVCache
 from qkv.growing import Growing
+from qkv.integrations.lazy_tensor import Int8Tensor
 
 
 def _room(tokens: int) -> int:
@@ -84,12 +86,69 @@ class SlidingLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
         return seen, seen[:, :, seen.shape[2] - before :].clone()
 
 
+class Int8Layer(DynamicLayer):  # type: ignore[misc]
+    """All keys and values of one layer in int8, which ``attn_implementation="qkv"`` reads as they are."""
+
+    keys: Any
+    values: Any
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self._cache = Int8KVCache()
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Appends keys and values ``(B, Hkv, L, D)``; returns all, which any reader but us gets written out."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._cache.append(key_states, value_states)
+        self._show()
+        return self.keys, self.values
+
+    def _show(self) -> None:
+        held = self._cache.keys()
+        self.keys = Int8Tensor(held.k, held.k_scale, self.dtype)
+        self.values = Int8Tensor(held.v, held.v_scale, self.dtype)
+
+    def get_seq_length(self) -> int:
+        """Tokens held."""
+        return self._cache.length if self.is_initialized else 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last tokens, of a number given as a negative one."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop: give the number of tokens to remove as a negative one; got {tokens_to_remove}.")
+        if self.is_initialized:
+            self._cache.crop(max(0, self._cache.length + tokens_to_remove))
+            self._show()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorders the batch for beam search."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each row of the batch."""
+        if self.get_seq_length() > 0:
+            self.batch_select_indices(torch.arange(self.keys.shape[0]).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps these rows of the batch."""
+        if self.get_seq_length() > 0:
+            self._cache.select(indices.to(self.device))
+            self._show()
+
+
 class QKVCache(DynamicCache):  # type: ignore[misc]
     """transformers' default cache, with layers that append without copying: for ``past_key_values``.
 
     Args:
         config: of the model. Layers with a window keep that window alone; kinds of layers that hold no keys and values,
             such as those of linear attention, are transformers' own.
+        dtype: of the keys and values of layers without a window: that of the model if None, or ``torch.int8``, about
+            half the bytes of bf16, for models on ``attn_implementation="qkv"``. (On others, all keys and values would
+            be written out at each step.)
+
+    Raises:
+        ValueError: for another dtype.
 
     Example:
         >>> import transformers
@@ -103,26 +162,39 @@ class QKVCache(DynamicCache):  # type: ignore[misc]
         7
     """
 
-    def __init__(self, config: PreTrainedConfig) -> None:
+    def __init__(self, config: PreTrainedConfig, dtype: torch.dtype | None = None) -> None:
         super().__init__(config=config)
-        self.layers: list[CacheLayerMixin] = [_ours(layer) for layer in self.layers]
+        growing = _growing_layer(dtype)
+        self.layers: list[CacheLayerMixin] = [_replaced(layer, growing) for layer in self.layers]
 
 
-OURS = {DynamicLayer: GrowingLayer, DynamicSlidingWindowLayer: SlidingLayer}
-"""What replaces transformers' layers."""
+THEIRS = {
+    name: kind for name, kind in DYNAMIC_LAYER_TYPE_MAPPING.items() if kind in (DynamicLayer, DynamicSlidingWindowLayer)
+}
+"""The layers that ours stand in for, by transformers' name of their kind of attention."""
 
 
-def use_by_default() -> None:
-    """Makes every ``DynamicCache(config=...)`` of transformers, such as that of ``generate``, one of our layers."""
-    for name, kind in list(DYNAMIC_LAYER_TYPE_MAPPING.items()):
-        if kind in OURS:
-            DYNAMIC_LAYER_TYPE_MAPPING[name] = OURS[kind]
+def use_by_default(dtype: torch.dtype | None = None) -> None:
+    """Makes every ``DynamicCache(config=...)`` of transformers, such as that of ``generate``, one of our layers.
+
+    Args:
+        dtype: as of `QKVCache`.
+    """
+    growing = _growing_layer(dtype)
+    for name, kind in THEIRS.items():
+        DYNAMIC_LAYER_TYPE_MAPPING[name] = growing if kind is DynamicLayer else SlidingLayer
 
 
-def _ours(layer: CacheLayerMixin) -> CacheLayerMixin:
-    if type(layer) is DynamicLayer:
-        return GrowingLayer()
-    if type(layer) is DynamicSlidingWindowLayer:
+def _growing_layer(dtype: torch.dtype | None) -> type[DynamicLayer]:
+    if dtype not in (None, torch.int8):
+        raise ValueError(f"dtype of a cache must be torch.int8, or None for that of the model; got {dtype}.")
+    return GrowingLayer if dtype is None else Int8Layer
+
+
+def _replaced(layer: CacheLayerMixin, growing: type[DynamicLayer]) -> CacheLayerMixin:
+    if type(layer) in (DynamicLayer, GrowingLayer, Int8Layer):
+        return growing()
+    if type(layer) in (DynamicSlidingWindowLayer, SlidingLayer):
         return SlidingLayer(layer.sliding_window)
     return layer
 

