@@ -54,7 +54,8 @@ MUTANTS = [
     Mutant("another dropout in the backward pass", f"{NATIVE}/backward.h", "dropout.factors(b.first + j, n)", "dropout.factors(b.first + j + 1, n)"),
     Mutant("turns not waited for", f"{NATIVE}/backward.h", "turns.wait(p, t, index);", ""),
     Mutant("causal aligned top-left in decoding", "backends/sdpa.py", " and problem.offset == 0 and", " and"),
-    Mutant("offset of the cache ignored", "layers/attention.py", "q, (k, v, offset), mask = self._inputs(x, context, mask, cache)\n        out", "q, (k, v, _), mask = self._inputs(x, context, mask, cache)\n        offset = 0\n        out"),
+    Mutant("offset of the cache ignored", "cache.py", 'return {"offset": self.offset}', 'return {"offset": 0}'),
+    Mutant("exported window decided by its example", "masks.py", "if not torch.compiler.is_exporting():", "if True:"),
     Mutant("rotary restarts at every chunk", "layers/attention.py", "position = 0 if cache is None else cache.length", "position = 0"),
     Mutant("groups interleaved (reference)", "backends/reference.py", "keys = problem.k.to(dtype).repeat_interleave(problem.group, dim=1)", "keys = problem.k.to(dtype).repeat(1, problem.group, 1, 1)"),
     Mutant("groups interleaved (sdpa)", "backends/sdpa.py", "enable_gqa=q.shape[1] != k.shape[1],", "enable_gqa=False,"),
@@ -116,7 +117,14 @@ def survives(mutant: Mutant, folder: Path) -> bool:
     if mutant.file.startswith(NATIVE):
         build(folder)
     names = ("mechanisms", "test_masks.py", "test_functional.py", "test_layers.py", "test_rotary.py")
-    names += ("test_contract.py", "test_int8.py", "test_native.py", "test_flash_attn.py", "test_varlen.py")
+    names += (
+        "test_contract.py",
+        "test_int8.py",
+        "test_native.py",
+        "test_flash_attn.py",
+        "test_varlen.py",
+        "test_export.py",
+    )
     tests = [f"tests/{name}" for name in (*names, "test_transformers.py", "test_transformers_cache.py")]
     selected = "not flex and not every_instruction_set"
     if mutant.file.startswith(NATIVE):

@@ -100,6 +100,15 @@ def test_quantizing_is_off_by_half_a_step_at_most() -> None:
     assert quantize(torch.tensor([torch.nan, 1.0]))[1].isnan()
 
 
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_the_kernel_quantizes_to_the_same_bits_as_torch(dtype: torch.dtype) -> None:
+    x = torch.randn(2, 5, 3, 37).to(dtype).transpose(1, 2)[..., :33]  # a view
+    x[0, 0, 0], x[0, 0, 1, 5], x[0, 0, 2, 0] = 0, torch.nan, torch.inf
+    assert x.stride(3) == 1
+    for got, want in zip(quantize(x), quantize(x[None]), strict=True):
+        torch.testing.assert_close(got, want[0], rtol=0, atol=0, equal_nan=True)
+
+
 def test_a_cache_in_int8_gives_what_its_keys_say_in_any_chunking() -> None:
     torch.manual_seed(0)
     layer = qkv.GroupedQueryAttention(48, 6, 2, mask=Mask.causal(), rotary=qkv.RotaryEmbedding(8)).eval()

@@ -105,6 +105,8 @@ def test_the_library_exports_its_own_functions_alone() -> None:
     assert exported == {
         "qkv_isa",
         "qkv_plain",
+        "qkv_quantize",
+        "qkv_quantization_size",
         "qkv_problem_size",
         "qkv_gradients_size",
         "qkv_forward",

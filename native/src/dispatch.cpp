@@ -12,6 +12,7 @@ namespace qkv {
     void forward(const Problem&);                    \
     void backward(const Problem&, const Gradients&); \
     int64_t count_scores(const Problem&);            \
+    void quantize(const Quantization&);              \
     }
 
 QKV_DECLARE(generic)
@@ -29,6 +30,7 @@ struct Isa {
     void (*forward)(const Problem&);
     void (*backward)(const Problem&, const Gradients&);
     int64_t (*count_scores)(const Problem&);
+    void (*quantize)(const Quantization&);
 };
 
 // The best that this machine has, or the one that the environment variable QKV_ISA names.
@@ -43,11 +45,12 @@ const Isa* choose() {
 #endif
     static const Isa all[] = {
 #if defined(QKV_X86)
-        {"avx512bf16", has_bf16, avx512bf16::forward, avx512bf16::backward, avx512bf16::count_scores},
-        {"avx512", has_avx512, avx512::forward, avx512::backward, avx512::count_scores},
-        {"avx2", has_avx2, avx2::forward, avx2::backward, avx2::count_scores},
+        {"avx512bf16", has_bf16, avx512bf16::forward, avx512bf16::backward, avx512bf16::count_scores,
+         avx512bf16::quantize},
+        {"avx512", has_avx512, avx512::forward, avx512::backward, avx512::count_scores, avx512::quantize},
+        {"avx2", has_avx2, avx2::forward, avx2::backward, avx2::count_scores, avx2::quantize},
 #endif
-        {"generic", true, generic::forward, generic::backward, generic::count_scores},
+        {"generic", true, generic::forward, generic::backward, generic::count_scores, generic::quantize},
     };
     const char* forced = std::getenv("QKV_ISA");
     const bool any = !forced || !*forced;
@@ -70,6 +73,7 @@ QKV_EXPORT const char* qkv_isa() { return qkv::chosen() ? qkv::chosen()->name : 
 // What the caller's idea of the structs is held against.
 QKV_EXPORT int qkv_problem_size() { return (int)sizeof(qkv::Problem); }
 QKV_EXPORT int qkv_gradients_size() { return (int)sizeof(qkv::Gradients); }
+QKV_EXPORT int qkv_quantization_size() { return (int)sizeof(qkv::Quantization); }
 
 namespace qkv {
 namespace {
@@ -107,4 +111,10 @@ QKV_EXPORT int64_t qkv_count_scores(const void* problem) {
     qkv::Problem p;
     std::memcpy(&p, problem, sizeof p);
     return qkv::chosen()->count_scores(p);
+}
+
+QKV_EXPORT void qkv_quantize(const void* quantization) {
+    qkv::Quantization q;
+    std::memcpy(&q, quantization, sizeof q);
+    qkv::chosen()->quantize(q);
 }

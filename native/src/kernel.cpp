@@ -155,6 +155,32 @@ int64_t count_scores(const Problem& p) {
     return count;
 }
 
+void quantize(const Quantization& q) {
+    constexpr float ROUNDING = 12582912.0f;  // Adding 1.5 * 2^23 rounds to the nearest integer.
+    const int64_t item = size_of(q.dtype);
+    parallel_for(q.batch * q.heads, q.threads, [&](int64_t index) {
+        const int64_t batch = index / q.heads, head = index % q.heads;
+        for (int64_t row = 0; row < q.rows; ++row) {
+            const char* const from = row_of(q.dtype, q.from, batch, head, row);
+            int8_t* const to = (int8_t*)row_of(Dtype::i8, q.to, batch, head, row);
+            vec top = {};
+            for_columns(q.width, [&](int64_t d, int64_t count) {
+                const vec x = load_part(q.dtype, from + d * item, count), size = x < 0.0f ? -x : x;
+                top = size > top ? size : (size == size ? top : size);  // NaN stays
+            });
+            float scale = 0;
+            for (int i = 0; i < LANES; ++i) scale = top[i] > scale || top[i] != top[i] ? top[i] : scale;
+            scale /= 127.0f;
+            q.scale.data[batch * q.scale.batch + head * q.scale.head + row] = scale;
+            const float step = std::max(scale, std::numeric_limits<float>::min());
+            for_columns(q.width, [&](int64_t d, int64_t count) {
+                const vec x = load_part(q.dtype, from + d * item, count) / step + ROUNDING - ROUNDING;
+                for (int64_t i = 0; i < count; ++i) to[d + i] = x[i] == x[i] ? (int8_t)x[i] : 0;
+            });
+        }
+    });
+}
+
 void backward(const Problem& p, const Gradients& g) {
     const int64_t item = size_of(p.dtype), keys = p.batch * p.kv_heads * p.lk;
     prefer_huge_pages(g.dq.data, p.batch * p.heads * p.lq * p.width * item);

@@ -15,7 +15,7 @@ struct View {
 
 // A factor for each key, (batch, head, row), or null. Rows lie next to each other.
 struct Scales {
-    const float* data;
+    float* data;
     int64_t batch, head;
 };
 
@@ -68,6 +68,15 @@ struct Gradients {
     View dq, dk, dv;
     float* d_bias;   // (batch, heads, lq, lk) of zeros, or null
     float* d_alibi;  // (heads), or null
+};
+
+// Rows of heads to be rounded to i8: to = from / scale, where scale is a 127th of the largest of its row.
+struct Quantization {
+    Dtype dtype;  // of from
+    int64_t batch, heads, rows, width;
+    View from, to;
+    Scales scale;  // written
+    int threads;
 };
 
 }  // namespace qkv

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from qkv import kernels
 from qkv.growing import Growing
 from qkv.masks import Mask
 
@@ -206,6 +207,8 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
         >>> quantize(torch.tensor([0.5, -1.0, 0.25]))
         (tensor([  64, -127,   32], dtype=torch.int8), tensor(0.0079))
     """
+    if _suits_the_kernel(x):
+        return kernels.quantize(x)
     wide = x.float()
     scale = wide.abs().amax(dim=-1) / 127
     codes = wide / scale.clamp_min(torch.finfo(torch.float32).tiny)[..., None]
@@ -370,6 +373,19 @@ Cache = KVCache | Int8KVCache | SlidingKVCache | CrossKVCache
 """Any of them."""
 
 SMALLEST_BUFFER = 16
+
+
+def _suits_the_kernel(x: Tensor) -> bool:
+    return (
+        kernels.absence() is None
+        and type(x) is Tensor
+        and x.is_cpu
+        and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and x.dim() == 4
+        and x.stride(3) == 1
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and not (kernels.is_watched() or torch._C._are_functorch_transforms_active())
+    )
 
 
 def _check_append(

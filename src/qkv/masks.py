@@ -265,19 +265,19 @@ class Mask:
         """First key and one past the last key that the interval shows to any of the queries."""
         # Comparisons instead of min and max: with symbolic lengths, a compiler decides the former.
         stop = lk
-        if self.right is not None and offset + lq + self.right < lk:
+        if self.right is not None and _holds(offset + lq + self.right < lk):
             stop = max(0, offset + lq + self.right)
         start = 0
-        if self.left is not None and not self.sink_tokens and offset > self.left:
+        if self.left is not None and not self.sink_tokens and _holds(offset > self.left):
             start = min(stop, offset - self.left)
         return start, stop
 
     def simplified(self, lq: int, lk: int, offset: int) -> "Mask":
         """The mask without the bounds that hide nothing from these queries."""
         left, right = self.left, self.right
-        if right is not None and offset + right >= lk - 1:
+        if right is not None and _holds(offset + right >= lk - 1):
             right = None
-        if left is not None and offset + lq - 1 - left <= self.sink_tokens:
+        if left is not None and _holds(offset + lq - 1 - left <= self.sink_tokens):
             left = None
         if left == self.left and right == self.right:
             return self
@@ -334,6 +334,15 @@ def _require_count(who: str, name: str, value: object, least: int, why: str) -> 
         raise TypeError(f"{who}: {name} must be an int ({why}); got {value!r}.")
     if value < least:
         raise ValueError(f"{who}: {name} must be at least {least} ({why}); got {value}.")
+
+
+def _holds(condition: bool) -> bool:
+    """Whether a condition on lengths holds; in a program that is exported, for whatever lengths it is to take."""
+    if not torch.compiler.is_exporting():
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
 
 
 def _least(a: int | None, b: int | None) -> int | None:

@@ -252,7 +252,7 @@ def _check_mask(who: str, mask: Mask, q: Tensor, k: Tensor) -> None:
 
 def _resolve_offset(who: str, mask: Mask, alibi: Tensor | None, offset: int | None, lq: int, lk: int) -> int:
     if offset is None:
-        if lq != lk and (mask.is_positional or alibi is not None):
+        if (mask.is_positional or alibi is not None) and lq != lk:
             positional = repr(mask) if mask.is_positional else "alibi"
             raise ValueError(
                 f"{who}: {positional} depends on where the {lq} queries stand among the {lk} keys, and offset is not "

@@ -41,6 +41,8 @@ def plan(problem: Problem) -> Plan | None:
         return None
     if problem.alibi is not None and mask.sink_tokens:
         return None  # Blocks move the sinks next to the window, which changes their distance.
+    if torch.compiler.is_exporting():
+        return None  # Whether they pay depends on lengths, which a program may leave open.
     size = max(SMALLEST_BLOCK, (mask.left + mask.right + 1) // 2)
     start = max(0, mask.sink_tokens + mask.left - offset)
     end = min(problem.lq, problem.lk - mask.right - offset)

@@ -21,7 +21,9 @@ def why_not(problem: Problem) -> list[str]:
         wanted = "sink logits need" if problem.sink_logits is not None else "the caller wants"
         if problem.q.device.type not in ("cpu", "meta"):
             reasons.append(f"{wanted} the lse, which torch's kernels give on CPU alone")
-        if problem.lq == 0 or trim(problem).lk == 0:
+        if torch.onnx.is_in_onnx_export():
+            reasons.append(f"{wanted} the lse, which ONNX's attention does not give")
+        elif problem.lq == 0 or trim(problem).lk == 0:
             reasons.append(f"{wanted} the lse, which torch's kernels do not give without queries or keys")
         if problem.dropout:
             reasons.append(f"{wanted} the lse, which torch's kernels do not give with dropout")
@@ -78,6 +80,10 @@ def _fused(problem: Problem) -> Result:
         scale=problem.scale,
         enable_gqa=q.shape[1] != k.shape[1],
     )
+    if attn_mask is not None and torch.onnx.is_in_onnx_export():
+        # Before opset 23, torch writes rows that see nothing as the mean of all values.
+        seen = attn_mask if attn_mask.dtype == torch.bool else attn_mask > -torch.inf
+        out = out.masked_fill(~seen.any(dim=-1, keepdim=True), 0)
     return Result(out if out.shape[3] == value_width else out[..., :value_width], None)
 
 

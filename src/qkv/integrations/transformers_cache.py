@@ -19,8 +19,8 @@ from qkv.integrations.lazy_tensor import Int8Tensor
 
 
 def _room(tokens: int) -> int:
-    """Tokens of new memory, of which a fifth waits to be filled: a token is moved 4 times at most, on average."""
-    return tokens + max(tokens // 4, 64)
+    """Tokens of new memory. Little waits to be filled; all are moved once in so many steps as each reads them all."""
+    return tokens + max(tokens // 16, 64)
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]

@@ -9,3 +9,4 @@ from qkv.kernels.operators import forward as forward
 from qkv.kernels.operators import forward_plain as forward_plain
 from qkv.kernels.operators import forward_with_gradients as forward_with_gradients
 from qkv.kernels.operators import is_watched as is_watched
+from qkv.kernels.operators import quantize as quantize

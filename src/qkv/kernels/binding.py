@@ -37,6 +37,13 @@ GRADIENTS = struct.Struct(
     f"{_VIEW * 3}"  # dq, dk, dv
     "2P"  # d_bias, d_alibi
 )
+QUANTIZATION = struct.Struct(
+    "@i"  # dtype
+    "4q"  # batch, heads, rows, width
+    f"{_VIEW * 2}"  # from, to
+    f"{_SCALES}"  # scale
+    f"i{_END}"  # threads
+)
 
 UNBOUNDED = 1 << 40
 """Left or right of an interval without a bound."""
@@ -52,6 +59,8 @@ class Library(NamedTuple):
     """Takes a `PROBLEM` and its `GRADIENTS`. Returns as `forward`."""
     count_scores: Callable[[bytes], int]
     """Takes a `PROBLEM`: how many scores its forward pass computes, for tests of what masks spare."""
+    quantize: Callable[[bytes], None]
+    """Takes a `QUANTIZATION`."""
     plain: Callable[[Tensor, Tensor, Tensor, Tensor, int, int, int, int, float, int], int] | None
     """Takes q, k, v, out, offset, left, right, sink_tokens, scale and threads. Returns as `forward`, or 2 for tensors
     that it does not take. None where torch has no DLPack exchange functions."""
@@ -65,18 +74,21 @@ def load(path: Path) -> Library | str:
         native = ctypes.CDLL(str(path))
     except OSError as error:
         return f"the compiled kernel does not load: {error}"
-    sizes = (PROBLEM.size, GRADIENTS.size)
-    if not hasattr(native, "qkv_plain") or (native.qkv_problem_size(), native.qkv_gradients_size()) != sizes:
+    sizes = {"problem": PROBLEM.size, "gradients": GRADIENTS.size, "quantization": QUANTIZATION.size}
+    known = [hasattr(native, f"qkv_{name}_size") and getattr(native, f"qkv_{name}_size")() for name in sizes]
+    if known != [*sizes.values()]:
         return f"{path} is of another version of qkv and needs to be built anew"
     native.qkv_isa.restype = ctypes.c_char_p
     isa = native.qkv_isa()
     if isa is None:
         return f"QKV_ISA={os.environ.get('QKV_ISA')!r} is no instruction set that this machine and the kernel have"
     native.qkv_forward.argtypes = native.qkv_count_scores.argtypes = [ctypes.c_char_p]
+    native.qkv_quantize.argtypes, native.qkv_quantize.restype = [ctypes.c_char_p], None
     native.qkv_backward.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
     native.qkv_forward.restype = native.qkv_backward.restype = ctypes.c_int
     native.qkv_count_scores.restype = ctypes.c_int64
-    return Library(isa.decode(), native.qkv_forward, native.qkv_backward, native.qkv_count_scores, _load_plain(path))
+    functions = (native.qkv_forward, native.qkv_backward, native.qkv_count_scores, native.qkv_quantize)
+    return Library(isa.decode(), *functions, _load_plain(path))
 
 
 class _Interpreter(ctypes.Structure):

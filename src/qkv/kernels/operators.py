@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qkv.kernels.binding import GRADIENTS, PROBLEM, UNBOUNDED, loaded
+from qkv.kernels.binding import GRADIENTS, PROBLEM, QUANTIZATION, UNBOUNDED, loaded
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3, torch.int8: 4}
 """As the kernel numbers them."""
@@ -86,6 +86,17 @@ def forward_with_gradients(call: Call) -> tuple[Tensor, Tensor]:
     """The operator ``qkv::forward`` past the dispatcher of torch, which costs 100 us: for plain tensors."""
     found: tuple[Tensor, Tensor] = _Recorded.apply(*call)  # type: ignore[no-untyped-call]
     return found
+
+
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of ``x (B, heads, L, width)`` in int8, and the scale ``(B, heads, L)`` of each: for plain tensors."""
+    codes, scale = x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:3], dtype=torch.float32)
+    packed = QUANTIZATION.pack(
+        *(DTYPES[x.dtype], *x.shape, *_view(x), *_view(codes), *_scales(scale)),
+        torch.get_num_threads(),
+    )
+    loaded().quantize(packed)
+    return codes, scale
 
 
 def is_watched() -> bool:

@@ -1,0 +1,20 @@
+"""What the tests here share: a note on whether upstream still has what its users complain of."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def upstream(request: pytest.FixtureRequest) -> Callable[[Callable[[], bool]], None]:
+    """Prints whether the complaint still holds in what is installed, and asserts nothing. ``pytest -rP`` shows it."""
+
+    def note(complaint: Callable[[], bool]) -> None:
+        try:
+            verdict = "still so" if complaint() else "mended"
+        except Exception as error:
+            verdict = f"still so, raises {type(error).__name__}: {str(error).splitlines()[0]}"
+        print(f"torch {torch.__version__}, {request.node.name}: {verdict}")
+
+    return note

@@ -1,0 +1,76 @@
+"""What users of flash-attn complain of."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from budget import assert_within_budget
+from oracle import Rule, Scores, attend
+from torch.nn.attention.bias import causal_lower_right
+
+import qkv
+from qkv import Mask
+from qkv.integrations.flash_attn import flash_attn_func, flash_attn_varlen_func
+
+
+def test_flash_attention_1022_its_functions_run_on_cpu() -> None:
+    """There is no build for CPUs, so that code differs from device to device (Dao-AILab/flash-attention#1022,
+    Dao-AILab/flash-attention#185, Dao-AILab/flash-attention#59).
+    """
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, length, 4, 8, requires_grad=True) for length in (5, 9, 9))
+    out = flash_attn_func(q, k, v, causal=True)
+    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+    want = F.scaled_dot_product_attention(*heads_first, attn_mask=causal_lower_right(5, 9)).transpose(1, 2)
+    assert isinstance(out, torch.Tensor)
+    torch.testing.assert_close(out, want)
+    upstream = torch.randn_like(out)
+    got, expected = (torch.autograd.grad(result, (q, k, v), upstream) for result in (out, want))
+    torch.testing.assert_close(got, expected)
+    starts_q, starts_k = torch.tensor([0, 5, 10]), torch.tensor([0, 9, 18])
+    packed = flash_attn_varlen_func(*(x.flatten(0, 1) for x in (q, k, v)), starts_q, starts_k, 5, 9, causal=True)
+    assert isinstance(packed, torch.Tensor)
+    torch.testing.assert_close(packed.unflatten(0, (2, 5)), out)
+
+
+def test_flash_attention_352_mask_bias_and_window_combine() -> None:
+    """There is no mask and no bias beside a window (Dao-AILab/flash-attention#352, Dao-AILab/flash-attention#840,
+    Dao-AILab/flash-attention#1179, Dao-AILab/flash-attention#17).
+    """
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 13, 8), torch.randn(2, 2, 13, 8), torch.randn(2, 2, 13, 8)
+    allow, keep = torch.rand(2, 4, 13, 13) < 0.7, torch.arange(13) < torch.tensor([[13], [9]])
+    bias = torch.randn(4, 13, 13, requires_grad=True)
+    mask = Mask.dense(allow) & Mask.padding(keep) & Mask.causal(window=5)
+    out = qkv.attention(q, k, v, mask=mask, bias=bias)
+    rule = Rule(left=4, right=0, keep=keep.tolist(), allow=allow)
+    want = attend(q, k, v, rule, scores=Scores(bias=bias)).out
+    seen = allow & keep[:, None, None] & torch.ones(13, 13, dtype=torch.bool).tril().triu(-4)
+    dense = bias[None].expand(2, -1, -1, -1).masked_fill(~seen, -torch.inf)
+    peer = F.scaled_dot_product_attention(q, k, v, attn_mask=dense.detach(), enable_gqa=True)
+    assert_within_budget(out, want, peer, "out")
+    (grad,) = torch.autograd.grad(out.sum(), bias)
+    assert (grad[~seen.any(0)] == 0).all() and (grad[seen.any(0)] != 0).any()
+
+
+@pytest.mark.parametrize("window", [1, 4, 30])
+@pytest.mark.filterwarnings("ignore")  # of transformers' own making
+def test_transformers_39408_a_window_of_w_shows_w_keys_in_every_dialect(window: int) -> None:
+    """Whether a window counts the query's own key differs by one between backends (huggingface/transformers#39408,
+    huggingface/transformers#40163, huggingface/transformers#29623, huggingface/transformers#29176,
+    vllm-project/vllm#3385, zml/zml#763).
+    """
+    mask, length = Mask.causal(window=window), 13
+    seen = mask.visible(length, length)[0, 0]
+    assert seen.sum(1).tolist() == [min(window, i + 1) for i in range(length)]
+
+    q = torch.randn(1, length, 2, 8)
+    ours = qkv.attention(*[q.transpose(1, 2)] * 3, mask=mask).transpose(1, 2)
+    assert torch.equal(flash_attn_func(q, q, q, window_size=(window - 1, 0)), ours)
+
+    masking = pytest.importorskip("transformers.masking_utils")
+    from qkv.integrations.transformers_masks import recognise
+
+    function = masking.sliding_window_causal_mask_function(window)
+    assert recognise(function, range(length)) == mask
+    theirs = masking.sdpa_mask(1, length, length, mask_function=function, allow_is_causal_skip=False)
+    assert torch.equal(theirs[0, 0], seen)
