@@ -47,7 +47,7 @@ MUTANTS = [
     Mutant("documents passed over by their largest", f"{NATIVE}/mask.h", "t.document[r] >= part.low && t.document[r] <= part.high", "t.document[r] == part.high"),
     Mutant("sums not moved with their maximum", f"{NATIVE}/forward.h", "store(state.sum + n * LANES, load(state.sum + n * LANES) * rise.shrink);", ""),
     Mutant("pieces merged without their shares", f"{NATIVE}/state.h", "store(out, load(out) * left + load(piece.out", "store(out, load(out) + load(piece.out"),
-    Mutant("sink forgotten in the normaliser (kernel)", f"{NATIVE}/state.h", "sum = sum * share + std::exp2(sink - peak);", "sum = sum * share;"),
+    Mutant("sink forgotten in the normaliser (kernel)", f"{NATIVE}/state.h", "sum = sum * share + std::exp2((sink - peak) * LOG2E);", "sum = sum * share;"),
     Mutant("hidden NaN leaks in decoding", f"{NATIVE}/few.h", "write(p.dtype, clean, d, 0.0f);", ""),
     Mutant("delta dropped", f"{NATIVE}/backward.h", "weight * (d_weight - load(delta + n * LANES))", "weight * d_weight"),
     Mutant("softcap without its derivative", f"{NATIVE}/scores.h", "1.0f - y * y", "set1(1.0f)"),

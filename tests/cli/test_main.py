@@ -25,8 +25,10 @@ def test_version(capsys):
 def test_help_names_the_commands(capsys):
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
-    assert "demo   Generate with transformers' attention and with qkv's, and compare." in shown
-    assert "bench  Time and weigh the seven mechanisms, beside torch's attention." in shown
+    assert "demo     Generate with transformers' attention and with qkv's, and" in shown
+    assert "bench    Time and weigh the seven mechanisms, beside torch's attention." in shown
+    assert "inspect  Describe a model's attention and its KV cache; load no weights." in shown
+    assert "convert  Pool the keys and values of a model to fewer heads." in shown
 
 
 def test_help_of_demo_names_every_option(capsys):

@@ -6,7 +6,9 @@ import typer
 
 import qkv
 from qkv.cli.bench import bench
+from qkv.cli.convert import convert
 from qkv.cli.demo import demo
+from qkv.cli.inspect import inspect
 
 app = typer.Typer(
     help="Attention layers for PyTorch: try them on a model, and measure them.",
@@ -35,3 +37,5 @@ def options(
 
 app.command()(demo)
 app.command()(bench)
+app.command()(inspect)
+app.command()(convert)

@@ -1,0 +1,114 @@
+"""`qkv convert`: a checkpoint with fewer key/value heads, streamed from one folder to another."""
+
+import sys
+import tempfile
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from qkv.cli.errors import CommandError
+from qkv.cli.inspect import describe, kv_bytes
+from qkv.cli.kv_cache_size import readable_bytes
+from qkv.cli.language_model import load, quiet
+from qkv.cli.model_source import gguf_source
+from qkv.cli.options import count
+from qkv.cli.progress import Progress
+from qkv.convert import CheckpointError, CheckpointPlan, Inspection, plan_checkpoint, write_checkpoint
+from qkv.convert.inspection import inspect_tensors
+from qkv.convert.safetensors_file import BITS
+from qkv.convert.staging import check_replaceable
+
+
+class Pool(str, Enum):
+    """What ``--pool`` takes."""
+
+    mean = "mean"
+    first = "first"
+    random = "random"
+
+
+def convert(
+    model: Annotated[
+        Path, typer.Argument(help="A folder with config.json and safetensors, or a small GGUF file.", metavar="MODEL")
+    ],
+    out: Annotated[Path, typer.Argument(help="The folder to write.", metavar="OUT")],
+    kv_heads: Annotated[int, count("KV heads of the result, a divisor of those there are.", "HEADS")],
+    pool: Annotated[
+        Pool, typer.Option(help="How the heads of a group become one: their mean, the first, or drawn anew.")
+    ] = Pool.mean,
+    seed: Annotated[int, typer.Option(help="Of --pool random.", metavar="NUMBER")] = 0,
+    window: Annotated[
+        int | None, count("Gives each layer a window of so many keys, where the configuration can say so.", "TOKENS")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, report, and write nothing.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a model.")] = False,
+) -> None:
+    """Pool the keys and values of a model to fewer heads.
+
+    Reads and writes one tensor at a time, so that memory does not grow with the model. OUT appears whole or not at all,
+    with tokenizer and all other files. It is a start for further training: pooling changes what a model computes.
+
+    The weights of a GGUF file are loaded and unpacked to float32 by transformers, into a folder for the time being.
+    """
+    progress = Progress()
+    try:
+        check_replaceable(out.expanduser().absolute(), overwrite)
+        with tempfile.TemporaryDirectory(prefix="qkv-unpacked-") as temporary:
+            source = model.expanduser()
+            if source.is_file():
+                source = _unpack(source, Path(temporary), progress)
+            with progress.step("reading configuration and headers"), quiet():
+                plan = plan_checkpoint(source, kv_heads, how=pool.value, seed=seed, window=window)
+                before = inspect_tensors(str(source), plan.source.config, plan.source.tensors)
+                after = inspect_tensors(str(out), plan.plan.config, plan.tensors)
+            if not dry_run:
+                with progress.step("converting", 2 * plan.num_bytes, "bytes") as reach:
+                    write_checkpoint(plan, out.expanduser(), overwrite=overwrite, reach=reach, say=progress.say)
+    except CheckpointError as error:
+        raise CommandError(str(error)) from error
+    _print(plan, before, after, "would write" if dry_run else "wrote", out, Console(file=sys.stdout))
+
+
+def _unpack(file: Path, folder: Path, progress: Progress) -> Path:
+    """The model of a GGUF file, saved as a folder."""
+    loaded = load(gguf_source(file.absolute()), torch.float32, progress)
+    with progress.step("unpacking"), quiet():
+        loaded.model.save_pretrained(folder)
+        loaded.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _print(plan: CheckpointPlan, before: Inspection, after: Inspection, did: str, out: Path, console: Console) -> None:
+    def line(text: str, style: str = "") -> None:
+        console.print(Text(text, style=style), soft_wrap=True)
+
+    changed = sum(output.compute is not None for output in plan.plan.outputs.values())
+    line(f"{did} {out}", "bold")
+    line(f"  {describe(before.layers[0])}")
+    line(f"  becomes {describe(after.layers[0])}")
+    line(f"  {changed} of {len(plan.plan.outputs)} tensors changed, {len(plan.carried)} other files carried over")
+    if plan.left:
+        line(f"  left behind, since they hold weights of the model as it was: {', '.join(map(str, plan.left))}")
+    console.print()
+    table = Table("", box=None, pad_edge=False)
+    for title in ("before", "after", "of before"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for name, old, new in (
+        ("  parameters", before.parameters, after.parameters),
+        ("  in attention", _attention(before), _attention(after)),
+    ):
+        table.add_row(name, f"{old:,}", f"{new:,}", f"{new / old:.1%}")
+    width = BITS[after.dtype] // 8
+    old, new = kv_bytes(before, 1, 1, width), kv_bytes(after, 1, 1, width)
+    table.add_row("  KV cache a token", readable_bytes(old), readable_bytes(new), f"{new / old:.1%}")
+    console.print(table)
+
+
+def _attention(found: Inspection) -> int:
+    return sum(layer.parameters for layer in found.layers)

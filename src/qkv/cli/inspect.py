@@ -1,0 +1,188 @@
+"""`qkv inspect`: the attention of a model, and what it would be with fewer KV heads, without loading weights."""
+
+import json
+import sys
+from collections import Counter
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import qkv
+from qkv.cli.errors import CommandError
+from qkv.cli.kv_cache_size import LayerShape, cache_bytes, readable_bytes
+from qkv.cli.language_model import quiet
+from qkv.cli.model_source import ACCEPTED, HUB_NAME
+from qkv.cli.options import count
+from qkv.convert import CheckpointError, Inspection, inspect_checkpoint
+from qkv.convert.description import LayerAttention
+
+NUM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class Dtype(str, Enum):
+    """The dtypes that ``--dtype`` takes."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def inspect(
+    model: Annotated[
+        str, typer.Argument(help="A folder, a safetensors or GGUF file, or a name on the hub.", metavar="MODEL")
+    ],
+    length: Annotated[int, count("Tokens of a text that the cache is measured for.", "TOKENS")] = 4096,
+    batch: Annotated[int, count("Texts at once.", "TEXTS")] = 1,
+    dtype: Annotated[Dtype, typer.Option(help="Of keys and values in the cache.")] = Dtype.bfloat16,
+    as_document: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document, and nothing else, on standard output.")
+    ] = False,
+) -> None:
+    """Describe a model's attention and its KV cache; load no weights.
+
+    Reads the configuration and the headers of files. Prints for each kind of layer its mechanism, heads, widths,
+    window, biases and rotation; then the parameters and the bytes of the KV cache as the model is, and for each number
+    of KV heads that `qkv convert` could give it.
+    """
+    try:
+        with quiet():
+            found = _inspect(model)
+    except CheckpointError as error:
+        raise CommandError(str(error)) from error
+    sizes = [_size(choice, length, batch, NUM_BYTES[dtype.value]) for choice in _choices(found)]
+    if as_document:
+        print(json.dumps(_as_json(model, found, length, batch, dtype.value, sizes), indent=2, allow_nan=False))
+    else:
+        _print(model, found, length, batch, dtype.value, sizes, Console(file=sys.stdout))
+
+
+def describe(layer: LayerAttention) -> str:
+    """A layer in words."""
+    kinds = {1: "multi-query", layer.num_heads: "multi-head"}
+    width = f"head width {layer.head_dim}"
+    if layer.value_dim != layer.head_dim:
+        width = f"key width {layer.head_dim}, value width {layer.value_dim}"
+    return ", ".join(
+        (
+            f"{kinds.get(layer.num_kv_heads, 'grouped-query')} attention: {_count(layer.num_heads, 'query head')}",
+            _count(layer.num_kv_heads, "KV head"),
+            width,
+            "no window" if layer.window is None else f"a window of {layer.window}",
+            "biases" if layer.bias else "no biases",
+            f"rotary ({layer.rotary})" if layer.rotary else "not rotary",
+            *(["normalised queries and keys"] if layer.qk_norm else []),
+        )
+    )
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
+def kv_bytes(found: Inspection, length: int, batch: int, bytes_per_number: int) -> int:
+    """Of the cache of ``batch`` texts of ``length`` tokens."""
+    shapes = tuple(
+        LayerShape(layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.value_dim, layer.window)
+        for layer in found.layers
+    )
+    return batch * cache_bytes(shapes, length, bytes_per_number)
+
+
+def _inspect(model: str) -> Inspection:
+    path = Path(model).expanduser()
+    if path.exists():
+        return inspect_checkpoint(path)
+    if HUB_NAME.fullmatch(model) and not model.startswith("."):
+        return _inspect_hub(model)
+    raise CommandError(f"there is no file or folder {model!r}, and it is no name of a hub model. {ACCEPTED}")
+
+
+def _inspect_hub(name: str) -> Inspection:
+    """Reads the configuration and, in parts of the files, the headers."""
+    from huggingface_hub import get_safetensors_metadata, hf_hub_download
+
+    from qkv.convert.documents import read_document
+    from qkv.convert.inspection import inspect_tensors
+    from qkv.convert.safetensors_file import TensorSpec
+
+    try:
+        config = read_document(Path(hf_hub_download(name, "config.json")))
+        files = get_safetensors_metadata(name).files_metadata.values()
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CommandError(
+            f"the headers of {name!r} cannot be had from the hub. {type(error).__name__}: {error!s:.400}\n"
+            "Check the name and the network, or give a local folder or file."
+        ) from error
+    tensors = {
+        tensor: TensorSpec(info.dtype, tuple(info.shape)) for file in files for tensor, info in file.tensors.items()
+    }
+    return inspect_tensors(name, config, tensors)
+
+
+def _choices(found: Inspection) -> list[Inspection]:
+    """The model as it is, and as it could be."""
+    others = (found.with_kv_heads(heads) for heads in found.possible_kv_heads)
+    return [found, *(other for other in others if other.layers != found.layers)]
+
+
+def _size(found: Inspection, length: int, batch: int, bytes_per_number: int) -> dict[str, Any]:
+    return {
+        "num_kv_heads": sorted({layer.num_kv_heads for layer in found.layers}, reverse=True),
+        "parameters": found.parameters,
+        "attention_parameters": sum(layer.parameters for layer in found.layers),
+        "kv_bytes_per_token": kv_bytes(found, 1, 1, bytes_per_number),
+        "kv_bytes": kv_bytes(found, length, batch, bytes_per_number),
+    }
+
+
+def _as_json(
+    model: str, found: Inspection, length: int, batch: int, dtype: str, sizes: list[dict[str, Any]]
+) -> dict[str, Any]:
+    return {
+        "versions": {"qkv": qkv.__version__},
+        "model": model,
+        "model_type": found.model_type,
+        "stored_dtype": found.dtype,
+        "parameters": found.parameters,
+        "layers": [{"num_layers": number, **layer._asdict()} for layer, number in Counter(found.layers).items()],
+        "kv_cache": {"length": length, "batch": batch, "dtype": dtype, "sizes": sizes},
+    }
+
+
+def _print(
+    model: str,
+    found: Inspection,
+    length: int,
+    batch: int,
+    dtype: str,
+    sizes: list[dict[str, Any]],
+    console: Console,
+) -> None:
+    title = f"{model} ({found.model_type}), {found.parameters:,} parameters, keys and values stored in {found.dtype}"
+    console.print(Text(title, style="bold"), soft_wrap=True)
+    for layer, number in Counter(found.layers).items():
+        console.print(Text(f"  {_count(number, 'layer')} of {describe(layer)}"), soft_wrap=True)
+    console.print()
+    texts = f"a text of {length} tokens" if batch == 1 else f"{batch} texts of {length} tokens"
+    console.print(Text(f"Parameters, and the KV cache of {texts} in {dtype}", style="bold"), soft_wrap=True)
+    table = Table(box=None, pad_edge=False)
+    for column in ("  KV heads", "parameters", "in attention", "cache a token", "cache", "of now"):
+        table.add_column(column, justify="left" if column == "  KV heads" else "right", no_wrap=True)
+    for row, size in enumerate(sizes):
+        heads = ", ".join(map(str, size["num_kv_heads"]))
+        table.add_row(
+            f"  {heads} (this model)" if row == 0 else f"  {heads}",
+            f"{size['parameters']:,}",
+            f"{size['attention_parameters']:,}",
+            readable_bytes(size["kv_bytes_per_token"]),
+            readable_bytes(size["kv_bytes"]),
+            f"{size['kv_bytes'] / sizes[0]['kv_bytes']:.1%}",
+        )
+    console.print(table)

@@ -1,0 +1,303 @@
+"""`convert_checkpoint`: a folder of safetensors in, another out, one tensor at a time."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qkv.convert.errors import CheckpointError
+from qkv.convert.family import Output
+from qkv.convert.folder import CONFIG, INDEX, PICKLES, Folder, read_folder
+from qkv.convert.plan import Plan, make_plan
+from qkv.convert.safetensors_file import TORCH_DTYPES, TensorSpec, lay_out, read_header
+from qkv.convert.staging import staged, sync
+from qkv.convert.tensors import How
+
+CHUNK = 1 << 22
+WEIGHTS = (*PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".tflite", ".index.json")
+"""Ends of names of files with weights that are not converted, and would contradict those that are."""
+
+
+def _ignore(*_: object) -> None:
+    pass
+
+
+class CheckpointPlan(NamedTuple):
+    """What `write_checkpoint` is to do."""
+
+    source: Folder
+    plan: Plan
+
+    @property
+    def tensors(self) -> dict[str, TensorSpec]:
+        """Of the result."""
+        return {name: output.spec for name, output in self.plan.outputs.items()}
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the tensors of the result."""
+        return sum(spec.num_bytes for spec in self.tensors.values())
+
+    @property
+    def carried(self) -> list[Path]:
+        """Files that go along as they are, relative to the folder: everything visible that is no weights."""
+        return [file for file in self._others() if not file.name.endswith(WEIGHTS)]
+
+    @property
+    def left(self) -> list[Path]:
+        """Files with other weights, which stay behind."""
+        return [file for file in self._others() if file.name.endswith(WEIGHTS)]
+
+    def _others(self) -> list[Path]:
+        folder, written = self.source.path, {CONFIG, INDEX, *self.source.files}
+        files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+        hidden = re.compile(r"(^|/)\.")
+        return sorted(file for file in files if str(file) not in written and not hidden.search(file.as_posix()))
+
+    def by_file(self) -> dict[str, dict[str, Output]]:
+        """The tensors of the result, each in the file where its first source is."""
+        places = {name: file for file, header in self.source.files.items() for name in header.tensors}
+        files: dict[str, dict[str, Output]] = {file: {} for file in self.source.files}
+        for name, output in self.plan.outputs.items():
+            files[places[output.sources[0]]][name] = output
+        return files
+
+
+def plan_checkpoint(
+    source: Path | str, num_kv_heads: int, *, how: How = "mean", seed: int = 0, window: int | None = None
+) -> CheckpointPlan:
+    """Reads configuration and headers, no weights, and says what a conversion would do. Arguments as there.
+
+    Raises:
+        CheckpointError: as `convert_checkpoint`, as far as it can be known before.
+    """
+    folder = read_folder(Path(source))
+    where = str(folder.path / CONFIG)
+    plan = make_plan(where, folder.config, folder.tensors, num_kv_heads, how=how, seed=seed, window=window)
+    return CheckpointPlan(folder, plan)
+
+
+def convert_checkpoint(
+    source: Path | str,
+    out: Path | str,
+    num_kv_heads: int,
+    *,
+    how: How = "mean",
+    seed: int = 0,
+    window: int | None = None,
+    overwrite: bool = False,
+) -> CheckpointPlan:
+    """Writes the model in ``source`` to ``out`` with its keys and values pooled to ``num_kv_heads``.
+
+    Weights are read and written one tensor at a time, in the shards that they are in. Tensors that do not change are
+    copied byte by byte; with the number of heads that the model has, all are. Generation settings, tokenizer and other
+    files go along; pickles and weights in other formats do not, and no pickle is ever loaded.
+
+    The source is only read. ``out`` appears whole or not at all: it is written beside, read back and compared, and
+    renamed; its ``config.json`` comes last, so that what a killed process leaves is no model.
+
+    Args:
+        source: a folder with a ``config.json`` and safetensors, as ``save_pretrained`` writes it.
+        out: a folder that does not exist.
+        num_kv_heads: a divisor of those that the model has.
+        how, seed: as in `pool_heads`; each tensor draws numbers of its own.
+        window: gives each layer a window of so many keys, where the configuration can express it.
+        overwrite: replaces ``out`` if it is a model, or empty.
+
+    Returns:
+        What was done.
+
+    Raises:
+        CheckpointError: for a source that is broken, contradicts itself or is of another family, and where the result
+            cannot be written. Nothing is left at ``out`` then.
+
+    Example:
+        >>> from qkv.convert import convert_checkpoint
+        >>> convert_checkpoint("Llama-2-7b-hf", "Llama-2-7b-gqa", num_kv_heads=8)  # doctest: +SKIP
+
+    Source: Ainslie et al. 2023, section 2.1.
+    """
+    plan = plan_checkpoint(source, num_kv_heads, how=how, seed=seed, window=window)
+    write_checkpoint(plan, out, overwrite=overwrite)
+    return plan
+
+
+def write_checkpoint(
+    plan: CheckpointPlan,
+    out: Path | str,
+    *,
+    overwrite: bool = False,
+    reach: Callable[[int], None] = _ignore,
+    say: Callable[[str], None] = _ignore,
+) -> None:
+    """Does what is planned.
+
+    Args:
+        plan: from `plan_checkpoint`.
+        out, overwrite: as in `convert_checkpoint`.
+        reach: told how many bytes are done, of twice ``plan.num_bytes``: written, and read back.
+        say: told what an interrupted run left.
+
+    Raises:
+        CheckpointError: as `convert_checkpoint`.
+    """
+    out = Path(os.path.normpath(Path(out).absolute()))
+    source = plan.source.path.resolve()
+    if out.resolve() in (source, *source.parents) or source in out.resolve().parents:
+        raise CheckpointError(f"{out} and the source {plan.source.path} must be folders apart, neither in the other.")
+    try:
+        with staged(out, overwrite=overwrite, say=say) as work:
+            _write(plan, work, reach)
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename or out} cannot be written: {error.strerror}. Nothing was kept."
+        ) from error
+
+
+def _write(plan: CheckpointPlan, work: Path, reach: Callable[[int], None]) -> None:
+    free = shutil.disk_usage(work).free
+    if free < plan.num_bytes:
+        raise CheckpointError(f"{work.parent} must have {plan.num_bytes} bytes free for the result; it has {free}.")
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        reach(done)
+
+    for carried in plan.carried:
+        (work / carried).parent.mkdir(parents=True, exist_ok=True)
+        _copy_file(plan.source.path / carried, work / carried)
+    for file, outputs in plan.by_file().items():
+        digests = _write_shard(plan.source, work / file, outputs, plan.source.files[file].metadata, advance)
+        _check_shard(work / file, outputs, digests, advance)
+    plan.source.check_unchanged()
+    if plan.source.shards is not None:
+        weight_map = {name: file for file, outputs in plan.by_file().items() for name in outputs}
+        index = plan.source.shards | {"weight_map": weight_map}
+        metadata = index.get("metadata")
+        index["metadata"] = (metadata if isinstance(metadata, dict) else {}) | {
+            "total_size": plan.num_bytes,
+            "total_parameters": sum(spec.numel for spec in plan.tensors.values()),
+        }
+        _write_json(work / INDEX, index)
+    for folder in {path.parent for path in work.rglob("*")}:
+        sync(folder)
+    _write_json(work / CONFIG, plan.plan.config)
+
+
+def _write_shard(
+    source: Folder,
+    target: Path,
+    outputs: dict[str, Output],
+    metadata: dict[str, str],
+    advance: Callable[[int], None],
+) -> dict[str, bytes]:
+    """Writes one file and returns the digest of each tensor in it."""
+    head, order = lay_out({name: output.spec for name, output in outputs.items()}, metadata)
+    digests, name = {}, "the header"
+    try:
+        with target.open("wb", buffering=0) as file:
+            _write_all(file, head)
+            for name in order:
+                digest = hashlib.sha256()
+                for piece in _pieces(source, outputs[name]):
+                    _write_all(file, piece)
+                    digest.update(piece)
+                    advance(len(piece))
+                digests[name] = digest.digest()
+        sync(target)
+    except OSError as error:
+        raise CheckpointError(f"{target}: {name!r} cannot be written: {error.strerror}. Nothing was kept.") from error
+    return digests
+
+
+def _check_shard(
+    target: Path, outputs: dict[str, Output], digests: dict[str, bytes], advance: Callable[[int], None]
+) -> None:
+    """Reads a file back."""
+    header = read_header(target)
+    for name, output in outputs.items():
+        digest = hashlib.sha256()
+        if header.tensors.get(name) == output.spec:
+            for piece in _read(target, header.starts[name], output.spec.num_bytes, name):
+                digest.update(piece)
+                advance(len(piece))
+        if digest.digest() != digests[name]:
+            raise CheckpointError(
+                f"{target}: tensor {name!r} reads back other than it was written; the disk may be failing. "
+                "Nothing was kept."
+            )
+
+
+def _pieces(source: Folder, output: Output) -> Iterator[memoryview | bytes]:
+    """The bytes of a tensor of the result."""
+    if output.compute is None:
+        path, start = _locate(source, output.sources[0])
+        yield from _read(path, start, output.spec.num_bytes, output.sources[0])
+        return
+    value = output.compute(*(_load(source, name) for name in output.sources))
+    dtype = TORCH_DTYPES[output.spec.dtype]
+    if value.shape != output.spec.shape or value.dtype != dtype:
+        raise AssertionError(f"{output.name} is {value.dtype} {tuple(value.shape)}; planned was {output.spec}")
+    yield value.contiguous().view(torch.uint8).numpy().data.cast("B")
+
+
+def _load(source: Folder, name: str) -> Tensor:
+    path, start = _locate(source, name)
+    spec = source.tensors[name]
+    dtype = TORCH_DTYPES[spec.dtype]
+    if spec.numel == 0:
+        return torch.empty(spec.shape, dtype=dtype)
+    held = bytearray(spec.num_bytes)
+    filled = 0
+    for piece in _read(path, start, len(held), name):
+        held[filled : filled + len(piece)] = piece
+        filled += len(piece)
+    return torch.frombuffer(held, dtype=dtype).view(spec.shape)
+
+
+def _locate(source: Folder, name: str) -> tuple[Path, int]:
+    file, header = next((file, header) for file, header in source.files.items() if name in header.tensors)
+    return source.path / file, header.starts[name]
+
+
+def _read(path: Path, start: int, num_bytes: int, name: str) -> Iterator[bytes]:
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(start)
+            while num_bytes:
+                piece = file.read(min(CHUNK, num_bytes))
+                if not piece:
+                    raise CheckpointError(f"{path}: tensor {name!r} ends too early; the file was changed meanwhile.")
+                num_bytes -= len(piece)
+                yield piece
+    except OSError as error:
+        raise CheckpointError(f"{path}: tensor {name!r} cannot be read: {error.strerror}.") from error
+
+
+def _write_all(file: BinaryIO, piece: memoryview | bytes) -> None:
+    """Writing unbuffered may stop half-way."""
+    rest = memoryview(piece)
+    while rest:
+        rest = rest[file.write(rest) :]
+
+
+def _copy_file(source: Path, target: Path) -> None:
+    try:
+        shutil.copyfile(source, target)
+        sync(target)
+    except OSError as error:
+        raise CheckpointError(f"{source} cannot be copied to {target}: {error.strerror}. Nothing was kept.") from error
+
+
+def _write_json(path: Path, document: object) -> None:
+    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    sync(path)

@@ -1,0 +1,201 @@
+"""GPT-2, GPT-BigCode and GPT-NeoX: packed projections, of which the first and the last become another family's."""
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkv.convert.errors import CheckpointError
+from qkv.convert.family import Family, Output, Pooling
+from qkv.convert.llama import convert_packed, pool_packed
+from qkv.convert.safetensors_file import TensorSpec
+
+GPT2_BUFFER = re.compile(r"(.*\.)?h\.\d+\.attn\.(bias|masked_bias)")
+GPT2_TRANSPOSED = re.compile(r"(.*\.)?h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")
+NEOX_NAMES = {
+    "attention.dense": "self_attn.dense",
+    "mlp.dense_4h_to_h": "mlp.fc2",
+    "gpt_neox.embed_in": "model.embed_tokens",
+    "gpt_neox.final_layer_norm": "model.final_layernorm",
+    "gpt_neox.layers": "model.layers",
+    "embed_out": "lm_head",
+}
+"""What is called otherwise in Phi."""
+
+
+def _convert_gpt2(family: Family, name: str, spec: TensorSpec, pooling: Pooling) -> list[Output]:
+    """GPT-2 multiplies from the other side: its weights are (in, out), those of GPT-BigCode (out, in)."""
+    if GPT2_BUFFER.fullmatch(name):
+        return []
+    if not GPT2_TRANSPOSED.fullmatch(name):
+        return convert_packed(family, name, spec, pooling)
+    transposed = spec._replace(shape=spec.shape[::-1])
+    if not family.is_kv(name):
+        return [Output(name, transposed, (name,), lambda weight: weight.T)]
+    return [
+        output._replace(compute=lambda weight: pool_packed(pooling, name, weight.T))
+        for output in convert_packed(family, name, transposed, pooling)
+    ]
+
+
+def _convert_bigcode(family: Family, name: str, spec: TensorSpec, pooling: Pooling) -> list[Output]:
+    """With a KV head for each query head, the rows are those of head after head: its query, key and value."""
+
+    def pool(weight: Tensor) -> Tensor:
+        return pool_packed(pooling, name, torch.cat(_unpack(pooling, weight)))
+
+    outputs = convert_packed(family, name, spec, pooling)
+    return [output if output.compute is None else output._replace(compute=pool) for output in outputs]
+
+
+def _convert_neox(family: Family, name: str, spec: TensorSpec, pooling: Pooling) -> list[Output]:
+    """Phi has one norm in a layer where GPT-NeoX has two, for attention and MLP.
+
+    Norms differ in their gains g and offsets c alone, ``norm(x) = g * n(x) + c``, and a projection takes them over:
+    ``W @ norm(x) + b = (W * g) @ n(x) + (W @ c + b)``. What is left for the norm of the layer is 1 and 0.
+    """
+    layer = re.fullmatch(r"(gpt_neox\.layers\.\d+\.)(.+)", name)
+    part = "" if layer is None else layer[2]
+    where = "" if layer is None else layer[1]
+    if part.startswith("post_attention_layernorm.") or re.search(r"(masked_bias|attention\.bias|inv_freq)$", part):
+        return []
+    if part == "input_layernorm.weight":
+        return [Output(_in_phi(name), spec, (name,), torch.ones_like)]
+    if part == "input_layernorm.bias":
+        return [Output(_in_phi(name), spec, (name,), torch.zeros_like)]
+    if part.startswith("attention.query_key_value."):
+        return _unpacked_neox(where, part.rpartition(".")[2], spec, pooling)
+    if part.startswith("mlp.dense_h_to_4h."):
+        kind = part.rpartition(".")[2]
+        sources, fold = _folded(where + "mlp.dense_h_to_4h", where + "post_attention_layernorm", kind)
+        return [Output(_in_phi(f"{where}mlp.fc1.{kind}"), spec, sources, fold)]
+    outputs = [Output(_in_phi(name), spec, (name,))]
+    if name == "embed_out.weight":
+        bias = spec._replace(shape=spec.shape[:1])
+        outputs.append(Output("lm_head.bias", bias, (name,), lambda weight: torch.zeros_like(weight[:, 0])))
+    return outputs
+
+
+def _unpacked_neox(where: str, kind: str, spec: TensorSpec, pooling: Pooling) -> list[Output]:
+    sources, fold = _folded(where + "attention.query_key_value", where + "input_layernorm", kind)
+    outputs = []
+    for index, (letter, rows) in enumerate((("q", pooling.query_rows), ("k", pooling.rows), ("v", pooling.rows))):
+        name = _in_phi(f"{where}self_attn.{letter}_proj.{kind}")
+
+        def compute(*values: Tensor, index: int = index, name: str = name) -> Tensor:
+            rows = _unpack(pooling, fold(*values))[index]
+            return rows if index == 0 else pooling.pool(name, rows)
+
+        outputs.append(Output(name, spec._replace(shape=(rows, *spec.shape[1:])), sources, compute))
+    return outputs
+
+
+def _folded(linear: str, norm: str, kind: str) -> tuple[tuple[str, ...], Any]:
+    """The sources of the weight or bias of a projection that has taken over a norm, and what makes it from them."""
+    if kind == "weight":
+        return (f"{linear}.weight", f"{norm}.weight"), _scale_columns
+    return (f"{linear}.bias", f"{linear}.weight", f"{norm}.bias"), _shift
+
+
+def _scale_columns(weight: Tensor, gain: Tensor) -> Tensor:
+    precise = torch.promote_types(weight.dtype, torch.float32)
+    return (weight.to(precise) * gain.to(precise)).to(weight.dtype)
+
+
+def _shift(bias: Tensor, weight: Tensor, offset: Tensor) -> Tensor:
+    precise = torch.promote_types(bias.dtype, torch.float32)
+    return (bias.to(precise) + weight.to(precise) @ offset.to(precise)).to(bias.dtype)
+
+
+def _unpack(pooling: Pooling, weight: Tensor) -> list[Tensor]:
+    """Queries, keys and values, from rows that are head after head."""
+    heads = weight.view(pooling.heads.num_heads, 3, pooling.heads.head_dim, *weight.shape[1:])
+    return [part.flatten(0, 1) for part in heads.unbind(1)]
+
+
+def _in_phi(name: str) -> str:
+    for theirs, ours in NEOX_NAMES.items():
+        name = name.replace(theirs, ours)
+    return name
+
+
+def _configure_bigcode(config: dict[str, Any], known: Any, pooling: Pooling) -> dict[str, Any]:
+    """GPT-BigCode has one KV head or all.
+
+    Raises:
+        CheckpointError: for another number.
+    """
+    if pooling.num_kv_heads != 1 and pooling.changes:
+        raise CheckpointError(
+            "GPT-BigCode models have a single KV head (multi-query attention) or one for each query head; "
+            f"give 1 KV head, not {pooling.num_kv_heads}."
+        )
+    return {**config, "multi_query": pooling.num_kv_heads == 1, "num_key_value_heads": pooling.num_kv_heads}
+
+
+def _configure_gpt2(config: dict[str, Any], known: Any, pooling: Pooling) -> dict[str, Any]:
+    """GPT-2 has options that GPT-BigCode lacks.
+
+    Raises:
+        CheckpointError: for one of these, and for more than one KV head.
+    """
+    if pooling.num_kv_heads != 1:
+        raise CheckpointError(
+            "GPT-2 becomes GPT-BigCode, which has a single KV head (multi-query attention); give 1 KV head, "
+            f"not {pooling.num_kv_heads}."
+        )
+    for option in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
+        if getattr(known, option):
+            raise CheckpointError(f"GPT-2 with {option} cannot become GPT-BigCode, which has nothing of the kind.")
+    classes = [name.replace("GPT2", "GPTBigCode") for name in known.architectures or []]
+    return {
+        **config,
+        "model_type": "gpt_bigcode",
+        "architectures": [name.replace("LMHeadModel", "ForCausalLM") for name in classes],
+        "activation_function": known.activation_function,
+        "multi_query": True,
+    }
+
+
+def _configure_neox(config: dict[str, Any], known: Any, pooling: Pooling) -> dict[str, Any]:
+    """Phi computes attention and MLP side by side, and its projections have biases.
+
+    Raises:
+        CheckpointError: for models that do otherwise, or have another head than that of a language model.
+    """
+    if not known.use_parallel_residual or not known.attention_bias or known.tie_word_embeddings:
+        raise CheckpointError(
+            "GPT-NeoX becomes Phi, for which it must have use_parallel_residual=True, attention_bias=True and "
+            f"tie_word_embeddings=False; it has {known.use_parallel_residual}, {known.attention_bias} and "
+            f"{known.tie_word_embeddings}."
+        )
+    if known.architectures not in (None, ["GPTNeoXForCausalLM"]):
+        raise CheckpointError(f"GPT-NeoX becomes Phi as a GPTNeoXForCausalLM alone; this is {known.architectures}.")
+    lost = {"use_parallel_residual", "attention_bias", "classifier_dropout", "is_decoder", "rotary_pct"}
+    kept = {name: value for name, value in known.to_dict().items() if name not in lost}
+    return {
+        **kept,
+        "model_type": "phi",
+        "architectures": ["PhiForCausalLM"],
+        "num_key_value_heads": pooling.num_kv_heads,
+        "resid_pdrop": known.hidden_dropout,
+        "embd_pdrop": known.hidden_dropout,
+    }
+
+
+GPT2 = Family(
+    re.compile(r"(?:transformer\.)?h\.(\d{1,9})\.attn\.((?!bias|masked_bias).+)"),
+    re.compile(r"c_attn\.(weight|bias)"),
+    True,
+    _convert_gpt2,
+    _configure_gpt2,
+)
+GPT_BIGCODE = GPT2._replace(convert=_convert_bigcode, configure=_configure_bigcode)
+GPT_NEOX = Family(
+    re.compile(r"gpt_neox\.layers\.(\d{1,9})\.attention\.((?!bias|masked_bias).+)"),
+    re.compile(r"query_key_value\.(weight|bias)"),
+    True,
+    _convert_neox,
+    _configure_neox,
+)

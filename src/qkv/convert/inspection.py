@@ -1,0 +1,101 @@
+"""`inspect_checkpoint`: the attention of a model, from its configuration and headers alone."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qkv.convert import stock
+from qkv.convert.description import Inspection, LayerAttention
+from qkv.convert.documents import read_document
+from qkv.convert.families import find_family
+from qkv.convert.family import Family
+from qkv.convert.folder import CONFIG, read_folder
+from qkv.convert.gguf_inspection import inspect_gguf
+from qkv.convert.safetensors_file import TensorSpec, read_header
+
+
+def inspect_checkpoint(path: Path | str) -> Inspection:
+    """Reads a folder or file of a model, configuration and headers and no weights.
+
+    Args:
+        path: a folder as ``save_pretrained`` writes it; a safetensors file of a whole model beside its
+            ``config.json``; or a GGUF file.
+
+    Raises:
+        CheckpointError: for what is broken, contradicts itself or is of another family.
+
+    Example:
+        >>> from qkv.convert import inspect_checkpoint
+        >>> inspect_checkpoint("Llama-2-7b-hf").layers[0].num_kv_heads  # doctest: +SKIP
+        32
+    """
+    path = Path(path)
+    if path.suffix == ".gguf":
+        return inspect_gguf(path)
+    if path.is_file():
+        where = path.with_name(CONFIG)
+        return inspect_tensors(str(where), read_document(where), read_header(path).tensors)
+    folder = read_folder(path)
+    return inspect_tensors(str(folder.path / CONFIG), folder.config, folder.tensors)
+
+
+def inspect_tensors(where: str, config: dict[str, Any], tensors: Mapping[str, TensorSpec]) -> Inspection:
+    """The attention of a transformers model, from its configuration and the kinds of its tensors.
+
+    Raises:
+        CheckpointError: for another family, and tensors that are missing or not of the shape that the configuration
+            says.
+    """
+    family = find_family(where, config)
+    known = stock.read_config(where, config, len(tensors))
+    stock.check_tensors(where, known, tensors)
+    heads, windows = stock.heads(where, known), stock.windows(known)
+    parts: list[dict[str, TensorSpec]] = [{} for _ in windows]
+    for name, spec in tensors.items():
+        found = family.part(name)
+        if found is not None and found[0] < len(parts):
+            parts[found[0]][found[1]] = spec
+    layers = tuple(
+        _layer(family, heads, windows[number], _rotary(known, number), part) for number, part in enumerate(parts)
+    )
+    dtype = next(spec.dtype for name, spec in tensors.items() if family.is_kv(name))
+    return Inspection(config["model_type"], dtype, sum(spec.numel for spec in tensors.values()), layers)
+
+
+def _layer(
+    family: Family,
+    heads: stock.Heads,
+    window: int | None,
+    rotary: str,
+    parts: Mapping[str, TensorSpec],
+) -> LayerAttention:
+    kv = {part: spec for part, spec in parts.items() if family.holds_kv.fullmatch(part)}
+    queries, keys = heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim
+    share = 2 * keys / (queries + 2 * keys) if family.is_packed else 1
+    return LayerAttention(
+        heads.num_heads,
+        heads.num_kv_heads,
+        heads.head_dim,
+        heads.head_dim,
+        window,
+        any(part.endswith("bias") for part in kv),
+        any("norm" in part for part in parts),
+        rotary,
+        sum(spec.numel for spec in parts.values()),
+        round(sum(spec.numel for spec in kv.values()) * share),
+    )
+
+
+def _rotary(config: Any, layer: int) -> str:
+    """How a layer rotates positions, from the ``rope_parameters`` of transformers."""
+    parameters = getattr(config, "rope_parameters", None)
+    kinds = getattr(config, "layer_types", None)
+    if parameters and kinds and kinds[layer] in parameters:
+        parameters = parameters[kinds[layer]]
+    uses = getattr(config, "no_rope_layers", None)
+    if not parameters or (uses and not uses[layer]):
+        return ""
+    theta, kind = parameters.get("rope_theta"), parameters.get("rope_type", "default")
+    partial = parameters.get("partial_rotary_factor", 1.0)
+    scaling = f", {kind} scaling" if kind != "default" else ""
+    return f"theta {theta:g}{scaling}" + (f", {partial:g} of the width" if partial != 1 else "")

@@ -1,0 +1,53 @@
+"""Llama and what descends from it: projections of their own for keys and values, or rows of one (Phi-3)."""
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkv.convert.family import Family, Output, Pooling
+from qkv.convert.safetensors_file import TensorSpec
+
+
+def convert_separate(family: Family, name: str, spec: TensorSpec, pooling: Pooling) -> list[Output]:
+    """Keys and values have tensors of their own."""
+    if not (pooling.changes and family.is_kv(name)):
+        return [Output(name, spec, (name,))]
+    pooled = spec._replace(shape=(pooling.rows, *spec.shape[1:]))
+    return [Output(name, pooled, (name,), lambda weight: pooling.pool(name, weight))]
+
+
+def convert_packed(family: Family, name: str, spec: TensorSpec, pooling: Pooling) -> list[Output]:
+    """One tensor has the rows of queries, then keys, then values."""
+    if not (pooling.changes and family.is_kv(name)):
+        return [Output(name, spec, (name,))]
+    pooled = spec._replace(shape=(pooling.query_rows + 2 * pooling.rows, *spec.shape[1:]))
+    return [Output(name, pooled, (name,), lambda weight: pool_packed(pooling, name, weight))]
+
+
+def pool_packed(pooling: Pooling, name: str, weight: Tensor) -> Tensor:
+    """The packed rows with fewer keys and values."""
+    keys = pooling.heads.num_kv_heads * pooling.heads.head_dim
+    q, k, v = weight.split([pooling.query_rows, keys, keys])
+    return torch.cat([q, pooling.pool(f"{name}.k", k), pooling.pool(f"{name}.v", v)])
+
+
+def _configure(config: dict[str, Any], known: Any, pooling: Pooling) -> dict[str, Any]:
+    return {**config, "num_key_value_heads": pooling.num_kv_heads}
+
+
+def set_window(config: dict[str, Any], window: int) -> dict[str, Any]:
+    """In models that have one window for all layers."""
+    return {**config, "sliding_window": window}
+
+
+def set_window_by_layers(config: dict[str, Any], window: int) -> dict[str, Any]:
+    """In Qwen, whose layers have it from ``max_window_layers`` on, unless ``layer_types`` says otherwise."""
+    kept = {key: value for key, value in config.items() if key != "layer_types"}
+    return {**kept, "use_sliding_window": True, "sliding_window": window, "max_window_layers": 0}
+
+
+SELF_ATTENTION = re.compile(r"(?:model\.)?layers\.(\d{1,9})\.self_attn\.(.+)")
+SEPARATE = Family(SELF_ATTENTION, re.compile(r"[kv]_proj\.(weight|bias)"), False, convert_separate, _configure)
+PACKED = Family(SELF_ATTENTION, re.compile(r"qkv_proj\.(weight|bias)"), True, convert_packed, _configure)

@@ -1,0 +1,73 @@
+"""`make_plan`: what a conversion will do, from configuration and headers alone."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from qkv.convert import stock
+from qkv.convert.errors import CheckpointError
+from qkv.convert.families import FAMILIES, convert_tensors, find_family
+from qkv.convert.family import Family, Output, Pooling
+from qkv.convert.safetensors_file import TensorSpec
+from qkv.convert.tensors import How, divisors
+
+
+class Plan(NamedTuple):
+    """What a conversion will do."""
+
+    config: dict[str, Any]
+    """Of the result."""
+    outputs: dict[str, Output]
+    """Tensors of the result, by name."""
+
+
+def make_plan(
+    where: str,
+    config: dict[str, Any],
+    tensors: Mapping[str, TensorSpec],
+    num_kv_heads: int,
+    *,
+    how: How = "mean",
+    seed: int = 0,
+    window: int | None = None,
+) -> Plan:
+    """Plans the conversion of a model that ``config`` and ``tensors`` describe.
+
+    Raises:
+        CheckpointError: for a family that is not supported or cannot express the result, a number of heads that does
+            not divide, a configuration that disagrees with the tensors.
+    """
+    family = find_family(where, config)
+    known = stock.read_config(where, config, len(tensors))
+    stock.check_tensors(where, known, tensors)
+    heads = stock.heads(where, known)
+    if num_kv_heads < 1 or heads.num_kv_heads % num_kv_heads:
+        possible = ", ".join(map(str, divisors(heads.num_kv_heads)))
+        raise CheckpointError(
+            f"{where}: the {heads.num_kv_heads} KV heads of the model can be pooled to {possible}; got {num_kv_heads}."
+        )
+    pooling = Pooling(heads, num_kv_heads, how, seed)
+    outputs = convert_tensors(where, family, tensors, pooling)
+    new = family.configure(config, known, pooling)
+    if window is not None:
+        new = _with_window(where, family, new, window)
+    specs = {name: output.spec for name, output in outputs.items()}
+    result = f"the result of converting {where}"
+    converted = stock.read_config(result, new, len(specs))
+    stock.check_tensors(result, converted, specs)
+    if stock.heads(result, converted) != heads._replace(num_kv_heads=num_kv_heads):
+        raise AssertionError(f"{result}: transformers reads {stock.heads(result, converted)} from it")
+    if window is not None and set(stock.windows(converted)) != {window}:
+        raise AssertionError(f"{result}: transformers reads windows {stock.windows(converted)} from it")
+    return Plan(new, outputs)
+
+
+def _with_window(where: str, family: Family, config: dict[str, Any], window: int) -> dict[str, Any]:
+    if family.windowed is None:
+        able = ", ".join(name for name, other in FAMILIES.items() if other.windowed is not None)
+        raise CheckpointError(
+            f"{where}: the configuration of a {config['model_type']} model cannot express a window in every layer; "
+            f"those of {able} can."
+        )
+    if window < 1:
+        raise CheckpointError(f"{where}: a window must hold at least 1 key, the query's own; got {window}.")
+    return family.windowed(config, window)

@@ -1,0 +1,165 @@
+"""`read_header` and `lay_out`: the header of a safetensors file, without its weights.
+
+A file is 8 bytes for the length of the header, the header in JSON, and the tensors one after another without gaps.
+
+Source: the format's description and ``SafeTensors::deserialize`` of the safetensors crate, whose checks these are. What
+the crate lets pass and is refused here: a key said twice.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from qkv.convert.documents import MOST_BYTES, parse
+from qkv.convert.errors import CheckpointError
+
+BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
+"""Of a number, by the format's name of its dtype."""
+
+TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Those that can be pooled."""
+
+METADATA = "__metadata__"
+
+
+class TensorSpec(NamedTuple):
+    """What a header says of a tensor, its place apart."""
+
+    dtype: str
+    """As the format names it."""
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.numel * BITS[self.dtype] // 8
+
+    @property
+    def is_floating(self) -> bool:
+        return self.dtype.startswith(("F", "BF"))
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
+
+
+class Header(NamedTuple):
+    """What a safetensors file says of itself."""
+
+    metadata: dict[str, str]
+    tensors: dict[str, TensorSpec]
+    """In the order of their places."""
+    starts: dict[str, int]
+    """Where each begins in the file."""
+
+
+def read_header(path: Path) -> Header:
+    """Reads and checks the header.
+
+    Raises:
+        CheckpointError: for a file that cannot be read or breaks a rule of the format.
+    """
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise CheckpointError(
+                    f"{path} is truncated or no safetensors file: it has {size} bytes, and its header should take "
+                    f"8 and {length}. Fetch it again."
+                )
+            if length > MOST_BYTES:
+                raise CheckpointError(f"{path}: the header has {length} bytes; more than {MOST_BYTES} are not read.")
+            text = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+    if not text.startswith(b"{"):
+        raise CheckpointError(f"{path}: the header must begin with '{{'; it begins with {text[:1]!r}.")
+    entries = parse(text, f"the header of {path}")
+    metadata = entries.pop(METADATA, {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{path}: {METADATA} must map names to texts; it is {metadata!r:.200}.")
+    places = [(_place(path, name, entry), name) for name, entry in entries.items()]
+    return _checked(path, metadata, sorted(places), 8 + length, size)
+
+
+def lay_out(tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, list[str]]:
+    """The first bytes of a file of these tensors, up to the first of them, and the order in which they follow.
+
+    Wide dtypes come first, so that each tensor begins at a multiple of its width, as the safetensors library does.
+    """
+    order = sorted(tensors, key=lambda name: -BITS[tensors[name].dtype])
+    entries: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
+    stop = 0
+    for name in order:
+        start, stop = stop, stop + tensors[name].num_bytes
+        entries[name] = {
+            "dtype": tensors[name].dtype,
+            "shape": list(tensors[name].shape),
+            "data_offsets": [start, stop],
+        }
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, order
+
+
+def _place(path: Path, name: str, entry: object) -> tuple[int, int, TensorSpec]:
+    """Start, stop and kind of a tensor, counted from the end of the header."""
+    where = f"{path}: tensor {name!r}"
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(f"{where} must have dtype, shape and data_offsets; its entry is {entry!r:.200}.")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise CheckpointError(f"{where} must have a dtype that the format knows; it has {dtype!r:.200}.")
+    if not _are_sizes(shape):
+        raise CheckpointError(f"{where} must have a shape of numbers from 0 on; it has {shape!r:.200}.")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise CheckpointError(f"{where} must have two data_offsets from 0 on; it has {offsets!r:.200}.")
+    spec, (start, stop) = TensorSpec(dtype, tuple(shape)), offsets
+    if spec.numel * BITS[dtype] != (stop - start) * 8:
+        raise CheckpointError(
+            f"{where} is {spec!s:.200} and must take {spec.num_bytes} bytes; its data_offsets {offsets} leave "
+            f"{stop - start}."
+        )
+    return start, stop, spec
+
+
+def _are_sizes(value: object) -> bool:
+    return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
+
+
+def _checked(
+    path: Path,
+    metadata: dict[str, str],
+    places: list[tuple[tuple[int, int, TensorSpec], str]],
+    data: int,
+    size: int,
+) -> Header:
+    end, before = 0, "the header"
+    for (start, stop, _), name in places:
+        if start != end:
+            fault = "overlaps with" if start < end else "leaves a gap after"
+            raise CheckpointError(
+                f"{path}: tensor {name!r} {fault} {before}: it begins at {start} and should at {end}."
+            )
+        end, before = stop, repr(name)
+    if data + end != size:
+        fault = "truncated" if data + end > size else "followed by what belongs to no tensor"
+        raise CheckpointError(
+            f"{path} is {fault}: it has {size} bytes, and by its header {before} ends at {data + end}. Fetch it again."
+        )
+    tensors = {name: spec for (_, _, spec), name in places}
+    return Header(metadata, tensors, {name: data + start for (start, _, _), name in places})

@@ -1,0 +1,62 @@
+"""`convert_state_dict`: the conversion of a model that is in memory."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from qkv.convert.errors import CheckpointError
+from qkv.convert.plan import make_plan
+from qkv.convert.safetensors_file import TORCH_DTYPES, TensorSpec
+from qkv.convert.tensors import How
+
+
+class ConvertedModel(NamedTuple):
+    """What `convert_state_dict` returns."""
+
+    state_dict: dict[str, Tensor]
+    """Tensors that did not change are those that were given."""
+    config: dict[str, Any]
+
+
+def convert_state_dict(
+    state_dict: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    num_kv_heads: int,
+    *,
+    how: How = "mean",
+    seed: int = 0,
+    window: int | None = None,
+) -> ConvertedModel:
+    """Pools the keys and values of a transformers model to ``num_kv_heads``.
+
+    Args:
+        state_dict: of the model, complete.
+        config: of the model, as ``config.to_dict()`` says it, with its ``model_type``.
+        num_kv_heads: a divisor of those that it has.
+        how, seed: as in `pool_heads`; each tensor draws numbers of its own.
+        window: gives each layer a window of so many keys, where the configuration can express it.
+
+    Returns:
+        State dict and configuration for ``AutoConfig.for_model(**config)``.
+
+    Raises:
+        CheckpointError: where the model is of another family, or configuration and tensors disagree.
+
+    Example:
+        >>> from qkv.convert import convert_state_dict
+        >>> converted = convert_state_dict(model.state_dict(), model.config.to_dict(), 2)  # doctest: +SKIP
+        >>> smaller = LlamaForCausalLM(LlamaConfig(**converted.config))  # doctest: +SKIP
+        >>> smaller.load_state_dict(converted.state_dict)  # doctest: +SKIP
+    """
+    names = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+    unknown = {str(tensor.dtype) for tensor in state_dict.values() if tensor.dtype not in names}
+    if unknown:
+        raise CheckpointError(f"state_dict: tensors must be floating-point; some are {', '.join(sorted(unknown))}.")
+    tensors = {name: TensorSpec(names[tensor.dtype], tuple(tensor.shape)) for name, tensor in state_dict.items()}
+    plan = make_plan("config", dict(config), tensors, num_kv_heads, how=how, seed=seed, window=window)
+    values = {}
+    for name, output in plan.outputs.items():
+        sources = [state_dict[source] for source in output.sources]
+        values[name] = sources[0] if output.compute is None else output.compute(*sources)
+    return ConvertedModel(values, plan.config)

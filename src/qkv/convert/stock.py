@@ -1,0 +1,128 @@
+"""What transformers makes of a configuration: its defaults filled in, and the tensors that the model must have.
+
+A checkpoint is held to this before and after its conversion: names and shapes that transformers' own model class asks
+for. So a configuration that disagrees with the tensors is found, and so is a tensor that a conversion overlooked.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from qkv.convert.errors import CheckpointError
+from qkv.convert.safetensors_file import TensorSpec
+
+OLD_NAMES = {"lm_head.weight": "embed_out.weight"}
+"""What transformers calls otherwise than the files do: the head of GPT-NeoX."""
+
+
+class Heads(NamedTuple):
+    """The heads that a configuration asks for, the same in each layer."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+def read_config(where: str, config: Mapping[str, Any], num_tensors: int) -> Any:
+    """The configuration object of transformers.
+
+    Args:
+        where: the file, for messages.
+        config: what it says.
+        num_tensors: of the checkpoint; more layers than that are refused before anything is built from them.
+
+    Raises:
+        CheckpointError: for what transformers does not accept.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    for key in ("num_hidden_layers", "n_layer"):
+        layers = config.get(key)
+        if layers is not None and (type(layers) is not int or not 0 < layers <= num_tensors):
+            raise CheckpointError(
+                f"{where}: {key} must be a number of layers, of which the {num_tensors} tensors of the checkpoint "
+                f"are parts; it is {layers!r:.200}."
+            )
+    try:
+        return CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+    except Exception as error:
+        raise CheckpointError(f"{where} is refused by transformers: {_brief(error)}") from error
+
+
+def heads(where: str, config: Any) -> Heads:
+    """How many heads of which width the configuration asks for.
+
+    Raises:
+        CheckpointError: for numbers that do not fit together.
+    """
+    num_heads = config.num_attention_heads
+    num_kv_heads = getattr(config, "num_key_value_heads", None)
+    num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+    if not 0 < num_kv_heads <= num_heads or num_heads % num_kv_heads:
+        raise CheckpointError(
+            f"{where}: the number of query heads must be a multiple of the number of KV heads; "
+            f"they are {num_heads} and {num_kv_heads}."
+        )
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    return Heads(num_heads, num_kv_heads, head_dim)
+
+
+def windows(config: Any) -> list[int | None]:
+    """For each layer the keys that a query sees, its own included; None where it sees all before it."""
+    window: int | None = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def check_tensors(where: str, config: Any, tensors: Mapping[str, TensorSpec]) -> None:
+    """Compares the tensors with those of the model that transformers builds from the configuration.
+
+    Tensors that the model does not know are let pass, as transformers does: old checkpoints hold buffers.
+
+    Raises:
+        CheckpointError: for tensors that are missing or of another shape, and a model that cannot be built.
+    """
+    cls = _model_class(where, config)
+    try:
+        with torch.device("meta"):
+            model = cls(config)
+    except Exception as error:
+        raise CheckpointError(f"{where}: transformers cannot build this model: {_brief(error)}") from error
+    tied, prefix = model.all_tied_weights_keys, f"{model.base_model_prefix}."
+    for name, parameter in model.state_dict().items():
+        # A model with a head reads files of one without, and the other way round.
+        names = (name, name.removeprefix(prefix), prefix + name, OLD_NAMES.get(name, name))
+        found = next((tensors[known] for known in names if known in tensors), None)
+        shape = tuple(parameter.shape)
+        if found is None and name not in tied:
+            raise CheckpointError(
+                f"{where} asks for a tensor {name!r} {list(shape)} ({cls.__name__}); the checkpoint has none; "
+                "of shards, give the folder."
+            )
+        if found is not None and (found.shape != shape or found.is_floating != parameter.is_floating_point()):
+            kind = "a floating-point dtype" if parameter.is_floating_point() else "integers"
+            raise CheckpointError(
+                f"{where} asks for {kind} and the shape {list(shape)} of tensor {name!r} ({cls.__name__}); "
+                f"the checkpoint holds {found}."
+            )
+
+
+def _model_class(where: str, config: Any) -> Any:
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if not config.architectures:
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    name = config.architectures[0]
+    cls = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not isinstance(cls, type) or getattr(cls, "config_class", None) is not type(config):
+        raise CheckpointError(
+            f"{where}: architectures must name a class of transformers for {config.model_type!r}; "
+            f"transformers {transformers.__version__} has no such {name!r:.200}."
+        )
+    return cls
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:400]

@@ -1,0 +1,142 @@
+"""Kills conversions with SIGKILL and looks at what is left: ``python tests/convert/kill.py --times 50``.
+
+At random moments, and at each operation on a file that Python reports to its audit hooks. After each kill the source
+must be what it was, the place of the result must hold the old model or the new one in whole or nothing, what lies
+beside must be no model or a whole one, and the next run must succeed and tidy up.
+"""
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from convert import models
+
+from qkv.convert import convert_checkpoint
+from qkv.convert.staging import REPLACED, SUFFIX
+
+OPERATIONS = ("open", "os.", "shutil.")
+
+
+class Scene:
+    """A source, and a place where an old model stands or none."""
+
+    def __init__(self, folder: Path, is_replacing: bool) -> None:
+        self.source, self.out = folder / "source", folder / "out"
+        self.is_replacing = is_replacing
+        models.save(self.source, "llama", shards="300KB", hidden_size=128, vocab_size=600)
+        self.source_before = models.digest(self.source)
+        convert_checkpoint(self.source, folder / "old", 4)
+        self.old = models.digest(folder / "old")
+        started = time.monotonic()
+        assert in_child(lambda: convert_checkpoint(self.source, folder / "new", 2))
+        self.seconds = time.monotonic() - started
+        self.new = models.digest(folder / "new")
+        self._folder = folder
+
+    def reset(self) -> None:
+        for path in self._folder.glob("out*"):
+            shutil.rmtree(path)
+        if self.is_replacing:
+            shutil.copytree(self._folder / "old", self.out)
+
+    def run(self) -> None:
+        convert_checkpoint(self.source, self.out, 2, overwrite=self.is_replacing)
+
+    def check(self) -> str:
+        """Looks at what a killed run left, lets another follow, and returns what was there."""
+        found = models.digest(self.out) if self.out.exists() else None
+        aside = self.out.with_name(self.out.name + REPLACED)
+        beside = self.out.with_name(self.out.name + SUFFIX)
+        if found is None and self.is_replacing:
+            assert models.digest(aside) == self.old, "the model that was to be replaced is lost"
+        assert found in (None, self.new) or (self.is_replacing and found == self.old), "half a model"
+        if (beside / "config.json").exists():
+            assert models.digest(beside) == self.new, "half a model beside"
+        convert_checkpoint(self.source, self.out, 2, overwrite=self.is_replacing or found is not None)
+        assert models.digest(self.out) == self.new, "the next run went wrong"
+        assert models.digest(self.source) == self.source_before, "the source changed"
+        assert not aside.exists() and not beside.exists(), "not tidied up"
+        return "nothing" if found is None else "the new model" if found == self.new else "the old model"
+
+
+def in_child(work: Callable[[], None], kill_after: float | None = None) -> bool:
+    """Whether work in a process of its own came to its end."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the conversion failed by itself"
+    return not os.WIFSIGNALED(status)
+
+
+def kill_at_random(scene: Scene, times: int, seed: int) -> dict[str, int]:
+    moments, found = random.Random(seed), {}
+    for _ in range(times):
+        scene.reset()
+        in_child(scene.run, kill_after=moments.uniform(0, 1.2 * scene.seconds))
+        left = scene.check()
+        found[left] = found.get(left, 0) + 1
+    return found
+
+
+def kill_at_each_operation(scene: Scene, stride: int) -> int:
+    """Returns how many operations there are."""
+
+    def dying(at: int) -> None:
+        count = 0
+
+        def hook(event: str, arguments: object) -> None:
+            nonlocal count
+            if event.startswith(OPERATIONS):
+                count += 1
+                if count == at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+        scene.run()
+
+    at, ended = 1, False
+    while not ended:
+        scene.reset()
+        ended = in_child(lambda: dying(at))
+        scene.check()
+        at += stride
+    return at - stride
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser()
+    arguments.add_argument("--times", type=int, default=50)
+    arguments.add_argument("--stride", type=int, default=1)
+    arguments.add_argument("--seed", type=int, default=0)
+    given = arguments.parse_args()
+    torch.set_num_threads(1)
+    for is_replacing in (False, True):
+        with tempfile.TemporaryDirectory() as folder:
+            scene = Scene(Path(folder), is_replacing)
+            what = "replacing a model" if is_replacing else "writing anew"
+            found = kill_at_random(scene, given.times, given.seed)
+            print(f"{what}: killed {given.times} times in {scene.seconds:.3f} s, at random; left: {found}")
+            print(f"{what}: killed at every {given.stride} of {kill_at_each_operation(scene, given.stride)} operations")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""Each family, converted and loaded by plain transformers, against its source with shared keys and values."""
+
+import json
+import re
+
+import pytest
+import torch
+from convert import models
+
+from qkv.convert import CheckpointError, convert_checkpoint, convert_state_dict, inspect_checkpoint
+from qkv.convert.families import FAMILIES
+
+HEADS = 8
+GROUPS = dict.fromkeys(models.FAMILIES, 2) | {"gpt2": 1, "gpt_bigcode": 1}
+
+
+def share(model, family, groups, how):
+    """Gives all heads of a group the same keys and values, in the projections of the source, spelled out by hand."""
+
+    def shared(heads):
+        parts = heads.unflatten(0, (groups, HEADS // groups))
+        one = parts.mean(1, keepdim=True) if how == "mean" else parts[:, :1]
+        return one.expand_as(parts).flatten(0, 1)
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            rows = parameter.T if re.search(r"c_attn\.weight", name) and family == "gpt2" else parameter
+            if re.search(r"\.(k_proj|v_proj)\.", name):
+                parameter.copy_(shared(rows.unflatten(0, (HEADS, -1))).flatten(0, 1))
+            elif re.search(r"(qkv_proj|c_attn|query_key_value)\.", name):
+                by_head = family in ("gpt_neox", "gpt_bigcode")
+                split = rows.unflatten(0, (HEADS, 3, -1) if by_head else (3, HEADS, -1))
+                q, k, v = split.unbind(1 if by_head else 0)
+                packed = torch.stack([q, shared(k), shared(v)], 1 if by_head else 0).flatten(0, 2)
+                parameter.copy_(packed.T if rows is not parameter else packed)
+
+
+@pytest.mark.parametrize("how", ["mean", "first"])
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_converted_model_computes_with_shared_heads(tmp_path, family, how):
+    source = models.save(tmp_path / "source", family)
+    convert_checkpoint(source, tmp_path / "out", GROUPS[family], how=how)
+    expected = models.build(family)
+    untouched = models.logits(expected)
+    share(expected, family, GROUPS[family], how)
+    got, want = models.logits(models.load(tmp_path / "out")), models.logits(expected)
+    # Either is as far from the truth as fp32 takes it, so that twice that may lie between them.
+    allowed = 2 * (models.logits(expected.double()) - want).abs().max()
+    assert (got - want).abs().max() <= allowed
+    assert (untouched - want).abs().max() > 1000 * allowed
+
+
+def test_every_family_is_tested():
+    assert models.FAMILIES.keys() == FAMILIES.keys()
+
+
+@pytest.mark.parametrize("family", models.FAMILIES.keys() - {"gpt2", "gpt_neox"})
+def test_as_many_heads_as_before_are_the_same_bytes(tmp_path, family):
+    source = models.save(tmp_path / "source", family, shards="60KB", dtype=torch.bfloat16)
+    convert_checkpoint(source, tmp_path / "out", HEADS)
+    shards = {name: digest for name, digest in models.digest(source).items() if name.endswith(".safetensors")}
+    assert len(shards) > 1
+    before, after = models.load(source).state_dict(), models.load(tmp_path / "out").state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert json.loads((source / "config.json").read_text()) == json.loads((tmp_path / "out/config.json").read_text())
+
+
+@pytest.mark.parametrize("family", ["mistral", "phi3", "qwen2", "qwen3", "starcoder2"])
+def test_window(tmp_path, family):
+    source = models.save(tmp_path / "source", family)
+    convert_checkpoint(source, tmp_path / "out", 4, window=3)
+    model = models.load(tmp_path / "out")
+    assert [layer.window for layer in inspect_checkpoint(tmp_path / "out").layers] == [3, 3, 3]
+    # Three layers of 3 keys see 6 tokens back: the 8th last no longer reaches the last.
+    ids = models.IDS.clone()
+    with torch.no_grad():
+        last = model(ids).logits[0, -1]
+        ids[0, -8] = 20
+        assert torch.equal(model(ids).logits[0, -1], last)
+        ids[0, -7] = 20
+        assert not torch.equal(model(ids).logits[0, -1], last)
+
+
+def test_window_where_it_cannot_be_said(tmp_path):
+    source = models.save(tmp_path / "source", "llama")
+    with pytest.raises(
+        CheckpointError, match=r"a llama model cannot express .* mistral, qwen2, qwen3, phi3, starcoder2 "
+    ):
+        convert_checkpoint(source, tmp_path / "out", 4, window=3)
+
+
+@pytest.mark.parametrize(
+    ("family", "heads", "changes", "message"),
+    [
+        ("llama", 3, {}, "the 8 KV heads of the model can be pooled to 8, 4, 2, 1; got 3"),
+        ("llama", 16, {}, "can be pooled to 8, 4, 2, 1; got 16"),
+        ("gpt2", 2, {}, "GPT-2 becomes GPT-BigCode, which has a single KV head .* give 1 KV head, not 2"),
+        ("gpt_bigcode", 4, {}, "have a single KV head .* give 1 KV head, not 4"),
+        ("gpt2", 1, {"scale_attn_by_inverse_layer_idx": True}, "GPT-2 with scale_attn_by_inverse_layer_idx cannot"),
+        (
+            "gpt_neox",
+            2,
+            {"use_parallel_residual": False},
+            "it must have use_parallel_residual=True, .* has False, True",
+        ),
+        ("gpt_neox", 2, {"attention_bias": False}, "it has True, False and False"),
+    ],
+)
+def test_what_cannot_be_expressed(tmp_path, family, heads, changes, message):
+    source = models.save(tmp_path / "source", family, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        convert_checkpoint(source, tmp_path / "out", heads)
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_family_is_refused_with_a_list(tmp_path):
+    source = models.save(tmp_path / "source", "llama")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"model_type": "t5"}))
+    with pytest.raises(CheckpointError, match="models of type 't5' are not supported; those of type llama, mistral, "):
+        convert_checkpoint(source, tmp_path / "out", 2)
+    (source / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(CheckpointError, match=r"the weights are quantised \(quantization_config\)"):
+        convert_checkpoint(source, tmp_path / "out", 2)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "qwen3"])
+def test_state_dict_is_converted_alike(tmp_path, family):
+    model = models.build(family)
+    converted = convert_state_dict(model.state_dict(), model.config.to_dict(), 2, how="random", seed=5)
+    convert_checkpoint(models.save(tmp_path / "source", family), tmp_path / "out", 2, how="random", seed=5)
+    loaded = models.load(tmp_path / "out").state_dict()
+    assert converted.state_dict.keys() == loaded.keys()
+    assert all(torch.equal(loaded[name], value) for name, value in converted.state_dict.items())
+    assert converted.config["num_key_value_heads"] == 2
+    rest = {name: value for name, value in model.state_dict().items() if name != "model.norm.weight"}
+    with pytest.raises(CheckpointError, match=r"config asks for a tensor 'model\.norm\.weight' \[64\]"):
+        convert_state_dict(rest, model.config.to_dict(), 2)
+
+
+def test_random_draws_each_tensor_anew(tmp_path):
+    model = models.build("llama", attention_bias=False)
+    drawn = convert_state_dict(model.state_dict(), model.config.to_dict(), 1, how="random").state_dict
+    weights = [value / value.std() for name, value in drawn.items() if re.search(r"[kv]_proj\.weight", name)]
+    assert len(weights) == 6
+    for i, one in enumerate(weights):
+        assert not any(torch.allclose(one, other, atol=1e-2) for other in weights[:i])

@@ -1,0 +1,97 @@
+"""Headers of GGUF files, written by the gguf package and then damaged."""
+
+import random
+
+import numpy as np
+import pytest
+
+from qkv.convert import CheckpointError, inspect_checkpoint
+
+gguf = pytest.importorskip("gguf")
+
+TENSORS = {"attn_q": (24, 16), "attn_k": (12, 16), "attn_v": (10, 16), "attn_output": (16, 20), "ffn_up": (40, 16)}
+
+
+def write(path, tensors=TENSORS, **fields):
+    """Two layers of 4 query heads and 2 KV heads, keys of width 6 and values of width 5."""
+    writer = gguf.GGUFWriter(path, "llama")
+    numbers = {"block_count": 2, "embedding_length": 16, "attention.head_count": 4, "attention.key_length": 6}
+    numbers |= {"attention.head_count_kv": 2, "attention.value_length": 5, "rope.dimension_count": 6} | fields
+    for name, number in numbers.items():
+        key = f"llama.{name}"
+        writer.add_array(key, number) if isinstance(number, list) else writer.add_uint32(key, number)
+    writer.add_float32("llama.rope.freq_base", 5e5)
+    writer.add_array("tokenizer.ggml.tokens", ["query", "key", "value"])
+    for layer in range(2):
+        for name, shape in tensors.items():
+            writer.add_tensor(f"blk.{layer}.{name}.weight", np.zeros(shape, np.float16))
+        writer.add_tensor(f"blk.{layer}.attn_k.bias", np.zeros(12, np.float32))
+        writer.add_tensor(f"blk.{layer}.attn_v.bias", np.zeros(10, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_header_of_a_model(tmp_path):
+    found = inspect_checkpoint(write(tmp_path / "model.gguf"))
+    assert (found.model_type, found.dtype, len(found.layers)) == ("llama", "F16", 2)
+    layer = found.layers[0]
+    assert layer[:5] == (4, 2, 6, 5, None)
+    assert (layer.bias, layer.qk_norm, layer.rotary) == (True, False, "theta 500000")
+    attention = 24 * 16 + 12 * 16 + 10 * 16 + 16 * 20 + 12 + 10
+    assert (layer.parameters, layer.kv_parameters) == (attention, 22 * 17)
+    assert found.parameters == 2 * (attention + 40 * 16)
+    assert found.possible_kv_heads == [2, 1]
+    assert found.with_kv_heads(1).parameters == found.parameters - 2 * 11 * 17
+
+
+def test_heads_and_windows_of_each_layer(tmp_path):
+    fields = {"attention.head_count_kv": [2, 2], "attention.sliding_window": 9}
+    pattern = {"attention.sliding_window_pattern": [True, False]}
+    found = inspect_checkpoint(write(tmp_path / "model.gguf", **fields, **pattern))
+    assert [layer.window for layer in found.layers] == [9, None]
+    with pytest.raises(CheckpointError, match="some layers have a window of 9, and the file does not say which"):
+        inspect_checkpoint(write(tmp_path / "other.gguf", **fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"attention.head_count_kv": 4},
+            r"'blk\.0\.attn_k\.weight' must have 24 rows by the header; it is F16 \[12, 16\]",
+        ),
+        ({"attention.head_count": 0}, "attention.head_count must be a number from 1 on in layer 0; it is 0"),
+        ({"attention.head_count_kv": [2]}, r"attention.head_count_kv must be .* in layer 1; it is \[2\]"),
+        (
+            {"block_count": 3},
+            "each of the 3 layers must have keys and values by heads; 2 of this model of type 'llama'",
+        ),
+    ],
+)
+def test_header_that_contradicts_itself(tmp_path, fields, message):
+    with pytest.raises(CheckpointError, match=message):
+        inspect_checkpoint(write(tmp_path / "model.gguf", **fields))
+
+
+def test_truncated_and_damaged_headers(tmp_path):
+    """Refused, or understood where the damage hits a text or a number: never a hang, and no other error."""
+    data = write(tmp_path / "model.gguf").read_bytes()
+    header = data.index(b"blk.1.attn_v.bias")
+    for length in range(0, header, 7):
+        (tmp_path / "cut.gguf").write_bytes(data[:length])
+        with pytest.raises(CheckpointError, match=r"cut\.gguf"):
+            inspect_checkpoint(tmp_path / "cut.gguf")
+    draw, refused = random.Random(0), 0
+    for _ in range(300):
+        broken = bytearray(data)
+        at = draw.randrange(header)
+        broken[at : at + 8] = draw.randbytes(8)
+        (tmp_path / "broken.gguf").write_bytes(broken)
+        try:
+            inspect_checkpoint(tmp_path / "broken.gguf")
+        except CheckpointError:
+            refused += 1
+    assert refused > 200

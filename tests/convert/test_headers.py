@@ -1,0 +1,47 @@
+"""Headers of safetensors files that break one rule each; `fuzz.py` breaks whole checkpoints."""
+
+import json
+
+import pytest
+from convert import models
+
+from qkv.convert import CheckpointError, plan_checkpoint
+from qkv.convert.safetensors_file import read_header
+
+
+def write(path, places, num_bytes):
+    entries = {name: {"dtype": "U8", "shape": [b - a], "data_offsets": [a, b]} for name, (a, b) in places.items()}
+    text = json.dumps(entries).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(num_bytes))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("places", "num_bytes", "message"),
+    [
+        ({"a": (0, 4), "b": (2, 8)}, 8, "tensor 'b' overlaps with 'a': it begins at 2 and should at 4"),
+        ({"a": (0, 4), "b": (0, 8)}, 8, "tensor 'b' overlaps with 'a': it begins at 0 and should at 4"),
+        ({"a": (0, 4), "b": (5, 8)}, 8, "tensor 'b' leaves a gap after 'a': it begins at 5 and should at 4"),
+        ({"a": (1, 4)}, 4, "tensor 'a' leaves a gap after the header: it begins at 1 and should at 0"),
+        ({"a": (0, 4)}, 3, "is truncated: it has"),
+        ({"a": (0, 4)}, 5, "is followed by what belongs to no tensor"),
+    ],
+)
+def test_places(tmp_path, places, num_bytes, message):
+    with pytest.raises(CheckpointError, match=message):
+        read_header(write(tmp_path / "a.safetensors", places, num_bytes))
+
+
+def test_order_in_the_header_is_free(tmp_path):
+    header = read_header(write(tmp_path / "a.safetensors", {"b": (4, 8), "empty": (4, 4), "a": (0, 4)}, 8))
+    assert list(header.tensors) == ["a", "empty", "b"]
+
+
+@pytest.mark.parametrize("layers", [10**9, 2**70, 22, 0, -1, "3", 3.0, True])
+def test_layers_are_counted_before_anything_is_built(tmp_path, layers):
+    """A model would be built with as many as it is told."""
+    source = models.save(tmp_path, "qwen3", num_hidden_layers=1)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
+    with pytest.raises(CheckpointError, match="num_hidden_layers must be a number of layers, of which the 14 tensors"):
+        plan_checkpoint(source, 2)
