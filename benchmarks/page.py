@@ -172,9 +172,44 @@ def spine_section() -> list[str]:
     ]
 
 
+def models_section() -> list[str]:
+    """Real models on transformers' stock attention and cache, and on ours."""
+    record = load("models")
+    if record is None:
+        return []
+    decoders = [
+        (
+            dtype,
+            kind,
+            f"{run['prefill_seconds']:.2f} s",
+            f"{run['step_ms']:.1f} ms",
+            f"{run['peak_mib']:.0f} MiB",
+            f"{run['perplexity']:.3f}" if "perplexity" in run else "-",
+        )
+        for dtype in ("float32", "bfloat16")
+        for kind, run in record[f"decoder, {dtype}"].items()
+    ]
+    encoders = [
+        (name, f"{run['stock']:.0f} ms", f"{run['qkv']:.0f} ms", f"{run['stock'] / run['qkv']:.2f}")
+        for name, run in record["encoder"].items()
+    ]
+    what = (
+        "Stock is transformers' sdpa and default cache. Memory is what prefill and 24 steps add to the loaded model; "
+        "perplexity is that of 16,384 tokens of Shakespeare in pieces of 2048."
+    )
+    return [
+        f"## Models\n\n{machine(record)}",
+        "### SmolLM2-135M-Instruct, 4096 tokens of context",
+        table(["dtype", "attention and cache", "prefill", "a step", "memory at its peak", "perplexity"], decoders, 2),
+        what,
+        "### all-MiniLM-L6-v2",
+        table(["texts", "stock", "qkv", "stock / qkv"], encoders, words=1),
+    ]
+
+
 def main() -> None:
     """Writes the page and the plots."""
-    sections = (kernel_section, grid_section, avx2_section, alternating_section, spine_section)
+    sections = (kernel_section, grid_section, avx2_section, alternating_section, spine_section, models_section)
     body = "\n\n".join(part for section in sections for part in section())
     head = PAGE.read_text().split(START)[0]
     PAGE.write_text(f"{head}{START}\n\n{body}\n\n{END}\n")
