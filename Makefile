@@ -24,10 +24,12 @@ format: $(VENV)/ready
 	$(BIN)/clang-format -i $(CPP)
 
 # The kernel's own tests under each sanitizer, for all instruction sets of this machine.
-sanitize: build/sanitize-address,undefined build/sanitize-thread
+sanitize: build/sanitize-address build/sanitize-thread
 
+build/sanitize-address: SANITIZE = address,undefined
+build/sanitize-thread: SANITIZE = thread
 build/sanitize-%: $(VENV)/ready FORCE
-	$(BIN)/cmake -S . -B $@ -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DQKV_TESTS=ON -DQKV_SANITIZE=$*
+	$(BIN)/cmake -S . -B $@ -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DQKV_TESTS=ON -DQKV_SANITIZE=$(SANITIZE)
 	$(BIN)/cmake --build $@
 	$(BIN)/ctest --test-dir $@ --output-on-failure --no-tests=error
 

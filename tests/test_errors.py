@@ -207,6 +207,23 @@ LAYERS = [
 K1 = torch.randn(2, 3, 1, 8)
 
 
+@pytest.mark.parametrize("kind", [qkv.KVCache, qkv.Int8KVCache])
+def test_a_cache_that_refuses_loses_nothing(kind: type[qkv.KVCache] | type[qkv.Int8KVCache]) -> None:
+    cache, k = kind(), torch.randn(2, 2, 5, 8)
+    before = [x.clone() for x in cache.append(k, k) if isinstance(x, torch.Tensor)]
+    for wrong in ([0], torch.tensor([0.0]), torch.tensor([[0]]), torch.tensor([0, 2]), torch.tensor([-1])):
+        with pytest.raises(ValueError, match="select takes integers from 0 to 1, a row of the batch each"):
+            cache.select(wrong)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"crop takes the number of tokens to keep, an int; got 2\.5"):
+        cache.crop(2.5)  # type: ignore[arg-type]
+    for length in (-1, 6):
+        with pytest.raises(ValueError, match=f"crop keeps between 0 and the 5 tokens held; got {length}"):
+            cache.crop(length)
+    assert cache.length == 5
+    after = [x for x in cache.append(k[:, :, :0], k[:, :, :0]) if isinstance(x, torch.Tensor)]
+    assert all(map(torch.equal, before, after))
+
+
 def second_append(cache: qkv.KVCache | qkv.SlidingKVCache | qkv.CrossKVCache, k: torch.Tensor) -> Callable[[], object]:
     def run() -> None:
         cache.append(K1, K1)

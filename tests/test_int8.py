@@ -156,10 +156,13 @@ def test_wrong_input_is_named() -> None:
         qkv.attention(q, k, v, k_scale=k_scale[..., :8], v_scale=v_scale)
     with pytest.raises(ValueError, match=r"got k in torch\.float32"):
         qkv.attention(q, k.float(), v, k_scale=k_scale, v_scale=v_scale)
-    with pytest.raises(ValueError, match=r"same dtype; got torch\.float32, torch\.int8 and torch\.int8"):
+    need = r"same dtype; got torch\.float32, torch\.int8 and torch\.int8\. Keys and values in int8 need k_scale"
+    with pytest.raises(ValueError, match=need):
         qkv.attention(q, k, v)
     with pytest.raises(ValueError, match="Int8KVCache: int8 has no gradient"):
         qkv.Int8KVCache().append(q.requires_grad_(), q)
+    with pytest.raises(ValueError, match=r"must be floating-point, to be rounded; got torch\.int8, torch\.int8"):
+        qkv.Int8KVCache().append(k, v)
     cache = qkv.Int8KVCache()
     cache.append(torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 8))
     with pytest.raises(ValueError, match=r"Int8KVCache: k must be .* in torch\.float32"):

@@ -191,6 +191,8 @@ def test_a_model_writes_the_same_text_on_either_cache(monkeypatch: pytest.Monkey
 
     for kind, layer in list(DYNAMIC_LAYER_TYPE_MAPPING.items()):
         monkeypatch.setitem(DYNAMIC_LAYER_TYPE_MAPPING, kind, layer)  # which is undone afterwards
+    with pytest.raises(ValueError, match=r"register: cache must be True, False or torch\.int8; got 'int8'"):
+        integration.register(cache="int8")
     integration.register()
     assert type(DynamicCache(config=config).layers[1]) is DynamicLayer
     integration.register(cache=torch.int8)

@@ -78,10 +78,13 @@ class _GrowingCache:
         """Forgets all tokens but the first ``length``, as when a draft of them was refused.
 
         Raises:
+            TypeError: for a length that is no int.
             ValueError: for more tokens than are held, or fewer than none.
         """
+        who = type(self).__name__
+        if not isinstance(length, int):
+            raise TypeError(f"{who}: crop takes the number of tokens to keep, an int; got {length!r}.")
         if not 0 <= length <= self.length:
-            who = type(self).__name__
             raise ValueError(f"{who}: crop keeps between 0 and the {self.length} tokens held; got {length}.")
         for part in self._parts:
             part.crop(length)
@@ -90,8 +93,22 @@ class _GrowingCache:
         """Keeps these rows of the batch, in this order and as often as they are named, as when beams go on.
 
         Args:
-            rows: integer ``(B',)``.
+            rows: integer ``(B',)``, from 0 to B - 1.
+
+        Raises:
+            ValueError: for other rows.
         """
+        held = self._k.tensor
+        if held is None:
+            return
+        fits = isinstance(rows, Tensor) and rows.dim() == 1 and rows.dtype in (torch.int64, torch.int32)
+        if not torch.compiler.is_compiling() and fits and rows.numel():
+            fits = 0 <= int(rows.min()) <= int(rows.max()) < held.shape[0]
+        if not fits:
+            raise ValueError(
+                f"{type(self).__name__}: select takes integers from 0 to {held.shape[0] - 1}, a row of the batch "
+                f"each, in a tensor of one dimension; got {rows!r}."
+            )
         for part in self._parts:
             part.select(rows)
 
@@ -165,8 +182,10 @@ class Int8KVCache(_GrowingCache):
         """Adds keys ``(B, Hkv, L, D)`` and values ``(B, Hkv, L, Dv)``, and returns all so far.
 
         Raises:
-            ValueError: as `KVCache.append`, and for keys or values that a gradient is wanted of.
+            ValueError: as `KVCache.append`, for keys or values that a gradient is wanted of, and for integers.
         """
+        if not (k.is_floating_point() and v.is_floating_point()):
+            raise ValueError(f"Int8KVCache: k and v must be floating-point, to be rounded; got {k.dtype}, {v.dtype}.")
         if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
             raise ValueError("Int8KVCache: int8 has no gradient; call it under torch.no_grad(), or use a KVCache.")
         start, room = self._admit(k, v)

@@ -208,7 +208,8 @@ def _check_tensors(who: str, q: Tensor, k: Tensor, v: Tensor) -> None:
 def _check_dtypes(who: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     dtype = q.dtype
     if not (dtype is k.dtype is v.dtype):
-        raise ValueError(f"{who}: q, k and v must have the same dtype; got {dtype}, {k.dtype} and {v.dtype}.")
+        remedy = " Keys and values in int8 need k_scale and v_scale." if k.dtype is torch.int8 else ""
+        raise ValueError(f"{who}: q, k and v must have the same dtype; got {dtype}, {k.dtype} and {v.dtype}.{remedy}")
     if dtype not in DTYPES:
         names = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
         raise ValueError(f"{who}: q, k and v must be one of {names}; got {dtype}.")

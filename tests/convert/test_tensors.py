@@ -1,5 +1,8 @@
 """`pool_heads` against scalar sums in numpy; `group_heads` and `convert_layer` against what attention computes."""
 
+import inspect
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -163,3 +166,17 @@ def test_converted_layer_with_as_many_heads_is_equal():
     layer = qkv.GroupedQueryAttention(32, 4, 2, alibi=torch.rand(4), bias=False, dtype=torch.bfloat16)
     same, x = convert_layer(layer, 2), torch.randn(1, 4, 32, dtype=torch.bfloat16)
     assert torch.equal(same(x), layer(x))
+
+
+def test_a_converted_layer_is_given_every_option_that_layers_have():
+    layer = qkv.MultiHeadAttention(32, 4)
+    known = set(inspect.signature(qkv.Attention).parameters)
+    seen = mock.patch.object(qkv.Attention, "__init__", side_effect=RuntimeError("seen"))
+    with seen as init, pytest.raises(RuntimeError, match="seen"):
+        convert_layer(layer, 2)
+    assert {"embed_dim", "num_heads", *init.call_args.kwargs} == known
+
+
+def test_a_layer_of_another_kind_is_refused():
+    with pytest.raises(TypeError, match=r"must be a qkv\.Attention; got MultiheadAttention\. Of an nn\.Multihead"):
+        convert_layer(torch.nn.MultiheadAttention(32, 4), 2)

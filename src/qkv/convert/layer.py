@@ -13,6 +13,7 @@ def convert_layer(layer: Attention, num_kv_heads: int, *, how: How = "mean", see
         how, seed: as in `pool_heads`; keys and values draw different numbers.
 
     Raises:
+        TypeError: for a layer of another kind.
         ValueError: as `pool_heads`.
 
     Example:
@@ -21,6 +22,11 @@ def convert_layer(layer: Attention, num_kv_heads: int, *, how: How = "mean", see
         >>> convert_layer(qkv.MultiHeadAttention(64, 8), 2).num_kv_heads
         2
     """
+    if not isinstance(layer, Attention):
+        raise TypeError(
+            f"convert_layer: layer must be a qkv.Attention; got {type(layer).__name__}. "
+            "Of an nn.MultiheadAttention, qkv.MultiHeadAttention.from_torch makes one."
+        )
     weight = layer.q_proj.weight
     state = layer.state_dict()
     for number, name in enumerate(("k_proj.weight", "k_proj.bias", "v_proj.weight", "v_proj.bias")):

@@ -112,19 +112,8 @@ def flash_attn_qkvpacked_func(
             f"flash_attn_qkvpacked_func: qkv must be (batch, length, 3, heads, width); got shape {tuple(qkv.shape)}."
         )
     q, k, v = qkv.unbind(2)
-    return flash_attn_func(
-        q,
-        k,
-        v,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        return_attn_probs,
-    )
+    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
+    return flash_attn_func(q, k, v, *options)
 
 
 def flash_attn_kvpacked_func(
@@ -152,19 +141,8 @@ def flash_attn_kvpacked_func(
             f"flash_attn_kvpacked_func: kv must be (batch, length, 2, heads, width); got shape {tuple(kv.shape)}."
         )
     k, v = kv.unbind(2)
-    return flash_attn_func(
-        q,
-        k,
-        v,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        return_attn_probs,
-    )
+    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
+    return flash_attn_func(q, k, v, *options)
 
 
 def flash_attn_varlen_func(

@@ -27,13 +27,15 @@ def register(*, cache: bool | torch.dtype = False) -> None:
 
     Raises:
         ModuleNotFoundError: where transformers is not installed.
-        ValueError: for another dtype.
+        ValueError: for another cache.
 
     Example:
         >>> from qkv.integrations import transformers as integration
         >>> integration.register()  # doctest: +SKIP
         >>> model.set_attn_implementation("qkv")  # doctest: +SKIP
     """
+    if cache not in (False, True, torch.int8):
+        raise ValueError(f"register: cache must be True, False or torch.int8; got {cache!r}.")
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(NAME, attend)

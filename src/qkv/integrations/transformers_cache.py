@@ -23,12 +23,8 @@ def _room(tokens: int) -> int:
     return tokens + max(tokens // 16, 64)
 
 
-class GrowingLayer(DynamicLayer):  # type: ignore[misc]
-    """All keys and values of one layer, in memory with room behind them.
-
-    Takes transformers' own operations (reordering for beams, cropping, repeating, selecting) as they are: what is left
-    in place grows in place, what was made anew is copied once.
-    """
+class _Roomy(DynamicLayer):  # type: ignore[misc]
+    """What our layers share that keep tensors as they are: memory for each."""
 
     keys: Any
     values: Any
@@ -36,6 +32,14 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
         self._keys, self._values = Growing(), Growing()
+
+
+class GrowingLayer(_Roomy):
+    """All keys and values of one layer, in memory with room behind them.
+
+    Takes transformers' own operations (reordering for beams, cropping, repeating, selecting) as they are: what is left
+    in place grows in place, what was made anew is copied once.
+    """
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Appends keys and values ``(B, Hkv, L, D)``; returns all, as views that the next update may move."""
@@ -54,15 +58,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
             self.values = _select(self._values, self.values, beam_idx)
 
 
-class SlidingLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
+class SlidingLayer(_Roomy, DynamicSlidingWindowLayer):  # type: ignore[misc]
     """The keys and values of one layer that the next query may see, in memory for two windows."""
-
-    keys: Any
-    values: Any
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        super().lazy_initialization(key_states, value_states)
-        self._keys, self._values = Growing(), Growing()
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Appends keys and values ``(B, Hkv, L, D)``; returns those in a window of any of them."""
@@ -187,7 +184,7 @@ def use_by_default(dtype: torch.dtype | None = None) -> None:
 
 def _growing_layer(dtype: torch.dtype | None) -> type[DynamicLayer]:
     if dtype not in (None, torch.int8):
-        raise ValueError(f"dtype of a cache must be torch.int8, or None for that of the model; got {dtype}.")
+        raise ValueError(f"QKVCache: dtype must be torch.int8, or None for that of the model; got {dtype!r}.")
     return GrowingLayer if dtype is None else Int8Layer
 
 

@@ -166,7 +166,7 @@ def attend_each(
 
 def band(who: str, window_size: Sequence[int], causal: bool = False) -> Mask:
     """The mask of flash-attn's ``window_size``, ``(left, right)`` with -1 for no bound; ``causal`` makes right 0."""
-    if len(window_size) != 2:
+    if not isinstance(window_size, Sequence) or len(window_size) != 2:
         raise ValueError(f"{who}: window_size must be (left, right), -1 for no bound; got {window_size!r}.")
     left, right = window_size
     if causal:
@@ -176,6 +176,7 @@ def band(who: str, window_size: Sequence[int], causal: bool = False) -> Mask:
 
 def sequence_lengths(who: str, name: str, starts: Tensor, total: int | None = None) -> list[int]:
     """The lengths of packed sequences, from where each begins among ``total`` tokens (any number, if None)."""
+    _require_tensor(who, name, starts)
     bounds = starts.tolist() if starts.dim() == 1 and not starts.dtype.is_floating_point else []
     lengths = [stop - start for start, stop in pairwise(bounds)]
     if not lengths or bounds[0] != 0 or min(lengths) < 0 or total not in (None, bounds[-1]):
@@ -186,10 +187,16 @@ def sequence_lengths(who: str, name: str, starts: Tensor, total: int | None = No
 
 def token_counts(who: str, name: str, counts: Tensor, batch: int) -> list[int]:
     """The number of tokens of each sequence of a batch."""
+    _require_tensor(who, name, counts)
     if counts.shape != (batch,) or counts.dtype.is_floating_point or (counts < 0).any():
         raise ValueError(f"{who}: {name} must be ({batch},) integers, at least 0, one a sequence; got {counts}.")
     found: list[int] = counts.tolist()
     return found
+
+
+def _require_tensor(who: str, name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{who}: {name} must be a tensor; got {type(value).__name__}.")
 
 
 def require_layout(who: str, layout: str, **tensors: Tensor) -> None:
