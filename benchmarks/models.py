@@ -113,11 +113,12 @@ def decoder(dtype: torch.dtype, folder: Path) -> dict[str, Any]:
     for kind in kinds:
         steps = [seconds for _, times in runs[kind] for seconds in times]
         command = [sys.executable, __file__, "peak", str(folder), kind, str(dtype).removeprefix("torch.")]
-        peak = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        peaks = [subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(ROUNDS)]
         found[kind] = {
             "prefill_seconds": round(median(prefill for prefill, _ in runs[kind]), 3),
             "step_ms": round(median(steps) * 1e3, 2),
-            "peak_mib": round(float(peak), 1),
+            "peak_mib": round(median(map(float, peaks)), 1),
+            "peaks_mib": sorted(round(float(peak), 1) for peak in peaks),
         }
         if dtype is torch.bfloat16:
             found[kind]["perplexity"] = round(perplexity(model, ids[:, : 8 * 2048], kind), 4)

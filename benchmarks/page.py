@@ -194,7 +194,8 @@ def models_section() -> list[str]:
         for name, run in record["encoder"].items()
     ]
     what = (
-        "Stock is transformers' sdpa and default cache. Memory is what prefill and 24 steps add to the loaded model; "
+        "Stock is transformers' sdpa and default cache. Memory is what prefill and 24 steps add to the loaded model, "
+        "the median of three processes, which differ much; "
         "perplexity is that of 16,384 tokens of Shakespeare in pieces of 2048."
     )
     return [

@@ -66,7 +66,7 @@ def attention(
         k: ``(B, Hkv, Lk, D)``, where Hkv divides H.
         v: ``(B, Hkv, Lk, Dv)``; Dv may differ from D.
         k_scale, v_scale: ``(B, Hkv, Lk)``, fp32, for keys and values in int8: key j is ``k_scale[j] * k[j]``. As
-            `quantize` makes them, and a `KVCache` of dtype int8 holds them.
+            `qkv.cache.quantize` makes them, and an `Int8KVCache` holds them.
         mask: which keys a query may see.
         offset: position of the first query, counted in keys. Needed where the mask or ``alibi`` depends on positions
             and Lq differs from Lk; 0 where they are equal. A cache supplies it.
