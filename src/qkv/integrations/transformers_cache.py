@@ -18,9 +18,13 @@ from qkv.growing import Growing
 from qkv.integrations.lazy_tensor import Int8Tensor
 
 
-def _room(tokens: int) -> int:
-    """Tokens of new memory. Little waits to be filled; all are moved once in so many steps as each reads them all."""
-    return tokens + max(tokens // 16, 64)
+def _room(held: int, new: int) -> int:
+    """Tokens of new memory. Little waits to be filled; all are moved once in so many steps as each reads them all.
+
+    A prompt gets no more than it takes: it is when memory is at its peak.
+    """
+    tokens = held + new
+    return tokens + max(tokens // 16, 64) if held else tokens
 
 
 class _Roomy(DynamicLayer):  # type: ignore[misc]
@@ -206,7 +210,7 @@ def _extend(memory: Growing, held: Tensor, new: Tensor, room: int | None = None)
         memory.hold(held)
     else:
         memory.crop(0)
-    return memory.extend(new, _room(memory.length + new.shape[2]) if room is None else room)
+    return memory.extend(new, _room(memory.length, new.shape[2]) if room is None else room)
 
 
 def _select(memory: Growing, held: Tensor, rows: Tensor) -> Tensor:
