@@ -12,6 +12,7 @@ import torch
 import qkv
 from qkv import Mask, kernels
 from qkv.backends import native
+from qkv.cache import quantize
 from qkv.kernels import binding
 
 ROOT = Path(__file__).parents[1]
@@ -102,17 +103,35 @@ def test_reasons_name_what_the_kernel_lacks() -> None:
 @present
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    "mask", [Mask.full(), Mask.causal(), Mask.causal(3, sink_tokens=1), Mask.band(None, 2)], ids=str
+    "mask",
+    [
+        *(Mask.full(), Mask.causal(), Mask.causal(3, sink_tokens=1), Mask.band(None, 2)),
+        Mask.padding(torch.tensor([5, 9])) & Mask.causal(4),
+        Mask.padding(torch.tensor([6])),
+        Mask.padding(torch.arange(18).view(2, 9) % 4 > 0),
+        Mask.padding(torch.arange(20)[None, 2:11] > 5) & Mask.padding(torch.tensor([9, 9, 7, 7])[1::2]),
+    ],
+    ids=str,
 )
 def test_the_way_of_plain_calls_gives_the_bits_of_the_other(dtype: torch.dtype, mask: Mask) -> None:
     q = torch.randn(2, 5, 6, 8, dtype=dtype).transpose(1, 2)  # views, as where heads are split and buffers filled
     k, v = torch.randn(2, 11, 2, 8, dtype=dtype).transpose(1, 2)[:, :, 1:10], torch.randn(2, 2, 9, 3, dtype=dtype)
     for offset in (-1, 0, 4, 2**29):
         for scale in (None, 0.7):
-            plain = native.run_plain(q, k, v, mask, offset, scale)
-            posed = qkv.attention(q, k, v, mask=mask, offset=offset, scale=scale, backend="native")
-            assert plain is not None and torch.equal(plain, posed)
-            assert plain.shape == posed.shape and plain.stride() == posed.stride() and plain.dtype == dtype
+            for keys, values, *scales in ((k, v, None, None), quantized(k, v)):
+                plain = native.run_plain(q, keys, values, *scales, mask, offset, scale)
+                options = {"k_scale": scales[0], "v_scale": scales[1], "mask": mask, "offset": offset, "scale": scale}
+                posed = qkv.attention(q, keys, values, **options, backend="native")
+                assert plain is not None and torch.equal(plain, posed)
+                assert plain.shape == posed.shape and plain.stride() == posed.stride() and plain.dtype == dtype
+
+
+def quantized(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Both in int8, and what each is to be multiplied by: views, as where buffers are filled."""
+    (k, k_scale), (v, v_scale) = quantize(k), quantize(v)
+    room = torch.full((2, 2, 20), torch.nan)
+    room[:, :, 3:12] = k_scale
+    return k, v, room[:, :, 3:12], v_scale
 
 
 @present
@@ -123,17 +142,35 @@ def test_calls_that_are_not_plain_are_posed() -> None:
         q: object = q,
         k: object = k,
         v: object = k,
+        k_scale: object = None,
+        v_scale: object = None,
         mask: object = qkv.masks.FULL,
         offset: object = None,
         scale: object = None,
     ) -> bool:
-        return native.run_plain(q, k, v, mask, offset, scale) is not None  # type: ignore[arg-type]
+        return native.run_plain(q, k, v, k_scale, v_scale, mask, offset, scale) is not None  # type: ignore[arg-type]
 
     assert is_plain()
     assert is_plain(mask=Mask.causal(), offset=3)
     assert not is_plain(mask=Mask.causal())  # Two readings.
-    assert not is_plain(mask=Mask.padding(torch.tensor([5])))
+    assert is_plain(mask=Mask.padding(torch.tensor([5])))
+    for lengths in ([5, 5], []):
+        assert not is_plain(mask=Mask.padding(torch.tensor(lengths, dtype=torch.int64)))
+    assert not is_plain(mask=Mask.padding(torch.tensor([5], dtype=torch.int32)))
+    assert not is_plain(mask=Mask.padding(torch.tensor([5], device="meta")))
+    keep = torch.ones(1, 14, dtype=torch.bool)
+    for kept in (keep, keep[:, :6], keep[:, ::2], keep[:, :7].expand(2, -1), keep[:, :0]):
+        assert not is_plain(mask=Mask.padding(kept))
+    assert not is_plain(mask=Mask.documents(torch.zeros(1, 7, dtype=torch.int64)))
+    assert not is_plain(mask=Mask.dense(keep[:, :7]))
     assert not is_plain(mask=k)
+    codes, scales = quantize(k)
+    int8 = {"k": codes, "v": codes, "k_scale": scales, "v_scale": scales}
+    assert is_plain(**int8)
+    for scale in (None, scales[0], scales[:, :1], scales[:, :, 1:], scales.double(), scales.bfloat16()):
+        assert not is_plain(**(int8 | {"k_scale": scale})) and not is_plain(**(int8 | {"v_scale": scale}))
+    assert not is_plain(**(int8 | {"v_scale": torch.stack([scales, scales], dim=-1)[..., 0]}))
+    assert not is_plain(**(int8 | {"v": k})) and not is_plain(**(int8 | {"q": codes})) and not is_plain(k_scale=scales)
     assert not is_plain(offset=2.0) and not is_plain(offset=1 << 30)
     assert not is_plain(scale=torch.ones(()))
     for other in ("q", k[0], k.double(), k.bfloat16(), k.to("meta"), k[:, :0], k[:, :, :0], k[..., :0], k[..., ::2]):

@@ -117,6 +117,14 @@ static inline vec load_as(Dtype dtype, const void* data) {
 // The first `count` of a vector of neighbours, and zeros.
 static inline vec load_part(Dtype dtype, const void* data, int64_t count) {
     if (count >= LANES) return load_as(dtype, data);
+#if defined(__AVX512F__)
+    const __mmask16 lanes = (__mmask16)((1u << count) - 1);
+    if (dtype == Dtype::f32) return (vec)_mm512_maskz_loadu_ps(lanes, data);
+    if (dtype == Dtype::bf16)
+        return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, data)), 16);
+    if (dtype == Dtype::f16) return (vec)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, data));
+    if (dtype == Dtype::i8) return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(lanes, data)));
+#endif
     char part[LANES * sizeof(float)] = {};
     std::memcpy(part, data, count * size_of(dtype));
     return load_as(dtype, part);
@@ -125,18 +133,20 @@ static inline vec load_part(Dtype dtype, const void* data, int64_t count) {
 // The first `count` lanes.
 static inline void store_part(Dtype dtype, void* data, vec x, int64_t count) {
     count = std::min<int64_t>(count, LANES);
+#if defined(__AVX512F__)
+    const __mmask16 lanes = (__mmask16)((1u << count) - 1);
+    if (dtype == Dtype::f32) return _mm512_mask_storeu_ps(data, lanes, (__m512)x);
+    if (dtype == Dtype::f16) {
+        const __m256i half = _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        return _mm256_mask_storeu_epi16(data, lanes, half);
+    }
+#else
     if (dtype == Dtype::f32) {
         if (count == LANES)
             store((float*)data, x);
         else
             std::memcpy(data, &x, count * sizeof(float));
         return;
-    }
-#if defined(__AVX512F__)
-    const __mmask16 lanes = (__mmask16)((1u << count) - 1);
-    if (dtype == Dtype::f16) {
-        const __m256i half = _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-        return _mm256_mask_storeu_epi16(data, lanes, half);
     }
 #endif
     if (dtype == Dtype::f16) {

@@ -8,7 +8,7 @@ namespace qkv {
 namespace dlpack {
 
 enum Device : int32_t { CPU = 1 };
-enum Code : uint8_t { FLOAT = 2, BFLOAT = 4 };
+enum Code : uint8_t { INT = 0, FLOAT = 2, BFLOAT = 4, BOOL = 6 };
 
 struct Tensor {
     void* data;

@@ -3,8 +3,8 @@
 //
 // A handful of rows would fill a handful of sixteen lanes. Here lanes lie along the width in both products, and along
 // keys and rows in between; every key and value is read once, in the order of memory, for all rows: the speed is that
-// of memory. Numbers of 8 and 16 bits are widened in registers; those of bf16 are multiplied as they are where there
-// are dot products of them.
+// of memory. Numbers of 8 and 16 bits are widened in registers; where there are dot products of pairs of 16 bits, those
+// of bf16 are multiplied as they are, and those of 8 bits with queries and weights in fixed point.
 #pragma once
 
 #include "forward.h"
@@ -40,10 +40,11 @@ struct FewState {
 
 // Memory for a few rows.
 struct FewRoom {
-    float *queries, *scores, *values, *state, *total;
+    float *queries, *steps, *scores, *values, *state, *total;
 
     FewRoom(const Problem& p, Placer& place) {
         queries = place(FEW * pitch_of(p.width));
+        steps = place(FEW);
         scores = place(FEW * BLOCK);
         values = place(BLOCK * p.value_width);
         state = place(FewState::floats(p));
@@ -54,7 +55,9 @@ struct FewRoom {
 // Both products of a block of keys of this dtype, for rows of queries as fp32.
 template <Dtype DTYPE>
 struct Widened {
-    static void queries(const Problem& p, const Tile& t, float* to) {
+    // Rows of queries, and the step of each, which products with its numbers are to be multiplied by.
+    static void queries(const Problem& p, const Tile& t, float* to, float* steps) {
+        std::fill(steps, steps + t.count, 1.0f);
         for (int r = 0; r < t.count; ++r, to += pitch_of(p.width))
             for (int64_t d = 0; d < p.width; d += LANES)
                 store(to + d, load_part(p.dtype, t.row(p, p.q, r) + d * size_of(p.dtype), p.width - d));
@@ -82,12 +85,16 @@ struct Widened {
             for (int r = 0; r < COUNT; ++r) sums[j * ROWS + r] = acc[j][r];
     }
 
+    // Makes of weights, in place, what `add` takes, and returns the step of each lane's row.
     template <int ROWS>
-    static void pack(float*, int) {}
+    static vec pack(float*, int) {
+        return set1(1.0f);
+    }
 
     // Adds weights times values to rows of out.
     template <int COUNT, int ROWS>
-    static void add(const char* values, int64_t stride, int count, int64_t width, const float* weights, float* out) {
+    static void add(const char* values, int64_t stride, int count, int64_t width, const float* weights, vec,
+                    float* out) {
         constexpr int VECS = COUNT <= 4 ? 4 : 2;
         int64_t d = 0;
         for (; d + VECS * LANES <= width; d += VECS * LANES)
@@ -123,81 +130,77 @@ struct Widened {
     }
 };
 
+// The largest of the lanes that lie a multiple of ROWS apart.
+template <int ROWS>
+static inline vec largest(vec x) {
+    if constexpr (ROWS < LANES) return largest<2 * ROWS>(max(x, shuffle(x, x, Across<ROWS>())));
+    return x;
+}
+
+#if defined(__AVX512F__)
 #if defined(__AVX512BF16__)
-// A step of numbers of bf16, in their order. Those of two rows are interleaved in runs of four.
+// Numbers of bf16, which are multiplied by numbers of bf16.
 struct Halves {
-    static constexpr Dtype DTYPE = Dtype::bf16;
+    static constexpr int SIZE = 2;
+    static constexpr bool IN_STEPS = false;
 
-    template <int FROM>
-    struct Merged {
-        static constexpr int at(int i) { return (FROM + i) / 8 * 4 + i % 4 + (i & 4 ? LANES : 0); }
-    };
-
-    // The numbers of a step, those behind the row as zeros.
+    // The numbers at `row`, zeros for those that are not left.
     static __m512i take(const char* row, int64_t left) {
         if (left >= 2 * LANES) return _mm512_loadu_si512(row);
         return _mm512_maskz_loadu_epi16((__mmask32)((1ull << left) - 1), row);
     }
 
-    // Where `take` puts number i.
-    static int place(int i) { return i; }
+    // What they are multiplied by, from fp32.
+    static __m256i factors(vec x) { return (__m256i)_mm512_cvtneps_pbh((__m512)x); }
 
-    // Pairs of the numbers of two rows.
-    static void pair(const char* row, const char* next, int64_t left, __m512i* pairs) {
-        const __m512i low = take(row, left), high = next ? take(next, left) : __m512i{};
-        pairs[0] = _mm512_unpacklo_epi16(low, high);
-        pairs[1] = _mm512_unpackhi_epi16(low, high);
-    }
+    static vec dot(vec sum, __m512i a, __m512i b) { return Pair::dot(sum, a, (vec)b); }
 
-    // Where `pair` puts column d, and two vectors of sums of its pairs as columns.
-    static int64_t column(int64_t d) { return d / 8 * 4 + d % 4 + (d & 4 ? LANES : 0); }
-    static vec first(vec low, vec high) { return shuffle(low, high, Merged<0>()); }
-    static vec second(vec low, vec high) { return shuffle(low, high, Merged<LANES>()); }
+    static vec total(vec sum) { return sum; }
 };
+#endif
 
-// A step of numbers of i8, which bf16 holds exactly: two vectors of them as pairs, and those of two rows in order.
-struct Octets {
-    static constexpr Dtype DTYPE = Dtype::i8;
+// Numbers of i8, which are multiplied by numbers of 16 bits in fixed point: multiples of a step, a 32767th of the
+// largest of its kind.
+struct Codes {
+    static constexpr int SIZE = 1;
+    static constexpr bool IN_STEPS = true;
+    static constexpr int LARGEST = 32767;
+    static constexpr int64_t MOST = LANES * (1ll << 31) / (LARGEST + 1) / 128;  // products, whose sums fit 32 bits
 
     static __m512i take(const char* row, int64_t left) {
-        return together(widen(row, left), widen(row + LANES, left - LANES));
+        if (left >= 2 * LANES) return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)row));
+        return _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8((__mmask32)((1ull << left) - 1), row));
     }
 
-    static int place(int i) { return i % LANES * 2 + i / LANES; }
+    static __m256i factors(vec x) { return _mm512_cvtepi32_epi16(_mm512_cvtps_epi32((__m512)x)); }
 
-    static void pair(const char* row, const char* next, int64_t left, __m512i* pairs) {
-        for (int n = 0; n < 2; ++n, left -= LANES)
-            pairs[n] = together(widen(row + n * LANES, left), next ? widen(next + n * LANES, left) : vec{});
+    static vec dot(vec sum, __m512i a, __m512i b) {
+#if defined(__AVX512VNNI__)
+        return (vec)_mm512_dpwssd_epi32((__m512i)sum, a, b);
+#else
+        return (vec)_mm512_add_epi32((__m512i)sum, _mm512_madd_epi16(a, b));
+#endif
     }
 
-    static int64_t column(int64_t d) { return d; }
-    static vec first(vec low, vec) { return low; }
-    static vec second(vec, vec high) { return high; }
-
-   private:
-    static vec widen(const char* row, int64_t left) {
-        if (left >= LANES) return load_as(Dtype::i8, row);
-        return left > 0 ? load_part(Dtype::i8, row, left) : vec{};
-    }
-
-    // The upper halves of both, the first below the second.
-    static __m512i together(vec low, vec high) {
-        return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32((__m512i)low, 16), (__m512i)high);
-    }
+    static vec total(vec sum) { return (vec)_mm512_cvtepi32_ps((__m512i)sum); }
 };
 
-// The same in dot products of bf16, for queries of bf16.
+// Both products of a block of keys in dot products of pairs, for queries of 16 bits. Rows of out lie as pairs do: runs
+// of four columns of two rows of values take turns.
 template <class Numbers>
 struct Dots {
     static constexpr int STEP = 2 * LANES;
-    static constexpr int64_t SIZE = Numbers::DTYPE == Dtype::i8 ? 1 : 2;
 
-    static void queries(const Problem& p, const Tile& t, float* to) {
+    static void queries(const Problem& p, const Tile& t, float* to, float* steps) {
         for (int r = 0; r < t.count; ++r, to += pitch_of(p.width)) {
             std::fill(to, to + pitch_of(p.width) / 2, 0.0f);
-            const uint16_t* const row = (const uint16_t*)t.row(p, p.q, r);
-            for (int64_t d = 0; d < p.width; ++d)
-                ((uint16_t*)to)[d / STEP * STEP + Numbers::place((int)(d % STEP))] = row[d];
+            const char* const row = t.row(p, p.q, r);
+            const auto numbers = [&](int64_t d) { return load_part(p.dtype, row + 2 * d, p.width - d); };
+            vec divisor = set1(1.0f);
+            if (Numbers::IN_STEPS) divisor = step_of<1>(p.width, numbers);
+            steps[r] = divisor[0];
+            for (int64_t d = 0; d < p.width; d += LANES)
+                _mm256_storeu_si256((__m256i*)(to + d / 2), Numbers::factors(numbers(d) / divisor));
         }
     }
 
@@ -208,69 +211,107 @@ struct Dots {
         vec acc[KEYS][COUNT] = {};
         for (int64_t d = 0; d < width; d += STEP) {
             __m512i key[KEYS];
-            for (int j = 0; j < KEYS; ++j) key[j] = Numbers::take(keys + j * stride + SIZE * d, width - d);
+            for (int j = 0; j < KEYS; ++j) key[j] = Numbers::take(keys + j * stride + Numbers::SIZE * d, width - d);
             for (int r = 0; r < COUNT; ++r) {
-                const vec query = load(queries + r * pitch + d / 2);
-                for (int j = 0; j < KEYS; ++j) acc[j][r] = Pair::dot(acc[j][r], key[j], query);
+                const __m512i query = _mm512_loadu_si512(queries + r * pitch + d / 2);
+                for (int j = 0; j < KEYS; ++j) acc[j][r] = Numbers::dot(acc[j][r], key[j], query);
             }
         }
         for (int j = 0; j < KEYS; ++j)
-            for (int r = 0; r < COUNT; ++r) sums[j * ROWS + r] = acc[j][r];
+            for (int r = 0; r < COUNT; ++r) sums[j * ROWS + r] = Numbers::total(acc[j][r]);
     }
 
     // Weights of neighbouring keys become pairs: (key / 2, row).
     template <int ROWS>
-    static void pack(float* weights, int count) {
+    static vec pack(float* weights, int count) {
+        vec step = set1(1.0f);
+        if (Numbers::IN_STEPS) step = step_of<ROWS>(count * ROWS, [&](int64_t i) { return load(weights + i); });
+        const vec inverse = 1.0f / step;
         alignas(32) uint16_t from[LANES];
         for (int i = 0; i < LANES; ++i) from[i] = (uint16_t)((i / 2 / ROWS * 2 + i % 2) * ROWS + i / 2 % ROWS);
         const __m256i order = _mm256_load_si256((const __m256i*)from);
         for (int i = 0; i < count * ROWS; i += LANES) {
-            const __m256i half = (__m256i)_mm512_cvtneps_pbh((__m512)load(weights + i));
-            _mm256_storeu_si256((__m256i*)(weights + i / 2), _mm256_permutexvar_epi16(order, half));
+            const __m256i factors = Numbers::factors(load(weights + i) * inverse);
+            _mm256_storeu_si256((__m256i*)(weights + i / 2), _mm256_permutexvar_epi16(order, factors));
         }
+        return step;
     }
 
     template <int COUNT, int ROWS>
-    static void add(const char* values, int64_t stride, int count, int64_t width, const float* weights, float* out) {
+    static void add(const char* values, int64_t stride, int count, int64_t width, const float* weights, vec steps,
+                    float* out) {
         constexpr int SPANS = COUNT <= 4 ? 2 : 1;
         int64_t d = 0;
         for (; d + SPANS * STEP <= width; d += SPANS * STEP)
-            some<COUNT, ROWS, SPANS>(values + SIZE * d, stride, count, width - d, weights, out + d, width);
+            some<COUNT, ROWS, SPANS>(values + Numbers::SIZE * d, stride, count, width - d, weights, steps, out + d,
+                                     width);
         for (; d < width; d += STEP)
-            some<COUNT, ROWS, 1>(values + SIZE * d, stride, count, width - d, weights, out + d, width);
+            some<COUNT, ROWS, 1>(values + Numbers::SIZE * d, stride, count, width - d, weights, steps, out + d, width);
     }
 
-    static int64_t column(int64_t d) { return d / STEP * STEP + Numbers::column(d % STEP); }
+    static int64_t column(int64_t d) { return d / STEP * STEP + d % STEP / 8 * 4 + d % 4 + (d & 4 ? LANES : 0); }
 
     static vec columns(const float* out, int64_t d) {
         const float* const step = out + d / STEP * STEP;
         const vec low = load(step), high = load(step + LANES);
-        return d % STEP == 0 ? Numbers::first(low, high) : Numbers::second(low, high);
+        return d % STEP == 0 ? shuffle(low, high, Merged<0>()) : shuffle(low, high, Merged<LANES>());
     }
 
    private:
+    template <int FROM>
+    struct Merged {
+        static constexpr int at(int i) { return (FROM + i) / 8 * 4 + i % 4 + (i & 4 ? LANES : 0); }
+    };
+
+    // The step in which the largest of the numbers of each row is the last; NaN where one of them is no number. They
+    // are given a vector at a time; rows are ROWS and take turns.
+    template <int ROWS, class Vectors>
+    static vec step_of(int64_t count, Vectors vectors) {
+        vec most = {}, poison = {};
+        for (int64_t i = 0; i < count; i += LANES) {
+            const vec x = vectors(i);
+            most = max(max(x, -x), most);
+            poison = poison + x * 0.0f;
+        }
+        if constexpr (ROWS == 1) poison = set1(_mm512_reduce_add_ps((__m512)poison));
+        return largest<ROWS>(most) / (float)Codes::LARGEST + poison;
+    }
+
+    // Pairs of the numbers of two rows of values.
+    static void pair(const char* row, const char* next, int64_t left, __m512i* pairs) {
+        const __m512i low = Numbers::take(row, left), high = next ? Numbers::take(next, left) : __m512i{};
+        pairs[0] = _mm512_unpacklo_epi16(low, high);
+        pairs[1] = _mm512_unpackhi_epi16(low, high);
+    }
+
     template <int COUNT, int ROWS, int SPANS>
     static inline void some(const char* values, int64_t stride, int count, int64_t left, const float* weights,
-                            float* out, int64_t width) {
+                            vec steps, float* out, int64_t width) {
         const int64_t pitch = pitch_of(width);
-        vec acc[COUNT][2 * SPANS];
-        for (int r = 0; r < COUNT; ++r)
-            for (int n = 0; n < 2 * SPANS; ++n) acc[r][n] = load(out + r * pitch + n * LANES);
+        vec acc[COUNT][2 * SPANS] = {};
+        if (!Numbers::IN_STEPS)
+            for (int r = 0; r < COUNT; ++r)
+                for (int n = 0; n < 2 * SPANS; ++n) acc[r][n] = load(out + r * pitch + n * LANES);
         for (int j = 0; j < count; j += 2, values += 2 * stride) {
             __m512i x[2 * SPANS];
             for (int n = 0; n < SPANS; ++n) {
-                const char* const row = values + n * STEP * SIZE;
-                Numbers::pair(row, j + 1 < count ? row + stride : nullptr, left - n * STEP, x + 2 * n);
+                const char* const row = values + n * STEP * Numbers::SIZE;
+                pair(row, j + 1 < count ? row + stride : nullptr, left - n * STEP, x + 2 * n);
             }
             for (int r = 0; r < COUNT; ++r) {
-                const vec pair = set1(weights[j / 2 * ROWS + r]);
-                for (int n = 0; n < 2 * SPANS; ++n) acc[r][n] = Pair::dot(acc[r][n], x[n], pair);
+                const __m512i weight = _mm512_set1_epi32(((const int32_t*)weights)[j / 2 * ROWS + r]);
+                for (int n = 0; n < 2 * SPANS; ++n) acc[r][n] = Numbers::dot(acc[r][n], x[n], weight);
             }
         }
         for (int r = 0; r < COUNT; ++r)
-            for (int n = 0; n < 2 * SPANS; ++n) store(out + r * pitch + n * LANES, acc[r][n]);
+            for (int n = 0; n < 2 * SPANS; ++n) {
+                float* const to = out + r * pitch + n * LANES;
+                store(to, Numbers::IN_STEPS ? load(to) + steps[r] * Numbers::total(acc[r][n]) : acc[r][n]);
+            }
     }
 };
+
+static_assert(BLOCK <= Codes::MOST);
 #endif
 
 // Lane i stands for key first + i / ROWS and row i % ROWS; lanes without a row follow the last one.
@@ -327,13 +368,6 @@ struct Spread {
                 : set1(-INF);
         return p.allow.data ? (of(p.allow, first) != 0.0f ? x : set1(-INF)) : x;
     }
-
-    // The largest of all keys, for each row.
-    template <int DISTANCE = ROWS>
-    static vec largest(vec x) {
-        if constexpr (DISTANCE < LANES) return largest<2 * DISTANCE>(max(x, shuffle(x, x, Across<DISTANCE>())));
-        return x;
-    }
 };
 
 // `without_poison` for a few rows: leaves the values of a block in room.values.
@@ -369,6 +403,7 @@ static void fold_few(const Problem& p, const Tile& t, const Outline& outline, co
     const float factor = exponent_factor(p);
     const int64_t pitch = pitch_of(p.value_width), item = size_of(p.kv_dtype), key_stride = p.k.row * item;
     const bool scaled = p.k_scale.data;
+    const vec steps = Spread::each([&](int i) { return room.steps[Spread::row(i)]; });
     vec top = set1(-INF), sum = {};
     state.clear(p, t);
     for (int64_t first = begin; first < end; first += BLOCK) {
@@ -400,13 +435,13 @@ static void fold_few(const Problem& p, const Tile& t, const Outline& outline, co
                                                              room.queries, sums + i * ROWS);
             }
             vec x = sum_each(sums);
-            if (scaled) x = x * spread.of(p.k_scale, first + j);
+            if (scaled) x = x * spread.of(p.k_scale, first + j) * steps;
             if (!plain) x = spread.transform(first + j, x);
             if (b.edge || j + KEYS > b.size) x = spread.hide(first + j, first + b.size, x);
             peak = max(x, peak);
             store(room.scores + j * ROWS, x);
         }
-        const Rise rise(p, top, Spread::largest(peak));
+        const Rise rise(p, top, largest<ROWS>(peak));
         if (any(rise.rows)) {
             top = rise.top;
             sum = sum * rise.shrink;
@@ -427,9 +462,9 @@ static void fold_few(const Problem& p, const Tile& t, const Outline& outline, co
             values = (const char*)room.values;
             value_stride = p.value_width * item;
         }
-        Products::template pack<ROWS>(scores, b.size - from);
+        const vec weight_steps = Products::template pack<ROWS>(scores, b.size - from);
         Products::template add<COUNT, ROWS>(values + from * value_stride, value_stride, b.size - from, p.value_width,
-                                            scores, state.out);
+                                            scores, weight_steps, state.out);
     }
     for (int r = 0; r < COUNT; ++r) {
         state.top[r] = top[r];
@@ -483,8 +518,8 @@ static inline void for_few(const Problem& p, int count, Work work) {
         case Dtype::f16: return with_count(Widened<Dtype::f16>(), count, work);
         default: break;
     }
-#if defined(__AVX512BF16__)
-    if (p.dtype == Dtype::bf16) return with_count(Dots<Octets>(), count, work);
+#if defined(__AVX512F__)
+    if (p.dtype != Dtype::f32 && p.width <= Codes::MOST) return with_count(Dots<Codes>(), count, work);
 #endif
     with_count(Widened<Dtype::i8>(), count, work);
 }

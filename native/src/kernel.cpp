@@ -33,7 +33,9 @@ struct Few {
     typedef FewRoom Room;
     typedef FewState State;
 
-    static void prepare(const Problem& p, const Tile& t, const Room& room) { Products::queries(p, t, room.queries); }
+    static void prepare(const Problem& p, const Tile& t, const Room& room) {
+        Products::queries(p, t, room.queries, room.steps);
+    }
 
     static void fold(const Problem& p, const Tile& t, const Outline& outline, const Dropout& dropout, int64_t begin,
                      int64_t end, const Room& room, const State& state) {

@@ -1,5 +1,5 @@
-// The shortest way from tensors of Python to the kernel, for calls that need nothing but q, k, v and an interval.
-#include <cstring>
+// The shortest way from tensors of Python to the kernel, for calls of q, k, v, an interval and padding.
+#include <initializer_list>
 
 #include "dlpack.h"
 #include "face.h"
@@ -10,6 +10,7 @@ namespace {
 // What of the interpreter is called. Functions of its stable interface, so that no header of Python is needed.
 struct Interpreter {
     const dlpack::Exchange* tensors;
+    void* none;
     void* (*release_lock)();
     void (*take_lock)(void*);
     void (*forget_exception)();
@@ -28,10 +29,34 @@ bool dtype_of(const dlpack::Tensor& tensor, Dtype& dtype) {
         dtype = Dtype::f32;
     else if (tensor.code == dlpack::FLOAT && tensor.bits == 16)
         dtype = Dtype::f16;
+    else if (tensor.code == dlpack::INT && tensor.bits == 8)
+        dtype = Dtype::i8;
     else
         return false;
     return true;
 }
+
+constexpr int32_t NONE = -1;  // dimensions of a tensor that is None
+
+// The tensors of a call, in the order in which Python gives them.
+struct Call {
+    dlpack::Tensor q, k, v, out, k_scale, v_scale, keep, lengths;
+
+    // Whether all could be looked at.
+    bool look(const Interpreter& python, void* const* objects) {
+        for (dlpack::Tensor* tensor : {&q, &k, &v, &out, &k_scale, &v_scale, &keep, &lengths}) {
+            void* const object = *objects++;
+            tensor->dimensions = NONE;
+            if (object != python.none && python.tensors->look(object, tensor) != 0) {
+                python.forget_exception();
+                return false;
+            }
+        }
+        return true;
+    }
+};
+
+bool is_given(const dlpack::Tensor& tensor) { return tensor.dimensions != NONE; }
 
 bool holds_heads(const dlpack::Tensor& tensor) {
     if (tensor.device != dlpack::CPU || tensor.dimensions != 4) return false;
@@ -40,38 +65,64 @@ bool holds_heads(const dlpack::Tensor& tensor) {
     return true;
 }
 
+bool is(const dlpack::Tensor& tensor, dlpack::Code code, int bits, int dimensions) {
+    return tensor.device == dlpack::CPU && tensor.code == code && tensor.bits == bits &&
+           tensor.dimensions == dimensions;
+}
+
+bool scales_of(const dlpack::Tensor& tensor, const Problem& p, Scales& scales) {
+    if (!is(tensor, dlpack::FLOAT, 32, 3) || tensor.shape[0] != p.batch || tensor.shape[1] != p.kv_heads) return false;
+    scales = {(float*)((char*)tensor.data + tensor.byte_offset), tensor.strides[0], tensor.strides[1]};
+    return tensor.shape[2] == p.lk && tensor.strides[2] == 1;
+}
+
+// Fills in what a mask says of each key of a batch, or of each batch.
+template <class Number>
+bool rows_of(const dlpack::Tensor& tensor, const Problem& p, const Number*& rows, int64_t& batch) {
+    if (tensor.shape[0] != 1 && tensor.shape[0] != p.batch) return false;
+    rows = (const Number*)((char*)tensor.data + tensor.byte_offset);
+    batch = tensor.shape[0] == 1 ? 0 : tensor.strides[0];
+    return tensor.dimensions == 1 || (tensor.shape[1] == p.lk && tensor.strides[1] == 1);
+}
+
 // Whether the tensors state a problem; if so, it is filled in.
-bool pose(const dlpack::Tensor& q, const dlpack::Tensor& k, const dlpack::Tensor& v, const dlpack::Tensor& out,
-          Problem& p) {
+bool pose(const Call& call, Problem& p) {
+    const dlpack::Tensor &q = call.q, &k = call.k, &v = call.v, &out = call.out;
     if (!holds_heads(q) || !holds_heads(k) || !holds_heads(v) || !holds_heads(out)) return false;
-    Dtype of_k, of_v;
-    if (!dtype_of(q, p.dtype) || !dtype_of(k, of_k) || !dtype_of(v, of_v)) return false;
-    if (of_k != p.dtype || of_v != p.dtype) return false;
-    p.kv_dtype = p.dtype;
+    Dtype of_v;
+    if (!dtype_of(q, p.dtype) || !dtype_of(k, p.kv_dtype) || !dtype_of(v, of_v)) return false;
+    const bool scaled = p.kv_dtype == Dtype::i8;
+    if (of_v != p.kv_dtype || p.dtype == Dtype::i8 || (!scaled && p.kv_dtype != p.dtype)) return false;
     p.batch = q.shape[0], p.heads = q.shape[1], p.lq = q.shape[2], p.width = q.shape[3];
     p.kv_heads = k.shape[1], p.lk = k.shape[2], p.value_width = v.shape[3];
     if (k.shape[0] != p.batch || v.shape[0] != p.batch || v.shape[1] != p.kv_heads || v.shape[2] != p.lk) return false;
     if (k.shape[3] != p.width || p.heads % p.kv_heads != 0) return false;
+    if (scaled != is_given(call.k_scale) || scaled != is_given(call.v_scale)) return false;
+    if (scaled && !(scales_of(call.k_scale, p, p.k_scale) && scales_of(call.v_scale, p, p.v_scale))) return false;
+    if (is_given(call.keep))
+        if (!is(call.keep, dlpack::BOOL, 8, 2) || !rows_of(call.keep, p, p.keep, p.keep_batch)) return false;
+    if (is_given(call.lengths))
+        if (!is(call.lengths, dlpack::INT, 64, 1) || !rows_of(call.lengths, p, p.lengths, p.lengths_batch))
+            return false;
     return view_of(q, p.q) && view_of(k, p.k) && view_of(v, p.v) && view_of(out, p.out);
 }
 
 }  // namespace
 }  // namespace qkv
 
-// Attention of tensors, which Python owns and holds the lock of. `out` has the shape and dtype of the result. Returns
-// as qkv_forward; or 2, and has done nothing, where the tensors are of another kind or do not fit together.
-QKV_EXPORT int qkv_plain(const void* interpreter, void* q, void* k, void* v, void* out, int64_t offset, int64_t left,
-                         int64_t right, int64_t sink_tokens, float scale, int threads) {
+QKV_EXPORT int qkv_interpreter_size() { return (int)sizeof(qkv::Interpreter); }
+
+// Attention of tensors, which Python owns and holds the lock of. `out` has the shape and dtype of the result; those
+// behind it may be None. Returns as qkv_forward; or 2, and has done nothing, where the tensors are of another kind or
+// do not fit together.
+QKV_EXPORT int qkv_plain(const void* interpreter, void* q, void* k, void* v, void* out, void* k_scale, void* v_scale,
+                         void* keep, void* lengths, int64_t offset, int64_t left, int64_t right, int64_t sink_tokens,
+                         float scale, int threads) {
     const auto& python = *(const qkv::Interpreter*)interpreter;
-    qkv::dlpack::Tensor tensors[4];
-    void* const objects[4] = {q, k, v, out};
-    for (int i = 0; i < 4; ++i)
-        if (python.tensors->look(objects[i], &tensors[i]) != 0) {
-            python.forget_exception();
-            return qkv::OTHER;
-        }
+    void* const objects[] = {q, k, v, out, k_scale, v_scale, keep, lengths};
+    qkv::Call call;
     qkv::Problem p = {};
-    if (!qkv::pose(tensors[0], tensors[1], tensors[2], tensors[3], p)) return qkv::OTHER;
+    if (!call.look(python, objects) || !qkv::pose(call, p)) return qkv::OTHER;
     p.offset = offset, p.left = left, p.right = right, p.sink_tokens = sink_tokens;
     p.scale = scale;
     p.threads = threads;

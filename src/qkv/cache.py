@@ -62,7 +62,7 @@ class _GrowingCache:
     def _admit(self, k: Tensor, v: Tensor) -> tuple[int, int]:
         """Where new tokens begin, and how many tokens new buffers are to hold."""
         who = type(self).__name__
-        _check_append(who, k, v, self._k.tensor, self._v.tensor, self._dtype)
+        _check_append(who, k, v, self._k.memory, self._v.memory, self._dtype)
         self._dtype = k.dtype
         start, stop = self.length, self.length + k.shape[2]
         if self.capacity is None:
@@ -98,7 +98,7 @@ class _GrowingCache:
         Raises:
             ValueError: for other rows.
         """
-        held = self._k.tensor
+        held = self._k.memory
         if held is None:
             return
         fits = isinstance(rows, Tensor) and rows.dim() == 1 and rows.dtype in (torch.int64, torch.int32)
@@ -119,7 +119,7 @@ class _GrowingCache:
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers."""
-        return _nbytes(*(part.tensor for part in self._parts))
+        return _nbytes(*(part.memory for part in self._parts))
 
     @property
     def _parts(self) -> tuple[Growing, ...]:
@@ -190,9 +190,13 @@ class Int8KVCache(_GrowingCache):
             raise ValueError("Int8KVCache: int8 has no gradient; call it under torch.no_grad(), or use a KVCache.")
         start, room = self._admit(k, v)
         for x, codes, scales in ((k, self._k, self._k_scale), (v, self._v, self._v_scale)):
-            code, scale = quantize(x)
-            codes.extend(code, room)
-            scales.extend(scale[..., None], room)
+            code = codes.open(x.shape, torch.int8, x.device, room)
+            scale = scales.open(x.shape[:3], torch.float32, x.device, room)
+            if _suits_the_kernel(x):
+                kernels.quantize(x, code, scale)
+            else:
+                for place, new in zip((code, scale), quantize(x), strict=True):
+                    place.copy_(new)
         return self.keys()._replace(offset=start)
 
     def keys(self) -> Int8Keys:
@@ -204,7 +208,7 @@ class Int8KVCache(_GrowingCache):
         k, v, k_scale, v_scale = (part.tensor for part in self._parts)
         if k is None or v is None or k_scale is None or v_scale is None:
             raise ValueError("Int8KVCache: it is empty; append keys and values first.")
-        return Int8Keys(k, v, self.length, k_scale[..., 0], v_scale[..., 0])
+        return Int8Keys(k, v, self.length, k_scale, v_scale)
 
     @property
     def _parts(self) -> tuple[Growing, ...]:
@@ -227,7 +231,9 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
         (tensor([  64, -127,   32], dtype=torch.int8), tensor(0.0079))
     """
     if _suits_the_kernel(x):
-        return kernels.quantize(x)
+        codes, scale = x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:3], dtype=torch.float32)
+        kernels.quantize(x, codes, scale)
+        return codes, scale
     wide = x.float()
     scale = wide.abs().amax(dim=-1) / 127
     codes = wide / scale.clamp_min(torch.finfo(torch.float32).tiny)[..., None]

@@ -100,8 +100,8 @@ def attention(
     top-left whatever the lengths.
     """
     scores_are_plain = softcap is None and bias is None and alibi is None and sink_logits is None and dropout == 0.0
-    if backend == "auto" and scores_are_plain and k_scale is None and v_scale is None:
-        out = native.run_plain(q, k, v, mask, offset, scale)
+    if backend == "auto" and scores_are_plain:
+        out = native.run_plain(q, k, v, k_scale, v_scale, mask, offset, scale)
         if out is not None:
             return out
     problem = pose(

@@ -5,41 +5,49 @@ from torch import Tensor
 
 
 class Growing:
-    """A tensor ``(B, heads, L, width)`` that grows along L.
+    """A tensor ``(B, heads, L, ...)`` that grows along L.
 
     What its methods return are views of one memory, valid until the next call. Where a gradient is wanted, appending
     concatenates instead, so that every step keeps what its backward needs.
     """
 
     def __init__(self) -> None:
-        self._memory: Tensor | None = None
+        self.memory: Tensor | None = None
+        """All of it, room included."""
         self._start = 0
         self.length = 0
 
     @property
     def tensor(self) -> Tensor | None:
-        """All that is held, or None before the first `extend`."""
-        return None if self._memory is None else self._memory[:, :, self._start : self._start + self.length]
+        """All that is held, or None before anything was."""
+        return None if self.memory is None else self.memory[:, :, self._start : self._start + self.length]
 
     def extend(self, new: Tensor, room: int) -> Tensor:
         """All that is held and ``new`` behind it. If memory must be had anew, it gets ``room`` for so many tokens."""
-        held, length, added = self.tensor, self.length, new.shape[2]
-        if torch.is_grad_enabled() and (new.requires_grad or (held is not None and held.requires_grad)):
+        memory = self.memory
+        if torch.is_grad_enabled() and (new.requires_grad or (memory is not None and memory.requires_grad)):
+            held = self.tensor
             together = new if held is None else torch.cat([held, new], dim=2)
             self._put(together, together.shape[2])
             return together
-        if self._memory is None or self._start + length + added > self._memory.shape[2]:
-            batch, heads, _, width = new.shape
-            larger = new.new_empty(batch, heads, room, width)
+        self.open(new.shape, new.dtype, new.device, room).copy_(new)
+        extended = self.tensor
+        assert extended is not None
+        return extended
+
+    def open(self, shape: torch.Size, dtype: torch.dtype, device: torch.device, room: int) -> Tensor:
+        """The place of new tokens of this shape behind all that is held: to be filled in, and held from now on."""
+        length, added = self.length, shape[2]
+        memory, start = self.memory, self._start + length
+        if memory is None or start + added > memory.shape[2]:
+            memory = torch.empty((*shape[:2], room, *shape[3:]), dtype=dtype, device=device)
+            held = self.tensor
             if held is not None:
-                larger[:, :, :length] = held
-            self._put(larger, length)
-        start = self._start
-        memory = self._memory
-        assert memory is not None
-        memory[:, :, start + length : start + length + added] = new
+                memory[:, :, :length] = held
+            self._put(memory, length)
+            start = length
         self.length = length + added
-        return memory[:, :, start : start + self.length]
+        return memory[:, :, start : start + added]
 
     def crop(self, length: int) -> None:
         """Forgets all tokens but the first ``length``."""
@@ -48,26 +56,25 @@ class Growing:
     def select(self, rows: Tensor) -> None:
         """Keeps these rows of the batch, integer ``(B',)``, in this order and as often as they are named."""
         held = self.tensor
-        if held is None or self._memory is None:
+        if held is None or self.memory is None:
             return
         if torch.is_grad_enabled() and held.requires_grad:
             self._put(held.index_select(0, rows), self.length)
             return
-        _, heads, room, width = self._memory.shape
-        memory = held.new_empty(rows.shape[0], heads, room, width)
+        memory = held.new_empty(rows.shape[0], *self.memory.shape[1:])
         torch.index_select(held, 0, rows, out=memory[:, :, : self.length])
         self._put(memory, self.length)
 
     def hold(self, tensor: Tensor) -> None:
         """Goes on with ``tensor``: a part of what was returned last, which stays in place, or any other."""
-        memory = self._memory
+        memory = self.memory
         if memory is not None and _lie_together(tensor, memory):
             self._start, self.length = tensor.storage_offset() // max(memory.stride(2), 1), tensor.shape[2]
         else:
             self._put(tensor, tensor.shape[2])
 
     def _put(self, memory: Tensor, length: int) -> None:
-        self._memory, self._start, self.length = memory, 0, length
+        self.memory, self._start, self.length = memory, 0, length
 
 
 def _lie_together(part: Tensor, memory: Tensor) -> bool:

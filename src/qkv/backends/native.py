@@ -15,7 +15,16 @@ LARGEST_POSITION = 1 << 30
 """Positions are 32 bits wide in the kernel."""
 
 
-def run_plain(q: Tensor, k: Tensor, v: Tensor, mask: Mask, offset: int | None, scale: float | None) -> Tensor | None:
+def run_plain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    mask: Mask,
+    offset: int | None,
+    scale: float | None,
+) -> Tensor | None:
     """Solves the plainest of calls before a problem is posed, which takes longer than a few tokens of attention do.
 
     None for a call that is not plain, or wrong: posing it says what is the matter.
@@ -33,10 +42,13 @@ def run_plain(q: Tensor, k: Tensor, v: Tensor, mask: Mask, offset: int | None, s
         return None
     if not q.dim() == k.dim() == v.dim() == 4:
         return None
-    if mask is not FULL and (type(mask) is not Mask or mask.has_tensors):
+    if mask is not FULL and (type(mask) is not Mask or mask.document_ids is not None or mask.allow is not None):
         return None
+    for extra in (k_scale, v_scale, mask.keep, mask.lengths):
+        if extra is not None and (type(extra) is not Tensor or extra.requires_grad):
+            return None
     if offset is None:
-        if mask is not FULL and q.shape[2] != k.shape[2]:
+        if mask is not FULL and mask.is_positional and q.shape[2] != k.shape[2]:
             return None
         offset = 0
     elif type(offset) is not int or not -LARGEST_POSITION < offset < LARGEST_POSITION:
@@ -45,7 +57,8 @@ def run_plain(q: Tensor, k: Tensor, v: Tensor, mask: Mask, offset: int | None, s
         scale = (q.shape[3] or 1) ** -0.5
     elif type(scale) is not float:
         return None
-    return kernels.forward_plain(q, k, v, mask.left, mask.right, mask.sink_tokens, offset, scale)
+    tensors = (q, k, v, k_scale, v_scale, mask.keep, mask.lengths)
+    return kernels.forward_plain(*tensors, mask.left, mask.right, mask.sink_tokens, offset, scale)
 
 
 def why_not(problem: Problem) -> list[str]:

@@ -13,7 +13,7 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
 )
 
-from qkv.cache import Int8KVCache
+from qkv.cache import Int8Keys, Int8KVCache
 from qkv.growing import Growing
 from qkv.integrations.lazy_tensor import Int8Tensor
 
@@ -101,12 +101,10 @@ class Int8Layer(DynamicLayer):  # type: ignore[misc]
         """Appends keys and values ``(B, Hkv, L, D)``; returns all, which any reader but us gets written out."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self._cache.append(key_states, value_states)
-        self._show()
+        self._show(self._cache.append(key_states, value_states))
         return self.keys, self.values
 
-    def _show(self) -> None:
-        held = self._cache.keys()
+    def _show(self, held: Int8Keys) -> None:
         self.keys = Int8Tensor(held.k, held.k_scale, self.dtype)
         self.values = Int8Tensor(held.v, held.v_scale, self.dtype)
 
@@ -120,7 +118,7 @@ class Int8Layer(DynamicLayer):  # type: ignore[misc]
             raise ValueError(f"crop: give the number of tokens to remove as a negative one; got {tokens_to_remove}.")
         if self.is_initialized:
             self._cache.crop(max(0, self._cache.length + tokens_to_remove))
-            self._show()
+            self._show(self._cache.keys())
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorders the batch for beam search."""
@@ -135,7 +133,7 @@ class Int8Layer(DynamicLayer):  # type: ignore[misc]
         """Keeps these rows of the batch."""
         if self.get_seq_length() > 0:
             self._cache.select(indices.to(self.device))
-            self._show()
+            self._show(self._cache.keys())
 
 
 class QKVCache(DynamicCache):  # type: ignore[misc]

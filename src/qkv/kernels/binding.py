@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 # The structs of native/src/problem.h, field by field, with C's own alignment.
 _VIEW = "P3q"  # data, strides
@@ -61,9 +60,18 @@ class Library(NamedTuple):
     """Takes a `PROBLEM`: how many scores its forward pass computes, for tests of what masks spare."""
     quantize: Callable[[bytes], None]
     """Takes a `QUANTIZATION`."""
-    plain: Callable[[Tensor, Tensor, Tensor, Tensor, int, int, int, int, float, int], int] | None
-    """Takes q, k, v, out, offset, left, right, sink_tokens, scale and threads. Returns as `forward`, or 2 for tensors
-    that it does not take. None where torch has no DLPack exchange functions."""
+    plain: Callable[..., int] | None
+    """Takes q, k, v, out, then k_scale, v_scale, keep and lengths, tensors or None, then offset, left, right,
+    sink_tokens, scale and threads. Returns as `forward`, or 2 for tensors that it does not take. None where torch has
+    no DLPack exchange functions."""
+
+
+class _Interpreter(ctypes.Structure):
+    """What the library calls of Python and torch. As in native/src/plain.cpp."""
+
+    _fields_ = [
+        (name, ctypes.c_void_p) for name in ("tensors", "none", "release_lock", "take_lock", "forget_exception")
+    ]
 
 
 def load(path: Path) -> Library | str:
@@ -75,6 +83,7 @@ def load(path: Path) -> Library | str:
     except OSError as error:
         return f"the compiled kernel does not load: {error}"
     sizes = {"problem": PROBLEM.size, "gradients": GRADIENTS.size, "quantization": QUANTIZATION.size}
+    sizes["interpreter"] = ctypes.sizeof(_Interpreter)
     known = [hasattr(native, f"qkv_{name}_size") and getattr(native, f"qkv_{name}_size")() for name in sizes]
     if known != [*sizes.values()]:
         return f"{path} is of another version of qkv and needs to be built anew"
@@ -89,12 +98,6 @@ def load(path: Path) -> Library | str:
     native.qkv_count_scores.restype = ctypes.c_int64
     functions = (native.qkv_forward, native.qkv_backward, native.qkv_count_scores, native.qkv_quantize)
     return Library(isa.decode(), *functions, _load_plain(path))
-
-
-class _Interpreter(ctypes.Structure):
-    """What the library calls of Python and torch. As in native/src/plain.cpp."""
-
-    _fields_ = [(name, ctypes.c_void_p) for name in ("tensors", "release_lock", "take_lock", "forget_exception")]
 
 
 class _Exchange(ctypes.Structure):
@@ -116,9 +119,9 @@ def _load_plain(path: Path) -> Callable[..., int] | None:
     if exchange.major != 1 or not exchange.look:
         return None
     functions = (python.PyEval_SaveThread, python.PyEval_RestoreThread, python.PyErr_Clear)
-    interpreter = _Interpreter(tensors, *(ctypes.cast(function, ctypes.c_void_p) for function in functions))
+    interpreter = _Interpreter(tensors, id(None), *(ctypes.cast(function, ctypes.c_void_p) for function in functions))
     plain = ctypes.PyDLL(str(path)).qkv_plain  # called with the interpreter's lock
-    plain.argtypes = [ctypes.c_void_p, *[ctypes.py_object] * 4, *[ctypes.c_int64] * 4, ctypes.c_float, ctypes.c_int]
+    plain.argtypes = [ctypes.c_void_p, *[ctypes.py_object] * 8, *[ctypes.c_int64] * 4, ctypes.c_float, ctypes.c_int]
     return functools.partial(plain, ctypes.byref(interpreter))
 
 

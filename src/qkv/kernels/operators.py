@@ -71,15 +71,27 @@ def forward(call: Call, *, wants_lse: bool) -> tuple[Tensor, Tensor | None]:
 
 
 def forward_plain(
-    q: Tensor, k: Tensor, v: Tensor, left: int | None, right: int | None, sink_tokens: int, offset: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    keep: Tensor | None,
+    lengths: Tensor | None,
+    left: int | None,
+    right: int | None,
+    sink_tokens: int,
+    offset: int,
+    scale: float,
 ) -> Tensor | None:
-    """`forward` for a call of nothing but an interval, by the shortest way; None for one that does not fit it."""
+    """`forward` for a call of an interval and padding alone, by the shortest way; None for one that does not fit."""
     plain = loaded().plain
     if plain is None:
         return None
     out = _new_out(q, v)
     left, right = UNBOUNDED if left is None else left, UNBOUNDED if right is None else right
-    return None if plain(q, k, v, out, offset, left, right, sink_tokens, scale, torch.get_num_threads()) else out
+    tensors, numbers = (q, k, v, out, k_scale, v_scale, keep, lengths), (offset, left, right, sink_tokens, scale)
+    return None if plain(*tensors, *numbers, torch.get_num_threads()) else out
 
 
 def forward_with_gradients(call: Call) -> tuple[Tensor, Tensor]:
@@ -88,15 +100,13 @@ def forward_with_gradients(call: Call) -> tuple[Tensor, Tensor]:
     return found
 
 
-def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of ``x (B, heads, L, width)`` in int8, and the scale ``(B, heads, L)`` of each: for plain tensors."""
-    codes, scale = x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:3], dtype=torch.float32)
+def quantize(x: Tensor, codes: Tensor, scale: Tensor) -> None:
+    """Writes rows of ``x (B, heads, L, width)`` in int8, and the scale ``(B, heads, L)`` of each: for plain tensors."""
     packed = QUANTIZATION.pack(
         *(DTYPES[x.dtype], *x.shape, *_view(x), *_view(codes), *_scales(scale)),
         torch.get_num_threads(),
     )
     loaded().quantize(packed)
-    return codes, scale
 
 
 def is_watched() -> bool:
