@@ -522,6 +522,22 @@ def test_wrong_calls_say_what_is_wrong(call: Callable[[], Any], message: str) ->
     assert message in str(caught.value)
 
 
+WRONG_DTYPES = {
+    "flash_attn_func": lambda: flash_attn_func(Q.double(), K, K),
+    "flash_attn_func with slopes": lambda: flash_attn_func(Q.double(), K, K, alibi_slopes=torch.ones(2, 6)),
+    "flash_attn_kvpacked_func": lambda: flash_attn_kvpacked_func(Q.double(), torch.stack([K, K], 2)),
+    "flash_attn_qkvpacked_func": lambda: flash_attn_qkvpacked_func(torch.stack([K, K, K], 2).long()),
+    "flash_attn_varlen_func": lambda: varlen(T.double()),
+    "flash_attn_with_kvcache": lambda: cached(Q.double()),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_DTYPES)
+def test_errors_of_attention_name_the_function_that_was_called(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{name.split()[0]}: q, k and v must "):
+        WRONG_DTYPES[name]()
+
+
 def test_the_pattern_of_dropout_is_refused() -> None:
     with pytest.raises(NotImplementedError, match=r"flash_attn_func: return_attn_probs .*dropout_p=0\.1"):
         flash_attn_func(Q, K, K, 0.1, return_attn_probs=True)

@@ -149,4 +149,5 @@ def test_lengths_in_a_list_are_refused_by_name() -> None:
 def test_wrong_calls_say_what_is_wrong(wrong: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError) as caught:
         wrong()
+    assert str(caught.value).startswith("varlen_attn: ")
     assert message in str(caught.value)

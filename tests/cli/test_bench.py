@@ -1,6 +1,7 @@
 """`qkv bench` from end to end, on a few tokens."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -139,6 +140,7 @@ def test_memory_that_does_not_suffice_is_said(capsys):
     [
         (["--length", "0"], "Invalid value for '--length': it must be at least 1; got 0."),
         (["--threads", "-1"], "Invalid value for '--threads': it must be at least 1; got -1."),
+        (["--threads", "99999"], f"it must be at most {os.cpu_count()}; got 99999."),
         (
             ["--rounds", "1"],
             "Invalid value for '--rounds': it must be at least 2, to tell how much they differ; got 1.",

