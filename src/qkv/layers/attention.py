@@ -225,7 +225,7 @@ class Attention(nn.Module):
         who = type(self).__name__
         if x.dim() != 3 or x.shape[2] != self.embed_dim:
             raise ValueError(f"{who}: x must be (B, L, {self.embed_dim}); got shape {tuple(x.shape)}.")
-        q = self._heads(project(self.q_proj, x), self.num_heads, self.q_norm)
+        q = self._heads(project(self.q_proj, x), self.head_dim, self.q_norm)
         if self.context_dim is None:
             q, keys = self._self_keys(x, q, context, cache)
         else:
@@ -276,13 +276,13 @@ class Attention(nn.Module):
         return Keys(k, v, None) if cache is None else cache.append(k, v)
 
     def _keys(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        k = self._heads(project(self.k_proj, source), self.num_kv_heads, self.k_norm)
-        return k, self._heads(project(self.v_proj, source), self.num_kv_heads, None)
+        k = self._heads(project(self.k_proj, source), self.head_dim, self.k_norm)
+        return k, self._heads(project(self.v_proj, source), self.value_dim, None)
 
     @staticmethod
-    def _heads(x: Tensor, heads: int, norm: HeadNorm | None) -> Tensor:
-        """(B, L, heads * width) to (B, heads, L, width), as a view."""
-        x = x.view(*x.shape[:2], heads, -1).transpose(1, 2)
+    def _heads(x: Tensor, width: int, norm: HeadNorm | None) -> Tensor:
+        """(B, L, heads * width) to (B, heads, L, width), as a view. In tensor parallelism, heads are a rank's own."""
+        x = x.view(*x.shape[:2], -1, width).transpose(1, 2)
         return x if norm is None else norm(x)
 
     @classmethod

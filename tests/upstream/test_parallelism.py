@@ -1,0 +1,105 @@
+"""What users complain of who spread heads or tokens over processes. Here each process's part is computed in turn."""
+
+import copy
+from itertools import accumulate
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import qkv
+from qkv import Mask
+
+
+def share(layer: qkv.Attention, rank: int, ranks: int) -> qkv.Attention:
+    """What a rank holds: its query heads, and a copy of each KV head that these read."""
+    heads, group = layer.num_heads // ranks, layer.num_heads // layer.num_kv_heads
+    first, kv_heads = rank * heads // group, max(1, heads // group)
+    part = qkv.Attention(24, heads, num_kv_heads=kv_heads, head_dim=4, mask=layer.mask, rotary=layer.rotary, bias=False)
+    state = {}
+    for name, start, count in (
+        ("q_proj", rank * heads, heads),
+        ("k_proj", first, kv_heads),
+        ("v_proj", first, kv_heads),
+    ):
+        state[f"{name}.weight"] = getattr(layer, name).weight[4 * start : 4 * (start + count)]
+    state["out_proj.weight"] = layer.out_proj.weight[:, 4 * rank * heads : 4 * (rank + 1) * heads]
+    part.load_state_dict(state)
+    return part
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_transformers_48307_more_ranks_than_kv_heads(ranks: int) -> None:
+    """Tensor parallelism over more processes than there are KV heads fails in the middle of a forward pass
+    (huggingface/transformers#48307, huggingface/transformers#47811, pytorch/torchtitan#2574).
+
+    A layer of fewer heads is a layer, whatever its width; and one whose heads do not go together is none.
+    """
+    torch.manual_seed(0)
+    layer = qkv.CausalAttention(24, 8, num_kv_heads=2, head_dim=4, rotary=qkv.RotaryEmbedding(4), bias=False)
+    x = torch.randn(2, 7, 24)
+    torch.testing.assert_close(sum(share(layer, rank, ranks)(x) for rank in range(ranks)), layer(x))
+    with pytest.raises(ValueError, match=r"multiple of num_kv_heads, .* got num_heads=3 and num_kv_heads=2"):
+        qkv.Attention(24, 3, num_kv_heads=2, head_dim=4)
+
+
+def test_torchtitan_2574_projections_may_be_cut_in_place() -> None:
+    """As torch's ``parallelize_module`` cuts them: rows of q_proj, k_proj and v_proj, columns of out_proj. A KV head
+    that is cut in two must be an error and no other answer (pytorch/torchtitan#2574).
+    """
+    torch.manual_seed(0)
+    layer, x = qkv.CausalAttention(24, 4, num_kv_heads=2, bias=False), torch.randn(2, 7, 24)
+
+    def cut(rank: int, ranks: int) -> qkv.Attention:
+        part = copy.deepcopy(layer)
+        for projection in (part.q_proj, part.k_proj, part.v_proj):
+            projection.weight = nn.Parameter(projection.weight.chunk(ranks)[rank])
+        part.out_proj.weight = nn.Parameter(part.out_proj.weight.chunk(ranks, dim=1)[rank])
+        return part
+
+    torch.testing.assert_close(cut(0, 2)(x) + cut(1, 2)(x), layer(x))
+    with pytest.raises(RuntimeError, match=r"shape '\[2, 7, -1, 6\]' is invalid"):
+        cut(0, 4)(x)
+
+
+def in_pieces(x: Tensor, sizes: list[int]) -> list[tuple[int, Tensor]]:
+    """Where each piece begins, and the piece."""
+    return list(zip([0, *accumulate(sizes)], x.split(sizes, dim=2), strict=False))
+
+
+BANDS: dict[str, tuple[Mask, int, int]] = {  # and the same in keys before and after the query's own
+    "full": (Mask.full(), 99, 99),
+    "causal": (Mask.causal(), 99, 0),
+    "causal window": (Mask.causal(window=6), 5, 0),
+    "window": (Mask.sliding(window=8), 4, 4),
+}
+
+
+@pytest.mark.parametrize("name", BANDS)
+@pytest.mark.parametrize("sizes", [[8, 8, 8], [1, 20, 3]], ids=str)
+def test_pytorch_177583_pieces_of_a_context_make_the_whole(name: str, sizes: list[int]) -> None:
+    """Context parallelism does not run on a CPU, is for causal masks alone where load is balanced, and for pieces of
+    one length (pytorch/pytorch#177583, pytorch/pytorch#147793, pytorch/pytorch#141429).
+
+    What a process computes of the keys that reach it, and how that is merged, is exact for every mask, forward and
+    backward; the queries that it holds may be any.
+    """
+    torch.manual_seed(0)
+    mask, before, after = BANDS[name]
+    q, k, v = (torch.randn(2, heads, 24, 8, requires_grad=True) for heads in (4, 2, 2))
+    merged = []
+    for start, queries in in_pieces(q, [5, 12, 7]):
+        partials = [
+            qkv.attention_with_lse(queries, keys, values, mask=mask, offset=start - first)
+            for (first, keys), (_, values) in zip(in_pieces(k, sizes), in_pieces(v, sizes), strict=True)
+        ]
+        merged.append(qkv.merge(partials).out)
+    out = torch.cat(merged, dim=2)
+    seen = torch.ones(24, 24, dtype=torch.bool).tril(after).triu(-before)
+    want = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
+    torch.testing.assert_close(out, want)
+    towards = torch.randn_like(out)
+    torch.testing.assert_close(
+        torch.autograd.grad(out, (q, k, v), towards), torch.autograd.grad(want, (q, k, v), towards)
+    )
