@@ -17,8 +17,8 @@ ORDER = [
     {"qkv.backends"},
     {"qkv.functional", "qkv.growing", "qkv.cache"},
     {"qkv.layers"},
-    {"qkv.convert"},
     {"qkv.integrations"},
+    {"qkv.convert"},
     {"qkv.cli"},
 ]
 

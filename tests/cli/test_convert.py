@@ -1,6 +1,8 @@
 """`qkv convert` from end to end."""
 
 import json
+import math
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +12,7 @@ from cli import tiny_model
 from convert import models
 
 from qkv.cli import main
+from qkv.convert import measure_divergence
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +37,8 @@ def test_report(capsys, tmp_path, llama):
     assert lines[2].startswith("  becomes grouped-query attention: 8 query heads, 2 KV heads, head width 8")
     assert lines[3] == "  12 of 42 tensors changed, 2 other files carried over"
     assert lines[4] == "  left behind, since they hold weights of the model as it was: pytorch_model.bin"
-    rows = [line.split() for line in lines[-3:]]
+    assert lines[-2:] == ["", "  predictions not compared: the model comes without a tokenizer"]
+    rows = [line.split() for line in lines[-5:-2]]
     assert rows[0] == ["parameters", "83,136", "64,416", "77.5%"]
     assert rows[1] == ["in", "attention", "49,920", "31,200", "62.5%"]
     assert rows[2] == ["KV", "cache", "a", "token", "1.5", "KiB", "384", "B", "25.0%"]
@@ -76,7 +80,7 @@ def test_overwriting_must_be_asked_for(capsys, tmp_path, llama):
         (["--kv-heads", "3"], 1, "the 8 KV heads of the model can be pooled to 8, 4, 2, 1; got 3."),
         (["--kv-heads", "0"], 2, "Invalid value for '--kv-heads': it must be at least 1; got 0."),
         ([], 2, "Missing option '--kv-heads'"),
-        (["--kv-heads", "2", "--pool", "median"], 2, "'median' is not one of 'mean', 'first', 'random'."),
+        (["--kv-heads", "2", "--pool", "median"], 2, "'median' is not one of 'mean', 'first', 'random', 'aligned'."),
         (["--kv-heads", "2", "--window", "5"], 1, "the configuration of a llama model cannot express a window"),
     ],
 )
@@ -107,6 +111,94 @@ def test_result_generates_with_its_tokenizer(capsys, tmp_path):
     assert main(demo) == 0
     (layer,) = json.loads(capsys.readouterr().out)["attention"]
     assert (layer["num_heads"], layer["num_kv_heads"]) == (6, 1)
+
+
+def loss(folder, token_ids):
+    """In nats a token, by transformers' own formula."""
+    model = models.load(folder)
+    with torch.no_grad():
+        return model(token_ids, labels=token_ids).loss.item()
+
+
+def test_predictions_are_compared_on_a_text(capsys, tmp_path):
+    from transformers import AutoTokenizer
+
+    source = tiny_model.save(tiny_model.llama(), tmp_path / "source")
+    text = tmp_path / "text.txt"
+    text.write_text("attention is a weighted sum of the values " * 30)
+    code, captured = run(capsys, source, tmp_path / "out", "--kv-heads", "1", "--text", text)
+    assert code == 0
+    # The model takes 64 tokens, of which the first is not predicted.
+    token_ids = AutoTokenizer.from_pretrained(source)(text.read_text(), return_tensors="pt").input_ids[:, :64]
+    before, after = (loss(tmp_path / folder, token_ids) for folder in ("source", "out"))
+    found = measure_divergence(models.load(tmp_path / "source"), models.load(tmp_path / "out"), token_ids)
+    assert found.kl > 0
+    assert captured.out.splitlines()[-4:] == [
+        f"  predictions of 63 tokens of {text}",
+        f"    loss {before:.3f} became {after:.3f} nats a token",
+        f"    perplexity {math.exp(before):.1f} became {math.exp(after):.1f}",
+        f"    KL divergence {found.kl:.3f} nats a token, the same most probable token for {found.agreement:.1%}",
+    ]
+
+
+def test_the_same_heads_predict_the_same_on_the_text_that_is_built_in(capsys, tmp_path):
+    source = tiny_model.save(tiny_model.llama(), tmp_path / "source")
+    code, captured = run(capsys, source, tmp_path / "out", "--kv-heads", "2")
+    assert code == 0
+    *_, title, _, _, divergence = captured.out.splitlines()
+    assert title == "  predictions of 63 tokens of the beginning of On the Origin of Species"
+    assert divergence == "    KL divergence 0.000 nats a token, the same most probable token for 100.0%"
+
+
+def test_large_models_are_loaded_only_when_asked_to(capsys, tmp_path, monkeypatch):
+    from qkv.cli import divergence
+
+    source = tiny_model.save(tiny_model.llama(), tmp_path / "source")
+    monkeypatch.setattr(divergence, "MOST_BYTES", 1000)
+    code, captured = run(capsys, source, tmp_path / "out", "--kv-heads", "1")
+    assert (code, "loading" in captured.err) == (0, False)
+    assert captured.out.endswith("not compared: the model takes 146.4 KiB, more than 1000 B; ask with --text\n")
+    (tmp_path / "text.txt").write_text("attention is")
+    options = ("--kv-heads", "1", "--overwrite", "--text", tmp_path / "text.txt")
+    assert "  predictions of 1 tokens of " in run(capsys, source, tmp_path / "out", *options)[1].out
+
+
+def test_tokenizer_that_cannot_be_loaded_stops_only_what_needs_it(capsys, tmp_path, llama):
+    shutil.copytree(llama, tmp_path / "source")
+    (tmp_path / "source" / "tokenizer.json").write_text("{}")
+    (tmp_path / "text.txt").write_text("attention is")
+    text = ("--text", tmp_path / "text.txt")
+    code, captured = run(capsys, tmp_path / "source", tmp_path / "out", "--kv-heads", "2", *text)
+    assert (code, captured.out, (tmp_path / "out").exists()) == (1, "", False)
+    assert "configuration or tokenizer of" in captured.err
+    code, captured = run(capsys, tmp_path / "source", tmp_path / "out", "--kv-heads", "2")
+    assert code == 0
+    assert "  predictions not compared: the configuration or tokenizer of" in captured.out
+
+
+def test_tokenizer_of_another_model_is_noticed(capsys, tmp_path, llama):
+    source = tiny_model.save(tiny_model.llama(vocab_size=4), tmp_path / "source")
+    code, captured = run(capsys, source, tmp_path / "out", "--kv-heads", "1")
+    assert code == 0
+    assert "gives token 13, and the model knows 4; it is that of another model." in captured.out
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "qkv: --text: {} cannot be read: No such file or directory."),
+        (b"attention \xff", "qkv: --text: {} must be a text in UTF-8; invalid start byte at byte 10."),
+        (b"attention", "qkv: --text: {} must have at least two tokens; give a longer one."),
+    ],
+)
+def test_texts_that_are_refused(capsys, tmp_path, content, message):
+    source = tiny_model.save(tiny_model.llama(), tmp_path / "source")
+    text = tmp_path / "text.txt"
+    if content is not None:
+        text.write_bytes(content)
+    code, captured = run(capsys, source, tmp_path / "out", "--kv-heads", "1", "--text", text)
+    assert (code, captured.out, captured.err.splitlines()[-1]) == (1, "", message.format(text))
+    assert not (tmp_path / "out").exists()
 
 
 def test_gguf_file_is_unpacked_first(capsys, tmp_path, monkeypatch):

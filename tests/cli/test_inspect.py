@@ -127,6 +127,7 @@ def test_hub_without_a_network(capsys, monkeypatch):
     [
         ("no/such/folder", "qkv: there is no file or folder 'no/such/folder', and it is no name of a hub model."),
         ("./none", "qkv: there is no file or folder './none'"),
+        ("none.gguf", "qkv: there is no file or folder 'none.gguf'"),
     ],
 )
 def test_what_is_nothing(capsys, name, message):

@@ -8,6 +8,7 @@ import torch
 from convert import models
 
 from qkv.convert import CheckpointError, convert_checkpoint, convert_state_dict, inspect_checkpoint
+from qkv.convert.encoder_decoder import ENCODER_DECODERS
 from qkv.convert.families import FAMILIES
 
 HEADS = 8
@@ -51,7 +52,7 @@ def test_converted_model_computes_with_shared_heads(tmp_path, family, how):
 
 
 def test_every_family_is_tested():
-    assert models.FAMILIES.keys() == FAMILIES.keys()
+    assert models.FAMILIES.keys() | ENCODER_DECODERS.keys() == FAMILIES.keys()
 
 
 @pytest.mark.parametrize("family", models.FAMILIES.keys() - {"gpt2", "gpt_neox"})
@@ -117,8 +118,8 @@ def test_what_cannot_be_expressed(tmp_path, family, heads, changes, message):
 def test_another_family_is_refused_with_a_list(tmp_path):
     source = models.save(tmp_path / "source", "llama")
     config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps(config | {"model_type": "t5"}))
-    with pytest.raises(CheckpointError, match="models of type 't5' are not supported; those of type llama, mistral, "):
+    (source / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
+    with pytest.raises(CheckpointError, match="type 'bert' are not supported; those of type llama, mistral, "):
         convert_checkpoint(source, tmp_path / "out", 2)
     (source / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
     with pytest.raises(CheckpointError, match=r"the weights are quantised \(quantization_config\)"):

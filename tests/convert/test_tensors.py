@@ -109,6 +109,10 @@ def test_what_is_refused(arguments, error, message):
 def test_unknown_way_is_refused():
     with pytest.raises(ValueError, match="how must be one of mean, first, random; got 'median'"):
         pool_heads(torch.zeros(8, 2), 8, 2, how="median")
+    with pytest.raises(
+        ValueError, match=r"got 'aligned'\. aligned takes all projections: convert_layer, convert_state"
+    ):
+        pool_heads(torch.zeros(8, 2), 8, 2, how="aligned")
 
 
 def test_interleaved_groups_become_contiguous():

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from qkv.cli.divergence import describe_divergence, predict_original
 from qkv.cli.errors import CommandError
 from qkv.cli.inspect import describe, kv_bytes
 from qkv.cli.kv_cache_size import readable_bytes
@@ -21,7 +22,7 @@ from qkv.cli.options import count
 from qkv.cli.progress import Progress
 from qkv.convert import CheckpointError, CheckpointPlan, Inspection, plan_checkpoint, write_checkpoint
 from qkv.convert.inspection import inspect_tensors
-from qkv.convert.safetensors_file import BITS
+from qkv.convert.safetensors_file import BITS, TORCH_DTYPES
 from qkv.convert.staging import check_replaceable
 
 
@@ -31,6 +32,7 @@ class Pool(str, Enum):
     mean = "mean"
     first = "first"
     random = "random"
+    aligned = "aligned"
 
 
 def convert(
@@ -40,11 +42,24 @@ def convert(
     out: Annotated[Path, typer.Argument(help="The folder to write.", metavar="OUT")],
     kv_heads: Annotated[int, count("KV heads of the result, a divisor of those there are.", "HEADS")],
     pool: Annotated[
-        Pool, typer.Option(help="How the heads of a group become one: their mean, the first, or drawn anew.")
+        Pool,
+        typer.Option(
+            help="How the heads of a group become one: their mean, the first, drawn anew, or the mean of heads that "
+            "are reordered and turned before so that they agree.",
+        ),
     ] = Pool.mean,
     seed: Annotated[int, typer.Option(help="Of --pool random.", metavar="NUMBER")] = 0,
     window: Annotated[
         int | None, count("Gives each layer a window of so many keys, where the configuration can say so.", "TOKENS")
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            help="A text; the model is compared before and after on its first 512 tokens. Default: a short one, if the "
+            "model has a tokenizer and takes at most 2 GiB.",
+            metavar="FILE",
+            show_default=False,
+        ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, report, and write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a model.")] = False,
@@ -52,11 +67,13 @@ def convert(
     """Pool the keys and values of a model to fewer heads.
 
     Reads and writes one tensor at a time, so that memory does not grow with the model. OUT appears whole or not at all,
-    with tokenizer and all other files. It is a start for further training: pooling changes what a model computes.
+    with tokenizer and all other files. It is a start for further training: pooling changes what a model computes. How
+    much is measured on a text, for which the whole model is loaded, before and after.
 
     The weights of a GGUF file are loaded and unpacked to float32 by transformers, into a folder for the time being.
     """
     progress = Progress()
+    divergence: list[str] = []
     try:
         check_replaceable(out.expanduser().absolute(), overwrite)
         with tempfile.TemporaryDirectory(prefix="qkv-unpacked-") as temporary:
@@ -68,11 +85,17 @@ def convert(
                 before = inspect_tensors(str(source), plan.source.config, plan.source.tensors)
                 after = inspect_tensors(str(out), plan.plan.config, plan.tensors)
             if not dry_run:
+                dtype = TORCH_DTYPES[before.dtype]
+                original = predict_original(plan.source, dtype, text, progress)
                 with progress.step("converting", 2 * plan.num_bytes, "bytes") as reach:
                     write_checkpoint(plan, out.expanduser(), overwrite=overwrite, reach=reach, say=progress.say)
+                divergence = describe_divergence(original, out.expanduser(), dtype, progress)
     except CheckpointError as error:
         raise CommandError(str(error)) from error
-    _print(plan, before, after, "would write" if dry_run else "wrote", out, Console(file=sys.stdout))
+    console = Console(file=sys.stdout)
+    _print(plan, before, after, "would write" if dry_run else "wrote", out, console)
+    for line in divergence:
+        console.print(Text(line), soft_wrap=True)
 
 
 def _unpack(file: Path, folder: Path, progress: Progress) -> Path:
@@ -101,14 +124,10 @@ def _print(plan: CheckpointPlan, before: Inspection, after: Inspection, did: str
         table.add_column(title, justify="right", no_wrap=True)
     for name, old, new in (
         ("  parameters", before.parameters, after.parameters),
-        ("  in attention", _attention(before), _attention(after)),
+        ("  in attention", before.attention_parameters, after.attention_parameters),
     ):
         table.add_row(name, f"{old:,}", f"{new:,}", f"{new / old:.1%}")
     width = BITS[after.dtype] // 8
     old, new = kv_bytes(before, 1, 1, width), kv_bytes(after, 1, 1, width)
     table.add_row("  KV cache a token", readable_bytes(old), readable_bytes(new), f"{new / old:.1%}")
     console.print(table)
-
-
-def _attention(found: Inspection) -> int:
-    return sum(layer.parameters for layer in found.layers)

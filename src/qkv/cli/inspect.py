@@ -16,7 +16,7 @@ import qkv
 from qkv.cli.errors import CommandError
 from qkv.cli.kv_cache_size import LayerShape, cache_bytes, readable_bytes
 from qkv.cli.language_model import quiet
-from qkv.cli.model_source import ACCEPTED, HUB_NAME
+from qkv.cli.model_source import require_hub_name
 from qkv.cli.options import count
 from qkv.convert import CheckpointError, Inspection, inspect_checkpoint
 from qkv.convert.description import LayerAttention
@@ -64,12 +64,13 @@ def inspect(
 def describe(layer: LayerAttention) -> str:
     """A layer in words."""
     kinds = {1: "multi-query", layer.num_heads: "multi-head"}
+    attention = "cross-attention" if layer.cross else "attention"
     width = f"head width {layer.head_dim}"
     if layer.value_dim != layer.head_dim:
         width = f"key width {layer.head_dim}, value width {layer.value_dim}"
     return ", ".join(
         (
-            f"{kinds.get(layer.num_kv_heads, 'grouped-query')} attention: {_count(layer.num_heads, 'query head')}",
+            f"{kinds.get(layer.num_kv_heads, 'grouped-query')} {attention}: {_count(layer.num_heads, 'query head')}",
             _count(layer.num_kv_heads, "KV head"),
             width,
             "no window" if layer.window is None else f"a window of {layer.window}",
@@ -97,9 +98,8 @@ def _inspect(model: str) -> Inspection:
     path = Path(model).expanduser()
     if path.exists():
         return inspect_checkpoint(path)
-    if HUB_NAME.fullmatch(model) and not model.startswith("."):
-        return _inspect_hub(model)
-    raise CommandError(f"there is no file or folder {model!r}, and it is no name of a hub model. {ACCEPTED}")
+    require_hub_name(model)
+    return _inspect_hub(model)
 
 
 def _inspect_hub(name: str) -> Inspection:
@@ -136,7 +136,7 @@ def _size(found: Inspection, length: int, batch: int, bytes_per_number: int) -> 
     return {
         "num_kv_heads": sorted({layer.num_kv_heads for layer in found.layers}, reverse=True),
         "parameters": found.parameters,
-        "attention_parameters": sum(layer.parameters for layer in found.layers),
+        "attention_parameters": found.attention_parameters,
         "kv_bytes_per_token": kv_bytes(found, 1, 1, bytes_per_number),
         "kv_bytes": kv_bytes(found, length, batch, bytes_per_number),
     }
@@ -151,9 +151,14 @@ def _as_json(
         "model_type": found.model_type,
         "stored_dtype": found.dtype,
         "parameters": found.parameters,
-        "layers": [{"num_layers": number, **layer._asdict()} for layer, number in Counter(found.layers).items()],
+        "encoder": _layers_as_json(found.encoder),
+        "layers": _layers_as_json(found.layers),
         "kv_cache": {"length": length, "batch": batch, "dtype": dtype, "sizes": sizes},
     }
+
+
+def _layers_as_json(layers: tuple[LayerAttention, ...]) -> list[dict[str, Any]]:
+    return [{"num_layers": number, **layer._asdict()} for layer, number in Counter(layers).items()]
 
 
 def _print(
@@ -167,10 +172,14 @@ def _print(
 ) -> None:
     title = f"{model} ({found.model_type}), {found.parameters:,} parameters, keys and values stored in {found.dtype}"
     console.print(Text(title, style="bold"), soft_wrap=True)
-    for layer, number in Counter(found.layers).items():
-        console.print(Text(f"  {_count(number, 'layer')} of {describe(layer)}"), soft_wrap=True)
+    in_decoder = " in the decoder" if found.encoder else ""
+    for where, layers in ((" in the encoder", found.encoder), (in_decoder, found.layers)):
+        for layer, number in Counter(layers).items():
+            console.print(Text(f"  {_count(number, 'layer')}{where} of {describe(layer)}"), soft_wrap=True)
     console.print()
     texts = f"a text of {length} tokens" if batch == 1 else f"{batch} texts of {length} tokens"
+    if found.encoder:
+        texts += ", and as many written,"
     console.print(Text(f"Parameters, and the KV cache of {texts} in {dtype}", style="bold"), soft_wrap=True)
     table = Table(box=None, pad_edge=False)
     for column in ("  KV heads", "parameters", "in attention", "cache a token", "cache", "of now"):

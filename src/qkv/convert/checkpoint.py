@@ -18,7 +18,7 @@ from qkv.convert.folder import CONFIG, INDEX, PICKLES, Folder, read_folder
 from qkv.convert.plan import Plan, make_plan
 from qkv.convert.safetensors_file import TORCH_DTYPES, TensorSpec, lay_out, read_header
 from qkv.convert.staging import staged, sync
-from qkv.convert.tensors import How
+from qkv.convert.tensors import Method
 
 CHUNK = 1 << 22
 WEIGHTS = (*PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".tflite", ".index.json")
@@ -71,7 +71,7 @@ class CheckpointPlan(NamedTuple):
 
 
 def plan_checkpoint(
-    source: Path | str, num_kv_heads: int, *, how: How = "mean", seed: int = 0, window: int | None = None
+    source: Path | str, num_kv_heads: int, *, how: Method = "mean", seed: int = 0, window: int | None = None
 ) -> CheckpointPlan:
     """Reads configuration and headers, no weights, and says what a conversion would do. Arguments as there.
 
@@ -89,7 +89,7 @@ def convert_checkpoint(
     out: Path | str,
     num_kv_heads: int,
     *,
-    how: How = "mean",
+    how: Method = "mean",
     seed: int = 0,
     window: int | None = None,
     overwrite: bool = False,
@@ -107,7 +107,7 @@ def convert_checkpoint(
         source: a folder with a ``config.json`` and safetensors, as ``save_pretrained`` writes it.
         out: a folder that does not exist.
         num_kv_heads: a divisor of those that the model has.
-        how, seed: as in `pool_heads`; each tensor draws numbers of its own.
+        how, seed: as in `convert_state_dict`.
         window: gives each layer a window of so many keys, where the configuration can express it.
         overwrite: replaces ``out`` if it is a model, or empty.
 

@@ -26,6 +26,8 @@ class LayerAttention(NamedTuple):
     """Of all its projections and norms."""
     kv_parameters: int
     """Of keys and values among them."""
+    cross: bool = False
+    """Whether keys and values come from an encoder."""
 
     def with_kv_heads(self, num_kv_heads: int) -> "LayerAttention":
         """The same with another number of KV heads."""
@@ -43,6 +45,14 @@ class Inspection(NamedTuple):
     parameters: int
     """Of the whole model."""
     layers: tuple[LayerAttention, ...]
+    """Those with a KV cache. Beside an encoder, the self-attention of the decoder and then its cross-attention."""
+    encoder: tuple[LayerAttention, ...] = ()
+    """The layers of an encoder, whose heads stay as they are."""
+
+    @property
+    def attention_parameters(self) -> int:
+        """Of all attention."""
+        return sum(layer.parameters for layer in (*self.encoder, *self.layers))
 
     @property
     def possible_kv_heads(self) -> list[int]:

@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
+from qkv.convert.aligned import align_outputs
+from qkv.convert.encoder_decoder import ENCODER_DECODERS
 from qkv.convert.errors import CheckpointError
 from qkv.convert.family import Family, Output, Pooling
 from qkv.convert.gpt import GPT2, GPT_BIGCODE, GPT_NEOX
-from qkv.convert.llama import PACKED, SEPARATE, set_window, set_window_by_layers
+from qkv.convert.llama import GEMMA, PACKED, PHI, SEPARATE, set_window, set_window_by_layers
 from qkv.convert.safetensors_file import TORCH_DTYPES, TensorSpec
 
 FAMILIES: dict[str, Family] = {
@@ -14,17 +16,18 @@ FAMILIES: dict[str, Family] = {
     "mistral": SEPARATE._replace(windowed=set_window),
     "qwen2": SEPARATE._replace(windowed=set_window_by_layers),
     "qwen3": SEPARATE._replace(windowed=set_window_by_layers),
-    "gemma": SEPARATE,
-    "gemma2": SEPARATE,
-    "gemma3_text": SEPARATE,
+    "gemma": GEMMA,
+    "gemma2": GEMMA,
+    "gemma3_text": GEMMA,
     "phi3": PACKED._replace(windowed=set_window),
-    "phi": SEPARATE,
+    "phi": PHI,
     "granite": SEPARATE,
     "smollm3": SEPARATE,
     "starcoder2": SEPARATE._replace(windowed=set_window),
     "gpt2": GPT2,
     "gpt_bigcode": GPT_BIGCODE,
     "gpt_neox": GPT_NEOX,
+    **ENCODER_DECODERS,
 }
 """By ``model_type``."""
 
@@ -50,21 +53,28 @@ def find_family(where: str, config: Mapping[str, Any]) -> Family:
 
 
 def convert_tensors(
-    where: str, family: Family, tensors: Mapping[str, TensorSpec], pooling: Pooling
+    where: str, family: Family, known: Any, tensors: Mapping[str, TensorSpec], pooling: Pooling, *, aligned: bool
 ) -> dict[str, Output]:
     """What the result holds, by name.
 
     Raises:
-        CheckpointError: for keys and values in a dtype that cannot be pooled.
+        CheckpointError: for tensors in a dtype that cannot be computed with, and heads that cannot be aligned.
     """
-    outputs: dict[str, Output] = {}
-    for name, spec in tensors.items():
-        for output in family.convert(family, name, spec, pooling):
-            for source in output.sources if output.compute is not None else ():
-                if tensors[source].dtype not in TORCH_DTYPES:
-                    raise CheckpointError(
-                        f"{where}: tensor {source!r} must be in one of {', '.join(TORCH_DTYPES)} to be converted; "
-                        f"it is {tensors[source]}."
-                    )
-            outputs[output.name] = output
+    made = (output for name, spec in tensors.items() for output in family.convert(family, name, spec, pooling))
+    outputs = {output.name: output for output in made}
+    if aligned and pooling.changes:
+        if family.layout is None:
+            able = ", ".join(name for name, other in FAMILIES.items() if other.layout is not None)
+            raise CheckpointError(
+                f"{where}: heads of {known.model_type} models cannot be aligned, those of {able} can; pool them in "
+                "another way."
+            )
+        outputs = align_outputs(where, family, family.layout, known, tensors, outputs, pooling)
+    for output in outputs.values():
+        for source in output.sources if output.compute is not None else ():
+            if tensors[source].dtype not in TORCH_DTYPES:
+                raise CheckpointError(
+                    f"{where}: tensor {source!r} must be in one of {', '.join(TORCH_DTYPES)} to be converted; "
+                    f"it is {tensors[source]}."
+                )
     return outputs

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from qkv.convert.layout import Layout
 from qkv.convert.safetensors_file import TensorSpec
 from qkv.convert.stock import Heads
 from qkv.convert.tensors import How, pool_heads
@@ -72,10 +73,16 @@ class Family(NamedTuple):
     """The new configuration, from what the old one says and what transformers makes of it."""
     windowed: Callable[[dict[str, Any], int], dict[str, Any]] | None = None
     """The configuration with a window in every layer, where it can express one."""
+    layout: Layout | None = None
+    """Of the projections, where heads can be aligned."""
+    cross: re.Pattern[str] | None = None
+    """As ``attention``, from a decoder to an encoder."""
+    encoder: re.Pattern[str] | None = None
+    """As ``attention``, of an encoder, which is not converted."""
 
     def part(self, name: str) -> tuple[int, str] | None:
-        """Layer and rest of the name of a tensor that belongs to an attention."""
-        match = self.attention.fullmatch(name)
+        """Layer and rest of the name of a tensor that belongs to an attention that is converted."""
+        match = self.attention.fullmatch(name) or (self.cross and self.cross.fullmatch(name))
         return None if match is None else (int(match[1]), match[2])
 
     def is_kv(self, name: str) -> bool:

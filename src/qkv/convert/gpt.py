@@ -8,6 +8,7 @@ from torch import Tensor
 
 from qkv.convert.errors import CheckpointError
 from qkv.convert.family import Family, Output, Pooling
+from qkv.convert.layout import Layout
 from qkv.convert.llama import convert_packed, pool_packed
 from qkv.convert.safetensors_file import TensorSpec
 
@@ -71,7 +72,7 @@ def _convert_neox(family: Family, name: str, spec: TensorSpec, pooling: Pooling)
         sources, fold = _folded(where + "mlp.dense_h_to_4h", where + "post_attention_layernorm", kind)
         return [Output(_in_phi(f"{where}mlp.fc1.{kind}"), spec, sources, fold)]
     outputs = [Output(_in_phi(name), spec, (name,))]
-    if name == "embed_out.weight":
+    if name in ("embed_out.weight", "lm_head.weight"):
         bias = spec._replace(shape=spec.shape[:1])
         outputs.append(Output("lm_head.bias", bias, (name,), lambda weight: torch.zeros_like(weight[:, 0])))
     return outputs
@@ -190,12 +191,18 @@ GPT2 = Family(
     True,
     _convert_gpt2,
     _configure_gpt2,
+    layout=Layout(("c_attn",), "c_proj", transposed=True, norm="ln_1"),
 )
-GPT_BIGCODE = GPT2._replace(convert=_convert_bigcode, configure=_configure_bigcode)
+GPT_BIGCODE = GPT2._replace(
+    convert=_convert_bigcode,
+    configure=_configure_bigcode,
+    layout=Layout(("c_attn",), "c_proj", by_head=True, norm="ln_1"),
+)
 GPT_NEOX = Family(
     re.compile(r"gpt_neox\.layers\.(\d{1,9})\.attention\.((?!bias|masked_bias).+)"),
     re.compile(r"query_key_value\.(weight|bias)"),
     True,
     _convert_neox,
     _configure_neox,
+    layout=Layout(("query_key_value",), "dense", by_head=True),
 )

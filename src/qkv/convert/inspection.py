@@ -1,5 +1,6 @@
 """`inspect_checkpoint`: the attention of a model, from its configuration and headers alone."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -50,16 +51,30 @@ def inspect_tensors(where: str, config: dict[str, Any], tensors: Mapping[str, Te
     known = stock.read_config(where, config, len(tensors))
     stock.check_tensors(where, known, tensors)
     heads, windows = stock.heads(where, known), stock.windows(known)
-    parts: list[dict[str, TensorSpec]] = [{} for _ in windows]
-    for name, spec in tensors.items():
-        found = family.part(name)
-        if found is not None and found[0] < len(parts):
-            parts[found[0]][found[1]] = spec
-    layers = tuple(
-        _layer(family, heads, windows[number], _rotary(known, number), part) for number, part in enumerate(parts)
-    )
+    parts = _by_layer(family.attention, tensors, len(windows))
+    own = [_layer(family, heads, windows[number], _rotary(known, number), part) for number, part in enumerate(parts)]
+    parts = _by_layer(family.cross, tensors, len(windows))
+    cross = [_layer(family, heads, None, "", part)._replace(cross=True) for part in parts]
+    encoder_heads = stock.encoder_heads(known)
+    parts = _by_layer(family.encoder, tensors, len(encoder_heads))
+    encoder = tuple(_layer(family, heads, None, "", part) for heads, part in zip(encoder_heads, parts, strict=False))
     dtype = next(spec.dtype for name, spec in tensors.items() if family.is_kv(name))
-    return Inspection(config["model_type"], dtype, sum(spec.numel for spec in tensors.values()), layers)
+    parameters = sum(spec.numel for spec in tensors.values())
+    return Inspection(config["model_type"], dtype, parameters, (*own, *cross), encoder)
+
+
+def _by_layer(
+    pattern: re.Pattern[str] | None, tensors: Mapping[str, TensorSpec], num_layers: int
+) -> list[dict[str, TensorSpec]]:
+    """The tensors of each layer's attention, by the rest of their names."""
+    if pattern is None:
+        return []
+    parts: list[dict[str, TensorSpec]] = [{} for _ in range(num_layers)]
+    for name, spec in tensors.items():
+        match = pattern.fullmatch(name)
+        if match is not None and int(match[1]) < num_layers:
+            parts[int(match[1])][match[2]] = spec
+    return parts
 
 
 def _layer(

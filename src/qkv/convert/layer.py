@@ -1,20 +1,35 @@
 """`convert_layer`: an `Attention` with fewer key/value heads."""
 
-from qkv.convert.tensors import How, pool_heads
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from qkv.convert.alignment import KeyFreedom, Projections, align_heads
+from qkv.convert.layout import Layout
+from qkv.convert.stock import Heads
+from qkv.convert.tensors import Method, pool_heads
 from qkv.layers import Attention
 
+LAYOUT = Layout(out="out_proj")
+"""Of `Attention`."""
 
-def convert_layer(layer: Attention, num_kv_heads: int, *, how: How = "mean", seed: int = 0) -> Attention:
+
+def convert_layer(
+    layer: Attention, num_kv_heads: int, *, how: Method = "mean", seed: int = 0, gain: Tensor | None = None
+) -> Attention:
     """A new layer that differs from ``layer`` in having ``num_kv_heads``, pooled as by `pool_heads`.
 
     Args:
         layer: left as it is; no parameter is shared.
         num_kv_heads: a divisor of those that it has.
-        how, seed: as in `pool_heads`; keys and values draw different numbers.
+        how: as in `pool_heads`; or ``aligned``, the mean of heads that `align_heads` has reordered and turned before.
+        seed: of ``random``; keys and values draw different numbers.
+        gain: of ``aligned``, as in `align_heads`: the ``weight`` of the norm before the layer, where there is one.
 
     Raises:
         TypeError: for a layer of another kind.
-        ValueError: as `pool_heads`.
+        ValueError: as `pool_heads` and `align_heads`.
 
     Example:
         >>> import qkv
@@ -22,24 +37,52 @@ def convert_layer(layer: Attention, num_kv_heads: int, *, how: How = "mean", see
         >>> convert_layer(qkv.MultiHeadAttention(64, 8), 2).num_kv_heads
         2
     """
-    if not isinstance(layer, Attention):
-        raise TypeError(
-            f"convert_layer: layer must be a qkv.Attention; got {type(layer).__name__}. "
-            "Of an nn.MultiheadAttention, qkv.MultiHeadAttention.from_torch makes one."
-        )
-    weight = layer.q_proj.weight
-    state = layer.state_dict()
+    state, query_heads = check_layer("convert_layer", layer).state_dict(), torch.arange(layer.num_heads)
+    if how == "aligned":
+        how = "mean"
+        if num_kv_heads != layer.num_kv_heads:
+            state, query_heads = _align(layer, num_kv_heads, gain)
     for number, name in enumerate(("k_proj.weight", "k_proj.bias", "v_proj.weight", "v_proj.bias")):
         if name in state:
             state[name] = pool_heads(state[name], layer.num_kv_heads, num_kv_heads, how=how, seed=seed + number)
+    return rebuild(layer, state, query_heads, num_kv_heads)
+
+
+def check_layer(who: str, layer: Attention) -> Attention:
+    """Raises unless it is one."""
+    if not isinstance(layer, Attention):
+        raise TypeError(
+            f"{who}: layer must be a qkv.Attention; got {type(layer).__name__}. "
+            "Of an nn.MultiheadAttention, qkv.MultiHeadAttention.from_torch makes one."
+        )
+    return layer
+
+
+def projections_of(layer: Attention) -> tuple[Projections, Heads]:
+    """The weights of a layer, and how many heads they hold."""
+    heads = Heads(layer.num_heads, layer.num_kv_heads, layer.head_dim)
+    return LAYOUT.read(layer.state_dict(), heads), heads
+
+
+def rebuild(layer: Attention, state: dict[str, Tensor], query_heads: Tensor, num_kv_heads: int) -> Attention:
+    """A layer with other weights and heads, otherwise like ``layer``.
+
+    What query heads have one of each, sink logits, ALiBi slopes and masks, is that of ``query_heads`` of the layer.
+    """
+    if "sink_logits" in state:
+        state["sink_logits"] = state["sink_logits"][query_heads]
+    mask = layer.mask
+    if mask.allow is not None and mask.allow.dim() > 2 and mask.allow.shape[-3] > 1:
+        mask = replace(mask, allow=mask.allow[..., query_heads, :, :])
+    weight = layer.q_proj.weight
     new = Attention(
         layer.embed_dim,
-        layer.num_heads,
+        len(query_heads),
         num_kv_heads=num_kv_heads,
         head_dim=layer.head_dim,
         value_dim=layer.value_dim,
         context_dim=layer.context_dim,
-        mask=layer.mask,
+        mask=mask,
         rotary=layer.rotary,
         qk_norm=layer.q_norm is not None,
         bias=layer.q_proj.bias is not None,
@@ -47,7 +90,7 @@ def convert_layer(layer: Attention, num_kv_heads: int, *, how: How = "mean", see
         scale=layer.scale,
         softcap=layer.softcap,
         sink_logits=layer.sink_logits is not None,
-        alibi=layer.alibi,
+        alibi=None if layer.alibi is None else layer.alibi[query_heads],
         dropout=layer.dropout,
         backend=layer.backend,
         device=weight.device,
@@ -55,3 +98,19 @@ def convert_layer(layer: Attention, num_kv_heads: int, *, how: How = "mean", see
     )
     new.load_state_dict(state)
     return new.train(layer.training)
+
+
+def _align(layer: Attention, num_kv_heads: int, gain: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
+    """The state of the layer with its heads aligned, which computes the same, and the order of its query heads."""
+    freedom, rotary = KeyFreedom(normed=layer.q_norm is not None), layer.rotary
+    if rotary is not None:
+        freedom = freedom._replace(rotary_dim=rotary.rotary_dim, interleaved=rotary.interleaved)
+    projections, heads = projections_of(layer)
+    if gain is not None and gain.shape != (layer.k_proj.in_features,):
+        raise ValueError(
+            f"convert_layer: gain must be ({layer.k_proj.in_features},), one a column; got shape {tuple(gain.shape)}."
+        )
+    alignment = align_heads(projections, layer.num_kv_heads, num_kv_heads, freedom, gain=gain)
+    state = layer.state_dict()
+    state |= LAYOUT.replace(state, alignment.apply(projections), heads)
+    return state, alignment.query_order(layer.num_heads)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from qkv.convert.family import Family, Output, Pooling
+from qkv.convert.layout import Layout
 from qkv.convert.safetensors_file import TensorSpec
 
 
@@ -49,5 +50,21 @@ def set_window_by_layers(config: dict[str, Any], window: int) -> dict[str, Any]:
 
 
 SELF_ATTENTION = re.compile(r"(?:model\.)?layers\.(\d{1,9})\.self_attn\.(.+)")
-SEPARATE = Family(SELF_ATTENTION, re.compile(r"[kv]_proj\.(weight|bias)"), False, convert_separate, _configure)
-PACKED = Family(SELF_ATTENTION, re.compile(r"qkv_proj\.(weight|bias)"), True, convert_packed, _configure)
+SEPARATE = Family(
+    SELF_ATTENTION,
+    re.compile(r"[kv]_proj\.(weight|bias)"),
+    False,
+    convert_separate,
+    _configure,
+    layout=Layout(),
+)
+PACKED = Family(
+    SELF_ATTENTION,
+    re.compile(r"qkv_proj\.(weight|bias)"),
+    True,
+    convert_packed,
+    _configure,
+    layout=Layout(("qkv_proj",)),
+)
+GEMMA = SEPARATE._replace(layout=Layout(norm_offset=1.0))
+PHI = SEPARATE._replace(layout=Layout(out="dense"))

@@ -8,7 +8,7 @@ from qkv.convert.errors import CheckpointError
 from qkv.convert.families import FAMILIES, convert_tensors, find_family
 from qkv.convert.family import Family, Output, Pooling
 from qkv.convert.safetensors_file import TensorSpec
-from qkv.convert.tensors import How, divisors
+from qkv.convert.tensors import Method, divisors
 
 
 class Plan(NamedTuple):
@@ -26,7 +26,7 @@ def make_plan(
     tensors: Mapping[str, TensorSpec],
     num_kv_heads: int,
     *,
-    how: How = "mean",
+    how: Method = "mean",
     seed: int = 0,
     window: int | None = None,
 ) -> Plan:
@@ -45,8 +45,8 @@ def make_plan(
         raise CheckpointError(
             f"{where}: the {heads.num_kv_heads} KV heads of the model can be pooled to {possible}; got {num_kv_heads}."
         )
-    pooling = Pooling(heads, num_kv_heads, how, seed)
-    outputs = convert_tensors(where, family, tensors, pooling)
+    pooling = Pooling(heads, num_kv_heads, "mean" if how == "aligned" else how, seed)
+    outputs = convert_tensors(where, family, known, tensors, pooling, aligned=how == "aligned")
     new = family.configure(config, known, pooling)
     if window is not None:
         new = _with_window(where, family, new, window)

@@ -8,7 +8,7 @@ from torch import Tensor
 from qkv.convert.errors import CheckpointError
 from qkv.convert.plan import make_plan
 from qkv.convert.safetensors_file import TORCH_DTYPES, TensorSpec
-from qkv.convert.tensors import How
+from qkv.convert.tensors import Method
 
 
 class ConvertedModel(NamedTuple):
@@ -24,7 +24,7 @@ def convert_state_dict(
     config: Mapping[str, Any],
     num_kv_heads: int,
     *,
-    how: How = "mean",
+    how: Method = "mean",
     seed: int = 0,
     window: int | None = None,
 ) -> ConvertedModel:
@@ -34,7 +34,8 @@ def convert_state_dict(
         state_dict: of the model, complete.
         config: of the model, as ``config.to_dict()`` says it, with its ``model_type``.
         num_kv_heads: a divisor of those that it has.
-        how, seed: as in `pool_heads`; each tensor draws numbers of its own.
+        how: as in `pool_heads`; or ``aligned``, the mean of heads that `align_heads` has reordered and turned before.
+        seed: of ``random``; each tensor draws numbers of its own.
         window: gives each layer a window of so many keys, where the configuration can express it.
 
     Returns:
@@ -49,14 +50,22 @@ def convert_state_dict(
         >>> smaller = LlamaForCausalLM(LlamaConfig(**converted.config))  # doctest: +SKIP
         >>> smaller.load_state_dict(converted.state_dict)  # doctest: +SKIP
     """
-    names = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-    unknown = {str(tensor.dtype) for tensor in state_dict.values() if tensor.dtype not in names}
-    if unknown:
-        raise CheckpointError(f"state_dict: tensors must be floating-point; some are {', '.join(sorted(unknown))}.")
-    tensors = {name: TensorSpec(names[tensor.dtype], tuple(tensor.shape)) for name, tensor in state_dict.items()}
-    plan = make_plan("config", dict(config), tensors, num_kv_heads, how=how, seed=seed, window=window)
+    plan = make_plan("config", dict(config), specs_of(state_dict), num_kv_heads, how=how, seed=seed, window=window)
     values = {}
     for name, output in plan.outputs.items():
         sources = [state_dict[source] for source in output.sources]
         values[name] = sources[0] if output.compute is None else output.compute(*sources)
     return ConvertedModel(values, plan.config)
+
+
+def specs_of(state_dict: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
+    """What the header of a file with these tensors would say.
+
+    Raises:
+        CheckpointError: for tensors that are not floating-point.
+    """
+    names = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+    unknown = {str(tensor.dtype) for tensor in state_dict.values() if tensor.dtype not in names}
+    if unknown:
+        raise CheckpointError(f"state_dict: tensors must be floating-point; some are {', '.join(sorted(unknown))}.")
+    return {name: TensorSpec(names[tensor.dtype], tuple(tensor.shape)) for name, tensor in state_dict.items()}

@@ -11,9 +11,13 @@ import torch
 
 from qkv.convert.errors import CheckpointError
 from qkv.convert.safetensors_file import TensorSpec
+from qkv.integrations import grouped_decoders
 
 OLD_NAMES = {"lm_head.weight": "embed_out.weight"}
 """What transformers calls otherwise than the files do: the head of GPT-NeoX."""
+
+LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
+"""What configurations call their numbers of layers."""
 
 
 class Heads(NamedTuple):
@@ -37,7 +41,9 @@ def read_config(where: str, config: Mapping[str, Any], num_tensors: int) -> Any:
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    for key in ("num_hidden_layers", "n_layer"):
+    if config["model_type"].startswith(grouped_decoders.TYPE_PREFIX):
+        grouped_decoders.register()
+    for key in LAYERS:
         layers = config.get(key)
         if layers is not None and (type(layers) is not int or not 0 < layers <= num_tensors):
             raise CheckpointError(
@@ -51,11 +57,12 @@ def read_config(where: str, config: Mapping[str, Any], num_tensors: int) -> Any:
 
 
 def heads(where: str, config: Any) -> Heads:
-    """How many heads of which width the configuration asks for.
+    """How many heads of which width the configuration asks for, in the decoder if there is an encoder as well.
 
     Raises:
         CheckpointError: for numbers that do not fit together.
     """
+    config = _decoder(config)
     num_heads = config.num_attention_heads
     num_kv_heads = getattr(config, "num_key_value_heads", None)
     num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
@@ -64,12 +71,24 @@ def heads(where: str, config: Any) -> Heads:
             f"{where}: the number of query heads must be a multiple of the number of KV heads; "
             f"they are {num_heads} and {num_kv_heads}."
         )
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
-    return Heads(num_heads, num_kv_heads, head_dim)
+    return Heads(num_heads, num_kv_heads, _head_dim(config))
+
+
+def encoder_heads(config: Any) -> list[Heads]:
+    """Of each layer of an encoder, if there is one; it has no groups."""
+    if not config.is_encoder_decoder:
+        return []
+    config = config.get_text_config(encoder=True)
+    num_heads = config.num_attention_heads
+    return [Heads(num_heads, num_heads, _head_dim(config))] * config.num_hidden_layers
 
 
 def windows(config: Any) -> list[int | None]:
-    """For each layer the keys that a query sees, its own included; None where it sees all before it."""
+    """For each layer, of a decoder if there is an encoder as well, the keys that a query sees, its own included.
+
+    None where it sees all before it.
+    """
+    config = _decoder(config)
     window: int | None = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     return [window if kind == "sliding_attention" else None for kind in kinds]
@@ -89,13 +108,16 @@ def check_tensors(where: str, config: Any, tensors: Mapping[str, TensorSpec]) ->
             model = cls(config)
     except Exception as error:
         raise CheckpointError(f"{where}: transformers cannot build this model: {_brief(error)}") from error
-    tied, prefix = model.all_tied_weights_keys, f"{model.base_model_prefix}."
+    prefix = f"{model.base_model_prefix}."
+    # Sines of positions are parameters in some models, and not saved by all.
+    fixed = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    absent = model.all_tied_weights_keys.keys() | fixed
     for name, parameter in model.state_dict().items():
         # A model with a head reads files of one without, and the other way round.
         names = (name, name.removeprefix(prefix), prefix + name, OLD_NAMES.get(name, name))
         found = next((tensors[known] for known in names if known in tensors), None)
         shape = tuple(parameter.shape)
-        if found is None and name not in tied:
+        if found is None and name not in absent:
             raise CheckpointError(
                 f"{where} asks for a tensor {name!r} {list(shape)} ({cls.__name__}); the checkpoint has none; "
                 "of shards, give the folder."
@@ -108,12 +130,29 @@ def check_tensors(where: str, config: Any, tensors: Mapping[str, TensorSpec]) ->
             )
 
 
+def _decoder(config: Any) -> Any:
+    """The configuration of the decoder alone, which without an encoder is the whole."""
+    part = config.get_text_config(decoder=True)
+    # transformers reads the names of BART, and not this one of T5.
+    if config.is_encoder_decoder and hasattr(config, "num_decoder_layers"):
+        part.num_hidden_layers = config.num_decoder_layers
+    return part
+
+
+def _head_dim(config: Any) -> int:
+    head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return head_dim
+
+
 def _model_class(where: str, config: Any) -> Any:
     import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers.models.auto import modeling_auto as auto
 
+    if type(config) in auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+        known = [auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[type(config)], auto.MODEL_MAPPING[type(config)]]
+        return _encoder_decoder_class(where, config, known)
     if not config.architectures:
-        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        return auto.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     name = config.architectures[0]
     cls = getattr(transformers, name, None) if isinstance(name, str) else None
     if not isinstance(cls, type) or getattr(cls, "config_class", None) is not type(config):
@@ -122,6 +161,17 @@ def _model_class(where: str, config: Any) -> Any:
             f"transformers {transformers.__version__} has no such {name!r:.200}."
         )
     return cls
+
+
+def _encoder_decoder_class(where: str, config: Any, known: list[Any]) -> Any:
+    names = [cls.__name__ for cls in known]
+    name = config.architectures[0] if config.architectures else names[0]
+    if not config.is_encoder_decoder or name not in names:
+        raise CheckpointError(
+            f"{where}: a {config.model_type} model must have encoder and decoder, as {' or '.join(names)}; this is "
+            f"{name!r:.200} with is_encoder_decoder={config.is_encoder_decoder}."
+        )
+    return known[names.index(name)]
 
 
 def _brief(error: Exception) -> str:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 How = Literal["mean", "first", "random"]
+Method = Literal["mean", "first", "random", "aligned"]
+"""Of layers and models; one tensor alone cannot be aligned."""
 
 
 def pool_heads(weight: Tensor, num_kv_heads: int, new_kv_heads: int, *, how: How = "mean", seed: int = 0) -> Tensor:
@@ -53,7 +55,10 @@ def pool_heads(weight: Tensor, num_kv_heads: int, new_kv_heads: int, *, how: How
             f"got shape {tuple(weight.shape)}."
         )
     if how not in get_args(How):
-        raise ValueError(f"pool_heads: how must be one of {', '.join(get_args(How))}; got {how!r}.")
+        raise ValueError(
+            f"pool_heads: how must be one of {', '.join(get_args(How))}; got {how!r}. "
+            "aligned takes all projections: convert_layer, convert_state_dict."
+        )
     if new_kv_heads == num_kv_heads:
         return weight
     heads = weight.reshape(new_kv_heads, num_kv_heads // new_kv_heads, -1, *weight.shape[1:])
