@@ -1,0 +1,49 @@
+"""What fewer key/value heads save: the time of a decoding step, and the bytes of the cache."""
+
+from functools import partial
+from typing import TypedDict
+
+import torch
+from model import LanguageModel, converted
+from settings import Settings
+
+import qkv
+from qkv.cli.timing import interleaved
+
+
+class Step(TypedDict):
+    """The median and the quartiles of its time, and what a token weighs in the caches."""
+
+    median_us: float
+    low_us: float
+    high_us: float
+    kv_bytes_per_token: int
+
+
+@torch.no_grad()
+def decoding(settings: Settings) -> dict[str, Step]:
+    """A step of all attention layers in fp32, by the number of key/value heads; the values cached do not matter."""
+    original = LanguageModel(settings)
+    x = torch.randn(1, 1, settings.width)
+
+    def step(layers: list[qkv.Attention], caches: list[qkv.KVCache]) -> None:
+        for layer, cache in zip(layers, caches, strict=True):
+            layer(x, cache=cache)
+            cache.crop(settings.context)
+
+    candidates, sizes = {}, {}
+    for heads in (settings.num_heads, *settings.num_kv_heads):
+        layers = converted(original, heads, "mean", seed=0).attentions
+        caches = [_filled(heads, settings) for _ in layers]
+        candidates[str(heads)] = partial(step, layers, caches)
+        sizes[str(heads)] = sum(cache.nbytes for cache in caches) // (settings.context + 1)
+    times = interleaved(candidates)
+    return {heads: {**times[heads], "kv_bytes_per_token": sizes[heads]} for heads in candidates}
+
+
+def _filled(heads: int, settings: Settings) -> qkv.KVCache:
+    """A cache with room for one token more."""
+    cache = qkv.KVCache(capacity=settings.context + 1)
+    keys = torch.randn(1, heads, settings.context, settings.head_dim)
+    cache.append(keys, keys)
+    return cache

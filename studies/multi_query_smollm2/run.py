@@ -1,0 +1,153 @@
+"""SmolLM2-135M with one key/value head: converted, trained for some minutes on this machine, and measured.
+
+python studies/multi_query_smollm2/run.py [--minutes 5]   measures, and writes results.json and README.md
+python studies/multi_query_smollm2/run.py --report        writes README.md from results.json
+"""
+
+import argparse
+import json
+import runpy
+import subprocess
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from report import write
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from qkv.cli import main as qkv
+from qkv.cli.convert import Pool
+from qkv.cli.inspect import kv_bytes
+from qkv.cli.language_model import load
+from qkv.cli.model_source import gguf_source
+from qkv.cli.progress import Progress
+from qkv.cli.timing import interleaved
+from qkv.cli.weights import SMOLLM2_135M, obtain
+from qkv.convert import inspect_checkpoint, measure_divergence
+from qkv.integrations.transformers import register
+from qkv.integrations.transformers_cache import QKVCache
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+UPTRAIN = ROOT / "examples" / "uptrain.py"
+MACHINE = ROOT / "benchmarks" / "machine.py"
+TEXT = ROOT / "studies" / "grouped_query" / "text.py"
+
+HELD_OUT = 60_000
+"""Characters; nineteen times as many are trained on, since uptrain.py holds out the last twentieth."""
+TRAINING = ("--bf16", "--learning-rate", "3e-4", "--batch", "4", "--block", "256")
+ORIGINAL = "original"
+METHODS = tuple(how for how in ("mean", "aligned") if how in Pool.__members__)
+PROMPT = "KING.\nMy lords, what news is this from France? Speak, for"
+NEW_TOKENS = 40
+DIVERGENCE_TOKENS = 512
+CONTEXT = 4096
+
+
+def study(folder: Path, minutes: float) -> dict[str, Any]:
+    """Converts in each way, trains the original and all conversions for as many steps, and measures."""
+    folders = {ORIGINAL: folder / ORIGINAL}
+    unpack(folders[ORIGINAL])
+    for how in METHODS:
+        folders[how] = folder / how
+        if qkv(["convert", str(folders[ORIGINAL]), str(folders[how]), "--kv-heads", "1", "--pool", how]):
+            raise SystemExit(1)
+    train, held_out = runpy.run_path(str(TEXT))["shakespeare"]()
+    text = folder / "text.txt"
+    text.write_text(train[: 19 * HELD_OUT] + held_out[:HELD_OUT], encoding="utf-8")
+    models, length = {}, ("--minutes", str(minutes))
+    # A conversion goes first: its steps in the given time are those of all.
+    for name in (*METHODS, ORIGINAL):
+        found = uptrain(folders[name], text, folder / f"{name}-uptrained", length)
+        length = ("--max-steps", str(found["steps"]))
+        models[name] = found | {
+            "texts": [sample(folders[name]), sample(folder / f"{name}-uptrained")],
+            "kv_bytes_per_token": kv_bytes(inspect_checkpoint(folders[name]), 1, 1, 4),
+            "divergence": divergence(folders[ORIGINAL], folders[name], held_out),
+        }
+        print(name, models[name], flush=True)
+    return {
+        "machine": runpy.run_path(str(MACHINE))["describe"](),
+        "minutes": minutes,
+        "training": " ".join(TRAINING),
+        "models": models,
+        "context": CONTEXT,
+        "decoding": decoding({name: folders[name] for name in (ORIGINAL, METHODS[0])}),
+    }
+
+
+def unpack(folder: Path) -> None:
+    """SmolLM2 in float32, as a folder."""
+    progress = Progress()
+    loaded = load(gguf_source(obtain(SMOLLM2_135M, progress)), torch.float32, progress)
+    loaded.model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+
+
+def uptrain(model: Path, text: Path, out: Path, length: tuple[str, str]) -> dict[str, Any]:
+    """Trains by the example, in a process of its own, and returns what it reports."""
+    command = [sys.executable, UPTRAIN, model, text, out, *TRAINING, *length, "--save-steps", "1000000"]
+    subprocess.run(list(map(str, command)), check=True)
+    report: dict[str, Any] = json.loads((out / "uptraining.json").read_text())
+    return report
+
+
+def open_model(folder: Path) -> Any:
+    """The model in a folder, with qkv's attention."""
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="qkv").eval()
+
+
+def sample(folder: Path) -> str:
+    """The most probable continuation of PROMPT."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+    output = open_model(folder).generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+    text: str = tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    return text
+
+
+def divergence(original: Path, converted: Path, text: str) -> dict[str, Any]:
+    """Of the converted model before it is trained, on held-out text."""
+    inputs = AutoTokenizer.from_pretrained(original)(text[: 10 * DIVERGENCE_TOKENS], return_tensors="pt")
+    tokens = inputs.input_ids[:, :DIVERGENCE_TOKENS]
+    return measure_divergence(open_model(original), open_model(converted), tokens)._asdict()
+
+
+@torch.no_grad()
+def decoding(folders: dict[str, Path]) -> dict[str, Any]:
+    """The time of a step with CONTEXT tokens in the cache, the models taking turns."""
+    token = torch.zeros(1, 1, dtype=torch.long)
+
+    def step(model: Any, cache: QKVCache) -> None:
+        model(token, past_key_values=cache)
+        cache.crop(-1)
+
+    candidates = {}
+    for name, folder in folders.items():
+        model = open_model(folder)
+        cache = QKVCache(model.config)
+        model(token.expand(1, CONTEXT), past_key_values=cache, logits_to_keep=1)
+        candidates[name] = partial(step, model, cache)
+    return {**interleaved(candidates, seconds_per_round=0.2)}
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=5, help="of training, for each model (5)")
+    parser.add_argument("--report", action="store_true", help="only write the page")
+    options, path = parser.parse_args(), HERE / "results.json"
+    if not options.report:
+        logging.set_verbosity_error()
+        register()
+        with tempfile.TemporaryDirectory(prefix="qkv-study-") as folder:
+            path.write_text(json.dumps(study(Path(folder), options.minutes), indent=1) + "\n")
+    write(json.loads(path.read_text()), HERE / "README.md")
+
+
+if __name__ == "__main__":
+    main()
