@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CPP := $(wildcard native/*/*.h native/*/*.cpp)
 
-.PHONY: demo test check format sanitize mutants families bench wheel clean
+.PHONY: demo test check format sanitize mutants families bench study wheel clean
 
 demo: $(VENV)/ready
 	$(BIN)/qkv demo
@@ -50,6 +50,11 @@ bench: $(VENV)/peers
 	$(BIN)/python benchmarks/spine.py
 	$(BIN)/python benchmarks/models.py
 	$(BIN)/python benchmarks/page.py
+
+# Each writes its page anew: half an hour and a quarter more.
+study: $(VENV)/ready
+	$(BIN)/python studies/grouped_query/run.py
+	$(BIN)/python studies/multi_query_smollm2/run.py
 
 wheel: $(VENV)/ready
 	$(BIN)/python -m build --outdir dist

@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from qkv.cli import main as qkv
-from qkv.cli.convert import Pool
 from qkv.cli.inspect import kv_bytes
 from qkv.cli.language_model import load
 from qkv.cli.model_source import gguf_source
@@ -41,7 +40,7 @@ HELD_OUT = 60_000
 """Characters; nineteen times as many are trained on, since uptrain.py holds out the last twentieth."""
 TRAINING = ("--bf16", "--learning-rate", "3e-4", "--batch", "4", "--block", "256")
 ORIGINAL = "original"
-METHODS = tuple(how for how in ("mean", "aligned") if how in Pool.__members__)
+METHODS = ("mean", "aligned")
 PROMPT = "KING.\nMy lords, what news is this from France? Speak, for"
 NEW_TOKENS = 40
 DIVERGENCE_TOKENS = 512
