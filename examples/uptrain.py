@@ -37,6 +37,8 @@ def main(arguments: list[str] | None = None) -> None:
     from qkv.integrations.transformers import register
 
     register()
+    for folder in filter(None, (options.model, options.original)):
+        check_model(folder)
     tokenizer = load_tokenizer(options.model)
     blocks = pack(options.text, tokenizer, options.block)
     held_out = max(1, len(blocks) // HELD_OUT)
@@ -140,12 +142,25 @@ def max_steps(options: argparse.Namespace) -> int:
     return -1 if options.max_steps is None else int(options.max_steps)
 
 
+def check_model(folder: Path) -> None:
+    """Stops unless there is a causal language model in the folder."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if not (folder / "config.json").is_file():
+        stop(f"{folder} must be a folder with a model, and has no config.json.")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except Exception as error:
+        stop(f"{folder} must hold a model; transformers says: {error}")
+    if config.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        stop(f"{folder} must hold a causal language model, one that continues a text; it is {config.model_type}.")
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer in a folder with a model."""
     from transformers import AutoTokenizer
 
-    if not (folder / "config.json").is_file():
-        stop(f"{folder} must be a folder with a model, and has no config.json.")
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:

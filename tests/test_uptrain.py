@@ -163,6 +163,23 @@ def test_what_is_refused(uptrain, place, change, message):
 
 
 @pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        (None, r"must be a folder with a model, and has no config\.json"),
+        ("{}", "must hold a model; transformers says: "),
+        ('{"model_type": "t5"}', "must hold a causal language model, one that continues a text; it is t5"),
+    ],
+)
+def test_original_is_looked_at_before_a_folder_is_made(uptrain, place, tmp_path, document, message):
+    if document is not None:
+        (tmp_path / "config.json").write_text(document)
+    given = arguments(place, tmp_path / "out", "--max-steps", 1, "--original", tmp_path)
+    with pytest.raises(SystemExit, match=f"^uptrain: .*{message}"):
+        uptrain.main(given)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ((), "one of the arguments --max-steps --original-steps --minutes is required"),

@@ -20,9 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from qkv.cli import main as qkv
+from qkv.cli.convert import unpack
 from qkv.cli.inspect import kv_bytes
-from qkv.cli.language_model import load
-from qkv.cli.model_source import gguf_source
 from qkv.cli.progress import Progress
 from qkv.cli.timing import interleaved
 from qkv.cli.weights import SMOLLM2_135M, obtain
@@ -50,7 +49,8 @@ CONTEXT = 4096
 def study(folder: Path, minutes: float) -> dict[str, Any]:
     """Converts in each way, trains the original and all conversions for as many steps, and measures."""
     folders = {ORIGINAL: folder / ORIGINAL}
-    unpack(folders[ORIGINAL])
+    progress = Progress()
+    unpack(obtain(SMOLLM2_135M, progress), folders[ORIGINAL], progress)
     for how in METHODS:
         folders[how] = folder / how
         if qkv(["convert", str(folders[ORIGINAL]), str(folders[how]), "--kv-heads", "1", "--pool", how]):
@@ -77,14 +77,6 @@ def study(folder: Path, minutes: float) -> dict[str, Any]:
         "context": CONTEXT,
         "decoding": decoding({name: folders[name] for name in (ORIGINAL, METHODS[0])}),
     }
-
-
-def unpack(folder: Path) -> None:
-    """SmolLM2 in float32, as a folder."""
-    progress = Progress()
-    loaded = load(gguf_source(obtain(SMOLLM2_135M, progress)), torch.float32, progress)
-    loaded.model.save_pretrained(folder)
-    loaded.tokenizer.save_pretrained(folder)
 
 
 def uptrain(model: Path, text: Path, out: Path, length: tuple[str, str]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from cli import tiny_model
 from convert import models
 
 from qkv.cli import main
+from qkv.cli.errors import CommandError
 from qkv.convert import measure_divergence
 
 
@@ -72,6 +73,29 @@ def test_overwriting_must_be_asked_for(capsys, tmp_path, llama):
     assert run(capsys, llama, tmp_path / "out", "--kv-heads", "2", "--overwrite")[0] == 0
     assert models.load(tmp_path / "out").config.num_key_value_heads == 2
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("options", [(), ("--dry-run",)])
+@pytest.mark.parametrize(
+    ("place", "message"), [("source/out", "must be folders apart"), ("none/out", "none must be a")]
+)
+def test_places_are_looked_at_first(capsys, tmp_path, place, message, options):
+    source = tiny_model.save(tiny_model.llama(), tmp_path / "source")
+    code, captured = run(capsys, source, tmp_path / place, "--kv-heads", "1", *options)
+    assert (code, captured.out, "reading" in captured.err) == (1, "", False)
+    assert message in captured.err
+
+
+def test_report_comes_before_a_comparison_that_fails(capsys, tmp_path, llama, monkeypatch):
+    from qkv.cli import convert
+
+    def fail(*arguments):
+        raise CommandError("no memory")
+
+    monkeypatch.setattr(convert, "describe_divergence", fail)
+    code, captured = run(capsys, llama, tmp_path / "out", "--kv-heads", "2")
+    assert (code, captured.out.splitlines()[0]) == (1, f"wrote {tmp_path / 'out'}")
+    assert captured.err.endswith("\nqkv: no memory\n")
 
 
 @pytest.mark.parametrize(

@@ -212,6 +212,23 @@ def test_what_is_refused(groups, change, message):
         align_heads(projections(random_layer(HEADS))._replace(**change), HEADS, groups, KeyFreedom())
 
 
+def test_heads_that_disagree_in_all_ways():
+    """Opposite keys that must not be turned, and values that have nothing in common."""
+    keys, values = torch.randn(4, 8).repeat(2, 1), torch.eye(8)
+    keys[4:] *= -1
+    alignment = align_heads(Projections(keys, keys, values, values), 2, 1, KeyFreedom(normed=True))
+    assert alignment.order.tolist() == [0, 1]
+    assert torch.equal(alignment.key_turns, torch.eye(4).repeat(2, 1, 1))
+
+
+def test_sizes_that_do_not_fit_are_refused():
+    given = projections(random_layer(HEADS))
+    with pytest.raises(ValueError, match=r"rows for each of 8 KV heads; got shapes \(96, 25\), \(47, 25\), "):
+        align_heads(given._replace(k=given.k[1:]), HEADS, GROUPS, KeyFreedom())
+    with pytest.raises(ValueError, match=r"each of the 25 columns of k, .* got shape \(23,\)"):
+        align_heads(given, HEADS, GROUPS, KeyFreedom(), gain=torch.ones(23))
+
+
 def test_a_gain_of_another_width_is_refused():
     with pytest.raises(ValueError, match=r"gain must be \(24,\), one a column; got shape \(23,\)"):
         convert_layer(random_layer(HEADS), GROUPS, how="aligned", gain=torch.ones(23))
@@ -222,6 +239,8 @@ def test_a_gain_of_another_width_is_refused():
 SOURCES = {
     "partial": ("phi3", {"partial_rotary_factor": 0.5}),
     "normed": ("phi", {"qk_layernorm": True}),
+    # Which models of Llama do not heed.
+    "not partial": ("llama", {"rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}}),
     **{family: (family, {}) for family in models.FAMILIES},
 }
 
@@ -255,11 +274,11 @@ def by_head(model, family):
 def plant(model, family, groups):
     """Gives heads the keys and values of a few, then shuffles heads and turns them."""
     normed = family.startswith(("qwen3", "gemma3")) or any("q_layernorm" in name for name in model.state_dict())
-    parameters = getattr(model.config, "rope_parameters", None) or {"partial_rotary_factor": 0.0}
+    rotary_dim = max((2 * len(buffer) for name, buffer in model.named_buffers() if "inv_freq" in name), default=0)
     with torch.no_grad():
         for q, k, v, out in by_head(model, family):
             width = out.shape[1]
-            freedom = KeyFreedom(int(width * parameters.get("partial_rotary_factor", 1.0)), normed=normed)
+            freedom = KeyFreedom(rotary_dim, normed=normed)
             order, copies = torch.randperm(HEADS), torch.randperm(HEADS) % groups
             keys, values = key_turns(HEADS, width, freedom), orthogonal(HEADS, width)
             for rows, source, turns in (
@@ -323,6 +342,12 @@ def test_what_cannot_be_aligned():
     state = {**model.state_dict(), "model.layers.1.self_attn.v_proj.weight": torch.full((64, 64), float("nan"))}
     message = r"config: model\.layers\.1\.self_attn cannot be aligned: align_heads: keys and values must be finite"
     with pytest.raises(CheckpointError, match=message):
+        convert_state_dict(state, model.config.to_dict(), GROUPS, how="aligned")
+    # A model with a head reads names without their beginning as well.
+    state = {name.removeprefix("model.") if "norm" in name else name: value for name, value in state.items()}
+    with pytest.raises(
+        CheckpointError, match=r"is made from 'model\.layers\.0\.input_layernorm\.weight', of which there"
+    ):
         convert_state_dict(state, model.config.to_dict(), GROUPS, how="aligned")
     t5 = AutoModelForSeq2SeqLM.from_config(
         T5Config(vocab_size=40, d_model=16, d_kv=4, d_ff=8, num_layers=1, num_heads=4)

@@ -76,6 +76,19 @@ def test_a_model_does_not_diverge_from_itself_and_stays_in_training():
     assert found.loss_before == found.loss_after == pytest.approx(loss.item(), rel=1e-12)
 
 
+def test_losses_whose_perplexity_is_beyond_all_numbers():
+    found = measure_divergence(Table(torch.eye(2)), Table(torch.eye(2) * 1e4), torch.tensor([[0, 1]]))
+    assert (found.loss_after, found.perplexity_after) == (1e4, math.inf)
+    assert math.isnan(found._replace(loss_after=math.nan).perplexity_after)
+
+
+def test_a_model_stays_in_training_where_it_fails():
+    model = models.build("llama").train()
+    with pytest.raises(IndexError):
+        measure_divergence(model, model, models.IDS + 40)
+    assert model.training
+
+
 @pytest.mark.parametrize("shape", [(5,), (1, 1), (0, 5), (1, 2, 3)])
 def test_texts_must_have_something_to_predict(shape):
     model = Table(torch.zeros(WORDS, WORDS))

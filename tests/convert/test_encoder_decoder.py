@@ -316,11 +316,13 @@ def test_inspection(tmp_path, name):
 
 def test_command(capsys, tmp_path):
     source = save(tmp_path / "source", "bart")
+    (source / "tokenizer.json").write_text("{}")
     assert main(["convert", str(source), str(tmp_path / "out"), "--kv-heads", "2", "--pool", "first"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].startswith("  multi-head attention: 8 query heads, 8 KV heads, head width 8, no window, biases")
     assert lines[2].startswith("  becomes grouped-query attention: 8 query heads, 2 KV heads, head width 8")
     assert "  16 of " in lines[3]
+    assert lines[-1] == "  predictions not compared: only those of causal language models are"
     theirs = share(build("bart"), 2, "first")
     torch.testing.assert_close(logits(load(tmp_path / "out")), logits(theirs), rtol=1e-4, atol=1e-4)
     assert main(["inspect", str(tmp_path / "out"), "--length", "100", "--dtype", "float32"]) == 0

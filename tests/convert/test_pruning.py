@@ -105,6 +105,14 @@ def test_model_is_as_with_outputs_of_the_removed_heads_at_0(family):
     assert (whole - want).abs().max() > 0.1
 
 
+def test_pruned_tensors_can_be_saved():
+    safetensors = pytest.importorskip("safetensors.torch")
+    _, converted = grouped("llama")  # Which has biases.
+    pruned = prune_state_dict(converted.state_dict, converted.config, SAME).state_dict
+    saved = safetensors.load(safetensors.save(pruned))
+    assert all(torch.equal(saved[name], value) for name, value in pruned.items())
+
+
 @pytest.mark.parametrize(
     ("family", "removed", "message"),
     [

@@ -23,7 +23,7 @@ from qkv.cli.progress import Progress
 from qkv.convert import CheckpointError, CheckpointPlan, Inspection, plan_checkpoint, write_checkpoint
 from qkv.convert.inspection import inspect_tensors
 from qkv.convert.safetensors_file import BITS, TORCH_DTYPES
-from qkv.convert.staging import check_replaceable
+from qkv.convert.staging import find_place
 
 
 class Pool(str, Enum):
@@ -66,20 +66,20 @@ def convert(
 ) -> None:
     """Pool the keys and values of a model to fewer heads.
 
-    Reads and writes one tensor at a time, so that memory does not grow with the model. OUT appears whole or not at all,
-    with tokenizer and all other files. It is a start for further training: pooling changes what a model computes. How
-    much is measured on a text, for which the whole model is loaded, before and after.
+    Reads and writes a tensor at a time, or a layer's attention with --pool aligned, so that memory does not grow with
+    the number of layers. OUT appears whole or not at all, with tokenizer and all other files. It is a start for further
+    training: pooling changes what a model computes. How much is measured on a text, for which the whole model is
+    loaded, before and after.
 
     The weights of a GGUF file are loaded and unpacked to float32 by transformers, into a folder for the time being.
     """
-    progress = Progress()
-    divergence: list[str] = []
+    progress, console = Progress(), Console(file=sys.stdout)
     try:
-        check_replaceable(out.expanduser().absolute(), overwrite)
+        source = model.expanduser()
+        place = find_place(out.expanduser(), source, overwrite)
         with tempfile.TemporaryDirectory(prefix="qkv-unpacked-") as temporary:
-            source = model.expanduser()
             if source.is_file():
-                source = _unpack(source, Path(temporary), progress)
+                source = unpack(source, Path(temporary), progress)
             with progress.step("reading configuration and headers"), quiet():
                 plan = plan_checkpoint(source, kv_heads, how=pool.value, seed=seed, window=window)
                 before = inspect_tensors(str(source), plan.source.config, plan.source.tensors)
@@ -88,17 +88,16 @@ def convert(
                 dtype = TORCH_DTYPES[before.dtype]
                 original = predict_original(plan.source, dtype, text, progress)
                 with progress.step("converting", 2 * plan.num_bytes, "bytes") as reach:
-                    write_checkpoint(plan, out.expanduser(), overwrite=overwrite, reach=reach, say=progress.say)
-                divergence = describe_divergence(original, out.expanduser(), dtype, progress)
+                    write_checkpoint(plan, place, overwrite=overwrite, reach=reach, say=progress.say)
+            _print(plan, before, after, "would write" if dry_run else "wrote", out, console)
+            if not dry_run:
+                for line in describe_divergence(original, place, dtype, progress):
+                    console.print(Text(line), soft_wrap=True)
     except CheckpointError as error:
         raise CommandError(str(error)) from error
-    console = Console(file=sys.stdout)
-    _print(plan, before, after, "would write" if dry_run else "wrote", out, console)
-    for line in divergence:
-        console.print(Text(line), soft_wrap=True)
 
 
-def _unpack(file: Path, folder: Path, progress: Progress) -> Path:
+def unpack(file: Path, folder: Path, progress: Progress) -> Path:
     """The model of a GGUF file, saved as a folder."""
     loaded = load(gguf_source(file.absolute()), torch.float32, progress)
     with progress.step("unpacking"), quiet():

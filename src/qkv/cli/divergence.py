@@ -12,6 +12,7 @@ from qkv.cli.language_model import load, quiet
 from qkv.cli.model_source import ModelSource
 from qkv.cli.progress import Progress
 from qkv.convert.divergence import compare, predict
+from qkv.convert.encoder_decoder import ENCODER_DECODERS
 from qkv.convert.folder import Folder
 
 MOST_TOKENS = 512
@@ -75,6 +76,8 @@ def predict_original(source: Folder, dtype: torch.dtype, file: Path | None, prog
     num_bytes = sum(spec.num_bytes for spec in source.tensors.values())
     if not any((source.path / name).is_file() for name in TOKENIZERS):
         return "the model comes without a tokenizer"
+    if source.config["model_type"] in ENCODER_DECODERS:
+        return "only those of causal language models are"
     if num_bytes > MOST_BYTES:
         return f"the model takes {readable_bytes(num_bytes)}, more than {readable_bytes(MOST_BYTES)}; ask with --text"
     try:

@@ -10,6 +10,7 @@ from qkv.convert.errors import CheckpointError
 from qkv.convert.family import Family, Output, Pooling
 from qkv.convert.layout import LayerParts, Layout, find_layers
 from qkv.convert.safetensors_file import TensorSpec
+from qkv.convert.stock import rotary_dim
 
 
 def align_outputs(
@@ -23,7 +24,7 @@ def align_outputs(
 ) -> dict[str, Output]:
     """The same outputs, made from projections that are aligned before."""
     normed = any("norm" in rest for _, rest in filter(None, map(family.part, tensors)))
-    freedom = KeyFreedom(_rotary_dim(known, pooling.heads.head_dim), normed=normed)
+    freedom = KeyFreedom(rotary_dim(where, known), normed=normed)
     aligner = _Aligner(where, layout, freedom, pooling)
     owners = {name: layer for layer in find_layers(layout, family.part, tensors) for name in layer.parts.values()}
     aligned = dict(outputs)
@@ -32,12 +33,6 @@ def align_outputs(
         if layer is not None:
             aligned[name] = aligner.wrap(output, layer)
     return aligned
-
-
-def _rotary_dim(known: Any, head_dim: int) -> int:
-    """How many channels positions turn. In layers without positions all the same, where more would be allowed."""
-    parameters = getattr(known, "rope_parameters", None)
-    return int(head_dim * parameters.get("partial_rotary_factor", 1.0)) if parameters else 0
 
 
 class _Aligner:

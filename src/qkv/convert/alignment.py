@@ -128,7 +128,7 @@ def align_heads(
         gain: ``(C,)``, of the norm through which the layer's input comes; it tells which columns count most.
 
     Raises:
-        ValueError: for a number of groups that does not divide, and weights that are not finite.
+        ValueError: for sizes that do not fit together, and keys and values that are not finite.
 
     Example:
         >>> import torch
@@ -146,8 +146,19 @@ def align_heads(
             f"align_heads: new_kv_heads must divide num_kv_heads; got {new_kv_heads} and {num_kv_heads}, "
             f"for which {', '.join(map(str, divisors(num_kv_heads)))} would do."
         )
+    q, k, v, out = projections
+    if any(size % num_kv_heads for size in (len(q), len(k), len(v), out.shape[1])):
+        raise ValueError(
+            f"align_heads: q, k, v and out.T must have as many rows for each of {num_kv_heads} KV heads; "
+            f"got shapes {', '.join(str(tuple(weight.shape)) for weight in projections)}."
+        )
+    if gain is not None and gain.shape not in ((k.shape[1],), (k.shape[1] - 1,)):
+        raise ValueError(
+            f"align_heads: gain must have a number for each of the {k.shape[1]} columns of k, but for a bias; "
+            f"got shape {tuple(gain.shape)}."
+        )
     turns = (freedom.closest, closest_orthogonal)
-    grams = [_gram(_rows(weight, gain, num_kv_heads)) for weight in (projections.k, projections.v)]
+    grams = [_gram(_rows(weight, gain, num_kv_heads)) for weight in (k, v)]
     if not all(gram.isfinite().all() for gram in grams):
         raise ValueError("align_heads: keys and values must be finite; some are NaN or infinite.")
     keys, values = (_agreement_of_pairs(gram, turn) for gram, turn in zip(grams, turns, strict=True))
@@ -227,7 +238,7 @@ def _swap(agreement: Tensor, label: Tensor) -> Tensor:
         gain = moved + moved.mT - 2 * agreement - own - own.mT
         gain[label[:, None] == label] = 0.0
         best = int(gain.argmax())
-        if gain.flatten()[best] <= ENOUGH * agreement.sum():
+        if gain.flatten()[best] <= ENOUGH * agreement.abs().sum():
             return label
         one, other = divmod(best, len(agreement))
         label[[one, other]] = label[[other, one]]

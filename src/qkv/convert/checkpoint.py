@@ -1,8 +1,7 @@
-"""`convert_checkpoint`: a folder of safetensors in, another out, one tensor at a time."""
+"""`convert_checkpoint`: a folder of safetensors in, another out, a tensor or a layer's attention at a time."""
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from qkv.convert.family import Output
 from qkv.convert.folder import CONFIG, INDEX, PICKLES, Folder, read_folder
 from qkv.convert.plan import Plan, make_plan
 from qkv.convert.safetensors_file import TORCH_DTYPES, TensorSpec, lay_out, read_header
-from qkv.convert.staging import staged, sync
+from qkv.convert.staging import find_place, staged, sync
 from qkv.convert.tensors import Method
 
 CHUNK = 1 << 22
@@ -96,9 +95,10 @@ def convert_checkpoint(
 ) -> CheckpointPlan:
     """Writes the model in ``source`` to ``out`` with its keys and values pooled to ``num_kv_heads``.
 
-    Weights are read and written one tensor at a time, in the shards that they are in. Tensors that do not change are
-    copied byte by byte; with the number of heads that the model has, all are. Generation settings, tokenizer and other
-    files go along; pickles and weights in other formats do not, and no pickle is ever loaded.
+    Each tensor is written as soon as what it is made from is read, in the shard that it is in: one tensor, or if heads
+    are aligned, those of its layer's attention. Tensors that do not change are copied byte by byte; with the number of
+    heads that the model has, all are. Generation settings, tokenizer and other files go along; pickles and weights in
+    other formats do not, and no pickle is ever loaded.
 
     The source is only read. ``out`` appears whole or not at all: it is written beside, read back and compared, and
     renamed; its ``config.json`` comes last, so that what a killed process leaves is no model.
@@ -148,10 +148,7 @@ def write_checkpoint(
     Raises:
         CheckpointError: as `convert_checkpoint`.
     """
-    out = Path(os.path.normpath(Path(out).absolute()))
-    source = plan.source.path.resolve()
-    if out.resolve() in (source, *source.parents) or source in out.resolve().parents:
-        raise CheckpointError(f"{out} and the source {plan.source.path} must be folders apart, neither in the other.")
+    out = find_place(out, plan.source.path, overwrite)
     try:
         with staged(out, overwrite=overwrite, say=say) as work:
             _write(plan, work, reach)

@@ -1,6 +1,7 @@
 """`measure_divergence`: how far a converted model's predictions are from the original's."""
 
 import math
+import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -26,11 +27,11 @@ class Divergence(NamedTuple):
 
     @property
     def perplexity_before(self) -> float:
-        return math.exp(self.loss_before)
+        return _perplexity(self.loss_before)
 
     @property
     def perplexity_after(self) -> float:
-        return math.exp(self.loss_after)
+        return _perplexity(self.loss_after)
 
 
 def measure_divergence(original: Any, converted: Any, token_ids: Tensor) -> Divergence:
@@ -58,6 +59,11 @@ def measure_divergence(original: Any, converted: Any, token_ids: Tensor) -> Dive
     return compare(predict(original, token_ids), predict(converted, token_ids), token_ids)
 
 
+def _perplexity(loss: float) -> float:
+    """Infinite where it is above what fp64 can hold."""
+    return math.inf if loss > math.log(sys.float_info.max) else math.exp(loss)
+
+
 def predict(model: Any, token_ids: Tensor) -> Tensor:
     """The logits ``(B, L - 1, vocabulary)`` for every token but the first, in at least fp32, on the CPU."""
     if token_ids.dim() != 2 or token_ids.shape[0] < 1 or token_ids.shape[1] < 2:
@@ -66,9 +72,11 @@ def predict(model: Any, token_ids: Tensor) -> Tensor:
             f"predicted; got shape {tuple(token_ids.shape)}."
         )
     training = model.training
-    with torch.no_grad():
-        logits: Tensor = model.eval()(token_ids.to(model.device), use_cache=False).logits[:, :-1]
-    model.train(training)
+    try:
+        with torch.no_grad():
+            logits: Tensor = model.eval()(token_ids.to(model.device), use_cache=False).logits[:, :-1]
+    finally:
+        model.train(training)
     return logits.to("cpu", torch.promote_types(logits.dtype, torch.float32))
 
 

@@ -58,7 +58,8 @@ def convert_tensors(
     """What the result holds, by name.
 
     Raises:
-        CheckpointError: for tensors in a dtype that cannot be computed with, and heads that cannot be aligned.
+        CheckpointError: for tensors that are missing or in a dtype that cannot be computed with, and heads that cannot
+            be aligned.
     """
     made = (output for name, spec in tensors.items() for output in family.convert(family, name, spec, pooling))
     outputs = {output.name: output for output in made}
@@ -72,6 +73,8 @@ def convert_tensors(
         outputs = align_outputs(where, family, family.layout, known, tensors, outputs, pooling)
     for output in outputs.values():
         for source in output.sources if output.compute is not None else ():
+            if source not in tensors:
+                raise CheckpointError(f"{where}: {output.name!r} is made from {source!r}, of which there is none.")
             if tensors[source].dtype not in TORCH_DTYPES:
                 raise CheckpointError(
                     f"{where}: tensor {source!r} must be in one of {', '.join(TORCH_DTYPES)} to be converted; "

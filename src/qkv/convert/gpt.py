@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qkv.convert.errors import CheckpointError
 from qkv.convert.family import Family, Output, Pooling
-from qkv.convert.layout import Layout
+from qkv.convert.layout import Layout, unpack_by_head
 from qkv.convert.llama import convert_packed, pool_packed
 from qkv.convert.safetensors_file import TensorSpec
 
@@ -44,7 +44,7 @@ def _convert_bigcode(family: Family, name: str, spec: TensorSpec, pooling: Pooli
     """With a KV head for each query head, the rows are those of head after head: its query, key and value."""
 
     def pool(weight: Tensor) -> Tensor:
-        return pool_packed(pooling, name, torch.cat(_unpack(pooling, weight)))
+        return pool_packed(pooling, name, torch.cat(unpack_by_head(weight, pooling.heads)))
 
     outputs = convert_packed(family, name, spec, pooling)
     return [output if output.compute is None else output._replace(compute=pool) for output in outputs]
@@ -85,7 +85,7 @@ def _unpacked_neox(where: str, kind: str, spec: TensorSpec, pooling: Pooling) ->
         name = _in_phi(f"{where}self_attn.{letter}_proj.{kind}")
 
         def compute(*values: Tensor, index: int = index, name: str = name) -> Tensor:
-            rows = _unpack(pooling, fold(*values))[index]
+            rows = unpack_by_head(fold(*values), pooling.heads)[index]
             return rows if index == 0 else pooling.pool(name, rows)
 
         outputs.append(Output(name, spec._replace(shape=(rows, *spec.shape[1:])), sources, compute))
@@ -107,12 +107,6 @@ def _scale_columns(weight: Tensor, gain: Tensor) -> Tensor:
 def _shift(bias: Tensor, weight: Tensor, offset: Tensor) -> Tensor:
     precise = torch.promote_types(bias.dtype, torch.float32)
     return (bias.to(precise) + weight.to(precise) @ offset.to(precise)).to(bias.dtype)
-
-
-def _unpack(pooling: Pooling, weight: Tensor) -> list[Tensor]:
-    """Queries, keys and values, from rows that are head after head."""
-    heads = weight.view(pooling.heads.num_heads, 3, pooling.heads.head_dim, *weight.shape[1:])
-    return [part.flatten(0, 1) for part in heads.unbind(1)]
 
 
 def _in_phi(name: str) -> str:

@@ -40,14 +40,14 @@ class Layout(NamedTuple):
         """The same tensors with other projections in them."""
         q, k, v, out = projections
         replaced = {f"{self.out}.weight": self._facing(out)}
-        for name, rows in zip(
-            self.qkv, [q, k, v] if len(self.qkv) > 1 else [self._pack([q, k, v], heads)], strict=True
-        ):
+        held = [q, k, v] if len(self.qkv) > 1 else [self._pack([q, k, v], heads)]
+        for name, rows in zip(self.qkv, held, strict=True):
             if f"{name}.bias" in parts:
                 replaced[f"{name}.bias"] = rows[:, -1]
                 rows = rows[:, :-1]
             replaced[f"{name}.weight"] = self._facing(rows)
-        return replaced
+        # Apart in memory, which files of safetensors ask for.
+        return {part: value.contiguous() for part, value in replaced.items()}
 
     def _facing(self, weight: Tensor) -> Tensor:
         """As ``(out, in)``, or back."""
@@ -55,8 +55,7 @@ class Layout(NamedTuple):
 
     def _unpack(self, packed: Tensor, heads: Heads) -> Sequence[Tensor]:
         if self.by_head:
-            by_head = packed.reshape(heads.num_heads, 3, heads.head_dim, -1)
-            return [rows.flatten(0, 1) for rows in by_head.unbind(1)]
+            return unpack_by_head(packed, heads)
         keys = heads.num_kv_heads * heads.head_dim
         return torch.split(packed, [heads.num_heads * heads.head_dim, keys, keys])
 
@@ -64,6 +63,11 @@ class Layout(NamedTuple):
         if self.by_head:
             return torch.stack([part.unflatten(0, (heads.num_heads, -1)) for part in rows], dim=1).flatten(0, 2)
         return torch.cat(rows)
+
+
+def unpack_by_head(packed: Tensor, heads: Heads) -> list[Tensor]:
+    """Queries, keys and values, from rows that are head after head."""
+    return [part.flatten(0, 1) for part in packed.unflatten(0, (heads.num_heads, 3, heads.head_dim)).unbind(1)]
 
 
 class LayerParts(NamedTuple):
@@ -85,10 +89,9 @@ def find_layers(
     layout: Layout, split: Callable[[str], tuple[int, str] | None], names: Iterable[str]
 ) -> list[LayerParts]:
     """All layers; ``split`` tells of the tensors of attentions the number of the layer and the rest of the name."""
-    layers: dict[str, LayerParts] = {}
+    layers: dict[int, LayerParts] = {}
     for name in names:
         number, part = split(name) or (0, "")
         if part in layout.parts:
-            prefix = name.removesuffix(part)
-            layers.setdefault(prefix, LayerParts(number, prefix, {})).parts[part] = name
+            layers.setdefault(number, LayerParts(number, name.removesuffix(part), {})).parts[part] = name
     return list(layers.values())

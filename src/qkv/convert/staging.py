@@ -55,6 +55,17 @@ def staged(out: Path, *, overwrite: bool, say: Callable[[str], None]) -> Iterato
         _remove(aside)
 
 
+def find_place(out: Path | str, source: Path, overwrite: bool) -> Path:
+    """The absolute path of ``out``; raises where it must not be written, as far as can be known before."""
+    out, whole = Path(os.path.normpath(Path(out).absolute())), source.resolve()
+    if out.resolve() in (whole, *whole.parents) or whole in out.resolve().parents:
+        raise CheckpointError(f"{out} and the source {source} must be folders apart, neither in the other.")
+    if not out.parent.is_dir():
+        raise CheckpointError(f"{out} cannot be written: {out.parent} must be a folder, and is none; make it first.")
+    check_replaceable(out, overwrite)
+    return out
+
+
 def check_replaceable(out: Path, overwrite: bool) -> None:
     """Raises where ``out`` exists and must stay."""
     if not os.path.lexists(out):

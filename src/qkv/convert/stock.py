@@ -4,6 +4,7 @@ A checkpoint is held to this before and after its conversion: names and shapes t
 for. So a configuration that disagrees with the tensors is found, and so is a tensor that a conversion overlooked.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -15,6 +16,9 @@ from qkv.integrations import grouped_decoders
 
 OLD_NAMES = {"lm_head.weight": "embed_out.weight"}
 """What transformers calls otherwise than the files do: the head of GPT-NeoX."""
+
+NUMBER = re.compile(r"\.\d+\.")
+"""Of a layer, in the name of a tensor."""
 
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
 """What configurations call their numbers of layers."""
@@ -100,22 +104,22 @@ def check_tensors(where: str, config: Any, tensors: Mapping[str, TensorSpec]) ->
     Tensors that the model does not know are let pass, as transformers does: old checkpoints hold buffers.
 
     Raises:
-        CheckpointError: for tensors that are missing or of another shape, and a model that cannot be built.
+        CheckpointError: for tensors that are missing, of another shape or of layers beyond the last, and a model that
+            cannot be built.
     """
-    cls = _model_class(where, config)
-    try:
-        with torch.device("meta"):
-            model = cls(config)
-    except Exception as error:
-        raise CheckpointError(f"{where}: transformers cannot build this model: {_brief(error)}") from error
+    model = _build(where, config)
+    cls = type(model)
     prefix = f"{model.base_model_prefix}."
     # Sines of positions are parameters in some models, and not saved by all.
     fixed = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     absent = model.all_tied_weights_keys.keys() | fixed
+    asked = set()
     for name, parameter in model.state_dict().items():
         # A model with a head reads files of one without, and the other way round.
         names = (name, name.removeprefix(prefix), prefix + name, OLD_NAMES.get(name, name))
-        found = next((tensors[known] for known in names if known in tensors), None)
+        held = next((known for known in names if known in tensors), None)
+        found = None if held is None else tensors[held]
+        asked.add(held)
         shape = tuple(parameter.shape)
         if found is None and name not in absent:
             raise CheckpointError(
@@ -128,6 +132,31 @@ def check_tensors(where: str, config: Any, tensors: Mapping[str, TensorSpec]) ->
                 f"{where} asks for {kind} and the shape {list(shape)} of tensor {name!r} ({cls.__name__}); "
                 f"the checkpoint holds {found}."
             )
+    kinds = {NUMBER.sub(".0.", known) for known in asked if known is not None}
+    beyond = next((name for name in tensors if name not in asked and NUMBER.sub(".0.", name) in kinds), None)
+    if beyond is not None:
+        raise CheckpointError(
+            f"{where} asks for fewer layers than the checkpoint holds, which has a tensor {beyond!r}."
+        )
+
+
+def rotary_dim(where: str, config: Any) -> int:
+    """The leading channels of a head that positions turn, in layers without positions all the same.
+
+    Not every model heeds what its configuration says of that, so the frequencies that it computes are counted.
+    """
+    buffers = _build(where, config).named_buffers()
+    return max((2 * len(buffer) for name, buffer in buffers if name.endswith("inv_freq")), default=0)
+
+
+def _build(where: str, config: Any) -> Any:
+    """The model, without numbers in it."""
+    cls = _model_class(where, config)
+    try:
+        with torch.device("meta"):
+            return cls(config)
+    except Exception as error:
+        raise CheckpointError(f"{where}: transformers cannot build this model: {_brief(error)}") from error
 
 
 def _decoder(config: Any) -> Any:
