@@ -131,16 +131,18 @@ def alternating_section() -> list[str]:
         return []
 
     def cells(row: Any) -> list[str]:
-        alone, between = (row["times"][name]["median_us"] for name in ("alone", "between products"))
+        alone, between, read = (found["median_us"] for found in row["times"].values())
         return [
             row["case"],
             row["dtype"],
             row["library"],
             *map(readable_time, (alone, between)),
             f"{between / alone:.2f}",
+            readable_time(read),
+            f"{between / read:.2f}",
         ]
 
-    titles = ["case", "dtype", "library", "alone", "between products", "ratio"]
+    titles = ["case", "dtype", "library", "alone", "between products", "ratio", "after reading", "ratio"]
     return [f"## Between matrix products\n\n{machine(record)}", table(titles, map(cells, record["measurements"]))]
 
 
