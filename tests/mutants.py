@@ -17,14 +17,22 @@ ROOT = Path(__file__).parents[1]
 
 NATIVE = "../../native/src"
 
+KERNEL = ("test_native.py", "test_int8.py", "test_contract.py")
+LIBRARY = (
+    *("mechanisms", "test_masks.py", "test_functional.py", "test_layers.py", "test_rotary.py"),
+    *("test_flash_attn.py", "test_varlen.py", "test_export.py", "test_transformers.py", "test_transformers_cache.py"),
+    *KERNEL,
+)
+
 
 class Mutant(NamedTuple):
-    """One planted bug: in ``file`` of the package, the first ``right`` becomes ``wrong``."""
+    """One planted bug: in ``file`` of the package, the first ``right`` becomes ``wrong``, which ``tests`` find."""
 
     name: str
     file: str
     right: str
     wrong: str
+    tests: tuple[str, ...] = LIBRARY
 
 
 MUTANTS = [
@@ -42,17 +50,17 @@ MUTANTS = [
     Mutant("scale dropped in the kernel", "backends/native.py", "        problem.scale,\n", "        1.0,\n"),
     Mutant("gradient of the lse lost in the kernel", "kernels/operators.py", "*(d_lse.data_ptr(), delta.data_ptr())", "*(0, delta.data_ptr())"),
     Mutant("gradient of the sinks of the wrong sign", "kernels/operators.py", "d_sinks = -(shares", "d_sinks = (shares"),
-    Mutant("groups interleaved (kernel)", f"{NATIVE}/tile.h", "kv_head * members + member", "member * p.kv_heads + kv_head"),
-    Mutant("segments trimmed one key short", f"{NATIVE}/mask.h", "t.position[from] + p.right < first + begin", "t.position[from] + p.right <= first + begin"),
-    Mutant("documents passed over by their largest", f"{NATIVE}/mask.h", "t.document[r] >= part.low && t.document[r] <= part.high", "t.document[r] == part.high"),
-    Mutant("sums not moved with their maximum", f"{NATIVE}/forward.h", "store(state.sum + n * LANES, load(state.sum + n * LANES) * rise.shrink);", ""),
-    Mutant("pieces merged without their shares", f"{NATIVE}/state.h", "store(out, load(out) * left + load(piece.out", "store(out, load(out) + load(piece.out"),
-    Mutant("sink forgotten in the normaliser (kernel)", f"{NATIVE}/state.h", "sum = sum * share + std::exp2((sink - peak) * LOG2E);", "sum = sum * share;"),
-    Mutant("hidden NaN leaks in decoding", f"{NATIVE}/few.h", "write(p.dtype, clean, d, 0.0f);", ""),
-    Mutant("delta dropped", f"{NATIVE}/backward.h", "weight * (d_weight - load(delta + n * LANES))", "weight * d_weight"),
-    Mutant("softcap without its derivative", f"{NATIVE}/scores.h", "1.0f - y * y", "set1(1.0f)"),
-    Mutant("another dropout in the backward pass", f"{NATIVE}/backward.h", "dropout.factors(b.first + j, n)", "dropout.factors(b.first + j + 1, n)"),
-    Mutant("turns not waited for", f"{NATIVE}/backward.h", "turns.wait(p, t, index);", ""),
+    Mutant("groups interleaved (kernel)", f"{NATIVE}/tile.h", "kv_head * members + member", "member * p.kv_heads + kv_head", KERNEL),
+    Mutant("segments trimmed one key short", f"{NATIVE}/mask.h", "t.position[from] + p.right < first + begin", "t.position[from] + p.right <= first + begin", KERNEL),
+    Mutant("documents passed over by their largest", f"{NATIVE}/mask.h", "t.document[r] >= part.low && t.document[r] <= part.high", "t.document[r] == part.high", KERNEL),
+    Mutant("sums not moved with their maximum", f"{NATIVE}/forward.h", "store(state.sum + n * LANES, load(state.sum + n * LANES) * rise.shrink);", "", KERNEL),
+    Mutant("pieces merged without their shares", f"{NATIVE}/state.h", "store(out, load(out) * left + load(piece.out", "store(out, load(out) + load(piece.out", KERNEL),
+    Mutant("sink forgotten in the normaliser (kernel)", f"{NATIVE}/state.h", "sum = sum * share + std::exp2((sink - peak) * LOG2E);", "sum = sum * share;", KERNEL),
+    Mutant("hidden NaN leaks in decoding", f"{NATIVE}/few.h", "write(p.dtype, clean, d, 0.0f);", "", KERNEL),
+    Mutant("delta dropped", f"{NATIVE}/backward.h", "weight * (d_weight - load(delta + n * LANES))", "weight * d_weight", KERNEL),
+    Mutant("softcap without its derivative", f"{NATIVE}/scores.h", "1.0f - y * y", "set1(1.0f)", KERNEL),
+    Mutant("another dropout in the backward pass", f"{NATIVE}/backward.h", "dropout.factors(b.first + j, n)", "dropout.factors(b.first + j + 1, n)", KERNEL),
+    Mutant("turns not waited for", f"{NATIVE}/backward.h", "turns.wait(p, t, index);", "", KERNEL),
     Mutant("causal aligned top-left in decoding", "backends/sdpa.py", " and problem.offset == 0 and", " and"),
     Mutant("offset of the cache ignored", "cache.py", 'return {"offset": self.offset}', 'return {"offset": 0}'),
     Mutant("exported window decided by its example", "masks.py", "if not torch.compiler.is_exporting():", "if True:"),
@@ -72,11 +80,15 @@ MUTANTS = [
     Mutant("documents by row instead of position", "masks.py", "self.document_ids[:, offset : offset + lq]", "self.document_ids[:, :lq]"),
     Mutant("dropout while evaluating", "layers/attention.py", "self.dropout if self.training else 0.0", "self.dropout"),
     Mutant("sliding cache one key short", "cache.py", "start = max(sinks, keys.shape[2] - (self.window - 1))", "start = max(sinks, keys.shape[2] - (self.window - 2))"),
-    Mutant("growing cache forgets", "growing.py", "larger[:, :, :length] = held", "pass"),
+    Mutant("growing cache forgets", "growing.py", "memory[:, :, :length] = held", "pass"),
     Mutant("what was cropped comes back", "growing.py", "self._start, self.length = tensor.storage_offset() // max(memory.stride(2), 1), tensor.shape[2]", "pass"),
     Mutant("offset of plain calls dropped", "backends/native.py", "mask.sink_tokens, offset, scale)", "mask.sink_tokens, 0, scale)"),
-    Mutant("scale of values dropped (kernel)", f"{NATIVE}/few.h", "weight * spread.of(p.v_scale, first + j)", "weight"),
-    Mutant("scale of keys dropped (kernel)", f"{NATIVE}/few.h", "x = x * spread.of(p.k_scale, first + j)", "x = x"),
+    Mutant("scale of values dropped (kernel)", f"{NATIVE}/few.h", "weight * spread.of(p.v_scale, first + j)", "weight", KERNEL),
+    Mutant("scale of keys dropped (kernel)", f"{NATIVE}/few.h", "(spread.of(p.k_scale, first + j) * steps)", "steps", KERNEL),
+    Mutant("steps of queries dropped", f"{NATIVE}/few.h", "(spread.of(p.k_scale, first + j) * steps)", "spread.of(p.k_scale, first + j)", KERNEL),
+    Mutant("a visible NaN scale swallowed by its step", f"{NATIVE}/few.h", "max(size == size ? size : set1(INF), most)", "max(size, most)", KERNEL),
+    Mutant("lengths ignored by plain calls", f"{NATIVE}/plain.cpp", "if (is_given(call.lengths))", "if (false)", KERNEL),
+    Mutant("one row of padding for all batches of plain calls", f"{NATIVE}/plain.cpp", "tensor.shape[0] == 1 ? 0 : tensor.strides[0]", "0", KERNEL),
     Mutant("packed sequences aligned top-left", "integrations/varlen.py", "offset = sum(len(k) for k in keys[n]) - len(q)", "offset = 0"),
     Mutant("pages all at one position", "integrations/varlen.py", "offset -= len(k)", "pass"),
     Mutant("flash-attn's cache not written", "integrations/flash_attn.py", "k_cache[place], v_cache[place] = k, v", "pass"),
@@ -86,6 +98,14 @@ MUTANTS = [
     Mutant("transformers' window one wider", "integrations/transformers_masks.py", 'Mask.band(cells["sliding_window"] - 1, None)', 'Mask.band(cells["sliding_window"], None)'),
     Mutant("transformers' padding dropped", "integrations/transformers_masks.py", "if not keep.all():", "if False:"),
     Mutant("packed weights of torch in another order", "layers/torch_mha.py", 'for name, weight in zip("qkv", weights, strict=True):\n        found', 'for name, weight in zip("kqv", weights, strict=True):\n        found'),
+    Mutant("new tokens misplaced in memory had anew", "growing.py", "            start = length\n", ""),
+    Mutant("half an append stays", "cache.py", "        except BaseException:  # as in a KVCache\n            self.crop(start)\n", "        except BaseException:\n"),
+    Mutant("bounds beyond 64 bits", "kernels/operators.py", "min(keys, UNBOUNDED)", "keys"),
+    Mutant("heads cut by their number", "layers/attention.py", "q = self._heads(project(self.q_proj, x), self.head_dim, self.q_norm)", "q = project(self.q_proj, x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)", ("upstream/test_parallelism.py",)),
+    Mutant("divergence the wrong way round", "convert/divergence.py", "F.kl_div(log_q, log_p,", "F.kl_div(log_p, log_q,", ("convert/test_divergence.py",)),
+    Mutant("groups unknown to transformers' own attention", "integrations/grouped_decoders.py", "attention.num_key_value_groups = num_heads // num_kv_heads", "pass", ("convert/test_encoder_decoder.py",)),
+    Mutant("query heads left behind by theirs", "convert/alignment.py", "view(len(self.order), -1)[self.order].flatten()", "view(len(self.order), -1).flatten()", ("convert/test_alignment.py",)),
+    Mutant("partial rotary ignored while heads are aligned", "convert/aligned.py", "KeyFreedom(rotary_dim(where, known)", "KeyFreedom(pooling.heads.head_dim", ("convert/test_alignment.py",)),
 ]  # fmt: skip
 
 
@@ -116,32 +136,23 @@ def survives(mutant: Mutant, folder: Path) -> bool:
     path.write_text(source.replace(mutant.right, mutant.wrong, 1))
     if mutant.file.startswith(NATIVE):
         build(folder)
-    names = ("mechanisms", "test_masks.py", "test_functional.py", "test_layers.py", "test_rotary.py")
-    names += (
-        "test_contract.py",
-        "test_int8.py",
-        "test_native.py",
-        "test_flash_attn.py",
-        "test_varlen.py",
-        "test_export.py",
-    )
-    tests = [f"tests/{name}" for name in (*names, "test_transformers.py", "test_transformers_cache.py")]
     selected = "not flex and not every_instruction_set"
     if mutant.file.startswith(NATIVE):
-        tests = [f"tests/{name}" for name in ("test_native.py", "test_int8.py", "test_contract.py")]
         selected = f"native and {selected}"
+    tests = [f"tests/{name}" for name in mutant.tests]
     command = [sys.executable, "-c", RUN_THERE, "-q", "-x", "-p", "no:cacheprovider", "-k", selected, *tests]
     return subprocess.run(command, cwd=folder, capture_output=True).returncode == 0
 
 
 def main(names: list[str]) -> int:
-    nothing = Mutant("nothing changed", "masks.py", "", "")
+    mutants = [mutant for mutant in MUTANTS if not names or any(name in mutant.name for name in names)]
+    nothing = Mutant(
+        "nothing changed", "masks.py", "", "", tuple({name for mutant in mutants for name in mutant.tests})
+    )
     with tempfile.TemporaryDirectory() as folder:
         assert survives(nothing, Path(folder) / "qkv"), "the tests fail on the library as it is"
     survivors = 0
-    for mutant in MUTANTS:
-        if names and not any(name in mutant.name for name in names):
-            continue
+    for mutant in mutants:
         with tempfile.TemporaryDirectory() as folder:
             alive = survives(mutant, Path(folder) / "qkv")
         survivors += alive

@@ -9,6 +9,7 @@ import qkv
 from qkv import Mask
 from qkv.backends import BACKENDS, Backend
 from qkv.cache import quantize
+from qkv.growing import Growing
 from qkv.problem import pose
 
 HALF = [torch.float32, torch.bfloat16, torch.float16]
@@ -67,6 +68,22 @@ def test_masked_keys_and_scales_have_no_influence(backend: Backend, dtype: torch
     for tensor, poison in ((k, 100), (v, -100), (k_scale, torch.nan), (v_scale, torch.nan)):
         tensor[1, :, 40:] = poison
     assert torch.equal(qkv.attention(q, k, v, **options, backend=backend.NAME), want)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("group", [1, 2, 3, 8])
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.NAME)
+def test_a_visible_scale_that_is_nan_shows(backend: Backend, group: int, dtype: torch.dtype) -> None:
+    q, k, k_scale, v, v_scale = case((1, group, 1, 1, 33, 16, 16), dtype)
+    options = {"k_scale": k_scale, "v_scale": v_scale, "mask": Mask.causal(32), "offset": 32}
+    if backend.why_not(pose("test", q, k, v, **options)):
+        pytest.skip("the reasons stand in test_contract.py")
+    for j in (0, 1, 2, 7, 32):  # in whichever lane; the first is hidden
+        for scale in (k_scale, v_scale):
+            kept, scale[0, 0, j] = scale[0, 0, j].clone(), torch.nan
+            out = qkv.attention(q, k, v, **options, backend=backend.NAME)
+            assert (out.isnan() == (j > 0)).all()
+            scale[0, 0, j] = kept
 
 
 def test_strided_views_are_read_where_they_lie() -> None:
@@ -144,6 +161,30 @@ def test_the_cache_crops_and_selects() -> None:
     assert found.offset == 3
     for got, want in zip((found.k, found.v, found.k_scale, found.v_scale), (codes, codes, scale, scale), strict=True):
         assert torch.equal(got, want)
+
+
+def test_an_append_that_fails_in_its_middle_adds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    k = torch.randn(2, 2, 5, 8)
+    for make in (qkv.KVCache, qkv.Int8KVCache):
+        for grown in range(4 if make is qkv.Int8KVCache else 2):
+            cache, whole, left = make(), make(), [grown]
+            cache.append(k, k)
+            whole.append(k, k)
+
+            def open_some(self: Growing, *arguments: object, left: list[int] = left) -> torch.Tensor:
+                if not left[0]:
+                    raise MemoryError
+                left[0] -= 1
+                return open_all(self, *arguments)  # type: ignore[arg-type]
+
+            open_all = Growing.open
+            monkeypatch.setattr(Growing, "open", open_some)
+            with pytest.raises(MemoryError):
+                cache.append(k, k)
+            monkeypatch.undo()
+            assert cache.length == 5
+            got, want = cache.append(2 * k, 3 * k), whole.append(2 * k, 3 * k)
+            assert all(torch.equal(*pair) for pair in zip(got, want, strict=True) if isinstance(pair[0], torch.Tensor))
 
 
 def test_wrong_input_is_named() -> None:

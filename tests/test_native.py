@@ -135,6 +135,16 @@ def quantized(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 @present
+@pytest.mark.parametrize("many", [sys.maxsize, 2**70])
+def test_bounds_beyond_all_keys_are_none(many: int) -> None:
+    q, k = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 7, 8)
+    for mask in (Mask.band(many, many), Mask.band(1, 0, sink_tokens=many), Mask.band(many, 0)):
+        want = qkv.attention(q, k, k, mask=mask, offset=2, backend="reference")
+        for backend in ("auto", "native"):
+            torch.testing.assert_close(qkv.attention(q, k, k, mask=mask, offset=2, backend=backend), want)
+
+
+@present
 def test_calls_that_are_not_plain_are_posed() -> None:
     q, k = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 7, 8)
 

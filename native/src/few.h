@@ -263,18 +263,17 @@ struct Dots {
         static constexpr int at(int i) { return (FROM + i) / 8 * 4 + i % 4 + (i & 4 ? LANES : 0); }
     };
 
-    // The step in which the largest of the numbers of each row is the last; NaN where one of them is no number. They
-    // are given a vector at a time; rows are ROWS and take turns.
+    // The step in which the largest of the numbers of each row is the last, and no smaller than has an inverse. Where
+    // one of them is no number it is inf, so that all are 0 in such steps, and products NaN. They are given a vector at
+    // a time; rows are ROWS and take turns.
     template <int ROWS, class Vectors>
     static vec step_of(int64_t count, Vectors vectors) {
-        vec most = {}, poison = {};
+        vec most = {};
         for (int64_t i = 0; i < count; i += LANES) {
-            const vec x = vectors(i);
-            most = max(max(x, -x), most);
-            poison = poison + x * 0.0f;
+            const vec x = vectors(i), size = max(x, -x);
+            most = max(size == size ? size : set1(INF), most);
         }
-        if constexpr (ROWS == 1) poison = set1(_mm512_reduce_add_ps((__m512)poison));
-        return largest<ROWS>(most) / (float)Codes::LARGEST + poison;
+        return max(largest<ROWS>(most) / (float)Codes::LARGEST, set1(std::numeric_limits<float>::min()));
     }
 
     // Pairs of the numbers of two rows of values.
@@ -311,7 +310,7 @@ struct Dots {
     }
 };
 
-static_assert(BLOCK <= Codes::MOST);
+static_assert(BLOCK <= Codes::MOST / LANES);
 #endif
 
 // Lane i stands for key first + i / ROWS and row i % ROWS; lanes without a row follow the last one.
@@ -435,7 +434,7 @@ static void fold_few(const Problem& p, const Tile& t, const Outline& outline, co
                                                              room.queries, sums + i * ROWS);
             }
             vec x = sum_each(sums);
-            if (scaled) x = x * spread.of(p.k_scale, first + j) * steps;
+            if (scaled) x = x * (spread.of(p.k_scale, first + j) * steps);
             if (!plain) x = spread.transform(first + j, x);
             if (b.edge || j + KEYS > b.size) x = spread.hide(first + j, first + b.size, x);
             peak = max(x, peak);
@@ -450,11 +449,12 @@ static void fold_few(const Problem& p, const Tile& t, const Outline& outline, co
                     store(state.out + r * pitch + d, load(state.out + r * pitch + d) * rise.shrink[r]);
         }
         for (int j = from; j < b.size; j += KEYS) {
-            vec weight = exp2(exponents(plain, load(room.scores + j * ROWS), factor, rise.shift));
+            const vec score = load(room.scores + j * ROWS);
+            vec weight = exp2(exponents(plain, score, factor, rise.shift));
             sum = sum + weight;
             if (p.dropout > 0) weight = weight * dropout.factors_of(first + j, ROWS, Spread::row);
             // The scale of a hidden key may be NaN.
-            if (scaled) weight = weight == 0.0f ? weight : weight * spread.of(p.v_scale, first + j);
+            if (scaled) weight = score == -INF ? weight : weight * spread.of(p.v_scale, first + j);
             store(room.scores + j * ROWS, weight);
         }
         if (b.edge && !scaled && !all_finite(p, t.batch, t.kv_head, p.v, p.value_width, first + from, b.size - from)) {

@@ -56,8 +56,8 @@ Case Case::causal(int64_t window) const {
 
 std::string Case::describe() const {
     std::ostringstream text;
-    text << format_of(dtype).name << " batch=" << batch << " kv_heads=" << kv_heads << " group=" << group
-         << " lq=" << lq << " lk=" << lk << " width=" << width << " value_width=" << value_width;
+    text << format_of(dtype).name << (int8 ? " int8" : "") << " batch=" << batch << " kv_heads=" << kv_heads
+         << " group=" << group << " lq=" << lq << " lk=" << lk << " width=" << width << " value_width=" << value_width;
     if (offset) text << " offset=" << offset;
     if (left != UNBOUNDED) text << " left=" << left;
     if (right != UNBOUNDED) text << " right=" << right;
@@ -79,20 +79,24 @@ std::string Case::describe() const {
 
 Call::Call(const Case& c)
     : c(c), heads(c.kv_heads * c.group), q(c.dtype, c.batch, heads, c.lq, c.width, c.queries),
-      k(c.dtype, c.batch, c.kv_heads, c.lk, c.width, c.keys),
+      k(c.int8 ? Dtype::i8 : c.dtype, c.batch, c.kv_heads, c.lk, c.width, c.keys),
       v(c.values_are_keys ? Tensor(k, c.value_width)
-                          : Tensor(c.dtype, c.batch, c.kv_heads, c.lk, c.value_width, c.keys)),
+                          : Tensor(k.dtype, c.batch, c.kv_heads, c.lk, c.value_width, c.keys)),
       out(c.dtype, c.batch, heads, c.lq, c.value_width, c.results),
       d_out(c.dtype, c.batch, heads, c.lq, c.value_width, c.queries),
       dq(c.dtype, c.batch, heads, c.lq, c.width, c.results), dk(c.dtype, c.batch, c.kv_heads, c.lk, c.width, c.results),
-      dv(c.dtype, c.batch, c.kv_heads, c.lk, c.value_width, c.results), lse(Dtype::f32, c.batch, heads, c.lq, 1, {}),
+      dv(c.dtype, c.batch, c.kv_heads, c.lk, c.value_width, c.results),
+      k_scale(Dtype::f32, c.batch, c.kv_heads, c.int8, c.lk, c.keys),
+      v_scale(Dtype::f32, c.batch, c.kv_heads, c.int8, c.lk, c.keys), lse(Dtype::f32, c.batch, heads, c.lq, 1, {}),
       d_lse(Dtype::f32, c.batch, heads, c.lq, 1, {}), delta(Dtype::f32, c.batch, heads, c.lq, 1, {}),
       d_bias(Dtype::f32, c.batch, heads, c.bias ? c.lq : 0, c.lk, {}),
       d_alibi(Dtype::f32, 1, 1, c.alibi ? 1 : 0, heads, {}), bias(matrix(c, c.bias, c.bias_dtype)),
       allow(matrix(c, c.allow, Dtype::u8)) {
     std::mt19937 random(c.seed);
     const auto number = [&] { return (double)random() / 0x1p31 - 1; };
-    for (const Tensor* tensor : {&q, &k, &v, &d_out, &d_lse, &bias}) tensor->fill([&] { return 2 * number(); });
+    for (const Tensor* tensor : {&q, &k, &v, &d_out, &d_lse, &bias})
+        tensor->fill([&] { return tensor->dtype == Dtype::i8 ? std::floor(128 * number()) : 2 * number(); });
+    for (const Tensor* scale : {&k_scale, &v_scale}) scale->fill([&] { return 0x1p-7 * (1.5 + number()); });
     allow.fill([&] { return random() % 4 > 0; });
     d_bias.fill([] { return 0.0; });
     const int64_t rows = c.shared_rows ? 1 : c.batch;
@@ -106,7 +110,8 @@ Call::Call(const Case& c)
         if (c.sink_logits) sink_logits.push_back((float)(4 * number()));
     }
     const auto data = [](const auto& all) { return all.empty() ? nullptr : all.data(); };
-    problem.dtype = problem.kv_dtype = c.dtype;
+    problem.dtype = c.dtype;
+    problem.kv_dtype = k.dtype;
     problem.batch = c.batch;
     problem.heads = heads;
     problem.kv_heads = c.kv_heads;
@@ -119,6 +124,10 @@ Call::Call(const Case& c)
     problem.v = v.view;
     problem.out = out.view;
     problem.lse = (float*)lse.view.data;
+    if (c.int8) {
+        problem.k_scale = {(float*)k_scale.view.data, k_scale.view.batch, k_scale.view.head};
+        problem.v_scale = {(float*)v_scale.view.data, v_scale.view.batch, v_scale.view.head};
+    }
     problem.offset = c.offset;
     problem.left = c.left;
     problem.right = c.right;
@@ -152,17 +161,28 @@ void Call::forward() const { require(qkv_forward(&problem) == 0, c.describe() + 
 void Call::backward() const { require(qkv_backward(&problem, &gradients) == 0, c.describe() + ": no memory"); }
 
 void Call::check(const std::vector<bool>& kept) const {
-    // Pairs of bf16 are multiplied as such; everything else in fp32.
-    const bool pairs = c.dtype == Dtype::bf16 && std::string(qkv_isa()) == "avx512bf16";
-    const Expected want = expect(problem, &gradients, kept, pairs ? format_of(Dtype::bf16).roundoff : 0);
+    // Pairs of bf16 are multiplied as such, and int8 by numbers of 16 bits; for many rows, int8 is rounded to the dtype
+    // of queries first. Everything else is in fp32.
+    const std::string isa = qkv_isa();
+    const bool few = c.lq == 1 && c.group <= (isa == "generic" ? 4 : 8), fixed = isa == "avx512bf16" || isa == "avx512";
+    Roundoff roundoff;
+    if (c.int8 && few)
+        roundoff.steps = fixed && c.dtype != Dtype::f32 ? 0.51 / 32767 : 0;
+    else if (c.int8)
+        roundoff.keys = format_of(c.dtype).roundoff;
+    if (isa == "avx512bf16" && c.dtype == Dtype::bf16 && !(c.int8 && few))
+        roundoff.weights = format_of(c.dtype).roundoff;
+    const Expected want = expect(problem, c.int8 ? nullptr : &gradients, kept, roundoff);
     try {
         compare("out", out, want.out);
         compare("lse", lse, want.lse);
-        compare("dq", dq, want.dq);
-        compare("dk", dk, want.dk);
-        compare("dv", dv, want.dv);
-        if (c.bias) compare("d_bias", d_bias, want.d_bias);
-        if (c.alibi) compare("d_alibi", d_alibi, want.d_alibi);
+        if (!c.int8) {
+            compare("dq", dq, want.dq);
+            compare("dk", dk, want.dk);
+            compare("dv", dv, want.dv);
+            if (c.bias) compare("d_bias", d_bias, want.d_bias);
+            if (c.alibi) compare("d_alibi", d_alibi, want.d_alibi);
+        }
         const std::pair<const Tensor*, const char*> all[] = {
             {&q, "q"},   {&k, "k"},   {&v, "v"},     {&d_out, "d_out"}, {&out, "out"},       {&dq, "dq"},
             {&dk, "dk"}, {&dv, "dv"}, {&lse, "lse"}, {&delta, "delta"}, {&d_bias, "d_bias"}, {&d_alibi, "d_alibi"}};
@@ -183,7 +203,7 @@ std::string Call::bits() const {
 void check(const Case& c) {
     const Call call(c);
     call.forward();
-    call.backward();
+    if (!c.int8) call.backward();
     call.check();
 }
 

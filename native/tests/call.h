@@ -22,6 +22,7 @@ struct Broadcast {
 
 struct Case {
     Dtype dtype = Dtype::f32;
+    bool int8 = false;  // keys and values are, and have no gradients
     int64_t batch = 1, kv_heads = 1, group = 1, lq = 1, lk = 1, width = 16, value_width = 16;
     int64_t offset = 0, left = UNBOUNDED, right = UNBOUNDED, sink_tokens = 0;
     bool keep = false, documents = false, shared_rows = false;  // one row of keep and documents for all batches
@@ -48,7 +49,7 @@ class Call {
     void forward() const;
     void backward() const;  // after forward
 
-    // Holds all results against the oracle. `kept` as `expect` has it.
+    // Holds all results against the oracle: for int8, those of forward. `kept` as `expect` has it.
     void check(const std::vector<bool>& kept = {}) const;
 
     // The bits of all results.
@@ -57,6 +58,7 @@ class Call {
     const Case c;
     const int64_t heads;
     Tensor q, k, v, out, d_out, dq, dk, dv;
+    Tensor k_scale, v_scale;                    // (batch, kv_heads, 1, lk)
     Tensor lse, d_lse, delta, d_bias, d_alibi;  // (batch, heads, lq, 1), or (1, 1, 1, heads)
     Tensor bias, allow;
     std::vector<uint8_t> keep;
@@ -66,7 +68,7 @@ class Call {
     Gradients gradients{};
 };
 
-// Forward, backward and the oracle.
+// Forward, backward where there is one, and the oracle.
 void check(const Case& c);
 
 }  // namespace qkv

@@ -7,7 +7,9 @@ extern "C" {
 const char* qkv_isa();
 int qkv_problem_size();
 int qkv_gradients_size();
+int qkv_quantization_size();
 int qkv_forward(const void* problem);
 int qkv_backward(const void* problem, const void* gradients);
 int64_t qkv_count_scores(const void* problem);
+void qkv_quantize(const void* quantization);
 }

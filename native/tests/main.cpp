@@ -10,7 +10,8 @@ int main(int count, char** arguments) {
         std::puts("this machine lacks the instruction set that QKV_ISA names");
         return SKIPPED;
     }
-    if (qkv_problem_size() != sizeof(qkv::Problem) || qkv_gradients_size() != sizeof(qkv::Gradients)) {
+    if (qkv_problem_size() != sizeof(qkv::Problem) || qkv_gradients_size() != sizeof(qkv::Gradients) ||
+        qkv_quantization_size() != sizeof(qkv::Quantization)) {
         std::puts("the library is of another version than these tests: build it anew");
         return 1;
     }

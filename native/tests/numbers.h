@@ -25,12 +25,14 @@ inline const Format& format_of(Dtype dtype) {
         {2, 7, -126, 0x1p-8, 0x1p-134, "bf16"},
         {2, 10, -14, 0x1p-11, 0x1p-25, "f16"},
         {1, 0, 0, 0.0, 0.0, "u8"},
+        {1, 0, 0, 0.0, 0.0, "i8"},
     };
     return all[(int)dtype];
 }
 
 inline double decode(Dtype dtype, const void* from) {
     if (dtype == Dtype::u8) return *(const uint8_t*)from;
+    if (dtype == Dtype::i8) return *(const int8_t*)from;
     if (dtype == Dtype::f32) {
         float x;
         std::memcpy(&x, from, sizeof x);
@@ -51,8 +53,8 @@ inline double decode(Dtype dtype, const void* from) {
 }
 
 inline void encode(Dtype dtype, double x, void* to) {
-    if (dtype == Dtype::u8) {
-        *(uint8_t*)to = (uint8_t)x;
+    if (dtype == Dtype::u8 || dtype == Dtype::i8) {
+        *(uint8_t*)to = (uint8_t)(int)x;
         return;
     }
     if (dtype == Dtype::f32) {

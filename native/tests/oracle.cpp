@@ -1,7 +1,5 @@
 #include "oracle.h"
 
-#include <algorithm>
-
 #include "numbers.h"
 
 namespace qkv {
@@ -13,17 +11,19 @@ constexpr double LEAST = 0x1p-126;  // weights below may be 0
 
 typedef std::vector<double> Row;
 
-// All rows of a tensor, in the order (batch, head, row).
-std::vector<Row> read(const Problem& p, const View& view, int64_t heads, int64_t rows, int64_t width) {
-    const int64_t item = format_of(p.dtype).item;
+// All rows of a tensor, in the order (batch, head, row), each times its scale if it has one.
+std::vector<Row> read(const Problem& p, Dtype dtype, const View& view, int64_t heads, int64_t rows, int64_t width,
+                      const Scales& scales = {}) {
+    const int64_t item = format_of(dtype).item;
     std::vector<Row> all;
     for (int64_t b = 0; b < p.batch; ++b)
         for (int64_t h = 0; h < heads; ++h)
             for (int64_t i = 0; i < rows; ++i) {
                 const int64_t at = b * view.batch + h * view.head + i * view.row;
+                const double scale = scales.data ? scales.data[b * scales.batch + h * scales.head + i] : 1;
                 all.emplace_back(width);
                 for (int64_t d = 0; d < width; ++d)
-                    all.back()[d] = decode(p.dtype, (const char*)view.data + (at + d) * item);
+                    all.back()[d] = decode(dtype, (const char*)view.data + (at + d) * item) * scale;
             }
     return all;
 }
@@ -47,13 +47,26 @@ struct Dot {
     }
 };
 
+double largest_of(const Row& x) {
+    double most = 0;
+    for (double one : x) most = std::max(most, std::fabs(one));
+    return most;
+}
+
+double sum_of(const Row& x) {
+    double sum = 0;
+    for (double one : x) sum += std::fabs(one);
+    return sum;
+}
+
 // A score with its error, and what its derivative by the product of query and key is before the scale.
 struct Score {
     double value, error, slope = 1, slope_error = 0;
 };
 
-Score score(const Problem& p, int64_t b, int64_t h, int64_t i, int64_t j, const Dot& dot) {
-    Score s{dot.sum * p.scale, (p.width + 4) * U * dot.size * std::fabs(p.scale)};
+// `rounding` is what the roundings of query and key add to the error of their product.
+Score score(const Problem& p, int64_t b, int64_t h, int64_t i, int64_t j, const Dot& dot, double rounding) {
+    Score s{dot.sum * p.scale, ((p.width + 4) * U * dot.size + rounding) * std::fabs(p.scale)};
     if (p.softcap != 0) {
         const double y = std::tanh(s.value / p.softcap), y_error = s.error / p.softcap + 8 * U;
         s = {p.softcap * y, p.softcap * (y_error + 2 * U), 1 - y * y, 2 * y_error + 4 * U};
@@ -104,7 +117,7 @@ bool is_visible(const Problem& p, int64_t batch, int64_t head, int64_t query, in
     return !p.allow.data || read(p.allow, batch, head, query, key) != 0;
 }
 
-Expected expect(const Problem& p, const Gradients* g, const std::vector<bool>& kept, double weight_roundoff) {
+Expected expect(const Problem& p, const Gradients* g, const std::vector<bool>& kept, const Roundoff& roundoff) {
     Expected want;
     const int64_t group = p.heads / p.kv_heads, queries = p.batch * p.heads * p.lq, keys = p.batch * p.kv_heads * p.lk;
     want.out = Allowed(queries * p.value_width);
@@ -117,9 +130,10 @@ Expected expect(const Problem& p, const Gradients* g, const std::vector<bool>& k
         want.d_alibi = Allowed(p.heads);
     }
     const Format& format = format_of(p.dtype);
-    const std::vector<Row> q = read(p, p.q, p.heads, p.lq, p.width), k = read(p, p.k, p.kv_heads, p.lk, p.width);
-    const std::vector<Row> v = read(p, p.v, p.kv_heads, p.lk, p.value_width);
-    const std::vector<Row> d_outs = g ? read(p, g->d_out, p.heads, p.lq, p.value_width) : std::vector<Row>();
+    const std::vector<Row> q = read(p, p.dtype, p.q, p.heads, p.lq, p.width);
+    const std::vector<Row> k = read(p, p.kv_dtype, p.k, p.kv_heads, p.lk, p.width, p.k_scale);
+    const std::vector<Row> v = read(p, p.kv_dtype, p.v, p.kv_heads, p.lk, p.value_width, p.v_scale);
+    const std::vector<Row> d_outs = g ? read(p, p.dtype, g->d_out, p.heads, p.lq, p.value_width) : std::vector<Row>();
     for (int64_t row = 0; row < queries; ++row) {
         const int64_t b = row / (p.heads * p.lq), h = row / p.lq % p.heads, i = row % p.lq;
         const int64_t first_key = (b * p.kv_heads + h / group) * p.lk;
@@ -130,7 +144,10 @@ Expected expect(const Problem& p, const Gradients* g, const std::vector<bool>& k
         for (int64_t j = 0; j < p.lk; ++j) {
             if (!is_visible(p, b, h, i, j)) continue;
             seen.push_back(j);
-            scores.push_back(score(p, b, h, i, j, Dot(q[row], k[first_key + j])));
+            const Row& key = k[first_key + j];
+            const Dot dot(q[row], key);
+            const double rounding = roundoff.keys * dot.size + roundoff.of_step(largest_of(q[row])) * sum_of(key);
+            scores.push_back(score(p, b, h, i, j, dot, rounding));
             top = std::max(top, scores.back().value);
             largest = std::max(largest, std::fabs(scores.back().value));
             error = std::max(error, scores.back().error);
@@ -144,14 +161,22 @@ Expected expect(const Problem& p, const Gradients* g, const std::vector<bool>& k
         want.lse.error[row] = sum == 0 ? 0 : error + folding + 8 * U * std::fabs(lse);
 
         // exp(2 * error) - 1, and the roundings of the weight and of what it is divided by.
-        const double off = std::expm1(2 * error) + folding + weight_roundoff;
+        const double off = std::expm1(2 * error) + folding + roundoff.weights + roundoff.keys;
         const double kept_share = 1 / (1 - (double)p.dropout);
         const auto factor = [&](int64_t j) { return kept.empty() ? 1.0 : kept[row * p.lk + j] * kept_share; };
+        const auto scale = [&](int64_t j) {
+            return p.v_scale.data ? p.v_scale.data[b * p.v_scale.batch + h / group * p.v_scale.head + j] : 1.0f;
+        };
         std::vector<double> weights(seen.size());
+        double heaviest = 0;
         for (size_t n = 0; n < seen.size(); ++n) {
             weights[n] = std::exp(scores[n].value - lse);
+            heaviest = std::max(heaviest, weights[n] * factor(seen[n]) * scale(seen[n]));
+        }
+        for (size_t n = 0; n < seen.size(); ++n) {
             const double weight = weights[n] * factor(seen[n]);
-            add(want.out, row * p.value_width, v[first_key + seen[n]], weight, weight * off + LEAST, 4);
+            const double rounding = roundoff.of_step(heaviest * (1 + off)) / scale(seen[n]);
+            add(want.out, row * p.value_width, v[first_key + seen[n]], weight, weight * off + rounding + LEAST, 4);
         }
         if (!g) continue;
 
@@ -184,12 +209,12 @@ Expected expect(const Problem& p, const Gradients* g, const std::vector<bool>& k
             want.d_alibi.error[h] += distance * (d_error + (p.lk + 8) * U * std::fabs(d_score));
             d_error = d_error * scores[n].slope + (std::fabs(d_score) + d_error) * scores[n].slope_error;
             d_score *= scores[n].slope;
-            d_error += weight_roundoff * (std::fabs(d_score) + d_error);
+            d_error += roundoff.weights * (std::fabs(d_score) + d_error);
             const double over_rows = p.lq * group + 8.0;
             add(want.dq, row * p.width, k[key], d_score, d_error, seen.size() + 8.0);
             add(want.dk, key * p.width, q[row], d_score, d_error, over_rows);
             add(want.dv, key * p.value_width, d_out, weight * share,
-                share * (weight * (weight_off + weight_roundoff) + LEAST), over_rows);
+                share * (weight * (weight_off + roundoff.weights) + LEAST), over_rows);
         }
     }
     round(want.out, p.dtype, 1);

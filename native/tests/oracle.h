@@ -2,6 +2,7 @@
 // in fp32 may be off, from the roundings on its way.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "../src/problem.h"
@@ -24,8 +25,16 @@ struct Expected {
 // Whether the mask of a problem shows a key to a query.
 bool is_visible(const Problem& p, int64_t batch, int64_t head, int64_t query, int64_t key);
 
-// `kept` says which weights dropout keeps, (batch, head, query, key), and is empty without dropout. `weight_roundoff`
-// is that of the dtype in which the kernel multiplies weights.
-Expected expect(const Problem& p, const Gradients* g, const std::vector<bool>& kept, double weight_roundoff);
+// How far a kernel may round what it multiplies: weights to a dtype, keys and values that were i8 to a dtype, and
+// queries and the products of weights and scales to multiples of a step.
+struct Roundoff {
+    double weights = 0, keys = 0;  // of each number
+    double steps = 0;              // of the largest number of a row
+
+    double of_step(double largest) const { return steps > 0 ? std::max(steps * largest, 0x1.1p-127) : 0; }
+};
+
+// `kept` says which weights dropout keeps, (batch, head, query, key), and is empty without dropout.
+Expected expect(const Problem& p, const Gradients* g, const std::vector<bool>& kept, const Roundoff& roundoff);
 
 }  // namespace qkv

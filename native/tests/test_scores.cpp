@@ -81,6 +81,7 @@ TEST(large_scores) {
 // Which weights dropout keeps: with equal scores, and values of one each, outputs are the weights themselves.
 static std::vector<bool> kept(Case c) {
     c.dtype = Dtype::f32;
+    c.int8 = false;
     c.left = c.right = UNBOUNDED;
     c.bias.reset();
     c.value_width = c.lk;
@@ -102,20 +103,22 @@ static std::vector<bool> kept(Case c) {
 TEST(dropout_drops_the_same_weights_forward_and_backward) {
     for (Dtype dtype : DTYPES)
         for (int64_t lq : {1, 70})
-            for (int64_t group : {1, 3, 9}) {
-                Case c;
-                c.dtype = dtype;
-                c.batch = c.kv_heads = 2;
-                c.group = group;
-                c.lq = lq;
-                c.lk = 200;
-                c.dropout = 0.3f;
-                c = c.causal();
-                const Call call(c);
-                call.forward();
-                call.backward();
-                call.check(kept(c));
-            }
+            for (int64_t group : {1, 3, 9})
+                for (const bool int8 : {false, true}) {
+                    Case c;
+                    c.dtype = dtype;
+                    c.int8 = int8;
+                    c.batch = c.kv_heads = 2;
+                    c.group = group;
+                    c.lq = lq;
+                    c.lk = 200;
+                    c.dropout = 0.3f;
+                    c = c.causal();
+                    const Call call(c);
+                    call.forward();
+                    if (!int8) call.backward();
+                    call.check(kept(c));
+                }
 }
 
 TEST(dropout_drops_its_share_anew_for_each_seed_batch_head_and_query) {

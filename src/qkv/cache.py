@@ -153,7 +153,11 @@ class KVCache(_GrowingCache):
             ValueError: for a batch, heads, width, dtype or device other than the first append's, and past capacity.
         """
         start, room = self._admit(k, v)
-        return Keys(self._k.extend(k, room), self._v.extend(v, room), start)
+        try:
+            return Keys(self._k.extend(k, room), self._v.extend(v, room), start)
+        except BaseException:  # out of memory, or interrupted: some parts have grown
+            self.crop(start)
+            raise
 
 
 class Int8KVCache(_GrowingCache):
@@ -189,14 +193,18 @@ class Int8KVCache(_GrowingCache):
         if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
             raise ValueError("Int8KVCache: int8 has no gradient; call it under torch.no_grad(), or use a KVCache.")
         start, room = self._admit(k, v)
-        for x, codes, scales in ((k, self._k, self._k_scale), (v, self._v, self._v_scale)):
-            code = codes.open(x.shape, torch.int8, x.device, room)
-            scale = scales.open(x.shape[:3], torch.float32, x.device, room)
-            if _suits_the_kernel(x):
-                kernels.quantize(x, code, scale)
-            else:
-                for place, new in zip((code, scale), quantize(x), strict=True):
-                    place.copy_(new)
+        try:
+            for x, codes, scales in ((k, self._k, self._k_scale), (v, self._v, self._v_scale)):
+                code = codes.open(x.shape, torch.int8, x.device, room)
+                scale = scales.open(x.shape[:3], torch.float32, x.device, room)
+                if _suits_the_kernel(x):
+                    kernels.quantize(x, code, scale)
+                else:
+                    for place, new in zip((code, scale), quantize(x), strict=True):
+                        place.copy_(new)
+        except BaseException:  # as in a KVCache
+            self.crop(start)
+            raise
         return self.keys()._replace(offset=start)
 
     def keys(self) -> Int8Keys:

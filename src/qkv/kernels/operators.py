@@ -89,8 +89,8 @@ def forward_plain(
     if plain is None:
         return None
     out = _new_out(q, v)
-    left, right = UNBOUNDED if left is None else left, UNBOUNDED if right is None else right
-    tensors, numbers = (q, k, v, out, k_scale, v_scale, keep, lengths), (offset, left, right, sink_tokens, scale)
+    tensors = (q, k, v, out, k_scale, v_scale, keep, lengths)
+    numbers = (offset, _bounded(left), _bounded(right), _bounded(sink_tokens), scale)
     return None if plain(*tensors, *numbers, torch.get_num_threads()) else out
 
 
@@ -265,13 +265,13 @@ def _prepared(call: Call) -> Call:
 def _pack(call: Call, out: Tensor, lse: Tensor | None) -> bytes:
     """The struct of a prepared call, which must outlive it."""
     q, k, v, k_scale, v_scale, keep, lengths, document_ids, allow, bias, alibi, sink_logits, seed, *numbers = call
-    left, right, sink_tokens, offset, scale, softcap, dropout = numbers
+    *_, offset, scale, softcap, dropout = numbers
     batch, heads, lq, width = q.shape
     _, kv_heads, lk, value_width = v.shape
     return PROBLEM.pack(
         *(DTYPES[q.dtype], DTYPES[k.dtype], batch, heads, kv_heads, lq, lk, width, value_width),
         *(*_view(q), *_view(k), *_view(v), *_view(out), _address(lse), *_scales(k_scale), *_scales(v_scale)),
-        *(offset, UNBOUNDED if left is None else left, UNBOUNDED if right is None else right, sink_tokens),
+        *(offset, _bounded(call.left), _bounded(call.right), _bounded(call.sink_tokens)),
         *(_address(keep), _batch_stride(keep), _address(lengths), _batch_stride(lengths)),
         *(_address(document_ids), _batch_stride(document_ids)),
         *(_NO_MATRIX if allow is None else _matrix(allow)),
@@ -281,6 +281,10 @@ def _pack(call: Call, out: Tensor, lse: Tensor | None) -> bytes:
         *(dropout, 0 if seed is None else int(seed.item())),
         torch.get_num_threads(),
     )
+
+
+def _bounded(keys: int | None) -> int:
+    return UNBOUNDED if keys is None else min(keys, UNBOUNDED)
 
 
 def _address(tensor: Tensor | None) -> int:
