@@ -51,7 +51,7 @@ bench: $(VENV)/peers
 	$(BIN)/python benchmarks/models.py
 	$(BIN)/python benchmarks/page.py
 
-# Each writes its page anew: half an hour and a quarter more.
+# Each writes its page anew: half an hour and twenty minutes on two idle cores.
 study: $(VENV)/ready
 	$(BIN)/python studies/grouped_query/run.py
 	$(BIN)/python studies/multi_query_smollm2/run.py

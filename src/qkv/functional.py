@@ -145,8 +145,13 @@ def attention_with_lse(
         >>> qkv.attention_with_lse(q, k, k).lse.shape
         torch.Size([1, 2, 3])
     """
-    problem = pose("attention_with_lse", q, k, v, wants_lse=True, **options)
-    out, lse = backends.choose("attention_with_lse", problem, backend).run(problem)
+    return attend("attention_with_lse", q, k, v, backend=backend, **options)
+
+
+def attend(who: str, q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", **options: Unpack[Options]) -> Partial:
+    """`attention_with_lse`, whose errors name the caller."""
+    problem = pose(who, q, k, v, wants_lse=True, **options)
+    out, lse = backends.choose(who, problem, backend).run(problem)
     assert lse is not None
     return Partial(out, lse)
 

@@ -232,6 +232,8 @@ def test_sizes_that_do_not_fit_are_refused():
 def test_a_gain_of_another_width_is_refused():
     with pytest.raises(ValueError, match=r"gain must be \(24,\), one a column; got shape \(23,\)"):
         convert_layer(random_layer(HEADS), GROUPS, how="aligned", gain=torch.ones(23))
+    with pytest.raises(ValueError, match=r"gain must be \(24,\), one a column; got 5\."):
+        convert_layer(random_layer(HEADS), GROUPS, how="aligned", gain=5)
 
 
 # Models of transformers.

@@ -66,6 +66,8 @@ def test_what_would_break_groups_is_refused(removed, message):
 def test_a_layer_of_another_kind_is_refused():
     with pytest.raises(TypeError, match=r"^prune_heads: layer must be a qkv\.Attention; got MultiheadAttention\."):
         prune_heads(torch.nn.MultiheadAttention(32, 4), [0])
+    with pytest.raises(TypeError, match=r"^prune_heads: heads must be several, as \[3\]; got 3\."):
+        prune_heads(random_layer(), 3)
 
 
 SAME = {number: [0, 1, 2 * number + 2, 2 * number + 3] for number in range(3)}

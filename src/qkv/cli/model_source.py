@@ -60,7 +60,7 @@ def gguf_source(path: Path) -> ModelSource:
     except OSError as error:
         raise CommandError(f"{path} cannot be read: {error.strerror}.") from error
     if magic != b"GGUF":
-        raise CommandError(f"{path} is not a GGUF file; it starts with {magic!r} instead of b'GGUF'. {ACCEPTED}")
+        raise CommandError(f"{path} is not a GGUF file; it starts with {magic!r} instead of b'GGUF'.")
     return ModelSource(path.stem, str(path.parent), path.name)
 
 

@@ -106,10 +106,10 @@ def _align(layer: Attention, num_kv_heads: int, gain: Tensor | None) -> tuple[di
     if rotary is not None:
         freedom = freedom._replace(rotary_dim=rotary.rotary_dim, interleaved=rotary.interleaved)
     projections, heads = projections_of(layer)
-    if gain is not None and gain.shape != (layer.k_proj.in_features,):
-        raise ValueError(
-            f"convert_layer: gain must be ({layer.k_proj.in_features},), one a column; got shape {tuple(gain.shape)}."
-        )
+    width = layer.k_proj.in_features
+    if gain is not None and not (isinstance(gain, Tensor) and gain.shape == (width,)):
+        got = f"shape {tuple(gain.shape)}" if isinstance(gain, Tensor) else repr(gain)
+        raise ValueError(f"convert_layer: gain must be ({width},), one a column; got {got}.")
     alignment = align_heads(projections, layer.num_kv_heads, num_kv_heads, freedom, gain=gain)
     state = layer.state_dict()
     state |= LAYOUT.replace(state, alignment.apply(projections), heads)

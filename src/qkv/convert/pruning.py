@@ -51,7 +51,7 @@ def prune_heads(layer: Attention, heads: Iterable[int]) -> Attention:
         heads: query heads to remove: as many of each group, or all of a group, or both.
 
     Raises:
-        TypeError: for a layer of another kind.
+        TypeError: for a layer of another kind, and a single head outside of a list.
         ValueError: for heads that there are not, all of them, and choices that leave groups of unequal sizes; the
             message says what would do.
 
@@ -143,6 +143,8 @@ def prune_state_dict(
 
 def _keep(who: str, heads: Iterable[int], held: Heads) -> _Kept:
     """What stays when ``heads`` are removed."""
+    if not isinstance(heads, Iterable):
+        raise TypeError(f"{who}: heads must be several, as [{heads!r}]; got {heads!r}.")
     removed = set(heads)
     every = range(held.num_heads)
     if not removed < set(every):

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkv.functional import Partial
+from qkv.functional import Partial, attend
 from qkv.integrations.varlen import (
-    attend,
     attend_each,
     band,
     page_table,

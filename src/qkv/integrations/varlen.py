@@ -6,15 +6,13 @@ lengths ``(N + 1,)``, or, for keys in a pool of pages, by a table of pages.
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from qkv import backends
-from qkv.functional import Partial, merge
+from qkv.functional import Partial, attend, merge
 from qkv.masks import Mask
-from qkv.problem import pose
 
 
 class AuxRequest(NamedTuple):
@@ -165,14 +163,6 @@ def attend_each(
         out=torch.cat([result.out[0].transpose(0, 1) for result in results]),
         lse=torch.cat([result.lse[0] for result in results], dim=1),
     )
-
-
-def attend(who: str, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Partial:
-    """`qkv.attention_with_lse`, whose errors name the caller."""
-    problem = pose(who, q, k, v, wants_lse=True, **options)
-    out, lse = backends.choose(who, problem, "auto").run(problem)
-    assert lse is not None
-    return Partial(out, lse)
 
 
 def band(who: str, window_size: Sequence[int], causal: bool = False) -> Mask:
