@@ -26,7 +26,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 def isas() -> list[str]:
     """The instruction sets that this machine can run."""
-    names = ("avx512bf16", "avx512", "avx2", "generic")
+    names = ("amx", "avx512bf16", "avx512", "avx2", "generic")
     code = "from qkv import kernels; print(kernels.absence() is None)"
     return [name for name in names if run(code, QKV_ISA=name).stdout.strip() == "True"]
 

@@ -12,7 +12,7 @@ from qkv.kernels import binding
 
 LIBRARY = Path(binding.__file__).parent / "native.so"
 
-LEVELS = ["generic", "avx2", "avx512", "avx512bf16"]
+LEVELS = ["generic", "avx2", "avx512", "avx512bf16", "amx"]
 """Instruction sets, each of which holds those before."""
 
 MANGLED = {name: f"3qkv{len(name)}{name}" for name in LEVELS}
@@ -68,6 +68,8 @@ def functions(library: Path) -> list[Function]:
 def needed_level(code: bytes, text: str) -> int:
     """The least level that has an instruction, from its encoding."""
     mnemonic = text.split()[0]
+    if "%tmm" in text or mnemonic in ("ldtilecfg", "sttilecfg", "tilerelease"):
+        return 4
     if "bf16" in mnemonic or mnemonic.startswith("vpdp"):
         return 3
     if code[0] == 0x62 or re.search(r"%k[0-7]", text):  # EVEX, or a mask

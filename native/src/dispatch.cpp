@@ -5,6 +5,14 @@
 
 #include "face.h"
 
+#if defined(QKV_X86)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
 namespace qkv {
 
 #define QKV_DECLARE(isa)                             \
@@ -20,6 +28,7 @@ QKV_DECLARE(generic)
 QKV_DECLARE(avx2)
 QKV_DECLARE(avx512)
 QKV_DECLARE(avx512bf16)
+QKV_DECLARE(amx)
 #endif
 
 namespace {
@@ -33,6 +42,22 @@ struct Isa {
     void (*quantize)(const Quantization&);
 };
 
+#if defined(QKV_X86)
+// Whether the processor multiplies matrices of bf16, and the system lets this process keep them: it must be asked once,
+// and then grants that to all threads.
+bool has_tiles() {
+    unsigned a, b, c, d;
+    constexpr unsigned TILE = 1u << 24, BF16 = 1u << 22;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & TILE) || !(d & BF16)) return false;
+#if defined(__linux__) && defined(SYS_arch_prctl)
+    constexpr int REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+#else
+    return false;
+#endif
+}
+#endif
+
 // The best that this machine has, or the one that the environment variable QKV_ISA names.
 const Isa* choose() {
 #if defined(QKV_X86)
@@ -43,8 +68,13 @@ const Isa* choose() {
                             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
 #endif
+    const char* forced = std::getenv("QKV_ISA");
+    const bool any = !forced || !*forced;
+    const auto wanted = [&](const char* name) { return any || std::strcmp(forced, name) == 0; };
     static const Isa all[] = {
 #if defined(QKV_X86)
+        {"amx", has_bf16 && wanted("amx") && has_tiles(), amx::forward, amx::backward, amx::count_scores,
+         amx::quantize},
         {"avx512bf16", has_bf16, avx512bf16::forward, avx512bf16::backward, avx512bf16::count_scores,
          avx512bf16::quantize},
         {"avx512", has_avx512, avx512::forward, avx512::backward, avx512::count_scores, avx512::quantize},
@@ -52,10 +82,8 @@ const Isa* choose() {
 #endif
         {"generic", true, generic::forward, generic::backward, generic::count_scores, generic::quantize},
     };
-    const char* forced = std::getenv("QKV_ISA");
-    const bool any = !forced || !*forced;
     for (const Isa& isa : all)
-        if (isa.supported && (any || std::strcmp(forced, isa.name) == 0)) return &isa;
+        if (isa.supported && wanted(isa.name)) return &isa;
     return nullptr;
 }
 

@@ -164,13 +164,13 @@ void Call::check(const std::vector<bool>& kept) const {
     // Pairs of bf16 are multiplied as such, and int8 by numbers of 16 bits; for many rows, int8 is rounded to the dtype
     // of queries first. Everything else is in fp32.
     const std::string isa = qkv_isa();
-    const bool few = c.lq == 1 && c.group <= (isa == "generic" ? 4 : 8), fixed = isa == "avx512bf16" || isa == "avx512";
+    const bool few = c.lq == 1 && c.group <= (isa == "generic" ? 4 : 8), fixed = isa != "generic" && isa != "avx2";
     Roundoff roundoff;
     if (c.int8 && few)
         roundoff.steps = fixed && c.dtype != Dtype::f32 ? 0.51 / 32767 : 0;
     else if (c.int8)
         roundoff.keys = format_of(c.dtype).roundoff;
-    if (isa == "avx512bf16" && c.dtype == Dtype::bf16 && !(c.int8 && few))
+    if ((isa == "avx512bf16" || isa == "amx") && c.dtype == Dtype::bf16 && !(c.int8 && few))
         roundoff.weights = format_of(c.dtype).roundoff;
     const Expected want = expect(problem, c.int8 ? nullptr : &gradients, kept, roundoff);
     try {
