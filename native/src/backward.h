@@ -23,6 +23,7 @@ namespace QKV_ISA {
 
 constexpr int CHUNK = 3 * BLOCK;  // keys whose gradients one thread holds
 
+template <class Kind>
 struct BackwardRoom {
     float *queries, *d_outs;         // panels: rows are lanes
     float *query_rows, *d_out_rows;  // rows as they are
@@ -42,10 +43,10 @@ struct BackwardRoom {
         slope = place(p.softcap != 0 ? BLOCK * ROWS : 0);
         allowed = place(p.allow.data ? BLOCK * ROWS : 0);
         bias = place(p.bias.data ? BLOCK * ROWS : 0);
-        keys = place(CHUNK * (p.width + 1));
-        keys_along = place(CHUNK * (p.width + 1));
-        values = place(CHUNK * (p.value_width + 1));
-        dq = place(p.width * ROWS);
+        keys = place(Format<Kind>::floats(CHUNK, p.width));
+        keys_along = place(Format<Kind>::floats(CHUNK, p.width));
+        values = place(Format<Kind>::floats(CHUNK, p.value_width));
+        dq = place(whole_vectors(p.width) * ROWS);
         dk = place(CHUNK * whole_vectors(p.width));
         dv = place(CHUNK * whole_vectors(p.value_width));
     }
@@ -134,7 +135,7 @@ struct Chunk {
     const Problem& p;
     const Gradients& g;
     const Outline& outline;
-    const BackwardRoom room;
+    const BackwardRoom<Kind> room;
     const int64_t batch, kv_head, first;
     const int size;
     const Element *keys, *keys_along, *values;
@@ -144,7 +145,7 @@ struct Chunk {
 
     Chunk(const Problem& p, const Gradients& g, const Outline& outline, int64_t batch, int64_t kv_head, int64_t first,
           double* d_alibi)
-        : p(p), g(g), outline(outline), room(QKV_ISA::room<BackwardRoom>(p)), batch(batch), kv_head(kv_head),
+        : p(p), g(g), outline(outline), room(QKV_ISA::room<BackwardRoom<Kind>>(p)), batch(batch), kv_head(kv_head),
           first(first), size((int)std::min<int64_t>(CHUNK, p.lk - first)), d_alibi(d_alibi) {
         typedef Format<Kind> F;
         keys = F::along_width(p, batch, kv_head, p.k, p.width, first, size, room.keys, key_stride);
@@ -187,7 +188,7 @@ struct Chunk {
         }
         const Dropout dropout(p, t);
         for (int64_t at = first; at < std::min(first + size, t.end); at += BLOCK) {
-            const Block b(p, t, outline, at, std::min(first + size, t.end));
+            const Block b(p, t, outline, at, std::min(first + size, t.end), Kind::GRAIN);
             if (b.count == 0) continue;
             if (p.bias.data) gather(t, p.bias, at, b.size, room.bias);
             if (p.allow.data) gather(t, p.allow, at, b.size, room.allowed);
@@ -252,7 +253,6 @@ struct Chunk {
     }
 
     void add(const Tile& t, const Block& b, const Segment& s) const {
-        constexpr int STEP = Format<Kind>::PACKS ? 2 : 1;
         const int64_t into = b.first - first;
         const float* along_keys = room.d_scores;
         if (Format<Kind>::PACKS) {
@@ -261,8 +261,8 @@ struct Chunk {
             Format<Kind>::pack_rows(t, s, room.weights);
             along_keys = room.pairs;
         }
-        sum_over_keys<Kind>(t, s, p.width, keys_along + into / STEP * key_along_stride, key_along_stride, along_keys,
-                            room.dq);
+        sum_over_keys<Kind>(t, s, p.width, keys_along + into / Format<Kind>::ABREAST * key_along_stride,
+                            key_along_stride, along_keys, room.dq);
         sum_over_rows<Kind>(t, s, p.width, room.d_scores, room.query_rows, room.dk + into * whole_vectors(p.width));
         sum_over_rows<Kind>(t, s, p.value_width, room.weights, room.d_out_rows,
                             room.dv + into * whole_vectors(p.value_width));
@@ -316,6 +316,7 @@ static void run_backward(const Problem& p, const Gradients& g) {
     });
     parallel_for(turns.chunks * heads, p.threads, [&](int64_t item) {
         const int64_t index = item / heads, batch = item % heads / p.kv_heads, kv_head = item % heads % p.kv_heads;
+        [[maybe_unused]] const typename Kind::Registers registers;
         Chunk<Kind> chunk(p, g, outline, batch, kv_head, index * CHUNK,
                           g.d_alibi ? &d_alibi[item * group(p)] : nullptr);
         // Late tiles first: under a causal mask all chunks see them, and follow each other from there.

@@ -406,7 +406,7 @@ static void fold_few(const Problem& p, const Tile& t, const Outline& outline, co
     vec top = set1(-INF), sum = {};
     state.clear(p, t);
     for (int64_t first = begin; first < end; first += BLOCK) {
-        const Block b(p, t, outline, first, end);
+        const Block b(p, t, outline, first, end, Single::GRAIN);
         if (b.count == 0) continue;
         // What lies before a window is not read.
         const int from = first < p.sink_tokens ? 0 : (int)std::max<int64_t>(0, t.begin - first) / LANES * LANES;

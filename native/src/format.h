@@ -5,7 +5,6 @@
 // (`rows`).
 #pragma once
 
-#include "mask.h"
 #include "product.h"
 
 namespace qkv {
@@ -14,14 +13,18 @@ namespace QKV_ISA {
 template <class Kind>
 struct Format;
 
-static inline int64_t whole_vectors(int64_t width) { return (width + LANES - 1) / LANES * LANES; }
-
 // fp32: keys and values are read in place; 16-bit ones are widened.
 template <>
 struct Format<Single> {
     typedef float Element;
 
+    static constexpr bool PACKS = false;
+    static constexpr int ABREAST = 1;  // keys of a row of what is laid along the keys
+
     static int64_t steps(int64_t count) { return count; }
+
+    // Floats that hold keys or values, in either order.
+    static int64_t floats(int64_t count, int64_t width) { return count * (width + 1); }
 
     // The rows of a tile as lanes: (width, lanes).
     static void panel(const Problem& p, const Tile& t, const View& view, int64_t width, float* to) {
@@ -73,10 +76,11 @@ struct Format<Single> {
     // Makes rows of weights ready to be B of a product along the keys.
     static void pack_keys(const Tile&, const Segment&, const float*, float*) {}
 
+    // What `pack_keys` does beyond pairs.
+    static void pad_keys(const Tile&, const Segment&, float*) {}
+
     // Makes rows of weights ready to be A of a product along the rows, in place.
     static void pack_rows(const Tile&, const Segment&, float*) {}
-
-    static constexpr bool PACKS = false;
 
     // Keys or values, laid along the keys, in memory that may be written to.
     static float* own(const float* from, int64_t width, int64_t count, float* scratch, int64_t& stride) {
@@ -97,7 +101,12 @@ template <>
 struct Format<Pair> {
     typedef uint32_t Element;
 
+    static constexpr bool PACKS = true;
+    static constexpr int ABREAST = 2;
+
     static int64_t steps(int64_t count) { return (count + 1) / 2; }
+
+    static int64_t floats(int64_t count, int64_t width) { return count * (width + 1); }
 
     static void panel(const Problem& p, const Tile& t, const View& view, int64_t width, float* to) {
         const char* rows[ROWS];
@@ -150,13 +159,13 @@ struct Format<Pair> {
         for (int j = s.begin; j < s.end; j += 2) {
             for (int n = s.first; n < s.last; ++n) {
                 const float* row = weights + j * t.lanes() + n * LANES;
-                const vec low = load(row), high = j + 1 < s.end ? load(row + t.lanes()) : vec{};
-                const __m512i l = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)low));
-                const __m512i h = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)high));
-                store(to + j / 2 * t.lanes() + n * LANES, (vec)_mm512_or_si512(l, _mm512_slli_epi32(h, 16)));
+                const vec high = j + 1 < s.end ? load(row + t.lanes()) : vec{};
+                store(to + j / 2 * t.lanes() + n * LANES, Pair::of(load(row), high));
             }
         }
     }
+
+    static void pad_keys(const Tile&, const Segment&, float*) {}
 
     // A row of weights becomes half a row of pairs.
     static void pack_rows(const Tile& t, const Segment& s, float* weights) {
@@ -168,8 +177,6 @@ struct Format<Pair> {
             }
         }
     }
-
-    static constexpr bool PACKS = true;
 
     static uint32_t* own(const uint32_t*, int64_t, int64_t, float* scratch, int64_t&) { return (uint32_t*)scratch; }
 
@@ -218,6 +225,46 @@ static inline void sum_over_rows(const Tile& t, const Segment& s, int64_t width,
                                   (const typename Kind::Element*)weights + s.begin * t.lanes() + first,
                                   rows + first * pitch, to + s.begin * pitch, {t.lanes(), pitch, pitch});
 }
+
+// Whether the rows of keys or values are all finite.
+static bool all_finite(const Problem& p, int64_t batch, int64_t kv_head, const View& view, int64_t width, int64_t first,
+                       int64_t count) {
+    vec zero = {};  // stays so, unless a number is not finite
+    for_dtype(p.dtype, [&](auto dtype) {
+        const char* row = row_of(p, view, batch, kv_head, first);
+        for (int64_t j = 0; j < count; ++j, row += view.row * size_of(dtype)) {
+            for_columns(width, [&](int64_t d, int64_t part) {
+                zero = zero + 0.0f * load_part(dtype, row + d * size_of(dtype), part);
+            });
+        }
+    });
+    return !any(zero != 0.0f);
+}
+
+// Keys and values of all heads as the products of the forward pass take them, where a head has them once for many
+// tiles.
+template <class Kind>
+class Prepared {
+   public:
+    typedef typename Kind::Element Element;
+
+    explicit Prepared(const Problem&) {}
+
+    const Element* keys(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch,
+                        int64_t& stride) const {
+        return Format<Kind>::along_width(p, t.batch, t.kv_head, p.k, p.width, first, count, scratch, stride);
+    }
+
+    const Element* values(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch,
+                          int64_t& stride) const {
+        return Format<Kind>::along_keys(p, t.batch, t.kv_head, p.v, p.value_width, first, count, scratch, stride);
+    }
+
+    // Whether the values are.
+    bool are_finite(const Problem& p, const Tile& t, int64_t first, int64_t count) const {
+        return all_finite(p, t.batch, t.kv_head, p.v, p.value_width, first, count);
+    }
+};
 
 }  // namespace QKV_ISA
 }  // namespace qkv

@@ -8,13 +8,14 @@
 // for the vectors of rows that see any of them.
 #pragma once
 
-#include "format.h"
+#include "amx.h"
 #include "state.h"
 
 namespace qkv {
 namespace QKV_ISA {
 
 // Memory for the forward pass of a tile.
+template <class Kind>
 struct ForwardRoom {
     float *panel, *scores, *allowed, *bias, *keys, *values, *state, *total;
 
@@ -23,8 +24,8 @@ struct ForwardRoom {
         scores = place(BLOCK * ROWS);
         allowed = place(p.allow.data ? BLOCK * ROWS : 0);
         bias = place(p.bias.data ? BLOCK * ROWS : 0);
-        keys = place(BLOCK * (p.width + 1));
-        values = place(BLOCK * (p.value_width + 1));
+        keys = place(Format<Kind>::floats(BLOCK, p.width));
+        values = place(Format<Kind>::floats(BLOCK, p.value_width));
         state = place(State::floats(p));
         total = place(State::floats(p));
     }
@@ -46,27 +47,12 @@ static void raise(const Problem& p, const Tile& t, const vec* peak, const State&
     }
 }
 
-// Whether the rows of keys or values are all finite.
-static bool all_finite(const Problem& p, int64_t batch, int64_t kv_head, const View& view, int64_t width, int64_t first,
-                       int64_t count) {
-    vec zero = {};  // stays so, unless a number is not finite
-    for_dtype(p.dtype, [&](auto dtype) {
-        const char* row = row_of(p, view, batch, kv_head, first);
-        for (int64_t j = 0; j < count; ++j, row += view.row * size_of(dtype)) {
-            for_columns(width, [&](int64_t d, int64_t part) {
-                zero = zero + 0.0f * load_part(dtype, row + d * size_of(dtype), part);
-            });
-        }
-    });
-    return !any(zero != 0.0f);
-}
-
 // A hidden value that is not finite must not meet its weight of 0. Adds the visible ones of a block by hand and returns
 // values in which they are 0.
 template <class Kind>
 static const typename Kind::Element* without_poison(const Problem& p, const Tile& t, const Block& b,
                                                     const typename Kind::Element* values, int64_t& stride,
-                                                    const ForwardRoom& room, const State& state) {
+                                                    const ForwardRoom<Kind>& room, const State& state) {
     typename Kind::Element* clean = Format<Kind>::own(values, p.value_width, b.size, room.values, stride);
     for (int i = 0; i < b.count; ++i) {
         const Segment& s = b.parts[i];
@@ -82,6 +68,9 @@ static const typename Kind::Element* without_poison(const Problem& p, const Tile
             }
         }
     }
+    // Those that lie beside the last one.
+    for (int j = b.size; j % Format<Kind>::ABREAST != 0; ++j)
+        for (int64_t d = 0; d < p.value_width; ++d) Format<Kind>::clear(clean, stride, j, d);
     return clean;
 }
 
@@ -104,10 +93,11 @@ static inline void find_peaks(const Tile& t, const Segment& s, int n, const floa
     for (int i = 0; i < COUNT; ++i) peak[i] = found[i];
 }
 
-// Scores become weights, which are added up.
-template <int COUNT>
+// Scores become weights, which are added up, and pairs of them if wanted.
+template <class Kind, int COUNT, bool PAIRS>
 static inline void weigh(const Problem& p, const Tile& t, const Segment& s, int n, const vec* shift, float* scores,
                          vec* sum) {
+    constexpr int STEP = PAIRS ? 2 : 1;
     const bool plain = plain_scores(p);
     const float factor = exponent_factor(p);
     const int64_t lanes = t.lanes();
@@ -116,12 +106,19 @@ static inline void weigh(const Problem& p, const Tile& t, const Segment& s, int 
         less[i] = shift[i];
         found[i] = sum[i];
     }
-    for (int64_t j = s.begin, end = s.end; j < end; ++j) {
+    const auto next = [&](const float* at, int i) {
+        const vec weight = exp2(exponents(plain, load(at), factor, less[i]));
+        found[i] = found[i] + weight;
+        return weight;
+    };
+    for (int64_t j = s.begin, end = s.end; j < end; j += STEP) {
         for (int i = 0; i < COUNT; ++i) {
             float* const at = scores + j * lanes + (n + i) * LANES;
-            const vec weight = exp2(exponents(plain, load(at), factor, less[i]));
-            found[i] = found[i] + weight;
-            store(at, weight);
+            const vec weight = next(at, i);
+            if constexpr (PAIRS)
+                store(at - (j - j / 2) * lanes, Kind::of(weight, j + 1 < end ? next(at + lanes, i) : vec{}));
+            else
+                store(at, weight);
         }
     }
     for (int i = 0; i < COUNT; ++i) sum[i] = found[i];
@@ -138,16 +135,17 @@ static void drop(const Tile& t, const Block& b, const Segment& s, const Dropout&
 
 // Folds the keys [begin, end) into the state of a tile.
 template <class Kind>
-static void fold(const Problem& p, const Tile& t, const Outline& outline, const Dropout& dropout, int64_t begin,
-                 int64_t end, const ForwardRoom& room, const State& state) {
+static void fold(const Problem& p, const Tile& t, const Outline& outline, const Prepared<Kind>& prepared,
+                 const Dropout& dropout, int64_t begin, int64_t end, const ForwardRoom<Kind>& room,
+                 const State& state) {
+    typedef Format<Kind> F;
     const bool plain = plain_scores(p);
     float* const scores = room.scores;
     for (int64_t first = begin; first < end; first += BLOCK) {
-        const Block b(p, t, outline, first, end);
+        const Block b(p, t, outline, first, end, Kind::GRAIN);
         if (b.count == 0) continue;
         int64_t key_stride, value_stride;
-        const auto* keys =
-            Format<Kind>::along_width(p, t.batch, t.kv_head, p.k, p.width, first, b.size, room.keys, key_stride);
+        const auto* keys = prepared.keys(p, t, first, b.size, room.keys, key_stride);
         if (p.bias.data) gather(t, p.bias, first, b.size, room.bias);
         if (p.allow.data) gather(t, p.allow, first, b.size, room.allowed);
 
@@ -161,23 +159,31 @@ static void fold(const Problem& p, const Tile& t, const Outline& outline, const 
             for_vectors(s, [&](int n, auto count) { find_peaks<decltype(count)::value>(t, s, n, scores, peak + n); });
         }
 
+        const bool poisoned =
+            (b.edge || b.size % F::ABREAST != 0) && !prepared.are_finite(p, t, first, b.size);  // values
+        const bool apart = !F::PACKS || poisoned || p.dropout > 0;  // weights are needed before they are paired
         raise(p, t, peak, state, shift);
         for (int n = 0; n < t.vecs; ++n) sum[n] = load(state.sum + n * LANES);
         for (int i = 0; i < b.count; ++i) {
             const Segment& s = b.parts[i];
             for_vectors(s, [&](int n, auto count) {
-                weigh<decltype(count)::value>(p, t, s, n, shift + n, scores, sum + n);
+                constexpr int COUNT = decltype(count)::value;
+                if (apart)
+                    weigh<Kind, COUNT, false>(p, t, s, n, shift + n, scores, sum + n);
+                else
+                    weigh<Kind, COUNT, F::PACKS>(p, t, s, n, shift + n, scores, sum + n);
             });
             if (p.dropout > 0) drop(t, b, s, dropout, scores);
         }
         for (int n = 0; n < t.vecs; ++n) store(state.sum + n * LANES, sum[n]);
 
-        const auto* values = Format<Kind>::along_keys(p, t.batch, t.kv_head, p.v, p.value_width, first, b.size,
-                                                      room.values, value_stride);
-        if (b.edge && !all_finite(p, t.batch, t.kv_head, p.v, p.value_width, first, b.size))
-            values = without_poison<Kind>(p, t, b, values, value_stride, room, state);
+        const auto* values = prepared.values(p, t, first, b.size, room.values, value_stride);
+        if (poisoned) values = without_poison<Kind>(p, t, b, values, value_stride, room, state);
         for (int i = 0; i < b.count; ++i) {
-            Format<Kind>::pack_keys(t, b.parts[i], scores, scores);
+            if (apart)
+                F::pack_keys(t, b.parts[i], scores, scores);
+            else
+                F::pad_keys(t, b.parts[i], scores);
             sum_over_keys<Kind>(t, b.parts[i], p.value_width, values, value_stride, scores, state.out);
         }
     }

@@ -11,17 +11,19 @@ namespace QKV_ISA {
 // How tiles of many rows fold keys.
 template <class Kind>
 struct Many {
-    typedef ForwardRoom Room;
+    typedef ForwardRoom<Kind> Room;
     typedef QKV_ISA::State State;
+    typedef QKV_ISA::Prepared<Kind> Prepared;
+    typedef typename Kind::Registers Registers;
 
     static void prepare(const Problem& p, const Tile& t, const Room& room) {
         Format<Kind>::panel(p, t, p.q, p.width, room.panel);
     }
 
-    static void fold(const Problem& p, const Tile& t, const Outline& outline, const Dropout& dropout, int64_t begin,
-                     int64_t end, const Room& room, const State& state) {
+    static void fold(const Problem& p, const Tile& t, const Outline& outline, const Prepared& prepared,
+                     const Dropout& dropout, int64_t begin, int64_t end, const Room& room, const State& state) {
         state.clear(p, t);
-        QKV_ISA::fold<Kind>(p, t, outline, dropout, begin, end, room, state);
+        QKV_ISA::fold<Kind>(p, t, outline, prepared, dropout, begin, end, room, state);
     }
 
     static void finish(const Problem& p, const Tile& t, const State& state) { QKV_ISA::finish(p, t, state); }
@@ -32,13 +34,19 @@ template <class Products, int COUNT>
 struct Few {
     typedef FewRoom Room;
     typedef FewState State;
+    typedef Nothing Registers;
+
+    // Every key and value is read but once.
+    struct Prepared {
+        explicit Prepared(const Problem&) {}
+    };
 
     static void prepare(const Problem& p, const Tile& t, const Room& room) {
         Products::queries(p, t, room.queries, room.steps);
     }
 
-    static void fold(const Problem& p, const Tile& t, const Outline& outline, const Dropout& dropout, int64_t begin,
-                     int64_t end, const Room& room, const State& state) {
+    static void fold(const Problem& p, const Tile& t, const Outline& outline, const Prepared&, const Dropout& dropout,
+                     int64_t begin, int64_t end, const Room& room, const State& state) {
         constexpr int ROWS = COUNT <= 2 ? COUNT : (COUNT <= 4 ? 4 : 8);
         fold_few<Products, COUNT, ROWS>(p, t, outline, dropout, begin, end, room, state);
     }
@@ -53,6 +61,7 @@ static void run(const Problem& p) {
     const int64_t tiles = tiles_of_head(p), heads = p.batch * p.kv_heads;
     const int64_t pieces = (p.lk + PIECE - 1) / PIECE, floats = State::floats(p);
     const Outline outline(p);
+    const typename Way::Prepared prepared(p);
     const auto tile_of = [&](int64_t item) {
         // Late tiles first: under a causal mask they see the most.
         return Tile(p, item % heads / p.kv_heads, item % heads % p.kv_heads, tiles - 1 - item / heads);
@@ -61,7 +70,9 @@ static void run(const Problem& p) {
         return shows_any(p, t, outline, piece * PIECE, (piece + 1) * PIECE);
     };
     const auto fold = [&](const Tile& t, int64_t piece, const Room& room, const State& state) {
-        Way::fold(p, t, outline, Dropout(p, t), piece * PIECE, std::min(t.end, (piece + 1) * PIECE), room, state);
+        [[maybe_unused]] const typename Way::Registers registers;
+        Way::fold(p, t, outline, prepared, Dropout(p, t), piece * PIECE, std::min(t.end, (piece + 1) * PIECE), room,
+                  state);
     };
     if (heads * tiles >= 4 * p.threads || pieces <= 1) {
         parallel_for(heads * tiles, p.threads, [&](int64_t item) {
@@ -119,6 +130,17 @@ static std::vector<char> widened(const Problem& p, const View& view, const Scale
     return to;
 }
 
+// Calls work with how many rows are multiplied.
+template <class Work>
+static void for_kind([[maybe_unused]] const Problem& p, Work work) {
+#if defined(__AMX_BF16__)
+    if (p.dtype == Dtype::bf16) return work(Amx());
+#elif defined(__AVX512BF16__)
+    if (p.dtype == Dtype::bf16) return work(Pair());
+#endif
+    work(Single());
+}
+
 void forward(const Problem& p) {
     const bool few = p.lq == 1 && group(p) <= FEW;
     if (p.kv_dtype != p.dtype && !few) {
@@ -136,20 +158,19 @@ void forward(const Problem& p) {
         return for_few(p, (int)group(p),
                        [&](auto products, auto count) { run<Few<decltype(products), decltype(count)::value>>(p); });
     }
-#if defined(__AVX512BF16__)
-    if (p.dtype == Dtype::bf16) return run<Many<Pair>>(p);
-#endif
-    run<Many<Single>>(p);
+    for_kind(p, [&](auto kind) { run<Many<decltype(kind)>>(p); });
 }
 
 int64_t count_scores(const Problem& p) {
     const Outline outline(p);
     const int64_t tiles = tiles_of_head(p);
+    Grain grain;
+    for_kind(p, [&](auto kind) { grain = kind.GRAIN; });
     int64_t count = 0;
     for (int64_t item = 0; item < p.batch * p.kv_heads * tiles; ++item) {
         const Tile t(p, item / tiles / p.kv_heads, item / tiles % p.kv_heads, item % tiles);
         for (int64_t first = 0; first < t.end; first += BLOCK) {
-            const Block b(p, t, outline, first, t.end);
+            const Block b(p, t, outline, first, t.end, grain);
             for (int i = 0; i < b.count; ++i)
                 count += (b.parts[i].end - b.parts[i].begin) * (b.parts[i].last - b.parts[i].first) * LANES;
         }
@@ -188,10 +209,7 @@ void backward(const Problem& p, const Gradients& g) {
     prefer_huge_pages(g.dq.data, p.batch * p.heads * p.lq * p.width * item);
     prefer_huge_pages(g.dk.data, keys * p.width * item);
     prefer_huge_pages(g.dv.data, keys * p.value_width * item);
-#if defined(__AVX512BF16__)
-    if (p.dtype == Dtype::bf16) return run_backward<Pair>(p, g);
-#endif
-    run_backward<Single>(p, g);
+    for_kind(p, [&](auto kind) { run_backward<decltype(kind)>(p, g); });
 }
 
 }  // namespace QKV_ISA

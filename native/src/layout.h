@@ -6,6 +6,8 @@
 namespace qkv {
 namespace QKV_ISA {
 
+static inline int64_t whole_vectors(int64_t width) { return (width + LANES - 1) / LANES * LANES; }
+
 // Calls work(c, count) for the columns, a vector at a time. For whole vectors the count is a constant once inlined.
 template <class Work>
 static inline void for_columns(int64_t columns, Work work) {

@@ -79,6 +79,11 @@ struct Segment {
     int begin, end, first, last;
 };
 
+// What segments are cut to: keys, and vectors of rows.
+struct Grain {
+    int keys, vecs;
+};
+
 // A block of keys as a tile sees it.
 struct Block {
     int64_t first;
@@ -89,7 +94,7 @@ struct Block {
     Segment parts[BLOCK / SEGMENT];
 
     // The keys [first, min(first + BLOCK, end)).
-    Block(const Problem& p, const Tile& t, const Outline& outline, int64_t first, int64_t end)
+    Block(const Problem& p, const Tile& t, const Outline& outline, int64_t first, int64_t end, Grain grain)
         : first(first), size((int)std::min<int64_t>(BLOCK, end - first)), count(0) {
         if ((first + BLOCK <= t.begin && first >= p.sink_tokens) || !outline.shows(p, t, first)) return;
         const bool interval =
@@ -100,14 +105,16 @@ struct Block {
             parts[count++] = {0, size, 0, t.vecs};
             return;
         }
-        for (int begin = 0; begin < size; begin += SEGMENT) {
-            const int stop = std::min(begin + SEGMENT, size);
+        for (int begin = 0; begin < size; begin += grain.keys) {
+            const int stop = std::min(begin + grain.keys, size);
             int from = 0, to = t.count;
             while (from < to && t.position[from] + p.right < first + begin) ++from;
             if (first + begin >= p.sink_tokens)
                 while (to > from && t.position[to - 1] - p.left > first + stop - 1) --to;
             if (from == to) continue;
-            const Segment s = {begin, stop, from / LANES, (to + LANES - 1) / LANES};
+            const int lanes = grain.vecs * LANES;
+            const Segment s = {begin, stop, from / lanes * grain.vecs,
+                               std::min((to + lanes - 1) / lanes * grain.vecs, t.vecs)};
             Segment* const last = count ? &parts[count - 1] : nullptr;
             if (last && last->end == begin && last->first == s.first && last->last == s.last)
                 last->end = stop;

@@ -7,7 +7,7 @@
 
 #include <type_traits>
 
-#include "vec.h"
+#include "mask.h"
 
 namespace qkv {
 namespace QKV_ISA {
@@ -24,9 +24,14 @@ constexpr int NV = 2;
 constexpr int height(int vecs) { return vecs == 1 ? 8 : 4; }
 #endif
 
+// What a thread holds while it multiplies.
+struct Nothing {};
+
 // fp32: one multiply-add a step.
 struct Single {
     typedef float Element;
+    typedef Nothing Registers;
+    static constexpr Grain GRAIN = {SEGMENT, 1};
     static inline vec madd(vec c, float a, vec b) { return c + a * b; }
 };
 
@@ -34,10 +39,22 @@ struct Single {
 // bf16: a step takes two neighbours along k; an element is the pair.
 struct Pair {
     typedef uint32_t Element;
+    typedef Nothing Registers;
+    static constexpr Grain GRAIN = {SEGMENT, 1};
     static inline vec dot(vec c, __m512i a, vec b) {
         return (vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)b, (__m512bh)a);
     }
     static inline vec madd(vec c, uint32_t a, vec b) { return dot(c, _mm512_set1_epi32((int)a), b); }
+
+    // Pairs of the numbers in the same lanes.
+    static inline vec of(vec low, vec high) {
+        alignas(64) static constexpr uint16_t ORDER[2 * LANES] = {
+            0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+            8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31,
+        };
+        const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+        return (vec)_mm512_permutexvar_epi16(_mm512_load_si512(ORDER), halves);
+    }
 };
 #endif
 

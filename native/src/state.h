@@ -35,7 +35,7 @@ struct State {
 
     State(float* memory, const Tile& t) : top(memory), sum(memory + t.lanes()), out(memory + 2 * t.lanes()) {}
 
-    static int64_t floats(const Problem& p) { return (p.value_width + 2) * ROWS; }
+    static int64_t floats(const Problem& p) { return (whole_vectors(p.value_width) + 2) * ROWS; }
 
     void clear(const Problem& p, const Tile& t) const {
         std::fill(top, top + t.lanes(), -INF);
