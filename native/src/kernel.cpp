@@ -34,7 +34,7 @@ template <class Products, int COUNT>
 struct Few {
     typedef FewRoom Room;
     typedef FewState State;
-    typedef Nothing Registers;
+    typedef typename Products::Registers Registers;
 
     // Every key and value is read but once.
     struct Prepared {
@@ -47,8 +47,7 @@ struct Few {
 
     static void fold(const Problem& p, const Tile& t, const Outline& outline, const Prepared&, const Dropout& dropout,
                      int64_t begin, int64_t end, const Room& room, const State& state) {
-        constexpr int ROWS = COUNT <= 2 ? COUNT : (COUNT <= 4 ? 4 : 8);
-        fold_few<Products, COUNT, ROWS>(p, t, outline, dropout, begin, end, room, state);
+        fold_few<Products, COUNT, lanes_of(COUNT)>(p, t, outline, dropout, begin, end, room, state);
     }
 
     static void finish(const Problem& p, const Tile& t, const State& state) { QKV_ISA::finish<Products>(p, t, state); }
@@ -142,7 +141,7 @@ static void for_kind([[maybe_unused]] const Problem& p, Work work) {
 }
 
 void forward(const Problem& p) {
-    const bool few = p.lq == 1 && group(p) <= FEW;
+    const bool few = p.lq == 1 && group(p) <= few_rows(p);
     if (p.kv_dtype != p.dtype && !few) {
         std::vector<char> keys = widened(p, p.k, p.k_scale, p.width);
         std::vector<char> values = widened(p, p.v, p.v_scale, p.value_width);

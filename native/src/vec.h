@@ -76,17 +76,17 @@ struct Across {
     static constexpr int at(int i) { return i ^ DISTANCE; }
 };
 
-// Lane i of a[j] changes places with lane j of a[i].
-template <int DISTANCE = 1>
+// Lane i of a[j] changes places with lane j of a[i], within each COUNT lanes.
+template <int COUNT = LANES, int DISTANCE = 1>
 static inline void transpose(vec* a) {
-    if constexpr (DISTANCE < LANES) {
-        for (int i = 0; i < LANES; ++i) {
+    if constexpr (DISTANCE < COUNT) {
+        for (int i = 0; i < COUNT; ++i) {
             if (i & DISTANCE) continue;
             const vec x = a[i], y = a[i + DISTANCE];
             a[i] = shuffle(x, y, First<DISTANCE>());
             a[i + DISTANCE] = shuffle(x, y, Second<DISTANCE>());
         }
-        transpose<2 * DISTANCE>(a);
+        transpose<COUNT, 2 * DISTANCE>(a);
     }
 }
 
