@@ -1,15 +1,13 @@
 """Attention between matrix products, as layers call it, against attention alone.
 
-    python benchmarks/alternating.py      measures, prints, and writes benchmarks/results/alternating.json
+    python benchmarks/alternating.py      measures, prints, and writes results/PROCESSOR/alternating.json
 
 A kernel with threads of its own would fight torch's for the cores. A product also pushes keys and values out of the
 caches, which no kernel can help: so attention is timed as well after the product's weights are merely read.
 """
 
-import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import machine
 import torch
@@ -19,7 +17,6 @@ from torch import Tensor
 from qkv.cli.attention_call import Call, qkv_call, torch_call
 from qkv.cli.timing import Spread, spread
 
-RESULTS = Path(__file__).parent / "results" / "alternating.json"
 SECONDS = 4.0
 """For each library on each case."""
 
@@ -69,7 +66,7 @@ def main() -> None:
                 alone, between, read = (found["median_us"] for found in times.values())
                 columns = f"{alone:>10.1f} {between:>10.1f} {between / alone:>6.2f} {read:>10.1f}"
                 print(f"{case.name:<38} {dtype:<5} {library:<7} {columns}", flush=True)
-    RESULTS.write_text(json.dumps({"machine": machine.describe(), "measurements": results}, indent=1) + "\n")
+    machine.save("alternating", {"measurements": results})
 
 
 if __name__ == "__main__":

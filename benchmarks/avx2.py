@@ -1,13 +1,11 @@
 """qkv and torch's SDPA where both are held to AVX2, the instruction set of most machines.
 
-python benchmarks/avx2.py     measures in a process of its own, prints, and writes benchmarks/results/avx2.json
+python benchmarks/avx2.py     measures in a process of its own, prints, and writes results/PROCESSOR/avx2.json
 """
 
-import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import limits
 import machine
@@ -19,7 +17,6 @@ from peers import torch_sdpa
 
 from qkv import kernels
 
-RESULTS = Path(__file__).parent / "results" / "avx2.json"
 HELD = {
     "QKV_ISA": "avx2",
     "ATEN_CPU_CAPABILITY": "avx2",
@@ -41,8 +38,7 @@ def measure_held() -> None:
     rows = [measure(case, "fp32", [torch_sdpa]) for case in CASES]
     for row in rows:
         print(line(row, bounds))
-    record = {"machine": machine.describe(), "limits": bounds, "measurements": [row.as_json() for row in rows]}
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+    machine.save("avx2", {"limits": bounds, "measurements": [row.as_json() for row in rows]})
 
 
 if __name__ == "__main__":

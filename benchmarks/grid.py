@@ -1,6 +1,6 @@
 """A hundred random shapes: what ``auto`` chooses against torch's SDPA.
 
-    python benchmarks/grid.py          measures, prints what is slower, and writes benchmarks/results/grid.json
+    python benchmarks/grid.py          measures, prints what is slower, and writes results/PROCESSOR/grid.json
     python benchmarks/grid.py draw     draws the shapes anew into benchmarks/grid.json
 
 The shapes were drawn once, so that they are nobody's choice, and are kept, so that runs compare.
@@ -20,7 +20,6 @@ from measurement import Measurement, measure
 from peers import torch_sdpa
 
 SHAPES = Path(__file__).parent / "grid.json"
-RESULTS = Path(__file__).parent / "results" / "grid.json"
 SEED = 20261124
 COUNT = 100
 ROUNDS = 9
@@ -83,12 +82,11 @@ def main() -> None:
     mean = math.exp(sum(map(math.log, ratios.values())) / len(ratios))
     print(f"\nGeometric mean of {len(ratios)} shapes: {mean:.2f} times torch's speed.")
     record = {
-        "machine": machine.describe(),
         "geometric_mean": round(mean, 3),
         "slow": SLOW,
         "measurements": [row.as_json() for row in rows],
     }
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+    machine.save("grid", record)
 
 
 if __name__ == "__main__":

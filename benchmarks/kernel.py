@@ -2,13 +2,11 @@
 
     python benchmarks/kernel.py [NAME ...] [--rounds N]      measures the cases whose name holds a NAME, or all
 
-Prints a table; with all cases it writes benchmarks/results/kernel.json. Useful work only: what a mask hides does not
+Prints a table; with all cases it writes results/PROCESSOR/kernel.json. Useful work only: what a mask hides does not
 count as arithmetic. Decoding is measured in the bytes of keys and values that a step must read.
 """
 
 import argparse
-import json
-from pathlib import Path
 
 import limits
 import machine
@@ -17,8 +15,6 @@ from case import DTYPES, Case
 from limits import Limits
 from measurement import OURS, ROUNDS, Measurement, measure
 from peers import PEERS
-
-RESULTS = Path(__file__).parent / "results" / "kernel.json"
 
 CASES = [
     Case("full, 2048", 2048, 2048),
@@ -100,8 +96,7 @@ def main() -> None:
     print("\nSkipped:", *(skips(rows) or ["nothing"]), sep="\n  ")
     if not arguments.names:
         bounds = limits.larger(bounds, limits.measure(threads))
-        record = {"machine": machine.describe(), "limits": bounds, "measurements": [row.as_json() for row in rows]}
-        RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+        machine.save("kernel", {"limits": bounds, "measurements": [row.as_json() for row in rows]})
 
 
 if __name__ == "__main__":

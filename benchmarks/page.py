@@ -1,4 +1,4 @@
-"""The tables of benchmarks/README.md and the plots, from what is in benchmarks/results.
+"""A page of tables and plots for each processor, from what is in its folder of benchmarks/results.
 
 python benchmarks/page.py
 """
@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import machine as machines
 from grid import describe
 from kernel import skips
 from limits import Limits
@@ -22,9 +23,9 @@ PAGE = HERE / "README.md"
 START, END = "<!-- From here on written by page.py. -->", "<!-- To here. -->"
 
 
-def load(name: str) -> Any:
+def load(folder: Path, name: str) -> Any:
     """A file of results, or None where it was not measured."""
-    path = HERE / "results" / f"{name}.json"
+    path = folder / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 
@@ -75,9 +76,9 @@ def _cells(row: Measurement, bounds: Limits, peers: list[str]) -> list[str]:
     ]
 
 
-def kernel_section() -> list[str]:
+def kernel_section(folder: Path) -> list[str]:
     """Every case against every peer."""
-    record = load("kernel")
+    record = load(folder, "kernel")
     if record is None:
         return []
     rows = [Measurement.from_json(fields) for fields in record["measurements"]]
@@ -95,19 +96,19 @@ def kernel_section() -> list[str]:
         parts.append(f"### {title}")
         if title != "Short calls":  # Their rates say nothing, and their ratios stand in the table.
             name = title.lower().replace(" ", "-")
-            plot_rates(kind, bounds, HERE / "plots" / f"{name}.svg")
+            plot_rates(kind, bounds, folder / "plots" / f"{name}.svg")
             parts.append(f"![{title}](plots/{name}.svg)")
         parts.append(rates(kind, bounds))
     return [*parts, "Not measured:", "\n".join(f"- {reason}" for reason in skips(rows))]
 
 
-def grid_section() -> list[str]:
+def grid_section(folder: Path) -> list[str]:
     """The random shapes in short, and in full where torch is faster."""
-    record = load("grid")
+    record = load(folder, "grid")
     if record is None:
         return []
     rows = [Measurement.from_json(fields) for fields in record["measurements"]]
-    plot_grid(rows, HERE / "plots" / "grid.svg")
+    plot_grid(rows, folder / "plots" / "grid.svg")
     slow = [row for row in rows if (row.ratio("torch") or 0) < record["slow"]]
     words = f"{len(slow)} of {len(rows)} take more than 1 / {record['slow']} of torch's time."
     mean = f"torch takes {record['geometric_mean']:.2f} times as long in the geometric mean; {words}"
@@ -115,18 +116,18 @@ def grid_section() -> list[str]:
     return [*parts, "```\n" + "\n".join(map(describe, slow)) + "\n```"] if slow else parts
 
 
-def avx2_section() -> list[str]:
+def avx2_section(folder: Path) -> list[str]:
     """Both libraries held to AVX2."""
-    record = load("avx2")
+    record = load(folder, "avx2")
     if record is None:
         return []
     rows = [Measurement.from_json(fields) for fields in record["measurements"]]
     return [f"## Held to AVX2\n\n{machine(record)} {limits(record['limits'])}", rates(rows, record["limits"])]
 
 
-def alternating_section() -> list[str]:
+def alternating_section(folder: Path) -> list[str]:
     """Attention between matrix products."""
-    record = load("alternating")
+    record = load(folder, "alternating")
     if record is None:
         return []
 
@@ -146,9 +147,9 @@ def alternating_section() -> list[str]:
     return [f"## Between matrix products\n\n{machine(record)}", table(titles, map(cells, record["measurements"]))]
 
 
-def spine_section() -> list[str]:
+def spine_section(folder: Path) -> list[str]:
     """The cost of a call, long windows and the import."""
-    record = load("spine")
+    record = load(folder, "spine")
     if record is None:
         return []
     calls = [
@@ -174,9 +175,9 @@ def spine_section() -> list[str]:
     ]
 
 
-def models_section() -> list[str]:
+def models_section(folder: Path) -> list[str]:
     """Real models on transformers' stock attention and cache, and on ours."""
-    record = load("models")
+    record = load(folder, "models")
     if record is None:
         return []
     decoders = [
@@ -211,11 +212,22 @@ def models_section() -> list[str]:
 
 
 def main() -> None:
-    """Writes the page and the plots."""
+    """Writes the pages and the plots, and the list of them."""
     sections = (kernel_section, grid_section, avx2_section, alternating_section, spine_section, models_section)
-    body = "\n\n".join(part for section in sections for part in section())
+    pages = []
+    for folder in sorted(path for path in machines.RESULTS.iterdir() if path.is_dir()):
+        (folder / "plots").mkdir(exist_ok=True)
+        parts = [part for section in sections for part in section(folder)]
+        name = load(folder, "kernel")["machine"]["cpu"]
+        (folder / "README.md").write_text("\n\n".join([f"# Benchmarks on {name}", *parts]) + "\n")
+        pages.append(f"- [{name}]({folder.relative_to(HERE)}/README.md), kernel for {kernel_of(folder)}")
     head = PAGE.read_text().split(START)[0]
-    PAGE.write_text(f"{head}{START}\n\n{body}\n\n{END}\n")
+    PAGE.write_text("\n\n".join([f"{head}{START}", "\n".join(pages), f"{END}\n"]))
+
+
+def kernel_of(folder: Path) -> str:
+    """The instruction set that ran there."""
+    return str(load(folder, "kernel")["machine"]["kernel"])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The bars of the spine: the cost of a call, windows that are linear, the cost of the import.
 
-python benchmarks/spine.py             measures, prints, and writes benchmarks/results/spine.json
+python benchmarks/spine.py             measures, prints, and writes results/PROCESSOR/spine.json
 python benchmarks/spine.py window N    one window measurement, for the peak memory of a process of its own
 """
 
@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 
 import machine
@@ -19,8 +18,6 @@ import torch.nn.functional as F
 
 import qkv
 from qkv.cli.timing import interleaved
-
-RESULTS = Path(__file__).parent / "results" / "spine.json"
 
 
 def call_cost() -> dict[str, object]:
@@ -80,9 +77,8 @@ def main() -> None:
     if sys.argv[1:2] == ["window"]:
         print(json.dumps(window_once(int(sys.argv[2]))))
         return
-    results = {"machine": machine.describe(), "call": call_cost(), "window": windows(), "import": import_cost()}
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    results = {"call": call_cost(), "window": windows(), "import": import_cost()}
+    machine.save("spine", results)
     print(json.dumps(results, indent=1))
 
 
