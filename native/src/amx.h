@@ -230,7 +230,7 @@ class Prepared<Amx> {
         packed_values.reset(new uint16_t[heads * sheets * value_sheet]);
         prefer_huge_pages(packed_values.get(), heads * sheets * value_sheet * (int64_t)sizeof(uint16_t));
         if (!in_place) packed_keys.reset(new uint16_t[heads * sheets * key_sheet]);
-        finite.reset(new bool[heads * sheets]);
+        finite.assign(heads * sheets, true);
         constexpr int64_t SOME = 16;  // sheets that a thread packs at a time
         const int64_t parts = (sheets + SOME - 1) / SOME;
         parallel_for(heads * parts, p.threads, [&](int64_t item) {
@@ -263,7 +263,7 @@ class Prepared<Amx> {
             count = std::min(sheets_of(count) * SHEET, p.lk - first);
             return all_finite(p, t.batch, t.kv_head, p.v, p.value_width, first, count);
         }
-        const bool* const flags = finite.get() + place(p, t.batch, t.kv_head, first / SHEET);
+        const char* const flags = &finite[place(p, t.batch, t.kv_head, first / SHEET)];
         return std::all_of(flags, flags + sheets_of(count), [](bool flag) { return flag; });
     }
 
@@ -272,7 +272,7 @@ class Prepared<Amx> {
         return (batch * p.kv_heads + kv_head) * sheets + sheet;
     }
 
-    void pack(const Problem& p, int64_t batch, int64_t kv_head, int64_t sheet) const {
+    void pack(const Problem& p, int64_t batch, int64_t kv_head, int64_t sheet) {
         const int64_t at = place(p, batch, kv_head, sheet), first = sheet * SHEET;
         const int64_t count = std::min<int64_t>(SHEET, p.lk - first);
         const uint16_t* const rows = (const uint16_t*)row_of(p, p.v, batch, kv_head, first);
@@ -286,7 +286,7 @@ class Prepared<Amx> {
     const bool in_place;
     const int64_t value_sheet, key_sheet;  // elements of a sheet
     std::unique_ptr<uint16_t[]> packed_values, packed_keys;
-    std::unique_ptr<bool[]> finite;
+    std::vector<char> finite;  // of each sheet, whether the values are
 };
 
 template <>

@@ -19,7 +19,7 @@ static std::string results(const Case& c, int64_t from, int64_t to, double numbe
 
 static void check_hidden(Case c, int64_t from, int64_t to) {
     for (Dtype dtype : DTYPES)
-        for (int64_t group : {1, 9}) {
+        for (int64_t group : {1, 4, 9, 17}) {
             c.dtype = dtype;
             c.group = group;
             c.width = 24;

@@ -16,7 +16,7 @@ static void check_lengths(Case c, const std::vector<int64_t>& queries, const std
 }
 
 TEST(lengths_around_the_edges_of_tiles_segments_and_blocks) {
-    check_lengths({}, {1, 2, 63, 64, 65}, {1, 11, 12, 13, 95, 96, 97});
+    check_lengths({}, {1, 2, 63, 64, 65}, {1, 11, 12, 13, 31, 32, 33, 95, 96, 97});
 }
 
 TEST(lengths_around_the_edges_of_chunks_and_pieces) {
@@ -44,7 +44,7 @@ TEST(nothing_at_all) {
 
 TEST(groups) {
     for (Dtype dtype : DTYPES)
-        for (int64_t group : {1, 2, 3, 4, 5, 6, 7, 8, 9})
+        for (int64_t group : {1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 16, 17})
             for (int64_t lq : {1, 15}) {
                 Case c;
                 c.dtype = dtype;
@@ -58,7 +58,7 @@ TEST(groups) {
 
 TEST(widths) {
     const std::pair<int64_t, int64_t> widths[] = {{1, 1},   {1, 80},  {2, 3},   {13, 64}, {15, 16}, {16, 17}, {17, 15},
-                                                  {31, 32}, {33, 31}, {64, 13}, {64, 64}, {80, 80}, {80, 1},  {129, 7}};
+                                                  {31, 32}, {33, 31}, {64, 13}, {64, 64}, {80, 80}, {80, 1},  {96, 96}, {129, 7}};
     for (Dtype dtype : DTYPES)
         for (const auto& [width, value_width] : widths)
             for (int64_t lq : {1, 20})

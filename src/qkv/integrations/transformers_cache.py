@@ -18,13 +18,12 @@ from qkv.growing import Growing
 from qkv.integrations.lazy_tensor import Int8Tensor
 
 
-def _room(held: int, new: int) -> int:
-    """Tokens of new memory. Little waits to be filled; all are moved once in so many steps as each reads them all.
+def _room(tokens: int) -> int:
+    """Tokens of new memory for so many. Little waits to be filled; all are moved once in 64 steps or more.
 
-    A prompt gets no more than it takes: it is when memory is at its peak.
+    A prompt gets room as well: moved at the first step, its layers would leave holes that the next ones do not fit.
     """
-    tokens = held + new
-    return tokens + max(tokens // 16, 64) if held else tokens
+    return tokens + max(tokens // 16, 64)
 
 
 class _Roomy(DynamicLayer):  # type: ignore[misc]
@@ -208,7 +207,7 @@ def _extend(memory: Growing, held: Tensor, new: Tensor, room: int | None = None)
         memory.hold(held)
     else:
         memory.crop(0)
-    return memory.extend(new, _room(memory.length, new.shape[2]) if room is None else room)
+    return memory.extend(new, _room(memory.length + new.shape[2]) if room is None else room)
 
 
 def _select(memory: Growing, held: Tensor, rows: Tensor) -> Tensor:
