@@ -57,8 +57,9 @@ TEST(groups) {
 }
 
 TEST(widths) {
-    const std::pair<int64_t, int64_t> widths[] = {{1, 1},   {1, 80},  {2, 3},   {13, 64}, {15, 16}, {16, 17}, {17, 15},
-                                                  {31, 32}, {33, 31}, {64, 13}, {64, 64}, {80, 80}, {80, 1},  {96, 96}, {129, 7}};
+    const std::pair<int64_t, int64_t> widths[] = {{1, 1},   {1, 80},  {2, 3},   {13, 64}, {15, 16},
+                                                  {16, 17}, {17, 15}, {31, 32}, {33, 31}, {64, 13},
+                                                  {64, 64}, {80, 80}, {80, 1},  {96, 96}, {129, 7}};
     for (Dtype dtype : DTYPES)
         for (const auto& [width, value_width] : widths)
             for (int64_t lq : {1, 20})
