@@ -42,6 +42,6 @@ def save(name: str, found: dict[str, Any]) -> None:
     """Writes results/PROCESSOR/NAME.json: the machine, and what was found on it."""
     record = {"machine": describe(), **found}
     words = re.sub(r"\(.*?\)|processor", " ", record["machine"]["cpu"].lower())
-    folder = RESULTS / "-".join(re.findall(r"[a-z0-9]+", words))
+    folder = RESULTS / ("-".join(re.findall(r"[a-z0-9]+", words)) or "unknown")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")

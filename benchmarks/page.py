@@ -215,19 +215,15 @@ def main() -> None:
     """Writes the pages and the plots, and the list of them."""
     sections = (kernel_section, grid_section, avx2_section, alternating_section, spine_section, models_section)
     pages = []
-    for folder in sorted(path for path in machines.RESULTS.iterdir() if path.is_dir()):
+    for folder in sorted({path.parent for path in machines.RESULTS.glob("*/*.json")}):
         (folder / "plots").mkdir(exist_ok=True)
         parts = [part for section in sections for part in section(folder)]
-        name = load(folder, "kernel")["machine"]["cpu"]
+        m = json.loads(min(folder.glob("*.json")).read_text())["machine"]
+        name = m["cpu"] or folder.name
         (folder / "README.md").write_text("\n\n".join([f"# Benchmarks on {name}", *parts]) + "\n")
-        pages.append(f"- [{name}]({folder.relative_to(HERE)}/README.md), kernel for {kernel_of(folder)}")
+        pages.append(f"- [{name}]({folder.relative_to(HERE)}/README.md), {m['date']}")
     head = PAGE.read_text().split(START)[0]
     PAGE.write_text("\n\n".join([f"{head}{START}", "\n".join(pages), f"{END}\n"]))
-
-
-def kernel_of(folder: Path) -> str:
-    """The instruction set that ran there."""
-    return str(load(folder, "kernel")["machine"]["kernel"])
 
 
 if __name__ == "__main__":

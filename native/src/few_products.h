@@ -38,7 +38,7 @@ struct KeyByKey {
 
     typedef Nothing Registers;
 
-    // Nothing to do, as tiles have it.
+    // Asks for nothing: `fold_few` does, a key at a time.
     template <int ROWS>
     struct Ahead {
         template <class... Any>

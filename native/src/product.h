@@ -24,7 +24,7 @@ constexpr int NV = 2;
 constexpr int height(int vecs) { return vecs == 1 ? 8 : 4; }
 #endif
 
-// What a thread holds while it multiplies.
+// What a kind of product has a thread hold while it multiplies, unless there is something.
 struct Nothing {};
 
 // fp32: one multiply-add a step.

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 
 from qkv.backends import native, sdpa
 from qkv.masks import FULL, Mask
@@ -26,8 +26,8 @@ from qkv.problem import pose
 Record = Callable[[Tensor, Tensor, str | None], None]
 """Is told of each call: its queries, its keys, and why it was left to torch; None where it was taken."""
 
-_THEIR_ATTENTION = torch.library.get_kernel("aten::scaled_dot_product_attention", "CPU")
-_THEIR_FAST_PATH = torch.library.get_kernel("aten::_native_multi_head_attention", "CPU")
+_THEIR_ATTENTION = library.get_kernel("aten::scaled_dot_product_attention", "CPU")
+_THEIR_FAST_PATH = library.get_kernel("aten::_native_multi_head_attention", "CPU")
 
 _CAUSAL = Mask.causal()
 record: ContextVar[Record | None] = ContextVar("record", default=None)
@@ -49,16 +49,16 @@ def routed(to: Record) -> Iterator[None]:
 
 
 @functools.cache
-def _take_over() -> torch.library.Library:
+def _take_over() -> library.Library:
     """Once and for good: giving the operators back while another thread is in one of them would end the process."""
-    library = torch.library.Library("aten", "IMPL")
+    operators = library.Library("aten", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of a kernel that is replaced
         # Outside of inference mode calls reach AutogradCPU first, and inside of it CPU alone.
-        library.impl("scaled_dot_product_attention", _attend, "AutogradCPU", with_keyset=True)
-        library.impl("scaled_dot_product_attention", _attend, "CPU", with_keyset=True)
-        library.impl("_native_multi_head_attention", _attend_projected, "CPU", with_keyset=True)
-    return library
+        operators.impl("scaled_dot_product_attention", _attend, "AutogradCPU", with_keyset=True)
+        operators.impl("scaled_dot_product_attention", _attend, "CPU", with_keyset=True)
+        operators.impl("_native_multi_head_attention", _attend_projected, "CPU", with_keyset=True)
+    return operators
 
 
 def _attend(

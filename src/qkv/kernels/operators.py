@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from qkv.kernels.binding import GRADIENTS, PROBLEM, QUANTIZATION, UNBOUNDED, loaded
 
@@ -50,7 +50,7 @@ _ARGUMENTS = (
     "Tensor? document_ids, Tensor? allow, Tensor? bias, Tensor? alibi, Tensor? sink_logits, Tensor? seed, "
     "SymInt? left, SymInt? right, SymInt sink_tokens, SymInt offset, float scale, float softcap, float dropout"
 )
-_LIBRARY = torch.library.Library("qkv", "DEF")
+_LIBRARY = library.Library("qkv", "DEF")
 _LIBRARY.define(f"forward({_ARGUMENTS}) -> (Tensor out, Tensor lse)")
 _LIBRARY.define(
     f"backward({_ARGUMENTS}, Tensor out, Tensor lse, Tensor d_out, Tensor d_lse, bool wants_bias, bool wants_alibi)"
@@ -207,10 +207,10 @@ def _refuse_second_derivative(ctx: Any, *gradients: Tensor) -> None:
 
 _LIBRARY.impl("forward", _forward, "CPU")
 _LIBRARY.impl("backward", _backward, "CPU")
-torch.library.register_fake("qkv::forward", _forward_shapes, lib=_LIBRARY)
-torch.library.register_fake("qkv::backward", _backward_shapes, lib=_LIBRARY)
-torch.library.register_autograd("qkv::forward", _differentiate, setup_context=_save, lib=_LIBRARY)
-torch.library.register_autograd("qkv::backward", _refuse_second_derivative, lib=_LIBRARY)
+library.register_fake("qkv::forward", _forward_shapes, lib=_LIBRARY)
+library.register_fake("qkv::backward", _backward_shapes, lib=_LIBRARY)
+library.register_autograd("qkv::forward", _differentiate, setup_context=_save, lib=_LIBRARY)
+library.register_autograd("qkv::backward", _refuse_second_derivative, lib=_LIBRARY)
 
 
 def _split(arguments: tuple[Any, ...]) -> tuple[Call, tuple[Any, ...]]:
