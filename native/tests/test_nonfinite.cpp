@@ -91,18 +91,19 @@ TEST(hidden_by_a_dense_mask_from_all_or_some) {
 
 TEST(a_visible_nan_in_a_value_is_in_its_channel_and_one_in_a_key_everywhere) {
     for (Dtype dtype : DTYPES)
-        for (int64_t lq : {1, 66})
+        for (const auto& [lq, group] :
+             std::initializer_list<std::pair<int64_t, int64_t>>{{1, 2}, {1, 4}, {1, 9}, {66, 2}})
             for (const bool in_key : {false, true}) {
                 Case c;
                 c.dtype = dtype;
-                c.group = 2;
+                c.group = group;
                 c.lq = lq;
                 c.lk = 120;
                 c = c.causal();
                 const Call call(c);
                 (in_key ? call.k : call.v).set(0, 0, 54, 3, NAN);
                 call.forward();
-                for (int64_t h = 0; h < 2; ++h)
+                for (int64_t h = 0; h < group; ++h)
                     for (int64_t i = 0; i < lq; ++i)
                         for (int64_t d = 0; d < c.value_width; ++d) {
                             const bool sees = i + c.offset >= 54;
