@@ -27,8 +27,8 @@ def compute(case: Case, inputs: dict[str, Tensor]) -> Tensor:
     if case.softcap is not None:
         return formula(case, inputs)[0]
     q, k, v = inputs["q"], inputs["k"], inputs["v"]
-    mask = torch.zeros(case.batch, case.heads, case.lq, case.lk, dtype=q.dtype)
-    mask = (mask + _additive(case, inputs)).masked_fill(~visible(case), -torch.inf)
+    mask = q.new_zeros(case.batch, case.heads, case.lq, case.lk)
+    mask = (mask + _additive(case, inputs)).masked_fill(~visible(case).to(q.device), -torch.inf)
     if case.sinks:
         # A key of zeros scores 0; the mask lifts it to the sink logit, and its value of zeros adds nothing.
         sinks = inputs["sink_logits"][None, :, None, None].expand(case.batch, -1, case.lq, 1)
@@ -39,11 +39,12 @@ def compute(case: Case, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def _additive(case: Case, inputs: dict[str, Tensor]) -> Tensor:
-    added = torch.zeros(1, 1, 1, 1, dtype=inputs["q"].dtype)
+    added = inputs["q"].new_zeros(1, 1, 1, 1)
     if "bias" in inputs:
         added = added + inputs["bias"]
     if "alibi" in inputs:
-        i, j = torch.arange(case.lq)[:, None] + case.offset, torch.arange(case.lk)
+        device = added.device
+        i, j = torch.arange(case.lq, device=device)[:, None] + case.offset, torch.arange(case.lk, device=device)
         added = added - inputs["alibi"][:, None, None] * (i - j).abs()
     return added
 
@@ -56,7 +57,7 @@ def formula(case: Case, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     scores = scale * torch.einsum("bhid,bhjd->bhij", q, k)
     if case.softcap is not None:
         scores = case.softcap * torch.tanh(scores / case.softcap)
-    scores = (scores + _additive(case, inputs)).masked_fill(~visible(case), -torch.inf)
+    scores = (scores + _additive(case, inputs)).masked_fill(~visible(case).to(q.device), -torch.inf)
     if case.sinks:
         sinks = inputs["sink_logits"][None, :, None, None].expand(case.batch, -1, case.lq, 1)
         scores = torch.cat([scores, sinks], dim=-1)

@@ -1,7 +1,7 @@
 """One contract for all backends. A new backend joins by being listed in `qkv.backends.BACKENDS`."""
 
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import cache
 from typing import NamedTuple
 
 import pytest
@@ -9,37 +9,25 @@ import torch
 from budget import assert_within_budget
 from cases import CASES, LONG_WINDOWS, Case, answer
 from peer import compute, formula, gradient_terms, visible
+from solver import DEVICES, Solver
 from torch import Tensor
 
-import qkv
-from qkv.backends import BACKENDS, Backend
+from qkv.backends import BACKENDS
 from qkv.problem import DTYPES, pose, trim
 
-
-def reasons(
-    backend: Backend,
-    case: Case,
-    dtype: torch.dtype = torch.float32,
-    *,
-    needs_grad: bool = False,
-    wants_lse: bool = False,
-) -> list[str]:
-    inputs = case.inputs(dtype)
-    if needs_grad:
-        inputs = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
-    return backend.why_not(pose("test", **inputs, **case.options(), wants_lse=wants_lse))
+SOLVERS = [Solver(backend, device) for device in DEVICES for backend in BACKENDS]
 
 
 def solvable(cases: list[Case], dtypes: Sequence[torch.dtype], **wants: bool) -> pytest.MarkDecorator:
     """Every backend with every case that it can solve; `UNSOLVED` holds the reasons against all others."""
     found = [
-        pytest.param(backend, dtype, case, id=f"{backend.NAME}-{str(dtype).removeprefix('torch.')}-{case.name}")
-        for backend in BACKENDS
+        pytest.param(solver, dtype, case, id=f"{solver}-{str(dtype).removeprefix('torch.')}-{case.name}")
+        for solver in SOLVERS
         for dtype in dtypes
         for case in cases
-        if not reasons(backend, case, dtype, **wants)
+        if not solver.reasons(case, dtype, **wants)
     ]
-    return pytest.mark.parametrize(("backend", "dtype", "case"), found)
+    return pytest.mark.parametrize(("solver", "dtype", "case"), found)
 
 
 def hides_the_middle_key(case: Case) -> bool:
@@ -47,47 +35,77 @@ def hides_the_middle_key(case: Case) -> bool:
     return not visible(case)[..., case.lk // 2].all() and case.bias_shape is None
 
 
-LSE = "sink logits need the lse, which torch's kernels do not give"
+def hidden_from_all(case: Case) -> Tensor:
+    """Keys (B, Lk) that padding hides, or that lie outside of what the interval shows to any query."""
+    start, stop = case.mask().key_range(case.lq, case.lk, case.offset)
+    hidden = torch.ones(case.batch, case.lk, dtype=torch.bool)
+    hidden[:, start:stop] = False
+    keep = case.rule().keep
+    return hidden if keep is None else hidden | ~torch.tensor(keep)
+
+
+def may_poison(solver: Solver, case: Case, j: int) -> Tensor:
+    """The rows of the batch (B,) in which key j may be anything. On a GPU a key that some queries see spreads."""
+    return hidden_from_all(case)[:, j] | (solver.device == "cpu")
+
+
+LSE = "sink logits need the lse, which torch's kernels"
+NO_SOFTCAP = "scaled_dot_product_attention has no softcap"
+NO_FP64 = "the kernel has no fp64"
+NOT_EMPTY = "FlexAttention takes no empty tensors"
 UNSOLVED = {
-    ("native", "forward"): {"the kernel has no fp64"},
-    ("sdpa", "forward"): {"scaled_dot_product_attention has no softcap", f"{LSE} without queries or keys"},
-    ("flex", "forward"): {"FlexAttention takes no empty tensors"},
+    ("native", "forward"): {NO_FP64},
+    ("sdpa", "forward"): {NO_SOFTCAP, f"{LSE} do not give without queries or keys"},
+    ("flex", "forward"): {NOT_EMPTY},
     ("reference", "forward"): set(),
-    ("native", "backward"): {"the kernel has no fp64"},
+    ("native", "backward"): {NO_FP64},
     ("sdpa", "backward"): {
-        "scaled_dot_product_attention has no softcap",
-        f"{LSE} with a bias that needs a gradient",
-        f"{LSE} without queries or keys",
+        NO_SOFTCAP,
+        f"{LSE} do not give with a bias that needs a gradient",
+        f"{LSE} do not give without queries or keys",
     },
-    ("flex", "backward"): {"FlexAttention has no backward on CPU", "FlexAttention takes no empty tensors"},
+    ("flex", "backward"): {NOT_EMPTY, "FlexAttention has no backward on CPU"},
     ("reference", "backward"): set(),
+    ("native-cuda", "forward"): {NO_FP64, "the kernel runs on CPU"},
+    ("sdpa-cuda", "forward"): {NO_SOFTCAP, f"{LSE} give on CPU alone", f"{LSE} do not give without queries or keys"},
+    ("flex-cuda", "forward"): {NOT_EMPTY, "FlexAttention's kernels have no fp64"},
+    ("reference-cuda", "forward"): set(),
+    ("native-cuda", "backward"): {NO_FP64, "the kernel runs on CPU"},
+    ("sdpa-cuda", "backward"): {
+        NO_SOFTCAP,
+        f"{LSE} give on CPU alone",
+        f"{LSE} do not give with a bias that needs a gradient",
+        f"{LSE} do not give without queries or keys",
+    },
+    ("flex-cuda", "backward"): {NOT_EMPTY, "FlexAttention's kernels have no fp64"},
+    ("reference-cuda", "backward"): set(),
 }
 
 
-@pytest.mark.parametrize(("name", "direction"), UNSOLVED)
-def test_what_a_backend_does_not_solve_has_one_of_these_reasons(name: str, direction: str) -> None:
-    (backend,) = (backend for backend in BACKENDS if name == backend.NAME)
+@pytest.mark.parametrize("solver", SOLVERS, ids=str)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_what_a_backend_does_not_solve_has_one_of_these_reasons(solver: Solver, direction: str) -> None:
     found = {
         reason
         for dtype in DTYPES
         for case in CASES
-        for reason in reasons(backend, case, dtype, needs_grad=direction == "backward")
+        for reason in solver.reasons(case, dtype, needs_grad=direction == "backward")
     }
-    assert found <= UNSOLVED[name, direction]
+    assert found <= UNSOLVED[str(solver), direction]
 
 
 @solvable(CASES, DTYPES)
-def test_output_is_as_near_the_oracle_as_torch(backend: Backend, dtype: torch.dtype, case: Case) -> None:
+def test_output_is_as_near_the_oracle_as_torch(solver: Solver, dtype: torch.dtype, case: Case) -> None:
     inputs = case.inputs(dtype)
-    out = qkv.attention(**inputs, **case.options(), backend=backend.NAME)
+    out = solver.attention(case, inputs)
     assert out.dtype == dtype
     assert_within_budget(out, answer(case, dtype).out, compute(case, inputs), case.name)
 
 
 @solvable(CASES, [torch.float32, torch.bfloat16], wants_lse=True)
-def test_lse_is_as_near_the_oracle_as_torch(backend: Backend, dtype: torch.dtype, case: Case) -> None:
+def test_lse_is_as_near_the_oracle_as_torch(solver: Solver, dtype: torch.dtype, case: Case) -> None:
     inputs = case.inputs(dtype)
-    out, lse = qkv.attention_with_lse(**inputs, **case.options(), backend=backend.NAME)
+    out, lse = solver.attention_with_lse(case, inputs)
     assert lse.dtype == torch.float32
     assert_within_budget(out, answer(case, dtype).out, compute(case, inputs), case.name)
     assert_within_budget(lse, answer(case, dtype).lse, formula(case, inputs)[1], case.name)
@@ -132,57 +150,56 @@ def gradient_oracle(case: Case, dtype: torch.dtype) -> GradientOracle:
 
 
 @solvable(CASES, DTYPES, needs_grad=True)
-def test_gradients_are_as_near_the_oracle_as_torch(backend: Backend, dtype: torch.dtype, case: Case) -> None:
+def test_gradients_are_as_near_the_oracle_as_torch(solver: Solver, dtype: torch.dtype, case: Case) -> None:
     inputs = case.inputs(dtype)
     oracle = gradient_oracle(case, dtype)
-    run = partial(qkv.attention, **case.options(), backend=backend.NAME)
-    for name, grad in gradients(lambda leaves: run(**leaves), inputs, oracle.upstream).items():
+    for name, grad in gradients(lambda leaves: solver.attention(case, leaves), inputs, oracle.upstream).items():
         what = f"{case.name}, gradient of {name}"
         assert_within_budget(grad, oracle.exact[name], oracle.torch[name], what, oracle.rounding[name])
 
 
 @solvable(CASES, [torch.float32, torch.bfloat16])
 def test_views_between_poisoned_neighbours_are_as_near_the_oracle(
-    backend: Backend, dtype: torch.dtype, case: Case
+    solver: Solver, dtype: torch.dtype, case: Case
 ) -> None:
     views = case.inputs(dtype, views=True)
-    out = qkv.attention(**views, **case.options(), backend=backend.NAME)
+    out = solver.attention(case, views)
     want = answer(case, dtype).out
     assert_within_budget(out, want, compute(case, case.inputs(dtype)), case.name)
 
 
 @solvable(CASES, [torch.float32, torch.bfloat16])
-def test_masked_keys_have_no_influence_even_where_they_hold_nan(
-    backend: Backend, dtype: torch.dtype, case: Case
-) -> None:
+def test_masked_keys_have_no_influence_even_where_they_hold_nan(solver: Solver, dtype: torch.dtype, case: Case) -> None:
     inputs = case.inputs(dtype)
     weights = answer(case, dtype).weights.unflatten(1, (case.kv_heads, -1))
-    options = {**case.options(), "backend": backend.NAME}
-    clean = qkv.attention(**inputs, **options)
+    clean = solver.attention(case, inputs)
     for j in (0, case.lk // 2, case.lk - 1):
         poisoned = {**inputs, "k": inputs["k"].clone(), "v": inputs["v"].clone()}
-        poisoned["k"][:, :, j] = torch.nan
-        poisoned["v"][:, :, j] = torch.inf
-        out = qkv.attention(**poisoned, **options)
+        rows = may_poison(solver, case, j)
+        poisoned["k"][rows, :, j] = torch.nan
+        poisoned["v"][rows, :, j] = torch.inf
+        out = solver.attention(case, poisoned)
         sees = (weights[..., j] > 0).flatten(1, 2)
         if "bias" in inputs:
             sees = sees | (inputs["bias"] == -torch.inf).expand(case.batch, case.heads, case.lq, case.lk)[..., j]
+        sees = sees & rows[:, None, None]
         assert torch.equal(out[~sees], clean[~sees])
         assert not out[sees].isfinite().any()
 
 
 @solvable([case for case in CASES if hides_the_middle_key(case)], [torch.float32], needs_grad=True)
 def test_masked_keys_get_exactly_no_gradient_even_where_they_hold_nan(
-    backend: Backend, dtype: torch.dtype, case: Case
+    solver: Solver, dtype: torch.dtype, case: Case
 ) -> None:
     inputs = case.inputs(dtype)
     weights = answer(case, dtype).weights.unflatten(1, (case.kv_heads, -1))
     j = case.lk // 2
     blind = ~(weights[..., j] > 0).flatten(1, 2)
-    inputs["k"][:, :, j] = torch.nan
-    inputs["v"][:, :, j] = torch.nan
+    rows = may_poison(solver, case, j)
+    inputs["k"][rows, :, j] = torch.nan
+    inputs["v"][rows, :, j] = torch.nan
     leaves = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
-    out = qkv.attention(**leaves, **case.options(), backend=backend.NAME)
+    out = solver.attention(case, leaves)
     grads = torch.autograd.grad(out[blind].sum(), [leaves["q"], leaves["k"], leaves["v"]], allow_unused=True)
     for grad in grads:
         assert grad is None or grad.isfinite().all()

@@ -81,7 +81,8 @@ def attention(
 
     Returns:
         ``(B, H, Lq, Dv)`` in the dtype of q. A query that sees no key gets 0, and gradient 0. Masked keys have
-        exactly no influence, even where they hold NaN or inf.
+        exactly no influence, even where they hold NaN or inf; on a GPU that holds for keys that padding hides, or that
+        lie outside of what the mask's interval shows to any query.
 
     Raises:
         TypeError: for arguments of the wrong type.

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 
@@ -17,6 +18,15 @@ from qkv.problem import Problem, trim
 
 NAME = "flex"
 
+NARROWEST = 16
+"""Width of the products that its kernels for GPUs take; zeros fill narrower heads."""
+
+KINDS = 256
+"""Kernels that may be compiled."""
+
+LARGEST_UNCOMPILED = 1 << 24
+"""Pairs of queries and keys up to which a mask is written out, rather than compiled, to find its blocks."""
+
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -27,6 +37,8 @@ def why_not(problem: Problem) -> list[str]:
         reasons.append("FlexAttention has no dropout")
     if problem.q.device.type == "cpu" and problem.needs_grad:
         reasons.append("FlexAttention has no backward on CPU")
+    if problem.q.is_cuda and problem.q.dtype is torch.float64:
+        reasons.append("FlexAttention's kernels have no fp64")
     if problem.q.numel() == 0 or trim(problem).k.numel() == 0 or problem.v.numel() == 0:
         reasons.append("FlexAttention takes no empty tensors")
     return reasons
@@ -45,20 +57,26 @@ def run(problem: Problem) -> Result:
 
 def _run(problem: Problem) -> Result:
     wants_lse = problem.wants_lse or problem.sink_logits is not None
+    q, k, v = map(_padded, (problem.q, problem.k, problem.v))
     out, aux = _attend(problem.q.device.type)(
-        problem.q,
-        problem.k,
-        problem.v,
+        q,
+        k,
+        v,
         score_mod=lower_scores(problem),
         block_mask=_block_mask(problem),
         scale=problem.scale,
         enable_gqa=problem.group != 1,
         return_aux=AuxRequest(lse=True) if wants_lse else AuxRequest(),
     )
-    lse = aux.lse
+    out, lse = out[..., : problem.v.shape[3]], aux.lse
     if problem.sink_logits is not None:
         out, lse = add_sinks(out, lse, problem.sink_logits)
     return Result(out, lse if problem.wants_lse else None)
+
+
+def _padded(tensor: Tensor) -> Tensor:
+    missing = NARROWEST - tensor.shape[3]
+    return F.pad(tensor, (0, missing)) if missing > 0 and not tensor.is_cpu else tensor
 
 
 def lower_mask(mask: Mask, offset: int, lk: int) -> MaskMod:
@@ -90,11 +108,13 @@ def lower_scores(problem: Problem) -> ScoreMod | None:
     if softcap is None and bias is None and alibi is None:
         return None
     dtype = accumulation_dtype(problem.q.dtype)
+    # A tensor, since compiled code takes no number that may change.
+    cap = None if softcap is None else torch.full((), softcap, dtype=dtype, device=problem.q.device)
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         score = score.to(dtype)
-        if softcap is not None:
-            score = softcap * torch.tanh(score / softcap)
+        if cap is not None:
+            score = cap * torch.tanh(score / cap)
         if bias is not None:
             score = score + _at(bias, b, h, i, j)
         if alibi is not None:
@@ -121,7 +141,7 @@ def _block_mask(problem: Problem) -> BlockMask | None:
 @functools.lru_cache(maxsize=64)
 def _interval_block_mask(mask: Mask, offset: int, lq: int, lk: int, device: torch.device) -> BlockMask:
     """Masks without tensors depend on sizes alone, and every layer of a model asks for the same."""
-    return create_block_mask(lower_mask(mask, offset, lk), None, None, lq, lk, device=device)
+    return _find_blocks(device.type, lq * lk)(lower_mask(mask, offset, lk), None, None, lq, lk, device=device)
 
 
 def _build_block_mask(problem: Problem) -> BlockMask:
@@ -129,13 +149,32 @@ def _build_block_mask(problem: Problem) -> BlockMask:
     batch = max(tensor.shape[0] for _, tensor in mask.tensors())
     heads = 1 if mask.allow is None else mask.allow.shape[1]
     mask_mod = lower_mask(mask, problem.offset, problem.lk)
-    return create_block_mask(mask_mod, batch, heads, problem.lq, problem.lk, device=problem.q.device)
+    find = _find_blocks(problem.q.device.type, batch * heads * problem.lq * problem.lk)
+    return find(mask_mod, batch, heads, problem.lq, problem.lk, device=problem.q.device)
+
+
+def _find_blocks(device_type: str, pairs: int) -> Callable[..., BlockMask]:
+    return _compiled(create_block_mask) if device_type == "cuda" and pairs > LARGEST_UNCOMPILED else create_block_mask
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    compiled = torch.compile(function, dynamic=True, fullgraph=True)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        # Each kind of mask and of scores is a kernel of its own. After 8, torch would no longer compile.
+        with torch._dynamo.config.patch(recompile_limit=KINDS):
+            return compiled(*args, **kwargs)
+
+    return call
 
 
 @functools.cache
 def _attend(device_type: str) -> Callable[..., Any]:
     if device_type == "cuda":
-        return torch.compile(flex_attention, dynamic=True)
+        return _compiled(flex_attention)
 
     def eager(*args: Any, **kwargs: Any) -> Any:
         with warnings.catch_warnings():

@@ -3,14 +3,21 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
-from qkv.backends import blocks
+from qkv.backends import blocks, flex
 from qkv.backends.nonfinite import restore, shield
 from qkv.backends.result import Result, accumulation_dtype
 from qkv.backends.sinks import add_sinks
 from qkv.problem import Problem, trim
 
 NAME = "sdpa"
+
+LARGEST_WRITTEN_OUT = 1 << 26
+"""Numbers of a mask on a GPU from which FlexAttention, which writes none out, is worth compiling."""
+
+ROW_BYTES = 16
+"""What torch's kernels for GPUs load at once. They read past rows that are no multiple of it apart."""
 
 
 def why_not(problem: Problem) -> list[str]:
@@ -35,6 +42,8 @@ def why_not(problem: Problem) -> list[str]:
 def why_rather_not(problem: Problem) -> list[str]:
     if torch._C._are_functorch_transforms_active() and any(map(_is_batched, (problem.q, problem.k, problem.v))):
         return ["torch.vmap has no rule for the fused kernels and would run them one by one"]
+    if problem.q.is_cuda and _written_out(problem) > LARGEST_WRITTEN_OUT and not flex.why_not(problem):
+        return ["the mask is large, and FlexAttention does not write it out"]
     return []
 
 
@@ -46,6 +55,18 @@ def run(problem: Problem) -> Result:
 
 def _needs_lse(problem: Problem) -> bool:
     return problem.wants_lse or problem.sink_logits is not None
+
+
+def _written_out(problem: Problem) -> int:
+    """Numbers of the mask and the scores of ALiBi that `_lower` would make."""
+    problem, mask = trim(problem), problem.mask
+    if problem.bias is not None or mask.allow is not None:
+        return 0  # They are written out already.
+    if problem.alibi is not None:
+        return problem.num_heads * problem.lq * problem.lk
+    if blocks.plan(problem) is not None or (mask.left is None and not mask.has_tensors):
+        return 0
+    return max((tensor.shape[0] for _, tensor in mask.tensors()), default=1) * problem.lq * problem.lk
 
 
 def _has_learned_bias(problem: Problem) -> bool:
@@ -70,6 +91,14 @@ def _fused(problem: Problem) -> Result:
     width, value_width = q.shape[3], v.shape[3]
     if width != value_width and q.device.type == "cpu":
         q, k, v = _pad_widths(q, k, v)
+    scale = problem.scale
+    if q.is_cuda:
+        q, k, v = map(_aligned, (q, k, v))
+        if scale == 0:
+            q, scale = q * 0, 1.0  # torch's kernels multiply the -inf of hidden scores with it.
+        if type(attn_mask) is Tensor and problem.group != 1 and problem.lq > 1:
+            # The kernel that takes masks takes no groups; all scores would be held in memory.
+            k, v = (x.repeat_interleave(problem.group, dim=1) for x in (k, v))
     out = F.scaled_dot_product_attention(
         q,
         k,
@@ -77,7 +106,7 @@ def _fused(problem: Problem) -> Result:
         attn_mask=attn_mask,
         dropout_p=problem.dropout,
         is_causal=is_causal,
-        scale=problem.scale,
+        scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
     )
     if attn_mask is not None and torch.onnx.is_in_onnx_export():
@@ -95,8 +124,11 @@ def _lower(problem: Problem) -> tuple[Tensor | None, bool]:
         return score if mask.is_full else torch.where(problem.visible(), score, -torch.inf), False
     if mask.is_full:
         return None, False
-    if mask.left is None and mask.right == 0 and problem.offset == 0 and not mask.has_tensors:
-        return None, True
+    if mask.left is None and mask.right == 0 and not mask.has_tensors:
+        if problem.offset == 0:
+            return None, True
+        if problem.q.is_cuda and 0 < problem.offset == problem.lk - problem.lq:
+            return causal_lower_right(problem.lq, problem.lk), False
     return problem.visible(), False
 
 
@@ -108,6 +140,13 @@ def _additive_score(problem: Problem) -> Tensor | None:
         penalty = problem.alibi.to(dtype)[:, None, None] * problem.distance().to(dtype)
         score = -penalty[None] if score is None else score - penalty
     return score
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor with rows that torch's kernels for GPUs read right."""
+    size = tensor.itemsize
+    places = (tensor.storage_offset(), *tensor.stride()[:3])
+    return tensor.contiguous() if any(place * size % ROW_BYTES for place in places) else tensor
 
 
 def _pad_widths(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
