@@ -15,6 +15,7 @@ from transformers.cache_utils import (  # noqa: E402
     DynamicSlidingWindowLayer,
 )
 
+from qkv.growing import Growing  # noqa: E402
 from qkv.integrations import transformers as integration  # noqa: E402
 from qkv.integrations.lazy_tensor import Int8Tensor  # noqa: E402
 from qkv.integrations.transformers_cache import GrowingLayer, Int8Layer, QKVCache, SlidingLayer  # noqa: E402
@@ -95,6 +96,38 @@ def test_appending_copies_what_is_new_alone() -> None:
     layer.crop(-5)
     places.add(layer.update(*tokens(1))[0].data_ptr())
     assert len(places) == 1
+
+
+@pytest.mark.parametrize("dtype", [None, torch.int8])
+def test_all_layers_have_their_memory_before_the_first_update(dtype: torch.dtype | None) -> None:
+    """Or it would lie among what a prefill computes: 577 MiB at the peak of 4096 tokens of SmolLM2-135M, now 395."""
+    config = transformers.LlamaConfig(num_hidden_layers=3)
+    cache, (k, v) = QKVCache(config, dtype), tokens(50)
+    cache.update(k, v, 0)
+    rest = [part for layer in cache.layers[1:] for part in growing(layer)]
+    places = [part.memory.data_ptr() for part in rest]
+    for step in range(20):
+        for index in range(1, 3):
+            keys, _ = cache.update(*((k, v) if step == 0 else tokens(1)), index)
+    assert keys.shape[2] == 69
+    assert [part.memory.data_ptr() for part in rest] == places
+
+
+@pytest.mark.parametrize("dtype", [None, torch.int8])
+def test_layers_may_differ_from_what_was_foreseen(dtype: torch.dtype | None) -> None:
+    config = transformers.LlamaConfig(num_hidden_layers=3)
+    cache, theirs = QKVCache(config, dtype), DynamicCache(config=config)
+    shapes = [(2, 3, 7, 4), (2, 1, 7, 8), (1, 3, 20, 4)]
+    for index, shape in enumerate(shapes):
+        for length in (shape[2], 1, 70, 1):
+            k = torch.randn(*shape[:2], length, shape[3])
+            for got, want in zip(cache.update(k, -k, index), theirs.update(k, -k, index), strict=True):
+                assert got.shape == want.shape
+                assert (got - want).abs().max() <= (want.abs().max() / 127 if dtype else 0)
+
+
+def growing(layer: Any) -> tuple[Growing, ...]:
+    return layer._cache._parts if isinstance(layer, Int8Layer) else (layer._keys, layer._values)
 
 
 def test_a_crop_does_not_bring_back_what_was_forgotten() -> None:

@@ -62,7 +62,8 @@ class _GrowingCache:
     def _admit(self, k: Tensor, v: Tensor) -> tuple[int, int]:
         """Where new tokens begin, and how many tokens new buffers are to hold."""
         who = type(self).__name__
-        _check_append(who, k, v, self._k.memory, self._v.memory, self._dtype)
+        held = (None, None) if self._dtype is None else (self._k.memory, self._v.memory)
+        _check_append(who, k, v, *held, self._dtype)
         self._dtype = k.dtype
         start, stop = self.length, self.length + k.shape[2]
         if self.capacity is None:
@@ -194,7 +195,7 @@ class Int8KVCache(_GrowingCache):
             raise ValueError("Int8KVCache: int8 has no gradient; call it under torch.no_grad(), or use a KVCache.")
         start, room = self._admit(k, v)
         try:
-            for x, codes, scales in ((k, self._k, self._k_scale), (v, self._v, self._v_scale)):
+            for x, codes, scales in self._pairs(k, v):
                 code = codes.open(x.shape, torch.int8, x.device, room)
                 scale = scales.open(x.shape[:3], torch.float32, x.device, room)
                 if _suits_the_kernel(x):
@@ -206,6 +207,13 @@ class Int8KVCache(_GrowingCache):
             self.crop(start)
             raise
         return self.keys()._replace(offset=start)
+
+    def reserve(self, k: Tensor, v: Tensor, room: int) -> None:
+        """Has memory made for ``room`` tokens like these, before the first append."""
+        for x, codes, scales in self._pairs(k, v):
+            nothing = x[:, :, :0].shape
+            codes.open(nothing, torch.int8, x.device, room)
+            scales.open(nothing[:3], torch.float32, x.device, room)
 
     def keys(self) -> Int8Keys:
         """All that is held, with the offset of the next token.
@@ -221,6 +229,10 @@ class Int8KVCache(_GrowingCache):
     @property
     def _parts(self) -> tuple[Growing, ...]:
         return self._k, self._v, self._k_scale, self._v_scale
+
+    def _pairs(self, k: Tensor, v: Tensor) -> tuple[tuple[Tensor, Growing, Growing], ...]:
+        """What is to be rounded, and where its codes and scales go."""
+        return (k, self._k, self._k_scale), (v, self._v, self._v_scale)
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:

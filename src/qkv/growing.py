@@ -35,14 +35,17 @@ class Growing:
         assert extended is not None
         return extended
 
-    def open(self, shape: torch.Size, dtype: torch.dtype, device: torch.device, room: int) -> Tensor:
-        """The place of new tokens of this shape behind all that is held: to be filled in, and held from now on."""
+    def open(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, room: int) -> Tensor:
+        """The place of new tokens of this shape behind all that is held: to be filled in, and held from now on.
+
+        With none, ``(B, heads, 0, ...)``, before the first, it has memory made for ``room`` tokens.
+        """
         length, added = self.length, shape[2]
         memory, start = self.memory, self._start + length
-        if memory is None or start + added > memory.shape[2]:
+        if memory is None or start + added > memory.shape[2] or not (length or _suits(memory, shape, dtype, device)):
             memory = torch.empty((*shape[:2], room, *shape[3:]), dtype=dtype, device=device)
             held = self.tensor
-            if held is not None:
+            if held is not None and length:
                 memory[:, :, :length] = held
             self._put(memory, length)
             start = length
@@ -75,6 +78,12 @@ class Growing:
 
     def _put(self, memory: Tensor, length: int) -> None:
         self.memory, self._start, self.length = memory, 0, length
+
+
+def _suits(memory: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether tokens of this shape fit into the memory."""
+    same_sizes = memory.shape[:2] == shape[:2] and memory.shape[3:] == shape[3:]
+    return same_sizes and memory.dtype is dtype and memory.device == device
 
 
 def _lie_together(part: Tensor, memory: Tensor) -> bool:

@@ -32,8 +32,8 @@ class _Roomy(DynamicLayer):  # type: ignore[misc]
     keys: Any
     values: Any
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        super().lazy_initialization(key_states, value_states)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self._keys, self._values = Growing(), Growing()
 
 
@@ -43,6 +43,11 @@ class GrowingLayer(_Roomy):
     Takes transformers' own operations (reordering for beams, cropping, repeating, selecting) as they are: what is left
     in place grows in place, what was made anew is copied once.
     """
+
+    def reserve(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Memory for a first update like this one."""
+        for memory, states in ((self._keys, key_states), (self._values, value_states)):
+            memory.open(states[:, :, :0].shape, states.dtype, states.device, _room(states.shape[2]))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Appends keys and values ``(B, Hkv, L, D)``; returns all, as views that the next update may move."""
@@ -92,8 +97,17 @@ class Int8Layer(DynamicLayer):  # type: ignore[misc]
     keys: Any
     values: Any
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        super().lazy_initialization(key_states, value_states)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._cache = Int8KVCache()
+
+    def reserve(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Memory for a first update like this one."""
+        self._cache.reserve(key_states, value_states, _room(key_states.shape[2]))
+
+    def reset(self) -> None:
+        """Forgets all."""
+        super().reset()
         self._cache = Int8KVCache()
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -164,6 +178,23 @@ class QKVCache(DynamicCache):  # type: ignore[misc]
         super().__init__(config=config)
         growing = _growing_layer(dtype)
         self.layers: list[CacheLayerMixin] = [_replaced(layer, growing) for layer in self.layers]
+        self._has_reserved = False
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Appends keys and values ``(B, Hkv, L, D)`` to a layer; returns those that its queries may see.
+
+        Before the first, all layers get their memory. Had one by one, it would lie among what a prefill computes, and
+        leave malloc holes that nothing else fits.
+        """
+        if not (self._has_reserved or key_states.requires_grad or torch.compiler.is_compiling()):
+            for layer in self.layers:
+                if isinstance(layer, GrowingLayer | Int8Layer):
+                    layer.reserve(key_states, value_states)
+            self._has_reserved = True
+        seen: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return seen
 
 
 THEIRS = {
