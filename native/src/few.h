@@ -158,8 +158,7 @@ static void fold_few(const Problem& p, const Tile& t, const Outline& outline, co
                 for (int i = 0; i < KEYS; i += ABREAST) {
                     if (j + i >= b.size) break;
                     // Values are asked for while their keys are read, and keys before, where several rows take long
-                    // enough to let memory rest. Not into the nearest cache, whose few requests under way would hold up
-                    // what is read.
+                    // enough to let memory rest.
                     for (int n = 0; n < ABREAST; ++n) {
                         if (COUNT > 1) prefetch(keys + (j + i + n + AHEAD) * key_stride, p.width * item);
                         prefetch(values + (j + i + n) * value_stride, p.value_width * item);

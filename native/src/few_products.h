@@ -24,10 +24,6 @@ static constexpr int lanes_of(int count) { return count <= 2 ? count : (count <=
 
 constexpr int AHEAD = 16;  // keys that are asked for before they are read
 
-static inline void prefetch(const char* row, int64_t bytes) {
-    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + byte, 0, 2);
-}
-
 // Numbers from the start of a row to that of the next, for rows of this width.
 static inline int64_t pitch_of(int64_t width) { return (width + 2 * LANES - 1) / (2 * LANES) * (2 * LANES); }
 

@@ -134,5 +134,10 @@ static inline vec exp2(vec x) {
 #endif
 }
 
+// Asks for memory. Not into the nearest cache, whose few requests under way would hold up what is read.
+static inline void prefetch(const char* from, int64_t bytes) {
+    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(from + byte, 0, 2);
+}
+
 }  // namespace QKV_ISA
 }  // namespace qkv
