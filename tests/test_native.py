@@ -449,3 +449,21 @@ def test_what_masks_hide_is_not_computed() -> None:
     assert computed(Mask.padding(torch.arange(2048)[None] >= 960)) == 1
     documents = Mask.documents(torch.arange(2048)[None] // 512)
     assert computed(documents) < 1.3 and computed(documents & Mask.causal()) < 1.3
+
+
+@present
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("lq", "lk"), [(3, 211), (53, 211), (130, 97)])
+def test_rows_far_apart_in_memory_give_the_same_bits(dtype: torch.dtype, lq: int, lk: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    near = [torch.randn(2, heads, length, 37, generator=generator) for heads, length in ((9, lq), (3, lk), (3, lk))]
+    near = [x.to(dtype) for x in near]
+    far = [torch.full((2, x.shape[2], 30, 40), torch.nan, dtype=dtype)[:, :, 1 : 1 + x.shape[1], 1:38] for x in near]
+    far = [view.transpose(1, 2).copy_(x) for view, x in zip(far, near, strict=True)]
+    assert far[1].stride(2) == 1200
+    found = []
+    for inputs in (near, far):
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        out = qkv.attention(*leaves, mask=Mask.causal(), offset=lk - lq, backend="native")
+        found.append([out, *torch.autograd.grad(out.float().square().sum(), leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

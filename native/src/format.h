@@ -13,7 +13,12 @@ namespace QKV_ISA {
 template <class Kind>
 struct Format;
 
-// fp32: keys and values are read in place; 16-bit ones are widened.
+// Numbers between rows from which they are copied side by side. Each lies in a page of its own then, and a block of
+// keys and values in more pages than a core has addresses at hand. A copy costs more than that for a vector of query
+// rows, or fewer.
+constexpr int64_t FAR = 512;
+
+// fp32: keys and values are read in place, unless their rows lie far apart; 16-bit ones are widened.
 template <>
 struct Format<Single> {
     typedef float Element;
@@ -52,7 +57,8 @@ struct Format<Single> {
     static const float* along_width(const Problem& p, int64_t batch, int64_t kv_head, const View& view, int64_t width,
                                     int64_t first, int64_t count, float* scratch, int64_t& stride) {
         const char* from = row_of(p, view, batch, kv_head, first);
-        if (p.dtype == Dtype::f32) {
+        const bool copied = view.row > FAR && view.row != width && rows_of_head(p) > LANES;
+        if (p.dtype == Dtype::f32 && !copied) {
             stride = view.row;
             return (const float*)from;
         }
@@ -60,7 +66,7 @@ struct Format<Single> {
         for_dtype(p.dtype, [&](auto dtype) {
             for (int64_t j = 0; j < count; ++j, from += view.row * size_of(dtype)) {
                 for_columns(width, [&](int64_t d, int64_t part) {
-                    store_part(Dtype::f32, scratch + j * width + d, load_part(dtype, from + d * size_of(dtype), part),
+                    store_part(Dtype::f32, scratch + j * stride + d, load_part(dtype, from + d * size_of(dtype), part),
                                part);
                 });
             }
