@@ -65,6 +65,7 @@ struct Format<Single> {
         stride = width;
         for_dtype(p.dtype, [&](auto dtype) {
             for (int64_t j = 0; j < count; ++j, from += view.row * size_of(dtype)) {
+                prefetch(from + BLOCK * view.row * size_of(dtype), width * size_of(dtype));
                 for_columns(width, [&](int64_t d, int64_t part) {
                     store_part(Dtype::f32, scratch + j * stride + d, load_part(dtype, from + d * size_of(dtype), part),
                                part);
@@ -155,6 +156,7 @@ struct Format<Pair> {
         stride = width;
         for (int64_t j = 0; j < count; j += 2) {
             const uint16_t* low = (const uint16_t*)row_of(p, view, batch, kv_head, first + j);
+            for (int i = 0; i < 2; ++i) prefetch((const char*)(low + (BLOCK + i) * view.row), width * sizeof(uint16_t));
             interleave(low, j + 1 < count ? low + view.row : nullptr, width, (uint32_t*)scratch + j / 2 * stride);
         }
         return (const uint32_t*)scratch;

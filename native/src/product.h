@@ -73,12 +73,11 @@ static inline void micro(int64_t steps, const typename Kind::Element* a, const f
     vec acc[ROWS][VECS];
     for (int m = 0; m < ROWS; ++m)
         for (int n = 0; n < VECS; ++n) acc[m][n] = ADD ? load(c + m * s.c + n * LANES) : vec{};
-    // One vector of C is so little work for each number of A that memory holds it up: the next block is asked for.
-    constexpr bool AHEAD = VECS == 1;
-    if (AHEAD && ALONG == Along::k)
+    // Keys and values come from memory that takes its time: those of the next block are asked for.
+    if (ALONG == Along::k && !ADD)
         for (int m = 0; m < ROWS; ++m) prefetch((const char*)(a + (m + BLOCK) * s.a), steps * sizeof(Element));
     for (int64_t k = 0; k < steps; ++k) {
-        if (AHEAD && ALONG == Along::m) prefetch((const char*)(a + (k + BLOCK) * s.a), 1);
+        if (ALONG == Along::m) prefetch((const char*)(a + (k + BLOCK) * s.a), 1);
         vec row[VECS];
         for (int n = 0; n < VECS; ++n) row[n] = load(b + k * s.b + n * LANES);
         // A machine's addresses reach three rows of A from one of them. Compilers, left to themselves, keep twelve
