@@ -185,10 +185,11 @@ class QKVCache(DynamicCache):  # type: ignore[misc]
     ) -> tuple[Tensor, Tensor]:
         """Appends keys and values ``(B, Hkv, L, D)`` to a layer; returns those that its queries may see.
 
-        Before the first, all layers get their memory. Had one by one, it would lie among what a prefill computes, and
-        leave malloc holes that nothing else fits.
+        Before the first, all layers on a CPU get their memory. Had one by one, it would lie among what a prefill
+        computes, and leave malloc holes that nothing else fits.
         """
-        if not (self._has_reserved or key_states.requires_grad or torch.compiler.is_compiling()):
+        unforeseen = key_states.requires_grad or not key_states.is_cpu or torch.compiler.is_compiling()
+        if not (self._has_reserved or unforeseen):
             for layer in self.layers:
                 if isinstance(layer, GrowingLayer | Int8Layer):
                     layer.reserve(key_states, value_states)
