@@ -126,6 +126,32 @@ def test_layers_may_differ_from_what_was_foreseen(dtype: torch.dtype | None) -> 
                 assert (got - want).abs().max() <= (want.abs().max() / 127 if dtype else 0)
 
 
+@pytest.mark.parametrize("window", [None, 5])
+def test_what_does_not_fit_is_refused_and_nothing_is_lost(window: int | None) -> None:
+    layer = GrowingLayer() if window is None else SlidingLayer(window)
+    with pytest.raises(ValueError, match=r"keys must be \(B, heads, L, width\); got shape \(2, 5\)"):
+        layer.update(torch.randn(2, 5), torch.randn(2, 5))
+    theirs = DynamicLayer() if window is None else DynamicSlidingWindowLayer(window)
+    assert_same_update(layer, theirs, *tokens(4))
+    for k, v, said in (
+        (*tokens(1, batch=3), r"keys must be \(2, 3, L, 4\), as those held; got shape \(3, 3, 1, 4\)"),
+        (tokens(1)[0], tokens(1)[0], r"values must be \(2, 3, L, 5\), as those held; got shape \(2, 3, 1, 4\)"),
+        (tokens(1)[0], tokens(1)[1][0], r"values must be \(B, heads, L, width\); got shape \(3, 1, 5\)"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            layer.update(k, v)
+    assert_same_update(layer, theirs, *tokens(3))
+
+
+def test_a_wider_dtype_is_kept_as_transformers_keeps_it() -> None:
+    mine, theirs = GrowingLayer(), DynamicLayer()
+    k, v = tokens(4)
+    assert_same_update(mine, theirs, k.bfloat16(), v.bfloat16())
+    assert_same_update(mine, theirs, *tokens(2))
+    assert mine.keys.dtype is torch.float32
+    assert_same_update(mine, theirs, *tokens(2))
+
+
 def growing(layer: Any) -> tuple[Growing, ...]:
     return layer._cache._parts if isinstance(layer, Int8Layer) else (layer._keys, layer._values)
 

@@ -63,7 +63,7 @@ class _GrowingCache:
         """Where new tokens begin, and how many tokens new buffers are to hold."""
         who = type(self).__name__
         held = (None, None) if self._dtype is None else (self._k.memory, self._v.memory)
-        _check_append(who, k, v, *held, self._dtype)
+        check_append(who, k, v, *held, self._dtype)
         self._dtype = k.dtype
         start, stop = self.length, self.length + k.shape[2]
         if self.capacity is None:
@@ -209,7 +209,12 @@ class Int8KVCache(_GrowingCache):
         return self.keys()._replace(offset=start)
 
     def reserve(self, k: Tensor, v: Tensor, room: int) -> None:
-        """Has memory made for ``room`` tokens like these, before the first append."""
+        """Has memory made for ``room`` tokens like these, before the first append.
+
+        Raises:
+            ValueError: for keys and values that are no ``(B, Hkv, L, width)``.
+        """
+        check_append("Int8KVCache", k, v, None, None, None)
         for x, codes, scales in self._pairs(k, v):
             nothing = x[:, :, :0].shape
             codes.open(nothing, torch.int8, x.device, room)
@@ -301,7 +306,7 @@ class SlidingKVCache:
         Raises:
             ValueError: for a batch, heads, width, dtype or device other than the first append's.
         """
-        _check_append("SlidingKVCache", k, v, self._k, self._v, None if self._k is None else self._k.dtype)
+        check_append("SlidingKVCache", k, v, self._k, self._v, None if self._k is None else self._k.dtype)
         room, held, new = self.sink_tokens + 2 * self.window, self._held, k.shape[2]
         if _wants_grad(k, v, self._k, self._v) or held + new > room:
             keys, values = self._recent(self._k, k), self._recent(self._v, v)
@@ -389,7 +394,7 @@ class CrossKVCache:
                 f"CrossKVCache: it already holds a context of {self.length} tokens; got {k.shape[2]} more. "
                 "Make one cache for each layer and context."
             )
-        _check_append("CrossKVCache", k, v, None, None, None)
+        check_append("CrossKVCache", k, v, None, None, None)
         self._keys = Keys(k, v, None)
         self.length = k.shape[2]
         return self._keys
@@ -433,9 +438,10 @@ def _suits_the_kernel(x: Tensor) -> bool:
     )
 
 
-def _check_append(
+def check_append(
     who: str, k: Tensor, v: Tensor, held_k: Tensor | None, held_v: Tensor | None, dtype: torch.dtype | None
 ) -> None:
+    """Refuses keys and values that do not go together, or not with those held, before anything has changed."""
     for name, tensor in (("k", k), ("v", v)):
         if tensor.dim() != 4:
             raise ValueError(f"{who}: {name} must be (B, Hkv, L, width); got shape {tuple(tensor.shape)}.")

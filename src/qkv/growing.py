@@ -8,7 +8,7 @@ class Growing:
     """A tensor ``(B, heads, L, ...)`` that grows along L.
 
     What its methods return are views of one memory, valid until the next call. Where a gradient is wanted, appending
-    concatenates instead, so that every step keeps what its backward needs.
+    concatenates instead, so that every step keeps what its backward needs, and where dtypes differ, as torch does.
     """
 
     def __init__(self) -> None:
@@ -25,7 +25,8 @@ class Growing:
     def extend(self, new: Tensor, room: int) -> Tensor:
         """All that is held and ``new`` behind it. If memory must be had anew, it gets ``room`` for so many tokens."""
         memory = self.memory
-        if torch.is_grad_enabled() and (new.requires_grad or (memory is not None and memory.requires_grad)):
+        wants_grad = torch.is_grad_enabled() and (new.requires_grad or (memory is not None and memory.requires_grad))
+        if wants_grad or (memory is not None and self.length and memory.dtype is not new.dtype):
             held = self.tensor
             together = new if held is None else torch.cat([held, new], dim=2)
             self._put(together, together.shape[2])

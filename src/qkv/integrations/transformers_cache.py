@@ -36,6 +36,20 @@ class _Roomy(DynamicLayer):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self._keys, self._values = Growing(), Growing()
 
+    def _admit(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Refuses what does not go with the tokens held, before anything has changed."""
+        for name, held, new in (("keys", self.keys, key_states), ("values", self.values, value_states)):
+            if new.dim() != 4:
+                raise ValueError(f"QKVCache: {name} must be (B, heads, L, width); got shape {tuple(new.shape)}.")
+            if self.get_seq_length() and (held.shape[:2], held.shape[3]) != (new.shape[:2], new.shape[3]):
+                batch, heads, _, width = held.shape
+                raise ValueError(
+                    f"QKVCache: {name} must be ({batch}, {heads}, L, {width}), as those held; got shape "
+                    f"{tuple(new.shape)}. Make one cache for each model and batch of texts."
+                )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+
 
 class GrowingLayer(_Roomy):
     """All keys and values of one layer, in memory with room behind them.
@@ -53,11 +67,10 @@ class GrowingLayer(_Roomy):
         """Appends keys and values ``(B, Hkv, L, D)``; returns all, as views that the next update may move."""
         if torch.compiler.is_compiling():
             return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self.keys = _extend(self._keys, self.keys, key_states)
-        self.values = _extend(self._values, self.values, value_states)
-        return self.keys, self.values
+        self._admit(key_states, value_states)
+        keys, values = _extend(self._keys, self.keys, key_states), _extend(self._values, self.values, value_states)
+        self.keys, self.values = keys, values
+        return keys, values
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorders the batch for beam search, with one copy."""
@@ -73,11 +86,11 @@ class SlidingLayer(_Roomy, DynamicSlidingWindowLayer):  # type: ignore[misc]
         """Appends keys and values ``(B, Hkv, L, D)``; returns those in a window of any of them."""
         if torch.compiler.is_compiling() or self.record_past:
             return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+        self._admit(key_states, value_states)
+        keys, kept_keys = self._roll(self._keys, self.keys, key_states)
+        values, kept_values = self._roll(self._values, self.values, value_states)
+        self.keys, self.values = kept_keys, kept_values
         self.cumulative_length += key_states.shape[2]
-        keys, self.keys = self._roll(self._keys, self.keys, key_states)
-        values, self.values = self._roll(self._values, self.values, value_states)
         return keys, values
 
     def _roll(self, memory: Growing, held: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,8 +201,8 @@ class QKVCache(DynamicCache):  # type: ignore[misc]
         Before the first, all layers on a CPU get their memory. Had one by one, it would lie among what a prefill
         computes, and leave malloc holes that nothing else fits.
         """
-        unforeseen = key_states.requires_grad or not key_states.is_cpu or torch.compiler.is_compiling()
-        if not (self._has_reserved or unforeseen):
+        foreseen = key_states.is_cpu and key_states.dim() == value_states.dim() == 4 and not key_states.requires_grad
+        if foreseen and not self._has_reserved and not torch.compiler.is_compiling():
             for layer in self.layers:
                 if isinstance(layer, GrowingLayer | Int8Layer):
                     layer.reserve(key_states, value_states)
