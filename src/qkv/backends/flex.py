@@ -21,8 +21,8 @@ NAME = "flex"
 NARROWEST = 16
 """Width of the products that its kernels for GPUs take; zeros fill narrower heads."""
 
-KINDS = 256
-"""Kernels that may be compiled."""
+MOST_KERNELS = 256
+"""That may be compiled, one for each kind of mask and of scores. After torch's own 8, it would no longer compile."""
 
 LARGEST_UNCOMPILED = 1 << 24
 """Pairs of queries and keys up to which a mask is written out, rather than compiled, to find its blocks."""
@@ -164,8 +164,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return function(*args, **kwargs)
-        # Each kind of mask and of scores is a kernel of its own. After 8, torch would no longer compile.
-        with torch._dynamo.config.patch(recompile_limit=KINDS):
+        with torch._dynamo.config.patch(recompile_limit=MOST_KERNELS):
             return compiled(*args, **kwargs)
 
     return call

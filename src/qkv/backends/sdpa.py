@@ -87,18 +87,12 @@ def _fused(problem: Problem) -> Result:
     attn_mask, is_causal = _lower(problem)
     if _needs_lse(problem):
         return _fused_with_lse(problem, attn_mask, is_causal)
+    if problem.q.is_cuda:
+        problem = _suited_to_gpu(problem, attn_mask)
     q, k, v = problem.q, problem.k, problem.v
     width, value_width = q.shape[3], v.shape[3]
     if width != value_width and q.device.type == "cpu":
         q, k, v = _pad_widths(q, k, v)
-    scale = problem.scale
-    if q.is_cuda:
-        q, k, v = map(_aligned, (q, k, v))
-        if scale == 0:
-            q, scale = q * 0, 1.0  # torch's kernels multiply the -inf of hidden scores with it.
-        if type(attn_mask) is Tensor and problem.group != 1 and problem.lq > 1:
-            # The kernel that takes masks takes no groups; all scores would be held in memory.
-            k, v = (x.repeat_interleave(problem.group, dim=1) for x in (k, v))
     out = F.scaled_dot_product_attention(
         q,
         k,
@@ -106,7 +100,7 @@ def _fused(problem: Problem) -> Result:
         attn_mask=attn_mask,
         dropout_p=problem.dropout,
         is_causal=is_causal,
-        scale=scale,
+        scale=problem.scale,
         enable_gqa=q.shape[1] != k.shape[1],
     )
     if attn_mask is not None and torch.onnx.is_in_onnx_export():
@@ -140,6 +134,17 @@ def _additive_score(problem: Problem) -> Tensor | None:
         penalty = problem.alibi.to(dtype)[:, None, None] * problem.distance().to(dtype)
         score = -penalty[None] if score is None else score - penalty
     return score
+
+
+def _suited_to_gpu(problem: Problem, attn_mask: Tensor | None) -> Problem:
+    """The same problem, such that torch's kernels for GPUs solve it, and without all scores in memory."""
+    q, k, v = map(_aligned, (problem.q, problem.k, problem.v))
+    if type(attn_mask) is Tensor and problem.group != 1 and problem.lq > 1:
+        # The kernel that takes masks takes no groups; torch would fall back to one that holds all scores.
+        k, v = (x.repeat_interleave(problem.group, dim=1) for x in (k, v))
+    if problem.scale == 0:  # They multiply the -inf of hidden scores with it.
+        return problem._replace(q=q * 0, k=k, v=v, scale=1.0)
+    return problem._replace(q=q, k=k, v=v)
 
 
 def _aligned(tensor: Tensor) -> Tensor:
