@@ -37,7 +37,7 @@ class Mutant(NamedTuple):
 
 MUTANTS = [
     Mutant("scale dropped (reference)", "backends/reference.py", "problem.scale * (", "1.0 * ("),
-    Mutant("scale dropped (sdpa)", "backends/sdpa.py", "scale=problem.scale,", "scale=1.0,"),
+    Mutant("scale dropped (sdpa)", "backends/sdpa.py", "        scale=problem.scale,\n", "        scale=1.0,\n"),
     Mutant("scale of the value width", "problem.py", "scale = q.shape[3] ** -0.5", "scale = v.shape[3] ** -0.5"),
     Mutant("causal window one wider", "masks.py", "Mask.band(window - 1, 0", "Mask.band(window, 0"),
     Mutant("left bound off by one", "masks.py", "near = key >= position - self.left", "near = key > position - self.left"),
@@ -61,7 +61,7 @@ MUTANTS = [
     Mutant("softcap without its derivative", f"{NATIVE}/scores.h", "1.0f - y * y", "set1(1.0f)", KERNEL),
     Mutant("another dropout in the backward pass", f"{NATIVE}/backward.h", "dropout.factors(b.first + j, n)", "dropout.factors(b.first + j + 1, n)", KERNEL),
     Mutant("turns not waited for", f"{NATIVE}/backward.h", "turns.wait(p, t, index);", "", KERNEL),
-    Mutant("causal aligned top-left in decoding", "backends/sdpa.py", " and problem.offset == 0 and", " and"),
+    Mutant("causal aligned top-left in decoding", "backends/sdpa.py", "if problem.offset == 0:", "if True:"),
     Mutant("offset of the cache ignored", "cache.py", 'return {"offset": self.offset}', 'return {"offset": 0}'),
     Mutant("exported window decided by its example", "masks.py", "if not torch.compiler.is_exporting():", "if True:"),
     Mutant("rotary restarts at every chunk", "layers/attention.py", "position = 0 if cache is None else cache.length", "position = 0"),
@@ -107,6 +107,10 @@ MUTANTS = [
     Mutant("transformers' padding dropped", "integrations/transformers_masks.py", "if not keep.all():", "if False:"),
     Mutant("packed weights of torch in another order", "layers/torch_mha.py", 'for name, weight in zip("qkv", weights, strict=True):\n        found', 'for name, weight in zip("kqv", weights, strict=True):\n        found'),
     Mutant("new tokens misplaced in memory had anew", "growing.py", "            start = length\n", ""),
+    Mutant("memory foreseen for other tokens", "growing.py", "or not (length or _suits(memory, shape, dtype, device))", ""),
+    Mutant("dtypes rounded to that of the cache", "growing.py", "memory.dtype is not new.dtype", "False"),
+    Mutant("half an update of transformers' cache stays", "integrations/transformers_cache.py", 'if new.dim() != 4:\n', 'if name == "keys" and new.dim() != 4:\n'),
+    Mutant("rows copied as if they lay side by side", f"{NATIVE}/format.h", "from += view.row * size_of(dtype)", "from += width * size_of(dtype)", KERNEL),
     Mutant("half an append stays", "cache.py", "        except BaseException:  # as in a KVCache\n            self.crop(start)\n", "        except BaseException:\n"),
     Mutant("bounds beyond 64 bits", "kernels/operators.py", "min(keys, UNBOUNDED)", "keys"),
     Mutant("heads cut by their number", "layers/attention.py", "q = self._heads(project(self.q_proj, x), self.head_dim, self.q_norm)", "q = project(self.q_proj, x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)", ("upstream/test_parallelism.py",)),
@@ -140,7 +144,7 @@ def survives(mutant: Mutant, folder: Path) -> bool:
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".venv", ".git", "__pycache__", ".*_cache", "build*"))
     path = folder / "src" / "qkv" / mutant.file
     source = path.read_text()
-    assert mutant.right in source, f"{mutant.name}: {mutant.file} no longer holds {mutant.right!r}"
+    assert mutant.right in source, f"{mutant.name}: {mutant.file} does not hold {mutant.right!r}"
     path.write_text(source.replace(mutant.right, mutant.wrong, 1))
     if mutant.file.startswith(NATIVE):
         build(folder)

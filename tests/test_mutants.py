@@ -1,0 +1,11 @@
+"""The planted bugs of mutants.py, which are too many to plant each time, can still be planted."""
+
+import pytest
+from mutants import MUTANTS, ROOT, Mutant
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_a_mutant_changes_what_is_there(mutant: Mutant) -> None:
+    assert mutant.right in (ROOT / "src" / "qkv" / mutant.file).read_text()
+    assert mutant.right != mutant.wrong
+    assert all((ROOT / "tests" / name).exists() for name in mutant.tests)
