@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import library
 
 import qkv
 from qkv import Mask, kernels
@@ -226,7 +227,7 @@ def test_the_operators_keep_what_torch_asks_of_operators(requires_grad: bool) ->
         q, k, v, None, None, keep, lengths, ids, allow, bias, alibi, sinks, seed, 4, 0, 1, 0, 0.3, 2.0, 0.25
     )
     for call in (plain, full):
-        torch.library.opcheck(torch.ops.qkv.forward.default, tuple(call))
+        library.opcheck(torch.ops.qkv.forward.default, tuple(call))
 
 
 @present
