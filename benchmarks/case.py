@@ -26,6 +26,8 @@ class Case:
     kv_heads: int = 8
     head_dim: int = 64
     backward: bool = False
+    heads_inside: bool = False
+    """Whether a token's heads lie side by side in memory, as layers lay them, or all tokens of a head."""
 
     @property
     def offset(self) -> int:
@@ -53,6 +55,8 @@ class Case:
         generator = torch.Generator().manual_seed(0)
         shapes = [(self.heads, self.lq), (self.kv_heads, self.lk), (self.kv_heads, self.lk)]
         q, k, v = (torch.randn(self.batch, *shape, self.head_dim, generator=generator).to(dtype) for shape in shapes)
+        if self.heads_inside:
+            q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
         return q.requires_grad_(self.backward), k.requires_grad_(self.backward), v.requires_grad_(self.backward)
 
     def scores(self) -> int:

@@ -20,6 +20,31 @@ CASES = [
     Case("full, 2048", 2048, 2048),
     *(Case(f"causal, {n}", n, n, "causal") for n in (512, 2048, 8192)),
     *(Case(f"causal window of 512, {n}", n, n, "causal", window=512) for n in (8192, 16384)),
+    Case("as in layers, 4 of 512, 12 heads", 512, 512, batch=4, heads=12, kv_heads=12, heads_inside=True),
+    Case(
+        "as in layers, 16 of 512, 12 heads of 32",
+        512,
+        512,
+        batch=16,
+        heads=12,
+        kv_heads=12,
+        head_dim=32,
+        heads_inside=True,
+    ),
+    *(
+        Case(
+            f"{'backward, ' * backward}as in layers, causal, 1024, 32 heads of 128",
+            1024,
+            1024,
+            "causal",
+            heads=32,
+            kv_heads=32,
+            head_dim=128,
+            backward=backward,
+            heads_inside=True,
+        )
+        for backward in (False, True)
+    ),
     Case("backward, full, 2048", 2048, 2048, backward=True),
     Case("backward, causal, 2048", 2048, 2048, "causal", backward=True),
     Case("backward, causal, 2048, 8 heads on 1", 2048, 2048, "causal", kv_heads=1, backward=True),

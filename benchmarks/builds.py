@@ -1,0 +1,71 @@
+"""Two builds of the kernel against each other, in turns in one process: what a change of it gains or loses.
+
+    python benchmarks/builds.py BEFORE.so AFTER.so [NAME ...] [--dtype fp32] [--rounds N]
+
+Measures the cases of kernel.py whose name holds a NAME, or all, and prints the times of both. A library is what the
+install leaves in src/qkv/kernels/native.so. On a machine that others share, only such turns tell a tenth.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from case import DTYPES, Case
+from kernel import CASES
+from measurement import ROUNDS
+
+from qkv.cli.attention_call import qkv_call
+from qkv.cli.timing import interleaved
+from qkv.kernels import binding
+
+
+def load(path: Path) -> binding.Library:
+    """The library at the path."""
+    if not path.exists():
+        raise SystemExit(f"{path}: there is no such file. Give two copies of src/qkv/kernels/native.so.")
+    found = binding.load(path)
+    if isinstance(found, str):
+        raise SystemExit(f"{path}: {found}.")
+    return found
+
+
+def compare(libraries: dict[str, binding.Library], case: Case, dtype: str, rounds: int) -> str:
+    """A line of the table."""
+    q, k, v = case.inputs(DTYPES[dtype])
+    call = qkv_call(q, k, v, case.as_mask(), case.offset)
+
+    def on(library: binding.Library) -> Callable[[], object]:
+        def run() -> object:
+            binding._library = library
+            return call()
+
+        return run
+
+    times = interleaved({name: on(library) for name, library in libraries.items()}, rounds=rounds)
+    before, after = (times[name]["median_us"] for name in libraries)
+    spreads = [f"{found['low_us']:.0f}-{found['high_us']:.0f}" for found in times.values()]
+    return f"{case.name:<46} {before:>10.0f} {spreads[0]:>17} {after:>10.0f} {spreads[1]:>17} {after / before:>7.3f}"
+
+
+def main() -> None:
+    """Measures the cases asked for."""
+    parser = argparse.ArgumentParser(description="Two builds of the kernel against each other.")
+    parser.add_argument("before", type=Path, help="a native.so")
+    parser.add_argument("after", type=Path, help="another")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="measure the cases whose name holds it; all by default"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="fp32 by default")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"turns of each ({ROUNDS}), at least 2")
+    arguments = parser.parse_args()
+    if arguments.rounds < 2:
+        parser.error(f"--rounds must be at least 2, for quartiles; got {arguments.rounds}.")
+    libraries = {"before": load(arguments.before), "after": load(arguments.after)}
+    print(f"{'case':<46} {'before us':>10} {'quartiles':>17} {'after us':>10} {'quartiles':>17} {'ratio':>7}")
+    for case in CASES:
+        if not arguments.names or any(name in case.name for name in arguments.names):
+            print(compare(libraries, case, arguments.dtype, arguments.rounds), flush=True)
+
+
+if __name__ == "__main__":
+    main()
