@@ -312,6 +312,26 @@ def test_bits_depend_on_neither_threads_nor_batch_nor_chunking_nor_padding(dtype
 
 
 @present
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("width, value_width", [(64, 64), (40, 24), (5, 3)])
+def test_a_few_queries_have_the_bits_of_many(width: int, value_width: int, dtype: torch.dtype) -> None:
+    """Up to half a vector of rows is computed with lanes along keys and widths (native/src/turned.h)."""
+    q = torch.randn(1, 2, 203, width).to(dtype)
+    k, v = torch.randn(1, 2, 203, width).to(dtype), torch.randn(1, 2, 203, value_width).to(dtype)
+    bias = torch.randn(2, 203, 203)
+    k[:, :, 100], v[:, :, 100, -1] = torch.nan, torch.inf  # seen by some, by others not
+    for mask in [*MASKS, Mask.causal(30)]:
+        many = qkv.attention(q, k, v, mask=mask, bias=bias, softcap=20.0, backend="native")
+        for count in range(2, 10):
+            for start in range(90, 180, 29):
+                rows = slice(start, start + count)
+                few = qkv.attention(
+                    q[:, :, rows], k, v, mask=mask, offset=start, bias=bias[:, rows], softcap=20.0, backend="native"
+                )
+                assert torch.equal(few.nan_to_num(nan=7.0), many[:, :, rows].nan_to_num(nan=7.0))
+
+
+@present
 def test_several_python_threads_at_once() -> None:
     q = torch.randn(2, 4, 300, 64)
     want = qkv.attention(q, q, q, mask=Mask.causal(), backend="native")

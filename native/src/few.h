@@ -16,14 +16,30 @@ namespace QKV_ISA {
 struct FewState {
     float *top, *sum, *out;
 
-    FewState(float* memory, const Tile&) : top(memory), sum(memory + FEW_OF_BF16), out(memory + 2 * FEW_OF_BF16) {}
+    FewState(float* memory, const Tile&) : top(memory), sum(memory + LANES), out(memory + 2 * LANES) {}
 
-    static int64_t floats(const Problem& p) { return 2 * FEW_OF_BF16 + few_rows(p) * pitch_of(p.value_width); }
+    static int64_t floats(const Problem& p) { return 2 * LANES + few_rows(p) * pitch_of(p.value_width); }
 
     void clear(const Problem& p, const Tile& t) const {
-        std::fill(top, top + t.count, -INF);
-        std::fill(sum, sum + t.count, 0.0f);
+        std::fill(top, top + LANES, -INF);
+        std::fill(sum, sum + LANES, 0.0f);
         std::fill(out, out + t.count * pitch_of(p.value_width), 0.0f);
+    }
+
+    float& at(const Problem& p, const Tile&, int r, int64_t d) const { return out[r * pitch_of(p.value_width) + d]; }
+
+    void scale(const Problem& p, const Tile& t, int, vec factor) const {
+        const int64_t pitch = pitch_of(p.value_width);
+        for (int64_t here = 0; here < t.count * pitch; here += LANES)
+            store(out + here, load(out + here) * factor[here / pitch]);
+    }
+
+    void join(const Problem& p, const Tile& t, int, vec factor, const FewState& other, vec other_factor) const {
+        const int64_t pitch = pitch_of(p.value_width);
+        for (int64_t here = 0; here < t.count * pitch; here += LANES) {
+            const int64_t r = here / pitch;
+            store(out + here, load(out + here) * factor[r] + load(other.out + here) * other_factor[r]);
+        }
     }
 };
 
@@ -128,7 +144,7 @@ static void fold_few(const Problem& p, const Tile& t, const Outline& outline, co
     const Spread spread{p, t};
     const bool plain = plain_scores(p);
     const float factor = exponent_factor(p);
-    const int64_t pitch = pitch_of(p.value_width), item = size_of(p.kv_dtype), key_stride = p.k.row * item;
+    const int64_t item = size_of(p.kv_dtype), key_stride = p.k.row * item;
     const bool scaled = p.k_scale.data;
     const vec steps = Spread::each([&](int i) { return room.steps[Spread::row(i)]; });
     vec top = set1(-INF), sum = {};
@@ -183,9 +199,7 @@ static void fold_few(const Problem& p, const Tile& t, const Outline& outline, co
         if (any(rise.rows)) {
             top = rise.top;
             sum = sum * rise.shrink;
-            for (int r = 0; r < COUNT; ++r)
-                for (int64_t d = 0; d < pitch; d += LANES)
-                    store(state.out + r * pitch + d, load(state.out + r * pitch + d) * rise.shrink[r]);
+            state.scale(p, t, 0, rise.shrink);
         }
         ahead.weights(vecs);
         for (int j = from; j < b.size; j += KEYS) {
@@ -215,19 +229,6 @@ static void fold_few(const Problem& p, const Tile& t, const Outline& outline, co
     for (int r = 0; r < COUNT; ++r) {
         state.top[r] = top[r];
         for (int i = r; i < LANES; i += ROWS) state.sum[r] += sum[i];
-    }
-}
-
-static void merge(const Problem& p, const Tile& t, const FewState& total, const FewState& piece) {
-    const float factor = exponent_factor(p);
-    const int64_t pitch = pitch_of(p.value_width);
-    for (int r = 0; r < t.count; ++r) {
-        const float a = total.top[r], b = piece.top[r], top = a > b ? a : b, base = top == -INF ? 0.0f : top;
-        const float left = std::exp2((a - base) * factor), right = std::exp2((b - base) * factor);
-        total.top[r] = top;
-        total.sum[r] = total.sum[r] * left + piece.sum[r] * right;
-        for (int64_t d = r * pitch; d < (r + 1) * pitch; d += LANES)
-            store(total.out + d, load(total.out + d) * left + load(piece.out + d) * right);
     }
 }
 

@@ -15,7 +15,7 @@ namespace qkv {
 namespace QKV_ISA {
 
 // Memory for the forward pass of a tile.
-template <class Kind>
+template <class Kind, class AnyState>
 struct ForwardRoom {
     float *panel, *scores, *allowed, *bias, *keys, *values, *state, *total;
 
@@ -26,33 +26,31 @@ struct ForwardRoom {
         bias = place(p.bias.data ? BLOCK * ROWS : 0);
         keys = place(Format<Kind>::floats(BLOCK, p.width));
         values = place(Format<Kind>::floats(BLOCK, p.value_width));
-        state = place(State::floats(p));
-        total = place(State::floats(p));
+        state = place(AnyState::floats(p));
+        total = place(AnyState::floats(p));
     }
 };
 
 // Moves the maxima of a tile up where that is needed, and all sums with them. Returns what is to be subtracted from
 // exponents.
-static void raise(const Problem& p, const Tile& t, const vec* peak, const State& state, vec* shift) {
+template <class AnyState>
+static void raise(const Problem& p, const Tile& t, const vec* peak, const AnyState& state, vec* shift) {
     for (int n = 0; n < t.vecs; ++n) {
         const Rise rise(p, load(state.top + n * LANES), peak[n]);
         shift[n] = rise.shift;
         if (!any(rise.rows)) continue;
         store(state.top + n * LANES, rise.top);
         store(state.sum + n * LANES, load(state.sum + n * LANES) * rise.shrink);
-        for (int64_t d = 0; d < p.value_width; ++d) {
-            float* out = state.out + d * t.lanes() + n * LANES;
-            store(out, load(out) * rise.shrink);
-        }
+        state.scale(p, t, n, rise.shrink);
     }
 }
 
 // A hidden value that is not finite must not meet its weight of 0. Adds the visible ones of a block by hand and returns
 // values in which they are 0.
-template <class Kind>
+template <class Kind, class AnyState>
 static const typename Kind::Element* without_poison(const Problem& p, const Tile& t, const Block& b,
                                                     const typename Kind::Element* values, int64_t& stride,
-                                                    const ForwardRoom<Kind>& room, const State& state) {
+                                                    const ForwardRoom<Kind, AnyState>& room, const AnyState& state) {
     typename Kind::Element* clean = Format<Kind>::own(values, p.value_width, b.size, room.values, stride);
     for (int i = 0; i < b.count; ++i) {
         const Segment& s = b.parts[i];
@@ -63,7 +61,7 @@ static const typename Kind::Element* without_poison(const Problem& p, const Tile
                 if (std::isfinite(x)) continue;
                 for (int r = s.first * LANES; r < std::min(t.count, s.last * LANES); ++r)
                     if (may_see(p, t, r, b.first + j) && (!p.allow.data || room.allowed[j * t.lanes() + r] != 0))
-                        state.out[d * t.lanes() + r] += room.scores[j * t.lanes() + r] * x;
+                        state.at(p, t, r, d) += room.scores[j * t.lanes() + r] * x;
                 Format<Kind>::clear(clean, stride, j, d);
             }
         }
@@ -85,12 +83,20 @@ static inline void for_vectors(const Segment& s, Work work) {
 
 template <int COUNT>
 static inline void find_peaks(const Tile& t, const Segment& s, int n, const float* scores, vec* peak) {
+    constexpr int ABREAST = 4 / COUNT;  // keys: a single maximum would wait for itself
     const int64_t lanes = t.lanes();
-    vec found[COUNT];
-    for (int i = 0; i < COUNT; ++i) found[i] = peak[i];
-    for (int64_t j = s.begin; j < s.end; ++j)
-        for (int i = 0; i < COUNT; ++i) found[i] = max(load(scores + j * lanes + (n + i) * LANES), found[i]);
-    for (int i = 0; i < COUNT; ++i) peak[i] = found[i];
+    vec found[ABREAST][COUNT];
+    const auto look = [&](int64_t j, int k) {
+        for (int i = 0; i < COUNT; ++i) found[k][i] = max(load(scores + j * lanes + (n + i) * LANES), found[k][i]);
+    };
+    for (int k = 0; k < ABREAST; ++k)
+        for (int i = 0; i < COUNT; ++i) found[k][i] = peak[i];
+    int64_t j = s.begin;
+    for (; j + ABREAST <= s.end; j += ABREAST)
+        for (int k = 0; k < ABREAST; ++k) look(j + k, k);
+    for (; j < s.end; ++j) look(j, 0);
+    for (int k = 0; k < ABREAST; ++k)
+        for (int i = 0; i < COUNT; ++i) peak[i] = max(found[k][i], peak[i]);
 }
 
 // Scores become weights, which are added up, and pairs of them if wanted.
@@ -134,10 +140,10 @@ static void drop(const Tile& t, const Block& b, const Segment& s, const Dropout&
 }
 
 // Folds the keys [begin, end) into the state of a tile.
-template <class Kind>
+template <class Kind, class AnyState>
 static void fold(const Problem& p, const Tile& t, const Outline& outline, const Prepared<Kind>& prepared,
-                 const Dropout& dropout, int64_t begin, int64_t end, const ForwardRoom<Kind>& room,
-                 const State& state) {
+                 const Dropout& dropout, int64_t begin, int64_t end, const ForwardRoom<Kind, AnyState>& room,
+                 const AnyState& state) {
     typedef Format<Kind> F;
     const bool plain = plain_scores(p);
     float* const scores = room.scores;
@@ -178,7 +184,7 @@ static void fold(const Problem& p, const Tile& t, const Outline& outline, const 
         for (int n = 0; n < t.vecs; ++n) store(state.sum + n * LANES, sum[n]);
 
         const auto* values = prepared.values(p, t, first, b.size, room.values, value_stride);
-        if (poisoned) values = without_poison<Kind>(p, t, b, values, value_stride, room, state);
+        if (poisoned) values = without_poison(p, t, b, values, value_stride, room, state);
         for (int i = 0; i < b.count; ++i) {
             if (apart)
                 F::pack_keys(t, b.parts[i], scores, scores);

@@ -1,18 +1,18 @@
 // The kernel for one instruction set. Compiled once for each, with its flags and QKV_ISA naming its namespace.
 #include "backward.h"
-#include "few.h"
 #include "forward.h"
 #include "pages.h"
 #include "parallel.h"
+#include "turned.h"
 
 namespace qkv {
 namespace QKV_ISA {
 
-// How tiles of many rows fold keys.
-template <class Kind>
+// How tiles of the rows of several queries fold keys.
+template <class Kind, class AnyState>
 struct Many {
-    typedef ForwardRoom<Kind> Room;
-    typedef QKV_ISA::State State;
+    typedef ForwardRoom<Kind, AnyState> Room;
+    typedef AnyState State;
     typedef QKV_ISA::Prepared<Kind> Prepared;
     typedef typename Kind::Registers Registers;
 
@@ -23,7 +23,7 @@ struct Many {
     static void fold(const Problem& p, const Tile& t, const Outline& outline, const Prepared& prepared,
                      const Dropout& dropout, int64_t begin, int64_t end, const Room& room, const State& state) {
         state.clear(p, t);
-        QKV_ISA::fold<Kind>(p, t, outline, prepared, dropout, begin, end, room, state);
+        QKV_ISA::fold(p, t, outline, prepared, dropout, begin, end, room, state);
     }
 
     static void finish(const Problem& p, const Tile& t, const State& state) { QKV_ISA::finish(p, t, state); }
@@ -157,7 +157,12 @@ void forward(const Problem& p) {
         return for_few(p, (int)group(p),
                        [&](auto products, auto count) { run<Few<decltype(products), decltype(count)::value>>(p); });
     }
-    for_kind(p, [&](auto kind) { run<Many<decltype(kind)>>(p); });
+    for_kind(p, [&](auto kind) {
+        typedef decltype(kind) Kind;
+        if constexpr (std::is_same<Kind, Single>::value)
+            if (rows_of_head(p) <= TURNED) return run<Many<Turned, FewState>>(p);
+        run<Many<Kind, State>>(p);
+    });
 }
 
 int64_t count_scores(const Problem& p) {

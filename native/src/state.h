@@ -29,8 +29,7 @@ struct Rise {
 
 // The maximum is in units of the scores, and may lag behind.
 struct State {
-    float* top;
-    float* sum;
+    float *top, *sum;
     float* out;  // (value_width, lanes)
 
     State(float* memory, const Tile& t) : top(memory), sum(memory + t.lanes()), out(memory + 2 * t.lanes()) {}
@@ -42,10 +41,30 @@ struct State {
         std::fill(sum, sum + t.lanes(), 0.0f);
         std::fill(out, out + p.value_width * t.lanes(), 0.0f);
     }
+
+    // Where column d of row r is summed.
+    float& at(const Problem&, const Tile& t, int r, int64_t d) const { return out[d * t.lanes() + r]; }
+
+    // Multiplies the outputs of vector n of the rows.
+    void scale(const Problem& p, const Tile& t, int n, vec factor) const {
+        for (int64_t d = 0; d < p.value_width; ++d) {
+            float* const here = out + d * t.lanes() + n * LANES;
+            store(here, load(here) * factor);
+        }
+    }
+
+    // Adds those of another, each times its factor.
+    void join(const Problem& p, const Tile& t, int n, vec factor, const State& other, vec other_factor) const {
+        for (int64_t d = 0; d < p.value_width; ++d) {
+            const int64_t here = d * t.lanes() + n * LANES;
+            store(out + here, load(out + here) * factor + load(other.out + here) * other_factor);
+        }
+    }
 };
 
 // Folds the state of later keys into that of earlier ones.
-static void merge(const Problem& p, const Tile& t, const State& total, const State& piece) {
+template <class AnyState>
+static void merge(const Problem& p, const Tile& t, const AnyState& total, const AnyState& piece) {
     const float factor = exponent_factor(p);
     for (int n = 0; n < t.vecs; ++n) {
         const vec a = load(total.top + n * LANES), b = load(piece.top + n * LANES);
@@ -54,10 +73,7 @@ static void merge(const Problem& p, const Tile& t, const State& total, const Sta
         const vec left = exp2((a - base) * factor), right = exp2((b - base) * factor);
         store(total.top + n * LANES, top);
         store(total.sum + n * LANES, load(total.sum + n * LANES) * left + load(piece.sum + n * LANES) * right);
-        for (int64_t d = 0; d < p.value_width; ++d) {
-            float* out = total.out + d * t.lanes() + n * LANES;
-            store(out, load(out) * left + load(piece.out + d * t.lanes() + n * LANES) * right);
-        }
+        total.join(p, t, n, left, piece, right);
     }
 }
 

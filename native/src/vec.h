@@ -78,7 +78,7 @@ struct Across {
 
 // Lane i of a[j] changes places with lane j of a[i], within each COUNT lanes.
 template <int COUNT = LANES, int DISTANCE = 1>
-static inline void transpose(vec* a) {
+[[gnu::always_inline]] static inline void transpose(vec* a) {
     if constexpr (DISTANCE < COUNT) {
         for (int i = 0; i < COUNT; ++i) {
             if (i & DISTANCE) continue;
