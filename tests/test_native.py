@@ -319,8 +319,10 @@ def test_a_few_queries_have_the_bits_of_many(width: int, value_width: int, dtype
     q = torch.randn(1, 2, 203, width).to(dtype)
     k, v = torch.randn(1, 2, 203, width).to(dtype), torch.randn(1, 2, 203, value_width).to(dtype)
     bias = torch.randn(2, 203, 203)
-    k[:, :, 100], v[:, :, 100, -1] = torch.nan, torch.inf  # seen by some, by others not
-    for mask in [*MASKS, Mask.causal(30)]:
+    poisoned_k, poisoned_v = k.clone(), v.clone()
+    poisoned_k[:, :, 150], poisoned_v[:, :, 100, -1] = torch.nan, torch.inf  # seen by some rows, by others not
+    calls = [(k, v, mask) for mask in MASKS] + [(poisoned_k, poisoned_v, mask) for mask in MASKS[1:]]
+    for k, v, mask in calls:
         many = qkv.attention(q, k, v, mask=mask, bias=bias, softcap=20.0, backend="native")
         for count in range(2, 10):
             for start in range(90, 180, 29):
