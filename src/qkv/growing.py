@@ -16,11 +16,13 @@ class Growing:
         """All of it, room included."""
         self._start = 0
         self.length = 0
+        self._shown: Tensor | None = None
+        """What `extend` returned last, while it is all that is held."""
 
     @property
     def tensor(self) -> Tensor | None:
         """All that is held, or None before anything was."""
-        return None if self.memory is None else self.memory[:, :, self._start : self._start + self.length]
+        return None if self.memory is None else self.memory.narrow(2, self._start, self.length)
 
     def extend(self, new: Tensor, room: int) -> Tensor:
         """All that is held and ``new`` behind it. If memory must be had anew, it gets ``room`` for so many tokens."""
@@ -32,9 +34,9 @@ class Growing:
             self._put(together, together.shape[2])
             return together
         self.open(new.shape, new.dtype, new.device, room).copy_(new)
-        extended = self.tensor
-        assert extended is not None
-        return extended
+        self._shown = self.tensor
+        assert self._shown is not None
+        return self._shown
 
     def open(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, room: int) -> Tensor:
         """The place of new tokens of this shape behind all that is held: to be filled in, and held from now on.
@@ -50,12 +52,12 @@ class Growing:
                 memory[:, :, :length] = held
             self._put(memory, length)
             start = length
-        self.length = length + added
-        return memory[:, :, start : start + added]
+        self.length, self._shown = length + added, None
+        return memory.narrow(2, start, added)
 
     def crop(self, length: int) -> None:
         """Forgets all tokens but the first ``length``."""
-        self.length = length
+        self.length, self._shown = length, None
 
     def select(self, rows: Tensor) -> None:
         """Keeps these rows of the batch, integer ``(B',)``, in this order and as often as they are named."""
@@ -71,14 +73,16 @@ class Growing:
 
     def hold(self, tensor: Tensor) -> None:
         """Goes on with ``tensor``: a part of what was returned last, which stays in place, or any other."""
-        memory = self.memory
+        if tensor is self._shown:
+            return
+        memory, self._shown = self.memory, None
         if memory is not None and _lie_together(tensor, memory):
             self._start, self.length = tensor.storage_offset() // max(memory.stride(2), 1), tensor.shape[2]
         else:
             self._put(tensor, tensor.shape[2])
 
     def _put(self, memory: Tensor, length: int) -> None:
-        self.memory, self._start, self.length = memory, 0, length
+        self.memory, self._start, self.length, self._shown = memory, 0, length, None
 
 
 def _suits(memory: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:

@@ -41,8 +41,10 @@ class _Roomy(DynamicLayer):  # type: ignore[misc]
         for name, held, new in (("keys", self.keys, key_states), ("values", self.values, value_states)):
             if new.dim() != 4:
                 raise ValueError(f"QKVCache: {name} must be (B, heads, L, width); got shape {tuple(new.shape)}.")
-            if self.get_seq_length() and (held.shape[:2], held.shape[3]) != (new.shape[:2], new.shape[3]):
-                batch, heads, _, width = held.shape
+            if not _length(held):
+                continue
+            batch, heads, _, width = held.shape
+            if new.shape != (batch, heads, new.shape[2], width):
                 raise ValueError(
                     f"QKVCache: {name} must be ({batch}, {heads}, L, {width}), as those held; got shape "
                     f"{tuple(new.shape)}. Make one cache for each model and batch of texts."
@@ -201,14 +203,18 @@ class QKVCache(DynamicCache):  # type: ignore[misc]
         Before the first, all layers on a CPU get their memory. Had one by one, it would lie among what a prefill
         computes, and leave malloc holes that nothing else fits.
         """
+        if not self._has_reserved:
+            self._reserve(key_states, value_states)
+        seen: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return seen
+
+    def _reserve(self, key_states: Tensor, value_states: Tensor) -> None:
         foreseen = key_states.is_cpu and key_states.dim() == value_states.dim() == 4 and not key_states.requires_grad
-        if foreseen and not self._has_reserved and not torch.compiler.is_compiling():
+        if foreseen and not torch.compiler.is_compiling():
             for layer in self.layers:
                 if isinstance(layer, GrowingLayer | Int8Layer):
                     layer.reserve(key_states, value_states)
             self._has_reserved = True
-        seen: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        return seen
 
 
 THEIRS = {
@@ -242,9 +248,9 @@ def _replaced(layer: CacheLayerMixin, growing: type[DynamicLayer]) -> CacheLayer
     return layer
 
 
-def _length(held: Tensor) -> int:
-    # A layer begins with an empty tensor of one dimension.
-    return held.shape[2] if held.dim() == 4 else 0
+def _length(held: Tensor | None) -> int:
+    # A layer begins with nothing, and then with an empty tensor of one dimension.
+    return held.shape[2] if held is not None and held.dim() == 4 else 0
 
 
 def _extend(memory: Growing, held: Tensor, new: Tensor, room: int | None = None) -> Tensor:
