@@ -54,7 +54,7 @@ MUTANTS = [
     Mutant("segments trimmed one key short", f"{NATIVE}/mask.h", "t.position[from] + p.right < first + begin", "t.position[from] + p.right <= first + begin", KERNEL),
     Mutant("documents passed over by their largest", f"{NATIVE}/mask.h", "t.document[r] >= part.low && t.document[r] <= part.high", "t.document[r] == part.high", KERNEL),
     Mutant("sums not moved with their maximum", f"{NATIVE}/forward.h", "store(state.sum + n * LANES, load(state.sum + n * LANES) * rise.shrink);", "", KERNEL),
-    Mutant("pieces merged without their shares", f"{NATIVE}/state.h", "store(out, load(out) * left + load(piece.out", "store(out, load(out) + load(piece.out", KERNEL),
+    Mutant("pieces merged without their shares", f"{NATIVE}/state.h", "load(out + here) * factor + load(other.out", "load(out + here) + load(other.out", KERNEL),
     Mutant("sink forgotten in the normaliser (kernel)", f"{NATIVE}/state.h", "sum = sum * share + std::exp2((sink - peak) * LOG2E);", "sum = sum * share;", KERNEL),
     Mutant("hidden NaN leaks in decoding", f"{NATIVE}/few.h", "write(p.dtype, clean, d, 0.0f);", "", KERNEL),
     Mutant("delta dropped", f"{NATIVE}/backward.h", "weight * (d_weight - load(delta + n * LANES))", "weight * d_weight", KERNEL),

@@ -5,11 +5,7 @@
 // rows of pairs of neighbours along k. What is left of 16 rows, or of 32 along k, is filled up with zeros.
 #pragma once
 
-#include <memory>
-
 #include "format.h"
-#include "pages.h"
-#include "parallel.h"
 #include "tiles.h"
 
 namespace qkv {

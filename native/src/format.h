@@ -5,6 +5,10 @@
 // (`rows`).
 #pragma once
 
+#include <memory>
+
+#include "pages.h"
+#include "parallel.h"
 #include "product.h"
 
 namespace qkv {
@@ -54,11 +58,15 @@ struct Format<Single> {
         });
     }
 
+    // Whether rows are to be copied side by side.
+    static bool are_far(const Problem& p, const View& view, int64_t width) {
+        return view.row > FAR && view.row != width && rows_of_head(p) > LANES;
+    }
+
     static const float* along_width(const Problem& p, int64_t batch, int64_t kv_head, const View& view, int64_t width,
                                     int64_t first, int64_t count, float* scratch, int64_t& stride) {
         const char* from = row_of(p, view, batch, kv_head, first);
-        const bool copied = view.row > FAR && view.row != width && rows_of_head(p) > LANES;
-        if (p.dtype == Dtype::f32 && !copied) {
+        if (p.dtype == Dtype::f32 && !are_far(p, view, width)) {
             stride = view.row;
             return (const float*)from;
         }
@@ -272,6 +280,58 @@ class Prepared {
     bool are_finite(const Problem& p, const Tile& t, int64_t first, int64_t count) const {
         return all_finite(p, t.batch, t.kv_head, p.v, p.value_width, first, count);
     }
+};
+
+// Of fp32, what lies far apart, side by side: once for all tiles where these are many, or else fresh memory costs more
+// than a copy for each of them; and unless it is much more than queries take.
+template <>
+class Prepared<Single> {
+   public:
+    explicit Prepared(const Problem& p) {
+        constexpr int64_t MANY = 16;  // tiles
+        if (p.dtype != Dtype::f32 || tiles_of_head(p) < MANY || p.lk > 4 * rows_of_head(p)) return;
+        gather(p, p.k, p.width, near_keys);
+        gather(p, p.v, p.value_width, near_values);
+    }
+
+    const float* keys(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch,
+                      int64_t& stride) const {
+        return rows(near_keys.get(), p, t, p.k, p.width, first, count, scratch, stride);
+    }
+
+    const float* values(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch,
+                        int64_t& stride) const {
+        return rows(near_values.get(), p, t, p.v, p.value_width, first, count, scratch, stride);
+    }
+
+    bool are_finite(const Problem& p, const Tile& t, int64_t first, int64_t count) const {
+        return all_finite(p, t.batch, t.kv_head, p.v, p.value_width, first, count);
+    }
+
+   private:
+    static void gather(const Problem& p, const View& view, int64_t width, std::unique_ptr<float[]>& to) {
+        if (!Format<Single>::are_far(p, view, width)) return;
+        constexpr int64_t SOME = 256;  // rows that a thread copies at a time
+        const int64_t parts = (p.lk + SOME - 1) / SOME;
+        to.reset(new float[p.batch * p.kv_heads * p.lk * width]);
+        prefer_huge_pages(to.get(), p.batch * p.kv_heads * p.lk * width * (int64_t)sizeof(float));
+        parallel_for(p.batch * p.kv_heads * parts, p.threads, [&](int64_t item) {
+            const int64_t head = item / parts, end = std::min(p.lk, (item % parts + 1) * SOME);
+            for (int64_t row = item % parts * SOME; row < end; ++row)
+                std::memcpy(to.get() + (head * p.lk + row) * width,
+                            row_of(p, view, head / p.kv_heads, head % p.kv_heads, row), width * sizeof(float));
+        });
+    }
+
+    static const float* rows(const float* near, const Problem& p, const Tile& t, const View& view, int64_t width,
+                             int64_t first, int64_t count, float* scratch, int64_t& stride) {
+        if (!near)
+            return Format<Single>::along_width(p, t.batch, t.kv_head, view, width, first, count, scratch, stride);
+        stride = width;
+        return near + ((t.batch * p.kv_heads + t.kv_head) * p.lk + first) * width;
+    }
+
+    std::unique_ptr<float[]> near_keys, near_values;
 };
 
 }  // namespace QKV_ISA
