@@ -56,6 +56,7 @@ MUTANTS = [
     Mutant("sums not moved with their maximum", f"{NATIVE}/forward.h", "store(state.sum + n * LANES, load(state.sum + n * LANES) * rise.shrink);", "", KERNEL),
     Mutant("pieces merged without their shares", f"{NATIVE}/state.h", "load(out + here) * factor + load(other.out", "load(out + here) + load(other.out", KERNEL),
     Mutant("sink forgotten in the normaliser (kernel)", f"{NATIVE}/state.h", "sum = sum * share + std::exp2((sink - peak) * LOG2E);", "sum = sum * share;", KERNEL),
+    Mutant("a few queries begin with the weights of the block", f"{NATIVE}/turned.h", "weights + Format<Kind>::steps(s.begin) * LANES", "weights", KERNEL),
     Mutant("hidden NaN leaks in decoding", f"{NATIVE}/few.h", "write(p.dtype, clean, d, 0.0f);", "", KERNEL),
     Mutant("delta dropped", f"{NATIVE}/backward.h", "weight * (d_weight - load(delta + n * LANES))", "weight * d_weight", KERNEL),
     Mutant("softcap without its derivative", f"{NATIVE}/scores.h", "1.0f - y * y", "set1(1.0f)", KERNEL),

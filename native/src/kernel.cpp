@@ -159,8 +159,9 @@ void forward(const Problem& p) {
     }
     for_kind(p, [&](auto kind) {
         typedef decltype(kind) Kind;
-        if constexpr (std::is_same<Kind, Single>::value)
-            if (rows_of_head(p) <= TURNED) return run<Many<Turned, FewState>>(p);
+        if constexpr (Turned<Kind>::MOST > 0)
+            if (rows_of_head(p) <= Turned<Kind>::MOST)
+                return run<Many<Turned<Kind>, TurnedState<typename Turned<Kind>::Products>>>(p);
         run<Many<Kind, State>>(p);
     });
 }

@@ -1,5 +1,4 @@
-// Attention forward for a few rows of several queries, in fp32: tokens that a small model has proposed, or the end of a
-// prompt.
+// Attention forward for a few rows of several queries: tokens that a small model has proposed, or the end of a prompt.
 //
 // They would leave most lanes of query rows empty, so the operands of both products change places: lanes lie along keys
 // in the first, for which keys are transposed, and along the width in the second. What is added to a sum, and in which
@@ -11,43 +10,126 @@
 namespace qkv {
 namespace QKV_ISA {
 
-constexpr int TURNED = LANES / 2;  // rows at most
-
-struct Turned : Single {};
+// A kind of product with its operands changed. Tile registers do without.
+template <class Kind>
+struct Turned {
+    static constexpr int MOST = 0;  // rows
+};
 
 template <>
-struct Format<Turned> : Format<Single> {
-    // The rows of a tile as they are, and not as lanes.
-    static void panel(const Problem& p, const Tile& t, const View& view, int64_t width, float* to) {
-        rows(p, t, view, width, to);
+struct Turned<Single> : Single {
+    static constexpr int MOST = LANES / 2;
+    typedef Widened<Dtype::f32> Products;
+
+    // What a row holds from a step on, and zeros behind it.
+    static vec take(const float* row, int64_t step, int64_t width) {
+        return load_part(Dtype::f32, row + step, width - step);
     }
 };
 
-// Scores of a vector of keys, whose rows are transposed in registers, a square at a time. Behind the width, keys and
-// queries are 0.
-template <int COUNT>
-static inline void multiply_vector(const float* const* keys, int64_t width, const float* panel, vec* scores) {
-    const int64_t pitch = whole_vectors(width);
-    for (int r = 0; r < COUNT; ++r) scores[r] = vec{};
-    for_columns(width, [&](int64_t d, int64_t count) {
-        vec square[LANES];
-        for (int i = 0; i < LANES; ++i) square[i] = load_part(Dtype::f32, keys[i] + d, count);
-        transpose(square);
-        for (int i = 0; i < LANES; ++i)
-            for (int r = 0; r < COUNT; ++r) scores[r] = scores[r] + panel[r * pitch + d + i] * square[i];
-    });
+template <>
+struct Format<Turned<Single>> : Format<Single> {
+    // The rows of a tile as they are, and not as lanes.
+    static void panel(const Problem& p, const Tile& t, const View&, int64_t, float* to) {
+        float steps[LANES];
+        Widened<Dtype::f32>::queries(p, t, to, steps);
+    }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Turned<Pair> : Pair {
+    typedef uint16_t Element;
+    static constexpr int MOST = LANES / 2;
+    typedef Dots<Halves> Products;
+
+    static vec take(const uint16_t* row, int64_t step, int64_t width) {
+        return (vec)Halves::take((const char*)(row + 2 * step), width - 2 * step);
+    }
+};
+
+// Keys and values are read in place.
+template <>
+struct Format<Turned<Pair>> : Format<Pair> {
+    typedef uint16_t Element;
+    static constexpr int ABREAST = 1;
+
+    static void panel(const Problem& p, const Tile& t, const View&, int64_t, float* to) {
+        float steps[LANES];
+        Dots<Halves>::queries(p, t, to, steps);
+    }
+
+    static const uint16_t* along_width(const Problem& p, int64_t batch, int64_t kv_head, const View& view, int64_t,
+                                       int64_t first, int64_t, float*, int64_t& stride) {
+        stride = view.row;
+        return (const uint16_t*)row_of(p, view, batch, kv_head, first);
+    }
+
+    static const uint16_t* along_keys(const Problem& p, int64_t batch, int64_t kv_head, const View& view, int64_t width,
+                                      int64_t first, int64_t count, float* scratch, int64_t& stride) {
+        return along_width(p, batch, kv_head, view, width, first, count, scratch, stride);
+    }
+
+    static uint16_t* own(const uint16_t* from, int64_t width, int64_t count, float* scratch, int64_t& stride) {
+        uint16_t* const to = (uint16_t*)scratch;
+        for (int64_t j = 0; j < count; ++j) std::memcpy(to + j * width, from + j * stride, width * sizeof *to);
+        stride = width;
+        return to;
+    }
+
+    static void clear(uint16_t* along_keys, int64_t stride, int64_t j, int64_t d) { along_keys[j * stride + d] = 0; }
+};
+#endif
+
+// Rows of out lie as the products sum them.
+template <class Products>
+struct TurnedState : FewState {
+    using FewState::FewState;
+
+    float& at(const Problem& p, const Tile& t, int r, int64_t d) const {
+        return FewState::at(p, t, r, Products::column(d));
+    }
+};
+
+template <class Products>
+static void finish(const Problem& p, const Tile& t, const TurnedState<Products>& state) {
+    finish<Products>(p, t, (const FewState&)state);
 }
 
-template <>
-inline void multiply_rows<Turned>(const Tile& t, const Segment& s, int64_t width, const float* keys, int64_t stride,
-                                  const float* panel, float* to) {
-    with_count<Widened<Dtype::f32>, TURNED>(Widened<Dtype::f32>(), t.count, [&](auto, auto rows) {
+// Scores of a vector of keys, whose rows are transposed in registers, a square at a time. Behind the width, keys and
+// queries are 0.
+template <class Kind, int COUNT>
+static inline void multiply_vector(const typename Turned<Kind>::Element* const* keys, int64_t width, const float* panel,
+                                   vec* scores) {
+    const int64_t pitch = pitch_of(width), steps = Format<Kind>::steps(width);
+    for (int r = 0; r < COUNT; ++r) scores[r] = vec{};
+    for (int64_t step = 0; step < steps; step += LANES) {
+        vec square[LANES];
+        for (int i = 0; i < LANES; ++i) square[i] = Turned<Kind>::take(keys[i], step, width);
+        transpose(square);
+        for (int i = 0; i < LANES; ++i) {
+            for (int r = 0; r < COUNT; ++r) {
+                typename Kind::Element query;
+                std::memcpy(&query, panel + r * pitch + step + i, sizeof query);
+                scores[r] = Kind::madd(scores[r], query, square[i]);
+            }
+        }
+    }
+}
+
+// `multiply_rows` and `sum_over_keys`.
+template <class Kind>
+static inline void multiply_turned(const Tile& t, const Segment& s, int64_t width,
+                                   const typename Turned<Kind>::Element* keys, int64_t stride, const float* panel,
+                                   float* to) {
+    typedef typename Turned<Kind>::Products Products;
+    with_count<Products, Turned<Kind>::MOST>(Products(), t.count, [&](auto, auto rows) {
         constexpr int COUNT = decltype(rows)::value;
         for (int j = s.begin; j < s.end; j += LANES) {
-            const float* row[LANES];
+            const typename Turned<Kind>::Element* row[LANES];
             for (int i = 0; i < LANES; ++i) row[i] = keys + std::min(j + i, s.end - 1) * stride;
             vec scores[LANES];
-            multiply_vector<COUNT>(row, width, panel, scores);
+            multiply_vector<Kind, COUNT>(row, width, panel, scores);
             for (int r = COUNT; r < LANES; ++r) scores[r] = scores[COUNT - 1];
             transpose(scores);
             for (int i = 0; i < std::min(LANES, s.end - j); ++i) store(to + (j + i) * LANES, scores[i]);
@@ -55,18 +137,43 @@ inline void multiply_rows<Turned>(const Tile& t, const Segment& s, int64_t width
     });
 }
 
-template <>
-inline void sum_over_keys<Turned>(const Tile& t, const Segment& s, int64_t width, const float* values, int64_t stride,
-                                  const float* weights, float* to) {
-    typedef Widened<Dtype::f32> Products;
-    with_count<Products, TURNED>(Products(), t.count, [&](auto, auto count) {
-        Products::add<decltype(count)::value, LANES>((const char*)(values + s.begin * stride),
-                                                     stride * (int64_t)sizeof(float), s.end - s.begin, width,
-                                                     weights + s.begin * LANES, vec{}, to);
+template <class Kind>
+static inline void sum_turned(const Tile& t, const Segment& s, int64_t width,
+                              const typename Turned<Kind>::Element* values, int64_t stride, const float* weights,
+                              float* to) {
+    typedef typename Turned<Kind>::Products Products;
+    with_count<Products, Turned<Kind>::MOST>(Products(), t.count, [&](auto, auto rows) {
+        Products::template add<decltype(rows)::value, LANES>((const char*)(values + s.begin * stride),
+                                                             stride * (int64_t)sizeof *values, s.end - s.begin, width,
+                                                             weights + Format<Kind>::steps(s.begin) * LANES, vec{}, to);
     });
 }
 
-static void finish(const Problem& p, const Tile& t, const FewState& state) { finish<Widened<Dtype::f32>>(p, t, state); }
+template <>
+inline void multiply_rows<Turned<Single>>(const Tile& t, const Segment& s, int64_t width, const float* keys,
+                                          int64_t stride, const float* panel, float* to) {
+    multiply_turned<Single>(t, s, width, keys, stride, panel, to);
+}
+
+template <>
+inline void sum_over_keys<Turned<Single>>(const Tile& t, const Segment& s, int64_t width, const float* values,
+                                          int64_t stride, const float* weights, float* to) {
+    sum_turned<Single>(t, s, width, values, stride, weights, to);
+}
+
+#if defined(__AVX512BF16__)
+template <>
+inline void multiply_rows<Turned<Pair>>(const Tile& t, const Segment& s, int64_t width, const uint16_t* keys,
+                                        int64_t stride, const float* panel, float* to) {
+    multiply_turned<Pair>(t, s, width, keys, stride, panel, to);
+}
+
+template <>
+inline void sum_over_keys<Turned<Pair>>(const Tile& t, const Segment& s, int64_t width, const uint16_t* values,
+                                        int64_t stride, const float* weights, float* to) {
+    sum_turned<Pair>(t, s, width, values, stride, weights, to);
+}
+#endif
 
 }  // namespace QKV_ISA
 }  // namespace qkv

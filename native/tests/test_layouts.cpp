@@ -6,7 +6,7 @@ namespace qkv {
 static void check_all(Case c) {
     const std::pair<int64_t, int64_t> widths[] = {{16, 16}, {13, 21}, {40, 64}};
     for (Dtype dtype : DTYPES)
-        for (int64_t lq : {1, 70})
+        for (int64_t lq : {1, 2, 70})
             for (const auto& [width, value_width] : widths) {
                 c.dtype = dtype;
                 c.batch = c.kv_heads = c.group = 2;
