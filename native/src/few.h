@@ -30,16 +30,16 @@ struct FewState {
 
     void scale(const Problem& p, const Tile& t, int, vec factor) const {
         const int64_t pitch = pitch_of(p.value_width);
-        for (int64_t here = 0; here < t.count * pitch; here += LANES)
-            store(out + here, load(out + here) * factor[here / pitch]);
+        for (int r = 0; r < t.count; ++r)
+            for (int64_t here = r * pitch; here < (r + 1) * pitch; here += LANES)
+                store(out + here, load(out + here) * factor[r]);
     }
 
     void join(const Problem& p, const Tile& t, int, vec factor, const FewState& other, vec other_factor) const {
         const int64_t pitch = pitch_of(p.value_width);
-        for (int64_t here = 0; here < t.count * pitch; here += LANES) {
-            const int64_t r = here / pitch;
-            store(out + here, load(out + here) * factor[r] + load(other.out + here) * other_factor[r]);
-        }
+        for (int r = 0; r < t.count; ++r)
+            for (int64_t here = r * pitch; here < (r + 1) * pitch; here += LANES)
+                store(out + here, load(out + here) * factor[r] + load(other.out + here) * other_factor[r]);
     }
 };
 
