@@ -97,15 +97,18 @@ static void finish(const Problem& p, const Tile& t, const TurnedState<Products>&
 }
 
 // Scores of a vector of keys, whose rows are transposed in registers, a square at a time. Behind the width, keys and
-// queries are 0.
+// queries are 0. With each square, one so many elements ahead is asked for.
 template <class Kind, int COUNT>
-static inline void multiply_vector(const typename Turned<Kind>::Element* const* keys, int64_t width, const float* panel,
-                                   vec* scores) {
+static inline void multiply_vector(const typename Turned<Kind>::Element* const* keys, int64_t ahead, int64_t width,
+                                   const float* panel, vec* scores) {
     const int64_t pitch = pitch_of(width), steps = Format<Kind>::steps(width);
     for (int r = 0; r < COUNT; ++r) scores[r] = vec{};
     for (int64_t step = 0; step < steps; step += LANES) {
         vec square[LANES];
-        for (int i = 0; i < LANES; ++i) square[i] = Turned<Kind>::take(keys[i], step, width);
+        for (int i = 0; i < LANES; ++i) {
+            prefetch((const char*)(keys[i] + ahead) + step * (int64_t)sizeof(float), 1);
+            square[i] = Turned<Kind>::take(keys[i], step, width);
+        }
         transpose(square);
         for (int i = 0; i < LANES; ++i) {
             for (int r = 0; r < COUNT; ++r) {
@@ -129,7 +132,7 @@ static inline void multiply_turned(const Tile& t, const Segment& s, int64_t widt
             const typename Turned<Kind>::Element* row[LANES];
             for (int i = 0; i < LANES; ++i) row[i] = keys + std::min(j + i, s.end - 1) * stride;
             vec scores[LANES];
-            multiply_vector<Kind, COUNT>(row, width, panel, scores);
+            multiply_vector<Kind, COUNT>(row, 2 * LANES * stride, width, panel, scores);
             for (int r = COUNT; r < LANES; ++r) scores[r] = scores[COUNT - 1];
             transpose(scores);
             for (int i = 0; i < std::min(LANES, s.end - j); ++i) store(to + (j + i) * LANES, scores[i]);
