@@ -18,7 +18,7 @@ struct FewState {
 
     FewState(float* memory, const Tile&) : top(memory), sum(memory + LANES), out(memory + 2 * LANES) {}
 
-    static int64_t floats(const Problem& p) { return 2 * LANES + few_rows(p) * pitch_of(p.value_width); }
+    static int64_t floats(const Problem& p) { return 2 * LANES + rows_of_head(p) * pitch_of(p.value_width); }
 
     void clear(const Problem& p, const Tile& t) const {
         std::fill(top, top + LANES, -INF);

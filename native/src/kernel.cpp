@@ -92,7 +92,7 @@ static void run(const Problem& p) {
         return;
     }
     // Few tiles: their pieces go to different threads, and are merged in the same order.
-    std::vector<float> states(heads * tiles * pieces * floats);
+    const std::unique_ptr<float[]> states(new float[heads * tiles * pieces * floats]);
     parallel_for(heads * tiles * pieces, p.threads, [&](int64_t item) {
         const Tile t = tile_of(item / pieces);
         if (!is_seen(t, item % pieces)) return;
