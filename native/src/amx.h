@@ -214,7 +214,7 @@ struct Format<Amx> {
 
 // Sheets of all values, and keys where they do not serve in place.
 template <>
-class Prepared<Amx> {
+class Prepared<Amx> : public LaidByBlock<Amx> {
    public:
     typedef Format<Amx> F;
 
@@ -241,24 +241,20 @@ class Prepared<Amx> {
 
     const uint16_t* keys(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch,
                          int64_t& stride) const {
-        if (in_place || !sheets)
-            return F::along_width(p, t.batch, t.kv_head, p.k, p.width, first, count, scratch, stride);
+        if (in_place || !sheets) return LaidByBlock::keys(p, t, first, count, scratch, stride);
         stride = key_sheet / SHEET;
         return packed_keys.get() + place(p, t.batch, t.kv_head, first / SHEET) * key_sheet;
     }
 
     const uint16_t* values(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch,
                            int64_t& stride) const {
-        if (!sheets) return F::along_keys(p, t.batch, t.kv_head, p.v, p.value_width, first, count, scratch, stride);
+        if (!sheets) return LaidByBlock::values(p, t, first, count, scratch, stride);
         stride = value_sheet;
         return packed_values.get() + place(p, t.batch, t.kv_head, first / SHEET) * value_sheet;
     }
 
     bool are_finite(const Problem& p, const Tile& t, int64_t first, int64_t count) const {
-        if (!sheets) {
-            count = std::min(sheets_of(count) * SHEET, p.lk - first);
-            return all_finite(p, t.batch, t.kv_head, p.v, p.value_width, first, count);
-        }
+        if (!sheets) return LaidByBlock::are_finite(p, t, first, std::min(sheets_of(count) * SHEET, p.lk - first));
         const char* const flags = &finite[place(p, t.batch, t.kv_head, first / SHEET)];
         return std::all_of(flags, flags + sheets_of(count), [](bool flag) { return flag; });
     }
@@ -285,9 +281,8 @@ class Prepared<Amx> {
     std::vector<char> finite;  // of each sheet, whether the values are
 };
 
-template <>
-inline void multiply_rows<Amx>(const Tile& t, const Segment& s, int64_t width, const uint16_t* keys, int64_t stride,
-                               const float* panel, float* to) {
+static inline void multiply_rows(Amx, const Tile& t, const Segment& s, int64_t width, const uint16_t* keys,
+                                 int64_t stride, const float* panel, float* to) {
     const int64_t lanes = t.lanes() * (int64_t)sizeof(float), row = stride * (int64_t)sizeof(uint16_t);
     const Tiles a = {(char*)(keys + s.begin * stride), row, TILE * row, 64};
     const Tiles b = {(char*)(panel + s.first * LANES), lanes, 64, TILE * lanes};
@@ -295,9 +290,8 @@ inline void multiply_rows<Amx>(const Tile& t, const Segment& s, int64_t width, c
     product_of_tiles<false>(tiles_of(s.end - s.begin), s.last - s.first, sheets_of(width), a, b, c);
 }
 
-template <>
-inline void sum_over_keys<Amx>(const Tile& t, const Segment& s, int64_t width, const uint16_t* values, int64_t stride,
-                               const float* weights, float* to) {
+static inline void sum_over_keys(Amx, const Tile& t, const Segment& s, int64_t width, const uint16_t* values,
+                                 int64_t stride, const float* weights, float* to) {
     const int64_t lanes = t.lanes() * (int64_t)sizeof(float);
     const Tiles a = {(char*)(values + s.begin / SHEET * stride), 64, TILE * 64, stride * (int64_t)sizeof(uint16_t)};
     const Tiles b = {(char*)(weights + s.begin / 2 * t.lanes() + s.first * LANES), lanes, 64, TILE * lanes};
@@ -305,9 +299,8 @@ inline void sum_over_keys<Amx>(const Tile& t, const Segment& s, int64_t width, c
     product_of_tiles<true>(tiles_of(width), s.last - s.first, sheets_of(s.end - s.begin), a, b, c);
 }
 
-template <>
-inline void sum_over_rows<Amx>(const Tile& t, const Segment& s, int64_t width, const float* weights, const float* rows,
-                               float* to) {
+static inline void sum_over_rows(Amx, const Tile& t, const Segment& s, int64_t width, const float* weights,
+                                 const float* rows, float* to) {
     const int64_t lanes = t.lanes() * (int64_t)sizeof(float), pitch = whole_vectors(width);
     const int64_t row = pitch * (int64_t)sizeof(float);
     const Tiles a = {(char*)(weights + s.begin * t.lanes() + s.first * LANES / 2), lanes, TILE * lanes, 64};

@@ -213,11 +213,11 @@ struct Chunk {
         const int64_t into = b.first - first;  // the chunk
         const float factor = exponent_factor(p);
         const bool plain = plain_scores(p);
-        multiply_rows<Kind>(t, s, p.width, keys + into * key_stride, key_stride, room.queries, room.weights);
+        multiply_rows(Kind(), t, s, p.width, keys + into * key_stride, key_stride, room.queries, room.weights);
         if (!plain_scores(p)) transform(p, t, b, s, room.bias, room.weights, p.softcap != 0 ? room.slope : nullptr);
         if (b.edge) hide(p, t, b, s, room.allowed, -INF, room.weights);
-        multiply_rows<Kind>(t, s, p.value_width, values + into * value_stride, value_stride, room.d_outs,
-                            room.d_scores);
+        multiply_rows(Kind(), t, s, p.value_width, values + into * value_stride, value_stride, room.d_outs,
+                      room.d_scores);
         for (int j = s.begin; j < s.end; ++j) {
             for (int n = s.first; n < s.last; ++n) {
                 float* const weights = room.weights + j * t.lanes() + n * LANES;
@@ -261,11 +261,11 @@ struct Chunk {
             Format<Kind>::pack_rows(t, s, room.weights);
             along_keys = room.pairs;
         }
-        sum_over_keys<Kind>(t, s, p.width, keys_along + into / Format<Kind>::ABREAST * key_along_stride,
-                            key_along_stride, along_keys, room.dq);
-        sum_over_rows<Kind>(t, s, p.width, room.d_scores, room.query_rows, room.dk + into * whole_vectors(p.width));
-        sum_over_rows<Kind>(t, s, p.value_width, room.weights, room.d_out_rows,
-                            room.dv + into * whole_vectors(p.value_width));
+        sum_over_keys(Kind(), t, s, p.width, keys_along + into / Format<Kind>::ABREAST * key_along_stride,
+                      key_along_stride, along_keys, room.dq);
+        sum_over_rows(Kind(), t, s, p.width, room.d_scores, room.query_rows, room.dk + into * whole_vectors(p.width));
+        sum_over_rows(Kind(), t, s, p.value_width, room.weights, room.d_out_rows,
+                      room.dv + into * whole_vectors(p.value_width));
     }
 
     void write_bias(const Tile& t, const Block& b, const Segment& s) const {

@@ -148,6 +148,7 @@ static void fold_few(const Problem& p, const Tile& t, const Outline& outline, co
     const bool scaled = p.k_scale.data;
     const vec steps = Spread::each([&](int i) { return room.steps[Spread::row(i)]; });
     vec top = set1(-INF), sum = {};
+    [[maybe_unused]] vec sums[LANES] = {};  // lanes without a row stay 0
     state.clear(p, t);
     for (int64_t first = begin; first < end; first += BLOCK) {
         const Block b(p, t, outline, first, end, Single::GRAIN);
@@ -170,21 +171,16 @@ static void fold_few(const Problem& p, const Tile& t, const Outline& outline, co
             if constexpr (Products::ON_TILES) {
                 x = Products::template spread<ROWS>(room.scores, j);
             } else {
-                vec sums[LANES] = {};
                 for (int i = 0; i < KEYS; i += ABREAST) {
                     if (j + i >= b.size) break;
-                    // Values are asked for while their keys are read, and keys before, where several rows take long
-                    // enough to let memory rest.
-                    for (int n = 0; n < ABREAST; ++n) {
-                        if (COUNT > 1) prefetch(keys + (j + i + n + AHEAD) * key_stride, p.width * item);
-                        prefetch(values + (j + i + n) * value_stride, p.value_width * item);
-                    }
+                    const char* const key = keys + (j + i) * key_stride;
+                    const Soon soon = {values + (j + i) * value_stride, value_stride};
                     if (j + i + ABREAST <= b.size)
-                        Products::template score<COUNT, ROWS, ABREAST>(keys + (j + i) * key_stride, key_stride, p.width,
-                                                                       room.queries, sums + i * ROWS);
+                        Products::template score<COUNT, ROWS, ABREAST>(key, key_stride, p.width, room.queries,
+                                                                       sums + i * ROWS, soon);
                     else
-                        Products::template score<COUNT, ROWS, 1>(keys + (j + i) * key_stride, key_stride, p.width,
-                                                                 room.queries, sums + i * ROWS);
+                        Products::template score<COUNT, ROWS, 1>(key, key_stride, p.width, room.queries,
+                                                                 sums + i * ROWS, soon);
                 }
                 x = sum_each(sums);
             }
@@ -223,7 +219,8 @@ static void fold_few(const Problem& p, const Tile& t, const Outline& outline, co
         } else {
             const vec weight_steps = Products::template pack<ROWS>(scores, b.size - from);
             Products::template add<COUNT, ROWS>(values + from * value_stride, value_stride, b.size - from,
-                                                p.value_width, scores, weight_steps, state.out);
+                                                p.value_width, scores, weight_steps, state.out,
+                                                Soon{keys + BLOCK * key_stride, key_stride});
         }
     }
     for (int r = 0; r < COUNT; ++r) {
@@ -244,35 +241,41 @@ static void finish(const Problem& p, const Tile& t, const FewState& state) {
     }
 }
 
-// Calls work(products, count) with types for the dtype of the keys and the number of rows.
-template <class Products, int COUNT = Products::MOST, class Work>
-static inline void with_count(Products products, int count, Work work) {
-    if (count == COUNT)
-        work(products, std::integral_constant<int, COUNT>());
-    else if constexpr (COUNT > Products::LEAST)
-        with_count<Products, COUNT - 1>(products, count, work);
+// Calls work(count) with a constant.
+template <int LEAST, int MOST, class Work>
+static inline void with_count(int count, Work work) {
+    if (count == MOST)
+        work(std::integral_constant<int, MOST>());
+    else if constexpr (MOST > LEAST)
+        with_count<LEAST, MOST - 1>(count, work);
 }
 
+// Calls work(products, count) with types for the dtype of the keys and the number of rows.
 template <class Work>
-static inline void for_few(const Problem& p, int count, Work work) {
+static inline void for_few(const Problem& p, Work work) {
+    const int rows = (int)group(p);
+    const auto with = [&](auto products) {
+        typedef decltype(products) Products;
+        with_count<Products::LEAST, Products::MOST>(rows, [&](auto count) { work(products, count); });
+    };
     switch (p.kv_dtype) {
-        case Dtype::f32: return with_count(Widened<Dtype::f32>(), count, work);
+        case Dtype::f32: return with(Widened<Dtype::f32>());
 #if defined(__AMX_BF16__)
         case Dtype::bf16:
-            if (count >= OnTiles::LEAST) return with_count(OnTiles(), count, work);
-            return with_count<Dots<Halves>, OnTiles::LEAST - 1>(Dots<Halves>(), count, work);
+            if (rows >= OnTiles::LEAST) return with(OnTiles());
+            return with_count<1, OnTiles::LEAST - 1>(rows, [&](auto count) { work(Dots<Halves>(), count); });
 #elif defined(__AVX512BF16__)
-        case Dtype::bf16: return with_count(Dots<Halves>(), count, work);
+        case Dtype::bf16: return with(Dots<Halves>());
 #else
-        case Dtype::bf16: return with_count(Widened<Dtype::bf16>(), count, work);
+        case Dtype::bf16: return with(Widened<Dtype::bf16>());
 #endif
-        case Dtype::f16: return with_count(Widened<Dtype::f16>(), count, work);
+        case Dtype::f16: return with(Widened<Dtype::f16>());
         default: break;
     }
 #if defined(__AVX512F__)
-    if (p.dtype != Dtype::f32 && p.width <= Codes::MOST) return with_count(Dots<Codes>(), count, work);
+    if (p.dtype != Dtype::f32 && p.width <= Codes::MOST) return with(Dots<Codes>());
 #endif
-    with_count(Widened<Dtype::i8>(), count, work);
+    with(Widened<Dtype::i8>());
 }
 
 }  // namespace QKV_ISA

@@ -22,19 +22,26 @@ static inline int few_rows(const Problem& p) { return p.kv_dtype == Dtype::bf16 
 // Lanes for so many rows: the next power of two.
 static constexpr int lanes_of(int count) { return count <= 2 ? count : (count <= 4 ? 4 : (count <= 8 ? 8 : 16)); }
 
-constexpr int AHEAD = 16;  // keys that are asked for before they are read
-
 // Numbers from the start of a row to that of the next, for rows of this width.
 static inline int64_t pitch_of(int64_t width) { return (width + 2 * LANES - 1) / (2 * LANES) * (2 * LANES); }
 
-// Products that read one or two keys at a time, and ask for others meanwhile.
+// Rows that are read soon. Products ask for them row by row while they read others, so that memory never rests.
+struct Soon {
+    const char* rows;
+    int64_t stride;
+
+    void ask(int64_t row, int64_t byte) const { prefetch(rows + row * stride + byte, 1); }
+};
+
+// Products that read one or two keys at a time, and meanwhile ask for their values, and for the keys of the next block
+// with values.
 struct KeyByKey {
     static constexpr int LEAST = 1, MOST = FEW;  // rows
     static constexpr bool ON_TILES = false;
 
     typedef Nothing Registers;
 
-    // Asks for nothing: `fold_few` does, a key at a time.
+    // Asks for nothing: the products do.
     template <int ROWS>
     struct Ahead {
         template <class... Any>
@@ -43,6 +50,14 @@ struct KeyByKey {
         void weights(int) {}
         void step() {}
     };
+
+   protected:
+    // Where several rows take long enough, keys are asked for once more shortly before they are read.
+    template <int COUNT>
+    static inline void ask_ahead(const char* key, int64_t stride) {
+        constexpr int AHEAD = 16;
+        if (COUNT > 1) prefetch(key + AHEAD * stride, 1);
+    }
 };
 
 // Both products of a block of keys of this dtype, for rows of queries as fp32.
@@ -58,7 +73,8 @@ struct Widened : KeyByKey {
 
     // sums[j * ROWS + r] = key j times row r, as lanes that are still to be added up.
     template <int COUNT, int ROWS, int KEYS>
-    static inline void score(const char* keys, int64_t stride, int64_t width, const float* queries, vec* sums) {
+    static inline void score(const char* keys, int64_t stride, int64_t width, const float* queries, vec* sums,
+                             Soon values) {
         if (width < 1) __builtin_unreachable();
         const int64_t pitch = pitch_of(width), item = size_of(DTYPE);
         vec acc[KEYS][COUNT] = {};
@@ -67,6 +83,8 @@ struct Widened : KeyByKey {
             vec key[KEYS];
             for (int j = 0; j < KEYS; ++j) {
                 const char* const at = keys + j * stride + d * item;
+                ask_ahead<COUNT>(at, stride);
+                values.ask(j, d * item);
                 key[j] = whole ? load_as(DTYPE, at) : load_part(DTYPE, at, width - d);
             }
             for (int r = 0; r < COUNT; ++r) {
@@ -86,14 +104,13 @@ struct Widened : KeyByKey {
 
     // Adds weights times values to rows of out.
     template <int COUNT, int ROWS>
-    static void add(const char* values, int64_t stride, int count, int64_t width, const float* weights, vec,
-                    float* out) {
+    static void add(const char* values, int64_t stride, int count, int64_t width, const float* weights, vec, float* out,
+                    Soon keys) {
         constexpr int VECS = COUNT <= 4 ? 4 : 2;
         int64_t d = 0;
         for (; d + VECS * LANES <= width; d += VECS * LANES)
-            some<COUNT, ROWS, VECS>(values + d * size_of(DTYPE), stride, count, width - d, weights, out + d, width);
-        for (; d < width; d += LANES)
-            some<COUNT, ROWS, 1>(values + d * size_of(DTYPE), stride, count, width - d, weights, out + d, width);
+            some<COUNT, ROWS, VECS>(values, stride, count, d, width, weights, out, keys);
+        for (; d < width; d += LANES) some<COUNT, ROWS, 1>(values, stride, count, d, width, weights, out, keys);
     }
 
     // Where column d of a row of out lies.
@@ -103,18 +120,22 @@ struct Widened : KeyByKey {
     static vec columns(const float* out, int64_t d) { return load(out + d); }
 
    private:
+    // `add` for VECS vectors of columns from d on.
     template <int COUNT, int ROWS, int VECS>
-    static inline void some(const char* values, int64_t stride, int count, int64_t left, const float* weights,
-                            float* out, int64_t width) {
-        const int64_t pitch = pitch_of(width), item = size_of(DTYPE);
+    static inline void some(const char* values, int64_t stride, int count, int64_t d, int64_t width,
+                            const float* weights, float* out, Soon keys) {
+        const int64_t pitch = pitch_of(width), item = size_of(DTYPE), left = width - d;
+        values += d * item, out += d;
         vec acc[COUNT][VECS];
         for (int r = 0; r < COUNT; ++r)
             for (int n = 0; n < VECS; ++n) acc[r][n] = load(out + r * pitch + n * LANES);
         for (int j = 0; j < count; ++j, values += stride) {
             vec x[VECS];
-            for (int n = 0; n < VECS; ++n)
+            for (int n = 0; n < VECS; ++n) {
+                keys.ask(j, (d + n * LANES) * item);
                 x[n] =
                     left >= VECS * LANES ? load_as(DTYPE, values + n * LANES * item) : load_part(DTYPE, values, left);
+            }
             for (int r = 0; r < COUNT; ++r)
                 for (int n = 0; n < VECS; ++n) acc[r][n] += weights[j * ROWS + r] * x[n];
         }
@@ -198,13 +219,19 @@ struct Dots : KeyByKey {
     }
 
     template <int COUNT, int ROWS, int KEYS>
-    static inline void score(const char* keys, int64_t stride, int64_t width, const float* queries, vec* sums) {
+    static inline void score(const char* keys, int64_t stride, int64_t width, const float* queries, vec* sums,
+                             Soon values) {
         if (width < 1) __builtin_unreachable();
         const int64_t pitch = pitch_of(width);
         vec acc[KEYS][COUNT] = {};
         for (int64_t d = 0; d < width; d += STEP) {
             __m512i key[KEYS];
-            for (int j = 0; j < KEYS; ++j) key[j] = Numbers::take(keys + j * stride + Numbers::SIZE * d, width - d);
+            for (int j = 0; j < KEYS; ++j) {
+                const char* const at = keys + j * stride + Numbers::SIZE * d;
+                ask_ahead<COUNT>(at, stride);
+                values.ask(j, Numbers::SIZE * d);
+                key[j] = Numbers::take(at, width - d);
+            }
             for (int r = 0; r < COUNT; ++r) {
                 const __m512i query = _mm512_loadu_si512(queries + r * pitch + d / 2);
                 for (int j = 0; j < KEYS; ++j) acc[j][r] = Numbers::dot(acc[j][r], key[j], query);
@@ -232,14 +259,12 @@ struct Dots : KeyByKey {
 
     template <int COUNT, int ROWS>
     static void add(const char* values, int64_t stride, int count, int64_t width, const float* weights, vec steps,
-                    float* out) {
+                    float* out, Soon keys) {
         constexpr int SPANS = COUNT <= 4 ? 2 : 1;
         int64_t d = 0;
         for (; d + SPANS * STEP <= width; d += SPANS * STEP)
-            some<COUNT, ROWS, SPANS>(values + Numbers::SIZE * d, stride, count, width - d, weights, steps, out + d,
-                                     width);
-        for (; d < width; d += STEP)
-            some<COUNT, ROWS, 1>(values + Numbers::SIZE * d, stride, count, width - d, weights, steps, out + d, width);
+            some<COUNT, ROWS, SPANS>(values, stride, count, d, width, weights, steps, out, keys);
+        for (; d < width; d += STEP) some<COUNT, ROWS, 1>(values, stride, count, d, width, weights, steps, out, keys);
     }
 
     static int64_t column(int64_t d) { return d / STEP * STEP + d % STEP / 8 * 4 + d % 4 + (d & 4 ? LANES : 0); }
@@ -276,10 +301,12 @@ struct Dots : KeyByKey {
         pairs[1] = _mm512_unpackhi_epi16(low, high);
     }
 
+    // `add` for SPANS steps of columns from d on.
     template <int COUNT, int ROWS, int SPANS>
-    static inline void some(const char* values, int64_t stride, int count, int64_t left, const float* weights,
-                            vec steps, float* out, int64_t width) {
-        const int64_t pitch = pitch_of(width);
+    static inline void some(const char* values, int64_t stride, int count, int64_t d, int64_t width,
+                            const float* weights, vec steps, float* out, Soon keys) {
+        const int64_t pitch = pitch_of(width), left = width - d;
+        values += Numbers::SIZE * d, out += d;
         vec acc[COUNT][2 * SPANS] = {};
         if (!Numbers::IN_STEPS)
             for (int r = 0; r < COUNT; ++r)
@@ -288,6 +315,7 @@ struct Dots : KeyByKey {
             __m512i x[2 * SPANS];
             for (int n = 0; n < SPANS; ++n) {
                 const char* const row = values + n * STEP * Numbers::SIZE;
+                for (int i = 0; i < 2; ++i) keys.ask(j + i, (d + n * STEP) * Numbers::SIZE);
                 pair(row, j + 1 < count ? row + stride : nullptr, left - n * STEP, x + 2 * n);
             }
             for (int r = 0; r < COUNT; ++r) {

@@ -212,8 +212,8 @@ struct Format<Pair> {
 
 // Q K^T of a segment, or dO V^T: (key, row), from keys laid along the width and the panel of rows.
 template <class Kind>
-static inline void multiply_rows(const Tile& t, const Segment& s, int64_t width, const typename Kind::Element* keys,
-                                 int64_t stride, const float* panel, float* to) {
+static inline void multiply_rows(Kind, const Tile& t, const Segment& s, int64_t width,
+                                 const typename Kind::Element* keys, int64_t stride, const float* panel, float* to) {
     product<Kind, Along::k, false>(s.end - s.begin, s.last - s.first, Format<Kind>::steps(width),
                                    keys + s.begin * stride, panel + s.first * LANES,
                                    to + s.begin * t.lanes() + s.first * LANES, {stride, t.lanes(), t.lanes()});
@@ -221,8 +221,9 @@ static inline void multiply_rows(const Tile& t, const Segment& s, int64_t width,
 
 // Adds weights times values, or gradients of scores times keys, to (width, row), from values laid along the keys.
 template <class Kind>
-static inline void sum_over_keys(const Tile& t, const Segment& s, int64_t width, const typename Kind::Element* values,
-                                 int64_t stride, const float* weights, float* to) {
+static inline void sum_over_keys(Kind, const Tile& t, const Segment& s, int64_t width,
+                                 const typename Kind::Element* values, int64_t stride, const float* weights,
+                                 float* to) {
     constexpr int STEP = Format<Kind>::PACKS ? 2 : 1;
     product<Kind, Along::m, true>(width, s.last - s.first, Format<Kind>::steps(s.end - s.begin),
                                   values + s.begin / STEP * stride,
@@ -232,7 +233,7 @@ static inline void sum_over_keys(const Tile& t, const Segment& s, int64_t width,
 
 // Adds transposed weights times rows to (key, whole vectors of the width).
 template <class Kind>
-static inline void sum_over_rows(const Tile& t, const Segment& s, int64_t width, const float* weights,
+static inline void sum_over_rows(Kind, const Tile& t, const Segment& s, int64_t width, const float* weights,
                                  const float* rows, float* to) {
     constexpr int STEP = Format<Kind>::PACKS ? 2 : 1;
     const int64_t pitch = whole_vectors(width), first = s.first * LANES / STEP;
@@ -257,14 +258,10 @@ static bool all_finite(const Problem& p, int64_t batch, int64_t kv_head, const V
     return !any(zero != 0.0f);
 }
 
-// Keys and values of all heads as the products of the forward pass take them, where a head has them once for many
-// tiles.
+// Keys and values as the products of the forward pass take them, laid so for each block of each tile.
 template <class Kind>
-class Prepared {
-   public:
+struct LaidByBlock {
     typedef typename Kind::Element Element;
-
-    explicit Prepared(const Problem&) {}
 
     const Element* keys(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch,
                         int64_t& stride) const {
@@ -282,34 +279,38 @@ class Prepared {
     }
 };
 
+// The same, where a head may have them once for many tiles.
+template <class Kind>
+struct Prepared : LaidByBlock<Kind> {
+    explicit Prepared(const Problem&) {}
+};
+
 // Of fp32, what lies far apart, side by side: once for all tiles where these are many, or else fresh memory costs more
 // than a copy for each of them; and unless it is much more than queries take.
 template <>
-class Prepared<Single> {
+class Prepared<Single> : public LaidByBlock<Single> {
    public:
     explicit Prepared(const Problem& p) {
         constexpr int64_t MANY = 16;  // tiles
         if (p.dtype != Dtype::f32 || tiles_of_head(p) < MANY || p.lk > 4 * rows_of_head(p)) return;
-        gather(p, p.k, p.width, near_keys);
-        gather(p, p.v, p.value_width, near_values);
+        bring_near(p, p.k, p.width, near_keys);
+        bring_near(p, p.v, p.value_width, near_values);
     }
 
     const float* keys(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch,
                       int64_t& stride) const {
-        return rows(near_keys.get(), p, t, p.k, p.width, first, count, scratch, stride);
+        if (!near_keys) return LaidByBlock::keys(p, t, first, count, scratch, stride);
+        return near_keys.get() + place(p, t, first) * (stride = p.width);
     }
 
     const float* values(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch,
                         int64_t& stride) const {
-        return rows(near_values.get(), p, t, p.v, p.value_width, first, count, scratch, stride);
-    }
-
-    bool are_finite(const Problem& p, const Tile& t, int64_t first, int64_t count) const {
-        return all_finite(p, t.batch, t.kv_head, p.v, p.value_width, first, count);
+        if (!near_values) return LaidByBlock::values(p, t, first, count, scratch, stride);
+        return near_values.get() + place(p, t, first) * (stride = p.value_width);
     }
 
    private:
-    static void gather(const Problem& p, const View& view, int64_t width, std::unique_ptr<float[]>& to) {
+    static void bring_near(const Problem& p, const View& view, int64_t width, std::unique_ptr<float[]>& to) {
         if (!Format<Single>::are_far(p, view, width)) return;
         constexpr int64_t SOME = 256;  // rows that a thread copies at a time
         const int64_t parts = (p.lk + SOME - 1) / SOME;
@@ -323,12 +324,9 @@ class Prepared<Single> {
         });
     }
 
-    static const float* rows(const float* near, const Problem& p, const Tile& t, const View& view, int64_t width,
-                             int64_t first, int64_t count, float* scratch, int64_t& stride) {
-        if (!near)
-            return Format<Single>::along_width(p, t.batch, t.kv_head, view, width, first, count, scratch, stride);
-        stride = width;
-        return near + ((t.batch * p.kv_heads + t.kv_head) * p.lk + first) * width;
+    // The row of a key among those of all heads.
+    static int64_t place(const Problem& p, const Tile& t, int64_t key) {
+        return (t.batch * p.kv_heads + t.kv_head) * p.lk + key;
     }
 
     std::unique_ptr<float[]> near_keys, near_values;

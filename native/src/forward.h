@@ -159,7 +159,7 @@ static void fold(const Problem& p, const Tile& t, const Outline& outline, const 
         for (int n = 0; n < t.vecs; ++n) peak[n] = set1(-INF);
         for (int i = 0; i < b.count; ++i) {
             const Segment& s = b.parts[i];
-            multiply_rows<Kind>(t, s, p.width, keys, key_stride, room.panel, scores);
+            multiply_rows(Kind(), t, s, p.width, keys, key_stride, room.panel, scores);
             if (!plain) transform(p, t, b, s, room.bias, scores, nullptr);
             if (b.edge) hide(p, t, b, s, room.allowed, -INF, scores);
             for_vectors(s, [&](int n, auto count) { find_peaks<decltype(count)::value>(t, s, n, scores, peak + n); });
@@ -190,7 +190,7 @@ static void fold(const Problem& p, const Tile& t, const Outline& outline, const 
                 F::pack_keys(t, b.parts[i], scores, scores);
             else
                 F::pad_keys(t, b.parts[i], scores);
-            sum_over_keys<Kind>(t, b.parts[i], p.value_width, values, value_stride, scores, state.out);
+            sum_over_keys(Kind(), t, b.parts[i], p.value_width, values, value_stride, scores, state.out);
         }
     }
 }

@@ -93,13 +93,14 @@ static void run(const Problem& p) {
     }
     // Few tiles: their pieces go to different threads, and are merged in the same order.
     const std::unique_ptr<float[]> states(new float[heads * tiles * pieces * floats]);
-    parallel_for(heads * tiles * pieces, p.threads, [&](int64_t item) {
+    const auto fold_apart = [&](int64_t item) {
         const Tile t = tile_of(item / pieces);
         if (!is_seen(t, item % pieces)) return;
         const Room room = QKV_ISA::room<Room>(p);
         Way::prepare(p, t, room);
         fold(t, item % pieces, room, State(&states[item * floats], t));
-    });
+    };
+    parallel_for(heads * tiles * pieces, p.threads, fold_apart, Sharing::runs);
     parallel_for(heads * tiles, p.threads, [&](int64_t item) {
         const Tile t = tile_of(item);
         const Room room = QKV_ISA::room<Room>(p);
@@ -154,8 +155,7 @@ void forward(const Problem& p) {
     }
     prefer_huge_pages(p.out.data, p.batch * p.heads * p.lq * p.value_width * size_of(p.dtype));
     if (few) {
-        return for_few(p, (int)group(p),
-                       [&](auto products, auto count) { run<Few<decltype(products), decltype(count)::value>>(p); });
+        return for_few(p, [&](auto products, auto count) { run<Few<decltype(products), decltype(count)::value>>(p); });
     }
     for_kind(p, [&](auto kind) {
         typedef decltype(kind) Kind;

@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <atomic>
 #include <thread>
 #include <vector>
@@ -12,11 +13,25 @@ namespace {
 
 struct Loop {
     std::atomic<int64_t> next{0};
-    int64_t count;
-    const std::function<void(int64_t)>* work;
+    const int64_t count;
+    const int threads;
+    const Sharing sharing;
+    const std::function<void(int64_t)>& work;
+
+    // Takes the items [begin, end), if any are left.
+    bool take(int64_t& begin, int64_t& end) {
+        begin = next.load(std::memory_order_relaxed);
+        do {
+            if (begin >= count) return false;
+            const int64_t some = sharing == Sharing::runs ? (count - begin) / (2 * threads) : 1;
+            end = begin + std::max<int64_t>(1, some);
+        } while (!next.compare_exchange_weak(begin, end, std::memory_order_relaxed));
+        return true;
+    }
 
     void run() {
-        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) (*work)(i);
+        for (int64_t begin, end; take(begin, end);)
+            for (; begin < end; ++begin) work(begin);
     }
 };
 
@@ -31,15 +46,13 @@ GompParallel gomp_parallel() {
 
 }  // namespace
 
-void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& work) {
+void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& work, Sharing sharing) {
     if (threads > count) threads = (int)count;
     if (threads <= 1) {
         for (int64_t i = 0; i < count; ++i) work(i);
         return;
     }
-    Loop loop;
-    loop.count = count;
-    loop.work = &work;
+    Loop loop{{0}, count, threads, sharing, work};
     if (const GompParallel parallel = gomp_parallel()) {
         parallel([](void* data) { ((Loop*)data)->run(); }, &loop, (unsigned)threads, 0);
         return;

@@ -120,13 +120,11 @@ static inline void multiply_vector(const typename Turned<Kind>::Element* const* 
     }
 }
 
-// `multiply_rows` and `sum_over_keys`.
 template <class Kind>
-static inline void multiply_turned(const Tile& t, const Segment& s, int64_t width,
-                                   const typename Turned<Kind>::Element* keys, int64_t stride, const float* panel,
-                                   float* to) {
-    typedef typename Turned<Kind>::Products Products;
-    with_count<Products, Turned<Kind>::MOST>(Products(), t.count, [&](auto, auto rows) {
+static inline void multiply_rows(Turned<Kind>, const Tile& t, const Segment& s, int64_t width,
+                                 const typename Turned<Kind>::Element* keys, int64_t stride, const float* panel,
+                                 float* to) {
+    with_count<1, Turned<Kind>::MOST>(t.count, [&](auto rows) {
         constexpr int COUNT = decltype(rows)::value;
         for (int j = s.begin; j < s.end; j += LANES) {
             const typename Turned<Kind>::Element* row[LANES];
@@ -141,42 +139,18 @@ static inline void multiply_turned(const Tile& t, const Segment& s, int64_t widt
 }
 
 template <class Kind>
-static inline void sum_turned(const Tile& t, const Segment& s, int64_t width,
-                              const typename Turned<Kind>::Element* values, int64_t stride, const float* weights,
-                              float* to) {
+static inline void sum_over_keys(Turned<Kind>, const Tile& t, const Segment& s, int64_t width,
+                                 const typename Turned<Kind>::Element* values, int64_t stride, const float* weights,
+                                 float* to) {
     typedef typename Turned<Kind>::Products Products;
-    with_count<Products, Turned<Kind>::MOST>(Products(), t.count, [&](auto, auto rows) {
-        Products::template add<decltype(rows)::value, LANES>((const char*)(values + s.begin * stride),
-                                                             stride * (int64_t)sizeof *values, s.end - s.begin, width,
-                                                             weights + Format<Kind>::steps(s.begin) * LANES, vec{}, to);
+    with_count<1, Turned<Kind>::MOST>(t.count, [&](auto rows) {
+        const char* const from = (const char*)(values + s.begin * stride);
+        const int64_t step = stride * (int64_t)sizeof *values;
+        Products::template add<decltype(rows)::value, LANES>(from, step, s.end - s.begin, width,
+                                                             weights + Format<Kind>::steps(s.begin) * LANES, vec{}, to,
+                                                             Soon{from + 2 * LANES * step, step});
     });
 }
-
-template <>
-inline void multiply_rows<Turned<Single>>(const Tile& t, const Segment& s, int64_t width, const float* keys,
-                                          int64_t stride, const float* panel, float* to) {
-    multiply_turned<Single>(t, s, width, keys, stride, panel, to);
-}
-
-template <>
-inline void sum_over_keys<Turned<Single>>(const Tile& t, const Segment& s, int64_t width, const float* values,
-                                          int64_t stride, const float* weights, float* to) {
-    sum_turned<Single>(t, s, width, values, stride, weights, to);
-}
-
-#if defined(__AVX512BF16__)
-template <>
-inline void multiply_rows<Turned<Pair>>(const Tile& t, const Segment& s, int64_t width, const uint16_t* keys,
-                                        int64_t stride, const float* panel, float* to) {
-    multiply_turned<Pair>(t, s, width, keys, stride, panel, to);
-}
-
-template <>
-inline void sum_over_keys<Turned<Pair>>(const Tile& t, const Segment& s, int64_t width, const uint16_t* values,
-                                        int64_t stride, const float* weights, float* to) {
-    sum_turned<Pair>(t, s, width, values, stride, weights, to);
-}
-#endif
 
 }  // namespace QKV_ISA
 }  // namespace qkv
