@@ -134,6 +134,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_lost(window: int | None) ->
     theirs = DynamicLayer() if window is None else DynamicSlidingWindowLayer(window)
     assert_same_update(layer, theirs, *tokens(4))
     for k, v, said in (
+        (*tokens(1, batch=1), r"keys must be \(2, 3, L, 4\), as those held; got shape \(1, 3, 1, 4\)"),
         (*tokens(1, batch=3), r"keys must be \(2, 3, L, 4\), as those held; got shape \(3, 3, 1, 4\)"),
         (tokens(1)[0], tokens(1)[0], r"values must be \(2, 3, L, 5\), as those held; got shape \(2, 3, 1, 4\)"),
         (tokens(1)[0], tokens(1)[1][0], r"values must be \(B, heads, L, width\); got shape \(3, 1, 5\)"),
@@ -170,6 +171,14 @@ def test_gradients_flow_through_the_cache() -> None:
     keys, _ = layer.update(second, second)
     keys.sum().backward()
     assert torch.equal(first.grad, torch.ones_like(first)) and torch.equal(second.grad, torch.ones_like(second))
+
+
+def test_gradients_flow_behind_tokens_without() -> None:
+    layer, new = GrowingLayer(), tokens(1)[0].requires_grad_()
+    for _ in range(3):
+        layer.update(tokens(1)[0], tokens(1)[0])
+    sum(layer.update(new, new)[0].square().sum() for _ in range(2)).backward()
+    assert torch.allclose(new.grad, 6 * new)
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,7 @@ class Growing:
     def extend(self, new: Tensor, room: int) -> Tensor:
         """All that is held and ``new`` behind it. If memory must be had anew, it gets ``room`` for so many tokens."""
         memory = self.memory
-        wants_grad = torch.is_grad_enabled() and (new.requires_grad or (memory is not None and memory.requires_grad))
-        if wants_grad or (memory is not None and self.length and memory.dtype is not new.dtype):
+        if _wants_grad(memory, new) or (memory is not None and self.length and memory.dtype is not new.dtype):
             held = self.tensor
             together = new if held is None else torch.cat([held, new], dim=2)
             self._put(together, together.shape[2])
@@ -36,6 +35,28 @@ class Growing:
         self.open(new.shape, new.dtype, new.device, room).copy_(new)
         self._shown = self.tensor
         assert self._shown is not None
+        return self._shown
+
+    def place(self, held: Tensor | None, new: Tensor) -> Tensor | None:
+        """Where to `fill` in ``new``: behind ``held``, which `extend` or `fill` returned last.
+
+        None where `hold` and `extend` have more to do: memory is full, a gradient is wanted, shapes or dtypes differ.
+        """
+        memory = self.memory
+        if memory is None or held is None or held is not self._shown or _wants_grad(memory, new):
+            return None
+        shape, start = new.shape, self._start + self.length
+        if len(shape) != memory.dim() or start + shape[2] > memory.shape[2] or new.dtype is not memory.dtype:
+            return None
+        place = memory.narrow(2, start, shape[2])
+        return place if place.shape == shape else None
+
+    def fill(self, place: Tensor, new: Tensor) -> Tensor:
+        """All that is held and ``new`` behind it, by the shortest way."""
+        assert self.memory is not None
+        place.copy_(new)
+        self.length += new.shape[2]
+        self._shown = self.memory.narrow(2, self._start, self.length)
         return self._shown
 
     def open(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, room: int) -> Tensor:
@@ -83,6 +104,10 @@ class Growing:
 
     def _put(self, memory: Tensor, length: int) -> None:
         self.memory, self._start, self.length, self._shown = memory, 0, length, None
+
+
+def _wants_grad(memory: Tensor | None, new: Tensor) -> bool:
+    return torch.is_grad_enabled() and (new.requires_grad or (memory is not None and memory.requires_grad))
 
 
 def _suits(memory: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:

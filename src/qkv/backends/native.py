@@ -30,14 +30,13 @@ def run_plain(
     None for a call that is not plain, or wrong: posing it says what is the matter.
     """
     if (
-        torch.compiler.is_compiling()
+        kernels.is_watched()
         or kernels.absence() is not None
         or not (_is_plain(q) and _is_plain(k) and _is_plain(v))
         or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
         or torch.is_autocast_enabled("cpu")
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or kernels.is_watched()
     ):
         return None
     if not q.dim() == k.dim() == v.dim() == 4:

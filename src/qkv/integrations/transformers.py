@@ -91,8 +91,9 @@ def attend(
             f"attn_implementation={NAME!r} does not read transformers' paged cache (continuous batching); "
             f"use generate, or another implementation. Got {type(cache).__name__}."
         )
-    query = query.expand(key.shape[0], -1, -1, -1)
-    lk = key.shape[2]
+    batch, _, lk, _ = key.shape
+    if query.shape[0] != batch:
+        query = query.expand(batch, -1, -1, -1)
     seen = _visibility(attention_mask, query.shape[2], lk, is_causal)
     mask, bias = seen.mask, seen.bias
     if indices is not None:

@@ -69,8 +69,13 @@ class GrowingLayer(_Roomy):
         """Appends keys and values ``(B, Hkv, L, D)``; returns all, as views that the next update may move."""
         if torch.compiler.is_compiling():
             return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
-        self._admit(key_states, value_states)
-        keys, values = _extend(self._keys, self.keys, key_states), _extend(self._values, self.values, value_states)
+        key_place = self._keys.place(self.keys, key_states)
+        value_place = self._values.place(self.values, value_states)
+        if key_place is not None and value_place is not None:
+            keys, values = self._keys.fill(key_place, key_states), self._values.fill(value_place, value_states)
+        else:
+            self._admit(key_states, value_states)
+            keys, values = _extend(self._keys, self.keys, key_states), _extend(self._values, self.values, value_states)
         self.keys, self.values = keys, values
         return keys, values
 
