@@ -31,6 +31,7 @@ CASES = [
         head_dim=32,
         heads_inside=True,
     ),
+    Case("as in layers, 2048, 12 heads", 2048, 2048, heads=12, kv_heads=12, heads_inside=True),
     *(
         Case(
             f"{'backward, ' * backward}as in layers, causal, 1024, 32 heads of 128",
@@ -57,6 +58,7 @@ CASES = [
         Case(f"decoding, 4096 keys, groups of {g}", 1, 4096, "causal", heads=8 * g, kv_heads=8, head_dim=128)
         for g in (3, 5, 6, 7, 8, 9)
     ),
+    Case("decoding, 4096 keys, 9 heads of 64 on 3", 1, 4096, "causal", heads=9, kv_heads=3),
     Case("decoding, 16 of 512 keys, 32 heads on 8", 1, 512, "causal", batch=16, heads=32, kv_heads=8, head_dim=128),
     *(Case(f"{n} tokens proposed after 1024, 8 heads of 128", n, 1024, "causal", head_dim=128) for n in (2, 5, 8)),
     Case("short, 16", 16, 16),
