@@ -6,10 +6,10 @@
 The shapes were drawn once, so that they are nobody's choice, and are kept, so that runs compare.
 """
 
+import argparse
 import json
 import math
 import random
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,9 @@ def describe(row: Measurement) -> str:
 
 def main() -> None:
     """Draws the shapes or measures them."""
-    if sys.argv[1:] == ["draw"]:
+    parser = argparse.ArgumentParser(description="A hundred random shapes: what auto chooses against torch's SDPA.")
+    parser.add_argument("what", nargs="?", choices=["draw"], help="draw the shapes anew instead of measuring them")
+    if parser.parse_args().what == "draw":
         lines = ",\n".join(map(json.dumps, draw()))
         SHAPES.write_text(f"[\n{lines}\n]\n")
         return
