@@ -110,6 +110,8 @@ MUTANTS = [
     Mutant("new tokens misplaced in memory had anew", "growing.py", "            start = length\n", ""),
     Mutant("memory foreseen for other tokens", "growing.py", "or not (length or _suits(memory, shape, dtype, device))", ""),
     Mutant("dtypes rounded to that of the cache", "growing.py", "memory.dtype is not new.dtype", "False"),
+    Mutant("one text of a batch appended to all", "growing.py", "return place if place.shape == shape else None", "return place"),
+    Mutant("gradients written over", "growing.py", " or wants_grad(memory, new):\n            return None", ":\n            return None"),
     Mutant("half an update of transformers' cache stays", "integrations/transformers_cache.py", 'if new.dim() != 4:\n', 'if name == "keys" and new.dim() != 4:\n'),
     Mutant("rows copied as if they lay side by side", f"{NATIVE}/format.h", "from += view.row * size_of(dtype)", "from += width * size_of(dtype)", KERNEL),
     Mutant("rows copied for all tiles over those of another head", f"{NATIVE}/format.h", "to.get() + (head * p.lk + row) * width", "to.get() + row * width", KERNEL),

@@ -171,14 +171,14 @@ def test_an_append_that_fails_in_its_middle_adds_nothing(monkeypatch: pytest.Mon
             cache.append(k, k)
             whole.append(k, k)
 
-            def open_some(self: Growing, *arguments: object, left: list[int] = left) -> torch.Tensor:
+            def room_for_some(self: Growing, *arguments: object, left: list[int] = left) -> torch.Tensor:
                 if not left[0]:
                     raise MemoryError
                 left[0] -= 1
-                return open_all(self, *arguments)  # type: ignore[arg-type]
+                return room_for_all(self, *arguments)  # type: ignore[arg-type]
 
-            open_all = Growing.open
-            monkeypatch.setattr(Growing, "open", open_some)
+            room_for_all = Growing._room_for
+            monkeypatch.setattr(Growing, "_room_for", room_for_some)
             with pytest.raises(MemoryError):
                 cache.append(k, k)
             monkeypatch.undo()

@@ -33,8 +33,8 @@ struct Soon {
     void ask(int64_t row, int64_t byte) const { prefetch(rows + row * stride + byte, 1); }
 };
 
-// Products that read one or two keys at a time, and meanwhile ask for their values, and for the keys of the next block
-// with values.
+// Products that read one or two keys at a time, and ask for their values meanwhile; and while they read values, for the
+// keys of the next block.
 struct KeyByKey {
     static constexpr int LEAST = 1, MOST = FEW;  // rows
     static constexpr bool ON_TILES = false;

@@ -144,6 +144,7 @@ static inline void sum_over_keys(Turned<Kind>, const Tile& t, const Segment& s, 
                                  float* to) {
     typedef typename Turned<Kind>::Products Products;
     with_count<1, Turned<Kind>::MOST>(t.count, [&](auto rows) {
+        // Values are asked for as far ahead as keys are.
         const char* const from = (const char*)(values + s.begin * stride);
         const int64_t step = stride * (int64_t)sizeof *values;
         Products::template add<decltype(rows)::value, LANES>(from, step, s.end - s.begin, width,

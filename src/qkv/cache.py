@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qkv import kernels
-from qkv.growing import Growing
+from qkv.growing import Growing, wants_grad
 from qkv.masks import Mask
 
 
@@ -191,7 +191,7 @@ class Int8KVCache(_GrowingCache):
         """
         if not (k.is_floating_point() and v.is_floating_point()):
             raise ValueError(f"Int8KVCache: k and v must be floating-point, to be rounded; got {k.dtype}, {v.dtype}.")
-        if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
+        if wants_grad(k, v):
             raise ValueError("Int8KVCache: int8 has no gradient; call it under torch.no_grad(), or use a KVCache.")
         start, room = self._admit(k, v)
         try:
@@ -308,7 +308,7 @@ class SlidingKVCache:
         """
         check_append("SlidingKVCache", k, v, self._k, self._v, None if self._k is None else self._k.dtype)
         room, held, new = self.sink_tokens + 2 * self.window, self._held, k.shape[2]
-        if _wants_grad(k, v, self._k, self._v) or held + new > room:
+        if wants_grad(k, v, self._k, self._v) or held + new > room:
             keys, values = self._recent(self._k, k), self._recent(self._v, v)
             before = keys.shape[2] - new
             self._keep(keys, values, room)
@@ -337,7 +337,7 @@ class SlidingKVCache:
         kept_k = torch.cat([keys[:, :, :sinks], keys[:, :, start:]], dim=2)
         kept_v = torch.cat([values[:, :, :sinks], values[:, :, start:]], dim=2)
         self._held = kept_k.shape[2]
-        if _wants_grad(kept_k, kept_v):
+        if wants_grad(kept_k, kept_v):
             self._k, self._v = kept_k, kept_v
             return
         self._k, self._v = _reserve(self._k, kept_k, 0, room), _reserve(self._v, kept_v, 0, room)
@@ -460,10 +460,6 @@ def check_append(
                 f"first append; got {tuple(tensor.shape)} in {tensor.dtype} on {tensor.device}. "
                 "Make one cache for each layer and batch."
             )
-
-
-def _wants_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _reserve(buffer: Tensor | None, like: Tensor, length: int, room: int) -> Tensor:

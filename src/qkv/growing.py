@@ -27,15 +27,12 @@ class Growing:
     def extend(self, new: Tensor, room: int) -> Tensor:
         """All that is held and ``new`` behind it. If memory must be had anew, it gets ``room`` for so many tokens."""
         memory = self.memory
-        if _wants_grad(memory, new) or (memory is not None and self.length and memory.dtype is not new.dtype):
+        if wants_grad(memory, new) or (memory is not None and self.length and memory.dtype is not new.dtype):
             held = self.tensor
             together = new if held is None else torch.cat([held, new], dim=2)
             self._put(together, together.shape[2])
             return together
-        self.open(new.shape, new.dtype, new.device, room).copy_(new)
-        self._shown = self.tensor
-        assert self._shown is not None
-        return self._shown
+        return self.fill(self._room_for(new.shape, new.dtype, new.device, room), new)
 
     def place(self, held: Tensor | None, new: Tensor) -> Tensor | None:
         """Where to `fill` in ``new``: behind ``held``, which `extend` or `fill` returned last.
@@ -43,7 +40,7 @@ class Growing:
         None where `hold` and `extend` have more to do: memory is full, a gradient is wanted, shapes or dtypes differ.
         """
         memory = self.memory
-        if memory is None or held is None or held is not self._shown or _wants_grad(memory, new):
+        if memory is None or held is None or held is not self._shown or wants_grad(memory, new):
             return None
         shape, start = new.shape, self._start + self.length
         if len(shape) != memory.dim() or start + shape[2] > memory.shape[2] or new.dtype is not memory.dtype:
@@ -52,7 +49,7 @@ class Growing:
         return place if place.shape == shape else None
 
     def fill(self, place: Tensor, new: Tensor) -> Tensor:
-        """All that is held and ``new`` behind it, by the shortest way."""
+        """All that is held and ``new`` behind it, in the place found for it."""
         assert self.memory is not None
         place.copy_(new)
         self.length += new.shape[2]
@@ -64,6 +61,12 @@ class Growing:
 
         With none, ``(B, heads, 0, ...)``, before the first, it has memory made for ``room`` tokens.
         """
+        place = self._room_for(shape, dtype, device, room)
+        self.length, self._shown = self.length + shape[2], None
+        return place
+
+    def _room_for(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, room: int) -> Tensor:
+        """The place of new tokens of this shape, in memory that is had anew where they do not fit."""
         length, added = self.length, shape[2]
         memory, start = self.memory, self._start + length
         if memory is None or start + added > memory.shape[2] or not (length or _suits(memory, shape, dtype, device)):
@@ -73,7 +76,6 @@ class Growing:
                 memory[:, :, :length] = held
             self._put(memory, length)
             start = length
-        self.length, self._shown = length + added, None
         return memory.narrow(2, start, added)
 
     def crop(self, length: int) -> None:
@@ -106,8 +108,9 @@ class Growing:
         self.memory, self._start, self.length, self._shown = memory, 0, length, None
 
 
-def _wants_grad(memory: Tensor | None, new: Tensor) -> bool:
-    return torch.is_grad_enabled() and (new.requires_grad or (memory is not None and memory.requires_grad))
+def wants_grad(*tensors: Tensor | None) -> bool:
+    """Whether what is computed of the tensors is to have a gradient."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _suits(memory: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:

@@ -45,8 +45,8 @@ class Call(NamedTuple):
     dropout: float
 
 
-_ALONE = 1 << 14
-"""Numbers that one thread rounds sooner than several."""
+_WORTH_THREADS = 1 << 14
+"""Numbers to be rounded, from which on several threads are sooner done than one."""
 
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? k_scale, Tensor? v_scale, Tensor? keep, Tensor? lengths, "
@@ -105,8 +105,7 @@ def forward_with_gradients(call: Call) -> tuple[Tensor, Tensor]:
 
 def quantize(x: Tensor, codes: Tensor, scale: Tensor) -> None:
     """Writes rows of ``x (B, heads, L, width)`` in int8, and the scale ``(B, heads, L)`` of each: for plain tensors."""
-    # A few rows are done before another thread has begun.
-    threads = torch.get_num_threads() if x.numel() > _ALONE else 1
+    threads = torch.get_num_threads() if x.numel() >= _WORTH_THREADS else 1
     packed = QUANTIZATION.pack(DTYPES[x.dtype], *x.shape, *_view(x), *_view(codes), *_scales(scale), threads)
     loaded().quantize(packed)
 
