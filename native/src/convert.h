@@ -95,18 +95,27 @@ static inline void for_dtype(Dtype dtype, Work work) {
     }
 }
 
+#if defined(__AVX512F__)
+// A vector of bf16 or fp16.
+static inline vec widened(Dtype dtype, __m256i halves) {
+    if (dtype == Dtype::f16) return (vec)_mm512_cvtph_ps(halves);
+    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+}
+#elif defined(__AVX2__)
+static inline vec widened(Dtype dtype, __m128i halves) {
+    if (dtype == Dtype::f16) return (vec)_mm256_cvtph_ps(halves);
+    return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16);
+}
+#endif
+
 // A vector of neighbours. The dtype is best a constant.
 static inline vec load_as(Dtype dtype, const void* data) {
     if (dtype == Dtype::f32) return load((const float*)data);
 #if defined(__AVX512F__)
-    if (dtype == Dtype::bf16)
-        return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)data)), 16);
-    if (dtype == Dtype::f16) return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)data));
+    if (size_of(dtype) == 2) return widened(dtype, _mm256_loadu_si256((const __m256i*)data));
     if (dtype == Dtype::i8) return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)data)));
 #elif defined(__AVX2__)
-    if (dtype == Dtype::bf16)
-        return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)data)), 16);
-    if (dtype == Dtype::f16) return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)data));
+    if (size_of(dtype) == 2) return widened(dtype, _mm_loadu_si128((const __m128i*)data));
     if (dtype == Dtype::i8) return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)data)));
 #endif
     vec x = {};
@@ -120,14 +129,39 @@ static inline vec load_part(Dtype dtype, const void* data, int64_t count) {
 #if defined(__AVX512F__)
     const __mmask16 lanes = (__mmask16)((1u << count) - 1);
     if (dtype == Dtype::f32) return (vec)_mm512_maskz_loadu_ps(lanes, data);
-    if (dtype == Dtype::bf16)
-        return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, data)), 16);
-    if (dtype == Dtype::f16) return (vec)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, data));
+    if (size_of(dtype) == 2) return widened(dtype, _mm256_maskz_loadu_epi16(lanes, data));
     if (dtype == Dtype::i8) return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(lanes, data)));
 #endif
     char part[LANES * sizeof(float)] = {};
     std::memcpy(part, data, count * size_of(dtype));
     return load_as(dtype, part);
+}
+
+// Four neighbours of each of as many rows as a vector has room for, side by side. The stride of the rows is in bytes.
+static inline vec load_fours(Dtype dtype, const char* data, int64_t stride) {
+#if defined(__AVX512F__)
+    if (dtype == Dtype::f32) {
+        __m512 x = _mm512_castps128_ps512(_mm_loadu_ps((const float*)data));
+        x = _mm512_mask_broadcast_f32x4(x, 0x00f0, _mm_loadu_ps((const float*)(data + stride)));
+        x = _mm512_mask_broadcast_f32x4(x, 0x0f00, _mm_loadu_ps((const float*)(data + 2 * stride)));
+        return (vec)_mm512_mask_broadcast_f32x4(x, 0xf000, _mm_loadu_ps((const float*)(data + 3 * stride)));
+    }
+    __m256i x = _mm256_castsi128_si256(_mm_loadl_epi64((const __m128i*)data));
+    x = _mm256_mask_broadcastq_epi64(x, 2, _mm_loadl_epi64((const __m128i*)(data + stride)));
+    x = _mm256_mask_broadcastq_epi64(x, 4, _mm_loadl_epi64((const __m128i*)(data + 2 * stride)));
+    return widened(dtype, _mm256_mask_broadcastq_epi64(x, 8, _mm_loadl_epi64((const __m128i*)(data + 3 * stride))));
+#elif defined(__AVX2__)
+    if (dtype == Dtype::f32) {
+        const __m256 x = _mm256_castps128_ps256(_mm_loadu_ps((const float*)data));
+        return (vec)_mm256_insertf128_ps(x, _mm_loadu_ps((const float*)(data + stride)), 1);
+    }
+    const __m128 x = _mm_castsi128_ps(_mm_loadl_epi64((const __m128i*)data));
+    return widened(dtype, _mm_castps_si128(_mm_loadh_pi(x, (const __m64*)(data + stride))));
+#else
+    static_assert(LANES == 4);
+    (void)stride;
+    return load_as(dtype, data);
+#endif
 }
 
 // The first `count` lanes.

@@ -106,11 +106,16 @@ struct Widened : KeyByKey {
     template <int COUNT, int ROWS>
     static void add(const char* values, int64_t stride, int count, int64_t width, const float* weights, vec, float* out,
                     Soon keys) {
-        constexpr int VECS = COUNT <= 4 ? 4 : 2;
         int64_t d = 0;
-        for (; d + VECS * LANES <= width; d += VECS * LANES)
-            some<COUNT, ROWS, VECS>(values, stride, count, d, width, weights, out, keys);
-        for (; d < width; d += LANES) some<COUNT, ROWS, 1>(values, stride, count, d, width, weights, out, keys);
+        const auto columns = [&](auto vecs) {
+            constexpr int VECS = decltype(vecs)::value;
+            if constexpr (VECS == 1 || (COUNT + 1) * VECS < REGISTERS - 1)
+                for (; d + (VECS - 1) * LANES < width; d += VECS * LANES)
+                    some<COUNT, ROWS, VECS>(values, stride, count, d, width, weights, out, keys);
+        };
+        columns(std::integral_constant<int, 4>());
+        columns(std::integral_constant<int, 2>());
+        columns(std::integral_constant<int, 1>());
     }
 
     // Where column d of a row of out lies.
@@ -124,6 +129,7 @@ struct Widened : KeyByKey {
     template <int COUNT, int ROWS, int VECS>
     static inline void some(const char* values, int64_t stride, int count, int64_t d, int64_t width,
                             const float* weights, float* out, Soon keys) {
+        if (count < 1) __builtin_unreachable();  // else compilers keep the sums in memory as well
         const int64_t pitch = pitch_of(width), item = size_of(DTYPE), left = width - d;
         values += d * item, out += d;
         vec acc[COUNT][VECS];
@@ -133,8 +139,8 @@ struct Widened : KeyByKey {
             vec x[VECS];
             for (int n = 0; n < VECS; ++n) {
                 keys.ask(j, (d + n * LANES) * item);
-                x[n] =
-                    left >= VECS * LANES ? load_as(DTYPE, values + n * LANES * item) : load_part(DTYPE, values, left);
+                const char* const at = values + n * LANES * item;
+                x[n] = n + 1 < VECS ? load_as(DTYPE, at) : load_part(DTYPE, at, left - n * LANES);
             }
             for (int r = 0; r < COUNT; ++r)
                 for (int n = 0; n < VECS; ++n) acc[r][n] += weights[j * ROWS + r] * x[n];
@@ -305,6 +311,7 @@ struct Dots : KeyByKey {
     template <int COUNT, int ROWS, int SPANS>
     static inline void some(const char* values, int64_t stride, int count, int64_t d, int64_t width,
                             const float* weights, vec steps, float* out, Soon keys) {
+        if (count < 1) __builtin_unreachable();
         const int64_t pitch = pitch_of(width), left = width - d;
         values += Numbers::SIZE * d, out += d;
         vec acc[COUNT][2 * SPANS] = {};

@@ -157,13 +157,11 @@ void forward(const Problem& p) {
     if (few) {
         return for_few(p, [&](auto products, auto count) { run<Few<decltype(products), decltype(count)::value>>(p); });
     }
-    for_kind(p, [&](auto kind) {
+    const bool turned = for_turned(p, [&](auto kind) {
         typedef decltype(kind) Kind;
-        if constexpr (Turned<Kind>::MOST > 0)
-            if (rows_of_head(p) <= Turned<Kind>::MOST)
-                return run<Many<Turned<Kind>, TurnedState<typename Turned<Kind>::Products>>>(p);
-        run<Many<Kind, State>>(p);
+        run<Many<Kind, TurnedState<typename Kind::Products>>>(p);
     });
+    if (!turned) for_kind(p, [&](auto kind) { run<Many<decltype(kind), State>>(p); });
 }
 
 int64_t count_scores(const Problem& p) {

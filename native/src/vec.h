@@ -21,6 +21,12 @@ constexpr int LANES = 8;
 constexpr int LANES = 4;
 #endif
 
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int REGISTERS = 32;  // of vectors
+#else
+constexpr int REGISTERS = 16;
+#endif
+
 typedef float vec __attribute__((vector_size(LANES * 4)));
 typedef int32_t ivec __attribute__((vector_size(LANES * 4)));
 typedef uint32_t uvec __attribute__((vector_size(LANES * 4)));
