@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 NATIVE = "../../native/src"
 
 KERNEL = ("test_native.py", "test_int8.py", "test_contract.py")
+APPEND = ("test_growing.py",)
 LIBRARY = (
     *("mechanisms", "test_masks.py", "test_functional.py", "test_layers.py", "test_rotary.py"),
     *("test_flash_attn.py", "test_varlen.py", "test_export.py", "test_transformers.py", "test_transformers_cache.py"),
@@ -110,8 +111,12 @@ MUTANTS = [
     Mutant("new tokens misplaced in memory had anew", "growing.py", "            start = length\n", ""),
     Mutant("memory foreseen for other tokens", "growing.py", "or not (length or _suits(memory, shape, dtype, device))", ""),
     Mutant("dtypes rounded to that of the cache", "growing.py", "memory.dtype is not new.dtype", "False"),
-    Mutant("one text of a batch appended to all", "growing.py", "return place if place.shape == shape else None", "return place"),
-    Mutant("gradients written over", "growing.py", " or wants_grad(memory, new):\n            return None", ":\n            return None"),
+    Mutant("one text of a batch appended to all", f"{NATIVE}/append.cpp", "if (tokens.shape[i] != memory.shape[i]) return false;", "(void)i;", APPEND),
+    Mutant("scales of new tokens over the first ones", f"{NATIVE}/append.cpp", "what.scale.data += start;", "", APPEND),
+    Mutant("keys written before values are refused", f"{NATIVE}/append.cpp", "    if (additions[0].what.rows != additions[1].what.rows) return qkv::OTHER;\n", "", APPEND),
+    Mutant("appended behind torch's back", "growing.py", "if torch.is_grad_enabled() or keys.memory", "if keys.memory", APPEND),
+    Mutant("keys and values appended at different places", "growing.py", " or keys.stop != values.stop", "", APPEND),
+    Mutant("a few queries read beyond the width", f"{NATIVE}/turned.h", "count == LANES && d + FOUR <= width", "count == LANES", KERNEL),
     Mutant("half an update of transformers' cache stays", "integrations/transformers_cache.py", 'if new.dim() != 4:\n', 'if name == "keys" and new.dim() != 4:\n'),
     Mutant("rows copied as if they lay side by side", f"{NATIVE}/format.h", "from += view.row * size_of(dtype)", "from += width * size_of(dtype)", KERNEL),
     Mutant("rows copied for all tiles over those of another head", f"{NATIVE}/format.h", "to.get() + (head * p.lk + row) * width", "to.get() + row * width", KERNEL),

@@ -66,10 +66,6 @@ static inline uint16_t to_f16(float x) {
 #endif
 }
 
-static inline int64_t size_of(Dtype dtype) {
-    return dtype == Dtype::f32 ? 4 : (dtype == Dtype::u8 || dtype == Dtype::i8 ? 1 : 2);
-}
-
 static inline float read(Dtype dtype, const void* data, int64_t i) {
     if (dtype == Dtype::f32) return ((const float*)data)[i];
     if (dtype == Dtype::u8) return ((const uint8_t*)data)[i];

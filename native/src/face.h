@@ -14,3 +14,4 @@ enum Status { DONE = 0, OUT_OF_MEMORY = 1, OTHER = 2 };
 // Both return 0, or 1 where memory does not suffice: then results are not written, or in part.
 QKV_EXPORT int qkv_forward(const void* problem);
 QKV_EXPORT int qkv_backward(const void* problem, const void* gradients);
+QKV_EXPORT void qkv_quantize(const void* quantization);

@@ -1,42 +1,10 @@
 // The shortest way from tensors of Python to the kernel, for calls of q, k, v, an interval and padding.
 #include <initializer_list>
 
-#include "dlpack.h"
-#include "face.h"
+#include "python.h"
 
 namespace qkv {
 namespace {
-
-// What of the interpreter is called. Functions of its stable interface, so that no header of Python is needed.
-struct Interpreter {
-    const dlpack::Exchange* tensors;
-    void* none;
-    void* (*release_lock)();
-    void (*take_lock)(void*);
-    void (*forget_exception)();
-};
-
-bool view_of(const dlpack::Tensor& tensor, View& view) {
-    const int64_t* const strides = tensor.strides;
-    view = {(char*)tensor.data + tensor.byte_offset, strides[0], strides[1], strides[2]};
-    return strides[3] == 1;
-}
-
-bool dtype_of(const dlpack::Tensor& tensor, Dtype& dtype) {
-    if (tensor.code == dlpack::BFLOAT)
-        dtype = Dtype::bf16;
-    else if (tensor.code == dlpack::FLOAT && tensor.bits == 32)
-        dtype = Dtype::f32;
-    else if (tensor.code == dlpack::FLOAT && tensor.bits == 16)
-        dtype = Dtype::f16;
-    else if (tensor.code == dlpack::INT && tensor.bits == 8)
-        dtype = Dtype::i8;
-    else
-        return false;
-    return true;
-}
-
-constexpr int32_t NONE = -1;  // dimensions of a tensor that is None
 
 // The tensors of a call, in the order in which Python gives them.
 struct Call {
@@ -44,43 +12,21 @@ struct Call {
 
     // Whether all could be looked at.
     bool look(const Interpreter& python, void* const* objects) {
-        for (dlpack::Tensor* tensor : {&q, &k, &v, &out, &k_scale, &v_scale, &keep, &lengths}) {
-            void* const object = *objects++;
-            tensor->dimensions = NONE;
-            if (object != python.none && python.tensors->look(object, tensor) != 0) {
-                python.forget_exception();
-                return false;
-            }
-        }
+        for (dlpack::Tensor* tensor : {&q, &k, &v, &out, &k_scale, &v_scale, &keep, &lengths})
+            if (!python.look(*objects++, *tensor)) return false;
         return true;
     }
 };
 
-bool is_given(const dlpack::Tensor& tensor) { return tensor.dimensions != NONE; }
-
-bool holds_heads(const dlpack::Tensor& tensor) {
-    if (tensor.device != dlpack::CPU || tensor.dimensions != 4) return false;
-    for (int i = 0; i < 4; ++i)
-        if (tensor.shape[i] < 1) return false;
-    return true;
-}
-
-bool is(const dlpack::Tensor& tensor, dlpack::Code code, int bits, int dimensions) {
-    return tensor.device == dlpack::CPU && tensor.code == code && tensor.bits == bits &&
-           tensor.dimensions == dimensions;
-}
-
 bool scales_of(const dlpack::Tensor& tensor, const Problem& p, Scales& scales) {
-    if (!is(tensor, dlpack::FLOAT, 32, 3) || tensor.shape[0] != p.batch || tensor.shape[1] != p.kv_heads) return false;
-    scales = {(float*)((char*)tensor.data + tensor.byte_offset), tensor.strides[0], tensor.strides[1]};
-    return tensor.shape[2] == p.lk && tensor.strides[2] == 1;
+    return scales_of(tensor, p.batch, p.kv_heads, scales) && tensor.shape[2] == p.lk;
 }
 
 // Fills in what a mask says of each key of a batch, or of each batch.
 template <class Number>
 bool rows_of(const dlpack::Tensor& tensor, const Problem& p, const Number*& rows, int64_t& batch) {
     if (tensor.shape[0] != 1 && tensor.shape[0] != p.batch) return false;
-    rows = (const Number*)((char*)tensor.data + tensor.byte_offset);
+    rows = (const Number*)data_of(tensor);
     batch = tensor.shape[0] == 1 ? 0 : tensor.strides[0];
     return tensor.dimensions == 1 || (tensor.shape[1] == p.lk && tensor.strides[1] == 1);
 }
@@ -126,8 +72,5 @@ QKV_EXPORT int qkv_plain(const void* interpreter, void* q, void* k, void* v, voi
     p.offset = offset, p.left = left, p.right = right, p.sink_tokens = sink_tokens;
     p.scale = scale;
     p.threads = threads;
-    void* const state = python.release_lock();
-    const int status = qkv_forward(&p);
-    python.take_lock(state);
-    return status;
+    return python.unlocked([&] { return qkv_forward(&p); });
 }

@@ -7,6 +7,11 @@ namespace qkv {
 
 enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2, u8 = 3, i8 = 4 };
 
+// Bytes of a number.
+static inline int64_t size_of(Dtype dtype) {
+    return dtype == Dtype::f32 ? 4 : (dtype == Dtype::u8 || dtype == Dtype::i8 ? 1 : 2);
+}
+
 // A tensor of heads, (batch, head, row, column). Strides count elements; columns lie next to each other.
 struct View {
     void* data;

@@ -1,9 +1,9 @@
 // Attention forward for a few rows of several queries: tokens that a small model has proposed, or the end of a prompt.
 //
-// They would leave lanes of query rows empty, so the operands of both products change places: lanes lie along keys in the
-// first, for which keys are transposed, four numbers of each at a time, and along the width in the second. What is added
-// to a sum, and in which order, stays the same, and so do its bits. Keys and values are read in place, and widened in
-// registers.
+// They would leave lanes of query rows empty, so the operands of both products change places: lanes lie along keys in
+// the first, for which keys are transposed, four numbers of each at a time, and along the width in the second. What is
+// added to a sum, and in which order, stays the same, and so do its bits. Keys and values are read in place, and
+// widened in registers.
 #pragma once
 
 #include "few.h"

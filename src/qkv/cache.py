@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qkv import kernels
-from qkv.growing import Growing, wants_grad
+from qkv.growing import Growing, append_in_place, wants_grad
 from qkv.masks import Mask
 
 
@@ -59,21 +59,25 @@ class _GrowingCache:
         """Tokens held."""
         return self._k.length
 
-    def _admit(self, k: Tensor, v: Tensor) -> tuple[int, int]:
-        """Where new tokens begin, and how many tokens new buffers are to hold."""
+    def _append_in_place(self, k: Tensor, v: Tensor) -> list[Tensor] | None:
+        """The short way of appending, as `append_in_place`; None where it does not do."""
+        return append_in_place(self._parts, k, v) if k.dtype is v.dtype is self._dtype else None
+
+    def _admit(self, k: Tensor, v: Tensor) -> int:
+        """How many tokens new buffers are to hold."""
         who = type(self).__name__
         held = (None, None) if self._dtype is None else (self._k.memory, self._v.memory)
         check_append(who, k, v, *held, self._dtype)
         self._dtype = k.dtype
         start, stop = self.length, self.length + k.shape[2]
         if self.capacity is None:
-            return start, max(2 * start, stop, SMALLEST_BUFFER)
+            return max(2 * start, stop, SMALLEST_BUFFER)
         if stop > self.capacity:
             raise ValueError(
                 f"{who}: {start} of {self.capacity} tokens are taken, and {k.shape[2]} more do not fit. "
                 "Give a larger capacity, or None to grow."
             )
-        return start, self.capacity
+        return self.capacity
 
     def crop(self, length: int) -> None:
         """Forgets all tokens but the first ``length``, as when a draft of them was refused.
@@ -153,9 +157,13 @@ class KVCache(_GrowingCache):
         Raises:
             ValueError: for a batch, heads, width, dtype or device other than the first append's, and past capacity.
         """
-        start, room = self._admit(k, v)
+        start = self.length
         try:
-            return Keys(self._k.extend(k, room), self._v.extend(v, room), start)
+            grown = self._append_in_place(k, v)
+            if grown is None:
+                room = self._admit(k, v)
+                grown = [self._k.extend(k, room), self._v.extend(v, room)]
+            return Keys(grown[0], grown[1], start)
         except BaseException:  # out of memory, or interrupted: some parts have grown
             self.crop(start)
             raise
@@ -189,24 +197,29 @@ class Int8KVCache(_GrowingCache):
         Raises:
             ValueError: as `KVCache.append`, for keys or values that a gradient is wanted of, and for integers.
         """
-        if not (k.is_floating_point() and v.is_floating_point()):
-            raise ValueError(f"Int8KVCache: k and v must be floating-point, to be rounded; got {k.dtype}, {v.dtype}.")
-        if wants_grad(k, v):
-            raise ValueError("Int8KVCache: int8 has no gradient; call it under torch.no_grad(), or use a KVCache.")
-        start, room = self._admit(k, v)
+        start = self.length
         try:
-            for x, codes, scales in self._pairs(k, v):
-                code = codes.open(x.shape, torch.int8, x.device, room)
-                scale = scales.open(x.shape[:3], torch.float32, x.device, room)
-                if _suits_the_kernel(x):
-                    kernels.quantize(x, code, scale)
-                else:
-                    for place, new in zip((code, scale), quantize(x), strict=True):
-                        place.copy_(new)
+            if self._append_in_place(k, v) is None:
+                self._append_anyhow(k, v)
         except BaseException:  # as in a KVCache
             self.crop(start)
             raise
         return self.keys()._replace(offset=start)
+
+    def _append_anyhow(self, k: Tensor, v: Tensor) -> None:
+        if not (k.is_floating_point() and v.is_floating_point()):
+            raise ValueError(f"Int8KVCache: k and v must be floating-point, to be rounded; got {k.dtype}, {v.dtype}.")
+        if wants_grad(k, v):
+            raise ValueError("Int8KVCache: int8 has no gradient; call it under torch.no_grad(), or use a KVCache.")
+        room = self._admit(k, v)
+        for x, codes, scales in self._pairs(k, v):
+            code = codes.open(x.shape, torch.int8, x.device, room)
+            scale = scales.open(x.shape[:3], torch.float32, x.device, room)
+            if _suits_the_kernel(x):
+                kernels.quantize(x, code, scale)
+            else:
+                for place, new in zip((code, scale), quantize(x), strict=True):
+                    place.copy_(new)
 
     def reserve(self, k: Tensor, v: Tensor, room: int) -> None:
         """Has memory made for ``room`` tokens like these, before the first append.
@@ -426,16 +439,8 @@ SMALLEST_BUFFER = 16
 
 
 def _suits_the_kernel(x: Tensor) -> bool:
-    return (
-        kernels.absence() is None
-        and type(x) is Tensor
-        and x.is_cpu
-        and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and x.dim() == 4
-        and x.stride(3) == 1
-        and not (x.requires_grad and torch.is_grad_enabled())
-        and not (kernels.is_watched() or torch._C._are_functorch_transforms_active())
-    )
+    floating = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return x.is_cpu and floating and x.dim() == 4 and x.stride(3) == 1 and kernels.may_pass(x)
 
 
 def check_append(

@@ -1,7 +1,11 @@
 """`Growing`: a tensor of tokens with room behind it, so that appending copies what is new alone."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from qkv import kernels
 
 
 class Growing:
@@ -22,7 +26,14 @@ class Growing:
     @property
     def tensor(self) -> Tensor | None:
         """All that is held, or None before anything was."""
-        return None if self.memory is None else self.memory.narrow(2, self._start, self.length)
+        if self.memory is None or self._shown is not None:
+            return self._shown
+        return self.memory.narrow(2, self._start, self.length)
+
+    @property
+    def stop(self) -> int:
+        """Where in memory new tokens go."""
+        return self._start + self.length
 
     def extend(self, new: Tensor, room: int) -> Tensor:
         """All that is held and ``new`` behind it. If memory must be had anew, it gets ``room`` for so many tokens."""
@@ -32,29 +43,19 @@ class Growing:
             together = new if held is None else torch.cat([held, new], dim=2)
             self._put(together, together.shape[2])
             return together
-        return self.fill(self._room_for(new.shape, new.dtype, new.device, room), new)
+        self._room_for(new.shape, new.dtype, new.device, room).copy_(new)
+        return self.grow(new.shape[2])
 
-    def place(self, held: Tensor | None, new: Tensor) -> Tensor | None:
-        """Where to `fill` in ``new``: behind ``held``, which `extend` or `fill` returned last.
-
-        None where `hold` and `extend` have more to do: memory is full, a gradient is wanted, shapes or dtypes differ.
-        """
-        memory = self.memory
-        if memory is None or held is None or held is not self._shown or wants_grad(memory, new):
-            return None
-        shape, start = new.shape, self._start + self.length
-        if len(shape) != memory.dim() or start + shape[2] > memory.shape[2] or new.dtype is not memory.dtype:
-            return None
-        place = memory.narrow(2, start, shape[2])
-        return place if place.shape == shape else None
-
-    def fill(self, place: Tensor, new: Tensor) -> Tensor:
-        """All that is held and ``new`` behind it, in the place found for it."""
+    def grow(self, count: int) -> Tensor:
+        """All that is held and ``count`` tokens behind it, which memory has by now."""
         assert self.memory is not None
-        place.copy_(new)
-        self.length += new.shape[2]
+        self.length += count
         self._shown = self.memory.narrow(2, self._start, self.length)
         return self._shown
+
+    def shows(self, tensor: Tensor | None) -> bool:
+        """Whether `extend` or `grow` returned it last."""
+        return tensor is not None and tensor is self._shown
 
     def open(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, room: int) -> Tensor:
         """The place of new tokens of this shape behind all that is held: to be filled in, and held from now on.
@@ -96,7 +97,7 @@ class Growing:
 
     def hold(self, tensor: Tensor) -> None:
         """Goes on with ``tensor``: a part of what was returned last, which stays in place, or any other."""
-        if tensor is self._shown:
+        if self.shows(tensor):
             return
         memory, self._shown = self.memory, None
         if memory is not None and _lie_together(tensor, memory):
@@ -106,6 +107,29 @@ class Growing:
 
     def _put(self, memory: Tensor, length: int) -> None:
         self.memory, self._start, self.length, self._shown = memory, 0, length, None
+
+
+def append_in_place(parts: Sequence[Growing], k: Tensor, v: Tensor) -> list[Tensor] | None:
+    """Has the kernel write new keys and values ``(B, Hkv, L, D)`` behind those held, where that is all there is to do.
+
+    Outside of ``torch.no_grad()`` it is not: torch counts what is written to a tensor there.
+
+    Args:
+        parts: of keys and of values; and of the scales of both, where they are held in int8.
+        k, v: the tokens.
+
+    Returns:
+        All that each part holds; or None, with nothing changed, where memory is full or there is more to do.
+    """
+    keys, values, *scales = parts
+    if torch.is_grad_enabled() or keys.memory is None or values.memory is None or keys.stop != values.stop:
+        return None
+    k_scale, v_scale = (scale.memory for scale in scales) if scales else (None, None)
+    if not kernels.may_pass(k, v, keys.memory, values.memory):
+        return None
+    if not kernels.append(k, v, keys.memory, values.memory, k_scale, v_scale, keys.stop):
+        return None
+    return [part.grow(k.shape[2]) for part in parts]
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:

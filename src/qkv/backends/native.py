@@ -29,15 +29,7 @@ def run_plain(
 
     None for a call that is not plain, or wrong: posing it says what is the matter.
     """
-    if (
-        kernels.is_watched()
-        or kernels.absence() is not None
-        or not (_is_plain(q) and _is_plain(k) and _is_plain(v))
-        or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
-        or torch.is_autocast_enabled("cpu")
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    ):
+    if not kernels.may_pass(q, k, v) or torch.is_autocast_enabled("cpu"):
         return None
     if not q.dim() == k.dim() == v.dim() == 4:
         return None
@@ -73,7 +65,7 @@ def why_not(problem: Problem) -> list[str]:
     if torch.compiler.is_compiling():
         if torch.onnx.is_in_onnx_export():
             reasons.append("ONNX does not know the kernel")
-    elif torch._C._are_functorch_transforms_active() or not (_is_plain(q) and _is_plain(k) and _is_plain(v)):
+    elif torch._C._are_functorch_transforms_active() or not all(map(kernels.is_plain, (q, k, v))):
         reasons.append("the kernel takes plain tensors, outside of functorch")
     if forward_ad._current_level >= 0:
         reasons.append("the kernel has no forward-mode derivatives")
@@ -122,7 +114,3 @@ def run(problem: Problem) -> Result:
         out, lse = torch.ops.qkv.forward(*call) if watched else kernels.forward_with_gradients(call)
         return Result(out, lse if problem.wants_lse else None)
     return Result(*kernels.forward(call, wants_lse=problem.wants_lse))
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) is Tensor or type(tensor) is torch.nn.Parameter

@@ -14,7 +14,7 @@ from transformers.cache_utils import (
 )
 
 from qkv.cache import Int8Keys, Int8KVCache
-from qkv.growing import Growing
+from qkv.growing import Growing, append_in_place
 from qkv.integrations.lazy_tensor import Int8Tensor
 
 
@@ -69,15 +69,13 @@ class GrowingLayer(_Roomy):
         """Appends keys and values ``(B, Hkv, L, D)``; returns all, as views that the next update may move."""
         if torch.compiler.is_compiling():
             return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
-        key_place = self._keys.place(self.keys, key_states)
-        value_place = self._values.place(self.values, value_states)
-        if key_place is not None and value_place is not None:
-            keys, values = self._keys.fill(key_place, key_states), self._values.fill(value_place, value_states)
-        else:
+        held = self._keys.shows(self.keys) and self._values.shows(self.values)
+        grown = append_in_place((self._keys, self._values), key_states, value_states) if held else None
+        if grown is None:
             self._admit(key_states, value_states)
-            keys, values = _extend(self._keys, self.keys, key_states), _extend(self._values, self.values, value_states)
-        self.keys, self.values = keys, values
-        return keys, values
+            grown = [_extend(self._keys, self.keys, key_states), _extend(self._values, self.values, value_states)]
+        self.keys, self.values = grown
+        return self.keys, self.values
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorders the batch for beam search, with one copy."""

@@ -64,6 +64,9 @@ class Library(NamedTuple):
     """Takes q, k, v, out, then k_scale, v_scale, keep and lengths, tensors or None, then offset, left, right,
     sink_tokens, scale and threads. Returns as `forward`, or 2 for tensors that it does not take. None where torch has
     no DLPack exchange functions."""
+    append: Callable[..., int] | None
+    """Takes k, v, the memory of keys and of values, then k_scale and v_scale, tensors or None, then start and threads.
+    Returns as `plain`."""
 
 
 class _Interpreter(ctypes.Structure):
@@ -97,7 +100,7 @@ def load(path: Path) -> Library | str:
     native.qkv_forward.restype = native.qkv_backward.restype = ctypes.c_int
     native.qkv_count_scores.restype = ctypes.c_int64
     functions = (native.qkv_forward, native.qkv_backward, native.qkv_count_scores, native.qkv_quantize)
-    return Library(isa.decode(), *functions, _load_plain(path))
+    return Library(isa.decode(), *functions, *_load_calls_of_tensors(path))
 
 
 class _Exchange(ctypes.Structure):
@@ -108,21 +111,25 @@ class _Exchange(ctypes.Structure):
     ]
 
 
-def _load_plain(path: Path) -> Callable[..., int] | None:
+def _load_calls_of_tensors(path: Path) -> tuple[Callable[..., int] | None, Callable[..., int] | None]:
+    """`Library.plain` and `Library.append`."""
     capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     if capsule is None:
-        return None
+        return None, None
     python = ctypes.pythonapi
     prototype = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
     tensors = prototype(("PyCapsule_GetPointer", python))(capsule, b"dlpack_exchange_api")
     exchange = _Exchange.from_address(tensors)
     if exchange.major != 1 or not exchange.look:
-        return None
+        return None, None
     functions = (python.PyEval_SaveThread, python.PyEval_RestoreThread, python.PyErr_Clear)
     interpreter = _Interpreter(tensors, id(None), *(ctypes.cast(function, ctypes.c_void_p) for function in functions))
-    plain = ctypes.PyDLL(str(path)).qkv_plain  # called with the interpreter's lock
-    plain.argtypes = [ctypes.c_void_p, *[ctypes.py_object] * 8, *[ctypes.c_int64] * 4, ctypes.c_float, ctypes.c_int]
-    return functools.partial(plain, ctypes.byref(interpreter))
+    native = ctypes.PyDLL(str(path))  # called with the interpreter's lock
+    tensor, number = ctypes.py_object, ctypes.c_int64
+    native.qkv_plain.argtypes = [ctypes.c_void_p, *[tensor] * 8, *[number] * 4, ctypes.c_float, ctypes.c_int]
+    native.qkv_append.argtypes = [ctypes.c_void_p, *[tensor] * 6, number, ctypes.c_int]
+    there = ctypes.byref(interpreter)
+    return functools.partial(native.qkv_plain, there), functools.partial(native.qkv_append, there)
 
 
 # Loaded with the module: a compiler can trace a constant, not the loading.

@@ -4,8 +4,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, library
+from torch.autograd import forward_ad
 
-from qkv.kernels.binding import GRADIENTS, PROBLEM, QUANTIZATION, UNBOUNDED, loaded
+from qkv.kernels.binding import GRADIENTS, PROBLEM, QUANTIZATION, UNBOUNDED, absence, loaded
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3, torch.int8: 4}
 """As the kernel numbers them."""
@@ -46,7 +47,7 @@ class Call(NamedTuple):
 
 
 _WORTH_THREADS = 1 << 14
-"""Numbers to be rounded, from which on several threads are sooner done than one."""
+"""Numbers to be copied or rounded, from which on several threads are sooner done than one."""
 
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? k_scale, Tensor? v_scale, Tensor? keep, Tensor? lengths, "
@@ -105,9 +106,51 @@ def forward_with_gradients(call: Call) -> tuple[Tensor, Tensor]:
 
 def quantize(x: Tensor, codes: Tensor, scale: Tensor) -> None:
     """Writes rows of ``x (B, heads, L, width)`` in int8, and the scale ``(B, heads, L)`` of each: for plain tensors."""
-    threads = torch.get_num_threads() if x.numel() >= _WORTH_THREADS else 1
-    packed = QUANTIZATION.pack(DTYPES[x.dtype], *x.shape, *_view(x), *_view(codes), *_scales(scale), threads)
+    packed = QUANTIZATION.pack(DTYPES[x.dtype], *x.shape, *_view(x), *_view(codes), *_scales(scale), _threads_for(x))
     loaded().quantize(packed)
+
+
+def append(
+    k: Tensor, v: Tensor, keys: Tensor, values: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, start: int
+) -> bool:
+    """Writes new tokens behind the first ``start`` of their memory, by the shortest way: for tensors that `may_pass`.
+
+    Args:
+        k, v: ``(B, Hkv, L, width)``.
+        keys, values: ``(B, Hkv, room, width)``, in the dtype of the tokens or in int8.
+        k_scale, v_scale: float32 ``(B, Hkv, room)``, where keys and values are int8.
+
+    Returns:
+        False, with nothing written, where they do not fit together or need a longer way.
+    """
+    write = loaded().append
+    return write is not None and write(k, v, keys, values, k_scale, v_scale, start, _threads_for(k)) == 0
+
+
+def _threads_for(x: Tensor) -> int:
+    """Threads that copy or round its numbers."""
+    return torch.get_num_threads() if x.numel() >= _WORTH_THREADS else 1
+
+
+def may_pass(*tensors: Tensor) -> bool:
+    """Whether there is a kernel, and tensors may go to it past the dispatcher of torch.
+
+    Nobody records, transforms or differentiates operators, and all are plain, on whatever device.
+    """
+    if (
+        is_watched()
+        or absence() is not None
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    ):
+        return False
+    wants_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return not wants_grad and all(map(is_plain, tensors))
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether the tensor is no more than its numbers, as subclasses may be."""
+    return type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
 
 
 def is_watched() -> bool:

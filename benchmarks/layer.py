@@ -1,0 +1,108 @@
+"""One layer of a decoding step as transformers' models take it: its cache's update, and attention.
+
+    python benchmarks/layer.py      measures, prints, and writes results/PROCESSOR/layer.json
+
+Thirty layers in the sizes of SmolLM2-135M with 4096 tokens behind them. Each is measured between the products of its
+own weights, which push keys, values and code out of the caches as in a model, and alone, again and again.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import machine
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, DynamicCache, LlamaConfig
+
+from qkv.cli.timing import Spread, spread
+from qkv.integrations.transformers import NAME, register
+from qkv.integrations.transformers_cache import QKVCache
+
+CONTEXT, LAYERS, STEPS = 4096, 30, 24
+HIDDEN, INNER, HEADS, KV_HEADS, WIDTH = 576, 1536, 9, 3, 64
+
+KINDS: dict[str, tuple[str, Callable[[LlamaConfig], DynamicCache]]] = {
+    "stock": ("sdpa", lambda config: DynamicCache(config=config)),
+    "qkv": (NAME, QKVCache),
+    "qkv int8": (NAME, lambda config: QKVCache(config, dtype=torch.int8)),
+}
+"""The attention of a model, and its cache."""
+
+
+class Layer(nn.Module):
+    """The weights of a layer, and what attention functions read of one."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.num_key_value_groups = HEADS // KV_HEADS
+        self.is_causal = True
+        before = [(HIDDEN, HEADS * WIDTH), (HIDDEN, KV_HEADS * WIDTH), (HIDDEN, KV_HEADS * WIDTH)]
+        after = [(HEADS * WIDTH, HIDDEN), (HIDDEN, INNER), (HIDDEN, INNER), (INNER, HIDDEN)]
+        self.before, self.after = ([torch.randn(*shape).to(dtype) for shape in shapes] for shapes in (before, after))
+
+
+def heads(dtype: torch.dtype, number: int, tokens: int) -> Tensor:
+    """Random tokens as layers lay them: (1, number, tokens, WIDTH), heads inside."""
+    return torch.randn(1, tokens, number, WIDTH).to(dtype).transpose(1, 2)
+
+
+def steps(layers: list[Layer], kind: str, dtype: torch.dtype, *, alone: bool) -> Iterator[tuple[float, float]]:
+    """Microseconds of the update and of attention, layer by layer and step by step."""
+    implementation, new_cache = KINDS[kind]
+    attend: Any = AttentionInterface()[implementation]
+    cache = new_cache(LlamaConfig(hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=HEADS))
+    for index in range(LAYERS):
+        cache.update(heads(dtype, KV_HEADS, CONTEXT), heads(dtype, KV_HEADS, CONTEXT), index)
+    tokens = {size: torch.randn(1, size).to(dtype) for size in (HIDDEN, HEADS * WIDTH, INNER)}
+    new = [heads(dtype, number, 1) for number in (HEADS, KV_HEADS, KV_HEADS)]
+    while True:
+        for index in [0] * LAYERS if alone else range(LAYERS):
+            layer = layers[index]
+            for weight in [] if alone else layer.before:
+                tokens[weight.shape[0]] @ weight
+            start = time.perf_counter()
+            keys, values = cache.update(new[1], new[2], index)
+            updated = time.perf_counter()
+            attend(layer, new[0], keys, values, None, dropout=0.0, scaling=WIDTH**-0.5)
+            yield (updated - start) * 1e6, (time.perf_counter() - updated) * 1e6
+            for weight in [] if alone else layer.after:
+                tokens[weight.shape[0]] @ weight
+
+
+def measure(dtype: torch.dtype, *, alone: bool) -> dict[str, dict[str, Spread]]:
+    """Every kind, a step of each in turn."""
+    layers = [Layer(dtype) for _ in range(LAYERS)]
+    running = {kind: steps(layers, kind, dtype, alone=alone) for kind in KINDS}
+    times: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
+    for turn in range(1 + STEPS):
+        for kind, run in running.items():
+            found = [next(run) for _ in range(LAYERS)]
+            times[kind] += found if turn else []
+    return {
+        kind: {
+            "update": spread([update for update, _ in found]),
+            "attention": spread([attention for _, attention in found]),
+            "both": spread([update + attention for update, attention in found]),
+        }
+        for kind, found in times.items()
+    }
+
+
+@torch.no_grad()
+def main() -> None:
+    """Measures fp32 and bf16."""
+    register()
+    print(f"{'dtype':<6} {'where':<16} {'kind':<10} {'update us':>10} {'attention us':>13} {'both us':>9}")
+    results = []
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        for where in ("between weights", "alone"):
+            for kind, times in measure(dtype, alone=where == "alone").items():
+                results.append({"dtype": name, "where": where, "kind": kind, "times": times})
+                update, attention, both = (times[part]["median_us"] for part in ("update", "attention", "both"))
+                print(f"{name:<6} {where:<16} {kind:<10} {update:>10.1f} {attention:>13.1f} {both:>9.1f}", flush=True)
+    machine.save("layer", {"measurements": results})
+
+
+if __name__ == "__main__":
+    main()

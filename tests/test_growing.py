@@ -1,0 +1,162 @@
+"""Appending to memory: the native way, straight into it, against the general one; and what must not take it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from qkv import Int8KVCache, KVCache, kernels
+from qkv.growing import Growing, append_in_place
+
+needs_kernel = pytest.mark.skipif(
+    kernels.absence() is not None or kernels.loaded().append is None, reason="needs the kernel, and torch's DLPack"
+)
+
+
+def tokens(batch: int, heads: int, count: int, width: int, dtype: torch.dtype, *, inside: bool) -> Tensor:
+    """Random tokens, as layers lay them (heads inside) or all of a head together; beside others in memory."""
+    shape = (batch, count, heads, width + 3) if inside else (batch, heads, count, width + 3)
+    x = torch.randn(shape).to(dtype)[..., 1 : width + 1]
+    return x.transpose(1, 2) if inside else x
+
+
+def memory(held: Tensor, room: int) -> Growing:
+    """What holds some tokens, with room behind them that is full of others' numbers."""
+    growing = Growing()
+    growing.extend(held, room)
+    assert growing.memory is not None
+    growing.memory[:, :, held.shape[2] :] = 77
+    return growing
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("count", [1, 3])
+@torch.no_grad()
+def test_native_appending_writes_what_is_new_and_nothing_else(dtype: torch.dtype, inside: bool, count: int) -> None:
+    """Keys and values of widths that differ, for two texts of three heads."""
+    held = [tokens(2, 3, 4, width, dtype, inside=inside) for width in (8, 5)]
+    new = [tokens(2, 3, count, width, dtype, inside=inside) for width in (8, 5)]
+    parts = [memory(x, 9) for x in held]
+    grown = append_in_place(parts, new[0], new[1])
+    assert grown is not None
+    for part, before, added, shown in zip(parts, held, new, grown, strict=True):
+        assert torch.equal(shown, torch.cat([before, added], dim=2))
+        assert part.shows(shown) and part.tensor is shown and part.length == 4 + count
+        assert part.memory is not None and part.memory[:, :, 4 + count :].eq(77).all()
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("new_cache", [KVCache, Int8KVCache])
+def test_native_appending_gives_the_bits_of_the_general_way(
+    dtype: torch.dtype, inside: bool, new_cache: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outside of no_grad the general way is taken; inside, once memory is there, it must not be."""
+    torch.manual_seed(0)
+    pieces = [[tokens(2, 3, count, width, dtype, inside=inside) for width in (64, 40)] for count in (5, 1, 2, 1)]
+    general, native = new_cache(), new_cache()
+    for cache in (general, native):
+        cache.append(*pieces[0])
+    for piece in pieces[1:]:
+        expected = general.append(*piece)
+        with torch.no_grad(), monkeypatch.context() as patch:
+            patch.setattr(Growing, "_room_for", None)
+            found = native.append(*piece)
+        assert found.offset == expected.offset and native.length == general.length
+        for x, y in zip(found, expected, strict=True):
+            assert torch.equal(x, y) if isinstance(x, Tensor) else x == y
+
+
+class _Recorder(TorchDispatchMode):
+    """Somebody who sees every operator."""
+
+    def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+class _Subclass(Tensor):
+    pass
+
+
+K, V = torch.randn(2, 3, 1, 8), torch.randn(2, 3, 1, 5)
+NOT_IN_PLACE = {
+    "one text for both": (K[:1], V[:1]),
+    "keys of one text": (K[:1], V),
+    "values of one head": (K, V[:, :1]),
+    "another dtype": (K.bfloat16(), V.bfloat16()),
+    "values of another dtype": (K, V.half()),
+    "integers": (K.to(torch.int8), V.to(torch.int8)),
+    "narrower keys": (K[..., :7], V),
+    "wider values": (K, torch.randn(2, 3, 1, 6)),
+    "three dimensions": (K[0], V[0]),
+    "more than there is room for": (K.expand(2, 3, 6, 8), V.expand(2, 3, 6, 5)),
+    "lengths that differ": (K.expand(2, 3, 2, 8), V),
+    "none": (K[:, :, :0], V[:, :, :0]),
+    "columns apart": (torch.randn(2, 3, 1, 16)[..., ::2], V),
+    "a subclass": (K.as_subclass(_Subclass), V),
+    "no numbers": (K.to("meta"), V),
+}
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    "name, scaled",
+    [(name, scaled) for name in NOT_IN_PLACE for scaled in (False, True) if not scaled or "dtype" not in name],
+)
+@torch.no_grad()
+def test_native_appending_refuses_what_does_not_fit(name: str, scaled: bool) -> None:
+    """Nothing is written then, not even the half that fits. What is rounded may have any floating dtype."""
+    dtype = torch.int8 if scaled else torch.float32
+    parts = [memory(torch.ones(2, 3, 4, width, dtype=dtype), 9) for width in (8, 5)]
+    parts += [memory(torch.ones(2, 3, 4), 9) for _ in range(2)] if scaled else []
+    assert append_in_place(parts, *NOT_IN_PLACE[name]) is None
+    for part in parts:
+        assert part.length == 4 and part.memory is not None
+        assert part.memory[:, :, :4].eq(1).all() and part.memory[:, :, 4:].eq(77).all()
+
+
+@needs_kernel
+def test_native_appending_does_not_go_behind_torch() -> None:
+    """Whoever records operators, transforms them or wants gradients sees them."""
+    parts = [memory(torch.ones(2, 3, 4, width), 9) for width in (8, 5)]
+    assert append_in_place(parts, K, V) is None  # gradients are on: torch counts what is written
+    with torch.no_grad():
+        with _Recorder():
+            assert append_in_place(parts, K, V) is None
+        assert torch.vmap(lambda x: x + (append_in_place(parts, K, V) is None))(torch.zeros(2)).eq(1).all()
+        with torch.autograd.forward_ad.dual_level():
+            assert append_in_place(parts, K, V) is None
+        parts[1].crop(3)
+        assert append_in_place(parts, K, V) is None  # keys and values would go to different places
+        assert [part.length for part in parts] == [4, 3]
+
+
+@needs_kernel
+@torch.no_grad()
+def test_a_native_append_that_is_interrupted_adds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys have grown, values not yet."""
+    cache = KVCache()
+    cache.append(K, V)
+    grow = Growing.grow
+
+    def grow_once(self: Growing, count: int) -> Tensor:
+        monkeypatch.setattr(Growing, "grow", stop)
+        return grow(self, count)
+
+    def stop(self: Growing, count: int) -> Tensor:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Growing, "grow", grow_once)
+    with pytest.raises(KeyboardInterrupt):
+        cache.append(K, V)
+    monkeypatch.undo()
+    assert cache.length == 1
+    found = cache.append(K, V)
+    assert found.offset == 1 and torch.equal(found.k, torch.cat([K, K], dim=2))
+    assert torch.equal(found.v, torch.cat([V, V], dim=2))
