@@ -221,15 +221,19 @@ def layer_section(folder: Path) -> list[str]:
         times = [readable_time(row["times"][part]["median_us"]) for part in ("update", "attention", "both")]
         return [row["dtype"], row["where"], row["kind"], *times]
 
+    titles = ["dtype", "where", "attention and cache", "update", "attention", "both"]
     return [
-        f"### One layer of it in decoding\n\n{machine(record)} The sizes of SmolLM2-135M, 4096 tokens.",
-        table(["dtype", "where", "attention and cache", "update", "attention", "both"], map(cells, record["measurements"])),
+        f"### A layer of SmolLM2-135M in decoding, 4096 tokens of context\n\n{machine(record)}",
+        table(titles, map(cells, record["measurements"])),
     ]
 
 
 def main() -> None:
     """Writes the pages and the plots, and the list of them."""
-    sections = (kernel_section, grid_section, avx2_section, alternating_section, spine_section, models_section, layer_section)
+    sections = [
+        *(kernel_section, grid_section, avx2_section, alternating_section),
+        *(spine_section, models_section, layer_section),
+    ]
     pages = []
     for folder in sorted({path.parent for path in machines.RESULTS.glob("*/*.json")}):
         (folder / "plots").mkdir(exist_ok=True)
