@@ -144,12 +144,13 @@ def may_pass(*tensors: Tensor) -> bool:
         or forward_ad._current_level >= 0
     ):
         return False
-    wants_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return not wants_grad and all(map(is_plain, tensors))
+    if not all(map(is_plain, tensors)):
+        return False
+    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
 
 
-def is_plain(tensor: Tensor) -> bool:
-    """Whether the tensor is no more than its numbers, as subclasses may be."""
+def is_plain(tensor: object) -> bool:
+    """Whether it is a tensor and no more than its numbers, as subclasses may be."""
     return type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
 
 
