@@ -3,7 +3,6 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from qkv.backends import blocks, flex
 from qkv.backends.nonfinite import restore, shield
@@ -121,7 +120,11 @@ def _lower(problem: Problem) -> tuple[Tensor | None, bool]:
     if mask.left is None and mask.right == 0 and not mask.has_tensors:
         if problem.offset == 0:
             return None, True
-        if problem.q.is_cuda and 0 < problem.offset == problem.lk - problem.lq:
+        # Compilers cannot trace how this form of a mask is made.
+        at_the_end = 0 < problem.offset == problem.lk - problem.lq
+        if problem.q.is_cuda and at_the_end and not torch.compiler.is_compiling():
+            from torch.nn.attention.bias import causal_lower_right  # which loads torch's compiler: a second
+
             return causal_lower_right(problem.lq, problem.lk), False
     return problem.visible(), False
 
