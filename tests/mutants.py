@@ -116,7 +116,7 @@ MUTANTS = [
     Mutant("keys written before values are refused", f"{NATIVE}/append.cpp", "    if (additions[0].what.rows != additions[1].what.rows) return qkv::OTHER;\n", "", APPEND),
     Mutant("appended behind torch's back", "growing.py", "if torch.is_grad_enabled() or keys.memory", "if keys.memory", APPEND),
     Mutant("keys and values appended at different places", "growing.py", " or keys.stop != values.stop", "", APPEND),
-    Mutant("a few queries read beyond the width", f"{NATIVE}/turned.h", "count == LANES && d + FOUR <= width", "count == LANES", KERNEL),
+    Mutant("a few queries read beyond the width", f"{NATIVE}/turned.h", "count == LANES && d + FOUR <= width", "count == LANES", ("test_native_cpp.py",)),
     Mutant("half an update of transformers' cache stays", "integrations/transformers_cache.py", 'if new.dim() != 4:\n', 'if name == "keys" and new.dim() != 4:\n'),
     Mutant("rows copied as if they lay side by side", f"{NATIVE}/format.h", "from += view.row * size_of(dtype)", "from += width * size_of(dtype)", KERNEL),
     Mutant("rows copied for all tiles over those of another head", f"{NATIVE}/format.h", "to.get() + (head * p.lk + row) * width", "to.get() + row * width", KERNEL),
