@@ -7,26 +7,23 @@ own weights, which push keys, values and code out of the caches as in a model, a
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import machine
+import models
 import torch
+from models import CONTEXT, STEPS
 from torch import Tensor, nn
-from transformers import AttentionInterface, DynamicCache, LlamaConfig
+from transformers import AttentionInterface, LlamaConfig
 
 from qkv.cli.timing import Spread, spread
-from qkv.integrations.transformers import NAME, register
-from qkv.integrations.transformers_cache import QKVCache
+from qkv.integrations.transformers import register
 
-CONTEXT, LAYERS, STEPS = 4096, 30, 24
+LAYERS = 30
 HIDDEN, INNER, HEADS, KV_HEADS, WIDTH = 576, 1536, 9, 3, 64
 
-KINDS: dict[str, tuple[str, Callable[[LlamaConfig], DynamicCache]]] = {
-    "stock": ("sdpa", lambda config: DynamicCache(config=config)),
-    "qkv": (NAME, QKVCache),
-    "qkv int8": (NAME, lambda config: QKVCache(config, dtype=torch.int8)),
-}
+KINDS = {kind: made for kind, made in models.KINDS.items() if kind != "without attention"}
 """The attention of a model, and its cache."""
 
 

@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.cache_utils import DynamicLayer
 
 from qkv import Int8KVCache, KVCache, kernels
 from qkv.growing import Growing, append_in_place
+from qkv.integrations.transformers_cache import GrowingLayer, Int8Layer
 
 needs_kernel = pytest.mark.skipif(
     kernels.absence() is not None or kernels.loaded().append is None, reason="needs the kernel, and torch's DLPack"
@@ -71,6 +73,24 @@ def test_native_appending_gives_the_bits_of_the_general_way(
         assert found.offset == expected.offset and native.length == general.length
         for x, y in zip(found, expected, strict=True):
             assert torch.equal(x, y) if isinstance(x, Tensor) else x == y
+
+
+@needs_kernel
+@pytest.mark.parametrize("layer_of", [GrowingLayer, Int8Layer])
+@torch.no_grad()
+def test_native_appending_is_what_transformers_layers_do(layer_of: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decoding step has no memory made, and takes no view of what there is to write to."""
+    layer, stock = layer_of(), DynamicLayer()
+    pieces = [[tokens(2, 3, count, 8, torch.float32, inside=True) for _ in range(2)] for count in (5, 1, 1)]
+    layer.update(*pieces[0])
+    monkeypatch.setattr(Growing, "_room_for", None)
+    for piece in pieces[1:]:
+        found = layer.update(*piece)
+    for piece in pieces:
+        expected = stock.update(*piece)
+    for x, y in zip(found, expected, strict=True):
+        step = y.abs().amax(dim=-1, keepdim=True) / 127 if layer_of is Int8Layer else torch.zeros(())
+        assert ((x + 0.0 - y).abs() <= 0.5001 * step).all()
 
 
 class _Recorder(TorchDispatchMode):

@@ -32,14 +32,11 @@ struct Addition {
     void write(int threads) {
         what.threads = threads;
         if (to == Dtype::i8) return qkv_quantize(&what);
-        const int64_t item = size_of(to);
-        const auto row = [&](const View& view, int64_t head, int64_t row) {
-            const int64_t batch = head / what.heads;
-            return (char*)view.data + (batch * view.batch + head % what.heads * view.head + row * view.row) * item;
-        };
-        parallel_for(what.batch * what.heads, threads, [&](int64_t head) {
-            for (int64_t i = 0; i < what.rows; ++i)
-                std::memmove(row(what.to, head, i), row(what.from, head, i), what.width * item);
+        parallel_for(what.batch * what.heads, threads, [&](int64_t item) {
+            const int64_t batch = item / what.heads, head = item % what.heads;
+            for (int64_t row = 0; row < what.rows; ++row)
+                std::memmove(row_of(to, what.to, batch, head, row), row_of(to, what.from, batch, head, row),
+                             what.width * size_of(to));
         });
     }
 };

@@ -109,6 +109,7 @@ struct Widened : KeyByKey {
         int64_t d = 0;
         const auto columns = [&](auto vecs) {
             constexpr int VECS = decltype(vecs)::value;
+            // As many as registers hold sums of, beside a row of values and a weight.
             if constexpr (VECS == 1 || (COUNT + 1) * VECS < REGISTERS - 1)
                 for (; d + (VECS - 1) * LANES < width; d += VECS * LANES)
                     some<COUNT, ROWS, VECS>(values, stride, count, d, width, weights, out, keys);

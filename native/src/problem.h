@@ -18,6 +18,10 @@ struct View {
     int64_t batch, head, row;
 };
 
+static inline char* row_of(Dtype dtype, const View& view, int64_t batch, int64_t head, int64_t row) {
+    return (char*)view.data + (batch * view.batch + head * view.head + row * view.row) * size_of(dtype);
+}
+
 // A factor for each key, (batch, head, row), or null. Rows lie next to each other.
 struct Scales {
     float* data;

@@ -26,10 +26,6 @@ static inline int64_t rows_of_head(const Problem& p) { return p.lq * group(p); }
 
 static inline int64_t tiles_of_head(const Problem& p) { return (rows_of_head(p) + ROWS - 1) / ROWS; }
 
-static inline char* row_of(Dtype dtype, const View& view, int64_t batch, int64_t head, int64_t row) {
-    return (char*)view.data + (batch * view.batch + head * view.head + row * view.row) * size_of(dtype);
-}
-
 static inline char* row_of(const Problem& p, const View& view, int64_t batch, int64_t head, int64_t row) {
     return row_of(p.dtype, view, batch, head, row);
 }

@@ -21,7 +21,7 @@ class Growing:
         self._start = 0
         self.length = 0
         self._shown: Tensor | None = None
-        """What `extend` returned last, while it is all that is held."""
+        """What `extend` or `grow` returned last, while it is all that is held."""
 
     @property
     def tensor(self) -> Tensor | None:
