@@ -218,7 +218,7 @@ class Prepared<Amx> : public LaidByBlock<Amx> {
    public:
     typedef Format<Amx> F;
 
-    explicit Prepared(const Problem& p)
+    Prepared(const Problem& p, const Outline& outline)
         : sheets(tiles_of_head(p) > 1 ? sheets_of(p.lk) : 0), in_place(p.width % SHEET == 0),
           value_sheet(F::padded(p.value_width) * SHEET), key_sheet(sheets_of(p.width) * SHEET * SHEET) {
         const int64_t heads = p.batch * p.kv_heads;
@@ -231,8 +231,8 @@ class Prepared<Amx> : public LaidByBlock<Amx> {
         const int64_t parts = (sheets + SOME - 1) / SOME;
         parallel_for(heads * parts, p.threads, [&](int64_t item) {
             const int64_t batch = item / parts / p.kv_heads, kv_head = item / parts % p.kv_heads;
-            const int64_t begin = Tile(p, batch, kv_head, 0).begin;
-            const int64_t end = Tile(p, batch, kv_head, tiles_of_head(p) - 1).end;
+            const int64_t begin = Tile(p, outline, batch, kv_head, 0).begin;
+            const int64_t end = Tile(p, outline, batch, kv_head, tiles_of_head(p) - 1).end;
             for (int64_t i = item % parts * SOME; i < std::min(sheets, (item % parts + 1) * SOME); ++i)
                 if (i * SHEET < end && ((i + 1) * SHEET > begin || i * SHEET < p.sink_tokens))
                     pack(p, batch, kv_head, i);

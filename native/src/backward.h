@@ -59,9 +59,9 @@ class Turns {
         : tiles(tiles_of_head(p)), chunks((p.lk + CHUNK - 1) / CHUNK), ranks(p.batch * tiles * chunks, NONE),
           last(p.batch * tiles, NONE), done(new std::atomic<int>[p.batch * p.kv_heads * tiles]()) {
         for (int64_t i = 0; i < p.batch * tiles; ++i) {
-            const Tile t(p, i / tiles, 0, i % tiles);
+            const Tile t(p, outline, i / tiles, 0, i % tiles);
             for (int64_t chunk = 0; chunk < chunks; ++chunk)
-                if (shows_any(p, t, outline, chunk * CHUNK, (chunk + 1) * CHUNK)) ranks[i * chunks + chunk] = ++last[i];
+                if (shows_any(p, t, chunk * CHUNK, (chunk + 1) * CHUNK)) ranks[i * chunks + chunk] = ++last[i];
         }
     }
 
@@ -134,7 +134,6 @@ struct Chunk {
 
     const Problem& p;
     const Gradients& g;
-    const Outline& outline;
     const BackwardRoom<Kind> room;
     const int64_t batch, kv_head, first;
     const int size;
@@ -143,10 +142,9 @@ struct Chunk {
     bool finite;
     double* d_alibi;  // of the heads of the group, or null
 
-    Chunk(const Problem& p, const Gradients& g, const Outline& outline, int64_t batch, int64_t kv_head, int64_t first,
-          double* d_alibi)
-        : p(p), g(g), outline(outline), room(QKV_ISA::room<BackwardRoom<Kind>>(p)), batch(batch), kv_head(kv_head),
-          first(first), size((int)std::min<int64_t>(CHUNK, p.lk - first)), d_alibi(d_alibi) {
+    Chunk(const Problem& p, const Gradients& g, int64_t batch, int64_t kv_head, int64_t first, double* d_alibi)
+        : p(p), g(g), room(QKV_ISA::room<BackwardRoom<Kind>>(p)), batch(batch), kv_head(kv_head), first(first),
+          size((int)std::min<int64_t>(CHUNK, p.lk - first)), d_alibi(d_alibi) {
         typedef Format<Kind> F;
         keys = F::along_width(p, batch, kv_head, p.k, p.width, first, size, room.keys, key_stride);
         values = F::along_width(p, batch, kv_head, p.v, p.value_width, first, size, room.values, value_stride);
@@ -188,7 +186,7 @@ struct Chunk {
         }
         const Dropout dropout(p, t);
         for (int64_t at = first; at < std::min(first + size, t.end); at += BLOCK) {
-            const Block b(p, t, outline, at, std::min(first + size, t.end), Kind::GRAIN);
+            const Block b(p, t, at, std::min(first + size, t.end), Kind::GRAIN);
             if (b.count == 0) continue;
             if (p.bias.data) gather(t, p.bias, at, b.size, room.bias);
             if (p.allow.data) gather(t, p.allow, at, b.size, room.allowed);
@@ -283,7 +281,7 @@ struct Chunk {
             vec sum = {};
             for (int j = s.begin; j < s.end; ++j)
                 sum -= load(room.d_scores + j * t.lanes() + n * LANES) *
-                       absolute(positions(t, n) - (int32_t)(b.first + j));
+                       absolute(lanes_of(t.position, n) - (int32_t)(b.first + j));
             for (int r = n * LANES; r < std::min(t.count, (n + 1) * LANES); ++r)
                 d_alibi[t.head[r] - kv_head * group(p)] += sum[r - n * LANES];
         }
@@ -307,7 +305,7 @@ static void run_backward(const Problem& p, const Gradients& g) {
     std::fill(scales, scales + ROWS, p.scale);
     std::vector<double> d_alibi(g.d_alibi ? turns.chunks * heads * group(p) : 0);
     parallel_for(heads * tiles, p.threads, [&](int64_t item) {
-        const Tile t(p, item / tiles / p.kv_heads, item / tiles % p.kv_heads, item % tiles);
+        const Tile t(p, outline, item / tiles / p.kv_heads, item / tiles % p.kv_heads, item % tiles);
         find_delta(p, g, t);
         if (turns.has_any(t)) return;
         float* const sum = &sums[item * room];
@@ -317,12 +315,11 @@ static void run_backward(const Problem& p, const Gradients& g) {
     parallel_for(turns.chunks * heads, p.threads, [&](int64_t item) {
         const int64_t index = item / heads, batch = item % heads / p.kv_heads, kv_head = item % heads % p.kv_heads;
         [[maybe_unused]] const typename Kind::Registers registers;
-        Chunk<Kind> chunk(p, g, outline, batch, kv_head, index * CHUNK,
-                          g.d_alibi ? &d_alibi[item * group(p)] : nullptr);
+        Chunk<Kind> chunk(p, g, batch, kv_head, index * CHUNK, g.d_alibi ? &d_alibi[item * group(p)] : nullptr);
         // Late tiles first: under a causal mask all chunks see them, and follow each other from there.
         for (int64_t tile = tiles - 1; tile >= 0; --tile) {
             if (!turns.has(batch, tile, index)) continue;
-            const Tile t(p, batch, kv_head, tile);
+            const Tile t(p, outline, batch, kv_head, tile);
             chunk.pass(t);
             float* const sum = &sums[(item % heads * tiles + tile) * room];
             const float* const dq = chunk.room.dq;

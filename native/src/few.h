@@ -136,8 +136,8 @@ static void without_poison_few(const Problem& p, const Tile& t, const Block& b, 
 
 // Folds the keys [begin, end) into a state that was empty. COUNT is the number of rows, ROWS the next power of two.
 template <class Products, int COUNT, int ROWS>
-static void fold_few(const Problem& p, const Tile& t, const Outline& outline, const Dropout& dropout, int64_t begin,
-                     int64_t end, const FewRoom& room, const FewState& state) {
+static void fold_few(const Problem& p, const Tile& t, const Dropout& dropout, int64_t begin, int64_t end,
+                     const FewRoom& room, const FewState& state) {
     typedef Spread<COUNT, ROWS> Spread;
     constexpr int KEYS = LANES / ROWS;                           // keys of a vector
     constexpr int ABREAST = COUNT == 1 ? 1 : std::min(KEYS, 2);  // keys read side by side: more would slow memory down
@@ -151,7 +151,7 @@ static void fold_few(const Problem& p, const Tile& t, const Outline& outline, co
     [[maybe_unused]] vec sums[LANES] = {};  // lanes without a row stay 0
     state.clear(p, t);
     for (int64_t first = begin; first < end; first += BLOCK) {
-        const Block b(p, t, outline, first, end, Single::GRAIN);
+        const Block b(p, t, first, end, Single::GRAIN);
         if (b.count == 0) continue;
         // What lies before a window is not read.
         const int from = first < p.sink_tokens ? 0 : (int)std::max<int64_t>(0, t.begin - first) / LANES * LANES;

@@ -282,7 +282,7 @@ struct LaidByBlock {
 // The same, where a head may have them once for many tiles.
 template <class Kind>
 struct Prepared : LaidByBlock<Kind> {
-    explicit Prepared(const Problem&) {}
+    Prepared(const Problem&, const Outline&) {}
 };
 
 // Of fp32, what lies far apart, side by side: once for all tiles where these are many, or else fresh memory costs more
@@ -290,7 +290,7 @@ struct Prepared : LaidByBlock<Kind> {
 template <>
 class Prepared<Single> : public LaidByBlock<Single> {
    public:
-    explicit Prepared(const Problem& p) {
+    Prepared(const Problem& p, const Outline&) {
         constexpr int64_t MANY = 16;  // tiles
         if (p.dtype != Dtype::f32 || tiles_of_head(p) < MANY || p.lk > 4 * rows_of_head(p)) return;
         bring_near(p, p.k, p.width, near_keys);

@@ -141,14 +141,13 @@ static void drop(const Tile& t, const Block& b, const Segment& s, const Dropout&
 
 // Folds the keys [begin, end) into the state of a tile.
 template <class Kind, class AnyState>
-static void fold(const Problem& p, const Tile& t, const Outline& outline, const Prepared<Kind>& prepared,
-                 const Dropout& dropout, int64_t begin, int64_t end, const ForwardRoom<Kind, AnyState>& room,
-                 const AnyState& state) {
+static void fold(const Problem& p, const Tile& t, const Prepared<Kind>& prepared, const Dropout& dropout, int64_t begin,
+                 int64_t end, const ForwardRoom<Kind, AnyState>& room, const AnyState& state) {
     typedef Format<Kind> F;
     const bool plain = plain_scores(p);
     float* const scores = room.scores;
     for (int64_t first = begin; first < end; first += BLOCK) {
-        const Block b(p, t, outline, first, end, Kind::GRAIN);
+        const Block b(p, t, first, end, Kind::GRAIN);
         if (b.count == 0) continue;
         int64_t key_stride, value_stride;
         const auto* keys = prepared.keys(p, t, first, b.size, room.keys, key_stride);

@@ -20,10 +20,10 @@ struct Many {
         Format<Kind>::panel(p, t, p.q, p.width, room.panel);
     }
 
-    static void fold(const Problem& p, const Tile& t, const Outline& outline, const Prepared& prepared,
-                     const Dropout& dropout, int64_t begin, int64_t end, const Room& room, const State& state) {
+    static void fold(const Problem& p, const Tile& t, const Prepared& prepared, const Dropout& dropout, int64_t begin,
+                     int64_t end, const Room& room, const State& state) {
         state.clear(p, t);
-        QKV_ISA::fold(p, t, outline, prepared, dropout, begin, end, room, state);
+        QKV_ISA::fold(p, t, prepared, dropout, begin, end, room, state);
     }
 
     static void finish(const Problem& p, const Tile& t, const State& state) { QKV_ISA::finish(p, t, state); }
@@ -38,16 +38,16 @@ struct Few {
 
     // Every key and value is read but once.
     struct Prepared {
-        explicit Prepared(const Problem&) {}
+        Prepared(const Problem&, const Outline&) {}
     };
 
     static void prepare(const Problem& p, const Tile& t, const Room& room) {
         Products::queries(p, t, room.queries, room.steps);
     }
 
-    static void fold(const Problem& p, const Tile& t, const Outline& outline, const Prepared&, const Dropout& dropout,
-                     int64_t begin, int64_t end, const Room& room, const State& state) {
-        fold_few<Products, COUNT, lanes_of(COUNT)>(p, t, outline, dropout, begin, end, room, state);
+    static void fold(const Problem& p, const Tile& t, const Prepared&, const Dropout& dropout, int64_t begin,
+                     int64_t end, const Room& room, const State& state) {
+        fold_few<Products, COUNT, lanes_of(COUNT)>(p, t, dropout, begin, end, room, state);
     }
 
     static void finish(const Problem& p, const Tile& t, const State& state) { QKV_ISA::finish<Products>(p, t, state); }
@@ -60,18 +60,17 @@ static void run(const Problem& p) {
     const int64_t tiles = tiles_of_head(p), heads = p.batch * p.kv_heads;
     const int64_t pieces = (p.lk + PIECE - 1) / PIECE, floats = State::floats(p);
     const Outline outline(p);
-    const typename Way::Prepared prepared(p);
+    const typename Way::Prepared prepared(p, outline);
     const auto tile_of = [&](int64_t item) {
         // Late tiles first: under a causal mask they see the most.
-        return Tile(p, item % heads / p.kv_heads, item % heads % p.kv_heads, tiles - 1 - item / heads);
+        return Tile(p, outline, item % heads / p.kv_heads, item % heads % p.kv_heads, tiles - 1 - item / heads);
     };
     const auto is_seen = [&](const Tile& t, int64_t piece) {
-        return shows_any(p, t, outline, piece * PIECE, (piece + 1) * PIECE);
+        return shows_any(p, t, piece * PIECE, (piece + 1) * PIECE);
     };
     const auto fold = [&](const Tile& t, int64_t piece, const Room& room, const State& state) {
         [[maybe_unused]] const typename Way::Registers registers;
-        Way::fold(p, t, outline, prepared, Dropout(p, t), piece * PIECE, std::min(t.end, (piece + 1) * PIECE), room,
-                  state);
+        Way::fold(p, t, prepared, Dropout(p, t), piece * PIECE, std::min(t.end, (piece + 1) * PIECE), room, state);
     };
     if (heads * tiles >= 4 * p.threads || pieces <= 1) {
         parallel_for(heads * tiles, p.threads, [&](int64_t item) {
@@ -171,9 +170,9 @@ int64_t count_scores(const Problem& p) {
     for_kind(p, [&](auto kind) { grain = kind.GRAIN; });
     int64_t count = 0;
     for (int64_t item = 0; item < p.batch * p.kv_heads * tiles; ++item) {
-        const Tile t(p, item / tiles / p.kv_heads, item / tiles % p.kv_heads, item % tiles);
+        const Tile t(p, outline, item / tiles / p.kv_heads, item / tiles % p.kv_heads, item % tiles);
         for (int64_t first = 0; first < t.end; first += BLOCK) {
-            const Block b(p, t, outline, first, t.end, grain);
+            const Block b(p, t, first, t.end, grain);
             for (int i = 0; i < b.count; ++i)
                 count += (b.parts[i].end - b.parts[i].begin) * (b.parts[i].last - b.parts[i].first) * LANES;
         }

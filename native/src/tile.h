@@ -1,19 +1,14 @@
 // What one thread works on: a tile of query rows, and scratch memory.
 #pragma once
 
-#include <algorithm>
-#include <limits>
-#include <vector>
-
 #include "convert.h"
-#include "problem.h"
+#include "outline.h"
 
 namespace qkv {
 namespace QKV_ISA {
 
 constexpr int ROWS = 64;     // query rows of a tile
 constexpr int SEGMENT = 12;  // keys of a segment at an edge
-constexpr int BLOCK = 96;    // keys of a block, of which scores are held
 constexpr int PIECE = 480;   // keys that are folded apart from the others, and merged in order
 
 constexpr float LOG2E = 1.44269504088896341f;
@@ -30,40 +25,45 @@ static inline char* row_of(const Problem& p, const View& view, int64_t batch, in
     return row_of(p.dtype, view, batch, head, row);
 }
 
-// The rows [first, first + count) of one key/value head, and what the interval shows to them. Rows are (token, head)
-// pairs, tokens first.
+// The rows [first, first + count) of one key/value head, and the keys that they may see. Rows are (token, head) pairs,
+// tokens first.
 struct Tile {
+    const Outline::Keys& keys;
     int64_t batch, kv_head, index;
     int count, vecs;
-    int64_t low, high;   // positions of the first and the last row
-    int64_t begin, end;  // keys that the interval shows to any row
-    // Lanes behind the last row repeat it.
-    int32_t token[ROWS], head[ROWS], position[ROWS];
+    int64_t begin, end;  // of the keys that any row may see, but for the first ones that all see
+    // Lanes behind the last row repeat it. The first and the last key that a row may see never fall from row to row.
+    int32_t token[ROWS], head[ROWS], position[ROWS], first_key[ROWS], last_key[ROWS];
     float slope[ROWS];
     int64_t document[ROWS];
 
-    Tile(const Problem& p, int64_t batch, int64_t kv_head, int64_t index)
-        : batch(batch), kv_head(kv_head), index(index) {
+    Tile(const Problem& p, const Outline& outline, int64_t batch, int64_t kv_head, int64_t index)
+        : keys(outline.of(batch)), batch(batch), kv_head(kv_head), index(index) {
         const int64_t first = index * ROWS, members = group(p);
         count = (int)std::min<int64_t>(ROWS, rows_of_head(p) - first);
         vecs = (count + LANES - 1) / LANES;
         int64_t row = first / members, member = first % members;
         for (int r = 0; r < lanes(); ++r) {
+            const int64_t here = row + p.offset;
             token[r] = (int32_t)row;
             head[r] = (int32_t)(kv_head * members + member);
-            position[r] = (int32_t)(row + p.offset);
+            position[r] = (int32_t)here;
+            first_key[r] = (int32_t)std::min(std::max(here - p.left, keys.first), keys.end);
+            last_key[r] = (int32_t)std::max<int64_t>(std::min(here + p.right, keys.end - 1), -1);
+            if (keys.run_first) {
+                first_key[r] = std::max(first_key[r], keys.run_first[here]);
+                last_key[r] = std::min(last_key[r], keys.run_last[here]);
+            }
             if (p.alibi) slope[r] = p.alibi[head[r]];
-            if (p.documents) document[r] = p.documents[batch * p.documents_batch + position[r]];
+            if (keys.documents) document[r] = keys.documents[here];
             if (r + 1 < count && ++member == members) {
                 member = 0;
                 ++row;
             }
         }
-        low = position[0];
-        high = position[count - 1];
-        end = std::max<int64_t>(0, std::min(p.lk, high + p.right + 1));
+        end = last_key[count - 1] + 1;
         if (p.lengths) end = std::min(end, std::max<int64_t>(0, p.lengths[batch * p.lengths_batch]));
-        begin = std::min(end, std::max<int64_t>(0, low - p.left));
+        begin = std::min<int64_t>(end, first_key[0]);
     }
 
     int lanes() const { return vecs * LANES; }

@@ -64,6 +64,7 @@ std::string Case::describe() const {
     if (sink_tokens) text << " sink_tokens=" << sink_tokens;
     for (const auto& [is_set, name] : {std::pair(keep, " keep"),
                                        {documents, " documents"},
+                                       {in_runs, " in_runs"},
                                        {!lengths.empty(), " lengths"},
                                        {allow.has_value(), " allow"},
                                        {bias.has_value(), " bias"},
@@ -100,11 +101,15 @@ Call::Call(const Case& c)
     allow.fill([&] { return random() % 4 > 0; });
     d_bias.fill([] { return 0.0; });
     const int64_t rows = c.shared_rows ? 1 : c.batch;
-    if (c.keep)
-        for (int64_t i = 0; i < rows * c.lk; ++i) keep.push_back(random() % 3 > 0);
-    if (c.documents)
-        for (int64_t i = 0; i < rows * c.lk; ++i)
-            documents.push_back(i % c.lk == 0 ? 7 : documents.back() + (random() % 40 == 0));
+    for (int64_t i = 0; i < rows * c.lk; ++i) {
+        const int64_t batch = i / c.lk, key = i % c.lk;
+        if (c.keep && c.in_runs) keep.push_back(batch == 0 && key >= c.lk / 5 && key < c.lk - c.lk / 7);
+        if (c.keep && !c.in_runs) keep.push_back(random() % 3 > 0);
+        if (!c.documents) continue;
+        const bool begins = key == 0 || random() % 40 == 0;
+        const int64_t name = c.in_runs ? -i : (int64_t)(random() % 3);
+        documents.push_back(begins ? name : documents.back());
+    }
     for (int64_t h = 0; h < heads; ++h) {
         if (c.alibi) alibi.push_back((float)std::ldexp(1.0, -(int)(h % 8) - 1));
         if (c.sink_logits) sink_logits.push_back((float)(4 * number()));

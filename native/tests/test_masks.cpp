@@ -52,13 +52,24 @@ TEST(queries_outside_of_the_keys) {
         }
 }
 
+// Alone, and within a window, shared by all batches.
+static void check_in_both_forms(Case c) {
+    for (bool in_runs : {false, true}) {
+        c.in_runs = in_runs;
+        c.shared_rows = false;
+        c.left = c.right = UNBOUNDED;
+        check_all(c);
+        c.shared_rows = true;
+        c.left = 50;
+        c.right = 0;
+        check_all(c);
+    }
+}
+
 TEST(keep) {
     Case c;
     c.keep = true;
-    check_all(c);
-    c.shared_rows = true;
-    c.right = 0;
-    check_all(c);
+    check_in_both_forms(c);
 }
 
 TEST(lengths) {
@@ -73,10 +84,9 @@ TEST(lengths) {
 TEST(documents) {
     Case c;
     c.documents = true;
-    check_all(c);
-    c.shared_rows = true;
-    c.right = 0;
-    check_all(c);
+    check_in_both_forms(c);
+    c.keep = true;
+    check_in_both_forms(c);
 }
 
 TEST(dense) {
@@ -98,6 +108,7 @@ TEST(all_together) {
     c.sink_tokens = 3;
     c.keep = c.documents = true;
     c.lengths = {200, 101};
+    c.in_runs = true;  // first keys are seen from far away, which no interval tells
     c.allow = Broadcast{false, true, false, false};
     c.bias = Broadcast{true, false, false, false};
     c.alibi = c.sink_logits = true;
