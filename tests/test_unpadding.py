@@ -1,0 +1,313 @@
+"""`unpad`: what a model returns at real tokens, and the cases that it leaves alone.
+
+All families of transformers on which it takes effect are compared by `make families`, gradients included, a sample of
+them by families/test_families.py.
+"""
+
+import copy
+import pickle
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("transformers")
+
+import transformers
+from transformers.masking_utils import bidirectional_mask_function
+
+from qkv.integrations.transformers import register
+from qkv.integrations.transformers_cache import QKVCache
+from qkv.integrations.transformers_masks import make_mask
+from qkv.integrations.transformers_unpadding import unpad
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers' own making
+
+SIZES = {"vocab_size": 99, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3}
+LENGTHS = (11, 4, 1, 7)
+IDS = torch.randint(3, 99, (4, 11), generator=torch.Generator().manual_seed(0))
+RIGHT = torch.arange(11) < torch.tensor(LENGTHS)[:, None]
+LEFT = RIGHT.flip(1)
+
+
+def bert(**options: Any) -> Any:
+    return build("bert", intermediate_size=48, **options)
+
+
+def llama(**options: Any) -> Any:
+    return build("llama", intermediate_size=48, num_key_value_heads=2, **options)
+
+
+def modern(**options: Any) -> Any:
+    return build("modernbert", intermediate_size=48, local_attention=4, pad_token_id=0, **options)
+
+
+def build(kind: str, **options: Any) -> Any:
+    torch.manual_seed(0)
+    register()
+    config = transformers.AutoConfig.for_model(kind, **SIZES, **options)
+    return transformers.AutoModel.from_config(config, attn_implementation="qkv").eval()
+
+
+@contextmanager
+def tokens_seen(model: nn.Module) -> Iterator[list[tuple[int, int]]]:
+    """The batch and length that reach the first linear layer of each call."""
+    seen: list[tuple[int, int]] = []
+    linear = next(module for module in model.modules() if isinstance(module, nn.Linear))
+    handle = linear.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[:2])))
+    yield seen
+    handle.remove()
+
+
+def hidden(model: Any, keep: Tensor, **options: Any) -> Tensor:
+    found: Tensor = model(input_ids=IDS, attention_mask=keep.long(), **options).last_hidden_state
+    return found
+
+
+NO_CACHE = {"use_cache": False}
+KINDS = [(bert, {}), (modern, {}), (llama, NO_CACHE)]
+
+
+@pytest.mark.parametrize(("make", "options"), KINDS)
+@pytest.mark.parametrize("keep", [LEFT, RIGHT], ids=["left", "right"])
+def test_real_tokens_alone_are_computed(make: Any, options: Any, keep: Tensor) -> None:
+    model = make()
+    with torch.no_grad():
+        want = hidden(model, keep, **options)
+        with tokens_seen(unpad(model)) as seen:
+            got = hidden(model, keep, **options)
+    assert seen == [(1, sum(LENGTHS))]
+    assert got.shape == want.shape
+    # Two orders of adding up a few dozen numbers of the order of one.
+    torch.testing.assert_close(got[keep], want[keep], atol=2e-6, rtol=2e-5)
+
+
+def test_padded_places_of_layers_are_zero() -> None:
+    model = unpad(bert())
+    out = hidden(model, RIGHT)
+    assert (out[~RIGHT] == 0).all() and out.shape == (4, 11, 32)
+
+
+def test_a_text_of_padding_alone_and_one_token() -> None:
+    keep = RIGHT.clone()
+    keep[1] = False
+    model = unpad(bert())
+    with torch.no_grad(), tokens_seen(model) as seen:
+        got = hidden(model, keep)
+        alone = hidden(model, RIGHT)
+    assert seen[0] == (1, sum(LENGTHS) - LENGTHS[1])
+    assert (got[1] == 0).all()
+    torch.testing.assert_close(got[2], alone[2])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients(checkpointing: bool) -> None:
+    def gradients(model: Any) -> list[Tensor]:
+        model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        loss = hidden(model, RIGHT, use_cache=False)[RIGHT].square().sum()
+        return list(torch.autograd.grad(loss, list(model.parameters())))
+
+    want, model = gradients(llama()), unpad(llama())
+    with tokens_seen(model) as seen:
+        got = gradients(model)
+    assert seen[0] == (1, sum(LENGTHS))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5 * float(b.abs().max()), rtol=1e-4)
+
+
+def holes(keep: Tensor) -> Tensor:
+    holed = keep.clone()
+    holed[0, 5] = False
+    return holed
+
+
+AS_EVER = {
+    "no padding": (bert, torch.ones_like(RIGHT), {}),
+    "padding between tokens": (bert, holes(RIGHT), {}),
+    "hidden states": (bert, RIGHT, {"output_hidden_states": True}),
+    "weights": (bert, RIGHT, {"output_attentions": True}),
+    "a cache": (llama, LEFT, {}),
+}
+
+
+@pytest.mark.parametrize("name", AS_EVER)
+def test_what_runs_as_ever(name: str) -> None:
+    make, keep, options = AS_EVER[name]
+    model = make()
+    with torch.no_grad():
+        want = model(input_ids=IDS, attention_mask=keep.long(), **options)
+        with tokens_seen(unpad(model)) as seen:
+            got = model(input_ids=IDS, attention_mask=keep.long(), **options)
+    assert seen == [(4, 11)]
+    assert torch.equal(got.last_hidden_state, want.last_hidden_state)
+    for key in ("hidden_states", "attentions"):
+        for a, b in zip(got.get(key) or (), want.get(key) or (), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_what_a_configuration_asks_to_see() -> None:
+    model = unpad(bert())
+    model.config.output_hidden_states = True
+    out = model(input_ids=IDS, attention_mask=RIGHT.long())
+    assert [state.shape for state in out.hidden_states] == [(4, 11, 32)] * 4
+
+
+def test_a_cross_attending_layer_of_as_many_keys() -> None:
+    model = bert(is_decoder=True, add_cross_attention=True)
+    memory = {"encoder_hidden_states": torch.randn(4, 11, 32), "use_cache": False}
+    with torch.no_grad():
+        want = hidden(model, RIGHT, **memory)
+        with tokens_seen(unpad(model)) as seen:
+            got = hidden(model, RIGHT, **memory)
+    assert seen == [(4, 11)] and torch.equal(got, want)
+
+
+def test_steps_with_a_cache() -> None:
+    model = llama()
+    want, got = [], []
+    for found in (want, got):
+        cache = QKVCache(model.config)
+        with torch.no_grad():
+            found.append(hidden(model, LEFT, past_key_values=cache))
+            keep = torch.cat([LEFT, torch.ones(4, 1, dtype=torch.bool)], dim=1)
+            step = {"input_ids": IDS[:, :1], "attention_mask": keep.long(), "past_key_values": cache}
+            found.append(model(**step).last_hidden_state)
+        unpad(model)
+    assert all(map(torch.equal, got, want))
+
+
+def test_another_implementation() -> None:
+    model = unpad(bert())
+    model.set_attn_implementation("sdpa")
+    with tokens_seen(model) as seen:
+        hidden(model, RIGHT)
+    assert seen == [(4, 11)]
+
+
+def test_layers_that_may_be_left_out() -> None:
+    model = build(
+        "bart", d_model=32, encoder_layerdrop=1.0, decoder_layerdrop=0.0, decoder_ffn_dim=16, encoder_ffn_dim=16
+    )
+    with tokens_seen(unpad(model)) as seen:
+        model.train()
+        out = model(input_ids=IDS, attention_mask=RIGHT.long(), use_cache=False)
+        assert out.encoder_last_hidden_state.shape == (4, 11, 32)
+        assert seen == []
+        model.eval()
+        model(input_ids=IDS, attention_mask=RIGHT.long(), use_cache=False)
+    assert seen == [(1, sum(LENGTHS))]
+
+
+def test_a_layer_whose_mask_is_of_other_padding() -> None:
+    """Those before it are packed; it and those behind it run as ever."""
+    model = modern()
+    masks = {
+        kind: make_mask(4, 11, 11, attention_mask=keep, mask_function=bidirectional_mask_function)
+        for kind, keep in {"full_attention": RIGHT, "sliding_attention": LEFT}.items()
+    }
+    assert len({*model.config.layer_types}) == 2
+    with torch.no_grad():
+        want = model(input_ids=IDS, attention_mask=dict(masks)).last_hidden_state
+        with tokens_seen(unpad(model)) as seen:
+            got = model(input_ids=IDS, attention_mask=dict(masks)).last_hidden_state
+    assert seen == [(1, sum(LENGTHS))]
+    assert RIGHT[0].all()  # the only text whose tokens no layer lets meet padding
+    torch.testing.assert_close(got[0], want[0], atol=2e-6, rtol=2e-5)
+
+
+def test_taken_back_and_given_twice() -> None:
+    model = unpad(unpad(bert()))
+    with tokens_seen(model) as seen:
+        hidden(model, RIGHT)
+        unpad(model, enabled=False)
+        hidden(model, RIGHT)
+    assert seen == [(1, sum(LENGTHS)), (4, 11)]
+    hooks = [module._forward_pre_hooks or module._forward_hooks for module in model.modules()]
+    assert not any(hooks)
+
+
+@pytest.mark.parametrize(
+    "way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_copies(way: Any) -> None:
+    model = unpad(bert())
+    other = way(model)
+    with tokens_seen(other) as seen:
+        torch.testing.assert_close(hidden(other, RIGHT), hidden(model, RIGHT), rtol=0, atol=0)
+    assert seen == [(1, sum(LENGTHS))]
+    unpad(other, enabled=False)
+    with tokens_seen(other) as seen:
+        hidden(other, RIGHT)
+    with tokens_seen(model) as also:
+        hidden(model, RIGHT)
+    assert seen == [(4, 11)] and also == [(1, sum(LENGTHS))]
+
+
+def test_an_interrupted_call_leaves_nothing_behind() -> None:
+    model = unpad(bert())
+    last = model.encoder.layer[-1].output.dense
+    handle = last.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        hidden(model, RIGHT)
+    handle.remove()
+    whole = torch.ones_like(RIGHT)
+    with torch.no_grad():
+        got = hidden(model, whole)
+        assert torch.equal(got, hidden(unpad(model, enabled=False), whole))
+
+
+def test_threads_do_not_share_a_packing() -> None:
+    model = unpad(bert())
+    alone = [hidden(model, keep).detach() for keep in (LEFT, RIGHT)]
+    found: dict[int, list[Tensor]] = {0: [], 1: []}
+
+    def run(n: int) -> None:
+        for _ in range(20):
+            found[n].append(hidden(model, (LEFT, RIGHT)[n]).detach())
+
+    threads = [threading.Thread(target=run, args=(n,)) for n in found]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(out, alone[n]) for n, outs in found.items() for out in outs)
+
+
+def test_a_model_within_another_module() -> None:
+    class Embedder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = bert()
+
+    embedder = unpad(Embedder())
+    with tokens_seen(embedder) as seen:
+        hidden(embedder.encoder, RIGHT)
+    assert seen == [(1, sum(LENGTHS))]
+
+
+def test_a_compiled_model() -> None:
+    model = unpad(bert())
+    want = hidden(model, RIGHT).detach()
+    with torch.no_grad():
+        got = torch.compile(model, backend="eager")(input_ids=IDS, attention_mask=RIGHT.long()).last_hidden_state
+    torch.testing.assert_close(got[RIGHT], want[RIGHT], atol=2e-6, rtol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: nn.Linear(2, 2), "got Linear, which holds none"),
+        (lambda: build("t5", d_model=32, d_kv=8, d_ff=16), "got T5Model, T5Stack"),
+        (lambda: build("deepseek_v32", intermediate_size=16, moe_intermediate_size=16, n_routed_experts=4), "got Deep"),
+    ],
+    ids=["no model", "a bias of positions", "an indexer"],
+)
+def test_models_without_such_layers(make: Any, name: str) -> None:
+    with pytest.raises(ValueError, match=f"unpad: model must .* tokens meet in attention alone; {name}"):
+        unpad(make())
