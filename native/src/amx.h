@@ -23,6 +23,10 @@ struct Amx {
     typedef TileRegisters Registers;
     static inline vec of(vec low, vec high) { return Pair::of(low, high); }
 
+    // Half a microsecond without a product, and the next one waits a third of one (docs/log.md). This one is of
+    // nothing.
+    static inline void stay_awake() { tile_dot<0, 4, 6>(); }
+
     // Sums over keys go by sheets, and those over rows by two vectors of them.
     static constexpr Grain GRAIN = {SHEET, 2};
 };
@@ -35,13 +39,14 @@ struct Tiles {
     int64_t step;  // from a tile to the next along k
 };
 
+// C of M x N tiles, where the first of each operand lies at `left`, `right` and `out`.
 template <bool ADD, int M, int N>
-static inline void tile_product(int64_t steps, const Tiles& a, const Tiles& b, const Tiles& c) {
-    char* const right = c.data + 64;
-    char* const below = c.data + c.tile;
+static inline void tile_product(int64_t steps, const char* left, const Tiles& a, const char* right, const Tiles& b,
+                                char* out, const Tiles& c) {
+    char* const below = out + c.tile;
     if constexpr (ADD) {
-        tile_load<0>(c.data, c.row);
-        if constexpr (N > 1) tile_load<1>(right, c.row);
+        tile_load<0>(out, c.row);
+        if constexpr (N > 1) tile_load<1>(out + 64, c.row);
         if constexpr (M > 1) tile_load<2>(below, c.row);
         if constexpr (M > 1 && N > 1) tile_load<3>(below + 64, c.row);
     } else {
@@ -50,46 +55,45 @@ static inline void tile_product(int64_t steps, const Tiles& a, const Tiles& b, c
         if constexpr (M > 1) tile_zero<2>();
         if constexpr (M > 1 && N > 1) tile_zero<3>();
     }
-    for (int64_t k = 0; k < steps; ++k) {
-        tile_load<4>(a.data + k * a.step, a.row);
-        tile_load<6>(b.data + k * b.step, b.row);
+    for (int64_t k = 0; k < steps; ++k, left += a.step, right += b.step) {
+        tile_load<4>(left, a.row);
+        tile_load<6>(right, b.row);
         tile_dot<0, 4, 6>();
         if constexpr (N > 1) {
-            tile_load<7>(b.data + k * b.step + b.tile, b.row);
+            tile_load<7>(right + b.tile, b.row);
             tile_dot<1, 4, 7>();
         }
         if constexpr (M > 1) {
-            tile_load<5>(a.data + k * a.step + a.tile, a.row);
+            tile_load<5>(left + a.tile, a.row);
             tile_dot<2, 5, 6>();
         }
         if constexpr (M > 1 && N > 1) tile_dot<3, 5, 7>();
     }
-    tile_store<0>(c.data, c.row);
-    if constexpr (N > 1) tile_store<1>(right, c.row);
+    tile_store<0>(out, c.row);
+    if constexpr (N > 1) tile_store<1>(out + 64, c.row);
     if constexpr (M > 1) tile_store<2>(below, c.row);
     if constexpr (M > 1 && N > 1) tile_store<3>(below + 64, c.row);
 }
 
 // C of m x n tiles.
 template <bool ADD>
-static void product_of_tiles(int64_t m, int64_t n, int64_t steps, Tiles a, Tiles b, Tiles c) {
+static void product_of_tiles(int64_t m, int64_t n, int64_t steps, const Tiles& a, const Tiles& b, const Tiles& c) {
     typedef std::integral_constant<int, 1> One;
     typedef std::integral_constant<int, 2> Two;
     for (int64_t j = 0; j < n; j += 2) {
-        Tiles above = a, out = c;
+        const char *left = a.data, *const right = b.data + j * b.tile;
+        char* out = c.data + j * 64;
         const auto some = [&](auto height) {
             constexpr int M = decltype(height)::value;
             if (j + 2 <= n)
-                tile_product<ADD, M, 2>(steps, above, b, out);
+                tile_product<ADD, M, 2>(steps, left, a, right, b, out, c);
             else
-                tile_product<ADD, M, 1>(steps, above, b, out);
-            above.data += M * a.tile;
-            out.data += M * c.tile;
+                tile_product<ADD, M, 1>(steps, left, a, right, b, out, c);
+            left += M * a.tile;
+            out += M * c.tile;
         };
         for (int64_t i = 0; i + 2 <= m; i += 2) some(Two());
         if (m % 2) some(One());
-        b.data += 2 * b.tile;
-        c.data += 2 * 64;
     }
 }
 
@@ -218,19 +222,19 @@ class Prepared<Amx> : public LaidByBlock<Amx> {
    public:
     typedef Format<Amx> F;
 
-    Prepared(const Problem& p, const Outline& outline)
-        : sheets(tiles_of_head(p) > 1 ? sheets_of(p.lk) : 0), in_place(p.width % SHEET == 0),
+    Prepared(const Problem& p, const Outline& outline, const Heads& heads)
+        : heads(heads), sheets(tiles_of_head(p) > 1 ? sheets_of(p.lk) : 0), in_place(p.width % SHEET == 0),
           value_sheet(F::padded(p.value_width) * SHEET), key_sheet(sheets_of(p.width) * SHEET * SHEET) {
-        const int64_t heads = p.batch * p.kv_heads;
-        if (heads * sheets == 0) return;
-        packed_values.reset(new uint16_t[heads * sheets * value_sheet]);
-        prefer_huge_pages(packed_values.get(), heads * sheets * value_sheet * (int64_t)sizeof(uint16_t));
-        if (!in_place) packed_keys.reset(new uint16_t[heads * sheets * key_sheet]);
-        finite.assign(heads * sheets, true);
+        const int64_t count = heads.count * sheets;
+        if (count == 0) return;
+        packed_values.reset(new uint16_t[count * value_sheet]);
+        prefer_huge_pages(packed_values.get(), count * value_sheet * (int64_t)sizeof(uint16_t));
+        if (!in_place) packed_keys.reset(new uint16_t[count * key_sheet]);
+        finite.assign(count, true);
         constexpr int64_t SOME = 16;  // sheets that a thread packs at a time
         const int64_t parts = (sheets + SOME - 1) / SOME;
-        parallel_for(heads * parts, p.threads, [&](int64_t item) {
-            const int64_t batch = item / parts / p.kv_heads, kv_head = item / parts % p.kv_heads;
+        parallel_for(heads.count * parts, heads.threads, [&](int64_t item) {
+            const int64_t head = heads.first + item / parts, batch = head / p.kv_heads, kv_head = head % p.kv_heads;
             const int64_t begin = Tile(p, outline, batch, kv_head, 0).begin;
             const int64_t end = Tile(p, outline, batch, kv_head, tiles_of_head(p) - 1).end;
             for (int64_t i = item % parts * SOME; i < std::min(sheets, (item % parts + 1) * SOME); ++i)
@@ -261,7 +265,7 @@ class Prepared<Amx> : public LaidByBlock<Amx> {
 
    private:
     int64_t place(const Problem& p, int64_t batch, int64_t kv_head, int64_t sheet) const {
-        return (batch * p.kv_heads + kv_head) * sheets + sheet;
+        return (batch * p.kv_heads + kv_head - heads.first) * sheets + sheet;
     }
 
     void pack(const Problem& p, int64_t batch, int64_t kv_head, int64_t sheet) {
@@ -274,6 +278,7 @@ class Prepared<Amx> : public LaidByBlock<Amx> {
             F::along_width(p, batch, kv_head, p.k, p.width, first, count, (float*)&packed_keys[at * key_sheet], stride);
     }
 
+    const Heads heads;
     const int64_t sheets;  // of a head; none where a head has one tile, which then packs them itself
     const bool in_place;
     const int64_t value_sheet, key_sheet;  // elements of a sheet

@@ -279,10 +279,16 @@ struct LaidByBlock {
     }
 };
 
+// Heads of keys and values, counted through all batches, and how many threads may prepare them.
+struct Heads {
+    int64_t first, count;
+    int threads;
+};
+
 // The same, where a head may have them once for many tiles.
 template <class Kind>
 struct Prepared : LaidByBlock<Kind> {
-    Prepared(const Problem&, const Outline&) {}
+    Prepared(const Problem&, const Outline&, const Heads&) {}
 };
 
 // Of fp32, what lies far apart, side by side: once for all tiles where these are many, or else fresh memory costs more
@@ -290,7 +296,7 @@ struct Prepared : LaidByBlock<Kind> {
 template <>
 class Prepared<Single> : public LaidByBlock<Single> {
    public:
-    Prepared(const Problem& p, const Outline&) {
+    Prepared(const Problem& p, const Outline&, const Heads& heads) : heads(heads) {
         constexpr int64_t MANY = 16;  // tiles
         if (p.dtype != Dtype::f32 || tiles_of_head(p) < MANY || p.lk > 4 * rows_of_head(p)) return;
         bring_near(p, p.k, p.width, near_keys);
@@ -310,24 +316,27 @@ class Prepared<Single> : public LaidByBlock<Single> {
     }
 
    private:
-    static void bring_near(const Problem& p, const View& view, int64_t width, std::unique_ptr<float[]>& to) {
+    void bring_near(const Problem& p, const View& view, int64_t width, std::unique_ptr<float[]>& to) const {
         if (!Format<Single>::are_far(p, view, width)) return;
         constexpr int64_t SOME = 256;  // rows that a thread copies at a time
         const int64_t parts = (p.lk + SOME - 1) / SOME;
-        to.reset(new float[p.batch * p.kv_heads * p.lk * width]);
-        prefer_huge_pages(to.get(), p.batch * p.kv_heads * p.lk * width * (int64_t)sizeof(float));
-        parallel_for(p.batch * p.kv_heads * parts, p.threads, [&](int64_t item) {
-            const int64_t head = item / parts, end = std::min(p.lk, (item % parts + 1) * SOME);
+        to.reset(new float[heads.count * p.lk * width]);
+        prefer_huge_pages(to.get(), heads.count * p.lk * width * (int64_t)sizeof(float));
+        parallel_for(heads.count * parts, heads.threads, [&](int64_t item) {
+            const int64_t place = item / parts, head = heads.first + place;
+            const int64_t end = std::min(p.lk, (item % parts + 1) * SOME);
             for (int64_t row = item % parts * SOME; row < end; ++row)
-                std::memcpy(to.get() + (head * p.lk + row) * width,
+                std::memcpy(to.get() + (place * p.lk + row) * width,
                             row_of(p, view, head / p.kv_heads, head % p.kv_heads, row), width * sizeof(float));
         });
     }
 
-    // The row of a key among those of all heads.
-    static int64_t place(const Problem& p, const Tile& t, int64_t key) {
-        return (t.batch * p.kv_heads + t.kv_head) * p.lk + key;
+    // The row of a key among those of the heads.
+    int64_t place(const Problem& p, const Tile& t, int64_t key) const {
+        return (t.batch * p.kv_heads + t.kv_head - heads.first) * p.lk + key;
     }
+
+    const Heads heads;
 
     std::unique_ptr<float[]> near_keys, near_values;
 };

@@ -36,10 +36,12 @@ struct ForwardRoom {
 template <class AnyState>
 static void raise(const Problem& p, const Tile& t, const vec* peak, const AnyState& state, vec* shift) {
     for (int n = 0; n < t.vecs; ++n) {
-        const Rise rise(p, load(state.top + n * LANES), peak[n]);
+        const vec from = load(state.top + n * LANES);
+        const Rise rise(p, from, peak[n]);
         shift[n] = rise.shift;
         if (!any(rise.rows)) continue;
         store(state.top + n * LANES, rise.top);
+        if (!any(rise.rows & (from > -INF))) continue;  // nothing was summed up yet
         store(state.sum + n * LANES, load(state.sum + n * LANES) * rise.shrink);
         state.scale(p, t, n, rise.shrink);
     }
@@ -117,7 +119,9 @@ static inline void weigh(const Problem& p, const Tile& t, const Segment& s, int 
         found[i] = found[i] + weight;
         return weight;
     };
+    constexpr int NAP = 24;  // keys
     for (int64_t j = s.begin, end = s.end; j < end; j += STEP) {
+        if (COUNT == 4 && (j - s.begin) % NAP == 0) Kind::stay_awake();
         for (int i = 0; i < COUNT; ++i) {
             float* const at = scores + j * lanes + (n + i) * LANES;
             const vec weight = next(at, i);

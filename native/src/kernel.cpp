@@ -38,7 +38,7 @@ struct Few {
 
     // Every key and value is read but once.
     struct Prepared {
-        Prepared(const Problem&, const Outline&) {}
+        Prepared(const Problem&, const Outline&, const Heads&) {}
     };
 
     static void prepare(const Problem& p, const Tile& t, const Room& room) {
@@ -57,51 +57,63 @@ template <class Way>
 static void run(const Problem& p) {
     typedef typename Way::Room Room;
     typedef typename Way::State State;
+    typedef typename Way::Prepared Prepared;
     const int64_t tiles = tiles_of_head(p), heads = p.batch * p.kv_heads;
     const int64_t pieces = (p.lk + PIECE - 1) / PIECE, floats = State::floats(p);
     const Outline outline(p);
-    const typename Way::Prepared prepared(p, outline);
-    const auto tile_of = [&](int64_t item) {
-        // Late tiles first: under a causal mask they see the most.
-        return Tile(p, outline, item % heads / p.kv_heads, item % heads % p.kv_heads, tiles - 1 - item / heads);
+    // The tiles of a head follow each other, so that its keys and values stay near. Late ones come first: under a
+    // causal mask they see the most.
+    const auto tile_of = [&](int64_t head, int64_t place) {
+        return Tile(p, outline, head / p.kv_heads, head % p.kv_heads, tiles - 1 - place);
     };
     const auto is_seen = [&](const Tile& t, int64_t piece) {
         return shows_any(p, t, piece * PIECE, (piece + 1) * PIECE);
     };
-    const auto fold = [&](const Tile& t, int64_t piece, const Room& room, const State& state) {
+    const auto fold = [&](const Prepared& prepared, const Tile& t, int64_t piece, const Room& room,
+                          const State& state) {
         [[maybe_unused]] const typename Way::Registers registers;
         Way::fold(p, t, prepared, Dropout(p, t), piece * PIECE, std::min(t.end, (piece + 1) * PIECE), room, state);
     };
-    if (heads * tiles >= 4 * p.threads || pieces <= 1) {
-        parallel_for(heads * tiles, p.threads, [&](int64_t item) {
-            const Tile t = tile_of(item);
-            const Room room = QKV_ISA::room<Room>(p);
-            Way::prepare(p, t, room);
-            const State total(room.total, t), state(room.state, t);
-            bool any = false;
-            for (int64_t piece = 0; piece < pieces; ++piece) {
-                if (!is_seen(t, piece)) continue;
-                fold(t, piece, room, any ? state : total);
-                if (any) merge(p, t, total, state);  // the same bits as merging the first one with nothing
-                any = true;
-            }
-            if (!any) total.clear(p, t);
-            Way::finish(p, t, total);
-        });
+    const auto attend = [&](const Prepared& prepared, const Tile& t) {
+        const Room room = QKV_ISA::room<Room>(p);
+        Way::prepare(p, t, room);
+        const State total(room.total, t), state(room.state, t);
+        bool any = false;
+        for (int64_t piece = 0; piece < pieces; ++piece) {
+            if (!is_seen(t, piece)) continue;
+            fold(prepared, t, piece, room, any ? state : total);
+            if (any) merge(p, t, total, state);  // the same bits as merging the first one with nothing
+            any = true;
+        }
+        if (!any) total.clear(p, t);
+        Way::finish(p, t, total);
+    };
+    // Where there are many heads, a thread prepares and keeps its own; what is left over is for all threads.
+    constexpr int64_t MANY = 8;
+    const int64_t own = heads >= MANY * p.threads ? heads - heads % p.threads : 0, left = heads - own;
+    parallel_for(own, p.threads, [&](int64_t head) {
+        const Prepared prepared(p, outline, {head, 1, 1});
+        for (int64_t place = 0; place < tiles; ++place) attend(prepared, tile_of(head, place));
+    });
+    if (left == 0) return;
+    const Prepared prepared(p, outline, {own, left, p.threads});
+    const auto tile_left = [&](int64_t item) { return tile_of(own + item / tiles, item % tiles); };
+    if (own > 0 || left * tiles >= 4 * p.threads || pieces <= 1) {
+        parallel_for(left * tiles, p.threads, [&](int64_t item) { attend(prepared, tile_left(item)); });
         return;
     }
     // Few tiles: their pieces go to different threads, and are merged in the same order.
-    const std::unique_ptr<float[]> states(new float[heads * tiles * pieces * floats]);
+    const std::unique_ptr<float[]> states(new float[left * tiles * pieces * floats]);
     const auto fold_apart = [&](int64_t item) {
-        const Tile t = tile_of(item / pieces);
+        const Tile t = tile_left(item / pieces);
         if (!is_seen(t, item % pieces)) return;
         const Room room = QKV_ISA::room<Room>(p);
         Way::prepare(p, t, room);
-        fold(t, item % pieces, room, State(&states[item * floats], t));
+        fold(prepared, t, item % pieces, room, State(&states[item * floats], t));
     };
-    parallel_for(heads * tiles * pieces, p.threads, fold_apart, Sharing::runs);
-    parallel_for(heads * tiles, p.threads, [&](int64_t item) {
-        const Tile t = tile_of(item);
+    parallel_for(left * tiles * pieces, p.threads, fold_apart, Sharing::runs);
+    parallel_for(left * tiles, p.threads, [&](int64_t item) {
+        const Tile t = tile_left(item);
         const Room room = QKV_ISA::room<Room>(p);
         const State total(room.total, t);
         total.clear(p, t);

@@ -33,6 +33,7 @@ struct Single {
     typedef Nothing Registers;
     static constexpr Grain GRAIN = {SEGMENT, 1};
     static inline vec madd(vec c, float a, vec b) { return c + a * b; }
+    static inline void stay_awake() {}
 };
 
 #if defined(__AVX512BF16__)
@@ -45,6 +46,7 @@ struct Pair {
         return (vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)b, (__m512bh)a);
     }
     static inline vec madd(vec c, uint32_t a, vec b) { return dot(c, _mm512_set1_epi32((int)a), b); }
+    static inline void stay_awake() {}
 
     // Pairs of the numbers in the same lanes.
     static inline vec of(vec low, vec high) {
