@@ -54,6 +54,7 @@ MUTANTS = [
     Mutant("groups interleaved (kernel)", f"{NATIVE}/tile.h", "kv_head * members + member", "member * p.kv_heads + kv_head", KERNEL),
     Mutant("segments trimmed one key short", f"{NATIVE}/mask.h", "t.last_key[from] < first + begin", "t.last_key[from] <= first + begin", KERNEL),
     Mutant("documents passed over by their largest", f"{NATIVE}/mask.h", "t.document[r] >= part.low && t.document[r] <= part.high", "t.document[r] == part.high", KERNEL),
+    Mutant("heads that are left over taken for the first", f"{NATIVE}/kernel.cpp", "tile_of(own + item / tiles, item % tiles)", "tile_of(item / tiles, item % tiles)", KERNEL),
     Mutant("documents that come again taken for runs", f"{NATIVE}/outline.h", "if (std::adjacent_find(names.begin(), names.end()) != names.end()) return false;", "", KERNEL),
     Mutant("documents in runs one key short", f"{NATIVE}/outline.h", "(int32_t)(end - 1)", "(int32_t)(end - 2)", KERNEL),
     Mutant("holes in padding taken for keys", f"{NATIVE}/outline.h", "if (std::any_of(keep + end, keep + count, [](uint8_t kept) { return kept; })) return false;", "", KERNEL),

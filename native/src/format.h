@@ -292,13 +292,14 @@ struct Prepared : LaidByBlock<Kind> {
 };
 
 // Of fp32, what lies far apart, side by side: once for all tiles where these are many, or else fresh memory costs more
-// than a copy for each of them; and unless it is much more than queries take.
+// than a copy for each of them (that of one head after another is not fresh); and unless it is much more than queries
+// take.
 template <>
 class Prepared<Single> : public LaidByBlock<Single> {
    public:
     Prepared(const Problem& p, const Outline&, const Heads& heads) : heads(heads) {
-        constexpr int64_t MANY = 16;  // tiles
-        if (p.dtype != Dtype::f32 || tiles_of_head(p) < MANY || p.lk > 4 * rows_of_head(p)) return;
+        const int64_t many = heads.count == 1 ? 4 : 16;  // tiles
+        if (p.dtype != Dtype::f32 || tiles_of_head(p) < many || p.lk > 4 * rows_of_head(p)) return;
         bring_near(p, p.k, p.width, near_keys);
         bring_near(p, p.v, p.value_width, near_values);
     }

@@ -42,6 +42,30 @@ TEST(bits_depend_on_no_number_of_threads) {
     }
 }
 
+// A thread that has many heads to do takes them whole, of two batches here; 3 threads leave two of them to all, and 8
+// share every one.
+TEST(bits_depend_on_no_sharing_of_heads) {
+    for (Dtype dtype : DTYPES)
+        for (int64_t width : {20, 64}) {
+            Case c;
+            c.dtype = dtype;
+            c.batch = 2;
+            c.kv_heads = 13;
+            c.lq = 260;
+            c.lk = 500;
+            c.width = width;
+            c.value_width = 33;
+            c.keys.tokens_first = true;
+            c.keys.gap = 40;
+            check(c);
+            const std::string want = results(c);
+            for (int threads : {2, 3, 8}) {
+                c.threads = threads;
+                require(results(c) == want, c.describe() + ": other bits than with one thread");
+            }
+        }
+}
+
 // Whether queries [start, start + count) alone have the bits that they have among all.
 static bool is_the_same_alone(const Call& all, int64_t start, int64_t count) {
     const Case& c = all.c;
