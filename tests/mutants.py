@@ -123,7 +123,7 @@ MUTANTS = [
     Mutant("a few queries read beyond the width", f"{NATIVE}/turned.h", "count == LANES && d + FOUR <= width", "count == LANES", ("test_native_cpp.py",)),
     Mutant("half an update of transformers' cache stays", "integrations/transformers_cache.py", 'if new.dim() != 4:\n', 'if name == "keys" and new.dim() != 4:\n'),
     Mutant("rows copied as if they lay side by side", f"{NATIVE}/format.h", "from += view.row * size_of(dtype)", "from += width * size_of(dtype)", KERNEL),
-    Mutant("rows copied for all tiles over those of another head", f"{NATIVE}/format.h", "to.get() + (head * p.lk + row) * width", "to.get() + row * width", KERNEL),
+    Mutant("rows copied for all tiles over those of another head", f"{NATIVE}/format.h", "to.get() + (place * p.lk + row) * width", "to.get() + row * width", KERNEL),
     Mutant("half an append stays", "cache.py", "        except BaseException:  # as in a KVCache\n            self.crop(start)\n", "        except BaseException:\n"),
     Mutant("bounds beyond 64 bits", "kernels/operators.py", "min(keys, UNBOUNDED)", "keys"),
     Mutant("heads cut by their number", "layers/attention.py", "q = self._heads(project(self.q_proj, x), self.head_dim, self.q_norm)", "q = project(self.q_proj, x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)", ("upstream/test_parallelism.py",)),

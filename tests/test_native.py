@@ -492,3 +492,22 @@ def test_rows_far_apart_in_memory_give_the_same_bits(dtype: torch.dtype, lq: int
         out = qkv.attention(*leaves, mask=Mask.causal(), offset=lk - lq, backend="native")
         found.append([out, *torch.autograd.grad(out.float().square().sum(), leaves)])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@present
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_head_among_many_has_the_bits_that_it_has_alone(dtype: torch.dtype, threads: int) -> None:
+    """Many heads are taken whole by threads, those left over tile by tile."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(5, n, 5, 24, generator=generator).to(dtype).transpose(1, 2) for n in (270, 300, 300))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        out = qkv.attention(q, k, v, mask=Mask.causal(), offset=30, backend="native")
+        for b, h in ((0, 0), (2, 3), (4, 3), (4, 4)):
+            heads = (slice(b, b + 1), slice(h, h + 1))
+            alone = qkv.attention(q[heads], k[heads], v[heads], mask=Mask.causal(), offset=30, backend="native")
+            assert torch.equal(out[heads], alone)
+    finally:
+        torch.set_num_threads(before)
