@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import qkv
 from qkv import kernels
+from qkv.integrations.transformers_unpadding import unpad
 
 pytestmark = [
     pytest.mark.skipif(kernels.absence() is not None, reason=str(kernels.absence())),
@@ -129,6 +130,7 @@ def test_a_sentence_transformer(tmp_path: Path) -> None:
     with qkv.accelerate() as report:
         assert abs(model.encode(texts) - plain).max() < 1e-5 * abs(plain).max()
     assert (report.taken, report.left) == (2, 0)
+    assert abs(unpad(model).encode(texts) - plain).max() < 1e-5 * abs(plain).max()
 
 
 def test_an_encoder_and_decoder_of_torch() -> None:
