@@ -205,7 +205,7 @@ def encoder() -> dict[str, Any]:
             calls = {way: functools.partial(embed, model) for way, model in encoders.items()}
             found_by = {way: call() for way, call in calls.items() if way != "without attention"}
             difference = max(float((found_by["stock"] - other).norm(dim=-1).max()) for other in found_by.values())
-            times = interleaved(calls, rounds=7)
+            times = interleaved(calls, rounds=15)
             key = f"{name}, {str(dtype).removeprefix('torch.')}"
             found[key] = {way: round(spread["median_us"] / 1e3, 2) for way, spread in times.items()}
             found[key] |= {"largest_difference": difference}
