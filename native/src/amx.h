@@ -23,8 +23,7 @@ struct Amx {
     typedef TileRegisters Registers;
     static inline vec of(vec low, vec high) { return Pair::of(low, high); }
 
-    // Half a microsecond without a product, and the next one waits a third of one (docs/log.md). This one is of
-    // nothing.
+    // A product of nothing: after half a microsecond without one, the next waits for a third of one (docs/log.md, 83).
     static inline void stay_awake() { tile_dot<0, 4, 6>(); }
 
     // Sums over keys go by sheets, and those over rows by two vectors of them.

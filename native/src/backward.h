@@ -281,7 +281,7 @@ struct Chunk {
             vec sum = {};
             for (int j = s.begin; j < s.end; ++j)
                 sum -= load(room.d_scores + j * t.lanes() + n * LANES) *
-                       absolute(lanes_of(t.position, n) - (int32_t)(b.first + j));
+                       absolute(vector_of(t.position, n) - (int32_t)(b.first + j));
             for (int r = n * LANES; r < std::min(t.count, (n + 1) * LANES); ++r)
                 d_alibi[t.head[r] - kv_head * group(p)] += sum[r - n * LANES];
         }

@@ -119,7 +119,7 @@ static inline void weigh(const Problem& p, const Tile& t, const Segment& s, int 
         found[i] = found[i] + weight;
         return weight;
     };
-    constexpr int NAP = 24;  // keys
+    constexpr int NAP = 24;  // keys of four vectors; fewer vectors leave less to be slept through
     for (int64_t j = s.begin, end = s.end; j < end; j += STEP) {
         if (COUNT == 4 && (j - s.begin) % NAP == 0) Kind::stay_awake();
         for (int i = 0; i < COUNT; ++i) {

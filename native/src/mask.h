@@ -89,7 +89,7 @@ struct Block {
 };
 
 // Vector n of a number for each row.
-static inline ivec lanes_of(const int32_t* numbers, int n) {
+static inline ivec vector_of(const int32_t* numbers, int n) {
     ivec lanes;
     std::memcpy(&lanes, numbers + n * LANES, sizeof lanes);
     return lanes;
@@ -129,7 +129,7 @@ static void hide(const Problem& p, const Tile& t, const Block& b, const Segment&
     const int64_t lanes = t.lanes();
     for (int n = s.first; n < s.last; ++n) {
         if (!b.ragged && sees_all(p, t, b, s, n)) continue;
-        const ivec first_key = lanes_of(t.first_key, n), last_key = lanes_of(t.last_key, n);
+        const ivec first_key = vector_of(t.first_key, n), last_key = vector_of(t.last_key, n);
         for (int64_t j = s.begin; j < s.end; ++j) {
             const int64_t key = b.first + j;
             float* const at = scores + j * lanes + n * LANES;

@@ -54,7 +54,8 @@ static void transform(const Problem& p, const Tile& t, const Block& b, const Seg
                 if (slope) store(slope + at, 1.0f - y * y);
             }
             if (p.bias.data) x = x + bounded(load(bias + at));
-            if (p.alibi) x = x - load(t.slope + n * LANES) * absolute(lanes_of(t.position, n) - (int32_t)(b.first + j));
+            if (p.alibi)
+                x = x - load(t.slope + n * LANES) * absolute(vector_of(t.position, n) - (int32_t)(b.first + j));
             store(scores + at, x);
         }
     }
