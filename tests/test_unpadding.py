@@ -129,6 +129,7 @@ def holes(keep: Tensor) -> Tensor:
 
 AS_EVER = {
     "no padding": (bert, torch.ones_like(RIGHT), {}),
+    "nothing but padding": (bert, torch.zeros_like(RIGHT), {}),
     "padding between tokens": (bert, holes(RIGHT), {}),
     "hidden states": (bert, RIGHT, {"output_hidden_states": True}),
     "weights": (bert, RIGHT, {"output_attentions": True}),
@@ -311,3 +312,9 @@ def test_a_compiled_model() -> None:
 def test_models_without_such_layers(make: Any, name: str) -> None:
     with pytest.raises(ValueError, match=f"unpad: model must .* tokens meet in attention alone; {name}"):
         unpad(make())
+
+
+@pytest.mark.parametrize(("model", "got"), [(None, "NoneType"), ("bert", "str"), (nn.Linear, "the class Linear")])
+def test_what_is_no_model(model: Any, got: str) -> None:
+    with pytest.raises(TypeError, match=f"unpad: model must be an nn.Module; got {got}"):
+        unpad(model)

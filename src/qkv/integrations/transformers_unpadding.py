@@ -32,7 +32,7 @@ def unpad(model: Model, *, enabled: bool = True) -> Model:
 
     A call runs as ever, padding and all, where
 
-    - there is no padding, or real tokens have padding between them;
+    - there is no padding, nothing else, or real tokens have padding between them;
     - the mask is not of padding alone, padding and causal, or padding and a window;
     - keys and values come from elsewhere: a cache (give a decoder ``use_cache=False``), an encoder;
     - ``output_hidden_states`` or ``output_attentions`` want to see each layer, or layerdrop may leave some out;
@@ -48,6 +48,7 @@ def unpad(model: Model, *, enabled: bool = True) -> Model:
 
     Raises:
         ModuleNotFoundError: where transformers is not installed.
+        TypeError: for a model that is not an ``nn.Module``.
         ValueError: for a model none of whose layers can be packed: those that let tokens meet elsewhere than in
             attention, in a convolution say, have parameters that are not known to work on single tokens (linear layers
             and norms are), take no ``attention_mask``, or take a bias of positions.
@@ -60,6 +61,8 @@ def unpad(model: Model, *, enabled: bool = True) -> Model:
 
     Source: the unpadding of ModernBERT (Warner et al. 2024, section 2.1.2), for whatever model it does not change.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"unpad: model must be an nn.Module; got {_kind(model)}.")
     from transformers import PreTrainedModel
 
     integration.register()
@@ -82,6 +85,10 @@ def unpad(model: Model, *, enabled: bool = True) -> Model:
     return model
 
 
+def _kind(value: object) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+
+
 @dataclass
 class _Packing:
     """Where the tokens of a batch ``(B, L)`` lie in one row ``(1, T)``."""
@@ -97,11 +104,13 @@ class _Packing:
 
     @staticmethod
     def of(keep: Tensor) -> "_Packing | None":
-        """None where real tokens have padding between them, which distances would show."""
+        """None where there is no real token, or some have padding between them, which distances would show."""
         begins = keep[:, 1:] & ~keep[:, :-1]
         if (begins.sum(dim=1) + keep[:, 0] > 1).any():
             return None
         places = keep.flatten().nonzero()[:, 0]
+        if len(places) == 0:
+            return None
         return _Packing(keep, places, (places // keep.shape[1])[None])
 
     def fits(self, name: str, value: Any) -> bool:
