@@ -20,12 +20,17 @@ pytest.importorskip("transformers")
 import transformers
 from transformers.masking_utils import bidirectional_mask_function
 
+from qkv import kernels
 from qkv.integrations.transformers import register
 from qkv.integrations.transformers_cache import QKVCache
 from qkv.integrations.transformers_masks import make_mask
 from qkv.integrations.transformers_unpadding import unpad
+from qkv.kernels import binding
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers' own making
+pytestmark = [
+    pytest.mark.skipif(kernels.absence() is not None, reason=str(kernels.absence())),
+    pytest.mark.filterwarnings("ignore"),  # of transformers' own making
+]
 
 SIZES = {"vocab_size": 99, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3}
 LENGTHS = (11, 4, 1, 7)
@@ -186,6 +191,18 @@ def test_steps_with_a_cache() -> None:
 def test_another_implementation() -> None:
     model = unpad(bert())
     model.set_attn_implementation("sdpa")
+    with tokens_seen(model) as seen:
+        hidden(model, RIGHT)
+    assert seen == [(4, 11)]
+
+
+@pytest.mark.parametrize("missing", ["kernel", "fp64"])
+def test_what_the_kernel_does_not_take(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = unpad(bert())
+    if missing == "fp64":
+        model.double()
+    else:
+        monkeypatch.setattr(binding, "_absence", "none here")
     with tokens_seen(model) as seen:
         hidden(model, RIGHT)
     assert seen == [(4, 11)]

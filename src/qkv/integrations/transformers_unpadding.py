@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from qkv import kernels
 from qkv.integrations import transformers as integration
 from qkv.integrations.transformers_masks import MaskTensor
 from qkv.masks import Mask
@@ -36,7 +37,9 @@ def unpad(model: Model, *, enabled: bool = True) -> Model:
     - the mask is not of padding alone, padding and causal, or padding and a window;
     - keys and values come from elsewhere: a cache (give a decoder ``use_cache=False``), an encoder;
     - ``output_hidden_states`` or ``output_attentions`` want to see each layer, or layerdrop may leave some out;
-    - the program is compiled or exported, or another attention implementation has been set since.
+    - the program is compiled or exported, or another attention implementation has been set since;
+    - on a CPU, the compiled kernel is missing, or has not the dtype (fp64): torch's attention would write a mask out
+      for all tokens of the batch.
 
     Args:
         model: a model of transformers, or a module with some in it, such as one of sentence-transformers. Changed in
@@ -236,6 +239,8 @@ def _enter(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     if not _call.may_pack:
         return None
     hidden, given = _arguments(layer, args, kwargs)
+    if hidden.is_cpu and (kernels.absence() is not None or hidden.dtype is torch.float64):
+        return None  # torch's attention would write out which of all tokens meet: the square of the whole batch
     mask = given.get("attention_mask")
     if not isinstance(mask, MaskTensor) or mask.mask.keep is None or not _is_square(mask, hidden.shape[1]):
         return None
