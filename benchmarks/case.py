@@ -18,9 +18,11 @@ class Case:
     name: str
     lq: int
     lk: int
-    mask: Literal["full", "causal", "padding"] = "full"
+    mask: Literal["full", "causal", "padding", "packed"] = "full"
     window: int | None = None
     """Keys that a query of a causal mask sees, its own included."""
+    text: int = 1
+    """Tokens of each text of a packed mask."""
     batch: int = 1
     heads: int = 8
     kv_heads: int = 8
@@ -48,6 +50,8 @@ class Case:
         """The mask in the words of the library."""
         if self.mask == "padding":
             return Mask.padding(torch.tensor(self.lengths))
+        if self.mask == "packed":
+            return Mask.documents(torch.arange(self.lk)[None] // self.text)
         return Mask.causal(self.window) if self.mask == "causal" else Mask.full()
 
     def inputs(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,6 +65,8 @@ class Case:
 
     def scores(self) -> int:
         """Scores of one head that the mask shows, over the whole batch."""
+        if self.mask == "packed":
+            return self.batch * self.lk * self.text
         if self.mask != "causal":
             return self.lq * sum(self.lengths)
         reach = self.lk if self.window is None else self.window

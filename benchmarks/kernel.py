@@ -62,6 +62,7 @@ CASES = [
     Case("decoding, 16 of 512 keys, 32 heads on 8", 1, 512, "causal", batch=16, heads=32, kv_heads=8, head_dim=128),
     *(Case(f"{n} tokens proposed after 1024, 8 heads of 128", n, 1024, "causal", head_dim=128) for n in (2, 5, 8)),
     Case("short, 16", 16, 16),
+    Case("packed, 32 of 16, 12 heads of 32", 512, 512, "packed", text=16, heads=12, kv_heads=12, head_dim=32),
     Case("short, 8 of 128, 12 heads", 128, 128, batch=8, heads=12, kv_heads=12),
 ]
 

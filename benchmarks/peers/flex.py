@@ -26,12 +26,14 @@ def prepare(case: Case, dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor) -> 
 
 
 def _block_mask(case: Case) -> BlockMask | None:
-    """Causal, with a window where there is one; a decoding step sees all keys without one."""
+    """Causal, with a window where there is one, or packed; a decoding step sees all keys without one."""
     if case.mask == "full" or case.is_decoding:
         return None
     offset, window = case.offset, case.lk if case.window is None else case.window
 
     def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        if case.mask == "packed":
+            return i // case.text == j // case.text
         distance = i + offset - j
         return (distance >= 0) & (distance < window)
 

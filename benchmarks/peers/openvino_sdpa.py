@@ -23,8 +23,8 @@ def why_not(case: Case, dtype: torch.dtype) -> str | None:
         return "computes fp16 in another precision on CPU"
     if case.heads != case.kv_heads:
         return "takes as many KV heads as query heads in this operation"
-    if case.window is not None or case.mask == "padding":
-        return "has no windows and no padding in this operation"
+    if case.window is not None or case.mask in ("padding", "packed"):
+        return "has no windows, padding or packed texts in this operation"
     if case.is_decoding:
         return "decodes from a cache that its model holds, with another operation"
     if case.mask == "causal" and case.lq != case.lk:
