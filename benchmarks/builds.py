@@ -14,30 +14,30 @@ from case import DTYPES, Case
 from kernel import CASES
 from measurement import ROUNDS
 
+from qkv import kernels
 from qkv.cli.attention_call import qkv_call
 from qkv.cli.timing import interleaved
-from qkv.kernels import binding
 
 
-def load(path: Path) -> binding.Library:
+def load(path: Path) -> kernels.Library:
     """The library at the path."""
     if not path.exists():
         raise SystemExit(f"{path}: there is no such file. Give two copies of src/qkv/kernels/native.so.")
-    found = binding.load(path)
+    found = kernels.load(path)
     if isinstance(found, str):
         raise SystemExit(f"{path}: {found}.")
     return found
 
 
-def compare(libraries: dict[str, binding.Library], case: Case, dtype: str, rounds: int) -> str:
+def compare(libraries: dict[str, kernels.Library], case: Case, dtype: str, rounds: int) -> str:
     """A line of the table."""
     q, k, v = case.inputs(DTYPES[dtype])
     call = qkv_call(q, k, v, case.as_mask(), case.offset)
 
-    def on(library: binding.Library) -> Callable[[], object]:
+    def on(library: kernels.Library) -> Callable[[], object]:
         def run() -> object:
-            binding._library = library
-            return call()
+            with kernels.use(library):
+                return call()
 
         return run
 

@@ -296,6 +296,7 @@ SCORES = [
     Case("sinks", sinks=True),
     Case("sinks, causal", Mask.causal, lambda: Rule(right=0), sinks=True),
     Case("sinks, rows that see nothing", Mask.causal, lambda: Rule(right=0), offset=-4, sinks=True),
+    Case("sinks, no row sees anything", Mask.causal, lambda: Rule(right=0), lq=3, offset=-4, sinks=True),
     Case(
         "sinks, lengths",
         lambda: Mask.padding(torch.tensor([11, 0])),

@@ -18,20 +18,22 @@ class Rule:
     documents: list[list[int]] | None = None
     allow: Tensor | None = None
 
-    def sees(self, b: int, h: int, i: int, j: int, offset: int) -> bool:
-        p = i + offset
-        if self.right is not None and j > p + self.right:
-            return False
-        if self.left is not None and j < p - self.left and j >= self.sink_tokens:
-            return False
-        if self.keep is not None and not self.keep[b][j]:
-            return False
-        if self.documents is not None and self.documents[b][p] != self.documents[b][j]:
-            return False
+    def sees(self, b: int, h: int, i: int, lk: int, offset: int) -> Tensor:
+        """Whether the query sees each of ``lk`` keys."""
+        p, j = i + offset, torch.arange(lk)
+        seen = torch.ones(lk, dtype=torch.bool)
+        if self.right is not None:
+            seen &= j <= p + self.right
+        if self.left is not None:
+            seen &= (j >= p - self.left) | (j < self.sink_tokens)
+        if self.keep is not None:
+            seen &= torch.tensor(self.keep[b])
+        if self.documents is not None:
+            seen &= torch.tensor(self.documents[b]) == self.documents[b][p]
         if self.allow is not None:
-            where = [x if size != 1 else 0 for x, size in zip((b, h, i, j), self.allow.shape, strict=True)]
-            return bool(self.allow[tuple(where)])
-        return True
+            where = [x if size != 1 else 0 for x, size in zip((b, h, i), self.allow.shape[:3], strict=True)]
+            seen &= self.allow[tuple(where)]
+        return seen
 
 
 @dataclass
@@ -65,23 +67,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rule: Rule, offset: int = 0, scores:
     bias = None if scores.bias is None else scores.bias.detach().double().expand(batch, heads, lq, lk)
     for b in range(batch):
         for h in range(heads):
-            g = h // group
+            queries, keys, values = q[b, h], k[b, h // group], v[b, h // group]
             for i in range(lq):
-                seen = [j for j in range(lk) if rule.sees(b, h, i, j, offset)]
-                s = [scale * float(torch.dot(q[b, h, i], k[b, g, j])) for j in seen]
+                seen = rule.sees(b, h, i, lk, offset).nonzero().flatten()
+                s = scale * (keys[seen] @ queries[i])
                 if scores.softcap is not None:
-                    s = [scores.softcap * math.tanh(x / scores.softcap) for x in s]
+                    s = scores.softcap * torch.tanh(s / scores.softcap)
                 if bias is not None:
-                    s = [x + float(bias[b, h, i, j]) for x, j in zip(s, seen, strict=True)]
+                    s = s + bias[b, h, i][seen]
                 if scores.alibi is not None:
-                    s = [x - scores.alibi[h] * abs(i + offset - j) for x, j in zip(s, seen, strict=True)]
-                terms = list(s) if scores.sink_logits is None else [*s, scores.sink_logits[h]]
-                top = max(terms, default=-math.inf)
-                if top == -math.inf:
+                    s = s - scores.alibi[h] * (i + offset - seen).abs()
+                terms = s if scores.sink_logits is None else torch.cat([s, s.new_tensor([scores.sink_logits[h]])])
+                if (terms == -math.inf).all():  # also where there are none
                     continue
-                total = math.fsum(math.exp(x - top) for x in terms)
-                lse[b, h, i] = top + math.log(total)
-                for x, j in zip(s, seen, strict=True):
-                    weights[b, h, i, j] = math.exp(x - top) / total
-                    out[b, h, i] += weights[b, h, i, j] * v[b, g, j]
+                top = terms.max()
+                total = (terms - top).exp().sum()
+                lse[b, h, i] = top + total.log()
+                share = (s - top).exp() / total
+                weights[b, h, i][seen] = share
+                out[b, h, i] = share @ values[seen]
     return Answer(out, lse, weights)

@@ -17,8 +17,7 @@ def visible(case: Case) -> Tensor:
     for b in range(case.batch):
         for h in range(case.heads if per_head else 1):
             for i in range(case.lq):
-                row = [rule.sees(b, h, i, j, case.offset) for j in range(case.lk)]
-                seen[b, h if per_head else slice(None), i] = torch.tensor(row)
+                seen[b, h if per_head else slice(None), i] = rule.sees(b, h, i, case.lk, case.offset)
     return seen
 
 

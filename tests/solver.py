@@ -1,26 +1,78 @@
-"""A backend on a device: what the contract holds to account."""
+"""A backend on a device, and the kernel with each instruction set: what the contract holds to account."""
 
+import ctypes
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from cases import Case
 from torch import Tensor
+from torch.nn.attention import flex_attention
 
 import qkv
-from qkv.backends import Backend
+from qkv import kernels
+from qkv.backends import BACKENDS, Backend, flex, native
 from qkv.problem import pose
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
 
+def supported_isas() -> list[str]:
+    """The instruction sets that this machine has and the kernel knows, the best first; none without the kernel."""
+    if kernels.absence() is not None:
+        return []
+    library = ctypes.CDLL(str(kernels.LIBRARY))
+    if not hasattr(library, "qkv_supported_isas"):
+        return []  # of an older build, which test_native.py finds
+    library.qkv_supported_isas.restype = ctypes.c_char_p
+    found: bytes = library.qkv_supported_isas()
+    return found.decode().split()
+
+
+@cache
+def library(isa: str) -> kernels.Library | str:
+    """The kernel with this instruction set: a copy under another name is another library, and chooses anew."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as environment:
+        environment.setenv("QKV_ISA", isa)
+        return kernels.load(shutil.copy(kernels.LIBRARY, Path(folder) / f"{isa}.so"))
+
+
 class Solver(NamedTuple):
-    """Takes and returns tensors on CPU, where oracle and peer wait, and computes on its device."""
+    """Takes and returns tensors on CPU, where oracle and peer wait, and computes on its device.
+
+    A test that takes one as ``solver`` runs within `at_work` (conftest.py); another enters it on its own.
+    """
 
     backend: Backend
-    device: str
+    device: str = "cpu"
+    isa: str | None = None
+    """Of the kernel: another instruction set than the one in use."""
 
     def __str__(self) -> str:
-        return self.backend.NAME if self.device == "cpu" else f"{self.backend.NAME}-{self.device}"
+        return "-".join(
+            [self.backend.NAME, *([self.device] if self.device != "cpu" else []), *filter(None, [self.isa])]
+        )
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Within it, calls go to the instruction set of this solver; FlexAttention on CPU goes without Dynamo.
+
+        Tracing the same operations takes a hundred times as long as computing them, which test_contract.py does apart.
+        """
+        with pytest.MonkeyPatch.context() as patch:
+            if self.backend is flex and self.device == "cpu":
+                patch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+            if self.isa is None:
+                yield
+                return
+            with kernels.use(library(self.isa)):
+                yield
 
     def attention(self, case: Case, inputs: dict[str, Tensor]) -> Tensor:
         return qkv.attention(**self._call(case, inputs), backend=self.backend.NAME).cpu()
@@ -32,19 +84,43 @@ class Solver(NamedTuple):
     def reasons(
         self, case: Case, dtype: torch.dtype = torch.float32, *, needs_grad: bool = False, wants_lse: bool = False
     ) -> list[str]:
-        """Why it does not solve the case."""
-        call = self._call(case, case.inputs(dtype))
-        if needs_grad:
-            call = {name: x.requires_grad_() if isinstance(x, Tensor) else x for name, x in call.items()}
-        return self.backend.why_not(pose("test", **call, wants_lse=wants_lse))
+        """Why it does not solve the case, whatever the instruction set."""
+        return _reasons(self._replace(isa=None), case, dtype, needs_grad, wants_lse)
 
-    def _call(self, case: Case, inputs: dict[str, Tensor]) -> dict[str, Any]:
-        options = case.options()
-        mask = case.mask().to(self.device)
-        return {**{name: self._moved(tensor) for name, tensor in inputs.items()}, **options, "mask": mask}
-
-    def _moved(self, tensor: Tensor) -> Tensor:
+    def moved(self, tensor: Tensor) -> Tensor:
         """The tensor on the device; a view with all that it is a view of, neighbours included."""
         if tensor._base is None or self.device == "cpu":
             return tensor.to(self.device)
         return tensor._base.to(self.device).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    def _call(self, case: Case, inputs: dict[str, Tensor]) -> dict[str, Any]:
+        assert self.isa is None or kernels.loaded().isa == self.isa, f"not within at_work() of {self}"
+        options = case.options()
+        mask = case.mask().to(self.device)
+        return {**{name: self.moved(tensor) for name, tensor in inputs.items()}, **options, "mask": mask}
+
+
+@cache
+def _reasons(solver: Solver, case: Case, dtype: torch.dtype, needs_grad: bool, wants_lse: bool) -> list[str]:
+    call = solver._call(case, case.inputs(dtype))
+    if needs_grad:
+        call = {name: x.requires_grad_() if isinstance(x, Tensor) else x for name, x in call.items()}
+    return solver.backend.why_not(pose("test", **call, wants_lse=wants_lse))
+
+
+SOLVERS = [
+    *(Solver(backend, device) for device in DEVICES for backend in BACKENDS),
+    *(Solver(native, isa=isa) for isa in supported_isas() if isa != kernels.loaded().isa),
+]
+
+
+def solvable(cases: list[Case], dtypes: Sequence[torch.dtype], **wants: bool) -> pytest.MarkDecorator:
+    """Every solver with every case that it can solve; test_contract.py holds the reasons against all others."""
+    found = [
+        pytest.param(solver, dtype, case, id=f"{solver}-{str(dtype).removeprefix('torch.')}-{case.name}")
+        for solver in SOLVERS
+        for dtype in dtypes
+        for case in cases
+        if not solver.reasons(case, dtype, **wants)
+    ]
+    return pytest.mark.parametrize(("solver", "dtype", "case"), found)

@@ -4,14 +4,19 @@ import pytest
 import torch
 from budget import assert_within_budget
 from oracle import Rule, attend
+from solver import SOLVERS, Solver
 
 import qkv
-from qkv import Mask
-from qkv.backends import BACKENDS, Backend
+from qkv import Mask, kernels
+from qkv.backends import native
 from qkv.cache import quantize
 from qkv.growing import Growing
-from qkv.problem import pose
 
+INT8 = [
+    solver
+    for solver in SOLVERS
+    if solver.device == "cpu" and (solver.backend is not native or kernels.absence() is None)
+]
 HALF = [torch.float32, torch.bfloat16, torch.float16]
 # Groups for each number of rows that decoding has a loop for, more rows than that, prefill, odd widths, one key.
 SHAPES = [
@@ -38,19 +43,17 @@ def case(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, ...]
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.NAME)
-def test_every_backend_reads_int8(backend: Backend, shape: tuple[int, ...], dtype: torch.dtype, mask: str) -> None:
+@pytest.mark.parametrize("solver", INT8, ids=str)
+def test_every_backend_reads_int8(solver: Solver, shape: tuple[int, ...], dtype: torch.dtype, mask: str) -> None:
     q, k, k_scale, v, v_scale = case(shape, dtype)
     (given, rule), offset = MASKS[mask], shape[4] - shape[3]
     options = {"k_scale": k_scale, "v_scale": v_scale, "mask": given, "offset": offset}
-    if backend.why_not(pose("test", q, k, v, **options)):
-        pytest.skip("the reasons stand in test_contract.py")
     wide_k, wide_v = k.double() * k_scale.double()[..., None], v.double() * v_scale.double()[..., None]
     want = attend(q, wide_k, wide_v, rule, offset)
     peer = torch.nn.functional.scaled_dot_product_attention(
         q, wide_k.to(dtype), wide_v.to(dtype), attn_mask=given.visible(shape[3], shape[4], offset), enable_gqa=True
     )
-    got = qkv.attention(q, k, v, **options, backend=backend.NAME)  # type: ignore[arg-type]
+    got = qkv.attention(q, k, v, **options, backend=solver.backend.NAME)  # type: ignore[arg-type]
     assert got.dtype == dtype
     # A kernel may round weights as they are, or values, or both: each by half a unit of the dtype.
     allowance = torch.finfo(dtype).eps * wide_v.abs().max().item()
@@ -58,30 +61,26 @@ def test_every_backend_reads_int8(backend: Backend, shape: tuple[int, ...], dtyp
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.NAME)
-def test_masked_keys_and_scales_have_no_influence(backend: Backend, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("solver", INT8, ids=str)
+def test_masked_keys_and_scales_have_no_influence(solver: Solver, dtype: torch.dtype) -> None:
     q, k, k_scale, v, v_scale = case((2, 6, 2, 1, 101, 64, 64), dtype)
     options = {"k_scale": k_scale, "v_scale": v_scale, "mask": Mask.padding(torch.tensor([101, 40]))}
-    if backend.why_not(pose("test", q, k, v, **options)):
-        pytest.skip("the reasons stand in test_contract.py")
-    want = qkv.attention(q, k, v, **options, backend=backend.NAME)
+    want = qkv.attention(q, k, v, **options, backend=solver.backend.NAME)
     for tensor, poison in ((k, 100), (v, -100), (k_scale, torch.nan), (v_scale, torch.nan)):
         tensor[1, :, 40:] = poison
-    assert torch.equal(qkv.attention(q, k, v, **options, backend=backend.NAME), want)
+    assert torch.equal(qkv.attention(q, k, v, **options, backend=solver.backend.NAME), want)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("group", [1, 2, 3, 8])
-@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.NAME)
-def test_a_visible_scale_that_is_nan_shows(backend: Backend, group: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("solver", INT8, ids=str)
+def test_a_visible_scale_that_is_nan_shows(solver: Solver, group: int, dtype: torch.dtype) -> None:
     q, k, k_scale, v, v_scale = case((1, group, 1, 1, 33, 16, 16), dtype)
     options = {"k_scale": k_scale, "v_scale": v_scale, "mask": Mask.causal(32), "offset": 32}
-    if backend.why_not(pose("test", q, k, v, **options)):
-        pytest.skip("the reasons stand in test_contract.py")
     for j in (0, 1, 2, 7, 32):  # in whichever lane; the first is hidden
         for scale in (k_scale, v_scale):
             kept, scale[0, 0, j] = scale[0, 0, j].clone(), torch.nan
-            out = qkv.attention(q, k, v, **options, backend=backend.NAME)
+            out = qkv.attention(q, k, v, **options, backend=solver.backend.NAME)
             assert (out.isnan() == (j > 0)).all()
             scale[0, 0, j] = kept
 

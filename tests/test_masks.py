@@ -33,9 +33,8 @@ def rules(draw: st.DrawFn) -> tuple[Mask, Rule]:
 
 
 def written(rule: Rule, offset: int) -> torch.Tensor:
-    return torch.tensor(
-        [[[[rule.sees(b, h, i, j, offset) for j in range(LK)] for i in range(LQ)] for h in range(3)] for b in range(2)]
-    )
+    rows = [rule.sees(b, h, i, LK, offset) for b in range(2) for h in range(3) for i in range(LQ)]
+    return torch.stack(rows).view(2, 3, LQ, LK)
 
 
 @settings(max_examples=60, deadline=None)

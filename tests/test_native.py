@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import library
+from solver import SOLVERS, Solver, library, supported_isas
 
 import qkv
 from qkv import Mask, kernels
 from qkv.backends import native
 from qkv.cache import quantize
-from qkv.kernels import binding
 
 ROOT = Path(__file__).parents[1]
 present = pytest.mark.skipif(kernels.absence() is not None, reason=str(kernels.absence()))
@@ -23,24 +22,6 @@ present = pytest.mark.skipif(kernels.absence() is not None, reason=str(kernels.a
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, **environment}
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-
-
-def isas() -> list[str]:
-    """The instruction sets that this machine can run."""
-    names = ("amx", "avx512bf16", "avx512", "avx2", "generic")
-    code = "from qkv import kernels; print(kernels.absence() is None)"
-    return [name for name in names if run(code, QKV_ISA=name).stdout.strip() == "True"]
-
-
-@present
-@pytest.mark.parametrize("isa", isas()[1:])
-def test_every_instruction_set_meets_the_contract(isa: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "native"]
-    command += ["tests/test_contract.py", "tests/test_int8.py"]
-    environment = {**os.environ, "QKV_ISA": isa}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-    assert " passed" in done.stdout and " skipped" not in done.stdout
 
 
 @present
@@ -54,35 +35,42 @@ def test_an_unknown_instruction_set_is_refused_and_auto_goes_on_without() -> Non
     )
 
 
-@pytest.fixture
-def absent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A place without a library."""
-    reason = binding.load(tmp_path / "native.so")
-    assert isinstance(reason, str)
-    monkeypatch.setattr(binding, "_library", None)
-    monkeypatch.setattr(binding, "_absence", reason)
-
-
-@pytest.mark.usefixtures("absent")
-def test_without_the_library_everything_works_and_explain_says_why() -> None:
-    q = torch.randn(1, 2, 64, 4)
-    assert qkv.explain(q, q, q).chosen == "sdpa"
-    (reason,) = qkv.explain(q, q, q).reasons["native"]
-    assert (
-        reason
-        == "this installation of qkv has no compiled kernel (it found no suitable C++ compiler when it was built)"
+def test_without_the_library_everything_works_and_explain_says_why(tmp_path: Path) -> None:
+    reason = kernels.load(tmp_path / "native.so")
+    assert reason == (
+        "this installation of qkv has no compiled kernel (it found no suitable C++ compiler when it was built)"
     )
-    assert qkv.attention(q, q, q).shape == q.shape
-    with pytest.raises(qkv.BackendError, match="has no compiled kernel"):
-        qkv.attention(q, q, q, backend="native")
-    with pytest.raises(RuntimeError, match="has no compiled kernel"):
-        kernels.loaded()
+    q = torch.randn(1, 2, 64, 4)
+    with kernels.use(reason):
+        found = qkv.explain(q, q, q)
+        assert found.chosen == "sdpa" and found.reasons["native"] == [reason]
+        assert qkv.attention(q, q, q).shape == q.shape
+        with pytest.raises(qkv.BackendError, match="has no compiled kernel"):
+            qkv.attention(q, q, q, backend="native")
+        with pytest.raises(RuntimeError, match="has no compiled kernel"):
+            kernels.loaded()
+
+
+@present
+def test_every_instruction_set_of_the_machine_is_in_the_contract() -> None:
+    names = supported_isas()
+    assert names[-1] == "generic"
+    assert {solver.isa or kernels.loaded().isa for solver in SOLVERS if solver.backend is native} == set(names)
+    for name in names:
+        found = library(name)
+        assert isinstance(found, kernels.Library) and found.isa == name
+    q = torch.randn(1, 2, 64, 16)
+    outs = []
+    for solver in (Solver(native), Solver(native, isa="generic")):
+        with solver.at_work():
+            outs.append(qkv.attention(q, q, q, backend="native"))
+    torch.testing.assert_close(*outs)
 
 
 def test_a_broken_library_says_so(tmp_path: Path) -> None:
     path = tmp_path / "native.so"
     path.write_bytes(b"not a library")
-    found = binding.load(path)
+    found = kernels.load(path)
     assert isinstance(found, str) and "the compiled kernel does not load" in found
 
 
@@ -227,7 +215,7 @@ def test_the_operators_keep_what_torch_asks_of_operators(requires_grad: bool) ->
         q, k, v, None, None, keep, lengths, ids, allow, bias, alibi, sinks, seed, 4, 0, 1, 0, 0.3, 2.0, 0.25
     )
     for call in (plain, full):
-        library.opcheck(torch.ops.qkv.forward.default, tuple(call))
+        torch.library.opcheck(torch.ops.qkv.forward.default, tuple(call))
 
 
 @present

@@ -116,4 +116,5 @@ def test_the_library_exports_its_own_functions_alone() -> None:
         "qkv_forward",
         "qkv_backward",
         "qkv_count_scores",
+        "qkv_supported_isas",
     }

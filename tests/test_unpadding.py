@@ -25,7 +25,6 @@ from qkv.integrations.transformers import register
 from qkv.integrations.transformers_cache import QKVCache
 from qkv.integrations.transformers_masks import make_mask
 from qkv.integrations.transformers_unpadding import unpad
-from qkv.kernels import binding
 
 pytestmark = [
     pytest.mark.skipif(kernels.absence() is not None, reason=str(kernels.absence())),
@@ -197,13 +196,12 @@ def test_another_implementation() -> None:
 
 
 @pytest.mark.parametrize("missing", ["kernel", "fp64"])
-def test_what_the_kernel_does_not_take(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_kernel_does_not_take(missing: str) -> None:
     model = unpad(bert())
     if missing == "fp64":
         model.double()
-    else:
-        monkeypatch.setattr(binding, "_absence", "none here")
-    with tokens_seen(model) as seen:
+    library = "none here" if missing == "kernel" else kernels.loaded()
+    with kernels.use(library), tokens_seen(model) as seen:
         hidden(model, RIGHT)
     assert seen == [(4, 11)]
 

@@ -2,6 +2,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <string>
 
 #include "face.h"
 
@@ -33,22 +34,27 @@ QKV_DECLARE(amx)
 
 namespace {
 
-struct Isa {
-    const char* name;
-    bool supported;
-    void (*forward)(const Problem&);
-    void (*backward)(const Problem&, const Gradients&);
-    int64_t (*count_scores)(const Problem&);
-    void (*quantize)(const Quantization&);
-};
-
 #if defined(QKV_X86)
+bool has_avx2() {
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+
+bool has_avx512() {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+
+bool has_avx512bf16() {
+    return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+}
+
 // Whether the processor multiplies matrices of bf16, and the system lets this process keep them: it must be asked once,
 // and then grants that to all threads.
-bool has_tiles() {
+bool has_amx() {
     unsigned a, b, c, d;
     constexpr unsigned TILE = 1u << 24, BF16 = 1u << 22;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & TILE) || !(d & BF16)) return false;
+    if (!has_avx512bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & TILE) || !(d & BF16)) return false;
 #if defined(__linux__) && defined(SYS_arch_prctl)
     constexpr int REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
@@ -58,32 +64,34 @@ bool has_tiles() {
 }
 #endif
 
+bool always() { return true; }
+
+struct Isa {
+    const char* name;
+    bool (*supported)();
+    void (*forward)(const Problem&);
+    void (*backward)(const Problem&, const Gradients&);
+    int64_t (*count_scores)(const Problem&);
+    void (*quantize)(const Quantization&);
+};
+
+// The best first.
+const Isa ALL[] = {
+#if defined(QKV_X86)
+    {"amx", has_amx, amx::forward, amx::backward, amx::count_scores, amx::quantize},
+    {"avx512bf16", has_avx512bf16, avx512bf16::forward, avx512bf16::backward, avx512bf16::count_scores,
+     avx512bf16::quantize},
+    {"avx512", has_avx512, avx512::forward, avx512::backward, avx512::count_scores, avx512::quantize},
+    {"avx2", has_avx2, avx2::forward, avx2::backward, avx2::count_scores, avx2::quantize},
+#endif
+    {"generic", always, generic::forward, generic::backward, generic::count_scores, generic::quantize},
+};
+
 // The best that this machine has, or the one that the environment variable QKV_ISA names.
 const Isa* choose() {
-#if defined(QKV_X86)
-    __builtin_cpu_init();
-    const bool has_avx2 =
-        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
-#endif
     const char* forced = std::getenv("QKV_ISA");
-    const bool any = !forced || !*forced;
-    const auto wanted = [&](const char* name) { return any || std::strcmp(forced, name) == 0; };
-    static const Isa all[] = {
-#if defined(QKV_X86)
-        {"amx", has_bf16 && wanted("amx") && has_tiles(), amx::forward, amx::backward, amx::count_scores,
-         amx::quantize},
-        {"avx512bf16", has_bf16, avx512bf16::forward, avx512bf16::backward, avx512bf16::count_scores,
-         avx512bf16::quantize},
-        {"avx512", has_avx512, avx512::forward, avx512::backward, avx512::count_scores, avx512::quantize},
-        {"avx2", has_avx2, avx2::forward, avx2::backward, avx2::count_scores, avx2::quantize},
-#endif
-        {"generic", true, generic::forward, generic::backward, generic::count_scores, generic::quantize},
-    };
-    for (const Isa& isa : all)
-        if (isa.supported && wanted(isa.name)) return &isa;
+    for (const Isa& isa : ALL)
+        if ((!forced || !*forced || std::strcmp(forced, isa.name) == 0) && isa.supported()) return &isa;
     return nullptr;
 }
 
@@ -97,6 +105,17 @@ const Isa* chosen() {
 
 // The name of the instruction set that runs; null where QKV_ISA names none, or one that this machine lacks.
 QKV_EXPORT const char* qkv_isa() { return qkv::chosen() ? qkv::chosen()->name : nullptr; }
+
+// The names of all that this machine has, the best first, with a space between.
+QKV_EXPORT const char* qkv_supported_isas() {
+    static const std::string names = [] {
+        std::string found;
+        for (const qkv::Isa& isa : qkv::ALL)
+            if (isa.supported()) found += (found.empty() ? "" : " ") + std::string(isa.name);
+        return found;
+    }();
+    return names.c_str();
+}
 
 // What the caller's idea of the structs is held against.
 QKV_EXPORT int qkv_problem_size() { return (int)sizeof(qkv::Problem); }

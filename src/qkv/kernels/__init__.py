@@ -1,8 +1,11 @@
 """The compiled CPU kernel, loaded once, and its operators."""
 
+from qkv.kernels.binding import LIBRARY as LIBRARY
 from qkv.kernels.binding import Library as Library
 from qkv.kernels.binding import absence as absence
+from qkv.kernels.binding import load as load
 from qkv.kernels.binding import loaded as loaded
+from qkv.kernels.binding import use as use
 from qkv.kernels.operators import Call as Call
 from qkv.kernels.operators import append as append
 from qkv.kernels.operators import count_scores as count_scores

@@ -1,10 +1,11 @@
-"""`loaded`: the native library, bound by the layout of its structs. `absence`: why there is none."""
+"""`loaded`: the native library, bound by the layout of its structs. `absence`: why there is none. `use`: another."""
 
+import contextlib
 import ctypes
 import functools
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -132,8 +133,11 @@ def _load_calls_of_tensors(path: Path) -> tuple[Callable[..., int] | None, Calla
     return functools.partial(native.qkv_plain, there), functools.partial(native.qkv_append, there)
 
 
-# Loaded with the module: a compiler can trace a constant, not the loading.
-_found = load(Path(__file__).parent / "native.so")
+LIBRARY = Path(__file__).parent / "native.so"
+"""Where an installation has it."""
+
+# Loaded with the module: a compiler can trace a constant, not the loading. One of the two is None.
+_found = load(LIBRARY)
 _library, _absence = (None, _found) if isinstance(_found, str) else (_found, None)
 
 
@@ -151,3 +155,22 @@ def loaded() -> Library:
 def absence() -> str | None:
     """Why there is no native library, or None where there is one."""
     return _absence
+
+
+@contextlib.contextmanager
+def use(library: Library | str) -> Iterator[None]:
+    """Within it, all calls of the process go to another build or instruction set, or to none, for a reason.
+
+    For comparisons and tests. A copy of the file under another name is another library: `load` it with ``QKV_ISA`` set,
+    and two instruction sets stand in one process.
+
+    Args:
+        library: what `load` gives for a path: a library, or why there is none.
+    """
+    global _library, _absence
+    before = _library, _absence
+    _library, _absence = (None, library) if isinstance(library, str) else (library, None)
+    try:
+        yield
+    finally:
+        _library, _absence = before
