@@ -130,6 +130,9 @@ MUTANTS = [
     Mutant("divergence the wrong way round", "convert/divergence.py", "F.kl_div(log_q, log_p,", "F.kl_div(log_p, log_q,", ("convert/test_divergence.py",)),
     Mutant("groups unknown to transformers' own attention", "integrations/grouped_decoders.py", "attention.num_key_value_groups = num_heads // num_kv_heads", "pass", ("convert/test_encoder_decoder.py",)),
     Mutant("query heads left behind by theirs", "convert/alignment.py", "view(len(self.order), -1)[self.order].flatten()", "view(len(self.order), -1).flatten()", ("convert/test_alignment.py",)),
+    Mutant("a link at the place of a result", "convert/staging.py", "if stat.S_ISLNK(found.st_mode):", "if False:", ("convert/test_links.py",)),
+    Mutant("leftovers known by their name alone", "convert/own_folder.py", "return own if header == known else None", "return own", ("convert/test_links.py",)),
+    Mutant("mounts emptied", "convert/own_folder.py", "if mount_of(folder) != mount_of(parent):", "if False:", ("convert/test_links.py",)),
     Mutant("partial rotary ignored while heads are aligned", "convert/aligned.py", "KeyFreedom(rotary_dim(where, known)", "KeyFreedom(pooling.heads.head_dim", ("convert/test_alignment.py",)),
 ]  # fmt: skip
 

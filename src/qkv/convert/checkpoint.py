@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -14,9 +15,10 @@ from torch import Tensor
 from qkv.convert.errors import CheckpointError
 from qkv.convert.family import Output
 from qkv.convert.folder import CONFIG, INDEX, PICKLES, Folder, read_folder
+from qkv.convert.own_folder import OwnFolder
 from qkv.convert.plan import Plan, make_plan
-from qkv.convert.safetensors_file import TORCH_DTYPES, TensorSpec, lay_out, read_header
-from qkv.convert.staging import find_place, staged, sync
+from qkv.convert.safetensors_file import TORCH_DTYPES, TensorSpec, lay_out, parse_header
+from qkv.convert.staging import find_place, staged
 from qkv.convert.tensors import Method
 
 CHUNK = 1 << 22
@@ -54,11 +56,21 @@ class CheckpointPlan(NamedTuple):
         """Files with other weights, which stay behind."""
         return [file for file in self._others() if file.name.endswith(WEIGHTS)]
 
+    @property
+    def not_followed(self) -> list[Path]:
+        """Links to folders or to nothing, which stay behind; a link to a file is as good as the file."""
+        return [path for path in self._visible() if not (self.source.path / path).is_file()]
+
     def _others(self) -> list[Path]:
-        folder, written = self.source.path, {CONFIG, INDEX, *self.source.files}
-        files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-        hidden = re.compile(r"(^|/)\.")
-        return sorted(file for file in files if str(file) not in written and not hidden.search(file.as_posix()))
+        written = {CONFIG, INDEX, *self.source.files}
+        visible = (path for path in self._visible() if (self.source.path / path).is_file())
+        return [path for path in visible if str(path) not in written]
+
+    def _visible(self) -> list[Path]:
+        """Files and links, relative to the folder."""
+        folder, hidden = self.source.path, re.compile(r"(^|/)\.")
+        found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file() or path.is_symlink())
+        return sorted(path for path in found if not hidden.search(path.as_posix()))
 
     def by_file(self) -> dict[str, dict[str, Output]]:
         """The tensors of the result, each in the file where its first source is."""
@@ -154,14 +166,16 @@ def write_checkpoint(
             _write(plan, work, reach)
     except OSError as error:
         raise CheckpointError(
-            f"{error.filename or out} cannot be written: {error.strerror}. Nothing was kept."
+            f"{out} cannot be written: {error.strerror} ({error.filename}). Nothing was kept."
         ) from error
 
 
-def _write(plan: CheckpointPlan, work: Path, reach: Callable[[int], None]) -> None:
-    free = shutil.disk_usage(work).free
+def _write(plan: CheckpointPlan, work: OwnFolder, reach: Callable[[int], None]) -> None:
+    free = shutil.disk_usage(work.descriptor).free
     if free < plan.num_bytes:
-        raise CheckpointError(f"{work.parent} must have {plan.num_bytes} bytes free for the result; it has {free}.")
+        raise CheckpointError(
+            f"{work.path.parent} must have {plan.num_bytes} bytes free for the result; it has {free}."
+        )
     done = 0
 
     def advance(count: int) -> None:
@@ -170,11 +184,10 @@ def _write(plan: CheckpointPlan, work: Path, reach: Callable[[int], None]) -> No
         reach(done)
 
     for carried in plan.carried:
-        (work / carried).parent.mkdir(parents=True, exist_ok=True)
-        _copy_file(plan.source.path / carried, work / carried)
+        _copy_file(plan.source.path / carried, work, carried.as_posix())
     for file, outputs in plan.by_file().items():
-        digests = _write_shard(plan.source, work / file, outputs, plan.source.files[file].metadata, advance)
-        _check_shard(work / file, outputs, digests, advance)
+        digests = _write_shard(plan.source, work, file, outputs, plan.source.files[file].metadata, advance)
+        _check_shard(work, file, outputs, digests, advance)
     plan.source.check_unchanged()
     if plan.source.shards is not None:
         weight_map = {name: file for file, outputs in plan.by_file().items() for name in outputs}
@@ -184,15 +197,15 @@ def _write(plan: CheckpointPlan, work: Path, reach: Callable[[int], None]) -> No
             "total_size": plan.num_bytes,
             "total_parameters": sum(spec.numel for spec in plan.tensors.values()),
         }
-        _write_json(work / INDEX, index)
-    for folder in {path.parent for path in work.rglob("*")}:
-        sync(folder)
-    _write_json(work / CONFIG, plan.plan.config)
+        _write_json(work, INDEX, index)
+    work.sync()
+    _write_json(work, CONFIG, plan.plan.config)
 
 
 def _write_shard(
     source: Folder,
-    target: Path,
+    work: OwnFolder,
+    target: str,
     outputs: dict[str, Output],
     metadata: dict[str, str],
     advance: Callable[[int], None],
@@ -201,7 +214,7 @@ def _write_shard(
     head, order = lay_out({name: output.spec for name, output in outputs.items()}, metadata)
     digests, name = {}, "the header"
     try:
-        with target.open("wb", buffering=0) as file:
+        with work.create(target) as file:
             _write_all(file, head)
             for name in order:
                 digest = hashlib.sha256()
@@ -210,35 +223,38 @@ def _write_shard(
                     digest.update(piece)
                     advance(len(piece))
                 digests[name] = digest.digest()
-        sync(target)
+            os.fsync(file.fileno())
     except OSError as error:
-        raise CheckpointError(f"{target}: {name!r} cannot be written: {error.strerror}. Nothing was kept.") from error
+        raise CheckpointError(
+            f"{work.path}, {target}: {name!r} cannot be written: {error.strerror}. Nothing was kept."
+        ) from error
     return digests
 
 
 def _check_shard(
-    target: Path, outputs: dict[str, Output], digests: dict[str, bytes], advance: Callable[[int], None]
+    work: OwnFolder, target: str, outputs: dict[str, Output], digests: dict[str, bytes], advance: Callable[[int], None]
 ) -> None:
     """Reads a file back."""
-    header = read_header(target)
-    for name, output in outputs.items():
-        digest = hashlib.sha256()
-        if header.tensors.get(name) == output.spec:
-            for piece in _read(target, header.starts[name], output.spec.num_bytes, name):
-                digest.update(piece)
-                advance(len(piece))
-        if digest.digest() != digests[name]:
-            raise CheckpointError(
-                f"{target}: tensor {name!r} reads back other than it was written; the disk may be failing. "
-                "Nothing was kept."
-            )
+    path = work.path / target
+    with work.open(target) as file:
+        header = parse_header(file, path)
+        for name, output in outputs.items():
+            digest = hashlib.sha256()
+            if header.tensors.get(name) == output.spec:
+                for piece in _read(file, path, header.starts[name], output.spec.num_bytes, name):
+                    digest.update(piece)
+                    advance(len(piece))
+            if digest.digest() != digests[name]:
+                raise CheckpointError(
+                    f"{path}: tensor {name!r} reads back other than it was written; the disk may be failing. "
+                    "Nothing was kept."
+                )
 
 
 def _pieces(source: Folder, output: Output) -> Iterator[memoryview | bytes]:
     """The bytes of a tensor of the result."""
     if output.compute is None:
-        path, start = _locate(source, output.sources[0])
-        yield from _read(path, start, output.spec.num_bytes, output.sources[0])
+        yield from _read_source(source, output.sources[0])
         return
     value = output.compute(*(_load(source, name) for name in output.sources))
     dtype = TORCH_DTYPES[output.spec.dtype]
@@ -248,36 +264,36 @@ def _pieces(source: Folder, output: Output) -> Iterator[memoryview | bytes]:
 
 
 def _load(source: Folder, name: str) -> Tensor:
-    path, start = _locate(source, name)
     spec = source.tensors[name]
     dtype = TORCH_DTYPES[spec.dtype]
     if spec.numel == 0:
         return torch.empty(spec.shape, dtype=dtype)
     held = bytearray(spec.num_bytes)
     filled = 0
-    for piece in _read(path, start, len(held), name):
+    for piece in _read_source(source, name):
         held[filled : filled + len(piece)] = piece
         filled += len(piece)
     return torch.frombuffer(held, dtype=dtype).view(spec.shape)
 
 
-def _locate(source: Folder, name: str) -> tuple[Path, int]:
+def _read_source(source: Folder, name: str) -> Iterator[bytes]:
     file, header = next((file, header) for file, header in source.files.items() if name in header.tensors)
-    return source.path / file, header.starts[name]
-
-
-def _read(path: Path, start: int, num_bytes: int, name: str) -> Iterator[bytes]:
+    path = source.path / file
     try:
-        with path.open("rb", buffering=0) as file:
-            file.seek(start)
-            while num_bytes:
-                piece = file.read(min(CHUNK, num_bytes))
-                if not piece:
-                    raise CheckpointError(f"{path}: tensor {name!r} ends too early; the file was changed meanwhile.")
-                num_bytes -= len(piece)
-                yield piece
+        with path.open("rb", buffering=0) as opened:
+            yield from _read(opened, path, header.starts[name], header.tensors[name].num_bytes, name)
     except OSError as error:
         raise CheckpointError(f"{path}: tensor {name!r} cannot be read: {error.strerror}.") from error
+
+
+def _read(file: BinaryIO, path: Path, start: int, num_bytes: int, name: str) -> Iterator[bytes]:
+    file.seek(start)
+    while num_bytes:
+        piece = file.read(min(CHUNK, num_bytes))
+        if not piece:
+            raise CheckpointError(f"{path}: tensor {name!r} ends too early; the file was changed meanwhile.")
+        num_bytes -= len(piece)
+        yield piece
 
 
 def _write_all(file: BinaryIO, piece: memoryview | bytes) -> None:
@@ -287,14 +303,19 @@ def _write_all(file: BinaryIO, piece: memoryview | bytes) -> None:
         rest = rest[file.write(rest) :]
 
 
-def _copy_file(source: Path, target: Path) -> None:
+def _copy_file(source: Path, work: OwnFolder, name: str) -> None:
     try:
-        shutil.copyfile(source, target)
-        sync(target)
+        with source.open("rb", buffering=0) as opened, work.create(name) as file:
+            while piece := opened.read(CHUNK):
+                _write_all(file, piece)
+            os.fsync(file.fileno())
     except OSError as error:
-        raise CheckpointError(f"{source} cannot be copied to {target}: {error.strerror}. Nothing was kept.") from error
+        raise CheckpointError(
+            f"{source} cannot be copied to {work.path}: {error.strerror}. Nothing was kept."
+        ) from error
 
 
-def _write_json(path: Path, document: object) -> None:
-    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    sync(path)
+def _write_json(work: OwnFolder, name: str, document: object) -> None:
+    with work.create(name) as file:
+        _write_all(file, (json.dumps(document, indent=2) + "\n").encode())
+        os.fsync(file.fileno())

@@ -17,6 +17,7 @@ def read_document(path: Path) -> dict[str, Any]:
         CheckpointError: for a file that is missing, unreadable, too large or no JSON object.
     """
     try:
+        refuse_dangling(path)
         if not path.is_file():
             raise CheckpointError(f"{path} is missing.")
         size = path.stat().st_size
@@ -25,6 +26,12 @@ def read_document(path: Path) -> dict[str, Any]:
         return parse(path.read_bytes(), str(path))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def refuse_dangling(path: Path) -> None:
+    """Raises for a link that leads to no file, as in a cache of the hub of which a part was removed."""
+    if path.is_symlink() and not path.exists():
+        raise CheckpointError(f"{path} is a link to {str(path.readlink())!r}, where nothing is. Fetch it again.")
 
 
 def parse(document: bytes, where: str) -> dict[str, Any]:

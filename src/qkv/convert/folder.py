@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qkv.convert.documents import read_document
+from qkv.convert.documents import read_document, refuse_dangling
 from qkv.convert.errors import CheckpointError
 from qkv.convert.safetensors_file import Header, TensorSpec, read_header
 
@@ -54,8 +54,11 @@ def read_folder(path: Path) -> Folder:
         index = read_document(path / INDEX)
         names = sorted(set(_weight_map(path, index).values()))
     else:
+        for name in (SINGLE, INDEX):
+            refuse_dangling(path / name)
         raise CheckpointError(f"{path} must hold {SINGLE} or {INDEX}, and holds neither. {_pickles(path)}")
     for name in names:
+        refuse_dangling(path / name)
         if not (path / name).is_file():
             raise CheckpointError(f"{path / name} is missing, and {INDEX} says that it holds tensors. Fetch it again.")
     states = {name: _state(path / name) for name in names}

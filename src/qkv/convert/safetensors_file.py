@@ -8,9 +8,10 @@ the crate lets pass and is refused here: a key said twice.
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
@@ -74,18 +75,23 @@ def read_header(path: Path) -> Header:
     """
     try:
         with path.open("rb") as file:
-            size = path.stat().st_size
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > size - 8:
-                raise CheckpointError(
-                    f"{path} is truncated or no safetensors file: it has {size} bytes, and its header should take "
-                    f"8 and {length}. Fetch it again."
-                )
-            if length > MOST_BYTES:
-                raise CheckpointError(f"{path}: the header has {length} bytes; more than {MOST_BYTES} are not read.")
-            text = file.read(length)
+            return parse_header(file, path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def parse_header(file: BinaryIO, path: Path) -> Header:
+    """As `read_header`, of a file that is open; ``path`` is for messages."""
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > size - 8:
+        raise CheckpointError(
+            f"{path} is truncated or no safetensors file: it has {size} bytes, and its header should take "
+            f"8 and {length}. Fetch it again."
+        )
+    if length > MOST_BYTES:
+        raise CheckpointError(f"{path}: the header has {length} bytes; more than {MOST_BYTES} are not read.")
+    text = file.read(length)
     if not text.startswith(b"{"):
         raise CheckpointError(f"{path}: the header must begin with '{{'; it begins with {text[:1]!r}.")
     entries = parse(text, f"the header of {path}")

@@ -1,0 +1,353 @@
+"""Nothing is written, opened or removed through a link, beyond a mount, or that a run did not make itself."""
+
+import errno
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from convert import kill, models
+
+from qkv.convert import CheckpointError, checkpoint, convert_checkpoint, own_folder, plan_checkpoint, write_checkpoint
+from qkv.convert.own_folder import CONTENT, MARKER, PREFIX
+
+pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return models.save(tmp_path_factory.mktemp("source"), "llama", num_hidden_layers=1)
+
+
+@pytest.fixture
+def victim(tmp_path):
+    """A model of somebody's, with a folder in it, and no model."""
+    for name in ("victim/deep/precious.txt", "victim/precious.txt", "victim/config.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    return tmp_path / "victim"
+
+
+def everything(folder):
+    """Of a folder: names, and what is at them, with no link followed."""
+    return {
+        str(path.relative_to(folder)): path.readlink() if path.is_symlink() else path.is_file() and path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def leave(source, out):
+    """What a run leaves that is killed while it writes, as a path."""
+    before = set(out.parent.iterdir())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "_check_shard", lambda *arguments: os.kill(os.getpid(), 9))
+        assert not kill.in_child(lambda: convert_checkpoint(source, out, 2))
+    (left,) = set(out.parent.iterdir()) - before
+    return left
+
+
+NAMES = ("out.qkv-unfinished", "out.qkv-replaced", f"{PREFIX}{1:016x}", f"{PREFIX}{2:016x}/{CONTENT}")
+NAMES += (f"{PREFIX}{3:016x}/{MARKER}",)
+
+
+@pytest.mark.parametrize("kind", ["link", "folder", "dangling", "loop", "file", "pipe"])
+def test_names_of_ours_are_left_to_whoever_has_them(tmp_path, source, victim, kind):
+    for name in NAMES:
+        place = tmp_path / name
+        place.parent.mkdir(exist_ok=True)
+        if kind == "link":
+            place.symlink_to(victim)
+        elif kind == "folder":
+            shutil.copytree(victim, place)
+        elif kind == "dangling":
+            place.symlink_to("nowhere")
+        elif kind == "loop":
+            place.symlink_to(place.name)
+        elif kind == "file":
+            place.write_text("precious")
+        else:
+            os.mkfifo(place)
+    before = everything(tmp_path)
+    convert_checkpoint(source, tmp_path / "out", 4)
+    convert_checkpoint(source, tmp_path / "out", 2, overwrite=True)
+    shutil.rmtree(tmp_path / "out")
+    assert everything(tmp_path) == before
+
+
+@pytest.fixture
+def around(tmp_path):
+    opened = os.open(tmp_path, os.O_RDONLY)
+    yield opened
+    os.close(opened)
+
+
+def leave_folder(place, around):
+    """As a run leaves it that dies before it has written a weight."""
+    with own_folder.own_folder(place, around, "out") as own, own.create("deep/notes.txt"):
+        return own.path
+
+
+def found(place, around):
+    return [left and left.path for left in own_folder.leftovers(place, around, "out")]
+
+
+def test_folder_that_is_marked_as_ours_is_known(tmp_path, around):
+    left = leave_folder(tmp_path, around)
+    assert found(tmp_path, around) == [left]
+    (left / MARKER).write_text((left / MARKER).read_text() + '"half of a na')
+    assert found(tmp_path, around) == [left]
+    with own_folder.own_folder(tmp_path, around, "out"):
+        assert None in found(tmp_path, around)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda marker, lines: lines[0].update(format="another"),
+        lambda marker, lines: lines[0].update(run="0" * 16),
+        lambda marker, lines: lines[0].update(purpose="elsewhere"),
+        lambda marker, lines: lines[0].update(folder=1),
+        lambda marker, lines: lines[0].pop("content"),
+        lambda marker, lines: lines.insert(1, "../../victim/precious.txt"),
+        lambda marker, lines: lines.insert(1, "/etc/precious"),
+        lambda marker, lines: lines.insert(1, {"replaces": 1, "more": 2}),
+        lambda marker, lines: lines.insert(1, 7),
+        lambda marker, lines: lines.__setitem__(0, []),
+        lambda marker, lines: lines.clear(),
+    ],
+)
+def test_folder_that_is_not_marked_as_ours_is_not_known(tmp_path, around, change):
+    marker = leave_folder(tmp_path, around) / MARKER
+    lines = [json.loads(line) for line in marker.read_text().splitlines()]
+    change(marker, lines)
+    marker.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert found(tmp_path, around) == []
+
+
+def test_folder_of_another_user_is_not_known(tmp_path, around, monkeypatch):
+    leave_folder(tmp_path, around)
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    assert found(tmp_path, around) == []
+
+
+def test_copy_is_none_of_ours(tmp_path, around):
+    left = leave_folder(tmp_path, around)
+    shutil.copytree(left, tmp_path / "copy")
+    left.rename(tmp_path / "elsewhere")
+    (tmp_path / "copy").rename(left)
+    (tmp_path / "elsewhere").rename(tmp_path / f"{PREFIX}{0:016x}")
+    assert found(tmp_path, around) == []
+
+
+def test_only_what_a_run_made_is_removed_of_what_it_left(tmp_path, source, victim):
+    """A file that somebody saved there stays, and a link in place of a file costs its target nothing."""
+    left = leave(source, tmp_path / "out")
+    made = left / CONTENT / "notes.txt"
+    made.unlink()
+    made.symlink_to(victim / "precious.txt")
+    (left / CONTENT / "thesis.txt").write_text("precious")
+    said = []
+    write_checkpoint(plan_checkpoint(source, 2), tmp_path / "out", say=said.append)
+    assert said == [f"{left} holds 'new', which was not made for it, and was left"]
+    assert everything(left / CONTENT) == {"thesis.txt": b"precious"}
+    assert len(everything(victim)) == 4
+
+
+def test_folder_in_what_was_left_that_became_a_link_is_not_entered(tmp_path, source, victim):
+    with_folder = shutil.copytree(source, tmp_path / "source")
+    (with_folder / "deep").mkdir()
+    (with_folder / "deep" / "precious.txt").write_text("to be carried over")
+    left = leave(with_folder, tmp_path / "out")
+    shutil.rmtree(left / CONTENT / "deep")
+    (left / CONTENT / "deep").symlink_to(victim / "deep")
+    said = []
+    write_checkpoint(plan_checkpoint(with_folder, 2), tmp_path / "out", say=said.append)
+    assert "could not be removed" in said[0]
+    assert (victim / "deep" / "precious.txt").is_file()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("target", ["victim", "nowhere", "out", "source/model.safetensors"])
+def test_link_at_the_place(tmp_path, source, victim, target, overwrite):
+    shutil.copytree(source, tmp_path / "source")
+    (tmp_path / "out").symlink_to(target)
+    before = everything(tmp_path)
+    message = f"(out is a link to '{target}', and nothing is written through links|must be folders apart)"
+    with pytest.raises(CheckpointError, match=message):
+        convert_checkpoint(tmp_path / "source", tmp_path / "out", 2, overwrite=overwrite)
+    assert everything(tmp_path) == before
+
+
+def test_links_on_the_way_are_the_users_own(tmp_path, source):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "short").symlink_to("real")
+    convert_checkpoint(source, tmp_path / "short" / "out", 2)
+    assert everything(tmp_path).keys() >= {"real/out/config.json"}
+    assert [path.name for path in (tmp_path / "real").iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("out", ["short", "short/out", "real/source/out", "real"])
+def test_source_and_result_are_apart_whatever_they_are_called(tmp_path, source, out):
+    shutil.copytree(source, tmp_path / "real" / "source")
+    (tmp_path / "short").symlink_to("real/source")
+    before = everything(tmp_path)
+    for name in ("real/source", "short"):
+        with pytest.raises(CheckpointError, match="must be folders apart"):
+            convert_checkpoint(tmp_path / name, tmp_path / out, 2, overwrite=True)
+    assert everything(tmp_path) == before
+
+
+def test_model_that_is_replaced_may_hold_links(tmp_path, source, victim):
+    """As in the hub's cache; they are removed, and what they lead to is not."""
+    convert_checkpoint(source, tmp_path / "out", 4)
+    (tmp_path / "out" / "deep").symlink_to(victim / "deep")
+    (tmp_path / "out" / "notes.txt").unlink()
+    (tmp_path / "out" / "notes.txt").symlink_to(victim / "precious.txt")
+    before = everything(victim)
+    convert_checkpoint(source, tmp_path / "out", 2, overwrite=True)
+    assert everything(victim) == before
+    assert not (tmp_path / "out" / "deep").exists()
+
+
+def test_source_is_read_through_links(tmp_path, source):
+    """A snapshot of the hub's cache: each file is a link. Links to folders and to nothing stay behind."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    for number, path in enumerate(sorted(source.iterdir())):
+        shutil.copyfile(path, tmp_path / "blobs" / str(number))
+        (tmp_path / "snapshot" / path.name).symlink_to(f"../blobs/{number}")
+    (tmp_path / "snapshot" / "folder").symlink_to("../blobs")
+    (tmp_path / "snapshot" / "nowhere").symlink_to("../blobs/none")
+    (tmp_path / "snapshot" / "loop").symlink_to("loop")
+    plan = convert_checkpoint(tmp_path / "snapshot", tmp_path / "out", 2)
+    convert_checkpoint(source, tmp_path / "plain", 2)
+    assert models.digest(tmp_path / "out") == models.digest(tmp_path / "plain")
+    assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
+    assert list(map(str, plan.not_followed)) == ["folder", "loop", "nowhere"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_link_to_nothing_where_a_file_must_be(tmp_path, source, name):
+    copy = shutil.copytree(source, tmp_path / "source")
+    (copy / name).unlink()
+    (copy / name).symlink_to("../blobs/none")
+    with pytest.raises(CheckpointError, match=f"{name} is a link to '../blobs/none', where nothing is"):
+        convert_checkpoint(copy, tmp_path / "out", 2)
+
+
+def test_folder_around_that_is_replaced_meanwhile(tmp_path, source, victim, monkeypatch):
+    """The run goes on where it began, and says so instead of leaving its result where nobody looks."""
+    (tmp_path / "around").mkdir()
+    check = checkpoint._check_shard
+
+    def replace(*arguments):
+        (tmp_path / "around").rename(tmp_path / "moved")
+        (tmp_path / "around").symlink_to(victim)
+        check(*arguments)
+
+    monkeypatch.setattr(checkpoint, "_check_shard", replace)
+    before = everything(victim)
+    with pytest.raises(CheckpointError, match="around was moved or replaced by someone else meanwhile"):
+        convert_checkpoint(source, tmp_path / "around" / "out", 2)
+    assert everything(victim) == before
+    assert not list((tmp_path / "moved").iterdir())
+
+
+def test_link_put_into_the_work_is_not_written_through(tmp_path, source, victim, monkeypatch):
+    """Whoever is the same user could put one there."""
+    copy_file = checkpoint._copy_file
+
+    def plant(opened, work, name):
+        (work.path / CONTENT / name).symlink_to(victim / "precious.txt")
+        copy_file(opened, work, name)
+
+    monkeypatch.setattr(checkpoint, "_copy_file", plant)
+    before = everything(victim)
+    with pytest.raises(CheckpointError, match=f"cannot be copied to .*: {os.strerror(errno.EEXIST)}"):
+        convert_checkpoint(source, tmp_path / "out", 2)
+    assert everything(victim) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["victim"]
+
+
+def test_rights_are_those_of_the_user(tmp_path, source, monkeypatch):
+    """Closed to others while it is written, and then as open as any folder of the user's."""
+    seen, check = [], checkpoint._check_shard
+
+    def look(work, *arguments):
+        seen.append(stat.S_IMODE(work.path.stat().st_mode))
+        check(work, *arguments)
+
+    monkeypatch.setattr(checkpoint, "_check_shard", look)
+    before = os.umask(0o027)
+    try:
+        convert_checkpoint(source, tmp_path / "out", 2)
+    finally:
+        os.umask(before)
+    assert seen == [0o700]
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o750
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()} == {0o640}
+
+
+@pytest.mark.parametrize("place", ["out", "out/deep"])
+def test_mount_is_neither_replaced_nor_emptied(tmp_path, source, monkeypatch, place):
+    """Known by what the system counts mounts as; a real one is below, where the system lets us make it."""
+    convert_checkpoint(source, tmp_path / "out", 4)
+    (tmp_path / "out" / "deep").mkdir()
+    (tmp_path / "out" / "deep" / "precious.txt").write_text("")
+    mounted, mount_of = (tmp_path / place).stat().st_ino, own_folder.mount_of
+
+    def counted(folder):
+        return (-1, "") if os.fstat(folder).st_ino == mounted else mount_of(folder)
+
+    for module in (own_folder, sys.modules["qkv.convert.staging"]):
+        monkeypatch.setattr(module, "mount_of", counted)
+    before = everything(tmp_path)
+    with pytest.raises(CheckpointError, match=f"{place} is a mount, and cannot be replaced; unmount it"):
+        convert_checkpoint(source, tmp_path / "out", 2, overwrite=True)
+    assert everything(tmp_path) == before
+    around = os.open(tmp_path, os.O_RDONLY)
+    with pytest.raises(OSError, match="a mount is not entered"):
+        own_folder.remove_tree("out", around)
+    os.close(around)
+    assert (tmp_path / "out" / "deep" / "precious.txt").is_file()
+
+
+def test_real_mount(tmp_path, source):
+    """The same folder mounted a second time, on one device, in a name space of its own."""
+    convert_checkpoint(source, tmp_path / "out", 4)
+    for name in ("out/deep", "victim"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "victim" / "precious.txt").write_text("")
+    code = f"""
+import os, sys
+from pathlib import Path
+from qkv.convert import own_folder
+around = os.open({str(tmp_path)!r}, os.O_RDONLY)
+found = own_folder.find_mount(os.open("out", os.O_RDONLY, dir_fd=around))
+try:
+    own_folder.remove_tree("out", around)
+except OSError as error:
+    print(found, error.strerror)
+"""
+    (tmp_path / "remove.py").write_text(code)
+    script = f"mount --bind {tmp_path}/victim {tmp_path}/out/deep && exec {sys.executable} {tmp_path}/remove.py"
+    command = ["unshare", "--mount", "--map-root-user", "sh", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0 and "unshare" in done.stderr:
+        pytest.skip(f"this system lets nobody mount: {done.stderr}")
+    assert done.stdout == "deep a mount is not entered\n", done.stderr
+    assert (tmp_path / "victim" / "precious.txt").is_file()
+
+
+def test_every_name_is_reached_from_an_open_folder():
+    """The modules that write and remove use no call that follows links, or goes by a path."""
+    for name in ("own_folder.py", "staging.py", "renaming.py", "checkpoint.py"):
+        text = Path(own_folder.__file__).with_name(name).read_text()
+        for call in ("shutil.rmtree", "shutil.copy", "write_text", "write_bytes", ".mkdir(", ".unlink(", ".rename("):
+            found = text.count(call) - text.count(f"os{call}")
+            assert found == 0, f"{name}: {call}"
