@@ -1,16 +1,33 @@
 # Two commands: `make demo` and `make test`. Each sets up everything it needs in .venv; nothing else is to be done.
+# `make test` downloads nothing after that. `make test-all` is what it leaves out as well, and takes hours.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -q --numprocesses logical --dist worksteal
 CPP := $(wildcard native/*/*.h native/*/*.cpp)
 
-.PHONY: demo test check format sanitize mutants families bench study wheel clean
+.PHONY: demo test test-all pytest check format sanitize mutants families bench study wheel clean
 
 demo: $(VENV)/ready
 	$(BIN)/qkv demo
 
-test: check
-	$(BIN)/python -m pytest -q
+test: $(VENV)/ready
+	$(MAKE) --no-print-directory --jobs=2 pytest check
+
+pytest: $(VENV)/ready
+	$(PYTEST) -m "not (long or network or vision)"
+
+# All tests: FlexAttention as Dynamo traces it on the whole grid, the demo's default model from the registry, timm and
+# torchvision, the kernel under sanitizers, every family of transformers, and some of the planted bugs.
+test-all: check sanitize build/vision
+	$(PYTEST) -m "not vision"
+	PYTHONPATH=build/vision $(BIN)/python -m pytest -q -m vision tests/test_accelerate_models.py
+	PYTHONPATH=tests $(BIN)/python -m families.sweep --check
+	$(BIN)/python tests/mutants.py --sample 12
+
+# Not in .venv: where torchvision is of another build than torch, transformers does not load beside it.
+build/vision: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $@ --constraint constraints.txt timm torchvision
 
 check: $(VENV)/ready
 	$(BIN)/ruff check --quiet

@@ -1,17 +1,99 @@
-"""What holds for all tests."""
+"""What holds for all tests: instruction sets, the network, the order, and that nothing is skipped in silence."""
 
-from collections.abc import Iterator
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers share the cores; tests of threads set their own number
+
+import platform
+import re
+import socket
+import sys
+from collections.abc import Generator, Iterator
 
 import pytest
+import torch
+from cases import Case
 from solver import Solver
+
+SKIPS = {
+    "needs a CUDA device": not torch.cuda.is_available(),
+    "the kernel is of another architecture": platform.machine() not in ("x86_64", "AMD64"),
+    "limits of address space are tested on Linux": sys.platform != "linux",
+    "memory is measured on Linux": sys.platform != "linux",
+    "memory is measured in forked processes": not hasattr(os, "fork"),
+    "needs /dev/full": sys.platform != "linux",
+}
+"""The reasons for which a test may be skipped, and where each is true. Any other skip fails."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of the same case follow each other: a worker that takes them computes what the oracle says of it once."""
+    places = [place for place, item in enumerate(items) if _case(item)]
+    ordered = sorted((items[place] for place in places), key=lambda item: (str(item.path), _case(item)))
+    for place, item in zip(places, ordered, strict=True):
+        items[place] = item
+
+
+def _case(item: pytest.Item) -> str:
+    """The name of the case of the grid that a test takes, or nothing."""
+    case = _parameters(item).get("case")
+    return case.name if isinstance(case, Case) else ""
+
+
+def _parameters(item: pytest.Item) -> dict[str, object]:
+    return item.callspec.params if hasattr(item, "callspec") else {}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.skipped and not hasattr(report, "wasxfail"):
+        _refuse_unknown_skip(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    if report.skipped:
+        _refuse_unknown_skip(report)
+    return report
+
+
+def _refuse_unknown_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
+    reason = re.sub(r"^Skipped: ", "", report.longrepr[2] if isinstance(report.longrepr, tuple) else "")
+    if not SKIPS.get(reason, False):
+        report.outcome = "failed"
+        report.longrepr = f"skipped, for a reason that is not true here or not in SKIPS of tests/conftest.py: {reason}"
 
 
 @pytest.fixture(autouse=True)
 def solver_at_work(request: pytest.FixtureRequest) -> Iterator[None]:
     """A test that takes a ``solver`` runs on its instruction set, gradients that it takes included."""
-    solver = getattr(request.node, "callspec", None) and request.node.callspec.params.get("solver")
+    solver = _parameters(request.node).get("solver")
     if not isinstance(solver, Solver):
         yield
         return
     with solver.at_work():
         yield
+
+
+@pytest.fixture(autouse=True)
+def offline(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tests reach this machine alone, but for those that are marked ``network``."""
+    if request.node.get_closest_marker("network"):
+        yield
+        return
+    reached: list[object] = []
+    connect = socket.socket.connect
+
+    def connect_here(self: socket.socket, address: object) -> None:
+        if isinstance(address, tuple) and not str(address[0]).startswith(("127.", "::1", "localhost")):
+            reached.append(address)
+            raise ConnectionRefusedError(f"{address} is not this machine; mark the test `network`")
+        connect(self, address)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(socket.socket, "connect", connect_here)
+    yield
+    assert not reached, f"the test would have reached {reached}; mark it `network`"

@@ -4,45 +4,83 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 import qkv
 
 X = torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(0))
 
-OPTIONS: dict[str, Any] = {
-    "num_kv_heads": 2,
-    "head_dim": 8,
-    "value_dim": 3,
+EFFECTS: dict[str, Any] = {
     "mask": qkv.Mask.causal(),
     "rotary": qkv.RotaryEmbedding(4),
-    "qk_norm": True,
-    "bias": False,
-    "out_bias": False,
     "scale": 0.9,
     "softcap": 0.5,
     "alibi": torch.ones(6),
     "sink_logits": True,
-    "backend": "reference",
-    "dtype": torch.float64,
 }
 
+WEIGHTS: dict[tuple[str, Any], dict[str, tuple[int, ...] | None]] = {
+    ("num_kv_heads", 2): {"q_proj.weight": (24, 24), "k_proj.weight": (8, 24), "v_proj.weight": (8, 24)},
+    ("head_dim", 8): {"q_proj.weight": (48, 24), "k_proj.weight": (48, 24), "out_proj.weight": (24, 48)},
+    ("value_dim", 3): {"k_proj.weight": (24, 24), "v_proj.weight": (18, 24), "out_proj.weight": (24, 18)},
+    ("qk_norm", True): {"q_norm.weight": (4,), "k_norm.weight": (4,)},
+    ("bias", True): {"q_proj.bias": (24,), "k_proj.bias": (24,), "v_proj.bias": (24,), "out_proj.bias": (24,)},
+    ("bias", False): {"q_proj.bias": None, "k_proj.bias": None, "v_proj.bias": None, "out_proj.bias": None},
+    ("out_bias", False): {"q_proj.bias": (24,), "out_proj.bias": None},
+    ("dtype", torch.float64): {"q_proj.weight": (24, 24)},
+}
+"""Options that change which weights there are, and the shapes of these."""
 
-@pytest.mark.parametrize("name", OPTIONS)
+
+@pytest.mark.parametrize("name", EFFECTS)
 def test_every_option_has_an_effect(name: str) -> None:
     torch.manual_seed(0)
     plain = qkv.Attention(24, 6)
     torch.manual_seed(0)
-    layer = qkv.Attention(24, 6, **{name: OPTIONS[name]})
-    if name in ("bias", "out_bias", "num_kv_heads", "head_dim", "value_dim", "dtype", "qk_norm"):
-        shapes = {key: (value.shape, value.dtype) for key, value in layer.state_dict().items()}
-        assert shapes != {key: (value.shape, value.dtype) for key, value in plain.state_dict().items()}
-        assert layer(X.to(layer.q_proj.weight.dtype)).shape == X.shape
-    elif name == "backend":
-        torch.testing.assert_close(layer(X), plain(X))
-        with pytest.raises(qkv.BackendError):
-            qkv.Attention(24, 6, backend="sdpa", softcap=1.0)(X)
-    else:
-        assert not torch.allclose(layer(X), plain(X))
+    layer = qkv.Attention(24, 6, **{name: EFFECTS[name]})
+    assert not torch.allclose(layer(X), plain(X))
+
+
+def by_hand(layer: qkv.Attention, x: Tensor) -> Tensor:
+    """The formula, for a layer without a mask and with scores that are products alone."""
+    weights = layer.state_dict()
+
+    def project(x: Tensor, name: str) -> Tensor:
+        return F.linear(x, weights[f"{name}_proj.weight"], weights.get(f"{name}_proj.bias"))
+
+    heads = {"q": 6, "k": layer.num_kv_heads, "v": layer.num_kv_heads}
+    q, k, v = (project(x, name).unflatten(2, (number, -1)) for name, number in heads.items())
+    if "q_norm.weight" in weights:
+        q, k = (
+            weights[f"{name}_norm.weight"] * part / (part.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+            for name, part in (("q", q), ("k", k))
+        )
+    k, v = (part.repeat_interleave(6 // layer.num_kv_heads, dim=2) for part in (k, v))
+    shares = (torch.einsum("bihd,bjhd->bhij", q, k) / q.shape[3] ** 0.5).softmax(-1)
+    return project(torch.einsum("bhij,bjhd->bihd", shares, v).flatten(2), "out")
+
+
+@pytest.mark.parametrize("name, value", WEIGHTS, ids=str)
+def test_weights_have_the_shapes_that_an_option_says_and_take_part_as_the_formula_says(name: str, value: Any) -> None:
+    torch.manual_seed(0)
+    layer = qkv.Attention(24, 6, **{name: value})
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    found = {key: tuple(weight.shape) for key, weight in layer.state_dict().items()}
+    assert {key: found.get(key) for key in WEIGHTS[name, value]} == WEIGHTS[name, value]
+    dtype = value if name == "dtype" else torch.float32
+    assert all(weight.dtype == dtype for weight in layer.state_dict().values())
+    torch.testing.assert_close(layer(X.to(dtype)), by_hand(layer, X.to(dtype)))
+
+
+def test_the_backend_of_a_layer_computes_it() -> None:
+    torch.manual_seed(0)
+    plain = qkv.Attention(24, 6)
+    torch.manual_seed(0)
+    torch.testing.assert_close(qkv.Attention(24, 6, backend="reference")(X), plain(X))
+    with pytest.raises(qkv.BackendError):
+        qkv.Attention(24, 6, backend="sdpa", softcap=1.0)(X)
 
 
 def test_dropout_acts_while_training_alone() -> None:

@@ -9,14 +9,13 @@ from unittest import mock
 
 import pytest
 import torch
+import transformers
+from families import compare as families
 
 from qkv import Mask
 from qkv.integrations import transformers as integration
 from qkv.integrations import transformers_masks
 from qkv.integrations.transformers_masks import MaskTensor, recognise
-
-transformers = pytest.importorskip("transformers")
-families = pytest.importorskip("families.compare")
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers' own making
 

@@ -153,6 +153,7 @@ def test_prompt_and_new_tokens_must_fit_into_the_model(capsys, llama):
     assert f"must fit into the 64 tokens of {llama} together; got 6 and 60." in captured.err
 
 
+@pytest.mark.network
 def test_default_model_from_the_registry():
     """The real thing, in a process of its own as a user runs it; the weights stay in the user's cache."""
     arguments = ["demo", "--max-new-tokens", "8", "--json"]

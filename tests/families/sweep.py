@@ -1,4 +1,4 @@
-"""All families, and docs/transformers.md that lists them: `PYTHONPATH=tests python -m families.sweep`."""
+"""All families, and docs/transformers.md that lists them: `PYTHONPATH=tests python -m families.sweep [--check]`."""
 
 import logging
 import re
@@ -83,7 +83,7 @@ def _cell(text: str) -> str:
 
 
 def main() -> None:
-    """Runs every family and writes the page."""
+    """Runs every family and writes the page, or with ``--check`` leaves it as it is."""
     warnings.filterwarnings("ignore")
     logging.disable(logging.CRITICAL)
     register()
@@ -92,10 +92,12 @@ def main() -> None:
         outcome = judge(family)
         outcomes.append(outcome)
         print(f"{short(family):32} {'works' if outcome.works else outcome.reason[:120]}", flush=True)
-    PAGE.write_text(page(outcomes))
+    lost = listed().keys() - {outcome.family for outcome in outcomes if outcome.works}
     broken = [outcome for outcome in outcomes if outcome.model and not outcome.works]
-    print(f"{sum(o.works for o in outcomes)} of {len(outcomes)} work; written to {PAGE.name}")
-    sys.exit(len(broken) > 0)
+    if sys.argv[1:] != ["--check"]:
+        PAGE.write_text(page(outcomes))
+    print(f"{sum(o.works for o in outcomes)} of {len(outcomes)} work; no longer: {', '.join(lost) or 'none'}")
+    sys.exit(len(broken) + len(lost) > 0)
 
 
 if __name__ == "__main__":
