@@ -7,9 +7,8 @@ them by families/test_families.py.
 import copy
 import pickle
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,11 +16,10 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers")
 
-import transformers
 from transformers.masking_utils import bidirectional_mask_function
+from unpadding import IDS, LEFT, LENGTHS, PACKED, PADDED, RIGHT, bert, build, hidden, llama, modern, tokens_seen
 
 from qkv import kernels
-from qkv.integrations.transformers import register
 from qkv.integrations.transformers_cache import QKVCache
 from qkv.integrations.transformers_masks import make_mask
 from qkv.integrations.transformers_unpadding import unpad
@@ -31,47 +29,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # of transformers' own making
 ]
 
-SIZES = {"vocab_size": 99, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3}
-LENGTHS = (11, 4, 1, 7)
-IDS = torch.randint(3, 99, (4, 11), generator=torch.Generator().manual_seed(0))
-RIGHT = torch.arange(11) < torch.tensor(LENGTHS)[:, None]
-LEFT = RIGHT.flip(1)
-
-
-def bert(**options: Any) -> Any:
-    return build("bert", intermediate_size=48, **options)
-
-
-def llama(**options: Any) -> Any:
-    return build("llama", intermediate_size=48, num_key_value_heads=2, **options)
-
-
-def modern(**options: Any) -> Any:
-    return build("modernbert", intermediate_size=48, local_attention=4, pad_token_id=0, **options)
-
-
-def build(kind: str, **options: Any) -> Any:
-    torch.manual_seed(0)
-    register()
-    config = transformers.AutoConfig.for_model(kind, **SIZES, **options)
-    return transformers.AutoModel.from_config(config, attn_implementation="qkv").eval()
-
-
-@contextmanager
-def tokens_seen(model: nn.Module) -> Iterator[list[tuple[int, int]]]:
-    """The batch and length that reach the first linear layer of each call."""
-    seen: list[tuple[int, int]] = []
-    linear = next(module for module in model.modules() if isinstance(module, nn.Linear))
-    handle = linear.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[:2])))
-    yield seen
-    handle.remove()
-
-
-def hidden(model: Any, keep: Tensor, **options: Any) -> Tensor:
-    found: Tensor = model(input_ids=IDS, attention_mask=keep.long(), **options).last_hidden_state
-    return found
-
-
+BOTH_WAYS = {"mask_function": bidirectional_mask_function}
 NO_CACHE = {"use_cache": False}
 KINDS = [(bert, {}), (modern, {}), (llama, NO_CACHE)]
 
@@ -82,9 +40,10 @@ def test_real_tokens_alone_are_computed(make: Any, options: Any, keep: Tensor) -
     model = make()
     with torch.no_grad():
         want = hidden(model, keep, **options)
-        with tokens_seen(unpad(model)) as seen:
+        unpad(model)
+        with tokens_seen() as seen:
             got = hidden(model, keep, **options)
-    assert seen == [(1, sum(LENGTHS))]
+    assert seen == [PACKED] * 3
     assert got.shape == want.shape
     # Two orders of adding up a few dozen numbers of the order of one.
     torch.testing.assert_close(got[keep], want[keep], atol=2e-6, rtol=2e-5)
@@ -100,7 +59,7 @@ def test_a_text_of_padding_alone_and_one_token() -> None:
     keep = RIGHT.clone()
     keep[1] = False
     model = unpad(bert())
-    with torch.no_grad(), tokens_seen(model) as seen:
+    with torch.no_grad(), tokens_seen() as seen:
         got = hidden(model, keep)
         alone = hidden(model, RIGHT)
     assert seen[0] == (1, sum(LENGTHS) - LENGTHS[1])
@@ -118,9 +77,9 @@ def test_gradients(checkpointing: bool) -> None:
         return list(torch.autograd.grad(loss, list(model.parameters())))
 
     want, model = gradients(llama()), unpad(llama())
-    with tokens_seen(model) as seen:
+    with tokens_seen() as seen:
         got = gradients(model)
-    assert seen[0] == (1, sum(LENGTHS))
+    assert seen[0] == PACKED
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5 * float(b.abs().max()), rtol=1e-4)
 
@@ -147,9 +106,10 @@ def test_what_runs_as_ever(name: str) -> None:
     model = make()
     with torch.no_grad():
         want = model(input_ids=IDS, attention_mask=keep.long(), **options)
-        with tokens_seen(unpad(model)) as seen:
+        unpad(model)
+        with tokens_seen() as seen:
             got = model(input_ids=IDS, attention_mask=keep.long(), **options)
-    assert seen == [(4, 11)]
+    assert seen == [PADDED] * 3
     assert torch.equal(got.last_hidden_state, want.last_hidden_state)
     for key in ("hidden_states", "attentions"):
         for a, b in zip(got.get(key) or (), want.get(key) or (), strict=True):
@@ -168,9 +128,10 @@ def test_a_cross_attending_layer_of_as_many_keys() -> None:
     memory = {"encoder_hidden_states": torch.randn(4, 11, 32), "use_cache": False}
     with torch.no_grad():
         want = hidden(model, RIGHT, **memory)
-        with tokens_seen(unpad(model)) as seen:
+        unpad(model)
+        with tokens_seen() as seen:
             got = hidden(model, RIGHT, **memory)
-    assert seen == [(4, 11)] and torch.equal(got, want)
+    assert seen == [PADDED] * 6 and torch.equal(got, want)
 
 
 def test_steps_with_a_cache() -> None:
@@ -190,9 +151,8 @@ def test_steps_with_a_cache() -> None:
 def test_another_implementation() -> None:
     model = unpad(bert())
     model.set_attn_implementation("sdpa")
-    with tokens_seen(model) as seen:
-        hidden(model, RIGHT)
-    assert seen == [(4, 11)]
+    got = hidden(model, RIGHT)
+    assert torch.equal(got, hidden(unpad(model, enabled=False), RIGHT))
 
 
 @pytest.mark.parametrize("missing", ["kernel", "fp64"])
@@ -201,49 +161,53 @@ def test_what_the_kernel_does_not_take(missing: str) -> None:
     if missing == "fp64":
         model.double()
     library = "none here" if missing == "kernel" else kernels.loaded()
-    with kernels.use(library), tokens_seen(model) as seen:
+    with kernels.use(library), tokens_seen() as seen:
         hidden(model, RIGHT)
-    assert seen == [(4, 11)]
+    assert seen == [PADDED] * 3
 
 
 def test_layers_that_may_be_left_out() -> None:
     model = build(
         "bart", d_model=32, encoder_layerdrop=1.0, decoder_layerdrop=0.0, decoder_ffn_dim=16, encoder_ffn_dim=16
     )
-    with tokens_seen(unpad(model)) as seen:
-        model.train()
+    unpad(model).train()
+    with tokens_seen() as seen:
         out = model(input_ids=IDS, attention_mask=RIGHT.long(), use_cache=False)
-        assert out.encoder_last_hidden_state.shape == (4, 11, 32)
-        assert seen == []
-        model.eval()
+    assert out.encoder_last_hidden_state.shape == (4, 11, 32)
+    assert PACKED not in seen
+    model.eval()
+    with tokens_seen() as seen:
         model(input_ids=IDS, attention_mask=RIGHT.long(), use_cache=False)
-    assert seen == [(1, sum(LENGTHS))]
+    assert seen.count(PACKED) == model.config.encoder_layers
 
 
 def test_a_layer_whose_mask_is_of_other_padding() -> None:
-    """Those before it are packed; it and those behind it run as ever."""
+    """Each layer leaves out what its own mask hides."""
     model = modern()
     masks = {
-        kind: make_mask(4, 11, 11, attention_mask=keep, mask_function=bidirectional_mask_function)
+        kind: make_mask(4, 11, 11, attention_mask=keep, **BOTH_WAYS)
         for kind, keep in {"full_attention": RIGHT, "sliding_attention": LEFT}.items()
     }
     assert len({*model.config.layer_types}) == 2
     with torch.no_grad():
         want = model(input_ids=IDS, attention_mask=dict(masks)).last_hidden_state
-        with tokens_seen(unpad(model)) as seen:
+        unpad(model)
+        with tokens_seen() as seen:
             got = model(input_ids=IDS, attention_mask=dict(masks)).last_hidden_state
-    assert seen == [(1, sum(LENGTHS))]
+    assert seen == [PACKED] * 3
     assert RIGHT[0].all()  # the only text whose tokens no layer lets meet padding
     torch.testing.assert_close(got[0], want[0], atol=2e-6, rtol=2e-5)
 
 
 def test_taken_back_and_given_twice() -> None:
     model = unpad(unpad(bert()))
-    with tokens_seen(model) as seen:
+    with tokens_seen() as seen:
         hidden(model, RIGHT)
-        unpad(model, enabled=False)
+    assert seen == [PACKED] * 3
+    unpad(model, enabled=False)
+    with tokens_seen() as seen:
         hidden(model, RIGHT)
-    assert seen == [(1, sum(LENGTHS)), (4, 11)]
+    assert seen == [PADDED] * 3
     hooks = [module._forward_pre_hooks or module._forward_hooks for module in model.modules()]
     assert not any(hooks)
 
@@ -254,24 +218,24 @@ def test_taken_back_and_given_twice() -> None:
 def test_copies(way: Any) -> None:
     model = unpad(bert())
     other = way(model)
-    with tokens_seen(other) as seen:
+    with tokens_seen() as seen:
         torch.testing.assert_close(hidden(other, RIGHT), hidden(model, RIGHT), rtol=0, atol=0)
-    assert seen == [(1, sum(LENGTHS))]
+    assert seen == [PACKED] * 6
     unpad(other, enabled=False)
-    with tokens_seen(other) as seen:
+    with tokens_seen() as seen:
         hidden(other, RIGHT)
-    with tokens_seen(model) as also:
+    with tokens_seen() as also:
         hidden(model, RIGHT)
-    assert seen == [(4, 11)] and also == [(1, sum(LENGTHS))]
+    assert seen == [PADDED] * 3 and also == [PACKED] * 3
 
 
-def test_an_interrupted_call_leaves_nothing_behind() -> None:
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, MemoryError])
+def test_an_interrupted_call_leaves_nothing_behind(interruption: type[BaseException]) -> None:
     model = unpad(bert())
-    last = model.encoder.layer[-1].output.dense
-    handle = last.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        hidden(model, RIGHT)
-    handle.remove()
+    broken = mock.patch.object(torch.nn.functional, "dropout", side_effect=interruption)
+    with broken, tokens_seen() as seen, pytest.raises(interruption):
+        model.encoder(torch.randn(4, 11, 32), attention_mask=make_mask(4, 11, 11, attention_mask=RIGHT, **BOTH_WAYS))
+    assert seen == [PACKED]
     whole = torch.ones_like(RIGHT)
     with torch.no_grad():
         got = hidden(model, whole)
@@ -302,9 +266,9 @@ def test_a_model_within_another_module() -> None:
             self.encoder = bert()
 
     embedder = unpad(Embedder())
-    with tokens_seen(embedder) as seen:
+    with tokens_seen() as seen:
         hidden(embedder.encoder, RIGHT)
-    assert seen == [(1, sum(LENGTHS))]
+    assert seen == [PACKED] * 3
 
 
 def test_a_compiled_model() -> None:

@@ -28,6 +28,8 @@ class MaskTensor(LazyTensor):
 
     mask: Mask
     offset: int
+    packing: Any
+    """How `transformers_unpadding` leaves out what it hides, once that is known"""
 
     @staticmethod
     def __new__(

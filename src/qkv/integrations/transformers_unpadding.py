@@ -1,14 +1,16 @@
 """`unpad`: models of transformers that do not compute the padding of a batch."""
 
 import functools
+import importlib
 import inspect
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import activation
 
 from qkv import kernels
 from qkv.integrations import transformers as integration
@@ -18,26 +20,38 @@ from qkv.masks import Mask
 Model = TypeVar("Model", bound=nn.Module)
 
 _HANDLES = "_qkv_unpadding"
-"""Where the first of packed layers keeps the handles of all hooks, with which they are copied."""
+"""Where a layer keeps the handles of our hooks, with which they are copied."""
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+"""Where modules of torch keep hooks. One that did not would count as hooked."""
+
+_has_any_global_hook = getattr(nn.modules.module, "_has_any_global_hook", lambda: True)
+
+_CAPTURING = "transformers.utils.output_capturing"
+"""Whose hooks collect ``hidden_states`` and ``attentions``."""
 
 
 def unpad(model: Model, *, enabled: bool = True) -> Model:
     """Lets the layers of a model compute real tokens only, not the padding of a batch.
 
-    A batch of texts of different lengths is padded to its longest, and a model computes all of it. From here on, real
-    tokens are packed into one row ``(1, T, width)`` before the layers, and spread out again behind them: whatever works
-    on single tokens has as much less to do as there is padding, and attention sees each text by itself. Results at real
-    tokens, and the gradients of a loss of them, stay the same, up to rounding. At padded places a model returns what it
-    makes of 0, where it returned numbers of no meaning; nor should one read them, as a pooler of the first place does
-    in texts padded on the left.
+    A batch of texts of different lengths is padded to its longest, and a model computes all of it. From here on, each
+    layer packs the real tokens that it is given into one row ``(1, T, width)``, and spreads its results out again:
+    whatever works on single tokens has as much less to do as there is padding, and attention sees each text by itself.
+    Whoever stands between two layers, the model itself or a hook, sees the padded batch. Padding is what a layer's mask
+    hides, which is to be the same for all layers of a call, as it is where a model makes their masks. Results at real tokens, and
+    the gradients of a loss of them, stay the same, up to rounding. At padded places a layer returns 0, where it
+    returned numbers of no meaning; nor should one read them, as a pooler of the first place does in texts padded on the
+    left.
 
-    A call runs as ever, padding and all, where
+    A layer runs as ever, padding and all, where
 
     - there is no padding, nothing else, or real tokens have padding between them;
     - the mask is not of padding alone, padding and causal, or padding and a window;
     - keys and values come from elsewhere: a cache (give a decoder ``use_cache=False``), an encoder;
-    - ``output_hidden_states`` or ``output_attentions`` want to see each layer, or layerdrop may leave some out;
-    - the program is compiled or exported, or another attention implementation has been set since;
+    - it is given anything else whose meaning is not known;
+    - ``output_hidden_states`` or ``output_attentions`` want to see it;
+    - somebody has hooked or patched it, or a module in it, or put a module of their own there (an adapter, say);
+    - the program is traced, compiled or exported, or another attention implementation has been set since;
     - on a CPU, the compiled kernel is missing, or has not the dtype (fp64): torch's attention would write a mask out
       for all tokens of the batch.
 
@@ -54,7 +68,8 @@ def unpad(model: Model, *, enabled: bool = True) -> Model:
         TypeError: for a model that is not an ``nn.Module``.
         ValueError: for a model none of whose layers can be packed: those that let tokens meet elsewhere than in
             attention, in a convolution say, have parameters that are not known to work on single tokens (linear layers
-            and norms are), take no ``attention_mask``, or take a bias of positions.
+            and norms are), have modules that are neither torch's nor transformers', take no ``attention_mask``, or take
+            a bias of positions.
 
     Example:
         >>> from transformers import BertConfig, BertModel
@@ -70,18 +85,20 @@ def unpad(model: Model, *, enabled: bool = True) -> Model:
 
     integration.register()
     models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    stacks = {id(stack.layers[0]): stack for module in models for stack in _stacks(module, module)}
-    if not stacks:
+    layers = [layer for module in models for layer in _layers(module)]
+    if enabled and not layers:
         names = ", ".join(type(module).__name__ for module in models) or f"{type(model).__name__}, which holds none"
         raise ValueError(
             "unpad: model must be one of transformers, or hold one, whose layers take an attention_mask and let tokens "
             f"meet in attention alone; got {names}."
         )
-    for stack in stacks.values():
-        stack.take_back()
-        if enabled:
-            stack.hook()
+    for module in model.modules():
+        for handle in module.__dict__.pop(_HANDLES, ()):
+            handle.remove()
     if enabled:
+        for layer in dict.fromkeys(layers):
+            before = layer.register_forward_pre_hook(_pack, with_kwargs=True)
+            layer.__dict__[_HANDLES] = before, layer.register_forward_hook(_unpack, always_call=True)
         for module in models:
             if module.config._attn_implementation != integration.NAME:
                 module.set_attn_implementation(integration.NAME)
@@ -92,198 +109,226 @@ def _kind(value: object) -> str:
     return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
+def _layers(module: nn.Module) -> Iterator[nn.Module]:
+    """The layers that can be packed, of those within ``module`` that do not belong to a model in it.
+
+    All layers of a list, or none: where others let tokens meet, in a scan say, they may let them meet padding.
+    """
+    from transformers import PreTrainedModel
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    for child in module.children():
+        if isinstance(child, nn.ModuleList) and all(isinstance(layer, GradientCheckpointingLayer) for layer in child):
+            if all(map(_meet_in_attention_alone, child)):
+                yield from child
+        elif not isinstance(child, PreTrainedModel):
+            yield from _layers(child)
+
+
+_ON_TOKENS = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn.Identity, nn.ModuleList, nn.ModuleDict, nn.Sequential)
+"""Modules of torch that work on single tokens; so do most of its activations."""
+
+_ALONG_DIMENSIONS = (nn.MultiheadAttention, nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.Softmax2d, nn.GLU, nn.PReLU)
+"""The activations that do not."""
+
+
+def _meet_in_attention_alone(layer: nn.Module) -> bool:
+    """Whether nothing but attention lets tokens meet, and a mask says which do."""
+    kind: Any = type(layer)
+    takes = _signature(kind).parameters
+    if "attention_mask" not in takes or "position_bias" in takes:
+        return False
+    if any(hasattr(module, "indexer") for module in layer.modules()):  # which chooses keys before attention does
+        return False
+    return all(map(_works_on_tokens, layer.modules()))
+
+
+def _works_on_tokens(module: nn.Module) -> bool:
+    """Whether a module is known to work on single tokens, or is transformers' own and lets others do so."""
+    kind: Any = type(module)
+    known = _kind_works_on_tokens(kind)
+    return next(module.parameters(recurse=False), None) is None if known is None else known
+
+
+@functools.cache
+def _kind_works_on_tokens(kind: Any) -> bool | None:
+    """Whether modules of a class do; None for one of transformers' that may do its work by others."""
+    from transformers.pytorch_utils import Conv1D  # a linear layer
+
+    home = str(kind.forward.__module__).partition(".")[0]
+    if home == "torch":
+        single = kind.__module__ == activation.__name__ and not issubclass(kind, _ALONG_DIMENSIONS)
+        return single or issubclass(kind, _ON_TOKENS)
+    if home != "transformers":
+        return False
+    return True if issubclass(kind, Conv1D) or kind.__name__.endswith("RMSNorm") else None
+
+
+@functools.cache
+def _signature(kind: Any) -> inspect.Signature:
+    """Of the ``forward`` of a class."""
+    return inspect.signature(kind.forward)
+
+
 @dataclass
 class _Packing:
     """Where the tokens of a batch ``(B, L)`` lie in one row ``(1, T)``."""
 
-    keep: Tensor
-    """``(B, L)``: which tokens are real"""
+    batch: int
+    length: int
     places: Tensor
     """``(T,)``: of each real token in ``B * L``"""
-    texts: Tensor
-    """``(1, T)``: the row of the batch that each comes from"""
-    masks: dict[int, tuple[MaskTensor, MaskTensor]] = field(default_factory=dict)
-    """What has become of a mask, by its id; with the mask itself, so that the id stays its own"""
+    mask: MaskTensor
+    """What a mask of padding, and an interval, is for that row."""
 
     @staticmethod
-    def of(keep: Tensor) -> "_Packing | None":
-        """None where there is no real token, or some have padding between them, which distances would show."""
+    def of(mask: MaskTensor) -> "_Packing | None":
+        """None where a mask hides more than padding and what an interval does, where some tokens have padding between
+        them, which distances would show, and where there are none.
+        """
+        batch, _, rows, length = mask.shape
+        keep, interval = mask.mask.keep, Mask.band(mask.mask.left, mask.mask.right)
+        if keep is None or mask.mask != Mask.padding(keep) & interval or mask.offset != 0 or rows != length:
+            return None
+        keep = keep.expand(batch, length)
         begins = keep[:, 1:] & ~keep[:, :-1]
         if (begins.sum(dim=1) + keep[:, 0] > 1).any():
             return None
         places = keep.flatten().nonzero()[:, 0]
         if len(places) == 0:
             return None
-        return _Packing(keep, places, (places // keep.shape[1])[None])
+        texts, shape = (places // length)[None], (1, 1, len(places), len(places))
+        packed = MaskTensor(Mask.documents(texts) & interval, 0, shape, mask.dtype, mask.device)
+        return _Packing(batch, length, places, packed)
 
-    def fits(self, name: str, value: Any) -> bool:
-        """Whether an argument of a layer is known to belong to these tokens, or to none."""
-        batch, length = self.keep.shape
+    def fits(self, layer: nn.Module, hidden: Tensor, given: dict[str, Any]) -> bool:
+        """Whether all that a layer is given is known to belong to these tokens, or to none."""
+        if hidden.dim() != 3 or hidden.shape[:2] != (self.batch, self.length) or self.batch == self.length:
+            return False  # In a square batch, which dimension counts tokens would be a guess.
+        if getattr(layer, "chunk_size_feed_forward", 0):
+            return False  # which divides the length of a padded batch, not the number of its tokens
+        kind: Any = type(layer)
+        names = _signature(kind).parameters
+        return all(self._fits(name, value, is_named=name in names) for name, value in given.items())
+
+    def _fits(self, name: str, value: Any, *, is_named: bool) -> bool:
         if isinstance(value, MaskTensor):
-            return name == "attention_mask" and _is_square(value, length) and self._is_padding(value.mask)
-        if isinstance(value, Tensor):
-            by_token = value.dim() >= 2 and value.shape[0] in (1, batch) and value.shape[1] == length
-            return name in ("position_ids", "position_embeddings") and by_token
+            return name == "attention_mask"
         if isinstance(value, tuple):
-            return all(self.fits(name, part) for part in value)
-        return value is None or isinstance(value, bool | int | float | str)
-
-    def _is_padding(self, mask: Mask) -> bool:
-        """Whether a mask hides this padding, and beyond it only what an interval hides."""
-        if mask.keep is None or mask != Mask.padding(mask.keep) & Mask.band(mask.left, mask.right):
-            return False
-        return mask.keep is self.keep or torch.equal(mask.keep.expand_as(self.keep), self.keep)
+            return all(self._fits(name, part, is_named=is_named) for part in value)
+        if isinstance(value, Tensor) and value.dim() > 0:
+            by_token = value.shape[0] in (1, self.batch) and value.shape[1:2] == (self.length,)
+            return by_token and value.dim() == {"position_ids": 2, "position_embeddings": 3}.get(name)
+        if isinstance(value, bool):
+            return name != "output_attentions" or not value
+        # A number that a layer has a name for may say how tokens are arranged. What it hands on to attention does not.
+        return value is None or isinstance(value, str) or (isinstance(value, int | float | Tensor) and not is_named)
 
     def pack(self, value: Any) -> Any:
         """What belongs to all tokens, as it is for the real ones."""
         if isinstance(value, MaskTensor):
-            if id(value) not in self.masks:
-                length, interval = len(self.places), Mask.band(value.mask.left, value.mask.right)
-                shape = (1, 1, length, length)
-                packed = MaskTensor(Mask.documents(self.texts) & interval, 0, shape, value.dtype, value.device)
-                self.masks[id(value)] = value, packed
-            return self.masks[id(value)][1]
-        if isinstance(value, Tensor):
-            everywhere = value.expand(*self.keep.shape, *value.shape[2:])
+            return self.mask
+        if isinstance(value, Tensor) and value.dim() > 0:
+            everywhere = value.expand(self.batch, self.length, *value.shape[2:])
             return everywhere.flatten(0, 1).index_select(0, self.places)[None]
         return tuple(map(self.pack, value)) if isinstance(value, tuple) else value
 
     def unpack(self, packed: Tensor) -> Tensor:
         """The rows of all tokens, 0 where there is padding."""
-        spread = packed.new_zeros(self.keep.numel(), *packed.shape[2:])
-        return spread.index_copy_(0, self.places, packed[0]).view(*self.keep.shape, *packed.shape[2:])
+        spread = packed.new_zeros(self.batch * self.length, *packed.shape[2:])
+        spread.index_copy_(0, self.places, packed[0])
+        return spread.view(self.batch, self.length, *packed.shape[2:])
 
 
-class _Call(threading.local):
-    """What this thread is computing."""
+class _Calls(threading.local):
+    """What the layers that this thread is in are computing, and what they were given."""
 
-    may_pack = True
-    packing: _Packing | None = None
-
-
-_call = _Call()
+    def __init__(self) -> None:
+        self.packed: dict[nn.Module, tuple[_Packing, Any, Any]] = {}
 
 
-@dataclass
-class _Stack:
-    """Layers that follow each other, and the model that calls them."""
-
-    model: nn.Module
-    layers: list[nn.Module]
-
-    def hook(self) -> None:
-        """Lets the first layer's input be packed, all further arguments of all layers, and the last output unpacked."""
-        first, last = self.layers[0], self.layers[-1]
-        first.__dict__[_HANDLES] = [
-            self.model.register_forward_pre_hook(_begin, with_kwargs=True),
-            first.register_forward_pre_hook(_enter, with_kwargs=True),
-            *(layer.register_forward_pre_hook(_pass, with_kwargs=True) for layer in self.layers),
-            last.register_forward_hook(_leave),
-        ]
-
-    def take_back(self) -> None:
-        """Undoes `hook`, if need be."""
-        for handle in self.layers[0].__dict__.pop(_HANDLES, ()):
-            handle.remove()
+_calls = _Calls()
 
 
-def _stacks(module: nn.Module, model: nn.Module) -> Iterator[_Stack]:
-    """The stacks within ``module`` that ``model`` itself calls, not a model in it."""
-    from transformers import PreTrainedModel
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    for child in module.children():
-        if isinstance(child, nn.ModuleList) and all(isinstance(layer, GradientCheckpointingLayer) for layer in child):
-            if len(child) and all(map(_meet_in_attention_alone, child)):
-                yield _Stack(model, list(child))
-        elif not isinstance(child, PreTrainedModel):
-            yield from _stacks(child, model)
-
-
-def _meet_in_attention_alone(layer: nn.Module) -> bool:
-    """Whether nothing but attention lets tokens meet, and a mask says which do."""
-    from transformers.pytorch_utils import Conv1D
-
-    kind: Any = type(layer)
-    takes = _signature(kind).parameters
-    if "attention_mask" not in takes or "position_bias" in takes:
-        return False
-    for module in layer.modules():
-        if hasattr(module, "indexer"):  # which chooses keys before attention does
-            return False
-        known = isinstance(module, nn.Linear | nn.LayerNorm | nn.RMSNorm | Conv1D)  # Conv1D is transformers' linear
-        if not known and not type(module).__name__.endswith("RMSNorm") and [*module.parameters(recurse=False)]:
-            return False
-    return True
-
-
-@functools.cache
-def _signature(layer: Any) -> inspect.Signature:
-    """Of the ``forward`` of a class."""
-    return inspect.signature(layer.forward)
-
-
-def _begin(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-    """Before a model: whether each of its layers is to be seen, or not all of them run."""
-    config: Any = model.config
-    wanted = {name: kwargs.get(name) for name in ("output_hidden_states", "output_attentions")}
-    seen = any(getattr(config, name, False) if value is None else value for name, value in wanted.items())
-    some = model.training and bool(getattr(model, "layerdrop", 0))
-    _call.may_pack = not seen and not some and not torch.compiler.is_compiling()
-    _call.packing = None
-
-
-def _enter(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Before the first layer: whether this call can be packed, and if so, its hidden states are."""
-    _call.packing = None
-    if not _call.may_pack:
+def _pack(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Before a layer: packs what it is given, if all of that, and the layer as it is now, can be."""
+    _calls.packed.pop(layer, None)
+    if not any(isinstance(value, MaskTensor) and value.mask.keep is not None for value in (*args, *kwargs.values())):
         return None
     hidden, given = _arguments(layer, args, kwargs)
+    mask = given.get("attention_mask")
+    if not isinstance(mask, MaskTensor) or type(hidden) is not Tensor or kernels.is_watched():
+        return None
     if hidden.is_cpu and (kernels.absence() is not None or hidden.dtype is torch.float64):
         return None  # torch's attention would write out which of all tokens meet: the square of the whole batch
-    mask = given.get("attention_mask")
-    if not isinstance(mask, MaskTensor) or mask.mask.keep is None or not _is_square(mask, hidden.shape[1]):
+    packing = _packing(mask)
+    if packing is None or not packing.fits(layer, hidden, given) or not _is_left_alone(layer):
         return None
-    packing = _Packing.of(mask.mask.keep.expand(hidden.shape[:2]))
-    if packing is None or not all(packing.fits(*argument) for argument in given.items()):
+    _calls.packed[layer] = packing, args, kwargs
+    return (packing.pack(hidden),), {name: packing.pack(value) for name, value in given.items()}
+
+
+def _unpack(layer: nn.Module, args: Any, output: Any) -> Any:
+    """Behind a layer, and where it has failed: spreads out what it has made of packed tokens."""
+    packing, *given = _calls.packed.pop(layer, (None,))
+    if packing is None or output is None:
         return None
-    _call.packing = packing
-    return (packing.pack(hidden),), given
+    hidden, *others = output if isinstance(output, tuple) else (output,)
+    if (
+        not isinstance(hidden, Tensor)
+        or hidden.shape[:2] != (1, len(packing.places))
+        or any(other is not None for other in others)
+    ):
+        args, kwargs = given
+        return layer.forward(*args, **kwargs)  # It returns more than we know.
+    spread = packing.unpack(hidden)
+    return (spread, *others) if isinstance(output, tuple) else spread
 
 
-def _pass(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Before every layer: what it is given beside hidden states is packed; or these are unpacked if it cannot be."""
-    packing = _call.packing
-    if packing is None:
-        return None
-    hidden, given = _arguments(layer, args, kwargs)
-    if all(packing.fits(*argument) for argument in given.items()):
-        return (hidden,), {name: packing.pack(value) for name, value in given.items()}
-    _call.packing = None
-    return (packing.unpack(hidden),), given
+def _packing(mask: MaskTensor) -> _Packing | None:
+    """How layers that are given this mask pack their tokens, found once for all of them."""
+    if "packing" not in mask.__dict__:
+        mask.packing = _Packing.of(mask)
+    found: _Packing | None = mask.packing
+    return found
 
 
-def _leave(layer: nn.Module, args: Any, output: Any) -> Any:
-    """Behind the last layer."""
-    packing, _call.packing = _call.packing, None
-    if packing is None:
-        return None
-    return packing.unpack(output) if isinstance(output, Tensor) else (packing.unpack(output[0]), *output[1:])
+def _is_left_alone(layer: nn.Module) -> bool:
+    """Whether nobody hooks or patches the layer or a module in it, or has put one there that we do not know."""
+    if _has_any_global_hook():
+        return False
+    idle = _CAPTURING if _nothing_is_captured() else None
+    return all(_works_on_tokens(module) and not _is_hooked(module, idle) for module in layer.modules())
 
 
-def _arguments(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+def _is_hooked(module: nn.Module, idle: str | None) -> bool:
+    """Whether somebody's function comes with the forward of a module, ours and those from the module ``idle`` apart."""
+    if "forward" in module.__dict__:
+        return True
+    for name in _HOOKS:
+        for hook in getattr(module, name, {"unknown": None}).values():
+            if hook is not _pack and hook is not _unpack and (not idle or getattr(hook, "__module__", "") != idle):
+                return True
+    return False
+
+
+def _nothing_is_captured() -> bool:
+    """Whether transformers' own hooks, which stay once hidden states or weights were asked for, have nothing to do."""
+    try:
+        capturing = importlib.import_module(_CAPTURING)
+        return not capturing._active_collector.get()
+    except (ImportError, AttributeError):
+        return False
+
+
+def _arguments(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The hidden states that a layer is given, and all else by its name."""
     kind: Any = type(layer)
     signature = _signature(kind)
     given = signature.bind(layer, *args, **kwargs).arguments
     given.pop(next(iter(given)))  # self
-    hidden: Tensor = given.pop(next(iter(given)))
+    hidden = given.pop(next(iter(given)))
     for parameter in signature.parameters.values():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             given.update(given.pop(parameter.name, {}))
     return hidden, given
-
-
-def _is_square(mask: MaskTensor, length: int) -> bool:
-    """Whether queries are the keys."""
-    return mask.offset == 0 and mask.shape[2:] == (length, length)
