@@ -116,6 +116,9 @@ def test_the_library_exports_its_own_functions_alone() -> None:
         "qkv_gradients_size",
         "qkv_forward",
         "qkv_backward",
+        "qkv_sequences_size",
+        "qkv_forward_sequences",
+        "qkv_backward_sequences",
         "qkv_count_scores",
         "qkv_supported_isas",
     }

@@ -1,6 +1,7 @@
 // The kernel for one instruction set. Compiled once for each, with its flags and QKV_ISA naming its namespace.
 #include "backward.h"
 #include "forward.h"
+#include "paged.h"
 #include "pages.h"
 #include "parallel.h"
 #include "turned.h"
@@ -72,7 +73,10 @@ static void run(const Problem& p) {
     const auto fold = [&](const Prepared& prepared, const Tile& t, int64_t piece, const Room& room,
                           const State& state) {
         [[maybe_unused]] const typename Way::Registers registers;
-        Way::fold(p, t, prepared, Dropout(p, t), piece * PIECE, std::min(t.end, (piece + 1) * PIECE), room, state);
+        const int64_t begin = piece * PIECE, end = std::min(t.end, begin + PIECE);
+        const Dropout dropout(p, t);
+        if (!p.pages.table) return Way::fold(p, t, prepared, dropout, begin, end, room, state);
+        Way::fold(side_by_side(p, t, begin, QKV_ISA::room<PageRoom>(p)), t, prepared, dropout, begin, end, room, state);
     };
     const auto attend = [&](const Prepared& prepared, const Tile& t) {
         const Room room = QKV_ISA::room<Room>(p);
@@ -164,6 +168,7 @@ void forward(const Problem& p) {
         wide.v = {values.data(), p.kv_heads * p.lk * p.value_width, p.lk * p.value_width, p.value_width};
         return forward(wide);
     }
+    if (p.pages.table && tiles_of_head(p) > 1) return forward(SideBySide(p).problem);
     prefer_huge_pages(p.out.data, p.batch * p.heads * p.lq * p.value_width * size_of(p.dtype));
     if (few) {
         return for_few(p, [&](auto products, auto count) { run<Few<decltype(products), decltype(count)::value>>(p); });

@@ -28,6 +28,13 @@ struct Scales {
     int64_t batch, head;
 };
 
+// Where the keys of a problem of one batch lie, if in pages: k and v are (page, head, row, column) then, and key j is row
+// (first + j) % size of the page that entry (first + j) / size of the table names.
+struct Pages {
+    const int64_t* table;  // or null
+    int64_t size, first;
+};
+
 // A number for each query and key, (batch, head, query, key), or null. Strides count elements and are 0 where one
 // number serves all.
 struct Matrix {
@@ -45,6 +52,7 @@ struct Problem {
     View q, k, v, out;
     float* lse;  // (batch, heads, lq), or null
     Scales k_scale, v_scale;
+    Pages pages;  // for forward alone, and not for i8
 
     // The query in row i stands at position i + offset and sees key j when
     // j <= position + right and (j >= position - left or j < sink_tokens) and keep[b, j] and j < lengths[b]

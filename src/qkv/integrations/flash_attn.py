@@ -11,16 +11,15 @@ from torch import Tensor
 
 from qkv.functional import Partial, attend
 from qkv.integrations.varlen import (
-    attend_each,
     band,
-    page_table,
-    read_pages,
+    pages,
     require_keys,
     require_layout,
     sequence_lengths,
     token_counts,
 )
 from qkv.layers.rotary import rotate
+from qkv.sequences import Keys, pose_sequences
 
 DENSE = "(batch, length, heads, width)"
 PACKED = "(T, heads, width)"
@@ -188,15 +187,13 @@ def flash_attn_varlen_func(
     require_keys(who, PACKED if block_table is None else PAGES, k=k, v=v)
     _require_no_pattern(who, return_attn_probs, dropout_p)
     options = _options(who, softmax_scale, causal, window_size, softcap, dropout_p)
-    queries = q.split(sequence_lengths(who, "cu_seqlens_q", cu_seqlens_q, q.shape[0]))
+    sequence_lengths(who, "cu_seqlens_q", cu_seqlens_q, q.shape[0])
     if block_table is None:
-        held = sequence_lengths(who, "cu_seqlens_k", cu_seqlens_k, k.shape[0])
-        keys, values = ([[piece] for piece in packed.split(held)] for packed in (k, v))
+        sequence_lengths(who, "cu_seqlens_k", cu_seqlens_k, k.shape[0])
+        keys = Keys.packed(k, v, cu_seqlens_k)
     else:
-        held = sequence_lengths(who, "cu_seqlens_k", cu_seqlens_k)
-        table = page_table(who, k, block_table, held)
-        keys, values = (read_pages(pool, table, held) for pool in (k, v))
-    partial = attend_each(who, queries, keys, values, slopes=alibi_slopes, **options)
+        keys = pages(who, k, v, block_table, sequence_lengths(who, "cu_seqlens_k", cu_seqlens_k))
+    partial = pose_sequences(who, q, cu_seqlens_q, keys, alibi=alibi_slopes, **options).attend()
     return (*partial, q.new_empty(0)) if return_attn_probs else partial.out
 
 
@@ -295,13 +292,13 @@ def flash_attn_with_kvcache(
     if block_table is not None and cache_batch_idx is not None:
         raise ValueError(f"{who}: cache_batch_idx has no meaning beside a block_table; give one of them.")
     # A cache without pages is one whose pages hold a sequence each.
-    pages = _rows(who, cache_batch_idx, batch, k_cache) if block_table is None else block_table.long()
-    table = page_table(who, k_cache, pages, stops)
+    table = _rows(who, cache_batch_idx, batch, k_cache) if block_table is None else block_table
+    keys = pages(who, k_cache, v_cache, table, stops, padding)
+    sequences = pose_sequences(who, *_packed(q), keys, alibi=alibi_slopes, **options)
     if k is not None and v is not None:
-        place = pages.gather(1, positions // page_size), positions % page_size
+        place = table.long().gather(1, positions // page_size), positions % page_size
         k_cache[place], v_cache[place] = k, v
-    keys, values = (read_pages(cache, table, stops, padding) for cache in (k_cache, v_cache))
-    out, lse = _in_batch(attend_each(who, q.unbind(), keys, values, slopes=alibi_slopes, **options), batch)
+    out, lse = _in_batch(sequences.attend(), batch)
     return (out, lse) if return_softmax_lse else out
 
 
@@ -327,8 +324,10 @@ def _attend_dense(
         out, lse = attend(who, *transposed, offset=k.shape[1] - q.shape[1], alibi=alibi_slopes, **options)
         out = out.transpose(1, 2)
     else:
-        keys, values = ([[row] for row in x.unbind()] for x in (k, v))
-        out, lse = _in_batch(attend_each(who, q.unbind(), keys, values, slopes=alibi_slopes, **options), q.shape[0])
+        (queries, starts), (keys, k_starts), (values, _) = map(_packed, (q, k, v))
+        packed = Keys.packed(keys, values, k_starts)
+        sequences = pose_sequences(who, queries, starts, packed, alibi=alibi_slopes, **options)
+        out, lse = _in_batch(sequences.attend(), q.shape[0])
     return (out, lse, q.new_empty(0)) if return_attn_probs else out
 
 
@@ -355,6 +354,11 @@ def _require_no_pattern(who: str, return_attn_probs: bool, dropout_p: float) -> 
             f"{who}: return_attn_probs asks for the pattern of dropped weights, which is not kept; "
             f"got dropout_p={dropout_p}. Call it with dropout_p=0 for the lse, which dropout leaves alone."
         )
+
+
+def _packed(batch: Tensor) -> tuple[Tensor, Tensor]:
+    """``(B * L, H, D)`` from ``(B, L, H, D)``, and where each sequence begins."""
+    return batch.flatten(0, 1), torch.arange(batch.shape[0] + 1) * batch.shape[1]
 
 
 def _in_batch(packed: Partial, batch: int) -> Partial:

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qkv.functional import Partial, attend, merge
 from qkv.masks import Mask
+from qkv.sequences import Keys, pose_sequences
 
 
 class AuxRequest(NamedTuple):
@@ -81,88 +81,25 @@ def varlen_attn(
             f"{who}: query and key must have the same number of heads; got {query.shape[1]} and {key.shape[-2]}. "
             "Give enable_gqa=True where groups of query heads share a key head."
         )
-    queries = query.split(sequence_lengths(who, "cu_seq_q", cu_seq_q, query.shape[0]))
+    sequence_lengths(who, "cu_seq_q", cu_seq_q, query.shape[0])
     if block_table is not None:
         if seqused_k is None:
             raise ValueError(f"{who}: block_table needs seqused_k, the number of keys of each sequence; got None.")
-        used = token_counts(who, "seqused_k", seqused_k, len(queries))
-        table = page_table(who, key, block_table, used)
-        keys, values = (read_pages(pool, table, used) for pool in (key, value))
+        used = token_counts(who, "seqused_k", seqused_k, len(cu_seq_q) - 1)
+        keys = pages(who, key, value, block_table, used)
     else:
         if cu_seq_k is None:
             raise ValueError(f"{who}: cu_seq_k must be given where no block_table says where keys stand; got None.")
         held = sequence_lengths(who, "cu_seq_k", cu_seq_k, key.shape[0])
-        used = held if seqused_k is None else token_counts(who, "seqused_k", seqused_k, len(held))
-        if any(count > length for count, length in zip(used, held, strict=True)):
-            raise ValueError(f"{who}: seqused_k must be at most the lengths that cu_seq_k gives, {held}; got {used}.")
-        keys, values = ([[x[:n]] for x, n in zip(packed.split(held), used, strict=True)] for packed in (key, value))
-    out, lse = attend_each(who, queries, keys, values, mask=band(who, window_size), scale=scale)
+        if seqused_k is not None:
+            used = token_counts(who, "seqused_k", seqused_k, len(held))
+            if any(count > length for count, length in zip(used, held, strict=True)):
+                raise ValueError(
+                    f"{who}: seqused_k must be at most the lengths that cu_seq_k gives, {held}; got {used}."
+                )
+        keys = Keys.packed(key, value, cu_seq_k, seqused_k)
+    out, lse = pose_sequences(who, query, cu_seq_q, keys, mask=band(who, window_size), scale=scale).attend()
     return (out, lse) if return_aux is not None and return_aux.lse else out
-
-
-def attend_each(
-    who: str,
-    queries: Sequence[Tensor],
-    keys: Sequence[Sequence[Tensor]],
-    values: Sequence[Sequence[Tensor]],
-    *,
-    mask: Mask,
-    slopes: Tensor | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    dropout: float = 0.0,
-) -> Partial:
-    """Attention of each sequence of queries over its own keys, the last query aligned with the last key.
-
-    A call for each sequence: lengths may differ in any way, and the bits of a row depend on nothing else that is
-    packed. Keys in several pieces, such as pages, are read where they stand, and what comes of each is merged.
-
-    Args:
-        who: the caller, for messages.
-        queries: of each sequence, ``(Lq, H, D)``.
-        keys, values: of each sequence, the pieces ``(n, Hkv, D)`` and ``(n, Hkv, Dv)``, in order.
-        mask: a band.
-        slopes: of ALiBi, ``(H,)`` or ``(N, H)``.
-        scale, softcap, dropout: as in `qkv.attention`.
-
-    Returns:
-        ``(sum of Lq, H, Dv)`` and the lse ``(H, sum of Lq)``.
-    """
-    if not queries or len(queries) != len(keys):
-        raise ValueError(
-            f"{who}: there must be at least one sequence, and as many of queries as of keys; "
-            f"got {len(queries)} and {len(keys)}."
-        )
-    if slopes is not None:
-        batch, num_heads = len(queries), queries[0].shape[1]
-        if slopes.shape not in ((num_heads,), (batch, num_heads)):
-            raise ValueError(
-                f"{who}: alibi_slopes must be ({num_heads},) or ({batch}, {num_heads}), one a query head; "
-                f"got shape {tuple(slopes.shape)}."
-            )
-        slopes = slopes.expand(batch, num_heads)
-    results: list[Partial] = []
-    for n, q in enumerate(queries):
-        offset = sum(len(k) for k in keys[n]) - len(q)
-        partials: list[Partial] = []
-        for k, v in zip(keys[n], values[n], strict=True):
-            partial = attend(
-                who,
-                *(x.transpose(0, 1)[None] for x in (q, k, v)),
-                mask=mask,
-                offset=offset,
-                alibi=None if slopes is None else slopes[n],
-                scale=scale,
-                softcap=softcap,
-                dropout=dropout,
-            )
-            partials.append(partial)
-            offset -= len(k)
-        results.append(merge(partials) if len(partials) > 1 else partials[0])
-    return Partial(
-        out=torch.cat([result.out[0].transpose(0, 1) for result in results]),
-        lse=torch.cat([result.lse[0] for result in results], dim=1),
-    )
 
 
 def band(who: str, window_size: Sequence[int], causal: bool = False) -> Mask:
@@ -177,8 +114,8 @@ def band(who: str, window_size: Sequence[int], causal: bool = False) -> Mask:
 
 def sequence_lengths(who: str, name: str, starts: Tensor, total: int | None = None) -> list[int]:
     """The lengths of packed sequences, from where each begins among ``total`` tokens (any number, if None)."""
-    _require_tensor(who, name, starts)
-    bounds = starts.tolist() if starts.dim() == 1 and not starts.dtype.is_floating_point else []
+    _require_integers(who, name, starts)
+    bounds = starts.tolist() if starts.dim() == 1 else []
     lengths = [stop - start for start, stop in pairwise(bounds)]
     if not lengths or bounds[0] != 0 or min(lengths) < 0 or total not in (None, bounds[-1]):
         end = "" if total is None else f" and end at {total}, the number of tokens"
@@ -188,16 +125,18 @@ def sequence_lengths(who: str, name: str, starts: Tensor, total: int | None = No
 
 def token_counts(who: str, name: str, counts: Tensor, batch: int) -> list[int]:
     """The number of tokens of each sequence of a batch."""
-    _require_tensor(who, name, counts)
-    if counts.shape != (batch,) or counts.dtype.is_floating_point or (counts < 0).any():
+    _require_integers(who, name, counts)
+    found: list[int] = counts.tolist() if counts.shape == (batch,) else [-1]
+    if min(found, default=0) < 0:
         raise ValueError(f"{who}: {name} must be ({batch},) integers, at least 0, one a sequence; got {counts}.")
-    found: list[int] = counts.tolist()
     return found
 
 
-def _require_tensor(who: str, name: str, value: object) -> None:
+def _require_integers(who: str, name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{who}: {name} must be a tensor; got {type(value).__name__}.")
+    if value.dtype.is_floating_point or value.dtype.is_complex or value.dtype is torch.bool:
+        raise ValueError(f"{who}: {name} must hold integers; got {value.dtype}.")
 
 
 def require_layout(who: str, layout: str, **tensors: Tensor) -> None:
@@ -218,30 +157,38 @@ def require_keys(who: str, layout: str, **keys_and_values: Tensor) -> None:
         )
 
 
-def page_table(who: str, pool: Tensor, block_table: Tensor, lengths: Sequence[int]) -> list[list[int]]:
-    """The pages of each sequence, in order: as many as its length takes, and at least one."""
-    num_pages, page_size = pool.shape[:2]
-    if block_table.dim() != 2 or block_table.shape[0] != len(lengths):
+def pages(
+    who: str,
+    k: Tensor,
+    v: Tensor,
+    block_table: Tensor,
+    stops: Sequence[int],
+    starts: Sequence[int] | None = None,
+) -> Keys:
+    """Keys ``starts[n]`` to ``stops[n] - 1`` of each sequence, in pools ``(pages, page_size, Hkv, D)``.
+
+    Raises:
+        ValueError: unless the entries of the table that they need are there, and pages. No other is looked at.
+    """
+    _require_integers(who, "block_table", block_table)
+    num_pages, page_size = k.shape[:2]
+    starts = [0] * len(stops) if starts is None else starts
+    if block_table.dim() != 2 or block_table.shape[0] != len(stops):
         raise ValueError(
-            f"{who}: block_table must be ({len(lengths)}, pages of a sequence); got shape {tuple(block_table.shape)}."
+            f"{who}: block_table must be ({len(stops)}, pages of a sequence); got shape {tuple(block_table.shape)}."
         )
-    if max(lengths, default=0) > block_table.shape[1] * page_size:
+    if max(stops, default=0) > block_table.shape[1] * page_size:
         raise ValueError(
-            f"{who}: block_table must have pages for {max(lengths)} keys; "
+            f"{who}: block_table must have pages for {max(stops)} keys; "
             f"got {block_table.shape[1]} of {page_size} keys for each sequence."
         )
-    table = [pages[: -(-length // page_size)] for pages, length in zip(block_table.tolist(), lengths, strict=True)]
-    if any(not 0 <= page < num_pages for pages in table for page in pages):
-        raise ValueError(f"{who}: block_table must name pages 0 to {num_pages - 1}; got {block_table}.")
-    return [pages or [0] for pages in table]
-
-
-def read_pages(
-    pool: Tensor, table: Sequence[Sequence[int]], stops: Sequence[int], starts: Sequence[int] | None = None
-) -> list[list[Tensor]]:
-    """Tokens ``start`` to ``stop - 1`` of each sequence in ``(pages, page_size, Hkv, D)``: views of its pages."""
-    page_size = pool.shape[1]
-    return [
-        [pool[page, max(0, start - n * page_size) : stop - n * page_size] for n, page in enumerate(pages)]
-        for pages, start, stop in zip(table, starts or [0] * len(stops), stops, strict=True)
-    ]
+    for n, (entries, start, stop) in enumerate(zip(block_table.tolist(), starts, stops, strict=True)):
+        needed = entries[start // page_size : -(-stop // page_size)] if start < stop else []
+        if needed and not 0 <= min(needed) <= max(needed) < num_pages:
+            wrong = next(page for page in needed if not 0 <= page < num_pages)
+            raise ValueError(
+                f"{who}: block_table must name pages 0 to {num_pages - 1}; got {wrong} for sequence {n}, "
+                f"whose {stop} keys need its first {-(-stop // page_size)} entries."
+            )
+    firsts = torch.tensor(starts, dtype=torch.int64)
+    return Keys(k, v, firsts, torch.tensor(stops, dtype=torch.int64) - firsts, block_table)

@@ -16,3 +16,6 @@ from qkv.kernels.operators import is_plain as is_plain
 from qkv.kernels.operators import is_watched as is_watched
 from qkv.kernels.operators import may_pass as may_pass
 from qkv.kernels.operators import quantize as quantize
+from qkv.kernels.sequences import Sequences as Sequences
+from qkv.kernels.sequences import forward_sequences as forward_sequences
+from qkv.kernels.sequences import forward_sequences_with_gradients as forward_sequences_with_gradients

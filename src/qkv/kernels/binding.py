@@ -22,6 +22,7 @@ PROBLEM = struct.Struct(
     f"{_VIEW * 4}"  # q, k, v, out
     "P"  # lse
     f"{_SCALES * 2}"  # k_scale, v_scale
+    "P2q"  # pages: table, size, first
     "4q"  # offset, left, right, sink_tokens
     "PqPqPq"  # keep, lengths, documents, each with the stride of its batch
     f"{_MATRIX}{_END}"  # allow
@@ -36,6 +37,13 @@ GRADIENTS = struct.Struct(
     "2P"  # d_lse, delta
     f"{_VIEW * 3}"  # dq, dk, dv
     "2P"  # d_bias, d_alibi
+)
+SEQUENCES = struct.Struct(
+    "@q"  # count
+    "3P"  # starts, firsts, lengths
+    "Pq"  # tables, entries
+    "2q"  # pages, page_size
+    "q"  # alibi
 )
 QUANTIZATION = struct.Struct(
     "@i"  # dtype
@@ -61,6 +69,10 @@ class Library(NamedTuple):
     """Takes a `PROBLEM`: how many scores its forward pass computes, for tests of what masks spare."""
     quantize: Callable[[bytes], None]
     """Takes a `QUANTIZATION`."""
+    forward_sequences: Callable[[bytes, bytes], int]
+    """Takes a `PROBLEM` and its `SEQUENCES`. Returns as `forward`, or 2 for sequences that leave their tensors."""
+    backward_sequences: Callable[[bytes, bytes, bytes], int]
+    """Takes also the `GRADIENTS`. Returns as `forward_sequences`."""
     plain: Callable[..., int] | None
     """Takes q, k, v, out, then k_scale, v_scale, keep and lengths, tensors or None, then offset, left, right,
     sink_tokens, scale and threads. Returns as `forward`, or 2 for tensors that it does not take. None where torch has
@@ -87,7 +99,7 @@ def load(path: Path) -> Library | str:
     except OSError as error:
         return f"the compiled kernel does not load: {error}"
     sizes = {"problem": PROBLEM.size, "gradients": GRADIENTS.size, "quantization": QUANTIZATION.size}
-    sizes["interpreter"] = ctypes.sizeof(_Interpreter)
+    sizes |= {"sequences": SEQUENCES.size, "interpreter": ctypes.sizeof(_Interpreter)}
     known = [hasattr(native, f"qkv_{name}_size") and getattr(native, f"qkv_{name}_size")() for name in sizes]
     if known != [*sizes.values()]:
         return f"{path} is of another version of qkv and needs to be built anew"
@@ -100,8 +112,11 @@ def load(path: Path) -> Library | str:
     native.qkv_backward.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
     native.qkv_forward.restype = native.qkv_backward.restype = ctypes.c_int
     native.qkv_count_scores.restype = ctypes.c_int64
+    native.qkv_forward_sequences.argtypes = [ctypes.c_char_p] * 2
+    native.qkv_backward_sequences.argtypes = [ctypes.c_char_p] * 3
     functions = (native.qkv_forward, native.qkv_backward, native.qkv_count_scores, native.qkv_quantize)
-    return Library(isa.decode(), *functions, *_load_calls_of_tensors(path))
+    of_sequences = (native.qkv_forward_sequences, native.qkv_backward_sequences)
+    return Library(isa.decode(), *functions, *of_sequences, *_load_calls_of_tensors(path))
 
 
 class _Exchange(ctypes.Structure):

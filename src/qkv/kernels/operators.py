@@ -69,8 +69,8 @@ def forward(call: Call, *, wants_lse: bool) -> tuple[Tensor, Tensor | None]:
         MemoryError: where the kernel's own sums do not fit, as in both operators.
     """
     out, lse = _new_results(call, wants_lse=wants_lse)
-    call = _prepared(call)
-    _check(loaded().forward(_pack(call, out, lse)), call)
+    call = prepared(call)
+    check(loaded().forward(pack(call, out, lse)), call.q, call.k)
     return out, lse
 
 
@@ -106,7 +106,7 @@ def forward_with_gradients(call: Call) -> tuple[Tensor, Tensor]:
 
 def quantize(x: Tensor, codes: Tensor, scale: Tensor) -> None:
     """Writes rows of ``x (B, heads, L, width)`` in int8, and the scale ``(B, heads, L)`` of each: for plain tensors."""
-    packed = QUANTIZATION.pack(DTYPES[x.dtype], *x.shape, *_view(x), *_view(codes), *_scales(scale), _threads_for(x))
+    packed = QUANTIZATION.pack(DTYPES[x.dtype], *x.shape, *view(x), *view(codes), *_scales(scale), _threads_for(x))
     loaded().quantize(packed)
 
 
@@ -163,8 +163,8 @@ def is_watched() -> bool:
 
 def count_scores(call: Call) -> int:
     """How many scores the kernel computes for a call: those that the mask shows, and a little around its edges."""
-    call = _prepared(call)
-    return loaded().count_scores(_pack(call, call.q, None))
+    call = prepared(call)
+    return loaded().count_scores(pack(call, call.q, None))
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -177,15 +177,15 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     call, (out, lse, d_out, d_lse, wants_bias, wants_alibi) = _split(arguments)
     found = _new_gradients(call, wants_bias, wants_alibi)
     dq, dk, dv, delta, d_bias, d_alibi = found
-    call, d_lse = _prepared(call), d_lse.contiguous()
+    call, d_lse = prepared(call), d_lse.contiguous()
     d_out = d_out if d_out.stride(3) == 1 else d_out.contiguous()
     gradients = GRADIENTS.pack(
-        *_view(d_out),
+        *view(d_out),
         *(d_lse.data_ptr(), delta.data_ptr()),
-        *(*_view(dq), *_view(dk), *_view(dv)),
+        *(*view(dq), *view(dk), *view(dv)),
         *(d_bias.data_ptr() if wants_bias else 0, d_alibi.data_ptr() if wants_alibi else 0),
     )
-    _check(loaded().backward(_pack(call, out, lse), gradients), call)
+    check(loaded().backward(pack(call, out, lse), gradients), call.q, call.k)
     return found
 
 
@@ -200,26 +200,40 @@ def _backward_shapes(*arguments: Any) -> tuple[Tensor, ...]:
     return _new_gradients(call, wants_bias, wants_alibi)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    call = Call(*inputs)
-    tensors = [value if isinstance(value, Tensor) else None for value in call]
+def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Keeps the arguments and the results of an operator of the forward pass."""
+    tensors = [value if isinstance(value, Tensor) else None for value in inputs]
     ctx.save_for_backward(*tensors, *output)
-    ctx.constants = [None if isinstance(value, Tensor) else value for value in call]
+    ctx.constants = [None if isinstance(value, Tensor) else value for value in inputs]
 
 
-def _differentiate(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
+def saved(ctx: Any) -> tuple[list[Any], Tensor, Tensor]:
+    """The arguments, and the two results."""
     *tensors, out, lse = ctx.saved_tensors
-    saved = zip(tensors, ctx.constants, strict=True)
-    call = Call(*(constant if tensor is None else tensor for tensor, constant in saved))
+    pairs = zip(tensors, ctx.constants, strict=True)
+    return [constant if tensor is None else tensor for tensor, constant in pairs], out, lse
+
+
+def goes_past_dispatcher(d_out: Tensor) -> bool:
+    """Whether the backward pass may. Whoever wants gradients of gradients must find an operator, which refuses.
+
+    Raises:
+        NotImplementedError: for several gradients at once.
+    """
     if torch._C._functorch.is_legacy_batchedtensor(d_out):
         raise NotImplementedError(
             "qkv's kernel has no batched gradients (is_grads_batched=True, vectorize=True): "
             "take them one by one, or give attention(..., backend='sdpa')."
         )
+    watched = torch.is_grad_enabled() or is_watched() or torch._C._are_functorch_transforms_active()
+    return not watched and type(d_out) is Tensor
+
+
+def _differentiate(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
+    arguments, out, lse = saved(ctx)
+    call = Call(*arguments)
+    backward = _backward if goes_past_dispatcher(d_out) else torch.ops.qkv.backward
     wanted = Call(*ctx.needs_input_grad)
-    # Whoever wants gradients of these gradients must find an operator, which refuses.
-    plain = not (torch.is_grad_enabled() or is_watched() or torch._C._are_functorch_transforms_active())
-    backward = _backward if plain and type(d_out) is Tensor else torch.ops.qkv.backward
     dq, dk, dv, delta, d_bias, d_alibi = backward(*call, out, lse, d_out, d_lse, wanted.bias, wanted.alibi)
     d_sinks = None
     if call.sink_logits is not None and wanted.sink_logits:
@@ -238,13 +252,14 @@ class _Recorded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         output = _forward(*arguments)
-        _save(ctx, arguments, output)
+        save(ctx, arguments, output)
         return output
 
     backward = staticmethod(_differentiate)
 
 
-def _refuse_second_derivative(ctx: Any, *gradients: Tensor) -> None:
+def refuse_second_derivative(ctx: Any, *gradients: Tensor) -> None:
+    """The gradient of an operator of the backward pass."""
     raise NotImplementedError(
         "qkv's kernel has no second derivative: create_graph=True needs attention(..., backend='reference')."
     )
@@ -254,8 +269,8 @@ _LIBRARY.impl("forward", _forward, "CPU")
 _LIBRARY.impl("backward", _backward, "CPU")
 library.register_fake("qkv::forward", _forward_shapes, lib=_LIBRARY)
 library.register_fake("qkv::backward", _backward_shapes, lib=_LIBRARY)
-library.register_autograd("qkv::forward", _differentiate, setup_context=_save, lib=_LIBRARY)
-library.register_autograd("qkv::backward", _refuse_second_derivative, lib=_LIBRARY)
+library.register_autograd("qkv::forward", _differentiate, setup_context=save, lib=_LIBRARY)
+library.register_autograd("qkv::backward", refuse_second_derivative, lib=_LIBRARY)
 
 
 def _split(arguments: tuple[Any, ...]) -> tuple[Call, tuple[Any, ...]]:
@@ -283,7 +298,7 @@ def _new_gradients(call: Call, wants_bias: bool, wants_alibi: bool) -> tuple[Ten
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), delta, d_bias, d_alibi
 
 
-def _prepared(call: Call) -> Call:
+def prepared(call: Call) -> Call:
     """The call with its small tensors in the dtypes and layouts that the kernel reads."""
     changes: dict[str, Any] = {}
     if call.k_scale is not None and call.k_scale.stride(2) != 1:
@@ -307,7 +322,7 @@ def _prepared(call: Call) -> Call:
     return call._replace(**changes) if changes else call
 
 
-def _pack(call: Call, out: Tensor, lse: Tensor | None) -> bytes:
+def pack(call: Call, out: Tensor, lse: Tensor | None) -> bytes:
     """The struct of a prepared call, which must outlive it."""
     q, k, v, k_scale, v_scale, keep, lengths, document_ids, allow, bias, alibi, sink_logits, seed, *numbers = call
     *_, offset, scale, softcap, dropout = numbers
@@ -315,7 +330,8 @@ def _pack(call: Call, out: Tensor, lse: Tensor | None) -> bytes:
     _, kv_heads, lk, value_width = v.shape
     return PROBLEM.pack(
         *(DTYPES[q.dtype], DTYPES[k.dtype], batch, heads, kv_heads, lq, lk, width, value_width),
-        *(*_view(q), *_view(k), *_view(v), *_view(out), _address(lse), *_scales(k_scale), *_scales(v_scale)),
+        *(*view(q), *view(k), *view(v), *view(out), _address(lse), *_scales(k_scale), *_scales(v_scale)),
+        *(0, 0, 0),  # pages
         *(offset, _bounded(call.left), _bounded(call.right), _bounded(call.sink_tokens)),
         *(_address(keep), _batch_stride(keep), _address(lengths), _batch_stride(lengths)),
         *(_address(document_ids), _batch_stride(document_ids)),
@@ -336,15 +352,17 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _check(status: int, call: Call) -> None:
+def check(status: int, q: Tensor, k: Tensor) -> None:
+    """Raises MemoryError if the kernel had not enough."""
     if status:
         raise MemoryError(
-            f"qkv's kernel: there is not enough memory for its sums over q {tuple(call.q.shape)} and "
-            f"k {tuple(call.k.shape)}; give fewer batches or heads at once."
+            f"qkv's kernel: there is not enough memory for its sums over q {tuple(q.shape)} and "
+            f"k {tuple(k.shape)}; give fewer batches or heads at once."
         )
 
 
-def _view(tensor: Tensor) -> tuple[int, int, int, int]:
+def view(tensor: Tensor) -> tuple[int, int, int, int]:
+    """The struct of a tensor of heads."""
     batch, head, row, _ = tensor.stride()
     return tensor.data_ptr(), batch, head, row
 
