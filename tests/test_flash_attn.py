@@ -451,7 +451,7 @@ ERRORS = [
     ),
     (lambda: varlen(b=torch.tensor([0, 8, 7])), "cu_seqlens_k must be (N + 1,) integers that start at 0, never fall"),
     (lambda: varlen(b=torch.tensor([1, 3, 7])), "cu_seqlens_k must be (N + 1,) integers that start at 0"),
-    (lambda: varlen(b=STARTS.float()), "cu_seqlens_k must be (N + 1,) integers"),
+    (lambda: varlen(b=STARTS.float()), "cu_seqlens_k must be integers; got torch.float32"),
     (lambda: varlen(a=torch.tensor([0])), "cu_seqlens_q must be (N + 1,) integers"),
     (lambda: varlen(b=torch.tensor([0, 7])), "as many of queries as of keys; got 2 and 1"),
     (
@@ -469,7 +469,7 @@ ERRORS = [
     ),
     (
         lambda: varlen(k=POOL, v=POOL, b=torch.tensor([0, 3, 9]), block_table=TABLE),
-        "block_table must name pages 0 to 2; got tensor",
+        "block_table must name pages 0 to 2; got -1 for sequence 1, whose 6 keys need its first 2 entries",
     ),
     (lambda: cached(k_cache=K[0]), "k_cache must be (batch, length, heads, width); got shape (5, 2, 8)"),
     (lambda: cached(v_cache=K[:1]), "k_cache and v_cache must have the same shape but for their width"),

@@ -28,8 +28,8 @@ struct Scales {
     int64_t batch, head;
 };
 
-// Where the keys of a problem of one batch lie, if in pages: k and v are (page, head, row, column) then, and key j is row
-// (first + j) % size of the page that entry (first + j) / size of the table names.
+// Where the keys of a problem of one batch lie, if in pages: k and v are (page, head, row, column) then, and key j is
+// row (first + j) % size of the page that entry (first + j) / size of the table names.
 struct Pages {
     const int64_t* table;  // or null
     int64_t size, first;

@@ -10,6 +10,7 @@
 #include <new>
 
 #include "face.h"
+#include "pages.h"
 #include "parallel.h"
 
 namespace qkv {
@@ -74,6 +75,11 @@ class Packed {
         return numbers ? numbers.get() + p.heads * s.starts[n] : nullptr;
     }
 
+    // So many numbers of all sequences will be.
+    void expect_writing(const View& view, int64_t numbers) const {
+        prefer_huge_pages(view.data, numbers * size_of(p.dtype));
+    }
+
     // The rows of a sequence.
     View at_queries(View view, int64_t n) const { return shifted(view, 0, s.starts[n]); }
     View at_keys(View view, int64_t n) const { return shifted(view, 0, s.firsts[n]); }
@@ -109,8 +115,8 @@ class Packed {
     double cost(int64_t n) const {
         constexpr int64_t BESIDE = 8;
         const int64_t lq = queries(n);
-        const int64_t seen = std::min(s.lengths[n], lq + std::min(p.left, LARGEST_POSITION) +
-                                                        std::min(p.right, LARGEST_POSITION));
+        const int64_t seen =
+            std::min(s.lengths[n], lq + std::min(p.left, LARGEST_POSITION) + std::min(p.right, LARGEST_POSITION));
         return (double)(lq + BESIDE) * (double)(seen + BESIDE);
     }
 
@@ -145,7 +151,8 @@ class Packed {
     // Whether its keys and values lie as they would without pages: in one, or in some that follow each other.
     bool is_straight(int64_t n) const {
         const int64_t first = first_entry(n), end = end_entry(n);
-        if (end - first > 1 && !(p.k.batch == s.page_size * p.k.row && p.v.batch == s.page_size * p.v.row)) return false;
+        if (end - first > 1 && !(p.k.batch == s.page_size * p.k.row && p.v.batch == s.page_size * p.v.row))
+            return false;
         for (int64_t i = first + 1; i < end; ++i)
             if (table(n)[i] != table(n)[i - 1] + 1) return false;
         return true;
@@ -164,6 +171,7 @@ QKV_EXPORT int qkv_forward_sequences(const void* problem, const void* sequences)
     if (!packed.fits()) return qkv::OTHER;
     const auto lse = packed.p.lse ? packed.numbers() : nullptr;
     if (packed.p.lse && !lse) return qkv::OUT_OF_MEMORY;
+    packed.expect_writing(packed.p.out, packed.p.lq * packed.p.heads * packed.p.value_width);
     return packed.for_each([&](qkv::Problem one, int64_t n) {
         one.lse = packed.of(n, lse);
         const int status = qkv_forward(&one);
@@ -181,6 +189,10 @@ QKV_EXPORT int qkv_backward_sequences(const void* problem, const void* sequences
     std::memcpy(&all, gradients, sizeof all);
     const auto lse = packed.numbers(), delta = packed.numbers(), d_lse = all.d_lse ? packed.numbers() : nullptr;
     if (!lse || !delta || (all.d_lse && !d_lse)) return qkv::OUT_OF_MEMORY;
+    const int64_t keys = packed.s.page_size * packed.p.kv_heads;
+    packed.expect_writing(all.dq, packed.p.lq * packed.p.heads * packed.p.width);
+    packed.expect_writing(all.dk, keys * packed.p.width);
+    packed.expect_writing(all.dv, keys * packed.p.value_width);
     return packed.for_each([&](qkv::Problem one, int64_t n) {
         qkv::Gradients g = all;
         one.lse = packed.of(n, lse);

@@ -11,7 +11,7 @@ int main(int count, char** arguments) {
         return SKIPPED;
     }
     if (qkv_problem_size() != sizeof(qkv::Problem) || qkv_gradients_size() != sizeof(qkv::Gradients) ||
-        qkv_quantization_size() != sizeof(qkv::Quantization)) {
+        qkv_quantization_size() != sizeof(qkv::Quantization) || qkv_sequences_size() != sizeof(qkv::Sequences)) {
         std::puts("the library is of another version than these tests: build it anew");
         return 1;
     }

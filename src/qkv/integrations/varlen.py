@@ -136,7 +136,7 @@ def _require_integers(who: str, name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{who}: {name} must be a tensor; got {type(value).__name__}.")
     if value.dtype.is_floating_point or value.dtype.is_complex or value.dtype is torch.bool:
-        raise ValueError(f"{who}: {name} must hold integers; got {value.dtype}.")
+        raise ValueError(f"{who}: {name} must be integers; got {value.dtype}.")
 
 
 def require_layout(who: str, layout: str, **tensors: Tensor) -> None:
