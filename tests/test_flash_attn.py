@@ -469,7 +469,7 @@ ERRORS = [
     ),
     (
         lambda: varlen(k=POOL, v=POOL, b=torch.tensor([0, 3, 9]), block_table=TABLE),
-        "block_table must name pages 0 to 2; got -1 for sequence 1, whose 6 keys need its first 2 entries",
+        "block_table must name pages 0 to 2; got -1 at [1, 1], where sequence 1 of 6 keys needs one",
     ),
     (lambda: cached(k_cache=K[0]), "k_cache must be (batch, length, heads, width); got shape (5, 2, 8)"),
     (lambda: cached(v_cache=K[:1]), "k_cache and v_cache must have the same shape but for their width"),

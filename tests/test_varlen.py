@@ -129,7 +129,7 @@ ERRORS = [
     ),
     (
         lambda: call(k=POOL, block_table=TABLE + 1, seqused_k=torch.tensor([4, 4])),
-        "block_table must name pages 0 to 2; got 3 for sequence 1, whose 4 keys need its first 1 entries",
+        "block_table must name pages 0 to 2; got 3 at [1, 0], where sequence 1 of 4 keys needs one",
     ),
     (lambda: call(window_size=(1, 2, 3)), "window_size must be (left, right), -1 for no bound; got (1, 2, 3)"),
 ]

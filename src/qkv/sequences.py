@@ -43,7 +43,8 @@ class Keys(NamedTuple):
         starts = lengths.cumsum(0) - lengths
         sequence = torch.arange(len(lengths), device=device).repeat_interleave(lengths)
         place = torch.arange(len(sequence), device=device) + (firsts - starts)[sequence]
-        rows = tables[sequence, place // page_size], place % page_size
+        page = tables[sequence, place // page_size]
+        rows = page.where(page >= 0, len(self.k)), place % page_size  # torch would count from the end
         return Keys(self.k[rows][None], self.v[rows][None], starts, lengths)
 
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from qkv.functional import Partial, attend
 from qkv.integrations.varlen import (
     band,
-    pages,
+    keys_in_pages,
+    require_counts,
     require_keys,
     require_layout,
-    sequence_lengths,
-    token_counts,
+    require_starts,
 )
 from qkv.layers.rotary import rotate
 from qkv.sequences import Keys, pose_sequences
@@ -187,12 +187,12 @@ def flash_attn_varlen_func(
     require_keys(who, PACKED if block_table is None else PAGES, k=k, v=v)
     _require_no_pattern(who, return_attn_probs, dropout_p)
     options = _options(who, softmax_scale, causal, window_size, softcap, dropout_p)
-    sequence_lengths(who, "cu_seqlens_q", cu_seqlens_q, q.shape[0])
+    require_starts(who, "cu_seqlens_q", cu_seqlens_q, q.shape[0])
+    require_starts(who, "cu_seqlens_k", cu_seqlens_k, k.shape[0] if block_table is None else None)
     if block_table is None:
-        sequence_lengths(who, "cu_seqlens_k", cu_seqlens_k, k.shape[0])
         keys = Keys.packed(k, v, cu_seqlens_k)
     else:
-        keys = pages(who, k, v, block_table, sequence_lengths(who, "cu_seqlens_k", cu_seqlens_k))
+        keys = keys_in_pages(who, k, v, block_table, cu_seqlens_k.diff())
     partial = pose_sequences(who, q, cu_seqlens_q, keys, alibi=alibi_slopes, **options).attend()
     return (*partial, q.new_empty(0)) if return_attn_probs else partial.out
 
@@ -269,7 +269,8 @@ def flash_attn_with_kvcache(
     capacity = page_size if block_table is None else page_size * block_table.shape[1]
     new = 0 if k is None and v is None else _count_new(who, batch, k, v, k_cache, v_cache)
     if isinstance(cache_seqlens, Tensor):
-        held = token_counts(who, "cache_seqlens", cache_seqlens, batch)
+        require_counts(who, "cache_seqlens", cache_seqlens, batch)
+        held = cache_seqlens.tolist()
     else:
         held = [capacity if cache_seqlens is None else cache_seqlens] * batch
     stops = [length + new for length in held]
@@ -277,9 +278,11 @@ def flash_attn_with_kvcache(
         raise ValueError(
             f"{who}: cache_seqlens and {new} new tokens must fit the {capacity} of the cache; got {cache_seqlens}."
         )
-    padding = [0] * batch if cache_leftpad is None else token_counts(who, "cache_leftpad", cache_leftpad, batch)
-    if any(pad > length for pad, length in zip(padding, held, strict=True)):
-        raise ValueError(f"{who}: cache_leftpad must be at most cache_seqlens, {held}; got {padding}.")
+    if cache_leftpad is not None:
+        require_counts(who, "cache_leftpad", cache_leftpad, batch)
+        padding = cache_leftpad.tolist()
+        if any(pad > length for pad, length in zip(padding, held, strict=True)):
+            raise ValueError(f"{who}: cache_leftpad must be at most cache_seqlens, {held}; got {padding}.")
 
     start = torch.tensor(held, device=q.device)[:, None]
     positions = start + torch.arange(new, device=q.device)
@@ -293,7 +296,7 @@ def flash_attn_with_kvcache(
         raise ValueError(f"{who}: cache_batch_idx has no meaning beside a block_table; give one of them.")
     # A cache without pages is one whose pages hold a sequence each.
     table = _rows(who, cache_batch_idx, batch, k_cache) if block_table is None else block_table
-    keys = pages(who, k_cache, v_cache, table, stops, padding)
+    keys = keys_in_pages(who, k_cache, v_cache, table, torch.tensor(stops, dtype=torch.int64), cache_leftpad)
     sequences = pose_sequences(who, *_packed(q), keys, alibi=alibi_slopes, **options)
     if k is not None and v is not None:
         place = table.long().gather(1, positions // page_size), positions % page_size
@@ -387,7 +390,8 @@ def _rows(who: str, cache_batch_idx: Tensor | None, batch: int, cache: Tensor) -
     if cache_batch_idx is None:
         rows = list(range(batch))
     else:
-        rows = token_counts(who, "cache_batch_idx", cache_batch_idx, batch)
+        require_counts(who, "cache_batch_idx", cache_batch_idx, batch)
+        rows = cache_batch_idx.tolist()
     if max(rows, default=0) >= cache.shape[0]:
         raise ValueError(f"{who}: cache_batch_idx must be rows of the cache, which has {cache.shape[0]}; got {rows}.")
     return torch.tensor(rows, device=cache.device)[:, None]

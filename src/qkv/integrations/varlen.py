@@ -81,21 +81,23 @@ def varlen_attn(
             f"{who}: query and key must have the same number of heads; got {query.shape[1]} and {key.shape[-2]}. "
             "Give enable_gqa=True where groups of query heads share a key head."
         )
-    sequence_lengths(who, "cu_seq_q", cu_seq_q, query.shape[0])
+    require_starts(who, "cu_seq_q", cu_seq_q, query.shape[0])
     if block_table is not None:
         if seqused_k is None:
             raise ValueError(f"{who}: block_table needs seqused_k, the number of keys of each sequence; got None.")
-        used = token_counts(who, "seqused_k", seqused_k, len(cu_seq_q) - 1)
-        keys = pages(who, key, value, block_table, used)
+        require_counts(who, "seqused_k", seqused_k, len(cu_seq_q) - 1)
+        keys = keys_in_pages(who, key, value, block_table, seqused_k)
     else:
         if cu_seq_k is None:
             raise ValueError(f"{who}: cu_seq_k must be given where no block_table says where keys stand; got None.")
-        held = sequence_lengths(who, "cu_seq_k", cu_seq_k, key.shape[0])
+        require_starts(who, "cu_seq_k", cu_seq_k, key.shape[0])
         if seqused_k is not None:
-            used = token_counts(who, "seqused_k", seqused_k, len(held))
-            if any(count > length for count, length in zip(used, held, strict=True)):
+            held = cu_seq_k.diff()
+            require_counts(who, "seqused_k", seqused_k, len(held))
+            if not torch.compiler.is_compiling() and (seqused_k.to(held.device) > held).any():
                 raise ValueError(
-                    f"{who}: seqused_k must be at most the lengths that cu_seq_k gives, {held}; got {used}."
+                    f"{who}: seqused_k must be at most the lengths that cu_seq_k gives, {held.tolist()}; "
+                    f"got {seqused_k.tolist()}."
                 )
         keys = Keys.packed(key, value, cu_seq_k, seqused_k)
     out, lse = pose_sequences(who, query, cu_seq_q, keys, mask=band(who, window_size), scale=scale).attend()
@@ -112,24 +114,26 @@ def band(who: str, window_size: Sequence[int], causal: bool = False) -> Mask:
     return Mask.band(None if left < 0 else left, None if right < 0 else right)
 
 
-def sequence_lengths(who: str, name: str, starts: Tensor, total: int | None = None) -> list[int]:
-    """The lengths of packed sequences, from where each begins among ``total`` tokens (any number, if None)."""
+def require_starts(who: str, name: str, starts: Tensor, total: int | None = None) -> None:
+    """Raises unless they say where each of some sequences begins among ``total`` tokens (any number, if None).
+
+    What a tensor holds is not looked at here while compiling, as in all checks: the kernel does when it runs.
+    """
     _require_integers(who, name, starts)
+    if torch.compiler.is_compiling():
+        return
     bounds = starts.tolist() if starts.dim() == 1 else []
-    lengths = [stop - start for start, stop in pairwise(bounds)]
-    if not lengths or bounds[0] != 0 or min(lengths) < 0 or total not in (None, bounds[-1]):
+    fits = len(bounds) > 1 and bounds[0] == 0 and total in (None, bounds[-1])
+    if not fits or any(start > stop for start, stop in pairwise(bounds)):
         end = "" if total is None else f" and end at {total}, the number of tokens"
         raise ValueError(f"{who}: {name} must be (N + 1,) integers that start at 0, never fall{end}; got {starts}.")
-    return lengths
 
 
-def token_counts(who: str, name: str, counts: Tensor, batch: int) -> list[int]:
-    """The number of tokens of each sequence of a batch."""
+def require_counts(who: str, name: str, counts: Tensor, batch: int) -> None:
+    """Raises unless they are numbers of tokens of each sequence of a batch."""
     _require_integers(who, name, counts)
-    found: list[int] = counts.tolist() if counts.shape == (batch,) else [-1]
-    if min(found, default=0) < 0:
+    if counts.shape != (batch,) or (not torch.compiler.is_compiling() and min(counts.tolist(), default=0) < 0):
         raise ValueError(f"{who}: {name} must be ({batch},) integers, at least 0, one a sequence; got {counts}.")
-    return found
 
 
 def _require_integers(who: str, name: str, value: object) -> None:
@@ -157,38 +161,40 @@ def require_keys(who: str, layout: str, **keys_and_values: Tensor) -> None:
         )
 
 
-def pages(
-    who: str,
-    k: Tensor,
-    v: Tensor,
-    block_table: Tensor,
-    stops: Sequence[int],
-    starts: Sequence[int] | None = None,
+def keys_in_pages(
+    who: str, k: Tensor, v: Tensor, block_table: Tensor, stops: Tensor, starts: Tensor | None = None
 ) -> Keys:
-    """Keys ``starts[n]`` to ``stops[n] - 1`` of each sequence, in pools ``(pages, page_size, Hkv, D)``.
+    """Keys ``starts[n]`` (0 if None) to ``stops[n] - 1`` of each sequence, in pools ``(pages, page_size, Hkv, D)``.
 
     Raises:
         ValueError: unless the entries of the table that they need are there, and pages. No other is looked at.
     """
     _require_integers(who, "block_table", block_table)
-    num_pages, page_size = k.shape[:2]
-    starts = [0] * len(stops) if starts is None else starts
     if block_table.dim() != 2 or block_table.shape[0] != len(stops):
         raise ValueError(
             f"{who}: block_table must be ({len(stops)}, pages of a sequence); got shape {tuple(block_table.shape)}."
         )
+    starts = torch.zeros_like(stops) if starts is None else starts
+    if not torch.compiler.is_compiling():
+        _require_pages(who, k, block_table, starts.tolist(), stops.tolist())
+    return Keys(k, v, starts, stops - starts, block_table)
+
+
+def _require_pages(who: str, pool: Tensor, block_table: Tensor, starts: Sequence[int], stops: Sequence[int]) -> None:
+    num_pages, page_size = pool.shape[:2]
     if max(stops, default=0) > block_table.shape[1] * page_size:
         raise ValueError(
             f"{who}: block_table must have pages for {max(stops)} keys; "
             f"got {block_table.shape[1]} of {page_size} keys for each sequence."
         )
     for n, (entries, start, stop) in enumerate(zip(block_table.tolist(), starts, stops, strict=True)):
-        needed = entries[start // page_size : -(-stop // page_size)] if start < stop else []
-        if needed and not 0 <= min(needed) <= max(needed) < num_pages:
-            wrong = next(page for page in needed if not 0 <= page < num_pages)
+        if start == stop:
+            continue
+        first, end = start // page_size, -(-stop // page_size)
+        needed = entries[first:end]
+        if not 0 <= min(needed) <= max(needed) < num_pages:
+            page = next(page for page in needed if not 0 <= page < num_pages)
             raise ValueError(
-                f"{who}: block_table must name pages 0 to {num_pages - 1}; got {wrong} for sequence {n}, "
-                f"whose {stop} keys need its first {-(-stop // page_size)} entries."
+                f"{who}: block_table must name pages 0 to {num_pages - 1}; got {page} at "
+                f"[{n}, {entries.index(page, first)}], where sequence {n} of {stop} keys needs one."
             )
-    firsts = torch.tensor(starts, dtype=torch.int64)
-    return Keys(k, v, firsts, torch.tensor(stops, dtype=torch.int64) - firsts, block_table)

@@ -218,6 +218,6 @@ def _check(status: int, call: Sequences) -> None:
         pages = "" if call.tables is None else f" and tables {call.tables}"
         raise ValueError(
             f"qkv's kernel: sequences must lie within the {call.q.shape[0]} queries and the {call.k.shape[0]} pages of "
-            f" {call.k.shape[1]} keys; got starts {call.starts}, firsts {call.firsts}, lengths {call.lengths}{pages}."
+            f"{call.k.shape[1]} keys; got starts {call.starts}, firsts {call.firsts}, lengths {call.lengths}{pages}."
         )
     check(status, call.q, call.k)
