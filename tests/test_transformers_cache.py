@@ -86,6 +86,7 @@ def test_a_growing_layer_takes_every_operation_of_transformers(change: Any) -> N
         assert_same_update(mine, theirs, *tokens(length, batch))
 
 
+@torch.no_grad()
 def test_appending_copies_what_is_new_alone() -> None:
     layer = GrowingLayer()
     layer.update(*tokens(100))
@@ -99,6 +100,7 @@ def test_appending_copies_what_is_new_alone() -> None:
 
 
 @pytest.mark.parametrize("dtype", [None, torch.int8])
+@torch.no_grad()
 def test_all_layers_have_their_memory_before_the_first_update(dtype: torch.dtype | None) -> None:
     """Or it would lie among what a prefill computes: 577 MiB at the peak of 4096 tokens of SmolLM2-135M, now 395."""
     config = transformers.LlamaConfig(num_hidden_layers=3)

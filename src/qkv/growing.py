@@ -1,9 +1,11 @@
 """`Growing`: a tensor of tokens with room behind it, so that appending copies what is new alone."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from qkv import kernels
 
@@ -11,17 +13,23 @@ from qkv import kernels
 class Growing:
     """A tensor ``(B, heads, L, ...)`` that grows along L.
 
-    What its methods return are views of one memory, valid until the next call. Where a gradient is wanted, appending
-    concatenates instead, so that every step keeps what its backward needs, and where dtypes differ, as torch does.
+    Under ``torch.no_grad()`` and ``torch.inference_mode()`` new tokens are written into memory that has room for them,
+    and what the methods return are views of it, valid until the next call. Memory is written to only if it was had
+    here and no copy shares it, never if it was given or computed: then it is copied first. Elsewhere appending
+    concatenates, so that every step keeps what its backward needs; where dtypes differ as well, as torch does.
     """
 
     def __init__(self) -> None:
         self.memory: Tensor | None = None
         """All of it, room included."""
-        self._start = 0
         self.length = 0
+        self._start = 0
+        self._owned = False
+        """Whether memory may be written to."""
+        self._forgotten = 0
+        """How many tokens behind those held somebody may have a view of, as after a crop."""
         self._shown: Tensor | None = None
-        """What `extend` or `grow` returned last, while it is all that is held."""
+        """What `grow` returned last, while it is all that is held."""
 
     @property
     def tensor(self) -> Tensor | None:
@@ -38,9 +46,9 @@ class Growing:
     def extend(self, new: Tensor, room: int) -> Tensor:
         """All that is held and ``new`` behind it. If memory must be had anew, it gets ``room`` for so many tokens."""
         memory = self.memory
-        if wants_grad(memory, new) or (memory is not None and self.length and memory.dtype is not new.dtype):
+        if torch.is_grad_enabled() or (memory is not None and self.length and memory.dtype is not new.dtype):
             held = self.tensor
-            together = new if held is None else torch.cat([held, new], dim=2)
+            together = torch.cat([held, new] if held is not None and self.length else [new], dim=2)
             self._put(together, together.shape[2])
             return together
         self._room_for(new.shape, new.dtype, new.device, room).copy_(new)
@@ -50,11 +58,12 @@ class Growing:
         """All that is held and ``count`` tokens behind it, which memory has by now."""
         assert self.memory is not None
         self.length += count
+        self._forgotten = max(0, self._forgotten - count)
         self._shown = self.memory.narrow(2, self._start, self.length)
         return self._shown
 
     def shows(self, tensor: Tensor | None) -> bool:
-        """Whether `extend` or `grow` returned it last."""
+        """Whether `grow` returned it last."""
         return tensor is not None and tensor is self._shown
 
     def open(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, room: int) -> Tensor:
@@ -64,55 +73,93 @@ class Growing:
         """
         place = self._room_for(shape, dtype, device, room)
         self.length, self._shown = self.length + shape[2], None
+        self._forgotten = max(0, self._forgotten - shape[2])
         return place
 
     def _room_for(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, room: int) -> Tensor:
         """The place of new tokens of this shape, in memory that is had anew where they do not fit."""
         length, added = self.length, shape[2]
         memory, start = self.memory, self._start + length
-        if memory is None or start + added > memory.shape[2] or not (length or _suits(memory, shape, dtype, device)):
-            memory = torch.empty((*shape[:2], room, *shape[3:]), dtype=dtype, device=device)
+        if (
+            memory is None
+            or not (self._owned and _may_write(memory))
+            or start + added > memory.shape[2]
+            or not (length or _suits(memory, shape, dtype, device))
+        ):
+            memory = _new_memory((*shape[:2], room, *shape[3:]), dtype, device)
             held = self.tensor
             if held is not None and length:
                 memory[:, :, :length] = held
-            self._put(memory, length)
+            self._put(memory, length, owned=True)
             start = length
         return memory.narrow(2, start, added)
 
     def crop(self, length: int) -> None:
         """Forgets all tokens but the first ``length``."""
+        self._forgotten += self.length - length
         self.length, self._shown = length, None
 
-    def select(self, rows: Tensor) -> None:
-        """Keeps these rows of the batch, integer ``(B',)``, in this order and as often as they are named."""
-        held = self.tensor
+    def select(self, rows: Tensor) -> "Growing":
+        """Another that holds these rows of the batch, integer ``(B',)``, in this order and as often as named."""
+        chosen, held = Growing(), self.tensor
         if held is None or self.memory is None:
-            return
-        if torch.is_grad_enabled() and held.requires_grad:
-            self._put(held.index_select(0, rows), self.length)
-            return
-        memory = held.new_empty(rows.shape[0], *self.memory.shape[1:])
+            return chosen
+        if torch.is_grad_enabled():
+            chosen._put(held.index_select(0, rows), self.length)
+            return chosen
+        memory = _new_memory((rows.shape[0], *self.memory.shape[1:]), held.dtype, held.device)
         torch.index_select(held, 0, rows, out=memory[:, :, : self.length])
-        self._put(memory, self.length)
+        chosen._put(memory, self.length, owned=True)
+        return chosen
 
     def hold(self, tensor: Tensor) -> None:
-        """Goes on with ``tensor``: a part of what was returned last, which stays in place, or any other."""
+        """Goes on with ``tensor``: a part of what was returned, which stays in place, or any other."""
         if self.shows(tensor):
             return
-        memory, self._shown = self.memory, None
-        if memory is not None and _lie_together(tensor, memory):
-            self._start, self.length = tensor.storage_offset() // max(memory.stride(2), 1), tensor.shape[2]
+        memory = self.memory
+        if self._owned and memory is not None and _is_part(tensor, memory):
+            stop = self.stop
+            self._start, self.length = tensor.storage_offset() // memory.stride(2), tensor.shape[2]
+            self._forgotten, self._shown = self._forgotten + stop - self.stop, None
         else:
             self._put(tensor, tensor.shape[2])
 
-    def _put(self, memory: Tensor, length: int) -> None:
+    def share(self) -> None:
+        """Has memory be written to no more, since somebody else holds it from now on."""
+        self._owned = False
+        self._forgotten = 0 if self.memory is None else self.memory.shape[2] - self.stop
+
+    def _put(self, memory: Tensor, length: int, *, owned: bool = False) -> None:
         self.memory, self._start, self.length, self._shown = memory, 0, length, None
+        self._owned, self._forgotten = owned, 0
+
+    def __copy__(self) -> Self:
+        """Another, with the same memory until either of them grows."""
+        self.share()
+        twin = type(self)()
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The tokens alone, for deep copies and pickles.
+
+        Raises:
+            RuntimeError: for tokens that were computed with gradients.
+        """
+        return {"tokens": alone(self.tensor)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Growing.__init__(self)
+        tokens = state["tokens"]
+        if tokens is not None:
+            self._put(tokens, tokens.shape[2])
 
 
 def append_in_place(parts: Sequence[Growing], k: Tensor, v: Tensor) -> list[Tensor] | None:
     """Has the kernel write new keys and values ``(B, Hkv, L, D)`` behind those held, where that is all there is to do.
 
-    Outside of ``torch.no_grad()`` it is not: torch counts what is written to a tensor there.
+    It goes past torch, which counts what is written to a tensor to know whether the backward pass still finds what it
+    needs. So it writes only to what nobody has seen.
 
     Args:
         parts: of keys and of values; and of the scales of both, where they are held in int8.
@@ -122,19 +169,51 @@ def append_in_place(parts: Sequence[Growing], k: Tensor, v: Tensor) -> list[Tens
         All that each part holds; or None, with nothing changed, where memory is full or there is more to do.
     """
     keys, values, *scales = parts
-    if torch.is_grad_enabled() or keys.memory is None or values.memory is None or keys.stop != values.stop:
+    if torch.is_grad_enabled() or keys.memory is None or values.memory is None:
         return None
     k_scale, v_scale = (scale.memory for scale in scales) if scales else (None, None)
     if not kernels.may_pass(k, v, keys.memory, values.memory):
         return None
-    if not kernels.append(k, v, keys.memory, values.memory, k_scale, v_scale, keys.stop):
+    stop = keys.stop
+    if stop != values.stop or keys._forgotten or values._forgotten:
+        return None
+    if not kernels.append(k, v, keys.memory, values.memory, k_scale, v_scale, stop):
         return None
     return [part.grow(k.shape[2]) for part in parts]
+
+
+def alone(tokens: Tensor | None) -> Tensor | None:
+    """A copy without what lies around them in memory.
+
+    Raises:
+        RuntimeError: for tokens that were computed with gradients.
+    """
+    if tokens is None:
+        return None
+    if tokens.requires_grad:
+        raise RuntimeError(
+            "A deep copy or pickle of a cache holds numbers alone, and these tokens were computed with gradients. Use "
+            "copy.copy, which shares the graph, or fill the cache under torch.no_grad()."
+        )
+    return tokens.clone(memory_format=torch.contiguous_format)
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:
     """Whether what is computed of the tensors is to have a gradient."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _new_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory that can be written to in every mode, whatever the present one."""
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            return torch.empty(shape, dtype=dtype, device=device)
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def _may_write(memory: Tensor) -> bool:
+    """Whether the present mode writes to it: what a compiled program made under inference_mode is for this mode."""
+    return torch.compiler.is_compiling() or not memory.is_inference() or torch.is_inference_mode_enabled()
 
 
 def _suits(memory: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
@@ -143,10 +222,13 @@ def _suits(memory: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: t
     return same_sizes and memory.dtype is dtype and memory.device == device
 
 
-def _lie_together(part: Tensor, memory: Tensor) -> bool:
-    """Whether ``part`` is the memory cut along its tokens."""
+def _is_part(tensor: Tensor, memory: Tensor) -> bool:
+    """Whether it is the memory cut along its tokens."""
     return (
-        part.untyped_storage().data_ptr() == memory.untyped_storage().data_ptr()
-        and part.stride() == memory.stride()
-        and part.shape[:2] == memory.shape[:2]
+        tensor.untyped_storage().data_ptr() == memory.untyped_storage().data_ptr()
+        and tensor.dtype is memory.dtype
+        and tensor.stride() == memory.stride()
+        and tensor.shape[:2] == memory.shape[:2]
+        and tensor.shape[3:] == memory.shape[3:]
+        and tensor.storage_offset() % memory.stride(2) == 0
     )

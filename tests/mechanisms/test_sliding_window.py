@@ -100,6 +100,7 @@ def test_the_two_meanings_of_a_window() -> None:
 
 
 @pytest.mark.parametrize("sink_tokens", [0, 3])
+@torch.no_grad()
 def test_the_memory_of_the_cache_stops_growing(sink_tokens: int) -> None:
     cache, sizes = qkv.SlidingKVCache(window=16, sink_tokens=sink_tokens), set()
     for chunk in (5, 90, *[1] * 400, 33, *[1] * 10):

@@ -84,7 +84,8 @@ def test_transformers_37908_appending_copies_what_is_new_alone(upstream: Callabl
         return sum(here != there for here, there in pairwise(places))
 
     cache = qkv.KVCache()
-    assert moves(lambda token: cache.append(token, token).k) <= 7, "16, 32, 64, ..., 1024"
+    with torch.no_grad():
+        assert moves(lambda token: cache.append(token, token).k) <= 7, "16, 32, 64, ..., 1024"
     assert cache.length == 1000
 
     def copies() -> bool:

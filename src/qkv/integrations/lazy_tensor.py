@@ -1,11 +1,15 @@
 """`LazyTensor`: what our kernels read in a form of its own, and everybody else as an ordinary tensor."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
+from typing_extensions import Self
+
+from qkv.growing import alone
 
 
 class LazyTensor(torch.Tensor):
@@ -18,6 +22,18 @@ class LazyTensor(torch.Tensor):
     def dense(self) -> Tensor:
         """The tensor written out."""
         raise NotImplementedError
+
+    def form(self) -> tuple[Any, ...]:
+        """What the tensor is made of: the arguments of its class."""
+        raise NotImplementedError
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        twin = type(self)(*deepcopy(self.form(), memo))
+        memo[id(self)] = twin
+        return twin
+
+    def __reduce_ex__(self, protocol: object) -> tuple[type[Self], tuple[Any, ...]]:
+        return type(self), self.form()
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -47,6 +63,10 @@ class Int8Tensor(LazyTensor):
     def dense(self) -> Tensor:
         """The numbers in the dtype that the tensor shows."""
         return (self.codes * self.scale[..., None]).to(self.dtype)
+
+    def form(self) -> tuple[Any, ...]:
+        """Codes and scales without what lies around them in the memory of a cache, and the dtype."""
+        return alone(self.codes), alone(self.scale), self.dtype
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Int8Tensor(shape={tuple(self.shape)}, dtype={self.dtype})"

@@ -1,5 +1,6 @@
 """Caches for transformers' models that append without copying what they hold."""
 
+from copy import copy, deepcopy
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
 )
+from typing_extensions import Self
 
 from qkv.cache import Int8Keys, Int8KVCache
-from qkv.growing import Growing, append_in_place
+from qkv.growing import Growing, alone, append_in_place, wants_grad
 from qkv.integrations.lazy_tensor import Int8Tensor
 
 
@@ -27,7 +29,10 @@ def _room(tokens: int) -> int:
 
 
 class _Roomy(DynamicLayer):  # type: ignore[misc]
-    """What our layers share that keep tensors as they are: memory for each."""
+    """What our layers share that keep tensors as they are: memory for each.
+
+    Copies go on independently, as those of a `qkv.cache.Cache` do.
+    """
 
     keys: Any
     values: Any
@@ -35,6 +40,20 @@ class _Roomy(DynamicLayer):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._keys, self._values = Growing(), Growing()
+
+    def __copy__(self) -> Self:
+        twin = object.__new__(type(self))
+        twin.__dict__.update({**vars(self), "_keys": copy(self._keys), "_values": copy(self._values)})
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The tokens without the memory around them, for deep copies and pickles.
+
+        Raises:
+            RuntimeError: for tokens that were computed with gradients.
+        """
+        tokens = {"keys": alone(self.keys), "values": alone(self.values)}
+        return {**vars(self), **tokens, "_keys": Growing(), "_values": Growing()}
 
     def _admit(self, key_states: Tensor, value_states: Tensor) -> None:
         """Refuses what does not go with the tokens held, before anything has changed."""
@@ -80,8 +99,11 @@ class GrowingLayer(_Roomy):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorders the batch for beam search, with one copy."""
         if self.get_seq_length() > 0:
-            self.keys = _select(self._keys, self.keys, beam_idx)
-            self.values = _select(self._values, self.values, beam_idx)
+            self._keys, self._values = (
+                _select(memory, held, beam_idx)
+                for memory, held in ((self._keys, self.keys), (self._values, self.values))
+            )
+            self.keys, self.values = self._keys.tensor, self._values.tensor
 
 
 class SlidingLayer(_Roomy, DynamicSlidingWindowLayer):  # type: ignore[misc]
@@ -110,7 +132,11 @@ class SlidingLayer(_Roomy, DynamicSlidingWindowLayer):  # type: ignore[misc]
 
 
 class Int8Layer(DynamicLayer):  # type: ignore[misc]
-    """All keys and values of one layer in int8, which ``attn_implementation="qkv"`` reads as they are."""
+    """All keys and values of one layer in int8, which ``attn_implementation="qkv"`` reads as they are.
+
+    int8 has no gradient. Where one is wanted of keys or values, as in a training step, the layer keeps them as they
+    are, like transformers' own, and rounds them once a call wants none.
+    """
 
     keys: Any
     values: Any
@@ -119,6 +145,26 @@ class Int8Layer(DynamicLayer):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self._cache = Int8KVCache()
 
+    def __copy__(self) -> Self:
+        twin = object.__new__(type(self))
+        twin.__dict__.update({**vars(self), "_cache": copy(self._cache)})
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As of `GrowingLayer`: `keys` and `values` show what the cache holds, and are shown anew."""
+        if self._is_rounded:
+            return {**vars(self), "keys": self.keys.dtype, "values": self.values.dtype}
+        return {**vars(self), "keys": alone(self.keys), "values": alone(self.values)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if isinstance(self.keys, torch.dtype):
+            self._show(self._cache.keys(), self.keys, self.values)
+
+    @property
+    def _is_rounded(self) -> bool:
+        return isinstance(self.keys, Int8Tensor)
+
     def reserve(self, key_states: Tensor, value_states: Tensor) -> None:
         """Memory for a first update like this one."""
         self._cache.reserve(key_states, value_states, _room(key_states.shape[2]))
@@ -126,30 +172,32 @@ class Int8Layer(DynamicLayer):  # type: ignore[misc]
     def reset(self) -> None:
         """Forgets all."""
         super().reset()
-        self._cache = Int8KVCache()
+        self._cache.reset()
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Appends keys and values ``(B, Hkv, L, D)``; returns all, which any reader but us gets written out."""
+        if wants_grad(key_states, value_states, self.keys, self.values):
+            return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self._show(self._cache.append(key_states, value_states))
+        if not self._is_rounded:
+            self._cache.reset()
+            if _length(self.keys):
+                self._cache.append(self.keys, self.values)
+        self._show(self._cache.append(key_states, value_states), key_states.dtype, value_states.dtype)
         return self.keys, self.values
 
-    def _show(self, held: Int8Keys) -> None:
-        self.keys = Int8Tensor(held.k, held.k_scale, self.dtype)
-        self.values = Int8Tensor(held.v, held.v_scale, self.dtype)
-
-    def get_seq_length(self) -> int:
-        """Tokens held."""
-        return self._cache.length if self.is_initialized else 0
+    def _show(self, held: Int8Keys, keys_dtype: torch.dtype, values_dtype: torch.dtype) -> None:
+        self.keys = Int8Tensor(held.k, held.k_scale, keys_dtype)
+        self.values = Int8Tensor(held.v, held.v_scale, values_dtype)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last tokens, of a number given as a negative one."""
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop: give the number of tokens to remove as a negative one; got {tokens_to_remove}.")
-        if self.is_initialized:
+        if tokens_to_remove > 0 or not self._is_rounded:
+            super().crop(tokens_to_remove)
+        else:
             self._cache.crop(max(0, self._cache.length + tokens_to_remove))
-            self._show(self._cache.keys())
+            self._show(self._cache.keys(), self.keys.dtype, self.values.dtype)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorders the batch for beam search."""
@@ -162,9 +210,11 @@ class Int8Layer(DynamicLayer):  # type: ignore[misc]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps these rows of the batch."""
-        if self.get_seq_length() > 0:
-            self._cache.select(indices.to(self.device))
-            self._show(self._cache.keys())
+        if not self._is_rounded:
+            super().batch_select_indices(indices)
+        else:
+            self._cache.select(indices)
+            self._show(self._cache.keys(), self.keys.dtype, self.values.dtype)
 
 
 class QKVCache(DynamicCache):  # type: ignore[misc]
@@ -175,7 +225,8 @@ class QKVCache(DynamicCache):  # type: ignore[misc]
             such as those of linear attention, are transformers' own.
         dtype: of the keys and values of layers without a window: that of the model if None, or ``torch.int8``, about
             half the bytes of bf16, for models on ``attn_implementation="qkv"``. (On others, all keys and values would
-            be written out at each step.)
+            be written out at each step.) Where a gradient of keys and values is wanted, as in training, they are kept
+            as they are.
 
     Raises:
         ValueError: for another dtype.
@@ -212,12 +263,19 @@ class QKVCache(DynamicCache):  # type: ignore[misc]
         return seen
 
     def _reserve(self, key_states: Tensor, value_states: Tensor) -> None:
-        foreseen = key_states.is_cpu and key_states.dim() == value_states.dim() == 4 and not key_states.requires_grad
-        if foreseen and not torch.compiler.is_compiling():
+        foreseen = key_states.is_cpu and key_states.dim() == value_states.dim() == 4
+        if foreseen and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             for layer in self.layers:
-                if isinstance(layer, GrowingLayer | Int8Layer):
+                if isinstance(layer, GrowingLayer | Int8Layer) and not layer.is_initialized:
                     layer.reserve(key_states, value_states)
             self._has_reserved = True
+
+    def __copy__(self) -> Self:
+        """Another whose layers go on independently: ours share memory until one of both is written to."""
+        twin = object.__new__(type(self))
+        layers = [copy(layer) if isinstance(layer, _Roomy | Int8Layer) else deepcopy(layer) for layer in self.layers]
+        twin.__dict__.update({**vars(self), "layers": layers})
+        return twin
 
 
 THEIRS = {
@@ -251,6 +309,9 @@ def _replaced(layer: CacheLayerMixin, growing: type[DynamicLayer]) -> CacheLayer
     return layer
 
 
+torch.serialization.add_safe_globals([QKVCache, GrowingLayer, SlidingLayer, Int8Layer])
+
+
 def _length(held: Tensor | None) -> int:
     # A layer begins with nothing, and then with an empty tensor of one dimension.
     return held.shape[2] if held is not None and held.dim() == 4 else 0
@@ -264,9 +325,6 @@ def _extend(memory: Growing, held: Tensor, new: Tensor, room: int | None = None)
     return memory.extend(new, _room(memory.length + new.shape[2]) if room is None else room)
 
 
-def _select(memory: Growing, held: Tensor, rows: Tensor) -> Tensor:
+def _select(memory: Growing, held: Tensor, rows: Tensor) -> Growing:
     memory.hold(held)
-    memory.select(rows.to(held.device))
-    selected = memory.tensor
-    assert selected is not None
-    return selected
+    return memory.select(rows.to(held.device))

@@ -46,6 +46,10 @@ class MaskTensor(LazyTensor):
         hidden = torch.zeros((), dtype=self.dtype, device=self.device).masked_fill(~seen, torch.finfo(self.dtype).min)
         return hidden.expand(self.shape).contiguous()
 
+    def form(self) -> tuple[Any, ...]:
+        """The mask and its offset, and the tensor for which they stand."""
+        return self.mask, self.offset, tuple(self.shape), self.dtype, str(self.device)
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"MaskTensor({self.mask!r}, offset={self.offset}, shape={tuple(self.shape)})"
 

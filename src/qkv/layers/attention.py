@@ -1,18 +1,22 @@
 """`Attention`: one layer for every mechanism of the family."""
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from typing_extensions import Self
+from typing_extensions import ParamSpec, Self
 
 from qkv import functional
-from qkv.cache import Cache, CrossKVCache, Int8Keys, Keys
+from qkv.cache import Cache, CrossKVCache, Int8Keys, Keys, Owner
 from qkv.layers import torch_mha
 from qkv.layers.projection import project
 from qkv.layers.rotary import RotaryEmbedding
 from qkv.masks import FULL, Mask
+
+_Arguments = ParamSpec("_Arguments")
 
 
 class HeadNorm(nn.RMSNorm):
@@ -28,6 +32,24 @@ class _Inputs(NamedTuple):
     q: Tensor
     keys: Keys | Int8Keys
     mask: Mask
+
+
+def _whole_or_not(call: Callable[_Arguments, Tensor]) -> Callable[_Arguments, Tensor]:
+    """A call that fails, for a mask that does not fit or an interrupt, leaves no tokens in its cache unanswered."""
+
+    @functools.wraps(call)
+    def guarded(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> Tensor:
+        cache = kwargs.get("cache")
+        if not isinstance(cache, Cache):
+            return call(*args, **kwargs)
+        mark = cache.mark()
+        try:
+            return call(*args, **kwargs)
+        except BaseException:
+            cache.restore(mark)
+            raise
+
+    return guarded
 
 
 class Attention(nn.Module):
@@ -136,6 +158,7 @@ class Attention(nn.Module):
         self.softcap = softcap
         self.dropout = dropout
         self.backend = backend
+        self._owner = Owner(f"{who}({embed_dim}, num_heads={num_heads})")
 
         source_dim = embed_dim if context_dim is None else context_dim
         out_bias = bias if out_bias is None else out_bias
@@ -170,6 +193,7 @@ class Attention(nn.Module):
         if self.sink_logits is not None:
             nn.init.zeros_(self.sink_logits)
 
+    @_whole_or_not
     def forward(
         self, x: Tensor, context: Tensor | None = None, *, mask: Mask | None = None, cache: Cache | None = None
     ) -> Tensor:
@@ -179,7 +203,8 @@ class Attention(nn.Module):
             x: ``(B, Lq, embed_dim)``.
             context: ``(B, Lk, context_dim)``, for a layer with a context_dim; not needed once ``cache`` holds it.
             mask: further restricts the mask of the layer; tensors in it count all keys so far.
-            cache: keys and values of earlier calls, to which this call adds its own.
+            cache: keys and values of earlier calls of this layer, to which this call adds its own. A call that fails
+                adds nothing.
 
         Returns:
             ``(B, Lq, embed_dim)``.
@@ -205,6 +230,7 @@ class Attention(nn.Module):
         )
         return project(self.out_proj, out.transpose(1, 2).flatten(2))
 
+    @_whole_or_not
     def attention_weights(
         self, x: Tensor, context: Tensor | None = None, *, mask: Mask | None = None, cache: Cache | None = None
     ) -> Tensor:
@@ -225,32 +251,37 @@ class Attention(nn.Module):
         who = type(self).__name__
         if x.dim() != 3 or x.shape[2] != self.embed_dim:
             raise ValueError(f"{who}: x must be (B, L, {self.embed_dim}); got shape {tuple(x.shape)}.")
+        mask = self.mask if mask is None else self.mask & mask
         q = self._heads(project(self.q_proj, x), self.head_dim, self.q_norm)
         if self.context_dim is None:
-            q, keys = self._self_keys(x, q, context, cache)
-        else:
-            keys = self._context_keys(x, context, cache)
-        mask = self.mask if mask is None else self.mask & mask
-        return _Inputs(q, keys, mask if cache is None else cache.held(mask))
+            return self._self_inputs(x, q, context, mask, cache)
+        return self._cross_inputs(x, q, context, mask, cache)
 
-    def _self_keys(
-        self, x: Tensor, q: Tensor, context: Tensor | None, cache: Cache | None
-    ) -> tuple[Tensor, Keys | Int8Keys]:
+    def _self_inputs(self, x: Tensor, q: Tensor, context: Tensor | None, mask: Mask, cache: Cache | None) -> _Inputs:
         who = type(self).__name__
         if context is not None:
             raise ValueError(
                 f"{who}: it attends to its own input and takes no context; got one of shape {tuple(context.shape)}. "
                 "Build it with context_dim=, or use CrossAttention."
             )
-        if isinstance(cache, CrossKVCache):
-            raise TypeError(f"{who}: cache must be a KVCache or SlidingKVCache in self-attention; got a CrossKVCache.")
+        if cache is None:
+            k, v = self._keys(x)
+            if self.rotary is not None:
+                q, k = self.rotary(q), self.rotary(k)
+            return _Inputs(q, Keys(k, v, 0), mask)
+        if not isinstance(cache, Cache) or isinstance(cache, CrossKVCache):
+            raise TypeError(
+                f"{who}: cache must be a KVCache or SlidingKVCache in self-attention; got a {type(cache).__name__}."
+            )
+        cache.admit(self._owner, mask)
         k, v = self._keys(x)
         if self.rotary is not None:
-            position = 0 if cache is None else cache.length
+            position = cache.length
             q, k = self.rotary(q, position), self.rotary(k, position)
-        return q, Keys(k, v, 0) if cache is None else cache.append(k, v)
+        keys = cache.append(k, v)
+        return _Inputs(q, keys, cache.held(mask))
 
-    def _context_keys(self, x: Tensor, context: Tensor | None, cache: Cache | None) -> Keys:
+    def _cross_inputs(self, x: Tensor, q: Tensor, context: Tensor | None, mask: Mask, cache: Cache | None) -> _Inputs:
         who = type(self).__name__
         if cache is not None and not isinstance(cache, CrossKVCache):
             raise TypeError(f"{who}: cache must be a CrossKVCache in cross-attention; got {type(cache).__name__}.")
@@ -260,20 +291,22 @@ class Attention(nn.Module):
                 raise ValueError(
                     f"{who}: context must be given, (B, Lk, {self.context_dim}), or a CrossKVCache that holds one."
                 )
-            return cache.keys()
+            cache.admit(self._owner, mask)
+            return _Inputs(q, cache.keys(), mask)
         if context.dim() != 3 or context.shape[2] != self.context_dim or context.shape[0] != x.shape[0]:
             raise ValueError(
                 f"{who}: context must be ({x.shape[0]}, Lk, {self.context_dim}); got shape {tuple(context.shape)}."
             )
-        if cache is not None and held:
-            if context.shape[1] != held:
-                raise ValueError(
-                    f"{who}: cache holds a context of {held} tokens; got another of {context.shape[1]}. "
-                    "Make one CrossKVCache for each layer and context."
-                )
-            return cache.keys()
-        k, v = self._keys(context)
-        return Keys(k, v, None) if cache is None else cache.append(k, v)
+        if cache is None:
+            k, v = self._keys(context)
+            return _Inputs(q, Keys(k, v, None), mask)
+        cache.admit(self._owner, mask)
+        if held:
+            cache.require(context)
+            return _Inputs(q, cache.keys(), mask)
+        keys = cache.append(*self._keys(context))
+        cache.remember(context)
+        return _Inputs(q, keys, mask)
 
     def _keys(self, source: Tensor) -> tuple[Tensor, Tensor]:
         k = self._heads(project(self.k_proj, source), self.head_dim, self.k_norm)
