@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
-from qkv.integrations.torch_operators import record, routed
+from qkv.integrations.torch_operators import listener, routed
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -143,7 +143,7 @@ class _Routed:
         functools.update_wrapper(self, self.forward, updated=())  # callers read the signature
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or record.get() is not None:
+        if torch.compiler.is_compiling() or listener() is not None:
             return self.forward(*args, **kwargs)
         with routed(_forget):
             return self.forward(*args, **kwargs)

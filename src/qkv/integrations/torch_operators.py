@@ -30,22 +30,54 @@ _THEIR_ATTENTION = library.get_kernel("aten::scaled_dot_product_attention", "CPU
 _THEIR_FAST_PATH = library.get_kernel("aten::_native_multi_head_attention", "CPU")
 
 _CAUSAL = Mask.causal()
-record: ContextVar[Record | None] = ContextVar("record", default=None)
-"""Whether, and for whom, calls of this thread or task are routed."""
+
+
+class _Block:
+    """A block that routes calls: entered within ``outer``, and open until it is left."""
+
+    def __init__(self, tell: Record, outer: "_Block | None") -> None:
+        self.tell, self.outer, self.is_open = tell, outer, True
+
+
+_innermost: ContextVar[_Block | None] = ContextVar("innermost", default=None)
+"""The block entered last in this thread or task, which may have been left since, here or elsewhere."""
 
 _lock = threading.Lock()
 
 
 @contextmanager
 def routed(to: Record) -> Iterator[None]:
-    """Routes the calls of this thread, or of this asyncio task, and tells ``to`` of each."""
+    """Routes the calls of this thread, or of this asyncio task, and tells ``to`` of each.
+
+    Blocks may be left in any order and from anywhere: a generator may be closed after its caller's block, or collected
+    in another thread, and a task outlives the block in which it was made. So a block that is left is marked, instead of
+    putting back what was found on entering, and the innermost one that is still open counts.
+    """
     with _lock:
         _take_over()
-    token = record.set(to)
+    block = _Block(to, _open_block())
+    _innermost.set(block)
     try:
         yield
     finally:
-        record.reset(token)
+        block.is_open = False
+        _innermost.set(_open_block())
+
+
+def listener() -> Record | None:
+    """Whether, and for whom, calls of this thread or task are routed."""
+    block = _open_block()
+    return None if block is None else block.tell
+
+
+def _open_block() -> _Block | None:
+    block = _innermost.get()
+    while block is not None and not block.is_open:
+        block = block.outer
+    if block is not None:
+        while block.outer is not None and not block.outer.is_open:
+            block.outer = block.outer.outer  # or a chain of blocks that overlap would grow without end
+    return block
 
 
 @functools.cache
@@ -74,7 +106,7 @@ def _attend(
     enable_gqa: bool = False,
 ) -> Tensor:
     """In place of ``aten::scaled_dot_product_attention``."""
-    tell = record.get()
+    tell = listener()
     if tell is not None:
         answer = _answer(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         tell(query, key, answer if isinstance(answer, str) else None)
@@ -158,7 +190,7 @@ def _attend_projected(
     mask_type: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """In place of ``aten::_native_multi_head_attention``."""
-    tell = record.get()
+    tell = listener()
     if tell is not None:
         answer: Tensor | str
         if need_weights:
