@@ -9,8 +9,9 @@ from typing_extensions import Unpack
 
 from qkv import backends
 from qkv.backends import native
-from qkv.backends.nonfinite import shield
+from qkv.backends.nonfinite import restore, shield
 from qkv.backends.reference import weights_and_lse
+from qkv.backends.result import Result
 from qkv.masks import FULL, Mask
 from qkv.problem import pose
 
@@ -181,11 +182,11 @@ def attention_weights(q: Tensor, k: Tensor, **options: Unpack[Options]) -> Tenso
     """
     options["v_scale"] = options.get("k_scale")
     problem = pose("attention_weights", q, k, k, **options).widened()
-    clean, poison = shield(problem)
+    clean, poison = shield(problem._replace(v=problem.v[..., :0]))
     weights, _ = weights_and_lse(clean)
-    if poison is not None:
-        weights = weights + poison.lse[..., None]
-    return weights.to(problem.q.dtype)
+    if poison is not None and poison.lse is not None:
+        poison = poison._replace(out=poison.lse[..., None])
+    return restore(Result(weights, None), poison).out.to(problem.q.dtype)
 
 
 def merge(partials: Sequence[tuple[Tensor, Tensor]]) -> Partial:

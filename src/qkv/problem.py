@@ -1,5 +1,6 @@
 """`Problem`: one call of attention, validated and trimmed. The only place that validates tensors."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -134,7 +135,9 @@ def pose(
         if q.shape[3] == 0:
             raise ValueError(f"{who}: heads of width 0 have no default scale, 1 / sqrt(width); give scale.")
         scale = q.shape[3] ** -0.5
-    if softcap is not None and not softcap > 0:
+    elif not -math.inf < scale < math.inf:
+        raise ValueError(f"{who}: scale must be a finite number, or None for 1 / sqrt(width); got {scale!r}.")
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"{who}: softcap must be a positive number or None; got {softcap!r}.")
     if bias is not None:
         bias = _check_bias(who, bias, q, k)

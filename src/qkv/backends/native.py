@@ -1,5 +1,7 @@
 """The compiled CPU kernel."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -46,7 +48,7 @@ def run_plain(
         return None
     if scale is None:
         scale = (q.shape[3] or 1) ** -0.5
-    elif type(scale) is not float:
+    elif type(scale) is not float or not -math.inf < scale < math.inf:
         return None
     tensors = (q, k, v, k_scale, v_scale, mask.keep, mask.lengths)
     return kernels.forward_plain(*tensors, mask.left, mask.right, mask.sink_tokens, offset, scale)

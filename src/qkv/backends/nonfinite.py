@@ -1,61 +1,84 @@
-"""Keys and values that are not finite: without influence on queries that may not see them, NaN or inf for the others.
+"""Numbers that are not finite: NaN for whoever sees them, without influence on everybody else, forward and backward.
 
-Kernels that multiply a masked weight of 0 with a value of NaN get NaN, and so do their gradients. `shield` therefore
-computes on finite stand-ins, and `restore` gives each query the non-finite values that it really sees.
+Kernels multiply a weight of 0 with the NaN that the mask hides, take the score -inf of an infinite key for a hidden
+one, and add up the gradients of all rows before the mask is asked. `shield` therefore computes on finite stand-ins, and
+`restore` gives each row what it really sees, and keeps the gradients of rows that are not finite from the keys that
+these rows do not see. The law is a table in DESIGN.md.
 
-On a GPU, looking for them waits and restoring them takes many times as long as attention itself. There, keys that
-padding hides from all become zeros, whatever they held; among the others, a NaN spreads as it does in torch's kernels.
+On a GPU, looking for such numbers waits and restoring them takes many times as long as attention itself. There, keys
+that padding hides from all become zeros, whatever they held; among the others, a NaN spreads as it does in torch's
+kernels.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qkv import kernels
 from qkv.backends.result import Result, accumulation_dtype
+from qkv.masks import Mask
 from qkv.problem import Problem
 
 
 class Poison(NamedTuple):
-    """What the visible non-finite keys and values add to a result: 0, inf, -inf or NaN."""
+    """What is not finite in a problem, as `restore` needs it."""
 
-    out: Tensor
-    """(B, H, Lq, Dv)"""
-    lse: Tensor
-    """(B, H, Lq)"""
+    problem: Problem
+    """As it was given to `shield`."""
+    out: Tensor | None
+    """(B, H, Lq, Dv): 0, inf, -inf or NaN, which is added to the result. None where all is finite."""
+    lse: Tensor | None
+    """(B, H, Lq): 0 or NaN"""
 
 
 def shield(problem: Problem) -> tuple[Problem, Poison | None]:
-    """The problem with finite keys and values, and what `restore` has to add; None for nothing."""
-    if problem.mask.is_full:
-        return problem, None  # Nothing is hidden: whatever the kernel propagates is seen.
+    """The problem with finite numbers alone, biases and sink logits of -inf apart; None where nothing can leak."""
     if not problem.k.is_cpu:
         return _without_padding(problem), None
-    if _can_read(problem.k) and _all_finite(problem.k) and _all_finite(problem.v):
-        return problem, None
-    clean = problem._replace(
-        k=torch.nan_to_num(problem.k, nan=0.0, posinf=0.0, neginf=0.0),
-        v=torch.nan_to_num(problem.v, nan=0.0, posinf=0.0, neginf=0.0),
-    )
+    if problem.mask.is_full and torch.onnx.is_in_onnx_export():
+        return problem, None  # Nothing is hidden, and one node shall stay one node.
+    if _can_read(problem.q, problem.k, problem.v):
+        if _is_finite(problem):
+            may_leak = problem.needs_grad and not problem.mask.is_full  # gradients that are not finite
+            return problem, Poison(problem, None, None) if may_leak else None
+        problem = _with_finite_alibi(problem)
     with torch.no_grad():
-        return clean, _poison(problem)
+        poison = _poison(problem)
+    return _finite(problem), poison
 
 
 def restore(result: Result, poison: Poison | None) -> Result:
-    """The result with the non-finite keys and values that its rows see."""
+    """The result of the shielded problem as it is for the one that was given, and so its gradients."""
     if poison is None:
         return result
-    return Result(result.out + poison.out, None if result.lse is None else result.lse + poison.lse)
+    problem, mask = poison.problem, poison.problem.mask
+    if problem.needs_grad:
+        inputs = (problem.q, problem.k, problem.v, problem.bias, problem.alibi, problem.sink_logits)
+        tensors = (mask.keep, mask.lengths, mask.document_ids, mask.allow)
+        bounds = (mask.left, mask.right, mask.sink_tokens, problem.offset)
+        function = _Restored if torch.compiler.is_compiling() else _RestoredWithTangents
+        return Result(*function.apply(*result, poison.out, poison.lse, *inputs, *tensors, *bounds))  # type: ignore[no-untyped-call]
+    return Result(*_restored(*result, poison.out, poison.lse))
 
 
-def _can_read(tensor: Tensor) -> bool:
+def _restored(
+    out: Tensor, lse: Tensor | None, poison_out: Tensor | None, poison_lse: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    if poison_out is None or poison_lse is None:
+        return out.clone(), None if lse is None else lse.clone()
+    return out + poison_out, None if lse is None else lse + poison_lse
+
+
+def _can_read(*tensors: Tensor) -> bool:
     """Whether looking at values is possible: not while tracing or batching."""
     return (
-        type(tensor) in (Tensor, torch.nn.Parameter)
-        and not torch.compiler.is_compiling()
+        all(map(kernels.is_plain, tensors))
+        and not kernels.is_watched()
         and not torch._C._are_functorch_transforms_active()
+        and not any(map(torch._C._functorch.is_legacy_batchedtensor, tensors))
     )
 
 
@@ -67,46 +90,194 @@ def _without_padding(problem: Problem) -> Problem:
     return problem._replace(k=problem.k.masked_fill(hidden, 0), v=problem.v.masked_fill(hidden, 0))
 
 
+def _is_finite(problem: Problem) -> bool:
+    """Whether every number is, biases and sink logits of -inf apart."""
+    # Values that all rows see spread as they should by themselves, in the forward pass.
+    spread = problem.mask.is_full and not problem.needs_grad
+    summed = (problem.q, problem.k, problem.alibi, None if spread else problem.v)
+    return all(tensor is None or _all_finite(tensor) for tensor in summed) and not any(
+        scores is not None and _raises(scores).any() for scores in (problem.bias, problem.sink_logits)
+    )
+
+
 def _all_finite(tensor: Tensor) -> bool:
     # A sum is finite only if all its terms are, and costs a seventh of isfinite().all(). Where it overflows, the
     # answer is a false alarm: correct, only slower.
+    tensor = tensor.detach()
     total = tensor.sum() if tensor.dtype is not torch.float16 else tensor.sum(dtype=torch.float32)
     return math.isfinite(total.item())
 
 
-def _poison(problem: Problem) -> Poison:
-    bad_key = ~problem.k.isfinite().all(dim=-1, keepdim=True)
-    nan = problem.v.isnan() | bad_key
-    flags = torch.cat([nan | (problem.v == torch.inf), nan | (problem.v == -torch.inf), bad_key], dim=-1)
-    seen = _any_visible(problem, flags)
-    if seen.shape[1] != problem.num_heads:
-        seen = seen.repeat_interleave(problem.group, dim=1)
-    width = problem.v.shape[3]
-    up, down, key = seen.split([width, width, 1], dim=-1)
-    infinity = torch.where(up, torch.inf, problem.v.new_zeros(()))
-    lse_dtype = accumulation_dtype(problem.q.dtype)
-    return Poison(
-        out=infinity - torch.where(down, torch.inf, problem.v.new_zeros(())),
-        lse=torch.where(key.squeeze(-1), torch.nan, torch.zeros((), dtype=lse_dtype, device=key.device)),
+def _raises(scores: Tensor) -> Tensor:
+    """Where a score that is added makes its row NaN. One of -inf makes a weight of 0."""
+    return scores.isnan() | (scores == torch.inf)
+
+
+def _with_finite_alibi(problem: Problem) -> Problem:
+    """Slopes that are not finite are a bias like any other."""
+    if problem.alibi is None or _all_finite(problem.alibi):
+        return problem
+    dtype = accumulation_dtype(problem.q.dtype)
+    bias = -problem.alibi.to(dtype)[:, None, None] * problem.distance().to(dtype)
+    return problem._replace(alibi=None, bias=bias[None] if problem.bias is None else problem.bias + bias)
+
+
+def _finite(problem: Problem) -> Problem:
+    q, k, v = (torch.nan_to_num(tensor, nan=0.0, posinf=0.0, neginf=0.0) for tensor in problem[:3])
+    bias, sink_logits = (
+        None if scores is None else torch.nan_to_num(scores, nan=0.0, posinf=0.0, neginf=-torch.inf)
+        for scores in (problem.bias, problem.sink_logits)
     )
+    return problem._replace(q=q, k=k, v=v, bias=bias, sink_logits=sink_logits)
 
 
-def _any_visible(problem: Problem, flags: Tensor) -> Tensor:
-    """For flags (B, Hkv, Lk, C) of the keys: whether each query sees a flagged one, (B, Hkv or H, Lq, C)."""
-    mask, lk = problem.mask, problem.lk
-    if mask.document_ids is not None or mask.allow is not None:
-        visible = problem.visible().float()
-        if visible.shape[1] != 1:
-            flags = flags.repeat_interleave(problem.group, dim=1)
-        return visible @ flags.float() > 0
-    # What an interval shows is a difference of two running counts: linear in the length, without a dense mask.
-    keep = mask.keep_keys(lk)
-    if keep is not None:
-        flags = flags & keep[:, None, :, None]
+def _poison(problem: Problem) -> Poison:
+    q, k, v, bias, width = problem.q, problem.k, problem.v, problem.bias, problem.v.shape[3]
+    sight = Sight(problem.mask, problem.offset, problem.lq, problem.lk, problem.group)
+    bad_key = ~k.isfinite().all(dim=-1, keepdim=True)
+    flags = [v.isnan() | (v == torch.inf), v.isnan() | (v == -torch.inf), bad_key, torch.ones_like(bad_key)]
+    up, down, bad, sees = sight.of_rows(torch.cat(flags, dim=-1)).split([width, width, 1, 1], dim=-1)
+    bad = bad | (sees & ~q.isfinite().all(dim=-1, keepdim=True))
+    if bias is not None:
+        visible = problem.visible()
+        bad = bad | (visible & _raises(bias)).any(dim=-1, keepdim=True)
+        # Infinities with a weight of 0.
+        erased = _any_of(visible & (bias == -torch.inf), v.isinf().repeat_interleave(problem.group, dim=1))
+        up, down = up | erased, down | erased
+    if problem.sink_logits is not None:
+        bad = bad | _raises(problem.sink_logits)[:, None, None]
+    nothing = torch.zeros((), dtype=q.dtype, device=q.device)
+    out = torch.where(up | bad, torch.inf, nothing) - torch.where(down | bad, torch.inf, nothing)
+    return Poison(problem, out, torch.where(bad.squeeze(-1), torch.nan, nothing.to(accumulation_dtype(q.dtype))))
+
+
+class Sight(NamedTuple):
+    """Which rows and which keys see each other. Linear in the lengths for intervals and padding."""
+
+    mask: Mask
+    offset: int
+    lq: int
+    lk: int
+    group: int
+
+    def of_rows(self, flags: Tensor) -> Tensor:
+        """For flags (B, Hkv, Lk, C) of the keys: whether each row sees a flagged one, (B, H, Lq, C)."""
+        mask, lk = self.mask, self.lk
+        if self._needs_pairs():
+            return _any_of(self.pairs(flags.device), flags.repeat_interleave(self.group, dim=1))
+        keep = mask.keep_keys(lk)
+        if keep is not None:
+            flags = flags & keep[:, None, :, None]
+        position = torch.arange(self.lq, device=flags.device) + self.offset
+        start = torch.zeros_like(position) if mask.left is None else (position - mask.left).clamp(0, lk)
+        stop = torch.full_like(position, lk) if mask.right is None else (position + mask.right + 1).clamp(0, lk)
+        seen = _any_between(flags, start, stop)
+        if mask.sink_tokens:
+            seen = seen | _any_between(flags, torch.zeros_like(stop), stop.clamp(max=mask.sink_tokens))
+        return seen.repeat_interleave(self.group, dim=1)
+
+    def of_keys(self, flags: Tensor) -> Tensor:
+        """For flags (B, H, Lq, C) of the rows: whether a flagged one sees each key, (B, Hkv, Lk, C)."""
+        mask, lq = self.mask, self.lq
+        if self._needs_pairs():
+            seen = _any_of(self.pairs(flags.device).mT, flags)
+        else:
+            row = torch.arange(self.lk, device=flags.device) - self.offset  # which stands where the key does
+            start = torch.zeros_like(row) if mask.right is None else (row - mask.right).clamp(0, lq)
+            stop = torch.full_like(row, lq) if mask.left is None else (row + mask.left + 1).clamp(0, lq)
+            if mask.sink_tokens:
+                stop = torch.where(row + self.offset < mask.sink_tokens, lq, stop)
+            seen = _any_between(flags, start, stop)
+            keep = mask.keep_keys(self.lk)
+            if keep is not None:
+                seen = seen & keep[:, None, :, None]
+        per_group: Tensor = seen.unflatten(1, (-1, self.group))
+        return per_group.any(dim=2)
+
+    def pairs(self, device: torch.device) -> Tensor:
+        """The mask written out, broadcastable to (B, H, Lq, Lk)."""
+        return self.mask.visible(self.lq, self.lk, self.offset, device=device)
+
+    def _needs_pairs(self) -> bool:
+        return self.mask.document_ids is not None or self.mask.allow is not None
+
+
+def _any_of(pairs: Tensor, flags: Tensor) -> Tensor:
+    """Whether any of the flags (..., n, C) is set that the pairs (..., m, n) select: (..., m, C)."""
+    return pairs.float() @ flags.float() > 0
+
+
+def _any_between(flags: Tensor, start: Tensor, stop: Tensor) -> Tensor:
+    """Whether any of the flags (B, H, n, C) from ``start`` to ``stop`` is set, for each of these (m,): (B, H, m, C)."""
     count = F.pad(flags.cumsum(dim=2, dtype=torch.int32), (0, 0, 1, 0))
-    position = torch.arange(problem.lq, device=flags.device) + problem.offset
-    stop = torch.full_like(position, lk) if mask.right is None else (position + mask.right + 1).clamp(0, lk)
-    start = torch.zeros_like(position) if mask.left is None else (position - mask.left).clamp(min=0)
-    start = torch.minimum(start, stop)
-    before = count[:, :, start.clamp(max=mask.sink_tokens)]
-    return count[:, :, stop] - count[:, :, start] + before > 0
+    return count[:, :, stop] > count[:, :, start]
+
+
+class _Restored(torch.autograd.Function):
+    """`_restored`, whose backward hands on finite gradients alone, and NaN to what the other rows see.
+
+    A row is NaN in the backward pass where its gradient from above is not finite, or where it has one and its result is
+    not finite. A row without a gradient from above adds nothing, whatever it sees.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        out: Tensor, lse: Tensor | None, poison_out: Tensor | None, poison_lse: Tensor | None, *others
+    ) -> tuple[Tensor, Tensor | None]:
+        return _restored(out, lse, poison_out, poison_lse)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        _, _, poison_out, _, *tensors, left, right, sink_tokens, offset = inputs
+        *learned, keep, lengths, document_ids, allow = tensors
+        ctx.save_for_backward(poison_out, learned[-1], keep, lengths, document_ids, allow)
+        ctx.shapes = [None if tensor is None else tensor.shape for tensor in learned]
+        ctx.bounds = left, right, sink_tokens, offset
+
+    @staticmethod
+    def backward(ctx, d_out, d_lse):  # type: ignore[no-untyped-def]
+        poison_out, sink_logits, *tensors = ctx.saved_tensors
+        from_above = [gradient for gradient in (d_out, d_lse) if gradient is not None]
+        if poison_out is None and _can_read(*from_above) and all(map(_all_finite, from_above)):
+            return d_out, d_lse, *[None] * 16
+        columns = [d_out] if d_lse is None else [d_out, d_lse[..., None]]
+        bad = torch.stack([~column.isfinite().all(dim=-1) for column in columns]).any(dim=0)
+        if poison_out is not None:
+            has_any = torch.stack([(column != 0).any(dim=-1) for column in columns]).any(dim=0)
+            bad = bad | (has_any & ~poison_out.isfinite().all(dim=-1))
+        bad = bad[..., None]
+        d_out, d_lse = d_out.masked_fill(bad, 0), None if d_lse is None else d_lse.masked_fill(bad[..., 0], 0)
+        return d_out, d_lse, None, None, *_spread(ctx, bad, sink_logits, tensors), *[None] * 8
+
+
+class _RestoredWithTangents(_Restored):
+    """Forward mode as well, which torch's compiler does not take."""
+
+    @staticmethod
+    def jvp(ctx, d_out, d_lse, *others):  # type: ignore[no-untyped-def]
+        return d_out.clone(), None if d_lse is None else d_lse.clone()
+
+
+def _spread(
+    ctx: Any, bad: Tensor, sink_logits: Tensor | None, mask_tensors: list[Tensor | None]
+) -> list[Tensor | None]:
+    """The gradients of q, k, v, bias, alibi and sink logits: NaN for what the bad rows (B, H, Lq, 1) see, else 0."""
+    q, k, v, bias, alibi, _ = ctx.shapes
+    left, right, sink_tokens, offset = ctx.bounds
+    sight = Sight(Mask(left, right, sink_tokens, *mask_tensors), offset, q[2], k[2], q[1] // k[1])
+    seen = sight.of_keys(bad)
+    sees = bad & sight.of_rows(torch.ones_like(seen))
+
+    def nan(where: Tensor) -> Tensor:
+        return torch.where(where, torch.nan, torch.zeros((), device=where.device))
+
+    return [
+        nan(sees).expand(q),
+        nan(seen).expand(k),
+        nan(seen).expand(v),
+        None if bias is None else nan(sight.pairs(bad.device) & bad).sum_to_size(bias),
+        None if alibi is None else nan(sees.any(dim=(0, 2, 3))),
+        None if sink_logits is None else nan(bad.any(dim=(0, 2, 3)) & (sink_logits != -torch.inf)),
+    ]

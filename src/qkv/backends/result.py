@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qkv.problem import Problem
+
 
 class Result(NamedTuple):
     """Attention, and on request the log of its normaliser."""
@@ -18,3 +20,18 @@ class Result(NamedTuple):
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of scores, softmax and lse for inputs of ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def see_nothing(problem: Problem) -> Result:
+    """The result of a problem without keys, or without queries: 0, and in the normaliser the sink logit alone.
+
+    For backends whose kernels take no empty tensors. All tensors of the problem have a part in it, so that they get a
+    gradient of 0 and not none.
+    """
+    q, v, sinks = problem.q, problem.v, problem.sink_logits
+    tensors = (q, problem.k, v, problem.bias, problem.alibi, sinks)
+    zero = sum(tensor.flatten()[:0].sum() for tensor in tensors if tensor is not None)
+    lse = q.new_full(q.shape[:3], -torch.inf, dtype=accumulation_dtype(q.dtype)) + zero
+    if sinks is not None:
+        lse = torch.where(sinks[:, None] == -torch.inf, lse, sinks.to(lse.dtype)[:, None])
+    return Result(q.new_zeros(*q.shape[:3], v.shape[3]) + zero, lse if problem.wants_lse else None)

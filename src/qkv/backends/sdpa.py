@@ -6,7 +6,7 @@ from torch import Tensor
 
 from qkv.backends import blocks, flex
 from qkv.backends.nonfinite import restore, shield
-from qkv.backends.result import Result, accumulation_dtype
+from qkv.backends.result import Result, accumulation_dtype, see_nothing
 from qkv.backends.sinks import add_sinks
 from qkv.problem import Problem, trim
 
@@ -29,8 +29,6 @@ def why_not(problem: Problem) -> list[str]:
             reasons.append(f"{wanted} the lse, which torch's kernels give on CPU alone")
         if torch.onnx.is_in_onnx_export():
             reasons.append(f"{wanted} the lse, which ONNX's attention does not give")
-        elif problem.lq == 0 or trim(problem).lk == 0:
-            reasons.append(f"{wanted} the lse, which torch's kernels do not give without queries or keys")
         if problem.dropout:
             reasons.append(f"{wanted} the lse, which torch's kernels do not give with dropout")
         if problem.needs_grad and _has_learned_bias(problem):
@@ -48,6 +46,8 @@ def why_rather_not(problem: Problem) -> list[str]:
 
 def run(problem: Problem) -> Result:
     clean, poison = shield(trim(problem).widened())
+    if clean.lq == 0 or clean.lk == 0:
+        return restore(see_nothing(clean), poison)
     plan = blocks.plan(clean)
     return restore(_fused(clean) if plan is None else blocks.run(clean, plan, _fused), poison)
 
@@ -83,30 +83,39 @@ def _is_batched(tensor: Tensor) -> bool:
 
 
 def _fused(problem: Problem) -> Result:
+    problem = _with_positive_scale(problem)
     attn_mask, is_causal = _lower(problem)
-    if _needs_lse(problem):
-        return _fused_with_lse(problem, attn_mask, is_causal)
+    value_width = problem.v.shape[3]
     if problem.q.is_cuda:
         problem = _suited_to_gpu(problem, attn_mask)
-    q, k, v = problem.q, problem.k, problem.v
-    width, value_width = q.shape[3], v.shape[3]
-    if width != value_width and q.device.type == "cpu":
-        q, k, v = _pad_widths(q, k, v)
+    elif problem.q.device.type in ("cpu", "meta"):
+        problem, attn_mask = _suited_to_cpu(problem, attn_mask)
+    if _needs_lse(problem):
+        return _fused_with_lse(problem, attn_mask, is_causal, value_width)
     out = F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
+        problem.q,
+        problem.k,
+        problem.v,
         attn_mask=attn_mask,
         dropout_p=problem.dropout,
         is_causal=is_causal,
         scale=problem.scale,
-        enable_gqa=q.shape[1] != k.shape[1],
+        enable_gqa=problem.group != 1,
     )
     if attn_mask is not None and torch.onnx.is_in_onnx_export():
         # Before opset 23, torch writes rows that see nothing as the mean of all values.
         seen = attn_mask if attn_mask.dtype == torch.bool else attn_mask > -torch.inf
         out = out.masked_fill(~seen.any(dim=-1, keepdim=True), 0)
     return Result(out if out.shape[3] == value_width else out[..., :value_width], None)
+
+
+def _with_positive_scale(problem: Problem) -> Problem:
+    """The same problem for kernels that multiply the -inf of hidden scores with the scale."""
+    if problem.scale > 0:
+        return problem
+    if problem.scale < 0:
+        return problem._replace(q=-problem.q, scale=-problem.scale)
+    return problem._replace(q=problem.q * 0, scale=1.0)
 
 
 def _lower(problem: Problem) -> tuple[Tensor | None, bool]:
@@ -145,8 +154,6 @@ def _suited_to_gpu(problem: Problem, attn_mask: Tensor | None) -> Problem:
     if type(attn_mask) is Tensor and problem.group != 1 and problem.lq > 1:
         # The kernel that takes masks takes no groups; torch would fall back to one that holds all scores.
         k, v = (x.repeat_interleave(problem.group, dim=1) for x in (k, v))
-    if problem.scale == 0:  # They multiply the -inf of hidden scores with it.
-        return problem._replace(q=q * 0, k=k, v=v, scale=1.0)
     return problem._replace(q=q, k=k, v=v)
 
 
@@ -157,26 +164,35 @@ def _aligned(tensor: Tensor) -> Tensor:
     return tensor.contiguous() if any(place * size % ROW_BYTES for place in places) else tensor
 
 
-def _pad_widths(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Equal widths of keys and values, by zeros that change neither scores nor the values asked for.
+def _suited_to_cpu(problem: Problem, attn_mask: Tensor | None) -> tuple[Problem, Tensor | None]:
+    """The same problem, such that torch's fused kernel for CPUs solves it.
 
-    torch's fused CPU kernel takes equal widths alone; its fallback keeps all scores in memory.
+    That kernel trusts whoever calls it by its name, and reads past what does not suit it: q, k and v must be of one
+    width and lie in whole rows, and so must the mask, broadcast dimensions apart. Where torch chooses the kernel, it
+    would take another one instead, which holds all scores.
     """
+    q, k, v = problem.q, problem.k, problem.v
     missing = q.shape[3] - v.shape[3]
     if missing > 0:
-        return q, k, F.pad(v, (0, missing))
-    return F.pad(q, (0, -missing)), F.pad(k, (0, -missing)), v
+        v = F.pad(v, (0, missing))  # by zeros that change neither scores nor the values asked for
+    elif missing < 0:
+        q, k = F.pad(q, (0, -missing)), F.pad(k, (0, -missing))
+    if attn_mask is not None and attn_mask.stride(3) not in (0, 1):
+        attn_mask = attn_mask.contiguous()
+    return problem._replace(q=_in_rows(q), k=_in_rows(k), v=_in_rows(v)), attn_mask
 
 
-def _fused_with_lse(problem: Problem, attn_mask: Tensor | None, is_causal: bool) -> Result:
-    q, k, v = problem.q, problem.k, problem.v
-    value_width = v.shape[3]
-    if q.shape[3] != value_width:
-        q, k, v = _pad_widths(q, k, v)
+def _in_rows(tensor: Tensor) -> Tensor:
+    """The tensor with rows as the BLAS reads them: whole, and none over another."""
+    return tensor if tensor.stride(3) == 1 and tensor.stride(2) >= tensor.shape[3] else tensor.contiguous()
+
+
+def _fused_with_lse(problem: Problem, attn_mask: Tensor | None, is_causal: bool, value_width: int) -> Result:
     if attn_mask is not None and attn_mask.dtype == torch.bool:
-        blocked = attn_mask.new_zeros((), dtype=accumulation_dtype(q.dtype))
+        blocked = attn_mask.new_zeros((), dtype=accumulation_dtype(problem.q.dtype))
         attn_mask = torch.where(attn_mask, blocked, -torch.inf)
-    out, lse = _FlashWithLse.apply(q, k, v, attn_mask, is_causal, problem.scale)  # type: ignore[no-untyped-call]
+    operands = (problem.q, problem.k, problem.v, attn_mask, is_causal, problem.scale)
+    out, lse = _FlashWithLse.apply(*operands)  # type: ignore[no-untyped-call]
     out = out[..., :value_width]
     if attn_mask is not None:
         # torch's kernel writes 0 for rows that see nothing.

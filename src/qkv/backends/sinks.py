@@ -12,5 +12,9 @@ def add_sinks(out: Tensor, lse: Tensor, sink_logits: Tensor) -> tuple[Tensor, Te
         lse: ``(B, H, Lq)``.
         sink_logits: ``(H,)``.
     """
-    sinks = sink_logits.to(lse.dtype)[:, None]
-    return (out * torch.sigmoid(lse - sinks)[..., None]).to(out.dtype), torch.logaddexp(lse, sinks)
+    sinks = sink_logits.to(lse.dtype)[:, None].expand_as(lse)
+    # No key and no sink: inf - inf would be NaN.
+    nothing = (lse == -torch.inf) & (sinks == -torch.inf)
+    share = torch.sigmoid((lse - sinks).masked_fill(nothing, 0))
+    total = torch.logaddexp(lse.masked_fill(nothing, 0), sinks).masked_fill(nothing, -torch.inf)
+    return (out * share[..., None]).to(out.dtype), total

@@ -1,0 +1,455 @@
+"""What NaN and infinities mean: DESIGN's table, stated anew with all pairs written out, and held to every backend.
+
+Where the law says NaN or inf, that is what must come out. Everything else must have the very bits of a call without the
+number in question, and without the gradients from above of the rows that see it.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import pytest
+import torch
+from budget import assert_within_budget
+from cases import Case, answer
+from oracle import Rule
+from peer import compute, formula, visible
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import qkv
+from qkv import Mask
+from qkv.backends import BACKENDS
+from qkv.problem import pose
+
+NAN, INF = torch.nan, torch.inf
+NAMES = [backend.NAME for backend in BACKENDS]
+
+KEEP = [[j % 4 != 2 for j in range(11)], [False] * 11]
+IDS = [[0] * 4 + [1] * 7, [2] * 5 + [3] * 3 + [2] * 3]
+ALLOW = torch.rand(2, 4, 11, 11, generator=torch.Generator().manual_seed(2)) < 0.4
+SMALL = Case("full", lq=11, lk=11, heads=4, width=5, value_width=3)
+MASKS = [
+    SMALL,
+    replace(SMALL, name="causal", mask=Mask.causal, rule=lambda: Rule(right=0)),
+    replace(SMALL, name="blind rows", mask=Mask.causal, rule=lambda: Rule(right=0), offset=-4),
+    replace(
+        SMALL,
+        name="window and sink tokens",
+        mask=lambda: Mask.causal(3, sink_tokens=2),
+        rule=lambda: Rule(left=2, right=0, sink_tokens=2),
+    ),
+    replace(SMALL, name="band", mask=lambda: Mask.band(2, 1), rule=lambda: Rule(left=2, right=1)),
+    replace(SMALL, name="padding", mask=lambda: Mask.padding(torch.tensor(KEEP)), rule=lambda: Rule(keep=KEEP)),
+    replace(
+        SMALL,
+        name="lengths, causal",
+        mask=lambda: Mask.padding(torch.tensor([8, 0])) & Mask.causal(),
+        rule=lambda: Rule(right=0, keep=[[j < length for j in range(11)] for length in (8, 0)]),
+    ),
+    replace(SMALL, name="documents", mask=lambda: Mask.documents(torch.tensor(IDS)), rule=lambda: Rule(documents=IDS)),
+    replace(SMALL, name="dense", mask=lambda: Mask.dense(ALLOW), rule=lambda: Rule(allow=ALLOW)),
+]
+LONG = replace(SMALL, batch=1, heads=2, kv_heads=1)
+SHAPES = [
+    replace(SMALL, name="one query", lq=1),
+    replace(MASKS[3], name="one query, window", lq=1, offset=8),
+    replace(MASKS[5], name="one query, padding", lq=1),
+    replace(LONG, name="chunk", mask=Mask.causal, rule=lambda: Rule(right=0), lq=70, lk=150, offset=80),
+    replace(LONG, name="blocks", mask=lambda: Mask.causal(6), rule=lambda: Rule(left=5, right=0), lq=300, lk=300),
+]
+SCORES = [
+    replace(case, name=f"{case.name}, {name}", **options)
+    for case in (MASKS[0], MASKS[2], MASKS[7])
+    for name, options in {
+        "softcap": {"softcap": 1.5},
+        "scale of 0": {"scale": 0.0},
+        "negative scale": {"scale": -0.4},
+        "bias": {"bias_shape": (2, 4, 11, 11)},
+        "bias of keys": {"bias_shape": (4, 1, 11)},
+        "bias of -inf": {"bias_shape": (1, 4, 11, 11), "bias_hides": True},
+        "alibi": {"alibi": True},
+        "sinks": {"sinks": True},
+        "every score": {"softcap": 2.0, "bias_shape": (4, 11, 11), "alibi": True, "sinks": True},
+    }.items()
+]
+CASES = [*MASKS, *SHAPES, *SCORES]
+
+
+class Way(NamedTuple):
+    """How a call is made."""
+
+    backend: str
+    wants_lse: bool
+    learned: tuple[str, ...]
+    """The tensors that want a gradient."""
+
+    def __call__(self, case: Case, inputs: dict[str, Tensor]) -> list[Tensor]:
+        if self.wants_lse:
+            return [*qkv.attention_with_lse(**inputs, **case.options(), backend=self.backend)]
+        return [qkv.attention(**inputs, **case.options(), backend=self.backend)]
+
+
+def ways(case: Case, dtype: torch.dtype) -> Iterator[Way]:
+    """Every way in which each backend solves the case; without a gradient also the choice that is made by default."""
+    inputs = case.inputs(dtype)
+    yield Way("auto", False, ())
+    for backend in BACKENDS:
+        for wants_lse in (False, True):
+            for learned in (tuple(inputs), ("q", "k", "v"), ()):
+                call = {name: x.clone().requires_grad_(name in learned) for name, x in inputs.items()}
+                if not backend.why_not(pose("test", **call, **case.options(), wants_lse=wants_lse)):
+                    yield Way(backend.NAME, wants_lse, learned)
+                    break
+
+
+EVERY_WAY = [
+    pytest.param(case, dtype, way, id=f"{way.backend}{'-lse' * way.wants_lse}-{str(dtype)[6:]}-{case.name}")
+    for case in CASES
+    for dtype in ([torch.float32, torch.bfloat16] if case in SHAPES else [torch.float32])
+    for way in ways(case, dtype)
+]
+
+
+def test_every_backend_is_held_to_it_with_and_without_lse_and_gradients() -> None:
+    found = {(way.values[2].backend, way.values[2].wants_lse, bool(way.values[2].learned)) for way in EVERY_WAY}
+    missing = {(name, lse, grad) for name in NAMES for lse in (False, True) for grad in (True,)} - found
+    assert missing == {("flex", False, True), ("flex", True, True)}
+    assert {("flex", False, False), ("flex", True, False), ("auto", False, False)} <= found
+
+
+class Strange(NamedTuple):
+    """One number that is not finite: ``tensor[where] = value``."""
+
+    tensor: str
+    where: tuple[int, ...]
+    value: float
+
+
+def strange_numbers(case: Case, way: Way) -> Iterator[Strange]:
+    """One number in each of the tensors, and in the gradients from above: of early and of late keys and rows."""
+    heads = case.heads
+    for value in (NAN, INF, -INF):
+        for j in (0, case.lk // 2):
+            yield Strange("k", (0, 0, j, 1), value)
+            yield Strange("v", (0, 0, j, 1), value)
+        for i in sorted({0, max(0, case.lq - 2)}):
+            yield Strange("q", (0, 1, i, 1), value)
+            if way.learned:
+                yield Strange("d_out", (0, 1, i, 1), value)
+            if way.learned and way.wants_lse:
+                yield Strange("d_lse", (0, heads - 1, i), value)
+        if value != -INF and case.bias_shape is not None:
+            yield Strange("bias", (0,) * len(case.bias_shape), value)
+            yield Strange("bias", tuple(size // 2 for size in case.bias_shape), value)
+        if value != -INF and case.sinks:
+            yield Strange("sink_logits", (1,), value)
+        if case.alibi and value == NAN:
+            yield Strange("alibi", (1,), value)
+
+
+def adds_nan(score: Tensor) -> Tensor:
+    return score.isnan() | (score == INF)
+
+
+class Law(NamedTuple):
+    seen: Tensor
+    """(B, H, Lq, Lk)"""
+    nan: Tensor
+    """Rows (B, H, Lq) whose output and lse are NaN."""
+    values: Tensor
+    """(B, H, Lq, Dv): what their values make of the others: 0, inf, -inf or NaN."""
+
+
+def law(case: Case, inputs: dict[str, Tensor]) -> Law:
+    """The table, word by word."""
+    seen = visible(case)
+    q, k, v = (inputs[name].double() for name in "qkv")
+    group = case.heads // case.kv_heads
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scale = case.width**-0.5 if case.scale is None else case.scale
+    raw = scale * (q[:, :, :, None] * k[:, :, None]).sum(-1)
+    nan = (seen & ~raw.isfinite()).any(-1)
+    weight = torch.ones_like(raw)
+    if "bias" in inputs:
+        bias = inputs["bias"].double().expand(raw.shape)
+        nan = nan | (seen & adds_nan(bias)).any(-1)
+        weight = weight.masked_fill(bias == -INF, 0)
+    if "alibi" in inputs:
+        nan = nan | (seen.any(-1) & inputs["alibi"].isnan()[:, None])
+    if "sink_logits" in inputs:
+        nan = nan | adds_nan(inputs["sink_logits"])[:, None]
+    terms = weight[..., None] * torch.where(v.isfinite(), 0, v)[:, :, None]
+    return Law(seen, nan, torch.where(seen[..., None], terms, 0).sum(-2))
+
+
+def with_strange(tensors: dict[str, Tensor], strange: Strange, value: float) -> dict[str, Tensor]:
+    if strange.tensor not in tensors:
+        return tensors
+    changed = tensors[strange.tensor].clone()
+    changed[strange.where] = value
+    return {**tensors, strange.tensor: changed}
+
+
+def run(
+    case: Case, way: Way, inputs: dict[str, Tensor], from_above: dict[str, Tensor]
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """The results, and the gradients of what wants them: a tensor for each, never None."""
+    leaves = {name: x.detach().clone().requires_grad_(name in way.learned) for name, x in inputs.items()}
+    results = way(case, leaves)
+    if not way.learned:
+        return results, {}
+    above = list(from_above.values())[: len(results)]
+    found = torch.autograd.grad(results, [leaves[name] for name in way.learned], above)
+    return [result.detach() for result in results], dict(zip(way.learned, found, strict=True))
+
+
+def assert_same(got: Tensor, want: Tensor, where: Tensor, what: object) -> None:
+    where = where.expand(got.shape)
+    assert torch.equal(got[where], want[where]), what
+
+
+@pytest.mark.parametrize(("case", "dtype", "way"), EVERY_WAY)
+def test_numbers_that_are_not_finite(case: Case, dtype: torch.dtype, way: Way) -> None:
+    inputs = case.inputs(dtype)
+    generator = torch.Generator().manual_seed(3)
+    shape = (case.batch, case.heads, case.lq)
+    above = {
+        "d_out": torch.randn(*shape, case.value_width, generator=generator).to(dtype),
+        "d_lse": torch.randn(*shape, generator=generator),
+    }
+    for name in above:
+        above[name][:, :, 1::3] = 0  # rows without a gradient from above
+    for strange in strange_numbers(case, way):
+        what = (case.name, way, strange)
+        given, given_above = (with_strange(tensors, strange, strange.value) for tensors in (inputs, above))
+        results, gradients = run(case, way, given, given_above)
+        found = law(case, given)
+
+        # A row is bad in the backward pass where its gradient is, or where it has one and its result is not finite.
+        used = above if way.wants_lse else {"d_out": above["d_out"]}
+        used_given = [given_above[name].reshape(*shape, -1) for name in used]
+        columns = torch.cat([column.float() for column in used_given], -1)
+        bad = ~columns.isfinite().all(-1) | ((columns != 0).any(-1) & (found.nan | ~found.values.isfinite().all(-1)))
+        clean_above = {name: x.masked_fill(bad.view(*shape, *[1] * (x.dim() - 3)), 0) for name, x in above.items()}
+        clean_results, clean = run(case, way, with_strange(inputs, strange, 0.5), clean_above)
+
+        out = results[0].float()
+        assert out[found.nan].isnan().all(), what
+        rows = ~found.nan[..., None]
+        strange_values = ~found.values.isfinite()
+        assert torch.equal(
+            out[rows & strange_values].nan_to_num(nan=7.0),
+            found.values[rows & strange_values].float().nan_to_num(nan=7.0),
+        ), what
+        assert_same(results[0], clean_results[0], rows & ~strange_values, what)
+        if way.wants_lse:
+            assert results[1][found.nan].isnan().all(), what
+            assert_same(results[1], clean_results[1], ~found.nan, what)
+        if not gradients:
+            continue
+
+        pairs = found.seen & bad[..., None]
+        sees, seen = pairs.any(-1), pairs.any(-2).unflatten(1, (case.kv_heads, -1)).any(2)
+        by_nan = (found.seen & (bad & found.nan)[..., None]).any(-2).unflatten(1, (case.kv_heads, -1)).any(2)
+        must = {"q": sees[..., None], "k": seen[..., None], "v": by_nan[..., None]}
+        may = {**must, "v": seen[..., None]}
+        if "bias" in gradients:
+            want = inputs["bias"].shape
+            must["bias"] = may["bias"] = pairs.float().sum_to_size((1,) * (4 - len(want)) + want).view(want) > 0
+        if "alibi" in gradients:
+            must["alibi"] = may["alibi"] = sees.any(0).any(-1)
+        if "sink_logits" in gradients:
+            must["sink_logits"], may["sink_logits"] = sees.any(0).any(-1), bad.any(0).any(-1)
+        for name, gradient in gradients.items():
+            must_here, may_here = (flags[name].expand(gradient.shape) for flags in (must, may))
+            assert not gradient[must_here].isfinite().any(), (what, name)
+            assert_same(gradient, clean[name], ~may_here, (what, name))
+        if strange.tensor == "d_out":
+            channel = gradients["v"][..., strange.where[-1]]
+            assert not channel[seen].isfinite().any(), what
+
+
+def learned(case: Case) -> dict[str, Tensor]:
+    return {name: x.requires_grad_() for name, x in case.inputs(torch.float32).items()}
+
+
+def solves(name: str, case: Case, inputs: dict[str, Tensor]) -> bool:
+    (backend,) = (backend for backend in BACKENDS if name == backend.NAME)
+    return not backend.why_not(pose("test", **inputs, **case.options(), wants_lse=True))
+
+
+@pytest.mark.parametrize("backend", ["native", "sdpa", "reference"])
+@pytest.mark.parametrize("case", MASKS, ids=str)
+def test_a_sink_logit_of_minus_infinity_is_no_sink(case: Case, backend: str) -> None:
+    inputs = learned(case)
+    sinks = torch.tensor([0.3, -INF, -INF, 0.1]).requires_grad_()
+    with_sinks = qkv.attention_with_lse(**inputs, **case.options(), sink_logits=sinks, backend=backend)
+    without = qkv.attention_with_lse(**inputs, **case.options(), backend=backend)
+    for got, want in zip(with_sinks, without, strict=True):
+        torch.testing.assert_close(got[:, 1:3], want[:, 1:3])
+    blind = ~visible(case).any(-1).expand(case.batch, case.heads, case.lq)
+    assert not with_sinks.out[blind].any()
+    assert (with_sinks.lse[blind] == sinks[:, None].expand(blind.shape)[blind]).all()
+    grads = torch.autograd.grad([x.sum() for x in with_sinks], [*inputs.values(), sinks])
+    assert all(grad.isfinite().all() for grad in grads)
+    assert not grads[-1][1:3].any()
+    assert not grads[0][blind].any()
+
+
+@pytest.mark.parametrize("backend", ["native", "sdpa", "reference"])
+def test_everything_that_took_part_has_a_gradient_where_no_row_sees_a_key(backend: str) -> None:
+    case = replace(MASKS[2], name="no row sees anything", offset=-20, bias_shape=(4, 1, 11), alibi=True, sinks=True)
+    for wants_lse in (False, True):
+        for names in (["q", "k", "v", "bias", "alibi"], ["q", "k", "v", "bias", "alibi", "sink_logits"]):
+            inputs = {name: x for name, x in learned(case).items() if name in names}
+            if backend == "sdpa" and (wants_lse or "sink_logits" in names):
+                for name in ("bias", "alibi"):
+                    inputs[name] = inputs[name].detach()
+            if wants_lse:
+                results = [*qkv.attention_with_lse(**inputs, **case.options(), backend=backend)][
+                    : 2 - ("sink_logits" not in names)
+                ]
+            else:
+                results = [qkv.attention(**inputs, **case.options(), backend=backend)]
+            assert not results[0].any()
+            leaves = [x for x in inputs.values() if x.requires_grad]
+            grads = torch.autograd.grad([x.sum() for x in results], leaves)
+            for leaf, grad in zip(leaves, grads, strict=True):
+                wanted = case.batch * case.lq if leaf is inputs.get("sink_logits") and wants_lse else 0
+                assert (grad == wanted).all()
+
+
+@pytest.mark.parametrize("backend", ["native", "sdpa", "reference"])
+@pytest.mark.parametrize("mask", [Mask.full(), Mask.causal()], ids=repr)
+def test_a_row_whose_every_bias_is_minus_infinity_is_0_with_gradient_0(mask: Mask, backend: str) -> None:
+    q, k, v = (torch.randn(1, 2, 7, 4).requires_grad_() for _ in range(3))
+    bias = torch.randn(7, 7)
+    bias[3] = -INF
+    out, lse = qkv.attention_with_lse(q, k, v, bias=bias, mask=mask, backend=backend)
+    assert not out[:, :, 3].any() and (lse[:, :, 3] == -INF).all() and lse[:, :, 4].isfinite().all()
+    row = torch.autograd.grad(out[:, :, 3].sum() + lse[:, :, 3].sum(), (q, k, v))
+    assert not any(grad.any() for grad in row)
+
+
+SCALES = [
+    replace(case, name=f"{case.name}, scale {scale}", scale=scale, sinks=sinks, value_width=case.width)
+    for case in MASKS
+    for scale, sinks in ((0.0, False), (-0.4, True))
+]
+
+
+@pytest.mark.parametrize("case", SCALES, ids=str)
+@pytest.mark.parametrize("name", [*NAMES, "auto"])
+def test_any_finite_scale_is_as_near_the_oracle_as_torch(case: Case, name: str) -> None:
+    for dtype in (torch.float32, torch.float64):
+        inputs = case.inputs(dtype)
+        want, near = answer(case, dtype), compute(case, inputs)
+        if name == "auto" or solves(name, case, inputs):
+            out, lse = qkv.attention_with_lse(**inputs, **case.options(), backend=name)
+            assert_within_budget(out, want.out, near, case.name)
+            assert_within_budget(lse, want.lse, formula(case, inputs)[1], case.name)
+            out = qkv.attention(**inputs, **case.options(), backend=name)
+            assert_within_budget(out, want.out, near, case.name)
+
+
+@pytest.mark.parametrize("scale", [NAN, INF, -INF])
+def test_a_scale_that_is_not_finite_is_refused(scale: float) -> None:
+    q = torch.randn(1, 1, 3, 8)
+    calls: list[Callable[..., object]] = [
+        qkv.attention,
+        qkv.attention_with_lse,
+        qkv.explain,
+        lambda q, k, v, scale: qkv.attention_weights(q, k, scale=scale),
+    ]
+    for call in calls:
+        with pytest.raises(
+            ValueError, match=rf"scale must be a finite number, or None for 1 / sqrt\(width\); got {scale}"
+        ):
+            call(q, q, q, scale=scale)
+
+
+@pytest.mark.parametrize("case", [*MASKS, *SCORES], ids=str)
+def test_weights_hold_to_it(case: Case) -> None:
+    inputs = {name: x for name, x in case.inputs(torch.float32).items() if name != "v"}
+    for strange in strange_numbers(case, Way("", False, ())):
+        if strange.tensor == "v":
+            continue
+        given, clean = (with_strange(inputs, strange, value) for value in (strange.value, 0.5))
+        nan = law(case, {**given, "v": case.inputs(torch.float32)["v"]}).nan
+        leaves = {name: x.clone().requires_grad_() for name, x in given.items()}
+        weights = qkv.attention_weights(**leaves, **case.options())
+        assert weights[nan].isnan().all()
+        assert torch.equal(weights[~nan], qkv.attention_weights(**clean, **case.options())[~nan])
+        # Of the rows that are not NaN alone: whatever the others see, it has no part in this.
+        for grad in torch.autograd.grad(weights[~nan].square().sum(), list(leaves.values())):
+            assert grad.isfinite().all(), strange
+
+
+def test_merged_pieces_hold_to_it() -> None:
+    q, k, v = (torch.randn(1, 1, 6, 8) for _ in range(3))
+    k[0, 0, 1, 2], v[0, 0, 4, 3] = -INF, INF
+    halves = [
+        qkv.attention_with_lse(q, k[:, :, part], v[:, :, part], mask=Mask.causal(), offset=-start, backend="reference")
+        for start, part in ((0, slice(0, 3)), (3, slice(3, 6)))
+    ]
+    merged = qkv.merge(halves)
+    whole = qkv.attention_with_lse(q, k, v, mask=Mask.causal(), backend="reference")
+    torch.testing.assert_close(merged, whole, equal_nan=True)
+    assert merged.out[0, 0, 1:].isnan().all() and merged.out[0, 0, 0].isfinite().all()
+
+
+def traced(call: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return torch.compile(call, fullgraph=True, backend="aot_eager")(*inputs)
+
+
+def recorded(call: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The operators of a call on harmless numbers, run on these."""
+    program = make_fx(call)(*(torch.ones_like(x) for x in inputs))
+    return program(*inputs)
+
+
+def batched(call: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    found = torch.vmap(call)(*(torch.stack([torch.ones_like(x), x]) for x in inputs))
+    return tuple(x[1] for x in found)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:.*should not be instantiated")  # torch's own
+@pytest.mark.parametrize("way", [traced, recorded, batched], ids=lambda way: way.__name__)
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("case", [MASKS[n] for n in (0, 2, 3, 7)], ids=str)
+def test_the_same_holds_where_values_cannot_be_looked_at(
+    case: Case, backend: str, way: Callable[..., tuple[Tensor, ...]]
+) -> None:
+    inputs = case.inputs(torch.float64)
+    inputs["k"][0, 0, 5, 1], inputs["v"][0, 1, 2, 0], inputs["q"][1, 3, 8, 0] = -INF, NAN, INF
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        return qkv.attention_with_lse(q, k, v, **case.options(), backend=backend)
+
+    given = tuple(inputs.values())
+    torch.testing.assert_close(way(call, given), tuple(call(*given)), equal_nan=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("case", [MASKS[n] for n in (0, 2, 3, 7)], ids=str)
+def test_gradients_are_the_same_where_values_cannot_be_looked_at(case: Case, backend: str) -> None:
+    inputs = case.inputs(torch.float64)
+    inputs["k"][0, 0, 5, 1], inputs["q"][1, 3, 8, 0] = -INF, INF
+    above = torch.randn(case.batch, case.heads, case.lq, case.value_width, dtype=torch.float64)
+    above[0, 2, 7], above[:, :, 1::3] = NAN, 0
+
+    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (qkv.attention(q, k, v, **case.options(), backend=backend) * above).sum()
+
+    leaves = [x.requires_grad_() for x in inputs.values()]
+    want = torch.autograd.grad(qkv.attention(*leaves, **case.options(), backend=backend), leaves, above)
+    for got in (
+        torch.func.grad(loss, argnums=(0, 1, 2))(*inputs.values()),
+        torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves), leaves),
+    ):
+        for mine, theirs in zip(got, want, strict=True):
+            nan = theirs.isnan()
+            assert torch.equal(mine.isnan(), nan)
+            torch.testing.assert_close(mine[~nan], theirs[~nan])
