@@ -164,7 +164,7 @@ LAYERS = [
     (
         lambda: qkv.RotaryEmbedding(8, frequencies=torch.ones(3)),
         ValueError,
-        "frequencies must be (4,), one a pair of channels; got shape (3,)",
+        "frequencies must be floating-point of shape (4,), one a pair of channels; got torch.float32 (3,)",
     ),
     (lambda: qkv.RotaryEmbedding(8)(torch.ones(1, 1, 2, 6)), ValueError, "x must have width 8; got shape (1, 1, 2, 6)"),
     (lambda: qkv.Attention(24, 6)(X[0]), ValueError, "Attention: x must be (B, L, 24); got shape (5, 24)"),

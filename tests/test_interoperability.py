@@ -18,7 +18,7 @@ LAYERS: dict[str, Callable[[], qkv.Attention]] = {
     "multi-head": lambda: qkv.MultiHeadAttention(24, 6),
     "causal": lambda: qkv.CausalAttention(24, 6, num_kv_heads=2, rotary=qkv.RotaryEmbedding(4), qk_norm=True),
     "window": lambda: qkv.SlidingWindowAttention(24, 6, 4, value_dim=3, sink_tokens=1),
-    "sinks and softcap": lambda: qkv.CausalAttention(24, 6, sink_logits=True, softcap=3.0, alibi=torch.ones(6)),
+    "sinks and softcap": lambda: qkv.CausalAttention(24, 6, sink_logits=True, softcap=3.0, alibi=[1.0] * 6),
     "sinks": lambda: qkv.CausalAttention(24, 6, num_kv_heads=1, sink_logits=True),
 }
 each_layer = pytest.mark.parametrize("name", LAYERS)

@@ -1,7 +1,7 @@
 """`Attention`: one layer for every mechanism of the family."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,20 @@ from typing_extensions import ParamSpec, Self
 from qkv import functional
 from qkv.cache import Cache, CrossKVCache, Int8Keys, Keys, Owner
 from qkv.layers import torch_mha
+from qkv.layers.arguments import (
+    require_backend,
+    require_count,
+    require_finite,
+    require_flag,
+    require_like_weights,
+    require_mask,
+    require_positive,
+    require_probability,
+    require_rotary,
+    vector,
+    wrong_input,
+)
+from qkv.layers.jagged import Sequences, nested_like, require_jagged, sequences_of
 from qkv.layers.projection import project
 from qkv.layers.rotary import RotaryEmbedding
 from qkv.masks import FULL, Mask
@@ -74,7 +88,7 @@ class Attention(nn.Module):
         scale: factor of the scores, ``1 / sqrt(head_dim)`` if None.
         softcap: as in `qkv.attention`.
         sink_logits: whether each head learns a sink logit, at first 0.
-        alibi: ``(num_heads,)`` slopes, as in `qkv.attention`.
+        alibi: ``(num_heads,)`` slopes, as in `qkv.attention`: numbers, which stay as they are given.
         dropout: of the weights, while training.
         backend: as in `qkv.attention`.
         device, dtype: of the parameters.
@@ -83,7 +97,8 @@ class Attention(nn.Module):
     ``k_norm`` and ``sink_logits`` where asked for. Weights start as Xavier-uniform, biases as 0.
 
     Raises:
-        ValueError: for sizes that do not fit together.
+        TypeError: for arguments of the wrong type.
+        ValueError: for sizes that do not fit together, and numbers that mean nothing.
 
     Example:
         >>> import torch, qkv
@@ -100,7 +115,6 @@ class Attention(nn.Module):
     """
 
     sink_logits: Tensor | None
-    alibi: Tensor | None
 
     def __init__(
         self,
@@ -119,7 +133,7 @@ class Attention(nn.Module):
         scale: float | None = None,
         softcap: float | None = None,
         sink_logits: bool = False,
-        alibi: Tensor | None = None,
+        alibi: Tensor | Sequence[float] | None = None,
         dropout: float = 0.0,
         backend: str = "auto",
         device: torch.device | str | None = None,
@@ -128,6 +142,12 @@ class Attention(nn.Module):
         super().__init__()
         who = type(self).__name__
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        require_count(who, "embed_dim", embed_dim)
+        for name, count in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
+            require_count(who, name, count, least=0)
+        for name, width in (("head_dim", head_dim), ("value_dim", value_dim), ("context_dim", context_dim)):
+            if width is not None:
+                require_count(who, name, width)
         if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
             raise ValueError(
                 f"{who}: num_heads must be a multiple of num_kv_heads, both at least 1; "
@@ -140,12 +160,21 @@ class Attention(nn.Module):
                     f"got embed_dim={embed_dim} and num_heads={num_heads}."
                 )
             head_dim = embed_dim // num_heads
-        if rotary is not None and context_dim is not None:
-            raise ValueError(f"{who}: rotary has no meaning between two sequences; give rotary or context_dim.")
-        if rotary is not None and rotary.head_dim != head_dim:
-            raise ValueError(f"{who}: rotary must be for head_dim={head_dim}; got {rotary.head_dim}.")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"{who}: dropout must be a probability in [0, 1); got {dropout!r}.")
+        require_mask(who, mask)
+        out_bias = bias if out_bias is None else out_bias
+        for name, flag in (("qk_norm", qk_norm), ("bias", bias), ("out_bias", out_bias), ("sink_logits", sink_logits)):
+            require_flag(who, name, flag)
+        if rotary is not None:
+            require_rotary(who, rotary, head_dim)
+            if context_dim is not None:
+                raise ValueError(f"{who}: rotary has no meaning between two sequences; give rotary or context_dim.")
+        if scale is not None:
+            require_finite(who, "scale", scale, otherwise=", or None for 1 / sqrt(head_dim)")
+        if softcap is not None:
+            require_positive(who, "softcap", softcap, otherwise=" or None")
+        slopes = None if alibi is None else vector(who, "alibi", alibi, num_heads, "one a query head")
+        require_probability(who, "dropout", dropout)
+        require_backend(who, backend)
 
         self.embed_dim = embed_dim
         self.num_heads = num_heads
@@ -161,7 +190,6 @@ class Attention(nn.Module):
         self._owner = Owner(f"{who}({embed_dim}, num_heads={num_heads})")
 
         source_dim = embed_dim if context_dim is None else context_dim
-        out_bias = bias if out_bias is None else out_bias
 
         def linear(rows: int, columns: int, bias: bool) -> nn.Linear:
             return nn.Linear(rows, columns, bias=bias, device=device, dtype=dtype)
@@ -175,14 +203,16 @@ class Attention(nn.Module):
         self.k_norm = HeadNorm(head_dim, eps=1e-6, device=device, dtype=dtype) if qk_norm else None
         # What is absent is a plain attribute: looking up a registered None costs a microsecond at each call.
         self.sink_logits = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype)) if sink_logits else None
-        if alibi is None:
-            self.alibi = None
-        else:
-            self.register_buffer("alibi", alibi.to(device), persistent=False)
+        self._slopes = slopes
         self.reset_parameters()
 
+    @property
+    def alibi(self) -> Tensor | None:
+        """``(num_heads,)`` slopes, on the CPU; None where there are none."""
+        return None if self._slopes is None else self._slopes.on(torch.device("cpu")).clone()
+
     def reset_parameters(self) -> None:
-        """Draws the weights anew."""
+        """Draws all parameters anew, as when the layer was built; after ``to_empty``, they hold nothing before."""
         for projection in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
             nn.init.xavier_uniform_(projection.weight)
             if projection.bias is not None:
@@ -210,31 +240,25 @@ class Attention(nn.Module):
             ``(B, Lq, embed_dim)``.
 
         Raises:
-            ValueError: for inputs of other widths, a missing or unexpected context, and whatever `qkv.attention`
-                and the cache raise.
-            TypeError: for a cache of the wrong kind.
+            ValueError: for inputs of other widths, dtypes and devices, a missing or unexpected context, and whatever
+                `qkv.attention` and the cache raise.
+            TypeError: for inputs that are no tensors, and a mask or a cache of the wrong kind.
         """
+        if _is_nested(x) or _is_nested(context):
+            return self._forward_jagged(x, context, mask, cache)
         q, keys, mask = self._inputs(x, context, mask, cache)
-        out = functional.attention(
-            q,
-            keys.k,
-            keys.v,
-            mask=mask,
-            scale=self.scale,
-            softcap=self.softcap,
-            alibi=self.alibi,
-            sink_logits=self.sink_logits,
-            dropout=self.dropout if self.training else 0.0,
-            backend=self.backend,
-            **keys.options,
-        )
-        return project(self.out_proj, out.transpose(1, 2).flatten(2))
+        return self._joined(self._attend(q, keys.k, keys.v, mask=mask, **keys.options))
 
     @_whole_or_not
     def attention_weights(
         self, x: Tensor, context: Tensor | None = None, *, mask: Mask | None = None, cache: Cache | None = None
     ) -> Tensor:
         """The weights ``(B, num_heads, Lq, Lk)`` with which `forward` would sum the values. Arguments as there."""
+        if _is_nested(x) or _is_nested(context):
+            raise ValueError(
+                f"{type(self).__name__}: attention_weights takes no nested tensors; call it for each sequence, "
+                "as (1, L, E), or on a padded batch with mask=Mask.padding(lengths)."
+            )
         q, keys, mask = self._inputs(x, context, mask, cache)
         return functional.attention_weights(
             q,
@@ -242,28 +266,101 @@ class Attention(nn.Module):
             mask=mask,
             scale=self.scale,
             softcap=self.softcap,
-            alibi=self.alibi,
+            alibi=None if self._slopes is None else self._slopes.on(q.device),
             sink_logits=self.sink_logits,
             **keys.options,
         )
 
+    def _forward_jagged(self, x: Tensor, context: Tensor | None, mask: Mask | None, cache: Cache | None) -> Tensor:
+        """`forward` over sequences of different lengths, each for itself: padding is not projected."""
+        who = type(self).__name__
+        mask = self.mask if mask is None else self.mask & require_mask(who, mask)
+        if cache is not None or mask.has_tensors:
+            given = "a cache" if cache is not None else repr(mask)
+            raise ValueError(
+                f"{who}: with nested tensors, masks are bands as Mask.causal() and there is no cache; got {given}. "
+                "Call it for each sequence, or on x.to_padded_tensor(0.0) with mask=Mask.padding(lengths)."
+            )
+        require_jagged(who, "x", x, self.embed_dim)
+        mine = theirs = sequences_of(x)
+        if self.context_dim is None:
+            self._refuse_context(context)
+        else:
+            theirs = self._sequences_of_context(mine, context, mask)
+        try:
+            q = self._heads(project(self.q_proj, mine.values), self.head_dim, self.q_norm)
+            k, v = self._keys(theirs.values)
+        except RuntimeError as error:
+            self._explain(error, x, context)
+            raise
+        if self.rotary is not None:
+            q, k = self.rotary(q, mine.offset), self.rotary(k, mine.offset)
+        if theirs is mine and not mask.sink_tokens:
+            out = self._attend(q, k, v, mask=mask & mine.own, offset=0)
+        else:  # the first keys of each sequence are sinks, not the first of all
+            padded = mine.pad(q), theirs.pad(k), theirs.pad(v)
+            out = mine.pack(self._attend(*padded, mask=mask & Mask.padding(theirs.lengths), offset=0))
+        return nested_like(x, self._joined(out))
+
+    def _sequences_of_context(self, mine: Sequences, context: Tensor | None, mask: Mask) -> Sequences:
+        who = type(self).__name__
+        require_jagged(who, "context", context, self.context_dim)
+        if mask.is_positional or self._slopes is not None:
+            raise ValueError(
+                f"{who}: {repr(mask) if mask.is_positional else 'alibi'} depends on where queries stand among the keys "
+                "of a context, which nested tensors do not say. Call qkv.attention for each sequence, with offset=."
+            )
+        assert context is not None
+        theirs = sequences_of(context)
+        if len(theirs.lengths) != len(mine.lengths):
+            raise ValueError(
+                f"{who}: context must have a sequence for each of the {len(mine.lengths)} of x; "
+                f"got {len(theirs.lengths)}."
+            )
+        return theirs
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, **where: Any) -> Tensor:
+        return functional.attention(
+            q,
+            k,
+            v,
+            scale=self.scale,
+            softcap=self.softcap,
+            alibi=None if self._slopes is None else self._slopes.on(q.device),
+            sink_logits=self.sink_logits,
+            dropout=self.dropout if self.training else 0.0,
+            backend=self.backend,
+            **where,
+        )
+
+    def _joined(self, out: Tensor) -> Tensor:
+        """What all heads found, (B, H, L, value_dim), as (B, L, embed_dim)."""
+        return project(self.out_proj, out.transpose(1, 2).flatten(2))
+
     def _inputs(self, x: Tensor, context: Tensor | None, mask: Mask | None, cache: Cache | None) -> _Inputs:
         who = type(self).__name__
-        if x.dim() != 3 or x.shape[2] != self.embed_dim:
-            raise ValueError(f"{who}: x must be (B, L, {self.embed_dim}); got shape {tuple(x.shape)}.")
-        mask = self.mask if mask is None else self.mask & mask
-        q = self._heads(project(self.q_proj, x), self.head_dim, self.q_norm)
-        if self.context_dim is None:
-            return self._self_inputs(x, q, context, mask, cache)
-        return self._cross_inputs(x, q, context, mask, cache)
+        if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[2] != self.embed_dim:
+            raise wrong_input(who, "x", x, f"(B, L, {self.embed_dim})")
+        mask = self.mask if mask is None else self.mask & require_mask(who, mask)
+        try:
+            q = self._heads(project(self.q_proj, x), self.head_dim, self.q_norm)
+            if self.context_dim is None:
+                return self._self_inputs(x, q, context, mask, cache)
+            return self._cross_inputs(x, q, context, mask, cache)
+        except RuntimeError as error:
+            self._explain(error, x, context)
+            raise
+
+    def _explain(self, error: RuntimeError, x: Tensor, context: Tensor | None) -> None:
+        """Raises what says more than torch's error, where inputs are unlike the weights. Asking first has a price."""
+        who = type(self).__name__
+        require_like_weights(who, "x", x, self.q_proj, error)
+        if context is not None:
+            require_like_weights(who, "context", context, self.k_proj, error)
 
     def _self_inputs(self, x: Tensor, q: Tensor, context: Tensor | None, mask: Mask, cache: Cache | None) -> _Inputs:
         who = type(self).__name__
-        if context is not None:
-            raise ValueError(
-                f"{who}: it attends to its own input and takes no context; got one of shape {tuple(context.shape)}. "
-                "Build it with context_dim=, or use CrossAttention."
-            )
+        self._refuse_context(context)
         if cache is None:
             k, v = self._keys(x)
             if self.rotary is not None:
@@ -281,6 +378,15 @@ class Attention(nn.Module):
         keys = cache.append(k, v)
         return _Inputs(q, keys, cache.held(mask))
 
+    def _refuse_context(self, context: Tensor | None) -> None:
+        if context is not None:
+            plain = isinstance(context, Tensor) and not context.is_nested
+            got = f"one of shape {tuple(context.shape)}" if plain else type(context).__name__
+            raise ValueError(
+                f"{type(self).__name__}: it attends to its own input and takes no context; got {got}. "
+                "Build it with context_dim=, or use CrossAttention. A mask is given by name, mask=."
+            )
+
     def _cross_inputs(self, x: Tensor, q: Tensor, context: Tensor | None, mask: Mask, cache: Cache | None) -> _Inputs:
         who = type(self).__name__
         if cache is not None and not isinstance(cache, CrossKVCache):
@@ -293,10 +399,9 @@ class Attention(nn.Module):
                 )
             cache.admit(self._owner, mask)
             return _Inputs(q, cache.keys(), mask)
-        if context.dim() != 3 or context.shape[2] != self.context_dim or context.shape[0] != x.shape[0]:
-            raise ValueError(
-                f"{who}: context must be ({x.shape[0]}, Lk, {self.context_dim}); got shape {tuple(context.shape)}."
-            )
+        sizes = (context.shape[0], context.shape[2]) if isinstance(context, Tensor) and context.dim() == 3 else ()
+        if sizes != (x.shape[0], self.context_dim):
+            raise wrong_input(who, "context", context, f"({x.shape[0]}, Lk, {self.context_dim})")
         if cache is None:
             k, v = self._keys(context)
             return _Inputs(q, Keys(k, v, None), mask)
@@ -315,7 +420,7 @@ class Attention(nn.Module):
     @staticmethod
     def _heads(x: Tensor, width: int, norm: HeadNorm | None) -> Tensor:
         """(B, L, heads * width) to (B, heads, L, width), as a view. In tensor parallelism, heads are a rank's own."""
-        x = x.view(*x.shape[:2], -1, width).transpose(1, 2)
+        x = x.view(*x.shape[:2], x.shape[2] // width, width).transpose(1, 2)
         return x if norm is None else norm(x)
 
     @classmethod
@@ -367,3 +472,7 @@ class Attention(nn.Module):
             f"{self.embed_dim}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
             f"head_dim={self.head_dim}, value_dim={self.value_dim}, context_dim={self.context_dim}, mask={self.mask!r}"
         )
+
+
+def _is_nested(x: object) -> bool:
+    return isinstance(x, Tensor) and x.is_nested

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from qkv.layers.arguments import require_flag, require_mask
 from qkv.layers.attention import Attention
 from qkv.masks import FULL, Mask
 
@@ -85,6 +86,7 @@ class CausalAttention(Attention):
     """
 
     def __init__(self, embed_dim: int, num_heads: int, *, mask: Mask = FULL, **options: Any) -> None:
+        require_mask(type(self).__name__, mask)
         super().__init__(embed_dim, num_heads, mask=Mask.causal() & mask, **options)
 
 
@@ -120,6 +122,8 @@ class SlidingWindowAttention(Attention):
         mask: Mask = FULL,
         **options: Any,
     ) -> None:
+        require_mask(type(self).__name__, mask)
+        require_flag(type(self).__name__, "causal", causal)
         windowed = Mask.causal(window, sink_tokens) if causal else Mask.sliding(window, sink_tokens)
         super().__init__(embed_dim, num_heads, mask=windowed & mask, **options)
 

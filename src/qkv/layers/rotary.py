@@ -1,7 +1,12 @@
 """`RotaryEmbedding`: positions as rotations of queries and keys."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
+
+from qkv.layers.arguments import require_count, require_finite, require_flag, require_positive, vector
+from qkv.layers.constants import Numbers, constant
 
 
 class RotaryEmbedding(nn.Module):
@@ -14,11 +19,15 @@ class RotaryEmbedding(nn.Module):
         interleaved: pairs are ``(0, 1), (2, 3), ...`` (RoFormer, GPT-J) if True, ``(i, i + rotary_dim / 2)``
             (GPT-NeoX, Llama and nearly all checkpoints of transformers) if False.
         position_scale: factor of the positions; ``1 / s`` interpolates to s times the trained length.
-        frequencies: ``(rotary_dim / 2,)`` instead of those from ``base``, for Llama 3, YaRN and other schedules.
-        device: of the frequencies.
+        frequencies: ``(rotary_dim / 2,)`` numbers instead of those from ``base``: for Llama 3, YaRN and others.
+
+    There is no state: frequencies are computed from these arguments where x is, in fp32, so that neither casts of the
+    module nor construction without memory can spoil them.
 
     Raises:
-        ValueError: for a rotary_dim that is odd or exceeds head_dim, and frequencies of another length.
+        TypeError: for arguments of the wrong type.
+        ValueError: for a rotary_dim that is odd or exceeds head_dim, and frequencies of another length or without
+            numbers (on ``meta``).
 
     Example:
         >>> import torch, qkv
@@ -29,8 +38,6 @@ class RotaryEmbedding(nn.Module):
     Source: RoFormer, section 3.2; rotation in fp32 whatever the dtype, where transformers rotates in the dtype of q.
     """
 
-    frequencies: Tensor
-
     def __init__(
         self,
         head_dim: int,
@@ -39,48 +46,63 @@ class RotaryEmbedding(nn.Module):
         rotary_dim: int | None = None,
         interleaved: bool = False,
         position_scale: float = 1.0,
-        frequencies: Tensor | None = None,
-        device: torch.device | str | None = None,
+        frequencies: Tensor | Sequence[float] | None = None,
     ) -> None:
         super().__init__()
+        who = "RotaryEmbedding"
+        require_count(who, "head_dim", head_dim)
         rotary_dim = head_dim if rotary_dim is None else rotary_dim
+        require_count(who, "rotary_dim", rotary_dim, 0)
         if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
-            raise ValueError(
-                f"RotaryEmbedding: rotary_dim must be even and at most head_dim={head_dim}; got {rotary_dim}."
-            )
-        if frequencies is None:
-            exponent = torch.arange(0, rotary_dim, 2, device=device, dtype=torch.float32) / rotary_dim
-            frequencies = base**-exponent
-        elif frequencies.shape != (rotary_dim // 2,):
-            raise ValueError(
-                f"RotaryEmbedding: frequencies must be ({rotary_dim // 2},), one a pair of channels; "
-                f"got shape {tuple(frequencies.shape)}."
-            )
+            raise ValueError(f"{who}: rotary_dim must be even and at most head_dim={head_dim}; got {rotary_dim}.")
+        require_positive(who, "base", base)
+        require_flag(who, "interleaved", interleaved)
+        require_finite(who, "position_scale", position_scale)
         self.head_dim = head_dim
+        self.base = base
         self.rotary_dim = rotary_dim
         self.interleaved = interleaved
         self.position_scale = position_scale
-        self.register_buffer("frequencies", frequencies.to(device=device, dtype=torch.float32), persistent=False)
+        self._given: Numbers | None = None
+        if frequencies is not None:
+            given = vector(who, "frequencies", frequencies, rotary_dim // 2, "one a pair of channels")
+            self._given = given._replace(dtype=torch.float32)
 
-    def forward(self, x: Tensor, offset: int = 0) -> Tensor:
-        """Rotates ``x (B, H, L, head_dim)``, whose first token stands at position ``offset``.
+    @property
+    def frequencies(self) -> Tensor:
+        """``(rotary_dim / 2,)``, by how much each pair of channels turns from one position to the next; on the CPU."""
+        return self._frequencies(torch.device("cpu")).clone()
+
+    def forward(self, x: Tensor, offset: int | Tensor = 0) -> Tensor:
+        """Rotates ``x (B, H, L, head_dim)``, whose token i stands at position ``i + offset``.
+
+        Args:
+            x: queries or keys.
+            offset: one for all tokens, or integers ``(L,)``, one a token, as where sequences follow each other.
 
         Raises:
             ValueError: when the width of x is not head_dim.
         """
         if x.shape[-1] != self.head_dim:
             raise ValueError(f"RotaryEmbedding: x must have width {self.head_dim}; got shape {tuple(x.shape)}.")
-        cos, sin = self._tables(x.shape[-2], offset)
-        return rotate(x, cos, sin, interleaved=self.interleaved)
+        positions = torch.arange(x.shape[-2], device=x.device) + offset
+        angles = (positions.float() * self.position_scale)[:, None] * self._frequencies(x.device)
+        return rotate(x, angles.cos(), angles.sin(), interleaved=self.interleaved)
 
-    def _tables(self, length: int, offset: int) -> tuple[Tensor, Tensor]:
-        frequencies = self.frequencies.float()  # A module moved to bf16 would place position 257 at 256.
-        positions = torch.arange(length, device=frequencies.device) + offset
-        angles = (positions * self.position_scale)[:, None] * frequencies
-        return angles.cos(), angles.sin()
+    def _frequencies(self, device: torch.device) -> Tensor:
+        """In fp32 whatever the module was cast to: a bf16 position stops counting at 256."""
+        if self._given is not None:
+            return self._given.on(device)
+        return constant(_geometric, self.base, self.rotary_dim, device)
 
     def extra_repr(self) -> str:
         return f"{self.head_dim}, rotary_dim={self.rotary_dim}, interleaved={self.interleaved}"
+
+
+def _geometric(base: float, rotary_dim: int, device: torch.device) -> Tensor:
+    exponent = torch.arange(0, rotary_dim, 2, device=device, dtype=torch.float32) / rotary_dim
+    frequencies: Tensor = base**-exponent
+    return frequencies
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:

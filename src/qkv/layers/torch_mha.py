@@ -24,12 +24,14 @@ class Layer(Protocol):
     training: bool
     rotary: Any
     q_norm: Any
-    alibi: Tensor | None
     sink_logits: Tensor | None
     q_proj: nn.Linear
     k_proj: nn.Linear
     v_proj: nn.Linear
     out_proj: nn.Linear
+
+    @property
+    def alibi(self) -> Tensor | None: ...
 
 
 def options(module: nn.MultiheadAttention) -> dict[str, Any]:

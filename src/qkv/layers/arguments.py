@@ -1,0 +1,142 @@
+"""What the layers take: each argument is checked once, when a layer is built, before anything is made of it."""
+
+import math
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qkv.backends import BACKENDS
+from qkv.layers.constants import Numbers
+from qkv.masks import Mask
+
+
+def require_count(who: str, name: str, value: object, least: int = 1) -> None:
+    """Raises unless it is an int of at least ``least``."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{who}: {name} must be an int; got {value!r}.")
+    if value < least:
+        raise ValueError(f"{who}: {name} must be at least {least}; got {value}.")
+
+
+def require_flag(who: str, name: str, value: object) -> None:
+    """Raises unless it is True or False."""
+    if not isinstance(value, bool):
+        got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise TypeError(f"{who}: {name} must be True or False; got {got}.")
+
+
+def require_mask(who: str, mask: object) -> Mask:
+    """The mask; raises unless it is a `Mask`, as `qkv.attention` does."""
+    if not isinstance(mask, Mask):
+        remedy = "Mask.dense(allow)" if isinstance(mask, Tensor) else "Mask.causal(), Mask.padding(keep), ..."
+        raise TypeError(f"{who}: mask must be a qkv.Mask; got {type(mask).__name__}. Use {remedy}.")
+    return mask
+
+
+def require_rotary(who: str, rotary: object, head_dim: int) -> None:
+    """Raises unless it is a module that rotates heads of this width, `RotaryEmbedding` or one like it."""
+    if not isinstance(rotary, nn.Module) or not hasattr(rotary, "head_dim"):
+        raise TypeError(
+            f"{who}: rotary must be a qkv.RotaryEmbedding, or a module with a head_dim that is called as it is; "
+            f"got {rotary if isinstance(rotary, bool) else type(rotary).__name__}. Use RotaryEmbedding({head_dim})."
+        )
+    if rotary.head_dim != head_dim:
+        raise ValueError(f"{who}: rotary must be for head_dim={head_dim}; got {rotary.head_dim}.")
+
+
+def require_finite(who: str, name: str, value: object, otherwise: str = "") -> None:
+    """Raises unless it is a finite number."""
+    _require_number(who, name, value, f"a finite number{otherwise}")
+    if not math.isfinite(value):  # type: ignore[arg-type]
+        raise ValueError(f"{who}: {name} must be a finite number{otherwise}; got {value!r}.")
+
+
+def require_positive(who: str, name: str, value: object, otherwise: str = "") -> None:
+    """Raises unless it is a positive, finite number."""
+    _require_number(who, name, value, f"a positive number{otherwise}")
+    if not 0 < value < math.inf:  # type: ignore[operator]
+        raise ValueError(f"{who}: {name} must be a positive number{otherwise}; got {value!r}.")
+
+
+def require_probability(who: str, name: str, value: object) -> None:
+    """Raises unless it is a number in [0, 1)."""
+    _require_number(who, name, value, "a probability in [0, 1)")
+    if not 0.0 <= value < 1.0:  # type: ignore[operator]
+        raise ValueError(f"{who}: {name} must be a probability in [0, 1); got {value!r}.")
+
+
+def require_backend(who: str, backend: object) -> None:
+    """Raises unless it is the name of one, or ``auto``."""
+    names = [candidate.NAME for candidate in BACKENDS]
+    if backend != "auto" and backend not in names:
+        known = ", ".join(map(repr, names))
+        raise ValueError(f"{who}: backend must be 'auto' or one of {known}; got {backend!r}.")
+
+
+def wrong_input(who: str, name: str, value: object, layout: str) -> Exception:
+    """What says that a layer takes a tensor of another shape, or a tensor at all."""
+    if not isinstance(value, Tensor):
+        return TypeError(f"{who}: {name} must be a tensor {layout}; got {type(value).__name__}.")
+    return ValueError(f"{who}: {name} must be {layout}; got shape {tuple(value.shape)}.")
+
+
+def require_like_weights(who: str, name: str, x: Tensor, linear: nn.Module, cause: Exception) -> None:
+    """Raises where the dtype or the device of x is the ``cause`` of a projection's failure."""
+    weight = getattr(linear, "weight", None)
+    if not isinstance(weight, Tensor) or not weight.dtype.is_floating_point:
+        return
+    if x.device != weight.device:
+        raise ValueError(
+            f"{who}: {name} must be on the device of the layer's weights, {weight.device}; got {x.device}."
+        ) from cause
+    if x.dtype is not weight.dtype:
+        lower = " (or torch.autocast enabled)" if x.dtype.is_floating_point else ""
+        raise ValueError(
+            f"{who}: {name} must be {weight.dtype}, as the layer's weights are{lower}; got {x.dtype}."
+        ) from cause
+
+
+def vector(who: str, name: str, value: Any, count: int, what: str) -> Numbers:
+    """A vector of ``count`` finite numbers, from a tensor or a sequence.
+
+    Args:
+        what: what each of them is for, for messages.
+
+    Raises:
+        TypeError: for what holds no numbers.
+        ValueError: for another number of them, and for tensors that are to have a gradient or hold nothing.
+    """
+    required = f"{name} must be floating-point of shape ({count},), {what}"
+    dtype = torch.float32
+    if isinstance(value, Tensor):
+        if value.shape != (count,) or not value.dtype.is_floating_point:
+            raise ValueError(f"{who}: {required}; got {value.dtype} {tuple(value.shape)}.")
+        if value.requires_grad:
+            raise ValueError(
+                f"{who}: {name} are constants of the layer; got a tensor that requires a gradient. "
+                "Detach it, or keep it as a parameter of your own and call qkv.attention."
+            )
+        dtype = torch.promote_types(value.dtype, dtype)
+        try:
+            value = value.tolist()
+        except (NotImplementedError, RuntimeError) as error:  # of meta and fake tensors
+            raise ValueError(
+                f"{who}: {required}; got a tensor on {value.device} without numbers. Give a list, or make the tensor "
+                "with device='cpu' where everything else is built without memory."
+            ) from error
+    try:
+        found = tuple(float(x) for x in value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{who}: {required}; got {value!r}.") from error
+    if len(found) != count or isinstance(value, str):
+        raise ValueError(f"{who}: {required}; got {value!r}.")
+    if not all(map(math.isfinite, found)):
+        raise ValueError(f"{who}: {name} must be finite; got {found}.")
+    return Numbers(found, dtype)
+
+
+def _require_number(who: str, name: str, value: object, what: str) -> None:
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{who}: {name} must be {what}; got {value!r}.")
