@@ -380,8 +380,9 @@ class Attention(nn.Module):
 
     def _refuse_context(self, context: Tensor | None) -> None:
         if context is not None:
-            plain = isinstance(context, Tensor) and not context.is_nested
-            got = f"one of shape {tuple(context.shape)}" if plain else type(context).__name__
+            got = type(context).__name__
+            if isinstance(context, Tensor):
+                got = "a nested tensor" if context.is_nested else f"one of shape {tuple(context.shape)}"
             raise ValueError(
                 f"{type(self).__name__}: it attends to its own input and takes no context; got {got}. "
                 "Build it with context_dim=, or use CrossAttention. A mask is given by name, mask=."
