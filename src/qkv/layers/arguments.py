@@ -110,6 +110,8 @@ def vector(who: str, name: str, value: Any, count: int, what: str) -> Numbers:
     """
     required = f"{name} must be floating-point of shape ({count},), {what}"
     dtype = torch.float32
+    if isinstance(value, str):
+        raise TypeError(f"{who}: {required}; got {value!r}.")
     if isinstance(value, Tensor):
         if value.shape != (count,) or not value.dtype.is_floating_point:
             raise ValueError(f"{who}: {required}; got {value.dtype} {tuple(value.shape)}.")
@@ -127,10 +129,10 @@ def vector(who: str, name: str, value: Any, count: int, what: str) -> Numbers:
                 "with device='cpu' where everything else is built without memory."
             ) from error
     try:
-        found = tuple(float(x) for x in value)
+        found = tuple(map(float, value))
     except (TypeError, ValueError) as error:
         raise TypeError(f"{who}: {required}; got {value!r}.") from error
-    if len(found) != count or isinstance(value, str):
+    if len(found) != count:
         raise ValueError(f"{who}: {required}; got {value!r}.")
     if not all(map(math.isfinite, found)):
         raise ValueError(f"{who}: {name} must be finite; got {found}.")

@@ -1,0 +1,236 @@
+"""Arguments that no layer can take are refused where they are given, by every layer, with a message that says which."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qkv
+from qkv import Mask
+
+X, CONTEXT = torch.randn(2, 5, 24), torch.randn(2, 7, 24)
+ALLOW = torch.ones(5, 5, dtype=torch.bool)
+
+LAYERS: dict[str, Callable[..., qkv.Attention]] = {
+    "Attention": lambda **options: qkv.Attention(**{"embed_dim": 24, "num_heads": 6, **options}),
+    "MultiHeadAttention": lambda **options: qkv.MultiHeadAttention(**{"embed_dim": 24, "num_heads": 6, **options}),
+    "CausalAttention": lambda **options: qkv.CausalAttention(**{"embed_dim": 24, "num_heads": 6, **options}),
+    "CrossAttention": lambda **options: qkv.CrossAttention(**{"embed_dim": 24, "num_heads": 6, **options}),
+    "MultiQueryAttention": lambda **options: qkv.MultiQueryAttention(**{"embed_dim": 24, "num_heads": 6, **options}),
+    "GroupedQueryAttention": lambda **options: qkv.GroupedQueryAttention(
+        **{"embed_dim": 24, "num_heads": 6, "num_kv_heads": 2, **options}
+    ),
+    "SlidingWindowAttention": lambda **options: qkv.SlidingWindowAttention(
+        **{"embed_dim": 24, "num_heads": 6, "window": 4, **options}
+    ),
+    "ScaledDotProductAttention": lambda **options: qkv.ScaledDotProductAttention(**{"embed_dim": 24, **options}),
+}
+each_layer = pytest.mark.parametrize("name", LAYERS)
+
+
+class NoRotation:
+    head_dim = 4
+
+
+def at_construction() -> list[tuple[str, Any, type[Exception], str]]:
+    whole = [True, 8.0, "8", None, torch.tensor(8), -1, 0]
+    mask = "mask must be a qkv.Mask; got "
+    cases: list[tuple[str, Any, type[Exception], str]] = [
+        ("mask", ALLOW, TypeError, mask + "Tensor. Use Mask.dense(allow)."),
+        ("mask", "causal", TypeError, mask + "str. Use Mask.causal(), "),
+        ("mask", lambda q, k: q >= k, TypeError, mask + "function. Use Mask.causal(), "),
+        ("mask", None, TypeError, mask + "NoneType"),
+        ("mask", True, TypeError, mask + "bool"),
+        ("rotary", True, TypeError, "rotary must be a qkv.RotaryEmbedding, or a module with a head_dim"),
+        ("rotary", 10000.0, TypeError, "that is called as it is; got float. Use RotaryEmbedding("),
+        ("rotary", NoRotation(), TypeError, "got NoRotation"),
+        ("rotary", nn.Identity(), TypeError, "got Identity"),
+        ("rotary", qkv.RotaryEmbedding, TypeError, "rotary must be a qkv.RotaryEmbedding"),
+        ("rotary", qkv.RotaryEmbedding(2), ValueError, "rotary must be for head_dim="),
+        ("alibi", True, TypeError, "alibi must be floating-point of shape ("),
+        ("alibi", 0.5, TypeError, "one a query head; got 0.5"),
+        ("alibi", "123456", TypeError, "one a query head; got '123456'"),
+        ("alibi", [1.0] * 5, ValueError, "one a query head; got [1.0, 1.0, 1.0, 1.0, 1.0]"),
+        ("alibi", torch.ones(5), ValueError, "one a query head; got torch.float32 (5,)"),
+        ("alibi", torch.ones(6, dtype=torch.int64), ValueError, "one a query head; got torch.int64 (6,)"),
+        ("alibi", torch.ones(6, 1), ValueError, "one a query head; got torch.float32 (6, 1)"),
+        ("embed_dim", True, TypeError, "embed_dim must be an int; got True"),
+        ("embed_dim", 24.0, TypeError, "embed_dim must be an int; got 24.0"),
+        ("embed_dim", 0, ValueError, "embed_dim must be at least 1; got 0"),
+    ]
+    for option in ("head_dim", "value_dim"):
+        cases += [
+            (option, value, TypeError, f"{option} must be an int; got {value!r}")
+            for value in whole
+            if value is not None and not (isinstance(value, int) and value is not True)
+        ]
+        cases += [(option, value, ValueError, f"{option} must be at least 1; got {value}") for value in (0, -3)]
+    scale = "scale must be a finite number, or None for 1 / sqrt(head_dim); got "
+    for value in (True, "1", torch.tensor(0.5), [1.0]):
+        cases.append(("scale", value, TypeError, f"{scale}{value!r}"))
+        cases.append(("softcap", value, TypeError, f"softcap must be a positive number or None; got {value!r}"))
+        cases.append(("dropout", value, TypeError, f"dropout must be a probability in [0, 1); got {value!r}"))
+    for value in (float("nan"), float("inf"), -float("inf")):
+        cases.append(("scale", value, ValueError, f"{scale}{value!r}"))
+    for value in (0.0, -1.0, float("nan"), float("inf")):
+        cases.append(("softcap", value, ValueError, f"softcap must be a positive number or None; got {value!r}"))
+    for value in (1.0, -0.1, float("nan"), 2):
+        cases.append(("dropout", value, ValueError, f"dropout must be a probability in [0, 1); got {value!r}"))
+    cases.append(("dropout", None, TypeError, "dropout must be a probability in [0, 1); got None"))
+    for flag in ("qk_norm", "bias", "out_bias", "sink_logits"):
+        cases.append((flag, 1, TypeError, f"{flag} must be True or False; got 1"))
+        cases.append((flag, "no", TypeError, f"{flag} must be True or False; got 'no'"))
+        cases.append((flag, torch.zeros(6), TypeError, f"{flag} must be True or False; got a tensor of shape (6,)"))
+    for backend in ("fast", None, True):
+        cases.append(
+            ("backend", backend, ValueError, "backend must be 'auto' or one of 'native', 'sdpa', 'flex', 'refe")
+        )
+    return cases
+
+
+def test_a_table_of_wrong_options_is_refused_by_every_layer() -> None:
+    for name, make in LAYERS.items():
+        for option, value, error, message in at_construction():
+            with pytest.raises(error) as raised:
+                make(**{option: value})
+            said = str(raised.value)
+            heads = 1 if name.startswith("Scaled") else 6
+            assert said.startswith(f"{name}: "), (name, option, value, said)
+            assert message in said or (option == "alibi" and f"({heads},)" in said), (name, option, value, said)
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if not name.startswith("Scaled")])
+@pytest.mark.parametrize("value", [True, 6.0, "6", None, torch.tensor(6)])
+def test_heads_are_counted_in_ints(name: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=f"{name}: num_heads must be an int; got"):
+        LAYERS[name](num_heads=value)
+    with pytest.raises(ValueError, match=f"{name}: num_heads must be a multiple of num_kv_heads, both at least 1"):
+        LAYERS[name](num_heads=0)
+
+
+@pytest.mark.parametrize("value", [True, 2.0, "2"])
+def test_groups_contexts_and_windows_are_counted_in_ints(value: Any) -> None:
+    with pytest.raises(TypeError, match="GroupedQueryAttention: num_kv_heads must be an int"):
+        qkv.GroupedQueryAttention(24, 6, value)
+    with pytest.raises(TypeError, match="CrossAttention: context_dim must be an int"):
+        qkv.CrossAttention(24, 6, context_dim=value)
+    with pytest.raises(TypeError, match="window must be an int"):
+        qkv.SlidingWindowAttention(24, 6, value)
+    with pytest.raises(TypeError, match="causal must be True or False"):
+        qkv.SlidingWindowAttention(24, 6, 4, causal="yes")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"head_dim": True}, TypeError, "head_dim must be an int; got True"),
+        ({"head_dim": 8.0}, TypeError, "head_dim must be an int; got 8.0"),
+        ({"rotary_dim": 4.0}, TypeError, "rotary_dim must be an int; got 4.0"),
+        ({"base": "10000"}, TypeError, "base must be a positive number; got '10000'"),
+        ({"base": 0.0}, ValueError, "base must be a positive number; got 0.0"),
+        ({"base": float("inf")}, ValueError, "base must be a positive number; got inf"),
+        ({"position_scale": None}, TypeError, "position_scale must be a finite number; got None"),
+        ({"position_scale": float("nan")}, ValueError, "position_scale must be a finite number; got nan"),
+        ({"interleaved": "yes"}, TypeError, "interleaved must be True or False; got 'yes'"),
+        ({"frequencies": 1.0}, TypeError, r"frequencies must be floating-point of shape \(4,\), .* got 1.0"),
+        ({"frequencies": [1.0, 2.0, 3.0, float("nan")]}, ValueError, "frequencies must be finite"),
+        ({"frequencies": torch.ones(4, 1)}, ValueError, r"frequencies must .* got torch\.float32 \(4, 1\)"),
+    ],
+)
+def test_a_rotation_refuses_what_it_cannot_take(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"RotaryEmbedding: {message}"):
+        qkv.RotaryEmbedding(**{"head_dim": 8, **options})
+
+
+AT_CALL: list[tuple[str, dict[str, Any], type[Exception], str]] = [
+    ("a boolean mask", {"mask": ALLOW}, TypeError, "mask must be a qkv.Mask; got Tensor. Use Mask.dense(allow)."),
+    ("a name", {"mask": "causal"}, TypeError, "mask must be a qkv.Mask; got str. Use Mask.causal(), "),
+    ("a function", {"mask": lambda q, k: q >= k}, TypeError, "mask must be a qkv.Mask; got function"),
+    ("a flag", {"mask": True}, TypeError, "mask must be a qkv.Mask; got bool"),
+    ("a dictionary for a cache", {"cache": {}}, TypeError, "cache must be one of qkv's, KVCache, "),
+    ("the class of a cache", {"cache": qkv.KVCache}, TypeError, "cache must be one of qkv's, KVCache, "),
+    ("no tensor", {"x": X.tolist()}, TypeError, "x must be a tensor (B, L, 24); got list"),
+    ("nothing", {"x": None}, TypeError, "x must be a tensor (B, L, 24); got NoneType"),
+    ("an array", {"x": X.numpy()}, TypeError, "x must be a tensor (B, L, 24); got ndarray"),
+    ("two dimensions", {"x": X[0]}, ValueError, "x must be (B, L, 24); got shape (5, 24)"),
+    ("another width", {"x": X[..., :3]}, ValueError, "x must be (B, L, 24); got shape (2, 5, 3)"),
+    ("integers", {"x": X.int()}, ValueError, "x must be torch.float32, as the layer's weights are; got torch.int32"),
+    ("complex", {"x": X + 0j}, ValueError, "x must be torch.float32, as the layer's weights are; got torch.complex64"),
+    ("fp64", {"x": X.double()}, ValueError, "weights are (or torch.autocast enabled); got torch.float64"),
+    ("bf16", {"x": X.bfloat16()}, ValueError, "weights are (or torch.autocast enabled); got torch.bfloat16"),
+    ("meta", {"x": X.to("meta")}, ValueError, "x must be on the device of the layer's weights, cpu; got meta"),
+]
+
+
+@each_layer
+@pytest.mark.parametrize("method", ["forward", "attention_weights"])
+def test_a_table_of_wrong_calls_is_refused_by_every_layer(name: str, method: str) -> None:
+    layer = LAYERS[name]()
+    context = () if layer.context_dim is None else (CONTEXT,)
+    for case, options, error, message in AT_CALL:
+        with pytest.raises(error) as raised:
+            options = dict(options)
+            getattr(layer, method)(options.pop("x", X), *context, **options)
+        said = str(raised.value)
+        assert said.startswith(f"{name}: ") and message in said, (case, said)
+
+
+@pytest.mark.parametrize(
+    ("context", "error", "message"),
+    [
+        (CONTEXT.tolist(), TypeError, "context must be a tensor (2, Lk, 24); got list"),
+        (CONTEXT[0], ValueError, "context must be (2, Lk, 24); got shape (7, 24)"),
+        (CONTEXT[:1], ValueError, "context must be (2, Lk, 24); got shape (1, 7, 24)"),
+        (CONTEXT.long(), ValueError, "context must be torch.float32, as the layer's weights are; got torch.int64"),
+        (CONTEXT.half(), ValueError, "context must be torch.float32, as the layer's weights are (or torch.autocast"),
+        (CONTEXT.to("meta"), ValueError, "context must be on the device of the layer's weights, cpu; got meta"),
+    ],
+)
+def test_a_context_is_asked_for_the_same(context: Any, error: type[Exception], message: str) -> None:
+    cache = qkv.CrossKVCache()
+    with pytest.raises(error) as raised:
+        qkv.CrossAttention(24, 6)(X, context, cache=cache)
+    assert str(raised.value).startswith(f"CrossAttention: {message}")
+    assert cache.length == 0
+
+
+@pytest.mark.parametrize("wrong", [{"x": X.double()}, {"mask": ALLOW}, {"context": X}, {"x": X[0]}], ids=str)
+def test_what_is_refused_has_changed_nothing(wrong: dict[str, Any]) -> None:
+    layer, cache = qkv.CausalAttention(24, 6, rotary=qkv.RotaryEmbedding(4)), qkv.KVCache()
+    with torch.no_grad():
+        layer(X, cache=cache)
+        want = layer(X, cache=qkv.KVCache())
+        options = dict(wrong)
+        with pytest.raises((TypeError, ValueError)):
+            layer(options.pop("x", X), cache=cache, **options)
+        assert cache.length == 5
+        cache.crop(0)
+        assert torch.equal(layer(X, cache=cache), want)
+
+
+def test_a_mask_given_in_the_place_of_a_context_is_named() -> None:
+    with pytest.raises(ValueError, match=r"takes no context; .* A mask is given by name, mask=\."):
+        qkv.CausalAttention(24, 6)(X, Mask.causal())  # type: ignore[arg-type]
+
+
+def test_an_error_that_is_not_of_the_inputs_stays_as_it_is() -> None:
+    layer = qkv.MultiHeadAttention(24, 6)
+
+    def broken(*_: Any) -> Tensor:
+        raise RuntimeError("of the user's own")
+
+    layer.k_proj.register_forward_hook(broken)
+    with pytest.raises(RuntimeError, match="of the user's own"):
+        layer(X)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    layer = qkv.Attention(
+        np.int64(24), np.int64(6), scale=np.float32(0.5), softcap=np.float64(3), alibi=np.ones(6), dropout=0
+    )
+    want = qkv.Attention(24, 6, scale=0.5, softcap=3, alibi=[1] * 6)
+    want.load_state_dict(layer.state_dict())
+    assert torch.equal(layer(X), want(X))
