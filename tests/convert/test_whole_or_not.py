@@ -297,6 +297,8 @@ def test_read_only_place(tmp_path, source, monkeypatch, refuses):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
 
     monkeypatch.setattr(os, refuses, refuse if refuses == "mkdir" else lambda path, mode: False)
-    with pytest.raises(CheckpointError, match=r"out cannot be written: (Read-only file system|you may not make anything in)"):
+    with pytest.raises(
+        CheckpointError, match=r"out cannot be written: (Read-only file system|you may not make anything in)"
+    ):
         convert_checkpoint(source, tmp_path / "out", 2)
     assert not names(tmp_path)
