@@ -63,7 +63,10 @@ def test_heads_and_windows_of_each_layer(tmp_path):
             {"attention.head_count_kv": 4},
             r"'blk\.0\.attn_k\.weight' must have 24 rows by the header; it is F16 \[12, 16\]",
         ),
-        ({"attention.head_count": 0}, "attention.head_count must be a number from 1 on in layer 0; it is 0"),
+        (
+            {"attention.head_count": 0},
+            "llama.attention.head_count must be a whole number from 1 on or a list .*; it is 0",
+        ),
         ({"attention.head_count_kv": [2]}, r"attention.head_count_kv must be .* in layer 1; it is \[2\]"),
         (
             {"block_count": 3},

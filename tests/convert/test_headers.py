@@ -1,4 +1,4 @@
-"""Headers of safetensors files that break one rule each; `fuzz.py` breaks whole checkpoints."""
+"""Headers of safetensors files that break one rule each; `faults.py` breaks whole checkpoints."""
 
 import json
 

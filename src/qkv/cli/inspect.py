@@ -107,8 +107,9 @@ def _inspect_hub(name: str) -> Inspection:
     from huggingface_hub import get_safetensors_metadata, hf_hub_download
 
     from qkv.convert.documents import read_document
+    from qkv.convert.fields import TENSOR, find_fault
     from qkv.convert.inspection import inspect_tensors
-    from qkv.convert.safetensors_file import TensorSpec
+    from qkv.convert.safetensors_file import make_spec
 
     try:
         config = read_document(Path(hf_hub_download(name, "config.json")))
@@ -120,9 +121,14 @@ def _inspect_hub(name: str) -> Inspection:
             f"the headers of {name!r} cannot be had from the hub. {type(error).__name__}: {error!s:.400}\n"
             "Check the name and the network, or give a local folder or file."
         ) from error
-    tensors = {
-        tensor: TensorSpec(info.dtype, tuple(info.shape)) for file in files for tensor, info in file.tensors.items()
-    }
+    tensors = {}
+    for file in files:
+        for tensor, info in file.tensors.items():
+            shape = list(info.shape)
+            spec = find_fault({"dtype": info.dtype, "shape": shape}, TENSOR) or make_spec(info.dtype, shape)
+            if isinstance(spec, str):
+                raise CheckpointError(f"{name}: tensor {tensor!r}: {spec}.")
+            tensors[tensor] = spec
     return inspect_tensors(name, config, tensors)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qkv.convert.aligned import align_outputs
+from qkv.convert.documents import show
 from qkv.convert.encoder_decoder import ENCODER_DECODERS
 from qkv.convert.errors import CheckpointError
 from qkv.convert.family import Family, Output, Pooling
@@ -42,7 +43,7 @@ def find_family(where: str, config: Mapping[str, Any]) -> Family:
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         raise CheckpointError(
-            f"{where}: models of type {model_type!r:.200} are not supported; those of type {', '.join(FAMILIES)} are."
+            f"{where}: models of type {show(model_type)} are not supported; those of type {', '.join(FAMILIES)} are."
         )
     if config.get("quantization_config") is not None:
         raise CheckpointError(

@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qkv.convert.documents import read_document, refuse_dangling
+from qkv.convert.documents import read_document, refuse_dangling, show
 from qkv.convert.errors import CheckpointError
+from qkv.convert.fields import INDEX as INDEX_FIELDS
+from qkv.convert.fields import check_fields
 from qkv.convert.safetensors_file import Header, TensorSpec, read_header
 
 CONFIG = "config.json"
@@ -69,14 +71,13 @@ def read_folder(path: Path) -> Folder:
 
 
 def _weight_map(path: Path, index: dict[str, Any]) -> dict[str, str]:
-    found = index.get("weight_map")
-    if not isinstance(found, dict) or not found:
-        raise CheckpointError(f"{path / INDEX} must have a weight_map from tensors to files; it has {found!r:.200}.")
+    check_fields(str(path / INDEX), {"weight_map": None} | index, INDEX_FIELDS)
+    found: dict[str, str] = index["weight_map"]
     for tensor, file in found.items():
         if not isinstance(file, str) or not file.endswith(".safetensors") or Path(file).name != file or "\0" in file:
             raise CheckpointError(
                 f"{path / INDEX}: tensor {tensor!r} must be in a safetensors file of the same folder; "
-                f"it is said to be in {file!r:.200}."
+                f"it is said to be in {show(file)}."
             )
     return found
 

@@ -5,11 +5,15 @@ The gguf package reads the same, but trusts the counts in a file: a damaged one 
 Source: the format's description in ggml (docs/gguf.md), versions 2 and 3, little-endian.
 """
 
+import math
+import os
 import struct
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from qkv.convert.documents import MOST_BYTES, show
 from qkv.convert.errors import CheckpointError
+from qkv.convert.fields import MOST
 from qkv.convert.safetensors_file import TensorSpec
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -22,7 +26,7 @@ class GgufHeader(NamedTuple):
     """What a GGUF file says of itself."""
 
     fields: dict[str, Any]
-    """Numbers, texts, and arrays of numbers; arrays of texts are left out."""
+    """Numbers, texts, and arrays of numbers; None stands for an array of texts."""
     tensors: dict[str, TensorSpec]
     """With shapes as torch counts them: rows first."""
 
@@ -41,10 +45,11 @@ def read_gguf(path: Path) -> GgufHeader:
 
 
 class _Reader:
-    """Walks through a header and never past the end of the file."""
+    """Walks through a header and never past the end of the file, or of what headers have."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
-        self._file, self._path, self._left = file, path, path.stat().st_size
+        self._file, self._path = file, path
+        self._left = min(os.fstat(file.fileno()).st_size, MOST_BYTES)
 
     def header(self) -> GgufHeader:
         from gguf import GGMLQuantizationType
@@ -55,18 +60,21 @@ class _Reader:
         fields, tensors = {}, {}
         for _ in range(num_fields):
             key = self._text()
+            if key in fields:
+                raise self._broken(f"the field {show(key)} is there twice")
             value = self._value(self._number("I"))
-            if value is not None:
-                fields[key] = value
+            fields[key] = value
         for _ in range(num_tensors):
             name, dimensions = self._text(), self._number("I")
             if dimensions > MOST_DIMENSIONS or name in tensors:
-                raise self._broken(f"tensor {name!r} has {dimensions} dimensions, or is there twice")
+                raise self._broken(f"tensor {show(name)} has {dimensions} dimensions, or is there twice")
             shape = tuple(self._number("Q") for _ in range(dimensions))[::-1]
+            if math.prod(shape) >= MOST:
+                raise self._broken(f"tensor {show(name)} of shape {list(shape)} has more than 2^63 numbers")
             try:
                 dtype = GGMLQuantizationType(self._number("I")).name
             except ValueError as error:
-                raise self._broken(f"tensor {name!r}: {error}") from error
+                raise self._broken(f"tensor {show(name)}: {error}") from error
             tensors[name] = TensorSpec(dtype, shape)
             self._bytes(8)
         return GgufHeader(fields, tensors)

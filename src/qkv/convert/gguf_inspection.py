@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from qkv.convert.description import Inspection, LayerAttention
+from qkv.convert.documents import show
 from qkv.convert.errors import CheckpointError
+from qkv.convert.fields import GGUF, check_fields
 from qkv.convert.gguf_file import read_gguf
 from qkv.convert.safetensors_file import TensorSpec
 
+ARCHITECTURE = "general.architecture"
 ATTENTION = re.compile(r"blk\.(\d{1,9})\.(attn_(?:q|k|v|qkv|output|q_norm|k_norm)\.(?:weight|bias))")
 
 
@@ -20,12 +23,14 @@ def inspect_gguf(path: Path) -> Inspection:
         CheckpointError: for a broken file, and a model whose attention it does not describe in full.
     """
     header = read_gguf(path)
-    model_type = header.fields.get("general.architecture")
+    check_fields(str(path), {ARCHITECTURE: None} | header.fields, GGUF)
+    model_type = header.fields[ARCHITECTURE]
     own = {
         key.removeprefix(f"{model_type}."): value
         for key, value in header.fields.items()
         if key.startswith(f"{model_type}.")
     }
+    check_fields(str(path), header.fields, {f"{model_type}.{name}": kind for name, kind in GGUF.items()})
     parts: dict[int, dict[str, TensorSpec]] = {}
     for name, spec in header.tensors.items():
         if match := ATTENTION.fullmatch(name):
@@ -37,7 +42,7 @@ def inspect_gguf(path: Path) -> Inspection:
         )
     layers = tuple(_layer(path, own, number, parts[number]) for number in range(len(parts)))
     dtype = next(spec.dtype for name, spec in parts[0].items() if re.match(r"attn_(k|qkv)\.", name))
-    return Inspection(str(model_type), dtype, sum(spec.numel for spec in header.tensors.values()), layers)
+    return Inspection(model_type, dtype, sum(spec.numel for spec in header.tensors.values()), layers)
 
 
 def _layer(path: Path, own: Mapping[str, Any], number: int, parts: Mapping[str, TensorSpec]) -> LayerAttention:
@@ -81,7 +86,7 @@ def _count(path: Path, own: Mapping[str, Any], key: str, layer: int, default: in
     if isinstance(value, list) and layer < len(value):
         value = value[layer]
     if type(value) is not int or value < 1:
-        raise CheckpointError(f"{path}: {key} must be a number from 1 on in layer {layer}; it is {value!r:.200}.")
+        raise CheckpointError(f"{path}: {key} must be a number from 1 on in layer {layer}; it is {show(value)}.")
     return value
 
 

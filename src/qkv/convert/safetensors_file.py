@@ -15,8 +15,9 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
-from qkv.convert.documents import MOST_BYTES, parse
+from qkv.convert.documents import MOST_BYTES, parse, paused_collection, show
 from qkv.convert.errors import CheckpointError
+from qkv.convert.fields import MOST, TENSOR, find_fault
 
 BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
@@ -97,9 +98,9 @@ def parse_header(file: BinaryIO, path: Path) -> Header:
     entries = parse(text, f"the header of {path}")
     metadata = entries.pop(METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CheckpointError(f"{path}: {METADATA} must map names to texts; it is {metadata!r:.200}.")
-    places = [(_place(path, name, entry), name) for name, entry in entries.items()]
-    return _checked(path, metadata, sorted(places), 8 + length, size)
+        raise CheckpointError(f"{path}: {METADATA} must map names to texts; it is {show(metadata)}.")
+    with paused_collection():
+        return _checked(path, metadata, _places(path, entries), 8 + length, size)
 
 
 def lay_out(tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, list[str]]:
@@ -122,50 +123,61 @@ def lay_out(tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> t
     return len(text).to_bytes(8, "little") + text, order
 
 
-def _place(path: Path, name: str, entry: object) -> tuple[int, int, TensorSpec]:
-    """Start, stop and kind of a tensor, counted from the end of the header."""
-    where = f"{path}: tensor {name!r}"
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(f"{where} must have dtype, shape and data_offsets; its entry is {entry!r:.200}.")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in BITS:
-        raise CheckpointError(f"{where} must have a dtype that the format knows; it has {dtype!r:.200}.")
-    if not _are_sizes(shape):
-        raise CheckpointError(f"{where} must have a shape of numbers from 0 on; it has {shape!r:.200}.")
-    if not _are_sizes(offsets) or len(offsets) != 2:
-        raise CheckpointError(f"{where} must have two data_offsets from 0 on; it has {offsets!r:.200}.")
-    spec, (start, stop) = TensorSpec(dtype, tuple(shape)), offsets
-    if spec.numel * BITS[dtype] != (stop - start) * 8:
-        raise CheckpointError(
-            f"{where} is {spec!s:.200} and must take {spec.num_bytes} bytes; its data_offsets {offsets} leave "
-            f"{stop - start}."
-        )
+def make_spec(dtype: str, shape: list[int]) -> TensorSpec | str:
+    """Of a tensor that can be, or else what is wrong with it."""
+    if dtype not in BITS:
+        return f"must have a dtype that the format knows; it has {show(dtype)}"
+    numel = 1
+    for size in shape:  # Long products take long, and nobody can print them.
+        if (numel := numel * size) >= MOST:
+            return f"must have less than 2^63 numbers; its shape is {show(shape)}"
+    return TensorSpec(dtype, tuple(shape))
+
+
+def _place(entry: Any) -> tuple[int, int, TensorSpec] | str:
+    """Start, stop and kind of a tensor, counted from the end of the header; or what is wrong with its entry."""
+    if not isinstance(entry, dict) or entry.keys() != TENSOR.keys():
+        return f"must have dtype, shape and data_offsets; its entry is {show(entry)}"
+    if (fault := find_fault(entry, TENSOR)) is not None:
+        return fault
+    if len(offsets := entry["data_offsets"]) != 2:
+        return f"must have two data_offsets; it has {show(offsets)}"
+    if isinstance(spec := make_spec(entry["dtype"], entry["shape"]), str):
+        return spec
+    start, stop = offsets
+    if spec.numel * BITS[spec.dtype] != (stop - start) * 8:
+        needed = spec.numel * BITS[spec.dtype] / 8
+        return f"is {spec!s:.200} and must take {needed:.16g} bytes; its data_offsets {offsets} leave {stop - start}"
     return start, stop, spec
 
 
-def _are_sizes(value: object) -> bool:
-    return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
+def _places(path: Path, entries: dict[str, Any]) -> list[tuple[int, int, TensorSpec, str]]:
+    """In their order in the file."""
+    places = []
+    for name, entry in entries.items():
+        if isinstance(place := _place(entry), str):
+            raise CheckpointError(f"{path}: tensor {show(name)}: {place}.")
+        places.append((*place, name))
+    return sorted(places)
 
 
 def _checked(
-    path: Path,
-    metadata: dict[str, str],
-    places: list[tuple[tuple[int, int, TensorSpec], str]],
-    data: int,
-    size: int,
+    path: Path, metadata: dict[str, str], places: list[tuple[int, int, TensorSpec, str]], data: int, size: int
 ) -> Header:
-    end, before = 0, "the header"
-    for (start, stop, _), name in places:
+    end, before = 0, ""
+    for start, stop, _, name in places:
         if start != end:
             fault = "overlaps with" if start < end else "leaves a gap after"
             raise CheckpointError(
-                f"{path}: tensor {name!r} {fault} {before}: it begins at {start} and should at {end}."
+                f"{path}: tensor {show(name)} {fault} {show(before) if before else 'the header'}: it begins at {start} "
+                f"and should at {end}."
             )
-        end, before = stop, repr(name)
+        end, before = stop, name
     if data + end != size:
         fault = "truncated" if data + end > size else "followed by what belongs to no tensor"
         raise CheckpointError(
-            f"{path} is {fault}: it has {size} bytes, and by its header {before} ends at {data + end}. Fetch it again."
+            f"{path} is {fault}: it has {size} bytes, and by its header {show(before) if before else 'the header'} "
+            f"ends at {data + end}. Fetch it again."
         )
-    tensors = {name: spec for (_, _, spec), name in places}
-    return Header(metadata, tensors, {name: data + start for (start, _, _), name in places})
+    tensors = {name: spec for _, _, spec, name in places}
+    return Header(metadata, tensors, {name: data + start for start, _, _, name in places})

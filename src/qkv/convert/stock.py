@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from qkv.convert.documents import show
 from qkv.convert.errors import CheckpointError
+from qkv.convert.fields import CONFIG, OBJECT, ROTARY, check_fields
 from qkv.convert.safetensors_file import TensorSpec
 from qkv.integrations import grouped_decoders
 
@@ -52,12 +54,27 @@ def read_config(where: str, config: Mapping[str, Any], num_tensors: int) -> Any:
         if layers is not None and (type(layers) is not int or not 0 < layers <= num_tensors):
             raise CheckpointError(
                 f"{where}: {key} must be a number of layers, of which the {num_tensors} tensors of the checkpoint "
-                f"are parts; it is {layers!r:.200}."
+                f"are parts; it is {show(layers)}."
             )
+    check_fields(where, config, CONFIG)
     try:
-        return CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+        known = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+        parts = [known, _decoder(known)]
     except Exception as error:
         raise CheckpointError(f"{where} is refused by transformers: {_brief(error)}") from error
+    for part in parts:
+        check_fields(where, {name: getattr(part, name) for name in CONFIG if hasattr(part, name)}, CONFIG)
+    check_rotary(where, known)
+    return known
+
+
+def check_rotary(where: str, config: Any) -> None:
+    """Holds ``rope_parameters``, one for all layers or one for each kind of them, to what is read there."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = set(getattr(config, "layer_types", None) or ()) & parameters.keys()
+    for found in [parameters[kind] for kind in kinds] or [parameters]:
+        check_fields(f"{where}: rope_parameters", {"": found}, {"": OBJECT})
+        check_fields(f"{where}: rope_parameters", found, ROTARY)
 
 
 def heads(where: str, config: Any) -> Heads:
@@ -187,7 +204,7 @@ def _model_class(where: str, config: Any) -> Any:
     if not isinstance(cls, type) or getattr(cls, "config_class", None) is not type(config):
         raise CheckpointError(
             f"{where}: architectures must name a class of transformers for {config.model_type!r}; "
-            f"transformers {transformers.__version__} has no such {name!r:.200}."
+            f"transformers {transformers.__version__} has no such {show(name)}."
         )
     return cls
 
@@ -198,7 +215,7 @@ def _encoder_decoder_class(where: str, config: Any, known: list[Any]) -> Any:
     if not config.is_encoder_decoder or name not in names:
         raise CheckpointError(
             f"{where}: a {config.model_type} model must have encoder and decoder, as {' or '.join(names)}; this is "
-            f"{name!r:.200} with is_encoder_decoder={config.is_encoder_decoder}."
+            f"{show(name)} with is_encoder_decoder={config.is_encoder_decoder}."
         )
     return known[names.index(name)]
 

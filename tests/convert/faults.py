@@ -1,4 +1,4 @@
-"""Breaks a valid checkpoint in seeded ways and converts it: ``python tests/convert/fuzz.py --count 200``.
+"""Breaks a valid checkpoint in seeded ways, and converts it.
 
 Each must be refused with a message, without a traceback, and leave nothing behind. What no reader can tell is not among
 them: other bytes in the weights; F16 called BF16; places of tensors of one kind exchanged; and settings that change
@@ -6,21 +6,15 @@ what a model computes but no shape (epsilons, the base of a rotation). Tensors t
 pass.
 """
 
-import argparse
 import contextlib
 import io
 import json
 import random
-import resource
 import shutil
 import signal
-import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from convert import models
@@ -284,26 +278,3 @@ def refuse(valid: Path, place: Path, kind: str, seed: int) -> str:
     assert models.digest(source) == before, f"the source changed: {what}"
     shutil.rmtree(source)
     return message.strip()
-
-
-def main() -> None:
-    arguments = argparse.ArgumentParser()
-    arguments.add_argument("--count", type=int, default=200)
-    arguments.add_argument("--seed", type=int, default=0)
-    given = arguments.parse_args()
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        valid, place = make_source(Path(folder, "valid")), Path(folder, "place")
-        place.mkdir()
-        assert convert(valid, Path(folder, "converted"))[0] == 0
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        for number in range(given.count):
-            kind = list(FAULTS)[number % len(FAULTS)]
-            message = refuse(valid, place, kind, given.seed + number)
-            print(f"{kind}: {message.replace(str(place), '')[:300]}")
-        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    print(f"{given.count} of {len(FAULTS)} kinds refused; the largest resident set grew by {grown / 1024:.1f} MB")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,157 @@
+"""JSON of configurations, indices and headers: linear in its size, and malformed, a message with file and field."""
+
+import contextlib
+import gc
+import json
+import shutil
+
+import pytest
+from convert import models
+
+from qkv.convert import CheckpointError, documents, inspect_checkpoint
+from qkv.convert.documents import parse, read_document, show
+from qkv.convert.safetensors_file import read_header
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ('{"a": NaN}', "x: 'a' is NaN, which JSON does not have."),
+        ('{"a": [0, {"b": -Infinity}]}', "x: 'a', 1, 'b' is -Infinity, which JSON does not have."),
+        ('{"a": 1e999}', "x: 'a' is 1e999, beyond all numbers."),
+        ('{"a": %s}' % ("1" * 5000), "x: 'a' is a number of 5000 digits."),
+        ('{"a": [-%s]}' % ("1" * 41), "x: 'a', 0 is a number of 42 digits."),
+        ('{"a": "\\ud800"}', "x: 'a' holds half of a surrogate pair, which is no text."),
+        ('{"\\udfff": 1}', "x: the key '\\udfff' holds half of a surrogate pair, which is no text."),
+        ('{"a": {"b": 1, "b": 2}}', "x says the key 'b' twice; it must be said once."),
+        ("[1]", "x must be a JSON object; it is a list."),
+        ("NaN", "x: the value is NaN, which JSON does not have."),
+        ("", "x is not JSON: Expecting value"),
+        ('{"a": 01}', "x is not JSON: Expecting ',' delimiter"),
+        ('{"a": 1} {}', "x is not JSON: Extra data"),
+        ("\ufeff{}", "x is not JSON: Unexpected UTF-8 BOM"),
+        ('{"a": ' * 100_000, "x is not JSON: maximum recursion depth exceeded"),
+        (f'{{"a": {"[" * 900}NaN{"]" * 900}}}', "x: 'a', 0, 0, 0"),
+    ],
+)
+def test_what_is_refused(document, message):
+    with pytest.raises(CheckpointError) as told:
+        parse(document.encode(), "x")
+    assert str(told.value).startswith(message) and len(str(told.value)) < 400
+
+
+def test_what_is_not_utf_8():
+    with pytest.raises(CheckpointError, match="x is not JSON: 'utf-8' codec can't decode byte 0xff in position 7"):
+        parse(b'{"a": "\xff"}', "x")
+
+
+def test_what_is_read():
+    """A pair is a text, zeros are zeros, and 40 digits are a number."""
+    document = {"a": "\U0001f600 \\ud800", "b": 10**40 - 1, "c": -0.5, "d": [None, True, {}], "e": "0" * 50}
+    assert parse(json.dumps(document).encode(), "x") == document
+
+
+@pytest.mark.parametrize("levels", [documents.MOST_LEVELS, documents.MOST_LEVELS + 1])
+def test_levels_are_counted(tmp_path, levels):
+    (tmp_path / "a.json").write_text('{"a":' * (levels - 1) + "{}" + "}" * (levels - 1))
+    if levels == documents.MOST_LEVELS:
+        read_document(tmp_path / "a.json")
+    else:
+        with pytest.raises(CheckpointError, match=r"a\.json must have at most 100 levels of objects and lists"):
+            read_document(tmp_path / "a.json")
+
+
+def test_values_are_shown_in_short():
+    for value in (10**39, "a" * 10**6, [[[[[[[[1]]]]]]]], {str(n): n for n in range(1000)}, [None] * 10**6):
+        assert len(show(value)) < 200
+
+
+class Counted(str):
+    """A text that counts how often it is compared: in a set of few collisions, about once."""
+
+    comparisons = 0
+    __hash__ = str.__hash__
+
+    def __eq__(self, other):
+        Counted.comparisons += 1
+        return str.__eq__(self, other)
+
+
+def test_key_that_is_said_twice_is_found_in_linear_time(monkeypatch):
+    """Counted in comparisons, not in seconds."""
+    loads = json.loads
+
+    def counted(text, *, object_pairs_hook, **hooks):
+        return loads(
+            text, object_pairs_hook=lambda pairs: object_pairs_hook([(Counted(k), v) for k, v in pairs]), **hooks
+        )
+
+    monkeypatch.setattr(json, "loads", counted)
+    keys = 20_000
+    document = "{" + ",".join(f'"t{number}":0' for number in range(keys)) + ',"z":0,"z":1}'
+    with pytest.raises(CheckpointError, match="x says the key 'z' twice"):
+        parse(document.encode(), "x")
+    assert Counted.comparisons < 20 * keys
+
+
+def test_collection_of_garbage_goes_on_afterwards():
+    for document in ('{"a": 1}', '{"a": '):
+        with contextlib.suppress(CheckpointError):
+            parse(document.encode(), "x")
+        assert gc.isenabled()
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"shape": [10**18] * 400}, r"must have less than 2\^63 numbers; its shape is \[1000000000000000000, 1000"),
+        ({"shape": [2**62, 2, 0]}, r"must have less than 2\^63 numbers"),
+        ({"shape": [10**30]}, "shape must be a list whose items are each a whole number from 0 on; it is"),
+        ({"shape": [True]}, "shape must be a list"),
+        ({"shape": "4"}, "shape must be a list"),
+        ({"shape": {"0": 1}}, "shape must be a list"),
+        ({"dtype": 4}, "dtype must be a text; it is 4"),
+        ({"dtype": None}, "dtype must be a text; it is None"),
+        ({"dtype": "F33"}, "must have a dtype that the format knows; it has 'F33'"),
+        ({"data_offsets": [0, -4]}, "data_offsets must be a list whose items are each a whole number from 0 on"),
+        ({"data_offsets": [0, 4, 8]}, r"must have two data_offsets; it has \[0, 4, 8\]"),
+        ({"data_offsets": 4}, "data_offsets must be a list"),
+    ],
+)
+def test_entries_of_a_header(tmp_path, entry, message):
+    text = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} | entry}).encode()
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    with pytest.raises(CheckpointError, match=rf"a\.safetensors: tensor 'a': {message}"):
+        read_header(path)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return models.save(tmp_path_factory.mktemp("llama"), "llama", num_hidden_layers=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("architectures", value) for value in (5, "LlamaForCausalLM", [3], {}, [None], True)),
+        *(("rope_parameters", value) for value in (3, "x", [1], {"rope_theta": "x"}, {"rope_theta": None})),
+        *(("rope_parameters", {"rope_theta": 1.0, "rope_type": value}) for value in (3, None, ["default"])),
+        *(("head_dim", value) for value in (0, -1, 1.5, "8", True, [8], 10**30)),
+        *(("num_attention_heads", value) for value in (0, -1, None, "8", 8.0, [8])),
+        *(("num_key_value_heads", value) for value in (0, -1, "8", 8.0, [8], True)),
+        *(("hidden_size", value) for value in (0, -1, None, "64", [64])),
+        *(("sliding_window", value) for value in (-1, "5", [5], 1.5, True)),
+        *(("layer_types", value) for value in (5, "full_attention", [3], {})),
+        *(("no_rope_layers", value) for value in (5, "x", ["x"], {})),
+        *(("is_encoder_decoder", value) for value in (5, "x", None, [])),
+    ],
+)
+def test_fields_of_a_configuration(tmp_path, llama, name, value):
+    """Named with their file, whoever notices."""
+    shutil.copytree(llama, tmp_path / "source")
+    path = tmp_path / "source" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    with pytest.raises(CheckpointError) as told:
+        inspect_checkpoint(tmp_path / "source")
+    assert str(told.value).startswith(f"{path}") and name in str(told.value)
