@@ -74,6 +74,8 @@ SCORES = [
     }.items()
 ]
 CASES = [*MASKS, *SHAPES, *SCORES]
+OF_FLEX = (MASKS[0], MASKS[2], MASKS[7])
+"""FlexAttention compiles anew at each call."""
 
 
 class Way(NamedTuple):
@@ -95,6 +97,8 @@ def ways(case: Case, dtype: torch.dtype) -> Iterator[Way]:
     inputs = case.inputs(dtype)
     yield Way("auto", False, ())
     for backend in BACKENDS:
+        if backend.NAME == "flex" and case not in OF_FLEX:
+            continue
         for wants_lse in (False, True):
             for learned in (tuple(inputs), ("q", "k", "v"), ()):
                 call = {name: x.clone().requires_grad_(name in learned) for name, x in inputs.items()}
@@ -129,7 +133,7 @@ class Strange(NamedTuple):
 def strange_numbers(case: Case, way: Way) -> Iterator[Strange]:
     """One number in each of the tensors, and in the gradients from above: of early and of late keys and rows."""
     heads = case.heads
-    for value in (NAN, INF, -INF):
+    for value in (-INF,) if way.backend == "flex" else (NAN, INF, -INF):
         for j in (0, case.lk // 2):
             yield Strange("k", (0, 0, j, 1), value)
             yield Strange("v", (0, 0, j, 1), value)
@@ -339,10 +343,13 @@ SCALES = [
 ]
 
 
-@pytest.mark.parametrize("case", SCALES, ids=str)
-@pytest.mark.parametrize("name", [*NAMES, "auto"])
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [(case, name) for case in SCALES for name in (*NAMES, "auto") if name != "flex" or case.name.startswith("blind")],
+    ids=str,
+)
 def test_any_finite_scale_is_as_near_the_oracle_as_torch(case: Case, name: str) -> None:
-    for dtype in (torch.float32, torch.float64):
+    for dtype in (torch.float32,) if name == "flex" else (torch.float32, torch.float64):
         inputs = case.inputs(dtype)
         want, near = answer(case, dtype), compute(case, inputs)
         if name == "auto" or solves(name, case, inputs):
