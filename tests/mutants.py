@@ -22,6 +22,7 @@ NATIVE = "../../native/src"
 
 KERNEL = ("test_native.py", "test_int8.py", "test_contract.py")
 APPEND = ("test_growing.py",)
+NONFINITE = ("test_contract_nonfinite.py",)
 LIBRARY = (
     *("mechanisms", "test_masks.py", "test_functional.py", "test_layers.py", "test_rotary.py"),
     *("test_flash_attn.py", "test_varlen.py", "test_export.py", "test_transformers.py", "test_transformers_cache.py"),
@@ -77,6 +78,14 @@ MUTANTS = [
     Mutant("groups interleaved (reference)", "backends/reference.py", "keys = problem.k.to(dtype).repeat_interleave(problem.group, dim=1)", "keys = problem.k.to(dtype).repeat(1, problem.group, 1, 1)"),
     Mutant("groups interleaved (sdpa)", "backends/sdpa.py", "enable_gqa=problem.group != 1,", "enable_gqa=False,"),
     Mutant("masked NaN leaks", "backends/nonfinite.py", "if _is_finite(problem):", "if True:"),
+    Mutant("rows of NaN leak into the gradients of keys that they do not see", "backends/nonfinite.py", "bad = bad[..., None]", "bad = bad[..., None] & False", NONFINITE),
+    Mutant("gradients of NaN swallowed", "backends/nonfinite.py", "*_spread(ctx, bad, sink_logits, tensors)", "*[None] * 6", NONFINITE),
+    Mutant("rows without a gradient add NaN", "backends/nonfinite.py", "has_any & ~poison_out", "~poison_out", NONFINITE),
+    Mutant("a score of -inf taken for hidden", "backends/nonfinite.py", "if _is_finite(problem):", "if problem.mask.is_full or _is_finite(problem):", NONFINITE),
+    Mutant("no sink and no key", "backends/sinks.py", "(lse - sinks).masked_fill(nothing, 0)", "(lse - sinks)", NONFINITE),
+    Mutant("strided widths read as rows", "backends/sdpa.py", "tensor.stride(3) == 1 and tensor.stride(2) >= tensor.shape[3]", "True", ("test_contract_layouts.py",)),
+    Mutant("negative scale", "backends/sdpa.py", "    problem = _with_positive_scale(problem)\n", "", NONFINITE),
+    Mutant("what nobody sees drops out of the graph", "backends/result.py", "tensors = (q, problem.k, v, problem.bias, problem.alibi, sinks)", "tensors = (q, problem.k, v)", NONFINITE),
     Mutant("visible NaN swallowed", "backends/nonfinite.py", "if poison is None:", "if True:"),
     Mutant("sink forgotten in the normaliser (reference)", "backends/reference.py", "total = total + (sink - top).exp()", "total = total + 0 * (sink - top).exp()"),
     Mutant("sink forgotten in the normaliser (sdpa)", "backends/sinks.py", "out * share[..., None]", "out"),

@@ -1,5 +1,7 @@
 """What users of flash-attn complain of."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -74,3 +76,25 @@ def test_transformers_39408_a_window_of_w_shows_w_keys_in_every_dialect(window: 
     assert recognise(function, range(length)) == mask
     theirs = masking.sdpa_mask(1, length, length, mask_function=function, allow_is_causal_skip=False)
     assert torch.equal(theirs[0, 0], seen)
+
+
+def test_pytorch_187506_heads_packed_last_are_read_where_they_lie(
+    upstream: Callable[[Callable[[], bool]], None],
+) -> None:
+    """Queries, keys and values unpacked from a last dimension, whose widths are not contiguous, give wrong numbers
+    (pytorch/pytorch#187506).
+    """
+    q, k, v = torch.randn(1, 20, 4, 16, 3).unbind(-1)
+    want = flash_attn_func(q.contiguous(), k.contiguous(), v.contiguous())
+    torch.testing.assert_close(flash_attn_func(q, k, v), want)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    want = want.transpose(1, 2)
+    for backend in ("auto", "sdpa", "reference"):
+        torch.testing.assert_close(qkv.attention_with_lse(q, k, v, backend=backend).out, want)
+    sinks = torch.zeros(4)
+    whole = [x.contiguous() for x in (q, k, v)]
+    torch.testing.assert_close(
+        qkv.attention(q, k, v, sink_logits=sinks, backend="sdpa"),
+        qkv.attention(*whole, sink_logits=sinks, backend="reference"),
+    )
+    upstream(lambda: not torch.allclose(F.scaled_dot_product_attention(q, k, v), want, atol=1e-5))
