@@ -120,6 +120,8 @@ struct Format<Amx> {
         std::fill(to + used * pitch, to + sheets_of(t.count) * TILE * pitch, 0.0f);
     }
 
+    static void clear_row(float* rows, int64_t width, int r) { Format<Pair>::clear_row(rows, width, r); }
+
     // In place where tiles end with the width, and no further than the keys. The stride counts elements.
     static const Element* along_width(const Problem& p, int64_t batch, int64_t kv_head, const View& view, int64_t width,
                                       int64_t first, int64_t count, float* scratch, int64_t& stride) {

@@ -1,5 +1,6 @@
 // New keys and values of a cache, written behind those that its memory holds: as they are, or in int8.
 #include <cstring>
+#include <initializer_list>
 
 #include "parallel.h"
 #include "python.h"

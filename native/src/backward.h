@@ -4,14 +4,16 @@
 //
 //     dV = P^T dO,   dS = P * (dO V^T - delta),   dK = scale dS^T Q,   dQ = scale dS K
 //
-// P is computed anew from the lse. All five products run on the micro-kernel of the forward pass. A thread takes a
-// chunk of keys of one key/value head, whose gradients it keeps, past all tiles of rows that see any of them; so
-// multi-query attention fills the cores too. What it adds to the gradients of queries goes into a sum that chunks add
-// to in order, each after the one before: the bits do not depend on the threads.
+// P is computed anew from the lse, or where that does not tell it from maxima and sums that are counted anew. All five
+// products run on the micro-kernel of the forward pass. A thread takes a chunk of keys of one key/value head, whose
+// gradients it keeps, past all tiles of rows that see any of them; so multi-query attention fills the cores too. What
+// it adds to the gradients of queries goes into a sum that chunks add to in order, each after the one before: the bits
+// do not depend on the threads.
 #pragma once
 
 #include <atomic>
 #include <memory>
+#include <new>
 #include <thread>
 
 #include "forward.h"
@@ -74,13 +76,18 @@ class Turns {
         return rank(t.batch, t.index, chunk) == last[t.batch * tiles + t.index];
     }
 
-    // Chunks are begun in order, so that whoever is waited for is at work.
+    // Chunks are begun in order, so that whoever is waited for is at work, or gives up.
     void wait(const Problem& p, const Tile& t, int64_t chunk) const {
         const std::atomic<int>& now = done[place(p, t)];
         const int mine = rank(t.batch, t.index, chunk);
-        for (int tries = 0; now.load(std::memory_order_acquire) != mine; ++tries)
+        for (int tries = 0; now.load(std::memory_order_acquire) != mine; ++tries) {
+            if (given_up.load(std::memory_order_relaxed)) throw std::bad_alloc();
             if (tries > 1000) std::this_thread::yield();
+        }
     }
+
+    // A chunk does without memory: nobody waits for it any longer.
+    void give_up() { given_up.store(true, std::memory_order_relaxed); }
 
     void pass(const Problem& p, const Tile& t, int64_t chunk) {
         done[place(p, t)].store(rank(t.batch, t.index, chunk) + 1, std::memory_order_release);
@@ -100,6 +107,7 @@ class Turns {
 
     std::vector<int> ranks, last;
     std::unique_ptr<std::atomic<int>[]> done;
+    std::atomic<bool> given_up{false};
 };
 
 // Whether a row has no gradient from above. What it sees then does not matter, even where that is NaN.
@@ -127,6 +135,50 @@ static void find_delta(const Problem& p, const Gradients& g, const Tile& t) {
     }
 }
 
+// Where the exponents of rows begin whose lse does not tell their weights: it is as inexact as it is large, and that of
+// a single query stems from products that are summed in another order than here.
+class Recount {
+   public:
+    explicit Recount(const Problem& p) : p(p) {
+        const int64_t rows = p.batch * p.heads * p.lq;
+        if (std::any_of(p.lse, p.lse + rows, [&](float lse) { return concerns(lse); })) found.reset(new Row[rows]);
+    }
+
+    template <class Kind>
+    void count(Kind, const Tile& t) const {
+        const auto concerned = [&](int r) { return row(t.place(p, r)) != nullptr; };
+        bool any = false;
+        for (int r = 0; r < t.count; ++r) any |= concerned(r);
+        if (!any) return;
+        [[maybe_unused]] const typename Kind::Registers registers;
+        const auto room = QKV_ISA::room<ForwardRoom<Kind, State>>(p);
+        const State state(room.state, t);
+        Format<Kind>::panel(p, t, p.q, p.width, room.panel);
+        state.clear(p, t);
+        fold(p, t, LaidByBlock<Kind>(), Dropout(p, t), 0, t.end, room, state);
+        for (int r = 0; r < t.count; ++r) {
+            if (!concerned(r)) continue;
+            const float top = state.top[r];
+            const Total total(p, t, r, top, state.sum[r]);
+            const float beyond = total.top - (plain_scores(p) ? top * p.scale : top);  // of a sink logit
+            found[t.place(p, r)] = {top, std::log2(total.sum) + beyond * LOG2E};
+        }
+    }
+
+    struct Row {
+        float base, shift;  // as `Origin` has them
+    };
+
+    // What was found of a row, if it was counted.
+    const Row* row(int64_t place) const { return found && concerns(p.lse[place]) ? &found[place] : nullptr; }
+
+   private:
+    bool concerns(float lse) const { return std::isfinite(lse) && (p.lq == 1 || std::fabs(lse) > LARGE); }
+
+    const Problem& p;
+    std::unique_ptr<Row[]> found;
+};
+
 // A chunk of keys of one head, and the gradients that gather there.
 template <class Kind>
 struct Chunk {
@@ -134,6 +186,7 @@ struct Chunk {
 
     const Problem& p;
     const Gradients& g;
+    const Recount& recount;
     const BackwardRoom<Kind> room;
     const int64_t batch, kv_head, first;
     const int size;
@@ -142,9 +195,10 @@ struct Chunk {
     bool finite;
     double* d_alibi;  // of the heads of the group, or null
 
-    Chunk(const Problem& p, const Gradients& g, int64_t batch, int64_t kv_head, int64_t first, double* d_alibi)
-        : p(p), g(g), room(QKV_ISA::room<BackwardRoom<Kind>>(p)), batch(batch), kv_head(kv_head), first(first),
-          size((int)std::min<int64_t>(CHUNK, p.lk - first)), d_alibi(d_alibi) {
+    Chunk(const Problem& p, const Gradients& g, const Recount& recount, int64_t batch, int64_t kv_head, int64_t first,
+          double* d_alibi)
+        : p(p), g(g), recount(recount), room(QKV_ISA::room<BackwardRoom<Kind>>(p)), batch(batch), kv_head(kv_head),
+          first(first), size((int)std::min<int64_t>(CHUNK, p.lk - first)), d_alibi(d_alibi) {
         typedef Format<Kind> F;
         keys = F::along_width(p, batch, kv_head, p.k, p.width, first, size, room.keys, key_stride);
         values = F::along_width(p, batch, kv_head, p.v, p.value_width, first, size, room.values, value_stride);
@@ -176,14 +230,7 @@ struct Chunk {
         Format<Kind>::rows(p, t, p.q, p.width, room.query_rows);
         Format<Kind>::rows(p, t, g.d_out, p.value_width, room.d_out_rows);
         std::fill(room.dq, room.dq + p.width * t.lanes(), 0.0f);
-        float shift[ROWS], delta[ROWS];
-        for (int r = 0; r < t.lanes(); ++r) {
-            const int64_t place = t.place(p, r);
-            // Weights of 0 for rows that see nothing.
-            const bool blind = p.lse[place] == -INF || (!finite && is_idle(p, g, t, r));
-            shift[r] = blind ? INF : (plain_scores(p) ? p.lse[place] * LOG2E : p.lse[place]);
-            delta[r] = g.delta[place];
-        }
+        const Rows rows = look(t);
         const Dropout dropout(p, t);
         for (int64_t at = first; at < std::min(first + size, t.end); at += BLOCK) {
             const Block b(p, t, at, std::min(first + size, t.end), Kind::GRAIN);
@@ -191,8 +238,8 @@ struct Chunk {
             if (p.bias.data) gather(t, p.bias, at, b.size, room.bias);
             if (p.allow.data) gather(t, p.allow, at, b.size, room.allowed);
             for (int i = 0; i < b.count; ++i) {
-                score(t, b, b.parts[i], shift, delta, dropout);
-                add(t, b, b.parts[i]);
+                score(t, b, b.parts[i], rows, dropout);
+                add(t, b, b.parts[i], rows);
             }
         }
     }
@@ -205,12 +252,46 @@ struct Chunk {
     }
 
    private:
+    // What is to be known of the rows of a tile.
+    struct Rows {
+        float base[ROWS], shift[ROWS], delta[ROWS];  // the first two as `Origin` has them; a shift of inf: no weights
+        bool fused[ROWS / LANES];
+        bool apart[ROWS];  // rows that may hold NaN, which must not meet the weights of 0 of keys that they do not see
+        bool any_apart;
+    };
+
+    Rows look(const Tile& t) const {
+        Rows rows;
+        rows.any_apart = false;
+        std::fill(rows.fused, rows.fused + t.vecs, plain_scores(p));
+        for (int r = 0; r < t.lanes(); ++r) {
+            const int64_t place = t.place(p, r);
+            const float lse = p.lse[place];
+            rows.delta[r] = g.delta[place];
+            rows.apart[r] = !std::isfinite(lse) || !std::isfinite(rows.delta[r]);
+            rows.any_apart |= rows.apart[r];
+            rows.base[r] = 0;
+            if (lse == -INF || ((rows.apart[r] || !finite) && is_idle(p, g, t, r))) {
+                rows.shift[r] = INF;
+            } else if (const Recount::Row* const row = recount.row(place)) {
+                rows.base[r] = row->base;
+                rows.shift[r] = row->shift;
+                rows.fused[r / LANES] = false;
+            } else {
+                rows.base[r] = plain_scores(p) ? 0 : lse;
+                rows.shift[r] = plain_scores(p) ? lse * LOG2E : 0;
+            }
+            if (!rows.apart[r] || r >= t.count) continue;
+            Format<Kind>::clear_row(room.query_rows, p.width, r);
+            Format<Kind>::clear_row(room.d_out_rows, p.value_width, r);
+        }
+        return rows;
+    }
+
     // Weights of a segment, and gradients of its scores.
-    void score(const Tile& t, const Block& b, const Segment& s, const float* shift, const float* delta,
-               const Dropout& dropout) const {
+    void score(const Tile& t, const Block& b, const Segment& s, const Rows& rows, const Dropout& dropout) const {
         const int64_t into = b.first - first;  // the chunk
         const float factor = exponent_factor(p);
-        const bool plain = plain_scores(p);
         multiply_rows(Kind(), t, s, p.width, keys + into * key_stride, key_stride, room.queries, room.weights);
         if (!plain_scores(p)) transform(p, t, b, s, room.bias, room.weights, p.softcap != 0 ? room.slope : nullptr);
         if (b.edge) hide(p, t, b, s, room.allowed, -INF, room.weights);
@@ -220,7 +301,8 @@ struct Chunk {
             for (int n = s.first; n < s.last; ++n) {
                 float* const weights = room.weights + j * t.lanes() + n * LANES;
                 float* const d_scores = room.d_scores + j * t.lanes() + n * LANES;
-                const vec weight = exp2(exponents(plain, load(weights), factor, load(shift + n * LANES)));
+                const Origin from = {load(rows.base + n * LANES), load(rows.shift + n * LANES), rows.fused[n]};
+                const vec weight = exp2(exponents(from.fused, load(weights), factor, from));
                 vec d_weight = load(d_scores);
                 if (p.dropout > 0) {
                     const vec kept = dropout.factors(b.first + j, n);
@@ -229,15 +311,16 @@ struct Chunk {
                 } else {
                     store(weights, weight);
                 }
-                store(d_scores, weight * (d_weight - load(delta + n * LANES)));
-                if (!finite) {
-                    const ivec blind = load(shift + n * LANES) == INF;
+                store(d_scores, weight * (d_weight - load(rows.delta + n * LANES)));
+                if (!finite || rows.any_apart) {
+                    const ivec blind = from.shift == INF;
                     store(weights, blind ? vec{} : load(weights));
                     store(d_scores, blind ? vec{} : load(d_scores));
                 }
             }
         }
         if (b.edge) hide(p, t, b, s, room.allowed, 0.0f, room.d_scores);
+        if (b.edge && rows.any_apart) hide(p, t, b, s, room.allowed, 0.0f, room.weights);  // an lse of NaN
         if (g.d_bias) write_bias(t, b, s);
         if (g.d_alibi) add_alibi(t, b, s);
         if (p.softcap != 0) {
@@ -250,20 +333,45 @@ struct Chunk {
         }
     }
 
-    void add(const Tile& t, const Block& b, const Segment& s) const {
+    void add(const Tile& t, const Block& b, const Segment& s, const Rows& rows) const {
         const int64_t into = b.first - first;
         const float* along_keys = room.d_scores;
         if (Format<Kind>::PACKS) {
             Format<Kind>::pack_keys(t, s, room.d_scores, room.pairs);
-            Format<Kind>::pack_rows(t, s, room.d_scores);
-            Format<Kind>::pack_rows(t, s, room.weights);
             along_keys = room.pairs;
         }
         sum_over_keys(Kind(), t, s, p.width, keys_along + into / Format<Kind>::ABREAST * key_along_stride,
                       key_along_stride, along_keys, room.dq);
+        if (rows.any_apart) add_apart(t, b, s, rows);
+        if (Format<Kind>::PACKS) {
+            Format<Kind>::pack_rows(t, s, room.d_scores);
+            Format<Kind>::pack_rows(t, s, room.weights);
+        }
         sum_over_rows(Kind(), t, s, p.width, room.d_scores, room.query_rows, room.dk + into * whole_vectors(p.width));
         sum_over_rows(Kind(), t, s, p.value_width, room.weights, room.d_out_rows,
                       room.dv + into * whole_vectors(p.value_width));
+    }
+
+    // Adds what rows that are apart give to the keys that they see, one by one, and takes it from weights and
+    // gradients.
+    void add_apart(const Tile& t, const Block& b, const Segment& s, const Rows& rows) const {
+        const auto add = [&](const View& view, int64_t width, int r, float factor, float* to) {
+            const char* const row = t.row(p, view, r);
+            for (int64_t d = 0; d < width; ++d) to[d] += factor * read(p.dtype, row, d);
+        };
+        for (int r = s.first * LANES; r < s.last * LANES; ++r) {
+            if (!rows.apart[r]) continue;
+            const bool adds = r < t.count && rows.shift[r] != INF;
+            for (int j = s.begin; j < s.end; ++j) {
+                float &weight = room.weights[j * t.lanes() + r], &d_score = room.d_scores[j * t.lanes() + r];
+                const int64_t key = b.first + j, place = key - first;
+                if (adds && may_see(p, t, r, key) && (!p.allow.data || room.allowed[j * t.lanes() + r] != 0)) {
+                    add(p.q, p.width, r, d_score, room.dk + place * whole_vectors(p.width));
+                    add(g.d_out, p.value_width, r, weight, room.dv + place * whole_vectors(p.value_width));
+                }
+                weight = d_score = 0;
+            }
+        }
     }
 
     void write_bias(const Tile& t, const Block& b, const Segment& s) const {
@@ -299,6 +407,7 @@ static void run_backward(const Problem& p, const Gradients& g) {
     const Outline outline(p);
     Turns turns(p, outline);
     const int64_t heads = p.batch * p.kv_heads, tiles = turns.tiles, room = p.width * ROWS;
+    const Recount recount(p);
     const std::unique_ptr<float[]> sums(new float[heads * tiles * room]);
     prefer_huge_pages(sums.get(), heads * tiles * room * (int64_t)sizeof(float));
     float scales[ROWS];
@@ -307,15 +416,16 @@ static void run_backward(const Problem& p, const Gradients& g) {
     parallel_for(heads * tiles, p.threads, [&](int64_t item) {
         const Tile t(p, outline, item / tiles / p.kv_heads, item / tiles % p.kv_heads, item % tiles);
         find_delta(p, g, t);
-        if (turns.has_any(t)) return;
+        if (turns.has_any(t)) return recount.count(Kind(), t);
         float* const sum = &sums[item * room];
         std::fill(sum, sum + room, 0.0f);
         write_rows(p, t, g.dq, p.width, sum, scales);
     });
-    parallel_for(turns.chunks * heads, p.threads, [&](int64_t item) {
+    const auto add_chunk = [&](int64_t item) {
         const int64_t index = item / heads, batch = item % heads / p.kv_heads, kv_head = item % heads % p.kv_heads;
         [[maybe_unused]] const typename Kind::Registers registers;
-        Chunk<Kind> chunk(p, g, batch, kv_head, index * CHUNK, g.d_alibi ? &d_alibi[item * group(p)] : nullptr);
+        double* const slopes = g.d_alibi ? &d_alibi[item * group(p)] : nullptr;
+        Chunk<Kind> chunk(p, g, recount, batch, kv_head, index * CHUNK, slopes);
         // Late tiles first: under a causal mask all chunks see them, and follow each other from there.
         for (int64_t tile = tiles - 1; tile >= 0; --tile) {
             if (!turns.has(batch, tile, index)) continue;
@@ -332,6 +442,14 @@ static void run_backward(const Problem& p, const Gradients& g) {
             turns.pass(p, t, index);
         }
         chunk.write();
+    };
+    parallel_for(turns.chunks * heads, p.threads, [&](int64_t item) {
+        try {
+            add_chunk(item);
+        } catch (const std::bad_alloc&) {
+            turns.give_up();
+            throw;
+        }
     });
     if (!g.d_alibi) return;
     for (int64_t head = 0; head < p.heads; ++head) {

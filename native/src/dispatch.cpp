@@ -2,6 +2,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <stdexcept>
 #include <string>
 
 #include "face.h"
@@ -133,6 +134,8 @@ int status_of(Work work) {
         return DONE;
     } catch (const std::bad_alloc&) {
         return OUT_OF_MEMORY;
+    } catch (const std::length_error&) {  // of a vector beyond all memory
+        return OUT_OF_MEMORY;
     }
 }
 
@@ -153,11 +156,14 @@ QKV_EXPORT int qkv_backward(const void* problem, const void* gradients) {
     return qkv::status_of([&] { qkv::chosen()->backward(p, g); });
 }
 
-// How many scores a forward pass computes, those hidden by a mask in the midst of others included.
+// How many scores a forward pass computes, those hidden by a mask in the midst of others included; -1 where memory does
+// not suffice.
 QKV_EXPORT int64_t qkv_count_scores(const void* problem) {
     qkv::Problem p;
     std::memcpy(&p, problem, sizeof p);
-    return qkv::chosen()->count_scores(p);
+    int64_t count = -1;
+    qkv::status_of([&] { count = qkv::chosen()->count_scores(p); });
+    return count;
 }
 
 QKV_EXPORT void qkv_quantize(const void* quantization) {

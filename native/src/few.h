@@ -186,6 +186,7 @@ static void fold_few(const Problem& p, const Tile& t, const Dropout& dropout, in
             }
             ahead.step();
             if (scaled) x = x * (spread.of(p.k_scale, first + j) * steps);
+            x = finite_or_nan(x);
             if (!plain) x = spread.transform(first + j, x);
             if (b.edge || j + KEYS > b.size) x = spread.hide(first + j, first + b.size, x);
             peak = max(x, peak);
@@ -201,11 +202,14 @@ static void fold_few(const Problem& p, const Tile& t, const Dropout& dropout, in
         for (int j = from; j < b.size; j += KEYS) {
             ahead.step();
             const vec score = load(room.scores + j * ROWS);
-            vec weight = exp2(exponents(plain, score, factor, rise.shift));
+            vec weight = exp2(exponents(rise.origin.fused, score, factor, rise.origin));
             sum = sum + weight;
             if (p.dropout > 0) weight = weight * dropout.factors_of(first + j, ROWS, Spread::row);
-            // The scale of a hidden key may be NaN.
-            if (scaled) weight = score == -INF ? weight : weight * spread.of(p.v_scale, first + j);
+            if (scaled) {
+                // The scale of a hidden key may be NaN. One of -inf is not hidden where a bias made it.
+                const ivec hidden = p.bias.data ? spread.hide(first + j, first + b.size, vec{}) != 0.0f : score == -INF;
+                weight = hidden ? weight : weight * spread.of(p.v_scale, first + j);
+            }
             store(room.scores + j * ROWS, weight);
         }
         if (b.edge && !scaled && !all_finite(p, t.batch, t.kv_head, p.v, p.value_width, first + from, b.size - from)) {

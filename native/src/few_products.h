@@ -77,23 +77,30 @@ struct Widened : KeyByKey {
                              Soon values) {
         if (width < 1) __builtin_unreachable();
         const int64_t pitch = pitch_of(width), item = size_of(DTYPE);
-        vec acc[KEYS][COUNT] = {};
-        for (int64_t d = 0; d < width; d += LANES) {
-            const bool whole = d + LANES <= width;
-            vec key[KEYS];
-            for (int j = 0; j < KEYS; ++j) {
-                const char* const at = keys + j * stride + d * item;
-                ask_ahead<COUNT>(at, stride);
-                values.ask(j, d * item);
-                key[j] = whole ? load_as(DTYPE, at) : load_part(DTYPE, at, width - d);
+        for (int64_t begin = 0, end; begin < width; begin = end) {
+            end = std::min(begin + Single::CHAIN * LANES, width);
+            vec acc[KEYS][COUNT] = {};
+            for (int64_t d = begin; d < end; d += LANES) {
+                const bool whole = d + LANES <= width;
+                vec key[KEYS];
+                for (int j = 0; j < KEYS; ++j) {
+                    const char* const at = keys + j * stride + d * item;
+                    ask_ahead<COUNT>(at, stride);
+                    values.ask(j, d * item);
+                    key[j] = whole ? load_as(DTYPE, at) : load_part(DTYPE, at, width - d);
+                }
+                for (int r = 0; r < COUNT; ++r) {
+                    const vec query = load(queries + r * pitch + d);
+                    for (int j = 0; j < KEYS; ++j) acc[j][r] += key[j] * query;
+                }
             }
-            for (int r = 0; r < COUNT; ++r) {
-                const vec query = load(queries + r * pitch + d);
-                for (int j = 0; j < KEYS; ++j) acc[j][r] += key[j] * query;
+            for (int j = 0; j < KEYS; ++j) {
+                for (int r = 0; r < COUNT; ++r) {
+                    vec& sum = sums[j * ROWS + r];
+                    sum = begin == 0 ? acc[j][r] : sum + acc[j][r];
+                }
             }
         }
-        for (int j = 0; j < KEYS; ++j)
-            for (int r = 0; r < COUNT; ++r) sums[j * ROWS + r] = acc[j][r];
     }
 
     // Makes of weights, in place, what `add` takes, and returns the step of each lane's row.

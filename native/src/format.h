@@ -58,6 +58,11 @@ struct Format<Single> {
         });
     }
 
+    // Makes one of the rows as they are 0.
+    static void clear_row(float* rows, int64_t width, int r) {
+        std::fill(rows + r * whole_vectors(width), rows + (r + 1) * whole_vectors(width), 0.0f);
+    }
+
     // Whether rows are to be copied side by side.
     static bool are_far(const Problem& p, const View& view, int64_t width) {
         return view.row > FAR && view.row != width && rows_of_head(p) > LANES;
@@ -140,6 +145,10 @@ struct Format<Pair> {
             interleave(low, r + 1 < t.count ? (const uint16_t*)t.row(p, view, r + 1) : nullptr, width, (uint32_t*)to);
             std::fill(to + width, to + whole_vectors(width), 0.0f);
         }
+    }
+
+    static void clear_row(float* rows, int64_t width, int r) {
+        for (int64_t d = 0; d < width; ++d) clear((uint32_t*)rows, whole_vectors(width), r, d);
     }
 
     // In place where every row starts on a pair and the width is even.

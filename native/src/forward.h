@@ -31,14 +31,13 @@ struct ForwardRoom {
     }
 };
 
-// Moves the maxima of a tile up where that is needed, and all sums with them. Returns what is to be subtracted from
-// exponents.
+// Moves the maxima of a tile up where that is needed, and all sums with them. Returns where exponents begin.
 template <class AnyState>
-static void raise(const Problem& p, const Tile& t, const vec* peak, const AnyState& state, vec* shift) {
+static void raise(const Problem& p, const Tile& t, const vec* peak, const AnyState& state, Origin* origins) {
     for (int n = 0; n < t.vecs; ++n) {
         const vec from = load(state.top + n * LANES);
         const Rise rise(p, from, peak[n]);
-        shift[n] = rise.shift;
+        origins[n] = rise.origin;
         if (!any(rise.rows)) continue;
         store(state.top + n * LANES, rise.top);
         if (!any(rise.rows & (from > -INF))) continue;  // nothing was summed up yet
@@ -83,6 +82,29 @@ static inline void for_vectors(const Segment& s, Work work) {
     for (; n < s.last; ++n) work(n, std::integral_constant<int, 1>());
 }
 
+// Whether scores of a segment are not finite, before anything has been added to them or hidden. A key that is not
+// finite makes those of all rows so, and a row those of all keys: one vector of each key and one key of each vector
+// tell.
+static inline bool are_strange(const Tile& t, const Segment& s, const float* scores) {
+    constexpr int ABREAST = 4;  // a single sum would wait for itself
+    const int64_t lanes = t.lanes();
+    const float* const corner = scores + s.begin * lanes + s.first * LANES;
+    vec zero[ABREAST] = {};  // stay so, unless a number is not finite
+    for (int j = 0; j < s.end - s.begin; ++j) zero[j % ABREAST] += 0.0f * load(corner + j * lanes);
+    for (int n = 1; n < s.last - s.first; ++n) zero[n % ABREAST] += 0.0f * load(corner + n * LANES);
+    return any((zero[0] + zero[1]) + (zero[2] + zero[3]) != 0.0f);
+}
+
+// A score that is not finite makes its row NaN, be it -inf, which would pass for hidden.
+static void spoil(const Tile& t, const Segment& s, float* scores) {
+    for (int j = s.begin; j < s.end; ++j) {
+        for (int n = s.first; n < s.last; ++n) {
+            float* const at = scores + j * t.lanes() + n * LANES;
+            store(at, finite_or_nan(load(at)));
+        }
+    }
+}
+
 template <int COUNT>
 static inline void find_peaks(const Tile& t, const Segment& s, int n, const float* scores, vec* peak) {
     constexpr int ABREAST = 4 / COUNT;  // keys: a single maximum would wait for itself
@@ -102,20 +124,20 @@ static inline void find_peaks(const Tile& t, const Segment& s, int n, const floa
 }
 
 // Scores become weights, which are added up, and pairs of them if wanted.
-template <class Kind, int COUNT, bool PAIRS>
-static inline void weigh(const Problem& p, const Tile& t, const Segment& s, int n, const vec* shift, float* scores,
+template <class Kind, int COUNT, bool PAIRS, bool FUSED>
+static inline void weigh(const Problem& p, const Tile& t, const Segment& s, int n, const Origin* origins, float* scores,
                          vec* sum) {
     constexpr int STEP = PAIRS ? 2 : 1;
-    const bool plain = plain_scores(p);
     const float factor = exponent_factor(p);
     const int64_t lanes = t.lanes();
-    vec less[COUNT], found[COUNT];
+    Origin from[COUNT];
+    vec found[COUNT];
     for (int i = 0; i < COUNT; ++i) {
-        less[i] = shift[i];
+        from[i] = origins[i];
         found[i] = sum[i];
     }
     const auto next = [&](const float* at, int i) {
-        const vec weight = exp2(exponents(plain, load(at), factor, less[i]));
+        const vec weight = exp2(exponents(FUSED, load(at), factor, from[i]));
         found[i] = found[i] + weight;
         return weight;
     };
@@ -144,9 +166,9 @@ static void drop(const Tile& t, const Block& b, const Segment& s, const Dropout&
 }
 
 // Folds the keys [begin, end) into the state of a tile.
-template <class Kind, class AnyState>
-static void fold(const Problem& p, const Tile& t, const Prepared<Kind>& prepared, const Dropout& dropout, int64_t begin,
-                 int64_t end, const ForwardRoom<Kind, AnyState>& room, const AnyState& state) {
+template <class Kind, class Laid, class AnyState>
+static void fold(const Problem& p, const Tile& t, const Laid& laid, const Dropout& dropout, int64_t begin, int64_t end,
+                 const ForwardRoom<Kind, AnyState>& room, const AnyState& state) {
     typedef Format<Kind> F;
     const bool plain = plain_scores(p);
     float* const scores = room.scores;
@@ -154,39 +176,46 @@ static void fold(const Problem& p, const Tile& t, const Prepared<Kind>& prepared
         const Block b(p, t, first, end, Kind::GRAIN);
         if (b.count == 0) continue;
         int64_t key_stride, value_stride;
-        const auto* keys = prepared.keys(p, t, first, b.size, room.keys, key_stride);
+        const auto* keys = laid.keys(p, t, first, b.size, room.keys, key_stride);
         if (p.bias.data) gather(t, p.bias, first, b.size, room.bias);
         if (p.allow.data) gather(t, p.allow, first, b.size, room.allowed);
 
-        vec peak[ROWS / LANES], shift[ROWS / LANES], sum[ROWS / LANES];
+        vec peak[ROWS / LANES], sum[ROWS / LANES];
+        Origin origins[ROWS / LANES];
         for (int n = 0; n < t.vecs; ++n) peak[n] = set1(-INF);
         for (int i = 0; i < b.count; ++i) {
             const Segment& s = b.parts[i];
             multiply_rows(Kind(), t, s, p.width, keys, key_stride, room.panel, scores);
+            if (are_strange(t, s, scores)) spoil(t, s, scores);
             if (!plain) transform(p, t, b, s, room.bias, scores, nullptr);
             if (b.edge) hide(p, t, b, s, room.allowed, -INF, scores);
             for_vectors(s, [&](int n, auto count) { find_peaks<decltype(count)::value>(t, s, n, scores, peak + n); });
         }
 
-        const bool poisoned =
-            (b.edge || b.size % F::ABREAST != 0) && !prepared.are_finite(p, t, first, b.size);  // values
+        const bool poisoned = (b.edge || b.size % F::ABREAST != 0) && !laid.are_finite(p, t, first, b.size);  // values
         const bool apart = !F::PACKS || poisoned || p.dropout > 0;  // weights are needed before they are paired
-        raise(p, t, peak, state, shift);
+        raise(p, t, peak, state, origins);
         for (int n = 0; n < t.vecs; ++n) sum[n] = load(state.sum + n * LANES);
         for (int i = 0; i < b.count; ++i) {
             const Segment& s = b.parts[i];
             for_vectors(s, [&](int n, auto count) {
                 constexpr int COUNT = decltype(count)::value;
-                if (apart)
-                    weigh<Kind, COUNT, false>(p, t, s, n, shift + n, scores, sum + n);
+                const bool fused =
+                    std::all_of(origins + n, origins + n + COUNT, [](const Origin& o) { return o.fused; });
+                const auto some = [&](auto pairs, auto at_once) {
+                    weigh<Kind, COUNT, pairs, at_once>(p, t, s, n, origins + n, scores, sum + n);
+                };
+                typedef std::bool_constant<F::PACKS> Pairs;
+                if (fused)
+                    apart ? some(std::false_type(), std::true_type()) : some(Pairs(), std::true_type());
                 else
-                    weigh<Kind, COUNT, F::PACKS>(p, t, s, n, shift + n, scores, sum + n);
+                    apart ? some(std::false_type(), std::false_type()) : some(Pairs(), std::false_type());
             });
             if (p.dropout > 0) drop(t, b, s, dropout, scores);
         }
         for (int n = 0; n < t.vecs; ++n) store(state.sum + n * LANES, sum[n]);
 
-        const auto* values = prepared.values(p, t, first, b.size, room.values, value_stride);
+        const auto* values = laid.values(p, t, first, b.size, room.values, value_stride);
         if (poisoned) values = without_poison(p, t, b, values, value_stride, room, state);
         for (int i = 0; i < b.count; ++i) {
             if (apart)

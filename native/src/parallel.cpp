@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <new>
 #include <thread>
 #include <vector>
 
@@ -12,11 +13,12 @@ namespace qkv {
 namespace {
 
 struct Loop {
-    std::atomic<int64_t> next{0};
     const int64_t count;
     const int threads;
     const Sharing sharing;
-    const std::function<void(int64_t)>& work;
+    const Work& work;
+    std::atomic<int64_t> next{0};
+    std::atomic<bool> failed{false};
 
     // Takes the items [begin, end), if any are left.
     bool take(int64_t& begin, int64_t& end) {
@@ -29,9 +31,15 @@ struct Loop {
         return true;
     }
 
+    // An exception that left a thread would end the process.
     void run() {
-        for (int64_t begin, end; take(begin, end);)
-            for (; begin < end; ++begin) work(begin);
+        try {
+            for (int64_t begin, end; take(begin, end);)
+                for (; begin < end; ++begin) work(begin);
+        } catch (const std::bad_alloc&) {
+            failed = true;
+            next = count;
+        }
     }
 };
 
@@ -46,21 +54,26 @@ GompParallel gomp_parallel() {
 
 }  // namespace
 
-void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& work, Sharing sharing) {
+void parallel_for(int64_t count, int threads, const Work& work, Sharing sharing) {
     if (threads > count) threads = (int)count;
     if (threads <= 1) {
         for (int64_t i = 0; i < count; ++i) work(i);
         return;
     }
-    Loop loop{{0}, count, threads, sharing, work};
+    Loop loop{count, threads, sharing, work};
     if (const GompParallel parallel = gomp_parallel()) {
         parallel([](void* data) { ((Loop*)data)->run(); }, &loop, (unsigned)threads, 0);
-        return;
+    } else {
+        std::vector<std::thread> helpers;
+        try {
+            helpers.reserve(threads - 1);
+            for (int i = 1; i < threads; ++i) helpers.emplace_back([&loop] { loop.run(); });
+        } catch (const std::exception&) {  // those that could be started do all of the work
+        }
+        loop.run();
+        for (std::thread& helper : helpers) helper.join();
     }
-    std::vector<std::thread> helpers;
-    for (int i = 1; i < threads; ++i) helpers.emplace_back([&loop] { loop.run(); });
-    loop.run();
-    for (std::thread& helper : helpers) helper.join();
+    if (loop.failed) throw std::bad_alloc();
 }
 
 }  // namespace qkv

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 
 namespace qkv {
 
@@ -10,8 +9,21 @@ namespace qkv {
 // memory lies behind that of the one before, so that a thread has asked for it already.
 enum class Sharing { single, runs };
 
-// Calls work(i) once for each i in [0, count), on up to `threads` threads, starting them in increasing order.
-void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& work,
-                  Sharing sharing = Sharing::single);
+// What is to be done with an item, by reference: a loop asks for no memory of its own.
+class Work {
+   public:
+    template <class Body>
+    Work(const Body& body) : body(&body), call([](const void* body, int64_t i) { (*(const Body*)body)(i); }) {}
+
+    void operator()(int64_t i) const { call(body, i); }
+
+   private:
+    const void* body;
+    void (*call)(const void*, int64_t);
+};
+
+// Calls work(i) once for each i in [0, count), on up to `threads` threads, starting them in increasing order. Where
+// memory does not suffice for one of them, begins no others and throws std::bad_alloc in the end.
+void parallel_for(int64_t count, int threads, const Work& work, Sharing sharing = Sharing::single);
 
 }  // namespace qkv

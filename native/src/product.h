@@ -5,6 +5,7 @@
 // and C stays in registers while k runs.
 #pragma once
 
+#include <limits>
 #include <type_traits>
 
 #include "mask.h"
@@ -32,6 +33,9 @@ struct Single {
     typedef float Element;
     typedef Nothing Registers;
     static constexpr Grain GRAIN = {SEGMENT, 1};
+    // Steps along the width that are added up one after the other; such sums are then added. The error of a long sum
+    // grows with its length.
+    static constexpr int64_t CHAIN = 16;
     static inline vec madd(vec c, float a, vec b) { return c + a * b; }
     static inline void stay_awake() {}
 };
@@ -42,6 +46,7 @@ struct Pair {
     typedef uint32_t Element;
     typedef Nothing Registers;
     static constexpr Grain GRAIN = {SEGMENT, 1};
+    static constexpr int64_t CHAIN = std::numeric_limits<int64_t>::max() / 4;  // bf16 rounds more than any sum
     static inline vec dot(vec c, __m512i a, vec b) {
         return (vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)b, (__m512bh)a);
     }
@@ -72,31 +77,38 @@ template <class Kind, Along ALONG, int ROWS, int VECS, bool ADD>
 static inline void micro(int64_t steps, const typename Kind::Element* a, const float* b, float* c, Strides s) {
     typedef typename Kind::Element Element;
     if (steps < 1) __builtin_unreachable();  // else compilers keep a second C in memory for that
-    vec acc[ROWS][VECS];
-    for (int m = 0; m < ROWS; ++m)
-        for (int n = 0; n < VECS; ++n) acc[m][n] = ADD ? load(c + m * s.c + n * LANES) : vec{};
     // Keys and values come from memory that takes its time: those of the next block are asked for.
     if (ALONG == Along::k && !ADD)
         for (int m = 0; m < ROWS; ++m) prefetch((const char*)(a + (m + BLOCK) * s.a), steps * sizeof(Element));
-    for (int64_t k = 0; k < steps; ++k) {
-        if (ALONG == Along::m) prefetch((const char*)(a + (k + BLOCK) * s.a), 1);
-        vec row[VECS];
-        for (int n = 0; n < VECS; ++n) row[n] = load(b + k * s.b + n * LANES);
-        // A machine's addresses reach three rows of A from one of them. Compilers, left to themselves, keep twelve
-        // distances in registers that there are not.
-        const Element* at = ALONG == Along::k ? a + k : a + k * s.a;
-        for (int m = 0; m < ROWS; ++m) {
-            Element x;
-            std::memcpy(&x, ALONG == Along::k ? at + m % 3 * s.a : at + m, sizeof x);
-            for (int n = 0; n < VECS; ++n) acc[m][n] = Kind::madd(acc[m][n], x, row[n]);
-            if (ALONG == Along::k && m % 3 == 2) {
-                at += 3 * s.a;
-                asm("" : "+r"(at));
+    for (int64_t k = 0, end; k < steps; k = end) {
+        const bool first = k == 0;
+        end = ADD ? steps : std::min(k + Kind::CHAIN, steps);
+        vec acc[ROWS][VECS];
+        for (int m = 0; m < ROWS; ++m)
+            for (int n = 0; n < VECS; ++n) acc[m][n] = ADD ? load(c + m * s.c + n * LANES) : vec{};
+        for (; k < end; ++k) {
+            if (ALONG == Along::m) prefetch((const char*)(a + (k + BLOCK) * s.a), 1);
+            vec row[VECS];
+            for (int n = 0; n < VECS; ++n) row[n] = load(b + k * s.b + n * LANES);
+            // A machine's addresses reach three rows of A from one of them. Compilers, left to themselves, keep twelve
+            // distances in registers that there are not.
+            const Element* at = ALONG == Along::k ? a + k : a + k * s.a;
+            for (int m = 0; m < ROWS; ++m) {
+                Element x;
+                std::memcpy(&x, ALONG == Along::k ? at + m % 3 * s.a : at + m, sizeof x);
+                for (int n = 0; n < VECS; ++n) acc[m][n] = Kind::madd(acc[m][n], x, row[n]);
+                if (ALONG == Along::k && m % 3 == 2) {
+                    at += 3 * s.a;
+                    asm("" : "+r"(at));
+                }
             }
         }
+        if (!ADD && !first)
+            for (int m = 0; m < ROWS; ++m)
+                for (int n = 0; n < VECS; ++n) acc[m][n] = load(c + m * s.c + n * LANES) + acc[m][n];
+        for (int m = 0; m < ROWS; ++m)
+            for (int n = 0; n < VECS; ++n) store(c + m * s.c + n * LANES, acc[m][n]);
     }
-    for (int m = 0; m < ROWS; ++m)
-        for (int n = 0; n < VECS; ++n) store(c + m * s.c + n * LANES, acc[m][n]);
 }
 
 template <class Kind, Along ALONG, int VECS, bool ADD>

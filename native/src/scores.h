@@ -6,17 +6,40 @@
 namespace qkv {
 namespace QKV_ISA {
 
-// Whether scores need no more than the product, the mask and one factor.
-static inline bool plain_scores(const Problem& p) { return p.softcap == 0 && !p.bias.data && !p.alibi && p.scale > 0; }
+// Whether scores need no more than the product, the mask and one factor, which numbers can be divided by.
+static inline bool plain_scores(const Problem& p) {
+    return p.softcap == 0 && !p.bias.data && !p.alibi && p.scale > 1e-30f && p.scale < 1e30f;
+}
 
 // What turns a score into an exponent of 2.
 static inline float exponent_factor(const Problem& p) { return plain_scores(p) ? p.scale * LOG2E : LOG2E; }
 
-// Exponents of 2 from scores. `shift` is in units of exponents for plain scores, in one rounding with them; and in
-// units of scores for others, which a bias can make as large as numbers are, so that equal ones leave nothing.
-static inline vec exponents(bool plain, vec x, float factor, vec shift) {
-    return plain ? x * factor - shift : (x - shift) * factor;
+// Scores, and exponents of 2, from which on their rounding shows in weights.
+constexpr float LARGE = 256;
+
+// Where the exponents of a vector of rows begin: they are (x - base) * factor - shift.
+struct Origin {
+    vec base;    // in units of scores
+    vec shift;   // in units of exponents
+    bool fused;  // whether all bases are 0, and exponents one multiply-add
+
+    // Exponents are 0 at `top`. A shift is as inexact as it is large, and scores, which a bias can make as large as
+    // numbers are, have none: equal ones leave nothing. Only plain scores of ordinary size have one.
+    static Origin at(const Problem& p, vec top) {
+        if (!plain_scores(p)) return {top, vec{}, false};
+        const vec shift = top * exponent_factor(p);
+        const ivec large = (shift > LARGE) | (shift < -LARGE);
+        return {large ? top : vec{}, large ? vec{} : shift, !any(large)};
+    }
+};
+
+// Exponents of 2 from scores. Rows with a base of 0 have the same bits either way, whatever stands beside them.
+static inline vec exponents(bool fused, vec x, float factor, const Origin& from) {
+    return fused ? x * factor - from.shift : (x - from.base) * factor - from.shift;
 }
+
+// NaN for a number that is not finite.
+static inline vec finite_or_nan(vec x) { return x + 0.0f * x; }
 
 static inline vec tanh(vec x) {
     const vec e = exp2(x * (2 * LOG2E));
@@ -41,7 +64,8 @@ static inline vec bounded(vec bias) {
 static inline vec absolute(ivec distance) { return __builtin_convertvector(distance < 0 ? -distance : distance, vec); }
 
 // Scores of a segment, where they need more than one factor, from products. `bias` holds the block of the bias, if
-// there is one. `slope`, if not null, takes the derivative of the softcap.
+// there is one. `slope`, if not null, takes the derivative of the softcap, which is a number even where the score is
+// none: a hidden key must not show.
 static void transform(const Problem& p, const Tile& t, const Block& b, const Segment& s, const float* bias,
                       float* scores, float* slope) {
     for (int j = s.begin; j < s.end; ++j) {
@@ -51,7 +75,7 @@ static void transform(const Problem& p, const Tile& t, const Block& b, const Seg
             if (p.softcap != 0) {
                 const vec y = tanh(x / p.softcap);
                 x = p.softcap * y;
-                if (slope) store(slope + at, 1.0f - y * y);
+                if (slope) store(slope + at, y == y ? 1.0f - y * y : vec{});
             }
             if (p.bias.data) x = x + bounded(load(bias + at));
             if (p.alibi)

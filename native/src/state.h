@@ -11,9 +11,9 @@ namespace QKV_ISA {
 // How the maximum of each row moves up to what is in sight. It may lag behind by a factor of 2^8, which spares most of
 // the rescaling.
 struct Rise {
-    ivec rows;   // those that move
-    vec top;     // the new maximum, in units of the scores
-    vec shift;   // of `exponents`
+    ivec rows;  // those that move
+    vec top;    // the new maximum, in units of the scores
+    Origin origin;
     vec shrink;  // what all sums so far are to be multiplied by
 
     Rise(const Problem& p, vec from, vec peak) {
@@ -21,7 +21,7 @@ struct Rise {
         rows = peak > from + 8.0f / factor;  // also from -inf, where nothing was seen yet
         top = rows ? peak : from;
         const vec base = top == -INF ? set1(0.0f) : top;
-        shift = plain_scores(p) ? base * factor : base;
+        origin = Origin::at(p, base);
         // Exactly 1 for rows that stay: what others do must not show.
         shrink = rows ? exp2((from - base) * factor) : set1(1.0f);
     }
@@ -89,19 +89,29 @@ static void write_rows(const Problem& p, const Tile& t, const View& view, int64_
     });
 }
 
+// The sums of row r once its sink logit is among them.
+struct Total {
+    float top;    // the maximum, as a score
+    float share;  // what the sums of keys are multiplied by
+    float sum;
+
+    Total(const Problem& p, const Tile& t, int r, float top, float sum)
+        : top(plain_scores(p) ? top * p.scale : top), share(1.0f), sum(sum) {
+        if (!p.sink_logits) return;
+        const float sink = p.sink_logits[t.head[r]];
+        const float peak = this->top > sink ? this->top : sink;
+        const float base = peak == -INF ? 0.0f : peak;
+        share = std::exp2((this->top - base) * LOG2E);
+        this->sum = sum * share + std::exp2((sink - base) * LOG2E);
+        this->top = base;
+    }
+};
+
 // What the sums of row r are to be multiplied by. Leaves its lse.
 static inline float normalise(const Problem& p, const Tile& t, int r, float top, float sum) {
-    float share = 1.0f;
-    if (top != -INF && plain_scores(p)) top *= p.scale;
-    if (p.sink_logits) {
-        const float sink = p.sink_logits[t.head[r]];
-        const float peak = top > sink ? top : sink;
-        share = std::exp2((top - peak) * LOG2E);
-        sum = sum * share + std::exp2((sink - peak) * LOG2E);
-        top = peak;
-    }
-    if (p.lse) p.lse[t.place(p, r)] = sum == 0 ? -INF : top + std::log2(sum) * LN2;
-    return sum == 0 ? 0.0f : share / sum;
+    const Total total(p, t, r, top, sum);
+    if (p.lse) p.lse[t.place(p, r)] = total.sum == 0 ? -INF : total.top + std::log2(total.sum) * LN2;
+    return total.sum == 0 ? 0.0f : total.share / total.sum;
 }
 
 // Output and lse of a tile from its state.

@@ -93,7 +93,10 @@ static Room room(const Problem& p) {
     static thread_local std::vector<float> memory;
     Placer count{nullptr};
     Room(p, count);
-    if ((int64_t)memory.size() < count.used + 16) memory.resize(count.used + 16);
+    if ((int64_t)memory.size() < count.used + 16) {
+        memory = std::vector<float>();  // nothing in it is wanted
+        memory.resize(count.used + 16);
+    }
     Placer place{(float*)(((uintptr_t)memory.data() + 63) / 64 * 64)};
     return Room(p, place);
 }

@@ -122,8 +122,15 @@ static inline void multiply_vector(const typename Turned<Kind, DTYPE>::Element* 
     if (width < 1) __builtin_unreachable();  // else compilers keep the sums in memory as well
     constexpr int FOUR = 4 * Keys::STEP, SIZE = sizeof(typename Keys::Element);
     Lines next = {(const char*)(keys + LANES * stride), stride * SIZE, width * SIZE};
-    vec acc[COUNT] = {};
-    for (int64_t d = 0; d < width; d += FOUR, panel += 4 * LANES) {
+    vec acc[COUNT] = {}, sum[COUNT] = {};
+    for (int64_t d = 0, left = Kind::CHAIN; d < width; d += FOUR, panel += 4 * LANES, left -= 4) {
+        if (left == 0) {
+            for (int r = 0; r < COUNT; ++r) {
+                sum[r] += acc[r];
+                acc[r] = vec{};
+            }
+            left = Kind::CHAIN;
+        }
         vec square[4];
         if (count == LANES && d + FOUR <= width) {
             next.ask(LANES * FOUR * SIZE / 64);
@@ -150,7 +157,7 @@ static inline void multiply_vector(const typename Turned<Kind, DTYPE>::Element* 
             }
         }
     }
-    for (int r = 0; r < LANES; ++r) scores[r] = acc[std::min(r, COUNT - 1)];
+    for (int r = 0; r < LANES; ++r) scores[r] = sum[std::min(r, COUNT - 1)] + acc[std::min(r, COUNT - 1)];
 }
 
 template <class Kind, Dtype DTYPE>

@@ -238,7 +238,9 @@ def _differentiate(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | Non
     d_sinks = None
     if call.sink_logits is not None and wanted.sink_logits:
         shares = (call.sink_logits.to(lse.dtype)[:, None] - lse).exp()
-        d_sinks = -(shares * delta).sum((0, 2)).to(call.sink_logits.dtype)
+        # A logit of -inf is none; rows that see nothing else have an lse of -inf as well.
+        shared = (shares * delta).masked_fill(call.sink_logits[:, None] == -torch.inf, 0)
+        d_sinks = -shared.sum((0, 2)).to(call.sink_logits.dtype)
     found: dict[str, Tensor | None] = dict.fromkeys(Call._fields)
     found |= {"q": dq, "k": dk, "v": dv, "sink_logits": d_sinks}
     if call.bias is not None and wanted.bias:
