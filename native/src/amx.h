@@ -297,7 +297,7 @@ static inline void multiply_rows(Amx, const Tile& t, const Segment& s, int64_t w
 }
 
 static inline void sum_over_keys(Amx, const Tile& t, const Segment& s, int64_t width, const uint16_t* values,
-                                 int64_t stride, const float* weights, float* to) {
+                                 int64_t stride, const float* weights, float* to, bool = false) {
     const int64_t lanes = t.lanes() * (int64_t)sizeof(float);
     const Tiles a = {(char*)(values + s.begin / SHEET * stride), 64, TILE * 64, stride * (int64_t)sizeof(uint16_t)};
     const Tiles b = {(char*)(weights + s.begin / 2 * t.lanes() + s.first * LANES), lanes, 64, TILE * lanes};

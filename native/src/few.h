@@ -23,8 +23,10 @@ struct FewState {
     void clear(const Problem& p, const Tile& t) const {
         std::fill(top, top + LANES, -INF);
         std::fill(sum, sum + LANES, 0.0f);
-        std::fill(out, out + t.count * pitch_of(p.value_width), 0.0f);
+        std::fill(out, out + numbers(p, t), 0.0f);
     }
+
+    static int64_t numbers(const Problem& p, const Tile& t) { return t.count * pitch_of(p.value_width); }
 
     float& at(const Problem& p, const Tile&, int r, int64_t d) const { return out[r * pitch_of(p.value_width) + d]; }
 
@@ -224,7 +226,7 @@ static void fold_few(const Problem& p, const Tile& t, const Dropout& dropout, in
             const vec weight_steps = Products::template pack<ROWS>(scores, b.size - from);
             Products::template add<COUNT, ROWS>(values + from * value_stride, value_stride, b.size - from,
                                                 p.value_width, scores, weight_steps, state.out,
-                                                Soon{keys + BLOCK * key_stride, key_stride});
+                                                Soon{keys + BLOCK * key_stride, key_stride}, true);
         }
     }
     for (int r = 0; r < COUNT; ++r) {

@@ -228,16 +228,17 @@ static inline void multiply_rows(Kind, const Tile& t, const Segment& s, int64_t 
                                    to + s.begin * t.lanes() + s.first * LANES, {stride, t.lanes(), t.lanes()});
 }
 
-// Adds weights times values, or gradients of scores times keys, to (width, row), from values laid along the keys.
+// Adds weights times values, or gradients of scores times keys, to (width, row), from values laid along the keys. Sums
+// of fp32 may be added up `apart`.
 template <class Kind>
 static inline void sum_over_keys(Kind, const Tile& t, const Segment& s, int64_t width,
-                                 const typename Kind::Element* values, int64_t stride, const float* weights,
-                                 float* to) {
+                                 const typename Kind::Element* values, int64_t stride, const float* weights, float* to,
+                                 bool apart = false) {
     constexpr int STEP = Format<Kind>::PACKS ? 2 : 1;
     product<Kind, Along::m, true>(width, s.last - s.first, Format<Kind>::steps(s.end - s.begin),
                                   values + s.begin / STEP * stride,
                                   weights + s.begin / STEP * t.lanes() + s.first * LANES, to + s.first * LANES,
-                                  {stride, t.lanes(), t.lanes()});
+                                  {stride, t.lanes(), t.lanes()}, apart);
 }
 
 // Adds transposed weights times rows to (key, whole vectors of the width).

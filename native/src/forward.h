@@ -17,7 +17,7 @@ namespace QKV_ISA {
 // Memory for the forward pass of a tile.
 template <class Kind, class AnyState>
 struct ForwardRoom {
-    float *panel, *scores, *allowed, *bias, *keys, *values, *state, *total;
+    float *panel, *scores, *allowed, *bias, *keys, *values, *sums, *state, *total;
 
     ForwardRoom(const Problem& p, Placer& place) {
         panel = place((p.width + LANES) * ROWS);
@@ -26,6 +26,7 @@ struct ForwardRoom {
         bias = place(p.bias.data ? BLOCK * ROWS : 0);
         keys = place(Format<Kind>::floats(BLOCK, p.width));
         values = place(Format<Kind>::floats(BLOCK, p.value_width));
+        sums = place(AnyState::floats(p));
         state = place(AnyState::floats(p));
         total = place(AnyState::floats(p));
     }
@@ -217,13 +218,22 @@ static void fold(const Problem& p, const Tile& t, const Laid& laid, const Dropou
 
         const auto* values = laid.values(p, t, first, b.size, room.values, value_stride);
         if (poisoned) values = without_poison(p, t, b, values, value_stride, room, state);
+        // The error of a long sum grows with its length, so each block is summed by itself; in one go, or where it has
+        // several segments on the side: how they are cut must not show.
+        const bool by_blocks = !F::PACKS, aside = by_blocks && b.count > 1;
+        float* const sums = aside ? room.sums : state.out;
+        const int64_t numbers = AnyState::numbers(p, t);
+        if (aside) std::fill(sums, sums + numbers, 0.0f);
         for (int i = 0; i < b.count; ++i) {
             if (apart)
                 F::pack_keys(t, b.parts[i], scores, scores);
             else
                 F::pad_keys(t, b.parts[i], scores);
-            sum_over_keys(Kind(), t, b.parts[i], p.value_width, values, value_stride, scores, state.out);
+            sum_over_keys(Kind(), t, b.parts[i], p.value_width, values, value_stride, scores, sums,
+                          by_blocks && !aside);
         }
+        if (aside)
+            for (int64_t n = 0; n < numbers; n += LANES) store(state.out + n, load(state.out + n) + load(sums + n));
     }
 }
 

@@ -74,18 +74,20 @@ struct Strides {
 };
 
 template <class Kind, Along ALONG, int ROWS, int VECS, bool ADD>
-static inline void micro(int64_t steps, const typename Kind::Element* a, const float* b, float* c, Strides s) {
+static inline void micro(int64_t steps, const typename Kind::Element* a, const float* b, float* c, Strides s,
+                         bool apart) {
     typedef typename Kind::Element Element;
     if (steps < 1) __builtin_unreachable();  // else compilers keep a second C in memory for that
     // Keys and values come from memory that takes its time: those of the next block are asked for.
     if (ALONG == Along::k && !ADD)
         for (int m = 0; m < ROWS; ++m) prefetch((const char*)(a + (m + BLOCK) * s.a), steps * sizeof(Element));
+    const bool goes_on = ADD && !apart;
     for (int64_t k = 0, end; k < steps; k = end) {
         const bool first = k == 0;
         end = ADD ? steps : std::min(k + Kind::CHAIN, steps);
         vec acc[ROWS][VECS];
         for (int m = 0; m < ROWS; ++m)
-            for (int n = 0; n < VECS; ++n) acc[m][n] = ADD ? load(c + m * s.c + n * LANES) : vec{};
+            for (int n = 0; n < VECS; ++n) acc[m][n] = goes_on ? load(c + m * s.c + n * LANES) : vec{};
         for (; k < end; ++k) {
             if (ALONG == Along::m) prefetch((const char*)(a + (k + BLOCK) * s.a), 1);
             vec row[VECS];
@@ -103,7 +105,7 @@ static inline void micro(int64_t steps, const typename Kind::Element* a, const f
                 }
             }
         }
-        if (!ADD && !first)
+        if (ADD ? apart : !first)
             for (int m = 0; m < ROWS; ++m)
                 for (int n = 0; n < VECS; ++n) acc[m][n] = load(c + m * s.c + n * LANES) + acc[m][n];
         for (int m = 0; m < ROWS; ++m)
@@ -113,12 +115,12 @@ static inline void micro(int64_t steps, const typename Kind::Element* a, const f
 
 template <class Kind, Along ALONG, int VECS, bool ADD>
 static inline void rows(int64_t count, int64_t steps, const typename Kind::Element* a, const float* b, float* c,
-                        Strides s) {
+                        Strides s, bool apart) {
     constexpr int FULL = height(VECS);
     int64_t m = 0;
     const auto some = [&](auto rows) {
         constexpr int ROWS = decltype(rows)::value;
-        micro<Kind, ALONG, ROWS, VECS, ADD>(steps, ALONG == Along::k ? a + m * s.a : a + m, b, c + m * s.c, s);
+        micro<Kind, ALONG, ROWS, VECS, ADD>(steps, ALONG == Along::k ? a + m * s.a : a + m, b, c + m * s.c, s, apart);
         m += ROWS;
     };
     while (m + FULL <= count) some(std::integral_constant<int, FULL>());
@@ -128,16 +130,21 @@ static inline void rows(int64_t count, int64_t steps, const typename Kind::Eleme
     if (m + 1 <= count) some(std::integral_constant<int, 1>());
 }
 
-// C of `count` rows and `vecs` vectors.
+// C of `count` rows and `vecs` vectors. What is added to C goes on from there, step by step, or is summed `apart`
+// first.
 template <class Kind, Along ALONG, bool ADD>
 static void product(int64_t count, int vecs, int64_t steps, const typename Kind::Element* a, const float* b, float* c,
-                    Strides s) {
+                    Strides s, bool apart = false) {
     int n = 0;
-    for (; n + NV <= vecs; n += NV) rows<Kind, ALONG, NV, ADD>(count, steps, a, b + n * LANES, c + n * LANES, s);
+    for (; n + NV <= vecs; n += NV) rows<Kind, ALONG, NV, ADD>(count, steps, a, b + n * LANES, c + n * LANES, s, apart);
     switch (vecs - n) {
-        case 3: rows<Kind, ALONG, (NV > 3 ? 3 : 1), ADD>(count, steps, a, b + n * LANES, c + n * LANES, s); break;
-        case 2: rows<Kind, ALONG, (NV > 2 ? 2 : 1), ADD>(count, steps, a, b + n * LANES, c + n * LANES, s); break;
-        case 1: rows<Kind, ALONG, 1, ADD>(count, steps, a, b + n * LANES, c + n * LANES, s); break;
+        case 3:
+            rows<Kind, ALONG, (NV > 3 ? 3 : 1), ADD>(count, steps, a, b + n * LANES, c + n * LANES, s, apart);
+            break;
+        case 2:
+            rows<Kind, ALONG, (NV > 2 ? 2 : 1), ADD>(count, steps, a, b + n * LANES, c + n * LANES, s, apart);
+            break;
+        case 1: rows<Kind, ALONG, 1, ADD>(count, steps, a, b + n * LANES, c + n * LANES, s, apart); break;
         default: break;
     }
 }

@@ -39,8 +39,11 @@ struct State {
     void clear(const Problem& p, const Tile& t) const {
         std::fill(top, top + t.lanes(), -INF);
         std::fill(sum, sum + t.lanes(), 0.0f);
-        std::fill(out, out + p.value_width * t.lanes(), 0.0f);
+        std::fill(out, out + numbers(p, t), 0.0f);
     }
+
+    // Of `out`.
+    static int64_t numbers(const Problem& p, const Tile& t) { return p.value_width * t.lanes(); }
 
     // Where column d of row r is summed.
     float& at(const Problem&, const Tile& t, int r, int64_t d) const { return out[d * t.lanes() + r]; }

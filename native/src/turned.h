@@ -179,7 +179,7 @@ static inline void multiply_rows(Turned<Kind, DTYPE>, const Tile& t, const Segme
 template <class Kind, Dtype DTYPE>
 static inline void sum_over_keys(Turned<Kind, DTYPE>, const Tile& t, const Segment& s, int64_t width,
                                  const typename Turned<Kind, DTYPE>::Element* values, int64_t stride,
-                                 const float* weights, float* to) {
+                                 const float* weights, float* to, bool apart) {
     with_count<1, LANES>(t.count, [&](auto rows) {
         typedef typename Turned<Kind, DTYPE>::Products Products;
         constexpr int AHEAD = 2 * LANES;  // values that are asked for
@@ -187,7 +187,7 @@ static inline void sum_over_keys(Turned<Kind, DTYPE>, const Tile& t, const Segme
         const float* const factors = weights + Format<Kind>::steps(s.begin) * LANES;
         const int64_t step = stride * (int64_t)sizeof *values;
         Products::template add<decltype(rows)::value, LANES>(from, step, s.end - s.begin, width, factors, vec{}, to,
-                                                             Soon{from + AHEAD * step, step});
+                                                             Soon{from + AHEAD * step, step}, apart);
     });
 }
 

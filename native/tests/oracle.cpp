@@ -66,6 +66,7 @@ struct Score {
 
 // `rounding` is what the roundings of query and key add to the error of their product.
 Score score(const Problem& p, int64_t b, int64_t h, int64_t i, int64_t j, const Dot& dot, double rounding) {
+    if (!std::isfinite(dot.sum)) return {NAN, 0};
     Score s{dot.sum * p.scale, ((p.width + 4) * U * dot.size + rounding) * std::fabs(p.scale)};
     if (p.softcap != 0) {
         const double y = std::tanh(s.value / p.softcap), y_error = s.error / p.softcap + 8 * U;
@@ -140,7 +141,7 @@ Expected expect(const Problem& p, const Gradients* g, const std::vector<bool>& k
         std::vector<int64_t> seen;
         std::vector<Score> scores;
         double top = p.sink_logits ? p.sink_logits[h] : -INFINITY, largest = 0, error = 0;
-        if (p.sink_logits) largest = std::fabs(top);
+        if (p.sink_logits && std::isfinite(top)) largest = std::fabs(top);
         for (int64_t j = 0; j < p.lk; ++j) {
             if (!is_visible(p, b, h, i, j)) continue;
             seen.push_back(j);
@@ -149,10 +150,12 @@ Expected expect(const Problem& p, const Gradients* g, const std::vector<bool>& k
             const double rounding = roundoff.keys * dot.size + roundoff.of_step(largest_of(q[row])) * sum_of(key);
             scores.push_back(score(p, b, h, i, j, dot, rounding));
             top = std::max(top, scores.back().value);
+            if (!std::isfinite(scores.back().value)) continue;
             largest = std::max(largest, std::fabs(scores.back().value));
             error = std::max(error, scores.back().error);
         }
         error += 8 * U * largest;  // of any exponent
+        if (top == -INFINITY) top = 0;
         double sum = p.sink_logits ? std::exp(p.sink_logits[h] - top) : 0;
         for (const Score& s : scores) sum += std::exp(s.value - top);
         const double lse = sum == 0 ? -INFINITY : top + std::log(sum);
@@ -170,7 +173,7 @@ Expected expect(const Problem& p, const Gradients* g, const std::vector<bool>& k
         std::vector<double> weights(seen.size());
         double heaviest = 0;
         for (size_t n = 0; n < seen.size(); ++n) {
-            weights[n] = std::exp(scores[n].value - lse);
+            weights[n] = sum == 0 ? 0 : std::exp(scores[n].value - lse);
             heaviest = std::max(heaviest, weights[n] * factor(seen[n]) * scale(seen[n]));
         }
         for (size_t n = 0; n < seen.size(); ++n) {
