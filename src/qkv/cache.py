@@ -593,18 +593,14 @@ class CrossKVCache(Cache):
             )
         if context.shape[1] != self.length:
             raise ValueError(
-                f"CrossKVCache: this cache holds a context of {self.length} tokens; got another of "
+                f"CrossKVCache: the cache holds a context of {self.length} tokens; got another of "
                 f"{context.shape[1]}. Make one CrossKVCache for each layer and context."
             )
-        other = (
-            f"CrossKVCache: this cache holds a context of {self.length} tokens, and got another of as many. "
-            "Make one CrossKVCache for each layer and context."
-        )
         if torch.compiler.is_compiling():
-            torch._assert_async((_fingerprint(context) == self._fingerprint).all(), other)
+            torch._assert_async((_fingerprint(context) == self._fingerprint).all(), _ANOTHER_CONTEXT)
         elif _can_read(context):
             if not torch.equal(_fingerprint(context), self._fingerprint):
-                raise ValueError(other)
+                raise ValueError(_ANOTHER_CONTEXT)
             self._note(context)
 
     def _note(self, context: Tensor) -> None:
@@ -631,6 +627,11 @@ class CrossKVCache(Cache):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_given": None}
 
+
+_ANOTHER_CONTEXT = (
+    "CrossKVCache: it holds another context, of as many tokens as the one given. Make one CrossKVCache for each layer "
+    "and context."
+)
 
 torch.serialization.add_safe_globals([Growing, KVCache, Int8KVCache, SlidingKVCache, CrossKVCache])
 

@@ -127,7 +127,7 @@ class SlidingLayer(_Roomy, DynamicSlidingWindowLayer):  # type: ignore[misc]
             seen = _extend(memory, held, new, room)
             return seen, seen[:, :, max(0, seen.shape[2] - before) :]
         # A prompt of many windows is not kept.
-        seen = torch.cat([held, new], dim=2) if _length(held) else new
+        seen = torch.cat([held, new] if _length(held) else [new], dim=2)
         return seen, seen[:, :, seen.shape[2] - before :].clone()
 
 

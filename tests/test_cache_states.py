@@ -1,0 +1,31 @@
+"""Every cache in any order of operations and modes of gradients, against plain concatenation: `fuzz.caches`, shrunk."""
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+
+pytest.importorskip("transformers")
+
+from fuzz.caches import KINDS, World
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cache_is_plain_concatenation(kind: str) -> None:
+    class Machine(RuleBasedStateMachine):
+        @initialize(seed=st.integers(0, 2**31))
+        def begin(self, seed: int) -> None:
+            self.world = World(kind, seed)
+
+        @rule(operation=st.sampled_from(World.OPERATIONS), data=st.data())
+        def step(self, operation: str, data: st.DataObject) -> None:
+            self.world.step(operation, lambda n: data.draw(st.integers(0, n - 1)))
+
+    how = settings(
+        max_examples=30,
+        stateful_step_count=25,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        derandomize=True,
+    )
+    run_state_machine_as_test(Machine, settings=how)  # type: ignore[no-untyped-call]

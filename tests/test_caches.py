@@ -1,0 +1,263 @@
+"""What holds of all caches: whose keys they hold, which calls they refuse, and that their copies are their own."""
+
+import copy
+import gc
+import pickle
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from fuzz.caches import saved
+from torch import Tensor
+
+import qkv
+from qkv import Mask
+
+X = torch.randn(2, 6, 24, generator=torch.Generator().manual_seed(0))
+CACHES: dict[str, Callable[[], Any]] = {
+    "growing": qkv.KVCache,
+    "int8": qkv.Int8KVCache,
+    "sliding": lambda: qkv.SlidingKVCache(4),
+}
+each_cache = pytest.mark.parametrize("make", CACHES.values(), ids=CACHES)
+
+
+def windowed() -> qkv.Attention:
+    torch.manual_seed(0)
+    return qkv.Attention(24, 6, num_kv_heads=2, mask=Mask.causal(4), rotary=qkv.RotaryEmbedding(4)).eval()
+
+
+@each_cache
+@torch.no_grad()
+def test_a_cache_that_another_layer_filled_is_refused(make: Callable[[], Any]) -> None:
+    layer, other, cache = windowed(), qkv.CausalAttention(24, 6, num_kv_heads=2, mask=Mask.causal(4)), make()
+    want = layer(X[:, :4], cache=make())
+    layer(X[:, :3], cache=cache)
+    said = (
+        r"the 3 tokens held are keys of another layer, Attention\(24, num_heads=6\); got a call of "
+        r"CausalAttention\(24, num_heads=6\)\. Make one cache for each layer"
+    )
+    for call in (other, other.attention_weights):
+        with pytest.raises(ValueError, match=said):
+            call(X[:, 3:4], cache=cache)
+    assert cache.length == 3
+    torch.testing.assert_close(layer(X[:, 3:4], cache=cache), want[:, 3:], rtol=1e-4, atol=1e-5)
+    cache.reset()
+    assert cache.length == 0
+    other(X[:1], cache=cache)
+    assert cache.length == 6
+
+
+@torch.no_grad()
+def test_a_layer_and_its_copies() -> None:
+    layer, cache = windowed(), qkv.KVCache()
+    layer(X[:, :3], cache=cache)
+    copy.copy(layer)(X[:, 3:4], cache=cache)  # the same weights
+    with pytest.raises(ValueError, match="keys of another layer"):
+        copy.deepcopy(layer)(X[:, 4:5], cache=cache)
+    alone = copy.deepcopy(cache)
+    layer(X[:, 4:5], cache=alone)
+    for pair in ((layer, cache), (cache, layer)):
+        along = dict(zip(("a", "b"), copy.deepcopy(pair), strict=True)).values()
+        twin_cache, twin = sorted(along, key=lambda one: isinstance(one, torch.nn.Module))
+        twin(X[:, 4:5], cache=twin_cache)
+        with pytest.raises(ValueError, match="keys of another layer"):
+            layer(X[:, 5:], cache=twin_cache)
+    copy.deepcopy(layer)(X[:, 4:5], cache=pickle.loads(pickle.dumps(cache)))  # free for the next layer
+    k = torch.randn(2, 2, 3, 4)
+    free = qkv.KVCache()
+    free.append(k, k)
+    layer(X[:, 3:4], cache=free)
+    assert free.length == 4
+
+
+@torch.no_grad()
+def test_a_cache_keeps_neither_layer_nor_context_alive() -> None:
+    layer, cache, context = qkv.CrossAttention(24, 6), qkv.CrossKVCache(), X.clone()
+    layer(X, context, cache=cache)
+    gone = [weakref.ref(layer), weakref.ref(context)]
+    del layer, context
+    gc.collect()
+    assert [ref() for ref in gone] == [None, None] and cache.length == 6
+
+
+@each_cache
+@pytest.mark.parametrize("mask", [Mask.full(), Mask.band(3, 1), Mask.padding(torch.tensor([6, 4]))], ids=repr)
+@torch.no_grad()
+def test_a_layer_that_sees_later_keys_is_not_fed_in_chunks(make: Callable[[], Any], mask: Mask) -> None:
+    if isinstance(make(), qkv.SlidingKVCache):
+        mask = mask & Mask.band(3, None)
+    layer, cache = qkv.Attention(24, 6, mask=mask), make()
+    layer(X[:, :5], cache=cache)
+    with pytest.raises(ValueError, match=r"shows a query the keys after its own.* Use Mask\.causal\(\)"):
+        layer(X[:, 5:], cache=cache)
+    assert cache.length == 5
+    layer(X[:, 5:], mask=Mask.causal(), cache=cache)  # a prompt that sees all of itself, and a text behind it
+    written = torch.ones(1, cache.append(*torch.zeros(2, 2, 6, 0, 4)).k.shape[2] + 1, dtype=torch.bool)
+    if mask.left is None:
+        layer(X[:, 5:], mask=Mask.dense(written), cache=cache)
+        assert cache.length == 7
+
+
+@each_cache
+@torch.no_grad()
+def test_a_call_that_fails_adds_nothing(make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, cache = windowed(), make()
+    want = torch.cat([layer(part, cache=cache) for part in X.split([4, 1, 1], dim=1)], dim=1)
+    cache = make()
+    for part in X.split([4, 1, 1], dim=1):
+        with pytest.raises(ValueError, match="keep"):
+            layer(part, mask=Mask.padding(torch.ones(2, 99, dtype=torch.bool)), cache=cache)
+        with pytest.raises(ValueError, match="is not a band"):
+            layer(part, mask=Mask.causal(3, sink_tokens=1), cache=cache)
+        monkeypatch.setattr(layer.out_proj, "forward", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            layer(part, cache=cache)
+        monkeypatch.undo()
+        done = cache.length
+        found = layer(part, cache=cache)
+        assert torch.equal(found, want[:, done : done + part.shape[1]])
+
+
+def interrupt(x: Tensor) -> Tensor:
+    raise KeyboardInterrupt
+
+
+def test_other_caches_are_refused_by_name() -> None:
+    for cache in (object(), {}, [torch.zeros(1)]):
+        with pytest.raises(TypeError, match=rf"got a {type(cache).__name__}"):
+            windowed()(X, cache=cache)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+def test_a_full_cross_cache_refuses_another_context(mode: Any) -> None:
+    layer, cache = qkv.CrossAttention(24, 6), qkv.CrossKVCache()
+    with mode():
+        context = X.clone()
+        want = layer(X, context, cache=cache)
+        other, swapped, turned = context + 1, context.flip(1), -context
+        for same in (context, context.clone(), context[:, :], context.transpose(0, 1).contiguous().transpose(0, 1)):
+            assert torch.equal(layer(X, same, cache=cache), want)
+        for wrong in (other, swapped, turned, context.flip(0), context.roll(1, 2)):
+            with pytest.raises(ValueError, match="holds another context, of as many tokens as the one given"):
+                layer(X, wrong, cache=cache)
+        context[0, 0, 0] += 1
+        with pytest.raises(ValueError, match="holds another context"):
+            layer(X, context, cache=cache)
+        context[0, 0, 0] -= 1
+        for twin in (copy.copy(cache), copy.deepcopy(cache) if mode is torch.no_grad else cache):
+            with pytest.raises(ValueError, match="holds another context"):
+                layer(X, other, cache=twin)
+    with pytest.raises(ValueError, match="keys of another layer"):
+        qkv.CrossAttention(24, 6)(X, cache=cache)
+
+
+@torch.no_grad()
+def test_a_cross_cache_goes_on_with_beams() -> None:
+    layer, cache, rows = qkv.CrossAttention(24, 6), qkv.CrossKVCache(), torch.tensor([1, 1, 0])
+    layer(X, X, cache=cache)
+    cache.select(rows)
+    want = layer(X[rows], X[rows])
+    torch.testing.assert_close(layer(X[rows], cache=cache), want)
+    torch.testing.assert_close(layer(X[rows], X[rows], cache=cache), want)
+    with pytest.raises(ValueError, match="holds another context"):
+        layer(X[rows], X[rows.flip(0)], cache=cache)
+    cache.crop(4)
+    torch.testing.assert_close(layer(X[rows], X[rows, :4], cache=cache), layer(X[rows], X[rows, :4]))
+    with pytest.raises(ValueError, match="holds a context of 4 tokens; got another of 6"):
+        layer(X[rows], X[rows], cache=cache)
+    cache.reset()
+    torch.testing.assert_close(layer(X, X.flip(1), cache=cache), layer(X, X.flip(1)))
+    bare = qkv.CrossKVCache()
+    bare.append(*torch.randn(2, 2, 6, 6, 4))
+    layer(X, cache=bare)
+    with pytest.raises(ValueError, match="were appended without a context"):
+        layer(X, X, cache=bare)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_cross_attention_refuses_another_context() -> None:
+    torch.compiler.reset()
+    layer, cache = qkv.CrossAttention(24, 6), qkv.CrossKVCache()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        want = compiled(X, X.clone(), cache=cache)
+        torch.testing.assert_close(compiled(X, X, cache=cache), want)
+        with pytest.raises(RuntimeError, match="holds another context"):
+            compiled(X, X + 1, cache=cache)
+
+
+@torch.no_grad()
+def test_a_window_with_beams_and_refused_drafts() -> None:
+    layer = windowed()
+    x = torch.randn(2, 20, 24)
+    want, cache, rows = layer(x), qkv.SlidingKVCache(4), torch.tensor([1, 0, 1])
+    layer(x[:, :11], cache=cache)
+    layer(torch.randn(2, 3, 24), cache=cache)  # a draft
+    cache.crop(12)
+    cache.crop(11)
+    torch.testing.assert_close(layer(x[:, 11:14], cache=cache), want[:, 11:14])
+    cache.select(rows)
+    torch.testing.assert_close(layer(x[rows, 14:], cache=cache), want[rows, 14:])
+    with pytest.raises(ValueError, match=r"crop to 3 tokens needs keys .* of 20 tokens it can keep \d+ or more"):
+        cache.crop(3)
+    with pytest.raises(ValueError, match="crop keeps between 0 and the 20 tokens held; got 21"):
+        cache.crop(21)
+    assert cache.length == 20
+
+
+@each_cache
+@pytest.mark.parametrize("load", [copy.copy, copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache)), None])
+@torch.no_grad()
+def test_copies_hold_what_was_held_and_go_on_alone(make: Callable[[], Any], load: Any) -> None:
+    layer, cache = windowed(), make()
+    layer(X[:, :4], cache=cache)
+    twin = saved(cache, weights_only=True) if load is None else load(cache)
+    for each in (cache, twin):
+        other = make()
+        want = torch.cat([layer(part, cache=other) for part in X.split([4, 1, 1], dim=1)], dim=1)
+        for i in (4, 5):
+            torch.testing.assert_close(layer(X[:, i : i + 1], cache=each), want[:, i : i + 1])
+            layer(torch.randn(2, 1, 24), cache=copy.copy(each))
+
+
+def test_a_deep_copy_of_a_graph_is_refused_and_a_copy_shares_it() -> None:
+    layer, cache = windowed(), qkv.KVCache()
+    layer(X[:, :4], cache=cache)
+    for way in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(RuntimeError, match=r"were computed with gradients\. Use copy\.copy"):
+            way(cache)
+    layer(X[:, 4:], cache=copy.copy(cache)).sum().backward()
+    assert layer.k_proj.weight.grad is not None
+
+
+@each_cache
+def test_what_was_returned_under_inference_mode_may_be_saved_for_backward(make: Callable[[], Any]) -> None:
+    layer, cache = windowed(), make()
+    with torch.inference_mode():
+        layer(X[:, :3], cache=cache)
+    layer.requires_grad_(False).q_proj.requires_grad_(True)
+    layer(X[:, 3:5], cache=cache).sum().backward()
+    assert layer.q_proj.weight.grad is not None
+    cross, context = qkv.CrossAttention(24, 6), qkv.CrossKVCache()
+    with torch.inference_mode():
+        cross(X, X.clone(), cache=context)
+    cross(X, cache=context).sum().backward()
+    assert cross.q_proj.weight.grad is not None
+
+
+@each_cache
+def test_torch_notices_where_views_for_a_graph_were_written_over(make: Callable[[], Any]) -> None:
+    """Views returned under no_grad, put into a graph, cropped and appended behind; by either way of appending."""
+    for tail in (1, 3):
+        cache, k, q = make(), torch.randn(1, 1, 3, 16), torch.randn(1, 1, 3, 16, requires_grad=True)
+        with torch.no_grad():
+            keys = cache.append(k, k)
+        out = (keys.k * q).sum()
+        with torch.no_grad():
+            cache.crop(3 - tail)
+            cache.append(k, k)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.backward()
