@@ -183,6 +183,11 @@ def _check_tensors(who: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
         got = ", ".join(type(x).__name__ for x in (q, k, v))
         raise TypeError(f"{who}: q, k and v must be tensors; got {got}.")
+    if q.is_nested or k.is_nested or v.is_nested:
+        raise ValueError(
+            f"{who}: nested tensors are for the layers, as qkv.CausalAttention. For heads of your own, call "
+            "qkv.integrations.varlen.varlen_attn with their values and offsets."
+        )
     if not (q.dim() == k.dim() == v.dim() == 4):
         got = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
         raise ValueError(f"{who}: q, k and v must have 4 dimensions (batch, heads, length, width); got shapes {got}.")
