@@ -67,6 +67,7 @@ bench: $(VENV)/peers
 	$(BIN)/python benchmarks/spine.py
 	$(BIN)/python benchmarks/models.py
 	$(BIN)/python benchmarks/layer.py
+	$(BIN)/python benchmarks/sequences.py
 	$(BIN)/python benchmarks/page.py
 
 # Each writes its page anew: half an hour and twenty minutes on two idle cores.

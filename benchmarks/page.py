@@ -234,11 +234,28 @@ def layer_section(folder: Path) -> list[str]:
     ]
 
 
+def sequences_section(folder: Path) -> list[str]:
+    """Packed sequences and pages."""
+    record = load(folder, "sequences")
+    if record is None:
+        return []
+
+    def cells(row: Any) -> list[str]:
+        ours = row["times"][OURS]["median_us"]
+        peers = (f"{name} {found['median_us'] / ours:.2f}" for name, found in row["times"].items() if name != OURS)
+        return [row["case"], row["dtype"], readable_time(ours), "; ".join(peers)]
+
+    return [
+        f"## Packed sequences and pages\n\n{machine(record)} Decoding has 32 heads on 8 of 128, packed texts 12 of 64.",
+        table(["case", "dtype", OURS, "times as long"], map(cells, record["measurements"]), words=2),
+    ]
+
+
 def main() -> None:
     """Writes the pages and the plots, and the list of them."""
     sections = [
         *(kernel_section, grid_section, avx2_section, alternating_section),
-        *(spine_section, models_section, layer_section),
+        *(spine_section, models_section, layer_section, sequences_section),
     ]
     pages = []
     for folder in sorted({path.parent for path in machines.RESULTS.glob("*/*.json")}):

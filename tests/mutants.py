@@ -23,9 +23,17 @@ NATIVE = "../../native/src"
 KERNEL = ("test_native.py", "test_int8.py", "test_contract.py")
 APPEND = ("test_growing.py",)
 NONFINITE = ("test_contract_nonfinite.py",)
+SEQUENCES = ("test_packed.py", "test_paged.py")
 LIBRARY = (
     *("mechanisms", "test_masks.py", "test_functional.py", "test_layers.py", "test_rotary.py"),
-    *("test_flash_attn.py", "test_varlen.py", "test_export.py", "test_transformers.py", "test_transformers_cache.py"),
+    *(
+        "test_flash_attn.py",
+        "test_varlen.py",
+        *SEQUENCES,
+        "test_export.py",
+        "test_transformers.py",
+        "test_transformers_cache.py",
+    ),
     *KERNEL,
 )
 
@@ -119,8 +127,17 @@ MUTANTS = [
     Mutant("a visible NaN scale swallowed by its step", f"{NATIVE}/few_products.h", "max(size == size ? size : set1(INF), most)", "max(size, most)", KERNEL),
     Mutant("lengths ignored by plain calls", f"{NATIVE}/plain.cpp", "if (is_given(call.lengths))", "if (false)", KERNEL),
     Mutant("one row of padding for all batches of plain calls", f"{NATIVE}/plain.cpp", "tensor.shape[0] == 1 ? 0 : tensor.strides[0]", "0", KERNEL),
-    Mutant("packed sequences aligned top-left", "integrations/varlen.py", "offset = sum(len(k) for k in keys[n]) - len(q)", "offset = 0"),
-    Mutant("pages all at one position", "integrations/varlen.py", "offset -= len(k)", "pass"),
+    Mutant("packed sequences aligned top-left", "sequences.py", "offset=length - len(q)", "offset=0"),
+    Mutant("packed sequences aligned top-left (kernel)", f"{NATIVE}/sequences.cpp", "one.offset = one.lk - one.lq;", "one.offset = 0;", SEQUENCES),
+    Mutant("slopes of the first sequence for all", f"{NATIVE}/sequences.cpp", "one.alibi = p.alibi + n * s.alibi", "one.alibi = p.alibi", SEQUENCES),
+    Mutant("the same weights dropped in all sequences", f"{NATIVE}/sequences.cpp", "p.seed + (uint64_t)n * 0x9e3779b97f4a7c15u", "p.seed", SEQUENCES),
+    Mutant("pages that follow each other taken for granted", f"{NATIVE}/sequences.cpp", "if (table(n)[i] != table(n)[i - 1] + 1) return false;", "", SEQUENCES),
+    Mutant("entries that are needed not looked at", f"{NATIVE}/sequences.cpp", "if (table(n)[i] < 0 || table(n)[i] >= s.pages) return false;", "", SEQUENCES),
+    Mutant("one entry too many looked at", f"{NATIVE}/sequences.cpp", "(s.firsts[n] + s.lengths[n] - 1) / s.page_size + 1", "(s.firsts[n] + s.lengths[n]) / s.page_size + 1", SEQUENCES),
+    Mutant("pages that begin with padding read from their start", f"{NATIVE}/paged.h", "row = (p.pages.first + key) % p.pages.size", "row = key % p.pages.size", SEQUENCES),
+    Mutant("a window in pages one block late", f"{NATIVE}/paged.h", "t.begin / BLOCK * BLOCK)", "t.begin / BLOCK * BLOCK + BLOCK)", SEQUENCES),
+    Mutant("gathered pages in the order of the pool", "sequences.py", "page = tables[sequence, place // page_size]", "page = tables[sequence, place // page_size].sort().values"),
+    Mutant("gradients of keys of no sequence left as they were", "kernels/sequences.py", "dk.zero_(), dv.zero_()", "pass"),
     Mutant("flash-attn's cache not written", "integrations/flash_attn.py", "k_cache[place], v_cache[place] = k, v", "pass"),
     Mutant("flash-attn's queries rotated apart without a mask", "integrations/flash_attn.py", ' * options["mask"].is_positional', ""),
     Mutant("cross cache projects again", "layers/attention.py", "        if cache is not None and held:\n            if context.shape[1]", "        if False:\n            if context.shape[1]"),

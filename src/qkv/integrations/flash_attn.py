@@ -17,6 +17,7 @@ from qkv.integrations.varlen import (
     require_keys,
     require_layout,
     require_starts,
+    require_table,
 )
 from qkv.layers.rotary import rotate
 from qkv.sequences import Keys, pose_sequences
@@ -266,6 +267,8 @@ def flash_attn_with_kvcache(
     options = _options(who, softmax_scale, causal, window_size, softcap)
     batch, lq = q.shape[:2]
     page_size = k_cache.shape[1]
+    if block_table is not None:
+        require_table(who, block_table, batch)
     capacity = page_size if block_table is None else page_size * block_table.shape[1]
     new = 0 if k is None and v is None else _count_new(who, batch, k, v, k_cache, v_cache)
     if isinstance(cache_seqlens, Tensor):

@@ -161,6 +161,15 @@ def require_keys(who: str, layout: str, **keys_and_values: Tensor) -> None:
         )
 
 
+def require_table(who: str, block_table: Tensor, batch: int) -> None:
+    """Raises unless it has a row of entries for each sequence of a batch."""
+    _require_integers(who, "block_table", block_table)
+    if block_table.dim() != 2 or block_table.shape[0] != batch:
+        raise ValueError(
+            f"{who}: block_table must be ({batch}, pages of a sequence); got shape {tuple(block_table.shape)}."
+        )
+
+
 def keys_in_pages(
     who: str, k: Tensor, v: Tensor, block_table: Tensor, stops: Tensor, starts: Tensor | None = None
 ) -> Keys:
@@ -169,11 +178,7 @@ def keys_in_pages(
     Raises:
         ValueError: unless the entries of the table that they need are there, and pages. No other is looked at.
     """
-    _require_integers(who, "block_table", block_table)
-    if block_table.dim() != 2 or block_table.shape[0] != len(stops):
-        raise ValueError(
-            f"{who}: block_table must be ({len(stops)}, pages of a sequence); got shape {tuple(block_table.shape)}."
-        )
+    require_table(who, block_table, len(stops))
     starts = torch.zeros_like(stops) if starts is None else starts
     if not torch.compiler.is_compiling():
         _require_pages(who, k, block_table, starts.tolist(), stops.tolist())
