@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 import qkv
+from qkv.convert import convert_layer, prune_heads
 from qkv.layers.projection import project
 
 NAMES = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -384,3 +385,37 @@ def test_sharded_and_replicated_it_computes_the_same(name: str, one_process: Non
     found = sum(parameter.grad.sum() for parameter in wrapped.parameters())  # type: ignore[union-attr]
     found = found.full_tensor() if hasattr(found, "full_tensor") else found  # type: ignore[union-attr]
     torch.testing.assert_close(found, total, rtol=1e-4, atol=1e-3)
+
+
+def as_torchs(layer: qkv.Attention) -> Callable[[Tensor], Tensor]:
+    module = layer.to_torch()
+    return lambda x: module(x, x, x)[0]
+
+
+COPIES: dict[str, Callable[[qkv.Attention], Callable[[Tensor], Tensor]]] = {
+    "to_torch": as_torchs,
+    "convert_layer": lambda layer: convert_layer(layer, 4),
+    "convert_layer, aligned": lambda layer: convert_layer(layer, 4, how="aligned"),
+    "prune_heads": lambda layer: prune_heads(layer, []),
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+@pytest.mark.filterwarnings("ignore")  # torch's own, of quantisation
+def test_what_copies_weights_takes_what_is_computed_or_refuses(name: str) -> None:
+    for change in ("parametrization", "weight_norm", "pruning", "plain attributes", "no bias any more"):
+        layer = qkv.MultiHeadAttention(32, 4)
+        CHANGES[change](layer)
+        torch.testing.assert_close(COPIES[name](layer)(X), layer(X))
+    for change in ("subclass", "LoRA", "wrapped", "dynamic quantisation"):
+        layer = qkv.MultiHeadAttention(32, 4)
+        CHANGES[change](layer)
+        with pytest.raises(TypeError, match=r"q_proj must be an nn\.Linear, whose weights .* got .*\. Merge adapters"):
+            COPIES[name](layer)
+
+
+def test_from_torch_copies_what_is_computed() -> None:
+    theirs = nn.MultiheadAttention(32, 4, batch_first=True)
+    parametrize.register_parametrization(theirs, "in_proj_weight", Doubled())
+    parametrize.register_parametrization(theirs.out_proj, "weight", Doubled())
+    torch.testing.assert_close(qkv.MultiHeadAttention.from_torch(theirs)(X), theirs(X, X, X)[0])

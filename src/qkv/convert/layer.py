@@ -10,6 +10,7 @@ from qkv.convert.layout import Layout
 from qkv.convert.stock import Heads
 from qkv.convert.tensors import Method, pool_heads
 from qkv.layers import Attention
+from qkv.layers.projection import PROJECTIONS, require_linear
 
 LAYOUT = Layout(out="out_proj")
 """Of `Attention`."""
@@ -28,7 +29,7 @@ def convert_layer(
         gain: of ``aligned``, as in `align_heads`: the ``weight`` of the norm before the layer, where there is one.
 
     Raises:
-        TypeError: for a layer of another kind.
+        TypeError: for a layer of another kind, and projections that compute more than their weights say.
         ValueError: as `pool_heads` and `align_heads`.
 
     Example:
@@ -37,7 +38,7 @@ def convert_layer(
         >>> convert_layer(qkv.MultiHeadAttention(64, 8), 2).num_kv_heads
         2
     """
-    state, query_heads = check_layer("convert_layer", layer).state_dict(), torch.arange(layer.num_heads)
+    state, query_heads = state_of(check_layer("convert_layer", layer)), torch.arange(layer.num_heads)
     if how == "aligned":
         how = "mean"
         if num_kv_heads != layer.num_kv_heads:
@@ -55,13 +56,26 @@ def check_layer(who: str, layer: Attention) -> Attention:
             f"{who}: layer must be a qkv.Attention; got {type(layer).__name__}. "
             "Of an nn.MultiheadAttention, qkv.MultiHeadAttention.from_torch makes one."
         )
+    for name in PROJECTIONS:
+        require_linear(who, name, getattr(layer, name))
     return layer
+
+
+def state_of(layer: Attention) -> dict[str, Tensor]:
+    """The state of a plain layer that computes the same: weights as they are, whatever they are computed of."""
+    state = {name: value for name, value in layer.state_dict().items() if not name.startswith(PROJECTIONS)}
+    for name in PROJECTIONS:
+        linear = getattr(layer, name)
+        state[f"{name}.weight"] = linear.weight.detach()
+        if linear.bias is not None:
+            state[f"{name}.bias"] = linear.bias.detach()
+    return state
 
 
 def projections_of(layer: Attention) -> tuple[Projections, Heads]:
     """The weights of a layer, and how many heads they hold."""
     heads = Heads(layer.num_heads, layer.num_kv_heads, layer.head_dim)
-    return LAYOUT.read(layer.state_dict(), heads), heads
+    return LAYOUT.read(state_of(layer), heads), heads
 
 
 def rebuild(layer: Attention, state: dict[str, Tensor], query_heads: Tensor, num_kv_heads: int) -> Attention:
@@ -111,6 +125,6 @@ def _align(layer: Attention, num_kv_heads: int, gain: Tensor | None) -> tuple[di
         got = f"shape {tuple(gain.shape)}" if isinstance(gain, Tensor) else repr(gain)
         raise ValueError(f"convert_layer: gain must be ({width},), one a column; got {got}.")
     alignment = align_heads(projections, layer.num_kv_heads, num_kv_heads, freedom, gain=gain)
-    state = layer.state_dict()
+    state = state_of(layer)
     state |= LAYOUT.replace(state, alignment.apply(projections), heads)
     return state, alignment.query_order(layer.num_heads)

@@ -10,7 +10,7 @@ from qkv.convert import stock
 from qkv.convert.alignment import Projections
 from qkv.convert.errors import CheckpointError
 from qkv.convert.families import find_family
-from qkv.convert.layer import LAYOUT, check_layer, projections_of, rebuild
+from qkv.convert.layer import LAYOUT, check_layer, projections_of, rebuild, state_of
 from qkv.convert.layout import find_layers
 from qkv.convert.state import ConvertedModel, specs_of
 from qkv.convert.stock import Heads
@@ -51,7 +51,7 @@ def prune_heads(layer: Attention, heads: Iterable[int]) -> Attention:
         heads: query heads to remove: as many of each group, or all of a group, or both.
 
     Raises:
-        TypeError: for a layer of another kind, and a single head outside of a list.
+        TypeError: as `convert_layer`, and for a single head outside of a list.
         ValueError: for heads that there are not, all of them, and choices that leave groups of unequal sizes; the
             message says what would do.
 
@@ -67,7 +67,7 @@ def prune_heads(layer: Attention, heads: Iterable[int]) -> Attention:
     """
     projections, held = projections_of(check_layer("prune_heads", layer))
     kept = _keep("prune_heads", heads, held)
-    state = layer.state_dict()
+    state = state_of(layer)
     state |= LAYOUT.replace(state, kept.select(projections, held), kept.of(held))
     return rebuild(layer, state, kept.query_heads, len(kept.kv_heads))
 

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from torch.nn.modules import linear as torch_linear
 from torch.nn.modules import module as torch_module
 
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
+"""What the layers call them."""
+
 
 def project(linear: nn.Module, x: Tensor) -> Tensor:
     """``linear(x)``.
@@ -24,6 +27,15 @@ def project(linear: nn.Module, x: Tensor) -> Tensor:
         return F.linear(x, weight, parameters["bias"])
     projected: Tensor = linear(x)
     return projected
+
+
+def require_linear(who: str, name: str, projection: nn.Module) -> None:
+    """Raises unless what a projection computes is ``F.linear`` of its own weight and bias, which may be copied then."""
+    if not isinstance(projection, nn.Linear) or type(projection).forward is not nn.Linear.forward:
+        raise TypeError(
+            f"{who}: {name} must be an nn.Linear, whose weights say all that it computes; got "
+            f"{type(projection).__name__}. Merge adapters, or take wrappers off, first."
+        )
 
 
 def _is_plain(linear: nn.Linear) -> bool:

@@ -5,6 +5,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from qkv.layers.projection import PROJECTIONS, require_linear
 from qkv.masks import FULL, Mask
 
 
@@ -66,7 +67,9 @@ def options(module: nn.MultiheadAttention) -> dict[str, Any]:
 
 def state(module: nn.MultiheadAttention) -> dict[str, Tensor]:
     """The module's weights under the names of `Attention`."""
-    found = {f"out_proj.{name}": tensor for name, tensor in module.out_proj.state_dict().items()}
+    found = {"out_proj.weight": module.out_proj.weight}
+    if module.out_proj.bias is not None:
+        found["out_proj.bias"] = module.out_proj.bias
     if module.in_proj_weight is not None:
         weights = module.in_proj_weight.chunk(3)
     else:
@@ -83,8 +86,11 @@ def build(layer: Layer) -> nn.MultiheadAttention:
     """The batch-first module that computes what the layer does.
 
     Raises:
+        TypeError: for a projection that computes more than its weights say.
         ValueError: for a layer with anything that the module cannot express, listing all of it.
     """
+    for name in PROJECTIONS:
+        require_linear("to_torch", name, getattr(layer, name))
     lost = _inexpressible(layer)
     if lost:
         raise ValueError(f"to_torch: nn.MultiheadAttention has no {', '.join(lost)}.")
@@ -111,7 +117,9 @@ def _packed(layer: Layer, module: nn.MultiheadAttention) -> dict[str, Tensor]:
         heads: Tensor = projection.unflatten(0, (layer.num_kv_heads, -1))
         return heads.repeat_interleave(layer.num_heads // layer.num_kv_heads, dim=0).flatten(0, 1)
 
-    packed = {f"out_proj.{name}": tensor for name, tensor in layer.out_proj.state_dict().items()}
+    packed = {"out_proj.weight": layer.out_proj.weight}
+    if layer.out_proj.bias is not None:
+        packed["out_proj.bias"] = layer.out_proj.bias
     weights = (layer.q_proj.weight, repeated(layer.k_proj.weight), repeated(layer.v_proj.weight))
     if module.in_proj_weight is not None:
         packed["in_proj_weight"] = torch.cat(weights)
