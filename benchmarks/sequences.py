@@ -23,7 +23,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ROUNDS = 15
 REST_SECONDS = 0.02
 
-Call = Callable[[], Tensor]
+Call = Callable[[], Any]
 
 
 def step_over_pages(dtype: torch.dtype, batch: int, tokens: int, page_size: int) -> dict[str, Call]:

@@ -65,18 +65,24 @@ class Sequences(NamedTuple):
         One call of the kernel, or, where that cannot be, one of `attention` for each sequence. A sequence has the bits
         that it has alone, wherever its keys lie.
         """
-        keys, dtype = self.keys, self.problem.q.dtype  # which autocast may have changed
-        in_place = keys.k.dtype is dtype and keys.k.stride(3) == keys.v.stride(3) == 1
+        found = self._laid_out()
+        return found._attend_each() if native.why_not(found.problem) else found._attend_at_once()
+
+    def _laid_out(self) -> "Sequences":
+        """The same in the dtype that autocast wants and with contiguous widths, and what has a gradient in one page."""
+        q, keys, dtype = self.q, self.keys, self.problem.q.dtype
+        fits = keys.k.dtype is dtype and keys.k.stride(3) == keys.v.stride(3) == 1
         # A pool is never copied as a whole. Gradients of pages that sequences share are sums.
-        if keys.tables is not None and (self.problem.needs_grad or not in_place):
+        if keys.tables is not None and (self.problem.needs_grad or not fits):
             keys = keys.side_by_side()
-        q, k, v = (x.to(dtype) for x in (self.q, keys.k, keys.v))
+        elif fits and q.dtype is dtype and q.stride(2) == 1:
+            return self
+        q, k, v = (x.to(dtype) for x in (q, keys.k, keys.v))
         if q.is_cpu:
             q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        page = (k[:1].transpose(1, 2), v[:1].transpose(1, 2))
-        problem = self.problem._replace(q=q.transpose(0, 1)[None], k=page[0], v=page[1])
-        found = self._replace(problem=problem, q=q, keys=keys._replace(k=k, v=v))
-        return found._attend_each() if native.why_not(problem) else found._attend_at_once()
+        page = [x[:1].transpose(1, 2) for x in (k, v)]
+        problem = self.problem._replace(q=q.transpose(0, 1).unsqueeze(0), k=page[0], v=page[1])
+        return self._replace(problem=problem, q=q, keys=keys._replace(k=k, v=v))
 
     def _attend_at_once(self) -> Partial:
         problem, keys = self.problem, self.keys
@@ -167,7 +173,7 @@ def pose_sequences(
         )
     problem = pose(
         who,
-        q.transpose(0, 1)[None],
+        q.transpose(0, 1).unsqueeze(0),
         *(x[:1].transpose(1, 2) for x in (keys.k, keys.v)),
         mask=mask,
         offset=0,

@@ -287,14 +287,14 @@ def flash_attn_with_kvcache(
         if any(pad > length for pad, length in zip(padding, held, strict=True)):
             raise ValueError(f"{who}: cache_leftpad must be at most cache_seqlens, {held}; got {padding}.")
 
-    start = torch.tensor(held, device=q.device)[:, None]
-    positions = start + torch.arange(new, device=q.device)
     if rotary_cos is not None or rotary_sin is not None:
         if rotary_cos is None or rotary_sin is None or k is None:
             raise ValueError(f"{who}: rotary_cos, rotary_sin and k must be given together; got None for one of them.")
+        start = torch.tensor(held, device=q.device)[:, None]
         ahead = torch.arange(lq, device=q.device) * options["mask"].is_positional
         q = _rotate(who, q, start + ahead, rotary_cos, rotary_sin, rotary_interleaved)
-        k = _rotate(who, k, positions, rotary_cos, rotary_sin, rotary_interleaved)
+        ahead = torch.arange(new, device=q.device)
+        k = _rotate(who, k, start + ahead, rotary_cos, rotary_sin, rotary_interleaved)
     if block_table is not None and cache_batch_idx is not None:
         raise ValueError(f"{who}: cache_batch_idx has no meaning beside a block_table; give one of them.")
     # A cache without pages is one whose pages hold a sequence each.
@@ -302,6 +302,7 @@ def flash_attn_with_kvcache(
     keys = keys_in_pages(who, k_cache, v_cache, table, torch.tensor(stops, dtype=torch.int64), cache_leftpad)
     sequences = pose_sequences(who, *_packed(q), keys, alibi=alibi_slopes, **options)
     if k is not None and v is not None:
+        positions = torch.tensor([[*range(stop - new, stop)] for stop in stops], device=q.device)
         place = table.long().gather(1, positions // page_size), positions % page_size
         k_cache[place], v_cache[place] = k, v
     out, lse = _in_batch(sequences.attend(), batch)

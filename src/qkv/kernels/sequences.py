@@ -174,7 +174,7 @@ def _new_gradients(call: Sequences) -> tuple[Tensor, ...]:
 
 
 def _as_heads(packed: Tensor) -> Tensor:
-    return packed.transpose(0, 1)[None]
+    return packed.transpose(0, 1).unsqueeze(0)
 
 
 def _packed(call: Sequences, out: Tensor, lse: Tensor) -> tuple[Sequences, bytes, bytes]:
@@ -210,6 +210,8 @@ def _packed(call: Sequences, out: Tensor, lse: Tensor) -> tuple[Sequences, bytes
 
 
 def _integers(tensor: Tensor) -> Tensor:
+    if tensor.dtype is torch.int64 and tensor.is_cpu and tensor.is_contiguous():
+        return tensor
     return tensor.to("cpu", torch.int64).contiguous()
 
 
