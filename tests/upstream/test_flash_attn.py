@@ -10,8 +10,8 @@ from oracle import Rule, Scores, attend
 from torch.nn.attention.bias import causal_lower_right
 
 import qkv
-from qkv import Mask
-from qkv.integrations.flash_attn import flash_attn_func, flash_attn_varlen_func
+from qkv import Mask, kernels
+from qkv.integrations.flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 
 
 def test_flash_attention_1022_its_functions_run_on_cpu() -> None:
@@ -98,3 +98,31 @@ def test_pytorch_187506_heads_packed_last_are_read_where_they_lie(
         qkv.attention(*whole, sink_logits=sinks, backend="reference"),
     )
     upstream(lambda: not torch.allclose(F.scaled_dot_product_attention(q, k, v), want, atol=1e-5))
+
+
+@pytest.mark.skipif(kernels.absence() is not None, reason=str(kernels.absence()))
+def test_flash_attention_828_small_pages_and_short_sequences_are_one_call() -> None:
+    """Pages must have 256 tokens, where servers have 16, and many short sequences cost more than a padded batch
+    (Dao-AILab/flash-attention#828, Dao-AILab/flash-attention#1171). What that gains: `benchmarks/sequences.py`.
+    """
+    torch.manual_seed(0)
+    k_pages, v_pages = torch.randn(2, 300, 16, 2, 8)
+    table = torch.randperm(300)[:256].view(1, 256).int()
+    q, tokens = torch.randn(1, 1, 6, 8), torch.randn(64 * 16, 6, 8)
+    starts = torch.arange(0, 64 * 16 + 1, 16, dtype=torch.int32)
+    calls: list[str] = []
+    library = kernels.loaded()
+
+    def counted(name: str) -> Callable[..., int]:
+        call = getattr(library, name)
+        return lambda *arguments: calls.append(name) or call(*arguments)
+
+    names = ("forward", "forward_sequences", "plain")
+    with kernels.use(library._replace(**{name: counted(name) for name in names if getattr(library, name)})):
+        paged = flash_attn_with_kvcache(q, k_pages, v_pages, block_table=table, cache_seqlens=4090, causal=True)
+        packed = flash_attn_varlen_func(tokens, tokens, tokens, starts, starts, 16, 16)
+    assert calls == ["forward_sequences", "forward_sequences"]
+    keys, values = (pages[table.long()].flatten(1, 2)[:, :4090] for pages in (k_pages, v_pages))
+    assert torch.equal(paged, flash_attn_func(q, keys, values, causal=True))
+    batch = tokens.unflatten(0, (64, 16))
+    assert torch.equal(packed.unflatten(0, (64, 16)), flash_attn_func(batch, batch, batch))
