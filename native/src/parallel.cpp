@@ -52,16 +52,38 @@ GompParallel gomp_parallel() {
     return found;
 }
 
+// How many of so many threads, this one included, can be started. libgomp ends the process where it fails to start one,
+// so they are tried when this thread asks for more than before; their stacks are at hand then.
+int startable(int threads) {
+    static thread_local int most = 1;
+    if (threads <= most) return threads;
+    std::atomic<bool> all{false};
+    std::vector<std::thread> tried;
+    try {
+        tried.reserve(threads - 1);
+        while ((int)tried.size() < threads - 1)
+            tried.emplace_back([&all] {
+                while (!all) std::this_thread::yield();
+            });
+    } catch (const std::exception&) {  // there are no more
+    }
+    all = true;
+    for (std::thread& thread : tried) thread.join();
+    return most = std::max(most, (int)tried.size() + 1);
+}
+
 }  // namespace
 
 void parallel_for(int64_t count, int threads, const Work& work, Sharing sharing) {
     if (threads > count) threads = (int)count;
+    const GompParallel parallel = gomp_parallel();
+    if (parallel) threads = startable(threads);
     if (threads <= 1) {
         for (int64_t i = 0; i < count; ++i) work(i);
         return;
     }
     Loop loop{count, threads, sharing, work};
-    if (const GompParallel parallel = gomp_parallel()) {
+    if (parallel) {
         parallel([](void* data) { ((Loop*)data)->run(); }, &loop, (unsigned)threads, 0);
     } else {
         std::vector<std::thread> helpers;
