@@ -64,9 +64,10 @@ def why_not(problem: Problem) -> list[str]:
         reasons.append("the kernel runs on CPU")
     if q.dtype is torch.float64:
         reasons.append("the kernel has no fp64")
-    if torch.compiler.is_compiling():
-        if torch.onnx.is_in_onnx_export():
-            reasons.append("ONNX does not know the kernel")
+    if kernels.is_watched() and torch.onnx.is_in_onnx_export():
+        reasons.append("ONNX does not know the kernel")
+    elif torch.compiler.is_compiling():
+        pass
     elif torch._C._are_functorch_transforms_active() or not all(map(kernels.is_plain, (q, k, v))):
         reasons.append("the kernel takes plain tensors, outside of functorch")
     if forward_ad._current_level >= 0:

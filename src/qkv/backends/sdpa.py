@@ -92,6 +92,10 @@ def _fused(problem: Problem) -> Result:
         problem, attn_mask = _suited_to_cpu(problem, attn_mask)
     if _needs_lse(problem):
         return _fused_with_lse(problem, attn_mask, is_causal, value_width)
+    if torch.onnx.is_in_onnx_export() and not torch.compiler.is_compiling():
+        # torch's exporter that traces knows no groups.
+        k, v = (x.repeat_interleave(problem.group, dim=1) for x in (problem.k, problem.v))
+        problem = problem._replace(k=k, v=v)
     out = F.scaled_dot_product_attention(
         problem.q,
         problem.k,
@@ -100,7 +104,7 @@ def _fused(problem: Problem) -> Result:
         dropout_p=problem.dropout,
         is_causal=is_causal,
         scale=problem.scale,
-        enable_gqa=problem.group != 1,
+        enable_gqa=bool(problem.group != 1),
     )
     if attn_mask is not None and torch.onnx.is_in_onnx_export():
         # Before opset 23, torch writes rows that see nothing as the mean of all values.

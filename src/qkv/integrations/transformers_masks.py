@@ -1,9 +1,11 @@
 """transformers' masks in our words: `make_mask` recognises a mask function instead of evaluating it.
 
 transformers describes a mask as a closure over (batch, head, query, key) and evaluates it into a dense tensor. The
-closures of its own module are told apart by their code, and their parameters read from their cells.
+closures of its own module are told apart by their code, and their parameters read from their cells. None of that is
+documented: a release of transformers that names them otherwise gets dense masks, right as before, only slower.
 """
 
+import contextlib
 import functools
 import inspect
 import operator
@@ -13,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qkv import kernels
 from qkv.integrations.lazy_tensor import LazyTensor
 from qkv.masks import FULL, Mask
 
@@ -69,22 +72,23 @@ def make_mask(
     """The mask function that transformers' models call; signature and meaning as of ``masking_utils.eager_mask``.
 
     Returns:
-        a `MaskTensor`, of a dense `Mask` where ``mask_function`` is not recognised; while compiling, the additive mask
-        written out.
+        a `MaskTensor`, of a dense `Mask` where ``mask_function`` is not recognised; the additive mask written out where
+        somebody records or transforms operators, in whose program the padding of this call must not stay.
     """
     from transformers import masking_utils
 
     mask_function = mask_function or masking_utils.causal_mask_function
     sizes = (batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask)
     options |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False, "device": device}
-    if torch.compiler.is_compiling():
+    if kernels.is_watched() or torch._C._are_functorch_transforms_active():
         additive: Tensor = masking_utils.eager_mask(*sizes, dtype=dtype, **options)
         return additive
     mask = recognise(mask_function, range(kv_offset, kv_offset + kv_length))
-    if mask is None:
+    prepare_padding = getattr(masking_utils, "prepare_padding_mask", None)
+    if mask is None or prepare_padding is None:
         seen = masking_utils.sdpa_mask(*sizes, **options)
         return MaskTensor(Mask.dense(seen), 0, seen.shape, dtype, device)
-    keep = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    keep = prepare_padding(attention_mask, kv_length, kv_offset)
     if keep is not None:
         keep = keep[:, kv_offset : kv_offset + kv_length].bool()
         if not keep.all():
@@ -94,15 +98,18 @@ def make_mask(
 
 def recognise(mask_function: MaskFunction, keys: range) -> Mask | None:
     """The `Mask` that shows the same of these keys, or None for a function that is not one of transformers' own."""
-    return _recognise(mask_function, keys, within_documents=False)
+    try:
+        return _recognise(mask_function, keys, within_documents=False)
+    except KeyError:  # a closure whose parameters have other names
+        return None
 
 
 def _recognise(function: MaskFunction, keys: range, *, within_documents: bool) -> Mask | None:
     from transformers import masking_utils
 
-    if function is masking_utils.causal_mask_function:
+    if function is getattr(masking_utils, "causal_mask_function", None):
         return Mask.causal()
-    if function is masking_utils.bidirectional_mask_function:
+    if function is getattr(masking_utils, "bidirectional_mask_function", None):
         return FULL
     kind = _kinds().get(getattr(function, "__code__", None))
     if kind is None:
@@ -135,12 +142,18 @@ def _kinds() -> dict[object, str]:
     from transformers import masking_utils as theirs
 
     nothing = torch.zeros(1, 1, dtype=torch.int64)
-    closures = {
-        "and": theirs.and_masks(theirs.causal_mask_function),
-        "window": theirs.sliding_window_overlay(1),
-        "window both ways": theirs.sliding_window_bidirectional_overlay(1),
-        "chunks": theirs.chunked_overlay(1, nothing),
-        "packed": theirs.packed_sequence_mask_function(nothing),
-        "restarting positions": theirs.remap_positions_for_packed_sequence(theirs.causal_mask_function, nothing),
+    makers: dict[str, Callable[[], Any]] = {
+        "and": lambda: theirs.and_masks(theirs.causal_mask_function),
+        "window": lambda: theirs.sliding_window_overlay(1),
+        "window both ways": lambda: theirs.sliding_window_bidirectional_overlay(1),
+        "chunks": lambda: theirs.chunked_overlay(1, nothing),
+        "packed": lambda: theirs.packed_sequence_mask_function(nothing),
+        "restarting positions": lambda: theirs.remap_positions_for_packed_sequence(
+            theirs.causal_mask_function, nothing
+        ),
     }
-    return {closure.__code__: kind for kind, closure in closures.items()}
+    kinds: dict[object, str] = {}
+    for kind, make in makers.items():
+        with contextlib.suppress(AttributeError, TypeError):  # not in this release, or made otherwise
+            kinds[make().__code__] = kind
+    return kinds

@@ -38,10 +38,10 @@ def unpad(model: Model, *, enabled: bool = True) -> Model:
     layer packs the real tokens that it is given into one row ``(1, T, width)``, and spreads its results out again:
     whatever works on single tokens has as much less to do as there is padding, and attention sees each text by itself.
     Whoever stands between two layers, the model itself or a hook, sees the padded batch. Padding is what a layer's mask
-    hides, which is to be the same for all layers of a call, as it is where a model makes their masks. Results at real tokens, and
-    the gradients of a loss of them, stay the same, up to rounding. At padded places a layer returns 0, where it
-    returned numbers of no meaning; nor should one read them, as a pooler of the first place does in texts padded on the
-    left.
+    hides, which is to be the same for all layers of a call, as it is where a model makes their masks. Results at real
+    tokens, and the gradients of a loss of them, stay the same, up to rounding. At padded places a layer returns 0,
+    where it returned numbers of no meaning; nor should one read them, as a pooler of the first place does in texts
+    padded on the left.
 
     A layer runs as ever, padding and all, where
 

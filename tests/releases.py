@@ -1,0 +1,75 @@
+"""The range in pyproject.toml is what is tested: the oldest and the newest release of torch and transformers in it.
+
+`python tests/releases.py` makes an environment for each under ``build/releases``, with everything else as in
+``constraints.txt``, and runs there what touches the other library. `python tests/releases.py torch==2.9.0` runs one.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RELEASES = ROOT / "build" / "releases"
+
+TESTS = {
+    "torch": [
+        *("tests/test_contract.py", "tests/test_functional.py", "tests/test_layers.py", "tests/test_masks.py"),
+        *("tests/test_growing.py", "tests/test_export.py", "tests/test_tracing.py", "tests/test_accelerate.py"),
+        *("tests/test_varlen.py", "tests/mechanisms", "tests/upstream"),
+    ],
+    "transformers": [
+        *("tests/test_transformers.py", "tests/test_transformers_cache.py", "tests/test_transformers_names.py"),
+        *("tests/test_unpadding.py", "tests/test_unpadding_layers.py", "tests/test_unpadding_arguments.py"),
+        *("tests/test_tracing.py", "tests/families", "tests/upstream", "tests/convert/test_families.py"),
+        "tests/convert/test_encoder_decoder.py",
+    ],
+}
+"""What runs on another release of each."""
+
+
+def ends(package: str) -> list[str]:
+    """The first release that pyproject.toml admits, and the last one that the index has."""
+    found = re.search(rf'"{package}>=([\d.]+),<(\d+)"', (ROOT / "pyproject.toml").read_text())
+    if found is None:
+        raise SystemExit(f"releases: pyproject.toml must give {package} as a range, '{package}>=A.B,<C'.")
+    first, limit = found.groups()
+    return [f"{package}=={first}.0", f"{package}>={first},<{limit}"]
+
+
+def prepare(requirement: str) -> Path:
+    """The Python of an environment with qkv, this release, and all else as ever."""
+    folder = RELEASES / re.sub(r"[^\w.]+", "-", requirement)
+    python = folder / "bin" / "python"
+    package = re.split(r"\W", requirement, maxsplit=1)[0]
+    pinned = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
+    venv.create(folder, with_pip=True)
+    constraints = folder / "constraints.txt"
+    constraints.write_text("\n".join(line for line in pinned if not re.match(rf"{package}\W", line)))
+    install = [str(python), "-m", "pip", "install", "--quiet", "--constraint", str(constraints), "--upgrade"]
+    subprocess.run([*install, requirement, "setuptools", f"{ROOT}[dev]"], check=True)
+    return python
+
+
+def run(requirement: str) -> bool:
+    """Whether the tests pass on a release."""
+    python = prepare(requirement)
+    package = re.split(r"\W", requirement, maxsplit=1)[0]
+    version = f"import importlib.metadata as m; print('{package}', m.version('{package}'), flush=True)"
+    subprocess.run([str(python), "-c", version], check=True)
+    command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS[package]]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}).returncode == 0
+
+
+def main() -> None:
+    """Runs all, and exits with 1 where one fails."""
+    wanted = sys.argv[1:] or [*ends("torch"), *ends("transformers")]
+    failed = [requirement for requirement in wanted if not run(requirement)]
+    print("failed: " + ", ".join(failed) if failed else f"all of {', '.join(wanted)} pass")
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()

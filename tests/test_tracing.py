@@ -1,0 +1,176 @@
+"""A program traced from one example takes padding, documents and NaN as they come: none of the example's stays in it.
+
+Every tracer of torch, over models of transformers and over layers; the example has no padding and nothing to hide.
+"""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import qkv
+from qkv import Mask
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the tracers' own making
+
+Program = Callable[..., Tensor]
+Tracer = Callable[[nn.Module, tuple[Tensor, ...], Path], Program]
+
+
+def by_jit(module: nn.Module, example: tuple[Tensor, ...], folder: Path) -> Program:
+    traced: Program = torch.jit.trace(module, example, strict=False, check_trace=False)
+    return traced
+
+
+def by_compile(**options: Any) -> Tracer:
+    def trace(module: nn.Module, example: tuple[Tensor, ...], folder: Path) -> Program:
+        compiled = torch.compile(module, backend="aot_eager", **options)
+        compiled(*example)
+        return compiled
+
+    return trace
+
+
+def by_export(*, strict: bool) -> Tracer:
+    return lambda module, example, folder: torch.export.export(module, example, strict=strict).module()
+
+
+def by_make_fx(mode: str) -> Tracer:
+    return lambda module, example, folder: make_fx(module, tracing_mode=mode, _allow_non_fake_inputs=True)(*example)
+
+
+def by_onnx(*, dynamo: bool) -> Tracer:
+    def trace(module: nn.Module, example: tuple[Tensor, ...], folder: Path) -> Program:
+        onnxruntime = pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+        file = str(folder / "model.onnx")
+        if dynamo:
+            torch.onnx.export(module, example, dynamo=True, opset_version=20, verbose=False).save(file)
+        else:
+            torch.onnx.export(module, example, file, dynamo=False, opset_version=17)
+        session = onnxruntime.InferenceSession(file)
+        names = [given.name for given in session.get_inputs()]
+
+        def run(*inputs: Tensor) -> Tensor:
+            assert len(names) == len(inputs), f"the program takes {names} alone"
+            given = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
+            return torch.from_numpy(session.run(None, given)[0])
+
+        return run
+
+    return trace
+
+
+TRACERS: dict[str, Tracer] = {
+    "jit": by_jit,
+    "compile": by_compile(fullgraph=True),
+    "compile, dynamic": by_compile(dynamic=True),
+    "export": by_export(strict=False),
+    "export, strict": by_export(strict=True),
+    "make_fx": by_make_fx("real"),
+    "make_fx, fake": by_make_fx("fake"),
+    "make_fx, symbolic": by_make_fx("symbolic"),
+    "onnx": by_onnx(dynamo=True),
+    "onnx, traced": by_onnx(dynamo=False),
+}
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    torch.compiler.reset()
+    logging.disable(logging.WARNING)
+    with warnings.catch_warnings(), torch.no_grad():
+        yield
+    logging.disable(logging.NOTSET)
+
+
+BATCH, LENGTH, WIDTH = 2, 12, 48
+KEEP = torch.arange(LENGTH) < torch.tensor([[LENGTH], [5]])
+
+
+def close(got: Tensor, want: Tensor) -> None:
+    """Two ways of adding up a few dozen numbers of the order of one, some layers deep."""
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
+
+
+class Hidden(nn.Module):
+    """A model of transformers, from ids and padding to hidden states."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        transformers = pytest.importorskip("transformers")
+        from qkv.integrations import transformers as integration
+
+        integration.register()
+        sizes = {"vocab_size": 97, "hidden_size": WIDTH, "num_hidden_layers": 2, "intermediate_size": 64}
+        torch.manual_seed(0)
+        config = transformers.AutoConfig.for_model(
+            kind, **sizes, num_attention_heads=6, num_key_value_heads=2, sliding_window=7
+        )
+        self.model = transformers.AutoModel.from_config(config).eval().requires_grad_(False)
+        for parameter in self.model.parameters():
+            parameter.data *= 3 if parameter.dim() > 1 else 1
+
+    def forward(self, ids: Tensor, keep: Tensor) -> Tensor:
+        found: Tensor = self.model(input_ids=ids, attention_mask=keep, use_cache=False).last_hidden_state
+        return found
+
+
+@pytest.mark.parametrize("tracer", TRACERS)
+@pytest.mark.parametrize("kind", ["bert", "mistral"])
+def test_a_traced_model_heeds_padding_that_its_example_had_not(kind: str, tracer: str, tmp_path: Path) -> None:
+    model = Hidden(kind)
+    ids, ones = torch.randint(3, 96, (BATCH, LENGTH)), torch.ones(BATCH, LENGTH, dtype=torch.long)
+    model.model.set_attn_implementation("eager")
+    want = model(ids, KEEP.long())
+    model.model.set_attn_implementation("qkv")
+    program = TRACERS[tracer](model, (ids, ones), tmp_path)
+    close(program(ids, KEEP.long())[KEEP], want[KEEP])
+
+
+class Layer(nn.Module):
+    """A layer, with one mask after the other as an input."""
+
+    def __init__(self, backend: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = qkv.GroupedQueryAttention(WIDTH, 6, num_kv_heads=2, mask=Mask.causal(5), backend=backend)
+        self.layer.requires_grad_(False).eval()
+
+    def forward(self, x: Tensor, keep: Tensor, lengths: Tensor, ids: Tensor, allow: Tensor) -> Tensor:
+        masks = (Mask.padding(keep), Mask.padding(lengths), Mask.documents(ids), Mask.dense(allow))
+        return torch.stack([self.layer(x, mask=mask) for mask in masks])
+
+
+LENGTHS, IDS = KEEP.sum(dim=1), torch.arange(BATCH * LENGTH).view(BATCH, LENGTH) % 3
+ALLOW = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril().triu(-2)[None, None].repeat(BATCH, 1, 1, 1)
+HIDES_NOTHING = (KEEP | True, LENGTHS * 0 + LENGTH, IDS * 0, ALLOW | True)
+
+
+@pytest.mark.parametrize("tracer", TRACERS)
+@pytest.mark.parametrize("backend", ["auto", "sdpa"])
+def test_a_traced_layer_heeds_masks_that_hid_nothing(backend: str, tracer: str, tmp_path: Path) -> None:
+    layer, x = Layer(backend), torch.randn(BATCH, LENGTH, WIDTH)
+    want = layer(x, KEEP, LENGTHS, IDS, ALLOW)
+    program = TRACERS[tracer](layer, (x, *HIDES_NOTHING), tmp_path)
+    close(program(x, KEEP, LENGTHS, IDS, ALLOW), want)
+
+
+@pytest.mark.parametrize("tracer", TRACERS)
+@pytest.mark.parametrize("backend", ["auto", "sdpa"])
+def test_a_traced_layer_hides_nan_though_its_example_was_finite(backend: str, tracer: str, tmp_path: Path) -> None:
+    class Padded(Layer):
+        def forward(self, x: Tensor, keep: Tensor) -> Tensor:  # type: ignore[override]
+            out: Tensor = self.layer(x, mask=Mask.padding(keep))
+            return out
+
+    layer, x = Padded(backend), torch.randn(BATCH, LENGTH, WIDTH)
+    want = layer(x, KEEP)
+    program = TRACERS[tracer](layer, (x, KEEP), tmp_path)
+    close(program(x.masked_fill(~KEEP[..., None], torch.nan), KEEP)[KEEP], want[KEEP])
