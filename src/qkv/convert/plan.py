@@ -47,7 +47,10 @@ def make_plan(
         )
     pooling = Pooling(heads, num_kv_heads, "mean" if how == "aligned" else how, seed)
     outputs = convert_tensors(where, family, known, tensors, pooling, aligned=how == "aligned")
-    new = family.configure(config, known, pooling)
+    try:
+        new = family.configure(config, known, pooling)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from error
     if window is not None:
         new = _with_window(where, family, new, window)
     specs = {name: output.spec for name, output in outputs.items()}
