@@ -1,5 +1,8 @@
 """What users of caches complain of, for the most part those of transformers."""
 
+import copy
+import itertools
+import pickle
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -143,3 +146,99 @@ def test_torchtune_2883_groups_rotary_and_a_cache_in_one_layer() -> None:
     want = theirs(x, rotary(x, torch.arange(9)[None]), hidden)[0]
     torch.testing.assert_close(ours(x), want)
     torch.testing.assert_close(in_chunks(ours, x, [4, 1, 1, 3], qkv.KVCache()), want)
+
+
+def small_llama() -> Any:
+    transformers = pytest.importorskip("transformers")
+    from qkv.integrations import transformers as integration
+
+    integration.register()
+    config = transformers.LlamaConfig(
+        vocab_size=97, hidden_size=48, num_hidden_layers=2, num_attention_heads=6, intermediate_size=64
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    model.set_attn_implementation("qkv")
+    return model
+
+
+@pytest.mark.parametrize("dtype", [None, torch.int8])
+@torch.no_grad()
+def test_llama_recipes_33_a_prompt_is_copied_for_each_question(dtype: torch.dtype | None) -> None:
+    """The cache of a prompt cannot be copied, or its copies share memory (huggingface/huggingface-llama-recipes#33,
+    huggingface/transformers#32681).
+    """
+    model = small_llama()
+    from qkv.integrations.transformers_cache import QKVCache
+
+    prompt, questions = torch.randint(3, 97, (1, 7)), torch.randint(3, 97, (4, 1, 3))
+
+    def answer(question: Tensor, cache: Any) -> Tensor:
+        return torch.cat([model(token, past_key_values=cache).logits for token in question.split(1, dim=1)], dim=1)
+
+    cache, want = QKVCache(model.config, dtype), []
+    for question in questions:
+        alone = QKVCache(model.config, dtype)
+        model(prompt, past_key_values=alone)
+        want.append(answer(question, alone))
+    model(prompt, past_key_values=cache)
+    light = copy.copy(cache)
+    light.layers = [copy.copy(layer) for layer in cache.layers]
+    copies = [copy.copy(cache), copy.deepcopy(cache), pickle.loads(pickle.dumps(cache)), light]
+    steps: list[list[Tensor]] = [[] for _ in copies]
+    for i in range(3):  # in turns
+        for question, each, found in zip(questions, copies, steps, strict=True):
+            found.append(answer(question[:, i : i + 1], each))
+    for found, expected in zip(steps, want, strict=True):
+        torch.testing.assert_close(torch.cat(found, dim=1), expected)
+    torch.testing.assert_close(answer(questions[0], cache), want[0])
+
+
+@pytest.mark.parametrize("cached", ["growing", "int8", "sliding", "transformers"])
+def test_vllm_1968_a_prompt_under_inference_mode_and_the_rest_outside(cached: str) -> None:
+    """Memory of inference_mode cannot be written to outside of it (vllm-project/vllm#1968)."""
+    layer, x = layer_with(Mask.causal(7)).requires_grad_(False), torch.randn(2, 12, 24)
+    model = small_llama().requires_grad_(False) if cached == "transformers" else None
+    if model is None:
+        make = {"growing": qkv.KVCache, "int8": qkv.Int8KVCache, "sliding": lambda: qkv.SlidingKVCache(7)}[cached]
+        call = lambda part, cache: layer(part, cache=cache)
+    else:
+        from qkv.integrations.transformers_cache import QKVCache
+
+        make, x = lambda: QKVCache(model.config), torch.randint(3, 97, (2, 12))
+        call = lambda part, cache: model(part, past_key_values=cache).logits
+    modes = (torch.inference_mode, torch.no_grad, torch.enable_grad)
+    for order in itertools.permutations(modes):
+        cache, plain, found, want = make(), make(), [], []
+        for part, mode in zip(x.split(4, dim=1), order, strict=True):
+            with mode():
+                found.append(call(part, cache))
+            with torch.no_grad():
+                want.append(call(part, plain))
+        torch.testing.assert_close(torch.cat(found, dim=1), torch.cat(want, dim=1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layer_of", ["GrowingLayer", "Int8Layer"])
+def test_transformers_35648_a_training_step_fills_a_cache(layer_of: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``use_cache`` stays True while training, so that every forward pass fills a cache
+    (huggingface/transformers#35648, huggingface/transformers#28056).
+    """
+    model = small_llama()
+    from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
+
+    from qkv.integrations import transformers_cache
+
+    ids = torch.randint(3, 97, (2, 12))
+
+    def step() -> list[Tensor]:
+        model.train().zero_grad()
+        model(ids, labels=ids).loss.backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    want = step()
+    monkeypatch.setitem(DYNAMIC_LAYER_TYPE_MAPPING, "full_attention", getattr(transformers_cache, layer_of))
+    for got, expected in zip(step(), want, strict=True):
+        torch.testing.assert_close(got, expected)
+    cache = model(ids).past_key_values  # computed with gradients, and gone on with without
+    with torch.no_grad():
+        later = model.eval()(ids[:, :1], past_key_values=cache).logits
+    assert type(cache.layers[0]).__name__ == layer_of and cache.get_seq_length() == 13 and later.isfinite().all()
