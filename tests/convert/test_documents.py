@@ -141,7 +141,7 @@ def llama(tmp_path_factory):
         *(("num_attention_heads", value) for value in (0, -1, None, "8", 8.0, [8])),
         *(("num_key_value_heads", value) for value in (0, -1, "8", 8.0, [8], True)),
         *(("hidden_size", value) for value in (0, -1, None, "64", [64])),
-        *(("sliding_window", value) for value in (-1, "5", [5], 1.5, True)),
+        *(("sliding_window", value) for value in (0, -1, "5", [5], 1.5, True)),
         *(("layer_types", value) for value in (5, "full_attention", [3], {})),
         *(("no_rope_layers", value) for value in (5, "x", ["x"], {})),
         *(("is_encoder_decoder", value) for value in (5, "x", None, [])),
