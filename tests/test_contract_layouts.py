@@ -1,5 +1,6 @@
 """However tensors lie in memory, the same numbers give the same result, in every backend, forward and backward."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -231,7 +232,8 @@ def test_any_layout_of_tokens_for_flash_attn_and_varlen(layout: Layout) -> None:
     assert_near(flash_attn_qkvpacked_func(layout(packed)), flash_attn_qkvpacked_func(packed), 16)
     starts = torch.tensor([0, 3, 7, 14], dtype=torch.int32)
     flat, flat_views = ([x.flatten(0, 1) for x in (q, k, v)], [layout(x.flatten(0, 1)) for x in (q, k, v)])
-    for function in (flash_attn_varlen_func, varlen_attn):
+    grouped = functools.partial(varlen_attn, enable_gqa=True)
+    for function in (flash_attn_varlen_func, grouped):
         assert_near(function(*flat_views, starts, starts, 7, 7), function(*flat, starts, starts, 7, 7), 16)
 
 
