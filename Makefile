@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q --numprocesses logical --dist worksteal
 CPP := $(wildcard native/*/*.h native/*/*.cpp)
 
-.PHONY: demo test test-all pytest check format sanitize mutants families bench study wheel clean
+.PHONY: demo test test-all pytest check format sanitize fuzz releases mutants families bench study wheel clean
 
 demo: $(VENV)/ready
 	$(BIN)/qkv demo
@@ -52,6 +52,21 @@ build/sanitize-%: $(VENV)/ready FORCE
 
 FORCE:
 
+# Random calls against the formula, caches against plain concatenation, damaged files: so many cases of each, from a
+# seed on, and so many seconds for files.
+CASES ?= 100000
+SECONDS ?= 300
+SEED ?= 0
+
+fuzz: $(VENV)/fuzz
+	PYTHONPATH=tests $(BIN)/python -m fuzz.attention --forward $(CASES) --backward $$(($(CASES) / 10)) --seed $(SEED)
+	PYTHONPATH=tests $(BIN)/python -m fuzz.caches --steps $$(($(CASES) / 10)) --seed $(SEED)
+	PYTHONPATH=tests $(BIN)/python -m fuzz.files --seconds $(SECONDS)
+
+# Tests on the oldest and the newest release of torch and of transformers that pyproject.toml allows: gigabytes.
+releases: $(VENV)/ready
+	$(BIN)/python tests/releases.py
+
 mutants: $(VENV)/ready
 	$(BIN)/python tests/mutants.py
 
@@ -84,6 +99,10 @@ clean:
 $(VENV)/ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/src/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(VENV)/fuzz: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,fuzz]'
 	touch $@
 
 $(VENV)/peers: $(VENV)/ready

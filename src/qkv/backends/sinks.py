@@ -1,6 +1,7 @@
 """Learned sink logits, for kernels that know nothing of them but return the lse."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -15,6 +16,7 @@ def add_sinks(out: Tensor, lse: Tensor, sink_logits: Tensor) -> tuple[Tensor, Te
     sinks = sink_logits.to(lse.dtype)[:, None].expand_as(lse)
     # No key and no sink: inf - inf would be NaN.
     nothing = (lse == -torch.inf) & (sinks == -torch.inf)
-    share = torch.sigmoid((lse - sinks).masked_fill(nothing, 0))
+    # A sigmoid whose gradient stays exact near 1, where 1 - sigmoid is nothing but rounding.
+    share = F.logsigmoid((lse - sinks).masked_fill(nothing, 0)).exp()
     total = torch.logaddexp(lse.masked_fill(nothing, 0), sinks).masked_fill(nothing, -torch.inf)
     return (out * share[..., None]).to(out.dtype), total
