@@ -135,6 +135,12 @@ static void find_delta(const Problem& p, const Gradients& g, const Tile& t) {
     }
 }
 
+// Sums of weights relative to the maximum itself.
+struct ExactState : State {
+    using State::State;
+    static constexpr bool EXACT = true;
+};
+
 // Where the exponents of rows begin whose lse does not tell their weights: it is as inexact as it is large, and that of
 // a single query stems from products that are summed in another order than here.
 class Recount {
@@ -151,8 +157,8 @@ class Recount {
         for (int r = 0; r < t.count; ++r) any |= concerned(r);
         if (!any) return;
         [[maybe_unused]] const typename Kind::Registers registers;
-        const auto room = QKV_ISA::room<ForwardRoom<Kind, State>>(p);
-        const State state(room.state, t);
+        const auto room = QKV_ISA::room<ForwardRoom<Kind, ExactState>>(p);
+        const ExactState state(room.state, t);
         Format<Kind>::panel(p, t, p.q, p.width, room.panel);
         state.clear(p, t);
         fold(p, t, LaidByBlock<Kind>(), Dropout(p, t), 0, t.end, room, state);

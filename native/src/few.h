@@ -14,6 +14,8 @@ namespace QKV_ISA {
 
 // `State` of a few rows: rows of out lie as `Products` sums them.
 struct FewState {
+    static constexpr bool EXACT = false;
+
     float *top, *sum, *out;
 
     FewState(float* memory, const Tile&) : top(memory), sum(memory + LANES), out(memory + 2 * LANES) {}

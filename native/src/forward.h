@@ -37,7 +37,7 @@ template <class AnyState>
 static void raise(const Problem& p, const Tile& t, const vec* peak, const AnyState& state, Origin* origins) {
     for (int n = 0; n < t.vecs; ++n) {
         const vec from = load(state.top + n * LANES);
-        const Rise rise(p, from, peak[n]);
+        const Rise rise(p, from, peak[n], AnyState::EXACT);
         origins[n] = rise.origin;
         if (!any(rise.rows)) continue;
         store(state.top + n * LANES, rise.top);

@@ -35,7 +35,7 @@ struct Single {
     static constexpr Grain GRAIN = {SEGMENT, 1};
     // Steps along the width that are added up one after the other; such sums are then added. The error of a long sum
     // grows with its length.
-    static constexpr int64_t CHAIN = 16;
+    static constexpr int64_t CHAIN = 32;
     static inline vec madd(vec c, float a, vec b) { return c + a * b; }
     static inline void stay_awake() {}
 };

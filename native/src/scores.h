@@ -24,9 +24,10 @@ struct Origin {
     bool fused;  // whether all bases are 0, and exponents one multiply-add
 
     // Exponents are 0 at `top`. A shift is as inexact as it is large, and scores, which a bias can make as large as
-    // numbers are, have none: equal ones leave nothing. Only plain scores of ordinary size have one.
-    static Origin at(const Problem& p, vec top) {
-        if (!plain_scores(p)) return {top, vec{}, false};
+    // numbers are, have none: equal ones leave nothing. Only plain scores of ordinary size have one, and not where
+    // exponents are to be `exact`.
+    static Origin at(const Problem& p, vec top, bool exact) {
+        if (exact || !plain_scores(p)) return {top, vec{}, false};
         const vec shift = top * exponent_factor(p);
         const ivec large = (shift > LARGE) | (shift < -LARGE);
         return {large ? top : vec{}, large ? vec{} : shift, !any(large)};

@@ -16,12 +16,12 @@ struct Rise {
     Origin origin;
     vec shrink;  // what all sums so far are to be multiplied by
 
-    Rise(const Problem& p, vec from, vec peak) {
+    Rise(const Problem& p, vec from, vec peak, bool exact = false) {
         const float factor = exponent_factor(p);
         rows = peak > from + 8.0f / factor;  // also from -inf, where nothing was seen yet
         top = rows ? peak : from;
         const vec base = top == -INF ? set1(0.0f) : top;
-        origin = Origin::at(p, base);
+        origin = Origin::at(p, base, exact);
         // Exactly 1 for rows that stay: what others do must not show.
         shrink = rows ? exp2((from - base) * factor) : set1(1.0f);
     }
@@ -29,6 +29,8 @@ struct Rise {
 
 // The maximum is in units of the scores, and may lag behind.
 struct State {
+    static constexpr bool EXACT = false;  // whether exponents are, as `Origin` has it
+
     float *top, *sum;
     float* out;  // (value_width, lanes)
 
