@@ -172,7 +172,6 @@ class Attention(nn.Module):
             require_finite(who, "scale", scale, otherwise=", or None for 1 / sqrt(head_dim)")
         if softcap is not None:
             require_positive(who, "softcap", softcap, otherwise=" or None")
-        slopes = None if alibi is None else vector(who, "alibi", alibi, num_heads, "one a query head")
         require_probability(who, "dropout", dropout)
         require_backend(who, backend)
 
@@ -203,13 +202,18 @@ class Attention(nn.Module):
         self.k_norm = HeadNorm(head_dim, eps=1e-6, device=device, dtype=dtype) if qk_norm else None
         # What is absent is a plain attribute: looking up a registered None costs a microsecond at each call.
         self.sink_logits = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype)) if sink_logits else None
-        self._slopes = slopes
+        self.alibi = alibi
         self.reset_parameters()
 
     @property
     def alibi(self) -> Tensor | None:
         """``(num_heads,)`` slopes, on the CPU; None where there are none."""
         return None if self._slopes is None else self._slopes.on(torch.device("cpu")).clone()
+
+    @alibi.setter
+    def alibi(self, slopes: Tensor | Sequence[float] | None) -> None:
+        what = "one a query head"
+        self._slopes = None if slopes is None else vector(type(self).__name__, "alibi", slopes, self.num_heads, what)
 
     def reset_parameters(self) -> None:
         """Draws all parameters anew, as when the layer was built; after ``to_empty``, they hold nothing before."""
