@@ -197,7 +197,11 @@ def test_a_context_is_asked_for_the_same(context: Any, error: type[Exception], m
     assert cache.length == 0
 
 
-@pytest.mark.parametrize("wrong", [{"x": X.double()}, {"mask": ALLOW}, {"context": X}, {"x": X[0]}], ids=["dtype", "mask", "context", "dimensions"])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"x": X.double()}, {"mask": ALLOW}, {"context": X}, {"x": X[0]}],
+    ids=["dtype", "mask", "context", "dimensions"],
+)
 def test_what_is_refused_has_changed_nothing(wrong: dict[str, Any]) -> None:
     layer, cache = qkv.CausalAttention(24, 6, rotary=qkv.RotaryEmbedding(4)), qkv.KVCache()
     with torch.no_grad():
