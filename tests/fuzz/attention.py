@@ -30,6 +30,8 @@ LENGTHS = (1, 1, 1, 2, 3, 5, 7, 8, 9, 13, 16, 17, 31, 33, 64, 65, 97, 131)
 LONG = (193, 257, 481, 577)
 WIDTHS = (1, 3, 8, 13, 16, 24, 32, 33, 64, 64, 80, 128)
 NOT_FINITE = (math.nan, math.inf, -math.inf)
+EXAMPLES = 3
+"""Of each kind of fault that are printed."""
 
 
 @dataclass
@@ -287,8 +289,8 @@ def answer(case: Draw) -> Want:
     )
 
 
-def check_forward(case: Draw, want: Want, out: Tensor, lse: Tensor | None) -> list[str]:
-    """What is wrong with a result."""
+def check_forward(case: Draw, want: Want, out: Tensor, lse: Tensor | None, lse_extra: float = 0.0) -> list[str]:
+    """What is wrong with a result. ``lse_extra`` is a relative error of the sum of weights that is not ours."""
     wrong: list[str] = []
     open_ = want.open & ~want.broken[..., None]
     if not out[want.broken].isnan().all():
@@ -301,7 +303,7 @@ def check_forward(case: Draw, want: Want, out: Tensor, lse: Tensor | None) -> li
         worst = (off / want.out_bound[settled]).nan_to_num(nan=math.inf).max().item() if off.numel() else 0.0
         wrong.append(f"out is off by {worst:.3g} times what rounding allows")
     blind = want.lse == -math.inf
-    if out[blind & ~want.broken].any():
+    if out[(blind & ~want.broken)[..., None] & ~open_].any():
         wrong.append("a row that sees nothing is not 0")
     if lse is not None:
         if not lse[want.broken].isnan().all():
@@ -310,7 +312,7 @@ def check_forward(case: Draw, want: Want, out: Tensor, lse: Tensor | None) -> li
         if not torch.equal(lse[rows & blind].double(), want.lse[rows & blind]):
             wrong.append("the lse of a row that sees nothing is not -inf")
         rows = rows & ~blind
-        if not ((lse.double() - want.lse).abs()[rows] <= want.lse_bound[rows]).all():
+        if not ((lse.double() - want.lse).abs()[rows] <= want.lse_bound[rows] + lse_extra).all():
             wrong.append("the lse is off")
     return wrong
 
@@ -333,6 +335,7 @@ def want_gradients(case: Draw, want: Want, upstream: Tensor) -> dict[str, tuple[
     e_p = want.error
     d_s = p * (d_p - delta)
     e_s = p * (e_p * terms + (value_width + 4) * inner * terms + e_delta + 2 * outer * (d_p - delta).abs())
+    e_s = e_s + torch.finfo(torch.float32).tiny * terms  # weights below are 0
     d_raw, e_raw = d_s, e_s
     if case.softcap is not None:
         slope = 1 - (want.scores / case.softcap) ** 2
@@ -361,7 +364,7 @@ def want_gradients(case: Draw, want: Want, upstream: Tensor) -> dict[str, tuple[
         ),
         "v": bounded(
             per_kv_head(p.mT @ d_out),
-            per_kv_head((p * e_p).mT @ d_out.abs()),
+            per_kv_head((p * e_p + torch.finfo(torch.float32).tiny).mT @ d_out.abs()),
             per_kv_head(p.mT @ d_out.abs()),
             *(rows, seen[..., None]),
         ),
@@ -457,7 +460,9 @@ def check(seed: int, *, backward: bool) -> tuple[int, list[str]]:
                 if backward:
                     faults = check_backward(case, gradients, run_backward(solver, case, upstream))
                 else:
-                    faults = check_forward(case, want, *run_forward(solver, case, wants_lse=wants_lse))
+                    # torch's kernel adds weights up as rounded to 16 bits.
+                    extra = _units(case.q.dtype)[1] if solver.backend.NAME == "sdpa" else 0.0
+                    faults = check_forward(case, want, *run_forward(solver, case, wants_lse=wants_lse), extra)
             except Exception as error:  # whatever it is, the draw must be named
                 faults = [f"{type(error).__name__}: {error}"]
         count += 1
@@ -474,9 +479,11 @@ def campaign(cases: int, seed: int, *, backward: bool) -> int:
         done, seed = done + count, seed + 1
         if wrong:
             failed += 1
-            new = [line for line in wrong if line.rsplit("    ", 1)[1].split(" by ")[0] not in kinds]
-            kinds.update(line.rsplit("    ", 1)[1].split(" by ")[0] for line in wrong)
-            print(*new, sep="\n", flush=True)
+            for line in wrong:
+                kind = line.rsplit("    ", 1)[1].split(" by ")[0]
+                kinds[kind] += 1
+                if kinds[kind] <= EXAMPLES:
+                    print(line, flush=True)
     print(f"{done} {word} cases in {time.monotonic() - begun:.0f} s, next seed {seed}: {failed} draws failed")
     for kind, times in kinds.most_common():
         print(f"  {times} x {kind}")
