@@ -226,9 +226,9 @@ static void fold_few(const Problem& p, const Tile& t, const Dropout& dropout, in
                                                 p.value_width, scores, state.out, ahead);
         } else {
             const vec weight_steps = Products::template pack<ROWS>(scores, b.size - from);
-            Products::template add<COUNT, ROWS>(values + from * value_stride, value_stride, b.size - from,
-                                                p.value_width, scores, weight_steps, state.out,
-                                                Soon{keys + BLOCK * key_stride, key_stride}, true);
+            Products::template add<COUNT, ROWS, true>(values + from * value_stride, value_stride, b.size - from,
+                                                      p.value_width, scores, weight_steps, state.out,
+                                                      Soon{keys + BLOCK * key_stride, key_stride});
         }
     }
     for (int r = 0; r < COUNT; ++r) {

@@ -109,17 +109,17 @@ struct Widened : KeyByKey {
         return set1(1.0f);
     }
 
-    // Adds weights times values to rows of out, on and on, or summed `apart` first.
-    template <int COUNT, int ROWS>
+    // Adds weights times values to rows of out, on and on, or summed apart first.
+    template <int COUNT, int ROWS, bool APART>
     static void add(const char* values, int64_t stride, int count, int64_t width, const float* weights, vec, float* out,
-                    Soon keys, bool apart) {
+                    Soon keys) {
         int64_t d = 0;
         const auto columns = [&](auto vecs) {
             constexpr int VECS = decltype(vecs)::value;
             // As many as registers hold sums of, beside a row of values and a weight.
             if constexpr (VECS == 1 || (COUNT + 1) * VECS < REGISTERS - 1)
                 for (; d + (VECS - 1) * LANES < width; d += VECS * LANES)
-                    some<COUNT, ROWS, VECS>(values, stride, count, d, width, weights, out, keys, apart);
+                    some<COUNT, ROWS, VECS, APART>(values, stride, count, d, width, weights, out, keys);
         };
         columns(std::integral_constant<int, 4>());
         columns(std::integral_constant<int, 2>());
@@ -134,15 +134,15 @@ struct Widened : KeyByKey {
 
    private:
     // `add` for VECS vectors of columns from d on.
-    template <int COUNT, int ROWS, int VECS>
+    template <int COUNT, int ROWS, int VECS, bool APART>
     static inline void some(const char* values, int64_t stride, int count, int64_t d, int64_t width,
-                            const float* weights, float* out, Soon keys, bool apart) {
+                            const float* weights, float* out, Soon keys) {
         if (count < 1) __builtin_unreachable();  // else compilers keep the sums in memory as well
         const int64_t pitch = pitch_of(width), item = size_of(DTYPE), left = width - d;
         values += d * item, out += d;
         vec acc[COUNT][VECS];
         for (int r = 0; r < COUNT; ++r)
-            for (int n = 0; n < VECS; ++n) acc[r][n] = apart ? vec{} : load(out + r * pitch + n * LANES);
+            for (int n = 0; n < VECS; ++n) acc[r][n] = APART ? vec{} : load(out + r * pitch + n * LANES);
         for (int j = 0; j < count; ++j, values += stride) {
             vec x[VECS];
             for (int n = 0; n < VECS; ++n) {
@@ -156,7 +156,7 @@ struct Widened : KeyByKey {
         for (int r = 0; r < COUNT; ++r) {
             for (int n = 0; n < VECS; ++n) {
                 float* const to = out + r * pitch + n * LANES;
-                store(to, apart ? load(to) + acc[r][n] : acc[r][n]);
+                store(to, APART ? load(to) + acc[r][n] : acc[r][n]);
             }
         }
     }
@@ -275,9 +275,9 @@ struct Dots : KeyByKey {
         return step;
     }
 
-    template <int COUNT, int ROWS>
+    template <int COUNT, int ROWS, bool>
     static void add(const char* values, int64_t stride, int count, int64_t width, const float* weights, vec steps,
-                    float* out, Soon keys, bool) {
+                    float* out, Soon keys) {
         constexpr int SPANS = COUNT <= 4 ? 2 : 1;
         int64_t d = 0;
         for (; d + SPANS * STEP <= width; d += SPANS * STEP)

@@ -122,42 +122,41 @@ static inline void multiply_vector(const typename Turned<Kind, DTYPE>::Element* 
     if (width < 1) __builtin_unreachable();  // else compilers keep the sums in memory as well
     constexpr int FOUR = 4 * Keys::STEP, SIZE = sizeof(typename Keys::Element);
     Lines next = {(const char*)(keys + LANES * stride), stride * SIZE, width * SIZE};
-    vec acc[COUNT] = {}, sum[COUNT] = {};
-    for (int64_t d = 0, left = Kind::CHAIN; d < width; d += FOUR, panel += 4 * LANES, left -= 4) {
-        if (left == 0) {
-            for (int r = 0; r < COUNT; ++r) {
-                sum[r] += acc[r];
-                acc[r] = vec{};
+    for (int64_t d = 0, end; d < width;) {
+        const bool first = d == 0;
+        end = std::min(d + Kind::CHAIN * Keys::STEP, width);
+        vec acc[COUNT] = {};
+        for (; d < end; d += FOUR, panel += 4 * LANES) {
+            vec square[4];
+            if (count == LANES && d + FOUR <= width) {
+                next.ask(LANES * FOUR * SIZE / 64);
+                const typename Keys::Element* row = keys + d;
+                for (int i = 0; i < 4; ++i) {
+                    square[i] = Keys::fours(row, 4 * stride);
+                    row += stride;
+                    asm("" : "+r"(row));  // compilers, left to themselves, keep sixteen distances
+                }
+            } else {
+                float rows[LANES][4];
+                for (int i = 0; i < LANES; ++i) {
+                    const vec row = Keys::take(keys + d + std::min(i, count - 1) * stride, width - d);
+                    std::memcpy(rows[i], &row, sizeof rows[i]);
+                }
+                for (int i = 0; i < 4; ++i)
+                    square[i] = load_fours(Dtype::f32, (const char*)rows[i], 4 * sizeof rows[i]);
             }
-            left = Kind::CHAIN;
-        }
-        vec square[4];
-        if (count == LANES && d + FOUR <= width) {
-            next.ask(LANES * FOUR * SIZE / 64);
-            const typename Keys::Element* row = keys + d;
+            transpose<4>(square);
             for (int i = 0; i < 4; ++i) {
-                square[i] = Keys::fours(row, 4 * stride);
-                row += stride;
-                asm("" : "+r"(row));  // compilers, left to themselves, keep sixteen distances
-            }
-        } else {
-            float rows[LANES][4];
-            for (int i = 0; i < LANES; ++i) {
-                const vec row = Keys::take(keys + d + std::min(i, count - 1) * stride, width - d);
-                std::memcpy(rows[i], &row, sizeof rows[i]);
-            }
-            for (int i = 0; i < 4; ++i) square[i] = load_fours(Dtype::f32, (const char*)rows[i], 4 * sizeof rows[i]);
-        }
-        transpose<4>(square);
-        for (int i = 0; i < 4; ++i) {
-            for (int r = 0; r < COUNT; ++r) {
-                typename Kind::Element query;
-                std::memcpy(&query, panel + i * LANES + r, sizeof query);
-                acc[r] = Kind::madd(acc[r], query, square[i]);
+                for (int r = 0; r < COUNT; ++r) {
+                    typename Kind::Element query;
+                    std::memcpy(&query, panel + i * LANES + r, sizeof query);
+                    acc[r] = Kind::madd(acc[r], query, square[i]);
+                }
             }
         }
+        for (int r = 0; r < COUNT; ++r) scores[r] = first ? acc[r] : scores[r] + acc[r];
     }
-    for (int r = 0; r < LANES; ++r) scores[r] = sum[std::min(r, COUNT - 1)] + acc[std::min(r, COUNT - 1)];
+    for (int r = COUNT; r < LANES; ++r) scores[r] = scores[COUNT - 1];
 }
 
 template <class Kind, Dtype DTYPE>
@@ -186,8 +185,13 @@ static inline void sum_over_keys(Turned<Kind, DTYPE>, const Tile& t, const Segme
         const char* const from = (const char*)(values + s.begin * stride);
         const float* const factors = weights + Format<Kind>::steps(s.begin) * LANES;
         const int64_t step = stride * (int64_t)sizeof *values;
-        Products::template add<decltype(rows)::value, LANES>(from, step, s.end - s.begin, width, factors, vec{}, to,
-                                                             Soon{from + AHEAD * step, step}, apart);
+        const auto add = [&](auto is_apart) {
+            Products::template add<decltype(rows)::value, LANES, decltype(is_apart)::value>(from, step, s.end - s.begin,
+                                                                                            width, factors, vec{}, to,
+                                                                                            Soon{from + AHEAD * step,
+                                                                                                 step});
+        };
+        apart ? add(std::true_type()) : add(std::false_type());
     });
 }
 
