@@ -80,9 +80,10 @@ def test_a_sink_logit_of_minus_infinity_has_no_gradient(seen: bool) -> None:
 def test_what_nobody_sees_has_a_gradient_of_0() -> None:
     q = torch.randn(1, 2, 3, 8, requires_grad=True)
     bias, alibi, sinks = (torch.zeros(shape, requires_grad=True) for shape in ((1, 2, 3, 3), (2,), (2,)))
-    options = {"bias": bias, "alibi": alibi, "sink_logits": sinks}
-    qkv.attention(q, q, q, mask=Mask.causal(), offset=-9, **options, backend="native").sum().backward()
-    for x in (q, *options.values()):
+    mask = Mask.causal()
+    out = qkv.attention(q, q, q, mask=mask, offset=-9, bias=bias, alibi=alibi, sink_logits=sinks, backend="native")
+    out.sum().backward()
+    for x in (q, bias, alibi, sinks):
         assert x.grad is not None and not x.grad.any()
 
 
