@@ -71,7 +71,7 @@ def test_a_sink_logit_of_minus_infinity_has_no_gradient(seen: bool) -> None:
     out, lse = qkv.attention_with_lse(q, q, q, mask=mask, sink_logits=sinks, backend="native")
     (out.sum() + lse[:, 1].sum()).backward()
     assert sinks.grad is not None and q.grad is not None
-    assert sinks.grad[0] == 0 and sinks.grad[1] > 0 and q.grad.isfinite().all()
+    assert sinks.grad[0] == 0 and sinks.grad[1] != 0 and q.grad.isfinite().all()
     if not seen:
         assert not out.any() and not q.grad.any()
         assert lse.tolist() == [[[-math.inf] * 3, [0.5] * 3]]
