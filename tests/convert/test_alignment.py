@@ -87,8 +87,7 @@ def put(layer, changed, query_order):
         if layer.sink_logits is not None:
             layer.sink_logits.copy_(layer.sink_logits[query_order])
     if layer.alibi is not None:
-        slopes = layer.alibi[query_order]  # numbers that a layer is built with
-        layer._slopes = qkv.Attention(24, layer.num_heads, head_dim=6, alibi=slopes)._slopes
+        layer.alibi = layer.alibi[query_order]
     if layer.mask.allow is not None:
         layer.mask = qkv.Mask.causal() & qkv.Mask.dense(layer.mask.allow[..., query_order, :, :])
     return layer

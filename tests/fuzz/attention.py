@@ -97,7 +97,10 @@ def draw(seed: int) -> Draw:
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=numbers, dtype=torch.float64)
 
-    q, k = (normal(batch, kv_heads * group if name == "q" else kv_heads, n, width) * size for name, n in (("q", lq), ("k", lk)))
+    q, k = (
+        normal(batch, kv_heads * group if name == "q" else kv_heads, n, width) * size
+        for name, n in (("q", lq), ("k", lk))
+    )
     q = q[:, :heads]
     v = normal(batch, kv_heads, lk, value_width)
     mask, visible, offset, position = _mask(chance, numbers, batch, heads, lq, lk)
@@ -321,9 +324,10 @@ def want_gradients(case: Draw, want: Want, upstream: Tensor) -> dict[str, tuple[
     """For each input its gradient in fp64, the bound of its error, and the numbers that the law leaves open."""
     inner, outer = _units(case.q.dtype)
     heads = case.q.shape[1]
-    lq, lk, width, value_width = case.q.shape[2], case.k.shape[2], case.q.shape[3], case.v.shape[3]
+    lq, lk, value_width = case.q.shape[2], case.k.shape[2], case.v.shape[3]
     q, k, v = (
-        _finite(x) for x in (case.q.double(), _per_query_head(case.k.double(), heads), _per_query_head(case.v.double(), heads))
+        _finite(x)
+        for x in (case.q.double(), _per_query_head(case.k.double(), heads), _per_query_head(case.v.double(), heads))
     )
     d_out = upstream.double()
     lost = want.broken | want.open.any(-1) | ~d_out.isfinite().all(-1)
@@ -388,7 +392,9 @@ def want_gradients(case: Draw, want: Want, upstream: Tensor) -> dict[str, tuple[
     return found
 
 
-def check_backward(case: Draw, want: dict[str, tuple[Tensor, Tensor, Tensor]], got: dict[str, Tensor | None]) -> list[str]:
+def check_backward(
+    case: Draw, want: dict[str, tuple[Tensor, Tensor, Tensor]], got: dict[str, Tensor | None]
+) -> list[str]:
     """What is wrong with gradients."""
     wrong: list[str] = []
     for name, (exact, bound, lost) in want.items():
