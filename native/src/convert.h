@@ -119,9 +119,8 @@ static inline vec load_as(Dtype dtype, const void* data) {
     return x;
 }
 
-// The first `count` of a vector of neighbours, and zeros.
-static inline vec load_part(Dtype dtype, const void* data, int64_t count) {
-    if (count >= LANES) return load_as(dtype, data);
+// `load_part` of less than a vector.
+static inline vec load_less(Dtype dtype, const void* data, int64_t count) {
 #if defined(__AVX512F__)
     const __mmask16 lanes = (__mmask16)((1u << count) - 1);
     if (dtype == Dtype::f32) return (vec)_mm512_maskz_loadu_ps(lanes, data);
@@ -131,6 +130,12 @@ static inline vec load_part(Dtype dtype, const void* data, int64_t count) {
     char part[LANES * sizeof(float)] = {};
     std::memcpy(part, data, count * size_of(dtype));
     return load_as(dtype, part);
+}
+
+// The first `count` of a vector of neighbours, and zeros. Never a call: in the midst of a loop one keeps the next loads
+// waiting, a tenth of the time of a few rows.
+[[gnu::always_inline]] static inline vec load_part(Dtype dtype, const void* data, int64_t count) {
+    return count >= LANES ? load_as(dtype, data) : load_less(dtype, data, count);
 }
 
 // Four neighbours of each of as many rows as a vector has room for, side by side. The stride of the rows is in bytes.

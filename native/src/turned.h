@@ -122,8 +122,8 @@ static inline void multiply_vector(const typename Turned<Kind, DTYPE>::Element* 
     if (width < 1) __builtin_unreachable();  // else compilers keep the sums in memory as well
     constexpr int FOUR = 4 * Keys::STEP, SIZE = sizeof(typename Keys::Element);
     Lines next = {(const char*)(keys + LANES * stride), stride * SIZE, width * SIZE};
+    for (int r = 0; r < COUNT; ++r) scores[r] = vec{};
     for (int64_t d = 0, end; d < width;) {
-        const bool first = d == 0;
         end = std::min(d + Kind::CHAIN * Keys::STEP, width);
         vec acc[COUNT] = {};
         for (; d < end; d += FOUR, panel += 4 * LANES) {
@@ -154,7 +154,7 @@ static inline void multiply_vector(const typename Turned<Kind, DTYPE>::Element* 
                 }
             }
         }
-        for (int r = 0; r < COUNT; ++r) scores[r] = first ? acc[r] : scores[r] + acc[r];
+        for (int r = 0; r < COUNT; ++r) scores[r] = scores[r] + acc[r];
     }
     for (int r = COUNT; r < LANES; ++r) scores[r] = scores[COUNT - 1];
 }
@@ -181,7 +181,7 @@ static inline void sum_over_keys(Turned<Kind, DTYPE>, const Tile& t, const Segme
                                  const float* weights, float* to, bool apart) {
     with_count<1, LANES>(t.count, [&](auto rows) {
         typedef typename Turned<Kind, DTYPE>::Products Products;
-        constexpr int AHEAD = 2 * LANES;  // values that are asked for
+        constexpr int AHEAD = 32;  // values that are asked for: 16 come too late from a third cache
         const char* const from = (const char*)(values + s.begin * stride);
         const float* const factors = weights + Format<Kind>::steps(s.begin) * LANES;
         const int64_t step = stride * (int64_t)sizeof *values;

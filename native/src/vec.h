@@ -110,7 +110,7 @@ static inline vec sum_each(vec* a) {
 }
 
 // 2^x with a relative error of 1.2 ulp; exactly 1 at 0; exactly 0 below 2^-126 and at -inf; NaN stays NaN.
-static inline vec exp2(vec x) {
+[[gnu::always_inline]] static inline vec exp2(vec x) {
 #if defined(__AVX512F__)
     const vec f = (vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // x - floor(x)
 #else
