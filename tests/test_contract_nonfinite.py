@@ -406,6 +406,29 @@ def test_merged_pieces_hold_to_it() -> None:
     assert merged.out[0, 0, 1:].isnan().all() and merged.out[0, 0, 0].isfinite().all()
 
 
+@pytest.mark.parametrize("wanted", ["out", "lse"])
+@pytest.mark.parametrize("backend", ["native", "sdpa", "reference"])
+def test_gradients_of_merged_pieces_hold_to_it(backend: str, wanted: str) -> None:
+    q, k, v = (torch.randn(1, 1, 6, 8) for _ in range(3))
+    k[0, 0, 1, 2] = torch.nan  # rows 1 to 5 see it
+
+    def gradients(row: int, part: slice) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        pieces = [
+            qkv.attention_with_lse(
+                leaves[0], *(x[:, :, a:b] for x in leaves[1:]), mask=Mask.causal(), offset=-a, backend=backend
+            )
+            for a, b in ((0, 3), (3, 6))
+        ]
+        getattr(qkv.merge(pieces), wanted)[:, :, row].sum().backward()
+        return [x.grad[:, :, part] for x in leaves if x.grad is not None]
+
+    assert all(grad.isfinite().all() for grad in gradients(0, slice(0, 6)))
+    for grad in gradients(4, slice(0, 5))[1:]:
+        assert grad.isnan().any(dim=-1).all()
+    assert all(grad[:, :, -1].isfinite().all() for grad in gradients(4, slice(0, 6)))
+
+
 def traced(call: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return torch.compile(call, fullgraph=True, backend="aot_eager")(*inputs)
 

@@ -50,6 +50,19 @@ def test_merging_is_differentiable_through_out_and_lse() -> None:
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # of forward mode in torch
+def test_merging_has_all_derivatives() -> None:
+    outs, lses = draw(3, 1, 2, 4, 5).requires_grad_(), draw(3, 1, 2, 4).requires_grad_()
+
+    def merged(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return tuple(qkv.merge(list(zip(outs, lses, strict=True))))
+
+    assert torch.autograd.gradcheck(merged, (outs, lses), check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(merged, (outs, lses))
+    hessian = torch.func.jacfwd(torch.func.grad(lambda outs: merged(outs, lses.detach())[0].square().sum()))
+    assert hessian(outs.detach()).isfinite().all()
+
+
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
 def test_gradients_of_out_and_lse_agree_with_finite_differences(backend: str) -> None:
     q, k, v, sinks, bias = draw(1, 2, 5, 4), draw(1, 1, 7, 4), draw(1, 1, 7, 3), draw(2), draw(2, 1, 7)

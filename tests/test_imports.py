@@ -15,7 +15,7 @@ ORDER = [
     {"qkv.masks"},
     {"qkv.problem", "qkv.kernels"},
     {"qkv.backends"},
-    {"qkv.functional", "qkv.sequences", "qkv.growing", "qkv.cache"},
+    {"qkv.partial", "qkv.functional", "qkv.sequences", "qkv.growing", "qkv.cache"},
     {"qkv.layers"},
     {"qkv.integrations"},
     {"qkv.convert"},

@@ -174,3 +174,59 @@ def test_a_traced_layer_hides_nan_though_its_example_was_finite(backend: str, tr
     want = layer(x, KEEP)
     program = TRACERS[tracer](layer, (x, KEEP), tmp_path)
     close(program(x.masked_fill(~KEEP[..., None], torch.nan), KEEP)[KEEP], want[KEEP])
+
+
+@pytest.mark.parametrize("backend", ["auto", "sdpa", "reference"])
+def test_a_jit_trace_in_training_is_saved_and_has_the_gradients(backend: str, tmp_path: Path) -> None:
+    layer, x = Layer(backend).requires_grad_(True), torch.randn(BATCH, LENGTH, WIDTH)
+    given = (x, KEEP, LENGTHS, IDS, ALLOW)
+    with torch.enable_grad():
+        traced = torch.jit.trace(layer, (x, *HIDES_NOTHING))
+        torch.jit.save(traced, tmp_path / "layer.pt")
+        program = torch.jit.load(tmp_path / "layer.pt")
+        wants = torch.autograd.grad(layer(*given).square().sum(), list(layer.parameters()))
+        for got, want in zip(
+            torch.autograd.grad(program(*given).square().sum(), list(program.parameters())), wants, strict=True
+        ):
+            torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-4)
+
+
+class Merged(nn.Module):
+    """Two halves of the keys, with all that asks for the lse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sinks = nn.Parameter(torch.randn(2))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        pieces = [
+            qkv.attention_with_lse(
+                q, k[:, :, part], v[:, :, part], sink_logits=sinks, mask=Mask.causal(), offset=-start
+            )
+            for start, part, sinks in ((0, slice(0, 3), self.sinks), (3, slice(3, 6), None))
+        ]
+        out, lse = qkv.merge(pieces)
+        return torch.cat([out, lse[..., None]], dim=-1)
+
+
+@pytest.mark.parametrize(
+    ("tracer", "dtype"),
+    [("jit", torch.float64), *((tracer, torch.float32) for tracer in ("jit", "compile", "export", "make_fx"))],
+)
+def test_a_trace_in_training_merges_pieces(tracer: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    module = Merged().to(dtype)
+    example, given = (tuple(torch.randn(3, 1, 2, 6, 4, dtype=dtype).unbind()) for _ in range(2))
+    with torch.enable_grad():
+        program = TRACERS[tracer](module, example, tmp_path)
+        if tracer == "jit":
+            torch.jit.save(program, tmp_path / "merged.pt")  # type: ignore[no-untyped-call, arg-type]
+        close(program(*given), module(*given))
+
+
+def test_a_softcap_goes_to_onnx_by_the_tracer(tmp_path: Path) -> None:
+    class Capped(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return qkv.attention(q, k, v, softcap=2.0, mask=Mask.causal())
+
+    given = tuple(torch.randn(3, 1, 2, 6, 4).unbind())
+    close(TRACERS["onnx, traced"](Capped(), given, tmp_path)(*given), Capped()(*given))

@@ -1,7 +1,7 @@
 """`attention` and its sisters: state the problem, choose a backend, run it."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypedDict
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from qkv.backends.nonfinite import restore, shield
 from qkv.backends.reference import weights_and_lse
 from qkv.backends.result import Result
 from qkv.masks import FULL, Mask
+from qkv.partial import Partial, joined
 from qkv.problem import pose
 
 
@@ -29,15 +30,6 @@ class Options(TypedDict, total=False):
     alibi: Tensor | None
     sink_logits: Tensor | None
     dropout: float
-
-
-class Partial(NamedTuple):
-    """Attention over some keys, and the log of its normaliser."""
-
-    out: Tensor
-    """(B, H, Lq, Dv)"""
-    lse: Tensor
-    """(B, H, Lq)"""
 
 
 def attention(
@@ -220,16 +212,8 @@ def merge(partials: Sequence[tuple[Tensor, Tensor]]) -> Partial:
                 f"got out {tuple(out.shape)} with lse {tuple(lse.shape)}, "
                 f"beside a first out {tuple(partials[0][0].shape)}."
             )
-    outs = torch.stack([out for out, _ in partials])
-    lses = torch.stack([lse for _, lse in partials])
-    top = lses.detach().amax(dim=0)
-    top = top.masked_fill(top == -torch.inf, 0)
-    shares = (lses - top).exp()
-    total = shares.sum(dim=0)
-    empty = total == 0
-    total = total.masked_fill(empty, 1)
-    merged = ((shares / total)[..., None] * outs).sum(dim=0).to(outs.dtype)
-    return Partial(merged, (top + total.log()).masked_fill(empty, -torch.inf))
+    outs, lses = zip(*partials, strict=True)
+    return joined(torch.stack(outs), torch.stack(lses))
 
 
 def explain(q: Tensor, k: Tensor, v: Tensor, **options: Unpack[Options]) -> backends.Explanation:

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from qkv import kernels
 from qkv.backends import native
-from qkv.functional import Partial, attend
+from qkv.functional import attend
 from qkv.masks import FULL, Mask
+from qkv.partial import Partial
 from qkv.problem import Problem, pose
 
 

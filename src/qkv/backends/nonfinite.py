@@ -55,7 +55,7 @@ def restore(result: Result, poison: Poison | None) -> Result:
     if poison is None:
         return result
     problem, mask = poison.problem, poison.problem.mask
-    if problem.needs_grad:
+    if problem.needs_grad and not torch._C._get_tracing_state():  # a trace cannot hold a function of Python's
         inputs = (problem.q, problem.k, problem.v, problem.bias, problem.alibi, problem.sink_logits)
         tensors = (mask.keep, mask.lengths, mask.document_ids, mask.allow)
         bounds = (mask.left, mask.right, mask.sink_tokens, problem.offset)

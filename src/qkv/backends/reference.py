@@ -50,7 +50,7 @@ def weights_and_lse(problem: Problem) -> tuple[Tensor, Tensor]:
 def _scores(problem: Problem) -> Tensor:
     dtype = accumulation_dtype(problem.q.dtype)
     keys = problem.k.to(dtype).repeat_interleave(problem.group, dim=1)
-    scores = problem.scale * (problem.q.to(dtype) @ keys.mT)
+    scores = problem.scale * (problem.q.to(dtype) @ keys.transpose(2, 3))  # mT is not in ONNX
     if problem.softcap is not None:
         scores = problem.softcap * torch.tanh(scores / problem.softcap)
     if problem.bias is not None:

@@ -33,6 +33,8 @@ def why_not(problem: Problem) -> list[str]:
             reasons.append(f"{wanted} the lse, which torch's kernels do not give with dropout")
         if problem.needs_grad and _has_learned_bias(problem):
             reasons.append(f"{wanted} the lse, which torch's kernels do not give with a bias that needs a gradient")
+        if problem.needs_grad and torch._C._get_tracing_state():
+            reasons.append(f"{wanted} the lse, whose gradient torch.jit.trace cannot hold")
     return reasons
 
 
@@ -196,7 +198,8 @@ def _fused_with_lse(problem: Problem, attn_mask: Tensor | None, is_causal: bool,
         blocked = attn_mask.new_zeros((), dtype=accumulation_dtype(problem.q.dtype))
         attn_mask = torch.where(attn_mask, blocked, -torch.inf)
     operands = (problem.q, problem.k, problem.v, attn_mask, is_causal, problem.scale)
-    out, lse = _FlashWithLse.apply(*operands)  # type: ignore[no-untyped-call]
+    kernel = _FlashWithLse.apply if problem.needs_grad else _FlashWithLse.forward
+    out, lse = kernel(*operands)
     out = out[..., :value_width]
     if attn_mask is not None:
         # torch's kernel writes 0 for rows that see nothing.

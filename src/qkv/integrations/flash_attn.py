@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkv.functional import Partial, attend
+from qkv.functional import attend
 from qkv.integrations.varlen import (
     band,
     keys_in_pages,
@@ -20,6 +20,7 @@ from qkv.integrations.varlen import (
     require_table,
 )
 from qkv.layers.rotary import rotate
+from qkv.partial import Partial
 from qkv.sequences import Keys, pose_sequences
 
 DENSE = "(batch, length, heads, width)"
