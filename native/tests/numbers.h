@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <vector>
 
 #include "../src/problem.h"
 
@@ -30,17 +31,7 @@ inline const Format& format_of(Dtype dtype) {
     return all[(int)dtype];
 }
 
-inline double decode(Dtype dtype, const void* from) {
-    if (dtype == Dtype::u8) return *(const uint8_t*)from;
-    if (dtype == Dtype::i8) return *(const int8_t*)from;
-    if (dtype == Dtype::f32) {
-        float x;
-        std::memcpy(&x, from, sizeof x);
-        return x;
-    }
-    const Format& format = format_of(dtype);
-    uint16_t bits;
-    std::memcpy(&bits, from, sizeof bits);
+inline double decode_half(const Format& format, int bits) {
     const int fraction = bits & ((1 << format.mantissa) - 1), exponent = (bits & 0x7fff) >> format.mantissa;
     double x;
     if (exponent == 0x7fff >> format.mantissa)
@@ -50,6 +41,27 @@ inline double decode(Dtype dtype, const void* from) {
     else
         x = std::ldexp(fraction + (1 << format.mantissa), format.least + exponent - 1 - format.mantissa);
     return bits & 0x8000 ? -x : x;
+}
+
+// All numbers of 16 bits: the oracle reads each of its numbers often.
+inline std::vector<double> all_halves(const Format& format) {
+    std::vector<double> all;
+    for (int bits = 0; bits < 1 << 16; ++bits) all.push_back(decode_half(format, bits));
+    return all;
+}
+
+inline double decode(Dtype dtype, const void* from) {
+    static const std::vector<double> bf16 = all_halves(format_of(Dtype::bf16)), f16 = all_halves(format_of(Dtype::f16));
+    if (dtype == Dtype::u8) return *(const uint8_t*)from;
+    if (dtype == Dtype::i8) return *(const int8_t*)from;
+    if (dtype == Dtype::f32) {
+        float x;
+        std::memcpy(&x, from, sizeof x);
+        return x;
+    }
+    uint16_t bits;
+    std::memcpy(&bits, from, sizeof bits);
+    return (dtype == Dtype::bf16 ? bf16 : f16)[bits];
 }
 
 inline void encode(Dtype dtype, double x, void* to) {

@@ -51,6 +51,11 @@ class Tensor {
         encode(dtype, x, at(b, h, row) + d * item);
     }
 
+    // Makes the bits of a row those of another, of the same dtype and width.
+    void copy_row(int64_t b, int64_t h, int64_t row, const char* from) const {
+        std::memcpy(at(b, h, row), from, width * item);
+    }
+
     double get(int64_t b, int64_t h, int64_t row, int64_t d) const { return decode(dtype, at(b, h, row) + d * item); }
 
     char* at(int64_t b, int64_t h, int64_t row) const {

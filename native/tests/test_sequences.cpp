@@ -87,8 +87,8 @@ class Together {
         copy(*q, *one.q, n);
         for (int64_t j = 0; j < lk; ++j)
             for (int64_t h = 0; h < b.kv_heads; ++h) {
-                for (int64_t d = 0; d < b.width; ++d) one.k->set(0, h, j, d, k->get(page(n, j), h, row(n, j), d));
-                for (int64_t d = 0; d < b.value_width; ++d) one.v->set(0, h, j, d, v->get(page(n, j), h, row(n, j), d));
+                one.k->copy_row(0, h, j, k->at(page(n, j), h, row(n, j)));
+                one.v->copy_row(0, h, j, v->at(page(n, j), h, row(n, j)));
             }
         one.problem.q = one.q->view, one.problem.k = one.k->view, one.problem.v = one.v->view;
         one.problem.out = one.out->view;
@@ -101,8 +101,7 @@ class Together {
     // The rows of sequence n of a packed tensor.
     void copy(const Tensor& from, const Tensor& to, size_t n) const {
         for (int64_t h = 0; h < to.heads; ++h)
-            for (int64_t i = 0; i < to.rows; ++i)
-                for (int64_t d = 0; d < to.width; ++d) to.set(0, h, i, d, from.get(0, h, starts[n] + i, d));
+            for (int64_t i = 0; i < to.rows; ++i) to.copy_row(0, h, i, from.at(0, h, starts[n] + i));
     }
 
     void require_same(const Tensor& got, const Tensor& want, int64_t first, size_t n, const char* name) const {
