@@ -168,7 +168,7 @@ def test_memory_is_bounded_by_a_tensor(tmp_path):
         "llama",
         shards="10MB",
         hidden_size=1024,
-        intermediate_size=4096,
+        intermediate_size=1024,
         num_hidden_layers=2,
         vocab_size=16000,
     )

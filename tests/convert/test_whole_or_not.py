@@ -26,7 +26,7 @@ def source(tmp_path_factory):
 def test_kills():
     """A few; by hand, ``python tests/convert/kill.py`` does many."""
     script = Path(__file__).with_name("kill.py")
-    arguments = [sys.executable, str(script), "--times", "3", "--stride", "31"]
+    arguments = [sys.executable, str(script), "--times", "3", "--stride", "67"]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("killed") == 6
