@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q --numprocesses logical --dist worksteal
 CPP := $(wildcard native/*/*.h native/*/*.cpp)
 
+# Tests start Python a hundred times: each time would compile anew what is not kept.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo test test-all pytest check format sanitize fuzz releases mutants families bench study wheel clean
 
 demo: $(VENV)/ready
