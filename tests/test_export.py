@@ -92,6 +92,9 @@ CASES = {
 }
 each_case = pytest.mark.parametrize("name", CASES)
 
+IN_OTHERS = ("multi-head", "padding, causal, groups")
+"""Cases whose heads, groups and masks other models of ONNX have too: each model takes ten seconds."""
+
 EXAMPLE = (2, 11, 7)
 SIZES = [EXAMPLE, (3, 5, 9), (1, 40, 40)]
 
@@ -113,14 +116,20 @@ def quiet() -> Iterator[None]:
 
 
 class OnnxModel:
-    """What onnxruntime computes of an exported module."""
+    """What onnxruntime computes of an exported module, or of a program that it became before."""
 
-    def __init__(self, module: nn.Module, example: tuple[Tensor, ...], shapes: Any, opset: int) -> None:
+    def __init__(
+        self,
+        module: nn.Module | torch.export.ExportedProgram,
+        example: tuple[Tensor, ...] = (),
+        shapes: Any = None,
+        opset: int = 23,
+    ) -> None:
         onnx = pytest.importorskip("onnx")
         pytest.importorskip("onnxscript")
         runtime = pytest.importorskip("onnxruntime")
         program = torch.onnx.export(
-            module.eval(), example, dynamo=True, opset_version=opset, dynamic_shapes=shapes, verbose=False
+            module, example, dynamo=True, opset_version=opset, dynamic_shapes=shapes, verbose=False
         )
         assert program is not None
         model = program.model_proto
@@ -172,7 +181,9 @@ def test_a_program_computes_the_same_at_other_lengths(name: str) -> None:
         torch.testing.assert_close(program(*inputs), module(*inputs))
 
 
-@each_case
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if name in IN_OTHERS else ()) for name in CASES]
+)
 def test_an_onnx_model_computes_the_same_at_other_lengths(name: str) -> None:
     case, (module, model) = CASES[name], exported(name, 23)
     for batch, lq, lk in SIZES:
@@ -207,14 +218,13 @@ def test_a_window_is_kept_whatever_the_length_of_the_example(length: int) -> Non
 
     example = torch.randn(2, 3, length, 4)
     strict, loose = (
-        torch.export.export(Window(), (example,), dynamic_shapes=[{2: OPEN}], strict=strict).module()
-        for strict in (True, False)
+        torch.export.export(Window(), (example,), dynamic_shapes=[{2: OPEN}], strict=strict) for strict in (True, False)
     )
-    model = OnnxModel(Window(), (example,), [{2: OPEN}], 23)
+    programs, model = (strict.module(), loose.module()), OnnxModel(loose)
     for other in (3, 40, 400):
         x = torch.randn(2, 3, other, 4)
         want = Window()(x)
-        for program in (strict, loose):
+        for program in programs:
             torch.testing.assert_close(program(x), want)
         torch.testing.assert_close(model(x)[0], want, rtol=0, atol=rounding(want, other))
 
@@ -233,7 +243,7 @@ def test_a_step_of_decoding_takes_any_past_in_onnx() -> None:
         new = torch.randn(batch, 6, 1, 4), torch.randn(batch, 2, 1, 4), torch.randn(batch, 2, 1, 4)
         return *new, torch.randn(batch, 2, past, 4), torch.randn(batch, 2, past, 4)
 
-    model = OnnxModel(step, inputs(2, 7), [{0: OPEN}] * 3 + [{0: OPEN, 2: OPEN}] * 2, 23)
+    model = OnnxModel(step.eval(), inputs(2, 7), [{0: OPEN}] * 3 + [{0: OPEN, 2: OPEN}] * 2)
     for batch, past in [(2, 7), (1, 1), (3, 300)]:
         given = inputs(batch, past)
         for got, want in zip(model(*given), step(*given), strict=True):
