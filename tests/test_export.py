@@ -92,7 +92,7 @@ CASES = {
 }
 each_case = pytest.mark.parametrize("name", CASES)
 
-IN_OTHERS = ("multi-head", "padding, causal, groups")
+IN_OTHERS = ("multi-head", "padding, causal, groups", "cross, padding, groups")
 """Cases whose heads, groups and masks other models of ONNX have too: each model takes ten seconds."""
 
 EXAMPLE = (2, 11, 7)

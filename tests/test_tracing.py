@@ -79,6 +79,13 @@ TRACERS: dict[str, Tracer] = {
     "onnx": by_onnx(dynamo=True),
     "onnx, traced": by_onnx(dynamo=False),
 }
+SLOW = ("compile, dynamic", "export, strict", "make_fx, fake", "make_fx, symbolic", "onnx")
+"""They take seconds on models and on a layer of many masks. On a small layer all take part in `make test`."""
+
+each_tracer = pytest.mark.parametrize("tracer", TRACERS)
+each_tracer_in_time = pytest.mark.parametrize(
+    "tracer", [pytest.param(name, marks=pytest.mark.long if name in SLOW else ()) for name in TRACERS]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -122,7 +129,7 @@ class Hidden(nn.Module):
         return found
 
 
-@pytest.mark.parametrize("tracer", TRACERS)
+@each_tracer_in_time
 @pytest.mark.parametrize("kind", ["bert", "mistral"])
 def test_a_traced_model_heeds_padding_that_its_example_had_not(kind: str, tracer: str, tmp_path: Path) -> None:
     model = Hidden(kind)
@@ -153,7 +160,7 @@ ALLOW = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril().triu(-2)[None, None]
 HIDES_NOTHING = (KEEP | True, LENGTHS * 0 + LENGTH, IDS * 0, ALLOW | True)
 
 
-@pytest.mark.parametrize("tracer", TRACERS)
+@each_tracer_in_time
 @pytest.mark.parametrize("backend", ["auto", "sdpa"])
 def test_a_traced_layer_heeds_masks_that_hid_nothing(backend: str, tracer: str, tmp_path: Path) -> None:
     layer, x = Layer(backend), torch.randn(BATCH, LENGTH, WIDTH)
@@ -162,7 +169,7 @@ def test_a_traced_layer_heeds_masks_that_hid_nothing(backend: str, tracer: str, 
     close(program(x, KEEP, LENGTHS, IDS, ALLOW), want)
 
 
-@pytest.mark.parametrize("tracer", TRACERS)
+@each_tracer
 @pytest.mark.parametrize("backend", ["auto", "sdpa"])
 def test_a_traced_layer_hides_nan_though_its_example_was_finite(backend: str, tracer: str, tmp_path: Path) -> None:
     class Padded(Layer):
