@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import struct
 import subprocess
 import sys
 
@@ -231,7 +232,7 @@ def test_gguf_file_is_unpacked_first(capsys, tmp_path, monkeypatch):
     from qkv.cli.language_model import LanguageModel
 
     folder = tiny_model.save(tiny_model.llama(), tmp_path / "model")
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 0))
     asked = []
 
     def load(source, dtype, progress):
@@ -246,6 +247,20 @@ def test_gguf_file_is_unpacked_first(capsys, tmp_path, monkeypatch):
     assert models.load(tmp_path / "out").config.num_key_value_heads == 1
     assert (tmp_path / "out" / "tokenizer.json").is_file()
     assert not any((tmp_path / "out").glob("*.gguf"))
+
+
+def test_gguf_file_that_is_not_all_there(capsys, tmp_path):
+    """Known before anything is loaded."""
+    name = b"output.weight"
+    tensor = struct.pack("<Q", len(name)) + name + struct.pack("<IQQIQ", 2, 16, 8, 0, 0)
+    (tmp_path / "cut.gguf").write_bytes((b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + tensor).ljust(96 + 511))
+    code, captured = run(capsys, tmp_path / "cut.gguf", tmp_path / "out", "--kv-heads", "1")
+    assert code == 1 and "Traceback" not in captured.err
+    assert (
+        f"{tmp_path / 'cut.gguf'} is truncated: it has 607 bytes, and by its header tensor 'output.weight'"
+        in captured.err
+    )
+    assert not (tmp_path / "out").exists()
 
 
 def test_broken_checkpoint_ends_without_a_traceback(tmp_path, llama):

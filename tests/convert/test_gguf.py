@@ -1,11 +1,15 @@
 """Headers of GGUF files, written by the gguf package and then damaged."""
 
+import contextlib
 import random
+import struct
 
 import numpy as np
 import pytest
+from fuzz import files
 
 from qkv.convert import CheckpointError, inspect_checkpoint
+from qkv.convert.gguf_file import check_places, read_gguf
 
 gguf = pytest.importorskip("gguf")
 
@@ -98,3 +102,33 @@ def test_truncated_and_damaged_headers(tmp_path):
         except CheckpointError:
             refused += 1
     assert refused > 200
+
+
+def test_tensors_lie_within_the_file(tmp_path):
+    data = write(tmp_path / "model.gguf").read_bytes()
+    (tmp_path / "cut.gguf").write_bytes(data[:-24])  # what fills up to the alignment may be missing
+    inspect_checkpoint(tmp_path / "cut.gguf")
+    (tmp_path / "cut.gguf").write_bytes(data[:-25])
+    message = (
+        rf"cut\.gguf is truncated: it has {len(data) - 25} bytes, .* tensor 'blk\.1\.attn_v\.bias', F32 \[10\], lies at"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        inspect_checkpoint(tmp_path / "cut.gguf")
+    name = b"blk.0.attn_k.weight"
+    place = data.index(name) + len(name) + 4 + 2 * 8 + 4
+    for offset in (len(data), 2**63, 2**64 - 1):
+        (tmp_path / "far.gguf").write_bytes(data[:place] + offset.to_bytes(8, "little") + data[place + 8 :])
+        with pytest.raises(CheckpointError, match=r"far\.gguf is truncated: .* tensor 'blk\.0\.attn_k\.weight', F16"):
+            inspect_checkpoint(tmp_path / "far.gguf")
+
+
+def test_size_of_packed_numbers(tmp_path):
+    """A block of 32 numbers in Q4_0 takes 18 bytes, and rows are of whole blocks."""
+    header = files.gguf({}, {"a": [4, 64]})
+    kind = header.index(b"a") + 1 + 4 + 2 * 8
+    cases = ((64, 144, None), (64, 143, "tensor 'a', Q4_0"), (48, 144, "a multiple of 32 numbers"))
+    for width, num_bytes, message in cases:
+        packed = header[: kind - 16] + struct.pack("<QQI", width, 4, 2) + bytes(8)
+        (tmp_path / "a.gguf").write_bytes(packed.ljust(-(-len(packed) // 32) * 32, b"\0") + bytes(num_bytes))
+        with contextlib.nullcontext() if message is None else pytest.raises(CheckpointError, match=message):
+            check_places(tmp_path / "a.gguf", read_gguf(tmp_path / "a.gguf"))

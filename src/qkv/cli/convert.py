@@ -21,6 +21,7 @@ from qkv.cli.model_source import gguf_source
 from qkv.cli.options import count
 from qkv.cli.progress import Progress
 from qkv.convert import CheckpointError, CheckpointPlan, Inspection, plan_checkpoint, write_checkpoint
+from qkv.convert.gguf_file import check_places, read_gguf
 from qkv.convert.inspection import inspect_tensors
 from qkv.convert.safetensors_file import BITS, TORCH_DTYPES
 from qkv.convert.staging import find_place
@@ -99,7 +100,10 @@ def convert(
 
 def unpack(file: Path, folder: Path, progress: Progress) -> Path:
     """The model of a GGUF file, saved as a folder."""
-    loaded = load(gguf_source(file.absolute()), torch.float32, progress)
+    source = gguf_source(file.absolute())
+    with progress.step("reading the header"):
+        check_places(file, read_gguf(file))  # transformers would read it for minutes before it finds the end missing
+    loaded = load(source, torch.float32, progress)
     with progress.step("unpacking"), quiet():
         loaded.model.save_pretrained(folder)
         loaded.tokenizer.save_pretrained(folder)

@@ -13,13 +13,14 @@ from typing import Any, BinaryIO, NamedTuple
 
 from qkv.convert.documents import MOST_BYTES, show
 from qkv.convert.errors import CheckpointError
-from qkv.convert.fields import MOST
+from qkv.convert.fields import COUNT, MOST, check_fields
 from qkv.convert.safetensors_file import TensorSpec
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """Formats of `struct`, by the number of the type."""
 STRING, ARRAY = 8, 9
 MOST_DIMENSIONS = 8
+ALIGNMENT = "general.alignment"
 
 
 class GgufHeader(NamedTuple):
@@ -29,6 +30,10 @@ class GgufHeader(NamedTuple):
     """Numbers, texts, and arrays of numbers; None stands for an array of texts."""
     tensors: dict[str, TensorSpec]
     """With shapes as torch counts them: rows first."""
+    offsets: dict[str, int]
+    """Where each begins, counted from the end of the header and what fills it up to the alignment."""
+    num_bytes: int
+    """Of the header."""
 
 
 def read_gguf(path: Path) -> GgufHeader:
@@ -44,12 +49,40 @@ def read_gguf(path: Path) -> GgufHeader:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
 
 
+def check_places(path: Path, header: GgufHeader) -> None:
+    """Holds the places of tensors to the size of the file.
+
+    Raises:
+        CheckpointError: for a tensor that lies beyond its end, or has a shape that its dtype cannot have.
+    """
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    check_fields(str(path), header.fields, {ALIGNMENT: COUNT})
+    alignment = header.fields.get(ALIGNMENT, 32)
+    data = -(-header.num_bytes // alignment) * alignment
+    size = path.stat().st_size
+    for name, spec in header.tensors.items():
+        block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[spec.dtype]]
+        if spec.shape and spec.shape[-1] % block:
+            raise CheckpointError(
+                f"{path}: tensor {show(name)} must have rows of a multiple of {block} numbers, which {spec.dtype} "
+                f"packs together; its shape is {list(spec.shape)}."
+            )
+        start = data + header.offsets[name]
+        stop = start + -(-spec.numel // block) * block_bytes
+        if stop > size:
+            raise CheckpointError(
+                f"{path} is truncated: it has {size} bytes, and by its header tensor {show(name)}, {spec!s:.200}, lies "
+                f"at {start} to {stop}. Fetch it again."
+            )
+
+
 class _Reader:
     """Walks through a header and never past the end of the file, or of what headers have."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self._file, self._path = file, path
-        self._left = min(os.fstat(file.fileno()).st_size, MOST_BYTES)
+        self._most = self._left = min(os.fstat(file.fileno()).st_size, MOST_BYTES)
 
     def header(self) -> GgufHeader:
         from gguf import GGMLQuantizationType
@@ -57,7 +90,7 @@ class _Reader:
         if self._bytes(4) != b"GGUF" or self._number("I") not in (2, 3):
             raise CheckpointError(f"{self._path} must be a GGUF file of version 2 or 3; its first bytes are others.")
         num_tensors, num_fields = self._number("Q"), self._number("Q")
-        fields, tensors = {}, {}
+        fields, tensors, offsets = {}, {}, {}
         for _ in range(num_fields):
             key = self._text()
             if key in fields:
@@ -76,8 +109,8 @@ class _Reader:
             except ValueError as error:
                 raise self._broken(f"tensor {show(name)}: {error}") from error
             tensors[name] = TensorSpec(dtype, shape)
-            self._bytes(8)
-        return GgufHeader(fields, tensors)
+            offsets[name] = self._number("Q")
+        return GgufHeader(fields, tensors, offsets, self._most - self._left)
 
     def _value(self, kind: int) -> Any:
         if kind == STRING:

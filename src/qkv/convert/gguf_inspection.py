@@ -9,7 +9,7 @@ from qkv.convert.description import Inspection, LayerAttention
 from qkv.convert.documents import show
 from qkv.convert.errors import CheckpointError
 from qkv.convert.fields import GGUF, check_fields
-from qkv.convert.gguf_file import read_gguf
+from qkv.convert.gguf_file import check_places, read_gguf
 from qkv.convert.safetensors_file import TensorSpec
 
 ARCHITECTURE = "general.architecture"
@@ -31,6 +31,7 @@ def inspect_gguf(path: Path) -> Inspection:
         if key.startswith(f"{model_type}.")
     }
     check_fields(str(path), header.fields, {f"{model_type}.{name}": kind for name, kind in GGUF.items()})
+    check_places(path, header)
     parts: dict[int, dict[str, TensorSpec]] = {}
     for name, spec in header.tensors.items():
         if match := ATTENTION.fullmatch(name):
