@@ -88,7 +88,7 @@ def test_one_shard(capsys, llama):
     code, captured = run(capsys, sorted(llama.glob("*.safetensors"))[0])
     assert (code, captured.out) == (1, "")
     assert "asks for a tensor 'model.layers.1." in captured.err
-    assert "the checkpoint has none; of shards, give the folder." in captured.err
+    assert "the checkpoint has none, though 1 for other layers; of shards, give the folder." in captured.err
 
 
 def test_file_of_a_whole_model(capsys, tmp_path):

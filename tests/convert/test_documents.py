@@ -8,7 +8,7 @@ import shutil
 import pytest
 from convert import models
 
-from qkv.convert import CheckpointError, documents, inspect_checkpoint
+from qkv.convert import CheckpointError, documents, inspect_checkpoint, stock
 from qkv.convert.documents import parse, read_document, show
 from qkv.convert.safetensors_file import read_header
 
@@ -129,6 +129,19 @@ def test_entries_of_a_header(tmp_path, entry, message):
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     return models.save(tmp_path_factory.mktemp("llama"), "llama", num_hidden_layers=1)
+
+
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_keys_of_a_configuration_are_counted(tmp_path, llama, monkeypatch, is_nested):
+    """For each of them transformers takes its time, and a million would be a minute."""
+    folder = shutil.copytree(llama, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    extra = dict.fromkeys([f"k{number}" for number in range(300)])
+    (folder / "config.json").write_text(json.dumps(config | ({"x": [extra]} if is_nested else extra)))
+    inspect_checkpoint(folder)
+    monkeypatch.setattr(stock, "MOST_KEYS", 300)
+    with pytest.raises(CheckpointError, match=r"config\.json has 3\d\d keys; more than 300 of a configuration are not"):
+        inspect_checkpoint(folder)
 
 
 @pytest.mark.parametrize(

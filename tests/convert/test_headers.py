@@ -45,3 +45,12 @@ def test_layers_are_counted_before_anything_is_built(tmp_path, layers):
     (source / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
     with pytest.raises(CheckpointError, match="num_hidden_layers must be a number of layers, of which the 14 tensors"):
         plan_checkpoint(source, 2)
+
+
+def test_more_layers_than_the_checkpoint_has(tmp_path):
+    source = models.save(tmp_path, "qwen3", num_hidden_layers=2)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3, "layer_types": None}))
+    message = r"asks for a tensor 'model\.layers\.2\.\S+' .* has none, though 2 for other layers; of shards"
+    with pytest.raises(CheckpointError, match=message):
+        plan_checkpoint(source, 2)

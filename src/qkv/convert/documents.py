@@ -128,14 +128,23 @@ def paused_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _check_levels(value: object, where: str) -> None:
-    level: list[Any] = [value]
-    for _ in range(MOST_LEVELS):
+def count_keys(document: object) -> int:
+    """Of all its objects."""
+    return sum(len(item) for level in _levels(document) for item in level if isinstance(item, dict))
+
+
+def _levels(value: Any) -> Iterator[list[Any]]:
+    """The objects and lists in a document, the outermost first, and then those in these."""
+    level = [value]
+    while level:
+        yield level
         parts = (item.values() if isinstance(item, dict) else item for item in level)
         level = [part for items in parts for part in items if isinstance(part, (dict, list))]
-        if not level:
-            return
-    raise CheckpointError(f"{where} must have at most {MOST_LEVELS} levels of objects and lists; it has more.")
+
+
+def _check_levels(value: object, where: str) -> None:
+    if any(number == MOST_LEVELS for number, _ in enumerate(_levels(value))):
+        raise CheckpointError(f"{where} must have at most {MOST_LEVELS} levels of objects and lists; it has more.")
 
 
 def _find(value: Any, is_wanted: Callable[[object], bool]) -> str:

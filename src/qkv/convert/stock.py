@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from qkv.convert.documents import show
+from qkv.convert.documents import count_keys, show
 from qkv.convert.errors import CheckpointError
 from qkv.convert.fields import CONFIG, OBJECT, ROTARY, check_fields
 from qkv.convert.safetensors_file import TensorSpec
@@ -24,6 +24,9 @@ NUMBER = re.compile(r"\.\d+\.")
 
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
 """What configurations call their numbers of layers."""
+
+MOST_KEYS = 100_000
+"""Of a configuration: transformers takes 50 us for each, and those of 20,000 kinds of images have 40,000."""
 
 
 class Heads(NamedTuple):
@@ -47,6 +50,8 @@ def read_config(where: str, config: Mapping[str, Any], num_tensors: int) -> Any:
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    if (keys := count_keys(config)) > MOST_KEYS:
+        raise CheckpointError(f"{where} has {keys} keys; more than {MOST_KEYS} of a configuration are not read.")
     if config["model_type"].startswith(grouped_decoders.TYPE_PREFIX):
         grouped_decoders.register()
     for key in LAYERS:
@@ -139,9 +144,11 @@ def check_tensors(where: str, config: Any, tensors: Mapping[str, TensorSpec]) ->
         asked.add(held)
         shape = tuple(parameter.shape)
         if found is None and name not in absent:
+            alike = sum(NUMBER.sub(".0.", known) == NUMBER.sub(".0.", name) for known in tensors)
             raise CheckpointError(
-                f"{where} asks for a tensor {name!r} {list(shape)} ({cls.__name__}); the checkpoint has none; "
-                "of shards, give the folder."
+                f"{where} asks for a tensor {name!r} {list(shape)} ({cls.__name__}); the checkpoint has none"
+                + (f", though {alike} for other layers" if alike else "")
+                + "; of shards, give the folder."
             )
         if found is not None and (found.shape != shape or found.is_floating != parameter.is_floating_point()):
             kind = "a floating-point dtype" if parameter.is_floating_point() else "integers"
