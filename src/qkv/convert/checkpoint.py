@@ -12,6 +12,7 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
+from qkv.convert.documents import paused_collection
 from qkv.convert.errors import CheckpointError
 from qkv.convert.family import Output
 from qkv.convert.folder import CONFIG, INDEX, PICKLES, Folder, read_folder
@@ -81,6 +82,7 @@ class CheckpointPlan(NamedTuple):
         return files
 
 
+@paused_collection()
 def plan_checkpoint(
     source: Path | str, num_kv_heads: int, *, how: Method = "mean", seed: int = 0, window: int | None = None
 ) -> CheckpointPlan:

@@ -7,7 +7,7 @@ from typing import Any
 
 from qkv.convert import stock
 from qkv.convert.description import Inspection, LayerAttention
-from qkv.convert.documents import read_document
+from qkv.convert.documents import paused_collection, read_document
 from qkv.convert.families import find_family
 from qkv.convert.family import Family
 from qkv.convert.folder import CONFIG, read_folder
@@ -15,6 +15,7 @@ from qkv.convert.gguf_inspection import inspect_gguf
 from qkv.convert.safetensors_file import TensorSpec, read_header
 
 
+@paused_collection()
 def inspect_checkpoint(path: Path | str) -> Inspection:
     """Reads a folder or file of a model, configuration and headers and no weights.
 

@@ -134,8 +134,31 @@ def make_spec(dtype: str, shape: list[int]) -> TensorSpec | str:
     return TensorSpec(dtype, tuple(shape))
 
 
-def _place(entry: Any) -> tuple[int, int, TensorSpec] | str:
-    """Start, stop and kind of a tensor, counted from the end of the header; or what is wrong with its entry."""
+def _place(entry: Any) -> tuple[int, int, TensorSpec] | None:
+    """Start, stop and kind of a tensor, counted from the end of the header; None where `_fault` is to say why not.
+
+    A header may have a million entries: each step here is a second.
+    """
+    if type(entry) is not dict or len(entry) != len(TENSOR):
+        return None
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if type(dtype) is not str or dtype not in BITS or type(shape) is not list or type(offsets) is not list:
+        return None
+    numel = 1
+    for size in shape:
+        # True is a 1 to Python. Long products take long.
+        if type(size) is not int or size < 0 or (numel := numel * size) >= MOST:
+            return None
+    if len(offsets) != 2:
+        return None
+    start, stop = offsets
+    if type(start) is not int or type(stop) is not int or start < 0 or numel * BITS[dtype] != (stop - start) * 8:
+        return None
+    return start, stop, TensorSpec(dtype, tuple(shape))
+
+
+def _fault(entry: Any) -> str:
+    """What is wrong with an entry that has no place."""
     if not isinstance(entry, dict) or entry.keys() != TENSOR.keys():
         return f"must have dtype, shape and data_offsets; its entry is {show(entry)}"
     if (fault := find_fault(entry, TENSOR)) is not None:
@@ -144,19 +167,17 @@ def _place(entry: Any) -> tuple[int, int, TensorSpec] | str:
         return f"must have two data_offsets; it has {show(offsets)}"
     if isinstance(spec := make_spec(entry["dtype"], entry["shape"]), str):
         return spec
-    start, stop = offsets
-    if spec.numel * BITS[spec.dtype] != (stop - start) * 8:
-        needed = spec.numel * BITS[spec.dtype] / 8
-        return f"is {spec!s:.200} and must take {needed:.16g} bytes; its data_offsets {offsets} leave {stop - start}"
-    return start, stop, spec
+    needed = spec.numel * BITS[spec.dtype] / 8
+    left = offsets[1] - offsets[0]
+    return f"is {spec!s:.200} and must take {needed:.16g} bytes; its data_offsets {offsets} leave {left}"
 
 
 def _places(path: Path, entries: dict[str, Any]) -> list[tuple[int, int, TensorSpec, str]]:
     """In their order in the file."""
     places = []
     for name, entry in entries.items():
-        if isinstance(place := _place(entry), str):
-            raise CheckpointError(f"{path}: tensor {show(name)}: {place}.")
+        if (place := _place(entry)) is None:
+            raise CheckpointError(f"{path}: tensor {show(name)}: {_fault(entry)}.")
         places.append((*place, name))
     return sorted(places)
 
@@ -165,7 +186,8 @@ def _checked(
     path: Path, metadata: dict[str, str], places: list[tuple[int, int, TensorSpec, str]], data: int, size: int
 ) -> Header:
     end, before = 0, ""
-    for start, stop, _, name in places:
+    tensors, starts = {}, {}
+    for start, stop, spec, name in places:
         if start != end:
             fault = "overlaps with" if start < end else "leaves a gap after"
             raise CheckpointError(
@@ -173,11 +195,11 @@ def _checked(
                 f"and should at {end}."
             )
         end, before = stop, name
+        tensors[name], starts[name] = spec, data + start
     if data + end != size:
         fault = "truncated" if data + end > size else "followed by what belongs to no tensor"
         raise CheckpointError(
             f"{path} is {fault}: it has {size} bytes, and by its header {show(before) if before else 'the header'} "
             f"ends at {data + end}. Fetch it again."
         )
-    tensors = {name: spec for _, _, spec, name in places}
-    return Header(metadata, tensors, {name: data + start for start, _, _, name in places})
+    return Header(metadata, tensors, starts)
