@@ -70,8 +70,11 @@ ANY: dict[str, Layout] = {
     for layout in (every_second, packed_last, transposed, sliced, every_second_row, tokens_first)
 }
 REPEATED: dict[str, Layout] = {
-    f"expanded {name}": lambda x, dim=dim: x.narrow(dim, 0, 1).clone().expand(x.shape)
-    for dim, name in enumerate(["batch", "heads", "length", "width"])
+    **{
+        f"expanded {name}": lambda x, dim=dim: x.narrow(dim, 0, 1).clone().expand(x.shape)
+        for dim, name in enumerate(["batch", "heads", "length", "width"])
+    },
+    "unfolded": lambda x: x.flatten(-2)[..., : sum(x.shape[-2:]) - 1].clone().unfold(-1, x.shape[-1], 1),
 }
 LAYOUTS = {**ANY, **REPEATED}
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -297,7 +297,13 @@ def _new_gradients(call: Call, wants_bias: bool, wants_alibi: bool) -> tuple[Ten
     delta = q.new_empty((batch, heads, lq), dtype=torch.float32)
     d_bias = q.new_zeros((batch, heads, lq, lk) if wants_bias else (0,), dtype=torch.float32)
     d_alibi = q.new_empty((heads,) if wants_alibi else (0,), dtype=torch.float32)
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), delta, d_bias, d_alibi
+    return new_gradient(q), new_gradient(k), new_gradient(v), delta, d_bias, d_alibi
+
+
+def new_gradient(tensor: Tensor) -> Tensor:
+    """Memory for its gradient: laid out alike, but with whole rows, which those of a tensor may lie over each other."""
+    found = torch.empty_like(tensor)
+    return found if found.stride(-1) == 1 else torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 def prepared(call: Call) -> Call:

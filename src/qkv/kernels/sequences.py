@@ -10,6 +10,7 @@ from qkv.kernels.operators import (
     Call,
     check,
     goes_past_dispatcher,
+    new_gradient,
     pack,
     prepared,
     refuse_second_derivative,
@@ -170,7 +171,7 @@ def _new_gradients(call: Sequences) -> tuple[Tensor, ...]:
     delta = call.q.new_empty((heads, tokens), dtype=torch.float32)
     count = 0 if call.alibi is None else call.lengths.shape[0]
     d_alibi = call.q.new_zeros((count, heads), dtype=torch.float32)
-    return torch.empty_like(call.q), torch.empty_like(call.k), torch.empty_like(call.v), delta, d_alibi
+    return new_gradient(call.q), new_gradient(call.k), new_gradient(call.v), delta, d_alibi
 
 
 def _as_heads(packed: Tensor) -> Tensor:
