@@ -87,6 +87,13 @@ def test_lse_of_rows_that_see_nothing_is_minus_infinity_with_zero_gradient(backe
     assert all(grad.isfinite().all() for grad in grads) and not grads[0][:, :, :2].any()
 
 
+@pytest.mark.parametrize("backend", ["sdpa", "flex", "reference"])
+def test_slopes_in_single_precision_are_multiplied_in_double_precision(backend: str) -> None:
+    q, slopes = draw(1, 2, 9, 8), torch.tensor([1 / 3, 1 / 7])
+    found = [qkv.attention(q, q, q, alibi=alibi, backend=backend) for alibi in (slopes, slopes.double())]
+    torch.testing.assert_close(*found, rtol=0, atol=1e-14)
+
+
 def test_heads_permute_with_their_outputs() -> None:
     q, k, v, order = draw(2, 6, 7, 8), draw(2, 3, 9, 8), draw(2, 3, 9, 8), torch.tensor([2, 0, 1])
     query_order = (order[:, None] * 2 + torch.arange(2)).flatten()

@@ -118,7 +118,7 @@ def lower_scores(problem: Problem) -> ScoreMod | None:
         if bias is not None:
             score = score + _at(bias, b, h, i, j)
         if alibi is not None:
-            score = score - alibi[h] * (i + offset - j).abs()
+            score = score - alibi[h].to(dtype) * (i + offset - j).abs()
         return score
 
     return score_mod
