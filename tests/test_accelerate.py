@@ -158,7 +158,7 @@ def mask_of(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | N
     if keep.dim() > 1 and keep.numel():
         keep[..., 0, :] = False
     if kind == "the lowest number":
-        keep[..., 0] = True
+        keep[..., :1] = True
     score = torch.randn(shape).to(dtype)
     return {
         "none": None,

@@ -14,12 +14,13 @@ from budget import assert_within_budget
 from cases import Case, answer
 from oracle import Rule
 from peer import compute, formula, visible
+from solver import Solver
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import qkv
 from qkv import Mask
-from qkv.backends import BACKENDS
+from qkv.backends import BACKENDS, flex
 from qkv.problem import pose
 
 NAN, INF = torch.nan, torch.inf
@@ -87,9 +88,10 @@ class Way(NamedTuple):
     """The tensors that want a gradient."""
 
     def __call__(self, case: Case, inputs: dict[str, Tensor]) -> list[Tensor]:
-        if self.wants_lse:
-            return [*qkv.attention_with_lse(**inputs, **case.options(), backend=self.backend)]
-        return [qkv.attention(**inputs, **case.options(), backend=self.backend)]
+        with Solver(flex).at_work():
+            if self.wants_lse:
+                return [*qkv.attention_with_lse(**inputs, **case.options(), backend=self.backend)]
+            return [qkv.attention(**inputs, **case.options(), backend=self.backend)]
 
 
 def ways(case: Case, dtype: torch.dtype) -> Iterator[Way]:
@@ -135,7 +137,8 @@ class Strange(NamedTuple):
 def strange_numbers(case: Case, way: Way) -> Iterator[Strange]:
     """One number in each of the tensors, and in the gradients from above: of early and of late keys and rows."""
     heads = case.heads
-    for value in (-INF,) if way.backend == "flex" else (NAN, INF, -INF):
+    # The lse shows more than the output alone, which inf reaches as -inf does.
+    for value in (-INF,) if way.backend == "flex" else (NAN, INF, -INF) if way.wants_lse else (NAN, -INF):
         for j in (0, case.lk // 2):
             yield Strange("k", (0, 0, j, 1), value)
             yield Strange("v", (0, 0, j, 1), value)

@@ -51,7 +51,7 @@ def test_compiled_to_machine_code_it_computes_the_same() -> None:
     torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), x)[0] for out in (got, want)))
 
 
-@pytest.mark.parametrize("cached", ["growing", "reserved", "sliding"])
+@pytest.mark.parametrize("cached", ["growing", "reserved", pytest.param("sliding", marks=pytest.mark.long)])
 @pytest.mark.filterwarnings("ignore")
 def test_decoding_steps_do_not_recompile(cached: str) -> None:
     window = 6 if cached == "sliding" else None
