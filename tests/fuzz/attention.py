@@ -2,7 +2,8 @@
 
     PYTHONPATH=tests python -m fuzz.attention [--forward N] [--backward N] [--seed S]
 
-A draw of the generator is one problem; each solver's answer to it is one case. Every number of a result is held to a
+A draw of the generator is one problem; each solver's answer to it, and in the forward pass each of its answers with and
+without the lse, is one case. Every number of a result is held to a
 bound of its rounding errors, and to the law of numbers that are not finite (DESIGN.md). A draw that fails is printed
 with its seed, which makes it again; seeds that have failed are kept in `SEEDS` of test_fuzz.py.
 """
@@ -455,7 +456,6 @@ def check(seed: int, *, backward: bool) -> tuple[int, list[str]]:
     torch.set_num_threads(1)
     case = draw(seed)
     want = answer(case)
-    wants_lse = seed % 3 == 0
     count, wrong = 0, []
     if backward:
         numbers = torch.Generator().manual_seed(seed + 1)
@@ -464,19 +464,21 @@ def check(seed: int, *, backward: bool) -> tuple[int, list[str]]:
             upstream[:, :, seed % upstream.shape[2]] = math.nan
         gradients = want_gradients(case, want, upstream)
     torch.set_num_threads(case.threads)
-    for solver in solvers(case, wants_lse=wants_lse and not backward, needs_grad=backward):
-        with solver.at_work() if solver.isa else nullcontext():
-            try:
-                if backward:
-                    faults = check_backward(case, gradients, run_backward(solver, case, upstream))
-                else:
-                    # torch's kernel adds weights up as rounded to 16 bits.
-                    extra = _units(case.q.dtype)[1] if solver.backend.NAME == "sdpa" else 0.0
-                    faults = check_forward(case, want, *run_forward(solver, case, wants_lse=wants_lse), extra)
-            except Exception as error:  # whatever it is, the draw must be named
-                faults = [f"{type(error).__name__}: {error}"]
-        count += 1
-        wrong += [f"{solver}{' backward' if backward else ''}: {fault}" for fault in faults]
+    for wants_lse in (False,) if backward else (False, True):
+        for solver in solvers(case, wants_lse=wants_lse, needs_grad=backward):
+            with solver.at_work() if solver.isa else nullcontext():
+                try:
+                    if backward:
+                        faults = check_backward(case, gradients, run_backward(solver, case, upstream))
+                    else:
+                        # torch's kernel adds weights up as rounded to 16 bits.
+                        extra = _units(case.q.dtype)[1] if solver.backend.NAME == "sdpa" else 0.0
+                        faults = check_forward(case, want, *run_forward(solver, case, wants_lse=wants_lse), extra)
+                except Exception as error:  # whatever it is, the draw must be named
+                    faults = [f"{type(error).__name__}: {error}"]
+            count += 1
+            way = " backward" if backward else " with lse" if wants_lse else ""
+            wrong += [f"{solver}{way}: {fault}" for fault in faults]
     return count, [f"{case}\n    {fault}" for fault in wrong]
 
 
