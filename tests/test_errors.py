@@ -114,16 +114,52 @@ ATTENTION = [
         ValueError,
         "attention: heads of width 0 have no default scale, 1 / sqrt(width); give scale.",
     ),
+    (
+        lambda: qkv.attention(Q, K, V, scale=torch.tensor(0.5, requires_grad=True)),
+        TypeError,
+        "attention: scale must be a number; got a tensor. Give q times a learned scale, and scale=1.0.",
+    ),
+    (
+        lambda: qkv.attention(Q, K, V, scale="0.5"),
+        TypeError,
+        "attention: scale must be a finite number, or None for 1 / sqrt(width); got '0.5'",
+    ),
+    (
+        lambda: qkv.attention(Q, K, V, softcap=torch.tensor([30.0])),
+        TypeError,
+        "attention: softcap must be a positive number or None; got a tensor of shape (1,)",
+    ),
+    (lambda: qkv.attention(Q, K, V, dropout=None), TypeError, "dropout must be a probability in [0, 1); got None"),
     (lambda: qkv.attention(Q, K, V, dropout=1.0), ValueError, "dropout must be a probability in [0, 1); got 1.0"),
     (lambda: qkv.attention_with_lse(Q[0], K, V), ValueError, "attention_with_lse: q, k and v must have 4 dimensions"),
     (lambda: qkv.attention_weights(Q[0], K), ValueError, "attention_weights: q, k and v must have 4 dimensions"),
     (lambda: qkv.explain(Q[0], K, V), ValueError, "explain: q, k and v must have 4 dimensions"),
+    (lambda: qkv.merge(None), TypeError, "merge: partials must be several (out, lse); got NoneType"),
+    (
+        lambda: qkv.merge(qkv.attention_with_lse(Q, K, V)),
+        TypeError,
+        "merge: partials must be several (out, lse); got Partial",
+    ),
+    (lambda: qkv.merge([Q, Q]), TypeError, "each of partials must be two tensors (out, lse); got Tensor"),
+    (lambda: qkv.merge([(Q, None)]), TypeError, "each of partials must be two tensors (out, lse); got tuple"),
     (lambda: qkv.merge([]), ValueError, "partials must hold at least one (out, lse); got none"),
     (
         lambda: qkv.merge([(Q, Q[..., 0]), (K, K[..., 0])]),
         ValueError,
         "got out (2, 3, 7, 8) with lse (2, 3, 7), beside a first out (2, 6, 5, 8)",
     ),
+]
+
+MASKS = [
+    (lambda: Mask.padding([3, 5]), TypeError, "Mask.padding: keep must be a tensor; got list"),
+    (lambda: Mask.documents([[0, 1]]), TypeError, "Mask.documents: ids must be a tensor; got list"),
+    (lambda: Mask.dense(None), TypeError, "Mask.dense: allow must be a tensor; got NoneType"),
+    (
+        lambda: Mask.causal() & BOOLEAN,
+        TypeError,
+        "Mask.band(left=None, right=0) & Tensor: both must be a qkv.Mask. Use Mask.dense(allow).",
+    ),
+    (lambda: Mask.causal() & None, TypeError, "& NoneType: both must be a qkv.Mask. Use Mask.causal(), Mask.padding"),
 ]
 
 LAYERS = [
@@ -233,6 +269,10 @@ def second_append(cache: qkv.KVCache | qkv.SlidingKVCache | qkv.CrossKVCache, k:
 
 
 CACHES = [
+    (lambda: qkv.KVCache(capacity=2.5), TypeError, "KVCache: capacity must be an int, or None to grow; got 2.5"),
+    (lambda: qkv.Int8KVCache("8"), TypeError, "Int8KVCache: capacity must be an int, or None to grow; got '8'"),
+    (lambda: qkv.SlidingKVCache(4.0), TypeError, "SlidingKVCache: window must be an int; got 4.0"),
+    (lambda: qkv.SlidingKVCache(4, None), TypeError, "SlidingKVCache: sink_tokens must be an int; got None"),
     (lambda: qkv.KVCache(capacity=0), ValueError, "capacity must be at least 1 token, or None to grow; got 0"),
     (lambda: qkv.SlidingKVCache(0), ValueError, "window must be at least 1 key, the query's own; got 0"),
     (lambda: qkv.SlidingKVCache(4, -1), ValueError, "sink_tokens must be at least 0; got -1"),
@@ -268,7 +308,7 @@ CACHES = [
 ]
 
 
-@pytest.mark.parametrize(("call", "error", "message"), [*ATTENTION, *LAYERS, *CACHES])
+@pytest.mark.parametrize(("call", "error", "message"), [*ATTENTION, *MASKS, *LAYERS, *CACHES])
 def test_wrong_calls_say_what_is_wrong(call: Callable[[], object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
         call()

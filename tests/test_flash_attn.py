@@ -522,6 +522,42 @@ def test_wrong_calls_say_what_is_wrong(call: Callable[[], Any], message: str) ->
     assert message in str(caught.value)
 
 
+WRONG_TYPES = [
+    (lambda: flash_attn_func(None, K, K), "flash_attn_func: q must be a tensor; got NoneType"),
+    (
+        lambda: flash_attn_func(Q, K, K, alibi_slopes=[1.0] * 6),
+        "flash_attn_func: alibi_slopes must be a tensor; got list",
+    ),
+    (lambda: flash_attn_func(Q, K, K, softcap=None), "flash_attn_func: softcap must be a finite number; got None"),
+    (lambda: flash_attn_func(Q, K, K, dropout_p=None), "dropout_p must be a probability in [0, 1); got None"),
+    (lambda: flash_attn_qkvpacked_func([Q, K, K]), "flash_attn_qkvpacked_func: qkv must be a tensor; got list"),
+    (lambda: flash_attn_kvpacked_func(Q, (K, K)), "flash_attn_kvpacked_func: kv must be a tensor; got tuple"),
+    (lambda: varlen(alibi_slopes=[1.0, 2.0]), "flash_attn_varlen_func: alibi_slopes must be a tensor; got list"),
+    (lambda: varlen(softcap="50"), "flash_attn_varlen_func: softcap must be a finite number; got '50'"),
+    (
+        lambda: cached(cache_seqlens=[3, 3]),
+        "cache_seqlens must be an int, or a tensor of one for each sequence; got [3, 3]",
+    ),
+    (lambda: cached(cache_seqlens=3.0), "cache_seqlens must be an int, or a tensor of one for each sequence; got 3.0"),
+    (
+        lambda: cached(k=NEW, v=NEW, cache_seqlens=0, rotary_cos=TURN, rotary_sin=0.5),
+        "flash_attn_with_kvcache: rotary_sin must be a tensor; got float",
+    ),
+]
+
+
+@pytest.mark.parametrize("call, message", WRONG_TYPES, ids=[message[:60] for _, message in WRONG_TYPES])
+def test_arguments_of_other_types_are_named(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(TypeError) as caught:
+        call()
+    assert message in str(caught.value)
+
+
+def test_a_softcap_that_is_no_number_is_not_taken_for_none() -> None:
+    with pytest.raises(ValueError, match="flash_attn_func: softcap must be a finite number; got nan"):
+        flash_attn_func(Q, K, K, softcap=float("nan"))
+
+
 WRONG_DTYPES = {
     "flash_attn_func": lambda: flash_attn_func(Q.double(), K, K),
     "flash_attn_func with slopes": lambda: flash_attn_func(Q.double(), K, K, alibi_slopes=torch.ones(2, 6)),

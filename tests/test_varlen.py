@@ -135,12 +135,16 @@ ERRORS = [
 ]
 
 
-def test_lengths_in_a_list_are_refused_by_name() -> None:
+def test_arguments_of_other_types_are_refused_by_name() -> None:
     x, starts = torch.randn(3, 2, 8), torch.tensor([0, 3])
     with pytest.raises(TypeError, match="varlen_attn: cu_seq_q must be a tensor; got list"):
         varlen_attn(x, x, x, [0, 3], starts, 3, 3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="varlen_attn: seqused_k must be a tensor; got list"):
         varlen_attn(x, x, x, starts, starts, 3, 3, seqused_k=[2])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="varlen_attn: query must be a tensor; got NoneType"):
+        varlen_attn(None, x, x, starts, starts, 3, 3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="varlen_attn: return_aux must be an AuxRequest or None; got True"):
+        varlen_attn(x, x, x, starts, starts, 3, 3, return_aux=True)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"window_size must be \(left, right\), -1 for no bound; got 3"):
         varlen_attn(x, x, x, starts, starts, 3, 3, window_size=3)  # type: ignore[arg-type]
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from qkv import kernels
+from qkv.arguments import require_int
 from qkv.growing import Growing, append_in_place, wants_grad
 from qkv.masks import Mask
 
@@ -201,8 +202,10 @@ class _GrowingCache(Cache):
 
     def __init__(self, capacity: int | None = None, parts: int = 2) -> None:
         super().__init__(parts)
+        who = type(self).__name__
+        if capacity is not None:
+            require_int(who, "capacity", capacity, ", or None to grow")
         if capacity is not None and capacity < 1:
-            who = type(self).__name__
             raise ValueError(f"{who}: capacity must be at least 1 token, or None to grow; got {capacity}.")
         self.capacity = capacity
         self._dtype: torch.dtype | None = None
@@ -393,6 +396,8 @@ class SlidingKVCache(Cache):
 
     def __init__(self, window: int, sink_tokens: int = 0) -> None:
         super().__init__()
+        require_int("SlidingKVCache", "window", window)
+        require_int("SlidingKVCache", "sink_tokens", sink_tokens)
         if window < 1:
             raise ValueError(f"SlidingKVCache: window must be at least 1 key, the query's own; got {window}.")
         if sink_tokens < 0:

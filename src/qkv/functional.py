@@ -1,6 +1,6 @@
 """`attention` and its sisters: state the problem, choose a backend, run it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import TypedDict
 
 import torch
@@ -181,7 +181,7 @@ def attention_weights(q: Tensor, k: Tensor, **options: Unpack[Options]) -> Tenso
     return restore(Result(weights, None), poison).out.to(problem.q.dtype)
 
 
-def merge(partials: Sequence[tuple[Tensor, Tensor]]) -> Partial:
+def merge(partials: Iterable[tuple[Tensor, Tensor]]) -> Partial:
     """Attention over all keys, from the results over pieces of them: ``sum_i exp(lse_i - lse) * out_i``.
 
     Args:
@@ -192,6 +192,7 @@ def merge(partials: Sequence[tuple[Tensor, Tensor]]) -> Partial:
         ``out`` in the dtype of the first piece, and the ``lse`` over all keys. Both are differentiable.
 
     Raises:
+        TypeError: for what are no pairs of tensors.
         ValueError: for no pieces, or pieces of different shapes.
 
     Example:
@@ -203,9 +204,15 @@ def merge(partials: Sequence[tuple[Tensor, Tensor]]) -> Partial:
 
     Source: FlashAttention-2, section 3.1; Flash-Decoding.
     """
+    if not isinstance(partials, Iterable) or isinstance(partials, Tensor | Partial):
+        raise TypeError(f"merge: partials must be several (out, lse); got {type(partials).__name__}.")
+    partials = list(partials)
     if not partials:
         raise ValueError("merge: partials must hold at least one (out, lse); got none.")
-    for out, lse in partials:
+    for pair in partials:
+        if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(isinstance(part, Tensor) for part in pair):
+            raise TypeError(f"merge: each of partials must be two tensors (out, lse); got {type(pair).__name__}.")
+        out, lse = pair
         if out.shape != partials[0][0].shape or lse.shape != out.shape[:3]:
             raise ValueError(
                 "merge: every out must have the same shape (B, H, Lq, Dv) and every lse be (B, H, Lq); "

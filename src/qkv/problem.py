@@ -1,11 +1,11 @@
 """`Problem`: one call of attention, validated and trimmed. The only place that validates tensors."""
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from qkv.arguments import require_finite, require_positive, require_probability
 from qkv.masks import FULL, Mask
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -135,18 +135,19 @@ def pose(
         if q.shape[3] == 0:
             raise ValueError(f"{who}: heads of width 0 have no default scale, 1 / sqrt(width); give scale.")
         scale = q.shape[3] ** -0.5
-    elif not -math.inf < scale < math.inf:
-        raise ValueError(f"{who}: scale must be a finite number, or None for 1 / sqrt(width); got {scale!r}.")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"{who}: softcap must be a positive number or None; got {softcap!r}.")
+    elif isinstance(scale, Tensor):
+        raise TypeError(f"{who}: scale must be a number; got a tensor. Give q times a learned scale, and scale=1.0.")
+    else:
+        require_finite(who, "scale", scale, ", or None for 1 / sqrt(width)")
+    if softcap is not None:
+        require_positive(who, "softcap", softcap, " or None")
     if bias is not None:
         bias = _check_bias(who, bias, q, k)
     if alibi is not None:
         _check_per_head(who, "alibi", alibi, q)
     if sink_logits is not None:
         _check_per_head(who, "sink_logits", sink_logits, q)
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"{who}: dropout must be a probability in [0, 1); got {dropout!r}.")
+    require_probability(who, "dropout", dropout)
     scores = (scale, softcap, bias, alibi, sink_logits)
     return Problem(q, k, v, k_scale, v_scale, mask, offset, *scores, dropout, wants_lse)
 

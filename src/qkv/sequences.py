@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from qkv import kernels
+from qkv.arguments import require_tensors
 from qkv.backends import native
 from qkv.functional import attend
 from qkv.masks import FULL, Mask
@@ -167,6 +168,8 @@ def pose_sequences(
         )
     if keys.k.shape[0] == 0:
         raise ValueError(f"{who}: there must be at least one page of keys; got none.")
+    if alibi is not None:
+        require_tensors(who, alibi_slopes=alibi)
     if alibi is not None and alibi.shape not in ((q.shape[1],), (count, q.shape[1])):
         raise ValueError(
             f"{who}: alibi_slopes must be ({q.shape[1]},) or ({count}, {q.shape[1]}), one a query head; "

@@ -98,6 +98,8 @@ def test_random_is_of_the_size_of_the_weight_and_repeats_by_seed():
         ((torch.zeros(8, 2), 8, 3), ValueError, "new_kv_heads must divide num_kv_heads; got 3 and 8, for which 8, 4, "),
         ((torch.zeros(8, 2), 8, 0), ValueError, "got 0 and 8"),
         ((torch.zeros(9, 2), 4, 2), ValueError, r"must hold 4 heads of equal width; got shape \(9, 2\)"),
+        ((torch.zeros(8, 2), 8, "2"), TypeError, "pool_heads: new_kv_heads must be an int; got '2'"),
+        ((torch.zeros(8, 2), True, 1), TypeError, "pool_heads: num_kv_heads must be an int; got True"),
         ((torch.zeros(8, 2, dtype=torch.int8), 4, 2), TypeError, "must be floating-point; got torch.int8"),
     ],
 )
@@ -184,3 +186,6 @@ def test_a_converted_layer_is_given_every_option_that_layers_have():
 def test_a_layer_of_another_kind_is_refused():
     with pytest.raises(TypeError, match=r"must be a qkv\.Attention; got MultiheadAttention\. Of an nn\.Multihead"):
         convert_layer(torch.nn.MultiheadAttention(32, 4), 2)
+    for number in ("2", True, None, 2.0):
+        with pytest.raises(TypeError, match="convert_layer: num_kv_heads must be an int; got"):
+            convert_layer(qkv.MultiHeadAttention(32, 4), number, how="aligned")

@@ -110,6 +110,11 @@ def test_what_cannot_be_converted_from_torch_says_so(module: nn.MultiheadAttenti
         qkv.Attention.from_torch(module)
 
 
+def test_only_modules_of_torch_are_converted() -> None:
+    with pytest.raises(TypeError, match=r"from_torch: module must be an nn\.MultiheadAttention; got Linear"):
+        qkv.MultiHeadAttention.from_torch(nn.Linear(24, 24))  # type: ignore[arg-type]
+
+
 def test_fewer_kv_heads_than_the_module_has_are_refused() -> None:
     with pytest.raises(ValueError, match="each of its 4 heads, MultiQueryAttention for 1"):
         qkv.MultiQueryAttention.from_torch(nn.MultiheadAttention(24, 4))

@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from qkv.arguments import require_int
 from qkv.convert.alignment import KeyFreedom, Projections, align_heads
 from qkv.convert.layout import Layout
 from qkv.convert.stock import Heads
@@ -39,6 +40,7 @@ def convert_layer(
         2
     """
     state, query_heads = state_of(check_layer("convert_layer", layer)), torch.arange(layer.num_heads)
+    require_int("convert_layer", "num_kv_heads", num_kv_heads)
     if how == "aligned":
         how = "mean"
         if num_kv_heads != layer.num_kv_heads:

@@ -5,6 +5,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from qkv.arguments import require_int
+
 How = Literal["mean", "first", "random"]
 Method = Literal["mean", "first", "random", "aligned"]
 """Of layers and models; one tensor alone cannot be aligned."""
@@ -44,6 +46,8 @@ def pool_heads(weight: Tensor, num_kv_heads: int, new_kv_heads: int, *, how: How
     """
     if not weight.dtype.is_floating_point:
         raise TypeError(f"pool_heads: weight must be floating-point; got {weight.dtype}.")
+    require_int("pool_heads", "num_kv_heads", num_kv_heads)
+    require_int("pool_heads", "new_kv_heads", new_kv_heads)
     if new_kv_heads < 1 or num_kv_heads < 1 or num_kv_heads % new_kv_heads:
         raise ValueError(
             f"pool_heads: new_kv_heads must divide num_kv_heads; got {new_kv_heads} and {num_kv_heads}, "

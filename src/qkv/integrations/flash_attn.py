@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qkv.arguments import require_finite, require_int, require_probability, require_tensors
 from qkv.functional import attend
 from qkv.integrations.varlen import (
     band,
@@ -98,6 +99,7 @@ def flash_attn_qkvpacked_func(
         >>> flash_attn_qkvpacked_func(torch.randn(1, 5, 3, 2, 8), causal=True).shape
         torch.Size([1, 5, 2, 8])
     """
+    require_tensors("flash_attn_qkvpacked_func", qkv=qkv)
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise ValueError(
             f"flash_attn_qkvpacked_func: qkv must be (batch, length, 3, heads, width); got shape {tuple(qkv.shape)}."
@@ -127,6 +129,7 @@ def flash_attn_kvpacked_func(
         >>> flash_attn_kvpacked_func(torch.randn(1, 3, 4, 8), torch.randn(1, 5, 2, 2, 8)).shape
         torch.Size([1, 3, 4, 8])
     """
+    require_tensors("flash_attn_kvpacked_func", kv=kv)
     if kv.dim() != 5 or kv.shape[2] != 2:
         raise ValueError(
             f"flash_attn_kvpacked_func: kv must be (batch, length, 2, heads, width); got shape {tuple(kv.shape)}."
@@ -187,8 +190,8 @@ def flash_attn_varlen_func(
     who = "flash_attn_varlen_func"
     require_layout(who, PACKED, q=q)
     require_keys(who, PACKED if block_table is None else PAGES, k=k, v=v)
-    _require_no_pattern(who, return_attn_probs, dropout_p)
     options = _options(who, softmax_scale, causal, window_size, softcap, dropout_p)
+    _require_no_pattern(who, return_attn_probs, dropout_p)
     require_starts(who, "cu_seqlens_q", cu_seqlens_q, q.shape[0])
     require_starts(who, "cu_seqlens_k", cu_seqlens_k, k.shape[0] if block_table is None else None)
     if block_table is None:
@@ -276,6 +279,8 @@ def flash_attn_with_kvcache(
         require_counts(who, "cache_seqlens", cache_seqlens, batch)
         held = cache_seqlens.tolist()
     else:
+        if cache_seqlens is not None:
+            require_int(who, "cache_seqlens", cache_seqlens, ", or a tensor of one for each sequence")
         held = [capacity if cache_seqlens is None else cache_seqlens] * batch
     stops = [length + new for length in held]
     if not all(new <= stop <= capacity for stop in stops):
@@ -325,8 +330,10 @@ def _attend_dense(
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """`flash_attn_func` under the name of the caller."""
     require_layout(who, DENSE, q=q, k=k, v=v)
-    _require_no_pattern(who, return_attn_probs, dropout_p)
     options = _options(who, softmax_scale, causal, window_size, softcap, dropout_p)
+    _require_no_pattern(who, return_attn_probs, dropout_p)
+    if alibi_slopes is not None:
+        require_tensors(who, alibi_slopes=alibi_slopes)
     if alibi_slopes is None or alibi_slopes.shape == (q.shape[2],):
         transposed = (x.transpose(1, 2) for x in (q, k, v))
         out, lse = attend(who, *transposed, offset=k.shape[1] - q.shape[1], alibi=alibi_slopes, **options)
@@ -348,6 +355,8 @@ def _options(
     dropout_p: float = 0.0,
 ) -> dict[str, Any]:
     """What all functions share, as keywords of `qkv.attention`."""
+    require_finite(who, "softcap", softcap)
+    require_probability(who, "dropout_p", dropout_p)
     return {
         "mask": band(who, window_size, causal),
         "scale": softmax_scale,
@@ -404,6 +413,7 @@ def _rows(who: str, cache_batch_idx: Tensor | None, batch: int, cache: Tensor) -
 
 def _rotate(who: str, x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """Rotates ``x (B, L, heads, D)`` by the rows ``positions (B, L)`` of tables ``(positions, rotary_dim / 2)``."""
+    require_tensors(who, rotary_cos=cos, rotary_sin=sin)
     if cos.dim() != 2 or cos.shape != sin.shape or 2 * cos.shape[1] > x.shape[3]:
         raise ValueError(
             f"{who}: rotary_cos and rotary_sin must be (positions, rotary_dim / 2), with rotary_dim at most "

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qkv.arguments import require_tensors
 from qkv.masks import Mask
 from qkv.sequences import Keys, pose_sequences
 
@@ -74,6 +75,8 @@ def varlen_attn(
     lse is documented as ``(Tq, H)`` there, and returned as ``(H, Tq)``.)
     """
     who = "varlen_attn"
+    if return_aux is not None and not hasattr(return_aux, "lse"):
+        raise TypeError(f"{who}: return_aux must be an AuxRequest or None; got {return_aux!r}.")
     require_layout(who, "(Tq, H, D)", query=query)
     require_keys(who, "(Tk, Hkv, D)" if block_table is None else "(pages, page_size, Hkv, D)", key=key, value=value)
     if not enable_gqa and query.shape[1] != key.shape[-2]:
@@ -137,14 +140,15 @@ def require_counts(who: str, name: str, counts: Tensor, batch: int) -> None:
 
 
 def _require_integers(who: str, name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{who}: {name} must be a tensor; got {type(value).__name__}.")
+    require_tensors(who, **{name: value})
+    assert isinstance(value, Tensor)
     if value.dtype.is_floating_point or value.dtype.is_complex or value.dtype is torch.bool:
         raise ValueError(f"{who}: {name} must be integers; got {value.dtype}.")
 
 
 def require_layout(who: str, layout: str, **tensors: Tensor) -> None:
-    """Raises ValueError unless each tensor has the dimensions that ``layout``, as ``(T, H, D)``, names."""
+    """Raises unless each is a tensor and has the dimensions that ``layout``, as ``(T, H, D)``, names."""
+    require_tensors(who, **tensors)
     for name, tensor in tensors.items():
         if tensor.dim() != layout.count(",") + 1:
             raise ValueError(f"{who}: {name} must be {layout}; got shape {tuple(tensor.shape)}.")

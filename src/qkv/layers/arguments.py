@@ -1,7 +1,6 @@
 """What the layers take: each argument is checked once, when a layer is built, before anything is made of it."""
 
 import math
-from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -10,21 +9,6 @@ from torch import Tensor, nn
 from qkv.backends import BACKENDS
 from qkv.layers.constants import Numbers
 from qkv.masks import Mask
-
-
-def require_count(who: str, name: str, value: object, least: int = 1) -> None:
-    """Raises unless it is an int of at least ``least``."""
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise TypeError(f"{who}: {name} must be an int; got {value!r}.")
-    if value < least:
-        raise ValueError(f"{who}: {name} must be at least {least}; got {value}.")
-
-
-def require_flag(who: str, name: str, value: object) -> None:
-    """Raises unless it is True or False."""
-    if not isinstance(value, bool):
-        got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-        raise TypeError(f"{who}: {name} must be True or False; got {got}.")
 
 
 def require_mask(who: str, mask: object) -> Mask:
@@ -44,27 +28,6 @@ def require_rotary(who: str, rotary: object, head_dim: int) -> None:
         )
     if rotary.head_dim != head_dim:
         raise ValueError(f"{who}: rotary must be for head_dim={head_dim}; got {rotary.head_dim}.")
-
-
-def require_finite(who: str, name: str, value: object, otherwise: str = "") -> None:
-    """Raises unless it is a finite number."""
-    _require_number(who, name, value, f"a finite number{otherwise}")
-    if not math.isfinite(value):  # type: ignore[arg-type]
-        raise ValueError(f"{who}: {name} must be a finite number{otherwise}; got {value!r}.")
-
-
-def require_positive(who: str, name: str, value: object, otherwise: str = "") -> None:
-    """Raises unless it is a positive, finite number."""
-    _require_number(who, name, value, f"a positive number{otherwise}")
-    if not 0 < value < math.inf:  # type: ignore[operator]
-        raise ValueError(f"{who}: {name} must be a positive number{otherwise}; got {value!r}.")
-
-
-def require_probability(who: str, name: str, value: object) -> None:
-    """Raises unless it is a number in [0, 1)."""
-    _require_number(who, name, value, "a probability in [0, 1)")
-    if not 0.0 <= value < 1.0:  # type: ignore[operator]
-        raise ValueError(f"{who}: {name} must be a probability in [0, 1); got {value!r}.")
 
 
 def require_backend(who: str, backend: object) -> None:
@@ -137,8 +100,3 @@ def vector(who: str, name: str, value: Any, count: int, what: str) -> Numbers:
     if not all(map(math.isfinite, found)):
         raise ValueError(f"{who}: {name} must be finite; got {found}.")
     return Numbers(found, dtype)
-
-
-def _require_number(who: str, name: str, value: object, what: str) -> None:
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"{who}: {name} must be {what}; got {value!r}.")

@@ -10,17 +10,13 @@ from torch import Tensor, nn
 from typing_extensions import ParamSpec, Self
 
 from qkv import functional
+from qkv.arguments import require_count, require_finite, require_flag, require_positive, require_probability
 from qkv.cache import Cache, CrossKVCache, Int8Keys, Keys, Owner
 from qkv.layers import torch_mha
 from qkv.layers.arguments import (
     require_backend,
-    require_count,
-    require_finite,
-    require_flag,
     require_like_weights,
     require_mask,
-    require_positive,
-    require_probability,
     require_rotary,
     vector,
     wrong_input,

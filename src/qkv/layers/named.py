@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from qkv.layers.arguments import require_flag, require_mask
+from qkv.arguments import require_flag
+from qkv.layers.arguments import require_mask
 from qkv.layers.attention import Attention
 from qkv.masks import FULL, Mask
 

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from qkv.layers.arguments import require_count, require_finite, require_flag, require_positive, vector
+from qkv.arguments import require_count, require_finite, require_flag, require_positive
+from qkv.layers.arguments import vector
 from qkv.layers.constants import Numbers, constant
 
 

@@ -41,6 +41,8 @@ def options(module: nn.MultiheadAttention) -> dict[str, Any]:
     Raises:
         ValueError: for what no layer here can express.
     """
+    if not isinstance(module, nn.MultiheadAttention):
+        raise TypeError(f"from_torch: module must be an nn.MultiheadAttention; got {type(module).__name__}.")
     if module.kdim != module.vdim:
         raise ValueError(
             f"from_torch: kdim and vdim must be equal, keys and values come from one context; "
