@@ -52,6 +52,20 @@ def test_pinned_wheel_arrives_without_its_dependencies(wheel, folder):
     assert folder in downloaded.parents
 
 
+def test_folders_that_pip_removes_meanwhile_are_passed_over(folder, monkeypatch):
+    (folder / "gone").mkdir()
+    (folder / "wheel.whl").write_bytes(b"12345")
+    listed = os.scandir
+
+    def scandir(path):
+        if os.fspath(path).endswith("gone"):
+            raise FileNotFoundError(path)
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert subject._largest_file(folder) == 5
+
+
 def test_wheel_with_another_hash_is_refused_with_both_hashes(wheel, folder):
     with pytest.raises(CommandError) as caught:
         download_wheel("tiny-model", "3.1", "a" * 64, folder, lambda done: None)

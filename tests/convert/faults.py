@@ -9,6 +9,7 @@ pass.
 import contextlib
 import io
 import json
+import math
 import random
 import shutil
 import signal
@@ -101,8 +102,8 @@ def move(header: dict[str, Any], tensor: str, draw: random.Random) -> None:
 
 def exchange(header: dict[str, Any], tensor: str, draw: random.Random) -> None:
     """Two tensors of different sizes."""
-    others = [n for n in header if n != "__metadata__" and header[n]["shape"] != header[tensor]["shape"]]
-    other = draw.choice(others)
+    sizes = {n: math.prod(entry["shape"]) for n, entry in header.items() if n != "__metadata__"}
+    other = draw.choice([n for n, size in sizes.items() if size != sizes[tensor]])
     header[tensor]["data_offsets"], header[other]["data_offsets"] = (
         header[other]["data_offsets"],
         header[tensor]["data_offsets"],

@@ -74,10 +74,10 @@ def _process(command: list[str], environment: dict[str, str]) -> Iterator["subpr
 def _largest_file(folder: Path) -> int:
     """Pip writes the wheel under a name of its own, beside small files."""
     largest = 0
-    for path in folder.rglob("*"):
-        # pip may have moved the file since it was listed.
-        with suppress(FileNotFoundError):
-            largest = max(largest, path.stat().st_size)
+    for parent, _, names in os.walk(folder):  # which passes over folders that pip has removed meanwhile
+        for name in names:
+            with suppress(FileNotFoundError):  # so are files
+                largest = max(largest, (Path(parent) / name).stat().st_size)
     return largest
 
 
