@@ -16,7 +16,7 @@ def _threads() -> object:
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-@pytest.mark.parametrize("seed", [*SEEDS, *range(1000, 1060)])
+@pytest.mark.parametrize("seed", [*SEEDS, *range(1000, 1020)])
 def test_a_random_call_is_right_on_every_backend(seed: int, backward: bool) -> None:
     _, wrong = attention.check(seed, backward=backward)
     assert not wrong, "\n".join(wrong)

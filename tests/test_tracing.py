@@ -82,7 +82,6 @@ TRACERS: dict[str, Tracer] = {
 SLOW = ("compile, dynamic", "export, strict", "make_fx, fake", "make_fx, symbolic", "onnx")
 """They take seconds on models and on a layer of many masks. On a small layer all take part in `make test`."""
 
-each_tracer = pytest.mark.parametrize("tracer", TRACERS)
 each_tracer_in_time = pytest.mark.parametrize(
     "tracer", [pytest.param(name, marks=pytest.mark.long if name in SLOW else ()) for name in TRACERS]
 )
@@ -169,8 +168,14 @@ def test_a_traced_layer_heeds_masks_that_hid_nothing(backend: str, tracer: str, 
     close(program(x, KEEP, LENGTHS, IDS, ALLOW), want)
 
 
-@each_tracer
-@pytest.mark.parametrize("backend", ["auto", "sdpa"])
+@pytest.mark.parametrize(
+    ("backend", "tracer"),
+    [
+        pytest.param(backend, tracer, marks=pytest.mark.long if (backend, tracer in SLOW) == ("sdpa", True) else ())
+        for backend in ("auto", "sdpa")
+        for tracer in TRACERS
+    ],
+)
 def test_a_traced_layer_hides_nan_though_its_example_was_finite(backend: str, tracer: str, tmp_path: Path) -> None:
     class Padded(Layer):
         def forward(self, x: Tensor, keep: Tensor) -> Tensor:  # type: ignore[override]
