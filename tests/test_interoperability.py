@@ -137,13 +137,28 @@ def test_forward_mode_derivatives_are_right_or_refused_and_never_dropped() -> No
             out = qkv.attention(forward_ad.make_dual(q, torch.ones_like(q)), q, q, backend=backend)
             return forward_ad.unpack_dual(out).tangent
 
-    found = slope("reference")
     want = (qkv.attention(q + step, q, q) - qkv.attention(q - step, q, q)) / 2e-3
-    torch.testing.assert_close(found, want, rtol=1e-2, atol=1e-3)
+    for backend in ("reference", "auto"):
+        torch.testing.assert_close(slope(backend), want, rtol=1e-2, atol=1e-3)
     with pytest.raises(qkv.BackendError, match="no forward-mode derivatives"):
         slope("native")
     with pytest.raises(NotImplementedError):  # torch's own kernel
-        slope("auto")
+        slope("sdpa")
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's own making
+def test_forward_mode_of_functions_and_what_torch_makes_of_it() -> None:
+    layer, x = LAYERS["causal"]().eval().double(), torch.randn(1, 3, 24, dtype=torch.float64)
+    reverse = torch.func.jacrev(layer)(x)
+    torch.testing.assert_close(torch.func.jacfwd(layer)(x), reverse)
+    _, found = torch.func.jvp(layer, (x,), (torch.ones_like(x),))
+    torch.testing.assert_close(found, reverse.sum(dim=(3, 4, 5)))
+
+    def slopes(x: Tensor) -> Tensor:
+        return torch.func.grad(lambda x: layer(x).square().sum())(x)
+
+    hessian, step = torch.func.hessian(lambda x: layer(x).square().sum())(x).flatten(3).sum(3), 1e-6
+    torch.testing.assert_close(hessian, (slopes(x + step) - slopes(x - step)) / (2 * step), rtol=1e-6, atol=1e-6)
 
 
 @each_layer

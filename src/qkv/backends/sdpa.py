@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from qkv.backends import blocks, flex
 from qkv.backends.nonfinite import restore, shield
@@ -39,6 +40,8 @@ def why_not(problem: Problem) -> list[str]:
 
 
 def why_rather_not(problem: Problem) -> list[str]:
+    if forward_ad._current_level >= 0:
+        return ["torch's fused kernels have no forward-mode derivatives"]
     if torch._C._are_functorch_transforms_active() and any(map(_is_batched, (problem.q, problem.k, problem.v))):
         return ["torch.vmap has no rule for the fused kernels and would run them one by one"]
     if problem.q.is_cuda and _written_out(problem) > LARGEST_WRITTEN_OUT and not flex.why_not(problem):
