@@ -56,6 +56,15 @@ SHAPES = [
     replace(SMALL, name="one query", lq=1),
     replace(MASKS[3], name="one query, window", lq=1, offset=8),
     replace(MASKS[5], name="one query, padding", lq=1),
+    replace(MASKS[2], name="one blind query, sinks", lq=1, offset=-1, sinks=True),
+    replace(
+        SMALL,
+        name="rows beyond a window, sinks",
+        mask=lambda: Mask.causal(3),
+        rule=lambda: Rule(left=2, right=0),
+        lk=4,
+        sinks=True,
+    ),
     replace(LONG, name="chunk", mask=Mask.causal, rule=lambda: Rule(right=0), lq=70, lk=150, offset=80),
     replace(LONG, name="blocks", mask=lambda: Mask.causal(6), rule=lambda: Rule(left=5, right=0), lq=300, lk=300),
 ]

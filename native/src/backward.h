@@ -165,6 +165,10 @@ class Recount {
         for (int r = 0; r < t.count; ++r) {
             if (!concerned(r)) continue;
             const float top = state.top[r];
+            if (top == -INF) {  // sees no key
+                found[t.place(p, r)] = {0, INF};
+                continue;
+            }
             const Total total(p, t, r, top, state.sum[r]);
             const float beyond = total.top - (plain_scores(p) ? top * p.scale : top);  // of a sink logit
             found[t.place(p, r)] = {top, std::log2(total.sum) + beyond * LOG2E};
@@ -172,7 +176,7 @@ class Recount {
     }
 
     struct Row {
-        float base, shift;  // as `Origin` has them
+        float base, shift;  // as `Origin` has them; a shift of inf: no weights
     };
 
     // What was found of a row, if it was counted.
@@ -274,7 +278,9 @@ struct Chunk {
             const int64_t place = t.place(p, r);
             const float lse = p.lse[place];
             rows.delta[r] = g.delta[place];
-            rows.apart[r] = !std::isfinite(lse) || !std::isfinite(rows.delta[r]);
+            // A row that sees no key has the lse of its sink, whatever it holds.
+            const bool is_blind = p.sink_logits && lse == p.sink_logits[t.head[r]];
+            rows.apart[r] = is_blind || !std::isfinite(lse) || !std::isfinite(rows.delta[r]);
             rows.any_apart |= rows.apart[r];
             rows.base[r] = 0;
             if (lse == -INF || ((rows.apart[r] || !finite) && is_idle(p, g, t, r))) {
