@@ -1,7 +1,11 @@
 """`qkv inspect` on folders, files and, without a network, the hub."""
 
+import io
 import json
+import os
 import re
+import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +19,25 @@ from qkv.convert import safetensors_file
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     return models.save(tmp_path_factory.mktemp("llama"), "llama", shards="60KB", dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_name_that_the_terminal_cannot_show(tmp_path, llama, monkeypatch, encoding):
+    """Names are bytes, and need not be text at all."""
+    shown = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", shown)
+    folder = tmp_path / os.fsdecode(b"l\xffama-\xc3\xbc")
+    shutil.copytree(llama, folder)
+    assert main(["inspect", str(folder)]) == 0
+    letter = "\xfc" if encoding == "utf-8" else r"\xfc"
+    assert rf"l\udcffama-{letter} (llama)" in shown.buffer.getvalue().decode(encoding)
+
+
+@pytest.mark.parametrize("command", [["inspect"], ["convert", "x", "--kv-heads", "1"]])
+def test_home_of_nobody(capsys, command):
+    assert main([command[0], "~nobody-of-that-name/model", *command[1:]]) == 1
+    shown = capsys.readouterr().err
+    assert "~nobody-of-that-name/model" in shown and "Traceback" not in shown
 
 
 def run(capsys, *arguments):

@@ -209,6 +209,7 @@ def test_failed_download_is_passed_on(registry, place, said):
         ({"XDG_CACHE_HOME": "relative", "HOME": "/home/ada"}, "/home/ada/.cache/qkv"),
         ({"HOME": "/home/ada"}, "/home/ada/.cache/qkv"),
         ({"QKV_CACHE": "~/models", "HOME": "/home/ada"}, "/home/ada/models"),
+        ({"QKV_CACHE": "~nobody-of-that-name"}, Path.cwd() / "~nobody-of-that-name"),
     ],
 )
 def test_where_the_cache_folder_is(monkeypatch, environment, folder):

@@ -1,6 +1,7 @@
 """What `qkv_command` runs. The library imports nothing of it, and what the commands need is imported when they run."""
 
 import importlib.util
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ EXTRAS = ("typer", "rich", "transformers", "gguf", "accelerate")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line, ``sys.argv`` by default, and returns its exit code: 0, 1 for errors, 2 for wrong usage."""
+    _print_everything()
     try:
         _check_extras()
         code = _run(arguments)
@@ -38,6 +40,12 @@ def _run(arguments: Sequence[str] | None) -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     return 0
+
+
+def _print_everything() -> None:
+    """Names of files are bytes, and a terminal may know few letters: what it cannot show is written as its code."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _drop_output() -> None:

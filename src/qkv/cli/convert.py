@@ -17,7 +17,7 @@ from qkv.cli.errors import CommandError
 from qkv.cli.inspect import describe, kv_bytes
 from qkv.cli.kv_cache_size import readable_bytes
 from qkv.cli.language_model import load, quiet
-from qkv.cli.model_source import gguf_source
+from qkv.cli.model_source import at_home, gguf_source
 from qkv.cli.options import count
 from qkv.cli.progress import Progress
 from qkv.convert import CheckpointError, CheckpointPlan, Inspection, plan_checkpoint, write_checkpoint
@@ -76,8 +76,8 @@ def convert(
     """
     progress, console = Progress(), Console(file=sys.stdout)
     try:
-        source = model.expanduser()
-        place = find_place(out.expanduser(), source, overwrite)
+        source = at_home(model)
+        place = find_place(at_home(out), source, overwrite)
         with tempfile.TemporaryDirectory(prefix="qkv-unpacked-") as temporary:
             if source.is_file():
                 source = unpack(source, Path(temporary), progress)

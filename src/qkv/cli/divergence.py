@@ -9,7 +9,7 @@ from torch import Tensor
 from qkv.cli.errors import CommandError
 from qkv.cli.kv_cache_size import readable_bytes
 from qkv.cli.language_model import load, quiet
-from qkv.cli.model_source import ModelSource
+from qkv.cli.model_source import ModelSource, at_home
 from qkv.cli.progress import Progress
 from qkv.convert.divergence import compare, predict
 from qkv.convert.encoder_decoder import ENCODER_DECODERS
@@ -121,7 +121,7 @@ def _predict(folder: Path, dtype: torch.dtype, sample: Sample, progress: Progres
 def _read(file: Path) -> Sample:
     """The beginning of a text."""
     try:
-        with file.expanduser().open(encoding="utf-8") as opened:
+        with at_home(file).open(encoding="utf-8") as opened:
             return Sample(str(file), opened.read(MOST_CHARACTERS))
     except OSError as error:
         raise CommandError(f"--text: {file} cannot be read: {error.strerror}.") from error

@@ -16,7 +16,7 @@ import qkv
 from qkv.cli.errors import CommandError
 from qkv.cli.kv_cache_size import LayerShape, cache_bytes, readable_bytes
 from qkv.cli.language_model import quiet
-from qkv.cli.model_source import require_hub_name
+from qkv.cli.model_source import at_home, require_hub_name
 from qkv.cli.options import count
 from qkv.convert import CheckpointError, Inspection, inspect_checkpoint
 from qkv.convert.description import LayerAttention
@@ -95,7 +95,7 @@ def kv_bytes(found: Inspection, length: int, batch: int, bytes_per_number: int) 
 
 
 def _inspect(model: str) -> Inspection:
-    path = Path(model).expanduser()
+    path = at_home(Path(model))
     if path.exists():
         return inspect_checkpoint(path)
     require_hub_name(model)

