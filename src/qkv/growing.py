@@ -1,6 +1,8 @@
 """`Growing`: a tensor of tokens with room behind it, so that appending copies what is new alone."""
 
-from collections.abc import Sequence
+import io
+from collections.abc import Callable, Sequence
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
@@ -196,6 +198,28 @@ def alone(tokens: Tensor | None) -> Tensor | None:
             "copy.copy, which shares the graph, or fill the cache under torch.no_grad()."
         )
     return tokens.clone(memory_format=torch.contiguous_format)
+
+
+def send_by_value(kind: type) -> None:
+    """Has processes be handed objects of this class as bytes.
+
+    `torch.multiprocessing` sends a tensor as the name of its memory, which ends with it: here with a copy that was made
+    for the pickle alone, before a spawned process has opened it.
+    """
+    ForkingPickler.register(kind, _by_value)
+
+
+def _by_value(thing: Any) -> tuple[Callable[[bytes], Any], tuple[bytes]]:
+    buffer = io.BytesIO()
+    torch.save(thing, buffer)
+    return _from_bytes, (buffer.getvalue(),)
+
+
+def _from_bytes(numbers: bytes) -> Any:
+    return torch.load(io.BytesIO(numbers), weights_only=False)  # of a pickle, as trusted as the rest of it
+
+
+send_by_value(Growing)
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:

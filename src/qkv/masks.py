@@ -1,10 +1,12 @@
-"""`Mask`: which keys a query may see. The vocabulary of the library; imports nothing of ours."""
+"""`Mask`: which keys a query may see. The vocabulary of the library."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from qkv.arguments import require_tensors
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -114,7 +116,7 @@ class Mask:
             keep: boolean ``(B, Lk)``, True where the key is real; or integer ``(B,)``, the number of real keys of a
                 row padded on the right.
         """
-        _require_tensor("Mask.padding", "keep", keep)
+        require_tensors("Mask.padding", keep=keep)
         if keep.dtype == torch.bool and keep.dim() == 2:
             return Mask(keep=keep)
         if not keep.dtype.is_floating_point and keep.dtype != torch.bool and keep.dim() == 1:
@@ -132,7 +134,7 @@ class Mask:
             ids: integer ``(B, L)``, the document of each position. Keys take ``ids[b, j]`` and queries
                 ``ids[b, i + offset]``, so that L is the number of keys.
         """
-        _require_tensor("Mask.documents", "ids", ids)
+        require_tensors("Mask.documents", ids=ids)
         if ids.dtype.is_floating_point or ids.dtype == torch.bool or ids.dim() != 2:
             raise ValueError(
                 f"Mask.documents: ids must be integers of shape (B, L); got {ids.dtype} of shape {tuple(ids.shape)}."
@@ -146,7 +148,7 @@ class Mask:
         Args:
             allow: boolean, broadcastable to ``(B, H, Lq, Lk)``, True where the query may see the key.
         """
-        _require_tensor("Mask.dense", "allow", allow)
+        require_tensors("Mask.dense", allow=allow)
         if allow.dtype != torch.bool or not 2 <= allow.dim() <= 4:
             raise ValueError(
                 "Mask.dense: allow must be boolean with 2 to 4 dimensions, broadcastable to (B, H, Lq, Lk), True where "
@@ -340,11 +342,6 @@ def _require_count(who: str, name: str, value: object, least: int, why: str) -> 
         raise TypeError(f"{who}: {name} must be an int ({why}); got {value!r}.")
     if value < least:
         raise ValueError(f"{who}: {name} must be at least {least} ({why}); got {value}.")
-
-
-def _require_tensor(who: str, name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{who}: {name} must be a tensor; got {type(value).__name__}.")
 
 
 def _holds(condition: bool) -> bool:

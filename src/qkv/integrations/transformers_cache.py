@@ -16,7 +16,7 @@ from transformers.cache_utils import (
 from typing_extensions import Self
 
 from qkv.cache import Int8Keys, Int8KVCache
-from qkv.growing import Growing, alone, append_in_place, wants_grad
+from qkv.growing import Growing, alone, append_in_place, send_by_value, wants_grad
 from qkv.integrations.lazy_tensor import Int8Tensor
 
 
@@ -310,6 +310,8 @@ def _replaced(layer: CacheLayerMixin, growing: type[DynamicLayer]) -> CacheLayer
 
 
 torch.serialization.add_safe_globals([QKVCache, GrowingLayer, SlidingLayer, Int8Layer])
+for _kind in (GrowingLayer, SlidingLayer, Int8Layer):
+    send_by_value(_kind)
 
 
 def _length(held: Tensor | None) -> int:

@@ -1,0 +1,72 @@
+"""Caches in other processes: each way of starting one holds what was held, and goes on alone."""
+
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from typing import Any
+
+import pytest
+import torch
+
+import qkv
+
+transformers = pytest.importorskip("transformers")
+
+from qkv.integrations.transformers_cache import QKVCache, SlidingLayer  # noqa: E402
+
+GROWN = 5
+
+
+def tokens(start: int, count: int) -> torch.Tensor:
+    return torch.arange(start, start + count).float()[None, None, :, None].expand(2, 3, -1, 4) / 64
+
+
+def caches() -> dict[str, Any]:
+    """Each kind of cache, with tokens 0 to 4."""
+    ours = [qkv.KVCache(), qkv.Int8KVCache(), qkv.SlidingKVCache(4), qkv.CrossKVCache()]
+    for cache in ours:
+        cache.append(tokens(0, GROWN), tokens(0, GROWN))
+    config = transformers.LlamaConfig(num_hidden_layers=1)
+    whole = [QKVCache(config), QKVCache(config, dtype=torch.int8)]
+    for cache in whole:
+        cache.update(tokens(0, GROWN), tokens(0, GROWN), 0)
+    layer = SlidingLayer(4)
+    layer.update(tokens(0, GROWN), tokens(0, GROWN))
+    names = ["growing", "int8", "sliding", "cross", "transformers", "transformers in int8", "transformers' window"]
+    return dict(zip(names, [*ours, *whole, layer], strict=True))
+
+
+def last_keys(cache: Any, start: int) -> list[float]:
+    """One number of each key held, with the token ``start`` appended."""
+    new = tokens(start, 1), tokens(start, 1)
+    if isinstance(cache, qkv.CrossKVCache):
+        return [round(x * 64) for x in cache.keys().k[0, 0, :, 0].tolist()]
+    if isinstance(cache, qkv.KVCache | qkv.Int8KVCache | qkv.SlidingKVCache):
+        keys = cache.append(*new)
+        k = keys.k.float() * keys.k_scale[..., None] if isinstance(cache, qkv.Int8KVCache) else keys.k
+    else:
+        k = cache.update(*new, 0)[0].clone()
+    return [round(x * 64) for x in k[0, 0, :, 0].tolist()]
+
+
+@torch.no_grad()
+def answer(held: dict[str, Any], results: Connection) -> None:
+    """What another process does: it appends to each cache, and sends the caches back."""
+    results.send({name: last_keys(cache, GROWN) for name, cache in held.items()})
+    results.close()
+
+
+@pytest.mark.parametrize("method", ["spawn", pytest.param("forkserver", marks=pytest.mark.long)])
+@torch.no_grad()
+def test_a_started_process_goes_on_with_the_caches_that_it_is_handed(method: str) -> None:
+    context, held = get_context(method), caches()
+    mine, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=answer, args=(held, theirs))
+    process.start()
+    theirs.close()
+    got = mine.recv()
+    process.join()
+    assert process.exitcode == 0
+    assert got == {name: last_keys(cache, GROWN) for name, cache in caches().items()}
+    assert got["growing"] == [0, 1, 2, 3, 4, 5]
+    # What was handed over is as it was.
+    assert got == {name: last_keys(cache, GROWN) for name, cache in held.items()}
