@@ -32,6 +32,23 @@ def test_sums_are_as_exact_as_those_of_torch(lq: int, lk: int, width: int, scale
     assert_within_budget(qkv.attention(q, k, v, scale=scale, backend="native"), want, peer, f"{lq, lk, width}")
 
 
+@pytest.mark.parametrize("lq", [1, 3, 16, 64])
+@pytest.mark.parametrize(("lk", "width"), [(64, 64), (64, 256), (8, 256)], ids=str)
+def test_with_scores_that_are_not_scaled_errors_are_in_the_mean_at_most_twice_those_of_torch(
+    lq: int, lk: int, width: int
+) -> None:
+    # One score has nearly all of a row's weight: its rounding is the error, in one draw ten times that of another.
+    draws = 300
+    generator = torch.Generator().manual_seed(lq * lk + width)
+    q, k, v = (torch.randn(1, draws, length, width, generator=generator) for length in (lq, lk, lk))
+    want = scaled_dot_product_attention(q.double(), k.double(), v.double(), scale=1.0)
+    with sdpa_kernel(SDPBackend.MATH):
+        peer = scaled_dot_product_attention(q, k, v, scale=1.0)
+    got = qkv.attention(q, k, v, scale=1.0, backend="native")
+    mine, theirs = ((out.double() - want).abs().amax((0, 2, 3)).mean().item() for out in (got, peer))
+    assert mine <= 2 * theirs, f"{mine:.3g} exceeds 2 x {theirs:.3g}"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [1e3, 1e4, 3e4, 65504.0])
 @pytest.mark.parametrize("lq", [1, 5, 40, 70])
