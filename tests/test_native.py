@@ -255,7 +255,7 @@ def test_compiled_and_exported_programs_hold_the_operators() -> None:
 def test_too_little_memory_for_the_sums_is_an_error_and_not_the_end_of_the_process() -> None:
     code = """
 import resource, torch, qkv
-q, k = torch.randn(1, 8, 65536, 64, dtype=torch.bfloat16, requires_grad=True), torch.randn(1, 1, 16, 64).bfloat16()
+q, k = torch.randn(1, 8, 65536, 64, dtype=torch.bfloat16, requires_grad=True), torch.randn(1, 1, 304, 64).bfloat16()
 out = qkv.attention(q, k, k, backend="native")
 upstream = torch.ones_like(out)
 torch.autograd.grad(out, q, upstream, retain_graph=True)
@@ -268,7 +268,7 @@ except MemoryError as error:
 """
     done = run(code)
     assert done.stdout.strip() == (
-        "qkv's kernel: there is not enough memory for its sums over q (1, 8, 65536, 64) and k (1, 1, 16, 64); "
+        "qkv's kernel: there is not enough memory for its sums over q (1, 8, 65536, 64) and k (1, 1, 304, 64); "
         "give fewer batches or heads at once."
     ), done.stderr
 

@@ -420,8 +420,11 @@ static void run_backward(const Problem& p, const Gradients& g) {
     Turns turns(p, outline);
     const int64_t heads = p.batch * p.kv_heads, tiles = turns.tiles, room = p.width * ROWS;
     const Recount recount(p);
-    const std::unique_ptr<float[]> sums(new float[heads * tiles * room]);
-    prefer_huge_pages(sums.get(), heads * tiles * room * (int64_t)sizeof(float));
+    // Of the gradients of queries that several chunks add to.
+    const int64_t all = turns.chunks > 1 ? heads * tiles * room : 0;
+    const std::unique_ptr<float[]> sums(new float[all]);
+    prefer_huge_pages(sums.get(), all * (int64_t)sizeof(float));
+    const std::vector<float> zeros(room);
     float scales[ROWS];
     std::fill(scales, scales + ROWS, p.scale);
     std::vector<double> d_alibi(g.d_alibi ? turns.chunks * heads * group(p) : 0);
@@ -429,9 +432,7 @@ static void run_backward(const Problem& p, const Gradients& g) {
         const Tile t(p, outline, item / tiles / p.kv_heads, item / tiles % p.kv_heads, item % tiles);
         find_delta(p, g, t);
         if (turns.has_any(t)) return recount.count(Kind(), t);
-        float* const sum = &sums[item * room];
-        std::fill(sum, sum + room, 0.0f);
-        write_rows(p, t, g.dq, p.width, sum, scales);
+        write_rows(p, t, g.dq, p.width, zeros.data(), scales);
     });
     const auto add_chunk = [&](int64_t item) {
         const int64_t index = item / heads, batch = item % heads / p.kv_heads, kv_head = item % heads % p.kv_heads;
@@ -443,8 +444,12 @@ static void run_backward(const Problem& p, const Gradients& g) {
             if (!turns.has(batch, tile, index)) continue;
             const Tile t(p, outline, batch, kv_head, tile);
             chunk.pass(t);
-            float* const sum = &sums[(item % heads * tiles + tile) * room];
             const float* const dq = chunk.room.dq;
+            if (turns.is_first(t, index) && turns.is_last(t, index)) {
+                write_rows(p, t, g.dq, p.width, dq, scales);
+                continue;
+            }
+            float* const sum = &sums[(item % heads * tiles + tile) * room];
             turns.wait(p, t, index);
             if (turns.is_first(t, index))
                 std::copy(dq, dq + p.width * t.lanes(), sum);
