@@ -90,9 +90,13 @@ static inline bool are_strange(const Tile& t, const Segment& s, const float* sco
     constexpr int ABREAST = 4;  // a single sum would wait for itself
     const int64_t lanes = t.lanes();
     const float* const corner = scores + s.begin * lanes + s.first * LANES;
+    const int keys = s.end - s.begin;
     vec zero[ABREAST] = {};  // stay so, unless a number is not finite
-    for (int j = 0; j < s.end - s.begin; ++j) zero[j % ABREAST] += 0.0f * load(corner + j * lanes);
-    for (int n = 1; n < s.last - s.first; ++n) zero[n % ABREAST] += 0.0f * load(corner + n * LANES);
+    int j = 0;
+    for (; j + ABREAST <= keys; j += ABREAST)
+        for (int i = 0; i < ABREAST; ++i) zero[i] += 0.0f * load(corner + (j + i) * lanes);
+    for (; j < keys; ++j) zero[0] += 0.0f * load(corner + j * lanes);
+    for (int n = 1; n < s.last - s.first; ++n) zero[1] += 0.0f * load(corner + n * LANES);
     return any((zero[0] + zero[1]) + (zero[2] + zero[3]) != 0.0f);
 }
 

@@ -73,6 +73,15 @@ struct Strides {
     int64_t a, b, c;
 };
 
+// Goes through the rows of C. Compilers, left to themselves, keep 24 addresses, in vector registers and on the stack.
+template <int ROWS, class Work>
+static inline void for_rows(float* c, int64_t stride, Work work) {
+    for (int m = 0; m < ROWS; ++m, c += stride) {
+        asm volatile("" : "+r"(c));
+        work(m, c);
+    }
+}
+
 template <class Kind, Along ALONG, int ROWS, int VECS, bool ADD>
 static inline void micro(int64_t steps, const typename Kind::Element* a, const float* b, float* c, Strides s,
                          bool apart) {
@@ -85,9 +94,11 @@ static inline void micro(int64_t steps, const typename Kind::Element* a, const f
     for (int64_t k = 0, end; k < steps; k = end) {
         const bool first = k == 0;
         end = ADD ? steps : std::min(k + Kind::CHAIN, steps);
-        vec acc[ROWS][VECS];
-        for (int m = 0; m < ROWS; ++m)
-            for (int n = 0; n < VECS; ++n) acc[m][n] = goes_on ? load(c + m * s.c + n * LANES) : vec{};
+        vec acc[ROWS][VECS] = {};
+        if (goes_on)
+            for_rows<ROWS>(c, s.c, [&](int m, const float* at) {
+                for (int n = 0; n < VECS; ++n) acc[m][n] = load(at + n * LANES);
+            });
         for (; k < end; ++k) {
             if (ALONG == Along::m) prefetch((const char*)(a + (k + BLOCK) * s.a), 1);
             vec row[VECS];
@@ -106,10 +117,12 @@ static inline void micro(int64_t steps, const typename Kind::Element* a, const f
             }
         }
         if (ADD ? apart : !first)
-            for (int m = 0; m < ROWS; ++m)
-                for (int n = 0; n < VECS; ++n) acc[m][n] = load(c + m * s.c + n * LANES) + acc[m][n];
-        for (int m = 0; m < ROWS; ++m)
-            for (int n = 0; n < VECS; ++n) store(c + m * s.c + n * LANES, acc[m][n]);
+            for_rows<ROWS>(c, s.c, [&](int m, const float* at) {
+                for (int n = 0; n < VECS; ++n) acc[m][n] = load(at + n * LANES) + acc[m][n];
+            });
+        for_rows<ROWS>(c, s.c, [&](int m, float* at) {
+            for (int n = 0; n < VECS; ++n) store(at + n * LANES, acc[m][n]);
+        });
     }
 }
 
