@@ -75,6 +75,7 @@ MUTANTS = [
     Mutant("sink forgotten in the normaliser (kernel)", f"{NATIVE}/state.h", "this->sum = sum * share + std::exp2((sink - base) * LOG2E);", "this->sum = sum * share;", KERNEL),
     Mutant("a few queries begin with the weights of the block", f"{NATIVE}/turned.h", "weights + Format<Kind>::steps(s.begin) * LANES", "weights", KERNEL),
     Mutant("hidden NaN leaks in decoding", f"{NATIVE}/few.h", "write(p.dtype, clean, d, 0.0f);", "", KERNEL),
+    Mutant("copies of caches sent to processes by the name of their memory", "growing.py", "\nsend_by_value(Growing)\n", "\n", ("test_cache_processes.py",)),
     Mutant("delta dropped", f"{NATIVE}/backward.h", "weight * (d_weight - load(rows.delta + n * LANES))", "weight * d_weight", KERNEL),
     Mutant("a score of -inf taken for hidden (kernel)", f"{NATIVE}/scores.h", "return x + 0.0f * x;", "return x;", ("test_native_cpp.py",)),
     Mutant("large scores begin at their rounded maximum", f"{NATIVE}/scores.h", "constexpr float LARGE = 256;", "constexpr float LARGE = 1e37f;", ("test_native_numbers.py",)),
