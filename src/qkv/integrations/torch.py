@@ -92,8 +92,9 @@ def accelerate(model: Any = None, *, enabled: bool = True) -> Any:
     for ``nn.DataParallel``, which look for its own ``forward``.
 
     Args:
-        model: a module, changed in place: the ``forward`` of its modules is wrapped. Copies and pickles stay
-            accelerated; a module added later is not.
+        model: a module, changed in place: the ``forward`` of its modules is wrapped. Deep copies and pickles stay
+            accelerated; a module added later is not. (A ``copy.copy`` runs the ``forward`` of its original, as with
+            whatever else sets a ``forward``.)
         enabled: False takes an earlier ``accelerate(model)`` back.
 
     Returns:
