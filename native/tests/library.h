@@ -1,7 +1,7 @@
 // The library's face, as a program that links it declares it.
 #pragma once
 
-#include "../src/sequences.h"
+#include "abi/sequences.h"
 
 extern "C" {
 const char* qkv_isa();

@@ -7,7 +7,7 @@
 #include <limits>
 #include <vector>
 
-#include "../src/problem.h"
+#include "abi/problem.h"
 
 namespace qkv {
 

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "../src/problem.h"
+#include "abi/problem.h"
 
 namespace qkv {
 

@@ -1,5 +1,5 @@
 // New keys and values written into the memory of a cache, through tensors as Python hands them out.
-#include "../src/python.h"
+#include "abi/python_tensor.h"
 #include "call.h"
 #include "library.h"
 

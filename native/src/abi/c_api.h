@@ -1,0 +1,17 @@
+// The library's face: plain C, so that any Python can load it.
+#pragma once
+
+#include "abi/problem.h"
+
+#define QKV_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace qkv {
+
+enum Status { DONE = 0, OUT_OF_MEMORY = 1, OTHER = 2 };
+
+}  // namespace qkv
+
+// Both return 0, or 1 where memory does not suffice: then results are not written, or in part.
+QKV_EXPORT int qkv_forward(const void* problem);
+QKV_EXPORT int qkv_backward(const void* problem, const void* gradients);
+QKV_EXPORT void qkv_quantize(const void* quantization);

@@ -1,0 +1,76 @@
+// The shortest way from tensors of Python to the kernel, for calls of q, k, v, an interval and padding.
+#include <initializer_list>
+
+#include "abi/python_tensor.h"
+
+namespace qkv {
+namespace {
+
+// The tensors of a call, in the order in which Python gives them.
+struct Call {
+    dlpack::Tensor q, k, v, out, k_scale, v_scale, keep, lengths;
+
+    // Whether all could be looked at.
+    bool look(const Interpreter& python, void* const* objects) {
+        for (dlpack::Tensor* tensor : {&q, &k, &v, &out, &k_scale, &v_scale, &keep, &lengths})
+            if (!python.look(*objects++, *tensor)) return false;
+        return true;
+    }
+};
+
+bool scales_of(const dlpack::Tensor& tensor, const Problem& p, Scales& scales) {
+    return scales_of(tensor, p.batch, p.kv_heads, scales) && tensor.shape[2] == p.lk;
+}
+
+// Fills in what a mask says of each key of a batch, or of each batch.
+template <class Number>
+bool rows_of(const dlpack::Tensor& tensor, const Problem& p, const Number*& rows, int64_t& batch) {
+    if (tensor.shape[0] != 1 && tensor.shape[0] != p.batch) return false;
+    rows = (const Number*)data_of(tensor);
+    batch = tensor.shape[0] == 1 ? 0 : tensor.strides[0];
+    return tensor.dimensions == 1 || (tensor.shape[1] == p.lk && tensor.strides[1] == 1);
+}
+
+// Whether the tensors state a problem; if so, it is filled in.
+bool pose(const Call& call, Problem& p) {
+    const dlpack::Tensor &q = call.q, &k = call.k, &v = call.v, &out = call.out;
+    if (!holds_heads(q) || !holds_heads(k) || !holds_heads(v) || !holds_heads(out)) return false;
+    Dtype of_v;
+    if (!dtype_of(q, p.dtype) || !dtype_of(k, p.kv_dtype) || !dtype_of(v, of_v)) return false;
+    const bool scaled = p.kv_dtype == Dtype::i8;
+    if (of_v != p.kv_dtype || p.dtype == Dtype::i8 || (!scaled && p.kv_dtype != p.dtype)) return false;
+    p.batch = q.shape[0], p.heads = q.shape[1], p.lq = q.shape[2], p.width = q.shape[3];
+    p.kv_heads = k.shape[1], p.lk = k.shape[2], p.value_width = v.shape[3];
+    if (k.shape[0] != p.batch || v.shape[0] != p.batch || v.shape[1] != p.kv_heads || v.shape[2] != p.lk) return false;
+    if (k.shape[3] != p.width || p.heads % p.kv_heads != 0) return false;
+    if (scaled != is_given(call.k_scale) || scaled != is_given(call.v_scale)) return false;
+    if (scaled && !(scales_of(call.k_scale, p, p.k_scale) && scales_of(call.v_scale, p, p.v_scale))) return false;
+    if (is_given(call.keep))
+        if (!is(call.keep, dlpack::BOOL, 8, 2) || !rows_of(call.keep, p, p.keep, p.keep_batch)) return false;
+    if (is_given(call.lengths))
+        if (!is(call.lengths, dlpack::INT, 64, 1) || !rows_of(call.lengths, p, p.lengths, p.lengths_batch))
+            return false;
+    return view_of(q, p.q) && view_of(k, p.k) && view_of(v, p.v) && view_of(out, p.out);
+}
+
+}  // namespace
+}  // namespace qkv
+
+QKV_EXPORT int qkv_interpreter_size() { return (int)sizeof(qkv::Interpreter); }
+
+// Attention of tensors, which Python owns and holds the lock of. `out` has the shape and dtype of the result; those
+// behind it may be None. Returns as qkv_forward; or 2, and has done nothing, where the tensors are of another kind or
+// do not fit together.
+QKV_EXPORT int qkv_plain(const void* interpreter, void* q, void* k, void* v, void* out, void* k_scale, void* v_scale,
+                         void* keep, void* lengths, int64_t offset, int64_t left, int64_t right, int64_t sink_tokens,
+                         float scale, int threads) {
+    const auto& python = *(const qkv::Interpreter*)interpreter;
+    void* const objects[] = {q, k, v, out, k_scale, v_scale, keep, lengths};
+    qkv::Call call;
+    qkv::Problem p = {};
+    if (!call.look(python, objects) || !qkv::pose(call, p)) return qkv::OTHER;
+    p.offset = offset, p.left = left, p.right = right, p.sink_tokens = sink_tokens;
+    p.scale = scale;
+    p.threads = threads;
+    return python.unlocked([&] { return qkv_forward(&p); });
+}

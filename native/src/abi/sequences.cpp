@@ -1,0 +1,212 @@
+// Attention of several sequences in one call, each a problem of its own with the bits that it has alone.
+//
+// A thread takes whole sequences. One that is much of all work is shared by the threads instead, as any problem is.
+#include "abi/sequences.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "abi/c_api.h"
+#include "runtime/huge_pages.h"
+#include "runtime/parallel.h"
+
+namespace qkv {
+namespace {
+
+constexpr int64_t LARGEST_POSITION = (int64_t)1 << 30;  // the kernel counts in 32 bits
+
+class Packed {
+   public:
+    Packed(const void* problem, const void* sequences) {
+        std::memcpy(&p, problem, sizeof p);
+        std::memcpy(&s, sequences, sizeof s);
+    }
+
+    // Whether the queries, keys and pages of all lie where tensors are.
+    bool fits() const {
+        if (s.count < 1 || s.starts[0] != 0 || s.starts[s.count] != p.lq) return false;
+        for (int64_t n = 0; n < s.count; ++n)
+            if (s.starts[n] > s.starts[n + 1] || !fits(n)) return false;
+        return true;
+    }
+
+    bool has_pages() const { return s.tables; }
+
+    // Calls work(problem, n) for each sequence n, where work returns a `Status`. Returns the worst.
+    template <class Work>
+    int for_each(Work work) const {
+        double total = 0;
+        for (int64_t n = 0; n < s.count; ++n) total += cost(n);
+        std::atomic<int> worst{DONE};
+        const auto run = [&](int64_t n, int threads) {
+            if (queries(n) == 0 && s.lengths[n] == 0) return;
+            const int status = work(alone(n, threads), n);
+            if (status != DONE) worst = status;
+        };
+        const auto is_much = [&](int64_t n) { return p.threads > 1 && 2 * p.threads * cost(n) > total; };
+        for (int64_t n = 0; n < s.count; ++n)
+            if (is_much(n)) run(n, p.threads);
+        parallel_for(s.count, p.threads, [&](int64_t n) {
+            if (!is_much(n)) run(n, 1);
+        });
+        return worst;
+    }
+
+    // Numbers (heads, all queries), and the same with those of a sequence next to each other, as its problem has them.
+    void gather(int64_t n, const float* from, float* to) const {
+        for (int64_t h = 0; h < p.heads; ++h)
+            std::copy_n(from + h * p.lq + s.starts[n], queries(n), to + h * queries(n));
+    }
+    void scatter(int64_t n, const float* from, float* to) const {
+        for (int64_t h = 0; h < p.heads; ++h)
+            std::copy_n(from + h * queries(n), queries(n), to + h * p.lq + s.starts[n]);
+    }
+
+    // Memory for such numbers, of all sequences; null where there is none.
+    std::unique_ptr<float[]> numbers() const {
+        return std::unique_ptr<float[]>(new (std::nothrow) float[std::max<int64_t>(1, p.heads * p.lq)]);
+    }
+
+    // Where those of a sequence are in it.
+    float* of(int64_t n, const std::unique_ptr<float[]>& numbers) const {
+        return numbers ? numbers.get() + p.heads * s.starts[n] : nullptr;
+    }
+
+    // So many numbers of all sequences will be.
+    void expect_writing(const View& view, int64_t numbers) const {
+        prefer_huge_pages(view.data, numbers * size_of(p.dtype));
+    }
+
+    // The rows of a sequence.
+    View at_queries(View view, int64_t n) const { return shifted(view, 0, s.starts[n]); }
+    View at_keys(View view, int64_t n) const { return shifted(view, 0, s.firsts[n]); }
+
+    Problem p;
+    Sequences s;
+
+   private:
+    int64_t queries(int64_t n) const { return s.starts[n + 1] - s.starts[n]; }
+
+    const int64_t* table(int64_t n) const {
+        static const int64_t FIRST = 0;
+        return s.tables ? s.tables + n * s.entries : &FIRST;
+    }
+
+    // Entries of the table of a sequence that hold keys of it.
+    int64_t first_entry(int64_t n) const { return s.firsts[n] / s.page_size; }
+    int64_t end_entry(int64_t n) const {
+        return s.lengths[n] == 0 ? first_entry(n) : (s.firsts[n] + s.lengths[n] - 1) / s.page_size + 1;
+    }
+
+    bool fits(int64_t n) const {
+        const int64_t first = s.firsts[n], length = s.lengths[n];
+        if (first < 0 || length < 0 || length > LARGEST_POSITION) return false;
+        if (length == 0) return true;
+        if (first > (s.tables ? s.entries : 1) * s.page_size - length) return false;
+        for (int64_t i = first_entry(n); i < end_entry(n); ++i)
+            if (table(n)[i] < 0 || table(n)[i] >= s.pages) return false;
+        return true;
+    }
+
+    // About how long a sequence takes: scores, and what each key and each query costs beside them.
+    double cost(int64_t n) const {
+        constexpr int64_t BESIDE = 8;
+        const int64_t lq = queries(n);
+        const int64_t seen =
+            std::min(s.lengths[n], lq + std::min(p.left, LARGEST_POSITION) + std::min(p.right, LARGEST_POSITION));
+        return (double)(lq + BESIDE) * (double)(seen + BESIDE);
+    }
+
+    View shifted(View view, int64_t batch, int64_t row) const {
+        view.data = row_of(p.dtype, view, batch, 0, row);
+        return view;
+    }
+
+    Problem alone(int64_t n, int threads) const {
+        Problem one = p;
+        one.batch = 1;
+        one.threads = threads;
+        one.lq = queries(n);
+        one.lk = s.lengths[n];
+        one.offset = one.lk - one.lq;
+        one.q = at_queries(p.q, n);
+        one.out = at_queries(p.out, n);
+        if (p.alibi) one.alibi = p.alibi + n * s.alibi;
+        // Sequences are to drop different weights.
+        one.seed = p.seed + (uint64_t)n * 0x9e3779b97f4a7c15u;
+        if (one.lk == 0) return one;
+        if (is_straight(n)) {
+            const int64_t page = table(n)[first_entry(n)], row = s.firsts[n] % s.page_size;
+            one.k = shifted(p.k, page, row);
+            one.v = shifted(p.v, page, row);
+        } else {
+            one.pages = {table(n), s.page_size, s.firsts[n]};
+        }
+        return one;
+    }
+
+    // Whether its keys and values lie as they would without pages: in one, or in some that follow each other.
+    bool is_straight(int64_t n) const {
+        const int64_t first = first_entry(n), end = end_entry(n);
+        if (end - first > 1 && !(p.k.batch == s.page_size * p.k.row && p.v.batch == s.page_size * p.v.row))
+            return false;
+        for (int64_t i = first + 1; i < end; ++i)
+            if (table(n)[i] != table(n)[i - 1] + 1) return false;
+        return true;
+    }
+};
+
+}  // namespace
+}  // namespace qkv
+
+QKV_EXPORT int qkv_sequences_size() { return (int)sizeof(qkv::Sequences); }
+
+// Takes a Problem and its Sequences. Returns as qkv_forward; or 2, and has done nothing, where they do not lie in their
+// tensors.
+QKV_EXPORT int qkv_forward_sequences(const void* problem, const void* sequences) {
+    const qkv::Packed packed(problem, sequences);
+    if (!packed.fits()) return qkv::OTHER;
+    const auto lse = packed.p.lse ? packed.numbers() : nullptr;
+    if (packed.p.lse && !lse) return qkv::OUT_OF_MEMORY;
+    packed.expect_writing(packed.p.out, packed.p.lq * packed.p.heads * packed.p.value_width);
+    return packed.for_each([&](qkv::Problem one, int64_t n) {
+        one.lse = packed.of(n, lse);
+        const int status = qkv_forward(&one);
+        if (lse) packed.scatter(n, one.lse, packed.p.lse);
+        return status;
+    });
+}
+
+// Takes also the Gradients, of which d_alibi is (count, heads), and returns as qkv_forward_sequences. Keys lie in one
+// page. Gradients of keys outside of all sequences are not written.
+QKV_EXPORT int qkv_backward_sequences(const void* problem, const void* sequences, const void* gradients) {
+    const qkv::Packed packed(problem, sequences);
+    if (packed.has_pages() || !packed.fits()) return qkv::OTHER;
+    qkv::Gradients all;
+    std::memcpy(&all, gradients, sizeof all);
+    const auto lse = packed.numbers(), delta = packed.numbers(), d_lse = all.d_lse ? packed.numbers() : nullptr;
+    if (!lse || !delta || (all.d_lse && !d_lse)) return qkv::OUT_OF_MEMORY;
+    const int64_t keys = packed.s.page_size * packed.p.kv_heads;
+    packed.expect_writing(all.dq, packed.p.lq * packed.p.heads * packed.p.width);
+    packed.expect_writing(all.dk, keys * packed.p.width);
+    packed.expect_writing(all.dv, keys * packed.p.value_width);
+    return packed.for_each([&](qkv::Problem one, int64_t n) {
+        qkv::Gradients g = all;
+        one.lse = packed.of(n, lse);
+        packed.gather(n, packed.p.lse, one.lse);
+        if (d_lse) packed.gather(n, all.d_lse, packed.of(n, d_lse));
+        g.d_lse = packed.of(n, d_lse);
+        g.delta = packed.of(n, delta);
+        g.d_out = packed.at_queries(all.d_out, n);
+        g.dq = packed.at_queries(all.dq, n);
+        g.dk = packed.at_keys(all.dk, n);
+        g.dv = packed.at_keys(all.dv, n);
+        if (all.d_alibi) g.d_alibi = all.d_alibi + n * packed.p.heads;
+        const int status = qkv_backward(&one, &g);
+        packed.scatter(n, g.delta, all.delta);
+        return status;
+    });
+}

@@ -1,0 +1,290 @@
+// Attention forward for the rows of a single query, as in decoding: one to eight heads that share their keys and
+// values, or sixteen where tiles multiply them.
+//
+// A handful of rows would fill a handful of sixteen lanes. Here lanes lie along the width in both products, or tiles
+// multiply, and lanes lie along keys and rows in between; every key and value is read once, in the order of memory, for
+// all rows: the speed is that of memory.
+#pragma once
+
+#include "attention/decode_amx.h"
+#include "attention/prefill.h"
+
+namespace qkv {
+namespace QKV_ISA {
+
+// `State` of a few rows: rows of out lie as `Products` sums them.
+struct FewState {
+    static constexpr bool EXACT = false;
+
+    float *top, *sum, *out;
+
+    FewState(float* memory, const Tile&) : top(memory), sum(memory + LANES), out(memory + 2 * LANES) {}
+
+    static int64_t floats(const Problem& p) { return 2 * LANES + rows_of_head(p) * pitch_of(p.value_width); }
+
+    void clear(const Problem& p, const Tile& t) const {
+        std::fill(top, top + LANES, -INF);
+        std::fill(sum, sum + LANES, 0.0f);
+        std::fill(out, out + numbers(p, t), 0.0f);
+    }
+
+    static int64_t numbers(const Problem& p, const Tile& t) { return t.count * pitch_of(p.value_width); }
+
+    float& at(const Problem& p, const Tile&, int r, int64_t d) const { return out[r * pitch_of(p.value_width) + d]; }
+
+    void scale(const Problem& p, const Tile& t, int, vec factor) const {
+        const int64_t pitch = pitch_of(p.value_width);
+        for (int r = 0; r < t.count; ++r)
+            for (int64_t here = r * pitch; here < (r + 1) * pitch; here += LANES)
+                store(out + here, load(out + here) * factor[r]);
+    }
+
+    void join(const Problem& p, const Tile& t, int, vec factor, const FewState& other, vec other_factor) const {
+        const int64_t pitch = pitch_of(p.value_width);
+        for (int r = 0; r < t.count; ++r)
+            for (int64_t here = r * pitch; here < (r + 1) * pitch; here += LANES)
+                store(out + here, load(out + here) * factor[r] + load(other.out + here) * other_factor[r]);
+    }
+};
+
+// Memory for a few rows.
+struct FewRoom {
+    float *queries, *steps, *scores, *values, *state, *total;
+
+    FewRoom(const Problem& p, Placer& place) {
+        queries = place(few_rows(p) * pitch_of(p.width));
+        steps = place(few_rows(p));
+        scores = place(few_rows(p) * BLOCK);
+        values = place(BLOCK * p.value_width);
+        state = place(FewState::floats(p));
+        total = place(FewState::floats(p));
+    }
+};
+
+// Lane i stands for key first + i / ROWS and row i % ROWS; lanes without a row follow the last one.
+template <int COUNT, int ROWS>
+struct Spread {
+    const Problem& p;
+    const Tile& t;
+
+    static int row(int lane) { return std::min(lane % ROWS, COUNT - 1); }
+
+    template <class Value>
+    static vec each(Value value) {
+        vec x;
+        for (int i = 0; i < LANES; ++i) x[i] = value(i);
+        return x;
+    }
+
+    vec of(const Matrix& m, int64_t first) const {
+        return each([&](int i) {
+            const int64_t key = std::min(first + i / ROWS, p.lk - 1), head = t.head[row(i)];
+            return read(m.dtype, m.data, t.batch * m.batch + head * m.head + key * m.column);
+        });
+    }
+
+    struct Repeated {
+        static constexpr int at(int i) { return i / ROWS; }
+    };
+
+    // The scale of each key.
+    vec of(const Scales& scales, int64_t first) const {
+        const float* const at = scales.data + t.batch * scales.batch + t.kv_head * scales.head + first;
+        const vec each = load_part(Dtype::f32, at, p.lk - first);
+        return shuffle(each, each, Repeated());
+    }
+
+    // Scores from products.
+    vec transform(int64_t first, vec x) const {
+        x = x * p.scale;
+        if (p.softcap != 0) x = p.softcap * tanh(x / p.softcap);
+        if (p.bias.data) x = x + bounded(of(p.bias, first));
+        if (p.alibi) {
+            const int64_t position = t.position[0];
+            x = x - each([&](int i) { return t.slope[row(i)] * (float)std::abs(position - (first + i / ROWS)); });
+        }
+        return x;
+    }
+
+    bool may_see(int64_t key) const { return QKV_ISA::may_see(p, t, 0, key); }
+
+    // -inf for keys that are hidden, or do not exist.
+    vec hide(int64_t first, int64_t end, vec x) const {
+        x = each([&](int i) { return first + i / ROWS < end && may_see(first + i / ROWS) ? 0.0f : -INF; }) == 0.0f
+                ? x
+                : set1(-INF);
+        return p.allow.data ? (of(p.allow, first) != 0.0f ? x : set1(-INF)) : x;
+    }
+};
+
+// `without_poison` for a few rows: leaves the values of a block in room.values.
+template <class Products, int COUNT, int ROWS>
+static void without_poison_few(const Problem& p, const Tile& t, const Block& b, const char* values, const FewRoom& room,
+                               const FewState& state) {
+    const Spread<COUNT, ROWS> spread{p, t};
+    const int64_t item = size_of(p.dtype), pitch = pitch_of(p.value_width);
+    for (int j = 0; j < b.size; ++j) {
+        const char* const row = values + j * p.v.row * item;
+        char* const clean = (char*)room.values + j * p.value_width * item;
+        std::memcpy(clean, row, p.value_width * item);
+        const vec seen = spread.hide(b.first + j, b.first + b.size, vec{});
+        for (int64_t d = 0; d < p.value_width; ++d) {
+            const float x = read(p.dtype, row, d);
+            if (std::isfinite(x)) continue;
+            write(p.dtype, clean, d, 0.0f);
+            for (int r = 0; r < COUNT; ++r)
+                if (seen[r] == 0) state.out[r * pitch + Products::column(d)] += room.scores[j * ROWS + r] * x;
+        }
+    }
+}
+
+// Folds the keys [begin, end) into a state that was empty. COUNT is the number of rows, ROWS the next power of two.
+template <class Products, int COUNT, int ROWS>
+static void fold_few(const Problem& p, const Tile& t, const Dropout& dropout, int64_t begin, int64_t end,
+                     const FewRoom& room, const FewState& state) {
+    typedef Spread<COUNT, ROWS> Spread;
+    constexpr int KEYS = LANES / ROWS;                           // keys of a vector
+    constexpr int ABREAST = COUNT == 1 ? 1 : std::min(KEYS, 2);  // keys read side by side: more would slow memory down
+    const Spread spread{p, t};
+    const bool plain = plain_scores(p);
+    const float factor = exponent_factor(p);
+    const int64_t item = size_of(p.kv_dtype), key_stride = p.k.row * item;
+    const bool scaled = p.k_scale.data;
+    const vec steps = Spread::each([&](int i) { return room.steps[Spread::row(i)]; });
+    vec top = set1(-INF), sum = {};
+    [[maybe_unused]] vec sums[LANES] = {};  // lanes without a row stay 0
+    state.clear(p, t);
+    for (int64_t first = begin; first < end; first += BLOCK) {
+        const Block b(p, t, first, end, Single::GRAIN);
+        if (b.count == 0) continue;
+        // What lies before a window is not read.
+        const int from = first < p.sink_tokens ? 0 : (int)std::max<int64_t>(0, t.begin - first) / LANES * LANES;
+        float* const scores = room.scores + from * ROWS;
+        const char* const keys = row_of(p.kv_dtype, p.k, t.batch, t.kv_head, first);
+        const char* values = row_of(p.kv_dtype, p.v, t.batch, t.kv_head, first);
+        int64_t value_stride = p.v.row * item;
+        vec peak = set1(-INF);
+        typename Products::template Ahead<ROWS> ahead(p, t, first);
+        const int vecs = (b.size - from + KEYS - 1) / KEYS;
+        if constexpr (Products::ON_TILES)
+            Products::score(keys + from * key_stride, key_stride, b.size - from, p.width, room.queries,
+                            room.scores + from * LANES, ahead);
+        ahead.peaks(vecs);
+        for (int j = from; j < b.size; j += KEYS) {
+            vec x;
+            if constexpr (Products::ON_TILES) {
+                x = Products::template spread<ROWS>(room.scores, j);
+            } else {
+                for (int i = 0; i < KEYS; i += ABREAST) {
+                    if (j + i >= b.size) break;
+                    const char* const key = keys + (j + i) * key_stride;
+                    const Soon soon = {values + (j + i) * value_stride, value_stride};
+                    if (j + i + ABREAST <= b.size)
+                        Products::template score<COUNT, ROWS, ABREAST>(key, key_stride, p.width, room.queries,
+                                                                       sums + i * ROWS, soon);
+                    else
+                        Products::template score<COUNT, ROWS, 1>(key, key_stride, p.width, room.queries,
+                                                                 sums + i * ROWS, soon);
+                }
+                x = sum_each(sums);
+            }
+            ahead.step();
+            if (scaled) x = x * (spread.of(p.k_scale, first + j) * steps);
+            x = finite_or_nan(x);
+            if (!plain) x = spread.transform(first + j, x);
+            if (b.edge || j + KEYS > b.size) x = spread.hide(first + j, first + b.size, x);
+            peak = max(x, peak);
+            store(room.scores + j * ROWS, x);
+        }
+        const Rise rise(p, top, largest<ROWS>(peak));
+        if (any(rise.rows)) {
+            top = rise.top;
+            sum = sum * rise.shrink;
+            state.scale(p, t, 0, rise.shrink);
+        }
+        ahead.weights(vecs);
+        for (int j = from; j < b.size; j += KEYS) {
+            ahead.step();
+            const vec score = load(room.scores + j * ROWS);
+            vec weight = exp2(exponents(rise.origin.fused, score, factor, rise.origin));
+            sum = sum + weight;
+            if (p.dropout > 0) weight = weight * dropout.factors_of(first + j, ROWS, Spread::row);
+            if (scaled) {
+                // The scale of a hidden key may be NaN. One of -inf is not hidden where a bias made it.
+                const ivec hidden = p.bias.data ? spread.hide(first + j, first + b.size, vec{}) != 0.0f : score == -INF;
+                weight = hidden ? weight : weight * spread.of(p.v_scale, first + j);
+            }
+            store(room.scores + j * ROWS, weight);
+        }
+        if (b.edge && !scaled && !all_finite(p, t.batch, t.kv_head, p.v, p.value_width, first + from, b.size - from)) {
+            without_poison_few<Products, COUNT, ROWS>(p, t, b, values, room, state);
+            values = (const char*)room.values;
+            value_stride = p.value_width * item;
+        }
+        if constexpr (Products::ON_TILES) {
+            Products::template add<COUNT, ROWS>(values + from * value_stride, value_stride, b.size - from,
+                                                p.value_width, scores, state.out, ahead);
+        } else {
+            const vec weight_steps = Products::template pack<ROWS>(scores, b.size - from);
+            Products::template add<COUNT, ROWS, true>(values + from * value_stride, value_stride, b.size - from,
+                                                      p.value_width, scores, weight_steps, state.out,
+                                                      Soon{keys + BLOCK * key_stride, key_stride});
+        }
+    }
+    for (int r = 0; r < COUNT; ++r) {
+        state.top[r] = top[r];
+        for (int i = r; i < LANES; i += ROWS) state.sum[r] += sum[i];
+    }
+}
+
+template <class Products>
+static void finish(const Problem& p, const Tile& t, const FewState& state) {
+    for (int r = 0; r < t.count; ++r) {
+        const float factor = normalise(p, t, r, state.top[r], state.sum[r]);
+        char* const row = t.row(p, p.out, r);
+        for_columns(p.value_width, [&](int64_t d, int64_t count) {
+            const vec x = Products::columns(state.out + r * pitch_of(p.value_width), d) * factor;
+            store_part(p.dtype, row + d * size_of(p.dtype), x, count);
+        });
+    }
+}
+
+// Calls work(count) with a constant.
+template <int LEAST, int MOST, class Work>
+static inline void with_count(int count, Work work) {
+    if (count == MOST)
+        work(std::integral_constant<int, MOST>());
+    else if constexpr (MOST > LEAST)
+        with_count<LEAST, MOST - 1>(count, work);
+}
+
+// Calls work(products, count) with types for the dtype of the keys and the number of rows.
+template <class Work>
+static inline void for_few(const Problem& p, Work work) {
+    const int rows = (int)group(p);
+    const auto with = [&](auto products) {
+        typedef decltype(products) Products;
+        with_count<Products::LEAST, Products::MOST>(rows, [&](auto count) { work(products, count); });
+    };
+    switch (p.kv_dtype) {
+        case Dtype::f32: return with(Widened<Dtype::f32>());
+#if defined(__AMX_BF16__)
+        case Dtype::bf16:
+            if (rows >= OnTiles::LEAST) return with(OnTiles());
+            return with_count<1, OnTiles::LEAST - 1>(rows, [&](auto count) { work(Dots<Halves>(), count); });
+#elif defined(__AVX512BF16__)
+        case Dtype::bf16: return with(Dots<Halves>());
+#else
+        case Dtype::bf16: return with(Widened<Dtype::bf16>());
+#endif
+        case Dtype::f16: return with(Widened<Dtype::f16>());
+        default: break;
+    }
+#if defined(__AVX512F__)
+    if (p.dtype != Dtype::f32 && p.width <= Codes::MOST) return with(Dots<Codes>());
+#endif
+    with(Widened<Dtype::i8>());
+}
+
+}  // namespace QKV_ISA
+}  // namespace qkv

@@ -1,0 +1,357 @@
+// The products of a few rows, key by key: lanes lie along the width.
+//
+// Numbers of 8 and 16 bits are widened in registers; where there are dot products of pairs of 16 bits, those of bf16
+// are multiplied as they are, and those of 8 bits with queries and weights in fixed point.
+#pragma once
+
+#include "matmul/operands.h"
+
+namespace qkv {
+namespace QKV_ISA {
+
+// Rows at most.
+constexpr int FEW = LANES < 8 ? LANES : 8;
+#if defined(__AMX_BF16__)
+constexpr int FEW_OF_BF16 = LANES;
+#else
+constexpr int FEW_OF_BF16 = FEW;
+#endif
+
+static inline int few_rows(const Problem& p) { return p.kv_dtype == Dtype::bf16 ? FEW_OF_BF16 : FEW; }
+
+// Lanes for so many rows: the next power of two.
+static constexpr int lanes_of(int count) { return count <= 2 ? count : (count <= 4 ? 4 : (count <= 8 ? 8 : 16)); }
+
+// Numbers from the start of a row to that of the next, for rows of this width.
+static inline int64_t pitch_of(int64_t width) { return (width + 2 * LANES - 1) / (2 * LANES) * (2 * LANES); }
+
+// Rows that are read soon. Products ask for them row by row while they read others, so that memory never rests.
+struct Soon {
+    const char* rows;
+    int64_t stride;
+
+    void ask(int64_t row, int64_t byte) const { prefetch(rows + row * stride + byte, 1); }
+};
+
+// Products that read one or two keys at a time, and ask for their values meanwhile; and while they read values, for the
+// keys of the next block.
+struct KeyByKey {
+    static constexpr int LEAST = 1, MOST = FEW;  // rows
+    static constexpr bool ON_TILES = false;
+
+    typedef Nothing Registers;
+
+    // Asks for nothing: the products do.
+    template <int ROWS>
+    struct Ahead {
+        template <class... Any>
+        explicit Ahead(const Any&...) {}
+        void peaks(int) {}
+        void weights(int) {}
+        void step() {}
+    };
+
+   protected:
+    // Where several rows take long enough, keys are asked for once more shortly before they are read.
+    template <int COUNT>
+    static inline void ask_ahead(const char* key, int64_t stride) {
+        constexpr int AHEAD = 16;
+        if (COUNT > 1) prefetch(key + AHEAD * stride, 1);
+    }
+};
+
+// Both products of a block of keys of this dtype, for rows of queries as fp32.
+template <Dtype DTYPE>
+struct Widened : KeyByKey {
+    // Rows of queries, and the step of each, which products with its numbers are to be multiplied by.
+    static void queries(const Problem& p, const Tile& t, float* to, float* steps) {
+        std::fill(steps, steps + t.count, 1.0f);
+        for (int r = 0; r < t.count; ++r, to += pitch_of(p.width))
+            for (int64_t d = 0; d < p.width; d += LANES)
+                store(to + d, load_part(p.dtype, t.row(p, p.q, r) + d * size_of(p.dtype), p.width - d));
+    }
+
+    // sums[j * ROWS + r] = key j times row r, as lanes that are still to be added up.
+    template <int COUNT, int ROWS, int KEYS>
+    static inline void score(const char* keys, int64_t stride, int64_t width, const float* queries, vec* sums,
+                             Soon values) {
+        if (width < 1) __builtin_unreachable();
+        const int64_t pitch = pitch_of(width), item = size_of(DTYPE);
+        for (int64_t begin = 0, end; begin < width; begin = end) {
+            end = std::min(begin + Single::CHAIN * LANES, width);
+            vec acc[KEYS][COUNT] = {};
+            for (int64_t d = begin; d < end; d += LANES) {
+                const bool whole = d + LANES <= width;
+                vec key[KEYS];
+                for (int j = 0; j < KEYS; ++j) {
+                    const char* const at = keys + j * stride + d * item;
+                    ask_ahead<COUNT>(at, stride);
+                    values.ask(j, d * item);
+                    key[j] = whole ? load_as(DTYPE, at) : load_part(DTYPE, at, width - d);
+                }
+                for (int r = 0; r < COUNT; ++r) {
+                    const vec query = load(queries + r * pitch + d);
+                    for (int j = 0; j < KEYS; ++j) acc[j][r] += key[j] * query;
+                }
+            }
+            for (int j = 0; j < KEYS; ++j) {
+                for (int r = 0; r < COUNT; ++r) {
+                    vec& sum = sums[j * ROWS + r];
+                    sum = begin == 0 ? acc[j][r] : sum + acc[j][r];
+                }
+            }
+        }
+    }
+
+    // Makes of weights, in place, what `add` takes, and returns the step of each lane's row.
+    template <int ROWS>
+    static vec pack(float*, int) {
+        return set1(1.0f);
+    }
+
+    // Adds weights times values to rows of out, on and on, or summed apart first.
+    template <int COUNT, int ROWS, bool APART>
+    static void add(const char* values, int64_t stride, int count, int64_t width, const float* weights, vec, float* out,
+                    Soon keys) {
+        int64_t d = 0;
+        const auto columns = [&](auto vecs) {
+            constexpr int VECS = decltype(vecs)::value;
+            // As many as registers hold sums of, beside a row of values and a weight.
+            if constexpr (VECS == 1 || (COUNT + 1) * VECS < REGISTERS - 1)
+                for (; d + (VECS - 1) * LANES < width; d += VECS * LANES)
+                    some<COUNT, ROWS, VECS, APART>(values, stride, count, d, width, weights, out, keys);
+        };
+        columns(std::integral_constant<int, 4>());
+        columns(std::integral_constant<int, 2>());
+        columns(std::integral_constant<int, 1>());
+    }
+
+    // Where column d of a row of out lies.
+    static int64_t column(int64_t d) { return d; }
+
+    // The columns of a row of out from d on, a multiple of LANES.
+    static vec columns(const float* out, int64_t d) { return load(out + d); }
+
+   private:
+    // `add` for VECS vectors of columns from d on.
+    template <int COUNT, int ROWS, int VECS, bool APART>
+    static inline void some(const char* values, int64_t stride, int count, int64_t d, int64_t width,
+                            const float* weights, float* out, Soon keys) {
+        if (count < 1) __builtin_unreachable();  // else compilers keep the sums in memory as well
+        const int64_t pitch = pitch_of(width), item = size_of(DTYPE), left = width - d;
+        values += d * item, out += d;
+        vec acc[COUNT][VECS];
+        for (int r = 0; r < COUNT; ++r)
+            for (int n = 0; n < VECS; ++n) acc[r][n] = APART ? vec{} : load(out + r * pitch + n * LANES);
+        for (int j = 0; j < count; ++j, values += stride) {
+            vec x[VECS];
+            for (int n = 0; n < VECS; ++n) {
+                keys.ask(j, (d + n * LANES) * item);
+                const char* const at = values + n * LANES * item;
+                x[n] = n + 1 < VECS ? load_as(DTYPE, at) : load_part(DTYPE, at, left - n * LANES);
+            }
+            for (int r = 0; r < COUNT; ++r)
+                for (int n = 0; n < VECS; ++n) acc[r][n] += weights[j * ROWS + r] * x[n];
+        }
+        for (int r = 0; r < COUNT; ++r) {
+            for (int n = 0; n < VECS; ++n) {
+                float* const to = out + r * pitch + n * LANES;
+                store(to, APART ? load(to) + acc[r][n] : acc[r][n]);
+            }
+        }
+    }
+};
+
+// The largest of the lanes that lie a multiple of ROWS apart.
+template <int ROWS>
+static inline vec largest(vec x) {
+    if constexpr (ROWS < LANES) return largest<2 * ROWS>(max(x, shuffle(x, x, Across<ROWS>())));
+    return x;
+}
+
+#if defined(__AVX512F__)
+#if defined(__AVX512BF16__)
+// Numbers of bf16, which are multiplied by numbers of bf16.
+struct Halves {
+    static constexpr int SIZE = 2;
+    static constexpr bool IN_STEPS = false;
+
+    // The numbers at `row`, zeros for those that are not left.
+    static __m512i take(const char* row, int64_t left) {
+        if (left >= 2 * LANES) return _mm512_loadu_si512(row);
+        return _mm512_maskz_loadu_epi16((__mmask32)((1ull << left) - 1), row);
+    }
+
+    // What they are multiplied by, from fp32.
+    static __m256i factors(vec x) { return (__m256i)_mm512_cvtneps_pbh((__m512)x); }
+
+    static vec dot(vec sum, __m512i a, __m512i b) { return Pair::dot(sum, a, (vec)b); }
+
+    static vec total(vec sum) { return sum; }
+};
+#endif
+
+// Numbers of i8, which are multiplied by numbers of 16 bits in fixed point: multiples of a step, a 32767th of the
+// largest of its kind.
+struct Codes {
+    static constexpr int SIZE = 1;
+    static constexpr bool IN_STEPS = true;
+    static constexpr int LARGEST = 32767;
+    static constexpr int64_t MOST = LANES * (1ll << 31) / (LARGEST + 1) / 128;  // products, whose sums fit 32 bits
+
+    static __m512i take(const char* row, int64_t left) {
+        if (left >= 2 * LANES) return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)row));
+        return _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8((__mmask32)((1ull << left) - 1), row));
+    }
+
+    static __m256i factors(vec x) { return _mm512_cvtepi32_epi16(_mm512_cvtps_epi32((__m512)x)); }
+
+    static vec dot(vec sum, __m512i a, __m512i b) {
+#if defined(__AVX512VNNI__)
+        return (vec)_mm512_dpwssd_epi32((__m512i)sum, a, b);
+#else
+        return (vec)_mm512_add_epi32((__m512i)sum, _mm512_madd_epi16(a, b));
+#endif
+    }
+
+    static vec total(vec sum) { return (vec)_mm512_cvtepi32_ps((__m512i)sum); }
+};
+
+// Both products of a block of keys in dot products of pairs, for queries of 16 bits. Rows of out lie as pairs do: runs
+// of four columns of two rows of values take turns.
+template <class Numbers>
+struct Dots : KeyByKey {
+    static constexpr int STEP = 2 * LANES;
+
+    static void queries(const Problem& p, const Tile& t, float* to, float* steps) {
+        for (int r = 0; r < t.count; ++r, to += pitch_of(p.width)) {
+            std::fill(to, to + pitch_of(p.width) / 2, 0.0f);
+            const char* const row = t.row(p, p.q, r);
+            const auto numbers = [&](int64_t d) { return load_part(p.dtype, row + 2 * d, p.width - d); };
+            vec divisor = set1(1.0f);
+            if (Numbers::IN_STEPS) divisor = step_of<1>(p.width, numbers);
+            steps[r] = divisor[0];
+            for (int64_t d = 0; d < p.width; d += LANES)
+                _mm256_storeu_si256((__m256i*)(to + d / 2), Numbers::factors(numbers(d) / divisor));
+        }
+    }
+
+    template <int COUNT, int ROWS, int KEYS>
+    static inline void score(const char* keys, int64_t stride, int64_t width, const float* queries, vec* sums,
+                             Soon values) {
+        if (width < 1) __builtin_unreachable();
+        const int64_t pitch = pitch_of(width);
+        vec acc[KEYS][COUNT] = {};
+        for (int64_t d = 0; d < width; d += STEP) {
+            __m512i key[KEYS];
+            for (int j = 0; j < KEYS; ++j) {
+                const char* const at = keys + j * stride + Numbers::SIZE * d;
+                ask_ahead<COUNT>(at, stride);
+                values.ask(j, Numbers::SIZE * d);
+                key[j] = Numbers::take(at, width - d);
+            }
+            for (int r = 0; r < COUNT; ++r) {
+                const __m512i query = _mm512_loadu_si512(queries + r * pitch + d / 2);
+                for (int j = 0; j < KEYS; ++j) acc[j][r] = Numbers::dot(acc[j][r], key[j], query);
+            }
+        }
+        for (int j = 0; j < KEYS; ++j)
+            for (int r = 0; r < COUNT; ++r) sums[j * ROWS + r] = Numbers::total(acc[j][r]);
+    }
+
+    // Weights of neighbouring keys become pairs: (key / 2, row).
+    template <int ROWS>
+    static vec pack(float* weights, int count) {
+        vec step = set1(1.0f);
+        if (Numbers::IN_STEPS) step = step_of<ROWS>(count * ROWS, [&](int64_t i) { return load(weights + i); });
+        const vec inverse = 1.0f / step;
+        alignas(32) uint16_t from[LANES];
+        for (int i = 0; i < LANES; ++i) from[i] = (uint16_t)((i / 2 / ROWS * 2 + i % 2) * ROWS + i / 2 % ROWS);
+        const __m256i order = _mm256_load_si256((const __m256i*)from);
+        for (int i = 0; i < count * ROWS; i += LANES) {
+            const __m256i factors = Numbers::factors(load(weights + i) * inverse);
+            _mm256_storeu_si256((__m256i*)(weights + i / 2), _mm256_permutexvar_epi16(order, factors));
+        }
+        return step;
+    }
+
+    template <int COUNT, int ROWS, bool>
+    static void add(const char* values, int64_t stride, int count, int64_t width, const float* weights, vec steps,
+                    float* out, Soon keys) {
+        constexpr int SPANS = COUNT <= 4 ? 2 : 1;
+        int64_t d = 0;
+        for (; d + SPANS * STEP <= width; d += SPANS * STEP)
+            some<COUNT, ROWS, SPANS>(values, stride, count, d, width, weights, steps, out, keys);
+        for (; d < width; d += STEP) some<COUNT, ROWS, 1>(values, stride, count, d, width, weights, steps, out, keys);
+    }
+
+    static int64_t column(int64_t d) { return d / STEP * STEP + d % STEP / 8 * 4 + d % 4 + (d & 4 ? LANES : 0); }
+
+    static vec columns(const float* out, int64_t d) {
+        const float* const step = out + d / STEP * STEP;
+        const vec low = load(step), high = load(step + LANES);
+        return d % STEP == 0 ? shuffle(low, high, Merged<0>()) : shuffle(low, high, Merged<LANES>());
+    }
+
+   private:
+    template <int FROM>
+    struct Merged {
+        static constexpr int at(int i) { return (FROM + i) / 8 * 4 + i % 4 + (i & 4 ? LANES : 0); }
+    };
+
+    // The step in which the largest of the numbers of each row is the last, and no smaller than has an inverse. Where
+    // one of them is no number it is inf, so that all are 0 in such steps, and products NaN. They are given a vector at
+    // a time; rows are ROWS and take turns.
+    template <int ROWS, class Vectors>
+    static vec step_of(int64_t count, Vectors vectors) {
+        vec most = {};
+        for (int64_t i = 0; i < count; i += LANES) {
+            const vec x = vectors(i), size = max(x, -x);
+            most = max(size == size ? size : set1(INF), most);
+        }
+        return max(largest<ROWS>(most) / (float)Codes::LARGEST, set1(std::numeric_limits<float>::min()));
+    }
+
+    // Pairs of the numbers of two rows of values.
+    static void pair(const char* row, const char* next, int64_t left, __m512i* pairs) {
+        const __m512i low = Numbers::take(row, left), high = next ? Numbers::take(next, left) : __m512i{};
+        pairs[0] = _mm512_unpacklo_epi16(low, high);
+        pairs[1] = _mm512_unpackhi_epi16(low, high);
+    }
+
+    // `add` for SPANS steps of columns from d on.
+    template <int COUNT, int ROWS, int SPANS>
+    static inline void some(const char* values, int64_t stride, int count, int64_t d, int64_t width,
+                            const float* weights, vec steps, float* out, Soon keys) {
+        if (count < 1) __builtin_unreachable();
+        const int64_t pitch = pitch_of(width), left = width - d;
+        values += Numbers::SIZE * d, out += d;
+        vec acc[COUNT][2 * SPANS] = {};
+        if (!Numbers::IN_STEPS)
+            for (int r = 0; r < COUNT; ++r)
+                for (int n = 0; n < 2 * SPANS; ++n) acc[r][n] = load(out + r * pitch + n * LANES);
+        for (int j = 0; j < count; j += 2, values += 2 * stride) {
+            __m512i x[2 * SPANS];
+            for (int n = 0; n < SPANS; ++n) {
+                const char* const row = values + n * STEP * Numbers::SIZE;
+                for (int i = 0; i < 2; ++i) keys.ask(j + i, (d + n * STEP) * Numbers::SIZE);
+                pair(row, j + 1 < count ? row + stride : nullptr, left - n * STEP, x + 2 * n);
+            }
+            for (int r = 0; r < COUNT; ++r) {
+                const __m512i weight = _mm512_set1_epi32(((const int32_t*)weights)[j / 2 * ROWS + r]);
+                for (int n = 0; n < 2 * SPANS; ++n) acc[r][n] = Numbers::dot(acc[r][n], x[n], weight);
+            }
+        }
+        for (int r = 0; r < COUNT; ++r)
+            for (int n = 0; n < 2 * SPANS; ++n) {
+                float* const to = out + r * pitch + n * LANES;
+                store(to, Numbers::IN_STEPS ? load(to) + steps[r] * Numbers::total(acc[r][n]) : acc[r][n]);
+            }
+    }
+};
+
+static_assert(BLOCK <= Codes::MOST / LANES);
+#endif
+
+}  // namespace QKV_ISA
+}  // namespace qkv

@@ -1,0 +1,235 @@
+// The kernel for one instruction set. Compiled once for each, with its flags and QKV_ISA naming its namespace.
+#include "attention/backward.h"
+#include "attention/paged.h"
+#include "attention/prefill.h"
+#include "attention/short_query.h"
+#include "runtime/huge_pages.h"
+#include "runtime/parallel.h"
+
+namespace qkv {
+namespace QKV_ISA {
+
+// How tiles of the rows of several queries fold keys.
+template <class Kind, class AnyState>
+struct Many {
+    typedef ForwardRoom<Kind, AnyState> Room;
+    typedef AnyState State;
+    typedef QKV_ISA::Prepared<Kind> Prepared;
+    typedef typename Kind::Registers Registers;
+
+    static void prepare(const Problem& p, const Tile& t, const Room& room) {
+        Format<Kind>::panel(p, t, p.q, p.width, room.panel);
+    }
+
+    static void fold(const Problem& p, const Tile& t, const Prepared& prepared, const Dropout& dropout, int64_t begin,
+                     int64_t end, const Room& room, const State& state) {
+        state.clear(p, t);
+        QKV_ISA::fold(p, t, prepared, dropout, begin, end, room, state);
+    }
+
+    static void finish(const Problem& p, const Tile& t, const State& state) { QKV_ISA::finish(p, t, state); }
+};
+
+// How the few rows of a single query do.
+template <class Products, int COUNT>
+struct Few {
+    typedef FewRoom Room;
+    typedef FewState State;
+    typedef typename Products::Registers Registers;
+
+    // Every key and value is read but once.
+    struct Prepared {
+        Prepared(const Problem&, const Outline&, const Heads&) {}
+    };
+
+    static void prepare(const Problem& p, const Tile& t, const Room& room) {
+        Products::queries(p, t, room.queries, room.steps);
+    }
+
+    static void fold(const Problem& p, const Tile& t, const Prepared&, const Dropout& dropout, int64_t begin,
+                     int64_t end, const Room& room, const State& state) {
+        fold_few<Products, COUNT, lanes_of(COUNT)>(p, t, dropout, begin, end, room, state);
+    }
+
+    static void finish(const Problem& p, const Tile& t, const State& state) { QKV_ISA::finish<Products>(p, t, state); }
+};
+
+template <class Way>
+static void run(const Problem& p) {
+    typedef typename Way::Room Room;
+    typedef typename Way::State State;
+    typedef typename Way::Prepared Prepared;
+    const int64_t tiles = tiles_of_head(p), heads = p.batch * p.kv_heads;
+    const int64_t pieces = (p.lk + PIECE - 1) / PIECE, floats = State::floats(p);
+    const Outline outline(p);
+    // The tiles of a head follow each other, so that its keys and values stay near. Late ones come first: under a
+    // causal mask they see the most.
+    const auto tile_of = [&](int64_t head, int64_t place) {
+        return Tile(p, outline, head / p.kv_heads, head % p.kv_heads, tiles - 1 - place);
+    };
+    const auto is_seen = [&](const Tile& t, int64_t piece) {
+        return shows_any(p, t, piece * PIECE, (piece + 1) * PIECE);
+    };
+    const auto fold = [&](const Prepared& prepared, const Tile& t, int64_t piece, const Room& room,
+                          const State& state) {
+        [[maybe_unused]] const typename Way::Registers registers;
+        const int64_t begin = piece * PIECE, end = std::min(t.end, begin + PIECE);
+        const Dropout dropout(p, t);
+        if (!p.pages.table) return Way::fold(p, t, prepared, dropout, begin, end, room, state);
+        Way::fold(side_by_side(p, t, begin, QKV_ISA::room<PageRoom>(p)), t, prepared, dropout, begin, end, room, state);
+    };
+    const auto attend = [&](const Prepared& prepared, const Tile& t) {
+        const Room room = QKV_ISA::room<Room>(p);
+        Way::prepare(p, t, room);
+        const State total(room.total, t), state(room.state, t);
+        bool any = false;
+        for (int64_t piece = 0; piece < pieces; ++piece) {
+            if (!is_seen(t, piece)) continue;
+            fold(prepared, t, piece, room, any ? state : total);
+            if (any) merge(p, t, total, state);  // the same bits as merging the first one with nothing
+            any = true;
+        }
+        if (!any) total.clear(p, t);
+        Way::finish(p, t, total);
+    };
+    // Where there are many heads, a thread prepares and keeps its own; what is left over is for all threads.
+    constexpr int64_t MANY = 8;
+    const int64_t own = heads >= MANY * p.threads ? heads - heads % p.threads : 0, left = heads - own;
+    parallel_for(own, p.threads, [&](int64_t head) {
+        const Prepared prepared(p, outline, {head, 1, 1});
+        for (int64_t place = 0; place < tiles; ++place) attend(prepared, tile_of(head, place));
+    });
+    if (left == 0) return;
+    const Prepared prepared(p, outline, {own, left, p.threads});
+    const auto tile_left = [&](int64_t item) { return tile_of(own + item / tiles, item % tiles); };
+    if (own > 0 || left * tiles >= 4 * p.threads || pieces <= 1) {
+        parallel_for(left * tiles, p.threads, [&](int64_t item) { attend(prepared, tile_left(item)); });
+        return;
+    }
+    // Few tiles: their pieces go to different threads, and are merged in the same order.
+    const std::unique_ptr<float[]> states(new float[left * tiles * pieces * floats]);
+    const auto fold_apart = [&](int64_t item) {
+        const Tile t = tile_left(item / pieces);
+        if (!is_seen(t, item % pieces)) return;
+        const Room room = QKV_ISA::room<Room>(p);
+        Way::prepare(p, t, room);
+        fold(prepared, t, item % pieces, room, State(&states[item * floats], t));
+    };
+    parallel_for(left * tiles * pieces, p.threads, fold_apart, Sharing::runs);
+    parallel_for(left * tiles, p.threads, [&](int64_t item) {
+        const Tile t = tile_left(item);
+        const Room room = QKV_ISA::room<Room>(p);
+        const State total(room.total, t);
+        total.clear(p, t);
+        for (int64_t piece = 0; piece < pieces; ++piece)
+            if (is_seen(t, piece)) merge(p, t, total, State(&states[(item * pieces + piece) * floats], t));
+        Way::finish(p, t, total);
+    });
+}
+
+// Keys or values of i8 in the dtype of queries.
+static std::vector<char> widened(const Problem& p, const View& view, const Scales& scales, int64_t width) {
+    const int64_t item = size_of(p.dtype);
+    std::vector<char> to(p.batch * p.kv_heads * p.lk * width * item);
+    parallel_for(p.batch * p.kv_heads, p.threads, [&](int64_t head) {
+        const int64_t batch = head / p.kv_heads, kv_head = head % p.kv_heads;
+        for (int64_t row = 0; row < p.lk; ++row) {
+            const char* const from = row_of(p.kv_dtype, view, batch, kv_head, row);
+            const float scale = scales.data[batch * scales.batch + kv_head * scales.head + row];
+            char* const wide = to.data() + (head * p.lk + row) * width * item;
+            for_columns(width, [&](int64_t d, int64_t count) {
+                store_part(p.dtype, wide + d * item, load_part(p.kv_dtype, from + d, count) * scale, count);
+            });
+        }
+    });
+    return to;
+}
+
+// Calls work with how many rows are multiplied.
+template <class Work>
+static void for_kind([[maybe_unused]] const Problem& p, Work work) {
+#if defined(__AMX_BF16__)
+    if (p.dtype == Dtype::bf16) return work(Amx());
+#elif defined(__AVX512BF16__)
+    if (p.dtype == Dtype::bf16) return work(Pair());
+#endif
+    work(Single());
+}
+
+void forward(const Problem& p) {
+    const bool few = p.lq == 1 && group(p) <= few_rows(p);
+    if (p.kv_dtype != p.dtype && !few) {
+        std::vector<char> keys = widened(p, p.k, p.k_scale, p.width);
+        std::vector<char> values = widened(p, p.v, p.v_scale, p.value_width);
+        Problem wide = p;
+        wide.kv_dtype = p.dtype;
+        wide.k_scale = wide.v_scale = {};
+        wide.k = {keys.data(), p.kv_heads * p.lk * p.width, p.lk * p.width, p.width};
+        wide.v = {values.data(), p.kv_heads * p.lk * p.value_width, p.lk * p.value_width, p.value_width};
+        return forward(wide);
+    }
+    if (p.pages.table && tiles_of_head(p) > 1) return forward(SideBySide(p).problem);
+    prefer_huge_pages(p.out.data, p.batch * p.heads * p.lq * p.value_width * size_of(p.dtype));
+    if (few) {
+        return for_few(p, [&](auto products, auto count) { run<Few<decltype(products), decltype(count)::value>>(p); });
+    }
+    const bool turned = for_turned(p, [&](auto kind) {
+        typedef decltype(kind) Kind;
+        run<Many<Kind, TurnedState<typename Kind::Products>>>(p);
+    });
+    if (!turned) for_kind(p, [&](auto kind) { run<Many<decltype(kind), State>>(p); });
+}
+
+int64_t count_scores(const Problem& p) {
+    const Outline outline(p);
+    const int64_t tiles = tiles_of_head(p);
+    Grain grain;
+    for_kind(p, [&](auto kind) { grain = kind.GRAIN; });
+    int64_t count = 0;
+    for (int64_t item = 0; item < p.batch * p.kv_heads * tiles; ++item) {
+        const Tile t(p, outline, item / tiles / p.kv_heads, item / tiles % p.kv_heads, item % tiles);
+        for (int64_t first = 0; first < t.end; first += BLOCK) {
+            const Block b(p, t, first, t.end, grain);
+            for (int i = 0; i < b.count; ++i)
+                count += (b.parts[i].end - b.parts[i].begin) * (b.parts[i].last - b.parts[i].first) * LANES;
+        }
+    }
+    return count;
+}
+
+void quantize(const Quantization& q) {
+    constexpr float ROUNDING = 12582912.0f;  // Adding 1.5 * 2^23 rounds to the nearest integer.
+    const int64_t item = size_of(q.dtype);
+    parallel_for(q.batch * q.heads, q.threads, [&](int64_t index) {
+        const int64_t batch = index / q.heads, head = index % q.heads;
+        for (int64_t row = 0; row < q.rows; ++row) {
+            const char* const from = row_of(q.dtype, q.from, batch, head, row);
+            int8_t* const to = (int8_t*)row_of(Dtype::i8, q.to, batch, head, row);
+            vec top = {};
+            for_columns(q.width, [&](int64_t d, int64_t count) {
+                const vec x = load_part(q.dtype, from + d * item, count), size = x < 0.0f ? -x : x;
+                top = size > top ? size : (size == size ? top : size);  // NaN stays
+            });
+            float scale = 0;
+            for (int i = 0; i < LANES; ++i) scale = top[i] > scale || top[i] != top[i] ? top[i] : scale;
+            scale /= 127.0f;
+            q.scale.data[batch * q.scale.batch + head * q.scale.head + row] = scale;
+            const float step = std::max(scale, std::numeric_limits<float>::min());
+            for_columns(q.width, [&](int64_t d, int64_t count) {
+                const vec x = load_part(q.dtype, from + d * item, count) / step + ROUNDING - ROUNDING;
+                for (int64_t i = 0; i < count; ++i) to[d + i] = x[i] == x[i] ? (int8_t)x[i] : 0;
+            });
+        }
+    });
+}
+
+void backward(const Problem& p, const Gradients& g) {
+    const int64_t item = size_of(p.dtype), keys = p.batch * p.kv_heads * p.lk;
+    prefer_huge_pages(g.dq.data, p.batch * p.heads * p.lq * p.width * item);
+    prefer_huge_pages(g.dk.data, keys * p.width * item);
+    prefer_huge_pages(g.dv.data, keys * p.value_width * item);
+    for_kind(p, [&](auto kind) { run_backward<decltype(kind)>(p, g); });
+}
+
+}  // namespace QKV_ISA
+}  // namespace qkv

@@ -1,0 +1,216 @@
+// Attention forward for a few rows of several queries: tokens that a small model has proposed, or the end of a prompt.
+//
+// They would leave lanes of query rows empty, so the operands of both products change places: lanes lie along keys in
+// the first, for which keys are transposed, four numbers of each at a time, and along the width in the second. What is
+// added to a sum, and in which order, stays the same, and so do its bits. Keys and values are read in place, and
+// widened in registers.
+#pragma once
+
+#include "attention/decode.h"
+
+namespace qkv {
+namespace QKV_ISA {
+
+// A kind of product with its operands changed, for keys and values of this dtype. A step is what one of its
+// multiply-adds takes of a row.
+template <class Kind, Dtype DTYPE>
+struct Turned;
+
+template <Dtype DTYPE>
+struct Turned<Single, DTYPE> : Single {
+    typedef std::conditional_t<DTYPE == Dtype::f32, float, uint16_t> Element;
+    typedef Widened<DTYPE> Products;
+
+    static constexpr int STEP = 1;  // elements
+
+    // Four steps of each of as many rows as a vector has room for, side by side.
+    static vec fours(const Element* row, int64_t stride) {
+        return load_fours(DTYPE, (const char*)row, stride * (int64_t)sizeof *row);
+    }
+
+    // The first steps of a row, and zeros behind its end.
+    static vec take(const Element* row, int64_t left) { return load_part(DTYPE, row, left); }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Turned<Pair, Dtype::bf16> : Pair {
+    typedef uint16_t Element;
+    typedef Dots<Halves> Products;
+
+    static constexpr int STEP = 2;
+
+    static vec fours(const Element* row, int64_t stride) {
+        return load_fours(Dtype::f32, (const char*)row, stride * (int64_t)sizeof *row);
+    }
+
+    static vec take(const Element* row, int64_t left) { return (vec)Halves::take((const char*)row, left); }
+};
+#endif
+
+template <class Kind, Dtype DTYPE>
+struct Format<Turned<Kind, DTYPE>> : Format<Kind> {
+    typedef typename Turned<Kind, DTYPE>::Element Element;
+
+    static constexpr int ABREAST = 1;
+
+    // Behind the width come zeros, up to a multiple of four steps.
+    static void panel(const Problem& p, const Tile& t, const View& view, int64_t width, float* to) {
+        const int64_t steps = Format<Kind>::steps(width);
+        Format<Kind>::panel(p, t, view, width, to);
+        std::fill(to + steps * LANES, to + (steps + 3) / 4 * 4 * LANES, 0.0f);
+    }
+
+    static const Element* along_width(const Problem& p, int64_t batch, int64_t kv_head, const View& view, int64_t,
+                                      int64_t first, int64_t, float*, int64_t& stride) {
+        stride = view.row;
+        return (const Element*)row_of(p, view, batch, kv_head, first);
+    }
+
+    static const Element* along_keys(const Problem& p, int64_t batch, int64_t kv_head, const View& view, int64_t width,
+                                     int64_t first, int64_t count, float* scratch, int64_t& stride) {
+        return along_width(p, batch, kv_head, view, width, first, count, scratch, stride);
+    }
+
+    static Element* own(const Element* from, int64_t width, int64_t count, float* scratch, int64_t& stride) {
+        Element* const to = (Element*)scratch;
+        for (int64_t j = 0; j < count; ++j) std::memcpy(to + j * width, from + j * stride, width * sizeof *to);
+        stride = width;
+        return to;
+    }
+
+    static void clear(Element* along_keys, int64_t stride, int64_t j, int64_t d) { along_keys[j * stride + d] = 0; }
+};
+
+// Rows of out lie as the products sum them.
+template <class Products>
+struct TurnedState : FewState {
+    using FewState::FewState;
+
+    float& at(const Problem& p, const Tile& t, int r, int64_t d) const {
+        return FewState::at(p, t, r, Products::column(d));
+    }
+};
+
+template <class Products>
+static void finish(const Problem& p, const Tile& t, const TurnedState<Products>& state) {
+    finish<Products>(p, t, (const FewState&)state);
+}
+
+// Rows of bytes whose lines are asked for in the order of memory, into the nearest cache: they are read next.
+struct Lines {
+    const char* row;
+    int64_t stride, bytes, at = 0;
+
+    void ask(int count) {
+        for (int i = 0; i < count; ++i) {
+            __builtin_prefetch(row + at, 0, 3);
+            at += 64;
+            if (at >= bytes) {
+                at = 0;
+                row += stride;
+            }
+        }
+    }
+};
+
+// Scores of a vector of keys, or of as many as there are, whose rows are transposed in registers, four steps at a time.
+template <class Kind, Dtype DTYPE, int COUNT>
+static inline void multiply_vector(const typename Turned<Kind, DTYPE>::Element* keys, int64_t stride, int count,
+                                   int64_t width, const float* panel, vec* scores) {
+    typedef Turned<Kind, DTYPE> Keys;
+    if (width < 1) __builtin_unreachable();  // else compilers keep the sums in memory as well
+    constexpr int FOUR = 4 * Keys::STEP, SIZE = sizeof(typename Keys::Element);
+    Lines next = {(const char*)(keys + LANES * stride), stride * SIZE, width * SIZE};
+    for (int r = 0; r < COUNT; ++r) scores[r] = vec{};
+    for (int64_t d = 0, end; d < width;) {
+        end = std::min(d + Kind::CHAIN * Keys::STEP, width);
+        vec acc[COUNT] = {};
+        for (; d < end; d += FOUR, panel += 4 * LANES) {
+            vec square[4];
+            if (count == LANES && d + FOUR <= width) {
+                next.ask(LANES * FOUR * SIZE / 64);
+                const typename Keys::Element* row = keys + d;
+                for (int i = 0; i < 4; ++i) {
+                    square[i] = Keys::fours(row, 4 * stride);
+                    row += stride;
+                    asm("" : "+r"(row));  // compilers, left to themselves, keep sixteen distances
+                }
+            } else {
+                float rows[LANES][4];
+                for (int i = 0; i < LANES; ++i) {
+                    const vec row = Keys::take(keys + d + std::min(i, count - 1) * stride, width - d);
+                    std::memcpy(rows[i], &row, sizeof rows[i]);
+                }
+                for (int i = 0; i < 4; ++i)
+                    square[i] = load_fours(Dtype::f32, (const char*)rows[i], 4 * sizeof rows[i]);
+            }
+            transpose<4>(square);
+            for (int i = 0; i < 4; ++i) {
+                for (int r = 0; r < COUNT; ++r) {
+                    typename Kind::Element query;
+                    std::memcpy(&query, panel + i * LANES + r, sizeof query);
+                    acc[r] = Kind::madd(acc[r], query, square[i]);
+                }
+            }
+        }
+        for (int r = 0; r < COUNT; ++r) scores[r] = scores[r] + acc[r];
+    }
+    for (int r = COUNT; r < LANES; ++r) scores[r] = scores[COUNT - 1];
+}
+
+template <class Kind, Dtype DTYPE>
+static inline void multiply_rows(Turned<Kind, DTYPE>, const Tile& t, const Segment& s, int64_t width,
+                                 const typename Turned<Kind, DTYPE>::Element* keys, int64_t stride, const float* panel,
+                                 float* to) {
+    with_count<1, LANES>(t.count, [&](auto rows) {
+        constexpr int COUNT = decltype(rows)::value;
+        for (int j = s.begin; j < s.end; j += LANES) {
+            const int count = std::min(LANES, s.end - j);
+            vec scores[LANES];
+            multiply_vector<Kind, DTYPE, COUNT>(keys + j * stride, stride, count, width, panel, scores);
+            transpose(scores);
+            for (int i = 0; i < count; ++i) store(to + (j + i) * LANES, scores[i]);
+        }
+    });
+}
+
+template <class Kind, Dtype DTYPE>
+static inline void sum_over_keys(Turned<Kind, DTYPE>, const Tile& t, const Segment& s, int64_t width,
+                                 const typename Turned<Kind, DTYPE>::Element* values, int64_t stride,
+                                 const float* weights, float* to, bool apart) {
+    with_count<1, LANES>(t.count, [&](auto rows) {
+        typedef typename Turned<Kind, DTYPE>::Products Products;
+        constexpr int AHEAD = 32;  // values that are asked for: 16 come too late from a third cache
+        const char* const from = (const char*)(values + s.begin * stride);
+        const float* const factors = weights + Format<Kind>::steps(s.begin) * LANES;
+        const int64_t step = stride * (int64_t)sizeof *values;
+        const auto add = [&](auto is_apart) {
+            Products::template add<decltype(rows)::value, LANES, decltype(is_apart)::value>(from, step, s.end - s.begin,
+                                                                                            width, factors, vec{}, to,
+                                                                                            Soon{from + AHEAD * step,
+                                                                                                 step});
+        };
+        apart ? add(std::true_type()) : add(std::false_type());
+    });
+}
+
+// Calls work with the kind of product for a few rows of several queries. Returns whether there is one.
+template <class Work>
+static bool for_turned(const Problem& p, Work work) {
+    if (rows_of_head(p) > LANES) return false;
+    switch (p.dtype) {
+        case Dtype::f32: return work(Turned<Single, Dtype::f32>()), true;
+        case Dtype::f16: return work(Turned<Single, Dtype::f16>()), true;
+#if defined(__AMX_BF16__)
+        default: return false;  // tile registers do without
+#elif defined(__AVX512BF16__)
+        default: return work(Turned<Pair, Dtype::bf16>()), true;
+#else
+        default: return work(Turned<Single, Dtype::bf16>()), true;
+#endif
+    }
+}
+
+}  // namespace QKV_ISA
+}  // namespace qkv

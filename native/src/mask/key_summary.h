@@ -1,0 +1,107 @@
+// What padding and documents show, in the form that costs least: as an interval of keys for each row where they leave
+// no holes, or else an outline of each block of keys.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "abi/problem.h"
+
+namespace qkv {
+namespace QKV_ISA {
+
+constexpr int BLOCK = 96;  // keys of a block, of which scores are held
+
+class Outline {
+   public:
+    struct Part {
+        int64_t low = std::numeric_limits<int64_t>::max(), high = std::numeric_limits<int64_t>::min();
+        bool some = false, all = true;
+    };
+
+    // Of the keys of one batch.
+    struct Keys {
+        int64_t first = 0, end;              // keys outside are hidden
+        const uint8_t* keep = nullptr;       // whether each key is kept, where those that are have holes
+        const int64_t* documents = nullptr;  // of each key, where some document lies in several runs
+        const int32_t* run_first = nullptr;  // first and last key of the document of each position, where all
+        const int32_t* run_last = nullptr;   // documents are runs
+        const Part* parts = nullptr;         // blocks, where there are holes or documents in several runs
+    };
+
+    explicit Outline(const Problem& p) {
+        const bool shared = p.documents_batch == 0 && p.keep_batch == 0;
+        all.resize(shared ? 1 : p.batch);
+        for (Keys& keys : all) keys.end = p.lk;
+        if (!p.documents && !p.keep) return;
+        const int64_t rows = (int64_t)all.size(), blocks = (p.lk + BLOCK - 1) / BLOCK;
+        if (p.documents) bounds.resize(2 * rows * p.lk);
+        parts.resize(rows * blocks);
+        for (int64_t row = 0; row < rows; ++row) {
+            Keys& keys = all[row];
+            const uint8_t* const keep = p.keep ? p.keep + row * p.keep_batch : nullptr;
+            const int64_t* const documents = p.documents ? p.documents + row * p.documents_batch : nullptr;
+            // First keys are seen from far away as well, which no interval tells.
+            if (keep && (p.sink_tokens > 0 || !find_ends(keep, p.lk, keys))) keys.keep = keep;
+            if (documents && (p.sink_tokens > 0 || !find_runs(documents, p.lk, &bounds[2 * row * p.lk], keys)))
+                keys.documents = documents;
+            if (keys.keep || keys.documents) find_parts(p.lk, &parts[row * blocks], keys);
+        }
+    }
+
+    Outline(const Outline&) = delete;
+    Outline& operator=(const Outline&) = delete;
+
+    const Keys& of(int64_t batch) const { return all[all.size() == 1 ? 0 : batch]; }
+
+   private:
+    // The keys that are kept, if they follow each other.
+    static bool find_ends(const uint8_t* keep, int64_t count, Keys& keys) {
+        const int64_t first = std::find_if(keep, keep + count, [](uint8_t kept) { return kept; }) - keep;
+        const int64_t end = std::find(keep + first, keep + count, 0) - keep;
+        if (std::any_of(keep + end, keep + count, [](uint8_t kept) { return kept; })) return false;
+        keys.first = first;
+        keys.end = end;
+        return true;
+    }
+
+    // Where each document begins and ends, if each is one run.
+    static bool find_runs(const int64_t* documents, int64_t count, int32_t* bounds, Keys& keys) {
+        std::vector<int64_t> names;
+        for (int64_t first = 0, end; first < count; first = end) {
+            for (end = first + 1; end < count && documents[end] == documents[first]; ++end) {
+            }
+            names.push_back(documents[first]);
+            std::fill(bounds + first, bounds + end, (int32_t)first);
+            std::fill(bounds + count + first, bounds + count + end, (int32_t)(end - 1));
+        }
+        std::sort(names.begin(), names.end());
+        if (std::adjacent_find(names.begin(), names.end()) != names.end()) return false;
+        keys.run_first = bounds;
+        keys.run_last = bounds + count;
+        return true;
+    }
+
+    static void find_parts(int64_t count, Part* parts, Keys& keys) {
+        keys.parts = parts;
+        for (int64_t key = 0; key < count; ++key) {
+            Part& part = parts[key / BLOCK];
+            if (keys.documents) {
+                part.low = std::min(part.low, keys.documents[key]);
+                part.high = std::max(part.high, keys.documents[key]);
+            }
+            if (keys.keep) {
+                part.some |= keys.keep[key] != 0;
+                part.all &= keys.keep[key] != 0;
+            }
+        }
+    }
+
+    std::vector<Keys> all;  // one, or one a batch
+    std::vector<int32_t> bounds;
+    std::vector<Part> parts;
+};
+
+}  // namespace QKV_ISA
+}  // namespace qkv

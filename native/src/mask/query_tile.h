@@ -1,0 +1,105 @@
+// What one thread works on: a tile of query rows, and scratch memory.
+#pragma once
+
+#include "mask/key_summary.h"
+#include "simd/dtypes.h"
+
+namespace qkv {
+namespace QKV_ISA {
+
+constexpr int ROWS = 64;     // query rows of a tile
+constexpr int SEGMENT = 12;  // keys of a segment at an edge
+constexpr int PIECE = 480;   // keys that are folded apart from the others, and merged in order
+
+constexpr float LOG2E = 1.44269504088896341f;
+constexpr float LN2 = 0.693147180559945309f;
+constexpr float INF = std::numeric_limits<float>::infinity();
+
+static inline int64_t group(const Problem& p) { return p.heads / p.kv_heads; }
+
+static inline int64_t rows_of_head(const Problem& p) { return p.lq * group(p); }
+
+static inline int64_t tiles_of_head(const Problem& p) { return (rows_of_head(p) + ROWS - 1) / ROWS; }
+
+static inline char* row_of(const Problem& p, const View& view, int64_t batch, int64_t head, int64_t row) {
+    return row_of(p.dtype, view, batch, head, row);
+}
+
+// The rows [first, first + count) of one key/value head, and the keys that they may see. Rows are (token, head) pairs,
+// tokens first.
+struct Tile {
+    const Outline::Keys& keys;
+    int64_t batch, kv_head, index;
+    int count, vecs;
+    int64_t begin, end;  // of the keys that any row may see, but for the first ones that all see
+    // Lanes behind the last row repeat it. The first and the last key that a row may see never fall from row to row.
+    int32_t token[ROWS], head[ROWS], position[ROWS], first_key[ROWS], last_key[ROWS];
+    float slope[ROWS];
+    int64_t document[ROWS];
+
+    Tile(const Problem& p, const Outline& outline, int64_t batch, int64_t kv_head, int64_t index)
+        : keys(outline.of(batch)), batch(batch), kv_head(kv_head), index(index) {
+        const int64_t first = index * ROWS, members = group(p);
+        count = (int)std::min<int64_t>(ROWS, rows_of_head(p) - first);
+        vecs = (count + LANES - 1) / LANES;
+        int64_t row = first / members, member = first % members;
+        for (int r = 0; r < lanes(); ++r) {
+            const int64_t here = row + p.offset;
+            token[r] = (int32_t)row;
+            head[r] = (int32_t)(kv_head * members + member);
+            position[r] = (int32_t)here;
+            first_key[r] = (int32_t)std::min(std::max(here - p.left, keys.first), keys.end);
+            last_key[r] = (int32_t)std::max<int64_t>(std::min(here + p.right, keys.end - 1), -1);
+            if (keys.run_first) {
+                first_key[r] = std::max(first_key[r], keys.run_first[here]);
+                last_key[r] = std::min(last_key[r], keys.run_last[here]);
+            }
+            if (p.alibi) slope[r] = p.alibi[head[r]];
+            if (keys.documents) document[r] = keys.documents[here];
+            if (r + 1 < count && ++member == members) {
+                member = 0;
+                ++row;
+            }
+        }
+        end = last_key[count - 1] + 1;
+        if (p.lengths) end = std::min(end, std::max<int64_t>(0, p.lengths[batch * p.lengths_batch]));
+        begin = std::min<int64_t>(end, first_key[0]);
+    }
+
+    int lanes() const { return vecs * LANES; }
+
+    // Row r of queries, outputs or their gradients.
+    char* row(const Problem& p, const View& view, int r) const { return row_of(p, view, batch, head[r], token[r]); }
+
+    // Where row r lies among (batch, heads, lq).
+    int64_t place(const Problem& p, int r) const { return (batch * p.heads + head[r]) * p.lq + token[r]; }
+};
+
+// Hands out aligned parts of a buffer; without one, it only counts.
+struct Placer {
+    float* base;
+    int64_t used = 0;
+
+    float* operator()(int64_t floats) {
+        float* const here = base ? base + used : nullptr;
+        used += (floats + 15) / 16 * 16;
+        return here;
+    }
+};
+
+// The scratch memory of this thread as a `Room`, whose constructor takes what it needs. Kept from call to call.
+template <class Room>
+static Room room(const Problem& p) {
+    static thread_local std::vector<float> memory;
+    Placer count{nullptr};
+    Room(p, count);
+    if ((int64_t)memory.size() < count.used + 16) {
+        memory = std::vector<float>();  // nothing in it is wanted
+        memory.resize(count.used + 16);
+    }
+    Placer place{(float*)(((uintptr_t)memory.data() + 63) / 64 * 64)};
+    return Room(p, place);
+}
+
+}  // namespace QKV_ISA
+}  // namespace qkv

@@ -1,0 +1,320 @@
+// The products of bf16 on tile registers, which multiply 16 x 32 numbers by 32 x 16 in one instruction.
+//
+// C[m][lane] (+)= sum_k A[m][k] B[k][lane], as in matmul/microkernel.h. A tile of A is 16 rows of 32 neighbours along
+// k: rows of keys and values in place, and for sums over keys `sheets`, in which the keys lie along the rows. A tile of
+// B is 16 rows of pairs of neighbours along k. What is left of 16 rows, or of 32 along k, is filled up with zeros.
+#pragma once
+
+#include "matmul/operands.h"
+#include "simd/amx_registers.h"
+
+namespace qkv {
+namespace QKV_ISA {
+
+#if defined(__AMX_BF16__)
+constexpr int TILE = 16;   // rows of a tile; numbers of fp32, or pairs of bf16, of a row
+constexpr int SHEET = 32;  // numbers of bf16 of a row
+
+static inline int64_t tiles_of(int64_t count) { return (count + TILE - 1) / TILE; }
+static inline int64_t sheets_of(int64_t count) { return (count + SHEET - 1) / SHEET; }
+
+struct Amx {
+    typedef uint16_t Element;
+    typedef TileRegisters Registers;
+    static inline vec of(vec low, vec high) { return Pair::of(low, high); }
+
+    // A product of nothing: after half a microsecond without one, the next waits for a third of one (docs/log.md, 83).
+    static inline void stay_awake() { tile_dot<0, 4, 6>(); }
+
+    // Sums over keys go by sheets, and those over rows by two vectors of them.
+    static constexpr Grain GRAIN = {SHEET, 2};
+};
+
+// Where the tiles of an operand lie. All in bytes.
+struct Tiles {
+    char* data;
+    int64_t row;   // from a row to the next
+    int64_t tile;  // from a tile to the next along m or the lanes
+    int64_t step;  // from a tile to the next along k
+};
+
+// C of M x N tiles, where the first of each operand lies at `left`, `right` and `out`.
+template <bool ADD, int M, int N>
+static inline void tile_product(int64_t steps, const char* left, const Tiles& a, const char* right, const Tiles& b,
+                                char* out, const Tiles& c) {
+    char* const below = out + c.tile;
+    if constexpr (ADD) {
+        tile_load<0>(out, c.row);
+        if constexpr (N > 1) tile_load<1>(out + 64, c.row);
+        if constexpr (M > 1) tile_load<2>(below, c.row);
+        if constexpr (M > 1 && N > 1) tile_load<3>(below + 64, c.row);
+    } else {
+        tile_zero<0>();
+        if constexpr (N > 1) tile_zero<1>();
+        if constexpr (M > 1) tile_zero<2>();
+        if constexpr (M > 1 && N > 1) tile_zero<3>();
+    }
+    for (int64_t k = 0; k < steps; ++k, left += a.step, right += b.step) {
+        tile_load<4>(left, a.row);
+        tile_load<6>(right, b.row);
+        tile_dot<0, 4, 6>();
+        if constexpr (N > 1) {
+            tile_load<7>(right + b.tile, b.row);
+            tile_dot<1, 4, 7>();
+        }
+        if constexpr (M > 1) {
+            tile_load<5>(left + a.tile, a.row);
+            tile_dot<2, 5, 6>();
+        }
+        if constexpr (M > 1 && N > 1) tile_dot<3, 5, 7>();
+    }
+    tile_store<0>(out, c.row);
+    if constexpr (N > 1) tile_store<1>(out + 64, c.row);
+    if constexpr (M > 1) tile_store<2>(below, c.row);
+    if constexpr (M > 1 && N > 1) tile_store<3>(below + 64, c.row);
+}
+
+// C of m x n tiles.
+template <bool ADD>
+static void product_of_tiles(int64_t m, int64_t n, int64_t steps, const Tiles& a, const Tiles& b, const Tiles& c) {
+    typedef std::integral_constant<int, 1> One;
+    typedef std::integral_constant<int, 2> Two;
+    for (int64_t j = 0; j < n; j += 2) {
+        const char *left = a.data, *const right = b.data + j * b.tile;
+        char* out = c.data + j * 64;
+        const auto some = [&](auto height) {
+            constexpr int M = decltype(height)::value;
+            if (j + 2 <= n)
+                tile_product<ADD, M, 2>(steps, left, a, right, b, out, c);
+            else
+                tile_product<ADD, M, 1>(steps, left, a, right, b, out, c);
+            left += M * a.tile;
+            out += M * c.tile;
+        };
+        for (int64_t i = 0; i + 2 <= m; i += 2) some(Two());
+        if (m % 2) some(One());
+    }
+}
+
+template <>
+struct Format<Amx> {
+    typedef uint16_t Element;
+
+    static constexpr bool PACKS = true;
+    static constexpr int ABREAST = SHEET;
+
+    static int64_t padded(int64_t width) { return tiles_of(width) * TILE; }
+
+    // Floats that hold as many keys or values as a multiple of BLOCK, in either order.
+    static int64_t floats(int64_t count, int64_t width) { return count * (width + TILE); }
+
+    static void panel(const Problem& p, const Tile& t, const View& view, int64_t width, float* to) {
+        Format<Pair>::panel(p, t, view, width, to);
+        const int64_t used = Format<Pair>::steps(width);
+        std::fill(to + used * t.lanes(), to + sheets_of(width) * TILE * t.lanes(), 0.0f);
+    }
+
+    static void rows(const Problem& p, const Tile& t, const View& view, int64_t width, float* to) {
+        Format<Pair>::rows(p, t, view, width, to);
+        const int64_t pitch = whole_vectors(width), used = Format<Pair>::steps(t.count);
+        std::fill(to + used * pitch, to + sheets_of(t.count) * TILE * pitch, 0.0f);
+    }
+
+    static void clear_row(float* rows, int64_t width, int r) { Format<Pair>::clear_row(rows, width, r); }
+
+    // In place where tiles end with the width, and no further than the keys. The stride counts elements.
+    static const Element* along_width(const Problem& p, int64_t batch, int64_t kv_head, const View& view, int64_t width,
+                                      int64_t first, int64_t count, float* scratch, int64_t& stride) {
+        const Element* from = (const Element*)row_of(p, view, batch, kv_head, first);
+        if (width % SHEET == 0 && first + tiles_of(count) * TILE <= p.lk) {
+            stride = view.row;
+            return from;
+        }
+        stride = sheets_of(width) * SHEET;
+        Element* to = (Element*)scratch;
+        for (int64_t j = 0; j < count; ++j, to += stride, from += view.row) {
+            std::memcpy(to, from, width * sizeof *to);
+            std::fill(to + width, to + stride, 0);
+        }
+        std::fill(to, to + (tiles_of(count) * TILE - count) * stride, 0);
+        return (const Element*)scratch;
+    }
+
+    // Sheets of 32 keys: (width, key). The stride counts the elements of a sheet.
+    static const Element* along_keys(const Problem& p, int64_t batch, int64_t kv_head, const View& view, int64_t width,
+                                     int64_t first, int64_t count, float* scratch, int64_t& stride) {
+        stride = padded(width) * SHEET;
+        count = std::min(sheets_of(count) * SHEET, p.lk - first);
+        Element* to = (Element*)scratch;
+        for (int64_t j = 0; j < count; j += SHEET, to += stride) {
+            const char* const rows = row_of(p, view, batch, kv_head, first + j);
+            pack_sheet((const Element*)rows, view.row, std::min<int64_t>(SHEET, count - j), width, to);
+        }
+        return (const Element*)scratch;
+    }
+
+    // Pairs of the weights of two keys, and zeros for the rest of the last sheet.
+    static void pack_keys(const Tile& t, const Segment& s, const float* weights, float* to) {
+        Format<Pair>::pack_keys(t, s, weights, to);
+        pad_keys(t, s, to);
+    }
+
+    static void pad_keys(const Tile& t, const Segment& s, float* pairs) {
+        for (int64_t j = (s.end + 1) / 2; j < sheets_of(s.end) * TILE; ++j)
+            for (int n = s.first; n < s.last; ++n) store(pairs + j * t.lanes() + n * LANES, vec{});
+    }
+
+    static void pack_rows(const Tile& t, const Segment& s, float* weights) {
+        Format<Pair>::pack_rows(t, s, weights);
+        const int odd = s.last % 2;
+        float* row = weights + s.begin * t.lanes() + s.first * LANES / 2;
+        for (int j = s.begin; odd && j < s.end; ++j) {
+            float* const end = row + (j - s.begin) * t.lanes() + (s.last - s.first) * LANES / 2;
+            std::fill(end, end + LANES / 2, 0.0f);
+        }
+        for (int j = s.end; j < s.begin + tiles_of(s.end - s.begin) * TILE; ++j) {
+            float* const rest = row + (j - s.begin) * t.lanes();
+            std::fill(rest, rest + (s.last - s.first + odd) * LANES / 2, 0.0f);
+        }
+    }
+
+    static Element* own(const Element* from, int64_t, int64_t count, float* scratch, int64_t& stride) {
+        if ((const float*)from != scratch) std::copy(from, from + sheets_of(count) * stride, (Element*)scratch);
+        return (Element*)scratch;
+    }
+
+    static void clear(Element* along_keys, int64_t stride, int64_t j, int64_t d) {
+        along_keys[j / SHEET * stride + d * SHEET + j % SHEET] = 0;
+    }
+
+    // Up to 32 rows of a width become (width, row), filled up with zeros. Returns whether they are finite.
+    static bool pack_sheet(const Element* rows, int64_t row, int64_t count, int64_t width, Element* to) {
+        const __m512i exponent = _mm512_set1_epi16(0x7f80);
+        __mmask32 endless = 0;
+        for (int64_t d = 0; d < width; d += SHEET) {
+            const __mmask32 some = width - d >= SHEET ? ~0u : (1u << (width - d)) - 1;
+            const auto take = [&](int64_t j) {
+                const __m512i x = j < count ? _mm512_maskz_loadu_epi16(some, rows + j * row + d) : __m512i{};
+                endless |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(x, exponent), exponent);
+                return x;
+            };
+            // Pairs of rows: of the columns 8 i to 8 i + 3, and of those after them.
+            vec low[TILE], high[TILE];
+            for (int i = 0; i < TILE; ++i) {
+                const __m512i even = take(2 * i), odd = take(2 * i + 1);
+                low[i] = (vec)_mm512_unpacklo_epi16(even, odd);
+                high[i] = (vec)_mm512_unpackhi_epi16(even, odd);
+            }
+            transpose(low);
+            transpose(high);
+            for (int i = 0; i < TILE; ++i) {
+                const int64_t column = d + i / 4 * 8 + i % 4, end = padded(width);
+                if (column < end) store((float*)(to + column * SHEET), low[i]);
+                if (column + 4 < end) store((float*)(to + (column + 4) * SHEET), high[i]);
+            }
+        }
+        return !endless;
+    }
+};
+
+// Sheets of all values, and keys where they do not serve in place.
+template <>
+class Prepared<Amx> : public LaidByBlock<Amx> {
+   public:
+    typedef Format<Amx> F;
+
+    Prepared(const Problem& p, const Outline& outline, const Heads& heads)
+        : heads(heads), sheets(tiles_of_head(p) > 1 ? sheets_of(p.lk) : 0), in_place(p.width % SHEET == 0),
+          value_sheet(F::padded(p.value_width) * SHEET), key_sheet(sheets_of(p.width) * SHEET * SHEET) {
+        const int64_t count = heads.count * sheets;
+        if (count == 0) return;
+        packed_values.reset(new uint16_t[count * value_sheet]);
+        prefer_huge_pages(packed_values.get(), count * value_sheet * (int64_t)sizeof(uint16_t));
+        if (!in_place) packed_keys.reset(new uint16_t[count * key_sheet]);
+        finite.assign(count, true);
+        constexpr int64_t SOME = 16;  // sheets that a thread packs at a time
+        const int64_t parts = (sheets + SOME - 1) / SOME;
+        parallel_for(heads.count * parts, heads.threads, [&](int64_t item) {
+            const int64_t head = heads.first + item / parts, batch = head / p.kv_heads, kv_head = head % p.kv_heads;
+            const int64_t begin = Tile(p, outline, batch, kv_head, 0).begin;
+            const int64_t end = Tile(p, outline, batch, kv_head, tiles_of_head(p) - 1).end;
+            for (int64_t i = item % parts * SOME; i < std::min(sheets, (item % parts + 1) * SOME); ++i)
+                if (i * SHEET < end && ((i + 1) * SHEET > begin || i * SHEET < p.sink_tokens))
+                    pack(p, batch, kv_head, i);
+        });
+    }
+
+    const uint16_t* keys(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch,
+                         int64_t& stride) const {
+        if (in_place || !sheets) return LaidByBlock::keys(p, t, first, count, scratch, stride);
+        stride = key_sheet / SHEET;
+        return packed_keys.get() + place(p, t.batch, t.kv_head, first / SHEET) * key_sheet;
+    }
+
+    const uint16_t* values(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch,
+                           int64_t& stride) const {
+        if (!sheets) return LaidByBlock::values(p, t, first, count, scratch, stride);
+        stride = value_sheet;
+        return packed_values.get() + place(p, t.batch, t.kv_head, first / SHEET) * value_sheet;
+    }
+
+    bool are_finite(const Problem& p, const Tile& t, int64_t first, int64_t count) const {
+        if (!sheets) return LaidByBlock::are_finite(p, t, first, std::min(sheets_of(count) * SHEET, p.lk - first));
+        const char* const flags = &finite[place(p, t.batch, t.kv_head, first / SHEET)];
+        return std::all_of(flags, flags + sheets_of(count), [](bool flag) { return flag; });
+    }
+
+   private:
+    int64_t place(const Problem& p, int64_t batch, int64_t kv_head, int64_t sheet) const {
+        return (batch * p.kv_heads + kv_head - heads.first) * sheets + sheet;
+    }
+
+    void pack(const Problem& p, int64_t batch, int64_t kv_head, int64_t sheet) {
+        const int64_t at = place(p, batch, kv_head, sheet), first = sheet * SHEET;
+        const int64_t count = std::min<int64_t>(SHEET, p.lk - first);
+        const uint16_t* const rows = (const uint16_t*)row_of(p, p.v, batch, kv_head, first);
+        finite[at] = F::pack_sheet(rows, p.v.row, count, p.value_width, packed_values.get() + at * value_sheet);
+        int64_t stride;
+        if (!in_place)
+            F::along_width(p, batch, kv_head, p.k, p.width, first, count, (float*)&packed_keys[at * key_sheet], stride);
+    }
+
+    const Heads heads;
+    const int64_t sheets;  // of a head; none where a head has one tile, which then packs them itself
+    const bool in_place;
+    const int64_t value_sheet, key_sheet;  // elements of a sheet
+    std::unique_ptr<uint16_t[]> packed_values, packed_keys;
+    std::vector<char> finite;  // of each sheet, whether the values are
+};
+
+static inline void multiply_rows(Amx, const Tile& t, const Segment& s, int64_t width, const uint16_t* keys,
+                                 int64_t stride, const float* panel, float* to) {
+    const int64_t lanes = t.lanes() * (int64_t)sizeof(float), row = stride * (int64_t)sizeof(uint16_t);
+    const Tiles a = {(char*)(keys + s.begin * stride), row, TILE * row, 64};
+    const Tiles b = {(char*)(panel + s.first * LANES), lanes, 64, TILE * lanes};
+    const Tiles c = {(char*)(to + s.begin * t.lanes() + s.first * LANES), lanes, TILE * lanes, 0};
+    product_of_tiles<false>(tiles_of(s.end - s.begin), s.last - s.first, sheets_of(width), a, b, c);
+}
+
+static inline void sum_over_keys(Amx, const Tile& t, const Segment& s, int64_t width, const uint16_t* values,
+                                 int64_t stride, const float* weights, float* to, bool = false) {
+    const int64_t lanes = t.lanes() * (int64_t)sizeof(float);
+    const Tiles a = {(char*)(values + s.begin / SHEET * stride), 64, TILE * 64, stride * (int64_t)sizeof(uint16_t)};
+    const Tiles b = {(char*)(weights + s.begin / 2 * t.lanes() + s.first * LANES), lanes, 64, TILE * lanes};
+    const Tiles c = {(char*)(to + s.first * LANES), lanes, TILE * lanes, 0};
+    product_of_tiles<true>(tiles_of(width), s.last - s.first, sheets_of(s.end - s.begin), a, b, c);
+}
+
+static inline void sum_over_rows(Amx, const Tile& t, const Segment& s, int64_t width, const float* weights,
+                                 const float* rows, float* to) {
+    const int64_t lanes = t.lanes() * (int64_t)sizeof(float), pitch = whole_vectors(width);
+    const int64_t row = pitch * (int64_t)sizeof(float);
+    const Tiles a = {(char*)(weights + s.begin * t.lanes() + s.first * LANES / 2), lanes, TILE * lanes, 64};
+    const Tiles b = {(char*)(rows + s.first * LANES / 2 * pitch), row, 64, TILE * row};
+    const Tiles c = {(char*)(to + s.begin * pitch), row, TILE * row, 0};
+    product_of_tiles<true>(tiles_of(s.end - s.begin), pitch / TILE, (s.last - s.first + 1) / 2, a, b, c);
+}
+#endif
+
+}  // namespace QKV_ISA
+}  // namespace qkv

@@ -1,0 +1,166 @@
+// One micro-kernel for both products of attention: C[m][lane] (+)= sum_k A[m][k] * B[k][lane].
+//
+// Lanes are query rows. A is read in place and broadcast, element by element: keys for Q K^T, values for P V. So
+// neither keys nor values are packed or transposed, and any head width is as good as another. B is a panel in scratch,
+// and C stays in registers while k runs.
+#pragma once
+
+#include <limits>
+#include <type_traits>
+
+#include "mask/key_block.h"
+
+namespace qkv {
+namespace QKV_ISA {
+
+// Vectors and rows of C that registers hold beside a row of B and an element of A.
+#if defined(__AVX512F__)
+constexpr int NV = 4;
+constexpr int height(int vecs) { return vecs <= 2 ? 12 : (vecs == 3 ? 8 : 6); }  // up to 24 of 32 registers
+#elif defined(__AVX2__)
+constexpr int NV = 2;
+constexpr int height(int vecs) { return vecs == 1 ? 12 : 6; }  // 12 of 16
+#else
+constexpr int NV = 2;
+constexpr int height(int vecs) { return vecs == 1 ? 8 : 4; }
+#endif
+
+// What a kind of product has a thread hold while it multiplies, unless there is something.
+struct Nothing {};
+
+// fp32: one multiply-add a step.
+struct Single {
+    typedef float Element;
+    typedef Nothing Registers;
+    static constexpr Grain GRAIN = {SEGMENT, 1};
+    // Steps along the width that are added up one after the other; such sums are then added. The error of a long sum
+    // grows with its length.
+    static constexpr int64_t CHAIN = 32;
+    static inline vec madd(vec c, float a, vec b) { return c + a * b; }
+    static inline void stay_awake() {}
+};
+
+#if defined(__AVX512BF16__)
+// bf16: a step takes two neighbours along k; an element is the pair.
+struct Pair {
+    typedef uint32_t Element;
+    typedef Nothing Registers;
+    static constexpr Grain GRAIN = {SEGMENT, 1};
+    static constexpr int64_t CHAIN = std::numeric_limits<int64_t>::max() / 4;  // bf16 rounds more than any sum
+    static inline vec dot(vec c, __m512i a, vec b) {
+        return (vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)b, (__m512bh)a);
+    }
+    static inline vec madd(vec c, uint32_t a, vec b) { return dot(c, _mm512_set1_epi32((int)a), b); }
+    static inline void stay_awake() {}
+
+    // Pairs of the numbers in the same lanes.
+    static inline vec of(vec low, vec high) {
+        alignas(64) static constexpr uint16_t ORDER[2 * LANES] = {
+            0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+            8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31,
+        };
+        const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+        return (vec)_mm512_permutexvar_epi16(_mm512_load_si512(ORDER), halves);
+    }
+};
+#endif
+
+// How A lies: rows of keys are contiguous along k, columns of values are contiguous along m. The other stride counts
+// elements; those of B and C count floats.
+enum class Along { k, m };
+
+struct Strides {
+    int64_t a, b, c;
+};
+
+// Goes through the rows of C. Compilers, left to themselves, keep 24 addresses, in vector registers and on the stack.
+template <int ROWS, class Work>
+static inline void for_rows(float* c, int64_t stride, Work work) {
+    for (int m = 0; m < ROWS; ++m, c += stride) {
+        asm volatile("" : "+r"(c));
+        work(m, c);
+    }
+}
+
+template <class Kind, Along ALONG, int ROWS, int VECS, bool ADD>
+static inline void micro(int64_t steps, const typename Kind::Element* a, const float* b, float* c, Strides s,
+                         bool apart) {
+    typedef typename Kind::Element Element;
+    if (steps < 1) __builtin_unreachable();  // else compilers keep a second C in memory for that
+    // Keys and values come from memory that takes its time: those of the next block are asked for.
+    if (ALONG == Along::k && !ADD)
+        for (int m = 0; m < ROWS; ++m) prefetch((const char*)(a + (m + BLOCK) * s.a), steps * sizeof(Element));
+    const bool goes_on = ADD && !apart;
+    for (int64_t k = 0, end; k < steps; k = end) {
+        const bool first = k == 0;
+        end = ADD ? steps : std::min(k + Kind::CHAIN, steps);
+        vec acc[ROWS][VECS] = {};
+        if (goes_on)
+            for_rows<ROWS>(c, s.c, [&](int m, const float* at) {
+                for (int n = 0; n < VECS; ++n) acc[m][n] = load(at + n * LANES);
+            });
+        for (; k < end; ++k) {
+            if (ALONG == Along::m) prefetch((const char*)(a + (k + BLOCK) * s.a), 1);
+            vec row[VECS];
+            for (int n = 0; n < VECS; ++n) row[n] = load(b + k * s.b + n * LANES);
+            // A machine's addresses reach three rows of A from one of them. Compilers, left to themselves, keep twelve
+            // distances in registers that there are not.
+            const Element* at = ALONG == Along::k ? a + k : a + k * s.a;
+            for (int m = 0; m < ROWS; ++m) {
+                Element x;
+                std::memcpy(&x, ALONG == Along::k ? at + m % 3 * s.a : at + m, sizeof x);
+                for (int n = 0; n < VECS; ++n) acc[m][n] = Kind::madd(acc[m][n], x, row[n]);
+                if (ALONG == Along::k && m % 3 == 2) {
+                    at += 3 * s.a;
+                    asm("" : "+r"(at));
+                }
+            }
+        }
+        if (ADD ? apart : !first)
+            for_rows<ROWS>(c, s.c, [&](int m, const float* at) {
+                for (int n = 0; n < VECS; ++n) acc[m][n] = load(at + n * LANES) + acc[m][n];
+            });
+        for_rows<ROWS>(c, s.c, [&](int m, float* at) {
+            for (int n = 0; n < VECS; ++n) store(at + n * LANES, acc[m][n]);
+        });
+    }
+}
+
+template <class Kind, Along ALONG, int VECS, bool ADD>
+static inline void rows(int64_t count, int64_t steps, const typename Kind::Element* a, const float* b, float* c,
+                        Strides s, bool apart) {
+    constexpr int FULL = height(VECS);
+    int64_t m = 0;
+    const auto some = [&](auto rows) {
+        constexpr int ROWS = decltype(rows)::value;
+        micro<Kind, ALONG, ROWS, VECS, ADD>(steps, ALONG == Along::k ? a + m * s.a : a + m, b, c + m * s.c, s, apart);
+        m += ROWS;
+    };
+    while (m + FULL <= count) some(std::integral_constant<int, FULL>());
+    if (FULL > 8 && m + 8 <= count) some(std::integral_constant<int, 8>());
+    if (m + 4 <= count) some(std::integral_constant<int, 4>());
+    if (m + 2 <= count) some(std::integral_constant<int, 2>());
+    if (m + 1 <= count) some(std::integral_constant<int, 1>());
+}
+
+// C of `count` rows and `vecs` vectors. What is added to C goes on from there, step by step, or is summed `apart`
+// first.
+template <class Kind, Along ALONG, bool ADD>
+static void product(int64_t count, int vecs, int64_t steps, const typename Kind::Element* a, const float* b, float* c,
+                    Strides s, bool apart = false) {
+    int n = 0;
+    for (; n + NV <= vecs; n += NV) rows<Kind, ALONG, NV, ADD>(count, steps, a, b + n * LANES, c + n * LANES, s, apart);
+    switch (vecs - n) {
+        case 3:
+            rows<Kind, ALONG, (NV > 3 ? 3 : 1), ADD>(count, steps, a, b + n * LANES, c + n * LANES, s, apart);
+            break;
+        case 2:
+            rows<Kind, ALONG, (NV > 2 ? 2 : 1), ADD>(count, steps, a, b + n * LANES, c + n * LANES, s, apart);
+            break;
+        case 1: rows<Kind, ALONG, 1, ADD>(count, steps, a, b + n * LANES, c + n * LANES, s, apart); break;
+        default: break;
+    }
+}
+
+}  // namespace QKV_ISA
+}  // namespace qkv

@@ -1,0 +1,130 @@
+// The running softmax of a tile: maximum, sum and output of each row, over the keys seen so far.
+#pragma once
+
+#include <cmath>
+
+#include "softmax/scores.h"
+
+namespace qkv {
+namespace QKV_ISA {
+
+// How the maximum of each row moves up to what is in sight. It may lag behind by a factor of 2^8, which spares most of
+// the rescaling.
+struct Rise {
+    ivec rows;  // those that move
+    vec top;    // the new maximum, in units of the scores
+    Origin origin;
+    vec shrink;  // what all sums so far are to be multiplied by
+
+    Rise(const Problem& p, vec from, vec peak, bool exact = false) {
+        const float factor = exponent_factor(p);
+        rows = peak > from + 8.0f / factor;  // also from -inf, where nothing was seen yet
+        top = rows ? peak : from;
+        const vec base = top == -INF ? set1(0.0f) : top;
+        origin = Origin::at(p, base, exact);
+        // Exactly 1 for rows that stay: what others do must not show.
+        shrink = rows ? exp2((from - base) * factor) : set1(1.0f);
+    }
+};
+
+// The maximum is in units of the scores, and may lag behind.
+struct State {
+    static constexpr bool EXACT = false;  // whether exponents are, as `Origin` has it
+
+    float *top, *sum;
+    float* out;  // (value_width, lanes)
+
+    State(float* memory, const Tile& t) : top(memory), sum(memory + t.lanes()), out(memory + 2 * t.lanes()) {}
+
+    static int64_t floats(const Problem& p) { return (whole_vectors(p.value_width) + 2) * ROWS; }
+
+    void clear(const Problem& p, const Tile& t) const {
+        std::fill(top, top + t.lanes(), -INF);
+        std::fill(sum, sum + t.lanes(), 0.0f);
+        std::fill(out, out + numbers(p, t), 0.0f);
+    }
+
+    // Of `out`.
+    static int64_t numbers(const Problem& p, const Tile& t) { return p.value_width * t.lanes(); }
+
+    // Where column d of row r is summed.
+    float& at(const Problem&, const Tile& t, int r, int64_t d) const { return out[d * t.lanes() + r]; }
+
+    // Multiplies the outputs of vector n of the rows.
+    void scale(const Problem& p, const Tile& t, int n, vec factor) const {
+        for (int64_t d = 0; d < p.value_width; ++d) {
+            float* const here = out + d * t.lanes() + n * LANES;
+            store(here, load(here) * factor);
+        }
+    }
+
+    // Adds those of another, each times its factor.
+    void join(const Problem& p, const Tile& t, int n, vec factor, const State& other, vec other_factor) const {
+        for (int64_t d = 0; d < p.value_width; ++d) {
+            const int64_t here = d * t.lanes() + n * LANES;
+            store(out + here, load(out + here) * factor + load(other.out + here) * other_factor);
+        }
+    }
+};
+
+// Folds the state of later keys into that of earlier ones.
+template <class AnyState>
+static void merge(const Problem& p, const Tile& t, const AnyState& total, const AnyState& piece) {
+    const float factor = exponent_factor(p);
+    for (int n = 0; n < t.vecs; ++n) {
+        const vec a = load(total.top + n * LANES), b = load(piece.top + n * LANES);
+        const vec top = max(a, b);
+        const vec base = top == -INF ? set1(0.0f) : top;
+        const vec left = exp2((a - base) * factor), right = exp2((b - base) * factor);
+        store(total.top + n * LANES, top);
+        store(total.sum + n * LANES, load(total.sum + n * LANES) * left + load(piece.sum + n * LANES) * right);
+        total.join(p, t, n, left, piece, right);
+    }
+}
+
+// Writes (width, row), each row times its factor, as rows of a tensor.
+static void write_rows(const Problem& p, const Tile& t, const View& view, int64_t width, const float* from,
+                       const float* factors) {
+    char* rows[ROWS];
+    for (int r = 0; r < t.count; ++r) rows[r] = t.row(p, view, r);
+    for_dtype(p.dtype, [&](auto dtype) {
+        lanes_to_rows(t.count, width, from, t.lanes(), [&](int64_t r, int64_t c, int64_t count, vec x) {
+            store_part(dtype, rows[r] + c * size_of(dtype), x * factors[r], count);
+        });
+    });
+}
+
+// The sums of row r once its sink logit is among them.
+struct Total {
+    float top;    // the maximum, as a score
+    float share;  // what the sums of keys are multiplied by
+    float sum;
+
+    Total(const Problem& p, const Tile& t, int r, float top, float sum)
+        : top(plain_scores(p) ? top * p.scale : top), share(1.0f), sum(sum) {
+        if (!p.sink_logits) return;
+        const float sink = p.sink_logits[t.head[r]];
+        const float peak = this->top > sink ? this->top : sink;
+        const float base = peak == -INF ? 0.0f : peak;
+        share = std::exp2((this->top - base) * LOG2E);
+        this->sum = sum * share + std::exp2((sink - base) * LOG2E);
+        this->top = base;
+    }
+};
+
+// What the sums of row r are to be multiplied by. Leaves its lse.
+static inline float normalise(const Problem& p, const Tile& t, int r, float top, float sum) {
+    const Total total(p, t, r, top, sum);
+    if (p.lse) p.lse[t.place(p, r)] = total.sum == 0 ? -INF : total.top + std::log2(total.sum) * LN2;
+    return total.sum == 0 ? 0.0f : total.share / total.sum;
+}
+
+// Output and lse of a tile from its state.
+static void finish(const Problem& p, const Tile& t, const State& state) {
+    float normaliser[ROWS];
+    for (int r = 0; r < t.count; ++r) normaliser[r] = normalise(p, t, r, state.top[r], state.sum[r]);
+    write_rows(p, t, p.out, p.value_width, state.out, normaliser);
+}
+
+}  // namespace QKV_ISA
+}  // namespace qkv
