@@ -14,8 +14,8 @@ import torch
 from case import DTYPES, Case
 from torch import Tensor
 
-from qkv.cli.attention_call import Call, qkv_call, torch_call
-from qkv.cli.timing import Spread, spread
+from qkv.bench.attention_call import Call, qkv_call, torch_call
+from qkv.bench.timing import Spread, spread
 
 SECONDS = 4.0
 """For each library on each case."""

@@ -15,8 +15,8 @@ from kernel import CASES
 from measurement import ROUNDS
 
 from qkv import kernels
-from qkv.cli.attention_call import qkv_call
-from qkv.cli.timing import interleaved
+from qkv.bench.attention_call import qkv_call
+from qkv.bench.timing import interleaved
 
 
 def load(path: Path) -> kernels.Library:

@@ -17,8 +17,8 @@ from models import CONTEXT, STEPS
 from torch import Tensor, nn
 from transformers import AttentionInterface, LlamaConfig
 
-from qkv.cli.timing import Spread, spread
-from qkv.integrations.transformers import register
+from qkv.bench.timing import Spread, spread
+from qkv.integrations.transformers.attention import register
 
 LAYERS = 30
 HIDDEN, INNER, HEADS, KV_HEADS, WIDTH = 576, 1536, 9, 3, 64

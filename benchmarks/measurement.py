@@ -11,8 +11,8 @@ from peers import PEERS, Peer
 from torch import Tensor
 
 import qkv
-from qkv.cli.attention_call import Call, qkv_call
-from qkv.cli.timing import Spread, interleaved
+from qkv.bench.attention_call import Call, qkv_call
+from qkv.bench.timing import Spread, interleaved
 
 OURS = "qkv"
 ROUNDS = 9

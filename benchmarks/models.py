@@ -33,14 +33,14 @@ from transformers import (
     DynamicCache,
 )
 
-from qkv.cli.language_model import load
-from qkv.cli.model_source import gguf_source
-from qkv.cli.progress import Progress
-from qkv.cli.timing import interleaved
-from qkv.cli.weights import SMOLLM2_135M, cache_folder, obtain
-from qkv.integrations.transformers import register
-from qkv.integrations.transformers_cache import QKVCache
-from qkv.integrations.transformers_unpadding import unpad
+from qkv.bench.timing import interleaved
+from qkv.integrations.transformers.attention import register
+from qkv.integrations.transformers.cache import QKVCache
+from qkv.integrations.transformers.unpadding import unpad
+from qkv.models.default_weights import SMOLLM2_135M, cache_folder, obtain
+from qkv.models.language_model import load
+from qkv.models.progress import Progress
+from qkv.models.source import gguf_source
 
 CONTEXT = 4096
 STEPS = 24

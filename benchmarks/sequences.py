@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qkv.cli.timing import interleaved
+from qkv.bench.timing import interleaved
 from qkv.integrations.flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
 
 OURS = "qkv"

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import qkv
-from qkv.cli.timing import interleaved
+from qkv.bench.timing import interleaved
 
 
 def call_cost() -> dict[str, object]:

@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
         stop(f"this needs what is not installed: {', '.join(missing)}. Run pip install 'qkv[cli]'.")
     from transformers import AutoModelForCausalLM, Trainer, TrainerState, TrainingArguments
 
-    from qkv.integrations.transformers import register
+    from qkv.integrations.transformers.attention import register
 
     register()
     for folder in filter(None, (options.model, options.original)):

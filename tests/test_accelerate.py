@@ -24,8 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import qkv
 from qkv import kernels
-from qkv.integrations import torch_operators
-from qkv.integrations.torch import Report
+from qkv.integrations.torch.accelerate import Report, dispatcher
 
 pytestmark = pytest.mark.skipif(kernels.absence() is not None, reason=str(kernels.absence()))
 
@@ -45,8 +44,8 @@ def solved(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
         found.extend([out] if isinstance(out, Tensor) else [])
         return out
 
-    actual = torch_operators.solve
-    monkeypatch.setattr(torch_operators, "solve", solve)
+    actual = dispatcher.solve
+    monkeypatch.setattr(dispatcher, "solve", solve)
     return found
 
 

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 import qkv
 from qkv import kernels
-from qkv.integrations import torch_operators
-from qkv.integrations.torch import Report
+from qkv.integrations.torch.accelerate import Report, dispatcher
 
 pytestmark = pytest.mark.skipif(kernels.absence() is not None, reason=str(kernels.absence()))
 
@@ -32,17 +31,17 @@ def left_as_found() -> Iterator[None]:
 
 def is_routed() -> bool:
     """Whether the kernel answers a call made here and now."""
-    solved, actual = [], torch_operators.solve
+    solved, actual = [], dispatcher.solve
 
     def solve(*call: object) -> Tensor | str:
         solved.append(call)
         return actual(*call)  # type: ignore[arg-type]
 
-    torch_operators.solve = solve
+    dispatcher.solve = solve
     try:
         F.scaled_dot_product_attention(Q, Q, Q)
     finally:
-        torch_operators.solve = actual
+        dispatcher.solve = actual
     return bool(solved)
 
 
@@ -212,7 +211,7 @@ def test_blocks_hand_over_hand_keep_nothing_of_those_before() -> None:
         other.__enter__()
         block.__exit__(None, None, None)
         block = other
-    held, depth = torch_operators._innermost.get(), 0
+    held, depth = dispatcher._innermost.get(), 0
     while held is not None:
         held, depth = held.outer, depth + 1
     assert depth <= 2

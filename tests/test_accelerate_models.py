@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import qkv
 from qkv import kernels
-from qkv.integrations.transformers_unpadding import unpad
+from qkv.integrations.transformers.unpadding import unpad
 
 pytestmark = [
     pytest.mark.skipif(kernels.absence() is not None, reason=str(kernels.absence())),

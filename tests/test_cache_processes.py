@@ -11,7 +11,7 @@ import qkv
 
 transformers = pytest.importorskip("transformers")
 
-from qkv.integrations.transformers_cache import QKVCache, SlidingLayer  # noqa: E402
+from qkv.integrations.transformers.cache import QKVCache, SlidingLayer  # noqa: E402
 
 GROWN = 5
 

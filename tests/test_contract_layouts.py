@@ -13,7 +13,7 @@ import qkv
 from qkv import Mask
 from qkv.backends import BACKENDS, flex
 from qkv.integrations.flash_attn import flash_attn_func, flash_attn_qkvpacked_func, flash_attn_varlen_func
-from qkv.integrations.varlen import varlen_attn
+from qkv.integrations.torch.varlen import varlen_attn
 from qkv.problem import pose
 
 Layout = Callable[[Tensor], Tensor]

@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.cache_utils import DynamicLayer
 
 from qkv import Int8KVCache, KVCache, kernels
-from qkv.growing import Growing, append_in_place
-from qkv.integrations.transformers_cache import GrowingLayer, Int8Layer
+from qkv.cache.buffer import Growing, append_in_place
+from qkv.integrations.transformers.cache import GrowingLayer, Int8Layer
 
 needs_kernel = pytest.mark.skipif(
     kernels.absence() is not None or kernels.loaded().append is None, reason="needs the kernel, and torch's DLPack"

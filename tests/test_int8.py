@@ -10,7 +10,7 @@ import qkv
 from qkv import Mask, kernels
 from qkv.backends import native
 from qkv.cache import quantize
-from qkv.growing import Growing
+from qkv.cache.buffer import Growing
 
 INT8 = [
     solver

@@ -303,7 +303,7 @@ def test_bits_depend_on_neither_threads_nor_batch_nor_chunking_nor_padding(dtype
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("width, value_width", [(64, 64), (40, 24), (5, 3)])
 def test_a_few_queries_have_the_bits_of_many(width: int, value_width: int, dtype: torch.dtype) -> None:
-    """Up to half a vector of rows is computed with lanes along keys and widths (native/src/turned.h)."""
+    """Up to half a vector of rows is computed with lanes along keys and widths (native/src/attention/short_query.h)."""
     q = torch.randn(1, 2, 203, width).to(dtype)
     k, v = torch.randn(1, 2, 203, width).to(dtype), torch.randn(1, 2, 203, value_width).to(dtype)
     bias = torch.randn(2, 203, 203)

@@ -10,7 +10,7 @@ from torch import Tensor, library
 from qkv import Mask, kernels, sequences
 from qkv.functional import attend
 from qkv.integrations.flash_attn import flash_attn_func, flash_attn_varlen_func
-from qkv.integrations.varlen import AuxRequest, varlen_attn
+from qkv.integrations.torch.varlen import AuxRequest, varlen_attn
 from qkv.sequences import Keys, pose_sequences
 
 HEADS, KV_HEADS, WIDTH, VALUE_WIDTH = 6, 2, 24, 17

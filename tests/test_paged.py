@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qkv import kernels
 from qkv.integrations.flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
-from qkv.integrations.varlen import varlen_attn
+from qkv.integrations.torch.varlen import varlen_attn
 
 PAGE_SIZES = [1, 16, 17, 256, 1024]
 KEY_LENGTHS = [0, 1, 7, 97, 0, 481, 1013]

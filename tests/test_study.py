@@ -25,7 +25,7 @@ from settings import Settings  # noqa: E402
 from text import PRIOR, Text, encode, pairs_loss  # noqa: E402
 from training import Training, held_out_loss  # noqa: E402
 
-from qkv.cli.timing import interleaved  # noqa: E402
+from qkv.bench.timing import interleaved  # noqa: E402
 
 TINY = Settings(
     seeds=(0,), vocabulary=300, num_layers=1, num_heads=4, head_dim=4, batch=2, length=16, steps=20, warmup=5,

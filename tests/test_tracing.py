@@ -111,7 +111,7 @@ class Hidden(nn.Module):
     def __init__(self, kind: str) -> None:
         super().__init__()
         transformers = pytest.importorskip("transformers")
-        from qkv.integrations import transformers as integration
+        from qkv.integrations.transformers import attention as integration
 
         integration.register()
         sizes = {"vocab_size": 97, "hidden_size": WIDTH, "num_hidden_layers": 2, "intermediate_size": 64}

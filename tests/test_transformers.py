@@ -13,9 +13,9 @@ import transformers
 from families import compare as families
 
 from qkv import Mask
-from qkv.integrations import transformers as integration
-from qkv.integrations import transformers_masks
-from qkv.integrations.transformers_masks import MaskTensor, recognise
+from qkv.integrations.transformers import attention as integration
+from qkv.integrations.transformers import masks
+from qkv.integrations.transformers.masks import MaskTensor, recognise
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers' own making
 
@@ -284,14 +284,14 @@ def test_unknown_mask_functions_are_honoured_and_not_guessed() -> None:
     if hasattr(theirs, "remap_positions_for_packed_sequence"):  # not in the oldest release
         remapped = theirs.remap_positions_for_packed_sequence(theirs.causal_mask_function, torch.zeros(1, 1))
         assert recognise(remapped, range(7)) is None
-    mask = transformers_masks.make_mask(2, 5, 5, mask_function=diagonal)
+    mask = masks.make_mask(2, 5, 5, mask_function=diagonal)
     assert torch.equal(mask[0, 0] == 0, torch.eye(5).bool())
 
 
 def test_a_mask_tensor_is_the_additive_mask_to_whoever_computes_with_it() -> None:
     keep = torch.tensor([[True] * 7, [False] * 2 + [True] * 5])
     for dtype in (torch.float32, torch.bfloat16):
-        lazy = transformers_masks.make_mask(2, 3, 7, q_offset=4, attention_mask=keep, dtype=dtype)
+        lazy = masks.make_mask(2, 3, 7, q_offset=4, attention_mask=keep, dtype=dtype)
         want = transformers.masking_utils.eager_mask(2, 3, 7, q_offset=4, attention_mask=keep, dtype=dtype)
         assert isinstance(lazy, MaskTensor) and lazy.shape == want.shape and lazy.dtype == dtype
         assert torch.equal(lazy + 0, want) and torch.equal(lazy[:, :, 1:], want[:, :, 1:])
@@ -363,7 +363,7 @@ def test_the_least_number_in_an_additive_mask_hides() -> None:
 
 def test_a_mask_of_another_length_is_an_error() -> None:
     q = torch.randn(2, 2, 3, 8)
-    mask = transformers_masks.make_mask(2, 5, 3, attention_mask=torch.ones(2, 3).bool())
+    mask = masks.make_mask(2, 5, 3, attention_mask=torch.ones(2, 3).bool())
     with pytest.raises(ValueError, match=r"dense allow must fit \(2, 2, 3, 3\); got shape \(2, 1, 5, 3\)"):
         integration.attend(torch.nn.Module(), q, q, q, mask)
 

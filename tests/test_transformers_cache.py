@@ -15,10 +15,10 @@ from transformers.cache_utils import (  # noqa: E402
     DynamicSlidingWindowLayer,
 )
 
-from qkv.growing import Growing  # noqa: E402
-from qkv.integrations import transformers as integration  # noqa: E402
-from qkv.integrations.lazy_tensor import Int8Tensor  # noqa: E402
-from qkv.integrations.transformers_cache import GrowingLayer, Int8Layer, QKVCache, SlidingLayer  # noqa: E402
+from qkv.cache.buffer import Growing  # noqa: E402
+from qkv.integrations.transformers import attention as integration  # noqa: E402
+from qkv.integrations.transformers.cache import GrowingLayer, Int8Layer, QKVCache, SlidingLayer  # noqa: E402
+from qkv.integrations.transformers.lazy_tensor import Int8Tensor  # noqa: E402
 
 # The name that releases before 5.24 know.
 pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")

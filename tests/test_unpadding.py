@@ -20,9 +20,9 @@ from transformers.masking_utils import bidirectional_mask_function
 from unpadding import IDS, LEFT, LENGTHS, PACKED, PADDED, RIGHT, bert, build, hidden, llama, modern, tokens_seen
 
 from qkv import kernels
-from qkv.integrations.transformers_cache import QKVCache
-from qkv.integrations.transformers_masks import make_mask
-from qkv.integrations.transformers_unpadding import unpad
+from qkv.integrations.transformers.cache import QKVCache
+from qkv.integrations.transformers.masks import make_mask
+from qkv.integrations.transformers.unpadding import unpad
 
 pytestmark = [
     pytest.mark.skipif(kernels.absence() is not None, reason=str(kernels.absence())),

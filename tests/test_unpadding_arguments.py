@@ -13,8 +13,8 @@ from transformers.masking_utils import causal_mask_function
 from unpadding import PACKED, PADDED, RIGHT, bert, hidden, llama, tokens_seen
 
 from qkv import kernels
-from qkv.integrations.transformers_masks import make_mask
-from qkv.integrations.transformers_unpadding import unpad
+from qkv.integrations.transformers.masks import make_mask
+from qkv.integrations.transformers.unpadding import unpad
 
 pytestmark = [
     pytest.mark.skipif(kernels.absence() is not None, reason=str(kernels.absence())),

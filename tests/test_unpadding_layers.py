@@ -13,9 +13,9 @@ import transformers
 from unpadding import IDS, LEFT, PACKED, PADDED, RIGHT, bert, hidden, llama, tokens_seen
 
 from qkv import kernels
-from qkv.integrations import transformers as integration
-from qkv.integrations import transformers_unpadding
-from qkv.integrations.transformers_unpadding import unpad
+from qkv.integrations.transformers import attention as integration
+from qkv.integrations.transformers import unpadding
+from qkv.integrations.transformers.unpadding import unpad
 
 pytestmark = [
     pytest.mark.skipif(kernels.absence() is not None, reason=str(kernels.absence())),
@@ -122,7 +122,7 @@ def test_an_early_exit() -> None:
         handle.remove()
     close(found[1], found[0])
     close(hidden(model, RIGHT), hidden(stock, RIGHT))
-    assert not transformers_unpadding._calls.packed
+    assert not unpadding._calls.packed
 
 
 # Whoever adds something in the middle of a model: to the first token of each text, where the batch is padded.
@@ -313,10 +313,10 @@ def test_what_was_captured_once_is_no_hindrance_later(what: str) -> None:
 
 # What is not documented is read with a fallback: standing back.
 HIDDEN = {
-    "transformers' collector": lambda patch: patch.setattr(transformers_unpadding, "_CAPTURING", "transformers.utils"),
-    "the module of it": lambda patch: patch.setattr(transformers_unpadding, "_CAPTURING", "transformers.elsewhere"),
-    "torch's global hooks": lambda patch: patch.setattr(transformers_unpadding, "_has_any_global_hook", lambda: True),
-    "torch's hooks of a module": lambda patch: patch.setattr(transformers_unpadding, "_HOOKS", ("_elsewhere",)),
+    "transformers' collector": lambda patch: patch.setattr(unpadding, "_CAPTURING", "transformers.utils"),
+    "the module of it": lambda patch: patch.setattr(unpadding, "_CAPTURING", "transformers.elsewhere"),
+    "torch's global hooks": lambda patch: patch.setattr(unpadding, "_has_any_global_hook", lambda: True),
+    "torch's hooks of a module": lambda patch: patch.setattr(unpadding, "_HOOKS", ("_elsewhere",)),
 }
 
 

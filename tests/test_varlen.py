@@ -23,7 +23,7 @@ from test_flash_attn import (
 )
 from torch import Tensor
 
-from qkv.integrations.varlen import AuxRequest, varlen_attn
+from qkv.integrations.torch.varlen import AuxRequest, varlen_attn
 
 WHERE = (starts(QUERY_LENGTHS), starts(KEY_LENGTHS), max(QUERY_LENGTHS), max(KEY_LENGTHS))
 WINDOWS = [(-1, -1), (-1, 0), (3, 0), (2, 1), (-1, 2), (1, -1), (0, 0), (100, 100)]

@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from qkv.integrations import transformers as integration
+from qkv.integrations.transformers import attention as integration
 
 SIZES = {"vocab_size": 99, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3}
 LENGTHS = (11, 4, 1, 7)

@@ -8,7 +8,7 @@ from case import Case
 from torch import Tensor
 
 from peers import flex, onnx_runtime, openvino_sdpa, torch_sdpa
-from qkv.cli.attention_call import Call
+from qkv.bench.attention_call import Call
 
 
 class Peer(Protocol):

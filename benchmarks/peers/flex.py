@@ -5,7 +5,7 @@ from case import Case
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from qkv.cli.attention_call import Call
+from qkv.bench.attention_call import Call
 
 NAME = "flex"
 

@@ -6,7 +6,7 @@ import torch
 from case import Case
 from torch import Tensor
 
-from qkv.cli.attention_call import Call
+from qkv.bench.attention_call import Call
 
 NAME = "openvino"
 

@@ -4,7 +4,7 @@ import torch
 from case import Case
 from torch import Tensor
 
-from qkv.cli.attention_call import Call, torch_call
+from qkv.bench.attention_call import Call, torch_call
 
 NAME = "torch"
 

@@ -14,7 +14,7 @@ from qkv.functional import attention_weights as attention_weights
 from qkv.functional import attention_with_lse as attention_with_lse
 from qkv.functional import explain as explain
 from qkv.functional import merge as merge
-from qkv.integrations.torch import accelerate as accelerate
+from qkv.integrations.torch.accelerate import accelerate as accelerate
 from qkv.layers import Attention as Attention
 from qkv.layers import CausalAttention as CausalAttention
 from qkv.layers import CrossAttention as CrossAttention

@@ -187,7 +187,7 @@ def _check_tensors(who: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     if q.is_nested or k.is_nested or v.is_nested:
         raise ValueError(
             f"{who}: nested tensors are for the layers, as qkv.CausalAttention. For heads of your own, call "
-            "qkv.integrations.varlen.varlen_attn with their values and offsets."
+            "qkv.integrations.torch.varlen.varlen_attn with their values and offsets."
         )
     if not (q.dim() == k.dim() == v.dim() == 4):
         got = ", ".join(str(tuple(x.shape)) for x in (q, k, v))

@@ -8,7 +8,7 @@ from model import LanguageModel, converted
 from settings import Settings
 
 import qkv
-from qkv.cli.timing import interleaved
+from qkv.bench.timing import interleaved
 
 
 class Step(TypedDict):

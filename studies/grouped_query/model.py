@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import qkv
 from qkv.convert import convert_layer
-from qkv.convert.tensors import Method
+from qkv.convert.heads.pooling import Method
 
 
 class Block(nn.Module):

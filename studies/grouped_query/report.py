@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 from findings import SUPPOSED, Findings, of, verdict
 
-from qkv.cli.kv_cache_size import readable_bytes
+from qkv.models.kv_cache_size import readable_bytes
 
 START = "<!-- From here on written by report.py. -->"
 FIGURE = "loss.svg"

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from qkv.convert.tensors import Method
+from qkv.convert.heads.pooling import Method
 
 
 class Settings(NamedTuple):

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from qkv.cli.kv_cache_size import readable_bytes
+from qkv.models.kv_cache_size import readable_bytes
 
 NAMES = {"original": "3 KV heads, as it was", "mean": "1 KV head, mean", "aligned": "1 KV head, aligned"}
 

@@ -19,15 +19,15 @@ from report import write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from qkv.bench.timing import interleaved
 from qkv.cli import main as qkv
 from qkv.cli.convert import unpack
 from qkv.cli.inspect import kv_bytes
-from qkv.cli.progress import Progress
-from qkv.cli.timing import interleaved
-from qkv.cli.weights import SMOLLM2_135M, obtain
 from qkv.convert import inspect_checkpoint, measure_divergence
-from qkv.integrations.transformers import register
-from qkv.integrations.transformers_cache import QKVCache
+from qkv.integrations.transformers.attention import register
+from qkv.integrations.transformers.cache import QKVCache
+from qkv.models.default_weights import SMOLLM2_135M, obtain
+from qkv.models.progress import Progress
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -6,8 +6,9 @@ import os
 import pytest
 import torch
 
-from qkv.cli import bench, main, peak_memory
-from qkv.cli.mechanisms import LIBRARIES, OURS, STOCK, Sizes, mechanisms
+from qkv.bench import peak_memory
+from qkv.bench.mechanisms import LIBRARIES, OURS, STOCK, Sizes, mechanisms
+from qkv.cli import bench, main
 
 TINY = ("--length", "24", "--heads", "6", "--head-dim", "8", "--window", "5", "--rounds", "2")
 NAMES = [

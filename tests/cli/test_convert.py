@@ -13,8 +13,8 @@ from cli import tiny_model
 from convert import models
 
 from qkv.cli import main
-from qkv.cli.errors import CommandError
 from qkv.convert import measure_divergence
+from qkv.models.errors import CommandError
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +229,7 @@ def test_texts_that_are_refused(capsys, tmp_path, content, message):
 def test_gguf_file_is_unpacked_first(capsys, tmp_path, monkeypatch):
     """The loading itself is that of ``qkv demo``, and has its tests there."""
     from qkv.cli import convert
-    from qkv.cli.language_model import LanguageModel
+    from qkv.models.language_model import LanguageModel
 
     folder = tiny_model.save(tiny_model.llama(), tmp_path / "model")
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 0))

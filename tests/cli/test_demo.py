@@ -84,7 +84,7 @@ def test_arithmetic_agrees_with_the_cache_of_transformers(llama):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from qkv.cli.kv_cache_size import cache_bytes, layer_shapes
+    from qkv.models.kv_cache_size import cache_bytes, layer_shapes
 
     model = AutoModelForCausalLM.from_pretrained(llama)
     cache = model(torch.zeros(1, 11, dtype=torch.int64)).past_key_values
@@ -121,7 +121,7 @@ def test_window_of_the_model_is_shown(capsys, tmp_path):
 def test_different_texts_are_said_and_end_with_1(capsys, monkeypatch, llama):
     import torch
 
-    from qkv.integrations import transformers as integration
+    from qkv.integrations.transformers import attention as integration
 
     def wrong(module, query, key, value, *rest, **options):
         return torch.zeros_like(query).transpose(1, 2).contiguous() + 1, None

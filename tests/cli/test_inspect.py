@@ -13,7 +13,7 @@ import torch
 from convert import models
 
 from qkv.cli import inspect, main
-from qkv.convert import safetensors_file
+from qkv.convert.files import safetensors
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,7 @@ def test_file_of_a_whole_model(capsys, tmp_path):
 def test_hub_is_read_by_headers(capsys, monkeypatch, llama):
     def metadata(name):
         assert name == "someone/llama"
-        headers = [safetensors_file.read_header(path).tensors for path in sorted(llama.glob("*.safetensors"))]
+        headers = [safetensors.read_header(path).tensors for path in sorted(llama.glob("*.safetensors"))]
         return SimpleNamespace(files_metadata={str(i): SimpleNamespace(tensors=h) for i, h in enumerate(headers)})
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file: str(llama / file))
@@ -171,7 +171,7 @@ def test_folder_that_contradicts_itself(capsys, tmp_path):
 
 
 def test_words_for_what_differs():
-    from qkv.convert.description import LayerAttention
+    from qkv.convert.inspect.inspection import LayerAttention
 
     layer = LayerAttention(4, 1, 8, 6, 7, False, True, "", 10, 5)
     expected = "multi-query attention: 4 query heads, 1 KV head, key width 8, value width 6, a window of 7, no biases, "

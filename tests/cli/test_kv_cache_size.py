@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from qkv.cli.errors import CommandError
-from qkv.cli.kv_cache_size import CacheSize, LayerShape, cache_bytes, cache_sizes, layer_shapes, readable_bytes
+from qkv.models.errors import CommandError
+from qkv.models.kv_cache_size import CacheSize, LayerShape, cache_bytes, cache_sizes, layer_shapes, readable_bytes
 
 SMOLLM2 = 30 * (LayerShape(num_heads=9, num_kv_heads=3, head_dim=64, value_dim=64, window=None),)
 

@@ -11,7 +11,7 @@ import pytest
 
 import qkv
 from qkv.cli import EXTRAS, demo, main
-from qkv.cli.errors import CommandError
+from qkv.models.errors import CommandError
 
 FULL = Path("/dev/full")
 QKV = (sys.executable, "-c", "import sys; from qkv_command import main; sys.exit(main())")

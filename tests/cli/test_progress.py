@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from qkv.cli.progress import Progress
+from qkv.models.progress import Progress
 
 
 class Terminal(io.StringIO):

@@ -1,6 +1,6 @@
 """Interleaved runs: who is called when, and what is made of the times."""
 
-from qkv.cli.timing import interleaved, spread
+from qkv.bench.timing import interleaved, spread
 
 
 def test_candidates_take_turns_and_progress_is_told():

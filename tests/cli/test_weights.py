@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from qkv.cli import weights as subject
-from qkv.cli.errors import CommandError
-from qkv.cli.progress import Progress
-from qkv.cli.weights import PackagedWeights, cache_folder, obtain
-from qkv.convert.own_folder import PREFIX, own_folder
+from qkv.convert.files.own_folder import PREFIX, own_folder
+from qkv.models import default_weights as subject
+from qkv.models.default_weights import PackagedWeights, cache_folder, obtain
+from qkv.models.errors import CommandError
+from qkv.models.progress import Progress
 
 CONTENT = b"GGUF" + bytes(range(256)) * 5
 OTHER = CONTENT[::-1]

@@ -22,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from convert import models
 
-from qkv.convert import convert_checkpoint, staging
-from qkv.convert.own_folder import MARKER, PREFIX
+from qkv.convert import convert_checkpoint
+from qkv.convert.files import staging
+from qkv.convert.files.own_folder import MARKER, PREFIX
 
 OPERATIONS = ("open", "os.", "shutil.", "fcntl.")
 

@@ -316,7 +316,7 @@ def test_planted_models_are_recovered(source):
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt_neox"])
 def test_folders_are_converted_alike_and_layers_aligned_once(tmp_path, family):
     source = models.save(tmp_path / "source", family, shards="60KB", dtype=torch.bfloat16)
-    with mock.patch("qkv.convert.aligned.align_heads", wraps=align_heads) as aligned:
+    with mock.patch("qkv.convert.families.aligned_outputs.align_heads", wraps=align_heads) as aligned:
         convert_checkpoint(source, tmp_path / "out", GROUPS, how="aligned")
     assert aligned.call_count == 3
     model = models.build(family).to(torch.bfloat16)
@@ -331,7 +331,7 @@ def test_folders_are_converted_alike_and_layers_aligned_once(tmp_path, family):
 )
 def test_gains_are_those_of_the_norm_before(family, norm, offset):
     model = models.build(family)
-    with mock.patch("qkv.convert.aligned.align_heads", wraps=align_heads) as aligned:
+    with mock.patch("qkv.convert.families.aligned_outputs.align_heads", wraps=align_heads) as aligned:
         convert_state_dict(model.state_dict(), model.config.to_dict(), 1, how="aligned")
     for number, call in enumerate(aligned.call_args_list):
         assert torch.equal(call.kwargs["gain"], model.state_dict()[norm.format(number) + ".weight"] + offset)

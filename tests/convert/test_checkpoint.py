@@ -10,7 +10,7 @@ import torch
 from convert import large, models
 
 from qkv.convert import convert_checkpoint, plan_checkpoint, pool_heads
-from qkv.convert.safetensors_file import read_header
+from qkv.convert.files.safetensors import read_header
 
 safetensors = pytest.importorskip("safetensors")
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -125,7 +125,7 @@ def test_tensors_of_wide_dtypes_come_first(tmp_path):
     for name, tensor in tensors.items():
         start = header.starts[name]
         assert data[start : start + tensor.nbytes] == tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
-    from qkv.convert.safetensors_file import lay_out
+    from qkv.convert.files.safetensors import lay_out
 
     head, order = lay_out(header.tensors, header.metadata)
     ours = tmp_path / "ours.safetensors"

@@ -8,9 +8,11 @@ import shutil
 import pytest
 from convert import models
 
-from qkv.convert import CheckpointError, documents, inspect_checkpoint, stock
-from qkv.convert.documents import parse, read_document, show
-from qkv.convert.safetensors_file import read_header
+from qkv.convert import CheckpointError, inspect_checkpoint
+from qkv.convert.families import transformers_schema
+from qkv.convert.files import json_document
+from qkv.convert.files.json_document import parse, read_document, show
+from qkv.convert.files.safetensors import read_header
 
 
 @pytest.mark.parametrize(
@@ -51,10 +53,10 @@ def test_what_is_read():
     assert parse(json.dumps(document).encode(), "x") == document
 
 
-@pytest.mark.parametrize("levels", [documents.MOST_LEVELS, documents.MOST_LEVELS + 1])
+@pytest.mark.parametrize("levels", [json_document.MOST_LEVELS, json_document.MOST_LEVELS + 1])
 def test_levels_are_counted(tmp_path, levels):
     (tmp_path / "a.json").write_text('{"a":' * (levels - 1) + "{}" + "}" * (levels - 1))
-    if levels == documents.MOST_LEVELS:
+    if levels == json_document.MOST_LEVELS:
         read_document(tmp_path / "a.json")
     else:
         with pytest.raises(CheckpointError, match=r"a\.json must have at most 100 levels of objects and lists"):
@@ -139,7 +141,7 @@ def test_keys_of_a_configuration_are_counted(tmp_path, llama, monkeypatch, is_ne
     extra = dict.fromkeys([f"k{number}" for number in range(300)])
     (folder / "config.json").write_text(json.dumps(config | ({"x": [extra]} if is_nested else extra)))
     inspect_checkpoint(folder)
-    monkeypatch.setattr(stock, "MOST_KEYS", 300)
+    monkeypatch.setattr(transformers_schema, "MOST_KEYS", 300)
     with pytest.raises(CheckpointError, match=r"config\.json has 3\d\d keys; more than 300 of a configuration are not"):
         inspect_checkpoint(folder)
 

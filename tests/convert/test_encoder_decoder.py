@@ -10,8 +10,8 @@ from convert import models
 
 from qkv.cli import main
 from qkv.convert import CheckpointError, convert_checkpoint, convert_state_dict, inspect_checkpoint
-from qkv.convert.encoder_decoder import ENCODER_DECODERS
-from qkv.integrations import grouped_decoders
+from qkv.convert.families.encoder_decoder import ENCODER_DECODERS
+from qkv.integrations.transformers import grouped_decoders
 
 transformers = pytest.importorskip("transformers")
 

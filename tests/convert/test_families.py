@@ -8,8 +8,8 @@ import torch
 from convert import models
 
 from qkv.convert import CheckpointError, convert_checkpoint, convert_state_dict, inspect_checkpoint
-from qkv.convert.encoder_decoder import ENCODER_DECODERS
-from qkv.convert.families import FAMILIES
+from qkv.convert.families.encoder_decoder import ENCODER_DECODERS
+from qkv.convert.families.registry import FAMILIES
 
 HEADS = 8
 GROUPS = dict.fromkeys(models.FAMILIES, 2) | {"gpt2": 1, "gpt_bigcode": 1}

@@ -9,7 +9,7 @@ import pytest
 from fuzz import files
 
 from qkv.convert import CheckpointError, inspect_checkpoint
-from qkv.convert.gguf_file import check_places, read_gguf
+from qkv.convert.files.gguf import check_places, read_gguf
 
 gguf = pytest.importorskip("gguf")
 

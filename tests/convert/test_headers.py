@@ -6,7 +6,7 @@ import pytest
 from convert import models
 
 from qkv.convert import CheckpointError, plan_checkpoint
-from qkv.convert.safetensors_file import read_header
+from qkv.convert.files.safetensors import read_header
 
 
 def write(path, places, num_bytes):

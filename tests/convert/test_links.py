@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from convert import kill, models
 
-from qkv.convert import CheckpointError, checkpoint, convert_checkpoint, own_folder, plan_checkpoint, write_checkpoint
-from qkv.convert.own_folder import CONTENT, MARKER, PREFIX
+from qkv.convert import CheckpointError, checkpoint, convert_checkpoint, plan_checkpoint, write_checkpoint
+from qkv.convert.files import own_folder
+from qkv.convert.files.own_folder import CONTENT, MARKER, PREFIX
 
 pytest.importorskip("transformers")
 
@@ -304,7 +305,7 @@ def test_mount_is_neither_replaced_nor_emptied(tmp_path, source, monkeypatch, pl
     def counted(folder):
         return (-1, "") if os.fstat(folder).st_ino == mounted else mount_of(folder)
 
-    for module in (own_folder, sys.modules["qkv.convert.staging"]):
+    for module in (own_folder, sys.modules["qkv.convert.files.staging"]):
         monkeypatch.setattr(module, "mount_of", counted)
     before = everything(tmp_path)
     with pytest.raises(CheckpointError, match=f"{place} is a mount, and cannot be replaced; unmount it"):
@@ -326,7 +327,7 @@ def test_real_mount(tmp_path, source):
     code = f"""
 import os, sys
 from pathlib import Path
-from qkv.convert import own_folder
+from qkv.convert.files import own_folder
 around = os.open({str(tmp_path)!r}, os.O_RDONLY)
 found = own_folder.find_mount(os.open("out", os.O_RDONLY, dir_fd=around))
 try:

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from convert import kill, models
 
-from qkv.convert import CheckpointError, checkpoint, convert_checkpoint, plan_checkpoint, staging, write_checkpoint
-from qkv.convert.own_folder import OwnFolder
+from qkv.convert import CheckpointError, checkpoint, convert_checkpoint, plan_checkpoint, write_checkpoint
+from qkv.convert.files import staging
+from qkv.convert.files.own_folder import OwnFolder
 
 pytest.importorskip("transformers")
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
 
-from qkv.integrations import transformers as integration
-from qkv.integrations.transformers_unpadding import unpad
+from qkv.integrations.transformers import attention as integration
+from qkv.integrations.transformers.unpadding import unpad
 
 NEW_TOKENS = 20
 # What any implementation may round: sums over the width of a layer, sqrt(64) / 2 units of their size.

@@ -11,7 +11,7 @@ import transformers
 from families.compare import NEW_TOKENS, Outcome, judge
 from families.registry import families, short
 
-from qkv.integrations.transformers import register
+from qkv.integrations.transformers.attention import register
 
 PAGE = Path(__file__).parents[2] / "docs" / "transformers.md"
 
@@ -27,7 +27,7 @@ and large enough that attention is far from uniform. Outputs and the gradients o
 fp64 run of eager, and may be twice as far from it as eager and sdpa are in fp32, plus the rounding of a sum over the
 width. Where the model takes an attention mask, this is done with padding on the left and on the right, and compared at
 real tokens. Where it generates, {tokens} greedy tokens must be the same as eager's. *unpad*: the same holds, padding on
-the right, where `qkv.integrations.transformers_unpadding.unpad` lets the model compute real tokens alone; it takes
+the right, where `qkv.integrations.transformers.unpadding.unpad` lets the model compute real tokens alone; it takes
 effect in {unpadded} families.
 
 *padding leaks*: what eager gives to queries that see no key (the mean of all values, where sdpa and qkv give 0) reaches

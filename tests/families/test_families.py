@@ -11,7 +11,7 @@ from families import sweep
 from families.compare import judge
 
 from qkv import Mask
-from qkv.integrations import transformers as integration
+from qkv.integrations.transformers import attention as integration
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers' own making
 

@@ -32,8 +32,8 @@ def pytest_configure() -> None:
     """As a plugin of pytest: puts qkv in the place of sdpa."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    from qkv.integrations.transformers import attend
-    from qkv.integrations.transformers_masks import make_mask
+    from qkv.integrations.transformers.attention import attend
+    from qkv.integrations.transformers.masks import make_mask
 
     def counted(*args: Any, **options: Any) -> Any:
         global calls

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from qkv import CrossKVCache, Int8KVCache, KVCache, SlidingKVCache
 from qkv.cache import Cache
-from qkv.integrations.lazy_tensor import Int8Tensor
-from qkv.integrations.transformers_cache import GrowingLayer, Int8Layer, SlidingLayer
+from qkv.integrations.transformers.cache import GrowingLayer, Int8Layer, SlidingLayer
+from qkv.integrations.transformers.lazy_tensor import Int8Tensor
 
 Pick = Callable[[int], int]
 """A number from 0 to n - 1, of chance's or of hypothesis'."""

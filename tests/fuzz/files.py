@@ -216,7 +216,7 @@ def fuzz(arguments: list[str]) -> None:
     import atheris  # type: ignore[import-not-found]
 
     with atheris.instrument_imports(include=["qkv.convert"]):
-        import qkv.convert.inspection  # noqa: F401
+        import qkv.convert.inspect.checkpoint  # noqa: F401
     import torch
 
     torch.set_num_threads(1)

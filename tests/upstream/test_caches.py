@@ -113,7 +113,7 @@ def test_transformers_39412_keys_are_not_repeated_for_their_group_where_there_is
     pytest.importorskip("transformers")
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    from qkv.integrations.transformers import attend
+    from qkv.integrations.transformers.attention import attend
 
     module = torch.nn.Module()
     module.num_key_value_groups = 8
@@ -153,7 +153,7 @@ def test_torchtune_2883_groups_rotary_and_a_cache_in_one_layer() -> None:
 
 def small_llama() -> Any:
     transformers = pytest.importorskip("transformers")
-    from qkv.integrations import transformers as integration
+    from qkv.integrations.transformers import attention as integration
 
     integration.register()
     config = transformers.LlamaConfig(
@@ -171,7 +171,7 @@ def test_llama_recipes_33_a_prompt_is_copied_for_each_question(dtype: torch.dtyp
     huggingface/transformers#32681).
     """
     model = small_llama()
-    from qkv.integrations.transformers_cache import QKVCache
+    from qkv.integrations.transformers.cache import QKVCache
 
     prompt, questions = torch.randint(3, 97, (1, 7)), torch.randint(3, 97, (4, 1, 3))
 
@@ -205,7 +205,7 @@ def test_vllm_1968_a_prompt_under_inference_mode_and_the_rest_outside(cached: st
         make = {"growing": qkv.KVCache, "int8": qkv.Int8KVCache, "sliding": lambda: qkv.SlidingKVCache(7)}[cached]
         call = lambda part, cache: layer(part, cache=cache)
     else:
-        from qkv.integrations.transformers_cache import QKVCache
+        from qkv.integrations.transformers.cache import QKVCache
 
         make, x = lambda: QKVCache(model.config), torch.randint(3, 97, (2, 12))
         call = lambda part, cache: model(part, past_key_values=cache).logits
@@ -228,7 +228,7 @@ def test_transformers_35648_a_training_step_fills_a_cache(layer_of: str, monkeyp
     model = small_llama()
     from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 
-    from qkv.integrations import transformers_cache
+    from qkv.integrations.transformers import cache
 
     ids = torch.randint(3, 97, (2, 12))
 
@@ -238,7 +238,7 @@ def test_transformers_35648_a_training_step_fills_a_cache(layer_of: str, monkeyp
         return [parameter.grad.clone() for parameter in model.parameters()]
 
     want = step()
-    monkeypatch.setitem(DYNAMIC_LAYER_TYPE_MAPPING, "full_attention", getattr(transformers_cache, layer_of))
+    monkeypatch.setitem(DYNAMIC_LAYER_TYPE_MAPPING, "full_attention", getattr(cache, layer_of))
     for got, expected in zip(step(), want, strict=True):
         torch.testing.assert_close(got, expected)
     cache = model(ids).past_key_values  # computed with gradients, and gone on with without

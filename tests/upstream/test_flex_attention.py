@@ -71,7 +71,7 @@ def test_transformers_40345_a_model_runs_on_cpu_without_a_compiler(monkeypatch: 
     (huggingface/transformers#40345, facebookresearch/blt#6).
     """
     transformers = pytest.importorskip("transformers")
-    from qkv.integrations import transformers as integration
+    from qkv.integrations.transformers import attention as integration
 
     integration.register()
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}

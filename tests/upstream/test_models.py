@@ -12,8 +12,8 @@ pytest.importorskip("transformers")
 import transformers
 
 from qkv import kernels
-from qkv.integrations import transformers as integration
-from qkv.integrations.transformers_unpadding import unpad
+from qkv.integrations.transformers import attention as integration
+from qkv.integrations.transformers.unpadding import unpad
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers' own making
 

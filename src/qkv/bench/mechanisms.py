@@ -5,9 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qkv.cli.attention_call import Call, qkv_call, torch_call
-from qkv.cli.kv_cache_size import LayerShape, cache_bytes
+from qkv.bench.attention_call import Call, qkv_call, torch_call
 from qkv.masks import FULL, Mask
+from qkv.models.kv_cache_size import LayerShape, cache_bytes
 
 OURS, STOCK = "qkv", "torch"
 LIBRARIES = {OURS: qkv_call, STOCK: torch_call}

@@ -7,8 +7,8 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from qkv.cli.errors import CommandError
-from qkv.cli.mechanisms import Mechanism
+from qkv.bench.mechanisms import Mechanism
+from qkv.models.errors import CommandError
 
 BYTES_PER_UNIT = 1 if sys.platform == "darwin" else 1024
 """Of ``ru_maxrss``."""

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from qkv.cli.errors import CommandError
+from qkv.models.errors import CommandError
 
 EXTRAS = ("typer", "rich", "transformers", "gguf", "accelerate")
 """What `pip install 'qkv[cli]'` brings."""

@@ -11,12 +11,12 @@ import typer
 from rich.console import Console
 
 import qkv
+from qkv.bench.mechanisms import LIBRARIES, Mechanism, Sizes, mechanisms
+from qkv.bench.peak_memory import peak_memory
+from qkv.bench.timing import Spread, interleaved
 from qkv.cli.bench_report import BenchReport, Row, as_json, print_report
-from qkv.cli.mechanisms import LIBRARIES, Mechanism, Sizes, mechanisms
 from qkv.cli.options import count
-from qkv.cli.peak_memory import peak_memory
-from qkv.cli.progress import Progress, after
-from qkv.cli.timing import Spread, interleaved
+from qkv.models.progress import Progress, after
 
 
 class Dtype(str, Enum):

@@ -9,9 +9,9 @@ from rich.text import Text
 
 import qkv
 from qkv import kernels
-from qkv.cli.kv_cache_size import readable_bytes
-from qkv.cli.mechanisms import LIBRARIES, OURS, STOCK, Mechanism, Sizes
-from qkv.cli.timing import Spread
+from qkv.bench.mechanisms import LIBRARIES, OURS, STOCK, Mechanism, Sizes
+from qkv.bench.timing import Spread
+from qkv.models.kv_cache_size import readable_bytes
 
 
 class Row(NamedTuple):

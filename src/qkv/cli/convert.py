@@ -13,18 +13,18 @@ from rich.table import Table
 from rich.text import Text
 
 from qkv.cli.divergence import describe_divergence, predict_original
-from qkv.cli.errors import CommandError
 from qkv.cli.inspect import describe, kv_bytes
-from qkv.cli.kv_cache_size import readable_bytes
-from qkv.cli.language_model import load, quiet
-from qkv.cli.model_source import at_home, gguf_source
 from qkv.cli.options import count
-from qkv.cli.progress import Progress
 from qkv.convert import CheckpointError, CheckpointPlan, Inspection, plan_checkpoint, write_checkpoint
-from qkv.convert.gguf_file import check_places, read_gguf
-from qkv.convert.inspection import inspect_tensors
-from qkv.convert.safetensors_file import BITS, TORCH_DTYPES
-from qkv.convert.staging import find_place
+from qkv.convert.files.gguf import check_places, read_gguf
+from qkv.convert.files.safetensors import BITS, TORCH_DTYPES
+from qkv.convert.files.staging import find_place
+from qkv.convert.inspect.checkpoint import inspect_tensors
+from qkv.models.errors import CommandError
+from qkv.models.kv_cache_size import readable_bytes
+from qkv.models.language_model import load, quiet
+from qkv.models.progress import Progress
+from qkv.models.source import at_home, gguf_source
 
 
 class Pool(str, Enum):

@@ -9,14 +9,14 @@ import torch
 import typer
 from rich.console import Console
 
-from qkv.cli.comparison import OURS, STOCK, compare
 from qkv.cli.demo_report import DemoReport, as_json, print_report
-from qkv.cli.kv_cache_size import cache_sizes, layer_shapes
-from qkv.cli.language_model import load
-from qkv.cli.model_source import find_model, gguf_source
 from qkv.cli.options import count
-from qkv.cli.progress import Progress
-from qkv.cli.weights import SMOLLM2_135M, obtain
+from qkv.models.comparison import OURS, STOCK, compare
+from qkv.models.default_weights import SMOLLM2_135M, obtain
+from qkv.models.kv_cache_size import cache_sizes, layer_shapes
+from qkv.models.language_model import load
+from qkv.models.progress import Progress
+from qkv.models.source import find_model, gguf_source
 
 
 class Dtype(str, Enum):

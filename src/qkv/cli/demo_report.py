@@ -11,9 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 import qkv
-from qkv.cli.comparison import OURS, ROUNDS, STOCK, Comparison
-from qkv.cli.generation import fastest
-from qkv.cli.kv_cache_size import CacheSize, LayerShape, readable_bytes
+from qkv.models.comparison import OURS, ROUNDS, STOCK, Comparison
+from qkv.models.generation import fastest
+from qkv.models.kv_cache_size import CacheSize, LayerShape, readable_bytes
 
 TITLES = {STOCK: "sdpa (transformers' stock attention)", OURS: "qkv"}
 

@@ -6,14 +6,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qkv.cli.errors import CommandError
-from qkv.cli.kv_cache_size import readable_bytes
-from qkv.cli.language_model import load, quiet
-from qkv.cli.model_source import ModelSource, at_home
-from qkv.cli.progress import Progress
 from qkv.convert.divergence import compare, predict
-from qkv.convert.encoder_decoder import ENCODER_DECODERS
-from qkv.convert.folder import Folder
+from qkv.convert.families.encoder_decoder import ENCODER_DECODERS
+from qkv.convert.files.folder import Folder
+from qkv.models.errors import CommandError
+from qkv.models.kv_cache_size import readable_bytes
+from qkv.models.language_model import load, quiet
+from qkv.models.progress import Progress
+from qkv.models.source import ModelSource, at_home
 
 MOST_TOKENS = 512
 MOST_CHARACTERS = 32 * MOST_TOKENS

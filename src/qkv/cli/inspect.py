@@ -13,13 +13,13 @@ from rich.table import Table
 from rich.text import Text
 
 import qkv
-from qkv.cli.errors import CommandError
-from qkv.cli.kv_cache_size import LayerShape, cache_bytes, readable_bytes
-from qkv.cli.language_model import quiet
-from qkv.cli.model_source import at_home, require_hub_name
 from qkv.cli.options import count
 from qkv.convert import CheckpointError, Inspection, inspect_checkpoint
-from qkv.convert.description import LayerAttention
+from qkv.convert.inspect.inspection import LayerAttention
+from qkv.models.errors import CommandError
+from qkv.models.kv_cache_size import LayerShape, cache_bytes, readable_bytes
+from qkv.models.language_model import quiet
+from qkv.models.source import at_home, require_hub_name
 
 NUM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -106,10 +106,10 @@ def _inspect_hub(name: str) -> Inspection:
     """Reads the configuration and, in parts of the files, the headers."""
     from huggingface_hub import get_safetensors_metadata, hf_hub_download
 
-    from qkv.convert.documents import read_document
-    from qkv.convert.fields import TENSOR, find_fault
-    from qkv.convert.inspection import inspect_tensors
-    from qkv.convert.safetensors_file import make_spec
+    from qkv.convert.files.fields import TENSOR, find_fault
+    from qkv.convert.files.json_document import read_document
+    from qkv.convert.files.safetensors import make_spec
+    from qkv.convert.inspect.checkpoint import inspect_tensors
 
     try:
         config = read_document(Path(hf_hub_download(name, "config.json")))

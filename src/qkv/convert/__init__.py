@@ -4,22 +4,22 @@ The result is where training goes on, not a finished model: pooling changes what
 2023, section 2.1, train it for another 5% of its steps.
 """
 
-from qkv.convert.alignment import Alignment as Alignment
-from qkv.convert.alignment import KeyFreedom as KeyFreedom
-from qkv.convert.alignment import Projections as Projections
-from qkv.convert.alignment import align_heads as align_heads
 from qkv.convert.checkpoint import CheckpointPlan as CheckpointPlan
 from qkv.convert.checkpoint import convert_checkpoint as convert_checkpoint
 from qkv.convert.checkpoint import plan_checkpoint as plan_checkpoint
 from qkv.convert.checkpoint import write_checkpoint as write_checkpoint
-from qkv.convert.description import Inspection as Inspection
 from qkv.convert.divergence import Divergence as Divergence
 from qkv.convert.divergence import measure_divergence as measure_divergence
 from qkv.convert.errors import CheckpointError as CheckpointError
-from qkv.convert.inspection import inspect_checkpoint as inspect_checkpoint
+from qkv.convert.heads.alignment import Alignment as Alignment
+from qkv.convert.heads.alignment import KeyFreedom as KeyFreedom
+from qkv.convert.heads.alignment import Projections as Projections
+from qkv.convert.heads.alignment import align_heads as align_heads
+from qkv.convert.heads.pooling import group_heads as group_heads
+from qkv.convert.heads.pooling import pool_heads as pool_heads
+from qkv.convert.inspect.checkpoint import inspect_checkpoint as inspect_checkpoint
+from qkv.convert.inspect.inspection import Inspection as Inspection
 from qkv.convert.layer import convert_layer as convert_layer
 from qkv.convert.pruning import prune_heads as prune_heads
 from qkv.convert.pruning import prune_state_dict as prune_state_dict
 from qkv.convert.state import convert_state_dict as convert_state_dict
-from qkv.convert.tensors import group_heads as group_heads
-from qkv.convert.tensors import pool_heads as pool_heads

@@ -12,15 +12,15 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from qkv.convert.documents import paused_collection
 from qkv.convert.errors import CheckpointError
-from qkv.convert.family import Output
-from qkv.convert.folder import CONFIG, INDEX, PICKLES, Folder, read_folder
-from qkv.convert.own_folder import OwnFolder
+from qkv.convert.families.family import Output
+from qkv.convert.files.folder import CONFIG, INDEX, PICKLES, Folder, read_folder
+from qkv.convert.files.json_document import paused_collection
+from qkv.convert.files.own_folder import OwnFolder
+from qkv.convert.files.safetensors import TORCH_DTYPES, TensorSpec, lay_out, parse_header
+from qkv.convert.files.staging import find_place, staged
+from qkv.convert.heads.pooling import Method
 from qkv.convert.plan import Plan, make_plan
-from qkv.convert.safetensors_file import TORCH_DTYPES, TensorSpec, lay_out, parse_header
-from qkv.convert.staging import find_place, staged
-from qkv.convert.tensors import Method
 
 CHUNK = 1 << 22
 WEIGHTS = (*PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".tflite", ".index.json")

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from qkv.arguments import require_int
-from qkv.convert.alignment import KeyFreedom, Projections, align_heads
-from qkv.convert.layout import Layout
-from qkv.convert.stock import Heads
-from qkv.convert.tensors import Method, pool_heads
+from qkv.convert.families.layout import Layout
+from qkv.convert.families.transformers_schema import Heads
+from qkv.convert.heads.alignment import KeyFreedom, Projections, align_heads
+from qkv.convert.heads.pooling import Method, pool_heads
 from qkv.layers import Attention
 from qkv.layers.projection import PROJECTIONS, require_linear
 

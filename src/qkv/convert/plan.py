@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from qkv.convert import stock
 from qkv.convert.errors import CheckpointError
-from qkv.convert.families import FAMILIES, convert_tensors, find_family
-from qkv.convert.family import Family, Output, Pooling
-from qkv.convert.safetensors_file import TensorSpec
-from qkv.convert.tensors import Method, divisors
+from qkv.convert.families.family import Family, Output, Pooling
+from qkv.convert.families import transformers_schema
+from qkv.convert.families.registry import FAMILIES, convert_tensors, find_family
+from qkv.convert.files.safetensors import TensorSpec
+from qkv.convert.heads.pooling import Method, divisors
 
 
 class Plan(NamedTuple):
@@ -37,9 +37,9 @@ def make_plan(
             not divide, a configuration that disagrees with the tensors.
     """
     family = find_family(where, config)
-    known = stock.read_config(where, config, len(tensors))
-    stock.check_tensors(where, known, tensors)
-    heads = stock.heads(where, known)
+    known = transformers_schema.read_config(where, config, len(tensors))
+    transformers_schema.check_tensors(where, known, tensors)
+    heads = transformers_schema.heads(where, known)
     if num_kv_heads < 1 or heads.num_kv_heads % num_kv_heads:
         possible = ", ".join(map(str, divisors(heads.num_kv_heads)))
         raise CheckpointError(
@@ -55,12 +55,12 @@ def make_plan(
         new = _with_window(where, family, new, window)
     specs = {name: output.spec for name, output in outputs.items()}
     result = f"the result of converting {where}"
-    converted = stock.read_config(result, new, len(specs))
-    stock.check_tensors(result, converted, specs)
-    if stock.heads(result, converted) != heads._replace(num_kv_heads=num_kv_heads):
-        raise AssertionError(f"{result}: transformers reads {stock.heads(result, converted)} from it")
-    if window is not None and set(stock.windows(converted)) != {window}:
-        raise AssertionError(f"{result}: transformers reads windows {stock.windows(converted)} from it")
+    converted = transformers_schema.read_config(result, new, len(specs))
+    transformers_schema.check_tensors(result, converted, specs)
+    if transformers_schema.heads(result, converted) != heads._replace(num_kv_heads=num_kv_heads):
+        raise AssertionError(f"{result}: transformers reads {transformers_schema.heads(result, converted)} from it")
+    if window is not None and set(transformers_schema.windows(converted)) != {window}:
+        raise AssertionError(f"{result}: transformers reads windows {transformers_schema.windows(converted)} from it")
     return Plan(new, outputs)
 
 

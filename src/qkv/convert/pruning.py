@@ -6,14 +6,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qkv.convert import stock
-from qkv.convert.alignment import Projections
 from qkv.convert.errors import CheckpointError
-from qkv.convert.families import find_family
+from qkv.convert.families.layout import find_layers
+from qkv.convert.families import transformers_schema
+from qkv.convert.families.registry import find_family
+from qkv.convert.families.transformers_schema import Heads
+from qkv.convert.heads.alignment import Projections
 from qkv.convert.layer import LAYOUT, check_layer, projections_of, rebuild, state_of
-from qkv.convert.layout import find_layers
 from qkv.convert.state import ConvertedModel, specs_of
-from qkv.convert.stock import Heads
 from qkv.layers import Attention
 
 
@@ -94,11 +94,11 @@ def prune_state_dict(
     """
     where, tensors = "config", specs_of(state_dict)
     family = find_family(where, config)
-    known = stock.read_config(where, config, len(tensors))
-    stock.check_tensors(where, known, tensors)
+    known = transformers_schema.read_config(where, config, len(tensors))
+    transformers_schema.check_tensors(where, known, tensors)
     if family.layout is None:
         raise CheckpointError(f"{where}: heads of {known.model_type} models cannot be pruned.")
-    held = stock.heads(where, known)
+    held = transformers_schema.heads(where, known)
     layers = find_layers(family.layout, family.part, tensors)
     unknown = sorted(set(heads) - {layer.number for layer in layers})
     if unknown:
@@ -129,15 +129,15 @@ def prune_state_dict(
     }
     result = f"the result of pruning {where}"
     try:
-        pruned = stock.read_config(result, new, len(tensors))
-        stock.check_tensors(result, pruned, specs_of(values))
+        pruned = transformers_schema.read_config(result, new, len(tensors))
+        transformers_schema.check_tensors(result, pruned, specs_of(values))
     except CheckpointError as error:
         raise CheckpointError(
             f"{where}: the configuration of a {known.model_type} model cannot express {after.num_heads} query heads on "
             f"{after.num_kv_heads} KV heads of width {after.head_dim}: {error}"
         ) from error
-    if stock.heads(result, pruned) != after:
-        raise AssertionError(f"{result}: transformers reads {stock.heads(result, pruned)} from it")
+    if transformers_schema.heads(result, pruned) != after:
+        raise AssertionError(f"{result}: transformers reads {transformers_schema.heads(result, pruned)} from it")
     return ConvertedModel(values, new)
 
 

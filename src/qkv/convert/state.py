@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from qkv.convert.errors import CheckpointError
+from qkv.convert.files.safetensors import TORCH_DTYPES, TensorSpec
+from qkv.convert.heads.pooling import Method
 from qkv.convert.plan import make_plan
-from qkv.convert.safetensors_file import TORCH_DTYPES, TensorSpec
-from qkv.convert.tensors import Method
 
 
 class ConvertedModel(NamedTuple):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qkv.arguments import require_finite, require_int, require_probability, require_tensors
 from qkv.functional import attend
-from qkv.integrations.varlen import (
+from qkv.integrations.torch.varlen import (
     band,
     keys_in_pages,
     require_counts,

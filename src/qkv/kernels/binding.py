@@ -83,7 +83,7 @@ class Library(NamedTuple):
 
 
 class _Interpreter(ctypes.Structure):
-    """What the library calls of Python and torch. As in native/src/plain.cpp."""
+    """What the library calls of Python and torch. As in native/src/abi/fast_forward.cpp."""
 
     _fields_ = [
         (name, ctypes.c_void_p) for name in ("tensors", "none", "release_lock", "take_lock", "forget_exception")

@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from qkv.cli.generation import Run, generate, use_attention
-from qkv.cli.language_model import LanguageModel
-from qkv.cli.progress import Progress, after
+from qkv.models.generation import Run, generate, use_attention
+from qkv.models.language_model import LanguageModel
+from qkv.models.progress import Progress, after
 
 STOCK, OURS = "sdpa", "qkv"
 TURNS = (STOCK, OURS, OURS, STOCK)
@@ -44,9 +44,9 @@ def compare(
     Raises:
         CommandError: where the model does not run on one of them.
     """
-    from qkv.integrations import transformers as integration
+    from qkv.integrations.transformers import register
 
-    integration.register()
+    register()
     with progress.step("warming up"):
         for implementation in (STOCK, OURS):
             use_attention(language_model, implementation)

@@ -8,11 +8,11 @@ import zlib
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 
-from qkv.cli.errors import CommandError
-from qkv.cli.model_source import at_home
-from qkv.cli.pip_download import download_wheel
-from qkv.cli.progress import Progress, Reach
-from qkv.convert.own_folder import leftovers, own_folder
+from qkv.convert.files.own_folder import leftovers, own_folder
+from qkv.models.errors import CommandError
+from qkv.models.pip_download import download_wheel
+from qkv.models.progress import Progress, Reach
+from qkv.models.source import at_home
 
 CHUNK = 1 << 20
 

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from qkv.cli.errors import CommandError
-from qkv.cli.language_model import LanguageModel, quiet
-from qkv.cli.progress import Reach
+from qkv.models.errors import CommandError
+from qkv.models.language_model import LanguageModel, quiet
+from qkv.models.progress import Reach
 
 
 class Run(NamedTuple):

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from qkv.cli.errors import CommandError
+from qkv.models.errors import CommandError
 
 
 class LayerShape(NamedTuple):

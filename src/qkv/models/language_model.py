@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qkv.cli.errors import CommandError
-from qkv.cli.model_source import ModelSource
-from qkv.cli.progress import Progress
+from qkv.models.errors import CommandError
+from qkv.models.progress import Progress
+from qkv.models.source import ModelSource
 
 MOST_OF_A_CAUSE = 400
 """Characters of what transformers says, which may be pages."""

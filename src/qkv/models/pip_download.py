@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from qkv.cli.errors import CommandError
-from qkv.cli.progress import Reach
+from qkv.models.errors import CommandError
+from qkv.models.progress import Reach
 
 OPTIONS = ("--no-deps", "--require-hashes", "--only-binary=:all:", "--no-cache-dir", "--no-input", "--progress-bar=off")
 POLL_SECONDS = 0.2

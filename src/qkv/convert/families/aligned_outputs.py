@@ -5,12 +5,12 @@ from typing import Any
 
 from torch import Tensor
 
-from qkv.convert.alignment import Alignment, KeyFreedom, align_heads
 from qkv.convert.errors import CheckpointError
-from qkv.convert.family import Family, Output, Pooling
-from qkv.convert.layout import LayerParts, Layout, find_layers
-from qkv.convert.safetensors_file import TensorSpec
-from qkv.convert.stock import rotary_dim
+from qkv.convert.families.family import Family, Output, Pooling
+from qkv.convert.families.layout import LayerParts, Layout, find_layers
+from qkv.convert.families.transformers_schema import rotary_dim
+from qkv.convert.files.safetensors import TensorSpec
+from qkv.convert.heads.alignment import Alignment, KeyFreedom, align_heads
 
 
 def align_outputs(

@@ -3,9 +3,9 @@
 import re
 from typing import Any
 
-from qkv.convert.family import Family, Pooling
-from qkv.convert.llama import convert_separate
-from qkv.integrations.grouped_decoders import CLASS_PREFIX, MODEL_TYPES, TYPE_PREFIX
+from qkv.convert.families.family import Family, Pooling
+from qkv.convert.families.llama import convert_separate
+from qkv.integrations.transformers.grouped_decoders import CLASS_PREFIX, MODEL_TYPES, TYPE_PREFIX
 
 
 def _configure(config: dict[str, Any], known: Any, pooling: Pooling) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """`Family`: where the models of one type keep their heads, and how they say another number of them.
 
 A family knows which tensors belong to the attention of which layer, what becomes of each tensor, and how the
-configuration changes. Shapes are not looked at here: `qkv.convert.stock` holds source and result to what transformers'
-models have.
+configuration changes. Shapes are not looked at here: `transformers_schema` holds source and result to what
+transformers' models have.
 """
 
 import re
@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from qkv.convert.layout import Layout
-from qkv.convert.safetensors_file import TensorSpec
-from qkv.convert.stock import Heads
-from qkv.convert.tensors import How, pool_heads
+from qkv.convert.families.layout import Layout
+from qkv.convert.families.transformers_schema import Heads
+from qkv.convert.files.safetensors import TensorSpec
+from qkv.convert.heads.pooling import How, pool_heads
 
 
 class Output(NamedTuple):

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from qkv.convert.errors import CheckpointError
-from qkv.convert.family import Family, Output, Pooling
-from qkv.convert.layout import Layout, unpack_by_head
-from qkv.convert.llama import convert_packed, pool_packed
-from qkv.convert.safetensors_file import TensorSpec
+from qkv.convert.families.family import Family, Output, Pooling
+from qkv.convert.families.layout import Layout, unpack_by_head
+from qkv.convert.families.llama import convert_packed, pool_packed
+from qkv.convert.files.safetensors import TensorSpec
 
 GPT2_BUFFER = re.compile(r"(.*\.)?h\.\d+\.attn\.(bias|masked_bias)")
 GPT2_TRANSPOSED = re.compile(r"(.*\.)?h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")

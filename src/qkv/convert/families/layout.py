@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qkv.convert.alignment import Projections, join
-from qkv.convert.stock import Heads
+from qkv.convert.families.transformers_schema import Heads
+from qkv.convert.heads.alignment import Projections, join
 
 
 class Layout(NamedTuple):

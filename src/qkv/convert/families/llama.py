@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkv.convert.family import Family, Output, Pooling
-from qkv.convert.layout import Layout
-from qkv.convert.safetensors_file import TensorSpec
+from qkv.convert.families.family import Family, Output, Pooling
+from qkv.convert.families.layout import Layout
+from qkv.convert.files.safetensors import TensorSpec
 
 
 def convert_separate(family: Family, name: str, spec: TensorSpec, pooling: Pooling) -> list[Output]:

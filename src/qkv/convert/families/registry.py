@@ -3,14 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-from qkv.convert.aligned import align_outputs
-from qkv.convert.documents import show
-from qkv.convert.encoder_decoder import ENCODER_DECODERS
 from qkv.convert.errors import CheckpointError
-from qkv.convert.family import Family, Output, Pooling
-from qkv.convert.gpt import GPT2, GPT_BIGCODE, GPT_NEOX
-from qkv.convert.llama import GEMMA, PACKED, PHI, SEPARATE, set_window, set_window_by_layers
-from qkv.convert.safetensors_file import TORCH_DTYPES, TensorSpec
+from qkv.convert.families.aligned_outputs import align_outputs
+from qkv.convert.families.encoder_decoder import ENCODER_DECODERS
+from qkv.convert.families.family import Family, Output, Pooling
+from qkv.convert.families.gpt import GPT2, GPT_BIGCODE, GPT_NEOX
+from qkv.convert.families.llama import GEMMA, PACKED, PHI, SEPARATE, set_window, set_window_by_layers
+from qkv.convert.files.json_document import show
+from qkv.convert.files.safetensors import TORCH_DTYPES, TensorSpec
 
 FAMILIES: dict[str, Family] = {
     "llama": SEPARATE,

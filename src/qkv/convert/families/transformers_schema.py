@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from qkv.convert.documents import count_keys, show
 from qkv.convert.errors import CheckpointError
-from qkv.convert.fields import CONFIG, OBJECT, ROTARY, check_fields
-from qkv.convert.safetensors_file import TensorSpec
-from qkv.integrations import grouped_decoders
+from qkv.convert.files.fields import CONFIG, OBJECT, ROTARY, check_fields
+from qkv.convert.files.json_document import count_keys, show
+from qkv.convert.files.safetensors import TensorSpec
+from qkv.integrations.transformers import grouped_decoders
 
 OLD_NAMES = {"lm_head.weight": "embed_out.weight"}
 """What transformers calls otherwise than the files do: the head of GPT-NeoX."""

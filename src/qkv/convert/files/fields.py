@@ -4,8 +4,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from qkv.convert.documents import show
 from qkv.convert.errors import CheckpointError
+from qkv.convert.files.json_document import show
 
 
 class Kind(NamedTuple):

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qkv.convert.documents import read_document, refuse_dangling, show
 from qkv.convert.errors import CheckpointError
-from qkv.convert.fields import INDEX as INDEX_FIELDS
-from qkv.convert.fields import check_fields
-from qkv.convert.safetensors_file import Header, TensorSpec, read_header
+from qkv.convert.files.fields import INDEX as INDEX_FIELDS
+from qkv.convert.files.fields import check_fields
+from qkv.convert.files.json_document import read_document, refuse_dangling, show
+from qkv.convert.files.safetensors import Header, TensorSpec, read_header
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"

@@ -11,10 +11,10 @@ import struct
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from qkv.convert.documents import MOST_BYTES, show
 from qkv.convert.errors import CheckpointError
-from qkv.convert.fields import COUNT, MOST, check_fields
-from qkv.convert.safetensors_file import TensorSpec
+from qkv.convert.files.fields import COUNT, MOST, check_fields
+from qkv.convert.files.json_document import MOST_BYTES, show
+from qkv.convert.files.safetensors import TensorSpec
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """Formats of `struct`, by the number of the type."""

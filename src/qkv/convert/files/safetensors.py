@@ -15,9 +15,9 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
-from qkv.convert.documents import MOST_BYTES, parse, paused_collection, show
 from qkv.convert.errors import CheckpointError
-from qkv.convert.fields import MOST, TENSOR, find_fault
+from qkv.convert.files.fields import MOST, TENSOR, find_fault
+from qkv.convert.files.json_document import MOST_BYTES, parse, paused_collection, show
 
 BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),

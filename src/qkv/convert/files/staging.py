@@ -15,9 +15,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qkv.convert.errors import CheckpointError
-from qkv.convert.folder import CONFIG
-from qkv.convert.own_folder import CONTENT, REPLACED, OwnFolder, find_mount, leftovers, mount_of, names_in, own_folder
-from qkv.convert.renaming import exchange, move
+from qkv.convert.files.folder import CONFIG
+from qkv.convert.files.own_folder import (
+    CONTENT,
+    REPLACED,
+    OwnFolder,
+    find_mount,
+    leftovers,
+    mount_of,
+    names_in,
+    own_folder,
+)
+from qkv.convert.files.renaming import exchange, move
 
 FOLDER = os.O_RDONLY | os.O_DIRECTORY
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qkv.convert.tensors import divisors
+from qkv.convert.heads.pooling import divisors
 
 SWEEPS = 50
 """The most passes over the heads of a group. Each changes less than the one before."""

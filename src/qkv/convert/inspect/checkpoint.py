@@ -5,14 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qkv.convert import stock
-from qkv.convert.description import Inspection, LayerAttention
-from qkv.convert.documents import paused_collection, read_document
-from qkv.convert.families import find_family
-from qkv.convert.family import Family
-from qkv.convert.folder import CONFIG, read_folder
-from qkv.convert.gguf_inspection import inspect_gguf
-from qkv.convert.safetensors_file import TensorSpec, read_header
+from qkv.convert.families.family import Family
+from qkv.convert.families import transformers_schema
+from qkv.convert.families.registry import find_family
+from qkv.convert.files.folder import CONFIG, read_folder
+from qkv.convert.files.json_document import paused_collection, read_document
+from qkv.convert.files.safetensors import TensorSpec, read_header
+from qkv.convert.inspect.gguf import inspect_gguf
+from qkv.convert.inspect.inspection import Inspection, LayerAttention
 
 
 @paused_collection()
@@ -49,14 +49,14 @@ def inspect_tensors(where: str, config: dict[str, Any], tensors: Mapping[str, Te
             says.
     """
     family = find_family(where, config)
-    known = stock.read_config(where, config, len(tensors))
-    stock.check_tensors(where, known, tensors)
-    heads, windows = stock.heads(where, known), stock.windows(known)
+    known = transformers_schema.read_config(where, config, len(tensors))
+    transformers_schema.check_tensors(where, known, tensors)
+    heads, windows = transformers_schema.heads(where, known), transformers_schema.windows(known)
     parts = _by_layer(family.attention, tensors, len(windows))
     own = [_layer(family, heads, windows[number], _rotary(known, number), part) for number, part in enumerate(parts)]
     parts = _by_layer(family.cross, tensors, len(windows))
     cross = [_layer(family, heads, None, "", part)._replace(cross=True) for part in parts]
-    encoder_heads = stock.encoder_heads(known)
+    encoder_heads = transformers_schema.encoder_heads(known)
     parts = _by_layer(family.encoder, tensors, len(encoder_heads))
     encoder = tuple(_layer(family, heads, None, "", part) for heads, part in zip(encoder_heads, parts, strict=False))
     dtype = next(spec.dtype for name, spec in tensors.items() if family.is_kv(name))
@@ -80,7 +80,7 @@ def _by_layer(
 
 def _layer(
     family: Family,
-    heads: stock.Heads,
+    heads: transformers_schema.Heads,
     window: int | None,
     rotary: str,
     parts: Mapping[str, TensorSpec],

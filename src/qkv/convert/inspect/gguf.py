@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qkv.convert.description import Inspection, LayerAttention
-from qkv.convert.documents import show
 from qkv.convert.errors import CheckpointError
-from qkv.convert.fields import GGUF, check_fields
-from qkv.convert.gguf_file import check_places, read_gguf
-from qkv.convert.safetensors_file import TensorSpec
+from qkv.convert.files.fields import GGUF, check_fields
+from qkv.convert.files.gguf import check_places, read_gguf
+from qkv.convert.files.json_document import show
+from qkv.convert.files.safetensors import TensorSpec
+from qkv.convert.inspect.inspection import Inspection, LayerAttention
 
 ARCHITECTURE = "general.architecture"
 ATTENTION = re.compile(r"blk\.(\d{1,9})\.(attn_(?:q|k|v|qkv|output|q_norm|k_norm)\.(?:weight|bias))")

@@ -3,7 +3,7 @@
 import math
 from typing import NamedTuple
 
-from qkv.convert.tensors import divisors
+from qkv.convert.heads.pooling import divisors
 
 
 class LayerAttention(NamedTuple):

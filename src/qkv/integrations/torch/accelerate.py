@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
-from qkv.integrations.torch_operators import listener, routed
+from qkv.integrations.torch.dispatcher import listener, routed
 
 Model = TypeVar("Model", bound=nn.Module)
 

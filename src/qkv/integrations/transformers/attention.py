@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from qkv.functional import attention, attention_weights, attention_with_lse
-from qkv.integrations.lazy_tensor import Int8Tensor
-from qkv.integrations.transformers_masks import MaskTensor, make_mask
+from qkv.integrations.transformers.lazy_tensor import Int8Tensor
+from qkv.integrations.transformers.masks import MaskTensor, make_mask
 from qkv.masks import FULL, Mask
 
 NAME = "qkv"
@@ -23,15 +23,15 @@ def register(*, cache: bool | torch.dtype = False) -> None:
     Args:
         cache: whether transformers' default cache, for all models from now on, shall be the one that appends without
             concatenating; ``torch.int8`` for the one in int8. False leaves it as it is: give single calls a
-            ``past_key_values=QKVCache(model.config)`` of `qkv.integrations.transformers_cache`.
+            ``past_key_values=QKVCache(model.config)`` of `qkv.integrations.transformers.cache`.
 
     Raises:
         ModuleNotFoundError: where transformers is not installed.
         ValueError: for another cache.
 
     Example:
-        >>> from qkv.integrations import transformers as integration
-        >>> integration.register()  # doctest: +SKIP
+        >>> from qkv.integrations.transformers import register
+        >>> register()  # doctest: +SKIP
         >>> model.set_attn_implementation("qkv")  # doctest: +SKIP
     """
     if cache not in (False, True, torch.int8):
@@ -41,7 +41,7 @@ def register(*, cache: bool | torch.dtype = False) -> None:
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, make_mask)
     if cache is not False:
-        from qkv.integrations.transformers_cache import use_by_default
+        from qkv.integrations.transformers.cache import use_by_default
 
         use_by_default(None if cache is True else cache)
 

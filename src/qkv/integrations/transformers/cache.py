@@ -16,8 +16,8 @@ from transformers.cache_utils import (
 from typing_extensions import Self
 
 from qkv.cache import Int8Keys, Int8KVCache
-from qkv.growing import Growing, alone, append_in_place, send_by_value, wants_grad
-from qkv.integrations.lazy_tensor import Int8Tensor
+from qkv.cache.buffer import Growing, alone, append_in_place, send_by_value, wants_grad
+from qkv.integrations.transformers.lazy_tensor import Int8Tensor
 
 
 def _room(tokens: int) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from qkv.integrations import transformers as integration
+from qkv.integrations.transformers import attention
 
 MODEL_TYPES = ("t5", "mt5", "bart", "mbart", "pegasus", "marian")
 """What transformers calls them; their attention counts heads by what the projections give."""
@@ -35,7 +35,7 @@ def register() -> None:
 
     Example:
         >>> from transformers import AutoConfig, AutoModelForSeq2SeqLM
-        >>> from qkv.integrations import grouped_decoders
+        >>> from qkv.integrations.transformers import grouped_decoders
         >>> grouped_decoders.register()
         >>> sizes = {"vocab_size": 99, "d_model": 32, "d_ff": 32, "num_layers": 1, "d_kv": 8, "num_heads": 4}
         >>> config = AutoConfig.for_model("qkv_t5", **sizes, num_key_value_heads=2)
@@ -63,7 +63,7 @@ def _registered() -> dict[str, Any]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, MODEL_MAPPING
     from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
-    integration.register()
+    attention.register()
     classes = []
     for model_type in MODEL_TYPES:
         theirs = CONFIG_MAPPING[model_type]
@@ -97,25 +97,25 @@ class GroupedDecoder:
         if requested_attention == "eager":
             raise ValueError(
                 f'{type(self).__name__}: attn_implementation="eager" cannot share keys and values among query heads; '
-                f"use {integration.NAME!r}, which returns attention weights, too, or 'sdpa'."
+                f"use {attention.NAME!r}, which returns attention weights, too, or 'sdpa'."
             )
         implementation: str = super().get_correct_attn_implementation(  # type: ignore[misc]
-            requested_attention or integration.NAME, is_init_check
+            requested_attention or attention.NAME, is_init_check
         )
         return implementation
 
 
 def _narrow(decoder: nn.Module, num_heads: int, num_kv_heads: int) -> None:
     """Leaves the rows of ``num_kv_heads``, which as all rows are drawn alike is how fewer would have been drawn."""
-    for attention in decoder.modules():
-        projections = [getattr(attention, name) for name in ("k", "v", "k_proj", "v_proj") if hasattr(attention, name)]
+    for module in decoder.modules():
+        projections = [getattr(module, name) for name in ("k", "v", "k_proj", "v_proj") if hasattr(module, name)]
         for projection in projections:
             projection.out_features = projection.out_features // num_heads * num_kv_heads
             for name, parameter in list(projection.named_parameters()):
                 setattr(projection, name, nn.Parameter(parameter.detach()[: projection.out_features].clone()))
         if projections:
             # By which transformers' other implementations repeat keys and values.
-            attention.num_key_value_groups = num_heads // num_kv_heads  # type: ignore[assignment]
+            module.num_key_value_groups = num_heads // num_kv_heads  # type: ignore[assignment]
 
 
 def _config_class(theirs: Any) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from typing_extensions import Self
 
-from qkv.growing import alone
+from qkv.cache.buffer import alone
 
 
 class LazyTensor(torch.Tensor):

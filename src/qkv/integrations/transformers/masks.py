@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qkv import kernels
-from qkv.integrations.lazy_tensor import LazyTensor
+from qkv.integrations.transformers.lazy_tensor import LazyTensor
 from qkv.masks import FULL, Mask
 
 MaskFunction = Callable[..., Any]

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules import activation
 
 from qkv import kernels
-from qkv.integrations import transformers as integration
-from qkv.integrations.transformers_masks import MaskTensor
+from qkv.integrations.transformers.attention import NAME, register
+from qkv.integrations.transformers.masks import MaskTensor
 from qkv.masks import Mask
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -73,7 +73,7 @@ def unpad(model: Model, *, enabled: bool = True) -> Model:
 
     Example:
         >>> from transformers import BertConfig, BertModel
-        >>> from qkv.integrations.transformers_unpadding import unpad
+        >>> from qkv.integrations.transformers.unpadding import unpad
         >>> sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 64}
         >>> model = unpad(BertModel(BertConfig(**sizes)))
 
@@ -83,7 +83,7 @@ def unpad(model: Model, *, enabled: bool = True) -> Model:
         raise TypeError(f"unpad: model must be an nn.Module; got {_kind(model)}.")
     from transformers import PreTrainedModel
 
-    integration.register()
+    register()
     models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     layers = [layer for module in models for layer in _layers(module)]
     if enabled and not layers:
@@ -100,8 +100,8 @@ def unpad(model: Model, *, enabled: bool = True) -> Model:
             before = layer.register_forward_pre_hook(_pack, with_kwargs=True)
             layer.__dict__[_HANDLES] = before, layer.register_forward_hook(_unpack, always_call=True)
         for module in models:
-            if module.config._attn_implementation != integration.NAME:
-                module.set_attn_implementation(integration.NAME)
+            if module.config._attn_implementation != NAME:
+                module.set_attn_implementation(NAME)
     return model
 
 

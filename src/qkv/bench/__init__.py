@@ -1,0 +1,1 @@
+"""Times and memory of attention calls: what `qkv bench` and the benchmarks measure with."""

@@ -1,0 +1,16 @@
+"""Caches: where keys and values come from when they are not computed anew. Passed to a layer, never owned by one."""
+
+import torch
+
+from qkv.cache.base import Cache as Cache
+from qkv.cache.base import Keys as Keys
+from qkv.cache.base import Owner as Owner
+from qkv.cache.buffer import Growing
+from qkv.cache.cross import CrossKVCache as CrossKVCache
+from qkv.cache.int8 import Int8Keys as Int8Keys
+from qkv.cache.int8 import Int8KVCache as Int8KVCache
+from qkv.cache.int8 import quantize as quantize
+from qkv.cache.kv import KVCache as KVCache
+from qkv.cache.sliding import SlidingKVCache as SlidingKVCache
+
+torch.serialization.add_safe_globals([Growing, KVCache, Int8KVCache, SlidingKVCache, CrossKVCache])

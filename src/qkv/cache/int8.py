@@ -1,0 +1,137 @@
+"""`Int8KVCache`: all keys and values so far, rounded to int8, and how they are rounded."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qkv import kernels
+from qkv.cache.base import check_append
+from qkv.cache.buffer import Growing, wants_grad
+from qkv.cache.kv import GrowingCache
+
+
+class Int8Keys(NamedTuple):
+    """`Keys` in int8."""
+
+    k: Tensor
+    v: Tensor
+    offset: int
+    k_scale: Tensor
+    """(B, Hkv, Lk), what each key is to be multiplied by; so v_scale."""
+    v_scale: Tensor
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What `qkv.attention` is to know of them."""
+        return {"offset": self.offset, "k_scale": self.k_scale, "v_scale": self.v_scale}
+
+
+class Int8KVCache(GrowingCache):
+    """A `KVCache` in int8: half the bytes of bf16, and 4 more for each key and each value of a head.
+
+    Each key and each value is rounded to 255 steps of its own largest number, as `quantize` does.
+
+    Args:
+        capacity: as of `KVCache`.
+
+    Example:
+        >>> import torch, qkv
+        >>> layer, cache = qkv.MultiQueryAttention(64, 2, mask=qkv.Mask.causal()).eval(), qkv.Int8KVCache()
+        >>> with torch.no_grad():
+        ...     y = layer(torch.randn(1, 5, 64), cache=cache)
+        >>> cache.append(*torch.randn(2, 1, 1, 1, 32)).k.dtype
+        torch.int8
+    """
+
+    def __init__(self, capacity: int | None = None) -> None:
+        super().__init__(capacity, parts=4)
+
+    def append(self, k: Tensor, v: Tensor) -> Int8Keys:
+        """Adds keys ``(B, Hkv, L, D)`` and values ``(B, Hkv, L, Dv)``, and returns all so far.
+
+        Raises:
+            ValueError: as `KVCache.append`, for keys or values that a gradient is wanted of, and for integers.
+        """
+        start = self.length
+        try:
+            if self._append_in_place(k, v) is None:
+                self._append_anyhow(k, v)
+        except BaseException:  # as in a KVCache
+            self.restore(start)
+            raise
+        return self.keys()._replace(offset=start)
+
+    def _append_anyhow(self, k: Tensor, v: Tensor) -> None:
+        if not (k.is_floating_point() and v.is_floating_point()):
+            raise ValueError(f"Int8KVCache: k and v must be floating-point, to be rounded; got {k.dtype}, {v.dtype}.")
+        if wants_grad(k, v):
+            raise ValueError("Int8KVCache: int8 has no gradient; call it under torch.no_grad(), or use a KVCache.")
+        room = self._admit_tokens(k, v)
+        for x, codes, scales in self._pairs(k, v):
+            if torch.is_grad_enabled() or not _suits_the_kernel(x):
+                for part, new in zip((codes, scales), quantize(x), strict=True):
+                    part.extend(new, room)
+            else:
+                code = codes.open(x.shape, torch.int8, x.device, room)
+                scale = scales.open(x.shape[:3], torch.float32, x.device, room)
+                kernels.quantize(x, code, scale)
+                torch.autograd.graph.increment_version((code, scale))  # as torch's own operators do
+
+    def reserve(self, k: Tensor, v: Tensor, room: int) -> None:
+        """Has memory made for ``room`` tokens like these, before the first append.
+
+        Raises:
+            ValueError: for keys and values that are no ``(B, Hkv, L, width)``.
+        """
+        check_append("Int8KVCache", k, v, None, None, None)
+        for x, codes, scales in self._pairs(k, v):
+            nothing = x[:, :, :0].shape
+            codes.open(nothing, torch.int8, x.device, room)
+            scales.open(nothing[:3], torch.float32, x.device, room)
+
+    def keys(self) -> Int8Keys:
+        """All that is held, with the offset of the next token.
+
+        Raises:
+            ValueError: before the first append.
+        """
+        k, v, k_scale, v_scale = [part.tensor for part in self._parts]
+        if k is None or v is None or k_scale is None or v_scale is None:
+            raise ValueError("Int8KVCache: it is empty; append keys and values first.")
+        return Int8Keys(k, v, self.length, k_scale, v_scale)
+
+    def _pairs(self, k: Tensor, v: Tensor) -> tuple[tuple[Tensor, Growing, Growing], ...]:
+        """What is to be rounded, and where its codes and scales go."""
+        codes_k, codes_v, k_scale, v_scale = self._parts
+        return (k, codes_k, k_scale), (v, codes_v, v_scale)
+
+
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows in int8 and what each is to be multiplied by: ``x ~ codes * scale[..., None]``, off by half a scale at most.
+
+    Args:
+        x: ``(..., width)``, floating-point.
+
+    Returns:
+        codes ``(..., width)`` from -127 to 127, and the scale ``(...)`` in fp32, a 127th of the largest of the row.
+
+    Example:
+        >>> import torch
+        >>> from qkv.cache import quantize
+        >>> quantize(torch.tensor([0.5, -1.0, 0.25]))
+        (tensor([  64, -127,   32], dtype=torch.int8), tensor(0.0079))
+    """
+    if _suits_the_kernel(x):
+        codes, scale = x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:3], dtype=torch.float32)
+        kernels.quantize(x, codes, scale)
+        return codes, scale
+    wide = x.float()
+    scale = wide.abs().amax(dim=-1) / 127
+    codes = wide / scale.clamp_min(torch.finfo(torch.float32).tiny)[..., None]
+    return codes.round_().to(torch.int8), scale
+
+
+def _suits_the_kernel(x: Tensor) -> bool:
+    floating = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return x.is_cpu and floating and x.dim() == 4 and x.stride(3) == 1 and kernels.may_pass(x)

@@ -1,0 +1,1 @@
+"""Fewer key/value heads from many."""
