@@ -24,7 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import qkv
 from qkv import kernels
-from qkv.integrations.torch.accelerate import Report, dispatcher
+from qkv.integrations.torch import dispatcher
+from qkv.integrations.torch.accelerate import Report
 
 pytestmark = pytest.mark.skipif(kernels.absence() is not None, reason=str(kernels.absence()))
 

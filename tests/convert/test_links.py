@@ -13,7 +13,7 @@ import pytest
 from convert import kill, models
 
 from qkv.convert import CheckpointError, checkpoint, convert_checkpoint, plan_checkpoint, write_checkpoint
-from qkv.convert.files import own_folder
+from qkv.convert.files import own_folder, renaming, staging
 from qkv.convert.files.own_folder import CONTENT, MARKER, PREFIX
 
 pytest.importorskip("transformers")
@@ -327,7 +327,7 @@ def test_real_mount(tmp_path, source):
     code = f"""
 import os, sys
 from pathlib import Path
-from qkv.convert.files import own_folder
+from qkv.convert.files import own_folder, renaming, staging
 around = os.open({str(tmp_path)!r}, os.O_RDONLY)
 found = own_folder.find_mount(os.open("out", os.O_RDONLY, dir_fd=around))
 try:
@@ -347,8 +347,8 @@ except OSError as error:
 
 def test_every_name_is_reached_from_an_open_folder():
     """The modules that write and remove use no call that follows links, or goes by a path."""
-    for name in ("own_folder.py", "staging.py", "renaming.py", "checkpoint.py"):
-        text = Path(own_folder.__file__).with_name(name).read_text()
+    for module in (own_folder, staging, renaming, checkpoint):
+        text = Path(module.__file__).read_text()
         for call in ("shutil.rmtree", "shutil.copy", "write_text", "write_bytes", ".mkdir(", ".unlink(", ".rename("):
             found = text.count(call) - text.count(f"os{call}")
-            assert found == 0, f"{name}: {call}"
+            assert found == 0, f"{module.__name__}: {call}"

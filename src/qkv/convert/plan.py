@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from qkv.convert.errors import CheckpointError
-from qkv.convert.families.family import Family, Output, Pooling
 from qkv.convert.families import transformers_schema
+from qkv.convert.families.family import Family, Output, Pooling
 from qkv.convert.families.registry import FAMILIES, convert_tensors, find_family
 from qkv.convert.files.safetensors import TensorSpec
 from qkv.convert.heads.pooling import Method, divisors

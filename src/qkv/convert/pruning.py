@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from qkv.convert.errors import CheckpointError
-from qkv.convert.families.layout import find_layers
 from qkv.convert.families import transformers_schema
+from qkv.convert.families.layout import find_layers
 from qkv.convert.families.registry import find_family
 from qkv.convert.families.transformers_schema import Heads
 from qkv.convert.heads.alignment import Projections

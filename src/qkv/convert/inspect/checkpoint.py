@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qkv.convert.families.family import Family
 from qkv.convert.families import transformers_schema
+from qkv.convert.families.family import Family
 from qkv.convert.families.registry import find_family
 from qkv.convert.files.folder import CONFIG, read_folder
 from qkv.convert.files.json_document import paused_collection, read_document
