@@ -23,10 +23,10 @@
 namespace qkv {
 namespace QKV_ISA {
 
-constexpr int CHUNK = 3 * BLOCK;  // keys whose gradients one thread holds
+constexpr int BWD_BLOCK_N = 3 * BLOCK_N;  // keys whose gradients one thread holds
 
 template <class Kind>
-struct BackwardRoom {
+struct BackwardScratch {
     float *queries, *d_outs;         // panels: rows are lanes
     float *query_rows, *d_out_rows;  // rows as they are
     float *weights, *d_scores;       // of a block: (key, row)
@@ -34,36 +34,38 @@ struct BackwardRoom {
     float *keys, *keys_along, *values;
     float *dq, *dk, *dv;
 
-    BackwardRoom(const Problem& p, Placer& place) {
-        queries = place((p.width + LANES) * ROWS);
-        d_outs = place((p.value_width + LANES) * ROWS);
-        query_rows = place(whole_vectors(p.width) * ROWS);
-        d_out_rows = place(whole_vectors(p.value_width) * ROWS);
-        weights = place(BLOCK * ROWS);
-        d_scores = place(BLOCK * ROWS);
-        pairs = place(BLOCK / 2 * ROWS);
-        slope = place(p.softcap != 0 ? BLOCK * ROWS : 0);
-        allowed = place(p.allow.data ? BLOCK * ROWS : 0);
-        bias = place(p.bias.data ? BLOCK * ROWS : 0);
-        keys = place(Format<Kind>::floats(CHUNK, p.width));
-        keys_along = place(Format<Kind>::floats(CHUNK, p.width));
-        values = place(Format<Kind>::floats(CHUNK, p.value_width));
-        dq = place(whole_vectors(p.width) * ROWS);
-        dk = place(CHUNK * whole_vectors(p.width));
-        dv = place(CHUNK * whole_vectors(p.value_width));
+    BackwardScratch(const Problem& p, ArenaLayout& place) {
+        queries = place((p.width + LANES) * BLOCK_M);
+        d_outs = place((p.value_width + LANES) * BLOCK_M);
+        query_rows = place(whole_vectors(p.width) * BLOCK_M);
+        d_out_rows = place(whole_vectors(p.value_width) * BLOCK_M);
+        weights = place(BLOCK_N * BLOCK_M);
+        d_scores = place(BLOCK_N * BLOCK_M);
+        pairs = place(BLOCK_N / 2 * BLOCK_M);
+        slope = place(p.softcap != 0 ? BLOCK_N * BLOCK_M : 0);
+        allowed = place(p.allow.data ? BLOCK_N * BLOCK_M : 0);
+        bias = place(p.bias.data ? BLOCK_N * BLOCK_M : 0);
+        keys = place(OperandPacking<Kind>::floats(BWD_BLOCK_N, p.width));
+        keys_along = place(OperandPacking<Kind>::floats(BWD_BLOCK_N, p.width));
+        values = place(OperandPacking<Kind>::floats(BWD_BLOCK_N, p.value_width));
+        dq = place(whole_vectors(p.width) * BLOCK_M);
+        dk = place(BWD_BLOCK_N * whole_vectors(p.width));
+        dv = place(BWD_BLOCK_N * whole_vectors(p.value_width));
     }
 };
 
 // Which chunks add to the gradients of which tiles, and when it is whose turn.
-class Turns {
+class OrderedAccumulation {
    public:
-    Turns(const Problem& p, const Outline& outline)
-        : tiles(tiles_of_head(p)), chunks((p.lk + CHUNK - 1) / CHUNK), ranks(p.batch * tiles * chunks, NONE),
-          last(p.batch * tiles, NONE), done(new std::atomic<int>[p.batch * p.kv_heads * tiles]()) {
+    OrderedAccumulation(const Problem& p, const KeyVisibility& visibility)
+        : tiles(tiles_of_head(p)), chunks((p.lk + BWD_BLOCK_N - 1) / BWD_BLOCK_N),
+          ranks(p.batch * tiles * chunks, NONE), last(p.batch * tiles, NONE),
+          done(new std::atomic<int>[p.batch * p.kv_heads * tiles]()) {
         for (int64_t i = 0; i < p.batch * tiles; ++i) {
-            const Tile t(p, outline, i / tiles, 0, i % tiles);
+            const Tile t(p, visibility, i / tiles, 0, i % tiles);
             for (int64_t chunk = 0; chunk < chunks; ++chunk)
-                if (shows_any(p, t, chunk * CHUNK, (chunk + 1) * CHUNK)) ranks[i * chunks + chunk] = ++last[i];
+                if (shows_any(p, t, chunk * BWD_BLOCK_N, (chunk + 1) * BWD_BLOCK_N))
+                    ranks[i * chunks + chunk] = ++last[i];
         }
     }
 
@@ -77,7 +79,7 @@ class Turns {
     }
 
     // Chunks are begun in order, so that whoever is waited for is at work, or gives up.
-    void wait(const Problem& p, const Tile& t, int64_t chunk) const {
+    void await_turn(const Problem& p, const Tile& t, int64_t chunk) const {
         const std::atomic<int>& now = done[place(p, t)];
         const int mine = rank(t.batch, t.index, chunk);
         for (int tries = 0; now.load(std::memory_order_acquire) != mine; ++tries) {
@@ -89,7 +91,7 @@ class Turns {
     // A chunk does without memory: nobody waits for it any longer.
     void give_up() { given_up.store(true, std::memory_order_relaxed); }
 
-    void pass(const Problem& p, const Tile& t, int64_t chunk) {
+    void release(const Problem& p, const Tile& t, int64_t chunk) {
         done[place(p, t)].store(rank(t.batch, t.index, chunk) + 1, std::memory_order_release);
     }
 
@@ -111,7 +113,7 @@ class Turns {
 };
 
 // Whether a row has no gradient from above. What it sees then does not matter, even where that is NaN.
-static bool is_idle(const Problem& p, const Gradients& g, const Tile& t, int r) {
+static bool has_zero_gradient(const Problem& p, const Gradients& g, const Tile& t, int r) {
     const char* const d_out = t.row(p, g.d_out, r);
     for (int64_t d = 0; d < p.value_width; ++d)
         if (read(p.dtype, d_out, d) != 0) return false;
@@ -131,7 +133,7 @@ static void find_delta(const Problem& p, const Gradients& g, const Tile& t) {
         for (int i = 0; i < LANES; ++i) sum += products[i];
         const int64_t place = t.place(p, r);
         g.delta[place] = g.d_lse ? sum - g.d_lse[place] : sum;
-        if (g.delta[place] != g.delta[place] && is_idle(p, g, t, r)) g.delta[place] = 0;
+        if (g.delta[place] != g.delta[place] && has_zero_gradient(p, g, t, r)) g.delta[place] = 0;
     }
 }
 
@@ -157,21 +159,21 @@ class Recount {
         for (int r = 0; r < t.count; ++r) any |= concerned(r);
         if (!any) return;
         [[maybe_unused]] const typename Kind::Registers registers;
-        const auto room = QKV_ISA::room<ForwardRoom<Kind, ExactState>>(p);
-        const ExactState state(room.state, t);
-        Format<Kind>::panel(p, t, p.q, p.width, room.panel);
+        const auto scratch = QKV_ISA::thread_scratch<ForwardScratch<Kind, ExactState>>(p);
+        const ExactState state(scratch.state, t);
+        OperandPacking<Kind>::panel(p, t, p.q, p.width, scratch.panel);
         state.clear(p, t);
-        fold(p, t, LaidByBlock<Kind>(), Dropout(p, t), 0, t.end, room, state);
+        accumulate_keys(p, t, LaidByBlock<Kind>(), Dropout(p, t), 0, t.end, scratch, state);
         for (int r = 0; r < t.count; ++r) {
             if (!concerned(r)) continue;
-            const float top = state.top[r];
-            if (top == -INF) {  // sees no key
+            const float row_max = state.row_max[r];
+            if (row_max == -INF) {  // sees no key
                 found[t.place(p, r)] = {0, INF};
                 continue;
             }
-            const Total total(p, t, r, top, state.sum[r]);
-            const float beyond = total.top - (plain_scores(p) ? top * p.scale : top);  // of a sink logit
-            found[t.place(p, r)] = {top, std::log2(total.sum) + beyond * LOG2E};
+            const Total total(p, t, r, row_max, state.row_sum[r]);
+            const float beyond = total.row_max - (plain_scores(p) ? row_max * p.scale : row_max);  // of a sink logit
+            found[t.place(p, r)] = {row_max, std::log2(total.row_sum) + beyond * LOG2E};
         }
     }
 
@@ -197,7 +199,7 @@ struct Chunk {
     const Problem& p;
     const Gradients& g;
     const Recount& recount;
-    const BackwardRoom<Kind> room;
+    const BackwardScratch<Kind> scratch;
     const int64_t batch, kv_head, first;
     const int size;
     const Element *keys, *keys_along, *values;
@@ -207,46 +209,47 @@ struct Chunk {
 
     Chunk(const Problem& p, const Gradients& g, const Recount& recount, int64_t batch, int64_t kv_head, int64_t first,
           double* d_alibi)
-        : p(p), g(g), recount(recount), room(QKV_ISA::room<BackwardRoom<Kind>>(p)), batch(batch), kv_head(kv_head),
-          first(first), size((int)std::min<int64_t>(CHUNK, p.lk - first)), d_alibi(d_alibi) {
-        typedef Format<Kind> F;
-        keys = F::along_width(p, batch, kv_head, p.k, p.width, first, size, room.keys, key_stride);
-        values = F::along_width(p, batch, kv_head, p.v, p.value_width, first, size, room.values, value_stride);
+        : p(p), g(g), recount(recount), scratch(QKV_ISA::thread_scratch<BackwardScratch<Kind>>(p)), batch(batch),
+          kv_head(kv_head), first(first), size((int)std::min<int64_t>(BWD_BLOCK_N, p.lk - first)), d_alibi(d_alibi) {
+        typedef OperandPacking<Kind> F;
+        keys = F::along_width(p, batch, kv_head, p.k, p.width, first, size, scratch.keys, key_stride);
+        values = F::along_width(p, batch, kv_head, p.v, p.value_width, first, size, scratch.values, value_stride);
         keys_along = keys;
         key_along_stride = key_stride;
         if (F::PACKS)
-            keys_along = F::along_keys(p, batch, kv_head, p.k, p.width, first, size, room.keys_along, key_along_stride);
+            keys_along =
+                F::along_keys(p, batch, kv_head, p.k, p.width, first, size, scratch.keys_along, key_along_stride);
         finite = all_finite(p, batch, kv_head, p.k, p.width, first, size);
         if (!finite) shield();
         finite = finite && all_finite(p, batch, kv_head, p.v, p.value_width, first, size);
-        std::fill(room.dk, room.dk + size * whole_vectors(p.width), 0.0f);
-        std::fill(room.dv, room.dv + size * whole_vectors(p.value_width), 0.0f);
+        std::fill(scratch.dk, scratch.dk + size * whole_vectors(p.width), 0.0f);
+        std::fill(scratch.dv, scratch.dv + size * whole_vectors(p.value_width), 0.0f);
     }
 
     // A hidden key that is not finite must not meet its gradient of 0. Where it is seen, that gradient is NaN anyway.
     void shield() {
-        Element* clean = Format<Kind>::own(keys_along, p.width, size, room.keys_along, key_along_stride);
+        Element* clean = OperandPacking<Kind>::own(keys_along, p.width, size, scratch.keys_along, key_along_stride);
         for (int j = 0; j < size; ++j)
             for (int64_t d = 0; d < p.width; ++d)
                 if (!std::isfinite(read(p.dtype, row_of(p, p.k, batch, kv_head, first + j), d)))
-                    Format<Kind>::clear(clean, key_along_stride, j, d);
+                    OperandPacking<Kind>::clear(clean, key_along_stride, j, d);
         keys_along = clean;
     }
 
     // Adds what a tile gives to the gradients of keys and values, and leaves its gradient of queries in room.dq.
     void pass(const Tile& t) {
-        Format<Kind>::panel(p, t, p.q, p.width, room.queries);
-        Format<Kind>::panel(p, t, g.d_out, p.value_width, room.d_outs);
-        Format<Kind>::rows(p, t, p.q, p.width, room.query_rows);
-        Format<Kind>::rows(p, t, g.d_out, p.value_width, room.d_out_rows);
-        std::fill(room.dq, room.dq + p.width * t.lanes(), 0.0f);
+        OperandPacking<Kind>::panel(p, t, p.q, p.width, scratch.queries);
+        OperandPacking<Kind>::panel(p, t, g.d_out, p.value_width, scratch.d_outs);
+        OperandPacking<Kind>::rows(p, t, p.q, p.width, scratch.query_rows);
+        OperandPacking<Kind>::rows(p, t, g.d_out, p.value_width, scratch.d_out_rows);
+        std::fill(scratch.dq, scratch.dq + p.width * t.lanes(), 0.0f);
         const Rows rows = look(t);
         const Dropout dropout(p, t);
-        for (int64_t at = first; at < std::min(first + size, t.end); at += BLOCK) {
+        for (int64_t at = first; at < std::min(first + size, t.end); at += BLOCK_N) {
             const Block b(p, t, at, std::min(first + size, t.end), Kind::GRAIN);
             if (b.count == 0) continue;
-            if (p.bias.data) gather(t, p.bias, at, b.size, room.bias);
-            if (p.allow.data) gather(t, p.allow, at, b.size, room.allowed);
+            if (p.bias.data) gather(t, p.bias, at, b.size, scratch.bias);
+            if (p.allow.data) gather(t, p.allow, at, b.size, scratch.allowed);
             for (int i = 0; i < b.count; ++i) {
                 score(t, b, b.parts[i], rows, dropout);
                 add(t, b, b.parts[i], rows);
@@ -256,17 +259,19 @@ struct Chunk {
 
     void write() const {
         for (int j = 0; j < size; ++j) {
-            write_row(room.dk + j * whole_vectors(p.width), p.width, g.dk, first + j, p.scale);
-            write_row(room.dv + j * whole_vectors(p.value_width), p.value_width, g.dv, first + j, 1.0f);
+            write_row(scratch.dk + j * whole_vectors(p.width), p.width, g.dk, first + j, p.scale);
+            write_row(scratch.dv + j * whole_vectors(p.value_width), p.value_width, g.dv, first + j, 1.0f);
         }
     }
 
    private:
     // What is to be known of the rows of a tile.
     struct Rows {
-        float base[ROWS], shift[ROWS], delta[ROWS];  // the first two as `Origin` has them; a shift of inf: no weights
-        bool fused[ROWS / LANES];
-        bool apart[ROWS];  // rows that may hold NaN, which must not meet the weights of 0 of keys that they do not see
+        float base[BLOCK_M], shift[BLOCK_M],
+            delta[BLOCK_M];  // the first two as `Origin` has them; a shift of inf: no weights
+        bool fused[BLOCK_M / LANES];
+        bool apart[BLOCK_M];  // rows that may hold NaN, which must not meet the weights of 0 of keys that they do not
+                              // see
         bool any_apart;
     };
 
@@ -279,11 +284,11 @@ struct Chunk {
             const float lse = p.lse[place];
             rows.delta[r] = g.delta[place];
             // A row that sees no key has the lse of its sink, whatever it holds.
-            const bool is_blind = p.sink_logits && lse == p.sink_logits[t.head[r]];
-            rows.apart[r] = is_blind || !std::isfinite(lse) || !std::isfinite(rows.delta[r]);
+            const bool is_masked = p.sink_logits && lse == p.sink_logits[t.head[r]];
+            rows.apart[r] = is_masked || !std::isfinite(lse) || !std::isfinite(rows.delta[r]);
             rows.any_apart |= rows.apart[r];
             rows.base[r] = 0;
-            if (lse == -INF || ((rows.apart[r] || !finite) && is_idle(p, g, t, r))) {
+            if (lse == -INF || ((rows.apart[r] || !finite) && has_zero_gradient(p, g, t, r))) {
                 rows.shift[r] = INF;
             } else if (const Recount::Row* const row = recount.row(place)) {
                 rows.base[r] = row->base;
@@ -294,8 +299,8 @@ struct Chunk {
                 rows.shift[r] = plain_scores(p) ? lse * LOG2E : 0;
             }
             if (!rows.apart[r] || r >= t.count) continue;
-            Format<Kind>::clear_row(room.query_rows, p.width, r);
-            Format<Kind>::clear_row(room.d_out_rows, p.value_width, r);
+            OperandPacking<Kind>::clear_row(scratch.query_rows, p.width, r);
+            OperandPacking<Kind>::clear_row(scratch.d_out_rows, p.value_width, r);
         }
         return rows;
     }
@@ -304,15 +309,16 @@ struct Chunk {
     void score(const Tile& t, const Block& b, const Segment& s, const Rows& rows, const Dropout& dropout) const {
         const int64_t into = b.first - first;  // the chunk
         const float factor = exponent_factor(p);
-        multiply_rows(Kind(), t, s, p.width, keys + into * key_stride, key_stride, room.queries, room.weights);
-        if (!plain_scores(p)) transform(p, t, b, s, room.bias, room.weights, p.softcap != 0 ? room.slope : nullptr);
-        if (b.edge) hide(p, t, b, s, room.allowed, -INF, room.weights);
-        multiply_rows(Kind(), t, s, p.value_width, values + into * value_stride, value_stride, room.d_outs,
-                      room.d_scores);
+        multiply_rows(Kind(), t, s, p.width, keys + into * key_stride, key_stride, scratch.queries, scratch.weights);
+        if (!plain_scores(p))
+            transform(p, t, b, s, scratch.bias, scratch.weights, p.softcap != 0 ? scratch.slope : nullptr);
+        if (b.edge) hide(p, t, b, s, scratch.allowed, -INF, scratch.weights);
+        multiply_rows(Kind(), t, s, p.value_width, values + into * value_stride, value_stride, scratch.d_outs,
+                      scratch.d_scores);
         for (int j = s.begin; j < s.end; ++j) {
             for (int n = s.first; n < s.last; ++n) {
-                float* const weights = room.weights + j * t.lanes() + n * LANES;
-                float* const d_scores = room.d_scores + j * t.lanes() + n * LANES;
+                float* const weights = scratch.weights + j * t.lanes() + n * LANES;
+                float* const d_scores = scratch.d_scores + j * t.lanes() + n * LANES;
                 const Origin from = {load(rows.base + n * LANES), load(rows.shift + n * LANES), rows.fused[n]};
                 const vec weight = exp2(exponents(from.fused, load(weights), factor, from));
                 vec d_weight = load(d_scores);
@@ -331,15 +337,15 @@ struct Chunk {
                 }
             }
         }
-        if (b.edge) hide(p, t, b, s, room.allowed, 0.0f, room.d_scores);
-        if (b.edge && rows.any_apart) hide(p, t, b, s, room.allowed, 0.0f, room.weights);  // an lse of NaN
+        if (b.edge) hide(p, t, b, s, scratch.allowed, 0.0f, scratch.d_scores);
+        if (b.edge && rows.any_apart) hide(p, t, b, s, scratch.allowed, 0.0f, scratch.weights);  // an lse of NaN
         if (g.d_bias) write_bias(t, b, s);
         if (g.d_alibi) add_alibi(t, b, s);
         if (p.softcap != 0) {
             for (int j = s.begin; j < s.end; ++j) {
                 for (int n = s.first; n < s.last; ++n) {
-                    float* const d_scores = room.d_scores + j * t.lanes() + n * LANES;
-                    store(d_scores, load(d_scores) * load(room.slope + j * t.lanes() + n * LANES));
+                    float* const d_scores = scratch.d_scores + j * t.lanes() + n * LANES;
+                    store(d_scores, load(d_scores) * load(scratch.slope + j * t.lanes() + n * LANES));
                 }
             }
         }
@@ -347,21 +353,22 @@ struct Chunk {
 
     void add(const Tile& t, const Block& b, const Segment& s, const Rows& rows) const {
         const int64_t into = b.first - first;
-        const float* along_keys = room.d_scores;
-        if (Format<Kind>::PACKS) {
-            Format<Kind>::pack_keys(t, s, room.d_scores, room.pairs);
-            along_keys = room.pairs;
+        const float* along_keys = scratch.d_scores;
+        if (OperandPacking<Kind>::PACKS) {
+            OperandPacking<Kind>::pack_keys(t, s, scratch.d_scores, scratch.pairs);
+            along_keys = scratch.pairs;
         }
-        sum_over_keys(Kind(), t, s, p.width, keys_along + into / Format<Kind>::ABREAST * key_along_stride,
-                      key_along_stride, along_keys, room.dq);
+        sum_over_keys(Kind(), t, s, p.width, keys_along + into / OperandPacking<Kind>::KEYS_PER_ROW * key_along_stride,
+                      key_along_stride, along_keys, scratch.dq);
         if (rows.any_apart) add_apart(t, b, s, rows);
-        if (Format<Kind>::PACKS) {
-            Format<Kind>::pack_rows(t, s, room.d_scores);
-            Format<Kind>::pack_rows(t, s, room.weights);
+        if (OperandPacking<Kind>::PACKS) {
+            OperandPacking<Kind>::pack_rows(t, s, scratch.d_scores);
+            OperandPacking<Kind>::pack_rows(t, s, scratch.weights);
         }
-        sum_over_rows(Kind(), t, s, p.width, room.d_scores, room.query_rows, room.dk + into * whole_vectors(p.width));
-        sum_over_rows(Kind(), t, s, p.value_width, room.weights, room.d_out_rows,
-                      room.dv + into * whole_vectors(p.value_width));
+        sum_over_rows(Kind(), t, s, p.width, scratch.d_scores, scratch.query_rows,
+                      scratch.dk + into * whole_vectors(p.width));
+        sum_over_rows(Kind(), t, s, p.value_width, scratch.weights, scratch.d_out_rows,
+                      scratch.dv + into * whole_vectors(p.value_width));
     }
 
     // Adds what rows that are apart give to the keys that they see, one by one, and takes it from weights and
@@ -375,11 +382,11 @@ struct Chunk {
             if (!rows.apart[r]) continue;
             const bool adds = r < t.count && rows.shift[r] != INF;
             for (int j = s.begin; j < s.end; ++j) {
-                float &weight = room.weights[j * t.lanes() + r], &d_score = room.d_scores[j * t.lanes() + r];
+                float &weight = scratch.weights[j * t.lanes() + r], &d_score = scratch.d_scores[j * t.lanes() + r];
                 const int64_t key = b.first + j, place = key - first;
-                if (adds && may_see(p, t, r, key) && (!p.allow.data || room.allowed[j * t.lanes() + r] != 0)) {
-                    add(p.q, p.width, r, d_score, room.dk + place * whole_vectors(p.width));
-                    add(g.d_out, p.value_width, r, weight, room.dv + place * whole_vectors(p.value_width));
+                if (adds && may_see(p, t, r, key) && (!p.allow.data || scratch.allowed[j * t.lanes() + r] != 0)) {
+                    add(p.q, p.width, r, d_score, scratch.dk + place * whole_vectors(p.width));
+                    add(g.d_out, p.value_width, r, weight, scratch.dv + place * whole_vectors(p.value_width));
                 }
                 weight = d_score = 0;
             }
@@ -389,7 +396,7 @@ struct Chunk {
     void write_bias(const Tile& t, const Block& b, const Segment& s) const {
         const int above = s.first * LANES;
         lanes_to_rows(std::min(t.count, s.last * LANES) - above, s.end - s.begin,
-                      room.d_scores + s.begin * t.lanes() + above, t.lanes(),
+                      scratch.d_scores + s.begin * t.lanes() + above, t.lanes(),
                       [&](int64_t r, int64_t c, int64_t count, vec x) {
                           float* const row = g.d_bias + t.place(p, above + (int)r) * p.lk;
                           store_part(Dtype::f32, row + b.first + s.begin + c, x, count);
@@ -400,7 +407,7 @@ struct Chunk {
         for (int n = s.first; n < s.last; ++n) {
             vec sum = {};
             for (int j = s.begin; j < s.end; ++j)
-                sum -= load(room.d_scores + j * t.lanes() + n * LANES) *
+                sum -= load(scratch.d_scores + j * t.lanes() + n * LANES) *
                        absolute(vector_of(t.position, n) - (int32_t)(b.first + j));
             for (int r = n * LANES; r < std::min(t.count, (n + 1) * LANES); ++r)
                 d_alibi[t.head[r] - kv_head * group(p)] += sum[r - n * LANES];
@@ -416,62 +423,62 @@ struct Chunk {
 
 template <class Kind>
 static void run_backward(const Problem& p, const Gradients& g) {
-    const Outline outline(p);
-    Turns turns(p, outline);
-    const int64_t heads = p.batch * p.kv_heads, tiles = turns.tiles, room = p.width * ROWS;
+    const KeyVisibility visibility(p);
+    OrderedAccumulation order(p, visibility);
+    const int64_t heads = p.batch * p.kv_heads, tiles = order.tiles, scratch = p.width * BLOCK_M;
     const Recount recount(p);
     // Of the gradients of queries that several chunks add to.
-    const int64_t all = turns.chunks > 1 ? heads * tiles * room : 0;
+    const int64_t all = order.chunks > 1 ? heads * tiles * scratch : 0;
     const std::unique_ptr<float[]> sums(new float[all]);
     prefer_huge_pages(sums.get(), all * (int64_t)sizeof(float));
-    const std::vector<float> zeros(room);
-    float scales[ROWS];
-    std::fill(scales, scales + ROWS, p.scale);
-    std::vector<double> d_alibi(g.d_alibi ? turns.chunks * heads * group(p) : 0);
+    const std::vector<float> zeros(scratch);
+    float scales[BLOCK_M];
+    std::fill(scales, scales + BLOCK_M, p.scale);
+    std::vector<double> d_alibi(g.d_alibi ? order.chunks * heads * group(p) : 0);
     parallel_for(heads * tiles, p.threads, [&](int64_t item) {
-        const Tile t(p, outline, item / tiles / p.kv_heads, item / tiles % p.kv_heads, item % tiles);
+        const Tile t(p, visibility, item / tiles / p.kv_heads, item / tiles % p.kv_heads, item % tiles);
         find_delta(p, g, t);
-        if (turns.has_any(t)) return recount.count(Kind(), t);
+        if (order.has_any(t)) return recount.count(Kind(), t);
         write_rows(p, t, g.dq, p.width, zeros.data(), scales);
     });
     const auto add_chunk = [&](int64_t item) {
         const int64_t index = item / heads, batch = item % heads / p.kv_heads, kv_head = item % heads % p.kv_heads;
         [[maybe_unused]] const typename Kind::Registers registers;
         double* const slopes = g.d_alibi ? &d_alibi[item * group(p)] : nullptr;
-        Chunk<Kind> chunk(p, g, recount, batch, kv_head, index * CHUNK, slopes);
+        Chunk<Kind> chunk(p, g, recount, batch, kv_head, index * BWD_BLOCK_N, slopes);
         // Late tiles first: under a causal mask all chunks see them, and follow each other from there.
         for (int64_t tile = tiles - 1; tile >= 0; --tile) {
-            if (!turns.has(batch, tile, index)) continue;
-            const Tile t(p, outline, batch, kv_head, tile);
+            if (!order.has(batch, tile, index)) continue;
+            const Tile t(p, visibility, batch, kv_head, tile);
             chunk.pass(t);
-            const float* const dq = chunk.room.dq;
-            if (turns.is_first(t, index) && turns.is_last(t, index)) {
+            const float* const dq = chunk.scratch.dq;
+            if (order.is_first(t, index) && order.is_last(t, index)) {
                 write_rows(p, t, g.dq, p.width, dq, scales);
                 continue;
             }
-            float* const sum = &sums[(item % heads * tiles + tile) * room];
-            turns.wait(p, t, index);
-            if (turns.is_first(t, index))
+            float* const sum = &sums[(item % heads * tiles + tile) * scratch];
+            order.await_turn(p, t, index);
+            if (order.is_first(t, index))
                 std::copy(dq, dq + p.width * t.lanes(), sum);
             else
                 for (int64_t i = 0; i < p.width * t.lanes(); i += LANES) store(sum + i, load(sum + i) + load(dq + i));
-            if (turns.is_last(t, index)) write_rows(p, t, g.dq, p.width, sum, scales);
-            turns.pass(p, t, index);
+            if (order.is_last(t, index)) write_rows(p, t, g.dq, p.width, sum, scales);
+            order.release(p, t, index);
         }
         chunk.write();
     };
-    parallel_for(turns.chunks * heads, p.threads, [&](int64_t item) {
+    parallel_for(order.chunks * heads, p.threads, [&](int64_t item) {
         try {
             add_chunk(item);
         } catch (const std::bad_alloc&) {
-            turns.give_up();
+            order.give_up();
             throw;
         }
     });
     if (!g.d_alibi) return;
     for (int64_t head = 0; head < p.heads; ++head) {
         double sum = 0;
-        for (int64_t item = 0; item < turns.chunks * heads; ++item)
+        for (int64_t item = 0; item < order.chunks * heads; ++item)
             if (item % p.kv_heads == head / group(p)) sum += d_alibi[item * group(p) + head % group(p)];
         g.d_alibi[head] = (float)sum;
     }

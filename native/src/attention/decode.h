@@ -13,18 +13,18 @@ namespace qkv {
 namespace QKV_ISA {
 
 // `State` of a few rows: rows of out lie as `Products` sums them.
-struct FewState {
+struct DecodeState {
     static constexpr bool EXACT = false;
 
-    float *top, *sum, *out;
+    float *row_max, *row_sum, *out;
 
-    FewState(float* memory, const Tile&) : top(memory), sum(memory + LANES), out(memory + 2 * LANES) {}
+    DecodeState(float* memory, const Tile&) : row_max(memory), row_sum(memory + LANES), out(memory + 2 * LANES) {}
 
     static int64_t floats(const Problem& p) { return 2 * LANES + rows_of_head(p) * pitch_of(p.value_width); }
 
     void clear(const Problem& p, const Tile& t) const {
-        std::fill(top, top + LANES, -INF);
-        std::fill(sum, sum + LANES, 0.0f);
+        std::fill(row_max, row_max + LANES, -INF);
+        std::fill(row_sum, row_sum + LANES, 0.0f);
         std::fill(out, out + numbers(p, t), 0.0f);
     }
 
@@ -39,7 +39,7 @@ struct FewState {
                 store(out + here, load(out + here) * factor[r]);
     }
 
-    void join(const Problem& p, const Tile& t, int, vec factor, const FewState& other, vec other_factor) const {
+    void join(const Problem& p, const Tile& t, int, vec factor, const DecodeState& other, vec other_factor) const {
         const int64_t pitch = pitch_of(p.value_width);
         for (int r = 0; r < t.count; ++r)
             for (int64_t here = r * pitch; here < (r + 1) * pitch; here += LANES)
@@ -48,16 +48,16 @@ struct FewState {
 };
 
 // Memory for a few rows.
-struct FewRoom {
+struct DecodeScratch {
     float *queries, *steps, *scores, *values, *state, *total;
 
-    FewRoom(const Problem& p, Placer& place) {
+    DecodeScratch(const Problem& p, ArenaLayout& place) {
         queries = place(few_rows(p) * pitch_of(p.width));
         steps = place(few_rows(p));
-        scores = place(few_rows(p) * BLOCK);
-        values = place(BLOCK * p.value_width);
-        state = place(FewState::floats(p));
-        total = place(FewState::floats(p));
+        scores = place(few_rows(p) * BLOCK_N);
+        values = place(BLOCK_N * p.value_width);
+        state = place(DecodeState::floats(p));
+        total = place(DecodeState::floats(p));
     }
 };
 
@@ -117,15 +117,15 @@ struct Spread {
     }
 };
 
-// `without_poison` for a few rows: leaves the values of a block in room.values.
+// `add_visible_nonfinite` for a few rows: leaves the values of a block in room.values.
 template <class Products, int COUNT, int ROWS>
-static void without_poison_few(const Problem& p, const Tile& t, const Block& b, const char* values, const FewRoom& room,
-                               const FewState& state) {
+static void add_visible_nonfinite_decode(const Problem& p, const Tile& t, const Block& b, const char* values,
+                                         const DecodeScratch& scratch, const DecodeState& state) {
     const Spread<COUNT, ROWS> spread{p, t};
     const int64_t item = size_of(p.dtype), pitch = pitch_of(p.value_width);
     for (int j = 0; j < b.size; ++j) {
         const char* const row = values + j * p.v.row * item;
-        char* const clean = (char*)room.values + j * p.value_width * item;
+        char* const clean = (char*)scratch.values + j * p.value_width * item;
         std::memcpy(clean, row, p.value_width * item);
         const vec seen = spread.hide(b.first + j, b.first + b.size, vec{});
         for (int64_t d = 0; d < p.value_width; ++d) {
@@ -133,15 +133,15 @@ static void without_poison_few(const Problem& p, const Tile& t, const Block& b, 
             if (std::isfinite(x)) continue;
             write(p.dtype, clean, d, 0.0f);
             for (int r = 0; r < COUNT; ++r)
-                if (seen[r] == 0) state.out[r * pitch + Products::column(d)] += room.scores[j * ROWS + r] * x;
+                if (seen[r] == 0) state.out[r * pitch + Products::column(d)] += scratch.scores[j * ROWS + r] * x;
         }
     }
 }
 
 // Folds the keys [begin, end) into a state that was empty. COUNT is the number of rows, ROWS the next power of two.
 template <class Products, int COUNT, int ROWS>
-static void fold_few(const Problem& p, const Tile& t, const Dropout& dropout, int64_t begin, int64_t end,
-                     const FewRoom& room, const FewState& state) {
+static void accumulate_keys_decode(const Problem& p, const Tile& t, const Dropout& dropout, int64_t begin, int64_t end,
+                                   const DecodeScratch& scratch, const DecodeState& state) {
     typedef Spread<COUNT, ROWS> Spread;
     constexpr int KEYS = LANES / ROWS;                           // keys of a vector
     constexpr int ABREAST = COUNT == 1 ? 1 : std::min(KEYS, 2);  // keys read side by side: more would slow memory down
@@ -150,40 +150,40 @@ static void fold_few(const Problem& p, const Tile& t, const Dropout& dropout, in
     const float factor = exponent_factor(p);
     const int64_t item = size_of(p.kv_dtype), key_stride = p.k.row * item;
     const bool scaled = p.k_scale.data;
-    const vec steps = Spread::each([&](int i) { return room.steps[Spread::row(i)]; });
-    vec top = set1(-INF), sum = {};
+    const vec steps = Spread::each([&](int i) { return scratch.steps[Spread::row(i)]; });
+    vec row_max = set1(-INF), sum = {};
     [[maybe_unused]] vec sums[LANES] = {};  // lanes without a row stay 0
     state.clear(p, t);
-    for (int64_t first = begin; first < end; first += BLOCK) {
-        const Block b(p, t, first, end, Single::GRAIN);
+    for (int64_t first = begin; first < end; first += BLOCK_N) {
+        const Block b(p, t, first, end, F32::GRAIN);
         if (b.count == 0) continue;
         // What lies before a window is not read.
         const int from = first < p.sink_tokens ? 0 : (int)std::max<int64_t>(0, t.begin - first) / LANES * LANES;
-        float* const scores = room.scores + from * ROWS;
+        float* const scores = scratch.scores + from * ROWS;
         const char* const keys = row_of(p.kv_dtype, p.k, t.batch, t.kv_head, first);
         const char* values = row_of(p.kv_dtype, p.v, t.batch, t.kv_head, first);
         int64_t value_stride = p.v.row * item;
-        vec peak = set1(-INF);
+        vec block_max = set1(-INF);
         typename Products::template Ahead<ROWS> ahead(p, t, first);
         const int vecs = (b.size - from + KEYS - 1) / KEYS;
         if constexpr (Products::ON_TILES)
-            Products::score(keys + from * key_stride, key_stride, b.size - from, p.width, room.queries,
-                            room.scores + from * LANES, ahead);
+            Products::score(keys + from * key_stride, key_stride, b.size - from, p.width, scratch.queries,
+                            scratch.scores + from * LANES, ahead);
         ahead.peaks(vecs);
         for (int j = from; j < b.size; j += KEYS) {
             vec x;
             if constexpr (Products::ON_TILES) {
-                x = Products::template spread<ROWS>(room.scores, j);
+                x = Products::template spread<ROWS>(scratch.scores, j);
             } else {
                 for (int i = 0; i < KEYS; i += ABREAST) {
                     if (j + i >= b.size) break;
                     const char* const key = keys + (j + i) * key_stride;
-                    const Soon soon = {values + (j + i) * value_stride, value_stride};
+                    const PrefetchStream soon = {values + (j + i) * value_stride, value_stride};
                     if (j + i + ABREAST <= b.size)
-                        Products::template score<COUNT, ROWS, ABREAST>(key, key_stride, p.width, room.queries,
+                        Products::template score<COUNT, ROWS, ABREAST>(key, key_stride, p.width, scratch.queries,
                                                                        sums + i * ROWS, soon);
                     else
-                        Products::template score<COUNT, ROWS, 1>(key, key_stride, p.width, room.queries,
+                        Products::template score<COUNT, ROWS, 1>(key, key_stride, p.width, scratch.queries,
                                                                  sums + i * ROWS, soon);
                 }
                 x = sum_each(sums);
@@ -193,20 +193,20 @@ static void fold_few(const Problem& p, const Tile& t, const Dropout& dropout, in
             x = finite_or_nan(x);
             if (!plain) x = spread.transform(first + j, x);
             if (b.edge || j + KEYS > b.size) x = spread.hide(first + j, first + b.size, x);
-            peak = max(x, peak);
-            store(room.scores + j * ROWS, x);
+            block_max = max(x, block_max);
+            store(scratch.scores + j * ROWS, x);
         }
-        const Rise rise(p, top, largest<ROWS>(peak));
-        if (any(rise.rows)) {
-            top = rise.top;
-            sum = sum * rise.shrink;
-            state.scale(p, t, 0, rise.shrink);
+        const RowMaxUpdate update(p, row_max, largest<ROWS>(block_max));
+        if (any(update.rows)) {
+            row_max = update.row_max;
+            sum = sum * update.rescale;
+            state.scale(p, t, 0, update.rescale);
         }
         ahead.weights(vecs);
         for (int j = from; j < b.size; j += KEYS) {
             ahead.step();
-            const vec score = load(room.scores + j * ROWS);
-            vec weight = exp2(exponents(rise.origin.fused, score, factor, rise.origin));
+            const vec score = load(scratch.scores + j * ROWS);
+            vec weight = exp2(exponents(update.origin.fused, score, factor, update.origin));
             sum = sum + weight;
             if (p.dropout > 0) weight = weight * dropout.factors_of(first + j, ROWS, Spread::row);
             if (scaled) {
@@ -214,11 +214,11 @@ static void fold_few(const Problem& p, const Tile& t, const Dropout& dropout, in
                 const ivec hidden = p.bias.data ? spread.hide(first + j, first + b.size, vec{}) != 0.0f : score == -INF;
                 weight = hidden ? weight : weight * spread.of(p.v_scale, first + j);
             }
-            store(room.scores + j * ROWS, weight);
+            store(scratch.scores + j * ROWS, weight);
         }
         if (b.edge && !scaled && !all_finite(p, t.batch, t.kv_head, p.v, p.value_width, first + from, b.size - from)) {
-            without_poison_few<Products, COUNT, ROWS>(p, t, b, values, room, state);
-            values = (const char*)room.values;
+            add_visible_nonfinite_decode<Products, COUNT, ROWS>(p, t, b, values, scratch, state);
+            values = (const char*)scratch.values;
             value_stride = p.value_width * item;
         }
         if constexpr (Products::ON_TILES) {
@@ -228,19 +228,19 @@ static void fold_few(const Problem& p, const Tile& t, const Dropout& dropout, in
             const vec weight_steps = Products::template pack<ROWS>(scores, b.size - from);
             Products::template add<COUNT, ROWS, true>(values + from * value_stride, value_stride, b.size - from,
                                                       p.value_width, scores, weight_steps, state.out,
-                                                      Soon{keys + BLOCK * key_stride, key_stride});
+                                                      PrefetchStream{keys + BLOCK_N * key_stride, key_stride});
         }
     }
     for (int r = 0; r < COUNT; ++r) {
-        state.top[r] = top[r];
-        for (int i = r; i < LANES; i += ROWS) state.sum[r] += sum[i];
+        state.row_max[r] = row_max[r];
+        for (int i = r; i < LANES; i += ROWS) state.row_sum[r] += sum[i];
     }
 }
 
 template <class Products>
-static void finish(const Problem& p, const Tile& t, const FewState& state) {
+static void finish(const Problem& p, const Tile& t, const DecodeState& state) {
     for (int r = 0; r < t.count; ++r) {
-        const float factor = normalise(p, t, r, state.top[r], state.sum[r]);
+        const float factor = normalise(p, t, r, state.row_max[r], state.row_sum[r]);
         char* const row = t.row(p, p.out, r);
         for_columns(p.value_width, [&](int64_t d, int64_t count) {
             const vec x = Products::columns(state.out + r * pitch_of(p.value_width), d) * factor;
@@ -260,7 +260,7 @@ static inline void with_count(int count, Work work) {
 
 // Calls work(products, count) with types for the dtype of the keys and the number of rows.
 template <class Work>
-static inline void for_few(const Problem& p, Work work) {
+static inline void for_decode(const Problem& p, Work work) {
     const int rows = (int)group(p);
     const auto with = [&](auto products) {
         typedef decltype(products) Products;

@@ -21,12 +21,12 @@ static inline void repeat(Work work) {
 // The keys and values of the next block, asked for step by step while this one is computed: few requests can be under
 // way, so memory would rest after a heap of them.
 template <int ROWS>
-struct KeysAhead {
-    KeysAhead(const Problem& p, const Tile& t, int64_t first)
+struct PrefetchKeys {
+    PrefetchKeys(const Problem& p, const Tile& t, int64_t first)
         : key_stride(p.k.row * 2), value_stride(p.v.row * 2), key_bytes(p.width * 2), value_bytes(p.value_width * 2),
-          keys(row_of(p, p.k, t.batch, t.kv_head, first) + BLOCK * key_stride),
-          values(row_of(p, p.v, t.batch, t.kv_head, first) + BLOCK * value_stride),
-          count((int)std::max<int64_t>(0, std::min<int64_t>(BLOCK, t.end - first - BLOCK))) {}
+          keys(row_of(p, p.k, t.batch, t.kv_head, first) + BLOCK_N * key_stride),
+          values(row_of(p, p.v, t.batch, t.kv_head, first) + BLOCK_N * value_stride),
+          count((int)std::max<int64_t>(0, std::min<int64_t>(BLOCK_N, t.end - first - BLOCK_N))) {}
 
     // The parts of the work on a block, in the order in which they come, each in so many steps. A product of a key
     // costs about as much as 16 rows of its scores.
@@ -69,7 +69,7 @@ struct OnTiles {
     static constexpr bool ON_TILES = true;
     typedef TileRegisters Registers;
     template <int ROWS>
-    using Ahead = KeysAhead<ROWS>;
+    using Ahead = PrefetchKeys<ROWS>;
 
     static constexpr int STEP = 2 * LANES, GROUP = LANES, FLOATS = LANES * LANES;  // columns, keys and floats of a tile
 
@@ -86,7 +86,7 @@ struct OnTiles {
     // scores[LANES * j + r] = key j times row r.
     template <int ROWS>
     static void score(const char* keys, int64_t stride, int count, int64_t width, const float* queries, float* scores,
-                      KeysAhead<ROWS>& ahead) {
+                      PrefetchKeys<ROWS>& ahead) {
         ahead.scores(steps_of(count, width));
         const auto some = [&](auto groups, int j) {
             some_scores<groups>(keys + j * stride, stride, count - j, width, queries, scores + j * LANES, ahead);
@@ -108,9 +108,9 @@ struct OnTiles {
     // Adds weights times values to rows of out.
     template <int COUNT, int ROWS>
     static void add(const char* values, int64_t stride, int count, int64_t width, const float* weights, float* out,
-                    KeysAhead<ROWS>& ahead) {
+                    PrefetchKeys<ROWS>& ahead) {
         constexpr int SPANS = ROWS > 8 ? 2 : 4;
-        alignas(64) float factors[BLOCK / GROUP * (ROWS > 8 ? 2 : 1) * FLOATS];
+        alignas(64) float factors[BLOCK_N / GROUP * (ROWS > 8 ? 2 : 1) * FLOATS];
         ahead.sums(steps_of(count, width));
         for (int64_t d = 0; d < width;) {
             const auto some = [&](auto spans) {
@@ -159,7 +159,7 @@ struct OnTiles {
 
     template <int GROUPS, int ROWS>
     static inline void some_scores(const char* keys, int64_t stride, int count, int64_t width, const float* queries,
-                                   float* scores, KeysAhead<ROWS>& ahead) {
+                                   float* scores, PrefetchKeys<ROWS>& ahead) {
         repeat<GROUPS>([](auto n) { tile_zero<n>(); });
         for (int64_t d = 0; d < width; d += STEP) {
             tile_load<7>(queries + d / 2 * LANES, 64);
@@ -197,7 +197,7 @@ struct OnTiles {
     template <int COUNT, int ROWS, int SPANS>
     static inline void add_some(const char* values, int64_t stride, int count, int64_t left, bool first,
                                 const float* weights, float* factors, float* out, int64_t pitch,
-                                KeysAhead<ROWS>& ahead) {
+                                PrefetchKeys<ROWS>& ahead) {
         constexpr bool APART = ROWS > 8;  // odd columns have tiles of their own
         constexpr int TILES = APART ? 2 : 1, ODD = APART ? SPANS * FLOATS : FLOATS / 2;
         alignas(64) float sums[TILES * SPANS * FLOATS];

@@ -26,7 +26,7 @@ static constexpr int lanes_of(int count) { return count <= 2 ? count : (count <=
 static inline int64_t pitch_of(int64_t width) { return (width + 2 * LANES - 1) / (2 * LANES) * (2 * LANES); }
 
 // Rows that are read soon. Products ask for them row by row while they read others, so that memory never rests.
-struct Soon {
+struct PrefetchStream {
     const char* rows;
     int64_t stride;
 
@@ -39,7 +39,7 @@ struct KeyByKey {
     static constexpr int LEAST = 1, MOST = FEW;  // rows
     static constexpr bool ON_TILES = false;
 
-    typedef Nothing Registers;
+    typedef NoRegisterState Registers;
 
     // Asks for nothing: the products do.
     template <int ROWS>
@@ -74,11 +74,11 @@ struct Widened : KeyByKey {
     // sums[j * ROWS + r] = key j times row r, as lanes that are still to be added up.
     template <int COUNT, int ROWS, int KEYS>
     static inline void score(const char* keys, int64_t stride, int64_t width, const float* queries, vec* sums,
-                             Soon values) {
+                             PrefetchStream values) {
         if (width < 1) __builtin_unreachable();
         const int64_t pitch = pitch_of(width), item = size_of(DTYPE);
         for (int64_t begin = 0, end; begin < width; begin = end) {
-            end = std::min(begin + Single::CHAIN * LANES, width);
+            end = std::min(begin + F32::CHAIN * LANES, width);
             vec acc[KEYS][COUNT] = {};
             for (int64_t d = begin; d < end; d += LANES) {
                 const bool whole = d + LANES <= width;
@@ -112,7 +112,7 @@ struct Widened : KeyByKey {
     // Adds weights times values to rows of out, on and on, or summed apart first.
     template <int COUNT, int ROWS, bool APART>
     static void add(const char* values, int64_t stride, int count, int64_t width, const float* weights, vec, float* out,
-                    Soon keys) {
+                    PrefetchStream keys) {
         int64_t d = 0;
         const auto columns = [&](auto vecs) {
             constexpr int VECS = decltype(vecs)::value;
@@ -136,7 +136,7 @@ struct Widened : KeyByKey {
     // `add` for VECS vectors of columns from d on.
     template <int COUNT, int ROWS, int VECS, bool APART>
     static inline void some(const char* values, int64_t stride, int count, int64_t d, int64_t width,
-                            const float* weights, float* out, Soon keys) {
+                            const float* weights, float* out, PrefetchStream keys) {
         if (count < 1) __builtin_unreachable();  // else compilers keep the sums in memory as well
         const int64_t pitch = pitch_of(width), item = size_of(DTYPE), left = width - d;
         values += d * item, out += d;
@@ -185,7 +185,7 @@ struct Halves {
     // What they are multiplied by, from fp32.
     static __m256i factors(vec x) { return (__m256i)_mm512_cvtneps_pbh((__m512)x); }
 
-    static vec dot(vec sum, __m512i a, __m512i b) { return Pair::dot(sum, a, (vec)b); }
+    static vec dot(vec sum, __m512i a, __m512i b) { return Bf16Dot::dot(sum, a, (vec)b); }
 
     static vec total(vec sum) { return sum; }
 };
@@ -238,7 +238,7 @@ struct Dots : KeyByKey {
 
     template <int COUNT, int ROWS, int KEYS>
     static inline void score(const char* keys, int64_t stride, int64_t width, const float* queries, vec* sums,
-                             Soon values) {
+                             PrefetchStream values) {
         if (width < 1) __builtin_unreachable();
         const int64_t pitch = pitch_of(width);
         vec acc[KEYS][COUNT] = {};
@@ -277,7 +277,7 @@ struct Dots : KeyByKey {
 
     template <int COUNT, int ROWS, bool>
     static void add(const char* values, int64_t stride, int count, int64_t width, const float* weights, vec steps,
-                    float* out, Soon keys) {
+                    float* out, PrefetchStream keys) {
         constexpr int SPANS = COUNT <= 4 ? 2 : 1;
         int64_t d = 0;
         for (; d + SPANS * STEP <= width; d += SPANS * STEP)
@@ -322,7 +322,7 @@ struct Dots : KeyByKey {
     // `add` for SPANS steps of columns from d on.
     template <int COUNT, int ROWS, int SPANS>
     static inline void some(const char* values, int64_t stride, int count, int64_t d, int64_t width,
-                            const float* weights, vec steps, float* out, Soon keys) {
+                            const float* weights, vec steps, float* out, PrefetchStream keys) {
         if (count < 1) __builtin_unreachable();
         const int64_t pitch = pitch_of(width), left = width - d;
         values += Numbers::SIZE * d, out += d;
@@ -350,7 +350,7 @@ struct Dots : KeyByKey {
     }
 };
 
-static_assert(BLOCK <= Codes::MOST / LANES);
+static_assert(BLOCK_N <= Codes::MOST / LANES);
 #endif
 
 }  // namespace QKV_ISA

@@ -11,20 +11,20 @@ namespace QKV_ISA {
 
 // How tiles of the rows of several queries fold keys.
 template <class Kind, class AnyState>
-struct Many {
-    typedef ForwardRoom<Kind, AnyState> Room;
+struct Prefill {
+    typedef ForwardScratch<Kind, AnyState> Scratch;
     typedef AnyState State;
     typedef QKV_ISA::Prepared<Kind> Prepared;
     typedef typename Kind::Registers Registers;
 
-    static void prepare(const Problem& p, const Tile& t, const Room& room) {
-        Format<Kind>::panel(p, t, p.q, p.width, room.panel);
+    static void prepare(const Problem& p, const Tile& t, const Scratch& scratch) {
+        OperandPacking<Kind>::panel(p, t, p.q, p.width, scratch.panel);
     }
 
-    static void fold(const Problem& p, const Tile& t, const Prepared& prepared, const Dropout& dropout, int64_t begin,
-                     int64_t end, const Room& room, const State& state) {
+    static void accumulate_keys(const Problem& p, const Tile& t, const Prepared& prepared, const Dropout& dropout,
+                                int64_t begin, int64_t end, const Scratch& scratch, const State& state) {
         state.clear(p, t);
-        QKV_ISA::fold(p, t, prepared, dropout, begin, end, room, state);
+        QKV_ISA::accumulate_keys(p, t, prepared, dropout, begin, end, scratch, state);
     }
 
     static void finish(const Problem& p, const Tile& t, const State& state) { QKV_ISA::finish(p, t, state); }
@@ -32,75 +32,76 @@ struct Many {
 
 // How the few rows of a single query do.
 template <class Products, int COUNT>
-struct Few {
-    typedef FewRoom Room;
-    typedef FewState State;
+struct Decode {
+    typedef DecodeScratch Scratch;
+    typedef DecodeState State;
     typedef typename Products::Registers Registers;
 
     // Every key and value is read but once.
     struct Prepared {
-        Prepared(const Problem&, const Outline&, const Heads&) {}
+        Prepared(const Problem&, const KeyVisibility&, const Heads&) {}
     };
 
-    static void prepare(const Problem& p, const Tile& t, const Room& room) {
-        Products::queries(p, t, room.queries, room.steps);
+    static void prepare(const Problem& p, const Tile& t, const Scratch& scratch) {
+        Products::queries(p, t, scratch.queries, scratch.steps);
     }
 
-    static void fold(const Problem& p, const Tile& t, const Prepared&, const Dropout& dropout, int64_t begin,
-                     int64_t end, const Room& room, const State& state) {
-        fold_few<Products, COUNT, lanes_of(COUNT)>(p, t, dropout, begin, end, room, state);
+    static void accumulate_keys(const Problem& p, const Tile& t, const Prepared&, const Dropout& dropout, int64_t begin,
+                                int64_t end, const Scratch& scratch, const State& state) {
+        accumulate_keys_decode<Products, COUNT, lanes_of(COUNT)>(p, t, dropout, begin, end, scratch, state);
     }
 
     static void finish(const Problem& p, const Tile& t, const State& state) { QKV_ISA::finish<Products>(p, t, state); }
 };
 
-template <class Way>
+template <class Strategy>
 static void run(const Problem& p) {
-    typedef typename Way::Room Room;
-    typedef typename Way::State State;
-    typedef typename Way::Prepared Prepared;
+    typedef typename Strategy::Scratch Scratch;
+    typedef typename Strategy::State State;
+    typedef typename Strategy::Prepared Prepared;
     const int64_t tiles = tiles_of_head(p), heads = p.batch * p.kv_heads;
-    const int64_t pieces = (p.lk + PIECE - 1) / PIECE, floats = State::floats(p);
-    const Outline outline(p);
+    const int64_t pieces = (p.lk + KV_SPLIT - 1) / KV_SPLIT, floats = State::floats(p);
+    const KeyVisibility visibility(p);
     // The tiles of a head follow each other, so that its keys and values stay near. Late ones come first: under a
     // causal mask they see the most.
     const auto tile_of = [&](int64_t head, int64_t place) {
-        return Tile(p, outline, head / p.kv_heads, head % p.kv_heads, tiles - 1 - place);
+        return Tile(p, visibility, head / p.kv_heads, head % p.kv_heads, tiles - 1 - place);
     };
     const auto is_seen = [&](const Tile& t, int64_t piece) {
-        return shows_any(p, t, piece * PIECE, (piece + 1) * PIECE);
+        return shows_any(p, t, piece * KV_SPLIT, (piece + 1) * KV_SPLIT);
     };
-    const auto fold = [&](const Prepared& prepared, const Tile& t, int64_t piece, const Room& room,
-                          const State& state) {
-        [[maybe_unused]] const typename Way::Registers registers;
-        const int64_t begin = piece * PIECE, end = std::min(t.end, begin + PIECE);
+    const auto accumulate_keys = [&](const Prepared& prepared, const Tile& t, int64_t piece, const Scratch& scratch,
+                                     const State& state) {
+        [[maybe_unused]] const typename Strategy::Registers registers;
+        const int64_t begin = piece * KV_SPLIT, end = std::min(t.end, begin + KV_SPLIT);
         const Dropout dropout(p, t);
-        if (!p.pages.table) return Way::fold(p, t, prepared, dropout, begin, end, room, state);
-        Way::fold(side_by_side(p, t, begin, QKV_ISA::room<PageRoom>(p)), t, prepared, dropout, begin, end, room, state);
+        if (!p.pages.table) return Strategy::accumulate_keys(p, t, prepared, dropout, begin, end, scratch, state);
+        Strategy::accumulate_keys(side_by_side(p, t, begin, QKV_ISA::thread_scratch<PageScratch>(p)), t, prepared,
+                                  dropout, begin, end, scratch, state);
     };
     const auto attend = [&](const Prepared& prepared, const Tile& t) {
-        const Room room = QKV_ISA::room<Room>(p);
-        Way::prepare(p, t, room);
-        const State total(room.total, t), state(room.state, t);
+        const Scratch scratch = QKV_ISA::thread_scratch<Scratch>(p);
+        Strategy::prepare(p, t, scratch);
+        const State total(scratch.total, t), state(scratch.state, t);
         bool any = false;
         for (int64_t piece = 0; piece < pieces; ++piece) {
             if (!is_seen(t, piece)) continue;
-            fold(prepared, t, piece, room, any ? state : total);
+            accumulate_keys(prepared, t, piece, scratch, any ? state : total);
             if (any) merge(p, t, total, state);  // the same bits as merging the first one with nothing
             any = true;
         }
         if (!any) total.clear(p, t);
-        Way::finish(p, t, total);
+        Strategy::finish(p, t, total);
     };
     // Where there are many heads, a thread prepares and keeps its own; what is left over is for all threads.
     constexpr int64_t MANY = 8;
     const int64_t own = heads >= MANY * p.threads ? heads - heads % p.threads : 0, left = heads - own;
     parallel_for(own, p.threads, [&](int64_t head) {
-        const Prepared prepared(p, outline, {head, 1, 1});
+        const Prepared prepared(p, visibility, {head, 1, 1});
         for (int64_t place = 0; place < tiles; ++place) attend(prepared, tile_of(head, place));
     });
     if (left == 0) return;
-    const Prepared prepared(p, outline, {own, left, p.threads});
+    const Prepared prepared(p, visibility, {own, left, p.threads});
     const auto tile_left = [&](int64_t item) { return tile_of(own + item / tiles, item % tiles); };
     if (own > 0 || left * tiles >= 4 * p.threads || pieces <= 1) {
         parallel_for(left * tiles, p.threads, [&](int64_t item) { attend(prepared, tile_left(item)); });
@@ -111,19 +112,19 @@ static void run(const Problem& p) {
     const auto fold_apart = [&](int64_t item) {
         const Tile t = tile_left(item / pieces);
         if (!is_seen(t, item % pieces)) return;
-        const Room room = QKV_ISA::room<Room>(p);
-        Way::prepare(p, t, room);
-        fold(prepared, t, item % pieces, room, State(&states[item * floats], t));
+        const Scratch scratch = QKV_ISA::thread_scratch<Scratch>(p);
+        Strategy::prepare(p, t, scratch);
+        accumulate_keys(prepared, t, item % pieces, scratch, State(&states[item * floats], t));
     };
     parallel_for(left * tiles * pieces, p.threads, fold_apart, Sharing::runs);
     parallel_for(left * tiles, p.threads, [&](int64_t item) {
         const Tile t = tile_left(item);
-        const Room room = QKV_ISA::room<Room>(p);
-        const State total(room.total, t);
+        const Scratch scratch = QKV_ISA::thread_scratch<Scratch>(p);
+        const State total(scratch.total, t);
         total.clear(p, t);
         for (int64_t piece = 0; piece < pieces; ++piece)
             if (is_seen(t, piece)) merge(p, t, total, State(&states[(item * pieces + piece) * floats], t));
-        Way::finish(p, t, total);
+        Strategy::finish(p, t, total);
     });
 }
 
@@ -151,9 +152,9 @@ static void for_kind([[maybe_unused]] const Problem& p, Work work) {
 #if defined(__AMX_BF16__)
     if (p.dtype == Dtype::bf16) return work(Amx());
 #elif defined(__AVX512BF16__)
-    if (p.dtype == Dtype::bf16) return work(Pair());
+    if (p.dtype == Dtype::bf16) return work(Bf16Dot());
 #endif
-    work(Single());
+    work(F32());
 }
 
 void forward(const Problem& p) {
@@ -171,24 +172,26 @@ void forward(const Problem& p) {
     if (p.pages.table && tiles_of_head(p) > 1) return forward(SideBySide(p).problem);
     prefer_huge_pages(p.out.data, p.batch * p.heads * p.lq * p.value_width * size_of(p.dtype));
     if (few) {
-        return for_few(p, [&](auto products, auto count) { run<Few<decltype(products), decltype(count)::value>>(p); });
+        return for_decode(p, [&](auto products, auto count) {
+            run<Decode<decltype(products), decltype(count)::value>>(p);
+        });
     }
     const bool turned = for_turned(p, [&](auto kind) {
         typedef decltype(kind) Kind;
-        run<Many<Kind, TurnedState<typename Kind::Products>>>(p);
+        run<Prefill<Kind, ShortQueryState<typename Kind::Products>>>(p);
     });
-    if (!turned) for_kind(p, [&](auto kind) { run<Many<decltype(kind), State>>(p); });
+    if (!turned) for_kind(p, [&](auto kind) { run<Prefill<decltype(kind), State>>(p); });
 }
 
 int64_t count_scores(const Problem& p) {
-    const Outline outline(p);
+    const KeyVisibility visibility(p);
     const int64_t tiles = tiles_of_head(p);
     Grain grain;
     for_kind(p, [&](auto kind) { grain = kind.GRAIN; });
     int64_t count = 0;
     for (int64_t item = 0; item < p.batch * p.kv_heads * tiles; ++item) {
-        const Tile t(p, outline, item / tiles / p.kv_heads, item / tiles % p.kv_heads, item % tiles);
-        for (int64_t first = 0; first < t.end; first += BLOCK) {
+        const Tile t(p, visibility, item / tiles / p.kv_heads, item / tiles % p.kv_heads, item % tiles);
+        for (int64_t first = 0; first < t.end; first += BLOCK_N) {
             const Block b(p, t, first, t.end, grain);
             for (int i = 0; i < b.count; ++i)
                 count += (b.parts[i].end - b.parts[i].begin) * (b.parts[i].last - b.parts[i].first) * LANES;
@@ -205,13 +208,13 @@ void quantize(const Quantization& q) {
         for (int64_t row = 0; row < q.rows; ++row) {
             const char* const from = row_of(q.dtype, q.from, batch, head, row);
             int8_t* const to = (int8_t*)row_of(Dtype::i8, q.to, batch, head, row);
-            vec top = {};
+            vec row_max = {};
             for_columns(q.width, [&](int64_t d, int64_t count) {
                 const vec x = load_part(q.dtype, from + d * item, count), size = x < 0.0f ? -x : x;
-                top = size > top ? size : (size == size ? top : size);  // NaN stays
+                row_max = size > row_max ? size : (size == size ? row_max : size);  // NaN stays
             });
             float scale = 0;
-            for (int i = 0; i < LANES; ++i) scale = top[i] > scale || top[i] != top[i] ? top[i] : scale;
+            for (int i = 0; i < LANES; ++i) scale = row_max[i] > scale || row_max[i] != row_max[i] ? row_max[i] : scale;
             scale /= 127.0f;
             q.scale.data[batch * q.scale.batch + head * q.scale.head + row] = scale;
             const float step = std::max(scale, std::numeric_limits<float>::min());

@@ -30,26 +30,26 @@ static View view_at(const Problem& p, const void* data, int64_t width, int64_t f
 }
 
 // Memory for the keys and values of a piece.
-struct PageRoom {
+struct PageScratch {
     float *keys, *values;
 
-    PageRoom(const Problem& p, Placer& place) {
-        keys = place(PIECE * p.width);
-        values = place(PIECE * p.value_width);
+    PageScratch(const Problem& p, ArenaLayout& place) {
+        keys = place(KV_SPLIT * p.width);
+        values = place(KV_SPLIT * p.value_width);
     }
 };
 
 // The problem for the piece that begins with this key, which lies side by side.
-static Problem side_by_side(const Problem& p, const Tile& t, int64_t begin, const PageRoom& room) {
+static Problem side_by_side(const Problem& p, const Tile& t, int64_t begin, const PageScratch& scratch) {
     // What lies before a window is not read. Behind the last key that is seen, products read to the end of its block.
-    const int64_t from = begin < p.sink_tokens ? begin : std::max(begin, t.begin / BLOCK * BLOCK);
-    const int64_t to = std::min({begin + PIECE, p.lk, (t.end + BLOCK - 1) / BLOCK * BLOCK});
-    collect(p, p.k, p.width, t.kv_head, from, to, (char*)room.keys);
-    collect(p, p.v, p.value_width, t.kv_head, from, to, (char*)room.values);
+    const int64_t from = begin < p.sink_tokens ? begin : std::max(begin, t.begin / BLOCK_N * BLOCK_N);
+    const int64_t to = std::min({begin + KV_SPLIT, p.lk, (t.end + BLOCK_N - 1) / BLOCK_N * BLOCK_N});
+    collect(p, p.k, p.width, t.kv_head, from, to, (char*)scratch.keys);
+    collect(p, p.v, p.value_width, t.kv_head, from, to, (char*)scratch.values);
     Problem near = p;
     near.pages = {};
-    near.k = view_at(p, room.keys, p.width, from, 0);
-    near.v = view_at(p, room.values, p.value_width, from, 0);
+    near.k = view_at(p, scratch.keys, p.width, from, 0);
+    near.v = view_at(p, scratch.values, p.value_width, from, 0);
     return near;
 }
 

@@ -14,10 +14,10 @@ namespace QKV_ISA {
 // A kind of product with its operands changed, for keys and values of this dtype. A step is what one of its
 // multiply-adds takes of a row.
 template <class Kind, Dtype DTYPE>
-struct Turned;
+struct ShortQuery;
 
 template <Dtype DTYPE>
-struct Turned<Single, DTYPE> : Single {
+struct ShortQuery<F32, DTYPE> : F32 {
     typedef std::conditional_t<DTYPE == Dtype::f32, float, uint16_t> Element;
     typedef Widened<DTYPE> Products;
 
@@ -34,7 +34,7 @@ struct Turned<Single, DTYPE> : Single {
 
 #if defined(__AVX512BF16__)
 template <>
-struct Turned<Pair, Dtype::bf16> : Pair {
+struct ShortQuery<Bf16Dot, Dtype::bf16> : Bf16Dot {
     typedef uint16_t Element;
     typedef Dots<Halves> Products;
 
@@ -49,15 +49,15 @@ struct Turned<Pair, Dtype::bf16> : Pair {
 #endif
 
 template <class Kind, Dtype DTYPE>
-struct Format<Turned<Kind, DTYPE>> : Format<Kind> {
-    typedef typename Turned<Kind, DTYPE>::Element Element;
+struct OperandPacking<ShortQuery<Kind, DTYPE>> : OperandPacking<Kind> {
+    typedef typename ShortQuery<Kind, DTYPE>::Element Element;
 
-    static constexpr int ABREAST = 1;
+    static constexpr int KEYS_PER_ROW = 1;
 
     // Behind the width come zeros, up to a multiple of four steps.
     static void panel(const Problem& p, const Tile& t, const View& view, int64_t width, float* to) {
-        const int64_t steps = Format<Kind>::steps(width);
-        Format<Kind>::panel(p, t, view, width, to);
+        const int64_t steps = OperandPacking<Kind>::steps(width);
+        OperandPacking<Kind>::panel(p, t, view, width, to);
         std::fill(to + steps * LANES, to + (steps + 3) / 4 * 4 * LANES, 0.0f);
     }
 
@@ -84,21 +84,21 @@ struct Format<Turned<Kind, DTYPE>> : Format<Kind> {
 
 // Rows of out lie as the products sum them.
 template <class Products>
-struct TurnedState : FewState {
-    using FewState::FewState;
+struct ShortQueryState : DecodeState {
+    using DecodeState::DecodeState;
 
     float& at(const Problem& p, const Tile& t, int r, int64_t d) const {
-        return FewState::at(p, t, r, Products::column(d));
+        return DecodeState::at(p, t, r, Products::column(d));
     }
 };
 
 template <class Products>
-static void finish(const Problem& p, const Tile& t, const TurnedState<Products>& state) {
-    finish<Products>(p, t, (const FewState&)state);
+static void finish(const Problem& p, const Tile& t, const ShortQueryState<Products>& state) {
+    finish<Products>(p, t, (const DecodeState&)state);
 }
 
 // Rows of bytes whose lines are asked for in the order of memory, into the nearest cache: they are read next.
-struct Lines {
+struct PrefetchLines {
     const char* row;
     int64_t stride, bytes, at = 0;
 
@@ -116,12 +116,12 @@ struct Lines {
 
 // Scores of a vector of keys, or of as many as there are, whose rows are transposed in registers, four steps at a time.
 template <class Kind, Dtype DTYPE, int COUNT>
-static inline void multiply_vector(const typename Turned<Kind, DTYPE>::Element* keys, int64_t stride, int count,
+static inline void multiply_vector(const typename ShortQuery<Kind, DTYPE>::Element* keys, int64_t stride, int count,
                                    int64_t width, const float* panel, vec* scores) {
-    typedef Turned<Kind, DTYPE> Keys;
+    typedef ShortQuery<Kind, DTYPE> Keys;
     if (width < 1) __builtin_unreachable();  // else compilers keep the sums in memory as well
     constexpr int FOUR = 4 * Keys::STEP, SIZE = sizeof(typename Keys::Element);
-    Lines next = {(const char*)(keys + LANES * stride), stride * SIZE, width * SIZE};
+    PrefetchLines next = {(const char*)(keys + LANES * stride), stride * SIZE, width * SIZE};
     for (int r = 0; r < COUNT; ++r) scores[r] = vec{};
     for (int64_t d = 0, end; d < width;) {
         end = std::min(d + Kind::CHAIN * Keys::STEP, width);
@@ -160,9 +160,9 @@ static inline void multiply_vector(const typename Turned<Kind, DTYPE>::Element* 
 }
 
 template <class Kind, Dtype DTYPE>
-static inline void multiply_rows(Turned<Kind, DTYPE>, const Tile& t, const Segment& s, int64_t width,
-                                 const typename Turned<Kind, DTYPE>::Element* keys, int64_t stride, const float* panel,
-                                 float* to) {
+static inline void multiply_rows(ShortQuery<Kind, DTYPE>, const Tile& t, const Segment& s, int64_t width,
+                                 const typename ShortQuery<Kind, DTYPE>::Element* keys, int64_t stride,
+                                 const float* panel, float* to) {
     with_count<1, LANES>(t.count, [&](auto rows) {
         constexpr int COUNT = decltype(rows)::value;
         for (int j = s.begin; j < s.end; j += LANES) {
@@ -176,20 +176,21 @@ static inline void multiply_rows(Turned<Kind, DTYPE>, const Tile& t, const Segme
 }
 
 template <class Kind, Dtype DTYPE>
-static inline void sum_over_keys(Turned<Kind, DTYPE>, const Tile& t, const Segment& s, int64_t width,
-                                 const typename Turned<Kind, DTYPE>::Element* values, int64_t stride,
+static inline void sum_over_keys(ShortQuery<Kind, DTYPE>, const Tile& t, const Segment& s, int64_t width,
+                                 const typename ShortQuery<Kind, DTYPE>::Element* values, int64_t stride,
                                  const float* weights, float* to, bool apart) {
     with_count<1, LANES>(t.count, [&](auto rows) {
-        typedef typename Turned<Kind, DTYPE>::Products Products;
+        typedef typename ShortQuery<Kind, DTYPE>::Products Products;
         constexpr int AHEAD = 32;  // values that are asked for: 16 come too late from a third cache
         const char* const from = (const char*)(values + s.begin * stride);
-        const float* const factors = weights + Format<Kind>::steps(s.begin) * LANES;
+        const float* const factors = weights + OperandPacking<Kind>::steps(s.begin) * LANES;
         const int64_t step = stride * (int64_t)sizeof *values;
         const auto add = [&](auto is_apart) {
             Products::template add<decltype(rows)::value, LANES, decltype(is_apart)::value>(from, step, s.end - s.begin,
                                                                                             width, factors, vec{}, to,
-                                                                                            Soon{from + AHEAD * step,
-                                                                                                 step});
+                                                                                            PrefetchStream{
+                                                                                                from + AHEAD * step,
+                                                                                                step});
         };
         apart ? add(std::true_type()) : add(std::false_type());
     });
@@ -200,14 +201,14 @@ template <class Work>
 static bool for_turned(const Problem& p, Work work) {
     if (rows_of_head(p) > LANES) return false;
     switch (p.dtype) {
-        case Dtype::f32: return work(Turned<Single, Dtype::f32>()), true;
-        case Dtype::f16: return work(Turned<Single, Dtype::f16>()), true;
+        case Dtype::f32: return work(ShortQuery<F32, Dtype::f32>()), true;
+        case Dtype::f16: return work(ShortQuery<F32, Dtype::f16>()), true;
 #if defined(__AMX_BF16__)
         default: return false;  // tile registers do without
 #elif defined(__AVX512BF16__)
-        default: return work(Turned<Pair, Dtype::bf16>()), true;
+        default: return work(ShortQuery<Bf16Dot, Dtype::bf16>()), true;
 #else
-        default: return work(Turned<Single, Dtype::bf16>()), true;
+        default: return work(ShortQuery<F32, Dtype::bf16>()), true;
 #endif
     }
 }

@@ -11,7 +11,7 @@ namespace QKV_ISA {
 // Whether padding and documents show any key of the block that holds `key` to any row of the tile.
 static inline bool shows(const Tile& t, int64_t key) {
     if (!t.keys.parts) return true;
-    const Outline::Part& part = t.keys.parts[key / BLOCK];
+    const KeyVisibility::BlockSummary& part = t.keys.parts[key / BLOCK_N];
     if (t.keys.keep && !part.some) return false;
     if (!t.keys.documents) return true;
     for (int r = 0; r < t.count; ++r)
@@ -22,7 +22,7 @@ static inline bool shows(const Tile& t, int64_t key) {
 // Whether they hide no key of it from any row but by the interval of the row.
 static inline bool is_open(const Tile& t, int64_t key) {
     if (!t.keys.parts) return true;
-    const Outline::Part& part = t.keys.parts[key / BLOCK];
+    const KeyVisibility::BlockSummary& part = t.keys.parts[key / BLOCK_N];
     if (t.keys.keep && !part.all) return false;
     if (!t.keys.documents) return true;
     for (int r = 0; r < t.count; ++r)
@@ -33,8 +33,8 @@ static inline bool is_open(const Tile& t, int64_t key) {
 // Whether any row of the tile may see any of the keys [begin, end). `begin` lies at the start of a block.
 static inline bool shows_any(const Problem& p, const Tile& t, int64_t begin, int64_t end) {
     end = std::min(end, t.end);
-    for (int64_t key = begin; key < end; key += BLOCK)
-        if ((key + BLOCK > t.begin || key < p.sink_tokens) && shows(t, key)) return true;
+    for (int64_t key = begin; key < end; key += BLOCK_N)
+        if ((key + BLOCK_N > t.begin || key < p.sink_tokens) && shows(t, key)) return true;
     return false;
 }
 
@@ -55,12 +55,12 @@ struct Block {
     bool ragged;  // whether more than the interval hides some key from some row
     bool edge;    // whether anything does
     int count;    // segments: one where the interval hides nothing, none where no row sees any key
-    Segment parts[BLOCK / SEGMENT];
+    Segment parts[BLOCK_N / SUBBLOCK];
 
-    // The keys [first, min(first + BLOCK, end)).
+    // The keys [first, min(first + BLOCK_N, end)).
     Block(const Problem& p, const Tile& t, int64_t first, int64_t end, Grain grain)
-        : first(first), size((int)std::min<int64_t>(BLOCK, end - first)), count(0) {
-        if ((first + BLOCK <= t.begin && first >= p.sink_tokens) || !shows(t, first)) return;
+        : first(first), size((int)std::min<int64_t>(BLOCK_N, end - first)), count(0) {
+        if ((first + BLOCK_N <= t.begin && first >= p.sink_tokens) || !shows(t, first)) return;
         const bool interval =
             first + size - 1 > t.last_key[0] || (first + size > p.sink_tokens && first < t.first_key[t.count - 1]);
         ragged = p.allow.data || !is_open(t, first);
@@ -98,7 +98,7 @@ static inline ivec vector_of(const int32_t* numbers, int n) {
 // A block of a matrix, as scores lie: (key, row).
 static void gather(const Tile& t, const Matrix& matrix, int64_t first, int size, float* to) {
     const int64_t item = size_of(matrix.dtype);
-    const char* rows[ROWS];
+    const char* rows[BLOCK_M];
     for (int r = 0; r < t.lanes(); ++r)
         rows[r] =
             (const char*)matrix.data +

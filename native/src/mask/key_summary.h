@@ -11,31 +11,31 @@
 namespace qkv {
 namespace QKV_ISA {
 
-constexpr int BLOCK = 96;  // keys of a block, of which scores are held
+constexpr int BLOCK_N = 96;  // keys of a block, of which scores are held
 
-class Outline {
+class KeyVisibility {
    public:
-    struct Part {
+    struct BlockSummary {
         int64_t low = std::numeric_limits<int64_t>::max(), high = std::numeric_limits<int64_t>::min();
         bool some = false, all = true;
     };
 
     // Of the keys of one batch.
     struct Keys {
-        int64_t first = 0, end;              // keys outside are hidden
-        const uint8_t* keep = nullptr;       // whether each key is kept, where those that are have holes
-        const int64_t* documents = nullptr;  // of each key, where some document lies in several runs
-        const int32_t* run_first = nullptr;  // first and last key of the document of each position, where all
-        const int32_t* run_last = nullptr;   // documents are runs
-        const Part* parts = nullptr;         // blocks, where there are holes or documents in several runs
+        int64_t first = 0, end;               // keys outside are hidden
+        const uint8_t* keep = nullptr;        // whether each key is kept, where those that are have holes
+        const int64_t* documents = nullptr;   // of each key, where some document lies in several runs
+        const int32_t* run_first = nullptr;   // first and last key of the document of each position, where all
+        const int32_t* run_last = nullptr;    // documents are runs
+        const BlockSummary* parts = nullptr;  // blocks, where there are holes or documents in several runs
     };
 
-    explicit Outline(const Problem& p) {
+    explicit KeyVisibility(const Problem& p) {
         const bool shared = p.documents_batch == 0 && p.keep_batch == 0;
         all.resize(shared ? 1 : p.batch);
         for (Keys& keys : all) keys.end = p.lk;
         if (!p.documents && !p.keep) return;
-        const int64_t rows = (int64_t)all.size(), blocks = (p.lk + BLOCK - 1) / BLOCK;
+        const int64_t rows = (int64_t)all.size(), blocks = (p.lk + BLOCK_N - 1) / BLOCK_N;
         if (p.documents) bounds.resize(2 * rows * p.lk);
         parts.resize(rows * blocks);
         for (int64_t row = 0; row < rows; ++row) {
@@ -50,8 +50,8 @@ class Outline {
         }
     }
 
-    Outline(const Outline&) = delete;
-    Outline& operator=(const Outline&) = delete;
+    KeyVisibility(const KeyVisibility&) = delete;
+    KeyVisibility& operator=(const KeyVisibility&) = delete;
 
     const Keys& of(int64_t batch) const { return all[all.size() == 1 ? 0 : batch]; }
 
@@ -83,10 +83,10 @@ class Outline {
         return true;
     }
 
-    static void find_parts(int64_t count, Part* parts, Keys& keys) {
+    static void find_parts(int64_t count, BlockSummary* parts, Keys& keys) {
         keys.parts = parts;
         for (int64_t key = 0; key < count; ++key) {
-            Part& part = parts[key / BLOCK];
+            BlockSummary& part = parts[key / BLOCK_N];
             if (keys.documents) {
                 part.low = std::min(part.low, keys.documents[key]);
                 part.high = std::max(part.high, keys.documents[key]);
@@ -100,7 +100,7 @@ class Outline {
 
     std::vector<Keys> all;  // one, or one a batch
     std::vector<int32_t> bounds;
-    std::vector<Part> parts;
+    std::vector<BlockSummary> parts;
 };
 
 }  // namespace QKV_ISA

@@ -7,9 +7,9 @@
 namespace qkv {
 namespace QKV_ISA {
 
-constexpr int ROWS = 64;     // query rows of a tile
-constexpr int SEGMENT = 12;  // keys of a segment at an edge
-constexpr int PIECE = 480;   // keys that are folded apart from the others, and merged in order
+constexpr int BLOCK_M = 64;    // query rows of a tile
+constexpr int SUBBLOCK = 12;   // keys of a segment at an edge
+constexpr int KV_SPLIT = 480;  // keys that are folded apart from the others, and merged in order
 
 constexpr float LOG2E = 1.44269504088896341f;
 constexpr float LN2 = 0.693147180559945309f;
@@ -19,7 +19,7 @@ static inline int64_t group(const Problem& p) { return p.heads / p.kv_heads; }
 
 static inline int64_t rows_of_head(const Problem& p) { return p.lq * group(p); }
 
-static inline int64_t tiles_of_head(const Problem& p) { return (rows_of_head(p) + ROWS - 1) / ROWS; }
+static inline int64_t tiles_of_head(const Problem& p) { return (rows_of_head(p) + BLOCK_M - 1) / BLOCK_M; }
 
 static inline char* row_of(const Problem& p, const View& view, int64_t batch, int64_t head, int64_t row) {
     return row_of(p.dtype, view, batch, head, row);
@@ -28,19 +28,19 @@ static inline char* row_of(const Problem& p, const View& view, int64_t batch, in
 // The rows [first, first + count) of one key/value head, and the keys that they may see. Rows are (token, head) pairs,
 // tokens first.
 struct Tile {
-    const Outline::Keys& keys;
+    const KeyVisibility::Keys& keys;
     int64_t batch, kv_head, index;
     int count, vecs;
     int64_t begin, end;  // of the keys that any row may see, but for the first ones that all see
     // Lanes behind the last row repeat it. The first and the last key that a row may see never fall from row to row.
-    int32_t token[ROWS], head[ROWS], position[ROWS], first_key[ROWS], last_key[ROWS];
-    float slope[ROWS];
-    int64_t document[ROWS];
+    int32_t token[BLOCK_M], head[BLOCK_M], position[BLOCK_M], first_key[BLOCK_M], last_key[BLOCK_M];
+    float slope[BLOCK_M];
+    int64_t document[BLOCK_M];
 
-    Tile(const Problem& p, const Outline& outline, int64_t batch, int64_t kv_head, int64_t index)
-        : keys(outline.of(batch)), batch(batch), kv_head(kv_head), index(index) {
-        const int64_t first = index * ROWS, members = group(p);
-        count = (int)std::min<int64_t>(ROWS, rows_of_head(p) - first);
+    Tile(const Problem& p, const KeyVisibility& visibility, int64_t batch, int64_t kv_head, int64_t index)
+        : keys(visibility.of(batch)), batch(batch), kv_head(kv_head), index(index) {
+        const int64_t first = index * BLOCK_M, members = group(p);
+        count = (int)std::min<int64_t>(BLOCK_M, rows_of_head(p) - first);
         vecs = (count + LANES - 1) / LANES;
         int64_t row = first / members, member = first % members;
         for (int r = 0; r < lanes(); ++r) {
@@ -76,7 +76,7 @@ struct Tile {
 };
 
 // Hands out aligned parts of a buffer; without one, it only counts.
-struct Placer {
+struct ArenaLayout {
     float* base;
     int64_t used = 0;
 
@@ -87,18 +87,18 @@ struct Placer {
     }
 };
 
-// The scratch memory of this thread as a `Room`, whose constructor takes what it needs. Kept from call to call.
-template <class Room>
-static Room room(const Problem& p) {
+// The scratch memory of this thread as a `Scratch`, whose constructor takes what it needs. Kept from call to call.
+template <class Scratch>
+static Scratch thread_scratch(const Problem& p) {
     static thread_local std::vector<float> memory;
-    Placer count{nullptr};
-    Room(p, count);
+    ArenaLayout count{nullptr};
+    Scratch(p, count);
     if ((int64_t)memory.size() < count.used + 16) {
         memory = std::vector<float>();  // nothing in it is wanted
         memory.resize(count.used + 16);
     }
-    Placer place{(float*)(((uintptr_t)memory.data() + 63) / 64 * 64)};
-    return Room(p, place);
+    ArenaLayout place{(float*)(((uintptr_t)memory.data() + 63) / 64 * 64)};
+    return Scratch(p, place);
 }
 
 }  // namespace QKV_ISA

@@ -13,21 +13,21 @@ namespace QKV_ISA {
 
 #if defined(__AMX_BF16__)
 constexpr int TILE = 16;   // rows of a tile; numbers of fp32, or pairs of bf16, of a row
-constexpr int SHEET = 32;  // numbers of bf16 of a row
+constexpr int AMX_K = 32;  // numbers of bf16 of a row
 
 static inline int64_t tiles_of(int64_t count) { return (count + TILE - 1) / TILE; }
-static inline int64_t sheets_of(int64_t count) { return (count + SHEET - 1) / SHEET; }
+static inline int64_t sheets_of(int64_t count) { return (count + AMX_K - 1) / AMX_K; }
 
 struct Amx {
     typedef uint16_t Element;
     typedef TileRegisters Registers;
-    static inline vec of(vec low, vec high) { return Pair::of(low, high); }
+    static inline vec of(vec low, vec high) { return Bf16Dot::of(low, high); }
 
     // A product of nothing: after half a microsecond without one, the next waits for a third of one (docs/log.md, 83).
-    static inline void stay_awake() { tile_dot<0, 4, 6>(); }
+    static inline void keep_amx_warm() { tile_dot<0, 4, 6>(); }
 
     // Sums over keys go by sheets, and those over rows by two vectors of them.
-    static constexpr Grain GRAIN = {SHEET, 2};
+    static constexpr Grain GRAIN = {AMX_K, 2};
 };
 
 // Where the tiles of an operand lie. All in bytes.
@@ -97,40 +97,40 @@ static void product_of_tiles(int64_t m, int64_t n, int64_t steps, const Tiles& a
 }
 
 template <>
-struct Format<Amx> {
+struct OperandPacking<Amx> {
     typedef uint16_t Element;
 
     static constexpr bool PACKS = true;
-    static constexpr int ABREAST = SHEET;
+    static constexpr int KEYS_PER_ROW = AMX_K;
 
     static int64_t padded(int64_t width) { return tiles_of(width) * TILE; }
 
-    // Floats that hold as many keys or values as a multiple of BLOCK, in either order.
+    // Floats that hold as many keys or values as a multiple of BLOCK_N, in either order.
     static int64_t floats(int64_t count, int64_t width) { return count * (width + TILE); }
 
     static void panel(const Problem& p, const Tile& t, const View& view, int64_t width, float* to) {
-        Format<Pair>::panel(p, t, view, width, to);
-        const int64_t used = Format<Pair>::steps(width);
+        OperandPacking<Bf16Dot>::panel(p, t, view, width, to);
+        const int64_t used = OperandPacking<Bf16Dot>::steps(width);
         std::fill(to + used * t.lanes(), to + sheets_of(width) * TILE * t.lanes(), 0.0f);
     }
 
     static void rows(const Problem& p, const Tile& t, const View& view, int64_t width, float* to) {
-        Format<Pair>::rows(p, t, view, width, to);
-        const int64_t pitch = whole_vectors(width), used = Format<Pair>::steps(t.count);
+        OperandPacking<Bf16Dot>::rows(p, t, view, width, to);
+        const int64_t pitch = whole_vectors(width), used = OperandPacking<Bf16Dot>::steps(t.count);
         std::fill(to + used * pitch, to + sheets_of(t.count) * TILE * pitch, 0.0f);
     }
 
-    static void clear_row(float* rows, int64_t width, int r) { Format<Pair>::clear_row(rows, width, r); }
+    static void clear_row(float* rows, int64_t width, int r) { OperandPacking<Bf16Dot>::clear_row(rows, width, r); }
 
     // In place where tiles end with the width, and no further than the keys. The stride counts elements.
     static const Element* along_width(const Problem& p, int64_t batch, int64_t kv_head, const View& view, int64_t width,
                                       int64_t first, int64_t count, float* scratch, int64_t& stride) {
         const Element* from = (const Element*)row_of(p, view, batch, kv_head, first);
-        if (width % SHEET == 0 && first + tiles_of(count) * TILE <= p.lk) {
+        if (width % AMX_K == 0 && first + tiles_of(count) * TILE <= p.lk) {
             stride = view.row;
             return from;
         }
-        stride = sheets_of(width) * SHEET;
+        stride = sheets_of(width) * AMX_K;
         Element* to = (Element*)scratch;
         for (int64_t j = 0; j < count; ++j, to += stride, from += view.row) {
             std::memcpy(to, from, width * sizeof *to);
@@ -143,19 +143,19 @@ struct Format<Amx> {
     // Sheets of 32 keys: (width, key). The stride counts the elements of a sheet.
     static const Element* along_keys(const Problem& p, int64_t batch, int64_t kv_head, const View& view, int64_t width,
                                      int64_t first, int64_t count, float* scratch, int64_t& stride) {
-        stride = padded(width) * SHEET;
-        count = std::min(sheets_of(count) * SHEET, p.lk - first);
+        stride = padded(width) * AMX_K;
+        count = std::min(sheets_of(count) * AMX_K, p.lk - first);
         Element* to = (Element*)scratch;
-        for (int64_t j = 0; j < count; j += SHEET, to += stride) {
+        for (int64_t j = 0; j < count; j += AMX_K, to += stride) {
             const char* const rows = row_of(p, view, batch, kv_head, first + j);
-            pack_sheet((const Element*)rows, view.row, std::min<int64_t>(SHEET, count - j), width, to);
+            pack_sheet((const Element*)rows, view.row, std::min<int64_t>(AMX_K, count - j), width, to);
         }
         return (const Element*)scratch;
     }
 
     // Pairs of the weights of two keys, and zeros for the rest of the last sheet.
     static void pack_keys(const Tile& t, const Segment& s, const float* weights, float* to) {
-        Format<Pair>::pack_keys(t, s, weights, to);
+        OperandPacking<Bf16Dot>::pack_keys(t, s, weights, to);
         pad_keys(t, s, to);
     }
 
@@ -165,7 +165,7 @@ struct Format<Amx> {
     }
 
     static void pack_rows(const Tile& t, const Segment& s, float* weights) {
-        Format<Pair>::pack_rows(t, s, weights);
+        OperandPacking<Bf16Dot>::pack_rows(t, s, weights);
         const int odd = s.last % 2;
         float* row = weights + s.begin * t.lanes() + s.first * LANES / 2;
         for (int j = s.begin; odd && j < s.end; ++j) {
@@ -184,15 +184,15 @@ struct Format<Amx> {
     }
 
     static void clear(Element* along_keys, int64_t stride, int64_t j, int64_t d) {
-        along_keys[j / SHEET * stride + d * SHEET + j % SHEET] = 0;
+        along_keys[j / AMX_K * stride + d * AMX_K + j % AMX_K] = 0;
     }
 
     // Up to 32 rows of a width become (width, row), filled up with zeros. Returns whether they are finite.
     static bool pack_sheet(const Element* rows, int64_t row, int64_t count, int64_t width, Element* to) {
         const __m512i exponent = _mm512_set1_epi16(0x7f80);
         __mmask32 endless = 0;
-        for (int64_t d = 0; d < width; d += SHEET) {
-            const __mmask32 some = width - d >= SHEET ? ~0u : (1u << (width - d)) - 1;
+        for (int64_t d = 0; d < width; d += AMX_K) {
+            const __mmask32 some = width - d >= AMX_K ? ~0u : (1u << (width - d)) - 1;
             const auto take = [&](int64_t j) {
                 const __m512i x = j < count ? _mm512_maskz_loadu_epi16(some, rows + j * row + d) : __m512i{};
                 endless |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(x, exponent), exponent);
@@ -209,8 +209,8 @@ struct Format<Amx> {
             transpose(high);
             for (int i = 0; i < TILE; ++i) {
                 const int64_t column = d + i / 4 * 8 + i % 4, end = padded(width);
-                if (column < end) store((float*)(to + column * SHEET), low[i]);
-                if (column + 4 < end) store((float*)(to + (column + 4) * SHEET), high[i]);
+                if (column < end) store((float*)(to + column * AMX_K), low[i]);
+                if (column + 4 < end) store((float*)(to + (column + 4) * AMX_K), high[i]);
             }
         }
         return !endless;
@@ -221,11 +221,11 @@ struct Format<Amx> {
 template <>
 class Prepared<Amx> : public LaidByBlock<Amx> {
    public:
-    typedef Format<Amx> F;
+    typedef OperandPacking<Amx> F;
 
-    Prepared(const Problem& p, const Outline& outline, const Heads& heads)
-        : heads(heads), sheets(tiles_of_head(p) > 1 ? sheets_of(p.lk) : 0), in_place(p.width % SHEET == 0),
-          value_sheet(F::padded(p.value_width) * SHEET), key_sheet(sheets_of(p.width) * SHEET * SHEET) {
+    Prepared(const Problem& p, const KeyVisibility& visibility, const Heads& heads)
+        : heads(heads), sheets(tiles_of_head(p) > 1 ? sheets_of(p.lk) : 0), in_place(p.width % AMX_K == 0),
+          value_sheet(F::padded(p.value_width) * AMX_K), key_sheet(sheets_of(p.width) * AMX_K * AMX_K) {
         const int64_t count = heads.count * sheets;
         if (count == 0) return;
         packed_values.reset(new uint16_t[count * value_sheet]);
@@ -236,10 +236,10 @@ class Prepared<Amx> : public LaidByBlock<Amx> {
         const int64_t parts = (sheets + SOME - 1) / SOME;
         parallel_for(heads.count * parts, heads.threads, [&](int64_t item) {
             const int64_t head = heads.first + item / parts, batch = head / p.kv_heads, kv_head = head % p.kv_heads;
-            const int64_t begin = Tile(p, outline, batch, kv_head, 0).begin;
-            const int64_t end = Tile(p, outline, batch, kv_head, tiles_of_head(p) - 1).end;
+            const int64_t begin = Tile(p, visibility, batch, kv_head, 0).begin;
+            const int64_t end = Tile(p, visibility, batch, kv_head, tiles_of_head(p) - 1).end;
             for (int64_t i = item % parts * SOME; i < std::min(sheets, (item % parts + 1) * SOME); ++i)
-                if (i * SHEET < end && ((i + 1) * SHEET > begin || i * SHEET < p.sink_tokens))
+                if (i * AMX_K < end && ((i + 1) * AMX_K > begin || i * AMX_K < p.sink_tokens))
                     pack(p, batch, kv_head, i);
         });
     }
@@ -247,20 +247,20 @@ class Prepared<Amx> : public LaidByBlock<Amx> {
     const uint16_t* keys(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch,
                          int64_t& stride) const {
         if (in_place || !sheets) return LaidByBlock::keys(p, t, first, count, scratch, stride);
-        stride = key_sheet / SHEET;
-        return packed_keys.get() + place(p, t.batch, t.kv_head, first / SHEET) * key_sheet;
+        stride = key_sheet / AMX_K;
+        return packed_keys.get() + place(p, t.batch, t.kv_head, first / AMX_K) * key_sheet;
     }
 
     const uint16_t* values(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch,
                            int64_t& stride) const {
         if (!sheets) return LaidByBlock::values(p, t, first, count, scratch, stride);
         stride = value_sheet;
-        return packed_values.get() + place(p, t.batch, t.kv_head, first / SHEET) * value_sheet;
+        return packed_values.get() + place(p, t.batch, t.kv_head, first / AMX_K) * value_sheet;
     }
 
     bool are_finite(const Problem& p, const Tile& t, int64_t first, int64_t count) const {
-        if (!sheets) return LaidByBlock::are_finite(p, t, first, std::min(sheets_of(count) * SHEET, p.lk - first));
-        const char* const flags = &finite[place(p, t.batch, t.kv_head, first / SHEET)];
+        if (!sheets) return LaidByBlock::are_finite(p, t, first, std::min(sheets_of(count) * AMX_K, p.lk - first));
+        const char* const flags = &finite[place(p, t.batch, t.kv_head, first / AMX_K)];
         return std::all_of(flags, flags + sheets_of(count), [](bool flag) { return flag; });
     }
 
@@ -270,8 +270,8 @@ class Prepared<Amx> : public LaidByBlock<Amx> {
     }
 
     void pack(const Problem& p, int64_t batch, int64_t kv_head, int64_t sheet) {
-        const int64_t at = place(p, batch, kv_head, sheet), first = sheet * SHEET;
-        const int64_t count = std::min<int64_t>(SHEET, p.lk - first);
+        const int64_t at = place(p, batch, kv_head, sheet), first = sheet * AMX_K;
+        const int64_t count = std::min<int64_t>(AMX_K, p.lk - first);
         const uint16_t* const rows = (const uint16_t*)row_of(p, p.v, batch, kv_head, first);
         finite[at] = F::pack_sheet(rows, p.v.row, count, p.value_width, packed_values.get() + at * value_sheet);
         int64_t stride;
@@ -299,7 +299,7 @@ static inline void multiply_rows(Amx, const Tile& t, const Segment& s, int64_t w
 static inline void sum_over_keys(Amx, const Tile& t, const Segment& s, int64_t width, const uint16_t* values,
                                  int64_t stride, const float* weights, float* to, bool = false) {
     const int64_t lanes = t.lanes() * (int64_t)sizeof(float);
-    const Tiles a = {(char*)(values + s.begin / SHEET * stride), 64, TILE * 64, stride * (int64_t)sizeof(uint16_t)};
+    const Tiles a = {(char*)(values + s.begin / AMX_K * stride), 64, TILE * 64, stride * (int64_t)sizeof(uint16_t)};
     const Tiles b = {(char*)(weights + s.begin / 2 * t.lanes() + s.first * LANES), lanes, 64, TILE * lanes};
     const Tiles c = {(char*)(to + s.first * LANES), lanes, TILE * lanes, 0};
     product_of_tiles<true>(tiles_of(width), s.last - s.first, sheets_of(s.end - s.begin), a, b, c);

@@ -26,32 +26,32 @@ constexpr int height(int vecs) { return vecs == 1 ? 8 : 4; }
 #endif
 
 // What a kind of product has a thread hold while it multiplies, unless there is something.
-struct Nothing {};
+struct NoRegisterState {};
 
 // fp32: one multiply-add a step.
-struct Single {
+struct F32 {
     typedef float Element;
-    typedef Nothing Registers;
-    static constexpr Grain GRAIN = {SEGMENT, 1};
+    typedef NoRegisterState Registers;
+    static constexpr Grain GRAIN = {SUBBLOCK, 1};
     // Steps along the width that are added up one after the other; such sums are then added. The error of a long sum
     // grows with its length.
     static constexpr int64_t CHAIN = 32;
     static inline vec madd(vec c, float a, vec b) { return c + a * b; }
-    static inline void stay_awake() {}
+    static inline void keep_amx_warm() {}
 };
 
 #if defined(__AVX512BF16__)
 // bf16: a step takes two neighbours along k; an element is the pair.
-struct Pair {
+struct Bf16Dot {
     typedef uint32_t Element;
-    typedef Nothing Registers;
-    static constexpr Grain GRAIN = {SEGMENT, 1};
+    typedef NoRegisterState Registers;
+    static constexpr Grain GRAIN = {SUBBLOCK, 1};
     static constexpr int64_t CHAIN = std::numeric_limits<int64_t>::max() / 4;  // bf16 rounds more than any sum
     static inline vec dot(vec c, __m512i a, vec b) {
         return (vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)b, (__m512bh)a);
     }
     static inline vec madd(vec c, uint32_t a, vec b) { return dot(c, _mm512_set1_epi32((int)a), b); }
-    static inline void stay_awake() {}
+    static inline void keep_amx_warm() {}
 
     // Pairs of the numbers in the same lanes.
     static inline vec of(vec low, vec high) {
@@ -89,7 +89,7 @@ static inline void micro(int64_t steps, const typename Kind::Element* a, const f
     if (steps < 1) __builtin_unreachable();  // else compilers keep a second C in memory for that
     // Keys and values come from memory that takes its time: those of the next block are asked for.
     if (ALONG == Along::k && !ADD)
-        for (int m = 0; m < ROWS; ++m) prefetch((const char*)(a + (m + BLOCK) * s.a), steps * sizeof(Element));
+        for (int m = 0; m < ROWS; ++m) prefetch((const char*)(a + (m + BLOCK_N) * s.a), steps * sizeof(Element));
     const bool goes_on = ADD && !apart;
     for (int64_t k = 0, end; k < steps; k = end) {
         const bool first = k == 0;
@@ -100,7 +100,7 @@ static inline void micro(int64_t steps, const typename Kind::Element* a, const f
                 for (int n = 0; n < VECS; ++n) acc[m][n] = load(at + n * LANES);
             });
         for (; k < end; ++k) {
-            if (ALONG == Along::m) prefetch((const char*)(a + (k + BLOCK) * s.a), 1);
+            if (ALONG == Along::m) prefetch((const char*)(a + (k + BLOCK_N) * s.a), 1);
             vec row[VECS];
             for (int n = 0; n < VECS; ++n) row[n] = load(b + k * s.b + n * LANES);
             // A machine's addresses reach three rows of A from one of them. Compilers, left to themselves, keep twelve

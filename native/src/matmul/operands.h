@@ -15,7 +15,7 @@ namespace qkv {
 namespace QKV_ISA {
 
 template <class Kind>
-struct Format;
+struct OperandPacking;
 
 // Numbers between rows from which they are copied side by side. Each lies in a page of its own then, and a block of
 // keys and values in more pages than a core has addresses at hand. A copy costs more than that for a vector of query
@@ -24,11 +24,11 @@ constexpr int64_t FAR = 512;
 
 // fp32: keys and values are read in place, unless their rows lie far apart; 16-bit ones are widened.
 template <>
-struct Format<Single> {
+struct OperandPacking<F32> {
     typedef float Element;
 
     static constexpr bool PACKS = false;
-    static constexpr int ABREAST = 1;  // keys of a row of what is laid along the keys
+    static constexpr int KEYS_PER_ROW = 1;  // keys of a row of what is laid along the keys
 
     static int64_t steps(int64_t count) { return count; }
 
@@ -37,7 +37,7 @@ struct Format<Single> {
 
     // The rows of a tile as lanes: (width, lanes).
     static void panel(const Problem& p, const Tile& t, const View& view, int64_t width, float* to) {
-        const char* rows[ROWS];
+        const char* rows[BLOCK_M];
         for (int r = 0; r < t.lanes(); ++r) rows[r] = t.row(p, view, r);
         for_dtype(p.dtype, [&](auto dtype) {
             rows_to_lanes(t.lanes(), width, to, t.lanes(), [&](int64_t r, int64_t c, int64_t count) {
@@ -78,7 +78,7 @@ struct Format<Single> {
         stride = width;
         for_dtype(p.dtype, [&](auto dtype) {
             for (int64_t j = 0; j < count; ++j, from += view.row * size_of(dtype)) {
-                prefetch(from + BLOCK * view.row * size_of(dtype), width * size_of(dtype));
+                prefetch(from + BLOCK_N * view.row * size_of(dtype), width * size_of(dtype));
                 for_columns(width, [&](int64_t d, int64_t part) {
                     store_part(Dtype::f32, scratch + j * stride + d, load_part(dtype, from + d * size_of(dtype), part),
                                part);
@@ -118,18 +118,18 @@ struct Format<Single> {
 #if defined(__AVX512BF16__)
 // Pairs of bf16, of neighbours along the dimension that a product sums over.
 template <>
-struct Format<Pair> {
+struct OperandPacking<Bf16Dot> {
     typedef uint32_t Element;
 
     static constexpr bool PACKS = true;
-    static constexpr int ABREAST = 2;
+    static constexpr int KEYS_PER_ROW = 2;
 
     static int64_t steps(int64_t count) { return (count + 1) / 2; }
 
     static int64_t floats(int64_t count, int64_t width) { return count * (width + 1); }
 
     static void panel(const Problem& p, const Tile& t, const View& view, int64_t width, float* to) {
-        const char* rows[ROWS];
+        const char* rows[BLOCK_M];
         for (int r = 0; r < t.lanes(); ++r) rows[r] = t.row(p, view, r);
         rows_to_lanes(t.lanes(), steps(width), to, t.lanes(), [&](int64_t r, int64_t c, int64_t count) {
             vec x = {};
@@ -173,7 +173,8 @@ struct Format<Pair> {
         stride = width;
         for (int64_t j = 0; j < count; j += 2) {
             const uint16_t* low = (const uint16_t*)row_of(p, view, batch, kv_head, first + j);
-            for (int i = 0; i < 2; ++i) prefetch((const char*)(low + (BLOCK + i) * view.row), width * sizeof(uint16_t));
+            for (int i = 0; i < 2; ++i)
+                prefetch((const char*)(low + (BLOCK_N + i) * view.row), width * sizeof(uint16_t));
             interleave(low, j + 1 < count ? low + view.row : nullptr, width, (uint32_t*)scratch + j / 2 * stride);
         }
         return (const uint32_t*)scratch;
@@ -185,7 +186,7 @@ struct Format<Pair> {
             for (int n = s.first; n < s.last; ++n) {
                 const float* row = weights + j * t.lanes() + n * LANES;
                 const vec high = j + 1 < s.end ? load(row + t.lanes()) : vec{};
-                store(to + j / 2 * t.lanes() + n * LANES, Pair::of(load(row), high));
+                store(to + j / 2 * t.lanes() + n * LANES, Bf16Dot::of(load(row), high));
             }
         }
     }
@@ -223,7 +224,7 @@ struct Format<Pair> {
 template <class Kind>
 static inline void multiply_rows(Kind, const Tile& t, const Segment& s, int64_t width,
                                  const typename Kind::Element* keys, int64_t stride, const float* panel, float* to) {
-    product<Kind, Along::k, false>(s.end - s.begin, s.last - s.first, Format<Kind>::steps(width),
+    product<Kind, Along::k, false>(s.end - s.begin, s.last - s.first, OperandPacking<Kind>::steps(width),
                                    keys + s.begin * stride, panel + s.first * LANES,
                                    to + s.begin * t.lanes() + s.first * LANES, {stride, t.lanes(), t.lanes()});
 }
@@ -234,8 +235,8 @@ template <class Kind>
 static inline void sum_over_keys(Kind, const Tile& t, const Segment& s, int64_t width,
                                  const typename Kind::Element* values, int64_t stride, const float* weights, float* to,
                                  bool apart = false) {
-    constexpr int STEP = Format<Kind>::PACKS ? 2 : 1;
-    product<Kind, Along::m, true>(width, s.last - s.first, Format<Kind>::steps(s.end - s.begin),
+    constexpr int STEP = OperandPacking<Kind>::PACKS ? 2 : 1;
+    product<Kind, Along::m, true>(width, s.last - s.first, OperandPacking<Kind>::steps(s.end - s.begin),
                                   values + s.begin / STEP * stride,
                                   weights + s.begin / STEP * t.lanes() + s.first * LANES, to + s.first * LANES,
                                   {stride, t.lanes(), t.lanes()}, apart);
@@ -245,10 +246,10 @@ static inline void sum_over_keys(Kind, const Tile& t, const Segment& s, int64_t 
 template <class Kind>
 static inline void sum_over_rows(Kind, const Tile& t, const Segment& s, int64_t width, const float* weights,
                                  const float* rows, float* to) {
-    constexpr int STEP = Format<Kind>::PACKS ? 2 : 1;
+    constexpr int STEP = OperandPacking<Kind>::PACKS ? 2 : 1;
     const int64_t pitch = whole_vectors(width), first = s.first * LANES / STEP;
     const int64_t count = std::min<int64_t>(t.count, s.last * LANES) - s.first * LANES;
-    product<Kind, Along::k, true>(s.end - s.begin, (int)(pitch / LANES), Format<Kind>::steps(count),
+    product<Kind, Along::k, true>(s.end - s.begin, (int)(pitch / LANES), OperandPacking<Kind>::steps(count),
                                   (const typename Kind::Element*)weights + s.begin * t.lanes() + first,
                                   rows + first * pitch, to + s.begin * pitch, {t.lanes(), pitch, pitch});
 }
@@ -275,12 +276,13 @@ struct LaidByBlock {
 
     const Element* keys(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch,
                         int64_t& stride) const {
-        return Format<Kind>::along_width(p, t.batch, t.kv_head, p.k, p.width, first, count, scratch, stride);
+        return OperandPacking<Kind>::along_width(p, t.batch, t.kv_head, p.k, p.width, first, count, scratch, stride);
     }
 
     const Element* values(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch,
                           int64_t& stride) const {
-        return Format<Kind>::along_keys(p, t.batch, t.kv_head, p.v, p.value_width, first, count, scratch, stride);
+        return OperandPacking<Kind>::along_keys(p, t.batch, t.kv_head, p.v, p.value_width, first, count, scratch,
+                                                stride);
     }
 
     // Whether the values are.
@@ -298,16 +300,16 @@ struct Heads {
 // The same, where a head may have them once for many tiles.
 template <class Kind>
 struct Prepared : LaidByBlock<Kind> {
-    Prepared(const Problem&, const Outline&, const Heads&) {}
+    Prepared(const Problem&, const KeyVisibility&, const Heads&) {}
 };
 
 // Of fp32, what lies far apart, side by side: once for all tiles where these are many, or else fresh memory costs more
 // than a copy for each of them (that of one head after another is not fresh); and unless it is much more than queries
 // take.
 template <>
-class Prepared<Single> : public LaidByBlock<Single> {
+class Prepared<F32> : public LaidByBlock<F32> {
    public:
-    Prepared(const Problem& p, const Outline&, const Heads& heads) : heads(heads) {
+    Prepared(const Problem& p, const KeyVisibility&, const Heads& heads) : heads(heads) {
         const int64_t many = heads.count == 1 ? 4 : 16;  // tiles
         if (p.dtype != Dtype::f32 || tiles_of_head(p) < many || p.lk > 4 * rows_of_head(p)) return;
         bring_near(p, p.k, p.width, near_keys);
@@ -328,7 +330,7 @@ class Prepared<Single> : public LaidByBlock<Single> {
 
    private:
     void bring_near(const Problem& p, const View& view, int64_t width, std::unique_ptr<float[]>& to) const {
-        if (!Format<Single>::are_far(p, view, width)) return;
+        if (!OperandPacking<F32>::are_far(p, view, width)) return;
         constexpr int64_t SOME = 256;  // rows that a thread copies at a time
         const int64_t parts = (p.lk + SOME - 1) / SOME;
         to.reset(new float[heads.count * p.lk * width]);

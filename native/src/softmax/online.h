@@ -10,20 +10,20 @@ namespace QKV_ISA {
 
 // How the maximum of each row moves up to what is in sight. It may lag behind by a factor of 2^8, which spares most of
 // the rescaling.
-struct Rise {
-    ivec rows;  // those that move
-    vec top;    // the new maximum, in units of the scores
+struct RowMaxUpdate {
+    ivec rows;    // those that move
+    vec row_max;  // the new maximum, in units of the scores
     Origin origin;
-    vec shrink;  // what all sums so far are to be multiplied by
+    vec rescale;  // what all sums so far are to be multiplied by
 
-    Rise(const Problem& p, vec from, vec peak, bool exact = false) {
+    RowMaxUpdate(const Problem& p, vec from, vec block_max, bool exact = false) {
         const float factor = exponent_factor(p);
-        rows = peak > from + 8.0f / factor;  // also from -inf, where nothing was seen yet
-        top = rows ? peak : from;
-        const vec base = top == -INF ? set1(0.0f) : top;
+        rows = block_max > from + 8.0f / factor;  // also from -inf, where nothing was seen yet
+        row_max = rows ? block_max : from;
+        const vec base = row_max == -INF ? set1(0.0f) : row_max;
         origin = Origin::at(p, base, exact);
         // Exactly 1 for rows that stay: what others do must not show.
-        shrink = rows ? exp2((from - base) * factor) : set1(1.0f);
+        rescale = rows ? exp2((from - base) * factor) : set1(1.0f);
     }
 };
 
@@ -31,16 +31,16 @@ struct Rise {
 struct State {
     static constexpr bool EXACT = false;  // whether exponents are, as `Origin` has it
 
-    float *top, *sum;
+    float *row_max, *row_sum;
     float* out;  // (value_width, lanes)
 
-    State(float* memory, const Tile& t) : top(memory), sum(memory + t.lanes()), out(memory + 2 * t.lanes()) {}
+    State(float* memory, const Tile& t) : row_max(memory), row_sum(memory + t.lanes()), out(memory + 2 * t.lanes()) {}
 
-    static int64_t floats(const Problem& p) { return (whole_vectors(p.value_width) + 2) * ROWS; }
+    static int64_t floats(const Problem& p) { return (whole_vectors(p.value_width) + 2) * BLOCK_M; }
 
     void clear(const Problem& p, const Tile& t) const {
-        std::fill(top, top + t.lanes(), -INF);
-        std::fill(sum, sum + t.lanes(), 0.0f);
+        std::fill(row_max, row_max + t.lanes(), -INF);
+        std::fill(row_sum, row_sum + t.lanes(), 0.0f);
         std::fill(out, out + numbers(p, t), 0.0f);
     }
 
@@ -72,12 +72,13 @@ template <class AnyState>
 static void merge(const Problem& p, const Tile& t, const AnyState& total, const AnyState& piece) {
     const float factor = exponent_factor(p);
     for (int n = 0; n < t.vecs; ++n) {
-        const vec a = load(total.top + n * LANES), b = load(piece.top + n * LANES);
-        const vec top = max(a, b);
-        const vec base = top == -INF ? set1(0.0f) : top;
+        const vec a = load(total.row_max + n * LANES), b = load(piece.row_max + n * LANES);
+        const vec row_max = max(a, b);
+        const vec base = row_max == -INF ? set1(0.0f) : row_max;
         const vec left = exp2((a - base) * factor), right = exp2((b - base) * factor);
-        store(total.top + n * LANES, top);
-        store(total.sum + n * LANES, load(total.sum + n * LANES) * left + load(piece.sum + n * LANES) * right);
+        store(total.row_max + n * LANES, row_max);
+        store(total.row_sum + n * LANES,
+              load(total.row_sum + n * LANES) * left + load(piece.row_sum + n * LANES) * right);
         total.join(p, t, n, left, piece, right);
     }
 }
@@ -85,7 +86,7 @@ static void merge(const Problem& p, const Tile& t, const AnyState& total, const 
 // Writes (width, row), each row times its factor, as rows of a tensor.
 static void write_rows(const Problem& p, const Tile& t, const View& view, int64_t width, const float* from,
                        const float* factors) {
-    char* rows[ROWS];
+    char* rows[BLOCK_M];
     for (int r = 0; r < t.count; ++r) rows[r] = t.row(p, view, r);
     for_dtype(p.dtype, [&](auto dtype) {
         lanes_to_rows(t.count, width, from, t.lanes(), [&](int64_t r, int64_t c, int64_t count, vec x) {
@@ -96,33 +97,33 @@ static void write_rows(const Problem& p, const Tile& t, const View& view, int64_
 
 // The sums of row r once its sink logit is among them.
 struct Total {
-    float top;    // the maximum, as a score
-    float share;  // what the sums of keys are multiplied by
-    float sum;
+    float row_max;  // the maximum, as a score
+    float share;    // what the sums of keys are multiplied by
+    float row_sum;
 
-    Total(const Problem& p, const Tile& t, int r, float top, float sum)
-        : top(plain_scores(p) ? top * p.scale : top), share(1.0f), sum(sum) {
+    Total(const Problem& p, const Tile& t, int r, float row_max, float row_sum)
+        : row_max(plain_scores(p) ? row_max * p.scale : row_max), share(1.0f), row_sum(row_sum) {
         if (!p.sink_logits) return;
         const float sink = p.sink_logits[t.head[r]];
-        const float peak = this->top > sink ? this->top : sink;
-        const float base = peak == -INF ? 0.0f : peak;
-        share = std::exp2((this->top - base) * LOG2E);
-        this->sum = sum * share + std::exp2((sink - base) * LOG2E);
-        this->top = base;
+        const float block_max = this->row_max > sink ? this->row_max : sink;
+        const float base = block_max == -INF ? 0.0f : block_max;
+        share = std::exp2((this->row_max - base) * LOG2E);
+        this->row_sum = row_sum * share + std::exp2((sink - base) * LOG2E);
+        this->row_max = base;
     }
 };
 
 // What the sums of row r are to be multiplied by. Leaves its lse.
-static inline float normalise(const Problem& p, const Tile& t, int r, float top, float sum) {
-    const Total total(p, t, r, top, sum);
-    if (p.lse) p.lse[t.place(p, r)] = total.sum == 0 ? -INF : total.top + std::log2(total.sum) * LN2;
-    return total.sum == 0 ? 0.0f : total.share / total.sum;
+static inline float normalise(const Problem& p, const Tile& t, int r, float row_max, float row_sum) {
+    const Total total(p, t, r, row_max, row_sum);
+    if (p.lse) p.lse[t.place(p, r)] = total.row_sum == 0 ? -INF : total.row_max + std::log2(total.row_sum) * LN2;
+    return total.row_sum == 0 ? 0.0f : total.share / total.row_sum;
 }
 
 // Output and lse of a tile from its state.
 static void finish(const Problem& p, const Tile& t, const State& state) {
-    float normaliser[ROWS];
-    for (int r = 0; r < t.count; ++r) normaliser[r] = normalise(p, t, r, state.top[r], state.sum[r]);
+    float normaliser[BLOCK_M];
+    for (int r = 0; r < t.count; ++r) normaliser[r] = normalise(p, t, r, state.row_max[r], state.row_sum[r]);
     write_rows(p, t, p.out, p.value_width, state.out, normaliser);
 }
 

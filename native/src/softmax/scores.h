@@ -23,7 +23,7 @@ struct Origin {
     vec shift;   // in units of exponents
     bool fused;  // whether all bases are 0, and exponents one multiply-add
 
-    // Exponents are 0 at `top`. A shift is as inexact as it is large, and scores, which a bias can make as large as
+    // Exponents are 0 at `row_max`. A shift is as inexact as it is large, and scores, which a bias can make as large as
     // numbers are, have none: equal ones leave nothing. Only plain scores of ordinary size have one, and not where
     // exponents are to be `exact`.
     static Origin at(const Problem& p, vec top, bool exact) {
@@ -90,7 +90,7 @@ static void transform(const Problem& p, const Tile& t, const Block& b, const Seg
 // same ones again, whatever the tiles and threads. Two rounds of a 32-bit mixer (Wellons' "lowbias32") with a key of 64
 // bits for each row.
 struct Dropout {
-    uint32_t low[ROWS], high[ROWS];
+    uint32_t low[BLOCK_M], high[BLOCK_M];
     uint32_t least;  // numbers below drop their weight
     float kept;      // what the others are multiplied by
 
