@@ -18,7 +18,7 @@ from torch.nn.attention import flex_attention
 import qkv
 from qkv import kernels
 from qkv.backends import BACKENDS, Backend, flex, native
-from qkv.problem import pose
+from qkv.problem import make_problem
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
@@ -105,7 +105,7 @@ def _reasons(solver: Solver, case: Case, dtype: torch.dtype, needs_grad: bool, w
     call = solver._call(case, case.inputs(dtype))
     if needs_grad:
         call = {name: x.requires_grad_() if isinstance(x, Tensor) else x for name, x in call.items()}
-    return solver.backend.why_not(pose("test", **call, wants_lse=wants_lse))
+    return solver.backend.why_not(make_problem("test", **call, wants_lse=wants_lse))
 
 
 SOLVERS = [

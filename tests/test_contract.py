@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qkv import kernels
 from qkv.backends import flex, native
-from qkv.problem import DTYPES, pose, trim
+from qkv.problem import DTYPES, make_problem, trim
 
 
 def hides_the_middle_key(case: Case) -> bool:
@@ -231,4 +231,4 @@ def test_masked_keys_get_exactly_no_gradient_even_where_they_hold_nan(
 def test_long_windows_take_the_path_in_blocks(case: Case) -> None:
     from qkv.backends import blocks
 
-    assert blocks.plan(trim(pose("test", **case.inputs(torch.float32), **case.options()))) is not None
+    assert blocks.plan(trim(make_problem("test", **case.inputs(torch.float32), **case.options()))) is not None

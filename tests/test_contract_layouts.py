@@ -14,7 +14,7 @@ from qkv import Mask
 from qkv.backends import BACKENDS, flex
 from qkv.integrations.flash_attn import flash_attn_func, flash_attn_qkvpacked_func, flash_attn_varlen_func
 from qkv.integrations.torch.varlen import varlen_attn
-from qkv.problem import pose
+from qkv.problem import make_problem
 
 Layout = Callable[[Tensor], Tensor]
 
@@ -99,7 +99,7 @@ def call(name: str, wants_lse: bool, tensors: list[Tensor], options: dict[str, A
 def solves(name: str, wants_lse: bool, tensors: list[Tensor], options: dict[str, Any]) -> bool:
     if name == "flex" and (tensors[0].dtype is not torch.float32 or not wants_lse):
         return False  # It can, but compiles anew at each call.
-    problem = pose("test", *tensors, **options, wants_lse=wants_lse)
+    problem = make_problem("test", *tensors, **options, wants_lse=wants_lse)
     return name == "auto" or not next(backend for backend in BACKENDS if name == backend.NAME).why_not(problem)
 
 

@@ -21,7 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import qkv
 from qkv import Mask
 from qkv.backends import BACKENDS, flex
-from qkv.problem import pose
+from qkv.problem import make_problem
 
 NAN, INF = torch.nan, torch.inf
 NAMES = [backend.NAME for backend in BACKENDS]
@@ -115,7 +115,7 @@ def ways(case: Case, dtype: torch.dtype) -> Iterator[Way]:
         for wants_lse in (False, True):
             for learned in (tuple(inputs), ("q", "k", "v"), ()):
                 call = {name: x.clone().requires_grad_(name in learned) for name, x in inputs.items()}
-                if not backend.why_not(pose("test", **call, **case.options(), wants_lse=wants_lse)):
+                if not backend.why_not(make_problem("test", **call, **case.options(), wants_lse=wants_lse)):
                     yield Way(backend.NAME, wants_lse, learned)
                     break
 
@@ -294,7 +294,7 @@ def learned(case: Case) -> dict[str, Tensor]:
 
 def solves(name: str, case: Case, inputs: dict[str, Tensor]) -> bool:
     (backend,) = (backend for backend in BACKENDS if name == backend.NAME)
-    return not backend.why_not(pose("test", **inputs, **case.options(), wants_lse=True))
+    return not backend.why_not(make_problem("test", **inputs, **case.options(), wants_lse=True))
 
 
 @pytest.mark.parametrize("backend", ["native", "sdpa", "reference"])

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.cache_utils import DynamicLayer
 
 from qkv import Int8KVCache, KVCache, kernels
-from qkv.cache.buffer import Growing, append_in_place
+from qkv.cache.buffer import AppendBuffer, append_in_place
 from qkv.integrations.transformers.cache import GrowingLayer, Int8Layer
 
 needs_kernel = pytest.mark.skipif(
@@ -25,9 +25,9 @@ def tokens(batch: int, heads: int, count: int, width: int, dtype: torch.dtype, *
     return x.transpose(1, 2) if inside else x
 
 
-def memory(held: Tensor, room: int) -> Growing:
+def memory(held: Tensor, room: int) -> AppendBuffer:
     """What holds some tokens, with room behind them that is full of others' numbers."""
-    growing = Growing()
+    growing = AppendBuffer()
     growing.extend(held, room)
     assert growing.memory is not None
     growing.memory[:, :, held.shape[2] :] = 77
@@ -48,7 +48,7 @@ def test_native_appending_writes_what_is_new_and_nothing_else(dtype: torch.dtype
     assert grown is not None
     for part, before, added, shown in zip(parts, held, new, grown, strict=True):
         assert torch.equal(shown, torch.cat([before, added], dim=2))
-        assert part.shows(shown) and part.tensor is shown and part.length == 4 + count
+        assert part.is_current_view(shown) and part.tensor is shown and part.length == 4 + count
         assert part.memory is not None and part.memory[:, :, 4 + count :].eq(77).all()
 
 
@@ -69,7 +69,7 @@ def test_native_appending_gives_the_bits_of_the_general_way(
     for piece in pieces[1:]:
         expected = general.append(*piece)
         with torch.no_grad(), monkeypatch.context() as patch:
-            patch.setattr(Growing, "_room_for", None)
+            patch.setattr(AppendBuffer, "_slots_for", None)
             found = native.append(*piece)
         assert found.offset == expected.offset and native.length == general.length
         for x, y in zip(found, expected, strict=True):
@@ -84,7 +84,7 @@ def test_native_appending_is_what_transformers_layers_do(layer_of: type, monkeyp
     layer, stock = layer_of(), DynamicLayer()
     pieces = [[tokens(2, 3, count, 8, torch.float32, inside=True) for _ in range(2)] for count in (5, 1, 1)]
     layer.update(*pieces[0])
-    monkeypatch.setattr(Growing, "_room_for", None)
+    monkeypatch.setattr(AppendBuffer, "_slots_for", None)
     for piece in pieces[1:]:
         found = layer.update(*piece)
     for piece in pieces:
@@ -164,16 +164,16 @@ def test_a_native_append_that_is_interrupted_adds_nothing(monkeypatch: pytest.Mo
     """Keys have grown, values not yet."""
     cache = KVCache()
     cache.append(K, V)
-    grow = Growing.grow
+    grow = AppendBuffer.grow
 
-    def grow_once(self: Growing, count: int) -> Tensor:
-        monkeypatch.setattr(Growing, "grow", stop)
+    def grow_once(self: AppendBuffer, count: int) -> Tensor:
+        monkeypatch.setattr(AppendBuffer, "grow", stop)
         return grow(self, count)
 
-    def stop(self: Growing, count: int) -> Tensor:
+    def stop(self: AppendBuffer, count: int) -> Tensor:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Growing, "grow", grow_once)
+    monkeypatch.setattr(AppendBuffer, "grow", grow_once)
     with pytest.raises(KeyboardInterrupt):
         cache.append(K, V)
     monkeypatch.undo()

@@ -10,7 +10,7 @@ import qkv
 from qkv import Mask, kernels
 from qkv.backends import native
 from qkv.cache import quantize
-from qkv.cache.buffer import Growing
+from qkv.cache.buffer import AppendBuffer
 
 INT8 = [
     solver
@@ -171,14 +171,14 @@ def test_an_append_that_fails_in_its_middle_adds_nothing(monkeypatch: pytest.Mon
             cache.append(k, k)
             whole.append(k, k)
 
-            def room_for_some(self: Growing, *arguments: object, left: list[int] = left) -> torch.Tensor:
+            def room_for_some(self: AppendBuffer, *arguments: object, left: list[int] = left) -> torch.Tensor:
                 if not left[0]:
                     raise MemoryError
                 left[0] -= 1
                 return room_for_all(self, *arguments)  # type: ignore[arg-type]
 
-            room_for_all = Growing._room_for
-            monkeypatch.setattr(Growing, "_room_for", room_for_some)
+            room_for_all = AppendBuffer._room_for
+            monkeypatch.setattr(AppendBuffer, "_room_for", room_for_some)
             with pytest.raises(MemoryError):
                 cache.append(*torch.randn(2, 2, 2, 20, 8))  # more than there is room for
             monkeypatch.undo()

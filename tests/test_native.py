@@ -108,7 +108,7 @@ def test_the_way_of_plain_calls_gives_the_bits_of_the_other(dtype: torch.dtype, 
     for offset in (-1, 0, 4, 2**29):
         for scale in (None, 0.7):
             for keys, values, *scales in ((k, v, None, None), quantized(k, v)):
-                plain = native.run_plain(q, keys, values, *scales, mask, offset, scale)
+                plain = native.fast_path(q, keys, values, *scales, mask, offset, scale)
                 options = {"k_scale": scales[0], "v_scale": scales[1], "mask": mask, "offset": offset, "scale": scale}
                 posed = qkv.attention(q, keys, values, **options, backend="native")
                 assert plain is not None and torch.equal(plain, posed)
@@ -147,7 +147,7 @@ def test_calls_that_are_not_plain_are_posed() -> None:
         offset: object = None,
         scale: object = None,
     ) -> bool:
-        return native.run_plain(q, k, v, k_scale, v_scale, mask, offset, scale) is not None  # type: ignore[arg-type]
+        return native.fast_path(q, k, v, k_scale, v_scale, mask, offset, scale) is not None  # type: ignore[arg-type]
 
     assert is_plain()
     assert is_plain(mask=Mask.causal(), offset=3)

@@ -11,7 +11,7 @@ from qkv import Mask, kernels, sequences
 from qkv.functional import attend
 from qkv.integrations.flash_attn import flash_attn_func, flash_attn_varlen_func
 from qkv.integrations.torch.varlen import AuxRequest, varlen_attn
-from qkv.sequences import Keys, pose_sequences
+from qkv.sequences import Keys, make_sequences
 
 HEADS, KV_HEADS, WIDTH, VALUE_WIDTH = 6, 2, 24, 17
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -95,7 +95,7 @@ def test_a_sequence_has_the_bits_that_it_has_alone_forward_and_backward(way: str
         shared = [mine[name] for name in ("alibi", "sink_logits") if name in mine]
         found = []
         for run in (
-            lambda: pose_sequences("a test", q, starts(queries), Keys.packed(k, v, starts(keys)), **mine).attend(),
+            lambda: make_sequences("a test", q, starts(queries), Keys.packed(k, v, starts(keys)), **mine).attend(),
             lambda: alone(q, k, v, pairs, mine),
         ):
             out, lse = run()
@@ -284,7 +284,7 @@ def test_a_mask_of_tensors_is_refused() -> None:
     x, where = draw(7, 2, 8), starts([3, 4])
     for mask in (Mask.padding(torch.tensor([4])), Mask.documents(torch.zeros(1, 7, dtype=torch.long))):
         with pytest.raises(ValueError, match="a test: the mask of packed sequences must be an interval"):
-            pose_sequences("a test", x, where, Keys.packed(x, x, where), mask=mask)
+            make_sequences("a test", x, where, Keys.packed(x, x, where), mask=mask)
 
 
 def test_the_level_is_one_that_layers_may_import() -> None:

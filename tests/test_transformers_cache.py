@@ -15,7 +15,7 @@ from transformers.cache_utils import (  # noqa: E402
     DynamicSlidingWindowLayer,
 )
 
-from qkv.cache.buffer import Growing  # noqa: E402
+from qkv.cache.buffer import AppendBuffer  # noqa: E402
 from qkv.integrations.transformers import attention as integration  # noqa: E402
 from qkv.integrations.transformers.cache import GrowingLayer, Int8Layer, QKVCache, SlidingLayer  # noqa: E402
 from qkv.integrations.transformers.lazy_tensor import Int8Tensor  # noqa: E402
@@ -158,7 +158,7 @@ def test_a_wider_dtype_is_kept_as_transformers_keeps_it() -> None:
     assert_same_update(mine, theirs, *tokens(2))
 
 
-def growing(layer: Any) -> tuple[Growing, ...]:
+def growing(layer: Any) -> tuple[AppendBuffer, ...]:
     return layer._cache._parts if isinstance(layer, Int8Layer) else (layer._keys, layer._values)
 
 

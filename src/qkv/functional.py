@@ -9,12 +9,12 @@ from typing_extensions import Unpack
 
 from qkv import backends
 from qkv.backends import native
-from qkv.backends.nonfinite import restore, shield
+from qkv.backends.nonfinite import add_visible_nonfinite, zero_nonfinite
 from qkv.backends.reference import weights_and_lse
 from qkv.backends.result import Result
 from qkv.masks import FULL, Mask
 from qkv.partial import Partial, joined
-from qkv.problem import pose
+from qkv.problem import make_problem
 
 
 class Options(TypedDict, total=False):
@@ -95,10 +95,10 @@ def attention(
     """
     scores_are_plain = softcap is None and bias is None and alibi is None and sink_logits is None and dropout == 0.0
     if backend == "auto" and scores_are_plain:
-        out = native.run_plain(q, k, v, k_scale, v_scale, mask, offset, scale)
+        out = native.fast_path(q, k, v, k_scale, v_scale, mask, offset, scale)
         if out is not None:
             return out
-    problem = pose(
+    problem = make_problem(
         "attention",
         q,
         k,
@@ -142,10 +142,12 @@ def attention_with_lse(
     return attend("attention_with_lse", q, k, v, backend=backend, **options)
 
 
-def attend(who: str, q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", **options: Unpack[Options]) -> Partial:
+def attend(
+    caller: str, q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", **options: Unpack[Options]
+) -> Partial:
     """`attention_with_lse`, whose errors name the caller."""
-    problem = pose(who, q, k, v, wants_lse=True, **options)
-    out, lse = backends.choose(who, problem, backend).run(problem)
+    problem = make_problem(caller, q, k, v, wants_lse=True, **options)
+    out, lse = backends.choose(caller, problem, backend).run(problem)
     assert lse is not None
     return Partial(out, lse)
 
@@ -173,12 +175,12 @@ def attention_weights(q: Tensor, k: Tensor, **options: Unpack[Options]) -> Tenso
                 [0.3333, 0.3333, 0.3333]])
     """
     options["v_scale"] = options.get("k_scale")
-    problem = pose("attention_weights", q, k, k, **options).widened()
-    clean, poison = shield(problem._replace(v=problem.v[..., :0]))
+    problem = make_problem("attention_weights", q, k, k, **options).dequantized()
+    clean, nonfinite = zero_nonfinite(problem._replace(v=problem.v[..., :0]))
     weights, _ = weights_and_lse(clean)
-    if poison is not None and poison.lse is not None:
-        poison = poison._replace(out=poison.lse[..., None])
-    return restore(Result(weights, None), poison).out.to(problem.q.dtype)
+    if nonfinite is not None and nonfinite.lse is not None:
+        nonfinite = nonfinite._replace(out=nonfinite.lse[..., None])
+    return add_visible_nonfinite(Result(weights, None), nonfinite).out.to(problem.q.dtype)
 
 
 def merge(partials: Iterable[tuple[Tensor, Tensor]]) -> Partial:
@@ -245,4 +247,4 @@ def explain(q: Tensor, k: Tensor, v: Tensor, **options: Unpack[Options]) -> back
         flex       FlexAttention has no dropout; FlexAttention runs uncompiled on cpu, with all scores in memory
         reference  chosen
     """
-    return backends.explain(pose("explain", q, k, v, **options))
+    return backends.explain(make_problem("explain", q, k, v, **options))

@@ -337,11 +337,11 @@ class Mask:
         )
 
 
-def _require_count(who: str, name: str, value: object, least: int, why: str) -> None:
+def _require_count(caller: str, name: str, value: object, least: int, why: str) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{who}: {name} must be an int ({why}); got {value!r}.")
+        raise TypeError(f"{caller}: {name} must be an int ({why}); got {value!r}.")
     if value < least:
-        raise ValueError(f"{who}: {name} must be at least {least} ({why}); got {value}.")
+        raise ValueError(f"{caller}: {name} must be at least {least} ({why}); got {value}.")
 
 
 def _holds(condition: bool) -> bool:

@@ -12,7 +12,7 @@ from qkv.backends import native
 from qkv.functional import attend
 from qkv.masks import FULL, Mask
 from qkv.partial import Partial
-from qkv.problem import Problem, pose
+from qkv.problem import Problem, make_problem
 
 
 class Keys(NamedTuple):
@@ -51,9 +51,9 @@ class Keys(NamedTuple):
 
 
 class Sequences(NamedTuple):
-    """N sequences that fit together, as `pose_sequences` has found; `attend` computes them."""
+    """N sequences that fit together, as `make_sequences` has found; `attend` computes them."""
 
-    who: str
+    caller: str
     problem: Problem
     """What they share: that of all queries over a page."""
     q: Tensor
@@ -98,7 +98,7 @@ class Sequences(NamedTuple):
             problem.mask.sink_tokens,
             *(problem.scale, problem.softcap or 0.0, problem.dropout),
         )
-        if kernels.is_watched():
+        if kernels.is_tracing():
             return Partial(*torch.ops.qkv.forward_sequences(*call))
         if problem.needs_grad:
             return Partial(*kernels.forward_sequences_with_gradients(call))
@@ -112,7 +112,7 @@ class Sequences(NamedTuple):
         for n, (q, (first, length)) in enumerate(zip(self.q.split(lengths), places, strict=True)):
             k, v = (x[0, first : first + length] for x in (keys.k, keys.v))
             partial = attend(
-                self.who,
+                self.caller,
                 *(x.transpose(0, 1)[None] for x in (q, k, v)),
                 mask=problem.mask,
                 offset=length - len(q),
@@ -129,8 +129,8 @@ class Sequences(NamedTuple):
         )
 
 
-def pose_sequences(
-    who: str,
+def make_sequences(
+    caller: str,
     q: Tensor,
     starts: Tensor,
     keys: Keys,
@@ -163,20 +163,20 @@ def pose_sequences(
     count = keys.lengths.shape[0]
     if count == 0 or starts.shape[0] != count + 1:
         raise ValueError(
-            f"{who}: there must be at least one sequence, and as many of queries as of keys; "
+            f"{caller}: there must be at least one sequence, and as many of queries as of keys; "
             f"got {starts.shape[0] - 1} and {count}."
         )
     if keys.k.shape[0] == 0:
-        raise ValueError(f"{who}: there must be at least one page of keys; got none.")
+        raise ValueError(f"{caller}: there must be at least one page of keys; got none.")
     if alibi is not None:
-        require_tensors(who, alibi_slopes=alibi)
+        require_tensors(caller, alibi_slopes=alibi)
     if alibi is not None and alibi.shape not in ((q.shape[1],), (count, q.shape[1])):
         raise ValueError(
-            f"{who}: alibi_slopes must be ({q.shape[1]},) or ({count}, {q.shape[1]}), one a query head; "
+            f"{caller}: alibi_slopes must be ({q.shape[1]},) or ({count}, {q.shape[1]}), one a query head; "
             f"got shape {tuple(alibi.shape)}."
         )
-    problem = pose(
-        who,
+    problem = make_problem(
+        caller,
         q.transpose(0, 1).unsqueeze(0),
         *(x[:1].transpose(1, 2) for x in (keys.k, keys.v)),
         mask=mask,
@@ -189,5 +189,5 @@ def pose_sequences(
         wants_lse=True,
     )
     if next(mask.tensors(), None) is not None:
-        raise ValueError(f"{who}: the mask of packed sequences must be an interval, the same for all; got {mask!r}.")
-    return Sequences(who, problem, q, starts, keys, alibi)
+        raise ValueError(f"{caller}: the mask of packed sequences must be an interval, the same for all; got {mask!r}.")
+    return Sequences(caller, problem, q, starts, keys, alibi)

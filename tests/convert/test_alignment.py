@@ -10,7 +10,7 @@ from convert import models
 import qkv
 from qkv.convert import (
     CheckpointError,
-    KeyFreedom,
+    KeySymmetry,
     Projections,
     align_heads,
     convert_checkpoint,
@@ -44,11 +44,11 @@ def key_turns(count, width, freedom):
 
 
 FREEDOMS = [
-    (KeyFreedom(), {}),
-    (KeyFreedom(rotary_dim=6), {"rotary": qkv.RotaryEmbedding(6)}),
-    (KeyFreedom(rotary_dim=4), {"rotary": qkv.RotaryEmbedding(6, rotary_dim=4)}),
-    (KeyFreedom(rotary_dim=4, interleaved=True), {"rotary": qkv.RotaryEmbedding(6, rotary_dim=4, interleaved=True)}),
-    (KeyFreedom(rotary_dim=6, normed=True), {"rotary": qkv.RotaryEmbedding(6), "qk_norm": True}),
+    (KeySymmetry(), {}),
+    (KeySymmetry(rotary_dim=6), {"rotary": qkv.RotaryEmbedding(6)}),
+    (KeySymmetry(rotary_dim=4), {"rotary": qkv.RotaryEmbedding(6, rotary_dim=4)}),
+    (KeySymmetry(rotary_dim=4, interleaved=True), {"rotary": qkv.RotaryEmbedding(6, rotary_dim=4, interleaved=True)}),
+    (KeySymmetry(rotary_dim=6, normed=True), {"rotary": qkv.RotaryEmbedding(6), "qk_norm": True}),
 ]
 """Of keys of width 6."""
 
@@ -164,7 +164,7 @@ def test_what_agrees_already_is_left_alone():
     layer = random_layer(HEADS)
     q, k, v, out = projections(layer)
     k, v = (rows.unflatten(0, (HEADS, -1))[[0] * 4 + [1] * 4].flatten(0, 1) for rows in (k, v))
-    alignment = align_heads(Projections(q, k, v, out), HEADS, GROUPS, KeyFreedom())
+    alignment = align_heads(Projections(q, k, v, out), HEADS, GROUPS, KeySymmetry())
     assert alignment.order.tolist() == list(range(HEADS))
     for turns in (alignment.key_turns, alignment.value_turns):
         assert (turns - turns[0]).abs().max() < EXACT
@@ -209,14 +209,14 @@ def test_half_precision_is_rounded_once():
 )
 def test_what_is_refused(groups, change, message):
     with pytest.raises(ValueError, match=message):
-        align_heads(projections(random_layer(HEADS))._replace(**change), HEADS, groups, KeyFreedom())
+        align_heads(projections(random_layer(HEADS))._replace(**change), HEADS, groups, KeySymmetry())
 
 
 def test_heads_that_disagree_in_all_ways():
     """Opposite keys that must not be turned, and values that have nothing in common."""
     keys, values = torch.randn(4, 8).repeat(2, 1), torch.eye(8)
     keys[4:] *= -1
-    alignment = align_heads(Projections(keys, keys, values, values), 2, 1, KeyFreedom(normed=True))
+    alignment = align_heads(Projections(keys, keys, values, values), 2, 1, KeySymmetry(normed=True))
     assert alignment.order.tolist() == [0, 1]
     assert torch.equal(alignment.key_turns, torch.eye(4).repeat(2, 1, 1))
 
@@ -224,9 +224,9 @@ def test_heads_that_disagree_in_all_ways():
 def test_sizes_that_do_not_fit_are_refused():
     given = projections(random_layer(HEADS))
     with pytest.raises(ValueError, match=r"rows for each of 8 KV heads; got shapes \(96, 25\), \(47, 25\), "):
-        align_heads(given._replace(k=given.k[1:]), HEADS, GROUPS, KeyFreedom())
+        align_heads(given._replace(k=given.k[1:]), HEADS, GROUPS, KeySymmetry())
     with pytest.raises(ValueError, match=r"each of the 25 columns of k, .* got shape \(23,\)"):
-        align_heads(given, HEADS, GROUPS, KeyFreedom(), gain=torch.ones(23))
+        align_heads(given, HEADS, GROUPS, KeySymmetry(), gain=torch.ones(23))
 
 
 def test_a_gain_of_another_width_is_refused():
@@ -280,7 +280,7 @@ def plant(model, family, groups):
     with torch.no_grad():
         for q, k, v, out in by_head(model, family):
             width = out.shape[1]
-            freedom = KeyFreedom(rotary_dim, normed=normed)
+            freedom = KeySymmetry(rotary_dim, normed=normed)
             order, copies = torch.randperm(HEADS), torch.randperm(HEADS) % groups
             keys, values = key_turns(HEADS, width, freedom), orthogonal(HEADS, width)
             for rows, source, turns in (

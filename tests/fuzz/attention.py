@@ -24,7 +24,7 @@ from torch import Tensor
 
 import qkv
 from qkv import Mask
-from qkv.problem import pose
+from qkv.problem import make_problem
 
 DTYPES = (*[torch.float32] * 4, *[torch.bfloat16] * 2, *[torch.float16] * 2, torch.float64)
 LENGTHS = (1, 1, 1, 2, 3, 5, 7, 8, 9, 13, 16, 17, 31, 33, 64, 65, 97, 131)
@@ -443,7 +443,7 @@ def solvers(case: Draw, *, wants_lse: bool, needs_grad: bool) -> list[Solver]:
     tensors = {"q": case.q, **case.tensors}
     if needs_grad:
         tensors = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
-    problem = pose("fuzz", k=case.k, v=case.v, **{**case.options, **tensors}, wants_lse=wants_lse)
+    problem = make_problem("fuzz", k=case.k, v=case.v, **{**case.options, **tensors}, wants_lse=wants_lse)
     return [
         solver
         for solver in SOLVERS

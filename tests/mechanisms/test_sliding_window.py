@@ -113,9 +113,9 @@ def test_the_memory_of_the_cache_stops_growing(sink_tokens: int) -> None:
 
 
 def test_decoding_over_a_window_reads_the_window_alone_and_without_a_mask() -> None:
-    from qkv.problem import pose, trim
+    from qkv.problem import make_problem, trim
 
     q, k = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 4096, 8)
-    problem = trim(pose("test", q, k, k, mask=Mask.causal(window=64), offset=4095))
+    problem = trim(make_problem("test", q, k, k, mask=Mask.causal(window=64), offset=4095))
     assert problem.k.shape[2] == 64 and problem.mask == Mask.full()
     assert problem.k.data_ptr() == k[:, :, -64:].data_ptr()

@@ -52,7 +52,7 @@ class Explanation(NamedTuple):
         return "\n".join(lines)
 
 
-def choose(who: str, problem: Problem, backend: str) -> Backend:
+def choose(caller: str, problem: Problem, backend: str) -> Backend:
     """The backend that solves the problem: the one asked for, or for ``auto`` the first without a reason against.
 
     Raises:
@@ -63,15 +63,15 @@ def choose(who: str, problem: Problem, backend: str) -> Backend:
         for candidate in BACKENDS:
             if not candidate.why_not(problem) and not candidate.why_rather_not(problem):
                 return candidate
-        raise BackendError(f"{who}: no backend can solve this call.\n{explain(problem)}")
+        raise BackendError(f"{caller}: no backend can solve this call.\n{explain(problem)}")
     for candidate in BACKENDS:
         if backend == candidate.NAME:
             reasons = candidate.why_not(problem)
             if reasons:
-                raise BackendError(f"{who}: backend {backend!r} cannot solve this call: {'; '.join(reasons)}.")
+                raise BackendError(f"{caller}: backend {backend!r} cannot solve this call: {'; '.join(reasons)}.")
             return candidate
     names = ", ".join(repr(candidate.NAME) for candidate in BACKENDS)
-    raise ValueError(f"{who}: backend must be 'auto' or one of {names}; got {backend!r}.")
+    raise ValueError(f"{caller}: backend must be 'auto' or one of {names}; got {backend!r}.")
 
 
 def explain(problem: Problem) -> Explanation:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 
-from qkv.backends.nonfinite import restore, shield
+from qkv.backends.nonfinite import add_visible_nonfinite, zero_nonfinite
 from qkv.backends.result import Result, accumulation_dtype
 from qkv.backends.sinks import add_sinks
 from qkv.masks import Mask
@@ -51,8 +51,8 @@ def why_rather_not(problem: Problem) -> list[str]:
 
 
 def run(problem: Problem) -> Result:
-    clean, poison = shield(trim(problem).widened())
-    return restore(_run(clean), poison)
+    clean, nonfinite = zero_nonfinite(trim(problem).dequantized())
+    return add_visible_nonfinite(_run(clean), nonfinite)
 
 
 def _run(problem: Problem) -> Result:

@@ -17,7 +17,7 @@ LARGEST_POSITION = 1 << 30
 """Positions are 32 bits wide in the kernel."""
 
 
-def run_plain(
+def fast_path(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -31,7 +31,7 @@ def run_plain(
 
     None for a call that is not plain, or wrong: posing it says what is the matter.
     """
-    if not kernels.may_pass(q, k, v) or torch.is_autocast_enabled("cpu"):
+    if not kernels.can_bypass_dispatcher(q, k, v) or torch.is_autocast_enabled("cpu"):
         return None
     if not q.dim() == k.dim() == v.dim() == 4:
         return None
@@ -51,7 +51,7 @@ def run_plain(
     elif type(scale) is not float or not -math.inf < scale < math.inf:
         return None
     tensors = (q, k, v, k_scale, v_scale, mask.keep, mask.lengths)
-    return kernels.forward_plain(*tensors, mask.left, mask.right, mask.sink_tokens, offset, scale)
+    return kernels.fast_forward(*tensors, mask.left, mask.right, mask.sink_tokens, offset, scale)
 
 
 def why_not(problem: Problem) -> list[str]:
@@ -64,7 +64,7 @@ def why_not(problem: Problem) -> list[str]:
         reasons.append("the kernel runs on CPU")
     if q.dtype is torch.float64:
         reasons.append("the kernel has no fp64")
-    if kernels.is_watched() and torch.onnx.is_in_onnx_export():
+    if kernels.is_tracing() and torch.onnx.is_in_onnx_export():
         reasons.append("ONNX does not know the kernel")
     elif torch.compiler.is_compiling():
         pass
@@ -112,7 +112,7 @@ def run(problem: Problem) -> Result:
         problem.softcap or 0.0,
         problem.dropout,
     )
-    watched = kernels.is_watched()
+    watched = kernels.is_tracing()
     if watched or problem.needs_grad:
         out, lse = torch.ops.qkv.forward(*call) if watched else kernels.forward_with_gradients(call)
         return Result(out, lse if problem.wants_lse else None)

@@ -1,9 +1,9 @@
 """Numbers that are not finite: NaN for whoever sees them, without influence on everybody else, forward and backward.
 
-Kernels multiply a weight of 0 with the NaN that the mask hides, take the score -inf of an infinite key for a hidden
-one, and add up the gradients of all rows before the mask is asked. `shield` therefore computes on finite stand-ins, and
-`restore` gives each row what it really sees, and keeps the gradients of rows that are not finite from the keys that
-these rows do not see. The law is a table in DESIGN.md.
+Kernels multiply a weight of 0 with the NaN that the mask hides, take the score -inf of an infinite key for a masked
+one, and sum the gradients of all rows before the mask is applied. So `zero_nonfinite` replaces non-finite numbers
+before the kernel runs, and `add_visible_nonfinite` gives each row what it really sees afterwards, and keeps gradients
+of non-finite rows from keys that these rows do not see. The law is a table in DESIGN.md.
 
 On a GPU, looking for such numbers waits and restoring them takes many times as long as attention itself. There, keys
 that padding hides from all become zeros, whatever they held; among the others, a NaN spreads as it does in torch's
@@ -23,18 +23,18 @@ from qkv.masks import Mask
 from qkv.problem import Problem
 
 
-class Poison(NamedTuple):
-    """What is not finite in a problem, as `restore` needs it."""
+class NonfiniteTerms(NamedTuple):
+    """What is not finite in a problem, as `add_visible_nonfinite` needs it."""
 
     problem: Problem
-    """As it was given to `shield`."""
+    """As it was given to `zero_nonfinite`."""
     out: Tensor | None
     """(B, H, Lq, Dv): 0, inf, -inf or NaN, which is added to the result. None where all is finite."""
     lse: Tensor | None
     """(B, H, Lq): 0 or NaN"""
 
 
-def shield(problem: Problem) -> tuple[Problem, Poison | None]:
+def zero_nonfinite(problem: Problem) -> tuple[Problem, NonfiniteTerms | None]:
     """The problem with finite numbers alone, biases and sink logits of -inf apart; None where nothing can leak."""
     if not problem.k.is_cpu:
         return _without_padding(problem), None
@@ -43,25 +43,25 @@ def shield(problem: Problem) -> tuple[Problem, Poison | None]:
     if _can_read(problem.q, problem.k, problem.v):
         if _is_finite(problem):
             may_leak = problem.needs_grad and not problem.mask.is_full  # gradients that are not finite
-            return problem, Poison(problem, None, None) if may_leak else None
+            return problem, NonfiniteTerms(problem, None, None) if may_leak else None
         problem = _with_finite_alibi(problem)
     with torch.no_grad():
-        poison = _poison(problem)
-    return _finite(problem), poison
+        nonfinite = _poison(problem)
+    return _finite(problem), nonfinite
 
 
-def restore(result: Result, poison: Poison | None) -> Result:
+def add_visible_nonfinite(result: Result, nonfinite: NonfiniteTerms | None) -> Result:
     """The result of the shielded problem as it is for the one that was given, and so its gradients."""
-    if poison is None:
+    if nonfinite is None:
         return result
-    problem, mask = poison.problem, poison.problem.mask
+    problem, mask = nonfinite.problem, nonfinite.problem.mask
     if problem.needs_grad and not torch._C._get_tracing_state():  # a trace cannot hold a function of Python's
         inputs = (problem.q, problem.k, problem.v, problem.bias, problem.alibi, problem.sink_logits)
         tensors = (mask.keep, mask.lengths, mask.document_ids, mask.allow)
         bounds = (mask.left, mask.right, mask.sink_tokens, problem.offset)
         function = _Restored if torch.compiler.is_compiling() else _RestoredWithTangents
-        return Result(*function.apply(*result, poison.out, poison.lse, *inputs, *tensors, *bounds))  # type: ignore[no-untyped-call]
-    return Result(*_restored(*result, poison.out, poison.lse))
+        return Result(*function.apply(*result, nonfinite.out, nonfinite.lse, *inputs, *tensors, *bounds))  # type: ignore[no-untyped-call]
+    return Result(*_restored(*result, nonfinite.out, nonfinite.lse))
 
 
 def _restored(
@@ -76,7 +76,7 @@ def _can_read(*tensors: Tensor) -> bool:
     """Whether looking at values is possible: not while tracing or batching."""
     return (
         all(map(kernels.is_plain, tensors))
-        and not kernels.is_watched()
+        and not kernels.is_tracing()
         and not torch._C._are_functorch_transforms_active()
         and not any(map(torch._C._functorch.is_legacy_batchedtensor, tensors))
     )
@@ -131,7 +131,7 @@ def _finite(problem: Problem) -> Problem:
     return problem._replace(q=q, k=k, v=v, bias=bias, sink_logits=sink_logits)
 
 
-def _poison(problem: Problem) -> Poison:
+def _poison(problem: Problem) -> NonfiniteTerms:
     q, k, v, bias, width = problem.q, problem.k, problem.v, problem.bias, problem.v.shape[3]
     sight = Sight(problem.mask, problem.offset, problem.lq, problem.lk, problem.group)
     bad_key = ~k.isfinite().all(dim=-1, keepdim=True)
@@ -148,7 +148,9 @@ def _poison(problem: Problem) -> Poison:
         bad = bad | _raises(problem.sink_logits)[:, None, None]
     nothing = torch.zeros((), dtype=q.dtype, device=q.device)
     out = torch.where(up | bad, torch.inf, nothing) - torch.where(down | bad, torch.inf, nothing)
-    return Poison(problem, out, torch.where(bad.squeeze(-1), torch.nan, nothing.to(accumulation_dtype(q.dtype))))
+    return NonfiniteTerms(
+        problem, out, torch.where(bad.squeeze(-1), torch.nan, nothing.to(accumulation_dtype(q.dtype)))
+    )
 
 
 class Sight(NamedTuple):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from qkv.backends.nonfinite import restore, shield
+from qkv.backends.nonfinite import add_visible_nonfinite, zero_nonfinite
 from qkv.backends.result import Result, accumulation_dtype
 from qkv.problem import Problem, trim
 
@@ -19,13 +19,13 @@ def why_rather_not(problem: Problem) -> list[str]:
 
 
 def run(problem: Problem) -> Result:
-    clean, poison = shield(trim(problem).widened())
+    clean, nonfinite = zero_nonfinite(trim(problem).dequantized())
     weights, lse = weights_and_lse(clean)
     if clean.dropout:
         weights = torch.dropout(weights, clean.dropout, train=True)
     values = clean.v.to(weights.dtype).repeat_interleave(clean.group, dim=1)
     out = (weights @ values).to(clean.q.dtype)
-    return restore(Result(out, lse if clean.wants_lse else None), poison)
+    return add_visible_nonfinite(Result(out, lse if clean.wants_lse else None), nonfinite)
 
 
 def weights_and_lse(problem: Problem) -> tuple[Tensor, Tensor]:

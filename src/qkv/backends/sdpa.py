@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from qkv.backends import blocks, flex
-from qkv.backends.nonfinite import restore, shield
+from qkv.backends.nonfinite import add_visible_nonfinite, zero_nonfinite
 from qkv.backends.result import Result, accumulation_dtype, see_nothing
 from qkv.backends.sinks import add_sinks
 from qkv.problem import Problem, trim
@@ -50,11 +50,11 @@ def why_rather_not(problem: Problem) -> list[str]:
 
 
 def run(problem: Problem) -> Result:
-    clean, poison = shield(trim(problem).widened())
+    clean, nonfinite = zero_nonfinite(trim(problem).dequantized())
     if clean.lq == 0 or clean.lk == 0:
-        return restore(see_nothing(clean), poison)
+        return add_visible_nonfinite(see_nothing(clean), nonfinite)
     plan = blocks.plan(clean)
-    return restore(_fused(clean) if plan is None else blocks.run(clean, plan, _fused), poison)
+    return add_visible_nonfinite(_fused(clean) if plan is None else blocks.run(clean, plan, _fused), nonfinite)
 
 
 def _needs_lse(problem: Problem) -> bool:

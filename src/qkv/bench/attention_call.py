@@ -8,7 +8,7 @@ from torch import Tensor
 
 import qkv
 from qkv.masks import Mask
-from qkv.problem import Problem, pose, trim
+from qkv.problem import Problem, make_problem, trim
 
 Call = Callable[[], tuple[Tensor, ...]]
 """Returns the output; or the gradients of q, k and v where these want gradients."""
@@ -25,7 +25,7 @@ def torch_call(q: Tensor, k: Tensor, v: Tensor, mask: Mask, offset: int) -> Call
     It is given the keys that any query sees and no others, ``is_causal`` where that says it all, no mask where nothing
     is hidden, and otherwise the mask as it computes with it: added to the scores, written out beforehand.
     """
-    problem = trim(pose("torch_call", q, k, v, mask=mask, offset=offset))
+    problem = trim(make_problem("torch_call", q, k, v, mask=mask, offset=offset))
     is_causal = _is_top_left_causal(problem)
     attn_mask = None if is_causal or problem.mask.is_full else _additive(problem)
     enable_gqa, (start, stop) = problem.group > 1, mask.key_range(problem.lq, k.shape[2], offset)

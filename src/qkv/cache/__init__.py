@@ -5,7 +5,7 @@ import torch
 from qkv.cache.base import Cache as Cache
 from qkv.cache.base import Keys as Keys
 from qkv.cache.base import Owner as Owner
-from qkv.cache.buffer import Growing
+from qkv.cache.buffer import AppendBuffer
 from qkv.cache.cross import CrossKVCache as CrossKVCache
 from qkv.cache.int8 import Int8Keys as Int8Keys
 from qkv.cache.int8 import Int8KVCache as Int8KVCache
@@ -13,4 +13,4 @@ from qkv.cache.int8 import quantize as quantize
 from qkv.cache.kv import KVCache as KVCache
 from qkv.cache.sliding import SlidingKVCache as SlidingKVCache
 
-torch.serialization.add_safe_globals([Growing, KVCache, Int8KVCache, SlidingKVCache, CrossKVCache])
+torch.serialization.add_safe_globals([AppendBuffer, KVCache, Int8KVCache, SlidingKVCache, CrossKVCache])

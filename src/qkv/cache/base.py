@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from qkv.cache.buffer import Growing
+from qkv.cache.buffer import AppendBuffer
 from qkv.masks import Mask
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Cache:
     """
 
     def __init__(self, parts: int = 2) -> None:
-        self._parts = tuple(Growing() for _ in range(parts))
+        self._parts = tuple(AppendBuffer() for _ in range(parts))
         """Keys and values; and the scales of both, where they are held in int8."""
         self._owners: tuple[Owner, ...] = ()
 
@@ -105,11 +105,11 @@ class Cache:
         self.restore(length)
 
     def _check_crop(self, length: int) -> None:
-        who = type(self).__name__
+        caller = type(self).__name__
         if not isinstance(length, int) or isinstance(length, bool):
-            raise TypeError(f"{who}: crop takes the number of tokens to keep, an int; got {length!r}.")
+            raise TypeError(f"{caller}: crop takes the number of tokens to keep, an int; got {length!r}.")
         if not 0 <= length <= self.length:
-            raise ValueError(f"{who}: crop keeps between 0 and the {self.length} tokens held; got {length}.")
+            raise ValueError(f"{caller}: crop keeps between 0 and the {self.length} tokens held; got {length}.")
 
     def select(self, rows: Tensor) -> None:
         """Keeps these rows of the batch, in this order and as often as they are named, as when beams go on.
@@ -148,7 +148,7 @@ class Cache:
         for part in self._parts:
             part.crop(mark)
 
-    def held(self, mask: Mask) -> Mask:
+    def restrict(self, mask: Mask) -> Mask:
         """The mask over the keys that the last append returned: here, over all."""
         return mask
 
@@ -177,19 +177,20 @@ class Cache:
 
 
 def check_append(
-    who: str, k: Tensor, v: Tensor, held_k: Tensor | None, held_v: Tensor | None, dtype: torch.dtype | None
+    caller: str, k: Tensor, v: Tensor, held_k: Tensor | None, held_v: Tensor | None, dtype: torch.dtype | None
 ) -> None:
     """Refuses keys and values that do not go together, or not with those held, before anything has changed."""
     for name, tensor in (("k", k), ("v", v)):
         if tensor.dim() != 4:
-            raise ValueError(f"{who}: {name} must be (B, Hkv, L, width); got shape {tuple(tensor.shape)}.")
+            raise ValueError(f"{caller}: {name} must be (B, Hkv, L, width); got shape {tuple(tensor.shape)}.")
     if k.shape[:3] != v.shape[:3]:
         raise ValueError(
-            f"{who}: k and v must agree in batch, heads and length; got {tuple(k.shape)} and {tuple(v.shape)}."
+            f"{caller}: k and v must agree in batch, heads and length; got {tuple(k.shape)} and {tuple(v.shape)}."
         )
     if k.dtype != v.dtype or k.device != v.device:
         raise ValueError(
-            f"{who}: k and v must agree in dtype and device; got {k.dtype} on {k.device} and {v.dtype} on {v.device}."
+            f"{caller}: k and v must agree in dtype and device; got {k.dtype} on {k.device} and {v.dtype} on "
+            f"{v.device}."
         )
     for name, tensor, held in (("k", k, held_k), ("v", v, held_v)):
         if held is None:
@@ -198,7 +199,7 @@ def check_append(
         if not same_sizes or tensor.dtype != dtype or tensor.device != held.device:
             batch, heads, _, width = held.shape
             raise ValueError(
-                f"{who}: {name} must be ({batch}, {heads}, L, {width}) in {dtype} on {held.device}, as at the "
+                f"{caller}: {name} must be ({batch}, {heads}, L, {width}) in {dtype} on {held.device}, as at the "
                 f"first append; got {tuple(tensor.shape)} in {tensor.dtype} on {tensor.device}. "
                 "Make one cache for each layer and batch."
             )

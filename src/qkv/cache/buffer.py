@@ -1,4 +1,4 @@
-"""`Growing`: a tensor of tokens with room behind it, so that appending copies what is new alone."""
+"""`AppendBuffer`: a tensor of tokens with room behind it, so that appending copies what is new alone."""
 
 import io
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from typing_extensions import Self
 from qkv import kernels
 
 
-class Growing:
+class AppendBuffer:
     """A tensor ``(B, heads, L, ...)`` that grows along L.
 
     Under ``torch.no_grad()`` and ``torch.inference_mode()`` new tokens are written into memory that has room for them,
@@ -26,18 +26,18 @@ class Growing:
         """All of it, room included."""
         self.length = 0
         self._start = 0
-        self._owned = False
+        self._is_writable = False
         """Whether memory may be written to."""
-        self._forgotten = 0
+        self._cropped = 0
         """How many tokens behind those held somebody may have a view of, as after a crop."""
-        self._shown: Tensor | None = None
+        self._current_view: Tensor | None = None
         """What `grow` returned last, while it is all that is held."""
 
     @property
     def tensor(self) -> Tensor | None:
         """All that is held, or None before anything was."""
-        if self.memory is None or self._shown is not None:
-            return self._shown
+        if self.memory is None or self._current_view is not None:
+            return self._current_view
         return self.memory.narrow(2, self._start, self.length)
 
     @property
@@ -45,65 +45,67 @@ class Growing:
         """Where in memory new tokens go."""
         return self._start + self.length
 
-    def extend(self, new: Tensor, room: int) -> Tensor:
-        """All that is held and ``new`` behind it. If memory must be had anew, it gets ``room`` for so many tokens."""
+    def extend(self, new: Tensor, capacity: int) -> Tensor:
+        """Appends ``new`` and returns all tokens. A buffer that must be reallocated gets ``capacity`` slots."""
         memory = self.memory
         if torch.is_grad_enabled() or (memory is not None and self.length and memory.dtype is not new.dtype):
             held = self.tensor
             together = torch.cat([held, new] if held is not None and self.length else [new], dim=2)
             self._put(together, together.shape[2])
             return together
-        self._room_for(new.shape, new.dtype, new.device, room).copy_(new)
+        self._slots_for(new.shape, new.dtype, new.device, capacity).copy_(new)
         return self.grow(new.shape[2])
 
     def grow(self, count: int) -> Tensor:
         """All that is held and ``count`` tokens behind it, which memory has by now."""
         assert self.memory is not None
         self.length += count
-        self._forgotten = max(0, self._forgotten - count)
-        self._shown = self.memory.narrow(2, self._start, self.length)
-        return self._shown
+        self._cropped = max(0, self._cropped - count)
+        self._current_view = self.memory.narrow(2, self._start, self.length)
+        return self._current_view
 
-    def shows(self, tensor: Tensor | None) -> bool:
+    def is_current_view(self, tensor: Tensor | None) -> bool:
         """Whether `grow` returned it last."""
-        return tensor is not None and tensor is self._shown
+        return tensor is not None and tensor is self._current_view
 
-    def open(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, room: int) -> Tensor:
-        """The place of new tokens of this shape behind all that is held: to be filled in, and held from now on.
+    def append_uninitialised(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, capacity: int
+    ) -> Tensor:
+        """Appends uninitialised slots for tokens of this shape and returns them for the caller to fill.
 
-        With none, ``(B, heads, 0, ...)``, before the first, it has memory made for ``room`` tokens.
+        With zero tokens, ``(B, heads, 0, ...)``, before the first, it only allocates ``capacity``.
         """
-        place = self._room_for(shape, dtype, device, room)
-        self.length, self._shown = self.length + shape[2], None
-        self._forgotten = max(0, self._forgotten - shape[2])
+        place = self._slots_for(shape, dtype, device, capacity)
+        self.length, self._current_view = self.length + shape[2], None
+        self._cropped = max(0, self._cropped - shape[2])
         return place
 
-    def _room_for(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, room: int) -> Tensor:
+    def _slots_for(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, capacity: int) -> Tensor:
         """The place of new tokens of this shape, in memory that is had anew where they do not fit."""
         length, added = self.length, shape[2]
         memory, start = self.memory, self._start + length
         if (
             memory is None
-            or not (self._owned and _may_write(memory))
+            or not (self._is_writable and _may_write(memory))
             or start + added > memory.shape[2]
             or not (length or _suits(memory, shape, dtype, device))
         ):
-            memory = _new_memory((*shape[:2], room, *shape[3:]), dtype, device)
+            memory = _new_memory((*shape[:2], capacity, *shape[3:]), dtype, device)
             held = self.tensor
             if held is not None and length:
                 memory[:, :, :length] = held
-            self._put(memory, length, owned=True)
+            self._put(memory, length, is_writable=True)
             start = length
         return memory.narrow(2, start, added)
 
     def crop(self, length: int) -> None:
         """Forgets all tokens but the first ``length``."""
-        self._forgotten += self.length - length
-        self.length, self._shown = length, None
+        self._cropped += self.length - length
+        self.length, self._current_view = length, None
 
-    def select(self, rows: Tensor) -> "Growing":
+    def select(self, rows: Tensor) -> "AppendBuffer":
         """Another that holds these rows of the batch, integer ``(B',)``, in this order and as often as named."""
-        chosen, held = Growing(), self.tensor
+        chosen, held = AppendBuffer(), self.tensor
         if held is None or self.memory is None:
             return chosen
         if torch.is_grad_enabled():
@@ -111,29 +113,29 @@ class Growing:
             return chosen
         memory = _new_memory((rows.shape[0], *self.memory.shape[1:]), held.dtype, held.device)
         torch.index_select(held, 0, rows, out=memory[:, :, : self.length])
-        chosen._put(memory, self.length, owned=True)
+        chosen._put(memory, self.length, is_writable=True)
         return chosen
 
-    def hold(self, tensor: Tensor) -> None:
+    def adopt(self, tensor: Tensor) -> None:
         """Goes on with ``tensor``: a part of what was returned, which stays in place, or any other."""
-        if self.shows(tensor):
+        if self.is_current_view(tensor):
             return
         memory = self.memory
-        if self._owned and memory is not None and _is_part(tensor, memory):
+        if self._is_writable and memory is not None and _is_part(tensor, memory):
             stop = self.stop
             self._start, self.length = tensor.storage_offset() // memory.stride(2), tensor.shape[2]
-            self._forgotten, self._shown = self._forgotten + stop - self.stop, None
+            self._cropped, self._current_view = self._cropped + stop - self.stop, None
         else:
             self._put(tensor, tensor.shape[2])
 
     def share(self) -> None:
         """Has memory be written to no more, since somebody else holds it from now on."""
-        self._owned = False
-        self._forgotten = 0 if self.memory is None else self.memory.shape[2] - self.stop
+        self._is_writable = False
+        self._cropped = 0 if self.memory is None else self.memory.shape[2] - self.stop
 
-    def _put(self, memory: Tensor, length: int, *, owned: bool = False) -> None:
-        self.memory, self._start, self.length, self._shown = memory, 0, length, None
-        self._owned, self._forgotten = owned, 0
+    def _put(self, memory: Tensor, length: int, *, is_writable: bool = False) -> None:
+        self.memory, self._start, self.length, self._current_view = memory, 0, length, None
+        self._is_writable, self._cropped = is_writable, 0
 
     def __copy__(self) -> Self:
         """Another, with the same memory until either of them grows."""
@@ -148,16 +150,16 @@ class Growing:
         Raises:
             RuntimeError: for tokens that were computed with gradients.
         """
-        return {"tokens": alone(self.tensor)}
+        return {"tokens": compact_copy(self.tensor)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        Growing.__init__(self)
+        AppendBuffer.__init__(self)
         tokens = state["tokens"]
         if tokens is not None:
             self._put(tokens, tokens.shape[2])
 
 
-def append_in_place(parts: Sequence[Growing], k: Tensor, v: Tensor) -> list[Tensor] | None:
+def append_in_place(parts: Sequence[AppendBuffer], k: Tensor, v: Tensor) -> list[Tensor] | None:
     """Has the kernel write new keys and values ``(B, Hkv, L, D)`` behind those held, where that is all there is to do.
 
     It goes past torch, which counts what is written to a tensor to know whether the backward pass still finds what it
@@ -174,17 +176,17 @@ def append_in_place(parts: Sequence[Growing], k: Tensor, v: Tensor) -> list[Tens
     if torch.is_grad_enabled() or keys.memory is None or values.memory is None:
         return None
     k_scale, v_scale = (scale.memory for scale in scales) if scales else (None, None)
-    if not kernels.may_pass(k, v, keys.memory, values.memory):
+    if not kernels.can_bypass_dispatcher(k, v, keys.memory, values.memory):
         return None
     stop = keys.stop
-    if stop != values.stop or keys._forgotten or values._forgotten:
+    if stop != values.stop or keys._cropped or values._cropped:
         return None
     if not kernels.append(k, v, keys.memory, values.memory, k_scale, v_scale, stop):
         return None
     return [part.grow(k.shape[2]) for part in parts]
 
 
-def alone(tokens: Tensor | None) -> Tensor | None:
+def compact_copy(tokens: Tensor | None) -> Tensor | None:
     """A copy without what lies around them in memory.
 
     Raises:
@@ -219,7 +221,7 @@ def _from_bytes(numbers: bytes) -> Any:
     return torch.load(io.BytesIO(numbers), weights_only=False)  # of a pickle, as trusted as the rest of it
 
 
-send_by_value(Growing)
+send_by_value(AppendBuffer)
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:

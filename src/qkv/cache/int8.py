@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qkv import kernels
 from qkv.cache.base import check_append
-from qkv.cache.buffer import Growing, wants_grad
+from qkv.cache.buffer import AppendBuffer, wants_grad
 from qkv.cache.kv import GrowingCache
 
 
@@ -67,19 +67,19 @@ class Int8KVCache(GrowingCache):
             raise ValueError(f"Int8KVCache: k and v must be floating-point, to be rounded; got {k.dtype}, {v.dtype}.")
         if wants_grad(k, v):
             raise ValueError("Int8KVCache: int8 has no gradient; call it under torch.no_grad(), or use a KVCache.")
-        room = self._admit_tokens(k, v)
+        capacity = self._admit_tokens(k, v)
         for x, codes, scales in self._pairs(k, v):
             if torch.is_grad_enabled() or not _suits_the_kernel(x):
                 for part, new in zip((codes, scales), quantize(x), strict=True):
-                    part.extend(new, room)
+                    part.extend(new, capacity)
             else:
-                code = codes.open(x.shape, torch.int8, x.device, room)
-                scale = scales.open(x.shape[:3], torch.float32, x.device, room)
+                code = codes.append_uninitialised(x.shape, torch.int8, x.device, capacity)
+                scale = scales.append_uninitialised(x.shape[:3], torch.float32, x.device, capacity)
                 kernels.quantize(x, code, scale)
                 torch.autograd.graph.increment_version((code, scale))  # as torch's own operators do
 
-    def reserve(self, k: Tensor, v: Tensor, room: int) -> None:
-        """Has memory made for ``room`` tokens like these, before the first append.
+    def reserve(self, k: Tensor, v: Tensor, capacity: int) -> None:
+        """Has memory made for ``capacity`` tokens like these, before the first append.
 
         Raises:
             ValueError: for keys and values that are no ``(B, Hkv, L, width)``.
@@ -87,8 +87,8 @@ class Int8KVCache(GrowingCache):
         check_append("Int8KVCache", k, v, None, None, None)
         for x, codes, scales in self._pairs(k, v):
             nothing = x[:, :, :0].shape
-            codes.open(nothing, torch.int8, x.device, room)
-            scales.open(nothing[:3], torch.float32, x.device, room)
+            codes.append_uninitialised(nothing, torch.int8, x.device, capacity)
+            scales.append_uninitialised(nothing[:3], torch.float32, x.device, capacity)
 
     def keys(self) -> Int8Keys:
         """All that is held, with the offset of the next token.
@@ -101,7 +101,7 @@ class Int8KVCache(GrowingCache):
             raise ValueError("Int8KVCache: it is empty; append keys and values first.")
         return Int8Keys(k, v, self.length, k_scale, v_scale)
 
-    def _pairs(self, k: Tensor, v: Tensor) -> tuple[tuple[Tensor, Growing, Growing], ...]:
+    def _pairs(self, k: Tensor, v: Tensor) -> tuple[tuple[Tensor, AppendBuffer, AppendBuffer], ...]:
         """What is to be rounded, and where its codes and scales go."""
         codes_k, codes_v, k_scale, v_scale = self._parts
         return (k, codes_k, k_scale), (v, codes_v, v_scale)
@@ -134,4 +134,4 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _suits_the_kernel(x: Tensor) -> bool:
     floating = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return x.is_cpu and floating and x.dim() == 4 and x.stride(3) == 1 and kernels.may_pass(x)
+    return x.is_cpu and floating and x.dim() == 4 and x.stride(3) == 1 and kernels.can_bypass_dispatcher(x)

@@ -7,7 +7,7 @@ from qkv.arguments import require_int
 from qkv.cache.base import Cache, Keys, check_append
 from qkv.cache.buffer import append_in_place
 
-SMALLEST_BUFFER = 16
+SMALLEST_CAPACITY = 16
 
 
 class GrowingCache(Cache):
@@ -20,11 +20,11 @@ class GrowingCache(Cache):
 
     def __init__(self, capacity: int | None = None, parts: int = 2) -> None:
         super().__init__(parts)
-        who = type(self).__name__
+        caller = type(self).__name__
         if capacity is not None:
-            require_int(who, "capacity", capacity, ", or None to grow")
+            require_int(caller, "capacity", capacity, ", or None to grow")
         if capacity is not None and capacity < 1:
-            raise ValueError(f"{who}: capacity must be at least 1 token, or None to grow; got {capacity}.")
+            raise ValueError(f"{caller}: capacity must be at least 1 token, or None to grow; got {capacity}.")
         self.capacity = capacity
         self._dtype: torch.dtype | None = None
 
@@ -34,17 +34,17 @@ class GrowingCache(Cache):
 
     def _admit_tokens(self, k: Tensor, v: Tensor) -> int:
         """How many tokens new memory is to hold."""
-        who, start = type(self).__name__, self.length
+        caller, start = type(self).__name__, self.length
         keys, values, *_ = self._parts
-        check_append(who, k, v, keys.memory if start else None, values.memory if start else None, self._dtype)
+        check_append(caller, k, v, keys.memory if start else None, values.memory if start else None, self._dtype)
         stop = start + k.shape[2]
         if self.capacity is not None and stop > self.capacity:
             raise ValueError(
-                f"{who}: {start} of {self.capacity} tokens are taken, and {k.shape[2]} more do not fit. "
+                f"{caller}: {start} of {self.capacity} tokens are taken, and {k.shape[2]} more do not fit. "
                 "Give a larger capacity, or None to grow."
             )
         self._dtype = k.dtype
-        return max(2 * start, stop, SMALLEST_BUFFER) if self.capacity is None else self.capacity
+        return max(2 * start, stop, SMALLEST_CAPACITY) if self.capacity is None else self.capacity
 
 
 class KVCache(GrowingCache):
@@ -77,8 +77,8 @@ class KVCache(GrowingCache):
         try:
             grown = self._append_in_place(k, v)
             if grown is None:
-                room = self._admit_tokens(k, v)
-                grown = [part.extend(x, room) for part, x in zip(self._parts, (k, v), strict=True)]
+                capacity = self._admit_tokens(k, v)
+                grown = [part.extend(x, capacity) for part, x in zip(self._parts, (k, v), strict=True)]
             return Keys(grown[0], grown[1], start)
         except BaseException:  # out of memory, or interrupted: some parts have grown
             self.restore(start)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qkv.arguments import require_int
 from qkv.cache.base import Cache, Keys, Owner, check_append
-from qkv.cache.buffer import Growing, append_in_place
+from qkv.cache.buffer import AppendBuffer, append_in_place
 from qkv.masks import Mask
 
 
@@ -72,15 +72,15 @@ class SlidingKVCache(Cache):
         """
         keys, values = [part.memory if part.length else None for part in self._parts]
         check_append("SlidingKVCache", k, v, keys, values, None if keys is None else keys.dtype)
-        mark, new, room = self.mark(), k.shape[2], self._room
+        mark, new, capacity = self.mark(), k.shape[2], self._room
         try:
-            if self._parts[0].length + new > room:
+            if self._parts[0].length + new > capacity:
                 self._parts = tuple([self._recent(part.tensor) for part in self._parts])
             before = self._parts[0].length
-            grown = append_in_place(self._parts, k, v) if before + new <= room else None
+            grown = append_in_place(self._parts, k, v) if before + new <= capacity else None
             if grown is None:
                 grown = [self._extend(part, x) for part, x in zip(self._parts, (k, v), strict=True)]
-                if before + new > room:  # a prompt of many windows is not kept
+                if before + new > capacity:  # a prompt of many windows is not kept
                     self._parts = tuple([self._recent(x) for x in grown])
         except BaseException:  # as in a KVCache
             self.restore(mark)
@@ -93,13 +93,13 @@ class SlidingKVCache(Cache):
     def _room(self) -> int:
         return self.sink_tokens + 2 * self.window
 
-    def _extend(self, part: Growing, new: Tensor) -> Tensor:
+    def _extend(self, part: AppendBuffer, new: Tensor) -> Tensor:
         """All that is held and ``new`` behind it."""
         return part.extend(new, max(self._room, part.length + new.shape[2]))
 
-    def _recent(self, tokens: Tensor | None) -> Growing:
+    def _recent(self, tokens: Tensor | None) -> AppendBuffer:
         """What the next query may see of the tokens besides its own: the sinks, and those in its window."""
-        recent = Growing()
+        recent = AppendBuffer()
         if tokens is not None:
             sinks = min(self.sink_tokens, tokens.shape[2])
             start = max(sinks, tokens.shape[2] - (self.window - 1))
@@ -143,7 +143,7 @@ class SlidingKVCache(Cache):
         for part in self._parts:
             part.crop(count)
 
-    def held(self, mask: Mask) -> Mask:
+    def restrict(self, mask: Mask) -> Mask:
         """The mask over the keys that the last append returned."""
         if self._returned == self._length:
             return mask

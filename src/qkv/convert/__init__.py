@@ -12,7 +12,7 @@ from qkv.convert.divergence import Divergence as Divergence
 from qkv.convert.divergence import measure_divergence as measure_divergence
 from qkv.convert.errors import CheckpointError as CheckpointError
 from qkv.convert.heads.alignment import Alignment as Alignment
-from qkv.convert.heads.alignment import KeyFreedom as KeyFreedom
+from qkv.convert.heads.alignment import KeySymmetry as KeySymmetry
 from qkv.convert.heads.alignment import Projections as Projections
 from qkv.convert.heads.alignment import align_heads as align_heads
 from qkv.convert.heads.pooling import group_heads as group_heads

@@ -8,7 +8,7 @@ from torch import Tensor
 from qkv.arguments import require_int
 from qkv.convert.families.layout import Layout
 from qkv.convert.families.transformers_schema import Heads
-from qkv.convert.heads.alignment import KeyFreedom, Projections, align_heads
+from qkv.convert.heads.alignment import KeySymmetry, Projections, align_heads
 from qkv.convert.heads.pooling import Method, pool_heads
 from qkv.layers import Attention
 from qkv.layers.projection import PROJECTIONS, require_linear
@@ -51,15 +51,15 @@ def convert_layer(
     return rebuild(layer, state, query_heads, num_kv_heads)
 
 
-def check_layer(who: str, layer: Attention) -> Attention:
+def check_layer(caller: str, layer: Attention) -> Attention:
     """Raises unless it is one."""
     if not isinstance(layer, Attention):
         raise TypeError(
-            f"{who}: layer must be a qkv.Attention; got {type(layer).__name__}. "
+            f"{caller}: layer must be a qkv.Attention; got {type(layer).__name__}. "
             "Of an nn.MultiheadAttention, qkv.MultiHeadAttention.from_torch makes one."
         )
     for name in PROJECTIONS:
-        require_linear(who, name, getattr(layer, name))
+        require_linear(caller, name, getattr(layer, name))
     return layer
 
 
@@ -118,7 +118,7 @@ def rebuild(layer: Attention, state: dict[str, Tensor], query_heads: Tensor, num
 
 def _align(layer: Attention, num_kv_heads: int, gain: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
     """The state of the layer with its heads aligned, which computes the same, and the order of its query heads."""
-    freedom, rotary = KeyFreedom(normed=layer.q_norm is not None), layer.rotary
+    freedom, rotary = KeySymmetry(normed=layer.q_norm is not None), layer.rotary
     if rotary is not None:
         freedom = freedom._replace(rotary_dim=rotary.rotary_dim, interleaved=rotary.interleaved)
     projections, heads = projections_of(layer)

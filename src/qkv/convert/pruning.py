@@ -141,15 +141,15 @@ def prune_state_dict(
     return ConvertedModel(values, new)
 
 
-def _keep(who: str, heads: Iterable[int], held: Heads) -> _Kept:
+def _keep(caller: str, heads: Iterable[int], held: Heads) -> _Kept:
     """What stays when ``heads`` are removed."""
     if not isinstance(heads, Iterable):
-        raise TypeError(f"{who}: heads must be several, as [{heads!r}]; got {heads!r}.")
+        raise TypeError(f"{caller}: heads must be several, as [{heads!r}]; got {heads!r}.")
     removed = set(heads)
     every = range(held.num_heads)
     if not removed < set(every):
         raise ValueError(
-            f"{who}: heads must be some of the query heads 0 to {held.num_heads - 1}, and one must stay; "
+            f"{caller}: heads must be some of the query heads 0 to {held.num_heads - 1}, and one must stay; "
             f"got {sorted(removed)}."
         )
     size = held.num_heads // held.num_kv_heads
@@ -158,8 +158,8 @@ def _keep(who: str, heads: Iterable[int], held: Heads) -> _Kept:
     sizes = {len(group) for group in staying if group}
     if len(sizes) > 1:
         raise ValueError(
-            f"{who}: as many query heads must stay in each group that stays; got heads {sorted(removed)}, which leave "
-            f"{[len(group) for group in staying]} in the groups of the {held.num_kv_heads} KV heads. "
+            f"{caller}: as many query heads must stay in each group that stays; got heads {sorted(removed)}, which "
+            f"leave {[len(group) for group in staying]} in the groups of the {held.num_kv_heads} KV heads. "
             f"{_remedies(groups, staying)}"
         )
     kv_heads = [number for number, group in enumerate(staying) if group]

@@ -22,7 +22,7 @@ from qkv.integrations.torch.varlen import (
 )
 from qkv.layers.rotary import rotate
 from qkv.partial import Partial
-from qkv.sequences import Keys, pose_sequences
+from qkv.sequences import Keys, make_sequences
 
 DENSE = "(batch, length, heads, width)"
 PACKED = "(T, heads, width)"
@@ -187,18 +187,18 @@ def flash_attn_varlen_func(
 
     Source: as `flash_attn_func`.
     """
-    who = "flash_attn_varlen_func"
-    require_layout(who, PACKED, q=q)
-    require_keys(who, PACKED if block_table is None else PAGES, k=k, v=v)
-    options = _options(who, softmax_scale, causal, window_size, softcap, dropout_p)
-    _require_no_pattern(who, return_attn_probs, dropout_p)
-    require_starts(who, "cu_seqlens_q", cu_seqlens_q, q.shape[0])
-    require_starts(who, "cu_seqlens_k", cu_seqlens_k, k.shape[0] if block_table is None else None)
+    caller = "flash_attn_varlen_func"
+    require_layout(caller, PACKED, q=q)
+    require_keys(caller, PACKED if block_table is None else PAGES, k=k, v=v)
+    options = _options(caller, softmax_scale, causal, window_size, softcap, dropout_p)
+    _require_no_pattern(caller, return_attn_probs, dropout_p)
+    require_starts(caller, "cu_seqlens_q", cu_seqlens_q, q.shape[0])
+    require_starts(caller, "cu_seqlens_k", cu_seqlens_k, k.shape[0] if block_table is None else None)
     if block_table is None:
         keys = Keys.packed(k, v, cu_seqlens_k)
     else:
-        keys = keys_in_pages(who, k, v, block_table, cu_seqlens_k.diff())
-    partial = pose_sequences(who, q, cu_seqlens_q, keys, alibi=alibi_slopes, **options).attend()
+        keys = keys_in_pages(caller, k, v, block_table, cu_seqlens_k.diff())
+    partial = make_sequences(caller, q, cu_seqlens_q, keys, alibi=alibi_slopes, **options).attend()
     return (*partial, q.new_empty(0)) if return_attn_probs else partial.out
 
 
@@ -265,48 +265,50 @@ def flash_attn_with_kvcache(
 
     Source: as `flash_attn_func`.
     """
-    who = "flash_attn_with_kvcache"
-    require_layout(who, DENSE, q=q)
-    require_keys(who, DENSE if block_table is None else PAGES, k_cache=k_cache, v_cache=v_cache)
-    options = _options(who, softmax_scale, causal, window_size, softcap)
+    caller = "flash_attn_with_kvcache"
+    require_layout(caller, DENSE, q=q)
+    require_keys(caller, DENSE if block_table is None else PAGES, k_cache=k_cache, v_cache=v_cache)
+    options = _options(caller, softmax_scale, causal, window_size, softcap)
     batch, lq = q.shape[:2]
     page_size = k_cache.shape[1]
     if block_table is not None:
-        require_table(who, block_table, batch)
+        require_table(caller, block_table, batch)
     capacity = page_size if block_table is None else page_size * block_table.shape[1]
-    new = 0 if k is None and v is None else _count_new(who, batch, k, v, k_cache, v_cache)
+    new = 0 if k is None and v is None else _count_new(caller, batch, k, v, k_cache, v_cache)
     if isinstance(cache_seqlens, Tensor):
-        require_counts(who, "cache_seqlens", cache_seqlens, batch)
+        require_counts(caller, "cache_seqlens", cache_seqlens, batch)
         held = cache_seqlens.tolist()
     else:
         if cache_seqlens is not None:
-            require_int(who, "cache_seqlens", cache_seqlens, ", or a tensor of one for each sequence")
+            require_int(caller, "cache_seqlens", cache_seqlens, ", or a tensor of one for each sequence")
         held = [capacity if cache_seqlens is None else cache_seqlens] * batch
     stops = [length + new for length in held]
     if not all(new <= stop <= capacity for stop in stops):
         raise ValueError(
-            f"{who}: cache_seqlens and {new} new tokens must fit the {capacity} of the cache; got {cache_seqlens}."
+            f"{caller}: cache_seqlens and {new} new tokens must fit the {capacity} of the cache; got {cache_seqlens}."
         )
     if cache_leftpad is not None:
-        require_counts(who, "cache_leftpad", cache_leftpad, batch)
+        require_counts(caller, "cache_leftpad", cache_leftpad, batch)
         padding = cache_leftpad.tolist()
         if any(pad > length for pad, length in zip(padding, held, strict=True)):
-            raise ValueError(f"{who}: cache_leftpad must be at most cache_seqlens, {held}; got {padding}.")
+            raise ValueError(f"{caller}: cache_leftpad must be at most cache_seqlens, {held}; got {padding}.")
 
     if rotary_cos is not None or rotary_sin is not None:
         if rotary_cos is None or rotary_sin is None or k is None:
-            raise ValueError(f"{who}: rotary_cos, rotary_sin and k must be given together; got None for one of them.")
+            raise ValueError(
+                f"{caller}: rotary_cos, rotary_sin and k must be given together; got None for one of them."
+            )
         start = torch.tensor(held, device=q.device)[:, None]
         ahead = torch.arange(lq, device=q.device) * options["mask"].is_positional
-        q = _rotate(who, q, start + ahead, rotary_cos, rotary_sin, rotary_interleaved)
+        q = _rotate(caller, q, start + ahead, rotary_cos, rotary_sin, rotary_interleaved)
         ahead = torch.arange(new, device=q.device)
-        k = _rotate(who, k, start + ahead, rotary_cos, rotary_sin, rotary_interleaved)
+        k = _rotate(caller, k, start + ahead, rotary_cos, rotary_sin, rotary_interleaved)
     if block_table is not None and cache_batch_idx is not None:
-        raise ValueError(f"{who}: cache_batch_idx has no meaning beside a block_table; give one of them.")
+        raise ValueError(f"{caller}: cache_batch_idx has no meaning beside a block_table; give one of them.")
     # A cache without pages is one whose pages hold a sequence each.
-    table = _rows(who, cache_batch_idx, batch, k_cache) if block_table is None else block_table
-    keys = keys_in_pages(who, k_cache, v_cache, table, torch.tensor(stops, dtype=torch.int64), cache_leftpad)
-    sequences = pose_sequences(who, *_packed(q), keys, alibi=alibi_slopes, **options)
+    table = _rows(caller, cache_batch_idx, batch, k_cache) if block_table is None else block_table
+    keys = keys_in_pages(caller, k_cache, v_cache, table, torch.tensor(stops, dtype=torch.int64), cache_leftpad)
+    sequences = make_sequences(caller, *_packed(q), keys, alibi=alibi_slopes, **options)
     if k is not None and v is not None:
         positions = torch.tensor([[*range(stop - new, stop)] for stop in stops], device=q.device)
         place = table.long().gather(1, positions // page_size), positions % page_size
@@ -316,7 +318,7 @@ def flash_attn_with_kvcache(
 
 
 def _attend_dense(
-    who: str,
+    caller: str,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -329,25 +331,25 @@ def _attend_dense(
     return_attn_probs: bool,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """`flash_attn_func` under the name of the caller."""
-    require_layout(who, DENSE, q=q, k=k, v=v)
-    options = _options(who, softmax_scale, causal, window_size, softcap, dropout_p)
-    _require_no_pattern(who, return_attn_probs, dropout_p)
+    require_layout(caller, DENSE, q=q, k=k, v=v)
+    options = _options(caller, softmax_scale, causal, window_size, softcap, dropout_p)
+    _require_no_pattern(caller, return_attn_probs, dropout_p)
     if alibi_slopes is not None:
-        require_tensors(who, alibi_slopes=alibi_slopes)
+        require_tensors(caller, alibi_slopes=alibi_slopes)
     if alibi_slopes is None or alibi_slopes.shape == (q.shape[2],):
         transposed = (x.transpose(1, 2) for x in (q, k, v))
-        out, lse = attend(who, *transposed, offset=k.shape[1] - q.shape[1], alibi=alibi_slopes, **options)
+        out, lse = attend(caller, *transposed, offset=k.shape[1] - q.shape[1], alibi=alibi_slopes, **options)
         out = out.transpose(1, 2)
     else:
         (queries, starts), (keys, k_starts), (values, _) = map(_packed, (q, k, v))
         packed = Keys.packed(keys, values, k_starts)
-        sequences = pose_sequences(who, queries, starts, packed, alibi=alibi_slopes, **options)
+        sequences = make_sequences(caller, queries, starts, packed, alibi=alibi_slopes, **options)
         out, lse = _in_batch(sequences.attend(), q.shape[0])
     return (out, lse, q.new_empty(0)) if return_attn_probs else out
 
 
 def _options(
-    who: str,
+    caller: str,
     softmax_scale: float | None,
     causal: bool,
     window_size: tuple[int, int],
@@ -355,20 +357,20 @@ def _options(
     dropout_p: float = 0.0,
 ) -> dict[str, Any]:
     """What all functions share, as keywords of `qkv.attention`."""
-    require_finite(who, "softcap", softcap)
-    require_probability(who, "dropout_p", dropout_p)
+    require_finite(caller, "softcap", softcap)
+    require_probability(caller, "dropout_p", dropout_p)
     return {
-        "mask": band(who, window_size, causal),
+        "mask": band(caller, window_size, causal),
         "scale": softmax_scale,
         "softcap": softcap if softcap > 0 else None,
         "dropout": dropout_p,
     }
 
 
-def _require_no_pattern(who: str, return_attn_probs: bool, dropout_p: float) -> None:
+def _require_no_pattern(caller: str, return_attn_probs: bool, dropout_p: float) -> None:
     if return_attn_probs and dropout_p > 0:
         raise NotImplementedError(
-            f"{who}: return_attn_probs asks for the pattern of dropped weights, which is not kept; "
+            f"{caller}: return_attn_probs asks for the pattern of dropped weights, which is not kept; "
             f"got dropout_p={dropout_p}. Call it with dropout_p=0 for the lse, which dropout leaves alone."
         )
 
@@ -384,44 +386,46 @@ def _in_batch(packed: Partial, batch: int) -> Partial:
     return Partial(packed.out.unflatten(0, shape), packed.lse.unflatten(1, shape).transpose(0, 1))
 
 
-def _count_new(who: str, batch: int, k: Tensor | None, v: Tensor | None, k_cache: Tensor, v_cache: Tensor) -> int:
+def _count_new(caller: str, batch: int, k: Tensor | None, v: Tensor | None, k_cache: Tensor, v_cache: Tensor) -> int:
     """The number of new tokens, which must fit the cache in all but number."""
     if k is None or v is None:
-        raise ValueError(f"{who}: k and v must be given together; got None for {'k' if k is None else 'v'}.")
-    require_keys(who, DENSE, k=k, v=v)
+        raise ValueError(f"{caller}: k and v must be given together; got None for {'k' if k is None else 'v'}.")
+    require_keys(caller, DENSE, k=k, v=v)
     for name, x, cache in (("k", k, k_cache), ("v", v, v_cache)):
         if x.shape[0] != batch or x.shape[2:] != cache.shape[2:] or x.dtype != cache.dtype:
             heads, width = cache.shape[2:]
             raise ValueError(
-                f"{who}: {name} must be ({batch}, new tokens, {heads}, {width}) of {cache.dtype}, as the cache; "
+                f"{caller}: {name} must be ({batch}, new tokens, {heads}, {width}) of {cache.dtype}, as the cache; "
                 f"got {tuple(x.shape)} of {x.dtype}."
             )
     return k.shape[1]
 
 
-def _rows(who: str, cache_batch_idx: Tensor | None, batch: int, cache: Tensor) -> Tensor:
+def _rows(caller: str, cache_batch_idx: Tensor | None, batch: int, cache: Tensor) -> Tensor:
     """The row of the cache for each of the batch, ``(B, 1)``."""
     if cache_batch_idx is None:
         rows = list(range(batch))
     else:
-        require_counts(who, "cache_batch_idx", cache_batch_idx, batch)
+        require_counts(caller, "cache_batch_idx", cache_batch_idx, batch)
         rows = cache_batch_idx.tolist()
     if max(rows, default=0) >= cache.shape[0]:
-        raise ValueError(f"{who}: cache_batch_idx must be rows of the cache, which has {cache.shape[0]}; got {rows}.")
+        raise ValueError(
+            f"{caller}: cache_batch_idx must be rows of the cache, which has {cache.shape[0]}; got {rows}."
+        )
     return torch.tensor(rows, device=cache.device)[:, None]
 
 
-def _rotate(who: str, x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+def _rotate(caller: str, x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """Rotates ``x (B, L, heads, D)`` by the rows ``positions (B, L)`` of tables ``(positions, rotary_dim / 2)``."""
-    require_tensors(who, rotary_cos=cos, rotary_sin=sin)
+    require_tensors(caller, rotary_cos=cos, rotary_sin=sin)
     if cos.dim() != 2 or cos.shape != sin.shape or 2 * cos.shape[1] > x.shape[3]:
         raise ValueError(
-            f"{who}: rotary_cos and rotary_sin must be (positions, rotary_dim / 2), with rotary_dim at most "
+            f"{caller}: rotary_cos and rotary_sin must be (positions, rotary_dim / 2), with rotary_dim at most "
             f"{x.shape[3]}; got shapes {tuple(cos.shape)} and {tuple(sin.shape)}."
         )
     if (positions >= cos.shape[0]).any():
         raise ValueError(
-            f"{who}: rotary_cos and rotary_sin must hold position {positions.max()}; got {cos.shape[0]} positions."
+            f"{caller}: rotary_cos and rotary_sin must hold position {positions.max()}; got {cos.shape[0]} positions."
         )
     cos, sin = (table.to(torch.promote_types(x.dtype, torch.float32))[positions][:, :, None] for table in (cos, sin))
     return rotate(x, cos, sin, interleaved=interleaved)

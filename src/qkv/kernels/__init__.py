@@ -8,13 +8,13 @@ from qkv.kernels.binding import loaded as loaded
 from qkv.kernels.binding import use as use
 from qkv.kernels.operators import Call as Call
 from qkv.kernels.operators import append as append
+from qkv.kernels.operators import can_bypass_dispatcher as can_bypass_dispatcher
 from qkv.kernels.operators import count_scores as count_scores
+from qkv.kernels.operators import fast_forward as fast_forward
 from qkv.kernels.operators import forward as forward
-from qkv.kernels.operators import forward_plain as forward_plain
 from qkv.kernels.operators import forward_with_gradients as forward_with_gradients
 from qkv.kernels.operators import is_plain as is_plain
-from qkv.kernels.operators import is_watched as is_watched
-from qkv.kernels.operators import may_pass as may_pass
+from qkv.kernels.operators import is_tracing as is_tracing
 from qkv.kernels.operators import quantize as quantize
 from qkv.kernels.sequences import Sequences as Sequences
 from qkv.kernels.sequences import forward_sequences as forward_sequences

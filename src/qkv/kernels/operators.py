@@ -74,7 +74,7 @@ def forward(call: Call, *, wants_lse: bool) -> tuple[Tensor, Tensor | None]:
     return out, lse
 
 
-def forward_plain(
+def fast_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -113,7 +113,7 @@ def quantize(x: Tensor, codes: Tensor, scale: Tensor) -> None:
 def append(
     k: Tensor, v: Tensor, keys: Tensor, values: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, start: int
 ) -> bool:
-    """Writes new tokens behind the first ``start`` of their memory, by the shortest way: for tensors that `may_pass`.
+    """Writes new tokens at ``start`` in their buffers, for tensors that `can_bypass_dispatcher`.
 
     Args:
         k, v: ``(B, Hkv, L, width)``.
@@ -132,13 +132,13 @@ def _threads_for(x: Tensor) -> int:
     return torch.get_num_threads() if x.numel() >= _WORTH_THREADS else 1
 
 
-def may_pass(*tensors: Tensor) -> bool:
+def can_bypass_dispatcher(*tensors: Tensor) -> bool:
     """Whether there is a kernel, and tensors may go to it past the dispatcher of torch.
 
     Nobody records, transforms or differentiates operators, and all are plain, on whatever device.
     """
     if (
-        is_watched()
+        is_tracing()
         or absence() is not None
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
@@ -154,7 +154,7 @@ def is_plain(tensor: object) -> bool:
     return type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
 
 
-def is_watched() -> bool:
+def is_tracing() -> bool:
     """Whether somebody records operators: a compiler, a tracer, a mode of dispatch."""
     return bool(
         torch.compiler.is_compiling() or torch._C._get_tracing_state() or torch._C._len_torch_dispatch_stack() > 0
@@ -225,7 +225,7 @@ def goes_past_dispatcher(d_out: Tensor) -> bool:
             "qkv's kernel has no batched gradients (is_grads_batched=True, vectorize=True): "
             "take them one by one, or give attention(..., backend='sdpa')."
         )
-    watched = torch.is_grad_enabled() or is_watched() or torch._C._are_functorch_transforms_active()
+    watched = torch.is_grad_enabled() or is_tracing() or torch._C._are_functorch_transforms_active()
     return not watched and type(d_out) is Tensor
 
 

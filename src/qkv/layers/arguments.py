@@ -11,57 +11,57 @@ from qkv.layers.constants import Numbers
 from qkv.masks import Mask
 
 
-def require_mask(who: str, mask: object) -> Mask:
+def require_mask(caller: str, mask: object) -> Mask:
     """The mask; raises unless it is a `Mask`, as `qkv.attention` does."""
     if not isinstance(mask, Mask):
         remedy = "Mask.dense(allow)" if isinstance(mask, Tensor) else "Mask.causal(), Mask.padding(keep), ..."
-        raise TypeError(f"{who}: mask must be a qkv.Mask; got {type(mask).__name__}. Use {remedy}.")
+        raise TypeError(f"{caller}: mask must be a qkv.Mask; got {type(mask).__name__}. Use {remedy}.")
     return mask
 
 
-def require_rotary(who: str, rotary: object, head_dim: int) -> None:
+def require_rotary(caller: str, rotary: object, head_dim: int) -> None:
     """Raises unless it is a module that rotates heads of this width, `RotaryEmbedding` or one like it."""
     if not isinstance(rotary, nn.Module) or not hasattr(rotary, "head_dim"):
         raise TypeError(
-            f"{who}: rotary must be a qkv.RotaryEmbedding, or a module with a head_dim that is called as it is; "
+            f"{caller}: rotary must be a qkv.RotaryEmbedding, or a module with a head_dim that is called as it is; "
             f"got {rotary if isinstance(rotary, bool) else type(rotary).__name__}. Use RotaryEmbedding({head_dim})."
         )
     if rotary.head_dim != head_dim:
-        raise ValueError(f"{who}: rotary must be for head_dim={head_dim}; got {rotary.head_dim}.")
+        raise ValueError(f"{caller}: rotary must be for head_dim={head_dim}; got {rotary.head_dim}.")
 
 
-def require_backend(who: str, backend: object) -> None:
+def require_backend(caller: str, backend: object) -> None:
     """Raises unless it is the name of one, or ``auto``."""
     names = [candidate.NAME for candidate in BACKENDS]
     if backend != "auto" and backend not in names:
         known = ", ".join(map(repr, names))
-        raise ValueError(f"{who}: backend must be 'auto' or one of {known}; got {backend!r}.")
+        raise ValueError(f"{caller}: backend must be 'auto' or one of {known}; got {backend!r}.")
 
 
-def wrong_input(who: str, name: str, value: object, layout: str) -> Exception:
+def wrong_input(caller: str, name: str, value: object, layout: str) -> Exception:
     """What says that a layer takes a tensor of another shape, or a tensor at all."""
     if not isinstance(value, Tensor):
-        return TypeError(f"{who}: {name} must be a tensor {layout}; got {type(value).__name__}.")
-    return ValueError(f"{who}: {name} must be {layout}; got shape {tuple(value.shape)}.")
+        return TypeError(f"{caller}: {name} must be a tensor {layout}; got {type(value).__name__}.")
+    return ValueError(f"{caller}: {name} must be {layout}; got shape {tuple(value.shape)}.")
 
 
-def require_like_weights(who: str, name: str, x: Tensor, linear: nn.Module, cause: Exception) -> None:
+def require_like_weights(caller: str, name: str, x: Tensor, linear: nn.Module, cause: Exception) -> None:
     """Raises where the dtype or the device of x is the ``cause`` of a projection's failure."""
     weight = getattr(linear, "weight", None)
     if not isinstance(weight, Tensor) or not weight.dtype.is_floating_point:
         return
     if x.device != weight.device:
         raise ValueError(
-            f"{who}: {name} must be on the device of the layer's weights, {weight.device}; got {x.device}."
+            f"{caller}: {name} must be on the device of the layer's weights, {weight.device}; got {x.device}."
         ) from cause
     if x.dtype is not weight.dtype:
         lower = " (or torch.autocast enabled)" if x.dtype.is_floating_point else ""
         raise ValueError(
-            f"{who}: {name} must be {weight.dtype}, as the layer's weights are{lower}; got {x.dtype}."
+            f"{caller}: {name} must be {weight.dtype}, as the layer's weights are{lower}; got {x.dtype}."
         ) from cause
 
 
-def vector(who: str, name: str, value: Any, count: int, what: str) -> Numbers:
+def vector(caller: str, name: str, value: Any, count: int, what: str) -> Numbers:
     """A vector of ``count`` finite numbers, from a tensor or a sequence.
 
     Args:
@@ -74,13 +74,13 @@ def vector(who: str, name: str, value: Any, count: int, what: str) -> Numbers:
     required = f"{name} must be floating-point of shape ({count},), {what}"
     dtype = torch.float32
     if isinstance(value, str):
-        raise TypeError(f"{who}: {required}; got {value!r}.")
+        raise TypeError(f"{caller}: {required}; got {value!r}.")
     if isinstance(value, Tensor):
         if value.shape != (count,) or not value.dtype.is_floating_point:
-            raise ValueError(f"{who}: {required}; got {value.dtype} {tuple(value.shape)}.")
+            raise ValueError(f"{caller}: {required}; got {value.dtype} {tuple(value.shape)}.")
         if value.requires_grad:
             raise ValueError(
-                f"{who}: {name} are constants of the layer; got a tensor that requires a gradient. "
+                f"{caller}: {name} are constants of the layer; got a tensor that requires a gradient. "
                 "Detach it, or keep it as a parameter of your own and call qkv.attention."
             )
         dtype = torch.promote_types(value.dtype, dtype)
@@ -88,15 +88,15 @@ def vector(who: str, name: str, value: Any, count: int, what: str) -> Numbers:
             value = value.tolist()
         except (NotImplementedError, RuntimeError) as error:  # of meta and fake tensors
             raise ValueError(
-                f"{who}: {required}; got a tensor on {value.device} without numbers. Give a list, or make the tensor "
-                "with device='cpu' where everything else is built without memory."
+                f"{caller}: {required}; got a tensor on {value.device} without numbers. Give a list, or make the "
+                "tensor with device='cpu' where everything else is built without memory."
             ) from error
     try:
         found = tuple(map(float, value))
     except (TypeError, ValueError) as error:
-        raise TypeError(f"{who}: {required}; got {value!r}.") from error
+        raise TypeError(f"{caller}: {required}; got {value!r}.") from error
     if len(found) != count:
-        raise ValueError(f"{who}: {required}; got {value!r}.")
+        raise ValueError(f"{caller}: {required}; got {value!r}.")
     if not all(map(math.isfinite, found)):
-        raise ValueError(f"{who}: {name} must be finite; got {found}.")
+        raise ValueError(f"{caller}: {name} must be finite; got {found}.")
     return Numbers(found, dtype)

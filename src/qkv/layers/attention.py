@@ -136,40 +136,40 @@ class Attention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        who = type(self).__name__
+        caller = type(self).__name__
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        require_count(who, "embed_dim", embed_dim)
+        require_count(caller, "embed_dim", embed_dim)
         for name, count in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
-            require_count(who, name, count, least=0)
+            require_count(caller, name, count, least=0)
         for name, width in (("head_dim", head_dim), ("value_dim", value_dim), ("context_dim", context_dim)):
             if width is not None:
-                require_count(who, name, width)
+                require_count(caller, name, width)
         if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
             raise ValueError(
-                f"{who}: num_heads must be a multiple of num_kv_heads, both at least 1; "
+                f"{caller}: num_heads must be a multiple of num_kv_heads, both at least 1; "
                 f"got num_heads={num_heads} and num_kv_heads={num_kv_heads}."
             )
         if head_dim is None:
             if embed_dim % num_heads:
                 raise ValueError(
-                    f"{who}: embed_dim must be a multiple of num_heads unless head_dim is given; "
+                    f"{caller}: embed_dim must be a multiple of num_heads unless head_dim is given; "
                     f"got embed_dim={embed_dim} and num_heads={num_heads}."
                 )
             head_dim = embed_dim // num_heads
-        require_mask(who, mask)
+        require_mask(caller, mask)
         out_bias = bias if out_bias is None else out_bias
         for name, flag in (("qk_norm", qk_norm), ("bias", bias), ("out_bias", out_bias), ("sink_logits", sink_logits)):
-            require_flag(who, name, flag)
+            require_flag(caller, name, flag)
         if rotary is not None:
-            require_rotary(who, rotary, head_dim)
+            require_rotary(caller, rotary, head_dim)
             if context_dim is not None:
-                raise ValueError(f"{who}: rotary has no meaning between two sequences; give rotary or context_dim.")
+                raise ValueError(f"{caller}: rotary has no meaning between two sequences; give rotary or context_dim.")
         if scale is not None:
-            require_finite(who, "scale", scale, otherwise=", or None for 1 / sqrt(head_dim)")
+            require_finite(caller, "scale", scale, otherwise=", or None for 1 / sqrt(head_dim)")
         if softcap is not None:
-            require_positive(who, "softcap", softcap, otherwise=" or None")
-        require_probability(who, "dropout", dropout)
-        require_backend(who, backend)
+            require_positive(caller, "softcap", softcap, otherwise=" or None")
+        require_probability(caller, "dropout", dropout)
+        require_backend(caller, backend)
 
         self.embed_dim = embed_dim
         self.num_heads = num_heads
@@ -182,7 +182,7 @@ class Attention(nn.Module):
         self.softcap = softcap
         self.dropout = dropout
         self.backend = backend
-        self._owner = Owner(f"{who}({embed_dim}, num_heads={num_heads})")
+        self._owner = Owner(f"{caller}({embed_dim}, num_heads={num_heads})")
 
         source_dim = embed_dim if context_dim is None else context_dim
 
@@ -273,15 +273,15 @@ class Attention(nn.Module):
 
     def _forward_jagged(self, x: Tensor, context: Tensor | None, mask: Mask | None, cache: Cache | None) -> Tensor:
         """`forward` over sequences of different lengths, each for itself: padding is not projected."""
-        who = type(self).__name__
-        mask = self.mask if mask is None else self.mask & require_mask(who, mask)
+        caller = type(self).__name__
+        mask = self.mask if mask is None else self.mask & require_mask(caller, mask)
         if cache is not None or mask.has_tensors:
             given = "a cache" if cache is not None else repr(mask)
             raise ValueError(
-                f"{who}: with nested tensors, masks are bands as Mask.causal() and there is no cache; got {given}. "
+                f"{caller}: with nested tensors, masks are bands as Mask.causal() and there is no cache; got {given}. "
                 "Call it for each sequence, or on x.to_padded_tensor(0.0) with mask=Mask.padding(lengths)."
             )
-        require_jagged(who, "x", x, self.embed_dim)
+        require_jagged(caller, "x", x, self.embed_dim)
         mine = theirs = sequences_of(x)
         if self.context_dim is None:
             self._refuse_context(context)
@@ -303,18 +303,19 @@ class Attention(nn.Module):
         return nested_like(x, self._joined(out))
 
     def _sequences_of_context(self, mine: Sequences, context: Tensor | None, mask: Mask) -> Sequences:
-        who = type(self).__name__
-        require_jagged(who, "context", context, self.context_dim)
+        caller = type(self).__name__
+        require_jagged(caller, "context", context, self.context_dim)
         if mask.is_positional or self._slopes is not None:
             raise ValueError(
-                f"{who}: {repr(mask) if mask.is_positional else 'alibi'} depends on where queries stand among the keys "
-                "of a context, which nested tensors do not say. Call qkv.attention for each sequence, with offset=."
+                f"{caller}: {repr(mask) if mask.is_positional else 'alibi'} depends on where queries stand among the "
+                "keys of a context, which nested tensors do not say. Call qkv.attention for each sequence, with "
+                "offset=."
             )
         assert context is not None
         theirs = sequences_of(context)
         if len(theirs.lengths) != len(mine.lengths):
             raise ValueError(
-                f"{who}: context must have a sequence for each of the {len(mine.lengths)} of x; "
+                f"{caller}: context must have a sequence for each of the {len(mine.lengths)} of x; "
                 f"got {len(theirs.lengths)}."
             )
         return theirs
@@ -338,10 +339,10 @@ class Attention(nn.Module):
         return project(self.out_proj, out.transpose(1, 2).flatten(2))
 
     def _inputs(self, x: Tensor, context: Tensor | None, mask: Mask | None, cache: Cache | None) -> _Inputs:
-        who = type(self).__name__
+        caller = type(self).__name__
         if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[2] != self.embed_dim:
-            raise wrong_input(who, "x", x, f"(B, L, {self.embed_dim})")
-        mask = self.mask if mask is None else self.mask & require_mask(who, mask)
+            raise wrong_input(caller, "x", x, f"(B, L, {self.embed_dim})")
+        mask = self.mask if mask is None else self.mask & require_mask(caller, mask)
         try:
             q = self._heads(project(self.q_proj, x), self.head_dim, self.q_norm)
             if self.context_dim is None:
@@ -353,13 +354,13 @@ class Attention(nn.Module):
 
     def _explain(self, error: RuntimeError, x: Tensor, context: Tensor | None) -> None:
         """Raises what says more than torch's error, where inputs are unlike the weights. Asking first has a price."""
-        who = type(self).__name__
-        require_like_weights(who, "x", x, self.q_proj, error)
+        caller = type(self).__name__
+        require_like_weights(caller, "x", x, self.q_proj, error)
         if context is not None:
-            require_like_weights(who, "context", context, self.k_proj, error)
+            require_like_weights(caller, "context", context, self.k_proj, error)
 
     def _self_inputs(self, x: Tensor, q: Tensor, context: Tensor | None, mask: Mask, cache: Cache | None) -> _Inputs:
-        who = type(self).__name__
+        caller = type(self).__name__
         self._refuse_context(context)
         if cache is None:
             k, v = self._keys(x)
@@ -368,7 +369,7 @@ class Attention(nn.Module):
             return _Inputs(q, Keys(k, v, 0), mask)
         if not isinstance(cache, Cache) or isinstance(cache, CrossKVCache):
             raise TypeError(
-                f"{who}: cache must be a KVCache or SlidingKVCache in self-attention; got a {type(cache).__name__}."
+                f"{caller}: cache must be a KVCache or SlidingKVCache in self-attention; got a {type(cache).__name__}."
             )
         cache.admit(self._owner, mask)
         k, v = self._keys(x)
@@ -376,7 +377,7 @@ class Attention(nn.Module):
             position = cache.length
             q, k = self.rotary(q, position), self.rotary(k, position)
         keys = cache.append(k, v)
-        return _Inputs(q, keys, cache.held(mask))
+        return _Inputs(q, keys, cache.restrict(mask))
 
     def _refuse_context(self, context: Tensor | None) -> None:
         if context is not None:
@@ -389,20 +390,20 @@ class Attention(nn.Module):
             )
 
     def _cross_inputs(self, x: Tensor, q: Tensor, context: Tensor | None, mask: Mask, cache: Cache | None) -> _Inputs:
-        who = type(self).__name__
+        caller = type(self).__name__
         if cache is not None and not isinstance(cache, CrossKVCache):
-            raise TypeError(f"{who}: cache must be a CrossKVCache in cross-attention; got {type(cache).__name__}.")
+            raise TypeError(f"{caller}: cache must be a CrossKVCache in cross-attention; got {type(cache).__name__}.")
         held = 0 if cache is None else cache.length
         if context is None:
             if cache is None or not held:
                 raise ValueError(
-                    f"{who}: context must be given, (B, Lk, {self.context_dim}), or a CrossKVCache that holds one."
+                    f"{caller}: context must be given, (B, Lk, {self.context_dim}), or a CrossKVCache that holds one."
                 )
             cache.admit(self._owner, mask)
             return _Inputs(q, cache.keys(), mask)
         sizes = (context.shape[0], context.shape[2]) if isinstance(context, Tensor) and context.dim() == 3 else ()
         if sizes != (x.shape[0], self.context_dim):
-            raise wrong_input(who, "context", context, f"({x.shape[0]}, Lk, {self.context_dim})")
+            raise wrong_input(caller, "context", context, f"({x.shape[0]}, Lk, {self.context_dim})")
         if cache is None:
             k, v = self._keys(context)
             return _Inputs(q, Keys(k, v, None), mask)

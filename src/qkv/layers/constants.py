@@ -31,7 +31,7 @@ def constant(compute: Callable[..., Tensor], *arguments: Hashable) -> Tensor:
     Computed anew where somebody records or transforms operators: what is made there may be no tensor but a stand-in,
     and what was made elsewhere is unknown to it.
     """
-    if kernels.is_watched() or torch._C._are_functorch_transforms_active():
+    if kernels.is_tracing() or torch._C._are_functorch_transforms_active():
         return compute(*arguments)
     return _kept(compute, *arguments)
 

@@ -70,9 +70,9 @@ def _real(x: Any) -> Tensor | None:
     return first + torch.arange(len(first), device=first.device)
 
 
-def require_jagged(who: str, name: str, x: object, width: int | None) -> None:
+def require_jagged(caller: str, name: str, x: object, width: int | None) -> None:
     """Raises unless it is a jagged tensor ``(B, j, width)``."""
-    required = f"{who}: {name} must be a jagged nested tensor (B, j, {width})"
+    required = f"{caller}: {name} must be a jagged nested tensor (B, j, {width})"
     if not isinstance(x, Tensor):
         raise TypeError(f"{required}, as the other one is; got {type(x).__name__}.")
     if not x.is_nested:

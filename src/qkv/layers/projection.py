@@ -29,11 +29,11 @@ def project(linear: nn.Module, x: Tensor) -> Tensor:
     return projected
 
 
-def require_linear(who: str, name: str, projection: nn.Module) -> None:
+def require_linear(caller: str, name: str, projection: nn.Module) -> None:
     """Raises unless what a projection computes is ``F.linear`` of its own weight and bias, which may be copied then."""
     if not isinstance(projection, nn.Linear) or type(projection).forward is not nn.Linear.forward:
         raise TypeError(
-            f"{who}: {name} must be an nn.Linear, whose weights say all that it computes; got "
+            f"{caller}: {name} must be an nn.Linear, whose weights say all that it computes; got "
             f"{type(projection).__name__}. Merge adapters, or take wrappers off, first."
         )
 

@@ -50,15 +50,15 @@ class RotaryEmbedding(nn.Module):
         frequencies: Tensor | Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        who = "RotaryEmbedding"
-        require_count(who, "head_dim", head_dim)
+        caller = "RotaryEmbedding"
+        require_count(caller, "head_dim", head_dim)
         rotary_dim = head_dim if rotary_dim is None else rotary_dim
-        require_count(who, "rotary_dim", rotary_dim, 0)
+        require_count(caller, "rotary_dim", rotary_dim, 0)
         if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
-            raise ValueError(f"{who}: rotary_dim must be even and at most head_dim={head_dim}; got {rotary_dim}.")
-        require_positive(who, "base", base)
-        require_flag(who, "interleaved", interleaved)
-        require_finite(who, "position_scale", position_scale)
+            raise ValueError(f"{caller}: rotary_dim must be even and at most head_dim={head_dim}; got {rotary_dim}.")
+        require_positive(caller, "base", base)
+        require_flag(caller, "interleaved", interleaved)
+        require_finite(caller, "position_scale", position_scale)
         self.head_dim = head_dim
         self.base = base
         self.rotary_dim = rotary_dim
@@ -66,7 +66,7 @@ class RotaryEmbedding(nn.Module):
         self.position_scale = position_scale
         self._given: Numbers | None = None
         if frequencies is not None:
-            given = vector(who, "frequencies", frequencies, rotary_dim // 2, "one a pair of channels")
+            given = vector(caller, "frequencies", frequencies, rotary_dim // 2, "one a pair of channels")
             self._given = given._replace(dtype=torch.float32)
 
     @property

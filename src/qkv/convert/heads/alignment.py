@@ -35,7 +35,7 @@ def join(weight: Tensor, bias: Tensor | None) -> Tensor:
     return weight if bias is None else torch.cat([weight, bias[:, None]], dim=1)
 
 
-class KeyFreedom(NamedTuple):
+class KeySymmetry(NamedTuple):
     """Which turns of queries and keys leave their scores as they are.
 
     Positions turn the pairs of channels of rotary embeddings; what commutes with that is a turn of each pair. Channels
@@ -101,7 +101,7 @@ def align_heads(
     projections: Projections,
     num_kv_heads: int,
     new_kv_heads: int,
-    freedom: KeyFreedom,
+    freedom: KeySymmetry,
     *,
     gain: Tensor | None = None,
 ) -> Alignment:
@@ -132,9 +132,9 @@ def align_heads(
 
     Example:
         >>> import torch
-        >>> from qkv.convert import KeyFreedom, Projections, align_heads
+        >>> from qkv.convert import KeySymmetry, Projections, align_heads
         >>> q, k, v, out = (torch.randn(32, 32) for _ in range(4))
-        >>> alignment = align_heads(Projections(q, k, v, out), 4, 2, KeyFreedom(rotary_dim=8))
+        >>> alignment = align_heads(Projections(q, k, v, out), 4, 2, KeySymmetry(rotary_dim=8))
         >>> alignment.order.shape, alignment.key_turns.shape
         (torch.Size([4]), torch.Size([4, 8, 8]))
 

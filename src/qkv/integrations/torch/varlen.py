@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qkv.arguments import require_tensors
 from qkv.masks import Mask
-from qkv.sequences import Keys, pose_sequences
+from qkv.sequences import Keys, make_sequences
 
 
 class AuxRequest(NamedTuple):
@@ -74,126 +74,126 @@ def varlen_attn(
     without keys is inf, and no gradient flows through the lse, nor with seqused_k or block_table; here it does. (The
     lse is documented as ``(Tq, H)`` there, and returned as ``(H, Tq)``.)
     """
-    who = "varlen_attn"
+    caller = "varlen_attn"
     if return_aux is not None and not hasattr(return_aux, "lse"):
-        raise TypeError(f"{who}: return_aux must be an AuxRequest or None; got {return_aux!r}.")
-    require_layout(who, "(Tq, H, D)", query=query)
-    require_keys(who, "(Tk, Hkv, D)" if block_table is None else "(pages, page_size, Hkv, D)", key=key, value=value)
+        raise TypeError(f"{caller}: return_aux must be an AuxRequest or None; got {return_aux!r}.")
+    require_layout(caller, "(Tq, H, D)", query=query)
+    require_keys(caller, "(Tk, Hkv, D)" if block_table is None else "(pages, page_size, Hkv, D)", key=key, value=value)
     if not enable_gqa and query.shape[1] != key.shape[-2]:
         raise ValueError(
-            f"{who}: query and key must have the same number of heads; got {query.shape[1]} and {key.shape[-2]}. "
+            f"{caller}: query and key must have the same number of heads; got {query.shape[1]} and {key.shape[-2]}. "
             "Give enable_gqa=True where groups of query heads share a key head."
         )
-    require_starts(who, "cu_seq_q", cu_seq_q, query.shape[0])
+    require_starts(caller, "cu_seq_q", cu_seq_q, query.shape[0])
     if block_table is not None:
         if seqused_k is None:
-            raise ValueError(f"{who}: block_table needs seqused_k, the number of keys of each sequence; got None.")
-        require_counts(who, "seqused_k", seqused_k, len(cu_seq_q) - 1)
-        keys = keys_in_pages(who, key, value, block_table, seqused_k)
+            raise ValueError(f"{caller}: block_table needs seqused_k, the number of keys of each sequence; got None.")
+        require_counts(caller, "seqused_k", seqused_k, len(cu_seq_q) - 1)
+        keys = keys_in_pages(caller, key, value, block_table, seqused_k)
     else:
         if cu_seq_k is None:
-            raise ValueError(f"{who}: cu_seq_k must be given where no block_table says where keys stand; got None.")
-        require_starts(who, "cu_seq_k", cu_seq_k, key.shape[0])
+            raise ValueError(f"{caller}: cu_seq_k must be given where no block_table says where keys stand; got None.")
+        require_starts(caller, "cu_seq_k", cu_seq_k, key.shape[0])
         if seqused_k is not None:
             held = cu_seq_k.diff()
-            require_counts(who, "seqused_k", seqused_k, len(held))
+            require_counts(caller, "seqused_k", seqused_k, len(held))
             if not torch.compiler.is_compiling() and (seqused_k.to(held.device) > held).any():
                 raise ValueError(
-                    f"{who}: seqused_k must be at most the lengths that cu_seq_k gives, {held.tolist()}; "
+                    f"{caller}: seqused_k must be at most the lengths that cu_seq_k gives, {held.tolist()}; "
                     f"got {seqused_k.tolist()}."
                 )
         keys = Keys.packed(key, value, cu_seq_k, seqused_k)
-    out, lse = pose_sequences(who, query, cu_seq_q, keys, mask=band(who, window_size), scale=scale).attend()
+    out, lse = make_sequences(caller, query, cu_seq_q, keys, mask=band(caller, window_size), scale=scale).attend()
     return (out, lse) if return_aux is not None and return_aux.lse else out
 
 
-def band(who: str, window_size: Sequence[int], causal: bool = False) -> Mask:
+def band(caller: str, window_size: Sequence[int], causal: bool = False) -> Mask:
     """The mask of flash-attn's ``window_size``, ``(left, right)`` with -1 for no bound; ``causal`` makes right 0."""
     if not isinstance(window_size, Sequence) or len(window_size) != 2:
-        raise ValueError(f"{who}: window_size must be (left, right), -1 for no bound; got {window_size!r}.")
+        raise ValueError(f"{caller}: window_size must be (left, right), -1 for no bound; got {window_size!r}.")
     left, right = window_size
     if causal:
         right = 0
     return Mask.band(None if left < 0 else left, None if right < 0 else right)
 
 
-def require_starts(who: str, name: str, starts: Tensor, total: int | None = None) -> None:
+def require_starts(caller: str, name: str, starts: Tensor, total: int | None = None) -> None:
     """Raises unless they say where each of some sequences begins among ``total`` tokens (any number, if None).
 
     What a tensor holds is not looked at here while compiling, as in all checks: the kernel does when it runs.
     """
-    _require_integers(who, name, starts)
+    _require_integers(caller, name, starts)
     if torch.compiler.is_compiling():
         return
     bounds = starts.tolist() if starts.dim() == 1 else []
     fits = len(bounds) > 1 and bounds[0] == 0 and total in (None, bounds[-1])
     if not fits or any(start > stop for start, stop in pairwise(bounds)):
         end = "" if total is None else f" and end at {total}, the number of tokens"
-        raise ValueError(f"{who}: {name} must be (N + 1,) integers that start at 0, never fall{end}; got {starts}.")
+        raise ValueError(f"{caller}: {name} must be (N + 1,) integers that start at 0, never fall{end}; got {starts}.")
 
 
-def require_counts(who: str, name: str, counts: Tensor, batch: int) -> None:
+def require_counts(caller: str, name: str, counts: Tensor, batch: int) -> None:
     """Raises unless they are numbers of tokens of each sequence of a batch."""
-    _require_integers(who, name, counts)
+    _require_integers(caller, name, counts)
     if counts.shape != (batch,) or (not torch.compiler.is_compiling() and min(counts.tolist(), default=0) < 0):
-        raise ValueError(f"{who}: {name} must be ({batch},) integers, at least 0, one a sequence; got {counts}.")
+        raise ValueError(f"{caller}: {name} must be ({batch},) integers, at least 0, one a sequence; got {counts}.")
 
 
-def _require_integers(who: str, name: str, value: object) -> None:
-    require_tensors(who, **{name: value})
+def _require_integers(caller: str, name: str, value: object) -> None:
+    require_tensors(caller, **{name: value})
     assert isinstance(value, Tensor)
     if value.dtype.is_floating_point or value.dtype.is_complex or value.dtype is torch.bool:
-        raise ValueError(f"{who}: {name} must be integers; got {value.dtype}.")
+        raise ValueError(f"{caller}: {name} must be integers; got {value.dtype}.")
 
 
-def require_layout(who: str, layout: str, **tensors: Tensor) -> None:
+def require_layout(caller: str, layout: str, **tensors: Tensor) -> None:
     """Raises unless each is a tensor and has the dimensions that ``layout``, as ``(T, H, D)``, names."""
-    require_tensors(who, **tensors)
+    require_tensors(caller, **tensors)
     for name, tensor in tensors.items():
         if tensor.dim() != layout.count(",") + 1:
-            raise ValueError(f"{who}: {name} must be {layout}; got shape {tuple(tensor.shape)}.")
+            raise ValueError(f"{caller}: {name} must be {layout}; got shape {tuple(tensor.shape)}.")
 
 
-def require_keys(who: str, layout: str, **keys_and_values: Tensor) -> None:
+def require_keys(caller: str, layout: str, **keys_and_values: Tensor) -> None:
     """Raises ValueError unless keys and values have the dimensions of ``layout``, and equal ones but for the last."""
-    require_layout(who, layout, **keys_and_values)
+    require_layout(caller, layout, **keys_and_values)
     (k_name, k), (v_name, v) = keys_and_values.items()
     if k.shape[:-1] != v.shape[:-1]:
         raise ValueError(
-            f"{who}: {k_name} and {v_name} must have the same shape but for their width; "
+            f"{caller}: {k_name} and {v_name} must have the same shape but for their width; "
             f"got {tuple(k.shape)} and {tuple(v.shape)}."
         )
 
 
-def require_table(who: str, block_table: Tensor, batch: int) -> None:
+def require_table(caller: str, block_table: Tensor, batch: int) -> None:
     """Raises unless it has a row of entries for each sequence of a batch."""
-    _require_integers(who, "block_table", block_table)
+    _require_integers(caller, "block_table", block_table)
     if block_table.dim() != 2 or block_table.shape[0] != batch:
         raise ValueError(
-            f"{who}: block_table must be ({batch}, pages of a sequence); got shape {tuple(block_table.shape)}."
+            f"{caller}: block_table must be ({batch}, pages of a sequence); got shape {tuple(block_table.shape)}."
         )
 
 
 def keys_in_pages(
-    who: str, k: Tensor, v: Tensor, block_table: Tensor, stops: Tensor, starts: Tensor | None = None
+    caller: str, k: Tensor, v: Tensor, block_table: Tensor, stops: Tensor, starts: Tensor | None = None
 ) -> Keys:
     """Keys ``starts[n]`` (0 if None) to ``stops[n] - 1`` of each sequence, in pools ``(pages, page_size, Hkv, D)``.
 
     Raises:
         ValueError: unless the entries of the table that they need are there, and pages. No other is looked at.
     """
-    require_table(who, block_table, len(stops))
+    require_table(caller, block_table, len(stops))
     starts = torch.zeros_like(stops) if starts is None else starts
     if not torch.compiler.is_compiling():
-        _require_pages(who, k, block_table, starts.tolist(), stops.tolist())
+        _require_pages(caller, k, block_table, starts.tolist(), stops.tolist())
     return Keys(k, v, starts, stops - starts, block_table)
 
 
-def _require_pages(who: str, pool: Tensor, block_table: Tensor, starts: Sequence[int], stops: Sequence[int]) -> None:
+def _require_pages(caller: str, pool: Tensor, block_table: Tensor, starts: Sequence[int], stops: Sequence[int]) -> None:
     num_pages, page_size = pool.shape[:2]
     if max(stops, default=0) > block_table.shape[1] * page_size:
         raise ValueError(
-            f"{who}: block_table must have pages for {max(stops)} keys; "
+            f"{caller}: block_table must have pages for {max(stops)} keys; "
             f"got {block_table.shape[1]} of {page_size} keys for each sequence."
         )
     for n, (entries, start, stop) in enumerate(zip(block_table.tolist(), starts, stops, strict=True)):
@@ -204,6 +204,6 @@ def _require_pages(who: str, pool: Tensor, block_table: Tensor, starts: Sequence
         if not 0 <= min(needed) <= max(needed) < num_pages:
             page = next(page for page in needed if not 0 <= page < num_pages)
             raise ValueError(
-                f"{who}: block_table must name pages 0 to {num_pages - 1}; got {page} at "
+                f"{caller}: block_table must name pages 0 to {num_pages - 1}; got {page} at "
                 f"[{n}, {entries.index(page, first)}], where sequence {n} of {stop} keys needs one."
             )

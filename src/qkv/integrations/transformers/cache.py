@@ -16,11 +16,11 @@ from transformers.cache_utils import (
 from typing_extensions import Self
 
 from qkv.cache import Int8Keys, Int8KVCache
-from qkv.cache.buffer import Growing, alone, append_in_place, send_by_value, wants_grad
+from qkv.cache.buffer import AppendBuffer, append_in_place, compact_copy, send_by_value, wants_grad
 from qkv.integrations.transformers.lazy_tensor import Int8Tensor
 
 
-def _room(tokens: int) -> int:
+def _capacity_for(tokens: int) -> int:
     """Tokens of new memory for so many. Little waits to be filled; all are moved once in 64 steps or more.
 
     A prompt gets room as well: moved at the first step, its layers would leave holes that the next ones do not fit.
@@ -28,7 +28,7 @@ def _room(tokens: int) -> int:
     return tokens + max(tokens // 16, 64)
 
 
-class _Roomy(DynamicLayer):  # type: ignore[misc]
+class _Buffered(DynamicLayer):  # type: ignore[misc]
     """What our layers share that keep tensors as they are: memory for each.
 
     Copies go on independently, as those of a `qkv.cache.Cache` do.
@@ -39,7 +39,7 @@ class _Roomy(DynamicLayer):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._keys, self._values = Growing(), Growing()
+        self._keys, self._values = AppendBuffer(), AppendBuffer()
 
     def __copy__(self) -> Self:
         twin = object.__new__(type(self))
@@ -52,8 +52,8 @@ class _Roomy(DynamicLayer):  # type: ignore[misc]
         Raises:
             RuntimeError: for tokens that were computed with gradients.
         """
-        tokens = {"keys": alone(self.keys), "values": alone(self.values)}
-        return {**vars(self), **tokens, "_keys": Growing(), "_values": Growing()}
+        tokens = {"keys": compact_copy(self.keys), "values": compact_copy(self.values)}
+        return {**vars(self), **tokens, "_keys": AppendBuffer(), "_values": AppendBuffer()}
 
     def _admit(self, key_states: Tensor, value_states: Tensor) -> None:
         """Refuses what does not go with the tokens held, before anything has changed."""
@@ -72,7 +72,7 @@ class _Roomy(DynamicLayer):  # type: ignore[misc]
             self.lazy_initialization(key_states, value_states)
 
 
-class GrowingLayer(_Roomy):
+class GrowingLayer(_Buffered):
     """All keys and values of one layer, in memory with room behind them.
 
     Takes transformers' own operations (reordering for beams, cropping, repeating, selecting) as they are: what is left
@@ -82,13 +82,15 @@ class GrowingLayer(_Roomy):
     def reserve(self, key_states: Tensor, value_states: Tensor) -> None:
         """Memory for a first update like this one."""
         for memory, states in ((self._keys, key_states), (self._values, value_states)):
-            memory.open(states[:, :, :0].shape, states.dtype, states.device, _room(states.shape[2]))
+            memory.append_uninitialised(
+                states[:, :, :0].shape, states.dtype, states.device, _capacity_for(states.shape[2])
+            )
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Appends keys and values ``(B, Hkv, L, D)``; returns all, as views that the next update may move."""
         if torch.compiler.is_compiling():
             return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
-        held = self._keys.shows(self.keys) and self._values.shows(self.values)
+        held = self._keys.is_current_view(self.keys) and self._values.is_current_view(self.values)
         grown = append_in_place((self._keys, self._values), key_states, value_states) if held else None
         if grown is None:
             self._admit(key_states, value_states)
@@ -106,7 +108,7 @@ class GrowingLayer(_Roomy):
             self.keys, self.values = self._keys.tensor, self._values.tensor
 
 
-class SlidingLayer(_Roomy, DynamicSlidingWindowLayer):  # type: ignore[misc]
+class SlidingLayer(_Buffered, DynamicSlidingWindowLayer):  # type: ignore[misc]
     """The keys and values of one layer that the next query may see, in memory for two windows."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -120,11 +122,11 @@ class SlidingLayer(_Roomy, DynamicSlidingWindowLayer):  # type: ignore[misc]
         self.cumulative_length += key_states.shape[2]
         return keys, values
 
-    def _roll(self, memory: Growing, held: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+    def _roll(self, memory: AppendBuffer, held: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
         """What was held and ``new`` behind it, and what of both the next query may see."""
-        room, before = 2 * self.sliding_window, self.sliding_window - 1
-        if _length(held) + new.shape[2] <= room:
-            seen = _extend(memory, held, new, room)
+        capacity, before = 2 * self.sliding_window, self.sliding_window - 1
+        if _length(held) + new.shape[2] <= capacity:
+            seen = _extend(memory, held, new, capacity)
             return seen, seen[:, :, max(0, seen.shape[2] - before) :]
         # A prompt of many windows is not kept.
         seen = torch.cat([held, new] if _length(held) else [new], dim=2)
@@ -154,7 +156,7 @@ class Int8Layer(DynamicLayer):  # type: ignore[misc]
         """As of `GrowingLayer`: `keys` and `values` show what the cache holds, and are shown anew."""
         if self._is_rounded:
             return {**vars(self), "keys": self.keys.dtype, "values": self.values.dtype}
-        return {**vars(self), "keys": alone(self.keys), "values": alone(self.values)}
+        return {**vars(self), "keys": compact_copy(self.keys), "values": compact_copy(self.values)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -167,7 +169,7 @@ class Int8Layer(DynamicLayer):  # type: ignore[misc]
 
     def reserve(self, key_states: Tensor, value_states: Tensor) -> None:
         """Memory for a first update like this one."""
-        self._cache.reserve(key_states, value_states, _room(key_states.shape[2]))
+        self._cache.reserve(key_states, value_states, _capacity_for(key_states.shape[2]))
 
     def reset(self) -> None:
         """Forgets all."""
@@ -273,7 +275,7 @@ class QKVCache(DynamicCache):  # type: ignore[misc]
     def __copy__(self) -> Self:
         """Another whose layers go on independently: ours share memory until one of both is written to."""
         twin = object.__new__(type(self))
-        layers = [copy(layer) if isinstance(layer, _Roomy | Int8Layer) else deepcopy(layer) for layer in self.layers]
+        layers = [copy(layer) if isinstance(layer, _Buffered | Int8Layer) else deepcopy(layer) for layer in self.layers]
         twin.__dict__.update({**vars(self), "layers": layers})
         return twin
 
@@ -319,14 +321,14 @@ def _length(held: Tensor | None) -> int:
     return held.shape[2] if held is not None and held.dim() == 4 else 0
 
 
-def _extend(memory: Growing, held: Tensor, new: Tensor, room: int | None = None) -> Tensor:
+def _extend(memory: AppendBuffer, held: Tensor, new: Tensor, capacity: int | None = None) -> Tensor:
     if _length(held):
-        memory.hold(held)
+        memory.adopt(held)
     else:
         memory.crop(0)
-    return memory.extend(new, _room(memory.length + new.shape[2]) if room is None else room)
+    return memory.extend(new, _capacity_for(memory.length + new.shape[2]) if capacity is None else capacity)
 
 
-def _select(memory: Growing, held: Tensor, rows: Tensor) -> Growing:
-    memory.hold(held)
+def _select(memory: AppendBuffer, held: Tensor, rows: Tensor) -> AppendBuffer:
+    memory.adopt(held)
     return memory.select(rows.to(held.device))

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from typing_extensions import Self
 
-from qkv.cache.buffer import alone
+from qkv.cache.buffer import compact_copy
 
 
 class LazyTensor(torch.Tensor):
@@ -66,7 +66,7 @@ class Int8Tensor(LazyTensor):
 
     def form(self) -> tuple[Any, ...]:
         """Codes and scales without what lies around them in the memory of a cache, and the dtype."""
-        return alone(self.codes), alone(self.scale), self.dtype
+        return compact_copy(self.codes), compact_copy(self.scale), self.dtype
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Int8Tensor(shape={tuple(self.shape)}, dtype={self.dtype})"

@@ -80,7 +80,7 @@ def make_mask(
     mask_function = mask_function or masking_utils.causal_mask_function
     sizes = (batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask)
     options |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False, "device": device}
-    if kernels.is_watched() or torch._C._are_functorch_transforms_active():
+    if kernels.is_tracing() or torch._C._are_functorch_transforms_active():
         additive: Tensor = masking_utils.eager_mask(*sizes, dtype=dtype, **options)
         return additive
     mask = recognise(mask_function, range(kv_offset, kv_offset + kv_length))

@@ -257,7 +257,7 @@ def _pack(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         return None
     hidden, given = _arguments(layer, args, kwargs)
     mask = given.get("attention_mask")
-    if not isinstance(mask, MaskTensor) or type(hidden) is not Tensor or kernels.is_watched():
+    if not isinstance(mask, MaskTensor) or type(hidden) is not Tensor or kernels.is_tracing():
         return None
     if hidden.is_cpu and (kernels.absence() is not None or hidden.dtype is torch.float64):
         return None  # torch's attention would write out which of all tokens meet: the square of the whole batch
