@@ -177,8 +177,8 @@ def test_an_append_that_fails_in_its_middle_adds_nothing(monkeypatch: pytest.Mon
                 left[0] -= 1
                 return room_for_all(self, *arguments)  # type: ignore[arg-type]
 
-            room_for_all = AppendBuffer._room_for
-            monkeypatch.setattr(AppendBuffer, "_room_for", room_for_some)
+            room_for_all = AppendBuffer._slots_for
+            monkeypatch.setattr(AppendBuffer, "_slots_for", room_for_some)
             with pytest.raises(MemoryError):
                 cache.append(*torch.randn(2, 2, 2, 20, 8))  # more than there is room for
             monkeypatch.undo()
