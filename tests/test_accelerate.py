@@ -557,6 +557,54 @@ def test_copies_and_pickles_of_a_model_are_accelerated_and_their_own(solved: lis
         assert "forward" not in vars(qkv.accelerate(copied, enabled=False)[0])
 
 
+def test_pickles_of_torchs_encoders_are_accelerated(solved: list[Tensor]) -> None:
+    """A container among the modules has no forward of its own to be pickled."""
+    layer = nn.TransformerEncoderLayer(16, 2, batch_first=True)
+    model = qkv.accelerate(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval())
+    x = torch.randn(2, 5, 16)
+    with torch.no_grad():
+        want, taken = model(x), len(solved)
+        assert torch.equal(pickle.loads(pickle.dumps(model))(x), want) and len(solved) == 2 * taken > 0
+
+
+def test_a_forward_that_changes_later_is_the_one_that_runs(solved: list[Tensor]) -> None:
+    class Other(Attend):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + 1
+
+    model, x = qkv.accelerate(Attend()), torch.randn(2, 9, 16)
+    want = model(x)
+    model.__class__ = Other
+    torch.testing.assert_close(model(x), want + 1)
+    graph = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(3, 3)))
+    traced, y = qkv.accelerate(graph), torch.randn(2, 3)
+    out = next(node for node in graph.graph.nodes if node.op == "output")
+    with graph.graph.inserting_before(out):
+        out.args = (graph.graph.call_function(torch.mul, (out.args[0], 2)),)
+    before = traced(y)
+    graph.recompile()
+    torch.testing.assert_close(traced(y), 2 * before)
+    assert len(solved) == 2
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.filterwarnings("ignore")
+def test_an_accelerated_model_is_exported_as_ever(strict: bool) -> None:
+    model, x = qkv.accelerate(nn.Sequential(Attend())), torch.randn(2, 9, 16)
+    torch.testing.assert_close(torch.export.export(model, (x,), strict=strict).module()(x), model(x))
+
+
+def test_numbers_that_are_negated_later_are_left_to_torch(solved: list[Tensor]) -> None:
+    q, score = torch.randn(1, 2, 5, 8), torch.randn(5, 5, dtype=torch.complex64).conj().imag
+    assert score.is_neg()
+    want = F.scaled_dot_product_attention(q, q, q, attn_mask=score)
+    with qkv.accelerate() as report:
+        assert torch.equal(F.scaled_dot_product_attention(q, q, q, attn_mask=score), want)
+        got = F.scaled_dot_product_attention(q, torch._neg_view(q), q)
+    torch.testing.assert_close(got, F.scaled_dot_product_attention(q, -q, q))
+    assert (report.taken, report.left) == (0, 2) and not solved
+
+
 def test_a_forward_of_the_users_own_is_kept() -> None:
     model = Attend()
     model.forward = own = lambda x: x + 1

@@ -209,6 +209,15 @@ def test_a_window_with_beams_and_refused_drafts() -> None:
 
 
 @each_cache
+@torch.no_grad()
+def test_tokens_that_are_negated_later(make: Callable[[], Any]) -> None:
+    cache, other, k = make(), make(), torch.randn(1, 2, 3, 8)
+    for _ in range(3):
+        got, want = cache.append(torch._neg_view(-k), torch._neg_view(-k)), other.append(k, k)
+        assert torch.equal(got.k, want.k) and torch.equal(got.v, want.v)
+
+
+@each_cache
 @pytest.mark.parametrize("load", [copy.copy, copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache)), None])
 @torch.no_grad()
 def test_copies_hold_what_was_held_and_go_on_alone(make: Callable[[], Any], load: Any) -> None:

@@ -28,6 +28,38 @@ ATTENTION = [
         ValueError,
         "one of float32, bfloat16, float16, float64; got torch.int32",
     ),
+    (
+        lambda: qkv.attention(Q.to_sparse(), K, V),
+        TypeError,
+        "q must be a strided tensor; got torch.sparse_coo. Use q.to_",
+    ),
+    (
+        lambda: qkv.attention(Q, K, V, mask=Mask.dense(BOOLEAN.to_sparse())),
+        TypeError,
+        "mask's dense allow must be a strided tensor; got torch.sparse_coo",
+    ),
+    (lambda: qkv.attention(Q, K, V, bias=torch.ones(5, 7).to_sparse()), TypeError, "bias must be a strided tensor"),
+    (
+        lambda: qkv.attention(Q, K, V, offset=2**64),
+        ValueError,
+        "offset must be a position that 64 bits can count; got 1844",
+    ),
+    (
+        lambda: qkv.attention_with_lse(Q, K, V, sofcap=1),
+        TypeError,
+        "attention_with_lse() got an unexpected keyword argument",
+    ),
+    (lambda: qkv.attention_weights(Q, K, backend="auto"), TypeError, "attention_weights() got an unexpected keyword"),
+    (
+        lambda: qkv.merge([(Q[0, 0, 0, 0], Q[0, 0, 0, 0])]),
+        ValueError,
+        "every out must have the same shape (B, H, Lq, Dv)",
+    ),
+    (
+        lambda: qkv.merge([(Q, Q[..., 0]), (Q.to("meta"), Q[..., 0])]),
+        ValueError,
+        "all partials must be on one device; got cpu, meta",
+    ),
     (lambda: qkv.attention(Q, K.to("meta"), V), ValueError, "same device; got cpu, meta and cpu"),
     (
         lambda: qkv.attention(Q, K, V, mask=Mask.causal()),

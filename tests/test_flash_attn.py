@@ -579,3 +579,9 @@ def test_the_pattern_of_dropout_is_refused() -> None:
         flash_attn_func(Q, K, K, 0.1, return_attn_probs=True)
     with pytest.raises(NotImplementedError, match=r"flash_attn_varlen_func: return_attn_probs .*dropout_p=0\.1"):
         varlen(dropout_p=0.1, return_attn_probs=True)
+
+
+@pytest.mark.parametrize("slopes", [(3,), (0, 3)])
+def test_a_batch_of_none_has_no_results(slopes: tuple[int, ...]) -> None:
+    q = torch.zeros(0, 5, 3, 8)
+    assert flash_attn_func(q, q, q, causal=True, alibi_slopes=torch.ones(slopes)).shape == (0, 5, 3, 8)

@@ -232,3 +232,28 @@ def test_bits_do_not_depend_on_run_threads_or_batch(backend: str, length: int) -
     for b in range(3):
         alone = qkv.attention(q[b : b + 1], k[b : b + 1], v[b : b + 1], mask=mask, backend=backend)
         assert torch.equal(alone, want[b : b + 1])
+
+
+def test_merge_has_the_dtype_of_the_first_piece() -> None:
+    out, lse = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3)
+    assert qkv.merge([(out.bfloat16(), lse), (out, lse)]).out.dtype is torch.bfloat16
+    assert qkv.merge([(out, lse), (out.bfloat16(), lse)]).out.dtype is torch.float32
+
+
+@pytest.mark.parametrize("backend", ["native", "sdpa", "reference"])
+def test_numbers_that_are_negated_later(backend: str) -> None:
+    """``z.conj().imag`` is a view of memory that holds the opposite, until somebody writes it out."""
+    q, k, v, d_out = torch.randn(4, 1, 2, 5, 8)
+    bias = torch.randn(1, 2, 5, 5, dtype=torch.complex64).conj().imag
+    tensors = [q, k, v, bias]
+    assert bias.is_neg()
+    want, got = [], []
+    for found, lazy in ((want, False), (got, True)):
+        leaves = [(torch._neg_view(-x) if lazy else x.clone()).detach().requires_grad_() for x in tensors]
+        assert all(x.is_neg() is lazy for x in leaves)
+        out = qkv.attention(*leaves[:3], bias=leaves[3], backend=backend)
+        found += [out, *torch.autograd.grad(out, leaves, torch._neg_view(-d_out) if lazy else d_out)]
+        with torch.no_grad():
+            found.append(qkv.attention(*leaves[:3], backend=backend))
+    for mine, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(mine.resolve_neg(), theirs.resolve_neg())

@@ -51,6 +51,53 @@ def test_compiled_to_machine_code_it_computes_the_same() -> None:
     torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), x)[0] for out in (got, want)))
 
 
+@pytest.mark.parametrize("backend", ["auto", "sdpa", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_for_any_number_of_heads_and_with_one_tensor_for_two(backend: str, dtype: torch.dtype) -> None:
+    def attend(q: Tensor, k: Tensor) -> Tensor:
+        return qkv.attention(q, k, k, mask=Mask.causal(), backend=backend)
+
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend="eager")
+    for heads, kv_heads in ((4, 4), (6, 2)):
+        tensors = [torch.randn(2, n, 5, 8, dtype=dtype, requires_grad=True) for n in (heads, kv_heads)]
+        got, want = compiled(*tensors), attend(*tensors)
+        torch.testing.assert_close(got, want)
+        gradients = [torch.autograd.grad(out.square().sum(), tensors) for out in (got, want)]
+        for mine, theirs in zip(*gradients, strict=True):
+            torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.filterwarnings("ignore")
+def test_exported_with_an_open_length_while_gradients_are_recorded(strict: bool) -> None:
+    layer = qkv.CausalAttention(16, 4).double()
+    shapes = ({1: torch.export.Dim("length", min=1, max=64)},)
+    x = torch.randn(2, 6, 16, dtype=torch.float64)
+    program = torch.export.export(layer, (x,), dynamic_shapes=shapes, strict=strict).module()
+    for length in (6, 9):
+        x = torch.randn(2, length, 16, dtype=torch.float64)
+        torch.testing.assert_close(program(x), layer(x))
+
+
+CACHES = [qkv.KVCache, qkv.Int8KVCache, lambda: qkv.SlidingKVCache(6)]
+
+
+@pytest.mark.parametrize("make", CACHES, ids=["growing", "int8", "sliding"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_caches_under_vmap(make: Callable[[], qkv.KVCache], grad: bool) -> None:
+    layer, x = qkv.CausalAttention(24, 6, num_kv_heads=2, mask=Mask.causal(6)), torch.randn(3, 2, 5, 24)
+    layer.requires_grad_(False)
+
+    def decode(x: Tensor) -> Tensor:
+        cache = make()
+        return torch.cat([layer(part, cache=cache) for part in x.split([3, 1, 1], dim=1)], dim=1)
+
+    with torch.set_grad_enabled(grad):
+        got, want = torch.func.vmap(decode)(x), torch.stack([decode(each) for each in x])
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("cached", ["growing", "reserved", pytest.param("sliding", marks=pytest.mark.long)])
 @pytest.mark.filterwarnings("ignore")
 def test_decoding_steps_do_not_recompile(cached: str) -> None:

@@ -251,6 +251,21 @@ def test_compiled_and_exported_programs_hold_the_operators() -> None:
 
 
 @present
+def test_a_tensor_whose_storage_was_freed_is_refused() -> None:
+    q, k = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)
+    cache = qkv.KVCache()
+    with torch.no_grad():
+        cache.append(k, k)
+    q.untyped_storage().resize_(0)
+    for grad in (False, True):
+        with pytest.raises(
+            RuntimeError, match=r"a tensor of shape \(1, 2, 5, 8\) has no memory\. Was its storage freed"
+        ):
+            qkv.attention(q, k.requires_grad_(grad), k, backend="native")
+    assert qkv.attention(k, k, torch._efficientzerotensor((1, 2, 5, 8)), backend="sdpa").abs().max() == 0
+
+
+@present
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of address space are tested on Linux")
 def test_too_little_memory_for_the_sums_is_an_error_and_not_the_end_of_the_process() -> None:
     code = """

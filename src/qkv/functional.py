@@ -157,7 +157,7 @@ def attention_weights(q: Tensor, k: Tensor, **options: Unpack[Options]) -> Tenso
 
     Args:
         q, k: as in `attention`.
-        **options: the keywords of `attention`; ``dropout`` has no effect here.
+        **options: the keywords of `attention` but for ``backend``; ``dropout`` has no effect here.
 
     Returns:
         ``(B, H, Lq, Lk)`` in the dtype of q. Each row sums to 1; to less with ``sink_logits``; to 0 where the query
@@ -195,7 +195,7 @@ def merge(partials: Iterable[tuple[Tensor, Tensor]]) -> Partial:
 
     Raises:
         TypeError: for what are no pairs of tensors.
-        ValueError: for no pieces, or pieces of different shapes.
+        ValueError: for no pieces, or pieces of different shapes or devices.
 
     Example:
         >>> import torch, qkv
@@ -215,14 +215,18 @@ def merge(partials: Iterable[tuple[Tensor, Tensor]]) -> Partial:
         if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(isinstance(part, Tensor) for part in pair):
             raise TypeError(f"merge: each of partials must be two tensors (out, lse); got {type(pair).__name__}.")
         out, lse = pair
-        if out.shape != partials[0][0].shape or lse.shape != out.shape[:3]:
+        if out.dim() != 4 or out.shape != partials[0][0].shape or lse.shape != out.shape[:3]:
             raise ValueError(
                 "merge: every out must have the same shape (B, H, Lq, Dv) and every lse be (B, H, Lq); "
                 f"got out {tuple(out.shape)} with lse {tuple(lse.shape)}, "
                 f"beside a first out {tuple(partials[0][0].shape)}."
             )
     outs, lses = zip(*partials, strict=True)
-    return joined(torch.stack(outs), torch.stack(lses))
+    devices = {part.device for part in (*outs, *lses)}
+    if len(devices) > 1:
+        raise ValueError(f"merge: all partials must be on one device; got {', '.join(sorted(map(str, devices)))}.")
+    out, lse = joined(torch.stack(outs), torch.stack(lses))
+    return Partial(out.to(outs[0].dtype), lse)
 
 
 def explain(q: Tensor, k: Tensor, v: Tensor, **options: Unpack[Options]) -> backends.Explanation:

@@ -8,6 +8,7 @@ from torch import Tensor
 from qkv.arguments import require_finite, require_positive, require_probability
 from qkv.masks import FULL, Mask
 
+MOST_POSITIONS = 1 << 62
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -111,6 +112,7 @@ def make_problem(
     sink_logits: Tensor | None = None,
     dropout: float = 0.0,
     wants_lse: bool = False,
+    **unknown: object,
 ) -> Problem:
     """The problem that a call of ``caller`` states.
 
@@ -118,6 +120,8 @@ def make_problem(
         TypeError: for arguments of the wrong type.
         ValueError: for shapes, dtypes, devices and numbers that do not fit together.
     """
+    if unknown:
+        raise TypeError(f"{caller}() got an unexpected keyword argument {next(iter(unknown))!r}.")
     _check_tensors(caller, q, k, v)
     if not q.is_meta and torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(q.device.type)
@@ -189,6 +193,8 @@ def _check_tensors(caller: str, q: Tensor, k: Tensor, v: Tensor) -> None:
             f"{caller}: nested tensors are for the layers, as qkv.CausalAttention. For heads of your own, call "
             "qkv.integrations.torch.varlen.varlen_attn with their values and offsets."
         )
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        _check_strided(caller, name, tensor)
     if not (q.dim() == k.dim() == v.dim() == 4):
         got = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
         raise ValueError(
@@ -245,6 +251,11 @@ def _check_int8(caller: str, name: str, tensor: Tensor, scale: Tensor | None) ->
         )
 
 
+def _check_strided(caller: str, name: str, tensor: Tensor) -> None:
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{caller}: {name} must be a strided tensor; got {tensor.layout}. Use {name}.to_dense().")
+
+
 def _check_mask(caller: str, mask: Mask, q: Tensor, k: Tensor) -> None:
     if not isinstance(mask, Mask):
         remedy = "Mask.dense(allow)" if isinstance(mask, Tensor) else "Mask.causal(), Mask.padding(keep), ..."
@@ -252,6 +263,7 @@ def _check_mask(caller: str, mask: Mask, q: Tensor, k: Tensor) -> None:
     batch, heads, lq, _ = q.shape
     lk = k.shape[2]
     for name, tensor in mask.tensors():
+        _check_strided(caller, f"mask's {name}", tensor)
         if tensor.device != q.device:
             raise ValueError(f"{caller}: mask is on {tensor.device}, q on {q.device}; use mask.to({str(q.device)!r}).")
         if name == "dense allow":
@@ -278,6 +290,8 @@ def _resolve_offset(caller: str, mask: Mask, alibi: Tensor | None, offset: int |
         return 0
     if not isinstance(offset, int | torch.SymInt) or isinstance(offset, bool):
         raise TypeError(f"{caller}: offset must be an int, the position of the first query; got {offset!r}.")
+    if isinstance(offset, int) and not -MOST_POSITIONS < offset < MOST_POSITIONS:
+        raise ValueError(f"{caller}: offset must be a position that 64 bits can count; got {offset}.")
     if mask.document_ids is not None and (offset < 0 or offset + lq > lk):
         raise ValueError(
             f"{caller}: a documents mask of {lk} positions must cover the queries; got offset={offset} and {lq} "
@@ -294,6 +308,7 @@ def _check_bias(caller: str, bias: Tensor, q: Tensor, k: Tensor) -> Tensor:
             f"{caller}: bias must be a floating-point tensor, added to the scores; got {got}. "
             "A boolean mask is mask=Mask.dense(allow)."
         )
+    _check_strided(caller, "bias", bias)
     if bias.device != q.device:
         raise ValueError(f"{caller}: bias must be on the device of q; got {bias.device} and {q.device}.")
     if bias.dim() > 4 or not _broadcasts(bias, want):

@@ -56,9 +56,9 @@ inline bool dtype_of(const dlpack::Tensor& tensor, Dtype& dtype) {
     return true;
 }
 
-// Whether there is a number in it, in four dimensions.
+// Whether there is a number in it, in four dimensions, and memory for it: storage can be freed.
 inline bool holds_heads(const dlpack::Tensor& tensor) {
-    if (tensor.device != dlpack::CPU || tensor.dimensions != 4) return false;
+    if (tensor.device != dlpack::CPU || tensor.dimensions != 4 || !tensor.data) return false;
     for (int i = 0; i < 4; ++i)
         if (tensor.shape[i] < 1) return false;
     return true;

@@ -38,7 +38,7 @@ def fast_path(
     if mask is not FULL and (type(mask) is not Mask or mask.document_ids is not None or mask.allow is not None):
         return None
     for extra in (k_scale, v_scale, mask.keep, mask.lengths):
-        if extra is not None and (type(extra) is not Tensor or extra.requires_grad):
+        if extra is not None and (type(extra) is not Tensor or extra.requires_grad or extra.is_neg()):
             return None
     if offset is None:
         if mask is not FULL and mask.is_positional and q.shape[2] != k.shape[2]:

@@ -55,13 +55,24 @@ def add_visible_nonfinite(result: Result, nonfinite: NonfiniteTerms | None) -> R
     if nonfinite is None:
         return result
     problem, mask = nonfinite.problem, nonfinite.problem.mask
-    if problem.needs_grad and not torch._C._get_tracing_state():  # a trace cannot hold a function of Python's
-        inputs = (problem.q, problem.k, problem.v, problem.bias, problem.alibi, problem.sink_logits)
+    # A trace or an exported program cannot hold a function of Python's.
+    if problem.needs_grad and not (torch._C._get_tracing_state() or torch.compiler.is_exporting()):
+        inputs = distinct(problem.q, problem.k, problem.v, problem.bias, problem.alibi, problem.sink_logits)
         tensors = (mask.keep, mask.lengths, mask.document_ids, mask.allow)
         bounds = (mask.left, mask.right, mask.sink_tokens, problem.offset)
         function = _Restored if torch.compiler.is_compiling() else _RestoredWithTangents
         return Result(*function.apply(*result, nonfinite.out, nonfinite.lse, *inputs, *tensors, *bounds))  # type: ignore[no-untyped-call]
     return Result(*_restored(*result, nonfinite.out, nonfinite.lse))
+
+
+def distinct(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors, with a view for one that is given again: as torch's compiler asks of functions with a backward."""
+    if not torch.compiler.is_compiling():
+        return tensors
+    found: list[Tensor | None] = []
+    for tensor in tensors:
+        found.append(tensor.view_as(tensor) if tensor is not None and any(tensor is x for x in found) else tensor)
+    return tuple(found)
 
 
 def _restored(

@@ -1,12 +1,14 @@
 """PyTorch's fused kernels, with the mask lowered to the cheapest form that is exact."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from qkv.backends import blocks, flex
-from qkv.backends.nonfinite import add_visible_nonfinite, zero_nonfinite
+from qkv.backends.nonfinite import add_visible_nonfinite, distinct, zero_nonfinite
 from qkv.backends.result import Result, accumulation_dtype, see_nothing
 from qkv.backends.sinks import add_sinks
 from qkv.problem import Problem, trim
@@ -101,6 +103,8 @@ def _fused(problem: Problem) -> Result:
         # torch's exporter that traces knows no groups.
         k, v = (x.repeat_interleave(problem.group, dim=1) for x in (problem.k, problem.v))
         problem = problem._replace(k=k, v=v)
+    # A bool also where a compiled program takes any number of heads; bool() would give none there.
+    grouped = True if problem.group != 1 else False  # noqa: SIM210
     out = F.scaled_dot_product_attention(
         problem.q,
         problem.k,
@@ -109,7 +113,7 @@ def _fused(problem: Problem) -> Result:
         dropout_p=problem.dropout,
         is_causal=is_causal,
         scale=problem.scale,
-        enable_gqa=bool(problem.group != 1),
+        enable_gqa=grouped,
     )
     if attn_mask is not None and torch.onnx.is_in_onnx_export():
         # Before opset 23, torch writes rows that see nothing as the mean of all values.
@@ -200,7 +204,7 @@ def _fused_with_lse(problem: Problem, attn_mask: Tensor | None, is_causal: bool,
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         blocked = attn_mask.new_zeros((), dtype=accumulation_dtype(problem.q.dtype))
         attn_mask = torch.where(attn_mask, blocked, -torch.inf)
-    operands = (problem.q, problem.k, problem.v, attn_mask, is_causal, problem.scale)
+    operands: Any = (*distinct(problem.q, problem.k, problem.v, attn_mask), is_causal, problem.scale)
     kernel = _FlashWithLse.apply if problem.needs_grad else _FlashWithLse.forward
     out, lse = kernel(*operands)
     out = out[..., :value_width]

@@ -48,7 +48,12 @@ class AppendBuffer:
     def extend(self, new: Tensor, capacity: int) -> Tensor:
         """Appends ``new`` and returns all tokens. A buffer that must be reallocated gets ``capacity`` slots."""
         memory = self.memory
-        if torch.is_grad_enabled() or (memory is not None and self.length and memory.dtype is not new.dtype):
+        # Under torch.vmap, memory of ours has no batch to write to.
+        if (
+            torch.is_grad_enabled()
+            or torch._C._are_functorch_transforms_active()
+            or (memory is not None and self.length and memory.dtype is not new.dtype)
+        ):
             held = self.tensor
             together = torch.cat([held, new] if held is not None and self.length else [new], dim=2)
             self._put(together, together.shape[2])

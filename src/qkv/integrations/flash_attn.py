@@ -298,7 +298,7 @@ def flash_attn_with_kvcache(
             raise ValueError(
                 f"{caller}: rotary_cos, rotary_sin and k must be given together; got None for one of them."
             )
-        start = torch.tensor(held, device=q.device)[:, None]
+        start = torch.tensor(held, dtype=torch.int64, device=q.device)[:, None]
         ahead = torch.arange(lq, device=q.device) * options["mask"].is_positional
         q = _rotate(caller, q, start + ahead, rotary_cos, rotary_sin, rotary_interleaved)
         ahead = torch.arange(new, device=q.device)
@@ -310,7 +310,9 @@ def flash_attn_with_kvcache(
     keys = keys_in_pages(caller, k_cache, v_cache, table, torch.tensor(stops, dtype=torch.int64), cache_leftpad)
     sequences = make_sequences(caller, *_packed(q), keys, alibi=alibi_slopes, **options)
     if k is not None and v is not None:
-        positions = torch.tensor([[*range(stop - new, stop)] for stop in stops], device=q.device)
+        positions = torch.tensor(stops, dtype=torch.int64, device=q.device)[:, None] + torch.arange(
+            -new, 0, device=q.device
+        )
         place = table.long().gather(1, positions // page_size), positions % page_size
         k_cache[place], v_cache[place] = k, v
     out, lse = _in_batch(sequences.attend(), batch)
@@ -336,6 +338,8 @@ def _attend_dense(
     _require_no_pattern(caller, return_attn_probs, dropout_p)
     if alibi_slopes is not None:
         require_tensors(caller, alibi_slopes=alibi_slopes)
+    if alibi_slopes is not None and q.shape[0] == 0 and alibi_slopes.shape == (0, q.shape[2]):
+        alibi_slopes = alibi_slopes.new_zeros(q.shape[2])  # there is no row to have other ones
     if alibi_slopes is None or alibi_slopes.shape == (q.shape[2],):
         transposed = (x.transpose(1, 2) for x in (q, k, v))
         out, lse = attend(caller, *transposed, offset=k.shape[1] - q.shape[1], alibi=alibi_slopes, **options)
@@ -412,7 +416,7 @@ def _rows(caller: str, cache_batch_idx: Tensor | None, batch: int, cache: Tensor
         raise ValueError(
             f"{caller}: cache_batch_idx must be rows of the cache, which has {cache.shape[0]}; got {rows}."
         )
-    return torch.tensor(rows, device=cache.device)[:, None]
+    return torch.tensor(rows, dtype=torch.int64, device=cache.device)[:, None]
 
 
 def _rotate(caller: str, x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:

@@ -135,7 +135,9 @@ def _threads_for(x: Tensor) -> int:
 def can_bypass_dispatcher(*tensors: Tensor) -> bool:
     """Whether there is a kernel, and tensors may go to it past the dispatcher of torch.
 
-    Nobody records, transforms or differentiates operators, and all are plain, on whatever device.
+    No tracer, functorch transform or autograd is active, and every argument is exactly a Tensor or Parameter, on
+    whatever device, whose memory holds its numbers: those of a lazy negation, such as ``z.conj().imag``, are negated
+    by the dispatcher.
     """
     if (
         is_tracing()
@@ -144,7 +146,7 @@ def can_bypass_dispatcher(*tensors: Tensor) -> bool:
         or forward_ad._current_level >= 0
     ):
         return False
-    if not all(map(is_plain, tensors)):
+    if not all(is_plain(tensor) and tensor.layout is torch.strided and not tensor.is_neg() for tensor in tensors):
         return False
     return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
 
@@ -177,7 +179,7 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     call, (out, lse, d_out, d_lse, wants_bias, wants_alibi) = _split(arguments)
     found = _new_gradients(call, wants_bias, wants_alibi)
     dq, dk, dv, delta, d_bias, d_alibi = found
-    call, d_lse = prepared(call), d_lse.contiguous()
+    call, d_lse, d_out = prepared(call), d_lse.resolve_neg().contiguous(), d_out.resolve_neg()
     d_out = d_out if d_out.stride(3) == 1 else d_out.contiguous()
     gradients = GRADIENTS.pack(
         *view(d_out),
@@ -307,8 +309,13 @@ def new_gradient(tensor: Tensor) -> Tensor:
 
 
 def prepared(call: Call) -> Call:
-    """The call with its small tensors in the dtypes and layouts that the kernel reads."""
-    changes: dict[str, Any] = {}
+    """The call with numbers where they belong in memory, and small tensors in the dtypes and layouts of the kernel."""
+    changes: dict[str, Any] = {
+        name: tensor.resolve_neg()
+        for name in ("q", "k", "v", "k_scale", "v_scale", "bias", "alibi", "sink_logits")
+        if (tensor := getattr(call, name)) is not None and tensor.is_neg()
+    }
+    call = call._replace(**changes) if changes else call
     if call.k_scale is not None and call.k_scale.stride(2) != 1:
         changes["k_scale"] = call.k_scale.contiguous()
     if call.v_scale is not None and call.v_scale.stride(2) != 1:
@@ -370,9 +377,18 @@ def check(status: int, q: Tensor, k: Tensor) -> None:
 
 
 def view(tensor: Tensor) -> tuple[int, int, int, int]:
-    """The struct of a tensor of heads."""
+    """The struct of a tensor of heads.
+
+    Raises:
+        RuntimeError: for a tensor without memory, as when its storage was freed.
+    """
     batch, head, row, _ = tensor.stride()
-    return tensor.data_ptr(), batch, head, row
+    address = tensor.data_ptr()
+    if not address and tensor.numel():
+        raise RuntimeError(
+            f"qkv's kernel: a tensor of shape {tuple(tensor.shape)} has no memory. Was its storage freed?"
+        )
+    return address, batch, head, row
 
 
 def _scales(tensor: Tensor | None) -> tuple[int, int, int]:

@@ -99,8 +99,8 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     ends = call.firsts + call.lengths
     if call.firsts[0] > 0 or ends[-1] < dk.shape[1] or not torch.equal(call.firsts[1:], ends[:-1]):
         dk.zero_(), dv.zero_()  # there are keys of no sequence, whose gradients are not written
+    d_out, d_lse = d_out.resolve_neg(), d_lse.resolve_neg().contiguous()
     d_out = d_out if d_out.stride(2) == 1 else d_out.contiguous()
-    d_lse = d_lse.contiguous()
     call, problem, sequences = _packed(call, out, lse)
     gradients = GRADIENTS.pack(
         *view(_as_heads(d_out)),

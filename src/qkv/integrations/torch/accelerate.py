@@ -1,9 +1,8 @@
 """`accelerate`: models of others on our kernel, unchanged."""
 
-import functools
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, TypeVar, overload
 
@@ -93,8 +92,8 @@ def accelerate(model: Any = None, *, enabled: bool = True) -> Any:
 
     Args:
         model: a module, changed in place: the ``forward`` of its modules is wrapped. Deep copies and pickles stay
-            accelerated; a module added later is not. (A ``copy.copy`` runs the ``forward`` of its original, as with
-            whatever else sets a ``forward``.)
+            accelerated; a module added later is not. (A ``copy.copy`` calls its original, as with whatever else sets a
+            ``forward``.)
         enabled: False takes an earlier ``accelerate(model)`` back.
 
     Returns:
@@ -136,12 +135,32 @@ def _reported() -> Iterator[Report]:
 
 
 class _Routed:
-    """A module's forward, whose calls are routed."""
+    """A module's forward, whose calls are routed: what its class says at each call, or what its instance had said."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.is_own = "forward" in module.__dict__
-        self.forward = module.forward
-        functools.update_wrapper(self, self.forward, updated=())  # callers read the signature
+        self.module = module
+        self.own: Callable[..., Any] | None = module.__dict__.get("forward")
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """What is routed."""
+        if self.own is not None:
+            return self.own
+        kind = type(self.module)
+        found: Any = next(vars(base)["forward"] for base in kind.__mro__ if "forward" in vars(base))
+        return found.__get__(self.module, kind)  # type: ignore[no-any-return]
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:  # callers read the signature
+        return self.forward
+
+    @property
+    def __code__(self) -> Any:  # and torch.export the source
+        return self.forward.__code__
+
+    @property
+    def __name__(self) -> str:
+        return getattr(self.forward, "__name__", "forward")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or listener() is not None:
@@ -150,10 +169,10 @@ class _Routed:
             return self.forward(*args, **kwargs)
 
     def restore(self, module: nn.Module) -> None:
-        if self.is_own:
-            module.__dict__["forward"] = self.forward
-        else:
+        if self.own is None:
             del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = self.own
 
 
 def _forget(query: Tensor, key: Tensor, reason: str | None) -> None:

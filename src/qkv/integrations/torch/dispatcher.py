@@ -257,8 +257,13 @@ def _watcher(*tensors: Tensor | None) -> str | None:
     """Who watches the call, if anybody: what it records shall be torch's own program."""
     if torch._C._len_torch_dispatch_stack():
         return "a compiler, or another mode of dispatch, watches"
-    if any(tensor is not None and type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in tensors):
+    given = [tensor for tensor in tensors if tensor is not None]
+    if any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in given):
         return "tensors of a class of their own"
+    if any(tensor.is_neg() or torch._is_zerotensor(tensor) for tensor in given):
+        return "tensors whose numbers are not in memory, which the dispatcher writes out"
+    if any(tensor.layout is not torch.strided for tensor in given):
+        return "sparse tensors"
     return None
 
 
