@@ -88,6 +88,8 @@ def _small(name: str, value: Any) -> Any:
         return _token(value)
     if re.fullmatch(KEPT, name):
         return value
+    if isinstance(value, float) and re.fullmatch(r".*softcap.*", name):
+        return min(value, 2.0)  # scores are of the order of 1, to which a cap of 50 does nothing
     if isinstance(value, int) and value > 0:
         for pattern, number in NUMBERS:
             if re.fullmatch(pattern, name):
