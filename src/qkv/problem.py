@@ -191,7 +191,7 @@ def _check_tensors(caller: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     if q.is_nested or k.is_nested or v.is_nested:
         raise ValueError(
             f"{caller}: nested tensors are for the layers, as qkv.CausalAttention. For heads of your own, call "
-            "qkv.integrations.torch.varlen.varlen_attn with their values and offsets."
+            "qkv.integrations.torch.varlen_attn with their values and offsets."
         )
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         _check_strided(caller, name, tensor)

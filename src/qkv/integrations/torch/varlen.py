@@ -65,7 +65,7 @@ def varlen_attn(
 
     Example:
         >>> import torch
-        >>> from qkv.integrations.torch.varlen import varlen_attn
+        >>> from qkv.integrations.torch import varlen_attn
         >>> x, starts = torch.randn(7, 2, 8), torch.tensor([0, 3, 7])
         >>> varlen_attn(x, x, x, starts, starts, 4, 4, window_size=(-1, 0)).shape
         torch.Size([7, 2, 8])
