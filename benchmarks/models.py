@@ -34,8 +34,8 @@ from transformers import (
 )
 
 from qkv.bench.timing import interleaved
-from qkv.integrations.transformers.attention import register
 from qkv.integrations.transformers import QKVCache
+from qkv.integrations.transformers.attention import register
 from qkv.integrations.transformers.unpadding import unpad
 from qkv.models.default_weights import SMOLLM2_135M, cache_folder, obtain
 from qkv.models.language_model import load

@@ -24,8 +24,8 @@ from qkv.cli import main as qkv
 from qkv.cli.convert import unpack
 from qkv.cli.inspect import kv_bytes
 from qkv.convert import inspect_checkpoint, measure_divergence
-from qkv.integrations.transformers.attention import register
 from qkv.integrations.transformers import QKVCache
+from qkv.integrations.transformers.attention import register
 from qkv.models.default_weights import SMOLLM2_135M, obtain
 from qkv.models.progress import Progress
 
