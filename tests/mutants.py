@@ -91,7 +91,7 @@ MUTANTS = [
     Mutant("exported window decided by its example", "masks.py", "if not torch.compiler.is_exporting():", "if True:"),
     Mutant("rotary restarts at every chunk", "layers/attention.py", "position = cache.length", "position = 0"),
     Mutant("groups interleaved (reference)", "backends/reference.py", "keys = problem.k.to(dtype).repeat_interleave(problem.group, dim=1)", "keys = problem.k.to(dtype).repeat(1, problem.group, 1, 1)"),
-    Mutant("groups interleaved (sdpa)", "backends/sdpa.py", "enable_gqa=bool(problem.group != 1),", "enable_gqa=False,"),
+    Mutant("groups interleaved (sdpa)", "backends/sdpa.py", "enable_gqa=grouped,", "enable_gqa=False,"),
     Mutant("masked NaN leaks", "backends/nonfinite.py", "if _is_finite(problem):", "if True:"),
     Mutant("rows of NaN leak into the gradients of keys that they do not see", "backends/nonfinite.py", "bad = bad[..., None]", "bad = bad[..., None] & False", NONFINITE),
     Mutant("gradients of NaN swallowed", "backends/nonfinite.py", "*_spread(ctx, bad, sink_logits, tensors)", "*[None] * 6", NONFINITE),
