@@ -253,13 +253,7 @@ def test_compiled_and_exported_programs_hold_the_operators() -> None:
 @present
 def test_a_tensor_whose_storage_was_freed_is_refused() -> None:
     q, k = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)
-    cache = qkv.KVCache()
-    with torch.no_grad():
-        cache.append(k, k)
     q.untyped_storage().resize_(0)
-    with torch.no_grad(), pytest.raises(RuntimeError):  # torch's own
-        cache.append(q, k)
-    assert cache.length == 5
     said = r"a tensor of shape \(1, 2, 5, 8\) has no memory\. Was its storage freed"
     for grad in (False, True):
         with pytest.raises(RuntimeError, match=said):
