@@ -18,17 +18,20 @@ bool is_refused() {
     return forever ? before <= 0 : before == 0;
 }
 
+void* take_or_none(std::size_t bytes) { return is_refused() ? nullptr : std::malloc(bytes ? bytes : 1); }
+
 void* take(std::size_t bytes) {
-    if (is_refused()) throw std::bad_alloc();
-    if (void* const found = std::malloc(bytes ? bytes : 1)) return found;
+    if (void* const found = take_or_none(bytes)) return found;
     throw std::bad_alloc();
 }
 
 }  // namespace
 
-// The library's requests come here too.
+// The library's requests come here too; of every form, or a sanitizer would answer some of them.
 void* operator new(std::size_t bytes) { return take(bytes); }
 void* operator new[](std::size_t bytes) { return take(bytes); }
+void* operator new(std::size_t bytes, const std::nothrow_t&) noexcept { return take_or_none(bytes); }
+void* operator new[](std::size_t bytes, const std::nothrow_t&) noexcept { return take_or_none(bytes); }
 void operator delete(void* data) noexcept { std::free(data); }
 void operator delete[](void* data) noexcept { std::free(data); }
 void operator delete(void* data, std::size_t) noexcept { std::free(data); }
