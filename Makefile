@@ -82,7 +82,7 @@ bench: $(VENV)/peers
 	$(BIN)/python benchmarks/grid.py
 	$(BIN)/python benchmarks/avx2.py
 	$(BIN)/python benchmarks/alternating.py
-	$(BIN)/python benchmarks/spine.py
+	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/models.py
 	$(BIN)/python benchmarks/layer.py
 	$(BIN)/python benchmarks/sequences.py

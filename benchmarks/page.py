@@ -147,9 +147,9 @@ def alternating_section(folder: Path) -> list[str]:
     return [f"## Between matrix products\n\n{machine(record)}", table(titles, map(cells, record["measurements"]))]
 
 
-def spine_section(folder: Path) -> list[str]:
+def overhead_section(folder: Path) -> list[str]:
     """The cost of a call, long windows and the import."""
-    record = load(folder, "spine")
+    record = load(folder, "overhead")
     if record is None:
         return []
     calls = [
@@ -255,7 +255,7 @@ def main() -> None:
     """Writes the pages and the plots, and the list of them."""
     sections = [
         *(kernel_section, grid_section, avx2_section, alternating_section),
-        *(spine_section, models_section, layer_section, sequences_section),
+        *(overhead_section, models_section, layer_section, sequences_section),
     ]
     pages = []
     for folder in sorted({path.parent for path in machines.RESULTS.glob("*/*.json")}):

@@ -1,7 +1,7 @@
-"""The bars of the spine: the cost of a call, windows that are linear, the cost of the import.
+"""Overhead: the cost of a call, windows that are linear, the cost of the import.
 
-python benchmarks/spine.py             measures, prints, and writes results/PROCESSOR/spine.json
-python benchmarks/spine.py window N    one window measurement, for the peak memory of a process of its own
+python benchmarks/overhead.py             measures, prints, and writes results/PROCESSOR/overhead.json
+python benchmarks/overhead.py window N    one window measurement, for the peak memory of a process of its own
 """
 
 import json
@@ -78,7 +78,7 @@ def main() -> None:
         print(json.dumps(window_once(int(sys.argv[2]))))
         return
     results = {"call": call_cost(), "window": windows(), "import": import_cost()}
-    machine.save("spine", results)
+    machine.save("overhead", results)
     print(json.dumps(results, indent=1))
 
 
