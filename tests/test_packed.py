@@ -336,3 +336,19 @@ def test_starts_may_be_any_integers(dtype: torch.dtype) -> None:
     x = draw(7, 2, 8)
     out = flash_attn_varlen_func(x, x, x, starts([3, 4]).to(dtype), starts([3, 4]).to(dtype), 4, 4)
     assert torch.equal(out, flash_attn_varlen_func(x, x, x, starts([3, 4]), starts([3, 4]), 4, 4))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_numbers_that_are_negated_later(grad: bool) -> None:
+    """Such as ``z.conj().imag``: a view of memory that holds the opposite."""
+    x, starts, d_out = torch.randn(3, 9, 4, 8), torch.tensor([0, 4, 9], dtype=torch.int32), torch.randn(9, 4, 8)
+    found = []
+    for lazy in (False, True):
+        q, k, v = ((torch._neg_view(-part) if lazy else part.clone()).detach().requires_grad_(grad) for part in x)
+        out = flash_attn_varlen_func(q, k, v, starts, starts, 5, 5, causal=True)
+        assert isinstance(out, Tensor)
+        upstream = torch._neg_view(-d_out) if lazy else d_out
+        gradients = torch.autograd.grad(out, (q, k, v), upstream) if grad else ()
+        found.append([out, *gradients])
+    for got, want in zip(*found, strict=True):
+        assert torch.equal(got.resolve_neg(), want)

@@ -179,7 +179,8 @@ def _as_heads(packed: Tensor) -> Tensor:
 
 
 def _packed(call: Sequences, out: Tensor, lse: Tensor) -> tuple[Sequences, bytes, bytes]:
-    """The call with its small tensors as the kernel reads them, and its structs, which it must outlive."""
+    """The call with its tensors as the kernel reads them, and its structs, which it must outlive."""
+    call = call._replace(q=call.q.resolve_neg(), k=call.k.resolve_neg(), v=call.v.resolve_neg())
     kept = prepared(
         Call(
             _as_heads(call.q),
