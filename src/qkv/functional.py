@@ -206,13 +206,13 @@ def merge(partials: Iterable[tuple[Tensor, Tensor]]) -> Partial:
 
     Source: FlashAttention-2, section 3.1; Flash-Decoding.
     """
-    if not isinstance(partials, Iterable) or isinstance(partials, Tensor | Partial):
+    if not isinstance(partials, Iterable) or isinstance(partials, (Tensor, Partial)):
         raise TypeError(f"merge: partials must be several (out, lse); got {type(partials).__name__}.")
     partials = list(partials)
     if not partials:
         raise ValueError("merge: partials must hold at least one (out, lse); got none.")
     for pair in partials:
-        if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(isinstance(part, Tensor) for part in pair):
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(part, Tensor) for part in pair):
             raise TypeError(f"merge: each of partials must be two tensors (out, lse); got {type(pair).__name__}.")
         out, lse = pair
         if out.dim() != 4 or out.shape != partials[0][0].shape or lse.shape != out.shape[:3]:

@@ -153,7 +153,9 @@ def make_problem(
         _check_per_head(caller, "sink_logits", sink_logits, q)
     require_probability(caller, "dropout", dropout)
     scores = (scale, softcap, bias, alibi, sink_logits)
-    return Problem(q, k, v, k_scale, v_scale, mask, offset, *scores, dropout, wants_lse)
+    problem = Problem(q, k, v, k_scale, v_scale, mask, offset, *scores, dropout, wants_lse)
+    # The compiler of torch 2.9 knows the properties of a named tuple only once it was replaced.
+    return problem._replace() if torch.compiler.is_compiling() else problem
 
 
 def trim(problem: Problem) -> Problem:
@@ -288,7 +290,7 @@ def _resolve_offset(caller: str, mask: Mask, alibi: Tensor | None, offset: int |
                 f"offset={lk - lq} aligns the last query with the last key (bottom-right: flash-attn, decoding)."
             )
         return 0
-    if not isinstance(offset, int | torch.SymInt) or isinstance(offset, bool):
+    if not isinstance(offset, (int, torch.SymInt)) or isinstance(offset, bool):
         raise TypeError(f"{caller}: offset must be an int, the position of the first query; got {offset!r}.")
     if isinstance(offset, int) and not -MOST_POSITIONS < offset < MOST_POSITIONS:
         raise ValueError(f"{caller}: offset must be a position that 64 bits can count; got {offset}.")

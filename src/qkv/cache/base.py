@@ -24,7 +24,6 @@ class Keys(NamedTuple):
     offset: int | None
     """Position of the first appended token among these keys; None where queries have no position among them."""
 
-    @property
     def options(self) -> dict[str, Any]:
         """What `qkv.attention` is to know of them."""
         return {"offset": self.offset}

@@ -21,7 +21,6 @@ class Int8Keys(NamedTuple):
     """(B, Hkv, Lk), what each key is to be multiplied by; so v_scale."""
     v_scale: Tensor
 
-    @property
     def options(self) -> dict[str, Any]:
         """What `qkv.attention` is to know of them."""
         return {"offset": self.offset, "k_scale": self.k_scale, "v_scale": self.v_scale}

@@ -247,7 +247,7 @@ class Attention(nn.Module):
         if _is_nested(x) or _is_nested(context):
             return self._forward_jagged(x, context, mask, cache)
         q, keys, mask = self._inputs(x, context, mask, cache)
-        return self._joined(self._attend(q, keys.k, keys.v, mask=mask, **keys.options))
+        return self._joined(self._attend(q, keys.k, keys.v, mask=mask, **keys.options()))
 
     @_whole_or_not
     def attention_weights(
@@ -268,7 +268,7 @@ class Attention(nn.Module):
             softcap=self.softcap,
             alibi=None if self._slopes is None else self._slopes.on(q.device),
             sink_logits=self.sink_logits,
-            **keys.options,
+            **keys.options(),
         )
 
     def _forward_jagged(self, x: Tensor, context: Tensor | None, mask: Mask | None, cache: Cache | None) -> Tensor:
