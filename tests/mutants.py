@@ -122,7 +122,7 @@ MUTANTS = [
     Mutant("dropout while evaluating", "layers/attention.py", "self.dropout if self.training else 0.0", "self.dropout"),
     Mutant("sliding cache one key short", "cache/sliding.py", "start = max(sinks, tokens.shape[2] - (self.window - 1))", "start = max(sinks, tokens.shape[2] - (self.window - 2))"),
     Mutant("growing cache forgets", "cache/buffer.py", "memory[:, :, :length] = held", "pass"),
-    Mutant("what was cropped comes back", "cache/buffer.py", "self._start, self.length = tensor.storage_offset() // memory.stride(2), tensor.shape[2]", "pass"),
+    Mutant("cropped tokens come back", "cache/buffer.py", "self._start, self.length = tensor.storage_offset() // memory.stride(2), tensor.shape[2]", "pass"),
     Mutant("offset of plain calls dropped", "backends/native.py", "mask.sink_tokens, offset, scale)", "mask.sink_tokens, 0, scale)"),
     # Those of matmul/amx.h and attention/decode_amx.h are found on processors that have AMX alone.
     Mutant("columns of a sheet in another order", f"{NATIVE}/matmul/amx.h", "d + i / 4 * 8 + i % 4", "d + i", KERNEL),
@@ -147,7 +147,7 @@ MUTANTS = [
     Mutant("one entry too many looked at", f"{NATIVE}/abi/sequences.cpp", "(s.firsts[n] + s.lengths[n] - 1) / s.page_size + 1", "(s.firsts[n] + s.lengths[n]) / s.page_size + 1", SEQUENCES),
     Mutant("pages that begin with padding read from their start", f"{NATIVE}/attention/paged.h", "row = (p.pages.first + key) % p.pages.size", "row = key % p.pages.size", SEQUENCES),
     Mutant("a window in pages one block late", f"{NATIVE}/attention/paged.h", "t.begin / BLOCK_N * BLOCK_N)", "t.begin / BLOCK_N * BLOCK_N + BLOCK_N)", SEQUENCES),
-    Mutant("gathered pages in the order of the pool", "sequences.py", "page = tables[sequence, place // page_size]", "page = tables[sequence, place // page_size].sort().values"),
+    Mutant("gathered pages in the order of the pool", "sequences.py", "page = tables[sequence, row // page_size]", "page = tables[sequence, row // page_size].sort().values"),
     Mutant("gradients of keys of no sequence left as they were", "kernels/sequences.py", "dk.zero_(), dv.zero_()", "pass"),
     Mutant("flash-attn's cache not written", "integrations/flash_attn.py", "k_cache[place], v_cache[place] = k, v", "pass"),
     Mutant("flash-attn's queries rotated apart without a mask", "integrations/flash_attn.py", ' * options["mask"].is_positional', ""),

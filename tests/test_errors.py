@@ -16,12 +16,24 @@ BOOLEAN = torch.ones(5, 7, dtype=torch.bool)
 ATTENTION = [
     (lambda: qkv.attention(Q[0], K, V), ValueError, "4 dimensions (batch, heads, length, width); got shapes (6, 5, 8)"),
     (lambda: qkv.attention(Q.tolist(), K, V), TypeError, "q, k and v must be tensors; got list, Tensor, Tensor"),
-    (lambda: qkv.attention(Q[:, :4], K, V), ValueError, "the 4 query heads of q must be a multiple of the 3 heads"),
+    (
+        lambda: qkv.attention(Q[:, :4], K, V),
+        ValueError,
+        "heads of q must be a multiple of that of k and v; got 4 and 3",
+    ),
     (lambda: qkv.attention(Q[:1], K, V), ValueError, "must have the same batch; got 1, 2 and 2. Expand"),
     (lambda: qkv.attention(Q, K, V[:1]), ValueError, "must have the same batch; got 2, 2 and 1"),
     (lambda: qkv.attention(Q, K[..., :6], V), ValueError, "q and k must have the same width; got 8 and 6"),
-    (lambda: qkv.attention(Q, K, V[:, :, :6]), ValueError, "k with 3 heads and 7 keys, v with 3 heads and 6 values"),
-    (lambda: qkv.attention(Q, K, V[:, :1]), ValueError, "k with 3 heads and 7 keys, v with 1 heads and 7 values"),
+    (
+        lambda: qkv.attention(Q, K, V[:, :, :6]),
+        ValueError,
+        "k and v must have the same heads and length; got 3 and 3 heads, lengths 7 and 6",
+    ),
+    (
+        lambda: qkv.attention(Q, K, V[:, :1]),
+        ValueError,
+        "k and v must have the same heads and length; got 3 and 1 heads, lengths 7 and 7",
+    ),
     (lambda: qkv.attention(Q, K.double(), V), ValueError, "torch.float32, torch.float64 and torch.float32"),
     (
         lambda: qkv.attention(Q.int(), K.int(), V.int()),
@@ -42,7 +54,7 @@ ATTENTION = [
     (
         lambda: qkv.attention(Q, K, V, offset=2**64),
         ValueError,
-        "offset must be a position that 64 bits can count; got 1844",
+        "offset must be between -2**62 and 2**62; got 1844",
     ),
     (
         lambda: qkv.attention_with_lse(Q, K, V, sofcap=1),
@@ -64,11 +76,15 @@ ATTENTION = [
     (
         lambda: qkv.attention(Q, K, V, mask=Mask.causal()),
         ValueError,
-        "Mask.band(left=None, right=0) depends on where the 5 queries stand among the 7 keys, and offset is not given. "
-        "offset=0 aligns the first query with the first key (top-left: torch's is_causal); "
+        "Mask.band(left=None, right=0) depends on the positions of queries, so 5 queries with 7 keys need an offset; "
+        "got None. offset=0 aligns the first query with the first key (top-left: torch's is_causal); "
         "offset=2 aligns the last query with the last key (bottom-right: flash-attn, decoding).",
     ),
-    (lambda: qkv.attention(Q, K, V, alibi=torch.ones(6)), ValueError, "alibi depends on where the 5 queries stand"),
+    (
+        lambda: qkv.attention(Q, K, V, alibi=torch.ones(6)),
+        ValueError,
+        "alibi depends on the positions of queries, so 5 queries",
+    ),
     (
         lambda: qkv.attention(Q, K, V, mask=Mask.causal(), offset=2.0),
         TypeError,
@@ -128,12 +144,12 @@ ATTENTION = [
     (
         lambda: qkv.attention(Q, K, V, sink_logits=torch.ones(3)),
         ValueError,
-        "sink_logits must be floating-point of shape (6,), one a query head; got torch.float32 (3,)",
+        "sink_logits must be floating-point of shape (6,), one per query head; got torch.float32 (3,)",
     ),
     (
         lambda: qkv.attention(Q, K, V, sink_logits=0.5),
         ValueError,
-        "sink_logits must be floating-point of shape (6,), one a query head; got 0.5",
+        "sink_logits must be floating-point of shape (6,), one per query head; got 0.5",
     ),
     (
         lambda: qkv.attention(Q, K, V, alibi=torch.ones(6, device="meta"), offset=0),
@@ -144,12 +160,12 @@ ATTENTION = [
     (
         lambda: qkv.attention(Q[..., :0], K[..., :0], V),
         ValueError,
-        "attention: heads of width 0 have no default scale, 1 / sqrt(width); give scale.",
+        "attention: heads of width 0 have no default scale, 1 / sqrt(width); pass scale.",
     ),
     (
         lambda: qkv.attention(Q, K, V, scale=torch.tensor(0.5, requires_grad=True)),
         TypeError,
-        "attention: scale must be a number; got a tensor. Give q times a learned scale, and scale=1.0.",
+        "attention: scale must be a number; got a tensor. For a learned scale, multiply q by it and pass scale=1.0.",
     ),
     (
         lambda: qkv.attention(Q, K, V, scale="0.5"),
@@ -166,19 +182,19 @@ ATTENTION = [
     (lambda: qkv.attention_with_lse(Q[0], K, V), ValueError, "attention_with_lse: q, k and v must have 4 dimensions"),
     (lambda: qkv.attention_weights(Q[0], K), ValueError, "attention_weights: q, k and v must have 4 dimensions"),
     (lambda: qkv.explain(Q[0], K, V), ValueError, "explain: q, k and v must have 4 dimensions"),
-    (lambda: qkv.merge(None), TypeError, "merge: partials must be several (out, lse); got NoneType"),
+    (lambda: qkv.merge(None), TypeError, "merge: partials must be an iterable of (out, lse) pairs; got NoneType"),
     (
         lambda: qkv.merge(qkv.attention_with_lse(Q, K, V)),
         TypeError,
-        "merge: partials must be several (out, lse); got Partial",
+        "merge: partials must be an iterable of (out, lse) pairs; got Partial",
     ),
-    (lambda: qkv.merge([Q, Q]), TypeError, "each of partials must be two tensors (out, lse); got Tensor"),
-    (lambda: qkv.merge([(Q, None)]), TypeError, "each of partials must be two tensors (out, lse); got tuple"),
-    (lambda: qkv.merge([]), ValueError, "partials must hold at least one (out, lse); got none"),
+    (lambda: qkv.merge([Q, Q]), TypeError, "each of partials must be a pair of tensors (out, lse); got Tensor"),
+    (lambda: qkv.merge([(Q, None)]), TypeError, "each of partials must be a pair of tensors (out, lse); got tuple"),
+    (lambda: qkv.merge([]), ValueError, "partials must contain at least one (out, lse) pair; got none"),
     (
         lambda: qkv.merge([(Q, Q[..., 0]), (K, K[..., 0])]),
         ValueError,
-        "got out (2, 3, 7, 8) with lse (2, 3, 7), beside a first out (2, 6, 5, 8)",
+        "got out (2, 3, 7, 8) with lse (2, 3, 7), the first out (2, 6, 5, 8)",
     ),
 ]
 
@@ -276,7 +292,7 @@ K1 = torch.randn(2, 3, 1, 8)
 
 
 @pytest.mark.parametrize("kind", [qkv.KVCache, qkv.Int8KVCache])
-def test_a_cache_that_refuses_loses_nothing(kind: type[qkv.KVCache] | type[qkv.Int8KVCache]) -> None:
+def test_a_refused_select_or_crop_changes_no_cache(kind: type[qkv.KVCache] | type[qkv.Int8KVCache]) -> None:
     cache, k = kind(), torch.randn(2, 2, 5, 8)
     before = [x.clone() for x in cache.append(k, k) if isinstance(x, torch.Tensor)]
     for wrong in ([0], torch.tensor([0.0]), torch.tensor([[0]]), torch.tensor([0, 2]), torch.tensor([-1])):
@@ -346,7 +362,7 @@ def test_wrong_calls_say_what_is_wrong(call: Callable[[], object], error: type[E
         call()
 
 
-def test_a_cache_refused_keeps_what_it_held() -> None:
+def test_a_refused_append_changes_no_cache() -> None:
     cache = qkv.KVCache(capacity=3)
     cache.append(K1, K1)
     with pytest.raises(ValueError, match="do not fit"):
@@ -355,7 +371,7 @@ def test_a_cache_refused_keeps_what_it_held() -> None:
     assert torch.equal(keys.k, torch.cat([K1, 2 * K1], dim=2)) and cache.length == 2
 
 
-def test_a_cross_cache_notices_another_context() -> None:
+def test_a_cross_cache_refuses_another_context() -> None:
     layer, cache = qkv.CrossAttention(24, 6), qkv.CrossKVCache()
     layer(X, X, cache=cache)
     with pytest.raises(ValueError, match="cache holds a context of 5 tokens; got another of 4"):

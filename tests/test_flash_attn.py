@@ -431,7 +431,7 @@ ERRORS = [
     ),
     (
         lambda: flash_attn_func(Q, K, K, alibi_slopes=torch.ones(5)),
-        "flash_attn_func: alibi_slopes must be (6,) or (2, 6), one a query head; got shape (5,)",
+        "flash_attn_func: alibi_slopes must be (6,) or (2, 6), one per query head; got shape (5,)",
     ),
     (lambda: flash_attn_func(Q, K[:, :, :1].expand(2, 5, 4, 8), K), "k with 4 heads and 5 keys, v with 2 heads"),
     (
@@ -456,7 +456,7 @@ ERRORS = [
     (lambda: varlen(b=torch.tensor([0, 7])), "as many of queries as of keys; got 2 and 1"),
     (
         lambda: varlen(alibi_slopes=torch.ones(3, 2)),
-        "flash_attn_varlen_func: alibi_slopes must be (2,) or (2, 2), one a query head; got shape (3, 2)",
+        "flash_attn_varlen_func: alibi_slopes must be (2,) or (2, 2), one per query head; got shape (3, 2)",
     ),
     (lambda: varlen(k=T, v=T, block_table=TABLE), "k must be (pages, page_size, heads, width); got shape (7, 2, 8)"),
     (

@@ -1,4 +1,4 @@
-"""The sisters of `attention`, and the laws that hold between them."""
+"""`attention_with_lse`, `attention_weights`, `merge` and `explain`, and the laws between them and `attention`."""
 
 import itertools
 
@@ -51,7 +51,7 @@ def test_merging_is_differentiable_through_out_and_lse() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # of forward mode in torch
-def test_merging_has_all_derivatives() -> None:
+def test_merging_has_forward_batched_and_second_derivatives() -> None:
     outs, lses = draw(3, 1, 2, 4, 5).requires_grad_(), draw(3, 1, 2, 4).requires_grad_()
 
     def merged(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,7 +78,7 @@ def test_gradients_of_out_and_lse_agree_with_finite_differences(backend: str) ->
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
-def test_lse_of_rows_that_see_nothing_is_minus_infinity_with_zero_gradient(backend: str) -> None:
+def test_lse_of_rows_without_visible_keys_is_minus_infinity_with_zero_gradient(backend: str) -> None:
     q, k, v = (draw(1, 2, 5, 4).requires_grad_() for _ in range(3))
     out, lse = qkv.attention_with_lse(q, k, v, mask=Mask.causal(), offset=-2, backend=backend)
     assert (lse[:, :, :2] == -torch.inf).all() and lse[:, :, 2:].isfinite().all()
@@ -129,7 +129,7 @@ def test_weights_ignore_masked_nan() -> None:
 @pytest.mark.parametrize("mask", [Mask.full(), Mask.causal(), Mask.causal(3)], ids=repr)
 def test_dropout_is_reproducible_unbiased_and_drops_whole_weights(backend: str, mask: Mask) -> None:
     dtype = torch.float32 if backend == "native" else torch.float64
-    batch = 80  # copies of one text, each with weights dropped anew
+    batch = 80  # copies of one sequence, with independent dropout
     q, k = (draw(1, 2, 7, 8).to(dtype).expand(batch, 2, 7, 8) for _ in "qk")
     v = torch.eye(7, dtype=dtype).expand(batch, 2, 7, 7)
 
@@ -166,7 +166,7 @@ def test_empty_batches_and_queries_give_empty_results(shape: tuple[int, ...]) ->
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_values_of_no_width_and_heads_of_no_width_are_no_trouble(backend: str) -> None:
+def test_values_and_heads_of_width_0_work(backend: str) -> None:
     q, k, v = torch.randn(1, 2, 3, 4, requires_grad=True), torch.randn(1, 2, 5, 4), torch.randn(1, 2, 5, 0)
     out = qkv.attention(q, k, v, backend=backend)
     assert out.shape == (1, 2, 3, 0)
@@ -176,14 +176,14 @@ def test_values_of_no_width_and_heads_of_no_width_are_no_trouble(backend: str) -
 
 
 @pytest.mark.parametrize("backend", ["auto", "sdpa", "reference"])
-def test_no_keys_at_all_give_zero(backend: str) -> None:
+def test_zero_keys_give_zero(backend: str) -> None:
     q, k = torch.randn(1, 2, 3, 4, requires_grad=True), torch.randn(1, 2, 0, 4)
     out = qkv.attention(q, k, k, backend=backend)
     assert out.shape == (1, 2, 3, 4) and not out.any()
     assert not torch.autograd.grad(out.sum(), q)[0].any()
 
 
-def test_no_keys_at_all_give_an_lse_of_minus_infinity() -> None:
+def test_zero_keys_give_an_lse_of_minus_infinity() -> None:
     q, k = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 0, 4)
     assert (qkv.attention_with_lse(q, k, k).lse == -torch.inf).all()
 
@@ -241,8 +241,8 @@ def test_merge_has_the_dtype_of_the_first_piece() -> None:
 
 
 @pytest.mark.parametrize("backend", ["native", "sdpa", "reference"])
-def test_numbers_that_are_negated_later(backend: str) -> None:
-    """``z.conj().imag`` is a view of memory that holds the opposite, until somebody writes it out."""
+def test_lazily_negated_tensors(backend: str) -> None:
+    """``z.conj().imag`` is a view whose memory contains the negated numbers."""
     q, k, v, d_out = torch.randn(4, 1, 2, 5, 8)
     bias = torch.randn(1, 2, 5, 5, dtype=torch.complex64).conj().imag
     tensors = [q, k, v, bias]

@@ -1,4 +1,4 @@
-"""`Mask`: the algebra of masks, against the rule written out."""
+"""`Mask`: the algebra of masks, against the rule evaluated for each pair."""
 
 import copy
 import pickle
@@ -46,7 +46,9 @@ def test_visible_is_the_rule(stated: tuple[Mask, Rule], offset: int) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(rules(), rules(), st.integers(0, LK - LQ))
-def test_and_shows_what_both_show(first: tuple[Mask, Rule], second: tuple[Mask, Rule], offset: int) -> None:
+def test_and_is_the_intersection_of_what_is_visible(
+    first: tuple[Mask, Rule], second: tuple[Mask, Rule], offset: int
+) -> None:
     (a, _), (b, _) = first, second
     if a.left is not None and b.left is not None and a.left != b.left:
         narrow, wide = (a, b) if a.left < b.left else (b, a)
@@ -58,7 +60,7 @@ def test_and_shows_what_both_show(first: tuple[Mask, Rule], second: tuple[Mask, 
 
 @settings(max_examples=60, deadline=None)
 @given(rules(), st.integers(0, LK - LQ))
-def test_simplifying_and_trimming_hide_nothing_and_show_nothing_more(stated: tuple[Mask, Rule], offset: int) -> None:
+def test_simplifying_and_trimming_change_no_visible_pair(stated: tuple[Mask, Rule], offset: int) -> None:
     mask, _ = stated
     want = mask.visible(LQ, LK, offset).expand(2, 3, LQ, LK)
     assert torch.equal(mask.simplified(LQ, LK, offset).visible(LQ, LK, offset).expand_as(want), want)
@@ -68,7 +70,7 @@ def test_simplifying_and_trimming_hide_nothing_and_show_nothing_more(stated: tup
     assert torch.equal(trimmed.expand(2, 3, LQ, stop - start), want[..., start:stop])
 
 
-def test_shorthands_are_the_one_primitive_and_print_as_such() -> None:
+def test_shorthands_equal_bands_and_print_as_bands() -> None:
     assert Mask.causal() == Mask.band(None, 0)
     assert Mask.causal(window=4) == Mask.band(3, 0)
     assert Mask.sliding(window=4) == Mask.band(2, 2)
@@ -96,7 +98,7 @@ def test_masks_survive_copies_and_pickles() -> None:
     assert mask.to("meta").lengths.device.type == "meta"
 
 
-def test_a_frozen_value() -> None:
+def test_masks_are_frozen() -> None:
     with pytest.raises(AttributeError):
         Mask.causal().left = 3  # type: ignore[misc]
 
@@ -129,10 +131,10 @@ def test_documents_of_two_masks_intersect() -> None:
         (
             lambda: Mask.causal(3, sink_tokens=4) & Mask.causal(6, sink_tokens=1),
             ValueError,
-            r"narrower window keeps 4 sink tokens, the wider one 1",
+            r"narrower window has 4 sink tokens, the wider one 1",
         ),
     ],
 )
-def test_what_makes_no_mask_says_why(make: object, error: type[Exception], message: str) -> None:
+def test_invalid_masks_raise_with_the_reason(make: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make()  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""Packed sequences in one call: each has the bits, forward and backward, that it has alone."""
+"""Packed sequences: each has the bits, forward and backward, of a call of its own."""
 
 import itertools
 from typing import Any
@@ -13,7 +13,7 @@ from qkv.functional import attend
 from qkv.integrations.flash_attn import flash_attn_func, flash_attn_varlen_func
 from qkv.integrations.torch.varlen import AuxRequest, varlen_attn
 from qkv.problem import make_problem
-from qkv.sequences import Keys, make_sequences
+from qkv.sequences import PagedKeys, make_sequences
 
 HEADS, KV_HEADS, WIDTH, VALUE_WIDTH = 6, 2, 24, 17
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -38,7 +38,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(params=["native", "each alone"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """With the kernel, and where it cannot be."""
+    """With the kernel, and without."""
     if request.param == "native":
         if kernels.absence() is not None:
             pytest.skip(str(kernels.absence()))
@@ -85,7 +85,9 @@ def alone(
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_a_sequence_has_the_bits_that_it_has_alone_forward_and_backward(way: str, lengths: str, options: str) -> None:
+def test_each_sequence_has_the_bits_of_a_call_of_its_own_forward_and_backward(
+    way: str, lengths: str, options: str
+) -> None:
     for dtype in DTYPES if way == "native" else (torch.float32, torch.float64):
         pairs = LENGTHS[lengths]
         queries, keys = ([pair[side] for pair in pairs] for side in (0, 1))
@@ -97,7 +99,7 @@ def test_a_sequence_has_the_bits_that_it_has_alone_forward_and_backward(way: str
         shared = [mine[name] for name in ("alibi", "sink_logits") if name in mine]
         found = []
         for run in (
-            lambda: make_sequences("a test", q, starts(queries), Keys.packed(k, v, starts(keys)), **mine).attend(),
+            lambda: make_sequences("a test", q, starts(queries), PagedKeys.packed(k, v, starts(keys)), **mine).attend(),
             lambda: alone(q, k, v, pairs, mine),
         ):
             out, lse = run()
@@ -116,7 +118,7 @@ def test_a_sequence_has_the_bits_that_it_has_alone_forward_and_backward(way: str
 
 @pytest.mark.skipif(kernels.absence() is not None, reason=str(kernels.absence()))
 @pytest.mark.parametrize("threads", [2, 3, 16])
-def test_native_bits_depend_on_no_number_of_threads(threads: int) -> None:
+def test_native_bits_do_not_depend_on_the_number_of_threads(threads: int) -> None:
     before = torch.get_num_threads()
     pairs = [(9, 9)] * 40 + [(1, 1500), (200, 200), (1, 1)]
     queries, keys = ([pair[side] for pair in pairs] for side in (0, 1))
@@ -155,7 +157,7 @@ def test_keys_that_are_not_used_have_no_influence_and_no_gradient(way: str, dtyp
     assert all(map(torch.equal, *found))
 
 
-def test_layouts_are_understood(way: str) -> None:
+def test_tensors_of_any_layout(way: str) -> None:
     """One tensor of queries, keys and values; widths that are not contiguous; heads outside; expanded heads."""
     where = (starts([3, 4]), starts([3, 4]), 4, 4)
     # torch's kernels sum in another order for other layouts.
@@ -179,7 +181,7 @@ def test_layouts_are_understood(way: str) -> None:
         assert all(map(same, got, want)), name
 
 
-def test_strided_widths_are_no_other_numbers_in_any_function_of_flash_attn() -> None:
+def test_strided_widths_give_the_results_of_contiguous_ones() -> None:
     strided = draw(2, 7, HEADS, WIDTH, 3).unbind(-1)
     plain = [x.contiguous() for x in strided]
     for options in ({}, {"causal": True}, {"softcap": 2.0}, {"alibi_slopes": draw(2, HEADS).abs()}):
@@ -188,7 +190,7 @@ def test_strided_widths_are_no_other_numbers_in_any_function_of_flash_attn() -> 
         assert torch.allclose(outs[0][1], outs[1][1], atol=1e-5), options
 
 
-def test_dropout_is_another_one_in_each_sequence_and_the_same_one_in_its_gradient(way: str) -> None:
+def test_dropout_differs_between_sequences_and_repeats_in_the_gradient(way: str) -> None:
     length, count = 40, 3
     q, k = draw(count * length, 2, 16), draw(count * length, 2, 16)
     where = (starts([length] * count),) * 2
@@ -226,7 +228,7 @@ def native_call(scores: dict[str, Any] | None = None, **changes: Any) -> kernels
 
 
 @pytest.mark.skipif(kernels.absence() is not None, reason=str(kernels.absence()))
-def test_native_operators_are_registered_as_torch_wants_them() -> None:
+def test_native_operators_pass_opcheck() -> None:
     slopes, sinks = draw(2, HEADS).abs(), draw(HEADS)
     for call in (native_call(), native_call({"alibi": slopes, "sink_logits": sinks, "softcap": 2.0})):
         plain = call.arguments()
@@ -245,14 +247,14 @@ WRONG = {
     "keys before the first": {"firsts": torch.tensor([-1, 4])},
     "keys beyond the last": {"key_lengths": torch.tensor([4, 6])},
     "a length below 0": {"key_lengths": torch.tensor([-1, 5])},
-    "a page that there is not": {"tables": torch.tensor([[0], [1]])},
+    "a page beyond the last": {"tables": torch.tensor([[0], [1]])},
     "a page below the first": {"tables": torch.tensor([[-1], [0]])},
 }
 
 
 @pytest.mark.skipif(kernels.absence() is not None, reason=str(kernels.absence()))
 @pytest.mark.parametrize("changes", WRONG.values(), ids=WRONG)
-def test_native_operators_refuse_what_lies_outside_of_tensors(changes: dict[str, Tensor]) -> None:
+def test_native_operators_refuse_sequences_out_of_bounds(changes: dict[str, Tensor]) -> None:
     with pytest.raises(ValueError, match=r"sequences must lie within the 7 queries and the 1 pages of 9 keys; got"):
         torch.ops.qkv.forward_sequences(*native_call(**changes).arguments())
 
@@ -268,7 +270,7 @@ def test_native_gradients_of_gradients_are_refused() -> None:
 
 
 @pytest.mark.skipif(kernels.absence() is not None, reason=str(kernels.absence()))
-def test_native_sequences_compile_as_one_graph_and_their_lengths_are_no_constants() -> None:
+def test_native_sequences_compile_as_one_graph_for_any_lengths() -> None:
     attend = lambda x, where: flash_attn_varlen_func(x, x, x, where, where, 9, 9, causal=True)
     compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
     for lengths in ([3, 4], [7, 0], [1, 6]):
@@ -286,10 +288,10 @@ def test_a_mask_of_tensors_is_refused() -> None:
     x, where = draw(7, 2, 8), starts([3, 4])
     for mask in (Mask.padding(torch.tensor([4])), Mask.documents(torch.zeros(1, 7, dtype=torch.long))):
         with pytest.raises(ValueError, match="a test: the mask of packed sequences must be an interval"):
-            make_sequences("a test", x, where, Keys.packed(x, x, where), mask=mask)
+            make_sequences("a test", x, where, PagedKeys.packed(x, x, where), mask=mask)
 
 
-def test_the_level_is_one_that_layers_may_import() -> None:
+def test_sequences_are_below_the_layers() -> None:
     assert sequences.__name__ == "qkv.sequences"
 
 
@@ -341,8 +343,8 @@ def test_starts_may_be_any_integers(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("grad", [False, True])
-def test_numbers_that_are_negated_later(grad: bool) -> None:
-    """Such as ``z.conj().imag``: a view of memory that holds the opposite."""
+def test_lazily_negated_tensors(grad: bool) -> None:
+    """Such as ``z.conj().imag``, a view whose memory contains the negated numbers."""
     x, starts, d_out = torch.randn(3, 9, 4, 8), torch.tensor([0, 4, 9], dtype=torch.int32), torch.randn(9, 4, 8)
     found = []
     for lazy in (False, True):

@@ -1,4 +1,4 @@
-"""Keys in pages: the bits of keys side by side, whatever lies in the rest of the memory and of the table."""
+"""Paged keys give the bits of contiguous keys, whatever the rest of the pool and of the table contains."""
 
 import itertools
 from typing import Any
@@ -28,11 +28,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 class Pool:
-    """Sequences of keys and values in pages. What is no key of them is NaN, and an entry that is no page is none."""
+    """Sequences of keys and values in pages, with NaN in unused rows and invalid pages in unused table entries."""
 
     def __init__(self, lengths: list[int], page_size: int, order: str, dtype: torch.dtype, *, kv_heads: int = KV_HEADS):
         needed = [-(-length // page_size) for length in lengths]
-        names = list(range(1, sum(needed) + 1))  # page 0 belongs to nobody
+        names = list(range(1, sum(needed) + 1))  # page 0 is unused
         if order == "shuffled":
             names = (torch.randperm(len(names), generator=torch.Generator().manual_seed(0)) + 1).tolist()
         elif order == "reversed":
@@ -55,7 +55,7 @@ class Pool:
         self.v[~used] = torch.nan
 
     def gathered(self, pool: Tensor) -> list[Tensor]:
-        """The keys of each sequence, side by side."""
+        """The keys of each sequence, contiguous."""
         pages = (-(-length // pool.shape[1]) for length in self.lengths)
         return [
             pool[entries[:count].long()].flatten(0, 1)[:length]
@@ -65,7 +65,7 @@ class Pool:
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
-def test_pages_have_the_bits_of_keys_side_by_side(way: str, page_size: int, order: str) -> None:
+def test_paged_keys_give_the_bits_of_contiguous_keys(way: str, page_size: int, order: str) -> None:
     queries = [1, 2, 1, 9, 4, 1, 70]
     dtypes = DTYPES if way == "native" else (torch.bfloat16, torch.float64)
     for dtype, options, most in itertools.product(dtypes, OPTIONS, (1, 70)):
@@ -116,7 +116,7 @@ def test_a_cache_in_pages_is_the_cache_without(way: str, call: str, page_size: i
         for x, own in zip(plain, (pool.k, pool.v), strict=True):
             for row, keys, length in zip(rows, pool.gathered(own), held, strict=True):
                 x[row, :length] = keys[:length]
-                place = torch.arange(length, length + new)  # new tokens go where nothing is
+                place = torch.arange(length, length + new)  # rows of new tokens are unused before
                 own[pool.table[rows.index(row), place // page_size].long(), place % page_size] = torch.nan
         tokens = [draw(4, new, *x.shape[2:], dtype=dtype, seed=7) if new else None for x in (pool.k, pool.v)]
         q = draw(4, lq, HEADS, WIDTH, dtype=dtype, seed=8)
@@ -132,7 +132,7 @@ def test_a_cache_in_pages_is_the_cache_without(way: str, call: str, page_size: i
         for x, own in zip(plain, (pool.k, pool.v), strict=True):
             for row, keys in zip(rows, pool.gathered(own), strict=True):
                 assert torch.equal(x[row, : len(keys)], keys), "other tokens were written"
-            assert own[0].isnan().all() and own[-1].isnan().all(), "a page of nobody was written to"
+            assert own[0].isnan().all() and own[-1].isnan().all(), "an unused page was written to"
 
 
 def test_gradients_of_shared_pages_are_sums(way: str) -> None:
@@ -168,8 +168,8 @@ def test_pools_of_any_layout(way: str) -> None:
 
 
 def test_memory_of_a_pool_is_not_copied() -> None:
-    """A pool is what a server has left of its memory: the most that a call may copy is what it reads."""
-    pool = torch.zeros(1, 16, 1, 64).expand(1 << 22, 16, 1, 64)  # 16 GB, if it were written out
+    """A pool fills most of the memory of a server: a call may copy no more than it reads."""
+    pool = torch.zeros(1, 16, 1, 64).expand(1 << 22, 16, 1, 64)  # 16 GB, if it were copied
     x, where = draw(1, 2, 64), (starts([1]), starts([40]), 1, 40)
     table = torch.tensor([[1 << 21, 5, (1 << 22) - 1, -1]])
     strided = torch.zeros(1, 16, 64, 1).expand(1 << 22, 16, 64, 2)[..., :1].transpose(2, 3)
@@ -185,7 +185,7 @@ ENTRIES = {
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
-def test_a_page_that_is_needed_and_none_is_refused_before_anything_is_written(entry: str) -> None:
+def test_an_invalid_entry_that_is_needed_is_refused_before_anything_is_written(entry: str) -> None:
     page, message = ENTRIES[entry]
     pool, before = draw(3, 4, 2, 8), draw(3, 4, 2, 8)
     table, x = torch.tensor([[0, -1], [2, page]], dtype=torch.int32), draw(2, 1, 2, 8)
@@ -202,7 +202,11 @@ def test_a_page_that_is_needed_and_none_is_refused_before_anything_is_written(en
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "another dtype": ({"q": draw(2, 1, 4, 8).double()}, ValueError, "q, k and v must have the same dtype"),
     "another width": ({"q": draw(2, 1, 4, 7)}, ValueError, "q and k must have the same width"),
-    "heads that are no multiple": ({"q": draw(2, 1, 3, 8)}, ValueError, "the 3 query heads of q must be a multiple"),
+    "heads that are no multiple": (
+        {"q": draw(2, 1, 3, 8)},
+        ValueError,
+        "heads of q must be a multiple of that of k and v; got 3 and 2",
+    ),
     "slopes of another batch": ({"alibi_slopes": draw(3, 4)}, ValueError, r"alibi_slopes must be \(4,\) or \(2, 4\)"),
     "a table of floats": ({"block_table": torch.zeros(2, 2)}, ValueError, "block_table must be integers"),
     "a table in a list": ({"block_table": [[0], [1]]}, TypeError, "block_table must be a tensor; got list"),

@@ -114,7 +114,7 @@ def call(q: Tensor = Q, k: Tensor = K, cu_seq_k: Tensor | None = STARTS, **optio
 ERRORS = [
     (lambda: call(enable_gqa=False), "same number of heads; got 6 and 2. Give enable_gqa=True"),
     (lambda: call(k=POOL, block_table=TABLE, seqused_k=STARTS[1:], enable_gqa=False), "heads; got 6 and 2"),
-    (lambda: call(q=Q[:, :5]), "the 5 query heads of q must be a multiple of the 2 heads of k and v"),
+    (lambda: call(q=Q[:, :5]), "heads of q must be a multiple of that of k and v; got 5 and 2"),
     (lambda: call(q=Q[None]), "varlen_attn: query must be (Tq, H, D); got shape (1, 7, 6, 8)"),
     (lambda: call(k=POOL), "key must be (Tk, Hkv, D); got shape (3, 4, 2, 8)"),
     (lambda: call(block_table=TABLE), "key must be (pages, page_size, Hkv, D); got shape (7, 2, 8)"),

@@ -1,4 +1,4 @@
-"""Checks of arguments, one function a kind, shared by all public functions. Imports nothing of ours."""
+"""Argument checks, one function per kind, shared by all public functions. Imports nothing from qkv."""
 
 import math
 from numbers import Integral, Real
@@ -7,70 +7,70 @@ import torch
 from torch import Tensor
 
 NUMBERS = (float, int, Real, torch.SymFloat, torch.SymInt)
-"""Python's and NumPy's, and the symbolic ones of exported programs. Not tensors, which may require a gradient."""
+"""Types of numbers: Python's, NumPy's and symbolic ones of exported programs. No tensors, which may need a gradient."""
 
 
-def require_int(caller: str, name: str, value: object, otherwise: str = "") -> None:
-    """Raises unless it is an int."""
+def require_int(caller: str, name: str, value: object, suffix: str = "") -> None:
+    """Raises TypeError unless ``value`` is an int. ``suffix`` continues "must be an int" in the message."""
     if not isinstance(value, (int, Integral, torch.SymInt)) or isinstance(value, bool):
-        raise TypeError(f"{caller}: {name} must be an int{otherwise}; got {shown(value)}.")
+        raise TypeError(f"{caller}: {name} must be an int{suffix}; got {shown(value)}.")
 
 
-def require_count(caller: str, name: str, value: object, least: int = 1, otherwise: str = "") -> None:
-    """Raises unless it is an int of at least ``least``."""
-    require_int(caller, name, value, otherwise)
+def require_count(caller: str, name: str, value: object, least: int = 1, suffix: str = "") -> None:
+    """Raises unless ``value`` is an int of at least ``least``."""
+    require_int(caller, name, value, suffix)
     if value < least:  # type: ignore[operator]
-        raise ValueError(f"{caller}: {name} must be at least {least}{otherwise}; got {value}.")
+        raise ValueError(f"{caller}: {name} must be at least {least}{suffix}; got {value}.")
 
 
 def require_flag(caller: str, name: str, value: object) -> None:
-    """Raises unless it is True or False."""
+    """Raises TypeError unless ``value`` is True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{caller}: {name} must be True or False; got {shown(value)}.")
 
 
-def require_finite(caller: str, name: str, value: object, otherwise: str = "") -> None:
-    """Raises unless it is a finite number."""
-    _require_number(caller, name, value, f"a finite number{otherwise}")
+def require_finite(caller: str, name: str, value: object, suffix: str = "") -> None:
+    """Raises unless ``value`` is a finite number."""
+    _require_number(caller, name, value, f"a finite number{suffix}")
     if not -math.inf < value < math.inf:  # type: ignore[operator]
-        raise ValueError(f"{caller}: {name} must be a finite number{otherwise}; got {value!r}.")
+        raise ValueError(f"{caller}: {name} must be a finite number{suffix}; got {value!r}.")
 
 
-def require_positive(caller: str, name: str, value: object, otherwise: str = "") -> None:
-    """Raises unless it is a positive, finite number."""
-    _require_number(caller, name, value, f"a positive number{otherwise}")
+def require_positive(caller: str, name: str, value: object, suffix: str = "") -> None:
+    """Raises unless ``value`` is a positive, finite number."""
+    _require_number(caller, name, value, f"a positive number{suffix}")
     if not 0 < value < math.inf:  # type: ignore[operator]
-        raise ValueError(f"{caller}: {name} must be a positive number{otherwise}; got {value!r}.")
+        raise ValueError(f"{caller}: {name} must be a positive number{suffix}; got {value!r}.")
 
 
 def require_probability(caller: str, name: str, value: object) -> None:
-    """Raises unless it is a number in [0, 1)."""
+    """Raises unless ``value`` is a number in [0, 1)."""
     _require_number(caller, name, value, "a probability in [0, 1)")
     if not 0.0 <= value < 1.0:  # type: ignore[operator]
         raise ValueError(f"{caller}: {name} must be a probability in [0, 1); got {value!r}.")
 
 
 def require_tensors(caller: str, **tensors: object) -> None:
-    """Raises unless each is a tensor."""
+    """Raises TypeError unless each is a tensor."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{caller}: {name} must be a tensor; got {type(tensor).__name__}.")
 
 
 def require_strided(caller: str, name: str, tensor: Tensor) -> None:
-    """Raises for sparse and other tensors without strides."""
+    """Raises TypeError for sparse and other tensors without strides."""
     if tensor.layout is not torch.strided:
         raise TypeError(f"{caller}: {name} must be a strided tensor; got {tensor.layout}. Use {name}.to_dense().")
 
 
 def broadcasts(tensor: Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether the tensor broadcasts to ``shape`` without changing it."""
+    """Whether the tensor broadcasts to exactly ``shape``."""
     missing = len(shape) - tensor.dim()
     return missing >= 0 and all(size in (1, goal) for size, goal in zip(tensor.shape, shape[missing:], strict=True))
 
 
 def shown(value: object) -> str:
-    """The value as messages show it: of a tensor with dimensions, its shape."""
+    """The value in error messages: its ``repr``, or the shape of a tensor with dimensions."""
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) and value.dim() else repr(value)
 
 

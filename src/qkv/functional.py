@@ -12,7 +12,7 @@ from qkv.backends.nonfinite import add_visible_nonfinite, zero_nonfinite
 from qkv.backends.reference import weights_and_lse
 from qkv.backends.result import Result
 from qkv.masks import FULL, Mask
-from qkv.partial import Partial, joined
+from qkv.partial import Partial, merge_stacked
 from qkv.problem import make_problem
 from qkv.scores import ScoreOptions
 
@@ -52,30 +52,30 @@ def attention(
         q: ``(B, H, Lq, D)``; fp32, bf16, fp16 or fp64, any strides.
         k: ``(B, Hkv, Lk, D)``, where Hkv divides H.
         v: ``(B, Hkv, Lk, Dv)``; Dv may differ from D.
-        k_scale, v_scale: ``(B, Hkv, Lk)``, fp32, for keys and values in int8: key j is ``k_scale[j] * k[j]``. As
-            `qkv.cache.quantize` makes them, and an `Int8KVCache` holds them.
+        k_scale, v_scale: ``(B, Hkv, Lk)``, fp32, for keys and values in int8: key j is ``k_scale[j] * k[j]``. Made by
+            `qkv.cache.quantize` and by `Int8KVCache`.
         mask: which keys a query may see.
-        offset: position of the first query, counted in keys. Needed where the mask or ``alibi`` depends on positions
-            and Lq differs from Lk; 0 where they are equal. A cache supplies it.
+        offset: position of the first query among the keys. Required if the mask or ``alibi`` depends on positions and
+            Lq differs from Lk; 0 if they are equal. Caches return it.
         scale: factor of the scores, ``1 / sqrt(D)`` if None.
         softcap: replaces a score s by ``softcap * tanh(s / softcap)``.
         bias: added to the scores after softcap, broadcastable to ``(B, H, Lq, Lk)``, differentiable.
         alibi: ``(H,)`` slopes; adds ``-slope * |i + offset - j|``.
-        sink_logits: ``(H,)``, a learned score without a value that takes part in the normaliser of each row, so that
-            the weights of a row may sum to less than 1.
+        sink_logits: ``(H,)``, a learned logit per head that is added to the softmax normaliser of each row, so that the
+            weights of a row sum to less than 1.
         dropout: probability with which a weight is zeroed; the others are scaled by ``1 / (1 - dropout)``.
-        backend: ``"auto"``, or the name of one that is used or raises. See `explain`.
+        backend: ``"auto"``, or a name, which is used without fallback. See `explain`.
 
     Returns:
         ``(B, H, Lq, Dv)`` in the dtype of q. A query that sees no key gets 0, and gradient 0. Masked keys have
-        exactly no influence, even where they hold NaN or inf; on a GPU that holds for keys that padding hides, or that
-        lie outside of what the mask's interval shows to any query.
+        exactly no influence, even if they contain NaN or inf; on a GPU, only keys that are hidden by padding or outside
+        of the interval of every query.
 
     Raises:
         TypeError: for arguments of the wrong type.
         ValueError: for shapes, dtypes, devices and numbers that do not fit together, and for a positional mask with
             Lq != Lk and no offset.
-        BackendError: when the backend asked for cannot solve the problem.
+        BackendError: if ``backend`` cannot solve the problem.
 
     Example:
         >>> import torch, qkv
@@ -106,7 +106,7 @@ def attention(
 def attention_with_lse(
     q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", **options: Unpack[Options]
 ) -> Partial:
-    """`attention`, and the log of each row's normaliser, from which partial results over pieces of the keys `merge`.
+    """`attention` and the log-sum-exp of each row, with which `merge` combines results over pieces of the keys.
 
     Args:
         q, k, v, backend: as in `attention`.
@@ -131,7 +131,7 @@ def attention_with_lse(
 def attend(
     caller: str, q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", **options: Unpack[Options]
 ) -> Partial:
-    """`attention_with_lse`, whose errors name the caller."""
+    """`attention_with_lse` for a public function ``caller``, which error messages name."""
     problem = make_problem(caller, q, k, v, wants_lse=True, **options)
     out, lse = backends.choose(caller, problem, backend).run(problem)
     assert lse is not None
@@ -139,11 +139,11 @@ def attend(
 
 
 def attention_weights(q: Tensor, k: Tensor, **options: Unpack[Options]) -> Tensor:
-    """The weights with which `attention` sums the values, written out: for looking at, not for speed.
+    """The weights with which `attention` sums the values, as a dense tensor: for inspection, not for speed.
 
     Args:
         q, k: as in `attention`.
-        **options: the keywords of `attention` but for ``backend``; ``dropout`` has no effect here.
+        **options: the keywords of `attention` except ``backend``; ``dropout`` has no effect.
 
     Returns:
         ``(B, H, Lq, Lk)`` in the dtype of q. Each row sums to 1; to less with ``sink_logits``; to 0 where the query
@@ -170,17 +170,17 @@ def attention_weights(q: Tensor, k: Tensor, **options: Unpack[Options]) -> Tenso
 
 
 def merge(partials: Iterable[tuple[Tensor, Tensor]]) -> Partial:
-    """Attention over all keys, from the results over pieces of them: ``sum_i exp(lse_i - lse) * out_i``.
+    """Attention over all keys from results over disjoint pieces of them, ``sum_i exp(lse_i - lse) * out_i``.
 
     Args:
         partials: the ``(out, lse)`` of the same queries over disjoint pieces of the keys, as `attention_with_lse`
-            returns them. Sink logits take part in one piece alone.
+            returns them. Sink logits must be passed for one piece only.
 
     Returns:
         ``out`` in the dtype of the first piece, and the ``lse`` over all keys. Both are differentiable.
 
     Raises:
-        TypeError: for what are no pairs of tensors.
+        TypeError: for anything but pairs of tensors.
         ValueError: for no pieces, or pieces of different shapes or devices.
 
     Example:
@@ -193,30 +193,30 @@ def merge(partials: Iterable[tuple[Tensor, Tensor]]) -> Partial:
     Source: FlashAttention-2, section 3.1; Flash-Decoding.
     """
     if not isinstance(partials, Iterable) or isinstance(partials, (Tensor, Partial)):
-        raise TypeError(f"merge: partials must be several (out, lse); got {type(partials).__name__}.")
+        raise TypeError(f"merge: partials must be an iterable of (out, lse) pairs; got {type(partials).__name__}.")
     partials = list(partials)
     if not partials:
-        raise ValueError("merge: partials must hold at least one (out, lse); got none.")
+        raise ValueError("merge: partials must contain at least one (out, lse) pair; got none.")
     for pair in partials:
         if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(part, Tensor) for part in pair):
-            raise TypeError(f"merge: each of partials must be two tensors (out, lse); got {type(pair).__name__}.")
+            raise TypeError(f"merge: each of partials must be a pair of tensors (out, lse); got {type(pair).__name__}.")
         out, lse = pair
         if out.dim() != 4 or out.shape != partials[0][0].shape or lse.shape != out.shape[:3]:
             raise ValueError(
                 "merge: every out must have the same shape (B, H, Lq, Dv) and every lse be (B, H, Lq); "
                 f"got out {tuple(out.shape)} with lse {tuple(lse.shape)}, "
-                f"beside a first out {tuple(partials[0][0].shape)}."
+                f"the first out {tuple(partials[0][0].shape)}."
             )
     outs, lses = zip(*partials, strict=True)
     devices = {part.device for part in (*outs, *lses)}
     if len(devices) > 1:
         raise ValueError(f"merge: all partials must be on one device; got {', '.join(sorted(map(str, devices)))}.")
-    out, lse = joined(torch.stack(outs), torch.stack(lses))
+    out, lse = merge_stacked(torch.stack(outs), torch.stack(lses))
     return Partial(out.to(outs[0].dtype), lse)
 
 
 def explain(q: Tensor, k: Tensor, v: Tensor, **options: Unpack[Options]) -> backends.Explanation:
-    """Which backend `attention` would choose for this call, and every reason against the others.
+    """The backend that `attention` would choose for this call, and every reason against the others.
 
     Args:
         q, k, v: as in `attention`.
@@ -226,7 +226,7 @@ def explain(q: Tensor, k: Tensor, v: Tensor, **options: Unpack[Options]) -> back
         ``chosen``, a name, and ``reasons``, a list for each backend. ``str()`` of it is a table.
 
     Raises:
-        As `attention`, BackendError apart.
+        As `attention`, except BackendError.
 
     Example:
         >>> import torch, qkv

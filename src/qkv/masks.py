@@ -1,4 +1,4 @@
-"""`Mask`: which keys a query may see. The vocabulary of the library."""
+"""`Mask`: which keys a query may see."""
 
 import operator
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ from qkv.arguments import broadcasts, require_count, require_strided, require_te
 class Mask:
     """Which keys a query may see, as a frozen value that combines with ``&``.
 
-    The query in row ``i`` stands at position ``p = i + offset``, the key ``j`` at ``j``. It sees the key when all of
+    Query row ``i`` has position ``p = i + offset``, key ``j`` position ``j``. The query sees the key if
 
     - ``j <= p + right``
     - ``j >= p - left`` or ``j < sink_tokens``
@@ -23,15 +23,14 @@ class Mask:
     - ``documents[b, p] == documents[b, j]``
     - ``allow[b, h, i, j]``
 
-    hold, where ``None`` stands for no such condition. True means *may attend*, everywhere. Build masks with the
+    all hold; a field that is ``None`` sets no condition. True means *may attend*, everywhere. Build masks with the
     constructors (`full`, `causal`, `sliding`, `band`, `padding`, `documents`, `dense`), not with the fields.
 
-    A mask holds no lengths and no offset: the same value serves the whole of a sequence, any chunk of it and every
-    decoding step.
+    A mask stores neither Lq, Lk nor an offset: one mask serves a full pass, any chunk of it and every decoding step.
 
     Raises:
         TypeError: when a mask is used as a boolean (``mask1 and mask2``).
-        ValueError: from the constructors, for bounds, shapes and dtypes that mean nothing.
+        ValueError: from the constructors, for invalid bounds, shapes and dtypes.
 
     Example:
         >>> from qkv import Mask
@@ -64,7 +63,7 @@ class Mask:
 
         Args:
             window: number of keys seen, the query's own included, at least 1; None for all.
-            sink_tokens: number of first keys that stay visible whatever the window.
+            sink_tokens: number of first keys that are visible outside of the window as well.
 
         Source: Mistral 7B, section 2 and transformers' ``sliding_window``. flash-attn's ``window_size=(W, 0)`` is
         ``window=W + 1`` here.
@@ -80,27 +79,27 @@ class Mask:
 
         Args:
             window: even number of keys, half of them before the query and half after it.
-            sink_tokens: number of first keys that stay visible whatever the window.
+            sink_tokens: number of first keys that are visible outside of the window as well.
 
         Source: Longformer, section 3.1 ("w/2 tokens on each side"). For the window of Mistral, which looks back
         only, see `causal`.
         """
-        require_count("Mask.sliding", "window", window, 1, " (half of it lies on each side of the query)")
+        require_count("Mask.sliding", "window", window, 1, " (half on each side of the query)")
         if window % 2:
             raise ValueError(
-                f"Mask.sliding: window must be even, half of it lies on each side of the query; got {window}. "
+                f"Mask.sliding: window must be even, half on each side of the query; got {window}. "
                 f"Use {window + 1}, or Mask.band(left, right) for uneven sides, or Mask.causal(window={window})."
             )
         return Mask.band(window // 2, window // 2, sink_tokens)
 
     @staticmethod
     def band(left: int | None, right: int | None, sink_tokens: int = 0) -> "Mask":
-        """A query at position p sees keys ``p - left`` to ``p + right``, both included: the one primitive.
+        """A query at position p sees keys ``p - left`` to ``p + right``, both included.
 
         Args:
             left: number of keys seen before the query's own; None for all of them.
             right: number of keys seen after the query's own; None for all of them.
-            sink_tokens: number of first keys that stay visible however far ``left`` they lie. They obey ``right``.
+            sink_tokens: number of first keys that are visible regardless of ``left``; ``right`` still applies.
         """
         if left is not None:
             require_count("Mask.band", "left", left, 0, " (None means unbounded)")
@@ -135,8 +134,8 @@ class Mask:
         """Hides the keys of other documents packed into the same row.
 
         Args:
-            ids: integer ``(B, L)``, the document of each position. Keys take ``ids[b, j]`` and queries
-                ``ids[b, i + offset]``, so that L is the number of keys.
+            ids: integer ``(B, L)``, the document of each position: ``ids[b, j]`` of key j, ``ids[b, i + offset]`` of
+                query row i. L is the number of keys.
         """
         require_tensors("Mask.documents", ids=ids)
         if ids.dtype.is_floating_point or ids.dtype == torch.bool or ids.dim() != 2:
@@ -147,7 +146,7 @@ class Mask:
 
     @staticmethod
     def dense(allow: Tensor) -> "Mask":
-        """Any pattern, at the price of storing it.
+        """Any pattern, as a dense boolean tensor.
 
         Args:
             allow: boolean, broadcastable to ``(B, H, Lq, Lk)``, True where the query may see the key.
@@ -162,26 +161,26 @@ class Mask:
         return Mask(allow=allow[(None,) * (4 - allow.dim())])
 
     def __and__(self, other: "Mask") -> "Mask":
-        """The keys that both masks show."""
+        """The keys visible in both masks."""
         if not isinstance(other, Mask):
             remedy = "Mask.dense(allow)" if isinstance(other, Tensor) else "Mask.causal(), Mask.padding(keep), ..."
             raise TypeError(f"{self!r} & {type(other).__name__}: both must be a qkv.Mask. Use {remedy}.")
         left, sink_tokens = _intersect_left(self, other)
         return Mask(
             left=left,
-            right=_least(self.right, other.right),
+            right=_min_bound(self.right, other.right),
             sink_tokens=sink_tokens,
-            **{kind.field: _combine(kind.of(self), kind.of(other), kind.intersect) for kind in TENSORS},
+            **{kind.field: _intersect_optional(kind.of(self), kind.of(other), kind.intersect) for kind in TENSORS},
         )
 
     def __bool__(self) -> bool:
         raise TypeError(
             f"{self!r} has no truth value: combine masks with `&`, not with `and`; "
-            "ask `mask.is_full` whether a mask hides nothing."
+            "`mask.is_full` says whether a mask hides nothing."
         )
 
     def __eq__(self, other: object) -> bool:
-        """Equal bounds and the very same tensors."""
+        """Equal bounds and identical tensor objects."""
         return self._identity() == other._identity() if isinstance(other, Mask) else NotImplemented
 
     def __hash__(self) -> int:
@@ -208,7 +207,7 @@ class Mask:
 
     @property
     def has_tensors(self) -> bool:
-        """Whether anything beyond the interval hides keys."""
+        """Whether any tensor hides keys, besides the interval."""
         return self._has_any(TENSOR_FIELDS)
 
     @property
@@ -225,7 +224,7 @@ class Mask:
         return any(getattr(self, name) is not None for name in names)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The tensors of the mask, each with its name in error messages."""
+        """The name of each tensor of the mask, as in error messages, and the tensor."""
         return ((f"{kind.constructor} {kind.argument}", tensor) for kind, tensor in self._given())
 
     def values(self) -> tuple[Any, ...]:
@@ -239,22 +238,22 @@ class Mask:
                 yield kind, tensor
 
     def require_fit(self, caller: str, batch: int, heads: int, lq: int, lk: int, device: torch.device) -> None:
-        """Raises ValueError unless the tensors of the mask fit a problem of these sizes, and are on its device."""
+        """Raises ValueError unless the tensors of the mask fit these sizes and are on this device."""
         for kind, tensor in self._given():
             name, shape = f"{kind.constructor} {kind.argument}", kind.shape(batch, heads, lq, lk)
             require_strided(caller, f"mask's {name}", tensor)
             if tensor.device != device:
                 raise ValueError(f"{caller}: mask is on {tensor.device}, q on {device}; use mask.to({str(device)!r}).")
-            # Keys are counted in full: broadcasting is for batches, and for whatever is written out.
+            # Only a dense mask may broadcast along the keys; all may along the batch.
             exact = len(shape) == 4 or tensor.shape[1:] == shape[1:]
             if not (exact and broadcasts(tensor, shape)):
                 raise ValueError(f"{caller}: mask's {name} must fit {shape}; got shape {tuple(tensor.shape)}.")
 
     def visible(self, lq: int, lk: int, offset: int = 0, *, device: torch.device | None = None) -> Tensor:
-        """The mask written out.
+        """The mask as a dense tensor.
 
         Returns:
-            boolean, broadcastable to ``(B, H, lq, lk)`` with the last two dimensions in full.
+            boolean, broadcastable to ``(B, H, lq, lk)``, not broadcast in the last two dimensions.
         """
         if device is None:
             device = next((tensor.device for _, tensor in self.tensors()), None)
@@ -278,61 +277,63 @@ class Mask:
         return seen
 
     def keep_keys(self, lk: int) -> Tensor | None:
-        """The padding of both kinds as one boolean ``(B, lk)``, or None where there is none."""
+        """``keep`` and ``lengths`` combined as boolean ``(B, lk)``; None without either."""
         if self.lengths is None:
             return self.keep
         within = torch.arange(lk, device=self.lengths.device) < self.lengths[:, None]
         return within if self.keep is None else within & self.keep
 
     def key_range(self, lq: int, lk: int, offset: int) -> tuple[int, int]:
-        """First key and one past the last key that the interval shows to any of the queries."""
-        # Comparisons instead of min and max: with symbolic lengths, a compiler decides the former.
+        """First key and one past the last key that the interval shows to any query."""
+        # Compilers decide comparisons of symbolic lengths, but not min and max.
         stop = lk
-        if self.right is not None and _holds(offset + lq + self.right < lk):
+        if self.right is not None and _is_statically_true(offset + lq + self.right < lk):
             stop = max(0, offset + lq + self.right)
         start = 0
-        if self.left is not None and not self.sink_tokens and _holds(offset > self.left):
+        if self.left is not None and not self.sink_tokens and _is_statically_true(offset > self.left):
             start = min(stop, offset - self.left)
         return start, stop
 
     def simplified(self, lq: int, lk: int, offset: int) -> "Mask":
-        """The mask without the bounds that hide nothing from these queries."""
+        """The mask without bounds that hide nothing from these queries."""
         left, right = self.left, self.right
-        if right is not None and _holds(offset + right >= lk - 1):
+        if right is not None and _is_statically_true(offset + right >= lk - 1):
             right = None
-        if left is not None and _holds(offset + lq - 1 - left <= self.sink_tokens):
+        if left is not None and _is_statically_true(offset + lq - 1 - left <= self.sink_tokens):
             left = None
         if left == self.left and right == self.right:
             return self
         return replace(self, left=left, right=right, sink_tokens=0 if left is None else self.sink_tokens)
 
     def select_keys(self, start: int, stop: int, sink_tokens: int = 0) -> "Mask":
-        """The mask over the keys ``0 .. sink_tokens - 1`` and ``start .. stop - 1`` alone.
+        """The mask restricted to the keys ``0 .. sink_tokens - 1`` and ``start .. stop - 1``.
 
-        Positions are then counted among these keys: an offset shifts by ``sink_tokens - start``.
+        Their positions are renumbered from 0: an offset changes by ``sink_tokens - start``.
         """
         if not self.has_tensors:
             return self
 
-        return self._with({kind: kind.select_keys(tensor, start, stop, sink_tokens) for kind, tensor in self._given()})
+        return self._with_tensors(
+            {kind: kind.select_keys(tensor, start, stop, sink_tokens) for kind, tensor in self._given()}
+        )
 
     def select_queries(self, start: int, stop: int) -> "Mask":
-        """The mask of the query rows ``start .. stop - 1`` alone; their offset is larger by ``start``."""
+        """The mask restricted to the query rows ``start .. stop - 1``, whose offset is larger by ``start``."""
         if self.allow is None or self.allow.shape[2] == 1:
             return self
         return replace(self, allow=self.allow[:, :, start:stop])
 
     def to(self, device: torch.device | str) -> "Mask":
-        """The mask with its tensors on another device."""
-        return self._with({kind: tensor.to(device) for kind, tensor in self._given()})
+        """The mask with its tensors on ``device``."""
+        return self._with_tensors({kind: tensor.to(device) for kind, tensor in self._given()})
 
-    def _with(self, tensors: "dict[TensorKind, Tensor]") -> "Mask":
+    def _with_tensors(self, tensors: "dict[TensorKind, Tensor]") -> "Mask":
         changes: dict[str, Any] = {kind.field: tensor for kind, tensor in tensors.items()}
         return replace(self, **changes)
 
 
-def _holds(condition: bool) -> bool:
-    """Whether a condition on lengths holds; in a program that is exported, for whatever lengths it is to take."""
+def _is_statically_true(condition: bool) -> bool:
+    """Whether a condition on lengths is true; while exporting, for all lengths that the program accepts."""
     if not torch.compiler.is_exporting():
         return condition
     from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -340,7 +341,7 @@ def _holds(condition: bool) -> bool:
     return statically_known_true(condition)
 
 
-def _least(a: int | None, b: int | None) -> int | None:
+def _min_bound(a: int | None, b: int | None) -> int | None:
     if a is None or b is None:
         return b if a is None else a
     return min(a, b)
@@ -356,29 +357,31 @@ def _intersect_left(a: Mask, b: Mask) -> tuple[int | None, int]:
     narrow, wide = (a, b) if a.left < b.left else (b, a)
     if narrow.sink_tokens > wide.sink_tokens:
         raise ValueError(
-            f"{a!r} & {b!r}: the narrower window keeps {narrow.sink_tokens} sink tokens, the wider one "
+            f"{a!r} & {b!r}: the narrower window has {narrow.sink_tokens} sink tokens, the wider one "
             f"{wide.sink_tokens}; their intersection is not a band. "
-            "Give both the same sink_tokens, or combine them written out: Mask.dense(a.visible(...) & b.visible(...))."
+            "Give both the same sink_tokens, or combine dense masks: Mask.dense(a.visible(...) & b.visible(...))."
         )
     return narrow.left, narrow.sink_tokens
 
 
-def _combine(a: Tensor | None, b: Tensor | None, both: Callable[[Tensor, Tensor], Tensor]) -> Tensor | None:
+def _intersect_optional(
+    a: Tensor | None, b: Tensor | None, intersect: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor | None:
     if a is None or b is None or a is b:
         return b if a is None else a
-    return both(a, b)
+    return intersect(a, b)
 
 
-def _same_in_both(a: Tensor, b: Tensor) -> Tensor:
-    """Ids that agree exactly where both a and b agree."""
+def _intersect_ids(a: Tensor, b: Tensor) -> Tensor:
+    """Ids that are equal for two positions exactly if both ``a`` and ``b`` are."""
     pairs = torch.stack(torch.broadcast_tensors(a, b), dim=-1)
     _, ids = torch.unique(pairs.flatten(0, -2), dim=0, return_inverse=True)
-    shared: Tensor = ids.view(pairs.shape[:-1])
-    return shared
+    intersection: Tensor = ids.view(pairs.shape[:-1])
+    return intersection
 
 
 def _select(tensor: Tensor, start: int, stop: int, sink_tokens: int) -> Tensor:
-    """Entries of the selected keys, of a tensor whose last dimension counts keys."""
+    """The entries ``0 .. sink_tokens - 1`` and ``start .. stop - 1`` of the last dimension, keys."""
     if tensor.shape[-1] == 1:
         return tensor
     selected = tensor[..., start:stop]
@@ -390,15 +393,16 @@ def _select_lengths(lengths: Tensor, start: int, stop: int, sink_tokens: int) ->
 
 
 class TensorKind(NamedTuple):
-    """One of the tensors that a mask may have. What it hides is in `Mask.visible`, all else is here."""
+    """Description of one tensor of a mask. What it hides is in `Mask.visible`."""
 
     field: str
-    """of `Mask`"""
+    """its name among the fields of `Mask`"""
     constructor: str
-    """of `Mask`, which takes the tensor as"""
+    """the constructor of `Mask` that takes it"""
     argument: str
+    """its name in that constructor"""
     shape: Callable[[int, int, int, int], tuple[int, ...]]
-    """what it must fit, from batch, heads, lq and lk"""
+    """the required shape, from batch, heads, lq and lk"""
     intersect: Callable[[Tensor, Tensor], Tensor]
     """the tensor of ``a & b``"""
     select_keys: Callable[[Tensor, int, int, int], Tensor]
@@ -416,7 +420,7 @@ class TensorKind(NamedTuple):
 TENSORS = (
     TensorKind("keep", "padding", "keep", lambda b, h, lq, lk: (b, lk), torch.logical_and, _select),
     TensorKind("lengths", "padding", "lengths", lambda b, h, lq, lk: (b,), torch.minimum, _select_lengths),
-    TensorKind("document_ids", "documents", "ids", lambda b, h, lq, lk: (b, lk), _same_in_both, _select, True, True),
+    TensorKind("document_ids", "documents", "ids", lambda b, h, lq, lk: (b, lk), _intersect_ids, _select, True, True),
     TensorKind("allow", "dense", "allow", lambda b, h, lq, lk: (b, h, lq, lk), torch.logical_and, _select, False, True),
 )
 """Every kind of tensor that a mask may have, in the order in which masks are printed."""

@@ -1,4 +1,4 @@
-"""`Partial`: attention over some of the keys, and what several of them make over all."""
+"""`Partial`: attention over some of the keys, and the merge of several into attention over all."""
 
 from typing import Any, NamedTuple
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Partial(NamedTuple):
-    """Attention over some keys, and the log of its normaliser."""
+    """Attention over some keys and the log of its softmax normaliser."""
 
     out: Tensor
     """(B, H, Lq, Dv)"""
@@ -15,42 +15,42 @@ class Partial(NamedTuple):
     """(B, H, Lq)"""
 
 
-def joined(outs: Tensor, lses: Tensor) -> Partial:
-    """The pieces ``outs (n, B, H, Lq, Dv)`` and ``lses (n, B, H, Lq)`` as one. Differentiable."""
+def merge_stacked(outs: Tensor, lses: Tensor) -> Partial:
+    """Attention over all keys from n pieces, ``outs (n, B, H, Lq, Dv)`` and ``lses (n, B, H, Lq)``. Differentiable."""
     wants_grad = torch.is_grad_enabled() and (outs.requires_grad or lses.requires_grad)
-    if not wants_grad or torch._C._get_tracing_state():  # a trace cannot hold a function of Python's
-        return _joined(outs, lses)
-    function = _Joined if torch.compiler.is_compiling() else _JoinedWithTangents
+    if not wants_grad or torch._C._get_tracing_state():  # which cannot record an autograd.Function
+        return _merge(outs, lses)
+    function = _Merge if torch.compiler.is_compiling() else _MergeWithJvp
     return Partial(*function.apply(outs, lses))  # type: ignore[no-untyped-call]
 
 
-def _joined(outs: Tensor, lses: Tensor) -> Partial:
-    top = lses.detach().amax(dim=0)
-    top = top.masked_fill(top == -torch.inf, 0)
-    shares = (lses - top).exp()
-    total = shares.sum(dim=0)
-    empty = total == 0
-    total = total.masked_fill(empty, 1)
-    out = ((shares / total)[..., None] * outs).sum(dim=0).to(outs.dtype)
-    return Partial(out, (top + total.log()).masked_fill(empty, -torch.inf))
+def _merge(outs: Tensor, lses: Tensor) -> Partial:
+    row_max = lses.detach().amax(dim=0)
+    row_max = row_max.masked_fill(row_max == -torch.inf, 0)
+    terms = (lses - row_max).exp()
+    row_sum = terms.sum(dim=0)
+    empty = row_sum == 0
+    row_sum = row_sum.masked_fill(empty, 1)
+    out = ((terms / row_sum)[..., None] * outs).sum(dim=0).to(outs.dtype)
+    return Partial(out, (row_max + row_sum.log()).masked_fill(empty, -torch.inf))
 
 
 def _shares(lses: Tensor, lse: Tensor) -> Tensor:
-    """What each piece has of a row's weights, (n, B, H, Lq, 1)."""
+    """The share of each piece in the normaliser of a row, (n, B, H, Lq, 1)."""
     return (lses - lse).exp().masked_fill(lse == -torch.inf, 0)[..., None]
 
 
-class _Joined(torch.autograd.Function):
-    """`_joined`, in whose backward a row without a gradient from above adds nothing, whatever it holds.
+class _Merge(torch.autograd.Function):
+    """`_merge`, with a backward in which a row whose incoming gradient is 0 contributes 0, even if it contains NaN.
 
-    Left to autograd, a row that is NaN would multiply the 0 from above with it, and give NaN to all keys of its pieces.
+    Autograd would multiply that 0 by NaN, and so pass NaN to all keys of the pieces.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
-        out, lse = _joined(outs, lses)
+        out, lse = _merge(outs, lses)
         return out, lse
 
     @staticmethod
@@ -64,13 +64,13 @@ class _Joined(torch.autograd.Function):
         d_out, d_lse = d_out.to(lse.dtype), d_lse[..., None]
         shares = _shares(lses, lse)
         d_lses = shares * (d_lse + (d_out * (outs.to(lse.dtype) - out)).sum(dim=-1, keepdim=True))
-        silent = ((d_out == 0).all(dim=-1, keepdim=True) & (d_lse == 0)).expand_as(d_lses)
+        zero_grad = ((d_out == 0).all(dim=-1, keepdim=True) & (d_lse == 0)).expand_as(d_lses)
         d_outs = (shares * d_out).to(outs.dtype)
-        return d_outs.masked_fill(silent, 0), d_lses.masked_fill(silent, 0).squeeze(-1)
+        return d_outs.masked_fill(zero_grad, 0), d_lses.masked_fill(zero_grad, 0).squeeze(-1)
 
 
-class _JoinedWithTangents(_Joined):
-    """Forward mode as well, which torch's compiler does not take."""
+class _MergeWithJvp(_Merge):
+    """`_Merge` with forward-mode derivatives, which torch.compile does not support."""
 
     @staticmethod
     def jvp(ctx: Any, d_outs: Tensor, d_lses: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""`Problem`: one call of attention, validated and trimmed. The only place that validates tensors."""
+"""`Problem`: one validated call of attention. The only place that validates tensors."""
 
 from typing import NamedTuple
 
@@ -10,12 +10,12 @@ from qkv.arguments import require_strided
 from qkv.masks import FULL, Mask
 from qkv.scores import ScoreOptions, Scores, make_scores
 
-MOST_POSITIONS = 1 << 62
+MAX_POSITION = 1 << 62
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Problem(NamedTuple):
-    """What every backend receives."""
+    """One validated call of attention: the input of every backend."""
 
     q: Tensor
     """(B, H, Lq, D)"""
@@ -24,11 +24,11 @@ class Problem(NamedTuple):
     v: Tensor
     """(B, Hkv, Lk, Dv)"""
     k_scale: Tensor | None
-    """(B, Hkv, Lk), the factor of each row of k, where k and v are int8"""
+    """(B, Hkv, Lk), what each key is multiplied by, as v_scale for values; None unless k and v are int8"""
     v_scale: Tensor | None
     mask: Mask
     offset: int
-    """Position of the first query, counted in keys."""
+    """position of the first query among the keys"""
     scores: Scores
     wants_lse: bool
 
@@ -56,23 +56,23 @@ class Problem(NamedTuple):
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
     def visible(self) -> Tensor:
-        """The mask written out for these queries and keys, broadcastable to (B, H, Lq, Lk)."""
+        """The mask as a dense tensor, broadcastable to (B, H, Lq, Lk)."""
         return self.mask.visible(self.lq, self.lk, self.offset, device=self.q.device)
 
     def distance(self) -> Tensor:
-        """How far each key lies from each query, (Lq, Lk), as ALiBi counts it."""
+        """``abs(i + offset - j)`` (Lq, Lk), the distance that ALiBi multiplies by its slopes."""
         position = torch.arange(self.lq, device=self.q.device) + self.offset
         return (position[:, None] - torch.arange(self.lk, device=self.q.device)).abs()
 
     def dequantized(self) -> "Problem":
-        """The same problem with keys and values in the dtype of q, for backends that know no int8."""
+        """The problem with keys and values in the dtype of q, for backends without int8."""
         if self.k_scale is None or self.v_scale is None:
             return self
         k, v = self.k * self.k_scale[..., None], self.v * self.v_scale[..., None]
         return self._replace(k=k.to(self.q.dtype), v=v.to(self.q.dtype), k_scale=None, v_scale=None)
 
     def select_queries(self, start: int, stop: int) -> "Problem":
-        """The same problem for the query rows ``start .. stop - 1`` alone."""
+        """The problem restricted to the query rows ``start .. stop - 1``, trimmed."""
         rows = self._replace(
             q=self.q[:, :, start:stop],
             mask=self.mask.select_queries(start, stop),
@@ -95,7 +95,7 @@ def make_problem(
     wants_lse: bool = False,
     **options: Unpack[ScoreOptions],
 ) -> Problem:
-    """The problem of a call of ``caller``, which error messages name.
+    """The problem of a call to ``caller``, the function named in error messages. Validates all arguments.
 
     Raises:
         TypeError: for arguments of the wrong type.
@@ -116,15 +116,14 @@ def make_problem(
     scores = make_scores(caller, q, k, **options)
     offset = _resolve_offset(caller, mask, scores, offset, q.shape[2], k.shape[2])
     problem = Problem(q, k, v, k_scale, v_scale, mask, offset, scores, wants_lse)
-    # The compiler of torch 2.9 knows the properties of a named tuple only once it was replaced.
+    # torch 2.9 compiles properties of a named tuple only after _replace.
     return problem._replace() if torch.compiler.is_compiling() else problem
 
 
 def trim(problem: Problem) -> Problem:
-    """The same problem without the keys that no query sees and the bounds that hide nothing.
+    """The problem without keys that no query sees and without bounds that hide nothing.
 
-    For backends that do not skip what is hidden: a decoding step over a window then reads the window alone, and without
-    a mask.
+    For backends that do not skip hidden keys: a decoding step over a window then reads only the window, without a mask.
     """
     if problem.mask is FULL:
         return problem
@@ -151,8 +150,8 @@ def _check_tensors(caller: str, q: Tensor, k: Tensor, v: Tensor) -> None:
         raise TypeError(f"{caller}: q, k and v must be tensors; got {got}.")
     if q.is_nested or k.is_nested or v.is_nested:
         raise ValueError(
-            f"{caller}: nested tensors are for the layers, as qkv.CausalAttention. For heads of your own, call "
-            "qkv.integrations.torch.varlen_attn with their values and offsets."
+            f"{caller}: only layers, such as qkv.CausalAttention, take nested tensors. For projected heads, call "
+            "qkv.integrations.torch.varlen_attn with their values() and offsets()."
         )
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         require_strided(caller, name, tensor)
@@ -167,19 +166,18 @@ def _check_tensors(caller: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     if not (batch == k_batch == v_batch):
         raise ValueError(
             f"{caller}: q, k and v must have the same batch; got {batch}, {k_batch} and {v_batch}. "
-            "Expand the one that is shared: k.expand(batch, -1, -1, -1) copies nothing."
+            "Expand what is shared, without a copy: k.expand(batch, -1, -1, -1)."
         )
     if v_heads != kv_heads or lv != lk:
         raise ValueError(
             f"{caller}: k and v must have the same heads and length; "
-            f"got k with {kv_heads} heads and {lk} keys, v with {v_heads} heads and {lv} values."
+            f"got {kv_heads} and {v_heads} heads, lengths {lk} and {lv}."
         )
     if k_width != width:
         raise ValueError(f"{caller}: q and k must have the same width; got {width} and {k_width}.")
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(
-            f"{caller}: the {heads} query heads of q must be a multiple of the {kv_heads} heads of k and v, "
-            "so that each group of query heads shares one of them."
+            f"{caller}: the number of heads of q must be a multiple of that of k and v; got {heads} and {kv_heads}."
         )
 
 
@@ -203,8 +201,8 @@ def _check_int8(caller: str, name: str, tensor: Tensor, scale: Tensor | None) ->
     if tensor.dtype is not torch.int8 or not fits:
         got = f"{scale.dtype} {tuple(scale.shape)}" if isinstance(scale, Tensor) else repr(scale)
         raise ValueError(
-            f"{caller}: k_scale and v_scale are for k and v in int8, and must both be float32 (batch, heads, length); "
-            f"got {name} in {tensor.dtype} with {name}_scale {got}, where {want} would fit."
+            f"{caller}: k_scale and v_scale need k and v in int8, and must be float32 of shape {want}; "
+            f"got {name} in {tensor.dtype} with {name}_scale {got}."
         )
     if scale is not None and scale.device != tensor.device:
         raise ValueError(
@@ -225,15 +223,15 @@ def _resolve_offset(caller: str, mask: Mask, scores: Scores, offset: int | None,
         if (mask.is_positional or scores.is_positional()) and lq != lk:
             positional = repr(mask) if mask.is_positional else "alibi"
             raise ValueError(
-                f"{caller}: {positional} depends on where the {lq} queries stand among the {lk} keys, and offset is "
-                f"not given. offset=0 aligns the first query with the first key (top-left: torch's is_causal); "
+                f"{caller}: {positional} depends on the positions of queries, so {lq} queries with {lk} keys need an "
+                f"offset; got None. offset=0 aligns the first query with the first key (top-left: torch's is_causal); "
                 f"offset={lk - lq} aligns the last query with the last key (bottom-right: flash-attn, decoding)."
             )
         return 0
     if not isinstance(offset, (int, torch.SymInt)) or isinstance(offset, bool):
         raise TypeError(f"{caller}: offset must be an int, the position of the first query; got {offset!r}.")
-    if isinstance(offset, int) and not -MOST_POSITIONS < offset < MOST_POSITIONS:
-        raise ValueError(f"{caller}: offset must be a position that 64 bits can count; got {offset}.")
+    if isinstance(offset, int) and not -MAX_POSITION < offset < MAX_POSITION:
+        raise ValueError(f"{caller}: offset must be between -2**62 and 2**62; got {offset}.")
     if mask.document_ids is not None and (offset < 0 or offset + lq > lk):
         raise ValueError(
             f"{caller}: a documents mask of {lk} positions must cover the queries; got offset={offset} and {lq} "

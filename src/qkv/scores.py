@@ -1,4 +1,4 @@
-"""`Scores`: what happens to ``q @ k.mT`` before the values are summed. Each option is listed here, once."""
+"""`Scores`: the options between ``q @ k.mT`` and the sum of values. Each is listed here once."""
 
 from collections.abc import Collection, Mapping
 from typing import NamedTuple, TypedDict
@@ -10,10 +10,10 @@ from qkv.arguments import broadcasts, require_finite, require_positive, require_
 
 
 class Scores(NamedTuple):
-    """The options of one call, validated, in the order in which they apply.
+    """The validated options of one call, in the order in which they apply.
 
-    A score is ``scale * q @ k.mT``, then softcap, then bias and alibi; then the mask, the softmax, whose normaliser may
-    include one more term, the sink logit of the head, and dropout of its weights.
+    Scores are ``scale * q @ k.mT``, then softcap, then bias and alibi. The mask follows, then the softmax, with the
+    sink logit of the head as one more term of its normaliser, then dropout of the weights.
     """
 
     scale: float
@@ -27,16 +27,16 @@ class Scores(NamedTuple):
     dropout: float
 
     def used(self) -> list[str]:
-        """Names of the options that have an effect, the scale aside."""
+        """Names of the options in use, except scale."""
         named = zip(self._fields[1:], self[1:], strict=True)
         return [name for name, value in named if isinstance(value, Tensor) or value]
 
-    def unknown_to(self, known: Collection[str]) -> list[str]:
-        """Names of the options in use that a backend, which implements ``known``, does not."""
-        return [name for name in self.used() if name not in known]
+    def unsupported_by(self, supported: Collection[str]) -> list[str]:
+        """Names of the options in use that are not among ``supported``, those of a backend."""
+        return [name for name in self.used() if name not in supported]
 
     def tensors(self) -> list[Tensor]:
-        """The options that may have a gradient."""
+        """The options that are tensors, and may need a gradient."""
         return [value for value in self if isinstance(value, Tensor)]
 
     def is_positional(self) -> bool:
@@ -88,11 +88,11 @@ def only_scale(options: ScoreOptions) -> bool:
 
 
 def make_scores(caller: str, q: Tensor, k: Tensor, **options: Unpack[ScoreOptions]) -> Scores:
-    """The `Scores` of a call of ``caller`` with ``q (B, H, Lq, D)`` and ``k (B, Hkv, Lk, D)``.
+    """The validated `Scores` of a call to ``caller`` with ``q (B, H, Lq, D)`` and ``k (B, Hkv, Lk, D)``.
 
     Raises:
         TypeError: for options of the wrong type.
-        ValueError: for shapes, devices and numbers that do not fit.
+        ValueError: for shapes, devices and numbers that do not fit together.
     """
     for name in options:
         if name not in DEFAULTS:
@@ -115,10 +115,12 @@ def make_scores(caller: str, q: Tensor, k: Tensor, **options: Unpack[ScoreOption
 def _resolve_scale(caller: str, scale: float | None, width: int) -> float:
     if scale is None:
         if width == 0:
-            raise ValueError(f"{caller}: heads of width 0 have no default scale, 1 / sqrt(width); give scale.")
+            raise ValueError(f"{caller}: heads of width 0 have no default scale, 1 / sqrt(width); pass scale.")
         return float(width**-0.5)
     if isinstance(scale, Tensor):
-        raise TypeError(f"{caller}: scale must be a number; got a tensor. Give q times a learned scale, and scale=1.0.")
+        raise TypeError(
+            f"{caller}: scale must be a number; got a tensor. For a learned scale, multiply q by it and pass scale=1.0."
+        )
     require_finite(caller, "scale", scale, ", or None for 1 / sqrt(width)")
     return scale
 
@@ -129,7 +131,7 @@ def _check_bias(caller: str, bias: Tensor, q: Tensor, k: Tensor) -> Tensor:
         got = bias.dtype if isinstance(bias, Tensor) else type(bias).__name__
         raise TypeError(
             f"{caller}: bias must be a floating-point tensor, added to the scores; got {got}. "
-            "A boolean mask is mask=Mask.dense(allow)."
+            "Pass a boolean mask as mask=Mask.dense(allow)."
         )
     require_strided(caller, "bias", bias)
     if bias.device != q.device:
@@ -143,7 +145,7 @@ def _check_per_head(caller: str, name: str, tensor: Tensor, q: Tensor) -> None:
     if not isinstance(tensor, Tensor) or not tensor.dtype.is_floating_point or tensor.shape != (q.shape[1],):
         got = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else repr(tensor)
         raise ValueError(
-            f"{caller}: {name} must be floating-point of shape ({q.shape[1]},), one a query head; got {got}."
+            f"{caller}: {name} must be floating-point of shape ({q.shape[1]},), one per query head; got {got}."
         )
     if tensor.device != q.device:
         raise ValueError(f"{caller}: {name} must be on the device of q; got {tensor.device} and {q.device}.")

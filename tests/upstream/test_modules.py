@@ -115,7 +115,9 @@ def test_pytorch_153472_jagged_tensors_have_causal_masks_windows_and_groups(upst
         for got, part in zip(layer(x).unbind(), parts, strict=True):
             torch.testing.assert_close(got, layer(part[None])[0])
     q = x.unflatten(-1, (4, 8)).transpose(1, 2)
-    with pytest.raises(ValueError, match=r"nested tensors are for the layers, as qkv\.CausalAttention.*varlen_attn"):
+    with pytest.raises(
+        ValueError, match=r"only layers, such as qkv\.CausalAttention, take nested tensors.*varlen_attn"
+    ):
         qkv.attention(q, q, q, mask=qkv.Mask.causal())
 
     def fails() -> bool:

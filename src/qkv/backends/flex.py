@@ -35,7 +35,7 @@ ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def why_not(problem: Problem) -> list[str]:
-    reasons = [f"FlexAttention has no {name}" for name in problem.scores.unknown_to(SCORES)]
+    reasons = [f"FlexAttention has no {name}" for name in problem.scores.unsupported_by(SCORES)]
     if problem.q.device.type == "cpu" and problem.needs_grad:
         reasons.append("FlexAttention has no backward on CPU")
     if problem.q.is_cuda and problem.q.dtype is torch.float64:

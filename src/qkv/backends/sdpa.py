@@ -26,7 +26,7 @@ ROW_BYTES = 16
 
 
 def why_not(problem: Problem) -> list[str]:
-    reasons = [f"scaled_dot_product_attention has no {name}" for name in problem.scores.unknown_to(SCORES)]
+    reasons = [f"scaled_dot_product_attention has no {name}" for name in problem.scores.unsupported_by(SCORES)]
     if _needs_lse(problem):
         wanted = "sink logits need" if problem.scores.sink_logits is not None else "the caller wants"
         if problem.q.device.type not in ("cpu", "meta"):

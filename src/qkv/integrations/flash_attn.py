@@ -22,7 +22,7 @@ from qkv.integrations.torch.varlen import (
 )
 from qkv.layers.rotary import rotate
 from qkv.partial import Partial
-from qkv.sequences import Keys, make_sequences
+from qkv.sequences import PagedKeys, make_sequences
 
 DENSE = "(batch, length, heads, width)"
 PACKED = "(T, heads, width)"
@@ -195,7 +195,7 @@ def flash_attn_varlen_func(
     require_starts(caller, "cu_seqlens_q", cu_seqlens_q, q.shape[0])
     require_starts(caller, "cu_seqlens_k", cu_seqlens_k, k.shape[0] if block_table is None else None)
     if block_table is None:
-        keys = Keys.packed(k, v, cu_seqlens_k)
+        keys = PagedKeys.packed(k, v, cu_seqlens_k)
     else:
         keys = keys_in_pages(caller, k, v, block_table, cu_seqlens_k.diff())
     partial = make_sequences(caller, q, cu_seqlens_q, keys, alibi=alibi_slopes, **options).attend()
@@ -346,7 +346,7 @@ def _attend_dense(
         out = out.transpose(1, 2)
     else:
         (queries, starts), (keys, k_starts), (values, _) = map(_packed, (q, k, v))
-        packed = Keys.packed(keys, values, k_starts)
+        packed = PagedKeys.packed(keys, values, k_starts)
         sequences = make_sequences(caller, queries, starts, packed, alibi=alibi_slopes, **options)
         out, lse = _in_batch(sequences.attend(), q.shape[0])
     return (out, lse, q.new_empty(0)) if return_attn_probs else out

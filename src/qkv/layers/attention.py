@@ -166,9 +166,9 @@ class Attention(nn.Module):
             if context_dim is not None:
                 raise ValueError(f"{caller}: rotary has no meaning between two sequences; give rotary or context_dim.")
         if scale is not None:
-            require_finite(caller, "scale", scale, otherwise=", or None for 1 / sqrt(head_dim)")
+            require_finite(caller, "scale", scale, suffix=", or None for 1 / sqrt(head_dim)")
         if softcap is not None:
-            require_positive(caller, "softcap", softcap, otherwise=" or None")
+            require_positive(caller, "softcap", softcap, suffix=" or None")
         require_probability(caller, "dropout", dropout)
         require_backend(caller, backend)
 
@@ -209,7 +209,7 @@ class Attention(nn.Module):
 
     @alibi.setter
     def alibi(self, slopes: Tensor | Sequence[float] | None) -> None:
-        what = "one a query head"
+        what = "one per query head"
         self._slopes = None if slopes is None else vector(type(self).__name__, "alibi", slopes, self.num_heads, what)
 
     def reset_parameters(self) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qkv.arguments import require_tensors
 from qkv.masks import Mask
-from qkv.sequences import Keys, make_sequences
+from qkv.sequences import PagedKeys, make_sequences
 
 
 class AuxRequest(NamedTuple):
@@ -102,7 +102,7 @@ def varlen_attn(
                     f"{caller}: seqused_k must be at most the lengths that cu_seq_k gives, {held.tolist()}; "
                     f"got {seqused_k.tolist()}."
                 )
-        keys = Keys.packed(key, value, cu_seq_k, seqused_k)
+        keys = PagedKeys.packed(key, value, cu_seq_k, seqused_k)
     out, lse = make_sequences(caller, query, cu_seq_q, keys, mask=band(caller, window_size), scale=scale).attend()
     return (out, lse) if return_aux is not None and return_aux.lse else out
 
@@ -176,7 +176,7 @@ def require_table(caller: str, block_table: Tensor, batch: int) -> None:
 
 def keys_in_pages(
     caller: str, k: Tensor, v: Tensor, block_table: Tensor, stops: Tensor, starts: Tensor | None = None
-) -> Keys:
+) -> PagedKeys:
     """Keys ``starts[n]`` (0 if None) to ``stops[n] - 1`` of each sequence, in pools ``(pages, page_size, Hkv, D)``.
 
     Raises:
@@ -186,7 +186,7 @@ def keys_in_pages(
     starts = torch.zeros_like(stops) if starts is None else starts
     if not torch.compiler.is_compiling():
         _require_pages(caller, k, block_table, starts.tolist(), stops.tolist())
-    return Keys(k, v, starts, stops - starts, block_table)
+    return PagedKeys(k, v, starts, stops - starts, block_table)
 
 
 def _require_pages(caller: str, pool: Tensor, block_table: Tensor, starts: Sequence[int], stops: Sequence[int]) -> None:
