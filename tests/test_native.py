@@ -29,13 +29,13 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 @present
-def test_an_unknown_instruction_set_is_refused_and_auto_goes_on_without() -> None:
+def test_an_unknown_instruction_set_is_refused_and_auto_falls_back() -> None:
     code = (
         "import torch, qkv; q = torch.randn(1, 2, 64, 4); found = qkv.explain(q, q, q); "
         "print(found.chosen, found.reasons['native'])"
     )
     assert run(code, QKV_ISA="mmx").stdout.strip() == (
-        """sdpa ["QKV_ISA='mmx' is no instruction set that this machine and the kernel have"]"""
+        """sdpa ["QKV_ISA='mmx' is not an instruction set that this machine and the kernel support"]"""
     )
 
 
@@ -71,7 +71,7 @@ def test_every_instruction_set_of_the_machine_is_in_the_contract() -> None:
     torch.testing.assert_close(*outs)
 
 
-def test_a_broken_library_says_so(tmp_path: Path) -> None:
+def test_a_broken_library_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "native.so"
     path.write_bytes(b"not a library")
     found = kernels.load(path)
@@ -90,7 +90,7 @@ def test_reasons_name_what_the_kernel_lacks() -> None:
     assert against(q.double()) == ["the kernel has no fp64"]
     assert against(q.to("meta")) == ["the kernel runs on CPU"]
     (reason,) = torch.func.vmap(lambda q: (against(q), q)[0], out_dims=None)(q[None])
-    assert reason == "the kernel takes plain tensors, outside of functorch"
+    assert reason == "the kernel takes neither tensor subclasses nor functorch transforms"
 
 
 @present
@@ -106,7 +106,7 @@ def test_reasons_name_what_the_kernel_lacks() -> None:
     ],
     ids=str,
 )
-def test_the_way_of_plain_calls_gives_the_bits_of_the_other(dtype: torch.dtype, mask: Mask) -> None:
+def test_the_fast_path_gives_the_bits_of_the_validated_path(dtype: torch.dtype, mask: Mask) -> None:
     q = torch.randn(2, 5, 6, 8, dtype=dtype).transpose(1, 2)  # views, as where heads are split and buffers filled
     k, v = torch.randn(2, 11, 2, 8, dtype=dtype).transpose(1, 2)[:, :, 1:10], torch.randn(2, 2, 9, 3, dtype=dtype)
     for offset in (-1, 0, 4, 2**29):
@@ -129,7 +129,7 @@ def quantized(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 @present
 @pytest.mark.parametrize("many", [sys.maxsize, 2**70])
-def test_bounds_beyond_all_keys_are_none(many: int) -> None:
+def test_bounds_beyond_all_keys_hide_nothing(many: int) -> None:
     q, k = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 7, 8)
     for mask in (Mask.band(many, many), Mask.band(1, 0, sink_tokens=many), Mask.band(many, 0)):
         want = qkv.attention(q, k, k, mask=mask, offset=2, backend="reference")
@@ -138,10 +138,10 @@ def test_bounds_beyond_all_keys_are_none(many: int) -> None:
 
 
 @present
-def test_calls_that_are_not_plain_are_posed() -> None:
+def test_the_fast_path_takes_eligible_calls_only() -> None:
     q, k = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 7, 8)
 
-    def is_plain(
+    def is_eligible(
         q: object = q,
         k: object = k,
         v: object = k,
@@ -153,39 +153,47 @@ def test_calls_that_are_not_plain_are_posed() -> None:
     ) -> bool:
         return native.fast_path(q, k, v, k_scale, v_scale, mask, offset, {"scale": scale}) is not None  # type: ignore[arg-type]
 
-    assert is_plain()
-    assert is_plain(mask=Mask.causal(), offset=3)
-    assert not is_plain(mask=Mask.causal())  # Two readings.
-    assert is_plain(mask=Mask.padding(torch.tensor([5])))
+    assert is_eligible()
+    assert is_eligible(mask=Mask.causal(), offset=3)
+    assert not is_eligible(mask=Mask.causal())  # Two readings.
+    assert is_eligible(mask=Mask.padding(torch.tensor([5])))
     for lengths in ([5, 5], []):
-        assert not is_plain(mask=Mask.padding(torch.tensor(lengths, dtype=torch.int64)))
-    assert not is_plain(mask=Mask.padding(torch.tensor([5], dtype=torch.int32)))
-    assert not is_plain(mask=Mask.padding(torch.tensor([5], device="meta")))
+        assert not is_eligible(mask=Mask.padding(torch.tensor(lengths, dtype=torch.int64)))
+    assert not is_eligible(mask=Mask.padding(torch.tensor([5], dtype=torch.int32)))
+    assert not is_eligible(mask=Mask.padding(torch.tensor([5], device="meta")))
     keep = torch.ones(1, 14, dtype=torch.bool)
     for kept in (keep, keep[:, :6], keep[:, ::2], keep[:, :7].expand(2, -1), keep[:, :0]):
-        assert not is_plain(mask=Mask.padding(kept))
-    assert not is_plain(mask=Mask.documents(torch.zeros(1, 7, dtype=torch.int64)))
-    assert not is_plain(mask=Mask.dense(keep[:, :7]))
-    assert not is_plain(mask=k)
+        assert not is_eligible(mask=Mask.padding(kept))
+    assert not is_eligible(mask=Mask.documents(torch.zeros(1, 7, dtype=torch.int64)))
+    assert not is_eligible(mask=Mask.dense(keep[:, :7]))
+    assert not is_eligible(mask=k)
     codes, scales = quantize(k)
     int8 = {"k": codes, "v": codes, "k_scale": scales, "v_scale": scales}
-    assert is_plain(**int8)
+    assert is_eligible(**int8)
     for scale in (None, scales[0], scales[:, :1], scales[:, :, 1:], scales.double(), scales.bfloat16()):
-        assert not is_plain(**(int8 | {"k_scale": scale})) and not is_plain(**(int8 | {"v_scale": scale}))
-    assert not is_plain(**(int8 | {"v_scale": torch.stack([scales, scales], dim=-1)[..., 0]}))
-    assert not is_plain(**(int8 | {"v": k})) and not is_plain(**(int8 | {"q": codes})) and not is_plain(k_scale=scales)
-    assert not is_plain(offset=2.0) and not is_plain(offset=1 << 30)
-    assert not is_plain(scale=torch.ones(()))
+        assert not is_eligible(**(int8 | {"k_scale": scale})) and not is_eligible(**(int8 | {"v_scale": scale}))
+    assert not is_eligible(**(int8 | {"v_scale": torch.stack([scales, scales], dim=-1)[..., 0]}))
+    assert (
+        not is_eligible(**(int8 | {"v": k}))
+        and not is_eligible(**(int8 | {"q": codes}))
+        and not is_eligible(k_scale=scales)
+    )
+    assert not is_eligible(offset=2.0) and not is_eligible(offset=1 << 30)
+    assert not is_eligible(scale=torch.ones(()))
     for other in ("q", k[0], k.double(), k.bfloat16(), k.to("meta"), k[:, :0], k[:, :, :0], k[..., :0], k[..., ::2]):
-        assert not is_plain(v=other)
-    assert not is_plain(q=k[:, :, :, :7]) and not is_plain(q=k.expand(2, -1, -1, -1)) and not is_plain(q=k[:, :1])
-    assert not is_plain(v=k[:, :, 1:]) and not is_plain(k=k.to_sparse()) and not is_plain(q=k.half(), k=k.half())
+        assert not is_eligible(v=other)
+    assert (
+        not is_eligible(q=k[:, :, :, :7]) and not is_eligible(q=k.expand(2, -1, -1, -1)) and not is_eligible(q=k[:, :1])
+    )
+    assert (
+        not is_eligible(v=k[:, :, 1:]) and not is_eligible(k=k.to_sparse()) and not is_eligible(q=k.half(), k=k.half())
+    )
     tracked = k.clone().requires_grad_()
-    assert not is_plain(v=tracked)
+    assert not is_eligible(v=tracked)
     with torch.no_grad():
-        assert is_plain(v=tracked)
+        assert is_eligible(v=tracked)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not is_plain()
+        assert not is_eligible()
 
 
 @present
@@ -220,7 +228,7 @@ def test_a_call_has_the_fields_of_masks_of_scores_and_of_the_struct_in_their_ord
 @present
 @pytest.mark.parametrize("requires_grad", [True, False])
 @pytest.mark.filterwarnings("ignore")
-def test_the_operators_keep_what_torch_asks_of_operators(requires_grad: bool) -> None:
+def test_the_operators_pass_opcheck(requires_grad: bool) -> None:
     q, k, v = (torch.randn(2, heads, 9, 8).requires_grad_(requires_grad) for heads in (4, 2, 2))
     bias, alibi, sinks = (torch.randn(*shape).requires_grad_(requires_grad) for shape in ((1, 4, 9, 9), (4,), (4,)))
     keep, ids = torch.arange(9)[None] > 1, torch.arange(9)[None] // 4
@@ -248,7 +256,7 @@ def test_second_derivatives_are_refused_and_the_reference_has_them() -> None:
 
 @present
 @pytest.mark.filterwarnings("ignore")
-def test_compiled_and_exported_programs_hold_the_operators() -> None:
+def test_compiled_and_exported_programs_contain_the_operators() -> None:
     torch.compiler.reset()
     layer, x = qkv.CausalAttention(24, 6, num_kv_heads=2), torch.randn(2, 11, 24)
     program = torch.export.export(layer, (x,))
@@ -277,7 +285,7 @@ def test_a_tensor_whose_storage_was_freed_is_refused() -> None:
 
 @present
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of address space are tested on Linux")
-def test_too_little_memory_for_the_sums_is_an_error_and_not_the_end_of_the_process() -> None:
+def test_too_little_scratch_memory_is_an_error_of_the_call() -> None:
     code = """
 import resource, torch, qkv
 q, k = torch.randn(1, 8, 65536, 64, dtype=torch.bfloat16, requires_grad=True), torch.randn(1, 1, 304, 64).bfloat16()
@@ -293,8 +301,8 @@ except MemoryError as error:
 """
     done = run(code)
     assert done.stdout.strip() == (
-        "qkv's kernel: there is not enough memory for its sums over q (1, 8, 65536, 64) and k (1, 1, 304, 64); "
-        "give fewer batches or heads at once."
+        "qkv's kernel: not enough scratch memory for q (1, 8, 65536, 64) and k (1, 1, 304, 64); "
+        "call it with fewer batch rows or heads."
     ), done.stderr
 
 
@@ -443,7 +451,7 @@ def test_bits_of_gradients_depend_on_neither_run_nor_threads_nor_batch(dtype: to
 @present
 @pytest.mark.parametrize("lq", [1, 4])
 @pytest.mark.parametrize("extreme", [torch.finfo(torch.float32).min, torch.finfo(torch.float32).max], ids=str)
-def test_a_row_of_extreme_finite_biases_weighs_all_alike(extreme: float, lq: int) -> None:
+def test_a_row_of_equal_extreme_finite_biases_has_equal_weights(extreme: float, lq: int) -> None:
     q, v = torch.randn(1, 2, lq, 8), torch.randn(1, 2, 40, 8)
     bias = torch.full((1, 1, lq, 40), extreme)
     torch.testing.assert_close(qkv.attention(q, v, v, bias=bias), v.mean(dim=2, keepdim=True).expand(1, 2, lq, 8))
@@ -468,7 +476,7 @@ def test_batched_gradients_are_refused_and_another_backend_has_them() -> None:
 
 
 @present
-def test_what_masks_hide_is_not_computed() -> None:
+def test_hidden_scores_are_not_computed() -> None:
     def computed(mask: Mask, length: int = 2048) -> float:
         q = torch.randn(1, 1, length, 8)
         call = native.call_of(make_problem("test", q, q, q, mask=mask))
@@ -508,7 +516,7 @@ def test_rows_far_apart_in_memory_give_the_same_bits(dtype: torch.dtype, lq: int
 @present
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_a_head_among_many_has_the_bits_that_it_has_alone(dtype: torch.dtype, threads: int) -> None:
+def test_a_head_among_many_has_the_bits_of_one_alone(dtype: torch.dtype, threads: int) -> None:
     """Many heads are taken whole by threads, those left over tile by tile."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(5, n, 5, 24, generator=generator).to(dtype).transpose(1, 2) for n in (270, 300, 300))

@@ -1,4 +1,4 @@
-"""The ways to compute attention, in the order in which ``auto`` asks them."""
+"""The backends, in the order in which ``auto`` tries them."""
 
 from types import ModuleType
 from typing import NamedTuple, Protocol, cast
@@ -9,25 +9,25 @@ from qkv.problem import Problem
 
 
 class Backend(Protocol):
-    """What a backend module gives. A new one joins, and joins the contract tests, by being listed in `BACKENDS`."""
+    """Interface of a backend module. Those in `BACKENDS` are chosen from, and run by the contract tests."""
 
     NAME: str
 
     def why_not(self, problem: Problem) -> list[str]:
-        """Every reason why this backend cannot solve the problem; empty where it can."""
+        """Every reason why this backend cannot solve the problem; empty if it can."""
         ...
 
     def why_rather_not(self, problem: Problem) -> list[str]:
-        """Every reason why ``auto`` should pass it over although it could."""
+        """Every reason why ``auto`` should skip this backend although it can solve the problem."""
         ...
 
     def run(self, problem: Problem) -> Result:
-        """Solve a problem that `why_not` has no reason against."""
+        """The result of a problem for which `why_not` is empty."""
         ...
 
 
 class BackendError(NotImplementedError):
-    """No backend, or not the one asked for, can solve a problem. Lists every reason."""
+    """Raised if no backend, or not the requested one, can solve a problem. Lists every reason."""
 
 
 def _backend(module: ModuleType) -> Backend:
@@ -38,7 +38,7 @@ BACKENDS: tuple[Backend, ...] = (_backend(native), _backend(sdpa), _backend(flex
 
 
 class Explanation(NamedTuple):
-    """Which backend a call would use, and what speaks against each of the others."""
+    """The backend that a call would use, and the reasons against each of the others."""
 
     chosen: str | None
     reasons: dict[str, list[str]]
@@ -53,11 +53,11 @@ class Explanation(NamedTuple):
 
 
 def choose(caller: str, problem: Problem, backend: str) -> Backend:
-    """The backend that solves the problem: the one asked for, or for ``auto`` the first without a reason against.
+    """The backend for the problem: the requested one, or for ``auto`` the first without a reason against it.
 
     Raises:
         ValueError: for an unknown name.
-        BackendError: when the one asked for cannot, or none can; an explicit request never falls back.
+        BackendError: if the requested one, or for ``auto`` any, cannot solve it.
     """
     if backend == "auto":
         for candidate in BACKENDS:
@@ -75,7 +75,7 @@ def choose(caller: str, problem: Problem, backend: str) -> Backend:
 
 
 def explain(problem: Problem) -> Explanation:
-    """What ``auto`` chooses for the problem, and every reason against each backend."""
+    """The backend that ``auto`` chooses for the problem, and every reason against each of the others."""
     reasons = {backend.NAME: backend.why_not(problem) + backend.why_rather_not(problem) for backend in BACKENDS}
     chosen = next((name for name, against in reasons.items() if not against), None)
     return Explanation(chosen, reasons)

@@ -1,7 +1,7 @@
 """A sliding window as attention of blocks of queries to the keys around each: linear in the length.
 
 The queries are cut into blocks of equal size. All blocks away from the ends see keys in the same arrangement, so they
-become the batch of one smaller problem, whose keys are overlapping views. The ends are smaller problems of their own.
+become the batch of one smaller problem, whose keys are overlapping views. The ends are two more small problems.
 """
 
 from collections.abc import Callable
@@ -14,36 +14,36 @@ from torch import Tensor
 from qkv.backends.result import Result
 from qkv.problem import Problem
 
-SMALLEST_BLOCK = 64
+MIN_BLOCK_SIZE = 64
 
 
 class Plan(NamedTuple):
-    """Where the blocks lie."""
+    """Size and position of the blocks."""
 
     left: int
     right: int
     size: int
-    """Queries in a block: half the window keeps both the wasted scores and the overlap of the keys small."""
+    """queries in a block; half the window keeps both hidden scores and overlapping keys few"""
     start: int
     stop: int
-    """The rows of the whole blocks whose every key exists and lies behind the sinks."""
+    """the query rows of the blocks: whole blocks, whose keys all exist and come after the sinks"""
 
     @property
     def span(self) -> int:
-        """Keys that a block sees."""
+        """Number of keys that a block sees, sinks apart."""
         return self.left + self.size + self.right
 
 
 def plan(problem: Problem) -> Plan | None:
-    """The blocks, where they compute less than half of what a dense mask does; None where they do not."""
+    """The blocks; None if they cannot be used, or compute at least half the scores of a dense mask."""
     mask, offset = problem.mask, problem.offset
     if mask.left is None or mask.right is None or mask.allow is not None or problem.scores.bias is not None:
         return None
     if problem.scores.alibi is not None and mask.sink_tokens:
         return None  # Blocks move the sinks next to the window, which changes their distance.
     if torch.compiler.is_exporting():
-        return None  # Whether they pay depends on lengths, which a program may leave open.
-    size = max(SMALLEST_BLOCK, (mask.left + mask.right + 1) // 2)
+        return None  # The choice depends on lengths, which may be symbolic.
+    size = max(MIN_BLOCK_SIZE, (mask.left + mask.right + 1) // 2)
     start = max(0, mask.sink_tokens + mask.left - offset)
     end = min(problem.lq, problem.lk - mask.right - offset)
     found = Plan(mask.left, mask.right, size, start, start + max(0, end - start) // size * size)
@@ -52,7 +52,7 @@ def plan(problem: Problem) -> Plan | None:
 
 
 def run(problem: Problem, plan: Plan, solve: Callable[[Problem], Result]) -> Result:
-    """The result of ``problem``, from problems that ``solve`` solves."""
+    """The result of ``problem``: its parts, each computed by ``solve``, concatenated."""
     parts: list[Result] = []
     if plan.start > 0:
         parts.append(solve(problem.select_queries(0, plan.start)))
@@ -73,7 +73,7 @@ def _stack(problem: Problem, plan: Plan) -> Problem:
     num_keys = (count - 1) * plan.size + plan.span
 
     def windows(tensor: Tensor, dim: int) -> Tensor:
-        """The keys that each block sees, (B * blocks, ...), behind the sinks."""
+        """The sinks and then the keys that each block sees, (B * blocks, ...)."""
         keys = tensor.narrow(dim, first_key, num_keys).unfold(dim, plan.span, plan.size)
         keys = keys.movedim(dim, 1).movedim(-1, dim + 1)
         if mask.sink_tokens:
@@ -98,7 +98,7 @@ def _stack(problem: Problem, plan: Plan) -> Problem:
 
 
 def _unstack(result: Result, batch: int) -> Result:
-    """The rows of all blocks in order, (B, H, rows, ...)."""
+    """The result of all blocks as consecutive query rows, (B, H, rows, ...)."""
 
     def rows(tensor: Tensor) -> Tensor:
         blocks: Tensor = tensor.unflatten(0, (batch, -1))

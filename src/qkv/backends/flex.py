@@ -1,4 +1,4 @@
-"""FlexAttention: the mask and the scores lowered to its ``mask_mod`` and ``score_mod``. Meant for CUDA."""
+"""FlexAttention, with the mask and the scores lowered to its ``mask_mod`` and ``score_mod``. Meant for CUDA."""
 
 import functools
 import warnings
@@ -19,16 +19,16 @@ from qkv.problem import Problem, trim
 NAME = "flex"
 
 SCORES = ("softcap", "bias", "alibi", "sink_logits")
-"""Options of `Scores` that it computes."""
+"""The options of `Scores` that this backend supports."""
 
-NARROWEST = 16
-"""Width of the products that its kernels for GPUs take; zeros fill narrower heads."""
+MIN_HEAD_DIM = 16
+"""Smallest head width of its GPU kernels. Narrower heads are padded with zeros."""
 
-MOST_KERNELS = 256
-"""That may be compiled, one for each kind of mask and of scores. After torch's own 8, it would no longer compile."""
+MAX_COMPILATIONS = 256
+"""Limit of compilations, one for each kind of mask and scores. torch's default of 8 is too low."""
 
-LARGEST_UNCOMPILED = 1 << 24
-"""Pairs of queries and keys up to which a mask is written out, rather than compiled, to find its blocks."""
+MAX_UNCOMPILED_PAIRS = 1 << 24
+"""Pairs of queries and keys up to which blocks are found from a dense mask, without compiling."""
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -77,12 +77,12 @@ def _run(problem: Problem) -> Result:
 
 
 def _padded(tensor: Tensor) -> Tensor:
-    missing = NARROWEST - tensor.shape[3]
+    missing = MIN_HEAD_DIM - tensor.shape[3]
     return F.pad(tensor, (0, missing)) if missing > 0 and not tensor.is_cpu else tensor
 
 
 def lower_mask(mask: Mask, offset: int, lk: int) -> MaskMod:
-    """The mask as a function of one query and one key."""
+    """The ``mask_mod`` of the mask."""
     left, right, sink_tokens = mask.left, mask.right, mask.sink_tokens
     keep, ids, allow = mask.keep_keys(lk), mask.document_ids, mask.allow
 
@@ -105,13 +105,13 @@ def lower_mask(mask: Mask, offset: int, lk: int) -> MaskMod:
 
 
 def lower_scores(problem: Problem) -> ScoreMod | None:
-    """Softcap, bias and ALiBi as a function of one score, or None where there are none."""
+    """The ``score_mod`` of softcap, bias and ALiBi; None without any."""
     _, softcap, bias, alibi, *_ = problem.scores
     offset = problem.offset
     if softcap is None and bias is None and alibi is None:
         return None
     dtype = accumulation_dtype(problem.q.dtype)
-    # A tensor, since compiled code takes no number that may change.
+    # A tensor, since compiled code would be specialised on a number.
     cap = None if softcap is None else torch.full((), softcap, dtype=dtype, device=problem.q.device)
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -128,8 +128,8 @@ def lower_scores(problem: Problem) -> ScoreMod | None:
 
 
 def _at(tensor: Tensor, *index: Tensor) -> Tensor:
-    """``tensor[index]``, with broadcast dimensions read at 0."""
-    return tensor[tuple(where if size != 1 else where * 0 for size, where in zip(tensor.shape, index, strict=True))]
+    """``tensor[index]``, with index 0 in broadcast dimensions."""
+    return tensor[tuple(i if size != 1 else i * 0 for size, i in zip(tensor.shape, index, strict=True))]
 
 
 def _block_mask(problem: Problem) -> BlockMask | None:
@@ -143,7 +143,7 @@ def _block_mask(problem: Problem) -> BlockMask | None:
 
 @functools.lru_cache(maxsize=64)
 def _interval_block_mask(mask: Mask, offset: int, lq: int, lk: int, device: torch.device) -> BlockMask:
-    """Masks without tensors depend on sizes alone, and every layer of a model asks for the same."""
+    """Block mask of an interval. Cached, since all layers of a model need the same one."""
     return _find_blocks(device.type, lq * lk)(lower_mask(mask, offset, lk), None, None, lq, lk, device=device)
 
 
@@ -157,7 +157,7 @@ def _build_block_mask(problem: Problem) -> BlockMask:
 
 
 def _find_blocks(device_type: str, pairs: int) -> Callable[..., BlockMask]:
-    return _compiled(create_block_mask) if device_type == "cuda" and pairs > LARGEST_UNCOMPILED else create_block_mask
+    return _compiled(create_block_mask) if device_type == "cuda" and pairs > MAX_UNCOMPILED_PAIRS else create_block_mask
 
 
 @functools.cache
@@ -167,7 +167,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return function(*args, **kwargs)
-        with torch._dynamo.config.patch(recompile_limit=MOST_KERNELS):
+        with torch._dynamo.config.patch(recompile_limit=MAX_COMPILATIONS):
             return compiled(*args, **kwargs)
 
     return call

@@ -1,4 +1,4 @@
-"""The compiled CPU kernel."""
+"""The compiled CPU kernel as a backend, and the fast path to it."""
 
 import math
 from typing import Any
@@ -15,8 +15,8 @@ from qkv.scores import ScoreOptions, only_scale
 
 NAME = "native"
 
-LARGEST_POSITION = 1 << 30
-"""Positions are 32 bits wide in the kernel."""
+MAX_POSITION = 1 << 30
+"""Bound of offsets, since the kernel has positions of 32 bits."""
 
 
 def fast_path(
@@ -29,13 +29,13 @@ def fast_path(
     offset: int | None,
     scores: ScoreOptions,
 ) -> Tensor | None:
-    """`attention` without validation, which would take longer than attention over a few tokens.
+    """`attention` without validation, which costs more than attention over a few tokens.
 
-    Eligible are plain tensors without gradients, a mask of an interval and padding, and scores that are only scaled.
-    What C can see for itself, shapes, dtypes and strides, is checked there.
+    Eligible are exact tensors without gradients, a mask of an interval and padding, and no score option but scale.
+    Shapes, dtypes and strides are checked in C.
 
     Returns:
-        None for a call that is not eligible, or wrong: the caller then validates it, for a message that says why.
+        None for a call that is not eligible, or invalid; the caller then validates it, which says what is wrong.
     """
     if not only_scale(scores) or not kernels.can_bypass_dispatcher(q, k, v) or torch.is_autocast_enabled("cpu"):
         return None
@@ -50,7 +50,7 @@ def fast_path(
         if mask is not FULL and mask.is_positional and q.shape[2] != k.shape[2]:
             return None
         offset = 0
-    elif type(offset) is not int or not -LARGEST_POSITION < offset < LARGEST_POSITION:
+    elif type(offset) is not int or not -MAX_POSITION < offset < MAX_POSITION:
         return None
     scale = scores.get("scale")
     if scale is None:
@@ -72,11 +72,11 @@ def why_not(problem: Problem) -> list[str]:
     if q.dtype is torch.float64:
         reasons.append("the kernel has no fp64")
     if kernels.is_tracing() and torch.onnx.is_in_onnx_export():
-        reasons.append("ONNX does not know the kernel")
+        reasons.append("ONNX has no operator for the kernel")
     elif torch.compiler.is_compiling():
         pass
-    elif torch._C._are_functorch_transforms_active() or not all(map(kernels.is_plain, (q, k, v))):
-        reasons.append("the kernel takes plain tensors, outside of functorch")
+    elif torch._C._are_functorch_transforms_active() or not all(map(kernels.is_exact_tensor, (q, k, v))):
+        reasons.append("the kernel takes neither tensor subclasses nor functorch transforms")
     if forward_ad._current_level >= 0:
         reasons.append("the kernel has no forward-mode derivatives")
     if q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1:
@@ -85,13 +85,13 @@ def why_not(problem: Problem) -> list[str]:
         reasons.append("the kernel takes no heads of width 0")
     if problem.k_scale is not None and problem.needs_grad:
         reasons.append("the kernel has no gradients over int8 keys and values")
-    if not -LARGEST_POSITION < problem.offset < LARGEST_POSITION:
+    if not -MAX_POSITION < problem.offset < MAX_POSITION:
         reasons.append("the kernel counts positions in 32 bits")
     return reasons
 
 
 def why_rather_not(problem: Problem) -> list[str]:
-    return []  # Measured: benchmarks/grid.py. Where torch's kernels win, the way to them costs more than it gains.
+    return []  # Where torch's kernels are faster, reaching them costs more than it saves (benchmarks/grid.py).
 
 
 def run(problem: Problem) -> Result:
@@ -99,7 +99,7 @@ def run(problem: Problem) -> Result:
 
 
 def call_of(problem: Problem) -> kernels.Call:
-    """The call of the kernel that solves the problem."""
+    """The arguments of the kernel for the problem."""
     seed = torch.randint(torch.iinfo(torch.int64).max, (1,)) if problem.scores.dropout else None
     q, k, v, k_scale, v_scale, mask, offset, scores, _ = problem
     arguments: list[Any] = [q, k, v, k_scale, v_scale, offset, *mask.values(), *scores, seed]

@@ -1,13 +1,12 @@
-"""Numbers that are not finite: NaN for whoever sees them, without influence on everybody else, forward and backward.
+"""Non-finite numbers (NaN, inf): they reach the rows that see them and no other row, forward and backward.
 
-Kernels multiply a weight of 0 with the NaN that the mask hides, take the score -inf of an infinite key for a masked
-one, and sum the gradients of all rows before the mask is applied. So `zero_nonfinite` replaces non-finite numbers
-before the kernel runs, and `add_visible_nonfinite` gives each row what it really sees afterwards, and keeps gradients
-of non-finite rows from keys that these rows do not see. The law is a table in DESIGN.md.
+Kernels multiply the weight 0 of a hidden key by its NaN, take the score -inf of an infinite key for a masked one, and
+sum gradients over all rows, hidden or not. So `zero_nonfinite` replaces non-finite numbers before the kernel runs;
+`add_visible_nonfinite` then adds to each row those that it sees, and keeps the gradients of non-finite rows from keys
+that they do not see. DESIGN.md has the rules as a table.
 
-On a GPU, looking for such numbers waits and restoring them takes many times as long as attention itself. There, keys
-that padding hides from all become zeros, whatever they held; among the others, a NaN spreads as it does in torch's
-kernels.
+On a GPU, the check would force a synchronisation, and the terms cost many times as much as attention. There, keys that
+padding hides become zeros; among the others, NaN spreads as in torch's kernels.
 """
 
 import math
@@ -24,48 +23,51 @@ from qkv.problem import Problem
 
 
 class NonfiniteTerms(NamedTuple):
-    """What is not finite in a problem, as `add_visible_nonfinite` needs it."""
+    """The non-finite part of the result of a problem, to be added by `add_visible_nonfinite`."""
 
     problem: Problem
-    """As it was given to `zero_nonfinite`."""
+    """as passed to `zero_nonfinite`"""
     out: Tensor | None
-    """(B, H, Lq, Dv): 0, inf, -inf or NaN, which is added to the result. None where all is finite."""
+    """(B, H, Lq, Dv) of 0, inf, -inf or NaN; None if all inputs are finite"""
     lse: Tensor | None
-    """(B, H, Lq): 0 or NaN"""
+    """(B, H, Lq) of 0 or NaN; None as ``out``"""
 
 
 def zero_nonfinite(problem: Problem) -> tuple[Problem, NonfiniteTerms | None]:
-    """The problem with finite numbers alone, biases and sink logits of -inf apart; None where nothing can leak."""
+    """The problem with non-finite numbers replaced by 0, except biases and sink logits of -inf, and the terms to add.
+
+    The terms are None if there is nothing to add, to results or to gradients.
+    """
     if not problem.k.is_cpu:
-        return _without_padding(problem), None
+        return _zero_padded_keys(problem), None
     if problem.mask.is_full and torch.onnx.is_in_onnx_export():
-        return problem, None  # Nothing is hidden, and one node shall stay one node.
-    if _can_read(problem.q, problem.k, problem.v):
+        return problem, None  # Nothing is hidden, and the export should be a single node.
+    if _can_read_values(problem.q, problem.k, problem.v):
         if _is_finite(problem):
-            may_leak = problem.needs_grad and not problem.mask.is_full  # gradients that are not finite
+            may_leak = problem.needs_grad and not problem.mask.is_full  # incoming gradients
             return problem, NonfiniteTerms(problem, None, None) if may_leak else None
-        problem = _with_finite_alibi(problem)
+        problem = _nonfinite_alibi_as_bias(problem)
     with torch.no_grad():
-        nonfinite = _poison(problem)
-    return _finite(problem), nonfinite
+        nonfinite = _nonfinite_terms(problem)
+    return _with_zeros(problem), nonfinite
 
 
 def add_visible_nonfinite(result: Result, nonfinite: NonfiniteTerms | None) -> Result:
-    """The result of the shielded problem as it is for the one that was given, and so its gradients."""
+    """The result, and gradients, of the original problem, from the result of the one that `zero_nonfinite` returned."""
     if nonfinite is None:
         return result
     problem, mask = nonfinite.problem, nonfinite.problem.mask
-    # A trace or an exported program cannot hold a function of Python's.
+    # A trace or an exported program cannot contain an autograd.Function.
     if problem.needs_grad and not (torch._C._get_tracing_state() or torch.compiler.is_exporting()):
         scores = problem.scores
         inputs = distinct(problem.q, problem.k, problem.v, scores.bias, scores.alibi, scores.sink_logits)
-        function = _Restored if torch.compiler.is_compiling() else _RestoredWithTangents
+        function = _AddTerms if torch.compiler.is_compiling() else _AddTermsWithJvp
         return Result(*function.apply(*result, nonfinite.out, nonfinite.lse, *inputs, problem.offset, *mask.values()))  # type: ignore[no-untyped-call]
-    return Result(*_restored(*result, nonfinite.out, nonfinite.lse))
+    return Result(*_add_terms(*result, nonfinite.out, nonfinite.lse))
 
 
 def distinct(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors, with a view for one that is given again: as torch's compiler asks of functions with a backward."""
+    """The tensors, with a view for each repeated one: torch.compile takes no input of an autograd.Function twice."""
     if not torch.compiler.is_compiling():
         return tensors
     found: list[Tensor | None] = []
@@ -74,25 +76,26 @@ def distinct(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(found)
 
 
-def _restored(
-    out: Tensor, lse: Tensor | None, poison_out: Tensor | None, poison_lse: Tensor | None
+def _add_terms(
+    out: Tensor, lse: Tensor | None, nonfinite_out: Tensor | None, nonfinite_lse: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    if poison_out is None or poison_lse is None:
+    if nonfinite_out is None or nonfinite_lse is None:
         return out.clone(), None if lse is None else lse.clone()
-    return out + poison_out, None if lse is None else lse + poison_lse
+    return out + nonfinite_out, None if lse is None else lse + nonfinite_lse
 
 
-def _can_read(*tensors: Tensor) -> bool:
-    """Whether looking at values is possible: not while tracing or batching."""
+def _can_read_values(*tensors: Tensor) -> bool:
+    """Whether values can be read: not while tracing or batching."""
     return (
-        all(map(kernels.is_plain, tensors))
+        all(map(kernels.is_exact_tensor, tensors))
         and not kernels.is_tracing()
         and not torch._C._are_functorch_transforms_active()
         and not any(map(torch._C._functorch.is_legacy_batchedtensor, tensors))
     )
 
 
-def _without_padding(problem: Problem) -> Problem:
+def _zero_padded_keys(problem: Problem) -> Problem:
+    """The problem with 0 for keys and values that padding hides."""
     keep = problem.mask.keep_keys(problem.lk)
     if keep is None:
         return problem
@@ -101,30 +104,31 @@ def _without_padding(problem: Problem) -> Problem:
 
 
 def _is_finite(problem: Problem) -> bool:
-    """Whether every number is, biases and sink logits of -inf apart."""
-    # Values that all rows see spread as they should by themselves, in the forward pass.
-    spread = problem.mask.is_full and not problem.needs_grad
-    summed = (problem.q, problem.k, problem.scores.alibi, None if spread else problem.v)
-    return all(tensor is None or _all_finite(tensor) for tensor in summed) and not any(
-        scores is not None and _raises(scores).any() for scores in (problem.scores.bias, problem.scores.sink_logits)
+    """Whether all numbers are finite, except biases and sink logits of -inf."""
+    # In the forward pass, kernels are right about values that all rows see.
+    skip_values = problem.mask.is_full and not problem.needs_grad
+    tensors = (problem.q, problem.k, problem.scores.alibi, None if skip_values else problem.v)
+    return all(tensor is None or _all_finite(tensor) for tensor in tensors) and not any(
+        scores is not None and _makes_row_nan(scores).any()
+        for scores in (problem.scores.bias, problem.scores.sink_logits)
     )
 
 
 def _all_finite(tensor: Tensor) -> bool:
-    # A sum is finite only if all its terms are, and costs a seventh of isfinite().all(). Where it overflows, the
-    # answer is a false alarm: correct, only slower.
+    # A sum is finite only if all its terms are, and costs a seventh of isfinite().all(). If it overflows, the result is
+    # the same, only slower.
     tensor = tensor.detach()
     total = tensor.sum() if tensor.dtype is not torch.float16 else tensor.sum(dtype=torch.float32)
     return math.isfinite(total.item())
 
 
-def _raises(scores: Tensor) -> Tensor:
-    """Where a score that is added makes its row NaN. One of -inf makes a weight of 0."""
+def _makes_row_nan(scores: Tensor) -> Tensor:
+    """Where additive scores make their row NaN: NaN and +inf. -inf is a weight of 0."""
     return scores.isnan() | (scores == torch.inf)
 
 
-def _with_finite_alibi(problem: Problem) -> Problem:
-    """Slopes that are not finite are a bias like any other."""
+def _nonfinite_alibi_as_bias(problem: Problem) -> Problem:
+    """The problem with non-finite slopes as a bias."""
     scores, alibi = problem.scores, problem.scores.alibi
     if alibi is None or _all_finite(alibi):
         return problem
@@ -134,7 +138,8 @@ def _with_finite_alibi(problem: Problem) -> Problem:
     return problem._replace(scores=scores._replace(alibi=None, bias=bias))
 
 
-def _finite(problem: Problem) -> Problem:
+def _with_zeros(problem: Problem) -> Problem:
+    """The problem with 0 for non-finite numbers, and -inf as it is in scores."""
     q, k, v = (torch.nan_to_num(tensor, nan=0.0, posinf=0.0, neginf=0.0) for tensor in problem[:3])
     bias, sink_logits = (
         None if scores is None else torch.nan_to_num(scores, nan=0.0, posinf=0.0, neginf=-torch.inf)
@@ -143,21 +148,22 @@ def _finite(problem: Problem) -> Problem:
     return problem._replace(q=q, k=k, v=v, scores=problem.scores._replace(bias=bias, sink_logits=sink_logits))
 
 
-def _poison(problem: Problem) -> NonfiniteTerms:
+def _nonfinite_terms(problem: Problem) -> NonfiniteTerms:
+    """What the non-finite numbers that each row sees add to its result."""
     q, k, v, bias, width = problem.q, problem.k, problem.v, problem.scores.bias, problem.v.shape[3]
-    sight = Sight(problem.mask, problem.offset, problem.lq, problem.lk, problem.group)
+    visibility = Visibility(problem.mask, problem.offset, problem.lq, problem.lk, problem.group)
     bad_key = ~k.isfinite().all(dim=-1, keepdim=True)
     flags = [v.isnan() | (v == torch.inf), v.isnan() | (v == -torch.inf), bad_key, torch.ones_like(bad_key)]
-    up, down, bad, sees = sight.of_rows(torch.cat(flags, dim=-1)).split([width, width, 1, 1], dim=-1)
+    up, down, bad, sees = visibility.of_rows(torch.cat(flags, dim=-1)).split([width, width, 1, 1], dim=-1)
     bad = bad | (sees & ~q.isfinite().all(dim=-1, keepdim=True))
     if bias is not None:
         visible = problem.visible()
-        bad = bad | (visible & _raises(bias)).any(dim=-1, keepdim=True)
-        # Infinities with a weight of 0.
-        erased = _any_of(visible & (bias == -torch.inf), v.isinf().repeat_interleave(problem.group, dim=1))
-        up, down = up | erased, down | erased
+        bad = bad | (visible & _makes_row_nan(bias)).any(dim=-1, keepdim=True)
+        # 0 * inf is NaN, for infinite values with a weight of 0.
+        zero_times_inf = _any_of(visible & (bias == -torch.inf), v.isinf().repeat_interleave(problem.group, dim=1))
+        up, down = up | zero_times_inf, down | zero_times_inf
     if problem.scores.sink_logits is not None:
-        bad = bad | _raises(problem.scores.sink_logits)[:, None, None]
+        bad = bad | _makes_row_nan(problem.scores.sink_logits)[:, None, None]
     nothing = torch.zeros((), dtype=q.dtype, device=q.device)
     out = torch.where(up | bad, torch.inf, nothing) - torch.where(down | bad, torch.inf, nothing)
     return NonfiniteTerms(
@@ -165,8 +171,8 @@ def _poison(problem: Problem) -> NonfiniteTerms:
     )
 
 
-class Sight(NamedTuple):
-    """Which rows and which keys see each other. Linear in the lengths for intervals and padding."""
+class Visibility(NamedTuple):
+    """Visibility as any-reductions over keys or rows, linear in the lengths for intervals and padding."""
 
     mask: Mask
     offset: int
@@ -175,7 +181,7 @@ class Sight(NamedTuple):
     group: int
 
     def of_rows(self, flags: Tensor) -> Tensor:
-        """For flags (B, Hkv, Lk, C) of the keys: whether each row sees a flagged one, (B, H, Lq, C)."""
+        """Whether each row sees a flagged key: (B, H, Lq, C) from flags (B, Hkv, Lk, C)."""
         mask, lk = self.mask, self.lk
         if self.mask.is_pairwise:
             return _any_of(self.pairs(flags.device), flags.repeat_interleave(self.group, dim=1))
@@ -191,12 +197,12 @@ class Sight(NamedTuple):
         return seen.repeat_interleave(self.group, dim=1)
 
     def of_keys(self, flags: Tensor) -> Tensor:
-        """For flags (B, H, Lq, C) of the rows: whether a flagged one sees each key, (B, Hkv, Lk, C)."""
+        """Whether each key is seen by a flagged row: (B, Hkv, Lk, C) from flags (B, H, Lq, C)."""
         mask, lq = self.mask, self.lq
         if self.mask.is_pairwise:
             seen = _any_of(self.pairs(flags.device).mT, flags)
         else:
-            row = torch.arange(self.lk, device=flags.device) - self.offset  # which stands where the key does
+            row = torch.arange(self.lk, device=flags.device) - self.offset  # at the position of the key
             start = torch.zeros_like(row) if mask.right is None else (row - mask.right).clamp(0, lq)
             stop = torch.full_like(row, lq) if mask.left is None else (row + mask.left + 1).clamp(0, lq)
             if mask.sink_tokens:
@@ -209,77 +215,77 @@ class Sight(NamedTuple):
         return per_group.any(dim=2)
 
     def pairs(self, device: torch.device) -> Tensor:
-        """The mask written out, broadcastable to (B, H, Lq, Lk)."""
+        """The mask as a dense tensor, broadcastable to (B, H, Lq, Lk)."""
         return self.mask.visible(self.lq, self.lk, self.offset, device=device)
 
 
 def _any_of(pairs: Tensor, flags: Tensor) -> Tensor:
-    """Whether any of the flags (..., n, C) is set that the pairs (..., m, n) select: (..., m, C)."""
+    """Whether a flag (..., n, C) is set among those that the pairs (..., m, n) select: (..., m, C)."""
     return pairs.float() @ flags.float() > 0
 
 
 def _any_between(flags: Tensor, start: Tensor, stop: Tensor) -> Tensor:
-    """Whether any of the flags (B, H, n, C) from ``start`` to ``stop`` is set, for each of these (m,): (B, H, m, C)."""
+    """Whether a flag (B, H, n, C) is set in each range ``start (m,)`` to ``stop (m,)``: (B, H, m, C)."""
     count = F.pad(flags.cumsum(dim=2, dtype=torch.int32), (0, 0, 1, 0))
     return count[:, :, stop] > count[:, :, start]
 
 
-class _Restored(torch.autograd.Function):
-    """`_restored`, whose backward hands on finite gradients alone, and NaN to what the other rows see.
+class _AddTerms(torch.autograd.Function):
+    """`_add_terms`, with a backward that passes finite gradients on and gives NaN to all that non-finite rows see.
 
-    A row is NaN in the backward pass where its gradient from above is not finite, or where it has one and its result is
-    not finite. A row without a gradient from above adds nothing, whatever it sees.
+    A row is non-finite in the backward pass if its incoming gradient is, or if its result is and its incoming gradient
+    is not 0. A row whose incoming gradient is 0 adds nothing.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        out: Tensor, lse: Tensor | None, poison_out: Tensor | None, poison_lse: Tensor | None, *others
+        out: Tensor, lse: Tensor | None, nonfinite_out: Tensor | None, nonfinite_lse: Tensor | None, *others
     ) -> tuple[Tensor, Tensor | None]:
-        return _restored(out, lse, poison_out, poison_lse)
+        return _add_terms(out, lse, nonfinite_out, nonfinite_lse)
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        _, _, poison_out, _, q, k, v, bias, alibi, sink_logits, offset, left, right, sink_tokens, *tensors = inputs
-        ctx.save_for_backward(poison_out, sink_logits, *tensors)
+        _, _, nonfinite_out, _, q, k, v, bias, alibi, sink_logits, offset, left, right, sink_tokens, *tensors = inputs
+        ctx.save_for_backward(nonfinite_out, sink_logits, *tensors)
         ctx.shapes = [None if x is None else x.shape for x in (q, k, v, bias, alibi)]
         ctx.bounds = offset, left, right, sink_tokens
 
     @staticmethod
     def backward(ctx, d_out, d_lse):  # type: ignore[no-untyped-def]
-        poison_out, sink_logits, *tensors = ctx.saved_tensors
-        from_above = [gradient for gradient in (d_out, d_lse) if gradient is not None]
-        if poison_out is None and _can_read(*from_above) and all(map(_all_finite, from_above)):
+        nonfinite_out, sink_logits, *tensors = ctx.saved_tensors
+        incoming = [gradient for gradient in (d_out, d_lse) if gradient is not None]
+        if nonfinite_out is None and _can_read_values(*incoming) and all(map(_all_finite, incoming)):
             return d_out, d_lse, *[None] * (len(ctx.needs_input_grad) - 2)
         columns = [d_out] if d_lse is None else [d_out, d_lse[..., None]]
         bad = torch.stack([~column.isfinite().all(dim=-1) for column in columns]).any(dim=0)
-        if poison_out is not None:
-            has_any = torch.stack([(column != 0).any(dim=-1) for column in columns]).any(dim=0)
-            bad = bad | (has_any & ~poison_out.isfinite().all(dim=-1))
+        if nonfinite_out is not None:
+            has_grad = torch.stack([(column != 0).any(dim=-1) for column in columns]).any(dim=0)
+            bad = bad | (has_grad & ~nonfinite_out.isfinite().all(dim=-1))
         bad = bad[..., None]
         d_out, d_lse = d_out.masked_fill(bad, 0), None if d_lse is None else d_lse.masked_fill(bad[..., 0], 0)
-        spread = _spread(ctx, bad, sink_logits, tensors)
-        return d_out, d_lse, None, None, *spread, *[None] * (len(ctx.needs_input_grad) - 4 - len(spread))
+        nan_gradients = _nan_gradients(ctx, bad, sink_logits, tensors)
+        return d_out, d_lse, None, None, *nan_gradients, *[None] * (len(ctx.needs_input_grad) - 4 - len(nan_gradients))
 
 
-class _RestoredWithTangents(_Restored):
-    """Forward mode as well, which torch's compiler does not take."""
+class _AddTermsWithJvp(_AddTerms):
+    """`_AddTerms` with forward-mode derivatives, which torch.compile does not support."""
 
     @staticmethod
     def jvp(ctx, d_out, d_lse, *others):  # type: ignore[no-untyped-def]
         return d_out.clone(), None if d_lse is None else d_lse.clone()
 
 
-def _spread(
+def _nan_gradients(
     ctx: Any, bad: Tensor, sink_logits: Tensor | None, mask_tensors: list[Tensor | None]
 ) -> list[Tensor | None]:
-    """The gradients of q, k, v, bias, alibi and sink logits: NaN for what the bad rows (B, H, Lq, 1) see, else 0."""
+    """Gradients of q, k, v, bias, alibi and sink logits: NaN for what the bad rows (B, H, Lq, 1) see, else 0."""
     q, k, v, bias, alibi = ctx.shapes
     offset, *bounds = ctx.bounds
-    sight = Sight(Mask(*bounds, *mask_tensors), offset, q[2], k[2], q[1] // k[1])
-    seen = sight.of_keys(bad)
-    sees = bad & sight.of_rows(torch.ones_like(seen))
+    visibility = Visibility(Mask(*bounds, *mask_tensors), offset, q[2], k[2], q[1] // k[1])
+    seen = visibility.of_keys(bad)
+    sees = bad & visibility.of_rows(torch.ones_like(seen))
 
     def nan(where: Tensor) -> Tensor:
         return torch.where(where, torch.nan, torch.zeros((), device=where.device))
@@ -288,7 +294,7 @@ def _spread(
         nan(sees).expand(q),
         nan(seen).expand(k),
         nan(seen).expand(v),
-        None if bias is None else nan(sight.pairs(bad.device) & bad).sum_to_size(bias),
+        None if bias is None else nan(visibility.pairs(bad.device) & bad).sum_to_size(bias),
         None if alibi is None else nan(sees.any(dim=(0, 2, 3))),
         None if sink_logits is None else nan(bad.any(dim=(0, 2, 3)) & (sink_logits != -torch.inf)),
     ]

@@ -1,4 +1,4 @@
-"""The specification: attention as its formula, one line a step, in full precision and with all scores in memory."""
+"""The specification: the formula of attention, one line per step, in full precision and with all scores in memory."""
 
 import torch
 from torch import Tensor
@@ -29,25 +29,26 @@ def run(problem: Problem) -> Result:
 
 
 def weights_and_lse(problem: Problem) -> tuple[Tensor, Tensor]:
-    """The weights (B, H, Lq, Lk), in the accumulation dtype and before dropout, and the lse (B, H, Lq)."""
+    """Softmax weights (B, H, Lq, Lk) before dropout, in the accumulation dtype, and the lse (B, H, Lq)."""
     scores, sink_logits = _scores(problem), problem.scores.sink_logits
-    # Where every score is -inf, subtract 0 instead of -inf: exp then gives the zeros that the row should have.
-    top = scores.detach().amax(dim=-1, keepdim=True) if problem.lk else scores.new_zeros(*scores.shape[:-1], 1)
+    # If every score is -inf, subtract 0 instead of -inf: exp then gives 0 instead of NaN.
+    row_max = scores.detach().amax(dim=-1, keepdim=True) if problem.lk else scores.new_zeros(*scores.shape[:-1], 1)
     if sink_logits is not None:
         sink = sink_logits.to(scores.dtype)[:, None, None]
-        top = torch.maximum(top, sink.detach())
-    top = top.masked_fill(top == -torch.inf, 0)
-    terms = (scores - top).exp()
-    total = terms.sum(dim=-1, keepdim=True)
+        row_max = torch.maximum(row_max, sink.detach())
+    row_max = row_max.masked_fill(row_max == -torch.inf, 0)
+    terms = (scores - row_max).exp()
+    row_sum = terms.sum(dim=-1, keepdim=True)
     if sink_logits is not None:
-        total = total + (sink - top).exp()
-    empty = total == 0
-    total = total.masked_fill(empty, 1)
-    lse = (top + total.log()).masked_fill(empty, -torch.inf)
-    return terms / total, lse.squeeze(-1)
+        row_sum = row_sum + (sink - row_max).exp()
+    empty = row_sum == 0
+    row_sum = row_sum.masked_fill(empty, 1)
+    lse = (row_max + row_sum.log()).masked_fill(empty, -torch.inf)
+    return terms / row_sum, lse.squeeze(-1)
 
 
 def _scores(problem: Problem) -> Tensor:
+    """Masked scores (B, H, Lq, Lk), in the accumulation dtype."""
     scale, softcap, bias, alibi, *_ = problem.scores
     dtype = accumulation_dtype(problem.q.dtype)
     keys = problem.k.to(dtype).repeat_interleave(problem.group, dim=1)

@@ -9,24 +9,24 @@ from qkv.problem import Problem
 
 
 class Result(NamedTuple):
-    """Attention, and on request the log of its normaliser."""
+    """Attention, and on request the log of its softmax normaliser."""
 
     out: Tensor
     """(B, H, Lq, Dv) in the dtype of q"""
     lse: Tensor | None
-    """(B, H, Lq), log of the softmax normaliser, fp32 (fp64 for fp64); None where the problem did not ask for it"""
+    """(B, H, Lq), log of the softmax normaliser, fp32 (fp64 for fp64); None unless ``problem.wants_lse``"""
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of scores, softmax and lse for inputs of ``dtype``."""
+    """Dtype of scores, softmax and lse for inputs of ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def see_nothing(problem: Problem) -> Result:
-    """The result of a problem without keys, or without queries: 0, and in the normaliser the sink logit alone.
+def empty_result(problem: Problem) -> Result:
+    """The result of a problem without keys or without queries: out is 0, lse the sink logit or -inf.
 
-    For backends whose kernels take no empty tensors. It depends on all tensors of the problem, so that they get a
-    gradient of 0 rather than None.
+    For kernels that take no empty tensors. The result depends on all tensors of the problem, so that their gradients
+    are 0, not None.
     """
     q, v, sinks = problem.q, problem.v, problem.scores.sink_logits
     zero = sum(tensor.flatten()[:0].sum() for tensor in (q, problem.k, v, *problem.scores.tensors()))

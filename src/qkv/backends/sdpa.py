@@ -1,4 +1,4 @@
-"""PyTorch's fused kernels, with the mask lowered to the cheapest form that is exact."""
+"""PyTorch's fused kernels, with the mask lowered to its cheapest exact form."""
 
 from typing import Any
 
@@ -9,26 +9,26 @@ from torch.autograd import forward_ad
 
 from qkv.backends import blocks, flex
 from qkv.backends.nonfinite import add_visible_nonfinite, distinct, zero_nonfinite
-from qkv.backends.result import Result, accumulation_dtype, see_nothing
+from qkv.backends.result import Result, accumulation_dtype, empty_result
 from qkv.backends.sinks import add_sinks
 from qkv.problem import Problem, trim
 
 NAME = "sdpa"
 
 SCORES = ("bias", "alibi", "sink_logits", "dropout")
-"""Options of `Scores` that it computes."""
+"""The options of `Scores` that this backend supports."""
 
-LARGEST_WRITTEN_OUT = 1 << 26
-"""Numbers of a mask on a GPU from which FlexAttention, which writes none out, is worth compiling."""
+MAX_DENSE_MASK = 1 << 26
+"""Elements of a dense mask on a GPU beyond which FlexAttention, which needs none, is worth compiling."""
 
 ROW_BYTES = 16
-"""What torch's kernels for GPUs load at once. They read past rows that are no multiple of it apart."""
+"""Alignment of rows in torch's GPU kernels, which read out of bounds otherwise."""
 
 
 def why_not(problem: Problem) -> list[str]:
     reasons = [f"scaled_dot_product_attention has no {name}" for name in problem.scores.unsupported_by(SCORES)]
     if _needs_lse(problem):
-        wanted = "sink logits need" if problem.scores.sink_logits is not None else "the caller wants"
+        wanted = "sink logits need" if problem.scores.sink_logits is not None else "this call wants"
         if problem.q.device.type not in ("cpu", "meta"):
             reasons.append(f"{wanted} the lse, which torch's kernels give on CPU alone")
         if torch.onnx.is_in_onnx_export():
@@ -47,15 +47,15 @@ def why_rather_not(problem: Problem) -> list[str]:
         return ["torch's fused kernels have no forward-mode derivatives"]
     if torch._C._are_functorch_transforms_active() and any(map(_is_batched, (problem.q, problem.k, problem.v))):
         return ["torch.vmap has no rule for the fused kernels and would run them one by one"]
-    if problem.q.is_cuda and _written_out(problem) > LARGEST_WRITTEN_OUT and not flex.why_not(problem):
-        return ["the mask is large, and FlexAttention does not write it out"]
+    if problem.q.is_cuda and _dense_mask_size(problem) > MAX_DENSE_MASK and not flex.why_not(problem):
+        return ["the mask is large, and FlexAttention needs no dense one"]
     return []
 
 
 def run(problem: Problem) -> Result:
     clean, nonfinite = zero_nonfinite(trim(problem).dequantized())
     if clean.lq == 0 or clean.lk == 0:
-        return add_visible_nonfinite(see_nothing(clean), nonfinite)
+        return add_visible_nonfinite(empty_result(clean), nonfinite)
     plan = blocks.plan(clean)
     return add_visible_nonfinite(_fused(clean) if plan is None else blocks.run(clean, plan, _fused), nonfinite)
 
@@ -64,11 +64,11 @@ def _needs_lse(problem: Problem) -> bool:
     return problem.wants_lse or problem.scores.sink_logits is not None
 
 
-def _written_out(problem: Problem) -> int:
-    """Numbers of the mask and the scores of ALiBi that `_lower` would make."""
+def _dense_mask_size(problem: Problem) -> int:
+    """Elements of the dense mask that `_lower` would allocate."""
     problem, mask = trim(problem), problem.mask
     if problem.scores.bias is not None or mask.allow is not None:
-        return 0  # They are written out already.
+        return 0  # dense already
     if problem.scores.alibi is not None:
         return problem.num_heads * problem.lq * problem.lk
     if blocks.plan(problem) is not None or (mask.left is None and not mask.has_tensors):
@@ -82,7 +82,7 @@ def _has_learned_bias(problem: Problem) -> bool:
 
 
 def _is_batched(tensor: Tensor) -> bool:
-    """Whether vmap stands anywhere around the tensor."""
+    """Whether the tensor is batched by vmap, at any level of functorch."""
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(tensor):
         if functorch.is_batchedtensor(tensor):
@@ -96,16 +96,16 @@ def _fused(problem: Problem) -> Result:
     attn_mask, is_causal = _lower(problem)
     value_width = problem.v.shape[3]
     if problem.q.is_cuda:
-        problem = _suited_to_gpu(problem, attn_mask)
+        problem = _prepare_for_gpu(problem, attn_mask)
     elif problem.q.device.type in ("cpu", "meta"):
-        problem, attn_mask = _suited_to_cpu(problem, attn_mask)
+        problem, attn_mask = _prepare_for_cpu(problem, attn_mask)
     if _needs_lse(problem):
         return _fused_with_lse(problem, attn_mask, is_causal, value_width)
     if torch.onnx.is_in_onnx_export() and not torch.compiler.is_compiling():
-        # torch's exporter that traces knows no groups.
+        # torch's tracing exporter has no enable_gqa.
         k, v = (x.repeat_interleave(problem.group, dim=1) for x in (problem.k, problem.v))
         problem = problem._replace(k=k, v=v)
-    # A bool also where a compiled program takes any number of heads; bool() would give none there.
+    # A bool even for a symbolic number of heads, for which bool() gives a SymBool.
     grouped = True if problem.group != 1 else False  # noqa: SIM210
     out = F.scaled_dot_product_attention(
         problem.q,
@@ -118,14 +118,14 @@ def _fused(problem: Problem) -> Result:
         enable_gqa=grouped,
     )
     if attn_mask is not None and torch.onnx.is_in_onnx_export():
-        # Before opset 23, torch writes rows that see nothing as the mean of all values.
+        # Before opset 23, torch exports the mean of all values for rows without visible keys.
         seen = attn_mask if attn_mask.dtype == torch.bool else attn_mask > -torch.inf
         out = out.masked_fill(~seen.any(dim=-1, keepdim=True), 0)
     return Result(out if out.shape[3] == value_width else out[..., :value_width], None)
 
 
 def _with_positive_scale(problem: Problem) -> Problem:
-    """The same problem for kernels that multiply the -inf of hidden scores with the scale."""
+    """An equal problem with a positive scale, for kernels that multiply the -inf of hidden scores by the scale."""
     scale = problem.scores.scale
     if scale > 0:
         return problem
@@ -144,17 +144,17 @@ def _lower(problem: Problem) -> tuple[Tensor | None, bool]:
     if mask.left is None and mask.right == 0 and not mask.has_tensors:
         if problem.offset == 0:
             return None, True
-        # Compilers cannot trace how this form of a mask is made.
+        # Compilers cannot trace causal_lower_right.
         at_the_end = 0 < problem.offset == problem.lk - problem.lq
         if problem.q.is_cuda and at_the_end and not torch.compiler.is_compiling():
-            from torch.nn.attention.bias import causal_lower_right  # which loads torch's compiler: a second
+            from torch.nn.attention.bias import causal_lower_right  # imports torch's compiler, which takes a second
 
             return causal_lower_right(problem.lq, problem.lk), False
     return problem.visible(), False
 
 
 def _additive_score(problem: Problem) -> Tensor | None:
-    """Bias and ALiBi as one float tensor of 4 dimensions."""
+    """The sum of bias and ALiBi, broadcastable to (B, H, Lq, Lk); None without either."""
     dtype = accumulation_dtype(problem.q.dtype)
     bias, alibi = problem.scores.bias, problem.scores.alibi
     score = None if bias is None else bias.to(dtype)
@@ -164,55 +164,56 @@ def _additive_score(problem: Problem) -> Tensor | None:
     return score
 
 
-def _suited_to_gpu(problem: Problem, attn_mask: Tensor | None) -> Problem:
-    """The same problem, such that torch's kernels for GPUs solve it, and without all scores in memory."""
+def _prepare_for_gpu(problem: Problem, attn_mask: Tensor | None) -> Problem:
+    """An equal problem that torch's fused GPU kernels take, so that scores are not all in memory."""
     q, k, v = map(_aligned, (problem.q, problem.k, problem.v))
     if type(attn_mask) is Tensor and problem.group != 1 and problem.lq > 1:
-        # The kernel that takes masks takes no groups; torch would fall back to one that holds all scores.
+        # The kernel with masks has no groups; torch would fall back to one with all scores in memory.
         k, v = (x.repeat_interleave(problem.group, dim=1) for x in (k, v))
     return problem._replace(q=q, k=k, v=v)
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    """The tensor with rows that torch's kernels for GPUs read right."""
-    size = tensor.itemsize
-    places = (tensor.storage_offset(), *tensor.stride()[:3])
-    return tensor.contiguous() if any(place * size % ROW_BYTES for place in places) else tensor
+    """The tensor, copied unless its rows are aligned to `ROW_BYTES`."""
+    elements = (tensor.storage_offset(), *tensor.stride()[:3])
+    return tensor.contiguous() if any(n * tensor.itemsize % ROW_BYTES for n in elements) else tensor
 
 
-def _suited_to_cpu(problem: Problem, attn_mask: Tensor | None) -> tuple[Problem, Tensor | None]:
-    """The same problem, such that torch's fused kernel for CPUs solves it.
+def _prepare_for_cpu(problem: Problem, attn_mask: Tensor | None) -> tuple[Problem, Tensor | None]:
+    """An equal problem, and its mask, that torch's fused CPU kernel takes.
 
-    That kernel trusts whoever calls it by its name, and reads past what does not suit it: q, k and v must be of one
-    width and lie in whole rows, and so must the mask, broadcast dimensions apart. Where torch chooses the kernel, it
-    would take another one instead, which holds all scores.
+    Called by name, the kernel checks nothing and may read out of bounds: q, k and v must have one width and rows that
+    are contiguous and do not overlap, and the mask contiguous rows, broadcast dimensions apart. Otherwise, torch would
+    fall back to a kernel with all scores in memory.
     """
     q, k, v = problem.q, problem.k, problem.v
     missing = q.shape[3] - v.shape[3]
     if missing > 0:
-        v = F.pad(v, (0, missing))  # by zeros that change neither scores nor the values asked for
+        v = F.pad(v, (0, missing))  # zeros, which change no score and are cut off the output
     elif missing < 0:
         q, k = F.pad(q, (0, -missing)), F.pad(k, (0, -missing))
     if attn_mask is not None and attn_mask.stride(3) not in (0, 1):
         attn_mask = attn_mask.contiguous()
-    return problem._replace(q=_in_rows(q), k=_in_rows(k), v=_in_rows(v)), attn_mask
+    return problem._replace(
+        q=_with_contiguous_rows(q), k=_with_contiguous_rows(k), v=_with_contiguous_rows(v)
+    ), attn_mask
 
 
-def _in_rows(tensor: Tensor) -> Tensor:
-    """The tensor with rows as the BLAS reads them: whole, and none over another."""
+def _with_contiguous_rows(tensor: Tensor) -> Tensor:
+    """The tensor, copied unless its rows are contiguous and do not overlap, as BLAS requires."""
     return tensor if tensor.stride(3) == 1 and tensor.stride(2) >= tensor.shape[3] else tensor.contiguous()
 
 
 def _fused_with_lse(problem: Problem, attn_mask: Tensor | None, is_causal: bool, value_width: int) -> Result:
     if attn_mask is not None and attn_mask.dtype == torch.bool:
-        blocked = attn_mask.new_zeros((), dtype=accumulation_dtype(problem.q.dtype))
-        attn_mask = torch.where(attn_mask, blocked, -torch.inf)
+        zero = attn_mask.new_zeros((), dtype=accumulation_dtype(problem.q.dtype))
+        attn_mask = torch.where(attn_mask, zero, -torch.inf)
     operands: Any = (*distinct(problem.q, problem.k, problem.v, attn_mask), is_causal, problem.scores.scale)
     kernel = _FlashWithLse.apply if problem.needs_grad else _FlashWithLse.forward
     out, lse = kernel(*operands)
     out = out[..., :value_width]
     if attn_mask is not None:
-        # torch's kernel writes 0 for rows that see nothing.
+        # torch's kernel returns 0 for rows without visible keys.
         lse = lse.masked_fill((attn_mask == -torch.inf).all(dim=-1), -torch.inf)
     if problem.scores.sink_logits is not None:
         out, lse = add_sinks(out, lse, problem.scores.sink_logits)
@@ -220,11 +221,11 @@ def _fused_with_lse(problem: Problem, attn_mask: Tensor | None, is_causal: bool,
 
 
 class _FlashWithLse(torch.autograd.Function):
-    """torch's fused CPU kernel, whose lse is an output with a gradient.
+    """torch's fused CPU kernel, with a differentiable lse.
 
-    ``aten::_scaled_dot_product_flash_attention_for_cpu`` returns the lse, but lets no gradient flow back from it. The
-    gradient enters its backward where the scores do: ``dS = P * (dP - delta)`` with ``delta = rowsum(dO * O) - dlse``.
-    One more column, 1 in dO, -dlse in O and 0 in V, makes the kernel's own ``rowsum`` that delta.
+    ``aten::_scaled_dot_product_flash_attention_for_cpu`` returns the lse, but its backward ignores the gradient of it.
+    That gradient is a term of ``dS = P * (dP - delta)``, where ``delta = rowsum(dO * O) - dlse``. One more column, 1 in
+    dO, -dlse in O and 0 in V, makes the kernel's own ``rowsum`` that delta.
     """
 
     generate_vmap_rule = True

@@ -153,6 +153,6 @@ _SPREAD = 0x5851F42D4C957F2D
 
 def _can_read(tensor: Tensor) -> bool:
     """Whether numbers can be looked at: not where somebody records or transforms operators, or there are none."""
-    return kernels.is_plain(tensor) and not (
+    return kernels.is_exact_tensor(tensor) and not (
         tensor.is_meta or kernels.is_tracing() or torch._C._are_functorch_transforms_active()
     )

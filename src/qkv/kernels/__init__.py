@@ -1,4 +1,4 @@
-"""The compiled CPU kernel, loaded once: the ways to call it, and its operators of torch."""
+"""The compiled CPU kernel: loading it, calling it, and its operators in torch."""
 
 from qkv.kernels.append import append as append
 from qkv.kernels.append import quantize as quantize
@@ -9,7 +9,7 @@ from qkv.kernels.binding import load as load
 from qkv.kernels.binding import loaded as loaded
 from qkv.kernels.binding import use as use
 from qkv.kernels.dispatch import can_bypass_dispatcher as can_bypass_dispatcher
-from qkv.kernels.dispatch import is_plain as is_plain
+from qkv.kernels.dispatch import is_exact_tensor as is_exact_tensor
 from qkv.kernels.dispatch import is_tracing as is_tracing
 from qkv.kernels.forward import count_scores as count_scores
 from qkv.kernels.forward import fast_forward as fast_forward

@@ -1,4 +1,4 @@
-"""New tokens of a cache, written by the kernel, and rounded to int8."""
+"""Cache appends by the kernel, and rounding to int8."""
 
 import torch
 from torch import Tensor
@@ -6,12 +6,15 @@ from torch import Tensor
 from qkv.kernels.binding import loaded
 from qkv.kernels.structs import DTYPES, QUANTIZATION, scales, view
 
-_WORTH_THREADS = 1 << 14
-"""Numbers to copy or round from which on several threads are faster than one."""
+_MIN_PARALLEL = 1 << 14
+"""Elements from which on several threads copy or round faster than one."""
 
 
 def quantize(x: Tensor, codes: Tensor, scale: Tensor) -> None:
-    """Writes rows of ``x (B, heads, L, width)`` in int8, and the scale ``(B, heads, L)`` of each: for plain tensors."""
+    """Writes ``x (B, heads, L, width)`` as int8 codes and a scale per row ``(B, heads, L)``.
+
+    All tensors must satisfy `can_bypass_dispatcher`.
+    """
     packed = QUANTIZATION.pack(DTYPES[x.dtype], *x.shape, *view(x), *view(codes), *scales(scale), _threads_for(x))
     loaded().quantize(packed)
 
@@ -19,20 +22,20 @@ def quantize(x: Tensor, codes: Tensor, scale: Tensor) -> None:
 def append(
     k: Tensor, v: Tensor, keys: Tensor, values: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, start: int
 ) -> bool:
-    """Writes new tokens at ``start`` in their buffers, for tensors that `can_bypass_dispatcher`.
+    """Writes new tokens into buffers, from slot ``start`` on. All tensors must satisfy `can_bypass_dispatcher`.
 
     Args:
         k, v: ``(B, Hkv, L, width)``.
-        keys, values: ``(B, Hkv, room, width)``, in the dtype of the tokens or in int8.
-        k_scale, v_scale: float32 ``(B, Hkv, room)``, where keys and values are int8.
+        keys, values: ``(B, Hkv, capacity, width)``, in the dtype of the tokens or in int8.
+        k_scale, v_scale: float32 ``(B, Hkv, capacity)``, if keys and values are int8.
 
     Returns:
-        False, with nothing written, where they do not fit together or need a longer way.
+        True if written. False, with nothing written, for tensors that do not fit together or are not supported.
     """
     write = loaded().append
     return write is not None and write(k, v, keys, values, k_scale, v_scale, start, _threads_for(k)) == 0
 
 
 def _threads_for(x: Tensor) -> int:
-    """Threads that copy or round its numbers."""
-    return torch.get_num_threads() if x.numel() >= _WORTH_THREADS else 1
+    """Number of threads with which to copy or round ``x``."""
+    return torch.get_num_threads() if x.numel() >= _MIN_PARALLEL else 1

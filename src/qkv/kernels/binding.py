@@ -1,4 +1,4 @@
-"""`loaded`: the native library, bound by the layout of its structs. `absence`: why there is none. `use`: another."""
+"""The native library, called through ctypes with packed structs."""
 
 import contextlib
 import ctypes
@@ -14,32 +14,32 @@ from qkv.kernels.structs import GRADIENTS, PROBLEM, QUANTIZATION, SEQUENCES
 
 
 class Library(NamedTuple):
-    """The library, and the instruction set that it has chosen. Its calls release the interpreter's lock."""
+    """The functions of the library and the instruction set that it runs. Those that take bytes release the GIL."""
 
     isa: str
     forward: Callable[[bytes], int]
-    """Takes a `PROBLEM`. Returns 0, or 1 where memory does not suffice."""
+    """Takes a `PROBLEM`. Returns 0, or 1 if memory ran out."""
     backward: Callable[[bytes, bytes], int]
     """Takes a `PROBLEM` and its `GRADIENTS`. Returns as `forward`."""
     count_scores: Callable[[bytes], int]
-    """Takes a `PROBLEM`: how many scores its forward pass computes, for tests of what masks spare."""
+    """Takes a `PROBLEM`. Returns how many scores its forward pass computes."""
     quantize: Callable[[bytes], None]
     """Takes a `QUANTIZATION`."""
     forward_sequences: Callable[[bytes, bytes], int]
-    """Takes a `PROBLEM` and its `SEQUENCES`. Returns as `forward`, or 2 for sequences that leave their tensors."""
+    """Takes a `PROBLEM` and its `SEQUENCES`. Returns as `forward`, or 2 for sequences out of bounds."""
     backward_sequences: Callable[[bytes, bytes, bytes], int]
     """Takes also the `GRADIENTS`. Returns as `forward_sequences`."""
     fast_forward: Callable[..., int] | None
     """Takes q, k, v, out, then k_scale, v_scale, keep and lengths, tensors or None, then offset, left, right,
-    sink_tokens, scale and threads. Returns as `forward`, or 2 for tensors that it does not take. None where torch has
-    no DLPack exchange functions."""
+    sink_tokens, scale and threads. Returns as `forward`, or 2 for tensors that it does not support. None if torch
+    has no DLPack exchange functions."""
     append: Callable[..., int] | None
-    """Takes k, v, the memory of keys and of values, then k_scale and v_scale, tensors or None, then start and threads.
+    """Takes k, v, the buffers of keys and of values, then k_scale and v_scale, tensors or None, then start and threads.
     Returns as `fast_forward`."""
 
 
 class _Interpreter(ctypes.Structure):
-    """What the library calls of Python and torch. As in native/src/abi/fast_forward.cpp."""
+    """Functions of Python and torch that the library calls. As in native/src/abi/fast_forward.cpp."""
 
     _fields_ = [
         (name, ctypes.c_void_p) for name in ("tensors", "none", "release_lock", "take_lock", "forget_exception")
@@ -47,7 +47,7 @@ class _Interpreter(ctypes.Structure):
 
 
 def load(path: Path) -> Library | str:
-    """The library at ``path``, or why there is none."""
+    """The library at ``path``, or the reason why it cannot be loaded."""
     if not path.exists():
         return "this installation of qkv has no compiled kernel (it found no suitable C++ compiler when it was built)"
     try:
@@ -58,11 +58,13 @@ def load(path: Path) -> Library | str:
     sizes |= {"sequences": SEQUENCES.size, "interpreter": ctypes.sizeof(_Interpreter)}
     known = [hasattr(native, f"qkv_{name}_size") and getattr(native, f"qkv_{name}_size")() for name in sizes]
     if known != [*sizes.values()]:
-        return f"{path} is of another version of qkv and needs to be built anew"
+        return f"{path} is from another version of qkv and must be rebuilt"
     native.qkv_isa.restype = ctypes.c_char_p
     isa = native.qkv_isa()
     if isa is None:
-        return f"QKV_ISA={os.environ.get('QKV_ISA')!r} is no instruction set that this machine and the kernel have"
+        return (
+            f"QKV_ISA={os.environ.get('QKV_ISA')!r} is not an instruction set that this machine and the kernel support"
+        )
     native.qkv_forward.argtypes = native.qkv_count_scores.argtypes = [ctypes.c_char_p]
     native.qkv_quantize.argtypes, native.qkv_quantize.restype = [ctypes.c_char_p], None
     native.qkv_backward.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
@@ -71,12 +73,12 @@ def load(path: Path) -> Library | str:
     native.qkv_forward_sequences.argtypes = [ctypes.c_char_p] * 2
     native.qkv_backward_sequences.argtypes = [ctypes.c_char_p] * 3
     functions = (native.qkv_forward, native.qkv_backward, native.qkv_count_scores, native.qkv_quantize)
-    of_sequences = (native.qkv_forward_sequences, native.qkv_backward_sequences)
-    return Library(isa.decode(), *functions, *of_sequences, *_load_calls_of_tensors(path))
+    sequences = (native.qkv_forward_sequences, native.qkv_backward_sequences)
+    return Library(isa.decode(), *functions, *sequences, *_load_calls_of_tensors(path))
 
 
 class _Exchange(ctypes.Structure):
-    """DLPack's exchange functions. As in native/src/dlpack.h."""
+    """DLPack's exchange functions. As in native/src/abi/dlpack.h."""
 
     _fields_ = [("major", ctypes.c_uint32), ("minor", ctypes.c_uint32)] + [
         (name, ctypes.c_void_p) for name in ("older", "allocate", "take", "give", "look", "stream")
@@ -96,7 +98,7 @@ def _load_calls_of_tensors(path: Path) -> tuple[Callable[..., int] | None, Calla
         return None, None
     functions = (python.PyEval_SaveThread, python.PyEval_RestoreThread, python.PyErr_Clear)
     interpreter = _Interpreter(tensors, id(None), *(ctypes.cast(function, ctypes.c_void_p) for function in functions))
-    native = ctypes.PyDLL(str(path))  # called with the interpreter's lock
+    native = ctypes.PyDLL(str(path))  # which does not release the GIL
     tensor, number = ctypes.py_object, ctypes.c_int64
     native.qkv_fast_forward.argtypes = [ctypes.c_void_p, *[tensor] * 8, *[number] * 4, ctypes.c_float, ctypes.c_int]
     native.qkv_append.argtypes = [ctypes.c_void_p, *[tensor] * 6, number, ctypes.c_int]
@@ -105,9 +107,9 @@ def _load_calls_of_tensors(path: Path) -> tuple[Callable[..., int] | None, Calla
 
 
 LIBRARY = Path(__file__).parent / "native.so"
-"""Where an installation has it."""
+"""Its path in an installation."""
 
-# Loaded with the module: a compiler can trace a constant, not the loading. One of the two is None.
+# Loaded on import, since compilers cannot trace ctypes. Either the library or the reason for its absence is None.
 _found = load(LIBRARY)
 _library, _absence = (None, _found) if isinstance(_found, str) else (_found, None)
 
@@ -116,7 +118,7 @@ def loaded() -> Library:
     """The native library.
 
     Raises:
-        RuntimeError: where there is none; `absence` tells beforehand.
+        RuntimeError: if there is none, for the reason that `absence` returns.
     """
     if _library is None:
         raise RuntimeError(_absence)
@@ -124,19 +126,18 @@ def loaded() -> Library:
 
 
 def absence() -> str | None:
-    """Why there is no native library, or None where there is one."""
+    """Why there is no native library; None if it is loaded."""
     return _absence
 
 
 @contextlib.contextmanager
 def use(library: Library | str) -> Iterator[None]:
-    """Within it, all calls of the process go to another build or instruction set, or to none, for a reason.
+    """Context manager that replaces the library for all calls of the process, for comparisons and tests.
 
-    For comparisons and tests. A copy of the file under another name is another library: `load` it with ``QKV_ISA`` set,
-    and two instruction sets stand in one process.
+    To have two instruction sets in one process, `load` a copy of the file under another name with ``QKV_ISA`` set.
 
     Args:
-        library: what `load` gives for a path: a library, or why there is none.
+        library: a library, or the reason for its absence, as `load` returns them.
     """
     global _library, _absence
     before = _library, _absence

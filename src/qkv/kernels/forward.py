@@ -1,4 +1,4 @@
-"""The ways into the compiled forward pass.
+"""The entry points of the compiled forward pass.
 
 | way | when | costs beside the kernel |
 |---|---|---|
@@ -7,8 +7,8 @@
 | `forward` with gradients: an autograd function | as before | GRAD |
 | ``torch.ops.qkv.forward`` | operators are being recorded | OPS |
 
-`qkv.backends.native` decides which calls may take the first; `forward` chooses among the others. Several sequences in
-one call (`qkv.kernels.sequences`) have the last three ways as well.
+`qkv.backends.native` decides which calls take the first; `forward` chooses among the others. `qkv.kernels.sequences`
+has the last three for several sequences in one call.
 """
 
 import torch
@@ -34,11 +34,11 @@ def fast_forward(
     offset: int,
     scale: float,
 ) -> Tensor | None:
-    """Attention of tensors that `can_bypass_dispatcher`, which one call of C reads through DLPack's exchange functions.
+    """Attention in one call of C, which reads tensors through DLPack. They must satisfy `can_bypass_dispatcher`.
 
     Returns:
-        None for tensors that do not fit together or need another way: shapes, dtypes and strides are checked in C
-        (native/src/abi/fast_forward.cpp).
+        ``(B, H, Lq, Dv)``; None for tensors that do not fit together or are not supported. Shapes, dtypes and strides
+        are checked in C (native/src/abi/fast_forward.cpp).
     """
     call = loaded().fast_forward
     if call is None:
@@ -53,18 +53,18 @@ def forward(call: Call, *, wants_lse: bool, needs_grad: bool) -> tuple[Tensor, T
     """Attention ``(B, H, Lq, Dv)`` and, if wanted, its lse ``(B, H, Lq)``, in fp32.
 
     Raises:
-        MemoryError: where the kernel's scratch memory cannot be allocated.
+        MemoryError: if scratch memory cannot be allocated.
     """
     if is_tracing():
         out, lse = torch.ops.qkv.forward(*call)
     elif needs_grad:
-        out, lse = operators.Recorded.apply(*call)  # type: ignore[no-untyped-call]
+        out, lse = operators.Forward.apply(*call)  # type: ignore[no-untyped-call]
     else:
         return operators.forward(call, wants_lse=wants_lse)
     return out, lse if wants_lse else None
 
 
 def count_scores(call: Call) -> int:
-    """How many scores the kernel computes for a call: those that the mask shows, and a little around its edges."""
-    problem, _kept = pack(call, call.q, None)
+    """Number of scores that the kernel computes for a call: the visible ones, and some at the edges of the mask."""
+    problem, _alive = pack(call, call.q, None)
     return loaded().count_scores(problem)

@@ -1,4 +1,4 @@
-"""The kernel as operators of torch, ``qkv::forward`` and ``qkv::backward``: with shapes for tracing, and gradients."""
+"""The kernel as torch operators ``qkv::forward`` and ``qkv::backward``, with shapes for tracing and with gradients."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,10 +19,10 @@ _LIBRARY.define(
 
 
 def forward(call: Call, *, wants_lse: bool) -> tuple[Tensor, Tensor | None]:
-    """Attention and its lse, without torch's dispatcher: for plain tensors, no gradients."""
+    """Attention and, if wanted, its lse, without torch's dispatcher and without gradients."""
     out, lse = new_results(call, wants_lse=wants_lse)
-    problem, _kept = pack(call, out, lse)
-    check(loaded().forward(problem), call)
+    problem, _alive = pack(call, out, lse)
+    check_status(loaded().forward(problem), call)
     return out, lse
 
 
@@ -35,7 +35,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     call, (out, lse, d_out, d_lse, wants_bias, wants_alibi) = split(arguments)
     found = _new_gradients(call, wants_bias, wants_alibi)
-    check(run_backward(call, (out, lse, d_out, d_lse), found, loaded().backward), call)
+    check_status(run_backward(call, (out, lse, d_out, d_lse), found, loaded().backward), call)
     return found
 
 
@@ -45,11 +45,11 @@ def run_backward(
     gradients: tuple[Tensor, ...],
     run: Callable[[bytes, bytes], int],
 ) -> int:
-    """The status of the backward pass of a call.
+    """Runs the backward pass of a call and returns its status.
 
     Args:
-        results: out and lse of the forward pass, and the gradients of both.
-        gradients: memory for dq, dk, dv, delta, d_bias and d_alibi; the last two have no elements if not wanted.
+        results: out and lse of the forward pass, d_out and d_lse.
+        gradients: uninitialised dq, dk, dv, delta, d_bias and d_alibi; the last two are empty if not wanted.
         run: takes a `PROBLEM` and its `GRADIENTS` and returns a status.
     """
     out, lse, d_out, d_lse = results
@@ -62,7 +62,7 @@ def run_backward(
         *(*view(dq), *view(dk), *view(dv)),
         *(address(d_bias if d_bias.numel() else None), address(d_alibi if d_alibi.numel() else None)),
     )
-    problem, _kept = pack(call, out, lse)
+    problem, _alive = pack(call, out, lse)
     return run(problem, packed)
 
 
@@ -77,21 +77,22 @@ def _backward_shapes(*arguments: Any) -> tuple[Tensor, ...]:
     return _new_gradients(call, wants_bias, wants_alibi)
 
 
-def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """Keeps the arguments and the results of an operator of the forward pass."""
+def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Saves the arguments and results of a forward operator, for `saved`."""
     tensors = [value if isinstance(value, Tensor) else None for value in inputs]
     ctx.save_for_backward(*tensors, *output)
     ctx.constants = [None if isinstance(value, Tensor) else value for value in inputs]
 
 
 def saved(ctx: Any) -> tuple[list[Any], Tensor, Tensor]:
-    """The arguments, and the two results."""
+    """The arguments, out and lse that `save_for_backward` has saved."""
     *tensors, out, lse = ctx.saved_tensors
     pairs = zip(tensors, ctx.constants, strict=True)
     return [constant if tensor is None else tensor for tensor, constant in pairs], out, lse
 
 
 def _differentiate(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of the arguments of ``qkv::forward``."""
     arguments, out, lse = saved(ctx)
     call, wanted = Call(*arguments), Call(*ctx.needs_input_grad)
     backward = _backward if can_backward_bypass_dispatcher(d_out) else torch.ops.qkv.backward
@@ -100,15 +101,15 @@ def _differentiate(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | Non
 
 
 def gradients_of(call: Call, wanted: Call, lse: Tensor, found: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-    """The gradient of each field of the call, from what a backward operator returns."""
+    """The gradient of each field of the call, from the outputs ``found`` of a backward operator."""
     dq, dk, dv, delta, d_bias, d_alibi = found
     gradients: dict[str, Tensor | None] = dict.fromkeys(Call._fields)
     gradients |= {"q": dq, "k": dk, "v": dv}
     if call.sink_logits is not None and wanted.sink_logits:
-        shares = (call.sink_logits.to(lse.dtype)[:, None] - lse).exp()
-        # A logit of -inf is no sink. A row without keys has an lse of -inf as well, and -inf - -inf is NaN.
-        shared = (shares * delta).masked_fill(call.sink_logits[:, None] == -torch.inf, 0)
-        gradients["sink_logits"] = -shared.sum((0, 2)).to(call.sink_logits.dtype)
+        weights = (call.sink_logits.to(lse.dtype)[:, None] - lse).exp()
+        # A logit of -inf means no sink. For rows without keys the lse is -inf as well, and -inf - -inf is NaN.
+        terms = (weights * delta).masked_fill(call.sink_logits[:, None] == -torch.inf, 0)
+        gradients["sink_logits"] = -terms.sum((0, 2)).to(call.sink_logits.dtype)
     if call.bias is not None and wanted.bias:
         gradients["bias"] = d_bias.sum_to_size(call.bias.shape).to(call.bias.dtype)
     if call.alibi is not None and wanted.alibi:
@@ -116,22 +117,22 @@ def gradients_of(call: Call, wanted: Call, lse: Tensor, found: tuple[Tensor, ...
     return tuple(gradients.values())
 
 
-class Recorded(torch.autograd.Function):
-    """``qkv::forward`` without torch's dispatcher: for plain tensors."""
+class Forward(torch.autograd.Function):
+    """``qkv::forward`` without torch's dispatcher."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         output = _forward(*arguments)
-        save(ctx, arguments, output)
+        save_for_backward(ctx, arguments, output)
         return output
 
     backward = staticmethod(_differentiate)
 
 
 def refuse_second_derivative(ctx: Any, *gradients: Tensor) -> None:
-    """The gradient of an operator of the backward pass."""
+    """The autograd formula of backward operators: raises NotImplementedError."""
     raise NotImplementedError(
-        "qkv's kernel has no second derivative: create_graph=True needs attention(..., backend='reference')."
+        "qkv's kernel has no second derivative: for create_graph=True, pass attention(..., backend='reference')."
     )
 
 
@@ -139,30 +140,31 @@ _LIBRARY.impl("forward", _forward, "CPU")
 _LIBRARY.impl("backward", _backward, "CPU")
 library.register_fake("qkv::forward", _forward_shapes, lib=_LIBRARY)
 library.register_fake("qkv::backward", _backward_shapes, lib=_LIBRARY)
-library.register_autograd("qkv::forward", _differentiate, setup_context=save, lib=_LIBRARY)
+library.register_autograd("qkv::forward", _differentiate, setup_context=save_for_backward, lib=_LIBRARY)
 library.register_autograd("qkv::backward", refuse_second_derivative, lib=_LIBRARY)
 
 
 def split(arguments: tuple[Any, ...]) -> tuple[Call, tuple[Any, ...]]:
-    """The call at the start of an operator's arguments, and the others."""
+    """The `Call` that an operator's arguments begin with, and the other arguments."""
     count = len(Call._fields)
     return Call(*arguments[:count]), arguments[count:]
 
 
 def new_results(call: Call, *, wants_lse: bool) -> tuple[Tensor, Tensor | None]:
-    """Memory for out, and for the lse if wanted."""
+    """Uninitialised out and, if wanted, lse."""
     lse = call.q.new_empty(call.q.shape[:3], dtype=torch.float32) if wants_lse else None
     return new_out(call.q, call.v), lse
 
 
 def new_out(q: Tensor, v: Tensor) -> Tensor:
-    """Memory for the output (B, H, Lq, Dv)."""
+    """Uninitialised output (B, H, Lq, Dv)."""
     (batch, heads, lq, _), width = q.shape, v.shape[3]
-    # Laid out (B, Lq, H, Dv), as torch's kernels do: joining heads then copies nothing.
+    # In memory (B, Lq, H, Dv), as from torch's kernels, so that merging heads copies nothing.
     return q.new_empty_strided((batch, heads, lq, width), (lq * heads * width, width, heads * width, 1))
 
 
 def _new_gradients(call: Call, wants_bias: bool, wants_alibi: bool) -> tuple[Tensor, ...]:
+    """dq, dk, dv, delta, d_bias and d_alibi, uninitialised except d_bias."""
     q, k, v = call.q, call.k, call.v
     (batch, heads, lq, _), lk = q.shape, k.shape[2]
     delta = q.new_empty((batch, heads, lq), dtype=torch.float32)
@@ -172,15 +174,15 @@ def _new_gradients(call: Call, wants_bias: bool, wants_alibi: bool) -> tuple[Ten
 
 
 def new_gradient(tensor: Tensor) -> Tensor:
-    """Memory for a gradient: the layout of its tensor where that has whole rows which do not overlap."""
-    found = torch.empty_like(tensor)
-    return found if found.stride(-1) == 1 else torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    """Uninitialised gradient in the layout of its tensor, or contiguous if rows of that overlap or are strided."""
+    gradient = torch.empty_like(tensor)
+    return gradient if gradient.stride(-1) == 1 else torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
-def check(status: int, call: Call) -> None:
-    """Raises MemoryError if the kernel could not allocate its scratch memory."""
+def check_status(status: int, call: Call) -> None:
+    """Raises MemoryError for the status of a kernel that ran out of memory."""
     if status:
         raise MemoryError(
-            f"qkv's kernel: there is not enough memory for its sums over q {tuple(call.q.shape)} and "
-            f"k {tuple(call.k.shape)}; give fewer batches or heads at once."
+            f"qkv's kernel: not enough scratch memory for q {tuple(call.q.shape)} and k {tuple(call.k.shape)}; "
+            "call it with fewer batch rows or heads."
         )

@@ -8,13 +8,13 @@ from torch import Tensor, library
 from qkv.kernels.binding import loaded
 from qkv.kernels.dispatch import can_backward_bypass_dispatcher, is_tracing
 from qkv.kernels.operators import (
-    check,
+    check_status,
     gradients_of,
     new_gradient,
     new_results,
     refuse_second_derivative,
     run_backward,
-    save,
+    save_for_backward,
     saved,
     split,
 )
@@ -22,23 +22,23 @@ from qkv.kernels.structs import SCHEMA, SEQUENCES, Call, address, pack
 
 
 class Sequences(NamedTuple):
-    """One call over N sequences of T queries in all. The last query of each is at the position of its last key."""
+    """The arguments of one call over N sequences, the last query of each aligned with its last key."""
 
     call: Call
-    """q (1, H, T, D), the queries of each sequence behind those of the sequence before; k and v (pages, Hkv, page_size,
-    D); alibi (H,) or (N, H). No mask beside an interval, no bias, no int8"""
+    """q (1, H, T, D), the queries of all sequences, packed; k and v (pages, Hkv, page_size, D); alibi (H,) or (N, H).
+    The mask is an interval; no bias, no int8"""
     starts: Tensor
-    """integer (N + 1,), where the queries of each sequence begin, and the end"""
+    """integer (N + 1,), the first query of each sequence, then T"""
     firsts: Tensor
-    """integer (N,), the first key of each, counted in the rows of its pages"""
+    """integer (N,), the first key of each sequence, counted along its pages"""
     key_lengths: Tensor
-    """integer (N,), keys of each"""
+    """integer (N,), number of keys of each sequence"""
     tables: Tensor | None
-    """integer (N, entries), the pages of each in order; None where there is but one page, of which each has its own
-    keys. Not in backward"""
+    """integer (N, entries), the pages of each sequence in order. None for a single page in which sequences do not
+    overlap, as backward requires"""
 
     def arguments(self) -> tuple[Any, ...]:
-        """Those of the operators, in the order of their schema."""
+        """The arguments of the operators, in the order of their schema."""
         return *self.call, *self[1:]
 
 
@@ -52,16 +52,16 @@ _LIBRARY.define(
 
 
 def forward_sequences(sequences: Sequences, *, needs_grad: bool) -> tuple[Tensor, Tensor]:
-    """Attention ``(1, H, T, Dv)`` and its lse ``(1, H, T)``, by the ways of `qkv.kernels.forward`.
+    """Attention ``(1, H, T, Dv)`` and its lse ``(1, H, T)``.
 
     Raises:
-        ValueError: for sequences outside of their tensors; nothing is read then.
-        MemoryError: where the kernel's scratch memory cannot be allocated.
+        ValueError: for sequences out of bounds, before anything is read.
+        MemoryError: if scratch memory cannot be allocated.
     """
     if is_tracing():
         found: tuple[Tensor, Tensor] = torch.ops.qkv.forward_sequences(*sequences.arguments())
     elif needs_grad:
-        found = _Recorded.apply(*sequences.arguments())  # type: ignore[no-untyped-call]
+        found = _Forward.apply(*sequences.arguments())  # type: ignore[no-untyped-call]
     else:
         found = _forward(*sequences.arguments())
     return found
@@ -71,9 +71,9 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     sequences, _ = _split(arguments)
     out, lse = new_results(sequences.call, wants_lse=True)
     assert lse is not None
-    problem, _kept = pack(sequences.call, out, lse)
-    packed, _also_kept = _pack(sequences)
-    _check(loaded().forward_sequences(problem, packed), sequences)
+    problem, _alive = pack(sequences.call, out, lse)
+    packed, _also_alive = _pack(sequences)
+    _check_status(loaded().forward_sequences(problem, packed), sequences)
     return out, lse
 
 
@@ -82,13 +82,13 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     found = _new_gradients(sequences)
     dk, dv, firsts, ends = found[1], found[2], sequences.firsts, sequences.firsts + sequences.key_lengths
     if firsts[0] > 0 or ends[-1] < dk.shape[2] or not torch.equal(firsts[1:], ends[:-1]):
-        dk.zero_(), dv.zero_()  # some keys belong to no sequence, so the kernel does not write their gradients
-    packed, _kept = _pack(sequences)
+        dk.zero_(), dv.zero_()  # the kernel writes no gradients for keys outside of all sequences
+    packed, _alive = _pack(sequences)
 
     def run(problem: bytes, gradients: bytes) -> int:
         return loaded().backward_sequences(problem, packed, gradients)
 
-    _check(run_backward(sequences.call, (out, lse, d_out, d_lse), found, run), sequences)
+    _check_status(run_backward(sequences.call, (out, lse, d_out, d_lse), found, run), sequences)
     return found
 
 
@@ -103,6 +103,7 @@ def _backward_shapes(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _differentiate(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of the arguments of ``qkv::forward_sequences``."""
     arguments, out, lse = saved(ctx)
     backward = _backward if can_backward_bypass_dispatcher(d_out) else torch.ops.qkv.backward_sequences
     found = backward(*arguments, out, lse, d_out, d_lse)
@@ -110,11 +111,13 @@ def _differentiate(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | Non
     return *gradients_of(call, wanted, lse, found), *[None] * len(others)
 
 
-class _Recorded(torch.autograd.Function):
+class _Forward(torch.autograd.Function):
+    """``qkv::forward_sequences`` without torch's dispatcher."""
+
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         output = _forward(*arguments)
-        save(ctx, arguments, output)
+        save_for_backward(ctx, arguments, output)
         return output
 
     backward = staticmethod(_differentiate)
@@ -124,16 +127,18 @@ _LIBRARY.impl("forward_sequences", _forward, "CPU")
 _LIBRARY.impl("backward_sequences", _backward, "CPU")
 library.register_fake("qkv::forward_sequences", _forward_shapes, lib=_LIBRARY)
 library.register_fake("qkv::backward_sequences", _backward_shapes, lib=_LIBRARY)
-library.register_autograd("qkv::forward_sequences", _differentiate, setup_context=save, lib=_LIBRARY)
+library.register_autograd("qkv::forward_sequences", _differentiate, setup_context=save_for_backward, lib=_LIBRARY)
 library.register_autograd("qkv::backward_sequences", refuse_second_derivative, lib=_LIBRARY)
 
 
 def _split(arguments: tuple[Any, ...]) -> tuple[Sequences, tuple[Any, ...]]:
+    """The `Sequences` that an operator's arguments begin with, and the other arguments."""
     call, (starts, firsts, key_lengths, tables, *others) = split(arguments)
     return Sequences(call, starts, firsts, key_lengths, tables), tuple(others)
 
 
 def _new_gradients(sequences: Sequences) -> tuple[Tensor, ...]:
+    """dq, dk, dv, delta, d_bias (empty) and d_alibi, one row per sequence."""
     call, count = sequences.call, sequences.key_lengths.shape[0]
     delta = call.q.new_empty(call.q.shape[:3], dtype=torch.float32)
     d_alibi = call.q.new_zeros((0 if call.alibi is None else count, call.q.shape[1]), dtype=torch.float32)
@@ -141,20 +146,21 @@ def _new_gradients(sequences: Sequences) -> tuple[Tensor, ...]:
 
 
 def _pack(sequences: Sequences) -> tuple[bytes, list[Tensor | None]]:
-    """The struct of the sequences, and what must outlive it: their tensors as the kernel reads them."""
+    """The `SEQUENCES` struct, and the tensors that it points to, to be alive alive."""
     call, *tensors = sequences
-    kept = [None if tensor is None else tensor.to("cpu", torch.int64).contiguous() for tensor in tensors]
-    starts, firsts, lengths, tables = kept
+    alive = [None if tensor is None else tensor.to("cpu", torch.int64).contiguous() for tensor in tensors]
+    starts, firsts, lengths, tables = alive
     packed = SEQUENCES.pack(
         *(sequences.key_lengths.shape[0], address(starts), address(firsts), address(lengths)),
         *(address(tables), 0 if tables is None else tables.shape[1]),
         *(call.k.shape[0], call.k.shape[2]),
         0 if call.alibi is None or call.alibi.dim() == 1 else call.alibi.shape[1],
     )
-    return packed, kept
+    return packed, alive
 
 
-def _check(status: int, sequences: Sequences) -> None:
+def _check_status(status: int, sequences: Sequences) -> None:
+    """Raises ValueError or MemoryError for the status of a kernel that failed."""
     call, starts, firsts, lengths, tables = sequences
     if status == 2:
         pages = "" if tables is None else f" and tables {tables}"
@@ -162,4 +168,4 @@ def _check(status: int, sequences: Sequences) -> None:
             f"qkv's kernel: sequences must lie within the {call.q.shape[2]} queries and the {call.k.shape[0]} pages of "
             f"{call.k.shape[2]} keys; got starts {starts}, firsts {firsts}, lengths {lengths}{pages}."
         )
-    check(status, call)
+    check_status(status, call)

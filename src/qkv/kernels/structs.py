@@ -1,4 +1,4 @@
-"""The structs of native/src/abi. `Call` is the one table of the arguments of a call: its struct and schema follow."""
+"""The structs of native/src/abi. `Call` is the table of arguments that struct and operator schema are made from."""
 
 import struct
 from collections.abc import Callable
@@ -8,32 +8,32 @@ import torch
 from torch import Tensor
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3, torch.int8: 4}
-"""As the kernel numbers them."""
+"""Their numbers in the kernel, as in native/src/abi/problem.h."""
 
 UNBOUNDED = 1 << 40
-"""Left or right of an interval without a bound."""
+"""The value of left or right for no bound."""
 
 
 class Kind(NamedTuple):
-    """How arguments of one kind reach the kernel."""
+    """How arguments of one kind are passed to the kernel."""
 
     schema: str
-    """their type in the schema of an operator"""
+    """the type in the schema of an operator"""
     layout: str
-    """their members of the C struct, in the language of `struct`"""
+    """the members of the C struct, as a format of `struct`"""
     absent: tuple[float, ...]
-    """the values of these members for None"""
+    """the values of the members for None"""
     pack: Callable[[Any], tuple[float, ...]] | None = None
-    """the same for others; the argument itself is the value if there is no function"""
+    """the values of the members for an argument; without it, the argument itself is the value"""
     prepare: Callable[[Any], Any] | None = None
-    """the argument as the kernel reads it, in a dtype and layout of its own"""
+    """the argument in the dtype and layout that the kernel reads; applied before ``pack``"""
 
 
 def view(tensor: Tensor) -> tuple[int, int, int, int]:
-    """The members of a tensor of heads.
+    """Address and strides of a tensor ``(B, heads, L, width)``.
 
     Raises:
-        RuntimeError: for a tensor without memory, as when its storage was freed.
+        RuntimeError: for a tensor without memory, for instance because its storage was freed.
     """
     batch, head, row, _ = tensor.stride()
     address = tensor.data_ptr()
@@ -45,17 +45,17 @@ def view(tensor: Tensor) -> tuple[int, int, int, int]:
 
 
 def scales(tensor: Tensor) -> tuple[int, int, int]:
-    """The members of the scales of int8 rows."""
+    """Address and strides of scales ``(B, heads, L)`` of int8 rows."""
     return tensor.data_ptr(), tensor.stride(0), tensor.stride(1)
 
 
 def address(tensor: Tensor | None) -> int:
-    """Where its numbers are in memory; 0 for None."""
+    """The address of the first element; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
 def bounded(keys: int | None) -> int:
-    """A number of keys as the kernel counts them."""
+    """The number of keys, at most `UNBOUNDED`, as is None."""
     return UNBOUNDED if keys is None else min(keys, UNBOUNDED)
 
 
@@ -69,7 +69,7 @@ def _matrix(tensor: Tensor) -> tuple[int, ...]:
 
 
 def _without_negation(tensor: Tensor) -> Tensor:
-    """The tensor with its own numbers in memory, where they are those of a lazy negation."""
+    """The tensor, with a lazy negation applied."""
     return tensor.resolve_neg() if tensor.is_neg() else tensor
 
 
@@ -108,10 +108,10 @@ SEED = Kind("Tensor?", "Q", (0,), lambda seed: (int(seed.item()),))
 
 
 class Call(NamedTuple):
-    """One call of the kernel.
+    """The arguments of one call of the kernel.
 
-    The fields are the arguments of the operators, and the last members of ``Problem`` in native/src/abi/problem.h, in
-    this order. Those of `Mask` and of `Scores` are in the order of their classes.
+    The fields are the arguments of the operators and the last members of ``Problem`` in native/src/abi/problem.h, in
+    this order. The fields of `Mask` and of `Scores` are in the order of their classes.
     """
 
     q: Annotated[Tensor, HEADS]
@@ -119,7 +119,7 @@ class Call(NamedTuple):
     k: Annotated[Tensor, HEADS]
     v: Annotated[Tensor, HEADS]
     k_scale: Annotated[Tensor | None, SCALES]
-    """float32 (B, Hkv, Lk), where k and v are int8, as is v_scale"""
+    """float32 (B, Hkv, Lk), as v_scale; None unless k and v are int8"""
     v_scale: Annotated[Tensor | None, SCALES]
     offset: Annotated[int, POSITION]
 
@@ -133,18 +133,18 @@ class Call(NamedTuple):
     document_ids: Annotated[Tensor | None, INTEGERS]
     """integer (B or 1, Lk)"""
     allow: Annotated[Tensor | None, FLAGS_OF_PAIRS]
-    """boolean, broadcastable to (B, H, Lq, Lk), as is bias"""
+    """boolean, broadcastable to (B, H, Lq, Lk), as bias"""
 
     scale: Annotated[float, NUMBER]
     softcap: Annotated[float | None, OPTIONAL_NUMBER]
     bias: Annotated[Tensor | None, SCORES_OF_PAIRS]
     alibi: Annotated[Tensor | None, PER_HEAD]
-    """(H,), as is sink_logits"""
+    """(H,), as sink_logits"""
     sink_logits: Annotated[Tensor | None, PER_HEAD]
     dropout: Annotated[float, NUMBER]
 
     seed: Annotated[Tensor | None, SEED]
-    """one integer, which determines what dropout drops"""
+    """integer (1,), seed of dropout"""
 
 
 _HINTS = get_type_hints(Call, include_extras=True)
@@ -185,7 +185,7 @@ _STEPS = [(kind.absent, kind.prepare, kind.pack) for _, kind in _FIELDS]
 
 
 def pack(call: Call, out: Tensor, lse: Tensor | None) -> tuple[bytes, list[Any]]:
-    """The struct of a call, and what must outlive it: the arguments as the kernel reads them."""
+    """The `PROBLEM` struct of a call, and the arguments that it points to, to be kept alive."""
     batch, heads, lq, width = call.q.shape
     _, kv_heads, lk, value_width = call.v.shape
     values: list[Any] = [
@@ -194,16 +194,16 @@ def pack(call: Call, out: Tensor, lse: Tensor | None) -> tuple[bytes, list[Any]]
         *(*view(out), address(lse)),
         *(0, 0, 0),  # pages
     ]
-    kept: list[Any] = []
+    alive: list[Any] = []
     for value, (absent, prepare, pack) in zip(call, _STEPS, strict=True):
         if value is None:
             values += absent
             continue
         if prepare is not None:
             value = prepare(value)
-            kept.append(value)
+            alive.append(value)
         if pack is None:
             values.append(value)
         else:
             values += pack(value)
-    return PROBLEM.pack(*values), kept
+    return PROBLEM.pack(*values), alive
