@@ -1,4 +1,4 @@
-"""Caches in other processes: each way of starting one holds what was held, and goes on alone."""
+"""Caches in other processes: for each start method, they have the tokens and are independent."""
 
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -36,7 +36,7 @@ def caches() -> dict[str, Any]:
 
 
 def last_keys(cache: Any, start: int) -> list[float]:
-    """One number of each key held, with the token ``start`` appended."""
+    """One number of each key, after the token ``start`` is appended."""
     new = tokens(start, 1), tokens(start, 1)
     if isinstance(cache, qkv.CrossKVCache):
         return [round(x * 64) for x in cache.keys().k[0, 0, :, 0].tolist()]
@@ -50,14 +50,14 @@ def last_keys(cache: Any, start: int) -> list[float]:
 
 @torch.no_grad()
 def answer(held: dict[str, Any], results: Connection) -> None:
-    """What another process does: it appends to each cache, and sends the caches back."""
+    """The other process: appends to each cache and sends it back."""
     results.send({name: last_keys(cache, GROWN) for name, cache in held.items()})
     results.close()
 
 
 @pytest.mark.parametrize("method", ["spawn", pytest.param("forkserver", marks=pytest.mark.long)])
 @torch.no_grad()
-def test_a_started_process_goes_on_with_the_caches_that_it_is_handed(method: str) -> None:
+def test_a_process_appends_to_the_caches_that_it_is_sent(method: str) -> None:
     context, held = get_context(method), caches()
     mine, theirs = context.Pipe(duplex=False)
     process = context.Process(target=answer, args=(held, theirs))

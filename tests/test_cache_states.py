@@ -11,7 +11,7 @@ from fuzz.caches import KINDS, World
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_cache_is_plain_concatenation(kind: str) -> None:
+def test_a_cache_equals_concatenation(kind: str) -> None:
     class Machine(RuleBasedStateMachine):
         @initialize(seed=st.integers(0, 2**31))
         def begin(self, seed: int) -> None:

@@ -1,4 +1,4 @@
-"""What holds of all caches: whose keys they hold, which calls they refuse, and that their copies are their own."""
+"""All caches: which layer owns them, which calls they refuse, and that copies are independent."""
 
 import copy
 import gc
@@ -36,8 +36,8 @@ def test_a_cache_that_another_layer_filled_is_refused(make: Callable[[], Any]) -
     want = layer(X[:, :4], cache=make())
     layer(X[:, :3], cache=cache)
     said = (
-        r"the 3 tokens held are keys of another layer, Attention\(24, num_heads=6\); got a call of "
-        r"CausalAttention\(24, num_heads=6\)\. Make one cache for each layer"
+        r"its 3 tokens are keys of another layer, Attention\(24, num_heads=6\); got a call of "
+        r"CausalAttention\(24, num_heads=6\)\. Make one cache per layer, or reset it"
     )
     for call in (other, other.attention_weights):
         with pytest.raises(ValueError, match=said):
@@ -86,12 +86,12 @@ def test_a_cache_keeps_neither_layer_nor_context_alive() -> None:
 @each_cache
 @pytest.mark.parametrize("mask", [Mask.full(), Mask.band(3, 1), Mask.padding(torch.tensor([6, 4]))], ids=repr)
 @torch.no_grad()
-def test_a_layer_that_sees_later_keys_is_not_fed_in_chunks(make: Callable[[], Any], mask: Mask) -> None:
+def test_a_layer_that_sees_later_keys_is_refused_with_a_filled_cache(make: Callable[[], Any], mask: Mask) -> None:
     if isinstance(make(), qkv.SlidingKVCache):
         mask = mask & Mask.band(3, None)
     layer, cache = qkv.Attention(24, 6, mask=mask), make()
     layer(X[:, :5], cache=cache)
-    with pytest.raises(ValueError, match=r"shows a query the keys after its own.* Use Mask\.causal\(\)"):
+    with pytest.raises(ValueError, match=r"queries must not see later keys.*; got .* Use Mask\.causal\(\)"):
         layer(X[:, 5:], cache=cache)
     assert cache.length == 5
     layer(X[:, 5:], mask=Mask.causal(), cache=cache)  # a prompt that sees all of itself, and a text behind it
@@ -125,7 +125,7 @@ def interrupt(x: Tensor) -> Tensor:
     raise KeyboardInterrupt
 
 
-def test_other_caches_are_refused_by_name() -> None:
+def test_caches_of_the_wrong_kind_are_refused_by_name() -> None:
     for cache in (object(), {}, [torch.zeros(1)]):
         with pytest.raises(TypeError, match=rf"got a {type(cache).__name__}"):
             windowed()(X, cache=cache)  # type: ignore[arg-type]
@@ -141,32 +141,32 @@ def test_a_full_cross_cache_refuses_another_context(mode: Any) -> None:
         for same in (context, context.clone(), context[:, :], context.transpose(0, 1).contiguous().transpose(0, 1)):
             assert torch.equal(layer(X, same, cache=cache), want)
         for wrong in (other, swapped, turned, context.flip(0), context.roll(1, 2)):
-            with pytest.raises(ValueError, match="holds another context, of as many tokens as the one given"):
+            with pytest.raises(ValueError, match="contains another context, of as many tokens as the one given"):
                 layer(X, wrong, cache=cache)
         context[0, 0, 0] += 1
-        with pytest.raises(ValueError, match="holds another context"):
+        with pytest.raises(ValueError, match="contains another context"):
             layer(X, context, cache=cache)
         context[0, 0, 0] -= 1
         for twin in (copy.copy(cache), copy.deepcopy(cache) if mode is torch.no_grad else cache):
-            with pytest.raises(ValueError, match="holds another context"):
+            with pytest.raises(ValueError, match="contains another context"):
                 layer(X, other, cache=twin)
     with pytest.raises(ValueError, match="keys of another layer"):
         qkv.CrossAttention(24, 6)(X, cache=cache)
 
 
 @torch.no_grad()
-def test_a_cross_cache_goes_on_with_beams() -> None:
+def test_a_cross_cache_selects_and_crops_its_context() -> None:
     layer, cache, rows = qkv.CrossAttention(24, 6), qkv.CrossKVCache(), torch.tensor([1, 1, 0])
     layer(X, X, cache=cache)
     cache.select(rows)
     want = layer(X[rows], X[rows])
     torch.testing.assert_close(layer(X[rows], cache=cache), want)
     torch.testing.assert_close(layer(X[rows], X[rows], cache=cache), want)
-    with pytest.raises(ValueError, match="holds another context"):
+    with pytest.raises(ValueError, match="contains another context"):
         layer(X[rows], X[rows.flip(0)], cache=cache)
     cache.crop(4)
     torch.testing.assert_close(layer(X[rows], X[rows, :4], cache=cache), layer(X[rows], X[rows, :4]))
-    with pytest.raises(ValueError, match="holds a context of 4 tokens; got another of 6"):
+    with pytest.raises(ValueError, match="contains a context of 4 tokens; got another of 6"):
         layer(X[rows], X[rows], cache=cache)
     cache.reset()
     torch.testing.assert_close(layer(X, X.flip(1), cache=cache), layer(X, X.flip(1)))
@@ -185,12 +185,12 @@ def test_a_compiled_cross_attention_refuses_another_context() -> None:
     with torch.no_grad():
         want = compiled(X, X.clone(), cache=cache)
         torch.testing.assert_close(compiled(X, X, cache=cache), want)
-        with pytest.raises(RuntimeError, match="holds another context"):
+        with pytest.raises(RuntimeError, match="contains another context"):
             compiled(X, X + 1, cache=cache)
 
 
 @torch.no_grad()
-def test_a_window_with_beams_and_refused_drafts() -> None:
+def test_a_sliding_cache_with_beams_and_refused_drafts() -> None:
     layer = windowed()
     x = torch.randn(2, 20, 24)
     want, cache, rows = layer(x), qkv.SlidingKVCache(4), torch.tensor([1, 0, 1])
@@ -201,16 +201,16 @@ def test_a_window_with_beams_and_refused_drafts() -> None:
     torch.testing.assert_close(layer(x[:, 11:14], cache=cache), want[:, 11:14])
     cache.select(rows)
     torch.testing.assert_close(layer(x[rows, 14:], cache=cache), want[rows, 14:])
-    with pytest.raises(ValueError, match=r"crop to 3 tokens needs keys .* of 20 tokens it can keep \d+ or more"):
+    with pytest.raises(ValueError, match=r"length of crop must be at least \d+ of 20 tokens, .* dropped keys; got 3"):
         cache.crop(3)
-    with pytest.raises(ValueError, match="crop keeps between 0 and the 20 tokens held; got 21"):
+    with pytest.raises(ValueError, match="length of crop must be between 0 and 20, the tokens in the cache; got 21"):
         cache.crop(21)
     assert cache.length == 20
 
 
 @each_cache
 @torch.no_grad()
-def test_tokens_that_are_negated_later(make: Callable[[], Any]) -> None:
+def test_lazily_negated_tokens(make: Callable[[], Any]) -> None:
     cache, other, k = make(), make(), torch.randn(1, 2, 3, 8)
     for _ in range(3):
         got, want = cache.append(torch._neg_view(-k), torch._neg_view(-k)), other.append(k, k)
@@ -220,7 +220,7 @@ def test_tokens_that_are_negated_later(make: Callable[[], Any]) -> None:
 @each_cache
 @pytest.mark.parametrize("load", [copy.copy, copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache)), None])
 @torch.no_grad()
-def test_copies_hold_what_was_held_and_go_on_alone(make: Callable[[], Any], load: Any) -> None:
+def test_copies_have_the_tokens_and_are_independent(make: Callable[[], Any], load: Any) -> None:
     layer, cache = windowed(), make()
     layer(X[:, :4], cache=cache)
     twin = saved(cache, weights_only=True) if load is None else load(cache)
@@ -243,7 +243,7 @@ def test_a_deep_copy_of_a_graph_is_refused_and_a_copy_shares_it() -> None:
 
 
 @each_cache
-def test_what_was_returned_under_inference_mode_may_be_saved_for_backward(make: Callable[[], Any]) -> None:
+def test_keys_appended_under_inference_mode_may_be_saved_for_backward(make: Callable[[], Any]) -> None:
     layer, cache = windowed(), make()
     with torch.inference_mode():
         layer(X[:, :3], cache=cache)
@@ -258,8 +258,8 @@ def test_what_was_returned_under_inference_mode_may_be_saved_for_backward(make: 
 
 
 @each_cache
-def test_torch_notices_where_views_for_a_graph_were_written_over(make: Callable[[], Any]) -> None:
-    """Views returned under no_grad, put into a graph, cropped and appended behind; by either way of appending."""
+def test_overwritten_views_that_a_graph_needs_are_an_error_of_torch(make: Callable[[], Any]) -> None:
+    """Views returned under no_grad and used in a graph, then cropped and overwritten by either kind of append."""
     for tail in (1, 3):
         cache, k, q = make(), torch.randn(1, 1, 3, 16), torch.randn(1, 1, 3, 16, requires_grad=True)
         with torch.no_grad():

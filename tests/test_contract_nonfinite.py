@@ -1,7 +1,7 @@
-"""What NaN and infinities mean: DESIGN's table, stated anew with all pairs written out, and held to every backend.
+"""DESIGN's table of non-finite numbers, computed for all pairs of queries and keys and compared with every backend.
 
-Where the law says NaN or inf, that is what must come out. Everything else must have the very bits of a call without the
-number in question, and without the gradients from above of the rows that see it.
+Results must be NaN or inf where the table says so. All others must have the bits of a call without the non-finite
+number, and with incoming gradients of 0 for the rows that see it.
 """
 
 from collections.abc import Callable, Iterator
@@ -85,16 +85,16 @@ SCORES = [
 ]
 CASES = [*MASKS, *SHAPES, *SCORES]
 OF_FLEX = (MASKS[0], MASKS[2], MASKS[7])
-"""FlexAttention compiles anew at each call."""
+"""a few, since FlexAttention recompiles at each call"""
 
 
 class Way(NamedTuple):
-    """How a call is made."""
+    """One way to make a call."""
 
     backend: str
     wants_lse: bool
     learned: tuple[str, ...]
-    """The tensors that want a gradient."""
+    """the tensors that need a gradient"""
 
     def __call__(self, case: Case, inputs: dict[str, Tensor]) -> list[Tensor]:
         with Solver(flex).at_work():
@@ -104,14 +104,14 @@ class Way(NamedTuple):
 
 
 def ways(case: Case, dtype: torch.dtype) -> Iterator[Way]:
-    """Every way in which each backend solves the case; without a gradient also the choice that is made by default."""
+    """Every way to call each backend that can solve the case, and ``auto`` without a gradient."""
     inputs = case.inputs(dtype)
     yield Way("auto", False, ())
     for backend in BACKENDS:
         if backend.NAME == "flex" and case not in OF_FLEX:
             continue
         if backend.NAME == "reference" and dtype != torch.float32:
-            continue  # it widens what it is given, and then knows no dtype
+            continue  # it computes all dtypes alike, in fp32
         for wants_lse in (False, True):
             for learned in (tuple(inputs), ("q", "k", "v"), ()):
                 call = {name: x.clone().requires_grad_(name in learned) for name, x in inputs.items()}
@@ -128,42 +128,42 @@ EVERY_WAY = [
 ]
 
 
-def test_every_backend_is_held_to_it_with_and_without_lse_and_gradients() -> None:
+def test_every_backend_is_compared_with_and_without_lse_and_gradients() -> None:
     found = {(way.values[2].backend, way.values[2].wants_lse, bool(way.values[2].learned)) for way in EVERY_WAY}
     missing = {(name, lse, grad) for name in NAMES for lse in (False, True) for grad in (True,)} - found
     assert missing == {("flex", False, True), ("flex", True, True)}
     assert {("flex", False, False), ("flex", True, False), ("auto", False, False)} <= found
 
 
-class Strange(NamedTuple):
-    """One number that is not finite: ``tensor[where] = value``."""
+class Nonfinite(NamedTuple):
+    """One non-finite number: ``tensor[where] = value``."""
 
     tensor: str
     where: tuple[int, ...]
     value: float
 
 
-def strange_numbers(case: Case, way: Way) -> Iterator[Strange]:
-    """One number in each of the tensors, and in the gradients from above: of early and of late keys and rows."""
+def nonfinite_numbers(case: Case, way: Way) -> Iterator[Nonfinite]:
+    """One number in each of the tensors and incoming gradients, at early and at late keys and rows."""
     heads = case.heads
-    # The lse shows more than the output alone, which inf reaches as -inf does.
+    # inf and -inf have the same effect on the output, but not on the lse.
     for value in (-INF,) if way.backend == "flex" else (NAN, INF, -INF) if way.wants_lse else (NAN, -INF):
         for j in (0, case.lk // 2):
-            yield Strange("k", (0, 0, j, 1), value)
-            yield Strange("v", (0, 0, j, 1), value)
+            yield Nonfinite("k", (0, 0, j, 1), value)
+            yield Nonfinite("v", (0, 0, j, 1), value)
         for i in sorted({0, max(0, case.lq - 2)}):
-            yield Strange("q", (0, 1, i, 1), value)
+            yield Nonfinite("q", (0, 1, i, 1), value)
             if way.learned:
-                yield Strange("d_out", (0, 1, i, 1), value)
+                yield Nonfinite("d_out", (0, 1, i, 1), value)
             if way.learned and way.wants_lse:
-                yield Strange("d_lse", (0, heads - 1, i), value)
+                yield Nonfinite("d_lse", (0, heads - 1, i), value)
         if value != -INF and case.bias_shape is not None:
-            yield Strange("bias", (0,) * len(case.bias_shape), value)
-            yield Strange("bias", tuple(size // 2 for size in case.bias_shape), value)
+            yield Nonfinite("bias", (0,) * len(case.bias_shape), value)
+            yield Nonfinite("bias", tuple(size // 2 for size in case.bias_shape), value)
         if value != -INF and case.sinks:
-            yield Strange("sink_logits", (1,), value)
+            yield Nonfinite("sink_logits", (1,), value)
         if case.alibi and value == NAN:
-            yield Strange("alibi", (1,), value)
+            yield Nonfinite("alibi", (1,), value)
 
 
 def adds_nan(score: Tensor) -> Tensor:
@@ -174,13 +174,13 @@ class Law(NamedTuple):
     seen: Tensor
     """(B, H, Lq, Lk)"""
     nan: Tensor
-    """Rows (B, H, Lq) whose output and lse are NaN."""
+    """(B, H, Lq), rows whose output and lse are NaN"""
     values: Tensor
-    """(B, H, Lq, Dv): what their values make of the others: 0, inf, -inf or NaN."""
+    """(B, H, Lq, Dv) of 0, inf, -inf or NaN: what values add to the other rows"""
 
 
 def law(case: Case, inputs: dict[str, Tensor]) -> Law:
-    """The table, word by word."""
+    """The table of DESIGN, line by line."""
     seen = visible(case)
     q, k, v = (inputs[name].double() for name in "qkv")
     group = case.heads // case.kv_heads
@@ -201,18 +201,18 @@ def law(case: Case, inputs: dict[str, Tensor]) -> Law:
     return Law(seen, nan, torch.where(seen[..., None], terms, 0).sum(-2))
 
 
-def with_strange(tensors: dict[str, Tensor], strange: Strange, value: float) -> dict[str, Tensor]:
-    if strange.tensor not in tensors:
+def with_nonfinite(tensors: dict[str, Tensor], nonfinite: Nonfinite, value: float) -> dict[str, Tensor]:
+    if nonfinite.tensor not in tensors:
         return tensors
-    changed = tensors[strange.tensor].clone()
-    changed[strange.where] = value
-    return {**tensors, strange.tensor: changed}
+    changed = tensors[nonfinite.tensor].clone()
+    changed[nonfinite.where] = value
+    return {**tensors, nonfinite.tensor: changed}
 
 
 def run(
     case: Case, way: Way, inputs: dict[str, Tensor], from_above: dict[str, Tensor]
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """The results, and the gradients of what wants them: a tensor for each, never None."""
+    """The results, and a gradient for each tensor of ``way.learned``."""
     leaves = {name: x.detach().clone().requires_grad_(name in way.learned) for name, x in inputs.items()}
     results = way(case, leaves)
     if not way.learned:
@@ -238,9 +238,9 @@ def test_numbers_that_are_not_finite(case: Case, dtype: torch.dtype, way: Way) -
     }
     for name in above:
         above[name][:, :, 1::3] = 0  # rows without a gradient from above
-    for strange in strange_numbers(case, way):
-        what = (case.name, way, strange)
-        given, given_above = (with_strange(tensors, strange, strange.value) for tensors in (inputs, above))
+    for nonfinite in nonfinite_numbers(case, way):
+        what = (case.name, way, nonfinite)
+        given, given_above = (with_nonfinite(tensors, nonfinite, nonfinite.value) for tensors in (inputs, above))
         results, gradients = run(case, way, given, given_above)
         found = law(case, given)
 
@@ -250,7 +250,7 @@ def test_numbers_that_are_not_finite(case: Case, dtype: torch.dtype, way: Way) -
         columns = torch.cat([column.float() for column in used_given], -1)
         bad = ~columns.isfinite().all(-1) | ((columns != 0).any(-1) & (found.nan | ~found.values.isfinite().all(-1)))
         clean_above = {name: x.masked_fill(bad.view(*shape, *[1] * (x.dim() - 3)), 0) for name, x in above.items()}
-        clean_results, clean = run(case, way, with_strange(inputs, strange, 0.5), clean_above)
+        clean_results, clean = run(case, way, with_nonfinite(inputs, nonfinite, 0.5), clean_above)
 
         out = results[0].float()
         assert out[found.nan].isnan().all(), what
@@ -283,8 +283,8 @@ def test_numbers_that_are_not_finite(case: Case, dtype: torch.dtype, way: Way) -
             must_here, may_here = (flags[name].expand(gradient.shape) for flags in (must, may))
             assert not gradient[must_here].isfinite().any(), (what, name)
             assert_same(gradient, clean[name], ~may_here, (what, name))
-        if strange.tensor == "d_out":
-            channel = gradients["v"][..., strange.where[-1]]
+        if nonfinite.tensor == "d_out":
+            channel = gradients["v"][..., nonfinite.where[-1]]
             assert not channel[seen].isfinite().any(), what
 
 
@@ -316,7 +316,7 @@ def test_a_sink_logit_of_minus_infinity_is_no_sink(case: Case, backend: str) -> 
 
 
 @pytest.mark.parametrize("backend", ["native", "sdpa", "reference"])
-def test_everything_that_took_part_has_a_gradient_where_no_row_sees_a_key(backend: str) -> None:
+def test_all_tensors_have_a_gradient_if_no_row_sees_a_key(backend: str) -> None:
     case = replace(MASKS[2], name="no row sees anything", offset=-20, bias_shape=(4, 1, 11), alibi=True, sinks=True)
     for wants_lse in (False, True):
         for names in (["q", "k", "v", "bias", "alibi"], ["q", "k", "v", "bias", "alibi", "sink_logits"]):
@@ -391,12 +391,12 @@ def test_a_scale_that_is_not_finite_is_refused(scale: float) -> None:
 
 
 @pytest.mark.parametrize("case", [*MASKS, *SCORES], ids=str)
-def test_weights_hold_to_it(case: Case) -> None:
+def test_attention_weights_follow_the_table(case: Case) -> None:
     inputs = {name: x for name, x in case.inputs(torch.float32).items() if name != "v"}
-    for strange in strange_numbers(case, Way("", False, ())):
-        if strange.tensor == "v":
+    for nonfinite in nonfinite_numbers(case, Way("", False, ())):
+        if nonfinite.tensor == "v":
             continue
-        given, clean = (with_strange(inputs, strange, value) for value in (strange.value, 0.5))
+        given, clean = (with_nonfinite(inputs, nonfinite, value) for value in (nonfinite.value, 0.5))
         nan = law(case, {**given, "v": case.inputs(torch.float32)["v"]}).nan
         leaves = {name: x.clone().requires_grad_() for name, x in given.items()}
         weights = qkv.attention_weights(**leaves, **case.options())
@@ -404,10 +404,10 @@ def test_weights_hold_to_it(case: Case) -> None:
         assert torch.equal(weights[~nan], qkv.attention_weights(**clean, **case.options())[~nan])
         # Of the rows that are not NaN alone: whatever the others see, it has no part in this.
         for grad in torch.autograd.grad(weights[~nan].square().sum(), list(leaves.values())):
-            assert grad.isfinite().all(), strange
+            assert grad.isfinite().all(), nonfinite
 
 
-def test_merged_pieces_hold_to_it() -> None:
+def test_merged_pieces_follow_the_table() -> None:
     q, k, v = (torch.randn(1, 1, 6, 8) for _ in range(3))
     k[0, 0, 1, 2], v[0, 0, 4, 3] = -INF, INF
     halves = [
@@ -422,7 +422,7 @@ def test_merged_pieces_hold_to_it() -> None:
 
 @pytest.mark.parametrize("wanted", ["out", "lse"])
 @pytest.mark.parametrize("backend", ["native", "sdpa", "reference"])
-def test_gradients_of_merged_pieces_hold_to_it(backend: str, wanted: str) -> None:
+def test_gradients_of_merged_pieces_follow_the_table(backend: str, wanted: str) -> None:
     q, k, v = (torch.randn(1, 1, 6, 8) for _ in range(3))
     k[0, 0, 1, 2] = torch.nan  # rows 1 to 5 see it
 
@@ -462,7 +462,7 @@ def batched(call: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...])
 @pytest.mark.parametrize("way", [traced, recorded, batched], ids=lambda way: way.__name__)
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
 @pytest.mark.parametrize("case", [MASKS[n] for n in (0, 2, 3, 7)], ids=str)
-def test_the_same_holds_where_values_cannot_be_looked_at(
+def test_the_table_holds_while_tracing_and_batching(
     case: Case, backend: str, way: Callable[..., tuple[Tensor, ...]]
 ) -> None:
     inputs = case.inputs(torch.float64)
@@ -492,7 +492,7 @@ def test_each_case_and_each_backend_is_compiled() -> None:
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated")
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
 @pytest.mark.parametrize("case", [MASKS[n] for n in (0, 2, 3, 7)], ids=str)
-def test_gradients_are_the_same_where_values_cannot_be_looked_at(case: Case, backend: str) -> None:
+def test_gradients_are_the_same_while_compiling(case: Case, backend: str) -> None:
     inputs = case.inputs(torch.float64)
     inputs["k"][0, 0, 5, 1], inputs["q"][1, 3, 8, 0] = -INF, INF
     above = torch.randn(case.batch, case.heads, case.lq, case.value_width, dtype=torch.float64)

@@ -296,12 +296,16 @@ def test_a_refused_select_or_crop_changes_no_cache(kind: type[qkv.KVCache] | typ
     cache, k = kind(), torch.randn(2, 2, 5, 8)
     before = [x.clone() for x in cache.append(k, k) if isinstance(x, torch.Tensor)]
     for wrong in ([0], torch.tensor([0.0]), torch.tensor([[0]]), torch.tensor([0, 2]), torch.tensor([-1])):
-        with pytest.raises(ValueError, match="select takes integers from 0 to 1, a row of the batch each"):
+        with pytest.raises(
+            ValueError, match="rows of select must be a 1-dimensional tensor of integers from 0 to 1; got"
+        ):
             cache.select(wrong)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"crop takes the number of tokens to keep, an int; got 2\.5"):
+    with pytest.raises(TypeError, match=r"length of crop must be an int; got 2\.5"):
         cache.crop(2.5)  # type: ignore[arg-type]
     for length in (-1, 6):
-        with pytest.raises(ValueError, match=f"crop keeps between 0 and the 5 tokens held; got {length}"):
+        with pytest.raises(
+            ValueError, match=f"length of crop must be between 0 and 5, the tokens in the cache; got {length}"
+        ):
             cache.crop(length)
     assert cache.length == 5
     after = [x for x in cache.append(k[:, :, :0], k[:, :, :0]) if isinstance(x, torch.Tensor)]
@@ -333,7 +337,7 @@ CACHES = [
     (
         second_append(qkv.KVCache(), K1[:1]),
         ValueError,
-        "KVCache: k must be (2, 3, L, 8) in torch.float32 on cpu, as at the first append; got (1, 3, 1, 8) in torch.float32 on cpu. Make one cache for each layer and batch",
+        "KVCache: k must be (2, 3, L, 8) in torch.float32 on cpu, as at the first append; got (1, 3, 1, 8) in torch.float32 on cpu. Make one cache per layer and batch",
     ),
     (
         second_append(qkv.SlidingKVCache(4), K1[..., :6]),
@@ -345,12 +349,12 @@ CACHES = [
     (
         second_append(qkv.KVCache(capacity=3), K1.expand(-1, -1, 3, -1)),
         ValueError,
-        "KVCache: 1 of 3 tokens are taken, and 3 more do not fit. Give a larger capacity, or None to grow",
+        "KVCache: capacity is 3 tokens; got 3 more than the 1 in the cache. Pass a larger capacity, or None to grow",
     ),
     (
         second_append(qkv.CrossKVCache(), K1),
         ValueError,
-        "CrossKVCache: it already holds a context of 1 tokens; got 1 more",
+        "CrossKVCache: it already contains a context of 1 tokens; got 1 more",
     ),
     (lambda: qkv.CrossKVCache().keys(), ValueError, "CrossKVCache: it is empty; call the layer with a context first"),
 ]
@@ -365,7 +369,7 @@ def test_wrong_calls_say_what_is_wrong(call: Callable[[], object], error: type[E
 def test_a_refused_append_changes_no_cache() -> None:
     cache = qkv.KVCache(capacity=3)
     cache.append(K1, K1)
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match="capacity is 3 tokens; got 3 more than the 1"):
         cache.append(K1.expand(-1, -1, 3, -1), K1.expand(-1, -1, 3, -1))
     keys = cache.append(2 * K1, 2 * K1)
     assert torch.equal(keys.k, torch.cat([K1, 2 * K1], dim=2)) and cache.length == 2
@@ -374,5 +378,5 @@ def test_a_refused_append_changes_no_cache() -> None:
 def test_a_cross_cache_refuses_another_context() -> None:
     layer, cache = qkv.CrossAttention(24, 6), qkv.CrossKVCache()
     layer(X, X, cache=cache)
-    with pytest.raises(ValueError, match="cache holds a context of 5 tokens; got another of 4"):
+    with pytest.raises(ValueError, match="it contains a context of 5 tokens; got another of 4"):
         layer(X, X[:, :4], cache=cache)

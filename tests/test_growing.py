@@ -1,4 +1,4 @@
-"""Appending to memory: the native way, straight into it, against the general one; and what must not take it."""
+"""Appends by the kernel, compared with those by torch, and the appends that are not eligible."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,19 +19,19 @@ needs_kernel = pytest.mark.skipif(
 
 
 def tokens(batch: int, heads: int, count: int, width: int, dtype: torch.dtype, *, inside: bool) -> Tensor:
-    """Random tokens, as layers lay them (heads inside) or all of a head together; beside others in memory."""
+    """Random tokens, within larger memory: heads inside of tokens, as from layers, or outside."""
     shape = (batch, count, heads, width + 3) if inside else (batch, heads, count, width + 3)
     x = torch.randn(shape).to(dtype)[..., 1 : width + 1]
     return x.transpose(1, 2) if inside else x
 
 
-def memory(held: Tensor, room: int) -> AppendBuffer:
-    """What holds some tokens, with room behind them that is full of others' numbers."""
-    growing = AppendBuffer()
-    growing.extend(held, room)
-    assert growing.memory is not None
-    growing.memory[:, :, held.shape[2] :] = 77
-    return growing
+def buffer_of(x: Tensor, capacity: int) -> AppendBuffer:
+    """A buffer of the tokens ``x (B, heads, L, ...)``, with 77 in its spare slots."""
+    buffer = AppendBuffer()
+    buffer.extend(x, capacity)
+    assert buffer.memory is not None
+    buffer.memory[:, :, x.shape[2] :] = 77
+    return buffer
 
 
 @needs_kernel
@@ -39,11 +39,11 @@ def memory(held: Tensor, room: int) -> AppendBuffer:
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("count", [1, 3])
 @torch.no_grad()
-def test_native_appending_writes_what_is_new_and_nothing_else(dtype: torch.dtype, inside: bool, count: int) -> None:
-    """Keys and values of widths that differ, for two texts of three heads."""
+def test_native_appends_write_new_tokens_and_nothing_else(dtype: torch.dtype, inside: bool, count: int) -> None:
+    """Keys and values of different widths, for a batch of 2 with 3 heads."""
     held = [tokens(2, 3, 4, width, dtype, inside=inside) for width in (8, 5)]
     new = [tokens(2, 3, count, width, dtype, inside=inside) for width in (8, 5)]
-    parts = [memory(x, 9) for x in held]
+    parts = [buffer_of(x, 9) for x in held]
     grown = append_in_place(parts, new[0], new[1])
     assert grown is not None
     for part, before, added, shown in zip(parts, held, new, grown, strict=True):
@@ -56,10 +56,10 @@ def test_native_appending_writes_what_is_new_and_nothing_else(dtype: torch.dtype
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("new_cache", [KVCache, Int8KVCache])
-def test_native_appending_gives_the_bits_of_the_general_way(
+def test_native_appends_give_the_bits_of_torch(
     dtype: torch.dtype, inside: bool, new_cache: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Outside of no_grad tokens are concatenated; inside, once memory is there, torch has nothing to do."""
+    """With gradients tokens are concatenated; without, torch does nothing once memory is allocated."""
     torch.manual_seed(0)
     pieces = [[tokens(2, 3, count, width, dtype, inside=inside) for width in (64, 40)] for count in (5, 1, 2, 1)]
     general, native = new_cache(), new_cache()
@@ -79,8 +79,8 @@ def test_native_appending_gives_the_bits_of_the_general_way(
 @needs_kernel
 @pytest.mark.parametrize("layer_of", [GrowingLayer, Int8Layer])
 @torch.no_grad()
-def test_native_appending_is_what_transformers_layers_do(layer_of: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A decoding step has no memory made, and takes no view of what there is to write to."""
+def test_transformers_layers_append_natively(layer_of: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decoding step allocates no memory and makes no view of the slots to write to."""
     layer, stock = layer_of(), DynamicLayer()
     pieces = [[tokens(2, 3, count, 8, torch.float32, inside=True) for _ in range(2)] for count in (5, 1, 1)]
     layer.update(*pieces[0])
@@ -95,7 +95,7 @@ def test_native_appending_is_what_transformers_layers_do(layer_of: type, monkeyp
 
 
 class _Recorder(TorchDispatchMode):
-    """Somebody who sees every operator."""
+    """A dispatch mode that does nothing."""
 
     def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))
@@ -131,11 +131,11 @@ NOT_IN_PLACE = {
     [(name, scaled) for name in NOT_IN_PLACE for scaled in (False, True) if not scaled or "dtype" not in name],
 )
 @torch.no_grad()
-def test_native_appending_refuses_what_does_not_fit(name: str, scaled: bool) -> None:
-    """Nothing is written then, not even the half that fits. What is rounded may have any floating dtype."""
+def test_native_appends_refuse_tensors_that_do_not_fit(name: str, scaled: bool) -> None:
+    """Nothing is written then, neither keys nor values. Tokens to be rounded may have any floating dtype."""
     dtype = torch.int8 if scaled else torch.float32
-    parts = [memory(torch.ones(2, 3, 4, width, dtype=dtype), 9) for width in (8, 5)]
-    parts += [memory(torch.ones(2, 3, 4), 9) for _ in range(2)] if scaled else []
+    parts = [buffer_of(torch.ones(2, 3, 4, width, dtype=dtype), 9) for width in (8, 5)]
+    parts += [buffer_of(torch.ones(2, 3, 4), 9) for _ in range(2)] if scaled else []
     assert append_in_place(parts, *NOT_IN_PLACE[name]) is None
     for part in parts:
         assert part.length == 4 and part.memory is not None
@@ -143,9 +143,9 @@ def test_native_appending_refuses_what_does_not_fit(name: str, scaled: bool) -> 
 
 
 @needs_kernel
-def test_native_appending_does_not_go_behind_torch() -> None:
-    """Whoever records operators, transforms them or wants gradients sees them."""
-    parts = [memory(torch.ones(2, 3, 4, width), 9) for width in (8, 5)]
+def test_native_appends_do_not_bypass_tracers_transforms_and_autograd() -> None:
+    """Tracers, transforms and autograd see the operators."""
+    parts = [buffer_of(torch.ones(2, 3, 4, width), 9) for width in (8, 5)]
     assert append_in_place(parts, K, V) is None  # gradients are on: torch counts what is written
     with torch.no_grad():
         with _Recorder():
@@ -161,7 +161,7 @@ def test_native_appending_does_not_go_behind_torch() -> None:
 @needs_kernel
 @torch.no_grad()
 def test_a_native_append_that_is_interrupted_adds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keys have grown, values not yet."""
+    """Interrupted after keys have grown, before values."""
     cache = KVCache()
     cache.append(K, V)
     grow = AppendBuffer.grow

@@ -1,4 +1,4 @@
-"""Caches: where keys and values come from when they are not computed anew. Passed to a layer, never owned by one."""
+"""Caches of keys and values. A cache is passed to each call of a layer; layers own none."""
 
 import torch
 

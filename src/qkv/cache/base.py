@@ -1,4 +1,4 @@
-"""`Cache`: what a layer asks of a cache, and what all of them can do."""
+"""`Cache`: the interface that layers use, and operations that all caches share."""
 
 from copy import copy, deepcopy
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,24 +15,24 @@ if TYPE_CHECKING:
 
 
 class Keys(NamedTuple):
-    """What a cache returns: keys and values in order, and where the queries appended last stand among them."""
+    """Keys and values that a cache returns, in order, and the offset of the queries appended last."""
 
     k: Tensor
     """(B, Hkv, Lk, D)"""
     v: Tensor
     """(B, Hkv, Lk, Dv)"""
     offset: int | None
-    """Position of the first appended token among these keys; None where queries have no position among them."""
+    """position of the first appended token among these keys; None in cross-attention"""
 
     def options(self) -> dict[str, Any]:
-        """What `qkv.attention` is to know of them."""
+        """Keywords for `qkv.attention`, beside k and v."""
         return {"offset": self.offset}
 
 
 class Owner:
-    """Whose keys a cache holds. A layer leaves it there, so that no cache keeps a layer alive.
+    """Identity of the layer whose keys a cache stores, without a reference to the layer.
 
-    A deep copy of a layer is another owner; one that shares its weights is the same.
+    A deep copy of a layer is another owner; a copy that shares its weights is the same.
     """
 
     __slots__ = ("name",)
@@ -42,63 +42,62 @@ class Owner:
 
 
 class Cache:
-    """What a layer asks of a cache, and what all of them can do.
+    """Keys and values of earlier calls, to which `append` adds those of the current one.
 
-    A cache keeps nothing that it was given, but copies. Its own copies go on independently: ``copy.copy`` shares memory
-    until one of both is written to, ``copy.deepcopy`` and pickles hold the tokens alone, and refuse those that were
-    computed with gradients. It works in every mode of gradients, whatever the one before; but what `append` returned
-    under ``torch.no_grad()`` is valid until the next `append` alone, which may write there: torch notices if a backward
-    pass still needed it.
+    A cache stores copies of tensors passed to it. Copies of a cache are independent: ``copy.copy`` shares memory until
+    either is written to; ``copy.deepcopy`` and pickles copy the tokens, and refuse tokens computed with gradients. The
+    gradient mode may change between calls. Tensors returned under ``torch.no_grad()`` are valid until the next
+    `append`, which may overwrite them; torch raises if a backward pass still needs them.
     """
 
     def __init__(self, parts: int = 2) -> None:
         self._parts = tuple(AppendBuffer() for _ in range(parts))
-        """Keys and values; and the scales of both, where they are held in int8."""
+        """buffers of keys and values, and of the scales of both in int8"""
         self._owners: tuple[Owner, ...] = ()
 
     @property
     def length(self) -> int:
-        """Tokens held."""
+        """Number of tokens in the cache."""
         return self._parts[0].length
 
     def append(self, k: Tensor, v: Tensor) -> "Keys | Int8Keys":
-        """Adds keys ``(B, Hkv, L, D)`` and values ``(B, Hkv, L, Dv)``, and returns all that new queries may see."""
+        """Appends keys ``(B, Hkv, L, D)`` and values ``(B, Hkv, L, Dv)``; returns all that the new queries may see."""
         raise NotImplementedError
 
     def admit(self, owner: Owner, mask: Mask) -> None:
-        """Refuses the call of a layer that this cache is not for, before anything has changed.
+        """Checks that a layer may use this cache, and records it as the owner.
 
         Args:
-            owner: the layer's.
-            mask: of the call.
+            owner: identity of the layer.
+            mask: mask of the call.
 
         Raises:
-            ValueError: for a layer other than the one whose keys are held; and in self-attention for a mask that shows
-                later keys, since the queries of earlier calls have not seen those of this one.
+            ValueError: if the cache contains keys of another layer; in self-attention also for a mask that shows later
+                keys, which the queries of earlier calls have not seen.
         """
         if self.length:
             self._require(owner)
             if (mask.right is None or mask.right > 0) and mask.allow is None:
                 raise ValueError(
-                    f"{type(self).__name__}: {mask!r} shows a query the keys after its own, and those of the "
-                    f"{self.length} tokens held have been answered without the ones of this call. Use Mask.causal(), "
-                    "give all tokens at once, or write out what is seen: Mask.dense."
+                    f"{type(self).__name__}: with a cache, queries must not see later keys, which the {self.length} "
+                    f"cached tokens did not see; got {mask!r}. Use Mask.causal(), pass all tokens in one call, or use "
+                    "Mask.dense."
                 )
         self._owners = (owner,)
 
     def _require(self, owner: Owner) -> None:
         if self._owners and owner not in self._owners:
             raise ValueError(
-                f"{type(self).__name__}: the {self.length} tokens held are keys of another layer, "
-                f"{self._owners[0].name}; got a call of {owner.name}. Make one cache for each layer, or reset it."
+                f"{type(self).__name__}: its {self.length} tokens are keys of another layer, {self._owners[0].name}; "
+                f"got a call of {owner.name}. Make one cache per layer, or reset it."
             )
 
     def crop(self, length: int) -> None:
-        """Forgets all tokens but the first ``length``, as when a draft of them was refused.
+        """Removes all tokens after the first ``length``, for instance rejected drafts of speculative decoding.
 
         Raises:
-            TypeError: for a length that is no int.
-            ValueError: for more tokens than are held, or fewer than none.
+            TypeError: for a length that is not an int.
+            ValueError: for a length below 0 or above `length`.
         """
         self._check_crop(length)
         self.restore(length)
@@ -106,18 +105,20 @@ class Cache:
     def _check_crop(self, length: int) -> None:
         caller = type(self).__name__
         if not isinstance(length, int) or isinstance(length, bool):
-            raise TypeError(f"{caller}: crop takes the number of tokens to keep, an int; got {length!r}.")
+            raise TypeError(f"{caller}: length of crop must be an int; got {length!r}.")
         if not 0 <= length <= self.length:
-            raise ValueError(f"{caller}: crop keeps between 0 and the {self.length} tokens held; got {length}.")
+            raise ValueError(
+                f"{caller}: length of crop must be between 0 and {self.length}, the tokens in the cache; got {length}."
+            )
 
     def select(self, rows: Tensor) -> None:
-        """Keeps these rows of the batch, in this order and as often as they are named, as when beams go on.
+        """Reorders the batch: row i becomes the former row ``rows[i]``, as in beam search.
 
         Args:
-            rows: integer ``(B',)``, from 0 to B - 1.
+            rows: integer ``(B',)``, from 0 to B - 1, with or without repetition.
 
         Raises:
-            ValueError: for other rows.
+            ValueError: for anything else.
         """
         memory = self._parts[0].memory
         if memory is None:
@@ -127,33 +128,33 @@ class Cache:
             fits = 0 <= int(rows.min()) <= int(rows.max()) < memory.shape[0]
         if not fits:
             raise ValueError(
-                f"{type(self).__name__}: select takes integers from 0 to {memory.shape[0] - 1}, a row of the batch "
-                f"each, in a tensor of one dimension; got {rows!r}."
+                f"{type(self).__name__}: rows of select must be a 1-dimensional tensor of integers from 0 to "
+                f"{memory.shape[0] - 1}; got {rows!r}."
             )
         rows = rows.to(memory.device)
         self._parts = tuple([part.select(rows) for part in self._parts])
 
     def reset(self) -> None:
-        """Forgets all: for other texts, in another batch, or of another layer."""
+        """Removes all tokens and the owner, for another batch or layer."""
         self.restore(0)
         self._owners = ()
 
     def mark(self) -> Any:
-        """What `restore` takes to undo the appends that come."""
+        """The state to which `restore` returns."""
         return self.length
 
     def restore(self, mark: Any) -> None:
-        """Undoes the appends since ``mark``."""
+        """Undoes all appends since ``mark``."""
         for part in self._parts:
             part.crop(mark)
 
     def restrict(self, mask: Mask) -> Mask:
-        """The mask over the keys that the last append returned: here, over all."""
+        """The mask restricted to the keys that the last append returned: here, all."""
         return mask
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the memory."""
+        """Allocated bytes."""
         return sum(part.memory.untyped_storage().nbytes() for part in self._parts if part.memory is not None)
 
     def __copy__(self) -> Self:
@@ -166,19 +167,19 @@ class Cache:
         twin = object.__new__(type(self))
         memo[id(self)] = twin
         twin.__dict__.update({name: deepcopy(value, memo) for name, value in vars(self).items()})
-        # Of the layer, and of the one that is copied along.
+        # A deep copy together with the layer belongs to both, the layer and its copy.
         twin._owners = (*self._owners, *twin._owners)
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but whose keys they are: the next layer's."""
+        """The state without owners, so that the first layer to use it becomes the owner."""
         return {**vars(self), "_owners": ()}
 
 
 def check_append(
-    caller: str, k: Tensor, v: Tensor, held_k: Tensor | None, held_v: Tensor | None, dtype: torch.dtype | None
+    caller: str, k: Tensor, v: Tensor, cached_k: Tensor | None, cached_v: Tensor | None, dtype: torch.dtype | None
 ) -> None:
-    """Refuses keys and values that do not go together, or not with those held, before anything has changed."""
+    """Raises ValueError unless k and v match each other and, where given, the cached ones, of tokens in ``dtype``."""
     for name, tensor in (("k", k), ("v", v)):
         if tensor.dim() != 4:
             raise ValueError(f"{caller}: {name} must be (B, Hkv, L, width); got shape {tuple(tensor.shape)}.")
@@ -191,14 +192,14 @@ def check_append(
             f"{caller}: k and v must agree in dtype and device; got {k.dtype} on {k.device} and {v.dtype} on "
             f"{v.device}."
         )
-    for name, tensor, held in (("k", k, held_k), ("v", v, held_v)):
-        if held is None:
+    for name, tensor, cached in (("k", k, cached_k), ("v", v, cached_v)):
+        if cached is None:
             continue
-        same_sizes = tensor.shape[:2] == held.shape[:2] and tensor.shape[3] == held.shape[3]
-        if not same_sizes or tensor.dtype != dtype or tensor.device != held.device:
-            batch, heads, _, width = held.shape
+        same_sizes = tensor.shape[:2] == cached.shape[:2] and tensor.shape[3] == cached.shape[3]
+        if not same_sizes or tensor.dtype != dtype or tensor.device != cached.device:
+            batch, heads, _, width = cached.shape
             raise ValueError(
-                f"{caller}: {name} must be ({batch}, {heads}, L, {width}) in {dtype} on {held.device}, as at the "
+                f"{caller}: {name} must be ({batch}, {heads}, L, {width}) in {dtype} on {cached.device}, as at the "
                 f"first append; got {tuple(tensor.shape)} in {tensor.dtype} on {tensor.device}. "
-                "Make one cache for each layer and batch."
+                "Make one cache per layer and batch."
             )

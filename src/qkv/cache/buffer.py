@@ -1,4 +1,4 @@
-"""`AppendBuffer`: a tensor of tokens with room behind it, so that appending copies what is new alone."""
+"""`AppendBuffer`: a tensor with spare capacity along the tokens, so that appending copies only new tokens."""
 
 import io
 from collections.abc import Callable, Sequence
@@ -15,54 +15,54 @@ from qkv import kernels
 class AppendBuffer:
     """A tensor ``(B, heads, L, ...)`` that grows along L.
 
-    Under ``torch.no_grad()`` and ``torch.inference_mode()`` new tokens are written into memory that has room for them,
-    and what the methods return are views of it, valid until the next call. Memory is written to only if it was had
-    here and no copy shares it, never if it was given or computed: then it is copied first. Elsewhere appending
-    concatenates, so that every step keeps what its backward needs; where dtypes differ as well, as torch does.
+    Under ``torch.no_grad()`` and ``torch.inference_mode()``, new tokens are written into spare capacity, and methods
+    return views, valid until the next call. Only memory that was allocated here and is not shared with a copy is
+    written to; other memory is copied first. With gradients enabled, appending concatenates, since backward needs the
+    tokens of each step; it also does if dtypes differ, with torch's type promotion.
     """
 
     def __init__(self) -> None:
         self.memory: Tensor | None = None
-        """All of it, room included."""
+        """all slots, spare ones included"""
         self.length = 0
         self._start = 0
         self._is_writable = False
-        """Whether memory may be written to."""
+        """whether memory was allocated here and is not shared"""
         self._cropped = 0
-        """How many tokens behind those held somebody may have a view of, as after a crop."""
+        """number of slots after the tokens that earlier views may still contain, as after a crop"""
         self._current_view: Tensor | None = None
-        """What `grow` returned last, while it is all that is held."""
+        """what `grow` returned last, if it still contains all tokens"""
 
     @property
     def tensor(self) -> Tensor | None:
-        """All that is held, or None before anything was."""
+        """All tokens; None before the first."""
         if self.memory is None or self._current_view is not None:
             return self._current_view
         return self.memory.narrow(2, self._start, self.length)
 
     @property
     def stop(self) -> int:
-        """Where in memory new tokens go."""
+        """The slot of the next token."""
         return self._start + self.length
 
     def extend(self, new: Tensor, capacity: int) -> Tensor:
-        """Appends ``new`` and returns all tokens. A buffer that must be reallocated gets ``capacity`` slots."""
+        """Appends ``new`` and returns all tokens. If memory must be reallocated, it gets ``capacity`` slots."""
         memory = self.memory
-        # Under torch.vmap, memory of ours has no batch to write to.
+        # Under torch.vmap, memory has no batch dimension to write to.
         if (
             torch.is_grad_enabled()
             or torch._C._are_functorch_transforms_active()
             or (memory is not None and self.length and memory.dtype is not new.dtype)
         ):
-            held = self.tensor
-            together = torch.cat([held, new] if held is not None and self.length else [new], dim=2)
-            self._put(together, together.shape[2])
-            return together
+            tokens = self.tensor
+            tokens = torch.cat([tokens, new] if tokens is not None and self.length else [new], dim=2)
+            self._set_memory(tokens, tokens.shape[2])
+            return tokens
         self._slots_for(new.shape, new.dtype, new.device, capacity).copy_(new)
         return self.grow(new.shape[2])
 
     def grow(self, count: int) -> Tensor:
-        """All that is held and ``count`` tokens behind it, which memory has by now."""
+        """Counts the next ``count`` slots, already written, as tokens and returns all tokens."""
         assert self.memory is not None
         self.length += count
         self._cropped = max(0, self._cropped - count)
@@ -70,7 +70,7 @@ class AppendBuffer:
         return self._current_view
 
     def is_current_view(self, tensor: Tensor | None) -> bool:
-        """Whether `grow` returned it last."""
+        """Whether ``tensor`` is what `grow` returned last."""
         return tensor is not None and tensor is self._current_view
 
     def append_uninitialised(
@@ -78,79 +78,79 @@ class AppendBuffer:
     ) -> Tensor:
         """Appends uninitialised slots for tokens of this shape and returns them for the caller to fill.
 
-        With zero tokens, ``(B, heads, 0, ...)``, before the first, it only allocates ``capacity``.
+        With zero tokens, ``(B, heads, 0, ...)``, it only allocates ``capacity`` slots.
         """
-        place = self._slots_for(shape, dtype, device, capacity)
+        slots = self._slots_for(shape, dtype, device, capacity)
         self.length, self._current_view = self.length + shape[2], None
         self._cropped = max(0, self._cropped - shape[2])
-        return place
+        return slots
 
     def _slots_for(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, capacity: int) -> Tensor:
-        """The place of new tokens of this shape, in memory that is had anew where they do not fit."""
+        """The slots of new tokens of this shape. Reallocates memory, with ``capacity`` slots, if they do not fit."""
         length, added = self.length, shape[2]
         memory, start = self.memory, self._start + length
         if (
             memory is None
             or not (self._is_writable and _may_write(memory))
             or start + added > memory.shape[2]
-            or not (length or _suits(memory, shape, dtype, device))
+            or not (length or _matches(memory, shape, dtype, device))
         ):
             memory = _new_memory((*shape[:2], capacity, *shape[3:]), dtype, device)
-            held = self.tensor
-            if held is not None and length:
-                memory[:, :, :length] = held
-            self._put(memory, length, is_writable=True)
+            tokens = self.tensor
+            if tokens is not None and length:
+                memory[:, :, :length] = tokens
+            self._set_memory(memory, length, is_writable=True)
             start = length
         return memory.narrow(2, start, added)
 
     def crop(self, length: int) -> None:
-        """Forgets all tokens but the first ``length``."""
+        """Removes all tokens after the first ``length``."""
         self._cropped += self.length - length
         self.length, self._current_view = length, None
 
     def select(self, rows: Tensor) -> "AppendBuffer":
-        """Another that holds these rows of the batch, integer ``(B',)``, in this order and as often as named."""
-        chosen, held = AppendBuffer(), self.tensor
-        if held is None or self.memory is None:
-            return chosen
+        """A new buffer whose row i is row ``rows[i]`` of this one, for integer ``rows (B',)``."""
+        selected, tokens = AppendBuffer(), self.tensor
+        if tokens is None or self.memory is None:
+            return selected
         if torch.is_grad_enabled():
-            chosen._put(held.index_select(0, rows), self.length)
-            return chosen
-        memory = _new_memory((rows.shape[0], *self.memory.shape[1:]), held.dtype, held.device)
-        torch.index_select(held, 0, rows, out=memory[:, :, : self.length])
-        chosen._put(memory, self.length, is_writable=True)
-        return chosen
+            selected._set_memory(tokens.index_select(0, rows), self.length)
+            return selected
+        memory = _new_memory((rows.shape[0], *self.memory.shape[1:]), tokens.dtype, tokens.device)
+        torch.index_select(tokens, 0, rows, out=memory[:, :, : self.length])
+        selected._set_memory(memory, self.length, is_writable=True)
+        return selected
 
     def adopt(self, tensor: Tensor) -> None:
-        """Goes on with ``tensor``: a part of what was returned, which stays in place, or any other."""
+        """Replaces the tokens by ``tensor``. A slice of this memory along the tokens stays in place."""
         if self.is_current_view(tensor):
             return
         memory = self.memory
-        if self._is_writable and memory is not None and _is_part(tensor, memory):
+        if self._is_writable and memory is not None and _is_token_slice(tensor, memory):
             stop = self.stop
             self._start, self.length = tensor.storage_offset() // memory.stride(2), tensor.shape[2]
             self._cropped, self._current_view = self._cropped + stop - self.stop, None
         else:
-            self._put(tensor, tensor.shape[2])
+            self._set_memory(tensor, tensor.shape[2])
 
     def share(self) -> None:
-        """Has memory be written to no more, since somebody else holds it from now on."""
+        """Marks memory as shared, so that it is copied before the next write."""
         self._is_writable = False
         self._cropped = 0 if self.memory is None else self.memory.shape[2] - self.stop
 
-    def _put(self, memory: Tensor, length: int, *, is_writable: bool = False) -> None:
+    def _set_memory(self, memory: Tensor, length: int, *, is_writable: bool = False) -> None:
         self.memory, self._start, self.length, self._current_view = memory, 0, length, None
         self._is_writable, self._cropped = is_writable, 0
 
     def __copy__(self) -> Self:
-        """Another, with the same memory until either of them grows."""
+        """A copy that shares memory until either grows."""
         self.share()
         twin = type(self)()
         twin.__dict__.update(self.__dict__)
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        """The tokens alone, for deep copies and pickles.
+        """A compact copy of the tokens, for deep copies and pickles.
 
         Raises:
             RuntimeError: for tokens that were computed with gradients.
@@ -161,21 +161,21 @@ class AppendBuffer:
         AppendBuffer.__init__(self)
         tokens = state["tokens"]
         if tokens is not None:
-            self._put(tokens, tokens.shape[2])
+            self._set_memory(tokens, tokens.shape[2])
 
 
 def append_in_place(parts: Sequence[AppendBuffer], k: Tensor, v: Tensor) -> list[Tensor] | None:
-    """Has the kernel write new keys and values ``(B, Hkv, L, D)`` behind those held, where that is all there is to do.
+    """Appends new keys and values ``(B, Hkv, L, D)`` by the kernel, if they fit into spare capacity.
 
-    It goes past torch, which counts what is written to a tensor to know whether the backward pass still finds what it
-    needs. So it writes only to what nobody has seen.
+    The kernel bypasses torch's version counters, by which a backward pass detects overwritten tensors, so it writes
+    only to slots that no view contains.
 
     Args:
-        parts: of keys and of values; and of the scales of both, where they are held in int8.
+        parts: buffers of keys and values, and of the scales of both in int8.
         k, v: the tokens.
 
     Returns:
-        All that each part holds; or None, with nothing changed, where memory is full or there is more to do.
+        All tokens of each part; None, with nothing changed, for appends that are not eligible.
     """
     keys, values, *scales = parts
     if torch.is_grad_enabled() or keys.memory is None or values.memory is None:
@@ -192,7 +192,7 @@ def append_in_place(parts: Sequence[AppendBuffer], k: Tensor, v: Tensor) -> list
 
 
 def compact_copy(tokens: Tensor | None) -> Tensor | None:
-    """A copy without what lies around them in memory.
+    """A contiguous copy, in memory of its own.
 
     Raises:
         RuntimeError: for tokens that were computed with gradients.
@@ -201,41 +201,41 @@ def compact_copy(tokens: Tensor | None) -> Tensor | None:
         return None
     if tokens.requires_grad:
         raise RuntimeError(
-            "A deep copy or pickle of a cache holds numbers alone, and these tokens were computed with gradients. Use "
+            "Deep copies and pickles of a cache must not contain tokens that were computed with gradients. Use "
             "copy.copy, which shares the graph, or fill the cache under torch.no_grad()."
         )
     return tokens.clone(memory_format=torch.contiguous_format)
 
 
 def send_by_value(kind: type) -> None:
-    """Has processes be handed objects of this class as bytes.
+    """Registers a class whose objects are sent to other processes as bytes.
 
-    `torch.multiprocessing` sends a tensor as the name of its memory, which ends with it: here with a copy that was made
-    for the pickle alone, before a spawned process has opened it.
+    `torch.multiprocessing` sends the name of shared memory, which is freed with its tensor: here a temporary copy made
+    for the pickle, freed before a spawned process opens it.
     """
-    ForkingPickler.register(kind, _by_value)
+    ForkingPickler.register(kind, _to_bytes)
 
 
-def _by_value(thing: Any) -> tuple[Callable[[bytes], Any], tuple[bytes]]:
+def _to_bytes(thing: Any) -> tuple[Callable[[bytes], Any], tuple[bytes]]:
     buffer = io.BytesIO()
     torch.save(thing, buffer)
     return _from_bytes, (buffer.getvalue(),)
 
 
 def _from_bytes(numbers: bytes) -> Any:
-    return torch.load(io.BytesIO(numbers), weights_only=False)  # of a pickle, as trusted as the rest of it
+    return torch.load(io.BytesIO(numbers), weights_only=False)  # part of a pickle, so trusted as much
 
 
 send_by_value(AppendBuffer)
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:
-    """Whether what is computed of the tensors is to have a gradient."""
+    """Whether results computed from the tensors need a gradient."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _new_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory that can be written to in every mode, whatever the present one."""
+    """Uninitialised memory that can be written to in every mode, also if allocated in inference mode."""
     if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         with torch.inference_mode(False):
             return torch.empty(shape, dtype=dtype, device=device)
@@ -243,18 +243,18 @@ def _new_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 
 
 def _may_write(memory: Tensor) -> bool:
-    """Whether the present mode writes to it: what a compiled program made under inference_mode is for this mode."""
+    """Whether the current mode may write to memory. Compiled code allocates inference tensors in inference mode."""
     return torch.compiler.is_compiling() or not memory.is_inference() or torch.is_inference_mode_enabled()
 
 
-def _suits(memory: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether tokens of this shape fit into the memory."""
+def _matches(memory: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether memory matches tokens in all but their number."""
     same_sizes = memory.shape[:2] == shape[:2] and memory.shape[3:] == shape[3:]
     return same_sizes and memory.dtype is dtype and memory.device == device
 
 
-def _is_part(tensor: Tensor, memory: Tensor) -> bool:
-    """Whether it is the memory cut along its tokens."""
+def _is_token_slice(tensor: Tensor, memory: Tensor) -> bool:
+    """Whether ``tensor`` is a slice of memory along the tokens."""
     return (
         tensor.untyped_storage().data_ptr() == memory.untyped_storage().data_ptr()
         and tensor.dtype is memory.dtype

@@ -1,4 +1,4 @@
-"""`CrossKVCache`: the keys and values of a context."""
+"""`CrossKVCache`: the keys and values of the context of cross-attention."""
 
 import weakref
 from typing import Any
@@ -12,11 +12,11 @@ from qkv.masks import Mask
 
 
 class CrossKVCache(Cache):
-    """The projected context of a cross-attention, computed once and read at every decoding step.
+    """Keys and values of the context of cross-attention, computed once and read at every decoding step.
 
-    A layer that is given a context although its cache is full holds it against the one of these keys: the same tensor
-    unchanged, or else the same numbers. (Tensors made under ``torch.inference_mode()`` do not say that they are
-    unchanged; there it is cheaper not to give the context again.)
+    A layer that is passed a context with a filled cache checks that it is the cached one: the same unmodified tensor,
+    or equal numbers. (Inference tensors have no version counter, so their numbers are always compared; leaving the
+    context out is cheaper.)
 
     Example:
         >>> import torch, qkv
@@ -34,10 +34,10 @@ class CrossKVCache(Cache):
         self._given: tuple[weakref.ref[Tensor], int] | None = None
 
     def admit(self, owner: Owner, mask: Mask) -> None:
-        """Refuses a layer other than the one whose keys are held.
+        """Checks that a layer may use this cache, and records it as the owner.
 
         Raises:
-            ValueError: for such a layer.
+            ValueError: if the cache contains keys of another layer.
         """
         if self.length:
             self._require(owner)
@@ -51,20 +51,20 @@ class CrossKVCache(Cache):
         """
         if self.length:
             raise ValueError(
-                f"CrossKVCache: it already holds a context of {self.length} tokens; got {k.shape[2]} more. "
-                "Make one cache for each layer and context."
+                f"CrossKVCache: it already contains a context of {self.length} tokens; got {k.shape[2]} more. "
+                "Make one cache per layer and context."
             )
         check_append("CrossKVCache", k, v, None, None, None)
         self._fingerprint = self._given = None
         try:
             grown = [part.extend(x, k.shape[2]) for part, x in zip(self._parts, (k, v), strict=True)]
-        except BaseException:  # as in a KVCache
+        except BaseException:  # as in KVCache.append
             self.restore(0)
             raise
         return Keys(grown[0], grown[1], None)
 
     def keys(self) -> Keys:
-        """What was stored.
+        """The stored keys and values.
 
         Raises:
             ValueError: before the first append.
@@ -75,16 +75,16 @@ class CrossKVCache(Cache):
         return Keys(k, v, None)
 
     def remember(self, context: Tensor) -> None:
-        """Notes which context, ``(B, L, width)``, the keys are of."""
+        """Records the context ``(B, L, width)`` that the keys were computed from, for `require`."""
         self._fingerprint = _fingerprint(context)
-        self._note(context)
+        self._remember_identity(context)
 
     def require(self, context: Tensor) -> None:
-        """Refuses a context that the keys are not of.
+        """Checks that the keys were computed from this context.
 
         Raises:
-            ValueError: for such a context.
-            RuntimeError: for such a context, from a compiled program.
+            ValueError: for another context.
+            RuntimeError: for another context, in compiled code.
         """
         if self._given is not None and not torch.compiler.is_compiling():
             given, version = self._given
@@ -92,38 +92,38 @@ class CrossKVCache(Cache):
                 return
         if self._fingerprint is None:
             raise ValueError(
-                f"CrossKVCache: the {self.length} tokens held were appended without a context, so that none can be "
-                "held against them; call the layer without one."
+                f"CrossKVCache: its {self.length} tokens were appended without a context to compare with; "
+                "call the layer without one."
             )
         if context.shape[1] != self.length:
             raise ValueError(
-                f"CrossKVCache: the cache holds a context of {self.length} tokens; got another of "
-                f"{context.shape[1]}. Make one CrossKVCache for each layer and context."
+                f"CrossKVCache: it contains a context of {self.length} tokens; got another of {context.shape[1]}. "
+                "Make one CrossKVCache per layer and context."
             )
         if torch.compiler.is_compiling():
             torch._assert_async((_fingerprint(context) == self._fingerprint).all(), _ANOTHER_CONTEXT)
-        elif _can_read(context):
+        elif _can_read_values(context):
             if not torch.equal(_fingerprint(context), self._fingerprint):
                 raise ValueError(_ANOTHER_CONTEXT)
-            self._note(context)
+            self._remember_identity(context)
 
-    def _note(self, context: Tensor) -> None:
-        counts = not torch.compiler.is_compiling() and not context.is_inference()
-        self._given = (weakref.ref(context), context._version) if counts else None
+    def _remember_identity(self, context: Tensor) -> None:
+        has_version = not torch.compiler.is_compiling() and not context.is_inference()
+        self._given = (weakref.ref(context), context._version) if has_version else None
 
     def crop(self, length: int) -> None:
-        """Forgets all tokens of the context but the first ``length``.
+        """Removes all tokens of the context after the first ``length``.
 
         Raises:
-            TypeError: for a length that is no int.
-            ValueError: for more tokens than are held, or fewer than none.
+            TypeError: for a length that is not an int.
+            ValueError: for a length below 0 or above `length`.
         """
         super().crop(length)
         if self._fingerprint is not None and length < self._fingerprint.shape[1]:
             self._fingerprint, self._given = self._fingerprint[:, :length].clone(), None
 
     def select(self, rows: Tensor) -> None:
-        """As `Cache.select`; a context that is given again has these rows as well."""
+        """As `Cache.select`. A context passed later must have the selected rows."""
         super().select(rows)
         if self._fingerprint is not None:
             self._fingerprint, self._given = self._fingerprint[rows.to(self._fingerprint.device)], None
@@ -133,26 +133,26 @@ class CrossKVCache(Cache):
 
 
 _ANOTHER_CONTEXT = (
-    "CrossKVCache: it holds another context, of as many tokens as the one given. Make one CrossKVCache for each layer "
+    "CrossKVCache: it contains another context, of as many tokens as the one given. Make one CrossKVCache per layer "
     "and context."
 )
 
 
 def _fingerprint(context: Tensor) -> Tensor:
-    """``(B, L)``, numbers that two contexts ``(B, L, width)`` have in common only if they are the same in bits."""
+    """A hash ``(B, L)`` of the bits of each token of a context ``(B, L, width)``."""
     bits = context.detach().view(_SAME_SIZE[context.element_size()]).long()
-    factors = torch.arange(1, bits.shape[2] + 1, device=bits.device) * _SPREAD
-    factors = (factors ^ (factors >> 31)) * _SPREAD | 1
+    factors = torch.arange(1, bits.shape[2] + 1, device=bits.device) * _MULTIPLIER
+    factors = (factors ^ (factors >> 31)) * _MULTIPLIER | 1
     return (bits * factors).sum(2)  # modulo 2^64
 
 
 _SAME_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_SPREAD = 0x5851F42D4C957F2D
-"""A multiplier of Knuth's, which spreads small numbers over all bits."""
+_MULTIPLIER = 0x5851F42D4C957F2D
+"""Knuth's multiplier of MMIX, which spreads small numbers over all bits."""
 
 
-def _can_read(tensor: Tensor) -> bool:
-    """Whether numbers can be looked at: not where somebody records or transforms operators, or there are none."""
+def _can_read_values(tensor: Tensor) -> bool:
+    """Whether values can be read: not while tracing or transforming, nor from tensors without numbers."""
     return kernels.is_exact_tensor(tensor) and not (
         tensor.is_meta or kernels.is_tracing() or torch._C._are_functorch_transforms_active()
     )

@@ -1,4 +1,4 @@
-"""`Int8KVCache`: all keys and values so far, rounded to int8, and how they are rounded."""
+"""`Int8KVCache`: all keys and values so far in int8, and `quantize`."""
 
 from typing import Any, NamedTuple
 
@@ -12,27 +12,27 @@ from qkv.cache.kv import GrowingCache
 
 
 class Int8Keys(NamedTuple):
-    """`Keys` in int8."""
+    """`Keys` in int8, with scales."""
 
     k: Tensor
     v: Tensor
     offset: int
     k_scale: Tensor
-    """(B, Hkv, Lk), what each key is to be multiplied by; so v_scale."""
+    """(B, Hkv, Lk), what each key is multiplied by, as v_scale for values"""
     v_scale: Tensor
 
     def options(self) -> dict[str, Any]:
-        """What `qkv.attention` is to know of them."""
+        """Keywords for `qkv.attention`, beside k and v."""
         return {"offset": self.offset, "k_scale": self.k_scale, "v_scale": self.v_scale}
 
 
 class Int8KVCache(GrowingCache):
-    """A `KVCache` in int8: half the bytes of bf16, and 4 more for each key and each value of a head.
+    """A `KVCache` in int8: half the bytes of bf16, plus a scale of 4 bytes for each key and each value.
 
-    Each key and each value is rounded to 255 steps of its own largest number, as `quantize` does.
+    Keys and values are rounded as by `quantize`.
 
     Args:
-        capacity: as of `KVCache`.
+        capacity: as in `KVCache`.
 
     Example:
         >>> import torch, qkv
@@ -47,50 +47,50 @@ class Int8KVCache(GrowingCache):
         super().__init__(capacity, parts=4)
 
     def append(self, k: Tensor, v: Tensor) -> Int8Keys:
-        """Adds keys ``(B, Hkv, L, D)`` and values ``(B, Hkv, L, Dv)``, and returns all so far.
+        """Appends keys ``(B, Hkv, L, D)`` and values ``(B, Hkv, L, Dv)``, and returns all so far.
 
         Raises:
-            ValueError: as `KVCache.append`, for keys or values that a gradient is wanted of, and for integers.
+            ValueError: as `KVCache.append`, and for integers and tensors that require a gradient.
         """
         start = self.length
         try:
             if self._append_in_place(k, v) is None:
-                self._append_anyhow(k, v)
-        except BaseException:  # as in a KVCache
+                self._append_by_torch(k, v)
+        except BaseException:  # as in KVCache.append
             self.restore(start)
             raise
         return self.keys()._replace(offset=start)
 
-    def _append_anyhow(self, k: Tensor, v: Tensor) -> None:
+    def _append_by_torch(self, k: Tensor, v: Tensor) -> None:
         if not (k.is_floating_point() and v.is_floating_point()):
-            raise ValueError(f"Int8KVCache: k and v must be floating-point, to be rounded; got {k.dtype}, {v.dtype}.")
+            raise ValueError(f"Int8KVCache: k and v must be floating-point; got {k.dtype}, {v.dtype}.")
         if wants_grad(k, v):
             raise ValueError("Int8KVCache: int8 has no gradient; call it under torch.no_grad(), or use a KVCache.")
-        capacity = self._admit_tokens(k, v)
+        capacity = self._check_tokens(k, v)
         for x, codes, scales in self._pairs(k, v):
-            if torch.is_grad_enabled() or not _suits_the_kernel(x):
+            if torch.is_grad_enabled() or not _kernel_can_quantize(x):
                 for part, new in zip((codes, scales), quantize(x), strict=True):
                     part.extend(new, capacity)
             else:
                 code = codes.append_uninitialised(x.shape, torch.int8, x.device, capacity)
                 scale = scales.append_uninitialised(x.shape[:3], torch.float32, x.device, capacity)
                 kernels.quantize(x, code, scale)
-                torch.autograd.graph.increment_version((code, scale))  # as torch's own operators do
+                torch.autograd.graph.increment_version((code, scale))  # as torch's in-place operators do
 
     def reserve(self, k: Tensor, v: Tensor, capacity: int) -> None:
-        """Has memory made for ``capacity`` tokens like these, before the first append.
+        """Allocates memory for ``capacity`` tokens of these shapes, before the first append.
 
         Raises:
-            ValueError: for keys and values that are no ``(B, Hkv, L, width)``.
+            ValueError: for keys and values that are not ``(B, Hkv, L, width)``.
         """
         check_append("Int8KVCache", k, v, None, None, None)
         for x, codes, scales in self._pairs(k, v):
-            nothing = x[:, :, :0].shape
-            codes.append_uninitialised(nothing, torch.int8, x.device, capacity)
-            scales.append_uninitialised(nothing[:3], torch.float32, x.device, capacity)
+            no_tokens = x[:, :, :0].shape
+            codes.append_uninitialised(no_tokens, torch.int8, x.device, capacity)
+            scales.append_uninitialised(no_tokens[:3], torch.float32, x.device, capacity)
 
     def keys(self) -> Int8Keys:
-        """All that is held, with the offset of the next token.
+        """All keys and values, with the offset of the next token.
 
         Raises:
             ValueError: before the first append.
@@ -101,19 +101,19 @@ class Int8KVCache(GrowingCache):
         return Int8Keys(k, v, self.length, k_scale, v_scale)
 
     def _pairs(self, k: Tensor, v: Tensor) -> tuple[tuple[Tensor, AppendBuffer, AppendBuffer], ...]:
-        """What is to be rounded, and where its codes and scales go."""
+        """Keys and values, each with the buffers of its codes and scales."""
         codes_k, codes_v, k_scale, v_scale = self._parts
         return (k, codes_k, k_scale), (v, codes_v, v_scale)
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows in int8 and what each is to be multiplied by: ``x ~ codes * scale[..., None]``, off by half a scale at most.
+    """Rounds rows to int8 with a scale each: ``x ~ codes * scale[..., None]``, with an error of at most half a scale.
 
     Args:
         x: ``(..., width)``, floating-point.
 
     Returns:
-        codes ``(..., width)`` from -127 to 127, and the scale ``(...)`` in fp32, a 127th of the largest of the row.
+        codes ``(..., width)`` from -127 to 127, and scale ``(...)`` in fp32, the largest magnitude of each row by 127.
 
     Example:
         >>> import torch
@@ -121,7 +121,7 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
         >>> quantize(torch.tensor([0.5, -1.0, 0.25]))
         (tensor([  64, -127,   32], dtype=torch.int8), tensor(0.0079))
     """
-    if _suits_the_kernel(x):
+    if _kernel_can_quantize(x):
         codes, scale = x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:3], dtype=torch.float32)
         kernels.quantize(x, codes, scale)
         return codes, scale
@@ -131,6 +131,6 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes.round_().to(torch.int8), scale
 
 
-def _suits_the_kernel(x: Tensor) -> bool:
+def _kernel_can_quantize(x: Tensor) -> bool:
     floating = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
     return x.is_cpu and floating and x.dim() == 4 and x.stride(3) == 1 and kernels.can_bypass_dispatcher(x)

@@ -7,15 +7,15 @@ from qkv.arguments import require_int
 from qkv.cache.base import Cache, Keys, check_append
 from qkv.cache.buffer import append_in_place
 
-SMALLEST_CAPACITY = 16
+MIN_CAPACITY = 16
 
 
 class GrowingCache(Cache):
-    """What caches share that keep all tokens.
+    """Base class of caches that keep all tokens.
 
     Args:
-        capacity: number of tokens to reserve and never to exceed; None grows without bound.
-        parts: as of `Cache`.
+        capacity: number of tokens to allocate, and limit of the length; None grows without bound.
+        parts: number of buffers.
     """
 
     def __init__(self, capacity: int | None = None, parts: int = 2) -> None:
@@ -29,29 +29,29 @@ class GrowingCache(Cache):
         self._dtype: torch.dtype | None = None
 
     def _append_in_place(self, k: Tensor, v: Tensor) -> list[Tensor] | None:
-        """The short way of appending, as `append_in_place`; None where it does not do."""
+        """`append_in_place`, if the dtype is that of the cache."""
         return append_in_place(self._parts, k, v) if k.dtype is v.dtype is self._dtype else None
 
-    def _admit_tokens(self, k: Tensor, v: Tensor) -> int:
-        """How many tokens new memory is to hold."""
+    def _check_tokens(self, k: Tensor, v: Tensor) -> int:
+        """Validates new tokens; returns the capacity of memory, if it has to be allocated."""
         caller, start = type(self).__name__, self.length
         keys, values, *_ = self._parts
         check_append(caller, k, v, keys.memory if start else None, values.memory if start else None, self._dtype)
         stop = start + k.shape[2]
         if self.capacity is not None and stop > self.capacity:
             raise ValueError(
-                f"{caller}: {start} of {self.capacity} tokens are taken, and {k.shape[2]} more do not fit. "
-                "Give a larger capacity, or None to grow."
+                f"{caller}: capacity is {self.capacity} tokens; got {k.shape[2]} more than the {start} in the cache. "
+                "Pass a larger capacity, or None to grow."
             )
         self._dtype = k.dtype
-        return max(2 * start, stop, SMALLEST_CAPACITY) if self.capacity is None else self.capacity
+        return max(2 * start, stop, MIN_CAPACITY) if self.capacity is None else self.capacity
 
 
 class KVCache(GrowingCache):
     """All keys and values so far, in memory that doubles when full: appending is amortised O(1), without a copy.
 
     Args:
-        capacity: number of tokens to reserve and never to exceed; None grows without bound.
+        capacity: number of tokens to allocate, and limit of the length; None grows without bound.
 
     Example:
         >>> import torch, qkv
@@ -63,23 +63,23 @@ class KVCache(GrowingCache):
         >>> cache.append(k, k).offset
         7
 
-    Where gradients are recorded, outside of ``torch.no_grad()``, appending concatenates instead, so that every step
-    keeps what its backward needs.
+    With gradients enabled, outside of ``torch.no_grad()``, appending concatenates instead, since backward needs the
+    tokens of each step.
     """
 
     def append(self, k: Tensor, v: Tensor) -> Keys:
-        """Adds keys ``(B, Hkv, L, D)`` and values ``(B, Hkv, L, Dv)``, and returns all so far.
+        """Appends keys ``(B, Hkv, L, D)`` and values ``(B, Hkv, L, Dv)``, and returns all so far.
 
         Raises:
-            ValueError: for a batch, heads, width, dtype or device other than those held, and past capacity.
+            ValueError: for a batch, heads, width, dtype or device other than before, and beyond capacity.
         """
         start = self.length
         try:
             grown = self._append_in_place(k, v)
             if grown is None:
-                capacity = self._admit_tokens(k, v)
+                capacity = self._check_tokens(k, v)
                 grown = [part.extend(x, capacity) for part, x in zip(self._parts, (k, v), strict=True)]
             return Keys(grown[0], grown[1], start)
-        except BaseException:  # out of memory, or interrupted: some parts have grown
+        except BaseException:  # out of memory or interrupted, with some parts grown
             self.restore(start)
             raise

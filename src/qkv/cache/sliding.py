@@ -1,4 +1,4 @@
-"""`SlidingKVCache`: the keys and values of a window."""
+"""`SlidingKVCache`: the keys and values of a sliding window."""
 
 from typing import Any
 
@@ -12,14 +12,14 @@ from qkv.masks import Mask
 
 
 class SlidingKVCache(Cache):
-    """The last ``window`` keys and values, in memory that does not grow with the text.
+    """The last ``window`` keys and values, in memory that does not grow with the number of tokens.
 
     Args:
         window: number of keys that a query sees, its own included, as in ``Mask.causal(window=...)``.
-        sink_tokens: number of first keys kept for good.
+        sink_tokens: number of first keys that are kept as well.
 
-    Positions are counted among the keys returned, sinks first, so that ``Mask.causal(window, sink_tokens)`` with the
-    offset returned shows the same keys as without a cache. (ALiBi, which needs distances to the sinks, does not.)
+    Positions count among the returned keys, sinks first, so that ``Mask.causal(window, sink_tokens)`` with the returned
+    offset shows the same keys as without a cache. (ALiBi does not work with sinks, whose distances change.)
 
     Example:
         >>> import torch, qkv
@@ -48,14 +48,14 @@ class SlidingKVCache(Cache):
 
     @property
     def length(self) -> int:
-        """Tokens appended, those that were dropped included."""
+        """Number of tokens appended, dropped ones included."""
         return self._length
 
     def admit(self, owner: Owner, mask: Mask) -> None:
         """As `Cache.admit`.
 
         Raises:
-            ValueError: as there, and for a mask that shows keys which this cache drops.
+            ValueError: as there, and for a mask that shows dropped keys.
         """
         if mask.left is None or mask.left >= self.window or mask.sink_tokens > self.sink_tokens:
             raise ValueError(
@@ -65,14 +65,14 @@ class SlidingKVCache(Cache):
         super().admit(owner, mask)
 
     def append(self, k: Tensor, v: Tensor) -> Keys:
-        """Adds keys ``(B, Hkv, L, D)`` and values ``(B, Hkv, L, Dv)``; returns the sinks and all keys in a window.
+        """Appends keys ``(B, Hkv, L, D)`` and values ``(B, Hkv, L, Dv)``; returns the sinks and all keys in a window.
 
         Raises:
-            ValueError: for a batch, heads, width, dtype or device other than those held.
+            ValueError: for a batch, heads, width, dtype or device other than before.
         """
         keys, values = [part.memory if part.length else None for part in self._parts]
         check_append("SlidingKVCache", k, v, keys, values, None if keys is None else keys.dtype)
-        mark, new, capacity = self.mark(), k.shape[2], self._room
+        mark, new, capacity = self.mark(), k.shape[2], self._capacity
         try:
             if self._parts[0].length + new > capacity:
                 self._parts = tuple([self._recent(part.tensor) for part in self._parts])
@@ -80,9 +80,9 @@ class SlidingKVCache(Cache):
             grown = append_in_place(self._parts, k, v) if before + new <= capacity else None
             if grown is None:
                 grown = [self._extend(part, x) for part, x in zip(self._parts, (k, v), strict=True)]
-                if before + new > capacity:  # a prompt of many windows is not kept
+                if before + new > capacity:  # a prompt of several windows is cut
                     self._parts = tuple([self._recent(x) for x in grown])
-        except BaseException:  # as in a KVCache
+        except BaseException:  # as in KVCache.append
             self.restore(mark)
             raise
         self._length += new
@@ -90,29 +90,30 @@ class SlidingKVCache(Cache):
         return Keys(grown[0], grown[1], before)
 
     @property
-    def _room(self) -> int:
+    def _capacity(self) -> int:
+        """Slots allocated: the sinks, and two windows, so that old keys are dropped only once per window."""
         return self.sink_tokens + 2 * self.window
 
     def _extend(self, part: AppendBuffer, new: Tensor) -> Tensor:
-        """All that is held and ``new`` behind it."""
-        return part.extend(new, max(self._room, part.length + new.shape[2]))
+        """Appends ``new`` to a buffer and returns all its tokens."""
+        return part.extend(new, max(self._capacity, part.length + new.shape[2]))
 
     def _recent(self, tokens: Tensor | None) -> AppendBuffer:
-        """What the next query may see of the tokens besides its own: the sinks, and those in its window."""
+        """The tokens that the next query may see besides its own: the sinks, and those in its window."""
         recent = AppendBuffer()
         if tokens is not None:
             sinks = min(self.sink_tokens, tokens.shape[2])
             start = max(sinks, tokens.shape[2] - (self.window - 1))
-            recent.extend(torch.cat([tokens[:, :, :sinks], tokens[:, :, start:]], dim=2), self._room)
+            recent.extend(torch.cat([tokens[:, :, :sinks], tokens[:, :, start:]], dim=2), self._capacity)
         return recent
 
     def crop(self, length: int) -> None:
-        """Forgets all tokens but the first ``length``, as when a draft of them was refused.
+        """Removes all tokens after the first ``length``, for instance rejected drafts of speculative decoding.
 
         Raises:
-            TypeError: for a length that is no int.
-            ValueError: for more tokens than are held, fewer than none, and where the next query would have to see keys
-                that were dropped.
+            TypeError: for a length that is not an int.
+            ValueError: for a length below 0 or above `length`, and if the window of the next query would contain
+                dropped keys.
         """
         self._check_crop(length)
         count = self._parts[0].length
@@ -121,30 +122,30 @@ class SlidingKVCache(Cache):
         if dropped and length < self._length and kept - self.sink_tokens < self.window - 1:
             least = min(self._length, dropped + self.sink_tokens + self.window - 1)
             raise ValueError(
-                f"SlidingKVCache: crop to {length} tokens needs keys in the window of the next one that were dropped; "
-                f"of {self._length} tokens it can keep {least} or more. Crop earlier, or use a KVCache."
+                f"SlidingKVCache: length of crop must be at least {least} of {self._length} tokens, or the window of "
+                f"the next query would contain dropped keys; got {length}. Crop earlier, or use a KVCache."
             )
         for part in self._parts:
             part.crop(kept)
         self._length = length
 
     def reset(self) -> None:
-        """Forgets all: for other texts, in another batch, or of another layer."""
+        """Removes all tokens and the owner, for another batch or layer."""
         self.restore((self._parts, 0, 0))
         self._owners = ()
 
     def mark(self) -> Any:
-        """What `restore` takes to undo the appends that come."""
+        """The state to which `restore` returns."""
         return self._parts, self._parts[0].length, self._length
 
     def restore(self, mark: Any) -> None:
-        """Undoes the appends since ``mark``."""
+        """Undoes all appends since ``mark``."""
         self._parts, count, self._length = mark
         for part in self._parts:
             part.crop(count)
 
     def restrict(self, mask: Mask) -> Mask:
-        """The mask over the keys that the last append returned."""
+        """The mask restricted to the keys that the last append returned."""
         if self._returned == self._length:
             return mask
         recent = self._returned - self.sink_tokens
