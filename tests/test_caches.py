@@ -127,7 +127,7 @@ def interrupt(x: Tensor) -> Tensor:
 
 def test_caches_of_the_wrong_kind_are_refused_by_name() -> None:
     for cache in (object(), {}, [torch.zeros(1)]):
-        with pytest.raises(TypeError, match=rf"got a {type(cache).__name__}"):
+        with pytest.raises(TypeError, match=rf"in self-attention; got {type(cache).__name__}"):
             windowed()(X, cache=cache)  # type: ignore[arg-type]
 
 

@@ -248,7 +248,7 @@ LAYERS = [
     (
         lambda: qkv.RotaryEmbedding(8, frequencies=torch.ones(3)),
         ValueError,
-        "frequencies must be floating-point of shape (4,), one a pair of channels; got torch.float32 (3,)",
+        "frequencies must be floating-point of shape (4,), one per pair of channels; got torch.float32 (3,)",
     ),
     (lambda: qkv.RotaryEmbedding(8)(torch.ones(1, 1, 2, 6)), ValueError, "x must have width 8; got shape (1, 1, 2, 6)"),
     (lambda: qkv.Attention(24, 6)(X[0]), ValueError, "Attention: x must be (B, L, 24); got shape (5, 24)"),
@@ -256,14 +256,14 @@ LAYERS = [
     (
         lambda: qkv.CausalAttention(24, 6)(X, X),
         ValueError,
-        "CausalAttention: it attends to its own input and takes no context; got one of shape (2, 5, 24)",
+        "CausalAttention: context must be None in self-attention; got one of shape (2, 5, 24)",
     ),
     (
         lambda: qkv.CrossAttention(24, 6)(X),
         ValueError,
-        "context must be given, (B, Lk, 24), or a CrossKVCache that holds one",
+        "context must be (B, Lk, 24) unless a cache contains it; got None",
     ),
-    (lambda: qkv.CrossAttention(24, 6)(X, cache=qkv.CrossKVCache()), ValueError, "context must be given, (B, Lk, 24)"),
+    (lambda: qkv.CrossAttention(24, 6)(X, cache=qkv.CrossKVCache()), ValueError, "context must be (B, Lk, 24) unless"),
     (lambda: qkv.CrossAttention(24, 6)(X, CONTEXT), ValueError, "context must be (2, Lk, 24); got shape (2, 7, 10)"),
     (lambda: qkv.CrossAttention(24, 6)(X, X[:1]), ValueError, "context must be (2, Lk, 24); got shape (1, 5, 24)"),
     (
@@ -274,7 +274,7 @@ LAYERS = [
     (
         lambda: qkv.CausalAttention(24, 6)(X, cache=qkv.CrossKVCache()),
         TypeError,
-        "cache must be a KVCache or SlidingKVCache in self-attention; got a CrossKVCache",
+        "cache must be a KVCache, Int8KVCache or SlidingKVCache in self-attention; got CrossKVCache",
     ),
     (
         lambda: qkv.CausalAttention(24, 6)(X, cache=qkv.SlidingKVCache(4)),
@@ -361,7 +361,9 @@ CACHES = [
 
 
 @pytest.mark.parametrize(("call", "error", "message"), [*ATTENTION, *MASKS, *LAYERS, *CACHES])
-def test_wrong_calls_say_what_is_wrong(call: Callable[[], object], error: type[Exception], message: str) -> None:
+def test_errors_name_what_was_required_and_given(
+    call: Callable[[], object], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=re.escape(message)):
         call()
 

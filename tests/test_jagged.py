@@ -1,4 +1,4 @@
-"""Jagged nested tensors: what a layer makes of sequences of different lengths is what it makes of each."""
+"""Jagged nested tensors: layers compute for all sequences what they compute for each."""
 
 from collections.abc import Callable
 from typing import Any
@@ -49,7 +49,7 @@ def random_parts(lengths: list[int], width: int = 24) -> list[Tensor]:
 
 
 def assert_as_each(layer: qkv.Attention, x: Tensor, *context: Tensor) -> None:
-    """The same as of a loop, forward and backward."""
+    """Compares with a loop over the sequences, forward and backward."""
     layer = layer.double()
     if layer.sink_logits is not None:
         nn.init.normal_(layer.sink_logits)
@@ -73,7 +73,7 @@ def assert_as_each(layer: qkv.Attention, x: Tensor, *context: Tensor) -> None:
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_each_sequence_is_for_itself(name: str, lengths: list[int]) -> None:
+def test_sequences_are_independent(name: str, lengths: list[int]) -> None:
     assert_as_each(LAYERS[name](), jagged(random_parts(lengths)))
 
 
@@ -86,7 +86,7 @@ def test_each_sequence_has_a_context_of_its_own(lengths: tuple[list[int], list[i
 
 
 @pytest.mark.parametrize("name", ["causal, rotary", "window with first tokens"])
-def test_what_lies_between_sequences_has_no_influence(name: str) -> None:
+def test_gaps_between_sequences_have_no_influence(name: str) -> None:
     whole = torch.randn(3, 8, 24)
     starts, lengths = torch.tensor([2, 0, 1]), torch.tensor([3, 8, 4])
     x = torch.nested.narrow(whole, 1, starts, lengths, layout=torch.jagged)
@@ -99,7 +99,7 @@ def test_what_lies_between_sequences_has_no_influence(name: str) -> None:
         torch.testing.assert_close(ours, theirs)
 
 
-def test_the_result_has_the_offsets_of_x_and_adds_to_it() -> None:
+def test_the_result_can_be_added_to_x() -> None:
     layer, x = qkv.CausalAttention(24, 6), jagged([part.float() for part in random_parts([5, 2])])
     out = layer(x)
     assert out.offsets() is x.offsets() and out.layout is torch.jagged
@@ -128,14 +128,14 @@ def test_a_mask_of_the_call_that_is_a_band_counts_in_each_sequence() -> None:
         torch.testing.assert_close(ours, layer(part[None], mask=Mask.causal(window=3))[0])
 
 
-def test_dropout_acts_and_autocast_lowers() -> None:
+def test_dropout_and_autocast_have_an_effect() -> None:
     layer, x = qkv.MultiHeadAttention(24, 6, dropout=0.5), jagged([part.float() for part in random_parts([5, 2])])
     assert not torch.equal(layer(x).values(), layer(x).values())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert layer(x).dtype is torch.bfloat16
 
 
-def test_a_rotation_of_ones_own_counts_in_each_sequence() -> None:
+def test_a_custom_rotary_module_counts_in_each_sequence() -> None:
     class Own(nn.Module):
         head_dim = 4
 
@@ -158,7 +158,7 @@ def refused() -> dict[str, tuple[Callable[[], object], type[Exception], str]]:
         "a cache": (
             lambda: layer(nested(), cache=qkv.KVCache()),
             ValueError,
-            r"CausalAttention: with nested tensors, .* no cache; got a cache. Call it for each sequence, or on x",
+            r"CausalAttention: with nested tensors, .* and cache None; got a cache. Call it for each sequence, or on x",
         ),
         "padding": (lambda: layer(nested(), mask=padding), ValueError, r"got Mask\.band\(.*\) & Mask\.padding"),
         "no mask": (lambda: layer(nested(), mask="causal"), TypeError, r"mask must be a qkv\.Mask; got str"),
@@ -170,7 +170,7 @@ def refused() -> dict[str, tuple[Callable[[], object], type[Exception], str]]:
         "strided": (
             lambda: layer(torch.nested.nested_tensor(random_parts([5, 2]))),
             ValueError,
-            r"x must be a jagged nested tensor \(B, j, 24\); got one of layout torch\.strided\. Make it so",
+            r"x must be a jagged nested tensor \(B, j, 24\); got one of layout torch\.strided\. Convert it",
         ),
         "another width": (
             lambda: layer(jagged(random_parts([5, 2], 10))),
@@ -179,7 +179,11 @@ def refused() -> dict[str, tuple[Callable[[], object], type[Exception], str]]:
         ),
         "turned": (lambda: layer(nested().transpose(1, 2)), ValueError, r"\(B, j, 24\); got shape \(2, 24, "),
         "another dtype": (lambda: layer(jagged(random_parts([5, 2]))), ValueError, r"x must be torch\.float32, as the"),
-        "a context": (lambda: layer(nested(), nested()), ValueError, "takes no context; got a nested tensor"),
+        "a context": (
+            lambda: layer(nested(), nested()),
+            ValueError,
+            "context must be None in self-attention; got a nested tensor",
+        ),
         "a plain context": (
             lambda: cross(nested(), plain),
             ValueError,
@@ -195,12 +199,12 @@ def refused() -> dict[str, tuple[Callable[[], object], type[Exception], str]]:
         "positions in a context": (
             lambda: cross(nested(), nested(), mask=Mask.causal()),
             ValueError,
-            r"Mask\.band\(left=None, right=0\) depends on where queries stand .* Call qkv\.attention for each sequence",
+            r"Mask\.band\(left=None, right=0\) depends on the positions of .* Call qkv\.attention for each sequence",
         ),
         "alibi over a context": (
             lambda: qkv.CrossAttention(24, 6, alibi=[1.0] * 6)(nested(), nested()),
             ValueError,
-            "alibi depends on where queries stand",
+            "alibi depends on the positions of queries",
         ),
         "weights": (
             lambda: layer.attention_weights(nested()),
@@ -211,7 +215,7 @@ def refused() -> dict[str, tuple[Callable[[], object], type[Exception], str]]:
 
 
 @pytest.mark.parametrize("name", list(refused()))
-def test_what_has_no_meaning_for_each_sequence_is_refused(name: str) -> None:
+def test_unsupported_calls_with_nested_tensors_are_refused(name: str) -> None:
     call, error, message = refused()[name]
     with pytest.raises(error, match=message):
         call()

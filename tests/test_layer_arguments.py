@@ -45,7 +45,7 @@ def at_construction() -> list[tuple[str, Any, type[Exception], str]]:
         ("mask", None, TypeError, mask + "NoneType"),
         ("mask", True, TypeError, mask + "bool"),
         ("rotary", True, TypeError, "rotary must be a qkv.RotaryEmbedding, or a module with a head_dim"),
-        ("rotary", 10000.0, TypeError, "that is called as it is; got float. Use RotaryEmbedding("),
+        ("rotary", 10000.0, TypeError, "with the same head_dim and forward; got float. Use RotaryEmbedding("),
         ("rotary", NoRotation(), TypeError, "got NoRotation"),
         ("rotary", nn.Identity(), TypeError, "got Identity"),
         ("rotary", qkv.RotaryEmbedding, TypeError, "rotary must be a qkv.RotaryEmbedding"),
@@ -91,7 +91,7 @@ def at_construction() -> list[tuple[str, Any, type[Exception], str]]:
     return cases
 
 
-def test_a_table_of_wrong_options_is_refused_by_every_layer() -> None:
+def test_every_layer_refuses_invalid_options() -> None:
     for name, make in LAYERS.items():
         for option, value, error, message in at_construction():
             with pytest.raises(error) as raised:
@@ -104,7 +104,7 @@ def test_a_table_of_wrong_options_is_refused_by_every_layer() -> None:
 
 @pytest.mark.parametrize("name", [name for name in LAYERS if not name.startswith("Scaled")])
 @pytest.mark.parametrize("value", [True, 6.0, "6", None, torch.tensor(6)])
-def test_heads_are_counted_in_ints(name: str, value: Any) -> None:
+def test_num_heads_must_be_an_int(name: str, value: Any) -> None:
     with pytest.raises(TypeError, match=f"{name}: num_heads must be an int; got"):
         LAYERS[name](num_heads=value)
     with pytest.raises(ValueError, match=f"{name}: num_heads must be a multiple of num_kv_heads, both at least 1"):
@@ -112,7 +112,7 @@ def test_heads_are_counted_in_ints(name: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize("value", [True, 2.0, "2"])
-def test_groups_contexts_and_windows_are_counted_in_ints(value: Any) -> None:
+def test_num_kv_heads_context_dim_and_window_must_be_ints(value: Any) -> None:
     with pytest.raises(TypeError, match="GroupedQueryAttention: num_kv_heads must be an int"):
         qkv.GroupedQueryAttention(24, 6, value)
     with pytest.raises(TypeError, match="CrossAttention: context_dim must be an int"):
@@ -140,7 +140,9 @@ def test_groups_contexts_and_windows_are_counted_in_ints(value: Any) -> None:
         ({"frequencies": torch.ones(4, 1)}, ValueError, r"frequencies must .* got torch\.float32 \(4, 1\)"),
     ],
 )
-def test_a_rotation_refuses_what_it_cannot_take(options: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_a_rotary_embedding_refuses_invalid_arguments(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=f"RotaryEmbedding: {message}"):
         qkv.RotaryEmbedding(**{"head_dim": 8, **options})
 
@@ -167,7 +169,7 @@ AT_CALL: list[tuple[str, dict[str, Any], type[Exception], str]] = [
 
 @each_layer
 @pytest.mark.parametrize("method", ["forward", "attention_weights"])
-def test_a_table_of_wrong_calls_is_refused_by_every_layer(name: str, method: str) -> None:
+def test_every_layer_refuses_invalid_calls(name: str, method: str) -> None:
     layer = LAYERS[name]()
     context = () if layer.context_dim is None else (CONTEXT,)
     for case, options, error, message in AT_CALL:
@@ -189,7 +191,7 @@ def test_a_table_of_wrong_calls_is_refused_by_every_layer(name: str, method: str
         (CONTEXT.to("meta"), ValueError, "context must be on the device of the layer's weights, cpu; got meta"),
     ],
 )
-def test_a_context_is_asked_for_the_same(context: Any, error: type[Exception], message: str) -> None:
+def test_an_invalid_context_is_refused(context: Any, error: type[Exception], message: str) -> None:
     cache = qkv.CrossKVCache()
     with pytest.raises(error) as raised:
         qkv.CrossAttention(24, 6)(X, context, cache=cache)
@@ -202,7 +204,7 @@ def test_a_context_is_asked_for_the_same(context: Any, error: type[Exception], m
     [{"x": X.double()}, {"mask": ALLOW}, {"context": X}, {"x": X[0]}],
     ids=["dtype", "mask", "context", "dimensions"],
 )
-def test_what_is_refused_has_changed_nothing(wrong: dict[str, Any]) -> None:
+def test_a_refused_call_changes_nothing(wrong: dict[str, Any]) -> None:
     layer, cache = qkv.CausalAttention(24, 6, rotary=qkv.RotaryEmbedding(4)), qkv.KVCache()
     with torch.no_grad():
         layer(X, cache=cache)
@@ -215,23 +217,23 @@ def test_what_is_refused_has_changed_nothing(wrong: dict[str, Any]) -> None:
         assert torch.equal(layer(X, cache=cache), want)
 
 
-def test_a_mask_given_in_the_place_of_a_context_is_named() -> None:
-    with pytest.raises(ValueError, match=r"takes no context; .* A mask is given by name, mask=\."):
+def test_a_mask_passed_as_context_is_explained() -> None:
+    with pytest.raises(ValueError, match=r"context must be None .* Pass a mask by keyword, mask=\."):
         qkv.CausalAttention(24, 6)(X, Mask.causal())  # type: ignore[arg-type]
 
 
-def test_an_error_that_is_not_of_the_inputs_stays_as_it_is() -> None:
+def test_errors_of_other_causes_are_not_replaced() -> None:
     layer = qkv.MultiHeadAttention(24, 6)
 
     def broken(*_: Any) -> Tensor:
-        raise RuntimeError("of the user's own")
+        raise RuntimeError("from a hook")
 
     layer.k_proj.register_forward_hook(broken)
-    with pytest.raises(RuntimeError, match="of the user's own"):
+    with pytest.raises(RuntimeError, match="from a hook"):
         layer(X)
 
 
-def test_numbers_of_numpy_are_numbers() -> None:
+def test_numpy_numbers_are_accepted() -> None:
     layer = qkv.Attention(
         np.int64(24), np.int64(6), scale=np.float32(0.5), softcap=np.float64(3), alibi=np.ones(6), dropout=0
     )

@@ -1,4 +1,4 @@
-"""Layers cast, built without memory, filled, copied, traced: what follows from their arguments stays right, in fp32."""
+"""Constants of layers, such as frequencies, stay exact in fp32 through casts, meta construction, copies and tracing."""
 
 import copy
 import gc
@@ -21,7 +21,7 @@ SCHEDULE = [1.0, 0.3, 0.01, 0.007]  # not exact in bf16
 
 
 def build() -> qkv.Attention:
-    """A layer with everything that a layer can hold."""
+    """A layer with all parameters and constants."""
     return qkv.Attention(
         32,
         4,
@@ -43,16 +43,16 @@ each_layer = pytest.mark.parametrize("make", BUILDERS)
 
 
 @pytest.fixture(autouse=True)
-def nothing_kept() -> Iterator[None]:
-    """Each test begins as a process does: what others have computed could hide that this one keeps the wrong thing."""
+def empty_cache_of_constants() -> Iterator[None]:
+    """Clears the cache of constants, so that tests do not depend on each other."""
     torch.manual_seed(0)
-    constants._kept.cache_clear()
+    constants._cached.cache_clear()
     yield
-    constants._kept.cache_clear()
+    constants._cached.cache_clear()
 
 
 def by_buffers(module: nn.Module) -> nn.Module:
-    """As deepspeed and others cast: parameters and buffers, one by one."""
+    """Casts parameters and buffers one by one, as deepspeed does."""
     for tensor in [*module.parameters(), *module.buffers()]:
         tensor.data = tensor.data.bfloat16()
     return module
@@ -98,7 +98,9 @@ def test_rotation_stays_in_fp32(cast: str, given: list[float] | None) -> None:
 
 @each_layer
 @pytest.mark.parametrize("cast", ["to", "buffers one by one", "attributes that are tensors"])
-def test_a_layer_cast_has_the_positions_of_one_built_so(cast: str, make: Callable[[], qkv.Attention]) -> None:
+def test_a_cast_layer_has_the_positions_of_one_built_in_that_dtype(
+    cast: str, make: Callable[[], qkv.Attention]
+) -> None:
     layer, x = make(), torch.randn(1, 700, 32).bfloat16()
     layer = CASTS[cast](layer).bfloat16()
     with torch.device("cpu"):
@@ -111,7 +113,7 @@ def test_a_layer_cast_has_the_positions_of_one_built_so(cast: str, make: Callabl
 
 
 @each_layer
-def test_no_tensor_of_a_layer_is_missing_from_its_state(make: Callable[[], qkv.Attention]) -> None:
+def test_all_tensors_of_a_layer_are_in_its_state_dict(make: Callable[[], qkv.Attention]) -> None:
     layer = make()
     layer(torch.randn(1, 5, 32))
     assert not list(layer.buffers())
@@ -131,7 +133,7 @@ FILLS: dict[str, Callable[[qkv.Attention, dict[str, Tensor]], object]] = {
 
 
 def poisoned(layer: qkv.Attention) -> qkv.Attention:
-    """What ``to_empty`` gives may be anything."""
+    """The layer with NaN in all tensors, since ``to_empty`` leaves them uninitialised."""
     for tensor in [*layer.parameters(), *layer.buffers()]:
         tensor.data.fill_(torch.nan)
     return layer
@@ -139,7 +141,7 @@ def poisoned(layer: qkv.Attention) -> qkv.Attention:
 
 @each_layer
 @pytest.mark.parametrize("fill", FILLS)
-def test_built_without_memory_and_filled_it_computes_the_same(fill: str, make: Callable[[], qkv.Attention]) -> None:
+def test_a_layer_built_on_meta_and_loaded_computes_the_same(fill: str, make: Callable[[], qkv.Attention]) -> None:
     source, x = make(), torch.randn(2, 50, 32)
     nn.init.normal_(source.q_proj.weight)
     with torch.device("meta"):
@@ -151,7 +153,7 @@ def test_built_without_memory_and_filled_it_computes_the_same(fill: str, make: C
 
 
 @each_layer
-def test_filled_by_transformers_it_computes_the_same(make: Callable[[], qkv.Attention], tmp_path: object) -> None:
+def test_a_layer_loaded_by_transformers_computes_the_same(make: Callable[[], qkv.Attention], tmp_path: object) -> None:
     transformers = pytest.importorskip("transformers")
 
     class Config(transformers.PreTrainedConfig):  # type: ignore[misc,name-defined]
@@ -173,7 +175,7 @@ def test_filled_by_transformers_it_computes_the_same(make: Callable[[], qkv.Atte
 
 
 @each_layer
-def test_drawn_anew_after_to_empty_it_is_a_fresh_layer(make: Callable[[], qkv.Attention]) -> None:
+def test_reset_parameters_after_to_empty_gives_a_fresh_layer(make: Callable[[], qkv.Attention]) -> None:
     with torch.device("meta"):
         layer = make()
     poisoned(layer.to_empty(device="cpu"))
@@ -190,7 +192,7 @@ def test_drawn_anew_after_to_empty_it_is_a_fresh_layer(make: Callable[[], qkv.At
 
 
 @each_layer
-def test_each_module_with_parameters_draws_them_anew(make: Callable[[], qkv.Attention]) -> None:
+def test_each_module_with_parameters_resets_them(make: Callable[[], qkv.Attention]) -> None:
     layer = poisoned(make())
     layer.apply(lambda module: module.reset_parameters() if hasattr(module, "reset_parameters") else None)
     assert all(parameter.isfinite().all() for parameter in layer.parameters())
@@ -208,13 +210,13 @@ META: list[tuple[str, Callable[[Tensor], object]]] = [
 
 
 @pytest.mark.parametrize(("name", "make"), META)
-def test_numbers_are_taken_as_numbers(name: str, make: Callable[[object], object]) -> None:
+def test_constants_need_numbers_without_gradient(name: str, make: Callable[[object], object]) -> None:
     numbers = [0.5, 0.25, 0.125, 1.0]
-    with pytest.raises(ValueError, match=f"{name} must .* got a tensor on meta without numbers. Give a list, or"):
+    with pytest.raises(ValueError, match=f"{name} must .* got a tensor on meta without numbers. Pass a list or"):
         make(torch.ones(4, device="meta"))
     with FakeTensorMode(), pytest.raises(ValueError, match=f"{name} must .* without numbers"):
         make(torch.ones(4))
-    with pytest.raises(ValueError, match=f"{name} are constants .* requires a gradient"):
+    with pytest.raises(ValueError, match=f"{name} must be constants; got a tensor that requires a gradient"):
         make(torch.ones(4, requires_grad=True))
     given = torch.tensor(numbers)
     made = [make(numbers), make(tuple(numbers)), make(given), make(given.bfloat16()), make(given.numpy())]
@@ -239,7 +241,7 @@ def copied(layer: qkv.Attention) -> dict[str, qkv.Attention]:
 
 
 @each_layer
-def test_copies_compute_the_same_and_go_their_own_way(make: Callable[[], qkv.Attention]) -> None:
+def test_copies_compute_the_same_and_are_independent(make: Callable[[], qkv.Attention]) -> None:
     layer, x = make(), torch.randn(1, 9, 32)
     want = layer(x)
     for name, other in copied(layer).items():
@@ -253,7 +255,7 @@ def test_copies_compute_the_same_and_go_their_own_way(make: Callable[[], qkv.Att
         assert not torch.equal(rotary(x[None, ..., :8], 3), layer.rotary(x[None, ..., :8], 3))
 
 
-def test_a_base_that_changes_counts_from_the_next_call_on() -> None:
+def test_a_changed_base_takes_effect_at_the_next_call() -> None:
     rotary, x = qkv.RotaryEmbedding(8), torch.randn(1, 1, 3, 8)
     rotary(x, 5)
     rotary.base = 77.0
@@ -303,7 +305,7 @@ FIRST: dict[str, Callable[[qkv.Attention, Tensor], object]] = {
 @each_layer
 @pytest.mark.parametrize("first", FIRST)
 @pytest.mark.filterwarnings("ignore")  # of the tracers' own making
-def test_whoever_calls_first_leaves_nothing_behind(first: str, make: Callable[[], qkv.Attention]) -> None:
+def test_the_first_call_does_not_affect_later_ones(first: str, make: Callable[[], qkv.Attention]) -> None:
     layer, x = make(), torch.randn(2, 9, 32)
     gc.freeze()  # what was there before need not be looked through
     FIRST[first](layer, x)
@@ -312,7 +314,7 @@ def test_whoever_calls_first_leaves_nothing_behind(first: str, make: Callable[[]
     x.requires_grad_()
     got = layer(x)
     got.square().sum().backward()
-    constants._kept.cache_clear()
+    constants._cached.cache_clear()
     y = x.detach().clone().requires_grad_()
     want = layer(y)
     want.square().sum().backward()
@@ -320,10 +322,10 @@ def test_whoever_calls_first_leaves_nothing_behind(first: str, make: Callable[[]
     assert torch.equal(got, want) and torch.equal(x.grad, y.grad)  # type: ignore[arg-type]
 
 
-def test_what_is_kept_is_made_once() -> None:
+def test_constants_are_computed_once() -> None:
     layer, x = build(), torch.randn(1, 1, 32)
     layer(x)
-    before = constants._kept.cache_info().misses
+    before = constants._cached.cache_info().misses
     for _ in range(3):
         layer(x)
-    assert constants._kept.cache_info().misses == before > 0
+    assert constants._cached.cache_info().misses == before > 0

@@ -1,4 +1,4 @@
-"""`Attention`: what its options do to what it computes."""
+"""`Attention`: the effect of each option."""
 
 import inspect
 from typing import Any
@@ -31,7 +31,7 @@ WEIGHTS: dict[tuple[str, Any], dict[str, tuple[int, ...] | None]] = {
     ("out_bias", False): {"q_proj.bias": (24,), "out_proj.bias": None},
     ("dtype", torch.float64): {"q_proj.weight": (24, 24)},
 }
-"""Options that change which weights there are, and the shapes of these."""
+"""Options that change the parameters and their shapes."""
 
 
 @pytest.mark.parametrize("name", EFFECTS)
@@ -63,7 +63,7 @@ def by_hand(layer: qkv.Attention, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name, value", WEIGHTS, ids=str)
-def test_weights_have_the_shapes_that_an_option_says_and_take_part_as_the_formula_says(name: str, value: Any) -> None:
+def test_options_of_parameters_give_their_shapes_and_the_formula(name: str, value: Any) -> None:
     torch.manual_seed(0)
     layer = qkv.Attention(24, 6, **{name: value})
     for parameter in layer.parameters():
@@ -75,7 +75,7 @@ def test_weights_have_the_shapes_that_an_option_says_and_take_part_as_the_formul
     torch.testing.assert_close(layer(X.to(dtype)), by_hand(layer, X.to(dtype)))
 
 
-def test_the_options_of_a_layer_build_one_that_computes_the_same() -> None:
+def test_options_build_an_equal_layer() -> None:
     assert set(qkv.Attention(24, 6).options()) == set(inspect.signature(qkv.Attention).parameters)
     weights = {name: value for name, value in WEIGHTS if name not in ("bias", "dtype")}
     options = {**EFFECTS, **weights, "bias": True, "dropout": 0.25, "rotary": qkv.RotaryEmbedding(8)}
@@ -90,7 +90,7 @@ def test_the_options_of_a_layer_build_one_that_computes_the_same() -> None:
     }
 
 
-def test_the_backend_of_a_layer_computes_it() -> None:
+def test_a_layer_uses_its_backend() -> None:
     torch.manual_seed(0)
     plain = qkv.Attention(24, 6)
     torch.manual_seed(0)
@@ -99,7 +99,7 @@ def test_the_backend_of_a_layer_computes_it() -> None:
         qkv.Attention(24, 6, backend="sdpa", softcap=1.0)(X)
 
 
-def test_dropout_acts_while_training_alone() -> None:
+def test_dropout_has_an_effect_in_training_only() -> None:
     layer = qkv.MultiHeadAttention(24, 6, dropout=0.5)
     assert not torch.equal(layer(X), layer(X))
     layer.eval()
@@ -109,7 +109,7 @@ def test_dropout_acts_while_training_alone() -> None:
     torch.testing.assert_close(layer(X), without(X))
 
 
-def test_a_mask_of_the_call_adds_to_that_of_the_layer() -> None:
+def test_a_mask_of_the_call_is_combined_with_that_of_the_layer() -> None:
     layer, lengths = qkv.CausalAttention(24, 6), torch.tensor([9, 5])
     got = layer(X, mask=qkv.Mask.padding(lengths))
     whole = qkv.Attention(24, 6)
@@ -124,7 +124,7 @@ def test_normalised_queries_and_keys_have_unit_root_mean_square() -> None:
     torch.testing.assert_close(q.square().mean(-1).sqrt(), torch.full((2, 6, 9), 2.0), rtol=1e-3, atol=1e-3)
 
 
-def test_the_repr_says_what_the_layer_is() -> None:
+def test_repr() -> None:
     text = repr(qkv.SlidingWindowAttention(24, 6, 4, num_kv_heads=2))
     assert "num_heads=6, num_kv_heads=2, head_dim=4" in text
     assert "mask=Mask.band(left=2, right=2)" in text

@@ -1,4 +1,4 @@
-"""`project` goes past ``nn.Linear`` only where torch would do no more: every public way to change what lies behind."""
+"""`project` skips `Module.__call__` of unmodified linear layers only, for every public way to modify one."""
 
 import copy
 import functools
@@ -24,7 +24,7 @@ X = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
 
 
 def by_modules(layer: qkv.Attention, x: Tensor) -> Tensor:
-    """The layer, from calls of its modules."""
+    """The function of the layer, by calls of its modules."""
 
     def heads(projected: Tensor) -> Tensor:
         return projected.unflatten(-1, (layer.num_heads, -1)).transpose(1, 2)
@@ -70,7 +70,7 @@ class Subclass(nn.Linear):
 
 
 class Lora(nn.Module):
-    """As peft wraps: the layer within, and ``weight`` passed through."""
+    """A wrapper as in peft: it contains the layer and forwards ``weight``."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class Lora(nn.Module):
 
 
 class Scaled(Tensor):
-    """As torchao's quantised weights: a tensor of a class of its own, which says itself what a product with it is."""
+    """Quantised weights as in torchao: a tensor subclass that implements its own products."""
 
     @staticmethod
     def __new__(cls, codes: Tensor) -> "Scaled":
@@ -103,7 +103,7 @@ class Scaled(Tensor):
 
 
 def by_plain_attribute(linear: nn.Linear) -> None:
-    """As MAML and WeightDrop do."""
+    """Sets the weight as an attribute, as MAML and WeightDrop do."""
     for name in ("weight", "bias"):
         value = 2.0 * getattr(linear, name)
         delattr(linear, name)
@@ -167,7 +167,7 @@ def seed() -> None:
 
 @pytest.mark.parametrize("name", CHANGES)
 @pytest.mark.filterwarnings("ignore")  # torch's own, of quantisation
-def test_whatever_changes_a_module_is_heeded(name: str) -> None:
+def test_modified_modules_are_called(name: str) -> None:
     layer = qkv.MultiHeadAttention(32, 4)
     nn.init.normal_(layer.q_proj.bias)
     before = layer(X)
@@ -178,7 +178,7 @@ def test_whatever_changes_a_module_is_heeded(name: str) -> None:
     assert not torch.allclose(got, before)
 
 
-def test_what_watches_a_module_is_called() -> None:
+def test_hooks_of_a_module_are_called() -> None:
     calls: list[str] = []
     layer = qkv.MultiHeadAttention(32, 4)
     for linear in linears(layer):
@@ -225,7 +225,7 @@ def doubling(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         (F, "linear"),
     ],
 )
-def test_what_is_replaced_for_all_is_heeded(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
+def test_patches_of_torch_are_called(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
     linear = nn.Linear(32, 32)
     plain = linear(X)
     monkeypatch.setattr(owner, name, doubling(getattr(owner, name)))
@@ -234,8 +234,8 @@ def test_what_is_replaced_for_all_is_heeded(monkeypatch: pytest.MonkeyPatch, own
     assert torch.equal(project(linear, X), plain)
 
 
-def test_what_was_replaced_before_us_is_heeded() -> None:
-    """In a process of its own: what is found on import is not taken for torch's."""
+def test_patches_from_before_the_import_are_called() -> None:
+    """In a new process: a function that is already patched on import is not taken for that of torch."""
     import subprocess
     import sys
 
@@ -271,7 +271,7 @@ class Recorded(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("mode", [Counted, Recorded])
-def test_modes_see_what_they_would_see(mode: type[Counted] | type[Recorded]) -> None:
+def test_modes_see_the_operators_of_a_module_call(mode: type[Counted] | type[Recorded]) -> None:
     linear = nn.Linear(32, 32)
     with mode() as ours:
         project(linear, X)
@@ -281,7 +281,7 @@ def test_modes_see_what_they_would_see(mode: type[Counted] | type[Recorded]) -> 
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, of forward mode
-def test_functional_calls_and_transforms_see_the_weights_given() -> None:
+def test_functional_calls_and_transforms_use_the_weights_passed() -> None:
     layer = qkv.MultiHeadAttention(32, 4)
     parameters = {name: 2 * parameter.detach() for name, parameter in layer.named_parameters()}
     doubled = copy.deepcopy(layer)
@@ -296,7 +296,7 @@ def test_functional_calls_and_transforms_see_the_weights_given() -> None:
     )
 
 
-def test_autocast_and_dtypes_are_those_of_a_call() -> None:
+def test_autocast_and_dtypes_are_those_of_a_module_call() -> None:
     linear = nn.Linear(32, 32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(project(linear, X), linear(X))
@@ -305,7 +305,7 @@ def test_autocast_and_dtypes_are_those_of_a_call() -> None:
 
 
 def test_a_replica_of_data_parallel_computes_the_same() -> None:
-    """As ``torch.nn.parallel.replicate`` makes them, which itself wants GPUs."""
+    """Made as by ``torch.nn.parallel.replicate``, which itself needs GPUs."""
     layer = qkv.MultiHeadAttention(32, 4)
     modules = list(layer.modules())
     replicas = {id(module): module._replicate_for_data_parallel() for module in modules}
@@ -320,7 +320,7 @@ def test_a_replica_of_data_parallel_computes_the_same() -> None:
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A process group of this process alone, by a file: a port may be another's."""
+    """A process group of this process only, initialised by a file, since a port may be in use."""
     import torch.distributed as dist
 
     store = tmp_path_factory.mktemp("group") / "store"
@@ -370,7 +370,7 @@ WRAPPERS: dict[str, Callable[[qkv.Attention], nn.Module]] = {
 
 @pytest.mark.parametrize("name", WRAPPERS)
 @pytest.mark.filterwarnings("ignore")  # torch's own, of a group of one
-def test_sharded_and_replicated_it_computes_the_same(name: str, one_process: None) -> None:
+def test_sharded_and_replicated_layers_compute_the_same(name: str, one_process: None) -> None:
     layer = qkv.CausalAttention(32, 4, rotary=qkv.RotaryEmbedding(8), qk_norm=True, sink_logits=True, alibi=[1.0] * 4)
     x = X.repeat(1, 60, 1)
     want = copy.deepcopy(layer)
@@ -403,7 +403,7 @@ COPIES: dict[str, Callable[[qkv.Attention], Callable[[Tensor], Tensor]]] = {
 
 @pytest.mark.parametrize("name", COPIES)
 @pytest.mark.filterwarnings("ignore")  # torch's own, of quantisation
-def test_what_copies_weights_takes_what_is_computed_or_refuses(name: str) -> None:
+def test_conversions_copy_effective_weights_or_refuse(name: str) -> None:
     for change in ("parametrization", "weight_norm", "pruning", "plain attributes", "no bias any more"):
         layer = qkv.MultiHeadAttention(32, 4)
         CHANGES[change](layer)
@@ -411,11 +411,13 @@ def test_what_copies_weights_takes_what_is_computed_or_refuses(name: str) -> Non
     for change in ("subclass", "LoRA", "wrapped", "dynamic quantisation"):
         layer = qkv.MultiHeadAttention(32, 4)
         CHANGES[change](layer)
-        with pytest.raises(TypeError, match=r"q_proj must be an nn\.Linear, whose weights .* got .*\. Merge adapters"):
+        with pytest.raises(
+            TypeError, match=r"q_proj must be an nn\.Linear with the forward of nn\.Linear; got .*\. Merge adapters"
+        ):
             COPIES[name](layer)
 
 
-def test_from_torch_copies_what_is_computed() -> None:
+def test_from_torch_copies_effective_weights() -> None:
     theirs = nn.MultiheadAttention(32, 4, batch_first=True)
     parametrize.register_parametrization(theirs, "in_proj_weight", Doubled())
     parametrize.register_parametrization(theirs.out_proj, "weight", Doubled())

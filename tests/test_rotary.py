@@ -1,4 +1,4 @@
-"""`RotaryEmbedding`: against the complex numbers of the paper, and against transformers."""
+"""`RotaryEmbedding`, compared with complex numbers as in the paper, and with transformers."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ import qkv
 
 
 def rotated_by_complex_numbers(x: torch.Tensor, positions: torch.Tensor, base: float) -> torch.Tensor:
-    """RoFormer, section 3.2.1: each pair of neighbours is a complex number, times ``exp(i * position * theta)``."""
+    """RoFormer, section 3.2.1: each pair of channels is a complex number, times ``exp(i * position * theta)``."""
     width = x.shape[-1]
     theta = base ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
     turn = torch.polar(torch.ones(len(positions), width // 2, dtype=torch.float64), positions[:, None] * theta)
@@ -22,13 +22,13 @@ def test_interleaved_pairs_rotate_as_complex_numbers(offset: int) -> None:
     torch.testing.assert_close(got, want.float(), rtol=1e-4, atol=1e-4)
 
 
-def test_halves_are_the_interleaved_pairs_in_another_order() -> None:
+def test_both_pairings_are_equal_up_to_the_order_of_channels() -> None:
     x, order = torch.randn(2, 3, 7, 8), torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
     halves, pairs = qkv.RotaryEmbedding(8), qkv.RotaryEmbedding(8, interleaved=True)
     torch.testing.assert_close(halves(x[..., order], 3), pairs(x, 3)[..., order])
 
 
-def test_equals_llamas() -> None:
+def test_equals_llama_in_transformers() -> None:
     from transformers.models.llama.modeling_llama import LlamaConfig, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
     config = LlamaConfig(hidden_size=48, num_attention_heads=6, head_dim=8, max_position_embeddings=64)
@@ -44,7 +44,7 @@ def test_scores_depend_on_distance_alone() -> None:
     assert max(scores) - min(scores) < 1e-5  # positions times frequencies are fp32
 
 
-def test_a_part_of_the_channels() -> None:
+def test_rotary_dim_leaves_the_other_channels_unchanged() -> None:
     x = torch.randn(2, 3, 7, 8)
     got = qkv.RotaryEmbedding(8, rotary_dim=4)(x, 3)
     assert torch.equal(got[..., 4:], x[..., 4:])

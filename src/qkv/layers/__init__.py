@@ -1,4 +1,4 @@
-"""The layers."""
+"""The attention layers and `RotaryEmbedding`."""
 
 from qkv.layers.attention import Attention as Attention
 from qkv.layers.named import CausalAttention as CausalAttention

@@ -1,4 +1,4 @@
-"""What the layers take: each argument is checked once, when a layer is built, before anything is made of it."""
+"""Checks of the arguments of layers."""
 
 import math
 from typing import Any
@@ -12,7 +12,7 @@ from qkv.masks import Mask
 
 
 def require_mask(caller: str, mask: object) -> Mask:
-    """The mask; raises unless it is a `Mask`, as `qkv.attention` does."""
+    """The mask. Raises TypeError unless it is a `Mask`."""
     if not isinstance(mask, Mask):
         remedy = "Mask.dense(allow)" if isinstance(mask, Tensor) else "Mask.causal(), Mask.padding(keep), ..."
         raise TypeError(f"{caller}: mask must be a qkv.Mask; got {type(mask).__name__}. Use {remedy}.")
@@ -20,10 +20,10 @@ def require_mask(caller: str, mask: object) -> Mask:
 
 
 def require_rotary(caller: str, rotary: object, head_dim: int) -> None:
-    """Raises unless it is a module that rotates heads of this width, `RotaryEmbedding` or one like it."""
+    """Raises unless ``rotary`` is a module with this head_dim, `RotaryEmbedding` or one like it."""
     if not isinstance(rotary, nn.Module) or not hasattr(rotary, "head_dim"):
         raise TypeError(
-            f"{caller}: rotary must be a qkv.RotaryEmbedding, or a module with a head_dim that is called as it is; "
+            f"{caller}: rotary must be a qkv.RotaryEmbedding, or a module with the same head_dim and forward; "
             f"got {rotary if isinstance(rotary, bool) else type(rotary).__name__}. Use RotaryEmbedding({head_dim})."
         )
     if rotary.head_dim != head_dim:
@@ -31,7 +31,7 @@ def require_rotary(caller: str, rotary: object, head_dim: int) -> None:
 
 
 def require_backend(caller: str, backend: object) -> None:
-    """Raises unless it is the name of one, or ``auto``."""
+    """Raises ValueError unless ``backend`` is ``auto`` or the name of a backend."""
     names = [candidate.NAME for candidate in BACKENDS]
     if backend != "auto" and backend not in names:
         known = ", ".join(map(repr, names))
@@ -39,14 +39,14 @@ def require_backend(caller: str, backend: object) -> None:
 
 
 def wrong_input(caller: str, name: str, value: object, layout: str) -> Exception:
-    """What says that a layer takes a tensor of another shape, or a tensor at all."""
+    """The error for a layer's input ``name`` that is not a tensor of the shape ``layout``."""
     if not isinstance(value, Tensor):
         return TypeError(f"{caller}: {name} must be a tensor {layout}; got {type(value).__name__}.")
     return ValueError(f"{caller}: {name} must be {layout}; got shape {tuple(value.shape)}.")
 
 
 def require_like_weights(caller: str, name: str, x: Tensor, linear: nn.Module, cause: Exception) -> None:
-    """Raises where the dtype or the device of x is the ``cause`` of a projection's failure."""
+    """Raises ValueError, from ``cause``, if x and the weights of a projection differ in dtype or device."""
     weight = getattr(linear, "weight", None)
     if not isinstance(weight, Tensor) or not weight.dtype.is_floating_point:
         return
@@ -65,11 +65,11 @@ def vector(caller: str, name: str, value: Any, count: int, what: str) -> Numbers
     """A vector of ``count`` finite numbers, from a tensor or a sequence.
 
     Args:
-        what: what each of them is for, for messages.
+        what: what each number belongs to, for error messages.
 
     Raises:
-        TypeError: for what holds no numbers.
-        ValueError: for another number of them, and for tensors that are to have a gradient or hold nothing.
+        TypeError: for values that are not numbers.
+        ValueError: for another count, and for tensors that require a gradient or have no numbers (on ``meta``).
     """
     required = f"{name} must be floating-point of shape ({count},), {what}"
     dtype = torch.float32
@@ -80,16 +80,16 @@ def vector(caller: str, name: str, value: Any, count: int, what: str) -> Numbers
             raise ValueError(f"{caller}: {required}; got {value.dtype} {tuple(value.shape)}.")
         if value.requires_grad:
             raise ValueError(
-                f"{caller}: {name} are constants of the layer; got a tensor that requires a gradient. "
-                "Detach it, or keep it as a parameter of your own and call qkv.attention."
+                f"{caller}: {name} must be constants; got a tensor that requires a gradient. "
+                "Detach it, or pass a parameter to qkv.attention."
             )
         dtype = torch.promote_types(value.dtype, dtype)
         try:
             value = value.tolist()
         except (NotImplementedError, RuntimeError) as error:  # of meta and fake tensors
             raise ValueError(
-                f"{caller}: {required}; got a tensor on {value.device} without numbers. Give a list, or make the "
-                "tensor with device='cpu' where everything else is built without memory."
+                f"{caller}: {required}; got a tensor on {value.device} without numbers. Pass a list or a tensor "
+                "created with device='cpu'."
             ) from error
     try:
         found = tuple(map(float, value))

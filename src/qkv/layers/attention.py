@@ -1,4 +1,4 @@
-"""`Attention`: one layer for every mechanism of the family."""
+"""`Attention`: one layer for all mechanisms."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ from qkv.layers.arguments import (
     vector,
     wrong_input,
 )
-from qkv.layers.jagged import Sequences, nested_like, require_jagged, sequences_of
+from qkv.layers.jagged import PackedTokens, nested_like, pack_jagged, require_jagged
 from qkv.layers.projection import project
 from qkv.layers.rotary import RotaryEmbedding
 from qkv.masks import FULL, Mask
@@ -31,22 +31,22 @@ _Arguments = ParamSpec("_Arguments")
 
 
 class HeadNorm(nn.RMSNorm):
-    """``nn.RMSNorm`` in the dtype of its input: autocast lowers queries and keys, not gains."""
+    """``nn.RMSNorm`` in the dtype of its input, also under autocast, which does not cast gains."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class _Inputs(NamedTuple):
-    """What a layer hands to `qkv.attention`."""
+    """The inputs of `qkv.attention` in a layer."""
 
     q: Tensor
     keys: Keys | Int8Keys
     mask: Mask
 
 
-def _whole_or_not(call: Callable[_Arguments, Tensor]) -> Callable[_Arguments, Tensor]:
-    """A call that fails, for a mask that does not fit or an interrupt, leaves no tokens in its cache unanswered."""
+def _restore_cache_on_error(call: Callable[_Arguments, Tensor]) -> Callable[_Arguments, Tensor]:
+    """The method, after whose failure the cache is as before: an error or interrupt may come after the append."""
 
     @functools.wraps(call)
     def guarded(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> Tensor:
@@ -66,9 +66,9 @@ def _whole_or_not(call: Callable[_Arguments, Tensor]) -> Callable[_Arguments, Te
 class Attention(nn.Module):
     """Attention with learned projections: ``out_proj(concat_h softmax(scale * q_h @ k_g.mT) @ v_g)``.
 
-    Three independent choices make it any mechanism of the family: where keys and values come from (``context_dim``,
+    Three independent choices make it any of the mechanisms: where keys and values come from (``context_dim``,
     ``cache``), which keys a query may see (``mask``), how many key/value heads there are (``num_kv_heads``). The named
-    layers narrow the constructor and share every line of the forward pass, and their state dicts are the same.
+    layers fix some of the arguments; forward pass and state dict are the same.
 
     Args:
         embed_dim: width of the input and of the output.
@@ -80,22 +80,22 @@ class Attention(nn.Module):
         mask: which keys a query may see.
         rotary: rotates queries and keys by their position. Self-attention only.
         qk_norm: normalises each query and key to unit root mean square, with learned gains ``q_norm`` and ``k_norm``.
-        bias: whether q_proj, k_proj and v_proj have one.
-        out_bias: whether out_proj has one; as ``bias`` if None.
+        bias: whether q_proj, k_proj and v_proj have a bias.
+        out_bias: whether out_proj has a bias; as ``bias`` if None.
         scale: factor of the scores, ``1 / sqrt(head_dim)`` if None.
         softcap: as in `qkv.attention`.
-        sink_logits: whether each head learns a sink logit, at first 0.
-        alibi: ``(num_heads,)`` slopes, as in `qkv.attention`: numbers, which stay as they are given.
-        dropout: of the weights, while training.
+        sink_logits: whether each head has a learned sink logit, initialised to 0.
+        alibi: ``(num_heads,)`` slopes, as in `qkv.attention`; constants, not learned.
+        dropout: probability of dropping a weight, in training.
         backend: as in `qkv.attention`.
         device, dtype: of the parameters.
 
     Parameters are ``q_proj``, ``k_proj``, ``v_proj`` and ``out_proj``, each a ``nn.Linear``; then ``q_norm``,
-    ``k_norm`` and ``sink_logits`` where asked for. Weights start as Xavier-uniform, biases as 0.
+    ``k_norm`` and ``sink_logits`` if enabled. Weights are initialised Xavier-uniform, biases to 0.
 
     Raises:
         TypeError: for arguments of the wrong type.
-        ValueError: for sizes that do not fit together, and numbers that mean nothing.
+        ValueError: for sizes that do not fit together, and numbers out of range.
 
     Example:
         >>> import torch, qkv
@@ -108,7 +108,7 @@ class Attention(nn.Module):
 
     Source: Vaswani et al. 2017, section 3.2.2; Shazeer 2019; Ainslie et al. 2023. `from_torch` and `to_torch` convert
     from and to ``nn.MultiheadAttention``, which returns a tuple, takes masks with True for *ignore*, and has
-    the sequence first unless told otherwise.
+    the sequence first unless ``batch_first=True``.
     """
 
     sink_logits: Tensor | None
@@ -164,7 +164,7 @@ class Attention(nn.Module):
         if rotary is not None:
             require_rotary(caller, rotary, head_dim)
             if context_dim is not None:
-                raise ValueError(f"{caller}: rotary has no meaning between two sequences; give rotary or context_dim.")
+                raise ValueError(f"{caller}: rotary has no meaning between two sequences; pass rotary or context_dim.")
         if scale is not None:
             require_finite(caller, "scale", scale, suffix=", or None for 1 / sqrt(head_dim)")
         if softcap is not None:
@@ -197,14 +197,14 @@ class Attention(nn.Module):
         self.rotary = rotary
         self.q_norm = HeadNorm(head_dim, eps=1e-6, device=device, dtype=dtype) if qk_norm else None
         self.k_norm = HeadNorm(head_dim, eps=1e-6, device=device, dtype=dtype) if qk_norm else None
-        # What is absent is a plain attribute: looking up a registered None costs a microsecond at each call.
+        # None is a plain attribute: looking up a registered parameter costs a microsecond per call.
         self.sink_logits = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype)) if sink_logits else None
         self.alibi = alibi
         self.reset_parameters()
 
     @property
     def alibi(self) -> Tensor | None:
-        """``(num_heads,)`` slopes, on the CPU; None where there are none."""
+        """``(num_heads,)`` slopes, on the CPU; None without ALiBi."""
         return None if self._slopes is None else self._slopes.on(torch.device("cpu")).clone()
 
     @alibi.setter
@@ -213,7 +213,7 @@ class Attention(nn.Module):
         self._slopes = None if slopes is None else vector(type(self).__name__, "alibi", slopes, self.num_heads, what)
 
     def reset_parameters(self) -> None:
-        """Draws all parameters anew, as when the layer was built; after ``to_empty``, they hold nothing before."""
+        """Initialises all parameters, as the constructor does; needed after ``to_empty``."""
         for projection in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
             nn.init.xavier_uniform_(projection.weight)
             if projection.bias is not None:
@@ -224,96 +224,96 @@ class Attention(nn.Module):
         if self.sink_logits is not None:
             nn.init.zeros_(self.sink_logits)
 
-    @_whole_or_not
+    @_restore_cache_on_error
     def forward(
         self, x: Tensor, context: Tensor | None = None, *, mask: Mask | None = None, cache: Cache | None = None
     ) -> Tensor:
-        """Attends from every token of x.
+        """Attention with the tokens of x as queries.
 
         Args:
             x: ``(B, Lq, embed_dim)``.
-            context: ``(B, Lk, context_dim)``, for a layer with a context_dim; not needed once ``cache`` holds it.
-            mask: further restricts the mask of the layer; tensors in it count all keys so far.
-            cache: keys and values of earlier calls of this layer, to which this call adds its own. A call that fails
-                adds nothing.
+            context: ``(B, Lk, context_dim)``, for a layer with a context_dim; optional if ``cache`` contains it.
+            mask: combined with the mask of the layer by ``&``; its tensors cover all keys, cached ones included.
+            cache: keys and values of earlier calls of this layer, to which this call appends its own. A call that fails
+                appends nothing.
 
         Returns:
             ``(B, Lq, embed_dim)``.
 
         Raises:
-            ValueError: for inputs of other widths, dtypes and devices, a missing or unexpected context, and whatever
-                `qkv.attention` and the cache raise.
-            TypeError: for inputs that are no tensors, and a mask or a cache of the wrong kind.
+            ValueError: for inputs of another width, dtype or device, a missing or unexpected context, and as
+                `qkv.attention` and the cache.
+            TypeError: for inputs that are not tensors, and a mask or a cache of the wrong kind.
         """
         if _is_nested(x) or _is_nested(context):
             return self._forward_jagged(x, context, mask, cache)
         q, keys, mask = self._inputs(x, context, mask, cache)
-        return self._joined(self._attend(q, keys.k, keys.v, mask=mask, **keys.options()))
+        return self._merge_heads(self._attend(q, keys.k, keys.v, mask=mask, **keys.options()))
 
-    @_whole_or_not
+    @_restore_cache_on_error
     def attention_weights(
         self, x: Tensor, context: Tensor | None = None, *, mask: Mask | None = None, cache: Cache | None = None
     ) -> Tensor:
-        """The weights ``(B, num_heads, Lq, Lk)`` with which `forward` would sum the values. Arguments as there."""
+        """The softmax weights ``(B, num_heads, Lq, Lk)`` of `forward`, which takes the same arguments."""
         if _is_nested(x) or _is_nested(context):
             raise ValueError(
                 f"{type(self).__name__}: attention_weights takes no nested tensors; call it for each sequence, "
-                "as (1, L, E), or on a padded batch with mask=Mask.padding(lengths)."
+                "(1, L, E), or on a padded batch with mask=Mask.padding(lengths)."
             )
         q, keys, mask = self._inputs(x, context, mask, cache)
         return functional.attention_weights(q, keys.k, mask=mask, **self._scores(q), **keys.options())
 
     def _forward_jagged(self, x: Tensor, context: Tensor | None, mask: Mask | None, cache: Cache | None) -> Tensor:
-        """`forward` over sequences of different lengths, each for itself: padding is not projected."""
+        """`forward` of each sequence of a nested tensor, without projecting padding."""
         caller = type(self).__name__
         mask = self.mask if mask is None else self.mask & require_mask(caller, mask)
         if cache is not None or mask.has_tensors:
             given = "a cache" if cache is not None else repr(mask)
             raise ValueError(
-                f"{caller}: with nested tensors, masks are bands as Mask.causal() and there is no cache; got {given}. "
-                "Call it for each sequence, or on x.to_padded_tensor(0.0) with mask=Mask.padding(lengths)."
+                f"{caller}: with nested tensors, the mask must be a band, such as Mask.causal(), and cache None; got "
+                f"{given}. Call it for each sequence, or on x.to_padded_tensor(0.0) with mask=Mask.padding(lengths)."
             )
         require_jagged(caller, "x", x, self.embed_dim)
-        mine = theirs = sequences_of(x)
+        queries = keys = pack_jagged(x)
         if self.context_dim is None:
             self._refuse_context(context)
         else:
-            theirs = self._sequences_of_context(mine, context, mask)
+            keys = self._pack_context(queries, context, mask)
         try:
-            q = self._heads(project(self.q_proj, mine.values), self.head_dim, self.q_norm)
-            k, v = self._keys(theirs.values)
+            q = self._heads(project(self.q_proj, queries.values), self.head_dim, self.q_norm)
+            k, v = self._keys(keys.values)
         except RuntimeError as error:
-            self._explain(error, x, context)
+            self._raise_input_error(error, x, context)
             raise
         if self.rotary is not None:
-            q, k = self.rotary(q, mine.offset), self.rotary(k, mine.offset)
-        if theirs is mine and not mask.sink_tokens:
-            out = self._attend(q, k, v, mask=mask & mine.own, offset=0)
-        else:  # the first keys of each sequence are sinks, not the first of all
-            padded = mine.pad(q), theirs.pad(k), theirs.pad(v)
-            out = mine.pack(self._attend(*padded, mask=mask & Mask.padding(theirs.lengths), offset=0))
-        return nested_like(x, self._joined(out))
+            q, k = self.rotary(q, queries.offset), self.rotary(k, queries.offset)
+        if keys is queries and not mask.sink_tokens:
+            out = self._attend(q, k, v, mask=mask & queries.document_mask, offset=0)
+        else:  # each sequence has sinks of its own
+            padded = queries.pad(q), keys.pad(k), keys.pad(v)
+            out = queries.pack(self._attend(*padded, mask=mask & Mask.padding(keys.lengths), offset=0))
+        return nested_like(x, self._merge_heads(out))
 
-    def _sequences_of_context(self, mine: Sequences, context: Tensor | None, mask: Mask) -> Sequences:
+    def _pack_context(self, queries: PackedTokens, context: Tensor | None, mask: Mask) -> PackedTokens:
         caller = type(self).__name__
         require_jagged(caller, "context", context, self.context_dim)
         if mask.is_positional or self._slopes is not None:
             raise ValueError(
-                f"{caller}: {repr(mask) if mask.is_positional else 'alibi'} depends on where queries stand among the "
-                "keys of a context, which nested tensors do not say. Call qkv.attention for each sequence, with "
+                f"{caller}: {repr(mask) if mask.is_positional else 'alibi'} depends on the positions of queries among "
+                "the keys of a context, which nested tensors do not have. Call qkv.attention for each sequence, with "
                 "offset=."
             )
         assert context is not None
-        theirs = sequences_of(context)
-        if len(theirs.lengths) != len(mine.lengths):
+        keys = pack_jagged(context)
+        if len(keys.lengths) != len(queries.lengths):
             raise ValueError(
-                f"{caller}: context must have a sequence for each of the {len(mine.lengths)} of x; "
-                f"got {len(theirs.lengths)}."
+                f"{caller}: context must have a sequence for each of the {len(queries.lengths)} of x; "
+                f"got {len(keys.lengths)}."
             )
-        return theirs
+        return keys
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, **where: Any) -> Tensor:
-        return functional.attention(q, k, v, backend=self.backend, **self._scores(q), **where)
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        return functional.attention(q, k, v, backend=self.backend, **self._scores(q), **options)
 
     def _scores(self, q: Tensor) -> ScoreOptions:
         return {
@@ -324,8 +324,8 @@ class Attention(nn.Module):
             "dropout": self.dropout if self.training else 0.0,
         }
 
-    def _joined(self, out: Tensor) -> Tensor:
-        """What all heads found, (B, H, L, value_dim), as (B, L, embed_dim)."""
+    def _merge_heads(self, out: Tensor) -> Tensor:
+        """The output projection of all heads: (B, H, L, value_dim) to (B, L, embed_dim)."""
         return project(self.out_proj, out.transpose(1, 2).flatten(2))
 
     def _inputs(self, x: Tensor, context: Tensor | None, mask: Mask | None, cache: Cache | None) -> _Inputs:
@@ -339,11 +339,11 @@ class Attention(nn.Module):
                 return self._self_inputs(x, q, context, mask, cache)
             return self._cross_inputs(x, q, context, mask, cache)
         except RuntimeError as error:
-            self._explain(error, x, context)
+            self._raise_input_error(error, x, context)
             raise
 
-    def _explain(self, error: RuntimeError, x: Tensor, context: Tensor | None) -> None:
-        """Raises what says more than torch's error, where inputs are unlike the weights. Asking first has a price."""
+    def _raise_input_error(self, error: RuntimeError, x: Tensor, context: Tensor | None) -> None:
+        """Raises ValueError from ``error`` if inputs and weights differ in dtype or device."""
         caller = type(self).__name__
         require_like_weights(caller, "x", x, self.q_proj, error)
         if context is not None:
@@ -359,7 +359,8 @@ class Attention(nn.Module):
             return _Inputs(q, Keys(k, v, 0), mask)
         if not isinstance(cache, Cache) or isinstance(cache, CrossKVCache):
             raise TypeError(
-                f"{caller}: cache must be a KVCache or SlidingKVCache in self-attention; got a {type(cache).__name__}."
+                f"{caller}: cache must be a KVCache, Int8KVCache or SlidingKVCache in self-attention; "
+                f"got {type(cache).__name__}."
             )
         cache.admit(self._owner, mask)
         k, v = self._keys(x)
@@ -375,19 +376,19 @@ class Attention(nn.Module):
             if isinstance(context, Tensor):
                 got = "a nested tensor" if context.is_nested else f"one of shape {tuple(context.shape)}"
             raise ValueError(
-                f"{type(self).__name__}: it attends to its own input and takes no context; got {got}. "
-                "Build it with context_dim=, or use CrossAttention. A mask is given by name, mask=."
+                f"{type(self).__name__}: context must be None in self-attention; got {got}. "
+                "Build the layer with context_dim=, or use CrossAttention. Pass a mask by keyword, mask=."
             )
 
     def _cross_inputs(self, x: Tensor, q: Tensor, context: Tensor | None, mask: Mask, cache: Cache | None) -> _Inputs:
         caller = type(self).__name__
         if cache is not None and not isinstance(cache, CrossKVCache):
             raise TypeError(f"{caller}: cache must be a CrossKVCache in cross-attention; got {type(cache).__name__}.")
-        held = 0 if cache is None else cache.length
+        is_cached = cache is not None and cache.length > 0
         if context is None:
-            if cache is None or not held:
+            if cache is None or not is_cached:
                 raise ValueError(
-                    f"{caller}: context must be given, (B, Lk, {self.context_dim}), or a CrossKVCache that holds one."
+                    f"{caller}: context must be (B, Lk, {self.context_dim}) unless a cache contains it; got None."
                 )
             cache.admit(self._owner, mask)
             return _Inputs(q, cache.keys(), mask)
@@ -398,7 +399,7 @@ class Attention(nn.Module):
             k, v = self._keys(context)
             return _Inputs(q, Keys(k, v, None), mask)
         cache.admit(self._owner, mask)
-        if held:
+        if is_cached:
             cache.require(context)
             return _Inputs(q, cache.keys(), mask)
         keys = cache.append(*self._keys(context))
@@ -411,18 +412,18 @@ class Attention(nn.Module):
 
     @staticmethod
     def _heads(x: Tensor, width: int, norm: HeadNorm | None) -> Tensor:
-        """(B, L, heads * width) to (B, heads, L, width), as a view. In tensor parallelism, heads are a rank's own."""
+        """(B, L, heads * width) to (B, heads, L, width), as a view. In tensor parallelism, the heads of a rank."""
         x = x.view(*x.shape[:2], x.shape[2] // width, width).transpose(1, 2)
         return x if norm is None else norm(x)
 
     @classmethod
     def from_torch(cls, module: nn.MultiheadAttention, **options: Any) -> Self:
-        """The layer that computes what ``module`` does, given batch-first inputs, with its weights copied.
+        """The layer with the function of ``module``, for batch-first inputs, and a copy of its weights.
 
         Args:
-            module: one with equal kdim and vdim. Where these differ from its embed_dim, the layer is
-                cross-attention; otherwise call it on a ``CrossAttention`` for that.
-            **options: of the layer, beyond those that the module has: ``mask``, ``window``, ...
+            module: with equal kdim and vdim. If these differ from its embed_dim, the layer is cross-attention; if not,
+                ``CrossAttention.from_torch`` makes it so.
+            **options: options of the layer that the module does not have: ``mask``, ``window``, ...
 
         Raises:
             ValueError: for unequal kdim and vdim, add_bias_kv, add_zero_attn, and a layer with fewer KV heads.
@@ -437,19 +438,19 @@ class Attention(nn.Module):
         layer = cls(**{**torch_mha.options(module), **options})
         if layer.num_kv_heads != layer.num_heads:
             raise ValueError(
-                f"from_torch: the module has keys and values for each of its {layer.num_heads} heads, "
-                f"{cls.__name__} for {layer.num_kv_heads}; pooling them changes what is computed."
+                f"from_torch: num_kv_heads must be num_heads, {layer.num_heads}; got a {cls.__name__} with "
+                f"{layer.num_kv_heads}. Convert a MultiHeadAttention by qkv.convert.convert_layer, which pools heads."
             )
         layer.load_state_dict(torch_mha.state(module))
         return layer.train(module.training)
 
     def to_torch(self) -> nn.MultiheadAttention:
-        """The batch-first ``nn.MultiheadAttention`` that computes what this layer does, with its weights copied.
+        """The batch-first ``nn.MultiheadAttention`` with the function of this layer and a copy of its weights.
 
         Keys and values are repeated for each query head of a group, since the module has no groups.
 
         Raises:
-            ValueError: for a layer with anything that the module cannot express, listing all of it.
+            ValueError: for a layer that the module cannot express, listing every reason.
 
         Example:
             >>> import torch, qkv
@@ -460,7 +461,7 @@ class Attention(nn.Module):
         return torch_mha.build(self)
 
     def options(self) -> dict[str, Any]:
-        """The arguments with which `Attention` builds a layer like this one, parameters apart."""
+        """The arguments with which `Attention` builds a layer like this one, with other weights."""
         weight = self.q_proj.weight
         return {
             "embed_dim": self.embed_dim,

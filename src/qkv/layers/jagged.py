@@ -1,4 +1,4 @@
-"""Jagged nested tensors ``(B, j, E)``: sequences of different lengths, one after the other in one tensor of values."""
+"""Jagged nested tensors ``(B, j, E)``: B sequences of different lengths, packed in one tensor of values."""
 
 from typing import Any, NamedTuple
 
@@ -8,27 +8,27 @@ from torch import Tensor
 from qkv.masks import Mask
 
 
-class Sequences(NamedTuple):
-    """Tokens of B sequences packed without anything between them, and where each of the T stands."""
+class PackedTokens(NamedTuple):
+    """The T tokens of B sequences, packed without gaps, and the sequence and position of each."""
 
     values: Tensor
     """(1, T, E)"""
     rows: Tensor
     """(T,), the sequence of each token"""
     positions: Tensor
-    """(T,), counted from the beginning of its sequence"""
+    """(T,), the position of each token in its sequence"""
     lengths: Tensor
     """(B,)"""
     longest: int
 
     @property
-    def own(self) -> Mask:
-        """Tokens see those of their own sequence."""
+    def document_mask(self) -> Mask:
+        """The mask under which tokens see their own sequence."""
         return Mask.documents(self.rows[None])
 
     @property
     def offset(self) -> Tensor:
-        """(T,), what each token's place among all is to be moved by to give its position."""
+        """(T,), position minus packed index of each token, as `RotaryEmbedding` takes it."""
         return self.positions - torch.arange(len(self.rows), device=self.rows.device)
 
     def pad(self, packed: Tensor) -> Tensor:
@@ -38,31 +38,31 @@ class Sequences(NamedTuple):
         return padded.index_put((self.rows, self.positions), packed[0].transpose(0, 1)).transpose(1, 2)
 
     def pack(self, padded: Tensor) -> Tensor:
-        """The way back."""
+        """The inverse of `pad`."""
         return padded.transpose(1, 2)[self.rows, self.positions].transpose(0, 1)[None]
 
 
-def sequences_of(x: Any) -> Sequences:
-    """Of a jagged tensor, without the holes that it may have where it is a part of another."""
-    values, lengths, real = x.values(), x.offsets().diff(), _real(x)
-    if real is not None:
-        values, lengths = values[real], x.lengths()
+def pack_jagged(x: Any) -> PackedTokens:
+    """The tokens of a jagged tensor, without the gaps that a slice of another one has."""
+    values, lengths, indices = x.values(), x.offsets().diff(), _token_indices(x)
+    if indices is not None:
+        values, lengths = values[indices], x.lengths()
     rows = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths, output_size=len(values))
     positions = torch.arange(len(values), device=lengths.device) - (lengths.cumsum(0) - lengths)[rows]
-    return Sequences(values[None], rows, positions, lengths, int(lengths.max()))
+    return PackedTokens(values[None], rows, positions, lengths, int(lengths.max()))
 
 
 def nested_like(x: Any, packed: Tensor) -> Tensor:
-    """A jagged tensor of the same offsets as x, with other values ``(1, T, E)``."""
-    values, real = packed[0], _real(x)
-    if real is not None:
-        values = values.new_zeros(len(x.values()), *values.shape[1:]).index_put((real,), values)
+    """A jagged tensor with the offsets of ``x`` and the values ``packed (1, T, E)``."""
+    values, indices = packed[0], _token_indices(x)
+    if indices is not None:
+        values = values.new_zeros(len(x.values()), *values.shape[1:]).index_put((indices,), values)
     nested: Tensor = torch.nested.nested_tensor_from_jagged(values, offsets=x.offsets(), lengths=x.lengths())
     return nested
 
 
-def _real(x: Any) -> Tensor | None:
-    """Which of its values belong to a sequence; None where all do."""
+def _token_indices(x: Any) -> Tensor | None:
+    """Indices of the values that belong to a sequence; None if all do."""
     starts, lengths = x.offsets()[:-1], x.lengths()
     if lengths is None:
         return None
@@ -71,7 +71,7 @@ def _real(x: Any) -> Tensor | None:
 
 
 def require_jagged(caller: str, name: str, x: object, width: int | None) -> None:
-    """Raises unless it is a jagged tensor ``(B, j, width)``."""
+    """Raises unless ``x`` is a jagged tensor ``(B, j, width)``."""
     required = f"{caller}: {name} must be a jagged nested tensor (B, j, {width})"
     if not isinstance(x, Tensor):
         raise TypeError(f"{required}, as the other one is; got {type(x).__name__}.")
@@ -80,7 +80,7 @@ def require_jagged(caller: str, name: str, x: object, width: int | None) -> None
     if x.layout is not torch.jagged:
         raise ValueError(
             f"{required}; got one of layout {x.layout}. "
-            "Make it so: torch.nested.as_nested_tensor(list(x.unbind()), layout=torch.jagged)."
+            "Convert it: torch.nested.as_nested_tensor(list(x.unbind()), layout=torch.jagged)."
         )
     if x.dim() != 3 or not isinstance(x.shape[2], int) or x.shape[2] != width:
         raise ValueError(f"{required}; got shape {tuple(x.shape)}.")

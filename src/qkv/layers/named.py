@@ -1,4 +1,4 @@
-"""The seven mechanisms by name: each narrows the constructor of `Attention` and adds no forward logic."""
+"""The seven mechanisms by name. Each fixes arguments of `Attention` and adds no forward logic."""
 
 from typing import Any
 

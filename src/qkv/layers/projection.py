@@ -1,4 +1,4 @@
-"""`project`: a linear projection, at the cost of its arithmetic. The one place where we go past a module of torch's."""
+"""`project`: linear projections without the overhead of `Module.__call__`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,17 +10,16 @@ from torch.nn.modules import linear as torch_linear
 from torch.nn.modules import module as torch_module
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
-"""What the layers call them."""
+"""Their names in `Attention`."""
 
 
 def project(linear: nn.Module, x: Tensor) -> Tensor:
     """``linear(x)``.
 
-    A call of a module costs 2.7 us besides its arithmetic, four of which make a fifth of a short attention. Where all
-    that torch would do is ``F.linear(x, weight, bias)`` with two parameters, a plain ``nn.Linear`` is spared them;
-    whatever replaces, wraps or watches it, or holds its weights elsewhere, is called as ever.
+    `Module.__call__` costs 2.7 us, so four of them take a fifth of a short attention. An ``nn.Linear`` without hooks,
+    patches or replaced parameters skips it; any other module is called normally.
     """
-    if type(linear) is nn.Linear and not torch.compiler.is_compiling() and _is_plain(linear):
+    if type(linear) is nn.Linear and not torch.compiler.is_compiling() and _is_unmodified(linear):
         parameters = linear._parameters
         weight = parameters["weight"]
         assert weight is not None
@@ -30,16 +29,16 @@ def project(linear: nn.Module, x: Tensor) -> Tensor:
 
 
 def require_linear(caller: str, name: str, projection: nn.Module) -> None:
-    """Raises unless what a projection computes is ``F.linear`` of its own weight and bias, which may be copied then."""
+    """Raises TypeError unless a projection is ``F.linear`` of its weight and bias, which can then be copied."""
     if not isinstance(projection, nn.Linear) or type(projection).forward is not nn.Linear.forward:
         raise TypeError(
-            f"{caller}: {name} must be an nn.Linear, whose weights say all that it computes; got "
-            f"{type(projection).__name__}. Merge adapters, or take wrappers off, first."
+            f"{caller}: {name} must be an nn.Linear with the forward of nn.Linear; got {type(projection).__name__}. "
+            "Merge adapters or remove wrappers first."
         )
 
 
-def _is_plain(linear: nn.Linear) -> bool:
-    """Whether a call would find nothing of its own on the instance, on the class, or among the hooks of all modules."""
+def _is_unmodified(linear: nn.Linear) -> bool:
+    """Whether neither the instance, nor the class, nor global hooks change what a call computes."""
     own, parameters = linear.__dict__, linear._parameters
     return not (
         nn.Linear.forward is not _FORWARD
@@ -52,7 +51,7 @@ def _is_plain(linear: nn.Linear) -> bool:
         or linear._backward_hooks
         or linear._backward_pre_hooks
         or _has_any_global_hook()
-        # What is set on an instance is found before its parameters: pruning, MAML and DataParallel do that.
+        # Instance attributes hide parameters. Pruning, MAML and DataParallel set them.
         or "weight" in own
         or "bias" in own
         or parameters.get("weight") is None
@@ -61,7 +60,7 @@ def _is_plain(linear: nn.Linear) -> bool:
 
 
 def _of_torch(function: Callable[..., Any], module: Any) -> Callable[..., Any] | None:
-    """The function, if it is the one that torch has written in ``module``: somebody may have replaced it before us."""
+    """The function if torch defines it in ``module``; None if it was replaced before qkv was imported."""
     return function if getattr(function, "__globals__", None) is vars(module) else None
 
 

@@ -1,4 +1,4 @@
-"""`RotaryEmbedding`: positions as rotations of queries and keys."""
+"""`RotaryEmbedding`: rotary position embedding of queries and keys."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from qkv.layers.constants import Numbers, constant
 
 
 class RotaryEmbedding(nn.Module):
-    """Rotates pairs of channels by ``position * base ** (-2 i / rotary_dim)``, so that scores depend on distance alone.
+    """Rotates pairs of channels by ``position * base ** (-2 i / rotary_dim)``: scores then depend on distances only.
 
     Args:
         head_dim: width of a head.
@@ -22,13 +22,13 @@ class RotaryEmbedding(nn.Module):
         position_scale: factor of the positions; ``1 / s`` interpolates to s times the trained length.
         frequencies: ``(rotary_dim / 2,)`` numbers instead of those from ``base``: for Llama 3, YaRN and others.
 
-    There is no state: frequencies are computed from these arguments where x is, in fp32, so that neither casts of the
-    module nor construction without memory can spoil them.
+    The module has no state: frequencies are computed from these arguments, in fp32 on the device of x, so that casts,
+    ``meta`` construction and checkpoints do not affect them.
 
     Raises:
         TypeError: for arguments of the wrong type.
-        ValueError: for a rotary_dim that is odd or exceeds head_dim, and frequencies of another length or without
-            numbers (on ``meta``).
+        ValueError: for a rotary_dim that is odd or larger than head_dim, and frequencies of another length or on
+            ``meta``.
 
     Example:
         >>> import torch, qkv
@@ -66,23 +66,23 @@ class RotaryEmbedding(nn.Module):
         self.position_scale = position_scale
         self._given: Numbers | None = None
         if frequencies is not None:
-            given = vector(caller, "frequencies", frequencies, rotary_dim // 2, "one a pair of channels")
+            given = vector(caller, "frequencies", frequencies, rotary_dim // 2, "one per pair of channels")
             self._given = given._replace(dtype=torch.float32)
 
     @property
     def frequencies(self) -> Tensor:
-        """``(rotary_dim / 2,)``, by how much each pair of channels turns from one position to the next; on the CPU."""
+        """``(rotary_dim / 2,)``, the angle by which each pair of channels rotates per position, on the CPU."""
         return self._frequencies(torch.device("cpu")).clone()
 
     def forward(self, x: Tensor, offset: int | Tensor = 0) -> Tensor:
-        """Rotates ``x (B, H, L, head_dim)``, whose token i stands at position ``i + offset``.
+        """Rotates ``x (B, H, L, head_dim)``, whose token i has position ``i + offset``.
 
         Args:
             x: queries or keys.
-            offset: one for all tokens, or integers ``(L,)``, one a token, as where sequences follow each other.
+            offset: one for all tokens, or integers ``(L,)``, one per token, for packed sequences.
 
         Raises:
-            ValueError: when the width of x is not head_dim.
+            ValueError: if the width of x is not head_dim.
         """
         if x.shape[-1] != self.head_dim:
             raise ValueError(f"RotaryEmbedding: x must have width {self.head_dim}; got shape {tuple(x.shape)}.")
@@ -91,7 +91,7 @@ class RotaryEmbedding(nn.Module):
         return rotate(x, angles.cos(), angles.sin(), interleaved=self.interleaved)
 
     def _frequencies(self, device: torch.device) -> Tensor:
-        """In fp32 whatever the module was cast to: a bf16 position stops counting at 256."""
+        """Frequencies in fp32, regardless of the dtype of the module: bf16 represents integers up to 256 only."""
         if self._given is not None:
             return self._given.on(device)
         return constant(_geometric, self.base, self.rotary_dim, device)
@@ -107,21 +107,21 @@ def _geometric(base: float, rotary_dim: int, device: torch.device) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
-    """Turns the first channels of ``x (..., width)`` in pairs, in fp32, by the angles of ``cos`` and ``sin (..., n)``.
+    """Rotates the first 2 n channels of ``x (..., width)`` in pairs, in fp32, by the angles of ``cos, sin (..., n)``.
 
-    The 2 n channels are paired as `RotaryEmbedding` says; the others stay.
+    Channels are paired as in `RotaryEmbedding`; the others are unchanged.
     """
     half = cos.shape[-1]
-    turned, rest = x[..., : 2 * half], x[..., 2 * half :]
-    wide = turned.to(torch.promote_types(x.dtype, torch.float32))
+    rotated, rest = x[..., : 2 * half], x[..., 2 * half :]
+    wide = rotated.to(torch.promote_types(x.dtype, torch.float32))
     if interleaved:
         first, second = wide[..., 0::2], wide[..., 1::2]
     else:
         first, second = wide.chunk(2, dim=-1)
     first, second = first * cos - second * sin, second * cos + first * sin
     if interleaved:
-        turned = torch.stack([first, second], dim=-1).flatten(-2)
+        rotated = torch.stack([first, second], dim=-1).flatten(-2)
     else:
-        turned = torch.cat([first, second], dim=-1)
-    turned = turned.to(x.dtype)
-    return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
+        rotated = torch.cat([first, second], dim=-1)
+    rotated = rotated.to(x.dtype)
+    return torch.cat([rotated, rest], dim=-1) if rest.shape[-1] else rotated

@@ -1,4 +1,4 @@
-"""``nn.MultiheadAttention`` in the terms of `Attention`: its options, its weights, and the way back."""
+"""Conversion of ``nn.MultiheadAttention`` to the options and weights of `Attention`, and back."""
 
 from typing import Any, Protocol
 
@@ -36,21 +36,21 @@ class Layer(Protocol):
 
 
 def options(module: nn.MultiheadAttention) -> dict[str, Any]:
-    """The constructor's arguments of the layer that computes what the module does.
+    """The arguments with which `Attention` computes what the module does.
 
     Raises:
-        ValueError: for what no layer here can express.
+        ValueError: for modules that `Attention` cannot express.
     """
     if not isinstance(module, nn.MultiheadAttention):
         raise TypeError(f"from_torch: module must be an nn.MultiheadAttention; got {type(module).__name__}.")
     if module.kdim != module.vdim:
         raise ValueError(
-            f"from_torch: kdim and vdim must be equal, keys and values come from one context; "
+            f"from_torch: kdim and vdim must be equal, since keys and values come from one context; "
             f"got kdim={module.kdim} and vdim={module.vdim}."
         )
     if module.bias_k is not None or module.add_zero_attn:
         raise ValueError(
-            "from_torch: add_bias_kv and add_zero_attn must be False, an extra key has no equal here; "
+            "from_torch: add_bias_kv and add_zero_attn must be False, since layers add no keys; "
             f"got add_bias_kv={module.bias_k is not None}, add_zero_attn={module.add_zero_attn}."
         )
     like = module.out_proj.weight
@@ -68,7 +68,7 @@ def options(module: nn.MultiheadAttention) -> dict[str, Any]:
 
 
 def state(module: nn.MultiheadAttention) -> dict[str, Tensor]:
-    """The module's weights under the names of `Attention`."""
+    """The state dict of `Attention` from the weights of the module."""
     found = {"out_proj.weight": module.out_proj.weight}
     if module.out_proj.bias is not None:
         found["out_proj.bias"] = module.out_proj.bias
@@ -88,14 +88,14 @@ def build(layer: Layer) -> nn.MultiheadAttention:
     """The batch-first module that computes what the layer does.
 
     Raises:
-        TypeError: for a projection that computes more than its weights say.
-        ValueError: for a layer with anything that the module cannot express, listing all of it.
+        TypeError: for a projection that is not a plain ``nn.Linear``.
+        ValueError: for a layer that the module cannot express, listing every reason.
     """
     for name in PROJECTIONS:
         require_linear("to_torch", name, getattr(layer, name))
-    lost = _inexpressible(layer)
-    if lost:
-        raise ValueError(f"to_torch: nn.MultiheadAttention has no {', '.join(lost)}.")
+    unsupported = _unsupported(layer)
+    if unsupported:
+        raise ValueError(f"to_torch: nn.MultiheadAttention has no {', '.join(unsupported)}.")
     like = layer.out_proj.weight
     module = nn.MultiheadAttention(
         layer.embed_dim,
@@ -113,7 +113,7 @@ def build(layer: Layer) -> nn.MultiheadAttention:
 
 
 def _packed(layer: Layer, module: nn.MultiheadAttention) -> dict[str, Tensor]:
-    """The state dict of the module from that of an `Attention`."""
+    """The state dict of the module from the weights of the layer."""
 
     def repeated(projection: Tensor) -> Tensor:
         heads: Tensor = projection.unflatten(0, (layer.num_kv_heads, -1))
@@ -135,18 +135,18 @@ def _packed(layer: Layer, module: nn.MultiheadAttention) -> dict[str, Tensor]:
     return packed
 
 
-def _inexpressible(layer: Layer) -> list[str]:
-    """What the layer has and ``nn.MultiheadAttention`` has not."""
-    lost: list[str] = []
+def _unsupported(layer: Layer) -> list[str]:
+    """Options of the layer that ``nn.MultiheadAttention`` does not have."""
+    unsupported: list[str] = []
     if layer.mask != FULL:
-        lost.append(f"mask of its own ({layer.mask!r}; it takes one at each call)")
+        unsupported.append(f"mask of its own ({layer.mask!r}; it takes one per call)")
     if layer.num_heads * layer.head_dim != layer.embed_dim or layer.value_dim != layer.head_dim:
-        lost.append(
+        unsupported.append(
             f"head widths other than embed_dim / num_heads (head_dim={layer.head_dim}, value_dim={layer.value_dim})"
         )
     if (layer.q_proj.bias is None) != (layer.out_proj.bias is None):
-        lost.append("bias for some projections alone")
+        unsupported.append("bias for some of the projections")
     if layer.q_norm is not None:
-        lost.append("qk_norm")
+        unsupported.append("qk_norm")
     names = ("rotary", "scale", "softcap", "sink_logits", "alibi")
-    return lost + [name for name in names if getattr(layer, name) is not None]
+    return unsupported + [name for name in names if getattr(layer, name) is not None]
