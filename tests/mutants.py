@@ -149,7 +149,7 @@ MUTANTS = [
     Mutant("a window in pages one block late", f"{NATIVE}/attention/paged.h", "t.begin / BLOCK_N * BLOCK_N)", "t.begin / BLOCK_N * BLOCK_N + BLOCK_N)", SEQUENCES),
     Mutant("gathered pages in the order of the pool", "sequences.py", "page = tables[sequence, row // page_size]", "page = tables[sequence, row // page_size].sort().values"),
     Mutant("gradients of keys of no sequence left as they were", "kernels/sequences.py", "dk.zero_(), dv.zero_()", "pass"),
-    Mutant("flash-attn's cache not written", "integrations/flash_attn.py", "k_cache[place], v_cache[place] = k, v", "pass"),
+    Mutant("flash-attn's cache not written", "integrations/flash_attn.py", "k_cache[slots], v_cache[slots] = k, v", "pass"),
     Mutant("flash-attn's queries rotated apart without a mask", "integrations/flash_attn.py", ' * options["mask"].is_positional', ""),
     Mutant("cross cache projects again", "layers/attention.py", "        if is_cached:\n            cache.require(context)", "        if False:\n            cache.require(context)"),
     Mutant("rotary turns the other way", "layers/rotary.py", "first * cos - second * sin, second * cos + first * sin", "first * cos + second * sin, second * cos - first * sin"),

@@ -1,4 +1,4 @@
-"""`accelerate`: torch's attention on our kernel gives what torch gives: results, gradients, layouts and errors."""
+"""`accelerate`: the kernel gives the results, gradients, layouts and errors of torch's attention."""
 
 import contextlib
 import copy
@@ -37,7 +37,7 @@ def seed() -> None:
 
 @pytest.fixture
 def solved(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """What the kernel solves while the test runs."""
+    """The results that the kernel computes during the test."""
     found: list[Tensor] = []
 
     def solve(*call: Any) -> Tensor | str:
@@ -80,7 +80,7 @@ def outcome(call: Callable[..., Any], inputs: list[Any], options: dict[str, Any]
 
 
 def layout(tensor: Tensor) -> list[int]:
-    """The strides that mean something."""
+    """The strides of dimensions with more than one entry."""
     return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1 and tensor.numel()]
 
 
@@ -92,7 +92,7 @@ class Terms(NamedTuple):
 
 
 def terms_of(q: Tensor, k: Tensor, v: Tensor) -> Terms:
-    """For default scales and smaller ones, and for gradients from above of at most 1.
+    """The terms for scales of at most the default and incoming gradients of at most 1.
 
     A result is an average of values. The terms of the scores' gradients are ``P (|dO V| + rowsum(|dO O|))``, in each
     row at most twice the largest value in the 1-norm; those of q and k are products of these with k and q. Each
@@ -107,10 +107,10 @@ def terms_of(q: Tensor, k: Tensor, v: Tensor) -> Terms:
 
 
 def assert_as_plain(call: Callable[..., Any], *inputs: Any, terms: Terms | None = None, **options: Any) -> Report:
-    """The accelerated call raises as the plain one does, or is as near to the plain one in fp64.
+    """Asserts that the accelerated call raises as the plain one does, or is as near to the plain one in fp64.
 
-    As near: in the mean square, its error is at most twice that of the plain call in the same dtype, plus one rounding
-    of the result, or of the ``terms`` that it sums, which may cancel.
+    In the mean square, its error may be at most twice that of the plain call in the same dtype, plus one rounding of
+    the result, or of the ``terms`` that it sums, which may cancel.
     """
     want = outcome(call, list(inputs), options)
     with qkv.accelerate() as report:
@@ -149,10 +149,10 @@ SHAPES = [  # query, key, value
 
 
 def mask_of(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
-    """A mask whose first row, where it has rows, hides everything.
+    """A mask of a kind, whose first row hides all keys if there are rows.
 
-    Not with the lowest number: of a row of nothing else, torch's backward in fp64, which is the truth here, takes all
-    weights for 1, though their sum is.
+    Except with the lowest number: for a row of it alone, torch's backward in fp64, the reference here, takes each
+    weight for 1, instead of their sum.
     """
     keep = torch.rand(shape) < 0.6
     if keep.dim() > 1 and keep.numel():
@@ -179,7 +179,7 @@ KINDS += ["learned, with minus infinity", "the lowest number", "integers", "scor
 
 
 @pytest.mark.parametrize("shapes", SHAPES, ids=str)
-def test_every_combination_of_arguments_gives_what_torch_gives(shapes: tuple[tuple[int, ...], ...]) -> None:
+def test_all_combinations_of_arguments_give_the_results_of_torch(shapes: tuple[tuple[int, ...], ...]) -> None:
     choose = random.Random(0).choice
     lq, lk = shapes[0][-2:-1] or (1,), shapes[1][-2:-1] or (1,)
     lead = shapes[0][:-2]
@@ -202,7 +202,7 @@ def test_every_combination_of_arguments_gives_what_torch_gives(shapes: tuple[tup
             )
 
 
-TAKEN: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+ROUTED: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "plain": ((2, 4, 5, 8), {}),
     "causal, more keys than queries": ((2, 4, 9, 8), {"is_causal": True}),
     "grouped heads": ((2, 2, 5, 8), {"enable_gqa": True}),
@@ -213,31 +213,31 @@ TAKEN: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", TAKEN)
+@pytest.mark.parametrize("name", ROUTED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_what_the_kernel_can_do_is_taken(name: str, dtype: torch.dtype) -> None:
-    shape, options = TAKEN[name]
+def test_supported_calls_are_routed(name: str, dtype: torch.dtype) -> None:
+    shape, options = ROUTED[name]
     q, k = torch.randn(2, 4, 5, 8).to(dtype).requires_grad_(), torch.randn(shape).to(dtype).requires_grad_()
     options = {name: cast(option, dtype) for name, option in options.items()}
     report = assert_as_plain(bound_early, q, k, k, **options)
-    assert (report.taken, report.left) == (1, 0), str(report)
+    assert (report.routed, report.fallback) == (1, 0), str(report)
 
 
 @pytest.mark.parametrize("shape", [(5, 8), (3, 5, 8), (2, 2, 3, 5, 8)], ids=str)
-def test_fewer_and_more_than_four_dimensions_are_taken(shape: tuple[int, ...]) -> None:
+def test_calls_with_fewer_or_more_than_four_dimensions_are_routed(shape: tuple[int, ...]) -> None:
     q = torch.randn(shape, requires_grad=True)
-    assert assert_as_plain(bound_early, q, q, q, is_causal=True, terms=terms_of(q, q, q)).taken == 1
+    assert assert_as_plain(bound_early, q, q, q, is_causal=True, terms=terms_of(q, q, q)).routed == 1
 
 
-LEFT: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+FALLBACK: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "fp64": (lambda q: bound_early(q.double(), q.double(), q.double()), "no fp64"),
     "vmap": (lambda q: torch.vmap(lambda x: bound_early(x, x, x))(q[None]), ""),
     "torch.func.grad": (lambda q: torch.func.grad(lambda x: bound_early(x, q, q).sum())(q), "functorch"),
     "forward mode": (lambda q: slope(q), "no forward-mode"),
-    "a mode of dispatch": (lambda q: counted(q), "another mode of dispatch, watches"),
-    "a mask of a class of its own": (lambda q: own_class(q), "class of their own"),
+    "a dispatch mode": (lambda q: counted(q), "another dispatch mode is active"),
+    "a mask of a subclass": (lambda q: own_class(q), "tensor subclasses"),
     "a strided last dimension": (lambda q: bound_early(q, q.mT.contiguous().mT, q), "last dimension"),
-    "the unfused kernel": (lambda q: unfused(q), "rules fused kernels out"),
+    "the unfused kernel": (lambda q: unfused(q), "sdpa_kernel excludes fused kernels"),
     "our own call of torch": (lambda q: qkv.attention(q, q, q, backend="sdpa"), "own call"),
     "dropout of everything": (lambda q: bound_early(q, q, q, dropout_p=1.0), "dropout must be"),
     "nested tensors": (lambda q: nested(q), ""),
@@ -276,23 +276,23 @@ def nested(q: Tensor) -> Tensor:
     return bound_early(rows, rows, rows).to_padded_tensor(0.0)
 
 
-@pytest.mark.parametrize("name", LEFT)
+@pytest.mark.parametrize("name", FALLBACK)
 @pytest.mark.filterwarnings("ignore")  # of torch's own making
-def test_what_is_not_ours_is_left_to_torch_bit_for_bit(name: str, solved: list[Tensor]) -> None:
-    call, reason = LEFT[name]
+def test_other_calls_fall_back_to_torch_with_the_same_bits(name: str, solved: list[Tensor]) -> None:
+    call, reason = FALLBACK[name]
     q = torch.randn(2, 3, 5, 8)
     want = call(q)
     with qkv.accelerate() as report:
         got = call(q)
     assert torch.equal(got, want) if isinstance(want, Tensor) else got == want
-    assert report.taken == 0 and len(solved) == 0
+    assert report.routed == 0 and len(solved) == 0
     assert all(call.reason is not None and reason in call.reason for call in report.calls), str(report)
-    assert report.left > 0 or not reason
+    assert report.fallback > 0 or not reason
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.filterwarnings("ignore")  # of the compilers' own making
-def test_compiled_traced_and_exported_models_are_torchs_own(training: bool) -> None:
+def test_compiled_traced_and_exported_models_fall_back_to_torch(training: bool) -> None:
     model = Attend().train(training)
     x = torch.randn(2, 9, 16)
     want, plain = model(x), torch.export.export(model, (x,)).graph_module.code
@@ -301,7 +301,7 @@ def test_compiled_traced_and_exported_models_are_torchs_own(training: bool) -> N
     with qkv.accelerate() as report:
         torch.testing.assert_close(compiled(x), want)
         assert torch.export.export(model, (x,)).graph_module.code == plain
-    assert report.taken == 0
+    assert report.routed == 0
     with qkv.accelerate():
         assert "aten::scaled_dot_product_attention" in str(torch.jit.trace(model, x).inlined_graph)
         assert "aten._scaled_dot_product_flash_attention_for_cpu" in make_fx(model)(x).code
@@ -313,7 +313,7 @@ def test_compiled_traced_and_exported_models_are_torchs_own(training: bool) -> N
 
 
 def samples(name: str, dtype: torch.dtype, needs_grad: bool) -> list[Any]:
-    """Torch's own samples for an operator."""
+    """The sample inputs of an operator in torch's own tests."""
     pytest.importorskip("expecttest")
     from torch.testing._internal.common_methods_invocations import op_db
 
@@ -323,14 +323,14 @@ def samples(name: str, dtype: torch.dtype, needs_grad: bool) -> list[Any]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.filterwarnings("ignore")  # of torch.testing
-def test_torchs_own_samples_give_what_torch_gives(dtype: torch.dtype) -> None:
-    taken = left = 0
+def test_sample_inputs_of_torch_give_its_results(dtype: torch.dtype) -> None:
+    routed = fallback = 0
     for needs_grad in (True, False):
         for sample in samples("scaled_dot_product_attention", dtype, needs_grad):
             options = sample.kwargs | {"dropout_p": 0.0}  # draws differ; dropout has tests of its own
             terms = terms_of(sample.input, *sample.args)
             report = assert_as_plain(bound_early, sample.input, *sample.args, **options, terms=terms)
-            taken, left = taken + report.taken, left + report.left
+            routed, fallback = routed + report.routed, fallback + report.fallback
         for sample in samples("multi_head_attention_forward", dtype, needs_grad):
             # At most 1: products of three numbers of 9 leave nothing of a softmax but its largest weight.
             sample = sample.transform(lambda x: x.detach().div(9).requires_grad_(needs_grad))
@@ -338,8 +338,8 @@ def test_torchs_own_samples_give_what_torch_gives(dtype: torch.dtype) -> None:
             assert_as_plain(call, sample.input, *sample.args, **sample.kwargs)
             options = sample.kwargs | {"need_weights": False, "training": False}
             report = assert_as_plain(call, sample.input, *sample.args, **options)
-            taken, left = taken + report.taken, left + report.left
-    assert left > 0 and (taken > 0) == (dtype is not torch.float64)
+            routed, fallback = routed + report.routed, fallback + report.fallback
+    assert fallback > 0 and (routed > 0) == (dtype is not torch.float64)
 
 
 MODULES: dict[str, dict[str, Any]] = {
@@ -355,7 +355,7 @@ MODULES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", MODULES)
 @pytest.mark.parametrize("mode", ["training", "inference"])
-def test_multihead_attention_gives_what_torch_gives(name: str, mode: str) -> None:
+def test_multihead_attention_gives_the_results_of_torch(name: str, mode: str) -> None:
     module = nn.MultiheadAttention(**{"embed_dim": 24, "num_heads": 4, **MODULES[name]}).train(mode == "training")
     wide = copy.deepcopy(module).double()
     widths = (24, module.kdim, module.vdim)
@@ -363,7 +363,7 @@ def test_multihead_attention_gives_what_torch_gives(name: str, mode: str) -> Non
     per_head = torch.rand(3 * module.num_heads, 7, 7) < 0.3
     padding = torch.arange(7) > torch.tensor([[6], [4], [2]])
     causal = torch.ones(7, 7).triu(1).bool()
-    taken = 0
+    routed = 0
 
     def call(*inputs: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
         found: tuple[Tensor, Tensor | None] = (wide if inputs[0].dtype is torch.float64 else module)(*inputs, **options)
@@ -379,18 +379,18 @@ def test_multihead_attention_gives_what_torch_gives(name: str, mode: str) -> Non
         for options in masks:
             for need_weights in ({"need_weights": False}, {"need_weights": True, "average_attn_weights": False}):
                 with torch.set_grad_enabled(mode == "training"):
-                    taken += assert_as_plain(call, *inputs, **options, **need_weights).taken
-    assert taken >= 4
+                    routed += assert_as_plain(call, *inputs, **options, **need_weights).routed
+    assert routed >= 4
 
 
-def test_the_fast_path_of_inference_is_taken_unless_torch_answers_nan() -> None:
+def test_fused_inference_is_routed_unless_torch_returns_nan() -> None:
     module, x = nn.MultiheadAttention(16, 2, batch_first=True).eval(), torch.randn(3, 6, 16)
     causal, per_head = torch.ones(6, 6).triu(1).bool(), torch.rand(6, 6, 6) < 0.3
     padding, empty = (torch.arange(6) >= torch.tensor([[6], [4], [last]]) for last in (2, 0))
     masks: list[tuple[dict[str, Any], str]] = [({}, ""), ({"attn_mask": causal}, ""), ({"attn_mask": per_head}, "")]
     masks += [({"key_padding_mask": padding}, ""), ({"key_padding_mask": padding, "attn_mask": causal}, "")]
     masks += [({"key_padding_mask": empty}, "a query sees no key"), ({"attn_mask": causal | True}, "sees no key")]
-    masks += [({"need_weights": True}, "the weights are asked for")]
+    masks += [({"need_weights": True}, "need_weights=True")]
     for context in (torch.no_grad, torch.inference_mode):
         for options, reason in masks:
             with context():
@@ -405,7 +405,7 @@ def test_the_fast_path_of_inference_is_taken_unless_torch_answers_nan() -> None:
             assert want.isnan().any() == ("sees no key" in reason)
 
 
-def test_the_fast_path_with_keys_of_its_own_is_left_to_torch() -> None:
+def test_fused_inference_with_other_keys_falls_back_to_torch() -> None:
     x, y = torch.randn(2, 3, 5, 16)
     module = nn.MultiheadAttention(16, 2)
     weights = (module.in_proj_weight, module.in_proj_bias, module.out_proj.weight, module.out_proj.bias)
@@ -413,20 +413,20 @@ def test_the_fast_path_with_keys_of_its_own_is_left_to_torch() -> None:
         want = torch._native_multi_head_attention(x, y, y, 16, 2, *weights, None, False)[0]
         with qkv.accelerate() as report:
             assert torch.equal(torch._native_multi_head_attention(x, y, y, 16, 2, *weights, None, False)[0], want)
-    assert (report.taken, report.left) == (0, 1)
+    assert (report.routed, report.fallback) == (0, 1)
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_encoders_keep_their_fused_layers_and_their_nested_tensors() -> None:
+def test_encoders_with_fused_layers_and_nested_tensors() -> None:
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
     x, padding = torch.randn(3, 6, 16), torch.arange(6) >= torch.tensor([[6], [4], [2]])
     with torch.no_grad():
         want, padded = encoder(x), encoder(x, src_key_padding_mask=padding)
         with qkv.accelerate() as report:
             torch.testing.assert_close(encoder(x), want)
-            assert (report.taken, report.left) == (2, 0)
+            assert (report.routed, report.fallback) == (2, 0)
             assert torch.equal(encoder(x, src_key_padding_mask=padding), padded)  # zeros where there is padding
-            assert (report.taken, report.left) == (2, 0)
+            assert (report.routed, report.fallback) == (2, 0)
     qkv.accelerate(encoder)
     with torch.no_grad():
         torch.testing.assert_close(encoder(x), want)
@@ -434,7 +434,7 @@ def test_encoders_keep_their_fused_layers_and_their_nested_tensors() -> None:
 
 
 class Attend(nn.Module):
-    """A module of somebody's who knows nothing of us."""
+    """A module that calls torch's attention."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -450,7 +450,7 @@ def call_of_attention(q: Tensor) -> Tensor:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
-def test_every_name_of_the_function_is_caught() -> None:
+def test_the_function_is_routed_under_every_name() -> None:
     q = torch.randn(1, 2, 5, 8)
     calls: list[Callable[[Tensor], Tensor]] = [call_of_attention, torch.jit.script(call_of_attention)]
     names = [bound_early, functools.partial(bound_early), torch.ops.aten.scaled_dot_product_attention]
@@ -459,10 +459,10 @@ def test_every_name_of_the_function_is_caught() -> None:
         for call in calls:
             with context(), qkv.accelerate() as report:
                 call(q + 0)
-            assert report.taken == 1, call
+            assert report.routed == 1, call
 
 
-def test_leaving_a_block_restores_what_was_before_whatever_happens(solved: list[Tensor]) -> None:
+def test_leaving_a_block_restores_the_state_before_also_after_errors(solved: list[Tensor]) -> None:
     q = torch.randn(1, 2, 5, 8)
     with qkv.accelerate() as outer:
         with qkv.accelerate() as inner:
@@ -470,14 +470,14 @@ def test_leaving_a_block_restores_what_was_before_whatever_happens(solved: list[
         with pytest.raises(RuntimeError, match="Expected size"), qkv.accelerate():
             bound_early(q, q[..., :4], q)
         bound_early(q, q, q)
-    assert (inner.taken, outer.taken, len(solved)) == (1, 1, 2)
+    assert (inner.routed, outer.routed, len(solved)) == (1, 1, 2)
     with pytest.raises(ZeroDivisionError), qkv.accelerate():
         _ = 1 / 0
     bound_early(q, q, q)
     assert len(solved) == 2
 
 
-def test_a_block_holds_for_its_own_thread(solved: list[Tensor]) -> None:
+def test_a_block_is_in_effect_in_its_thread_only(solved: list[Tensor]) -> None:
     q, entered, done = torch.randn(1, 2, 5, 8), threading.Event(), threading.Event()
 
     def other() -> None:
@@ -516,7 +516,7 @@ def test_threads_inside_and_outside_of_blocks_do_not_disturb_each_other() -> Non
     for _ in range(2000):
         with qkv.accelerate() as report:
             bound_early(q, q, q)
-        assert report.taken == 1
+        assert report.routed == 1
     stop.set()
     for thread in threads:
         thread.join()
@@ -535,7 +535,7 @@ def test_a_model_is_accelerated_in_place_and_back(solved: list[Tensor]) -> None:
     assert model[0].forward.__name__ == "forward"
     with qkv.accelerate() as report:
         model(x)
-    assert report.taken == 2
+    assert report.routed == 2
     assert qkv.accelerate(model, enabled=False) is model
     assert not any("forward" in vars(module) for module in model.modules())
     assert torch.equal(model(x), want) and len(solved) == 6
@@ -543,7 +543,7 @@ def test_a_model_is_accelerated_in_place_and_back(solved: list[Tensor]) -> None:
         qkv.accelerate(3)
 
 
-def test_copies_and_pickles_of_a_model_are_accelerated_and_their_own(solved: list[Tensor]) -> None:
+def test_copies_and_pickles_of_a_model_are_accelerated_and_independent(solved: list[Tensor]) -> None:
     model, x = qkv.accelerate(nn.Sequential(Attend())), torch.randn(2, 9, 16)
     buffer = io.BytesIO()
     torch.save(model, buffer)
@@ -558,16 +558,16 @@ def test_copies_and_pickles_of_a_model_are_accelerated_and_their_own(solved: lis
 
 
 def test_pickles_of_torchs_encoders_are_accelerated(solved: list[Tensor]) -> None:
-    """A container among the modules has no forward of its own to be pickled."""
+    """They contain a module list, which has no forward to pickle."""
     layer = nn.TransformerEncoderLayer(16, 2, batch_first=True)
     model = qkv.accelerate(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval())
     x = torch.randn(2, 5, 16)
     with torch.no_grad():
-        want, taken = model(x), len(solved)
-        assert torch.equal(pickle.loads(pickle.dumps(model))(x), want) and len(solved) == 2 * taken > 0
+        want, count = model(x), len(solved)
+        assert torch.equal(pickle.loads(pickle.dumps(model))(x), want) and len(solved) == 2 * count > 0
 
 
-def test_a_forward_that_changes_later_is_the_one_that_runs(solved: list[Tensor]) -> None:
+def test_a_forward_that_changes_later_takes_effect(solved: list[Tensor]) -> None:
     class Other(Attend):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) + 1
@@ -589,12 +589,12 @@ def test_a_forward_that_changes_later_is_the_one_that_runs(solved: list[Tensor])
 
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.filterwarnings("ignore")
-def test_an_accelerated_model_is_exported_as_ever(strict: bool) -> None:
+def test_an_accelerated_model_can_be_exported(strict: bool) -> None:
     model, x = qkv.accelerate(nn.Sequential(Attend())), torch.randn(2, 9, 16)
     torch.testing.assert_close(torch.export.export(model, (x,), strict=strict).module()(x), model(x))
 
 
-def test_numbers_that_are_negated_later_are_left_to_torch(solved: list[Tensor]) -> None:
+def test_lazily_negated_tensors_fall_back_to_torch(solved: list[Tensor]) -> None:
     q, score = torch.randn(1, 2, 5, 8), torch.randn(5, 5, dtype=torch.complex64).conj().imag
     assert score.is_neg()
     want = F.scaled_dot_product_attention(q, q, q, attn_mask=score)
@@ -602,10 +602,10 @@ def test_numbers_that_are_negated_later_are_left_to_torch(solved: list[Tensor]) 
         assert torch.equal(F.scaled_dot_product_attention(q, q, q, attn_mask=score), want)
         got = F.scaled_dot_product_attention(q, torch._neg_view(q), q)
     torch.testing.assert_close(got, F.scaled_dot_product_attention(q, -q, q))
-    assert (report.taken, report.left) == (0, 2) and not solved
+    assert (report.routed, report.fallback) == (0, 2) and not solved
 
 
-def test_a_forward_of_the_users_own_is_kept() -> None:
+def test_a_forward_set_on_an_instance_is_kept() -> None:
     model = Attend()
     model.forward = own = lambda x: x + 1
     assert qkv.accelerate(model)(torch.zeros(1)) == 1
@@ -630,7 +630,7 @@ def test_a_second_derivative_is_refused_and_not_dropped() -> None:
         torch.autograd.grad(first.square().sum(), x)
 
 
-def test_dropout_drops_its_share_and_scales_the_rest() -> None:
+def test_dropout_drops_the_expected_fraction_and_scales_the_rest() -> None:
     count, rate = 200, 0.3
     q, eye = torch.zeros(2, 2, count, 8, requires_grad=True), torch.eye(count).expand(2, 2, -1, -1)
     torch.manual_seed(5)
@@ -639,7 +639,7 @@ def test_dropout_drops_its_share_and_scales_the_rest() -> None:
         torch.manual_seed(5)
         again = bound_early(q, q, eye, dropout_p=rate)
         other = bound_early(q, q, eye, dropout_p=rate)
-    assert report.taken == 3 and torch.equal(weights, again) and not torch.equal(weights, other)
+    assert report.routed == 3 and torch.equal(weights, again) and not torch.equal(weights, other)
     kept = weights[weights != 0]
     torch.testing.assert_close(kept, torch.full_like(kept, 1 / count / (1 - rate)))
     draws = weights.numel()
@@ -647,21 +647,25 @@ def test_dropout_drops_its_share_and_scales_the_rest() -> None:
     assert abs(1 - kept.numel() / draws - rate) < 5 * deviation
 
 
-def test_under_autocast_the_lower_precision_is_torchs() -> None:
+def test_autocast_has_the_dtype_of_torch() -> None:
     q = torch.randn(2, 3, 5, 8)
     with torch.autocast("cpu"):
         report = assert_as_plain(bound_early, q, q, q, attn_mask=torch.randn(5, 5))
-    assert report.taken == 1
+    assert report.routed == 1
 
 
-def test_the_report_is_a_table_of_what_and_why() -> None:
+def test_the_report_is_a_table_of_calls_and_reasons() -> None:
     q = torch.randn(1, 2, 5, 8)
     with qkv.accelerate() as report:
         assert "need_weights=False" in str(report)
         for x in (q, q, q.double()):
             bound_early(x, x, x)
-    head, taken, left = str(report).splitlines()
+    head, routed, fallback = str(report).splitlines()
     assert head.split() == ["calls", "where", "query", "key", "by"]
-    assert taken.startswith("2 ") and "test_the_report_is_a_table_of_what_and_why" in taken and taken.endswith("qkv")
-    assert left.startswith("1 ") and left.endswith("(1, 2, 5, 8)  (1, 2, 5, 8)  torch: the kernel has no fp64")
-    assert (report.taken, report.left) == (2, 1)
+    assert (
+        routed.startswith("2 ")
+        and "test_the_report_is_a_table_of_calls_and_reasons" in routed
+        and routed.endswith("qkv")
+    )
+    assert fallback.startswith("1 ") and fallback.endswith("(1, 2, 5, 8)  (1, 2, 5, 8)  torch: the kernel has no fp64")
+    assert (report.routed, report.fallback) == (2, 1)

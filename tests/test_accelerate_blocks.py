@@ -1,4 +1,4 @@
-"""Blocks of `accelerate` are left in any order, from anywhere, by anything: what is left is off, what is not is on."""
+"""Blocks of `accelerate` may be left in any order and from any thread; the innermost open one is in effect."""
 
 import asyncio
 import contextlib
@@ -24,14 +24,14 @@ Q = torch.randn(1, 2, 5, 8)
 
 
 @pytest.fixture(autouse=True)
-def left_as_found() -> Iterator[None]:
+def not_routed_before_and_after() -> Iterator[None]:
     assert not is_routed()
     yield
     assert not is_routed()
 
 
 def is_routed() -> bool:
-    """Whether the kernel answers a call made here and now."""
+    """Whether the kernel computes a call made in the current thread and task."""
     solved, actual = [], dispatcher.solve
 
     def solve(*call: object) -> Tensor | str:
@@ -47,13 +47,13 @@ def is_routed() -> bool:
 
 
 def orders(count: int) -> list[tuple[int, ...]]:
-    """Every order of entering and leaving so many blocks: the first time that a number comes, it is entered."""
+    """All orders of entering and leaving ``count`` blocks: each number occurs twice, first to enter, then to leave."""
     return sorted(set(itertools.permutations(sorted([*range(count)] * 2))))
 
 
 @pytest.mark.parametrize("left_by", ["exit", "an exception", "closing a generator", "collecting a generator", "del"])
 def test_blocks_that_overlap_in_any_order(left_by: str) -> None:
-    """The block entered last of those that are open is told of a call; with none open, nobody is."""
+    """A call is counted by the open block entered last, if any is open."""
 
     def within() -> Iterator[Report]:
         with qkv.accelerate() as report:
@@ -85,15 +85,15 @@ def test_blocks_that_overlap_in_any_order(left_by: str) -> None:
             else:
                 del open_blocks[number]
                 gc.collect(0)
-            counts = {n: report.taken for n, report in reports.items()}
+            counts = {n: report.routed for n, report in reports.items()}
             assert is_routed() == bool(open_blocks), order
-            told = [n for n, report in reports.items() if report.taken > counts[n]]
-            assert told == [n for n in entered if n in open_blocks][-1:], order
+            notified = [n for n, report in reports.items() if report.routed > counts[n]]
+            assert notified == [n for n in entered if n in open_blocks][-1:], order
         assert not is_routed()
 
 
 @pytest.mark.parametrize("how", ["exit", "close", "collect"])
-def test_a_block_left_in_another_thread_is_off(how: str) -> None:
+def test_a_chainedleft_in_another_thread_has_no_effect(how: str) -> None:
     def within() -> Iterator[None]:
         with qkv.accelerate():
             yield
@@ -127,7 +127,7 @@ def test_a_block_left_in_another_thread_is_off(how: str) -> None:
     assert not errors and not is_routed()
 
 
-def test_a_task_made_within_a_block_does_not_outlive_it() -> None:
+def test_a_task_is_not_routed_after_the_chainedit_was_created_in() -> None:
     async def main() -> None:
         left = asyncio.Event()
 
@@ -148,7 +148,7 @@ def test_a_task_made_within_a_block_does_not_outlive_it() -> None:
     asyncio.run(main())
 
 
-def test_tasks_beside_each_other_have_blocks_of_their_own() -> None:
+def test_concurrent_tasks_have_separate_blocks() -> None:
     async def worker(number: int) -> int:
         await asyncio.sleep(0)
         with qkv.accelerate() as report:
@@ -156,7 +156,7 @@ def test_tasks_beside_each_other_have_blocks_of_their_own() -> None:
                 F.scaled_dot_product_attention(Q, Q, Q)
                 await asyncio.sleep(0)
         assert not is_routed()
-        return report.taken
+        return report.routed
 
     async def main() -> list[int]:
         return list(await asyncio.gather(*(worker(number) for number in range(1, 6))))
@@ -180,15 +180,15 @@ def test_a_task_that_is_cancelled_leaves_its_block() -> None:
     asyncio.run(main())
 
 
-def test_a_copied_context_ends_with_the_block() -> None:
+def test_a_copied_context_is_not_routed_after_the_block() -> None:
     with qkv.accelerate():
         context = contextvars.copy_context()
         assert context.run(is_routed)
     assert not context.run(is_routed)
 
 
-def test_a_generator_suspended_within_its_block_keeps_it_until_it_ends() -> None:
-    """As a fixture of pytest, or a context manager of somebody's own, does."""
+def test_a_chainedwithin_a_generator_lasts_until_it_ends() -> None:
+    """Such as a pytest fixture or a context manager."""
 
     @contextlib.contextmanager
     def own() -> Iterator[Report]:
@@ -197,14 +197,14 @@ def test_a_generator_suspended_within_its_block_keeps_it_until_it_ends() -> None
 
     with own() as report:
         F.scaled_dot_product_attention(Q, Q, Q)
-    assert report.taken == 1 and not is_routed()
+    assert report.routed == 1 and not is_routed()
     with contextlib.ExitStack() as stack:
         reports = [stack.enter_context(own()) for _ in range(3)]
         F.scaled_dot_product_attention(Q, Q, Q)
-    assert [report.taken for report in reports] == [0, 0, 1]
+    assert [report.routed for report in reports] == [0, 0, 1]
 
 
-def test_blocks_hand_over_hand_keep_nothing_of_those_before() -> None:
+def test_a_chain_of_overlapping_blocks_does_not_grow() -> None:
     block = qkv.accelerate()
     block.__enter__()
     for _ in range(100):
@@ -212,15 +212,15 @@ def test_blocks_hand_over_hand_keep_nothing_of_those_before() -> None:
         other.__enter__()
         block.__exit__(None, None, None)
         block = other
-    held, depth = dispatcher._innermost.get(), 0
-    while held is not None:
-        held, depth = held.outer, depth + 1
+    chained, depth = dispatcher._innermost.get(), 0
+    while chained is not None:
+        chained, depth = chained.outer, depth + 1
     assert depth <= 2
     block.__exit__(None, None, None)
 
 
 class Attend(nn.Module):
-    """A module that enters a block of its own and fails, or calls another."""
+    """A module that raises, or calls attention."""
 
     def __init__(self, fails: bool) -> None:
         super().__init__()
@@ -232,7 +232,7 @@ class Attend(nn.Module):
         return F.scaled_dot_product_attention(x, x, x)
 
 
-def test_a_model_that_fails_or_is_called_within_a_block_changes_nothing() -> None:
+def test_a_model_that_raises_or_is_called_within_a_block() -> None:
     model = qkv.accelerate(Attend(fails=True))
     with pytest.raises(ZeroDivisionError):
         model(Q)
@@ -241,4 +241,4 @@ def test_a_model_that_fails_or_is_called_within_a_block_changes_nothing() -> Non
         with pytest.raises(ZeroDivisionError):
             model(Q)
         qkv.accelerate(Attend(fails=False))(Q)
-    assert report.taken == 1
+    assert report.routed == 1

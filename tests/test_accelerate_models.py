@@ -1,4 +1,4 @@
-"""Models of libraries that know nothing of qkv, accelerated: the same outputs and gradients, on our kernel."""
+"""Accelerated models of other libraries: the same outputs and gradients, by the kernel."""
 
 import copy
 import importlib
@@ -35,10 +35,10 @@ def vector(model: nn.Module, run: Run, dtype: torch.dtype, *, slopes: bool) -> T
     return torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])
 
 
-def assert_same_accelerated(model: nn.Module, run: Run, taken: int) -> None:
-    """Outputs and gradients are at most twice as far from those in fp64 as without us, plus one rounding.
+def assert_same_accelerated(model: nn.Module, run: Run, routed: int) -> None:
+    """Asserts that outputs and gradients are at most twice as far from fp64 as without qkv, plus one rounding.
 
-    ``taken`` calls of attention are answered by us in each forward pass, and none is left to torch.
+    ``routed`` calls of attention are routed in each forward pass, and none falls back to torch.
     """
     wide = copy.deepcopy(model).double()
     for slopes in (False, True):
@@ -52,7 +52,7 @@ def assert_same_accelerated(model: nn.Module, run: Run, taken: int) -> None:
         assert torch.equal(vector(model, run, torch.float32, slopes=slopes), plain)
         assert torch.equal(ours, again)
         assert not torch.equal(ours, plain), "the bits of another kernel differ somewhere"
-        assert (report.taken, report.left) == (taken, 0), str(report)
+        assert (report.routed, report.fallback) == (routed, 0), str(report)
         rounding = torch.finfo(torch.float32).eps * exact.norm()
         assert exact.norm() > 0
         assert (ours - exact).norm() <= 2 * (plain - exact).norm() + rounding
@@ -88,7 +88,7 @@ def test_a_vision_transformer_of_timm() -> None:
         img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=7, qk_norm=True
     ).eval()
     images = torch.randn(2, 3, 32, 32)
-    assert_same_accelerated(model, lambda model, dtype: model(images.to(dtype)), taken=2)
+    assert_same_accelerated(model, lambda model, dtype: model(images.to(dtype)), routed=2)
 
 
 @pytest.mark.vision
@@ -99,7 +99,7 @@ def test_a_vision_transformer_of_torchvision() -> None:
     ).eval()
     nn.init.normal_(model.heads.head.weight)  # zeros, as the library has it
     images = torch.randn(2, 3, 32, 32)
-    assert_same_accelerated(model, lambda model, dtype: model(images.to(dtype)), taken=2)
+    assert_same_accelerated(model, lambda model, dtype: model(images.to(dtype)), routed=2)
 
 
 def test_a_unet_of_diffusers() -> None:
@@ -120,7 +120,7 @@ def test_a_unet_of_diffusers() -> None:
     run = lambda model, dtype: (
         model(images.to(dtype), torch.tensor(10), text.to(dtype), encoder_attention_mask=keep).sample
     )
-    assert_same_accelerated(model, run, taken=8)  # four blocks, each with attention to itself and to the text
+    assert_same_accelerated(model, run, routed=8)  # four blocks, each with attention to itself and to the text
 
 
 def test_a_diffusion_transformer_of_diffusers() -> None:
@@ -130,7 +130,7 @@ def test_a_diffusion_transformer_of_diffusers() -> None:
     ).eval()
     images, step, label = torch.randn(2, 4, 8, 8), torch.tensor([1, 5]), torch.tensor([3, 4])
     run = lambda model, dtype: model(images.to(dtype), timestep=step, class_labels=label).sample
-    assert_same_accelerated(model, run, taken=2)
+    assert_same_accelerated(model, run, routed=2)
 
 
 def test_a_sentence_transformer(tmp_path: Path) -> None:
@@ -147,11 +147,11 @@ def test_a_sentence_transformer(tmp_path: Path) -> None:
     model = library.SentenceTransformer(modules=[bert, pooling], device="cpu").eval()
     texts = ["the cat sat on the mat", "a dog ran"]
     features = model.tokenize(texts)
-    assert_same_accelerated(model, lambda model, dtype: model(dict(features))["sentence_embedding"], taken=2)
+    assert_same_accelerated(model, lambda model, dtype: model(dict(features))["sentence_embedding"], routed=2)
     plain = model.encode(texts)
     with qkv.accelerate() as report:
         assert abs(model.encode(texts) - plain).max() < 1e-5 * abs(plain).max()
-    assert (report.taken, report.left) == (2, 0)
+    assert (report.routed, report.fallback) == (2, 0)
     assert abs(unpad(model).encode(texts) - plain).max() < 1e-5 * abs(plain).max()
 
 
@@ -166,4 +166,4 @@ def test_an_encoder_and_decoder_of_torch() -> None:
         out: Tensor = model(source.to(dtype), target.to(dtype), tgt_mask=causal.to(dtype), **masks)
         return out
 
-    assert_same_accelerated(model, run, taken=2 + 2 * 2)
+    assert_same_accelerated(model, run, routed=2 + 2 * 2)

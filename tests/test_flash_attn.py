@@ -1,4 +1,4 @@
-"""flash-attn's functions, against its reference written anew: `attention_ref` and its masks, in fp64."""
+"""flash-attn's functions, compared with a reimplementation in fp64 of its reference, `attention_ref`."""
 
 import inspect
 import itertools
@@ -34,7 +34,7 @@ def attention_ref(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) from (B, L, H, D), every score written out, in the dtype of q."""
+    """(out, lse) from (B, L, H, D), with dense scores in the dtype of q."""
     lq, lk, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     left, right = window_size[0], 0 if causal else window_size[1]
     k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
@@ -60,7 +60,7 @@ def attention_ref(
 def packed_ref(
     queries: list[Tensor], keys: list[Tensor], values: list[Tensor], **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """`attention_ref` of each sequence by itself: (T, H, D) and (H, T)."""
+    """`attention_ref` of each sequence: (T, H, D) and (H, T)."""
     slopes = options.pop("alibi_slopes", None)
     parts = [
         attention_ref(
@@ -80,7 +80,7 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def slopes_for(kind: str) -> Tensor:
-    return draw(BATCH, HEADS).abs() if kind == "one a batch row" else draw(HEADS).abs()
+    return draw(BATCH, HEADS).abs() if kind == "one per batch row" else draw(HEADS).abs()
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -92,10 +92,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "window to the right": {"window_size": (-1, 1)},
     "causal window, whose right is ignored": {"causal": True, "window_size": (2, 5)},
     "softcap": {"softcap": 1.5},
-    "alibi": {"alibi_slopes": slopes_for("one a head")},
-    "alibi, one a batch row, causal": {"alibi_slopes": slopes_for("one a batch row"), "causal": True},
+    "alibi": {"alibi_slopes": slopes_for("one per head")},
+    "alibi, one per batch row, causal": {"alibi_slopes": slopes_for("one per batch row"), "causal": True},
     "all": {
-        "alibi_slopes": slopes_for("one a batch row"),
+        "alibi_slopes": slopes_for("one per batch row"),
         "softcap": 2.0,
         "window_size": (4, 1),
         "softmax_scale": 0.3,
@@ -153,7 +153,7 @@ def test_rows_without_keys_are_0() -> None:
 
 
 def test_packed_tensors_are_the_same_attention_and_get_their_gradients() -> None:
-    options = {"causal": True, "window_size": (3, -1), "softcap": 2.0, "alibi_slopes": slopes_for("one a batch row")}
+    options = {"causal": True, "window_size": (3, -1), "softcap": 2.0, "alibi_slopes": slopes_for("one per batch row")}
     qkv = draw(BATCH, 7, 3, HEADS, WIDTH).requires_grad_()
     kv, q = draw(BATCH, 9, 2, KV_HEADS, WIDTH).requires_grad_(), draw(BATCH, 7, HEADS, WIDTH)
     got, want = flash_attn_qkvpacked_func(qkv, **options), flash_attn_func(*qkv.unbind(2), **options)
@@ -208,7 +208,7 @@ def test_packed_sequences_and_gradients_are_those_of_the_reference(options: dict
     assert torch.equal(flash_attn_varlen_func(*tensors, *where, **options), run(*tensors)[0])
 
 
-def test_a_packed_sequence_has_the_bits_that_it_has_alone() -> None:
+def test_a_packed_sequence_has_the_bits_of_a_call_of_its_own() -> None:
     q, k, v = packed(torch.float32)
     out = flash_attn_varlen_func(q, k, v, starts(QUERY_LENGTHS), starts(KEY_LENGTHS), 9, 9, causal=True)
     alone = zip(q.split(QUERY_LENGTHS), k.split(KEY_LENGTHS), v.split(KEY_LENGTHS), strict=True)
@@ -217,7 +217,7 @@ def test_a_packed_sequence_has_the_bits_that_it_has_alone() -> None:
 
 
 def paged(sequences: list[Tensor], page_size: int, spare: int = 0) -> tuple[Tensor, Tensor]:
-    """A pool of pages in no order, NaN where nothing is, and the table of pages; -1 where no page is needed."""
+    """A pool of shuffled pages with NaN in unused slots, and its table with -1 in unused entries."""
     needed = [-(-(len(x) + spare) // page_size) for x in sequences]
     order = torch.randperm(sum(needed), generator=torch.Generator().manual_seed(0)).tolist()
     pool = torch.full((sum(needed), page_size, *sequences[0].shape[1:]), torch.nan, dtype=sequences[0].dtype)
@@ -282,7 +282,7 @@ CACHE_CALLS: dict[str, dict[str, Any]] = {
     "no mask": {"lq": 3, "new": 3},
     "softcap and scale": {"softcap": 1.5, "softmax_scale": 0.4},
     "alibi": {"lq": 3, "new": 3, "alibi_slopes": draw(HEADS).abs()},
-    "alibi, one a batch row": {"lq": 2, "alibi_slopes": draw(len(HELD), HEADS).abs(), "causal": True},
+    "alibi, one per batch row": {"lq": 2, "alibi_slopes": draw(len(HELD), HEADS).abs(), "causal": True},
     "rotary": {"lq": 3, "new": 3, "causal": True, "rotary_dim": WIDTH},
     "rotary of halves": {"lq": 3, "new": 2, "causal": True, "rotary_dim": WIDTH, "rotary_interleaved": False},
     "rotary of some channels, in a window": {"lq": 2, "new": 2, "window_size": (5, 5), "rotary_dim": 4},
@@ -293,9 +293,7 @@ CACHE_CALLS: dict[str, dict[str, Any]] = {
 @DTYPES
 @pytest.mark.parametrize("place", ["first rows", "rows by index", "padded on the left", "pages", "padded pages"])
 @pytest.mark.parametrize("call", CACHE_CALLS.values(), ids=CACHE_CALLS)
-def test_a_cache_is_written_and_read_as_the_reference_says(
-    call: dict[str, Any], place: str, dtype: torch.dtype
-) -> None:
+def test_a_cache_equals_the_reference(call: dict[str, Any], place: str, dtype: torch.dtype) -> None:
     options = dict(call)
     lq, new, rotary_dim = options.pop("lq", 1), options.pop("new", 1), options.pop("rotary_dim", 0)
     q = draw(3, lq, HEADS, WIDTH, dtype=dtype)
@@ -360,7 +358,7 @@ def test_a_cache_is_written_and_read_as_the_reference_says(
         assert_within_budget(ours, want, peer, what, allowance * want.masked_fill(want.isinf(), 0).abs().max().item())
 
 
-def test_lengths_of_a_cache_are_a_number_a_tensor_or_all() -> None:
+def test_cache_seqlens_may_be_an_int_a_tensor_or_none() -> None:
     q, k_cache, v_cache = draw(2, 1, HEADS, WIDTH), draw(2, 7, KV_HEADS, WIDTH), draw(2, 7, KV_HEADS, WIDTH)
     assert torch.equal(flash_attn_with_kvcache(q, k_cache, v_cache), flash_attn_func(q, k_cache, v_cache))
     want = flash_attn_func(q, k_cache[:, :4], v_cache[:, :4])
@@ -368,7 +366,7 @@ def test_lengths_of_a_cache_are_a_number_a_tensor_or_all() -> None:
     assert torch.equal(flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=torch.tensor([4, 4])), want)
 
 
-def test_decoding_step_by_step_is_the_whole_sequence() -> None:
+def test_decoding_step_by_step_equals_one_call() -> None:
     q, k, v = draw(2, 12, HEADS, WIDTH), draw(2, 12, KV_HEADS, WIDTH), draw(2, 12, KV_HEADS, WIDTH)
     k_cache, v_cache = torch.zeros(2, 2, 16, KV_HEADS, WIDTH).unbind()
     outs = []
@@ -433,7 +431,10 @@ ERRORS = [
         lambda: flash_attn_func(Q, K, K, alibi_slopes=torch.ones(5)),
         "flash_attn_func: alibi_slopes must be (6,) or (2, 6), one per query head; got shape (5,)",
     ),
-    (lambda: flash_attn_func(Q, K[:, :, :1].expand(2, 5, 4, 8), K), "k with 4 heads and 5 keys, v with 2 heads"),
+    (
+        lambda: flash_attn_func(Q, K[:, :, :1].expand(2, 5, 4, 8), K),
+        "k and v must have the same heads and length; got 4 and 2 heads, lengths 5 and 5",
+    ),
     (
         lambda: flash_attn_qkvpacked_func(torch.ones(2, 5, 2, 6, 8)),
         "qkv must be (batch, length, 3, heads, width); got shape (2, 5, 2, 6, 8)",
@@ -443,17 +444,23 @@ ERRORS = [
         "kv must be (batch, length, 2, heads, width); got shape (2, 5, 3, 2, 8)",
     ),
     (lambda: varlen(q=T[None]), "q must be (T, heads, width); got shape (1, 7, 2, 8)"),
-    (lambda: varlen(v=T[:6]), "k and v must have the same shape but for their width; got (7, 2, 8) and (6, 2, 8)"),
+    (lambda: varlen(v=T[:6]), "k and v must have the same shape except for the width; got (7, 2, 8) and (6, 2, 8)"),
     (
         lambda: varlen(a=STARTS[:2]),
-        "cu_seqlens_q must be (N + 1,) integers that start at 0, never fall and end at 7, the number of tokens; "
+        "cu_seqlens_q must be (N + 1,) integers that start at 0, never decrease and end at 7, the number of tokens; "
         "got tensor([0, 3])",
     ),
-    (lambda: varlen(b=torch.tensor([0, 8, 7])), "cu_seqlens_k must be (N + 1,) integers that start at 0, never fall"),
+    (
+        lambda: varlen(b=torch.tensor([0, 8, 7])),
+        "cu_seqlens_k must be (N + 1,) integers that start at 0, never decrease",
+    ),
     (lambda: varlen(b=torch.tensor([1, 3, 7])), "cu_seqlens_k must be (N + 1,) integers that start at 0"),
     (lambda: varlen(b=STARTS.float()), "cu_seqlens_k must be integers; got torch.float32"),
     (lambda: varlen(a=torch.tensor([0])), "cu_seqlens_q must be (N + 1,) integers"),
-    (lambda: varlen(b=torch.tensor([0, 7])), "as many of queries as of keys; got 2 and 1"),
+    (
+        lambda: varlen(b=torch.tensor([0, 7])),
+        "queries and keys must have the same number of sequences, at least 1; got 2 and 1",
+    ),
     (
         lambda: varlen(alibi_slopes=torch.ones(3, 2)),
         "flash_attn_varlen_func: alibi_slopes must be (2,) or (2, 2), one per query head; got shape (3, 2)",
@@ -469,17 +476,17 @@ ERRORS = [
     ),
     (
         lambda: varlen(k=POOL, v=POOL, b=torch.tensor([0, 3, 9]), block_table=TABLE),
-        "block_table must name pages 0 to 2; got -1 at [1, 1], where sequence 1 of 6 keys needs one",
+        "block_table must contain pages 0 to 2; got -1 at [1, 1], which sequence 1 of 6 keys needs",
     ),
     (lambda: cached(k_cache=K[0]), "k_cache must be (batch, length, heads, width); got shape (5, 2, 8)"),
-    (lambda: cached(v_cache=K[:1]), "k_cache and v_cache must have the same shape but for their width"),
+    (lambda: cached(v_cache=K[:1]), "k_cache and v_cache must have the same shape except for the width"),
     (lambda: cached(k=NEW), "k and v must be given together; got None for v"),
     (
         lambda: cached(k=NEW, v=NEW),
-        "cache_seqlens and 1 new tokens must fit the 5 of the cache; got None",
+        "cache_seqlens plus 1 new tokens must be at most the capacity of 5; got None",
     ),
-    (lambda: cached(cache_seqlens=6), "cache_seqlens and 0 new tokens must fit the 5 of the cache; got 6"),
-    (lambda: cached(cache_seqlens=-1), "must fit the 5 of the cache; got -1"),
+    (lambda: cached(cache_seqlens=6), "cache_seqlens plus 0 new tokens must be at most the capacity of 5; got 6"),
+    (lambda: cached(cache_seqlens=-1), "must be at most the capacity of 5; got -1"),
     (lambda: cached(cache_seqlens=torch.tensor([1])), "cache_seqlens must be (2,) integers, at least 0"),
     (lambda: cached(cache_seqlens=torch.tensor([1, -1])), "cache_seqlens must be (2,) integers, at least 0"),
     (
@@ -488,7 +495,7 @@ ERRORS = [
     ),
     (
         lambda: cached(k=NEW[:, :, :1], v=NEW, cache_seqlens=0),
-        "k and v must have the same shape but for their width; got (2, 1, 1, 8) and (2, 1, 2, 8)",
+        "k and v must have the same shape except for the width; got (2, 1, 1, 8) and (2, 1, 2, 8)",
     ),
     (
         lambda: cached(k=NEW[:, :, :1], v=NEW[:, :, :1], cache_seqlens=0),
@@ -497,11 +504,11 @@ ERRORS = [
     (lambda: cached(k=NEW.double(), v=NEW, cache_seqlens=0), "as the cache; got (2, 1, 2, 8) of torch.float64"),
     (
         lambda: cached(cache_batch_idx=torch.tensor([0, 2])),
-        "cache_batch_idx must be rows of the cache, which has 2; got [0, 2]",
+        "cache_batch_idx must be less than the 2 rows of the cache; got [0, 2]",
     ),
     (
         lambda: cached(k_cache=POOL, v_cache=POOL, cache_seqlens=1, block_table=TABLE, cache_batch_idx=STARTS[:2]),
-        "cache_batch_idx has no meaning beside a block_table",
+        "cache_batch_idx has no meaning with a block_table",
     ),
     (lambda: cached(rotary_cos=TURN), "rotary_cos, rotary_sin and k must be given together"),
     (
@@ -510,13 +517,13 @@ ERRORS = [
     ),
     (
         lambda: cached(k=NEW, v=NEW, cache_seqlens=3, causal=True, rotary_cos=TURN, rotary_sin=TURN),
-        "rotary_cos and rotary_sin must hold position 5; got 5 positions",
+        "rotary_cos and rotary_sin must have position 5; got 5 positions",
     ),
 ]
 
 
 @pytest.mark.parametrize("call, message", ERRORS, ids=[message[:60] for _, message in ERRORS])
-def test_wrong_calls_say_what_is_wrong(call: Callable[[], Any], message: str) -> None:
+def test_errors_name_what_was_required_and_given(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError) as caught:
         call()
     assert message in str(caught.value)
@@ -536,9 +543,9 @@ WRONG_TYPES = [
     (lambda: varlen(softcap="50"), "flash_attn_varlen_func: softcap must be a finite number; got '50'"),
     (
         lambda: cached(cache_seqlens=[3, 3]),
-        "cache_seqlens must be an int, or a tensor of one for each sequence; got [3, 3]",
+        "cache_seqlens must be an int, or a tensor with one per sequence; got [3, 3]",
     ),
-    (lambda: cached(cache_seqlens=3.0), "cache_seqlens must be an int, or a tensor of one for each sequence; got 3.0"),
+    (lambda: cached(cache_seqlens=3.0), "cache_seqlens must be an int, or a tensor with one per sequence; got 3.0"),
     (
         lambda: cached(k=NEW, v=NEW, cache_seqlens=0, rotary_cos=TURN, rotary_sin=0.5),
         "flash_attn_with_kvcache: rotary_sin must be a tensor; got float",
@@ -553,7 +560,7 @@ def test_arguments_of_other_types_are_named(call: Callable[[], Any], message: st
     assert message in str(caught.value)
 
 
-def test_a_softcap_that_is_no_number_is_not_taken_for_none() -> None:
+def test_a_softcap_of_nan_is_refused() -> None:
     with pytest.raises(ValueError, match="flash_attn_func: softcap must be a finite number; got nan"):
         flash_attn_func(Q, K, K, softcap=float("nan"))
 
@@ -582,6 +589,6 @@ def test_the_pattern_of_dropout_is_refused() -> None:
 
 
 @pytest.mark.parametrize("slopes", [(3,), (0, 3)])
-def test_a_batch_of_none_has_no_results(slopes: tuple[int, ...]) -> None:
+def test_an_empty_batch(slopes: tuple[int, ...]) -> None:
     q = torch.zeros(0, 5, 3, 8)
     assert flash_attn_func(q, q, q, causal=True, alibi_slopes=torch.ones(slopes)).shape == (0, 5, 3, 8)

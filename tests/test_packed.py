@@ -303,22 +303,22 @@ INTEGERS = {
     "not from 0": (
         torch.tensor([1, 3, 7]),
         ValueError,
-        r"must be \(N \+ 1,\) integers that start at 0, never fall and end at 7",
+        r"must be \(N \+ 1,\) integers that start at 0, never decrease and end at 7",
     ),
     "falling": (
         torch.tensor([0, 8, 7]),
         ValueError,
-        r"must be \(N \+ 1,\) integers that start at 0, never fall and end at 7",
+        r"must be \(N \+ 1,\) integers that start at 0, never decrease and end at 7",
     ),
     "of too many": (
         torch.tensor([0, 3, 9]),
         ValueError,
-        r"must be \(N \+ 1,\) integers that start at 0, never fall and end at 7",
+        r"must be \(N \+ 1,\) integers that start at 0, never decrease and end at 7",
     ),
     "of nothing": (
         torch.tensor([0]),
         ValueError,
-        r"must be \(N \+ 1,\) integers that start at 0, never fall and end at 7",
+        r"must be \(N \+ 1,\) integers that start at 0, never decrease and end at 7",
     ),
 }
 

@@ -178,9 +178,9 @@ def test_memory_of_a_pool_is_not_copied() -> None:
 
 
 ENTRIES = {
-    "below the first": (-1, r"must name pages 0 to 2; got -1 at \[1, 1\], where sequence 1 of 6 keys needs one"),
-    "beyond the last": (3, r"must name pages 0 to 2; got 3 at \[1, 1\], where sequence 1 of 6 keys needs one"),
-    "far away": (GARBAGE, rf"must name pages 0 to 2; got {GARBAGE} at \[1, 1\]"),
+    "below the first": (-1, r"must contain pages 0 to 2; got -1 at \[1, 1\], which sequence 1 of 6 keys needs"),
+    "beyond the last": (3, r"must contain pages 0 to 2; got 3 at \[1, 1\], which sequence 1 of 6 keys needs"),
+    "far away": (GARBAGE, rf"must contain pages 0 to 2; got {GARBAGE} at \[1, 1\]"),
 }
 
 

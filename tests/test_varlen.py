@@ -1,4 +1,4 @@
-"""torch's `varlen_attn` on a CPU, against flash-attn's reference and torch's own signature."""
+"""torch's `varlen_attn` on a CPU, compared with flash-attn's reference and with torch's signature."""
 
 import inspect
 from collections.abc import Callable
@@ -55,7 +55,7 @@ def test_attention_and_gradients_are_those_of_the_reference(
 
 @DTYPES
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
-def test_keys_beyond_those_used_do_not_count(window: tuple[int, int], dtype: torch.dtype) -> None:
+def test_keys_beyond_seqused_k_are_ignored(window: tuple[int, int], dtype: torch.dtype) -> None:
     q, k, v = packed(dtype)
     for x in (k, v):
         for sequence, used in zip(x.split(KEY_LENGTHS), USED, strict=True):
@@ -86,7 +86,7 @@ def test_keys_in_pages_are_read_in_order(window: tuple[int, int], page_size: int
             assert_within_budget(*three, what)
 
 
-def test_torchs_own_request_for_the_lse_and_num_splits_are_understood() -> None:
+def test_aux_request_of_torch_and_num_splits() -> None:
     theirs = pytest.importorskip("torch.nn.attention.varlen")
     tensors = packed(torch.float32)
     out, lse = varlen_attn(*tensors, *WHERE, enable_gqa=True, return_aux=theirs.AuxRequest(lse=True), num_splits=1)
@@ -112,30 +112,33 @@ def call(q: Tensor = Q, k: Tensor = K, cu_seq_k: Tensor | None = STARTS, **optio
 
 
 ERRORS = [
-    (lambda: call(enable_gqa=False), "same number of heads; got 6 and 2. Give enable_gqa=True"),
+    (lambda: call(enable_gqa=False), "same number of heads; got 6 and 2. Pass enable_gqa=True"),
     (lambda: call(k=POOL, block_table=TABLE, seqused_k=STARTS[1:], enable_gqa=False), "heads; got 6 and 2"),
     (lambda: call(q=Q[:, :5]), "heads of q must be a multiple of that of k and v; got 5 and 2"),
     (lambda: call(q=Q[None]), "varlen_attn: query must be (Tq, H, D); got shape (1, 7, 6, 8)"),
     (lambda: call(k=POOL), "key must be (Tk, Hkv, D); got shape (3, 4, 2, 8)"),
     (lambda: call(block_table=TABLE), "key must be (pages, page_size, Hkv, D); got shape (7, 2, 8)"),
-    (lambda: call(cu_seq_k=None), "cu_seq_k must be given where no block_table says where keys stand"),
-    (lambda: call(cu_seq_k=torch.tensor([0, 3, 6])), "cu_seq_k must be (N + 1,) integers that start at 0, never fall"),
+    (lambda: call(cu_seq_k=None), "cu_seq_k must be a tensor unless block_table is given; got None"),
+    (
+        lambda: call(cu_seq_k=torch.tensor([0, 3, 6])),
+        "cu_seq_k must be (N + 1,) integers that start at 0, never decrease",
+    ),
     (lambda: call(k=POOL, block_table=TABLE), "block_table needs seqused_k, the number of keys of each sequence"),
-    (lambda: call(seqused_k=torch.tensor([4, 4])), "seqused_k must be at most the lengths that cu_seq_k gives, [3, 4]"),
-    (lambda: call(seqused_k=torch.tensor([4])), "seqused_k must be (2,) integers, at least 0, one a sequence"),
+    (lambda: call(seqused_k=torch.tensor([4, 4])), "seqused_k must be at most the lengths in cu_seq_k, [3, 4]"),
+    (lambda: call(seqused_k=torch.tensor([4])), "seqused_k must be (2,) integers, at least 0, one per sequence"),
     (
         lambda: call(k=POOL, block_table=TABLE, seqused_k=torch.tensor([4, 5])),
         "block_table must have pages for 5 keys; got 1 of 4 keys for each sequence",
     ),
     (
         lambda: call(k=POOL, block_table=TABLE + 1, seqused_k=torch.tensor([4, 4])),
-        "block_table must name pages 0 to 2; got 3 at [1, 0], where sequence 1 of 4 keys needs one",
+        "block_table must contain pages 0 to 2; got 3 at [1, 0], which sequence 1 of 4 keys needs",
     ),
     (lambda: call(window_size=(1, 2, 3)), "window_size must be (left, right), -1 for no bound; got (1, 2, 3)"),
 ]
 
 
-def test_arguments_of_other_types_are_refused_by_name() -> None:
+def test_arguments_of_wrong_types_are_refused_by_name() -> None:
     x, starts = torch.randn(3, 2, 8), torch.tensor([0, 3])
     with pytest.raises(TypeError, match="varlen_attn: cu_seq_q must be a tensor; got list"):
         varlen_attn(x, x, x, [0, 3], starts, 3, 3)  # type: ignore[arg-type]
@@ -150,7 +153,7 @@ def test_arguments_of_other_types_are_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize("wrong, message", ERRORS, ids=[message[:50] for _, message in ERRORS])
-def test_wrong_calls_say_what_is_wrong(wrong: Callable[[], Any], message: str) -> None:
+def test_errors_name_what_was_required_and_given(wrong: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError) as caught:
         wrong()
     assert str(caught.value).startswith("varlen_attn: ")

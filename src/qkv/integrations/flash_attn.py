@@ -1,7 +1,7 @@
-"""The functions of flash-attn 2 under their own names and signatures, on a CPU.
+"""The functions of flash-attn 2 on a CPU, with the same names and signatures.
 
-``from qkv.integrations.flash_attn import flash_attn_func`` stands in for ``from flash_attn import flash_attn_func``.
-Lengths come before heads here: ``(batch, length, heads, width)``.
+Replace ``from flash_attn import flash_attn_func`` by ``from qkv.integrations.flash_attn import flash_attn_func``.
+Tensors are ``(batch, length, heads, width)``, as in flash-attn.
 """
 
 from typing import Any
@@ -42,7 +42,7 @@ def flash_attn_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """Attention with the last query aligned with the last key: query i stands at ``p = i + Lk - Lq``, key j at j.
+    """Attention with the last query aligned with the last key: query i is at position ``p = i + Lk - Lq``, key j at j.
 
     Args:
         q: ``(B, Lq, H, D)``.
@@ -50,20 +50,20 @@ def flash_attn_func(
         v: ``(B, Lk, Hkv, Dv)``.
         dropout_p: probability with which a weight is zeroed; the others are scaled by ``1 / (1 - dropout_p)``.
         softmax_scale: factor of the scores, ``1 / sqrt(D)`` if None.
-        causal: whether to hide keys after p, whatever the window.
+        causal: whether to hide keys after p, regardless of the window.
         window_size: ``(left, right)``; keys ``p - left`` to ``p + right`` are seen, -1 for no bound.
-        softcap: replaces a score s by ``softcap * tanh(s / softcap)``, where greater than 0.
+        softcap: replaces a score s by ``softcap * tanh(s / softcap)``, if greater than 0.
         alibi_slopes: ``(H,)`` or ``(B, H)``; adds ``-slope * |p - j|``.
-        deterministic: has no effect, since gradients are the same bits every time.
-        return_attn_probs: whether to return the lse, too.
+        deterministic: has no effect, since gradients always have the same bits.
+        return_attn_probs: whether to return the lse as well.
 
     Returns:
         ``(B, Lq, H, Dv)``. With return_attn_probs also the lse ``(B, H, Lq)`` and, in place of ``S_dmask``, the empty
-        tensor that flash-attn gives without dropout. A query that sees no key gets 0, and an lse of -inf.
+        tensor that flash-attn returns without dropout. A query that sees no key gets 0, and an lse of -inf.
 
     Raises:
         ValueError: for shapes, dtypes and numbers that do not fit together.
-        NotImplementedError: for return_attn_probs with dropout: the pattern that it asks for is not kept.
+        NotImplementedError: for return_attn_probs with dropout, since the dropout pattern is not stored.
 
     Example:
         >>> import torch
@@ -72,9 +72,9 @@ def flash_attn_func(
         >>> flash_attn_func(q, k, k, causal=True).shape
         torch.Size([1, 3, 4, 8])
 
-    Source: flash-attn 2.8, ``flash_attn_interface.py``, by its documentation. Its kernel gives an lse of inf where no
-    key is seen, and one that is larger by ``slope * p`` for causal ALiBi; drops a bound as long as the keys, which
-    shows more than the bound where Lq > Lk; and takes fp16 and bf16 alone, and no softcap with dropout.
+    Source: the documentation of flash-attn 2.8, ``flash_attn_interface.py``. Its kernel differs from that: the lse is
+    inf for queries without keys and larger by ``slope * p`` for causal ALiBi; a bound of Lk or more is dropped, which
+    shows more keys if Lq > Lk; only fp16 and bf16 are supported, and no softcap with dropout.
     """
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, return_attn_probs)
     return _attend_dense("flash_attn_func", q, k, v, *options)
@@ -163,13 +163,13 @@ def flash_attn_varlen_func(
         q: ``(Tq, H, D)``.
         k: ``(Tk, Hkv, D)``; ``(pages, page_size, Hkv, D)`` with a block_table.
         v: ``(Tk, Hkv, Dv)``; ``(pages, page_size, Hkv, Dv)`` with a block_table.
-        cu_seqlens_q, cu_seqlens_k: ``(N + 1,)``, where each sequence begins, and the end.
-        max_seqlen_q, max_seqlen_k: have no effect, since cu_seqlens_q and cu_seqlens_k say how long sequences are.
+        cu_seqlens_q, cu_seqlens_k: ``(N + 1,)``, the first token of each sequence, then T.
+        max_seqlen_q, max_seqlen_k: have no effect, since cu_seqlens_q and cu_seqlens_k determine the lengths.
         dropout_p, softmax_scale, causal, window_size, softcap, deterministic: as in `flash_attn_func`.
         alibi_slopes: ``(H,)`` or ``(N, H)``.
         return_attn_probs: as in `flash_attn_func`; the lse is ``(H, Tq)``.
-        block_table: ``(N, pages of a sequence)``, the pages in which the keys of a sequence stand, in order. A page may
-            have any size.
+        block_table: ``(N, pages of a sequence)``, the pages with the keys of each sequence, in order. Pages may have
+            any size.
 
     Returns:
         ``(Tq, H, Dv)``, or what `flash_attn_func` returns with return_attn_probs.
@@ -191,7 +191,7 @@ def flash_attn_varlen_func(
     require_layout(caller, PACKED, q=q)
     require_keys(caller, PACKED if block_table is None else PAGES, k=k, v=v)
     options = _options(caller, softmax_scale, causal, window_size, softcap, dropout_p)
-    _require_no_pattern(caller, return_attn_probs, dropout_p)
+    _refuse_dropout_pattern(caller, return_attn_probs, dropout_p)
     require_starts(caller, "cu_seqlens_q", cu_seqlens_q, q.shape[0])
     require_starts(caller, "cu_seqlens_k", cu_seqlens_k, k.shape[0] if block_table is None else None)
     if block_table is None:
@@ -224,31 +224,30 @@ def flash_attn_with_kvcache(
     num_splits: int = 0,
     return_softmax_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Writes new keys and values into a cache, in place, and attends to all that the cache then holds.
+    """Appends new keys and values to a cache, in place, and attends to all keys in it.
 
-    The queries stand at the last of the keys. Without gradients, as in flash-attn.
+    The last query is aligned with the last key. Without gradients, as in flash-attn.
 
     Args:
         q: ``(B, Lq, H, D)``.
         k_cache: ``(rows, capacity, Hkv, D)``; ``(pages, page_size, Hkv, D)`` with a block_table.
         v_cache: ``(rows, capacity, Hkv, Dv)``; ``(pages, page_size, Hkv, Dv)`` with a block_table.
-        k: ``(B, new, Hkv, D)``, written behind the keys that the cache holds; none if None.
-        v: ``(B, new, Hkv, Dv)``; none if None.
-        rotary_cos, rotary_sin: ``(positions, rotary_dim / 2)``; rotate k, and q by the positions of its tokens, or all
-            of q by the first of them where neither causal nor window_size tells tokens apart. Counted in the cache,
-            padding included.
-        cache_seqlens: how many tokens the cache holds before the call, for all or for each ``(B,)``; all if None.
-        cache_batch_idx: ``(B,)``, the row of the cache for each of the batch; the first B if None.
-        cache_leftpad: ``(B,)``, how many of the first keys are none.
-        block_table: ``(B, pages of a sequence)``, the pages in which the keys of a sequence stand, in order. A page may
-            have any size.
+        k: ``(B, new, Hkv, D)``, written after the keys in the cache; nothing is written if None.
+        v: ``(B, new, Hkv, Dv)``, as k.
+        rotary_cos, rotary_sin: ``(positions, rotary_dim / 2)``; rotate k and q by the positions of their tokens in the
+            cache, padding included. Without causal and window_size, all of q is rotated by the first of its positions.
+        cache_seqlens: number of tokens in the cache before the call, one for all rows or ``(B,)``; all slots if None.
+        cache_batch_idx: ``(B,)``, the cache row of each batch row; the first B if None.
+        cache_leftpad: ``(B,)``, number of leading padding tokens in each row of the cache.
+        block_table: ``(B, pages of a sequence)``, the pages with the keys of each sequence, in order. Pages may have
+            any size.
         softmax_scale, causal, window_size, softcap, alibi_slopes: as in `flash_attn_func`.
         rotary_interleaved: as ``interleaved`` of `qkv.RotaryEmbedding`.
-        num_splits: has no effect: the bits of a row of the batch never depend on the others.
-        return_softmax_lse: whether to return the lse, too.
+        num_splits: has no effect, since the bits of a batch row never depend on the other rows.
+        return_softmax_lse: whether to return the lse as well.
 
     Returns:
-        ``(B, Lq, H, Dv)``, and where asked for the lse ``(B, H, Lq)``.
+        ``(B, Lq, H, Dv)``, and on request the lse ``(B, H, Lq)``.
 
     Raises:
         ValueError: for lengths, rows, pages and shapes that do not fit together.
@@ -277,35 +276,36 @@ def flash_attn_with_kvcache(
     new = 0 if k is None and v is None else _count_new(caller, batch, k, v, k_cache, v_cache)
     if isinstance(cache_seqlens, Tensor):
         require_counts(caller, "cache_seqlens", cache_seqlens, batch)
-        held = cache_seqlens.tolist()
+        lengths = cache_seqlens.tolist()
     else:
         if cache_seqlens is not None:
-            require_int(caller, "cache_seqlens", cache_seqlens, ", or a tensor of one for each sequence")
-        held = [capacity if cache_seqlens is None else cache_seqlens] * batch
-    stops = [length + new for length in held]
+            require_int(caller, "cache_seqlens", cache_seqlens, ", or a tensor with one per sequence")
+        lengths = [capacity if cache_seqlens is None else cache_seqlens] * batch
+    stops = [length + new for length in lengths]
     if not all(new <= stop <= capacity for stop in stops):
         raise ValueError(
-            f"{caller}: cache_seqlens and {new} new tokens must fit the {capacity} of the cache; got {cache_seqlens}."
+            f"{caller}: cache_seqlens plus {new} new tokens must be at most the capacity of {capacity}; "
+            f"got {cache_seqlens}."
         )
     if cache_leftpad is not None:
         require_counts(caller, "cache_leftpad", cache_leftpad, batch)
         padding = cache_leftpad.tolist()
-        if any(pad > length for pad, length in zip(padding, held, strict=True)):
-            raise ValueError(f"{caller}: cache_leftpad must be at most cache_seqlens, {held}; got {padding}.")
+        if any(pad > length for pad, length in zip(padding, lengths, strict=True)):
+            raise ValueError(f"{caller}: cache_leftpad must be at most cache_seqlens, {lengths}; got {padding}.")
 
     if rotary_cos is not None or rotary_sin is not None:
         if rotary_cos is None or rotary_sin is None or k is None:
             raise ValueError(
                 f"{caller}: rotary_cos, rotary_sin and k must be given together; got None for one of them."
             )
-        start = torch.tensor(held, dtype=torch.int64, device=q.device)[:, None]
+        start = torch.tensor(lengths, dtype=torch.int64, device=q.device)[:, None]
         ahead = torch.arange(lq, device=q.device) * options["mask"].is_positional
         q = _rotate(caller, q, start + ahead, rotary_cos, rotary_sin, rotary_interleaved)
         ahead = torch.arange(new, device=q.device)
         k = _rotate(caller, k, start + ahead, rotary_cos, rotary_sin, rotary_interleaved)
     if block_table is not None and cache_batch_idx is not None:
-        raise ValueError(f"{caller}: cache_batch_idx has no meaning beside a block_table; give one of them.")
-    # A cache without pages is one whose pages hold a sequence each.
+        raise ValueError(f"{caller}: cache_batch_idx has no meaning with a block_table; pass one of them.")
+    # A cache without pages is one with a page per sequence.
     table = _rows(caller, cache_batch_idx, batch, k_cache) if block_table is None else block_table
     keys = keys_in_pages(caller, k_cache, v_cache, table, torch.tensor(stops, dtype=torch.int64), cache_leftpad)
     sequences = make_sequences(caller, *_packed(q), keys, alibi=alibi_slopes, **options)
@@ -313,9 +313,9 @@ def flash_attn_with_kvcache(
         positions = torch.tensor(stops, dtype=torch.int64, device=q.device)[:, None] + torch.arange(
             -new, 0, device=q.device
         )
-        place = table.long().gather(1, positions // page_size), positions % page_size
-        k_cache[place], v_cache[place] = k, v
-    out, lse = _in_batch(sequences.attend(), batch)
+        slots = table.long().gather(1, positions // page_size), positions % page_size
+        k_cache[slots], v_cache[slots] = k, v
+    out, lse = _unpacked(sequences.attend(), batch)
     return (out, lse) if return_softmax_lse else out
 
 
@@ -332,14 +332,14 @@ def _attend_dense(
     alibi_slopes: Tensor | None,
     return_attn_probs: bool,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """`flash_attn_func` under the name of the caller."""
+    """`flash_attn_func` with ``caller`` in error messages."""
     require_layout(caller, DENSE, q=q, k=k, v=v)
     options = _options(caller, softmax_scale, causal, window_size, softcap, dropout_p)
-    _require_no_pattern(caller, return_attn_probs, dropout_p)
+    _refuse_dropout_pattern(caller, return_attn_probs, dropout_p)
     if alibi_slopes is not None:
         require_tensors(caller, alibi_slopes=alibi_slopes)
     if alibi_slopes is not None and q.shape[0] == 0 and alibi_slopes.shape == (0, q.shape[2]):
-        alibi_slopes = alibi_slopes.new_zeros(q.shape[2])  # there is no row to have other ones
+        alibi_slopes = alibi_slopes.new_zeros(q.shape[2])  # without rows, any slopes will do
     if alibi_slopes is None or alibi_slopes.shape == (q.shape[2],):
         transposed = (x.transpose(1, 2) for x in (q, k, v))
         out, lse = attend(caller, *transposed, offset=k.shape[1] - q.shape[1], alibi=alibi_slopes, **options)
@@ -348,7 +348,7 @@ def _attend_dense(
         (queries, starts), (keys, k_starts), (values, _) = map(_packed, (q, k, v))
         packed = PagedKeys.packed(keys, values, k_starts)
         sequences = make_sequences(caller, queries, starts, packed, alibi=alibi_slopes, **options)
-        out, lse = _in_batch(sequences.attend(), q.shape[0])
+        out, lse = _unpacked(sequences.attend(), q.shape[0])
     return (out, lse, q.new_empty(0)) if return_attn_probs else out
 
 
@@ -360,7 +360,7 @@ def _options(
     softcap: float,
     dropout_p: float = 0.0,
 ) -> dict[str, Any]:
-    """What all functions share, as keywords of `qkv.attention`."""
+    """The options that all functions share, as keywords of `qkv.attention`."""
     require_finite(caller, "softcap", softcap)
     require_probability(caller, "dropout_p", dropout_p)
     return {
@@ -371,27 +371,27 @@ def _options(
     }
 
 
-def _require_no_pattern(caller: str, return_attn_probs: bool, dropout_p: float) -> None:
+def _refuse_dropout_pattern(caller: str, return_attn_probs: bool, dropout_p: float) -> None:
     if return_attn_probs and dropout_p > 0:
         raise NotImplementedError(
-            f"{caller}: return_attn_probs asks for the pattern of dropped weights, which is not kept; "
-            f"got dropout_p={dropout_p}. Call it with dropout_p=0 for the lse, which dropout leaves alone."
+            f"{caller}: return_attn_probs must be False with dropout, since its pattern is not stored; "
+            f"got dropout_p={dropout_p}. For the lse, which dropout does not change, pass dropout_p=0."
         )
 
 
 def _packed(batch: Tensor) -> tuple[Tensor, Tensor]:
-    """``(B * L, H, D)`` from ``(B, L, H, D)``, and where each sequence begins."""
+    """``(B, L, H, D)`` as packed sequences ``(B * L, H, D)``, and their cumulative lengths."""
     return batch.flatten(0, 1), torch.arange(batch.shape[0] + 1) * batch.shape[1]
 
 
-def _in_batch(packed: Partial, batch: int) -> Partial:
-    """``(B, Lq, H, Dv)`` and the lse ``(B, H, Lq)`` from sequences of one length, packed."""
+def _unpacked(packed: Partial, batch: int) -> Partial:
+    """``(B, Lq, H, Dv)`` and the lse ``(B, H, Lq)`` of packed sequences of equal lengths."""
     shape = (batch, packed.out.shape[0] // batch)
     return Partial(packed.out.unflatten(0, shape), packed.lse.unflatten(1, shape).transpose(0, 1))
 
 
 def _count_new(caller: str, batch: int, k: Tensor | None, v: Tensor | None, k_cache: Tensor, v_cache: Tensor) -> int:
-    """The number of new tokens, which must fit the cache in all but number."""
+    """The number of new tokens, after a check that they match the cache."""
     if k is None or v is None:
         raise ValueError(f"{caller}: k and v must be given together; got None for {'k' if k is None else 'v'}.")
     require_keys(caller, DENSE, k=k, v=v)
@@ -406,7 +406,7 @@ def _count_new(caller: str, batch: int, k: Tensor | None, v: Tensor | None, k_ca
 
 
 def _rows(caller: str, cache_batch_idx: Tensor | None, batch: int, cache: Tensor) -> Tensor:
-    """The row of the cache for each of the batch, ``(B, 1)``."""
+    """The cache row of each batch row, ``(B, 1)``."""
     if cache_batch_idx is None:
         rows = list(range(batch))
     else:
@@ -414,7 +414,7 @@ def _rows(caller: str, cache_batch_idx: Tensor | None, batch: int, cache: Tensor
         rows = cache_batch_idx.tolist()
     if max(rows, default=0) >= cache.shape[0]:
         raise ValueError(
-            f"{caller}: cache_batch_idx must be rows of the cache, which has {cache.shape[0]}; got {rows}."
+            f"{caller}: cache_batch_idx must be less than the {cache.shape[0]} rows of the cache; got {rows}."
         )
     return torch.tensor(rows, dtype=torch.int64, device=cache.device)[:, None]
 
@@ -429,7 +429,7 @@ def _rotate(caller: str, x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor,
         )
     if (positions >= cos.shape[0]).any():
         raise ValueError(
-            f"{caller}: rotary_cos and rotary_sin must hold position {positions.max()}; got {cos.shape[0]} positions."
+            f"{caller}: rotary_cos and rotary_sin must have position {positions.max()}; got {cos.shape[0]} positions."
         )
     cos, sin = (table.to(torch.promote_types(x.dtype, torch.float32))[positions][:, :, None] for table in (cos, sin))
     return rotate(x, cos, sin, interleaved=interleaved)

@@ -1,4 +1,4 @@
-"""qkv where torch's own attention is called, and torch's calls of packed sequences."""
+"""qkv for torch: `accelerate` routes calls of its attention, `varlen_attn` is its API of packed sequences."""
 
 from qkv.integrations.torch.accelerate import accelerate as accelerate
 from qkv.integrations.torch.varlen import AuxRequest as AuxRequest

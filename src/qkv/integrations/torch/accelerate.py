@@ -1,4 +1,4 @@
-"""`accelerate`: models of others on our kernel, unchanged."""
+"""`accelerate`: torch's attention calls of unmodified models, routed to the kernel."""
 
 import sys
 from collections import Counter
@@ -9,45 +9,45 @@ from typing import Any, NamedTuple, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
-from qkv.integrations.torch.dispatcher import listener, routed
+from qkv.integrations.torch.dispatcher import current_callback, routed
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 class Call(NamedTuple):
-    """A kind of call, as a `Report` counts it."""
+    """The kind of an attention call, by which a `Report` counts."""
 
     where: str
-    """module, line and function that made it"""
+    """module, line and function of the caller"""
     query: tuple[int, ...]
     key: tuple[int, ...]
     reason: str | None
-    """why it was left to torch; None where it was taken"""
+    """why torch computed it; None if qkv did"""
 
 
 class Report:
-    """What `accelerate` took and what it left to torch, and why. ``str()`` of it is a table.
+    """Counts of the calls that `accelerate` routed to qkv and of those that fell back to torch. ``str()`` is a table.
 
     Attributes:
-        calls: how often each `Call` was made.
+        calls: number of calls of each kind.
     """
 
     def __init__(self) -> None:
         self.calls: Counter[Call] = Counter()
 
     @property
-    def taken(self) -> int:
-        """How many calls qkv answered."""
+    def routed(self) -> int:
+        """Number of calls that qkv computed."""
         return sum(count for call, count in self.calls.items() if call.reason is None)
 
     @property
-    def left(self) -> int:
-        """How many calls were left to torch."""
-        return self.calls.total() - self.taken
+    def fallback(self) -> int:
+        """Number of calls that torch computed."""
+        return self.calls.total() - self.routed
 
     def __str__(self) -> str:
         if not self.calls:
-            return "No call of torch's attention on CPU. nn.MultiheadAttention makes one with need_weights=False."
+            return "No call of torch's attention on CPU. nn.MultiheadAttention makes one only with need_weights=False."
         rows = [("calls", "where", "query", "key", "by")]
         rows += [
             (str(count), call.where, str(call.query), str(call.key), f"torch: {call.reason}" if call.reason else "qkv")
@@ -58,7 +58,7 @@ class Report:
         return "\n".join(lines)
 
     def _count(self, query: Tensor, key: Tensor, reason: str | None) -> None:
-        frame = sys._getframe(2)  # of whoever called the operator
+        frame = sys._getframe(2)  # the caller of the operator
         where = f"{frame.f_globals.get('__name__')}:{frame.f_lineno} {frame.f_code.co_name}"
         self.calls[Call(where, tuple(query.shape), tuple(key.shape), reason)] += 1
 
@@ -68,36 +68,36 @@ def accelerate() -> AbstractContextManager[Report]: ...
 @overload
 def accelerate(model: Model, *, enabled: bool = True) -> Model: ...
 def accelerate(model: Any = None, *, enabled: bool = True) -> Any:
-    """Answers torch's own attention calls with our kernel, wherever the answer is the same.
+    """Routes torch's attention calls to qkv's kernel where it computes the same.
 
-    ``with accelerate() as report:`` holds for all calls of this thread (or asyncio task) within the block, and tells in
-    ``report`` what was taken, what was left to torch, and why. ``accelerate(model)`` holds for this model from now on,
-    in whichever thread it runs; ``accelerate(model, enabled=False)`` takes it back.
+    ``with accelerate() as report:`` routes all calls of this thread (or asyncio task) in the block, and counts in
+    ``report`` the routed ones and those that fell back to torch, with reasons. ``accelerate(model)`` routes all calls
+    of a model, in any thread, until ``accelerate(model, enabled=False)``.
 
-    Taken are calls of ``scaled_dot_product_attention`` on CPU, under whatever name the model has bound it, for which
+    Routed are CPU calls of ``scaled_dot_product_attention``, under any name that the model has bound it to, for which
     `attention` would choose the native kernel, and the fused inference of ``nn.MultiheadAttention`` and
-    ``nn.TransformerEncoderLayer``. All else runs as ever: fp64, other devices, nested and other special tensors,
-    ``torch.func``, forward-mode derivatives, programs that are compiled or exported, shapes that broadcast, and
-    whatever torch refuses. ``nn.MultiheadAttention`` makes no such call where it has to return the weights
-    (``need_weights=True``, its default) and a gradient is wanted or the module is in training.
+    ``nn.TransformerEncoderLayer``. All others fall back: fp64, other devices, nested tensors and other subclasses,
+    ``torch.func``, forward-mode derivatives, compiled and exported programs, shapes that broadcast, and calls that
+    torch refuses. ``nn.MultiheadAttention`` makes no such call if it returns weights (``need_weights=True``, the
+    default) and is in training or needs gradients.
 
     Results, gradients, layouts and errors are torch's, up to rounding, with these exceptions: a masked key has no
-    influence even where it holds NaN or inf; dropout draws other elements from the same seed; a second derivative is
-    refused where torch's unfused kernel would have one (``sdpa_kernel(SDPBackend.MATH)`` leaves such calls to torch).
-    A model with activation checkpoints recomputes in its backward pass, which then belongs into the block too.
+    influence even if it contains NaN or inf; dropout draws other elements from the same seed; second derivatives raise,
+    which torch's unfused kernel has (``sdpa_kernel(SDPBackend.MATH)`` leaves calls to torch). With activation
+    checkpointing, run backward inside the block as well.
 
-    From the first use on, calls of attention on CPU that are not routed cost some microseconds more in this process.
-    Have no other thread inside of one while the first block is entered. Take a model back for ``torch.jit.script`` and
-    for ``nn.DataParallel``, which look for its own ``forward``.
+    From the first use on, CPU calls of attention that are not routed cost some microseconds more in this process. Enter
+    the first block while no other thread is inside an attention call. Call ``accelerate(model, enabled=False)`` before
+    ``torch.jit.script`` and ``nn.DataParallel``, which need the original ``forward``.
 
     Args:
-        model: a module, changed in place: the ``forward`` of its modules is wrapped. Deep copies and pickles stay
-            accelerated; a module added later is not. (A ``copy.copy`` calls its original, as with whatever else sets a
-            ``forward``.)
-        enabled: False takes an earlier ``accelerate(model)`` back.
+        model: a module, modified in place: the ``forward`` of its modules is wrapped. Deep copies and pickles stay
+            accelerated; modules added later are not. (A ``copy.copy`` calls its original, as with every ``forward``
+            that is set on an instance.)
+        enabled: False undoes an earlier ``accelerate(model)``.
 
     Returns:
-        the model; or without one, a context manager that gives a `Report`.
+        The model; without one, a context manager that returns a `Report`.
 
     Raises:
         TypeError: for a model that is not an ``nn.Module``.
@@ -107,35 +107,35 @@ def accelerate(model: Any = None, *, enabled: bool = True) -> Any:
         >>> model = torch.nn.TransformerEncoderLayer(32, 4, batch_first=True)
         >>> with qkv.accelerate() as report:
         ...     out = model(torch.randn(2, 10, 32))
-        >>> report.taken, report.left
+        >>> report.routed, report.fallback
         (1, 0)
         >>> model = qkv.accelerate(model)
 
     Source: the semantics of ``torch.nn.functional.scaled_dot_product_attention`` on CPU.
     """
     if model is None:
-        return _reported()
+        return _reporting()
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate: model must be an nn.Module; got {type(model).__name__}.")
     for module in model.modules():
         forward = module.__dict__.get("forward")
-        if isinstance(forward, _Routed):
+        if isinstance(forward, _RoutedForward):
             if not enabled:
                 forward.restore(module)
         elif enabled and _may_attend(module):
-            module.__dict__["forward"] = _Routed(module)
+            module.__dict__["forward"] = _RoutedForward(module)
     return model
 
 
 @contextmanager
-def _reported() -> Iterator[Report]:
+def _reporting() -> Iterator[Report]:
     report = Report()
     with routed(report._count):
         yield report
 
 
-class _Routed:
-    """A module's forward, whose calls are routed: what its class says at each call, or what its instance had said."""
+class _RoutedForward:
+    """The forward of a module, with calls routed: the current one of its class, or the former one of the instance."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -143,7 +143,7 @@ class _Routed:
 
     @property
     def forward(self) -> Callable[..., Any]:
-        """What is routed."""
+        """The wrapped forward."""
         if self.own is not None:
             return self.own
         kind = type(self.module)
@@ -151,11 +151,11 @@ class _Routed:
         return found.__get__(self.module, kind)  # type: ignore[no-any-return]
 
     @property
-    def __wrapped__(self) -> Callable[..., Any]:  # callers read the signature
+    def __wrapped__(self) -> Callable[..., Any]:  # for readers of the signature
         return self.forward
 
     @property
-    def __code__(self) -> Any:  # and torch.export the source
+    def __code__(self) -> Any:  # for torch.export, which reads the source
         return self.forward.__code__
 
     @property
@@ -163,9 +163,9 @@ class _Routed:
         return getattr(self.forward, "__name__", "forward")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or listener() is not None:
+        if torch.compiler.is_compiling() or current_callback() is not None:
             return self.forward(*args, **kwargs)
-        with routed(_forget):
+        with routed(_ignore):
             return self.forward(*args, **kwargs)
 
     def restore(self, module: nn.Module) -> None:
@@ -175,10 +175,10 @@ class _Routed:
             module.__dict__["forward"] = self.own
 
 
-def _forget(query: Tensor, key: Tensor, reason: str | None) -> None:
-    """Keeps no report."""
+def _ignore(query: Tensor, key: Tensor, reason: str | None) -> None:
+    """Callback without a report."""
 
 
 def _may_attend(module: nn.Module) -> bool:
-    """Whether the module could call attention by itself or through others: not the linear layers and norms of torch."""
+    """Whether a call of the module may reach attention, unlike torch's own modules without children."""
     return any(True for _ in module.children()) or not type(module).__module__.startswith("torch.nn.")

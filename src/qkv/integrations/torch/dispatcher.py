@@ -1,9 +1,9 @@
-"""`routed`: torch's own attention operators, answered by our kernel wherever it gives the same answer.
+"""`routed`: torch's attention operators, computed by qkv's kernel where the result is the same.
 
-The two operators are ``scaled_dot_product_attention`` and ``_native_multi_head_attention``, the fast path of
-``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` in inference. They are taken over in torch's dispatcher, on
-CPU: there every call arrives, by whatever name the caller has bound the function, from Python, TorchScript or C++, and
-no other call of torch pays for it. They stay taken over from the first use on, and pass by what is not to be routed.
+The operators are ``scaled_dot_product_attention`` and ``_native_multi_head_attention``, the fused inference of
+``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer``. They are overridden in torch's dispatcher, on CPU, which
+sees every call, under any name, from Python, TorchScript or C++, at no cost to other operators. The override is never
+removed; calls that are not routed go to torch's kernel.
 """
 
 import functools
@@ -24,39 +24,39 @@ from qkv.masks import FULL, Mask
 from qkv.problem import make_problem
 from qkv.scores import ScoreOptions
 
-Record = Callable[[Tensor, Tensor, str | None], None]
-"""Is told of each call: its queries, its keys, and why it was left to torch; None where it was taken."""
+Callback = Callable[[Tensor, Tensor, str | None], None]
+"""Called for each attention call with its queries, its keys, and the reason why torch computed it; None if qkv did."""
 
-_THEIR_ATTENTION = library.get_kernel("aten::scaled_dot_product_attention", "CPU")
-_THEIR_FAST_PATH = library.get_kernel("aten::_native_multi_head_attention", "CPU")
+_TORCH_SDPA = library.get_kernel("aten::scaled_dot_product_attention", "CPU")
+_TORCH_MHA = library.get_kernel("aten::_native_multi_head_attention", "CPU")
 
 _CAUSAL = Mask.causal()
 
 
 class _Block:
-    """A block that routes calls: entered within ``outer``, and open until it is left."""
+    """A ``with routed(...)`` block, entered inside of ``outer``."""
 
-    def __init__(self, tell: Record, outer: "_Block | None") -> None:
-        self.tell, self.outer, self.is_open = tell, outer, True
+    def __init__(self, notify: Callback, outer: "_Block | None") -> None:
+        self.notify, self.outer, self.is_open = notify, outer, True
 
 
 _innermost: ContextVar[_Block | None] = ContextVar("innermost", default=None)
-"""The block entered last in this thread or task, which may have been left since, here or elsewhere."""
+"""The block entered last in this thread or task. It may be closed by now, also by another thread."""
 
 _lock = threading.Lock()
 
 
 @contextmanager
-def routed(to: Record) -> Iterator[None]:
-    """Routes the calls of this thread, or of this asyncio task, and tells ``to`` of each.
+def routed(notify: Callback) -> Iterator[None]:
+    """Context manager that routes the calls of this thread or asyncio task, and calls ``notify`` for each.
 
-    Blocks may be left in any order and from anywhere: a generator may be closed after its caller's block, or collected
-    in another thread, and a task outlives the block in which it was made. So a block that is left is marked, instead of
-    putting back what was found on entering, and the innermost one that is still open counts.
+    Blocks may be closed in any order and from any thread: a generator may outlive the block of its caller or be
+    collected in another thread, and a task may outlive the block that it was created in. So closing a block marks it,
+    instead of restoring the state before, and the innermost open block is in effect.
     """
     with _lock:
-        _take_over()
-    block = _Block(to, _open_block())
+        _override_operators()
+    block = _Block(notify, _open_block())
     _innermost.set(block)
     try:
         yield
@@ -65,36 +65,37 @@ def routed(to: Record) -> Iterator[None]:
         _innermost.set(_open_block())
 
 
-def listener() -> Record | None:
-    """Whether, and for whom, calls of this thread or task are routed."""
+def current_callback() -> Callback | None:
+    """The callback of the innermost open block of this thread or task; None outside of all blocks."""
     block = _open_block()
-    return None if block is None else block.tell
+    return None if block is None else block.notify
 
 
 def _open_block() -> _Block | None:
+    """The innermost open block of this thread or task. Drops closed ones from the chain."""
     block = _innermost.get()
     while block is not None and not block.is_open:
         block = block.outer
     if block is not None:
         while block.outer is not None and not block.outer.is_open:
-            block.outer = block.outer.outer  # or a chain of blocks that overlap would grow without end
+            block.outer = block.outer.outer  # else overlapping blocks would form an endless chain
     return block
 
 
 @functools.cache
-def _take_over() -> library.Library:
-    """Once and for good: giving the operators back while another thread is in one of them would end the process."""
+def _override_operators() -> library.Library:
+    """Registers our kernels, permanently: removing them while another thread runs one would crash the process."""
     operators = library.Library("aten", "IMPL")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns of a kernel that is replaced
-        # Outside of inference mode calls reach AutogradCPU first, and inside of it CPU alone.
-        operators.impl("scaled_dot_product_attention", _attend, "AutogradCPU", with_keyset=True)
-        operators.impl("scaled_dot_product_attention", _attend, "CPU", with_keyset=True)
-        operators.impl("_native_multi_head_attention", _attend_projected, "CPU", with_keyset=True)
+        warnings.simplefilter("ignore")  # torch warns of overridden kernels
+        # Calls reach AutogradCPU first; in inference mode, CPU only.
+        operators.impl("scaled_dot_product_attention", _sdpa, "AutogradCPU", with_keyset=True)
+        operators.impl("scaled_dot_product_attention", _sdpa, "CPU", with_keyset=True)
+        operators.impl("_native_multi_head_attention", _mha, "CPU", with_keyset=True)
     return operators
 
 
-def _attend(
+def _sdpa(
     keys: Any,
     query: Tensor,
     key: Tensor,
@@ -106,20 +107,20 @@ def _attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """In place of ``aten::scaled_dot_product_attention``."""
-    tell = listener()
-    if tell is not None:
-        answer = _answer(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-        tell(query, key, answer if isinstance(answer, str) else None)
-        if isinstance(answer, Tensor):
-            return answer
-    plain: Tensor = _THEIR_ATTENTION.call_boxed(
+    """Override of ``aten::scaled_dot_product_attention``."""
+    notify = current_callback()
+    if notify is not None:
+        out = _solve_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        notify(query, key, out if isinstance(out, str) else None)
+        if isinstance(out, Tensor):
+            return out
+    fallback: Tensor = _TORCH_SDPA.call_boxed(
         keys, query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
-    return plain
+    return fallback
 
 
-def _answer(
+def _solve_sdpa(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -129,18 +130,18 @@ def _answer(
     scale: float | None,
     enable_gqa: bool,
 ) -> Tensor | str:
-    """What torch would return, from our kernel, or why it is left to torch."""
-    reason = _watcher(query, key, value, attn_mask)
+    """The result of ``scaled_dot_product_attention`` by qkv's kernel, or the reason why torch must compute it."""
+    reason = _why_not(query, key, value, attn_mask)
     if reason is not None:
         return reason
     if sys._getframe(2).f_globals is vars(sdpa):
         return "qkv's own call of torch's kernel"
     if not torch.backends.cuda.flash_sdp_enabled():
-        return "sdpa_kernel rules fused kernels out"
+        return "sdpa_kernel excludes fused kernels"
     if not (query.numel() and key.numel() and value.numel()):
         return "empty tensors"
     if scale is not None and not scale > 0:
-        return "a scale that is not positive, which torch's kernel also multiplies its mask by"
+        return "a scale that is not positive, by which torch's kernel multiplies the mask as well"
     rank, shared = query.dim(), -3 if enable_gqa else -2
     if rank + shared < 0:
         return f"{rank} dimensions"
@@ -164,7 +165,7 @@ def _answer(
     out = solve(q, k, v, mask, bias, scale, dropout_p)
     if isinstance(out, str):
         return out
-    # The layout is part of the answer: callers view the result in other shapes.
+    # Keep torch's layout, since callers view the result in other shapes.
     if query.is_contiguous() or not torch._fused_sdp_choice(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     ):
@@ -174,7 +175,7 @@ def _answer(
     return out if out.stride() == like.stride() else like.copy_(out)
 
 
-def _attend_projected(
+def _mha(
     keys: Any,
     query: Tensor,
     key: Tensor,
@@ -190,46 +191,46 @@ def _attend_projected(
     average_attn_weights: bool = True,
     mask_type: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """In place of ``aten::_native_multi_head_attention``."""
-    tell = listener()
-    if tell is not None:
-        answer: Tensor | str
+    """Override of ``aten::_native_multi_head_attention``."""
+    notify = current_callback()
+    if notify is not None:
+        out: Tensor | str
         if need_weights:
-            answer = "the weights are asked for"
+            out = "need_weights=True"
         elif not query is key is value:
-            answer = "query, key and value are not the same"
+            out = "query, key and value are not the same tensor"
         else:
-            answer = _answer_projected(query, num_head, qkv_weight, qkv_bias, mask, mask_type)
-        tell(query, key, answer if isinstance(answer, str) else None)
-        if isinstance(answer, Tensor):
-            return F.linear(answer.transpose(1, 2).flatten(2), proj_weight, proj_bias), None
-    found: tuple[Tensor, Tensor | None] = _THEIR_FAST_PATH.call_boxed(
+            out = _solve_mha(query, num_head, qkv_weight, qkv_bias, mask, mask_type)
+        notify(query, key, out if isinstance(out, str) else None)
+        if isinstance(out, Tensor):
+            return F.linear(out.transpose(1, 2).flatten(2), proj_weight, proj_bias), None
+    fallback: tuple[Tensor, Tensor | None] = _TORCH_MHA.call_boxed(
         keys,
         *(query, key, value, embed_dim, num_head, qkv_weight, qkv_bias, proj_weight, proj_bias),
         *(mask, need_weights, average_attn_weights, mask_type),
     )
-    return found
+    return fallback
 
 
-def _answer_projected(
+def _solve_mha(
     x: Tensor, num_heads: int, weight: Tensor, bias: Tensor, mask: Tensor | None, mask_type: int | None
 ) -> Tensor | str:
-    """Attention over ``x (B, L, E)``, (B, H, L, D), or why it is left to torch.
+    """Self-attention ``(B, H, L, D)`` of ``x (B, L, E)`` by qkv's kernel, or the reason why torch must compute it.
 
-    ``mask`` has the polarity of ``nn.MultiheadAttention``, and is (B, L) for type 1.
+    ``mask`` is True for hidden keys, as in ``nn.MultiheadAttention``; of shape (B, L) for type 1.
     """
-    reason = _watcher(x, mask)
+    reason = _why_not(x, mask)
     if reason is not None:
         return reason
-    seen = FULL
+    visible = FULL
     if mask is not None:
         hidden = mask.bool()
         if hidden.all(dim=-1).any():
-            return "a query sees no key, where torch's fast path gives NaN"
-        seen = Mask.padding(~hidden) if mask_type == 1 else Mask.dense(~hidden)
+            return "a query sees no key, for which torch's fast path returns NaN"
+        visible = Mask.padding(~hidden) if mask_type == 1 else Mask.dense(~hidden)
     projected = F.linear(x, weight, bias).unflatten(-1, (3, num_heads, -1))
     q, k, v = projected.permute(2, 0, 3, 1, 4).unbind()
-    return solve(q, k, v, seen)
+    return solve(q, k, v, visible)
 
 
 def solve(
@@ -241,7 +242,7 @@ def solve(
     scale: float | None = None,
     dropout: float = 0.0,
 ) -> Tensor | str:
-    """`attention` where it would choose the native kernel, or why it would not; causal masks align top-left."""
+    """`attention` by the native kernel, with offset 0, or the reasons why `attention` would not choose it."""
     scores: ScoreOptions = {"scale": scale, "bias": bias, "dropout": dropout}
     out = native.fast_path(q, k, v, None, None, mask, 0, scores)
     if out is not None:
@@ -254,15 +255,15 @@ def solve(
     return "; ".join(reasons) if reasons else native.run(problem).out
 
 
-def _watcher(*tensors: Tensor | None) -> str | None:
-    """Who watches the call, if anybody: what it records shall be torch's own program."""
+def _why_not(*tensors: Tensor | None) -> str | None:
+    """The reason why a call cannot be routed because of modes and tensor types; None if there is none."""
     if torch._C._len_torch_dispatch_stack():
-        return "a compiler, or another mode of dispatch, watches"
+        return "a compiler or another dispatch mode is active"
     given = [tensor for tensor in tensors if tensor is not None]
     if any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in given):
-        return "tensors of a class of their own"
+        return "tensor subclasses"
     if any(tensor.is_neg() or torch._is_zerotensor(tensor) for tensor in given):
-        return "tensors whose numbers are not in memory, which the dispatcher writes out"
+        return "lazily negated or zero tensors, which the dispatcher materialises"
     if any(tensor.layout is not torch.strided for tensor in given):
         return "sparse tensors"
     return None

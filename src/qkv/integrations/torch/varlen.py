@@ -1,7 +1,7 @@
-"""`varlen_attn` of torch, on a CPU: attention over packed sequences. What flash-attn's functions share with it is here.
+"""torch's `varlen_attn` on a CPU: attention over packed sequences. Also the checks shared with flash-attn's functions.
 
-Sequences of different lengths stand one after the other in ``(T, H, D)``; where each begins is said by cumulative
-lengths ``(N + 1,)``, or, for keys in a pool of pages, by a table of pages.
+Sequences of different lengths are packed in ``(T, H, D)`` and delimited by cumulative lengths ``(N + 1,)``; keys may
+instead be in pages ``(pages, page_size, Hkv, D)``, listed in a table.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from qkv.sequences import PagedKeys, make_sequences
 
 
 class AuxRequest(NamedTuple):
-    """What `varlen_attn` returns beside its output."""
+    """What `varlen_attn` returns in addition to its output."""
 
     lse: bool = False
 
@@ -45,20 +45,19 @@ def varlen_attn(
         query: ``(Tq, H, D)``.
         key: ``(Tk, Hkv, D)``; ``(pages, page_size, Hkv, D)`` with a block_table.
         value: ``(Tk, Hkv, Dv)``; ``(pages, page_size, Hkv, Dv)`` with a block_table.
-        cu_seq_q, cu_seq_k: ``(N + 1,)``, where each sequence begins, and the end. With a block_table, cu_seq_k has no
+        cu_seq_q, cu_seq_k: ``(N + 1,)``, the first token of each sequence, then T. With a block_table, cu_seq_k has no
             effect and may be None.
-        max_q, max_k: have no effect, since cu_seq_q and cu_seq_k say how long sequences are.
-        return_aux: ``AuxRequest(lse=True)`` asks for the lse as well.
+        max_q, max_k: have no effect, since cu_seq_q and cu_seq_k determine the lengths.
+        return_aux: ``AuxRequest(lse=True)`` returns the lse as well.
         scale: factor of the scores, ``1 / sqrt(D)`` if None.
         window_size: numbers of keys seen before and after the query's own, -1 for all: ``(-1, 0)`` is causal.
         enable_gqa: whether Hkv may be less than H.
-        seqused_k: ``(N,)``, how many keys of each sequence count, from its first on.
-        block_table: ``(N, pages of a sequence)``, the pages in which the keys of a sequence stand, in order. Needs
-            seqused_k.
-        num_splits: has no effect: the bits of a sequence's results never depend on what else is packed.
+        seqused_k: ``(N,)``, number of keys of each sequence that are used, the first ones.
+        block_table: ``(N, pages of a sequence)``, the pages with the keys of each sequence, in order. Needs seqused_k.
+        num_splits: has no effect, since the bits of a sequence never depend on the other sequences.
 
     Returns:
-        ``(Tq, H, Dv)``, and where asked for the lse ``(H, Tq)``. A query that sees no key gets 0, and an lse of -inf.
+        ``(Tq, H, Dv)``, and on request the lse ``(H, Tq)``. A query that sees no key gets 0, and an lse of -inf.
 
     Raises:
         ValueError: for lengths, pages and shapes that do not fit together, and fewer KV heads without enable_gqa.
@@ -82,7 +81,7 @@ def varlen_attn(
     if not enable_gqa and query.shape[1] != key.shape[-2]:
         raise ValueError(
             f"{caller}: query and key must have the same number of heads; got {query.shape[1]} and {key.shape[-2]}. "
-            "Give enable_gqa=True where groups of query heads share a key head."
+            "Pass enable_gqa=True if groups of query heads share a key head."
         )
     require_starts(caller, "cu_seq_q", cu_seq_q, query.shape[0])
     if block_table is not None:
@@ -92,14 +91,14 @@ def varlen_attn(
         keys = keys_in_pages(caller, key, value, block_table, seqused_k)
     else:
         if cu_seq_k is None:
-            raise ValueError(f"{caller}: cu_seq_k must be given where no block_table says where keys stand; got None.")
+            raise ValueError(f"{caller}: cu_seq_k must be a tensor unless block_table is given; got None.")
         require_starts(caller, "cu_seq_k", cu_seq_k, key.shape[0])
         if seqused_k is not None:
-            held = cu_seq_k.diff()
-            require_counts(caller, "seqused_k", seqused_k, len(held))
-            if not torch.compiler.is_compiling() and (seqused_k.to(held.device) > held).any():
+            lengths = cu_seq_k.diff()
+            require_counts(caller, "seqused_k", seqused_k, len(lengths))
+            if not torch.compiler.is_compiling() and (seqused_k.to(lengths.device) > lengths).any():
                 raise ValueError(
-                    f"{caller}: seqused_k must be at most the lengths that cu_seq_k gives, {held.tolist()}; "
+                    f"{caller}: seqused_k must be at most the lengths in cu_seq_k, {lengths.tolist()}; "
                     f"got {seqused_k.tolist()}."
                 )
         keys = PagedKeys.packed(key, value, cu_seq_k, seqused_k)
@@ -108,7 +107,7 @@ def varlen_attn(
 
 
 def band(caller: str, window_size: Sequence[int], causal: bool = False) -> Mask:
-    """The mask of flash-attn's ``window_size``, ``(left, right)`` with -1 for no bound; ``causal`` makes right 0."""
+    """The mask of a ``window_size (left, right)`` of flash-attn, -1 for no bound; ``causal`` sets right to 0."""
     if not isinstance(window_size, Sequence) or len(window_size) != 2:
         raise ValueError(f"{caller}: window_size must be (left, right), -1 for no bound; got {window_size!r}.")
     left, right = window_size
@@ -118,9 +117,9 @@ def band(caller: str, window_size: Sequence[int], causal: bool = False) -> Mask:
 
 
 def require_starts(caller: str, name: str, starts: Tensor, total: int | None = None) -> None:
-    """Raises unless they say where each of some sequences begins among ``total`` tokens (any number, if None).
+    """Raises unless ``starts`` are cumulative lengths ``(N + 1,)`` up to ``total`` (any number, if None).
 
-    What a tensor holds is not looked at here while compiling, as in all checks: the kernel does when it runs.
+    While compiling, values are not checked here, but by the kernel when it runs; so in all checks below.
     """
     _require_integers(caller, name, starts)
     if torch.compiler.is_compiling():
@@ -129,14 +128,16 @@ def require_starts(caller: str, name: str, starts: Tensor, total: int | None = N
     fits = len(bounds) > 1 and bounds[0] == 0 and total in (None, bounds[-1])
     if not fits or any(start > stop for start, stop in pairwise(bounds)):
         end = "" if total is None else f" and end at {total}, the number of tokens"
-        raise ValueError(f"{caller}: {name} must be (N + 1,) integers that start at 0, never fall{end}; got {starts}.")
+        raise ValueError(
+            f"{caller}: {name} must be (N + 1,) integers that start at 0, never decrease{end}; got {starts}."
+        )
 
 
 def require_counts(caller: str, name: str, counts: Tensor, batch: int) -> None:
-    """Raises unless they are numbers of tokens of each sequence of a batch."""
+    """Raises unless ``counts`` are numbers of tokens ``(batch,)``, one per sequence."""
     _require_integers(caller, name, counts)
     if counts.shape != (batch,) or (not torch.compiler.is_compiling() and min(counts.tolist(), default=0) < 0):
-        raise ValueError(f"{caller}: {name} must be ({batch},) integers, at least 0, one a sequence; got {counts}.")
+        raise ValueError(f"{caller}: {name} must be ({batch},) integers, at least 0, one per sequence; got {counts}.")
 
 
 def _require_integers(caller: str, name: str, value: object) -> None:
@@ -147,7 +148,7 @@ def _require_integers(caller: str, name: str, value: object) -> None:
 
 
 def require_layout(caller: str, layout: str, **tensors: Tensor) -> None:
-    """Raises unless each is a tensor and has the dimensions that ``layout``, as ``(T, H, D)``, names."""
+    """Raises unless each is a tensor with the dimensions named in ``layout``, such as ``(T, H, D)``."""
     require_tensors(caller, **tensors)
     for name, tensor in tensors.items():
         if tensor.dim() != layout.count(",") + 1:
@@ -155,18 +156,18 @@ def require_layout(caller: str, layout: str, **tensors: Tensor) -> None:
 
 
 def require_keys(caller: str, layout: str, **keys_and_values: Tensor) -> None:
-    """Raises ValueError unless keys and values have the dimensions of ``layout``, and equal ones but for the last."""
+    """Raises unless keys and values have the dimensions of ``layout`` and equal shapes except for the last one."""
     require_layout(caller, layout, **keys_and_values)
     (k_name, k), (v_name, v) = keys_and_values.items()
     if k.shape[:-1] != v.shape[:-1]:
         raise ValueError(
-            f"{caller}: {k_name} and {v_name} must have the same shape but for their width; "
+            f"{caller}: {k_name} and {v_name} must have the same shape except for the width; "
             f"got {tuple(k.shape)} and {tuple(v.shape)}."
         )
 
 
 def require_table(caller: str, block_table: Tensor, batch: int) -> None:
-    """Raises unless it has a row of entries for each sequence of a batch."""
+    """Raises unless ``block_table`` is integer ``(batch, entries)``."""
     _require_integers(caller, "block_table", block_table)
     if block_table.dim() != 2 or block_table.shape[0] != batch:
         raise ValueError(
@@ -180,7 +181,7 @@ def keys_in_pages(
     """Keys ``starts[n]`` (0 if None) to ``stops[n] - 1`` of each sequence, in pools ``(pages, page_size, Hkv, D)``.
 
     Raises:
-        ValueError: unless the entries of the table that they need are there, and pages. No other is looked at.
+        ValueError: for table entries that are missing or no page. Entries that no key needs are ignored.
     """
     require_table(caller, block_table, len(stops))
     starts = torch.zeros_like(stops) if starts is None else starts
@@ -204,6 +205,6 @@ def _require_pages(caller: str, pool: Tensor, block_table: Tensor, starts: Seque
         if not 0 <= min(needed) <= max(needed) < num_pages:
             page = next(page for page in needed if not 0 <= page < num_pages)
             raise ValueError(
-                f"{caller}: block_table must name pages 0 to {num_pages - 1}; got {page} at "
-                f"[{n}, {entries.index(page, first)}], where sequence {n} of {stop} keys needs one."
+                f"{caller}: block_table must contain pages 0 to {num_pages - 1}; got {page} at "
+                f"[{n}, {entries.index(page, first)}], which sequence {n} of {stop} keys needs."
             )
