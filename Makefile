@@ -99,7 +99,7 @@ wheel: $(VENV)/ready
 clean:
 	rm -rf $(VENV) dist build
 
-$(VENV)/ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/src/*/*)
+$(VENV)/ready: pyproject.toml constraints.txt CMakeLists.txt native/isas.cmake $(wildcard native/src/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
