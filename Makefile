@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q --numprocesses logical --dist worksteal
-CPP := $(wildcard native/src/*/*.h native/src/*/*.cpp native/tests/*.h native/tests/*.cpp)
+CPP := $(wildcard native/src/*.h native/src/*/*.h native/src/*/*.cpp native/tests/*.h native/tests/*.cpp)
 
 # Tests start Python a hundred times: each time would compile anew what is not kept.
 export PYTHONDONTWRITEBYTECODE :=
@@ -99,7 +99,7 @@ wheel: $(VENV)/ready
 clean:
 	rm -rf $(VENV) dist build
 
-$(VENV)/ready: pyproject.toml constraints.txt CMakeLists.txt native/isas.cmake $(wildcard native/src/*/*)
+$(VENV)/ready: pyproject.toml constraints.txt CMakeLists.txt native/isas.cmake $(wildcard native/src/*.h native/src/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@

@@ -12,6 +12,7 @@
 #include "abi/c_api.h"
 #include "runtime/huge_pages.h"
 #include "runtime/parallel.h"
+#include "sizes.h"
 
 namespace qkv {
 namespace {
@@ -113,11 +114,10 @@ class Packed {
 
     // About how long a sequence takes: scores, and what each key and each query costs beside them.
     double cost(int64_t n) const {
-        constexpr int64_t BESIDE = 8;
         const int64_t lq = queries(n);
         const int64_t seen =
             std::min(s.lengths[n], lq + std::min(p.left, LARGEST_POSITION) + std::min(p.right, LARGEST_POSITION));
-        return (double)(lq + BESIDE) * (double)(seen + BESIDE);
+        return (double)(lq + SEQUENCE_OVERHEAD) * (double)(seen + SEQUENCE_OVERHEAD);
     }
 
     View shifted(View view, int64_t batch, int64_t row) const {

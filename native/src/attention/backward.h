@@ -23,8 +23,6 @@
 namespace qkv {
 namespace QKV_ISA {
 
-constexpr int BWD_BLOCK_N = 3 * BLOCK_N;  // keys whose gradients one thread holds
-
 template <class Kind>
 struct BackwardScratch {
     float *queries, *d_outs;         // panels: rows are lanes
@@ -84,7 +82,7 @@ class OrderedAccumulation {
         const int mine = rank(t.batch, t.index, chunk);
         for (int tries = 0; now.load(std::memory_order_acquire) != mine; ++tries) {
             if (given_up.load(std::memory_order_relaxed)) throw std::bad_alloc();
-            if (tries > 1000) std::this_thread::yield();
+            if (tries > SPIN_TRIES) std::this_thread::yield();
         }
     }
 
@@ -185,7 +183,7 @@ class Recount {
     const Row* row(int64_t place) const { return found && concerns(p.lse[place]) ? &found[place] : nullptr; }
 
    private:
-    bool concerns(float lse) const { return std::isfinite(lse) && (p.lq == 1 || std::fabs(lse) > LARGE); }
+    bool concerns(float lse) const { return std::isfinite(lse) && (p.lq == 1 || std::fabs(lse) > LARGE_SCORE); }
 
     const Problem& p;
     std::unique_ptr<Row[]> found;

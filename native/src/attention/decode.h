@@ -143,8 +143,9 @@ template <class Products, int COUNT, int ROWS>
 static void accumulate_keys_decode(const Problem& p, const Tile& t, const Dropout& dropout, int64_t begin, int64_t end,
                                    const DecodeScratch& scratch, const DecodeState& state) {
     typedef Spread<COUNT, ROWS> Spread;
-    constexpr int KEYS = LANES / ROWS;                           // keys of a vector
-    constexpr int ABREAST = COUNT == 1 ? 1 : std::min(KEYS, 2);  // keys read side by side: more would slow memory down
+    constexpr int KEYS = LANES / ROWS;  // keys of a vector
+    constexpr int ABREAST =
+        COUNT == 1 ? 1 : std::min(KEYS, DECODE_KEYS);  // keys read side by side: more would slow memory down
     const Spread spread{p, t};
     const bool plain = plain_scores(p);
     const float factor = exponent_factor(p);

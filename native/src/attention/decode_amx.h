@@ -65,7 +65,8 @@ struct PrefetchKeys {
 // weight and 0, which sums the even columns, and by pairs of 0 and a weight for the odd ones; those of up to eight rows
 // share a tile. Rows of out lie likewise: sixteen even columns and the sixteen odd ones between them take turns.
 struct OnTiles {
-    static constexpr int LEAST = 3, MOST = LANES;  // one or two rows are as fast in dot products, and begin sooner
+    static constexpr int LEAST = AMX_DECODE_ROWS,
+                         MOST = LANES;  // one or two rows are as fast in dot products, and begin sooner
     static constexpr bool ON_TILES = true;
     typedef TileRegisters Registers;
     template <int ROWS>

@@ -10,7 +10,7 @@ namespace qkv {
 namespace QKV_ISA {
 
 // Rows at most.
-constexpr int FEW = LANES < 8 ? LANES : 8;
+constexpr int FEW = LANES < DECODE_ROWS ? LANES : DECODE_ROWS;
 #if defined(__AMX_BF16__)
 constexpr int FEW_OF_BF16 = LANES;
 #else
@@ -55,8 +55,7 @@ struct KeyByKey {
     // Where several rows take long enough, keys are asked for once more shortly before they are read.
     template <int COUNT>
     static inline void ask_ahead(const char* key, int64_t stride) {
-        constexpr int AHEAD = 16;
-        if (COUNT > 1) prefetch(key + AHEAD * stride, 1);
+        if (COUNT > 1) prefetch(key + DECODE_PREFETCH_KEYS * stride, 1);
     }
 };
 
@@ -278,7 +277,7 @@ struct Dots : KeyByKey {
     template <int COUNT, int ROWS, bool>
     static void add(const char* values, int64_t stride, int count, int64_t width, const float* weights, vec steps,
                     float* out, PrefetchStream keys) {
-        constexpr int SPANS = COUNT <= 4 ? 2 : 1;
+        constexpr int SPANS = dot_spans(COUNT);
         int64_t d = 0;
         for (; d + SPANS * STEP <= width; d += SPANS * STEP)
             some<COUNT, ROWS, SPANS>(values, stride, count, d, width, weights, steps, out, keys);

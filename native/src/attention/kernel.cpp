@@ -94,8 +94,7 @@ static void run(const Problem& p) {
         Strategy::finish(p, t, total);
     };
     // Where there are many heads, a thread prepares and keeps its own; what is left over is for all threads.
-    constexpr int64_t MANY = 8;
-    const int64_t own = heads >= MANY * p.threads ? heads - heads % p.threads : 0, left = heads - own;
+    const int64_t own = heads >= OWN_HEADS * p.threads ? heads - heads % p.threads : 0, left = heads - own;
     parallel_for(own, p.threads, [&](int64_t head) {
         const Prepared prepared(p, visibility, {head, 1, 1});
         for (int64_t place = 0; place < tiles; ++place) attend(prepared, tile_of(head, place));
@@ -103,7 +102,7 @@ static void run(const Problem& p) {
     if (left == 0) return;
     const Prepared prepared(p, visibility, {own, left, p.threads});
     const auto tile_left = [&](int64_t item) { return tile_of(own + item / tiles, item % tiles); };
-    if (own > 0 || left * tiles >= 4 * p.threads || pieces <= 1) {
+    if (own > 0 || left * tiles >= SPLIT_TILES * p.threads || pieces <= 1) {
         parallel_for(left * tiles, p.threads, [&](int64_t item) { attend(prepared, tile_left(item)); });
         return;
     }

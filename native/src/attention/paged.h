@@ -67,12 +67,11 @@ struct SideBySide {
     std::unique_ptr<char[]> keys, values;
 
     static View copied(const Problem& p, const View& view, int64_t width, std::unique_ptr<char[]>& to) {
-        constexpr int64_t SOME = 256;  // rows that a thread copies at a time
-        const int64_t parts = (p.lk + SOME - 1) / SOME, bytes = width * size_of(p.kv_dtype);
+        const int64_t parts = (p.lk + COPY_ROWS - 1) / COPY_ROWS, bytes = width * size_of(p.kv_dtype);
         to.reset(new char[p.kv_heads * p.lk * bytes]);
         parallel_for(p.kv_heads * parts, p.threads, [&](int64_t item) {
-            const int64_t head = item / parts, begin = item % parts * SOME;
-            collect(p, view, width, head, begin, std::min(p.lk, begin + SOME),
+            const int64_t head = item / parts, begin = item % parts * COPY_ROWS;
+            collect(p, view, width, head, begin, std::min(p.lk, begin + COPY_ROWS),
                     to.get() + (head * p.lk + begin) * bytes);
         });
         return view_at(p, to.get(), width, 0, p.lk * width);

@@ -81,7 +81,7 @@ static const typename Kind::Element* add_visible_nonfinite(const Problem& p, con
 template <class Work>
 static inline void for_vectors(const Segment& s, Work work) {
     int n = s.first;
-    for (; n + 4 <= s.last; n += 4) work(n, std::integral_constant<int, 4>());
+    for (; n + VECS_AT_ONCE <= s.last; n += VECS_AT_ONCE) work(n, std::integral_constant<int, VECS_AT_ONCE>());
     for (; n < s.last; ++n) work(n, std::integral_constant<int, 1>());
 }
 
@@ -89,14 +89,13 @@ static inline void for_vectors(const Segment& s, Work work) {
 // finite makes those of all rows so, and a row those of all keys: one vector of each key and one key of each vector
 // tell.
 static inline bool have_nonfinite(const Tile& t, const Segment& s, const float* scores) {
-    constexpr int ABREAST = 4;  // a single sum would wait for itself
     const int64_t lanes = t.lanes();
     const float* const corner = scores + s.begin * lanes + s.first * LANES;
     const int keys = s.end - s.begin;
-    vec zero[ABREAST] = {};  // stay so, unless a number is not finite
+    vec zero[SUMS_AT_ONCE] = {};  // stay so, unless a number is not finite
     int j = 0;
-    for (; j + ABREAST <= keys; j += ABREAST)
-        for (int i = 0; i < ABREAST; ++i) zero[i] += 0.0f * load(corner + (j + i) * lanes);
+    for (; j + SUMS_AT_ONCE <= keys; j += SUMS_AT_ONCE)
+        for (int i = 0; i < SUMS_AT_ONCE; ++i) zero[i] += 0.0f * load(corner + (j + i) * lanes);
     for (; j < keys; ++j) zero[0] += 0.0f * load(corner + j * lanes);
     for (int n = 1; n < s.last - s.first; ++n) zero[1] += 0.0f * load(corner + n * LANES);
     return any((zero[0] + zero[1]) + (zero[2] + zero[3]) != 0.0f);
@@ -114,19 +113,19 @@ static void spread_nan(const Tile& t, const Segment& s, float* scores) {
 
 template <int COUNT>
 static inline void find_peaks(const Tile& t, const Segment& s, int n, const float* scores, vec* block_max) {
-    constexpr int ABREAST = 4 / COUNT;  // keys: a single maximum would wait for itself
+    constexpr int KEYS = SUMS_AT_ONCE / COUNT;  // a single maximum would wait for itself
     const int64_t lanes = t.lanes();
-    vec found[ABREAST][COUNT];
+    vec found[KEYS][COUNT];
     const auto look = [&](int64_t j, int k) {
         for (int i = 0; i < COUNT; ++i) found[k][i] = max(load(scores + j * lanes + (n + i) * LANES), found[k][i]);
     };
-    for (int k = 0; k < ABREAST; ++k)
+    for (int k = 0; k < KEYS; ++k)
         for (int i = 0; i < COUNT; ++i) found[k][i] = block_max[i];
     int64_t j = s.begin;
-    for (; j + ABREAST <= s.end; j += ABREAST)
-        for (int k = 0; k < ABREAST; ++k) look(j + k, k);
+    for (; j + KEYS <= s.end; j += KEYS)
+        for (int k = 0; k < KEYS; ++k) look(j + k, k);
     for (; j < s.end; ++j) look(j, 0);
-    for (int k = 0; k < ABREAST; ++k)
+    for (int k = 0; k < KEYS; ++k)
         for (int i = 0; i < COUNT; ++i) block_max[i] = max(found[k][i], block_max[i]);
 }
 
@@ -148,9 +147,8 @@ static inline void exp_and_sum(const Problem& p, const Tile& t, const Segment& s
         found[i] = found[i] + weight;
         return weight;
     };
-    constexpr int AMX_IDLE_KEYS = 24;  // keys of four vectors; fewer vectors leave less to be slept through
     for (int64_t j = s.begin, end = s.end; j < end; j += STEP) {
-        if (COUNT == 4 && (j - s.begin) % AMX_IDLE_KEYS == 0) Kind::keep_amx_warm();
+        if (COUNT == VECS_AT_ONCE && (j - s.begin) % AMX_IDLE_KEYS == 0) Kind::keep_amx_warm();
         for (int i = 0; i < COUNT; ++i) {
             float* const at = scores + j * lanes + (n + i) * LANES;
             const vec weight = next(at, i);

@@ -181,16 +181,13 @@ static inline void sum_over_keys(ShortQuery<Kind, DTYPE>, const Tile& t, const S
                                  const float* weights, float* to, bool apart) {
     with_count<1, LANES>(t.count, [&](auto rows) {
         typedef typename ShortQuery<Kind, DTYPE>::Products Products;
-        constexpr int AHEAD = 32;  // values that are asked for: 16 come too late from a third cache
         const char* const from = (const char*)(values + s.begin * stride);
         const float* const factors = weights + OperandPacking<Kind>::steps(s.begin) * LANES;
         const int64_t step = stride * (int64_t)sizeof *values;
         const auto add = [&](auto is_apart) {
-            Products::template add<decltype(rows)::value, LANES, decltype(is_apart)::value>(from, step, s.end - s.begin,
-                                                                                            width, factors, vec{}, to,
-                                                                                            PrefetchStream{
-                                                                                                from + AHEAD * step,
-                                                                                                step});
+            Products::template add<decltype(rows)::value, LANES, decltype(is_apart)::value>(
+                from, step, s.end - s.begin, width, factors, vec{}, to,
+                PrefetchStream{from + SHORT_PREFETCH_VALUES * step, step});
         };
         apart ? add(std::true_type()) : add(std::false_type());
     });

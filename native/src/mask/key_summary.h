@@ -7,11 +7,10 @@
 #include <vector>
 
 #include "abi/problem.h"
+#include "sizes.h"
 
 namespace qkv {
 namespace QKV_ISA {
-
-constexpr int BLOCK_N = 96;  // keys of a block, of which scores are held
 
 class KeyVisibility {
    public:

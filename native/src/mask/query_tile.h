@@ -7,10 +7,6 @@
 namespace qkv {
 namespace QKV_ISA {
 
-constexpr int BLOCK_M = 64;    // query rows of a tile
-constexpr int SUBBLOCK = 12;   // keys of a segment at an edge
-constexpr int KV_SPLIT = 480;  // keys that are folded apart from the others, and merged in order
-
 constexpr float LOG2E = 1.44269504088896341f;
 constexpr float LN2 = 0.693147180559945309f;
 constexpr float INF = std::numeric_limits<float>::infinity();

@@ -232,13 +232,12 @@ class Prepared<Amx> : public LaidByBlock<Amx> {
         prefer_huge_pages(packed_values.get(), count * value_sheet * (int64_t)sizeof(uint16_t));
         if (!in_place) packed_keys.reset(new uint16_t[count * key_sheet]);
         finite.assign(count, true);
-        constexpr int64_t SOME = 16;  // sheets that a thread packs at a time
-        const int64_t parts = (sheets + SOME - 1) / SOME;
+        const int64_t parts = (sheets + COPY_SHEETS - 1) / COPY_SHEETS;
         parallel_for(heads.count * parts, heads.threads, [&](int64_t item) {
             const int64_t head = heads.first + item / parts, batch = head / p.kv_heads, kv_head = head % p.kv_heads;
             const int64_t begin = Tile(p, visibility, batch, kv_head, 0).begin;
             const int64_t end = Tile(p, visibility, batch, kv_head, tiles_of_head(p) - 1).end;
-            for (int64_t i = item % parts * SOME; i < std::min(sheets, (item % parts + 1) * SOME); ++i)
+            for (int64_t i = item % parts * COPY_SHEETS; i < std::min(sheets, (item % parts + 1) * COPY_SHEETS); ++i)
                 if (i * AMX_K < end && ((i + 1) * AMX_K > begin || i * AMX_K < p.sink_tokens))
                     pack(p, batch, kv_head, i);
         });

@@ -13,17 +13,7 @@
 namespace qkv {
 namespace QKV_ISA {
 
-// Vectors and rows of C that registers hold beside a row of B and an element of A.
-#if defined(__AVX512F__)
-constexpr int NV = 4;
-constexpr int height(int vecs) { return vecs <= 2 ? 12 : (vecs == 3 ? 8 : 6); }  // up to 24 of 32 registers
-#elif defined(__AVX2__)
-constexpr int NV = 2;
-constexpr int height(int vecs) { return vecs == 1 ? 12 : 6; }  // 12 of 16
-#else
-constexpr int NV = 2;
-constexpr int height(int vecs) { return vecs == 1 ? 8 : 4; }
-#endif
+constexpr int NV = micro_vecs(LANES);
 
 // What a kind of product has a thread hold while it multiplies, unless there is something.
 struct NoRegisterState {};
@@ -35,7 +25,7 @@ struct F32 {
     static constexpr Grain GRAIN = {SUBBLOCK, 1};
     // Steps along the width that are added up one after the other; such sums are then added. The error of a long sum
     // grows with its length.
-    static constexpr int64_t CHAIN = 32;
+    static constexpr int64_t CHAIN = F32_CHAIN;
     static inline vec madd(vec c, float a, vec b) { return c + a * b; }
     static inline void keep_amx_warm() {}
 };
@@ -89,7 +79,7 @@ static inline void micro(int64_t steps, const typename Kind::Element* a, const f
     if (steps < 1) __builtin_unreachable();  // else compilers keep a second C in memory for that
     // Keys and values come from memory that takes its time: those of the next block are asked for.
     if (ALONG == Along::k && !ADD)
-        for (int m = 0; m < ROWS; ++m) prefetch((const char*)(a + (m + BLOCK_N) * s.a), steps * sizeof(Element));
+        for (int m = 0; m < ROWS; ++m) prefetch((const char*)(a + (m + PREFETCH_ROWS) * s.a), steps * sizeof(Element));
     const bool goes_on = ADD && !apart;
     for (int64_t k = 0, end; k < steps; k = end) {
         const bool first = k == 0;
@@ -100,7 +90,7 @@ static inline void micro(int64_t steps, const typename Kind::Element* a, const f
                 for (int n = 0; n < VECS; ++n) acc[m][n] = load(at + n * LANES);
             });
         for (; k < end; ++k) {
-            if (ALONG == Along::m) prefetch((const char*)(a + (k + BLOCK_N) * s.a), 1);
+            if (ALONG == Along::m) prefetch((const char*)(a + (k + PREFETCH_ROWS) * s.a), 1);
             vec row[VECS];
             for (int n = 0; n < VECS; ++n) row[n] = load(b + k * s.b + n * LANES);
             // A machine's addresses reach three rows of A from one of them. Compilers, left to themselves, keep twelve
@@ -129,7 +119,7 @@ static inline void micro(int64_t steps, const typename Kind::Element* a, const f
 template <class Kind, Along ALONG, int VECS, bool ADD>
 static inline void rows(int64_t count, int64_t steps, const typename Kind::Element* a, const float* b, float* c,
                         Strides s, bool apart) {
-    constexpr int FULL = height(VECS);
+    constexpr int FULL = micro_rows(LANES, VECS);
     int64_t m = 0;
     const auto some = [&](auto rows) {
         constexpr int ROWS = decltype(rows)::value;

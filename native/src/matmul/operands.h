@@ -17,11 +17,6 @@ namespace QKV_ISA {
 template <class Kind>
 struct OperandPacking;
 
-// Numbers between rows from which they are copied side by side. Each lies in a page of its own then, and a block of
-// keys and values in more pages than a core has addresses at hand. A copy costs more than that for a vector of query
-// rows, or fewer.
-constexpr int64_t FAR = 512;
-
 // fp32: keys and values are read in place, unless their rows lie far apart; 16-bit ones are widened.
 template <>
 struct OperandPacking<F32> {
@@ -63,7 +58,8 @@ struct OperandPacking<F32> {
         std::fill(rows + r * whole_vectors(width), rows + (r + 1) * whole_vectors(width), 0.0f);
     }
 
-    // Whether rows are to be copied side by side.
+    // Whether rows are copied side by side. Each lies in a page of its own else, and a block of keys and values in more
+    // pages than a core has addresses at hand. A copy costs more than that for a vector of query rows, or fewer.
     static bool are_far(const Problem& p, const View& view, int64_t width) {
         return view.row > FAR && view.row != width && rows_of_head(p) > LANES;
     }
@@ -78,7 +74,7 @@ struct OperandPacking<F32> {
         stride = width;
         for_dtype(p.dtype, [&](auto dtype) {
             for (int64_t j = 0; j < count; ++j, from += view.row * size_of(dtype)) {
-                prefetch(from + BLOCK_N * view.row * size_of(dtype), width * size_of(dtype));
+                prefetch(from + PREFETCH_ROWS * view.row * size_of(dtype), width * size_of(dtype));
                 for_columns(width, [&](int64_t d, int64_t part) {
                     store_part(Dtype::f32, scratch + j * stride + d, load_part(dtype, from + d * size_of(dtype), part),
                                part);
@@ -174,7 +170,7 @@ struct OperandPacking<Bf16Dot> {
         for (int64_t j = 0; j < count; j += 2) {
             const uint16_t* low = (const uint16_t*)row_of(p, view, batch, kv_head, first + j);
             for (int i = 0; i < 2; ++i)
-                prefetch((const char*)(low + (BLOCK_N + i) * view.row), width * sizeof(uint16_t));
+                prefetch((const char*)(low + (PREFETCH_ROWS + i) * view.row), width * sizeof(uint16_t));
             interleave(low, j + 1 < count ? low + view.row : nullptr, width, (uint32_t*)scratch + j / 2 * stride);
         }
         return (const uint32_t*)scratch;
@@ -310,8 +306,8 @@ template <>
 class Prepared<F32> : public LaidByBlock<F32> {
    public:
     Prepared(const Problem& p, const KeyVisibility&, const Heads& heads) : heads(heads) {
-        const int64_t many = heads.count == 1 ? 4 : 16;  // tiles
-        if (p.dtype != Dtype::f32 || tiles_of_head(p) < many || p.lk > 4 * rows_of_head(p)) return;
+        const int64_t many = heads.count == 1 ? PREPARE_TILES_OWN : PREPARE_TILES;
+        if (p.dtype != Dtype::f32 || tiles_of_head(p) < many || p.lk > PREPARE_KEYS * rows_of_head(p)) return;
         bring_near(p, p.k, p.width, near_keys);
         bring_near(p, p.v, p.value_width, near_values);
     }
@@ -331,14 +327,13 @@ class Prepared<F32> : public LaidByBlock<F32> {
    private:
     void bring_near(const Problem& p, const View& view, int64_t width, std::unique_ptr<float[]>& to) const {
         if (!OperandPacking<F32>::are_far(p, view, width)) return;
-        constexpr int64_t SOME = 256;  // rows that a thread copies at a time
-        const int64_t parts = (p.lk + SOME - 1) / SOME;
+        const int64_t parts = (p.lk + COPY_ROWS - 1) / COPY_ROWS;
         to.reset(new float[heads.count * p.lk * width]);
         prefer_huge_pages(to.get(), heads.count * p.lk * width * (int64_t)sizeof(float));
         parallel_for(heads.count * parts, heads.threads, [&](int64_t item) {
             const int64_t place = item / parts, head = heads.first + place;
-            const int64_t end = std::min(p.lk, (item % parts + 1) * SOME);
-            for (int64_t row = item % parts * SOME; row < end; ++row)
+            const int64_t end = std::min(p.lk, (item % parts + 1) * COPY_ROWS);
+            for (int64_t row = item % parts * COPY_ROWS; row < end; ++row)
                 std::memcpy(to.get() + (place * p.lk + row) * width,
                             row_of(p, view, head / p.kv_heads, head % p.kv_heads, row), width * sizeof(float));
         });

@@ -18,7 +18,7 @@ struct RowMaxUpdate {
 
     RowMaxUpdate(const Problem& p, vec from, vec block_max, bool exact = false) {
         const float factor = exponent_factor(p);
-        rows = block_max > from + 8.0f / factor;  // also from -inf, where nothing was seen yet
+        rows = block_max > from + ROW_MAX_LAG / factor;  // also from -inf, where nothing was seen yet
         row_max = rows ? block_max : from;
         const vec base = row_max == -INF ? set1(0.0f) : row_max;
         origin = Origin::at(p, base, exact);

@@ -14,9 +14,6 @@ static inline bool plain_scores(const Problem& p) {
 // What turns a score into an exponent of 2.
 static inline float exponent_factor(const Problem& p) { return plain_scores(p) ? p.scale * LOG2E : LOG2E; }
 
-// Scores, and exponents of 2, from which on their rounding shows in weights.
-constexpr float LARGE = 256;
-
 // Where the exponents of a vector of rows begin: they are (x - base) * factor - shift.
 struct Origin {
     vec base;    // in units of scores
@@ -29,7 +26,7 @@ struct Origin {
     static Origin at(const Problem& p, vec top, bool exact) {
         if (exact || !plain_scores(p)) return {top, vec{}, false};
         const vec shift = top * exponent_factor(p);
-        const ivec large = (shift > LARGE) | (shift < -LARGE);
+        const ivec large = (shift > LARGE_SCORE) | (shift < -LARGE_SCORE);
         return {large ? top : vec{}, large ? vec{} : shift, !any(large)};
     }
 };
