@@ -2,7 +2,6 @@
 #pragma once
 
 #include "attention/decode_dot.h"
-#include "simd/amx_registers.h"
 
 namespace qkv {
 namespace QKV_ISA {

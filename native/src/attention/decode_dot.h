@@ -182,9 +182,9 @@ struct Halves {
     }
 
     // What they are multiplied by, from fp32.
-    static __m256i factors(vec x) { return (__m256i)_mm512_cvtneps_pbh((__m512)x); }
+    static __m256i factors(vec x) { return round_to_bf16(x); }
 
-    static vec dot(vec sum, __m512i a, __m512i b) { return Bf16Dot::dot(sum, a, (vec)b); }
+    static vec dot(vec sum, __m512i a, __m512i b) { return dot_bf16(sum, a, (vec)b); }
 
     static vec total(vec sum) { return sum; }
 };
@@ -205,13 +205,7 @@ struct Codes {
 
     static __m256i factors(vec x) { return _mm512_cvtepi32_epi16(_mm512_cvtps_epi32((__m512)x)); }
 
-    static vec dot(vec sum, __m512i a, __m512i b) {
-#if defined(__AVX512VNNI__)
-        return (vec)_mm512_dpwssd_epi32((__m512i)sum, a, b);
-#else
-        return (vec)_mm512_add_epi32((__m512i)sum, _mm512_madd_epi16(a, b));
-#endif
-    }
+    static vec dot(vec sum, __m512i a, __m512i b) { return dot_i16(sum, a, b); }
 
     static vec total(vec sum) { return (vec)_mm512_cvtepi32_ps((__m512i)sum); }
 };

@@ -6,7 +6,6 @@
 #pragma once
 
 #include "matmul/operands.h"
-#include "simd/amx_registers.h"
 
 namespace qkv {
 namespace QKV_ISA {
@@ -21,7 +20,7 @@ static inline int64_t sheets_of(int64_t count) { return (count + AMX_K - 1) / AM
 struct Amx {
     typedef uint16_t Element;
     typedef TileRegisters Registers;
-    static inline vec of(vec low, vec high) { return Bf16Dot::of(low, high); }
+    static inline vec of(vec low, vec high) { return pair_bf16(low, high); }
 
     // A product of nothing: after half a microsecond without one, the next waits for a third of one (docs/log.md, 83).
     static inline void keep_amx_warm() { tile_dot<0, 4, 6>(); }

@@ -37,21 +37,10 @@ struct Bf16Dot {
     typedef NoRegisterState Registers;
     static constexpr Grain GRAIN = {SUBBLOCK, 1};
     static constexpr int64_t CHAIN = std::numeric_limits<int64_t>::max() / 4;  // bf16 rounds more than any sum
-    static inline vec dot(vec c, __m512i a, vec b) {
-        return (vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)b, (__m512bh)a);
-    }
-    static inline vec madd(vec c, uint32_t a, vec b) { return dot(c, _mm512_set1_epi32((int)a), b); }
+    static inline vec madd(vec c, uint32_t a, vec b) { return dot_bf16(c, _mm512_set1_epi32((int)a), b); }
     static inline void keep_amx_warm() {}
 
-    // Pairs of the numbers in the same lanes.
-    static inline vec of(vec low, vec high) {
-        alignas(64) static constexpr uint16_t ORDER[2 * LANES] = {
-            0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-            8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31,
-        };
-        const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
-        return (vec)_mm512_permutexvar_epi16(_mm512_load_si512(ORDER), halves);
-    }
+    static inline vec of(vec low, vec high) { return pair_bf16(low, high); }
 };
 #endif
 

@@ -182,7 +182,7 @@ struct OperandPacking<Bf16Dot> {
             for (int n = s.first; n < s.last; ++n) {
                 const float* row = weights + j * t.lanes() + n * LANES;
                 const vec high = j + 1 < s.end ? load(row + t.lanes()) : vec{};
-                store(to + j / 2 * t.lanes() + n * LANES, Bf16Dot::of(load(row), high));
+                store(to + j / 2 * t.lanes() + n * LANES, pair_bf16(load(row), high));
             }
         }
     }
@@ -194,8 +194,7 @@ struct OperandPacking<Bf16Dot> {
         for (int j = s.begin; j < s.end; ++j) {
             float* const row = weights + j * t.lanes();
             for (int n = s.first; n < s.last; ++n) {
-                const __m256i half = (__m256i)_mm512_cvtneps_pbh((__m512)load(row + n * LANES));
-                _mm256_storeu_si256((__m256i*)(row + n * LANES / 2), half);
+                _mm256_storeu_si256((__m256i*)(row + n * LANES / 2), round_to_bf16(load(row + n * LANES)));
             }
         }
     }
