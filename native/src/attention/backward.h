@@ -60,7 +60,7 @@ class OrderedAccumulation {
           ranks(p.batch * tiles * chunks, NONE), last(p.batch * tiles, NONE),
           done(new std::atomic<int>[p.batch * p.kv_heads * tiles]()) {
         for (int64_t i = 0; i < p.batch * tiles; ++i) {
-            const Tile t(p, visibility, i / tiles, 0, i % tiles);
+            const Tile t(p, visibility, {i / tiles, 0}, i % tiles);
             for (int64_t chunk = 0; chunk < chunks; ++chunk)
                 if (shows_any(p, t, chunk * BWD_BLOCK_N, (chunk + 1) * BWD_BLOCK_N))
                     ranks[i * chunks + chunk] = ++last[i];
@@ -191,47 +191,42 @@ class Recount {
 
 // A chunk of keys of one head, and the gradients that gather there.
 template <class Kind>
-struct Chunk {
-    typedef typename Kind::Element Element;
+struct Chunk : HeadRef {
+    using Laid = Operand<const typename Kind::Element>;
 
     const Problem& p;
     const Gradients& g;
     const Recount& recount;
     const BackwardScratch<Kind> scratch;
-    const int64_t batch, kv_head, first;
+    const int64_t first;
     const int size;
-    const Element *keys, *keys_along, *values;
-    int64_t key_stride, key_along_stride, value_stride;
+    Laid keys, keys_along, values;
     bool finite;
     double* d_alibi;  // of the heads of the group, or null
 
-    Chunk(const Problem& p, const Gradients& g, const Recount& recount, int64_t batch, int64_t kv_head, int64_t first,
+    Chunk(const Problem& p, const Gradients& g, const Recount& recount, const HeadRef& head, int64_t first,
           double* d_alibi)
-        : p(p), g(g), recount(recount), scratch(QKV_ISA::thread_scratch<BackwardScratch<Kind>>(p)), batch(batch),
-          kv_head(kv_head), first(first), size((int)std::min<int64_t>(BWD_BLOCK_N, p.lk - first)), d_alibi(d_alibi) {
+        : HeadRef(head), p(p), g(g), recount(recount), scratch(QKV_ISA::thread_scratch<BackwardScratch<Kind>>(p)),
+          first(first), size((int)std::min<int64_t>(BWD_BLOCK_N, p.lk - first)), d_alibi(d_alibi) {
         typedef OperandPacking<Kind> F;
-        keys = F::along_width(p, batch, kv_head, p.k, p.width, first, size, scratch.keys, key_stride);
-        values = F::along_width(p, batch, kv_head, p.v, p.value_width, first, size, scratch.values, value_stride);
-        keys_along = keys;
-        key_along_stride = key_stride;
-        if (F::PACKS)
-            keys_along =
-                F::along_keys(p, batch, kv_head, p.k, p.width, first, size, scratch.keys_along, key_along_stride);
-        finite = all_finite(p, batch, kv_head, p.k, p.width, first, size);
-        if (!finite) shield();
-        finite = finite && all_finite(p, batch, kv_head, p.v, p.value_width, first, size);
+        keys = F::along_width(p, head, p.k, p.width, first, size, scratch.keys);
+        values = F::along_width(p, head, p.v, p.value_width, first, size, scratch.values);
+        keys_along = F::PACKS ? F::along_keys(p, head, p.k, p.width, first, size, scratch.keys_along) : keys;
+        finite = all_finite(p, head, p.k, p.width, first, size);
+        if (!finite) zero_nonfinite_keys();
+        finite = finite && all_finite(p, head, p.v, p.value_width, first, size);
         std::fill(scratch.dk, scratch.dk + size * whole_vectors(p.width), 0.0f);
         std::fill(scratch.dv, scratch.dv + size * whole_vectors(p.value_width), 0.0f);
     }
 
     // A hidden key that is not finite must not meet its gradient of 0. Where it is seen, that gradient is NaN anyway.
-    void shield() {
-        Element* clean = OperandPacking<Kind>::own(keys_along, p.width, size, scratch.keys_along, key_along_stride);
+    void zero_nonfinite_keys() {
+        const auto clean = OperandPacking<Kind>::own(keys_along, p.width, size, scratch.keys_along);
         for (int j = 0; j < size; ++j)
             for (int64_t d = 0; d < p.width; ++d)
-                if (!std::isfinite(read(p.dtype, row_of(p, p.k, batch, kv_head, first + j), d)))
-                    OperandPacking<Kind>::clear(clean, key_along_stride, j, d);
-        keys_along = clean;
+                if (!std::isfinite(read(p.dtype, row_of(p, p.k, *this, first + j), d)))
+                    OperandPacking<Kind>::clear(clean, j, d);
+        keys_along = {clean.data, clean.stride};
     }
 
     // Adds what a tile gives to the gradients of keys and values, and leaves its gradient of queries in room.dq.
@@ -263,6 +258,10 @@ struct Chunk {
     }
 
    private:
+    static Laid from_row(const Laid& operand, int64_t row) {
+        return {operand.data + row * operand.stride, operand.stride};
+    }
+
     // What is to be known of the rows of a tile.
     struct Rows {
         float base[BLOCK_M], shift[BLOCK_M],
@@ -307,12 +306,11 @@ struct Chunk {
     void score(const Tile& t, const Block& b, const Segment& s, const Rows& rows, const Dropout& dropout) const {
         const int64_t into = b.first - first;  // the chunk
         const float factor = exponent_factor(p);
-        multiply_rows(Kind(), t, s, p.width, keys + into * key_stride, key_stride, scratch.queries, scratch.weights);
+        multiply_rows(Kind(), t, s, p.width, from_row(keys, into), scratch.queries, scratch.weights);
         if (!plain_scores(p))
             transform(p, t, b, s, scratch.bias, scratch.weights, p.softcap != 0 ? scratch.slope : nullptr);
         if (b.edge) hide(p, t, b, s, scratch.allowed, -INF, scratch.weights);
-        multiply_rows(Kind(), t, s, p.value_width, values + into * value_stride, value_stride, scratch.d_outs,
-                      scratch.d_scores);
+        multiply_rows(Kind(), t, s, p.value_width, from_row(values, into), scratch.d_outs, scratch.d_scores);
         for (int j = s.begin; j < s.end; ++j) {
             for (int n = s.first; n < s.last; ++n) {
                 float* const weights = scratch.weights + j * t.lanes() + n * LANES;
@@ -356,8 +354,8 @@ struct Chunk {
             OperandPacking<Kind>::pack_keys(t, s, scratch.d_scores, scratch.pairs);
             along_keys = scratch.pairs;
         }
-        sum_over_keys(Kind(), t, s, p.width, keys_along + into / OperandPacking<Kind>::KEYS_PER_ROW * key_along_stride,
-                      key_along_stride, along_keys, scratch.dq);
+        sum_over_keys(Kind(), t, s, p.width, from_row(keys_along, into / OperandPacking<Kind>::KEYS_PER_ROW),
+                      along_keys, scratch.dq);
         if (rows.any_apart) add_apart(t, b, s, rows);
         if (OperandPacking<Kind>::PACKS) {
             OperandPacking<Kind>::pack_rows(t, s, scratch.d_scores);
@@ -413,7 +411,7 @@ struct Chunk {
     }
 
     void write_row(const float* from, int64_t width, const View& view, int64_t key, float factor) const {
-        char* const row = row_of(p, view, batch, kv_head, key);
+        char* const row = row_of(p, view, *this, key);
         for (int64_t d = 0; d < width; d += LANES)
             store_part(p.dtype, row + d * size_of(p.dtype), load(from + d) * factor, width - d);
     }
@@ -434,20 +432,21 @@ static void run_backward(const Problem& p, const Gradients& g) {
     std::fill(scales, scales + BLOCK_M, p.scale);
     std::vector<double> d_alibi(g.d_alibi ? order.chunks * heads * group(p) : 0);
     parallel_for(heads * tiles, p.threads, [&](int64_t item) {
-        const Tile t(p, visibility, item / tiles / p.kv_heads, item / tiles % p.kv_heads, item % tiles);
+        const Tile t(p, visibility, head_at(p, item / tiles), item % tiles);
         find_delta(p, g, t);
         if (order.has_any(t)) return recount.count(Kind(), t);
         write_rows(p, t, g.dq, p.width, zeros.data(), scales);
     });
     const auto add_chunk = [&](int64_t item) {
-        const int64_t index = item / heads, batch = item % heads / p.kv_heads, kv_head = item % heads % p.kv_heads;
+        const int64_t index = item / heads;
+        const HeadRef head = head_at(p, item % heads);
         [[maybe_unused]] const typename Kind::Registers registers;
         double* const slopes = g.d_alibi ? &d_alibi[item * group(p)] : nullptr;
-        Chunk<Kind> chunk(p, g, recount, batch, kv_head, index * BWD_BLOCK_N, slopes);
+        Chunk<Kind> chunk(p, g, recount, head, index * BWD_BLOCK_N, slopes);
         // Late tiles first: under a causal mask all chunks see them, and follow each other from there.
         for (int64_t tile = tiles - 1; tile >= 0; --tile) {
-            if (!order.has(batch, tile, index)) continue;
-            const Tile t(p, visibility, batch, kv_head, tile);
+            if (!order.has(head.batch, tile, index)) continue;
+            const Tile t(p, visibility, head, tile);
             chunk.pass(t);
             const float* const dq = chunk.scratch.dq;
             if (order.is_first(t, index) && order.is_last(t, index)) {

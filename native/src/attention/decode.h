@@ -217,7 +217,7 @@ static void accumulate_keys_decode(const Problem& p, const Tile& t, const Dropou
             }
             store(scratch.scores + j * ROWS, weight);
         }
-        if (b.edge && !scaled && !all_finite(p, t.batch, t.kv_head, p.v, p.value_width, first + from, b.size - from)) {
+        if (b.edge && !scaled && !all_finite(p, t, p.v, p.value_width, first + from, b.size - from)) {
             add_visible_nonfinite_decode<Products, COUNT, ROWS>(p, t, b, values, scratch, state);
             values = (const char*)scratch.values;
             value_stride = p.value_width * item;

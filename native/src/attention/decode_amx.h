@@ -23,8 +23,8 @@ template <int ROWS>
 struct PrefetchKeys {
     PrefetchKeys(const Problem& p, const Tile& t, int64_t first)
         : key_stride(p.k.row * 2), value_stride(p.v.row * 2), key_bytes(p.width * 2), value_bytes(p.value_width * 2),
-          keys(row_of(p, p.k, t.batch, t.kv_head, first) + BLOCK_N * key_stride),
-          values(row_of(p, p.v, t.batch, t.kv_head, first) + BLOCK_N * value_stride),
+          keys(row_of(p, p.k, t, first) + BLOCK_N * key_stride),
+          values(row_of(p, p.v, t, first) + BLOCK_N * value_stride),
           count((int)std::max<int64_t>(0, std::min<int64_t>(BLOCK_N, t.end - first - BLOCK_N))) {}
 
     // The parts of the work on a block, in the order in which they come, each in so many steps. A product of a key

@@ -65,7 +65,7 @@ static void run(const Problem& p) {
     // The tiles of a head follow each other, so that its keys and values stay near. Late ones come first: under a
     // causal mask they see the most.
     const auto tile_of = [&](int64_t head, int64_t place) {
-        return Tile(p, visibility, head / p.kv_heads, head % p.kv_heads, tiles - 1 - place);
+        return Tile(p, visibility, head_at(p, head), tiles - 1 - place);
     };
     const auto is_seen = [&](const Tile& t, int64_t piece) {
         return shows_any(p, t, piece * KV_SPLIT, (piece + 1) * KV_SPLIT);
@@ -189,7 +189,7 @@ int64_t count_scores(const Problem& p) {
     for_kind(p, [&](auto kind) { grain = kind.GRAIN; });
     int64_t count = 0;
     for (int64_t item = 0; item < p.batch * p.kv_heads * tiles; ++item) {
-        const Tile t(p, visibility, item / tiles / p.kv_heads, item / tiles % p.kv_heads, item % tiles);
+        const Tile t(p, visibility, head_at(p, item / tiles), item % tiles);
         for (int64_t first = 0; first < t.end; first += BLOCK_N) {
             const Block b(p, t, first, t.end, grain);
             for (int i = 0; i < b.count; ++i)

@@ -51,29 +51,29 @@ static void update_row_max(const Problem& p, const Tile& t, const vec* block_max
 // A hidden value that is not finite must not meet its weight of 0. Adds the visible ones of a block by hand and returns
 // values in which they are 0.
 template <class Kind, class AnyState>
-static const typename Kind::Element* add_visible_nonfinite(const Problem& p, const Tile& t, const Block& b,
-                                                           const typename Kind::Element* values, int64_t& stride,
-                                                           const ForwardScratch<Kind, AnyState>& scratch,
-                                                           const AnyState& state) {
-    typename Kind::Element* clean = OperandPacking<Kind>::own(values, p.value_width, b.size, scratch.values, stride);
+static Operand<const typename Kind::Element> add_visible_nonfinite(const Problem& p, const Tile& t, const Block& b,
+                                                                   const Operand<const typename Kind::Element>& values,
+                                                                   const ForwardScratch<Kind, AnyState>& scratch,
+                                                                   const AnyState& state) {
+    const auto clean = OperandPacking<Kind>::own(values, p.value_width, b.size, scratch.values);
     for (int i = 0; i < b.count; ++i) {
         const Segment& s = b.parts[i];
         for (int j = s.begin; j < s.end; ++j) {
-            const char* row = row_of(p, p.v, t.batch, t.kv_head, b.first + j);
+            const char* row = row_of(p, p.v, t, b.first + j);
             for (int64_t d = 0; d < p.value_width; ++d) {
                 const float x = read(p.dtype, row, d);
                 if (std::isfinite(x)) continue;
                 for (int r = s.first * LANES; r < std::min(t.count, s.last * LANES); ++r)
                     if (may_see(p, t, r, b.first + j) && (!p.allow.data || scratch.allowed[j * t.lanes() + r] != 0))
                         state.at(p, t, r, d) += scratch.scores[j * t.lanes() + r] * x;
-                OperandPacking<Kind>::clear(clean, stride, j, d);
+                OperandPacking<Kind>::clear(clean, j, d);
             }
         }
     }
     // Those that lie beside the last one.
     for (int j = b.size; j % OperandPacking<Kind>::KEYS_PER_ROW != 0; ++j)
-        for (int64_t d = 0; d < p.value_width; ++d) OperandPacking<Kind>::clear(clean, stride, j, d);
-    return clean;
+        for (int64_t d = 0; d < p.value_width; ++d) OperandPacking<Kind>::clear(clean, j, d);
+    return {clean.data, clean.stride};
 }
 
 // Calls work(n, count) for the vectors of a segment, several at a time, with their number as a constant: what belongs
@@ -180,8 +180,7 @@ static void accumulate_keys(const Problem& p, const Tile& t, const Laid& laid, c
     for (int64_t first = begin; first < end; first += BLOCK_N) {
         const Block b(p, t, first, end, Kind::GRAIN);
         if (b.count == 0) continue;
-        int64_t key_stride, value_stride;
-        const auto* keys = laid.keys(p, t, first, b.size, scratch.keys, key_stride);
+        const auto keys = laid.keys(p, t, first, b.size, scratch.keys);
         if (p.bias.data) gather(t, p.bias, first, b.size, scratch.bias);
         if (p.allow.data) gather(t, p.allow, first, b.size, scratch.allowed);
 
@@ -190,7 +189,7 @@ static void accumulate_keys(const Problem& p, const Tile& t, const Laid& laid, c
         for (int n = 0; n < t.vecs; ++n) block_max[n] = set1(-INF);
         for (int i = 0; i < b.count; ++i) {
             const Segment& s = b.parts[i];
-            multiply_rows(Kind(), t, s, p.width, keys, key_stride, scratch.panel, scores);
+            multiply_rows(Kind(), t, s, p.width, keys, scratch.panel, scores);
             if (have_nonfinite(t, s, scores)) spread_nan(t, s, scores);
             if (!plain) transform(p, t, b, s, scratch.bias, scores, nullptr);
             if (b.edge) hide(p, t, b, s, scratch.allowed, -INF, scores);
@@ -222,8 +221,8 @@ static void accumulate_keys(const Problem& p, const Tile& t, const Laid& laid, c
         }
         for (int n = 0; n < t.vecs; ++n) store(state.row_sum + n * LANES, sum[n]);
 
-        const auto* values = laid.values(p, t, first, b.size, scratch.values, value_stride);
-        if (poisoned) values = add_visible_nonfinite(p, t, b, values, value_stride, scratch, state);
+        auto values = laid.values(p, t, first, b.size, scratch.values);
+        if (poisoned) values = add_visible_nonfinite(p, t, b, values, scratch, state);
         // The error of a long sum grows with its length, so each block is summed by itself; in one go, or where it has
         // several segments on the side: how they are cut must not show.
         const bool by_blocks = !F::PACKS, aside = by_blocks && b.count > 1;
@@ -235,8 +234,7 @@ static void accumulate_keys(const Problem& p, const Tile& t, const Laid& laid, c
                 F::pack_keys(t, b.parts[i], scores, scores);
             else
                 F::pad_keys(t, b.parts[i], scores);
-            sum_over_keys(Kind(), t, b.parts[i], p.value_width, values, value_stride, scores, sums,
-                          by_blocks && !aside);
+            sum_over_keys(Kind(), t, b.parts[i], p.value_width, values, scores, sums, by_blocks && !aside);
         }
         if (aside)
             for (int64_t n = 0; n < numbers; n += LANES) store(state.out + n, load(state.out + n) + load(sums + n));

@@ -61,25 +61,26 @@ struct OperandPacking<ShortQuery<Kind, DTYPE>> : OperandPacking<Kind> {
         std::fill(to + steps * LANES, to + (steps + 3) / 4 * 4 * LANES, 0.0f);
     }
 
-    static const Element* along_width(const Problem& p, int64_t batch, int64_t kv_head, const View& view, int64_t,
-                                      int64_t first, int64_t, float*, int64_t& stride) {
-        stride = view.row;
-        return (const Element*)row_of(p, view, batch, kv_head, first);
+    static Operand<const Element> along_width(const Problem& p, const HeadRef& head, const View& view, int64_t,
+                                              int64_t first, int64_t, float*) {
+        return {(const Element*)row_of(p, view, head, first), view.row};
     }
 
-    static const Element* along_keys(const Problem& p, int64_t batch, int64_t kv_head, const View& view, int64_t width,
-                                     int64_t first, int64_t count, float* scratch, int64_t& stride) {
-        return along_width(p, batch, kv_head, view, width, first, count, scratch, stride);
+    static Operand<const Element> along_keys(const Problem& p, const HeadRef& head, const View& view, int64_t width,
+                                             int64_t first, int64_t count, float* scratch) {
+        return along_width(p, head, view, width, first, count, scratch);
     }
 
-    static Element* own(const Element* from, int64_t width, int64_t count, float* scratch, int64_t& stride) {
+    static Operand<Element> own(const Operand<const Element>& from, int64_t width, int64_t count, float* scratch) {
         Element* const to = (Element*)scratch;
-        for (int64_t j = 0; j < count; ++j) std::memcpy(to + j * width, from + j * stride, width * sizeof *to);
-        stride = width;
-        return to;
+        for (int64_t j = 0; j < count; ++j)
+            std::memcpy(to + j * width, from.data + j * from.stride, width * sizeof *to);
+        return {to, width};
     }
 
-    static void clear(Element* along_keys, int64_t stride, int64_t j, int64_t d) { along_keys[j * stride + d] = 0; }
+    static void clear(const Operand<Element>& along_keys, int64_t j, int64_t d) {
+        along_keys.data[j * along_keys.stride + d] = 0;
+    }
 };
 
 // Rows of out lie as the products sum them.
@@ -161,14 +162,14 @@ static inline void multiply_vector(const typename ShortQuery<Kind, DTYPE>::Eleme
 
 template <class Kind, Dtype DTYPE>
 static inline void multiply_rows(ShortQuery<Kind, DTYPE>, const Tile& t, const Segment& s, int64_t width,
-                                 const typename ShortQuery<Kind, DTYPE>::Element* keys, int64_t stride,
+                                 const Operand<const typename ShortQuery<Kind, DTYPE>::Element>& keys,
                                  const float* panel, float* to) {
     with_count<1, LANES>(t.count, [&](auto rows) {
         constexpr int COUNT = decltype(rows)::value;
         for (int j = s.begin; j < s.end; j += LANES) {
             const int count = std::min(LANES, s.end - j);
             vec scores[LANES];
-            multiply_vector<Kind, DTYPE, COUNT>(keys + j * stride, stride, count, width, panel, scores);
+            multiply_vector<Kind, DTYPE, COUNT>(keys.data + j * keys.stride, keys.stride, count, width, panel, scores);
             transpose(scores);
             for (int i = 0; i < count; ++i) store(to + (j + i) * LANES, scores[i]);
         }
@@ -177,13 +178,13 @@ static inline void multiply_rows(ShortQuery<Kind, DTYPE>, const Tile& t, const S
 
 template <class Kind, Dtype DTYPE>
 static inline void sum_over_keys(ShortQuery<Kind, DTYPE>, const Tile& t, const Segment& s, int64_t width,
-                                 const typename ShortQuery<Kind, DTYPE>::Element* values, int64_t stride,
+                                 const Operand<const typename ShortQuery<Kind, DTYPE>::Element>& values,
                                  const float* weights, float* to, bool apart) {
     with_count<1, LANES>(t.count, [&](auto rows) {
         typedef typename ShortQuery<Kind, DTYPE>::Products Products;
-        const char* const from = (const char*)(values + s.begin * stride);
+        const char* const from = (const char*)(values.data + s.begin * values.stride);
         const float* const factors = weights + OperandPacking<Kind>::steps(s.begin) * LANES;
-        const int64_t step = stride * (int64_t)sizeof *values;
+        const int64_t step = values.stride * (int64_t)sizeof *values.data;
         const auto add = [&](auto is_apart) {
             Products::template add<decltype(rows)::value, LANES, decltype(is_apart)::value>(
                 from, step, s.end - s.begin, width, factors, vec{}, to,

@@ -17,15 +17,28 @@ static inline int64_t rows_of_head(const Problem& p) { return p.lq * group(p); }
 
 static inline int64_t tiles_of_head(const Problem& p) { return (rows_of_head(p) + BLOCK_M - 1) / BLOCK_M; }
 
+// A head of keys and values.
+struct HeadRef {
+    int64_t batch, kv_head;
+};
+
 static inline char* row_of(const Problem& p, const View& view, int64_t batch, int64_t head, int64_t row) {
     return row_of(p.dtype, view, batch, head, row);
 }
 
+// Heads of keys and values are counted through all batches.
+static inline HeadRef head_at(const Problem& p, int64_t index) { return {index / p.kv_heads, index % p.kv_heads}; }
+
+// A row of keys, values or their gradients.
+static inline char* row_of(const Problem& p, const View& view, const HeadRef& head, int64_t row) {
+    return row_of(p, view, head.batch, head.kv_head, row);
+}
+
 // The rows [first, first + count) of one key/value head, and the keys that they may see. Rows are (token, head) pairs,
 // tokens first.
-struct Tile {
+struct Tile : HeadRef {
     const KeyVisibility::Keys& keys;
-    int64_t batch, kv_head, index;
+    int64_t index;
     int count, vecs;
     int64_t begin, end;  // of the keys that any row may see, but for the first ones that all see
     // Lanes behind the last row repeat it. The first and the last key that a row may see never fall from row to row.
@@ -33,8 +46,8 @@ struct Tile {
     float slope[BLOCK_M];
     int64_t document[BLOCK_M];
 
-    Tile(const Problem& p, const KeyVisibility& visibility, int64_t batch, int64_t kv_head, int64_t index)
-        : keys(visibility.of(batch)), batch(batch), kv_head(kv_head), index(index) {
+    Tile(const Problem& p, const KeyVisibility& visibility, const HeadRef& of, int64_t index)
+        : HeadRef(of), keys(visibility.of(batch)), index(index) {
         const int64_t first = index * BLOCK_M, members = group(p);
         count = (int)std::min<int64_t>(BLOCK_M, rows_of_head(p) - first);
         vecs = (count + LANES - 1) / LANES;

@@ -122,34 +122,31 @@ struct OperandPacking<Amx> {
     static void clear_row(float* rows, int64_t width, int r) { OperandPacking<Bf16Dot>::clear_row(rows, width, r); }
 
     // In place where tiles end with the width, and no further than the keys. The stride counts elements.
-    static const Element* along_width(const Problem& p, int64_t batch, int64_t kv_head, const View& view, int64_t width,
-                                      int64_t first, int64_t count, float* scratch, int64_t& stride) {
-        const Element* from = (const Element*)row_of(p, view, batch, kv_head, first);
-        if (width % AMX_K == 0 && first + tiles_of(count) * TILE <= p.lk) {
-            stride = view.row;
-            return from;
-        }
-        stride = sheets_of(width) * AMX_K;
+    static Operand<const Element> along_width(const Problem& p, const HeadRef& head, const View& view, int64_t width,
+                                              int64_t first, int64_t count, float* scratch) {
+        const Element* from = (const Element*)row_of(p, view, head, first);
+        if (width % AMX_K == 0 && first + tiles_of(count) * TILE <= p.lk) return {from, view.row};
+        const int64_t stride = sheets_of(width) * AMX_K;
         Element* to = (Element*)scratch;
         for (int64_t j = 0; j < count; ++j, to += stride, from += view.row) {
             std::memcpy(to, from, width * sizeof *to);
             std::fill(to + width, to + stride, 0);
         }
         std::fill(to, to + (tiles_of(count) * TILE - count) * stride, 0);
-        return (const Element*)scratch;
+        return {(const Element*)scratch, stride};
     }
 
     // Sheets of 32 keys: (width, key). The stride counts the elements of a sheet.
-    static const Element* along_keys(const Problem& p, int64_t batch, int64_t kv_head, const View& view, int64_t width,
-                                     int64_t first, int64_t count, float* scratch, int64_t& stride) {
-        stride = padded(width) * AMX_K;
+    static Operand<const Element> along_keys(const Problem& p, const HeadRef& head, const View& view, int64_t width,
+                                             int64_t first, int64_t count, float* scratch) {
+        const int64_t stride = padded(width) * AMX_K;
         count = std::min(sheets_of(count) * AMX_K, p.lk - first);
         Element* to = (Element*)scratch;
         for (int64_t j = 0; j < count; j += AMX_K, to += stride) {
-            const char* const rows = row_of(p, view, batch, kv_head, first + j);
+            const char* const rows = row_of(p, view, head, first + j);
             pack_sheet((const Element*)rows, view.row, std::min<int64_t>(AMX_K, count - j), width, to);
         }
-        return (const Element*)scratch;
+        return {(const Element*)scratch, stride};
     }
 
     // Pairs of the weights of two keys, and zeros for the rest of the last sheet.
@@ -177,13 +174,14 @@ struct OperandPacking<Amx> {
         }
     }
 
-    static Element* own(const Element* from, int64_t, int64_t count, float* scratch, int64_t& stride) {
-        if ((const float*)from != scratch) std::copy(from, from + sheets_of(count) * stride, (Element*)scratch);
-        return (Element*)scratch;
+    static Operand<Element> own(const Operand<const Element>& from, int64_t, int64_t count, float* scratch) {
+        Element* const to = (Element*)scratch;
+        if (from.data != to) std::copy(from.data, from.data + sheets_of(count) * from.stride, to);
+        return {to, from.stride};
     }
 
-    static void clear(Element* along_keys, int64_t stride, int64_t j, int64_t d) {
-        along_keys[j / AMX_K * stride + d * AMX_K + j % AMX_K] = 0;
+    static void clear(const Operand<Element>& along_keys, int64_t j, int64_t d) {
+        along_keys.data[j / AMX_K * along_keys.stride + d * AMX_K + j % AMX_K] = 0;
     }
 
     // Up to 32 rows of a width become (width, row), filled up with zeros. Returns whether they are finite.
@@ -233,48 +231,41 @@ class Prepared<Amx> : public LaidByBlock<Amx> {
         finite.assign(count, true);
         const int64_t parts = (sheets + COPY_SHEETS - 1) / COPY_SHEETS;
         parallel_for(heads.count * parts, heads.threads, [&](int64_t item) {
-            const int64_t head = heads.first + item / parts, batch = head / p.kv_heads, kv_head = head % p.kv_heads;
-            const int64_t begin = Tile(p, visibility, batch, kv_head, 0).begin;
-            const int64_t end = Tile(p, visibility, batch, kv_head, tiles_of_head(p) - 1).end;
+            const HeadRef head = head_at(p, heads.first + item / parts);
+            const int64_t begin = Tile(p, visibility, head, 0).begin;
+            const int64_t end = Tile(p, visibility, head, tiles_of_head(p) - 1).end;
             for (int64_t i = item % parts * COPY_SHEETS; i < std::min(sheets, (item % parts + 1) * COPY_SHEETS); ++i)
-                if (i * AMX_K < end && ((i + 1) * AMX_K > begin || i * AMX_K < p.sink_tokens))
-                    pack(p, batch, kv_head, i);
+                if (i * AMX_K < end && ((i + 1) * AMX_K > begin || i * AMX_K < p.sink_tokens)) pack(p, head, i);
         });
     }
 
-    const uint16_t* keys(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch,
-                         int64_t& stride) const {
-        if (in_place || !sheets) return LaidByBlock::keys(p, t, first, count, scratch, stride);
-        stride = key_sheet / AMX_K;
-        return packed_keys.get() + place(p, t.batch, t.kv_head, first / AMX_K) * key_sheet;
+    Laid keys(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch) const {
+        if (in_place || !sheets) return LaidByBlock::keys(p, t, first, count, scratch);
+        return {packed_keys.get() + place(p, t, first / AMX_K) * key_sheet, key_sheet / AMX_K};
     }
 
-    const uint16_t* values(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch,
-                           int64_t& stride) const {
-        if (!sheets) return LaidByBlock::values(p, t, first, count, scratch, stride);
-        stride = value_sheet;
-        return packed_values.get() + place(p, t.batch, t.kv_head, first / AMX_K) * value_sheet;
+    Laid values(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch) const {
+        if (!sheets) return LaidByBlock::values(p, t, first, count, scratch);
+        return {packed_values.get() + place(p, t, first / AMX_K) * value_sheet, value_sheet};
     }
 
     bool are_finite(const Problem& p, const Tile& t, int64_t first, int64_t count) const {
         if (!sheets) return LaidByBlock::are_finite(p, t, first, std::min(sheets_of(count) * AMX_K, p.lk - first));
-        const char* const flags = &finite[place(p, t.batch, t.kv_head, first / AMX_K)];
+        const char* const flags = &finite[place(p, t, first / AMX_K)];
         return std::all_of(flags, flags + sheets_of(count), [](bool flag) { return flag; });
     }
 
    private:
-    int64_t place(const Problem& p, int64_t batch, int64_t kv_head, int64_t sheet) const {
-        return (batch * p.kv_heads + kv_head - heads.first) * sheets + sheet;
+    int64_t place(const Problem& p, const HeadRef& head, int64_t sheet) const {
+        return (head.batch * p.kv_heads + head.kv_head - heads.first) * sheets + sheet;
     }
 
-    void pack(const Problem& p, int64_t batch, int64_t kv_head, int64_t sheet) {
-        const int64_t at = place(p, batch, kv_head, sheet), first = sheet * AMX_K;
+    void pack(const Problem& p, const HeadRef& head, int64_t sheet) {
+        const int64_t at = place(p, head, sheet), first = sheet * AMX_K;
         const int64_t count = std::min<int64_t>(AMX_K, p.lk - first);
-        const uint16_t* const rows = (const uint16_t*)row_of(p, p.v, batch, kv_head, first);
+        const uint16_t* const rows = (const uint16_t*)row_of(p, p.v, head, first);
         finite[at] = F::pack_sheet(rows, p.v.row, count, p.value_width, packed_values.get() + at * value_sheet);
-        int64_t stride;
-        if (!in_place)
-            F::along_width(p, batch, kv_head, p.k, p.width, first, count, (float*)&packed_keys[at * key_sheet], stride);
+        if (!in_place) F::along_width(p, head, p.k, p.width, first, count, (float*)&packed_keys[at * key_sheet]);
     }
 
     const Heads heads;
@@ -285,19 +276,20 @@ class Prepared<Amx> : public LaidByBlock<Amx> {
     std::vector<char> finite;  // of each sheet, whether the values are
 };
 
-static inline void multiply_rows(Amx, const Tile& t, const Segment& s, int64_t width, const uint16_t* keys,
-                                 int64_t stride, const float* panel, float* to) {
-    const int64_t lanes = t.lanes() * (int64_t)sizeof(float), row = stride * (int64_t)sizeof(uint16_t);
-    const Tiles a = {(char*)(keys + s.begin * stride), row, TILE * row, 64};
+static inline void multiply_rows(Amx, const Tile& t, const Segment& s, int64_t width,
+                                 const Operand<const uint16_t>& keys, const float* panel, float* to) {
+    const int64_t lanes = t.lanes() * (int64_t)sizeof(float), row = keys.stride * (int64_t)sizeof(uint16_t);
+    const Tiles a = {(char*)(keys.data + s.begin * keys.stride), row, TILE * row, 64};
     const Tiles b = {(char*)(panel + s.first * LANES), lanes, 64, TILE * lanes};
     const Tiles c = {(char*)(to + s.begin * t.lanes() + s.first * LANES), lanes, TILE * lanes, 0};
     product_of_tiles<false>(tiles_of(s.end - s.begin), s.last - s.first, sheets_of(width), a, b, c);
 }
 
-static inline void sum_over_keys(Amx, const Tile& t, const Segment& s, int64_t width, const uint16_t* values,
-                                 int64_t stride, const float* weights, float* to, bool = false) {
+static inline void sum_over_keys(Amx, const Tile& t, const Segment& s, int64_t width,
+                                 const Operand<const uint16_t>& values, const float* weights, float* to, bool = false) {
     const int64_t lanes = t.lanes() * (int64_t)sizeof(float);
-    const Tiles a = {(char*)(values + s.begin / AMX_K * stride), 64, TILE * 64, stride * (int64_t)sizeof(uint16_t)};
+    const Tiles a = {(char*)(values.data + s.begin / AMX_K * values.stride), 64, TILE * 64,
+                     values.stride * (int64_t)sizeof(uint16_t)};
     const Tiles b = {(char*)(weights + s.begin / 2 * t.lanes() + s.first * LANES), lanes, 64, TILE * lanes};
     const Tiles c = {(char*)(to + s.first * LANES), lanes, TILE * lanes, 0};
     product_of_tiles<true>(tiles_of(width), s.last - s.first, sheets_of(s.end - s.begin), a, b, c);

@@ -14,6 +14,14 @@
 namespace qkv {
 namespace QKV_ISA {
 
+// Keys or values in the order in which a product reads them. The stride counts elements; of what, `OperandPacking`
+// says.
+template <class Element>
+struct Operand {
+    Element* data;
+    int64_t stride;
+};
+
 template <class Kind>
 struct OperandPacking;
 
@@ -64,14 +72,11 @@ struct OperandPacking<F32> {
         return view.row > FAR && view.row != width && rows_of_head(p) > LANES;
     }
 
-    static const float* along_width(const Problem& p, int64_t batch, int64_t kv_head, const View& view, int64_t width,
-                                    int64_t first, int64_t count, float* scratch, int64_t& stride) {
-        const char* from = row_of(p, view, batch, kv_head, first);
-        if (p.dtype == Dtype::f32 && !are_far(p, view, width)) {
-            stride = view.row;
-            return (const float*)from;
-        }
-        stride = width;
+    static Operand<const float> along_width(const Problem& p, const HeadRef& head, const View& view, int64_t width,
+                                            int64_t first, int64_t count, float* scratch) {
+        const char* from = row_of(p, view, head, first);
+        if (p.dtype == Dtype::f32 && !are_far(p, view, width)) return {(const float*)from, view.row};
+        const int64_t stride = width;
         for_dtype(p.dtype, [&](auto dtype) {
             for (int64_t j = 0; j < count; ++j, from += view.row * size_of(dtype)) {
                 prefetch(from + PREFETCH_ROWS * view.row * size_of(dtype), width * size_of(dtype));
@@ -81,12 +86,12 @@ struct OperandPacking<F32> {
                 });
             }
         });
-        return scratch;
+        return {scratch, stride};
     }
 
-    static const float* along_keys(const Problem& p, int64_t batch, int64_t kv_head, const View& view, int64_t width,
-                                   int64_t first, int64_t count, float* scratch, int64_t& stride) {
-        return along_width(p, batch, kv_head, view, width, first, count, scratch, stride);
+    static Operand<const float> along_keys(const Problem& p, const HeadRef& head, const View& view, int64_t width,
+                                           int64_t first, int64_t count, float* scratch) {
+        return along_width(p, head, view, width, first, count, scratch);
     }
 
     // Makes rows of weights ready to be B of a product along the keys.
@@ -99,16 +104,16 @@ struct OperandPacking<F32> {
     static void pack_rows(const Tile&, const Segment&, float*) {}
 
     // Keys or values, laid along the keys, in memory that may be written to.
-    static float* own(const float* from, int64_t width, int64_t count, float* scratch, int64_t& stride) {
-        if (from != scratch) {
-            for (int64_t j = 0; j < count; ++j)
-                std::memcpy(scratch + j * width, from + j * stride, width * sizeof(float));
-            stride = width;
-        }
-        return scratch;
+    static Operand<float> own(const Operand<const float>& from, int64_t width, int64_t count, float* scratch) {
+        if (from.data == scratch) return {scratch, from.stride};
+        for (int64_t j = 0; j < count; ++j)
+            std::memcpy(scratch + j * width, from.data + j * from.stride, width * sizeof(float));
+        return {scratch, width};
     }
 
-    static void clear(float* along_keys, int64_t stride, int64_t j, int64_t d) { along_keys[j * stride + d] = 0; }
+    static void clear(const Operand<float>& along_keys, int64_t j, int64_t d) {
+        along_keys.data[j * along_keys.stride + d] = 0;
+    }
 };
 
 #if defined(__AVX512BF16__)
@@ -144,36 +149,32 @@ struct OperandPacking<Bf16Dot> {
     }
 
     static void clear_row(float* rows, int64_t width, int r) {
-        for (int64_t d = 0; d < width; ++d) clear((uint32_t*)rows, whole_vectors(width), r, d);
+        for (int64_t d = 0; d < width; ++d) clear({(uint32_t*)rows, whole_vectors(width)}, r, d);
     }
 
     // In place where every row starts on a pair and the width is even.
-    static const uint32_t* along_width(const Problem& p, int64_t batch, int64_t kv_head, const View& view,
-                                       int64_t width, int64_t first, int64_t count, float* scratch, int64_t& stride) {
-        const uint16_t* from = (const uint16_t*)row_of(p, view, batch, kv_head, first);
-        if (width % 2 == 0 && view.row % 2 == 0) {
-            stride = view.row / 2;
-            return (const uint32_t*)from;
-        }
-        stride = steps(width);
+    static Operand<const uint32_t> along_width(const Problem& p, const HeadRef& head, const View& view, int64_t width,
+                                               int64_t first, int64_t count, float* scratch) {
+        const uint16_t* from = (const uint16_t*)row_of(p, view, head, first);
+        if (width % 2 == 0 && view.row % 2 == 0) return {(const uint32_t*)from, view.row / 2};
+        const int64_t stride = steps(width);
         uint16_t* to = (uint16_t*)scratch;
         for (int64_t j = 0; j < count; ++j, to += 2 * stride) {
             std::memcpy(to, from + j * view.row, width * sizeof(uint16_t));
             if (width % 2) to[width] = 0;
         }
-        return (const uint32_t*)scratch;
+        return {(const uint32_t*)scratch, stride};
     }
 
-    static const uint32_t* along_keys(const Problem& p, int64_t batch, int64_t kv_head, const View& view, int64_t width,
-                                      int64_t first, int64_t count, float* scratch, int64_t& stride) {
-        stride = width;
+    static Operand<const uint32_t> along_keys(const Problem& p, const HeadRef& head, const View& view, int64_t width,
+                                              int64_t first, int64_t count, float* scratch) {
         for (int64_t j = 0; j < count; j += 2) {
-            const uint16_t* low = (const uint16_t*)row_of(p, view, batch, kv_head, first + j);
+            const uint16_t* low = (const uint16_t*)row_of(p, view, head, first + j);
             for (int i = 0; i < 2; ++i)
                 prefetch((const char*)(low + (PREFETCH_ROWS + i) * view.row), width * sizeof(uint16_t));
-            interleave(low, j + 1 < count ? low + view.row : nullptr, width, (uint32_t*)scratch + j / 2 * stride);
+            interleave(low, j + 1 < count ? low + view.row : nullptr, width, (uint32_t*)scratch + j / 2 * width);
         }
-        return (const uint32_t*)scratch;
+        return {(const uint32_t*)scratch, width};
     }
 
     // Weights of two keys become one row of pairs. In place too: row j / 2 lies before all that is still to be read.
@@ -199,10 +200,12 @@ struct OperandPacking<Bf16Dot> {
         }
     }
 
-    static uint32_t* own(const uint32_t*, int64_t, int64_t, float* scratch, int64_t&) { return (uint32_t*)scratch; }
+    static Operand<uint32_t> own(const Operand<const uint32_t>& from, int64_t, int64_t, float* scratch) {
+        return {(uint32_t*)scratch, from.stride};
+    }
 
-    static void clear(uint32_t* along_keys, int64_t stride, int64_t j, int64_t d) {
-        along_keys[j / 2 * stride + d] &= j % 2 ? 0x0000ffffu : 0xffff0000u;
+    static void clear(const Operand<uint32_t>& along_keys, int64_t j, int64_t d) {
+        along_keys.data[j / 2 * along_keys.stride + d] &= j % 2 ? 0x0000ffffu : 0xffff0000u;
     }
 
    private:
@@ -218,23 +221,23 @@ struct OperandPacking<Bf16Dot> {
 // Q K^T of a segment, or dO V^T: (key, row), from keys laid along the width and the panel of rows.
 template <class Kind>
 static inline void multiply_rows(Kind, const Tile& t, const Segment& s, int64_t width,
-                                 const typename Kind::Element* keys, int64_t stride, const float* panel, float* to) {
+                                 const Operand<const typename Kind::Element>& keys, const float* panel, float* to) {
     product<Kind, Along::k, false>(s.end - s.begin, s.last - s.first, OperandPacking<Kind>::steps(width),
-                                   keys + s.begin * stride, panel + s.first * LANES,
-                                   to + s.begin * t.lanes() + s.first * LANES, {stride, t.lanes(), t.lanes()});
+                                   keys.data + s.begin * keys.stride, panel + s.first * LANES,
+                                   to + s.begin * t.lanes() + s.first * LANES, {keys.stride, t.lanes(), t.lanes()});
 }
 
 // Adds weights times values, or gradients of scores times keys, to (width, row), from values laid along the keys. Sums
 // of fp32 may be added up `apart`.
 template <class Kind>
 static inline void sum_over_keys(Kind, const Tile& t, const Segment& s, int64_t width,
-                                 const typename Kind::Element* values, int64_t stride, const float* weights, float* to,
+                                 const Operand<const typename Kind::Element>& values, const float* weights, float* to,
                                  bool apart = false) {
     constexpr int STEP = OperandPacking<Kind>::PACKS ? 2 : 1;
     product<Kind, Along::m, true>(width, s.last - s.first, OperandPacking<Kind>::steps(s.end - s.begin),
-                                  values + s.begin / STEP * stride,
+                                  values.data + s.begin / STEP * values.stride,
                                   weights + s.begin / STEP * t.lanes() + s.first * LANES, to + s.first * LANES,
-                                  {stride, t.lanes(), t.lanes()}, apart);
+                                  {values.stride, t.lanes(), t.lanes()}, apart);
 }
 
 // Adds transposed weights times rows to (key, whole vectors of the width).
@@ -250,11 +253,11 @@ static inline void sum_over_rows(Kind, const Tile& t, const Segment& s, int64_t 
 }
 
 // Whether the rows of keys or values are all finite.
-static bool all_finite(const Problem& p, int64_t batch, int64_t kv_head, const View& view, int64_t width, int64_t first,
+static bool all_finite(const Problem& p, const HeadRef& head, const View& view, int64_t width, int64_t first,
                        int64_t count) {
     vec zero = {};  // stays so, unless a number is not finite
     for_dtype(p.dtype, [&](auto dtype) {
-        const char* row = row_of(p, view, batch, kv_head, first);
+        const char* row = row_of(p, view, head, first);
         for (int64_t j = 0; j < count; ++j, row += view.row * size_of(dtype)) {
             for_columns(width, [&](int64_t d, int64_t part) {
                 zero = zero + 0.0f * load_part(dtype, row + d * size_of(dtype), part);
@@ -267,22 +270,19 @@ static bool all_finite(const Problem& p, int64_t batch, int64_t kv_head, const V
 // Keys and values as the products of the forward pass take them, laid so for each block of each tile.
 template <class Kind>
 struct LaidByBlock {
-    typedef typename Kind::Element Element;
+    using Laid = Operand<const typename Kind::Element>;
 
-    const Element* keys(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch,
-                        int64_t& stride) const {
-        return OperandPacking<Kind>::along_width(p, t.batch, t.kv_head, p.k, p.width, first, count, scratch, stride);
+    Laid keys(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch) const {
+        return OperandPacking<Kind>::along_width(p, t, p.k, p.width, first, count, scratch);
     }
 
-    const Element* values(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch,
-                          int64_t& stride) const {
-        return OperandPacking<Kind>::along_keys(p, t.batch, t.kv_head, p.v, p.value_width, first, count, scratch,
-                                                stride);
+    Laid values(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch) const {
+        return OperandPacking<Kind>::along_keys(p, t, p.v, p.value_width, first, count, scratch);
     }
 
     // Whether the values are.
     bool are_finite(const Problem& p, const Tile& t, int64_t first, int64_t count) const {
-        return all_finite(p, t.batch, t.kv_head, p.v, p.value_width, first, count);
+        return all_finite(p, t, p.v, p.value_width, first, count);
     }
 };
 
@@ -311,16 +311,14 @@ class Prepared<F32> : public LaidByBlock<F32> {
         bring_near(p, p.v, p.value_width, near_values);
     }
 
-    const float* keys(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch,
-                      int64_t& stride) const {
-        if (!near_keys) return LaidByBlock::keys(p, t, first, count, scratch, stride);
-        return near_keys.get() + place(p, t, first) * (stride = p.width);
+    Laid keys(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch) const {
+        if (!near_keys) return LaidByBlock::keys(p, t, first, count, scratch);
+        return {near_keys.get() + place(p, t, first) * p.width, p.width};
     }
 
-    const float* values(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch,
-                        int64_t& stride) const {
-        if (!near_values) return LaidByBlock::values(p, t, first, count, scratch, stride);
-        return near_values.get() + place(p, t, first) * (stride = p.value_width);
+    Laid values(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch) const {
+        if (!near_values) return LaidByBlock::values(p, t, first, count, scratch);
+        return {near_values.get() + place(p, t, first) * p.value_width, p.value_width};
     }
 
    private:
@@ -333,8 +331,8 @@ class Prepared<F32> : public LaidByBlock<F32> {
             const int64_t place = item / parts, head = heads.first + place;
             const int64_t end = std::min(p.lk, (item % parts + 1) * COPY_ROWS);
             for (int64_t row = item % parts * COPY_ROWS; row < end; ++row)
-                std::memcpy(to.get() + (place * p.lk + row) * width,
-                            row_of(p, view, head / p.kv_heads, head % p.kv_heads, row), width * sizeof(float));
+                std::memcpy(to.get() + (place * p.lk + row) * width, row_of(p, view, head_at(p, head), row),
+                            width * sizeof(float));
         });
     }
 
