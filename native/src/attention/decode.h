@@ -94,16 +94,14 @@ struct Spread {
         return shuffle(each, each, Repeated());
     }
 
-    // Scores from products.
     vec transform(int64_t first, vec x) const {
-        x = x * p.scale;
-        if (p.softcap != 0) x = p.softcap * tanh(x / p.softcap);
-        if (p.bias.data) x = x + bounded(of(p.bias, first));
-        if (p.alibi) {
-            const int64_t position = t.position[0];
-            x = x - each([&](int i) { return t.slope[row(i)] * (float)std::abs(position - (first + i / ROWS)); });
-        }
-        return x;
+        return QKV_ISA::transform(
+            p, x, [&] { return of(p.bias, first); },
+            [&](vec x) {
+                const int64_t position = t.position[0];
+                return x -
+                       each([&](int i) { return t.slope[row(i)] * (float)std::abs(position - (first + i / ROWS)); });
+            });
     }
 
     bool may_see(int64_t key) const { return QKV_ISA::may_see(p, t, 0, key); }
@@ -117,25 +115,21 @@ struct Spread {
     }
 };
 
-// `add_visible_nonfinite` for a few rows: leaves the values of a block in room.values.
+// `add_visible_nonfinite` for the rows of one query: leaves the values of a block in scratch.values.
 template <class Products, int COUNT, int ROWS>
-static void add_visible_nonfinite_decode(const Problem& p, const Tile& t, const Block& b, const char* values,
-                                         const DecodeScratch& scratch, const DecodeState& state) {
+static void add_visible_nonfinite_decode(const Problem& p, const Tile& t, const Block& b, const DecodeScratch& scratch,
+                                         const DecodeState& state) {
     const Spread<COUNT, ROWS> spread{p, t};
-    const int64_t item = size_of(p.dtype), pitch = pitch_of(p.value_width);
-    for (int j = 0; j < b.size; ++j) {
-        const char* const row = values + j * p.v.row * item;
-        char* const clean = (char*)scratch.values + j * p.value_width * item;
-        std::memcpy(clean, row, p.value_width * item);
-        const vec seen = spread.hide(b.first + j, b.first + b.size, vec{});
-        for (int64_t d = 0; d < p.value_width; ++d) {
-            const float x = read(p.dtype, row, d);
-            if (std::isfinite(x)) continue;
-            write(p.dtype, clean, d, 0.0f);
-            for (int r = 0; r < COUNT; ++r)
-                if (seen[r] == 0) state.out[r * pitch + Products::column(d)] += scratch.scores[j * ROWS + r] * x;
-        }
-    }
+    const int64_t pitch = pitch_of(p.value_width), bytes = p.value_width * size_of(p.dtype);
+    const auto clean = [&](int j) { return (char*)scratch.values + j * bytes; };
+    for (int j = 0; j < b.size; ++j) std::memcpy(clean(j), row_of(p, p.v, t, b.first + j), bytes);
+    separate_nonfinite(
+        p, t, b, {0, b.size, 0, t.vecs},
+        [&](int j, int r) { return spread.hide(b.first + j, b.first + b.size, vec{})[r] == 0; },
+        [&](int j, int r, int64_t d, float x) {
+            state.out[r * pitch + Products::column(d)] += scratch.scores[j * ROWS + r] * x;
+        },
+        [&](int j, int64_t d) { write(p.dtype, clean(j), d, 0.0f); });
 }
 
 // Folds the keys [begin, end) into a state that was empty. COUNT is the number of rows, ROWS the next power of two.
@@ -218,7 +212,7 @@ static void accumulate_keys_decode(const Problem& p, const Tile& t, const Dropou
             store(scratch.scores + j * ROWS, weight);
         }
         if (b.edge && !scaled && !all_finite(p, t, p.v, p.value_width, first + from, b.size - from)) {
-            add_visible_nonfinite_decode<Products, COUNT, ROWS>(p, t, b, values, scratch, state);
+            add_visible_nonfinite_decode<Products, COUNT, ROWS>(p, t, b, scratch, state);
             values = (const char*)scratch.values;
             value_stride = p.value_width * item;
         }

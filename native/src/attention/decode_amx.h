@@ -17,8 +17,8 @@ static inline void repeat(Work work) {
     repeat(work, std::make_integer_sequence<int, COUNT>());
 }
 
-// The keys and values of the next block, asked for step by step while this one is computed: few requests can be under
-// way, so memory would rest after a heap of them.
+// Prefetches the keys and values of the next block step by step while this one is computed: few requests can be under
+// way, so memory would rest after a burst of them.
 template <int ROWS>
 struct PrefetchKeys {
     PrefetchKeys(const Problem& p, const Tile& t, int64_t first)
@@ -67,7 +67,7 @@ struct OnTiles {
     static constexpr int LEAST = AMX_DECODE_ROWS,
                          MOST = LANES;  // one or two rows are as fast in dot products, and begin sooner
     static constexpr bool ON_TILES = true;
-    typedef TileRegisters Registers;
+    using Registers = TileRegisters;
     template <int ROWS>
     using Ahead = PrefetchKeys<ROWS>;
 
@@ -219,10 +219,11 @@ struct OnTiles {
         for (int r = 0; r < COUNT; ++r) {
             const float* const even = sums + r * LANES;
             float* const row = out + r * pitch;
-            vec strange = {};  // NaN where a sum is not finite
+            vec nonfinite = {};  // NaN where a sum is
             for (int n = 0; n < SPANS; ++n)
-                for (const float* sum : {even + n * FLOATS, even + n * FLOATS + ODD}) strange += load(sum) - load(sum);
-            if (any(strange != 0.0f)) {
+                for (const float* sum : {even + n * FLOATS, even + n * FLOATS + ODD})
+                    nonfinite += load(sum) - load(sum);
+            if (any(nonfinite != 0.0f)) {
                 add_apart(values, stride, count, std::min<int64_t>(left, SPANS * STEP), weights + r, ROWS, row);
                 continue;
             }

@@ -9,7 +9,7 @@
 namespace qkv {
 namespace QKV_ISA {
 
-// Rows at most.
+// Rows of one query that decoding takes, at most.
 constexpr int FEW = LANES < DECODE_ROWS ? LANES : DECODE_ROWS;
 #if defined(__AMX_BF16__)
 constexpr int FEW_OF_BF16 = LANES;
@@ -25,7 +25,7 @@ static constexpr int lanes_of(int count) { return count <= 2 ? count : (count <=
 // Numbers from the start of a row to that of the next, for rows of this width.
 static inline int64_t pitch_of(int64_t width) { return (width + 2 * LANES - 1) / (2 * LANES) * (2 * LANES); }
 
-// Rows that are read soon. Products ask for them row by row while they read others, so that memory never rests.
+// Rows that are read next. Products prefetch them line by line while they read others, so that memory never rests.
 struct PrefetchStream {
     const char* rows;
     int64_t stride;
@@ -33,15 +33,30 @@ struct PrefetchStream {
     void ask(int64_t row, int64_t byte) const { prefetch(rows + row * stride + byte, 1); }
 };
 
-// Products that read one or two keys at a time, and ask for their values meanwhile; and while they read values, for the
+// The products of decoding, the template parameter `Products`. Of each block of keys:
+//
+//     LEAST, MOST                    rows that they take
+//     Registers                      as those of a kind of product
+//     ON_TILES                       whether `score` takes a block of keys, not one or two, and `add` needs no `pack`
+//     queries(p, t, to, steps)       the rows of queries as `score` takes them, and the step of each row: products with
+//                                    its numbers are multiplied by that (fixed point; 1 otherwise)
+//     score(...)                     products of keys with all rows
+//     pack(weights, count)           weights, in place, as `add` takes them; returns the step of each lane's row
+//     add(...)                       adds weights times values to rows of out
+//     column(d), columns(out, d)     where column d of a row of out lies; a vector of them from d on
+//     Ahead<ROWS>                    prefetches for a block, in so many steps for each part of its work
+//
+// They are Widened and Dots here and OnTiles in attention/decode_amx.h.
+
+// Products that read one or two keys at a time, and prefetch their values meanwhile; and while they read values, the
 // keys of the next block.
 struct KeyByKey {
     static constexpr int LEAST = 1, MOST = FEW;  // rows
     static constexpr bool ON_TILES = false;
 
-    typedef NoRegisterState Registers;
+    using Registers = NoRegisterState;
 
-    // Asks for nothing: the products do.
+    // Nothing: the products prefetch.
     template <int ROWS>
     struct Ahead {
         template <class... Any>
@@ -52,17 +67,16 @@ struct KeyByKey {
     };
 
    protected:
-    // Where several rows take long enough, keys are asked for once more shortly before they are read.
+    // Several rows take long enough to prefetch keys once more shortly before they are read.
     template <int COUNT>
     static inline void ask_ahead(const char* key, int64_t stride) {
         if (COUNT > 1) prefetch(key + DECODE_PREFETCH_KEYS * stride, 1);
     }
 };
 
-// Both products of a block of keys of this dtype, for rows of queries as fp32.
+// Both products in fp32, for keys and values of this dtype, widened in registers.
 template <Dtype DTYPE>
 struct Widened : KeyByKey {
-    // Rows of queries, and the step of each, which products with its numbers are to be multiplied by.
     static void queries(const Problem& p, const Tile& t, float* to, float* steps) {
         std::fill(steps, steps + t.count, 1.0f);
         for (int r = 0; r < t.count; ++r, to += pitch_of(p.width))
@@ -70,7 +84,7 @@ struct Widened : KeyByKey {
                 store(to + d, load_part(p.dtype, t.row(p, p.q, r) + d * size_of(p.dtype), p.width - d));
     }
 
-    // sums[j * ROWS + r] = key j times row r, as lanes that are still to be added up.
+    // sums[j * ROWS + r] = key j times row r, whose lanes are not added up yet.
     template <int COUNT, int ROWS, int KEYS>
     static inline void score(const char* keys, int64_t stride, int64_t width, const float* queries, vec* sums,
                              PrefetchStream values) {
@@ -102,13 +116,12 @@ struct Widened : KeyByKey {
         }
     }
 
-    // Makes of weights, in place, what `add` takes, and returns the step of each lane's row.
     template <int ROWS>
     static vec pack(float*, int) {
         return set1(1.0f);
     }
 
-    // Adds weights times values to rows of out, on and on, or summed apart first.
+    // `APART` sums the block on its own first.
     template <int COUNT, int ROWS, bool APART>
     static void add(const char* values, int64_t stride, int count, int64_t width, const float* weights, vec, float* out,
                     PrefetchStream keys) {
@@ -125,10 +138,7 @@ struct Widened : KeyByKey {
         columns(std::integral_constant<int, 1>());
     }
 
-    // Where column d of a row of out lies.
     static int64_t column(int64_t d) { return d; }
-
-    // The columns of a row of out from d on, a multiple of LANES.
     static vec columns(const float* out, int64_t d) { return load(out + d); }
 
    private:
@@ -136,7 +146,7 @@ struct Widened : KeyByKey {
     template <int COUNT, int ROWS, int VECS, bool APART>
     static inline void some(const char* values, int64_t stride, int count, int64_t d, int64_t width,
                             const float* weights, float* out, PrefetchStream keys) {
-        if (count < 1) __builtin_unreachable();  // else compilers keep the sums in memory as well
+        if (count < 1) __builtin_unreachable();  // otherwise compilers keep the sums in memory as well
         const int64_t pitch = pitch_of(width), item = size_of(DTYPE), left = width - d;
         values += d * item, out += d;
         vec acc[COUNT][VECS];
@@ -170,18 +180,18 @@ static inline vec largest(vec x) {
 
 #if defined(__AVX512F__)
 #if defined(__AVX512BF16__)
-// Numbers of bf16, which are multiplied by numbers of bf16.
+// bf16 times bf16.
 struct Halves {
     static constexpr int SIZE = 2;
     static constexpr bool IN_STEPS = false;
 
-    // The numbers at `row`, zeros for those that are not left.
+    // A vector of pairs of numbers from `row`, of which `left` are left, and zeros.
     static __m512i take(const char* row, int64_t left) {
         if (left >= 2 * LANES) return _mm512_loadu_si512(row);
         return _mm512_maskz_loadu_epi16((__mmask32)((1ull << left) - 1), row);
     }
 
-    // What they are multiplied by, from fp32.
+    // Queries or weights in the form in which they multiply them.
     static __m256i factors(vec x) { return round_to_bf16(x); }
 
     static vec dot(vec sum, __m512i a, __m512i b) { return dot_bf16(sum, a, (vec)b); }
@@ -190,8 +200,7 @@ struct Halves {
 };
 #endif
 
-// Numbers of i8, which are multiplied by numbers of 16 bits in fixed point: multiples of a step, a 32767th of the
-// largest of its kind.
+// int8 times int16 in fixed point: multiples of a step, which is a 32767th of the largest number of a row.
 struct Codes {
     static constexpr int SIZE = 1;
     static constexpr bool IN_STEPS = true;
@@ -210,8 +219,8 @@ struct Codes {
     static vec total(vec sum) { return (vec)_mm512_cvtepi32_ps((__m512i)sum); }
 };
 
-// Both products of a block of keys in dot products of pairs, for queries of 16 bits. Rows of out lie as pairs do: runs
-// of four columns of two rows of values take turns.
+// Both products in dot products of pairs, for queries of 16 bits. Columns of out alternate as `pair` interleaves them:
+// runs of four in one vector, the next four in the other.
 template <class Numbers>
 struct Dots : KeyByKey {
     static constexpr int STEP = 2 * LANES;
@@ -292,9 +301,9 @@ struct Dots : KeyByKey {
         static constexpr int at(int i) { return (FROM + i) / 8 * 4 + i % 4 + (i & 4 ? LANES : 0); }
     };
 
-    // The step in which the largest of the numbers of each row is the last, and no smaller than has an inverse. Where
-    // one of them is no number it is inf, so that all are 0 in such steps, and products NaN. They are given a vector at
-    // a time; rows are ROWS and take turns.
+    // The step of each row: its largest number is 32767 of them. No smaller than has an inverse. inf if a number is
+    // NaN, so that all are 0 in such steps, and products NaN. `vectors(i)` gives numbers i to i + LANES - 1; those of
+    // ROWS rows alternate.
     template <int ROWS, class Vectors>
     static vec step_of(int64_t count, Vectors vectors) {
         vec most = {};

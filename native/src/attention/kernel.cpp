@@ -9,13 +9,25 @@
 namespace qkv {
 namespace QKV_ISA {
 
-// How tiles of the rows of several queries fold keys.
+// A strategy, the template parameter of `run`, is how a tile goes past its keys:
+//
+//     Scratch            memory of a thread for it, made from a Problem and an ArenaLayout
+//     State              the running softmax of a tile (softmax/online.h)
+//     Prepared           keys and values of some heads, packed once for all tiles
+//     Registers          what a thread constructs while it multiplies
+//     prepare(p, t, scratch)                   packs the queries of a tile into scratch
+//     accumulate_keys(p, t, prepared, dropout, begin, end, scratch, state)    makes `state` that of the keys [begin,
+//     end) finish(p, t, state)                      writes output and lse
+//
+// They are Prefill, also for short queries, and Decode.
+
+// Several queries.
 template <class Kind, class AnyState>
 struct Prefill {
-    typedef ForwardScratch<Kind, AnyState> Scratch;
-    typedef AnyState State;
-    typedef QKV_ISA::Prepared<Kind> Prepared;
-    typedef typename Kind::Registers Registers;
+    using Scratch = ForwardScratch<Kind, AnyState>;
+    using State = AnyState;
+    using Prepared = QKV_ISA::Prepared<Kind>;
+    using Registers = typename Kind::Registers;
 
     static void prepare(const Problem& p, const Tile& t, const Scratch& scratch) {
         OperandPacking<Kind>::panel(p, t, p.q, p.width, scratch.panel);
@@ -30,14 +42,14 @@ struct Prefill {
     static void finish(const Problem& p, const Tile& t, const State& state) { QKV_ISA::finish(p, t, state); }
 };
 
-// How the few rows of a single query do.
+// COUNT rows of a single query.
 template <class Products, int COUNT>
 struct Decode {
-    typedef DecodeScratch Scratch;
-    typedef DecodeState State;
-    typedef typename Products::Registers Registers;
+    using Scratch = DecodeScratch;
+    using State = DecodeState;
+    using Registers = typename Products::Registers;
 
-    // Every key and value is read but once.
+    // Nothing: every key and value is read once.
     struct Prepared {
         Prepared(const Problem&, const KeyVisibility&, const Heads&) {}
     };
@@ -56,14 +68,14 @@ struct Decode {
 
 template <class Strategy>
 static void run(const Problem& p) {
-    typedef typename Strategy::Scratch Scratch;
-    typedef typename Strategy::State State;
-    typedef typename Strategy::Prepared Prepared;
+    using Scratch = typename Strategy::Scratch;
+    using State = typename Strategy::State;
+    using Prepared = typename Strategy::Prepared;
     const int64_t tiles = tiles_of_head(p), heads = p.batch * p.kv_heads;
     const int64_t pieces = (p.lk + KV_SPLIT - 1) / KV_SPLIT, floats = State::floats(p);
     const KeyVisibility visibility(p);
-    // The tiles of a head follow each other, so that its keys and values stay near. Late ones come first: under a
-    // causal mask they see the most.
+    // The tiles of a head follow each other, so that its keys and values stay in the caches. Late ones come first:
+    // under a causal mask they see the most.
     const auto tile_of = [&](int64_t head, int64_t place) {
         return Tile(p, visibility, head_at(p, head), tiles - 1 - place);
     };
@@ -93,7 +105,7 @@ static void run(const Problem& p) {
         if (!any) total.clear(p, t);
         Strategy::finish(p, t, total);
     };
-    // Where there are many heads, a thread prepares and keeps its own; what is left over is for all threads.
+    // With many heads a thread prepares and keeps its own; all threads share the heads left over.
     const int64_t own = heads >= OWN_HEADS * p.threads ? heads - heads % p.threads : 0, left = heads - own;
     parallel_for(own, p.threads, [&](int64_t head) {
         const Prepared prepared(p, visibility, {head, 1, 1});
@@ -108,14 +120,14 @@ static void run(const Problem& p) {
     }
     // Few tiles: their pieces go to different threads, and are merged in the same order.
     const std::unique_ptr<float[]> states(new float[left * tiles * pieces * floats]);
-    const auto fold_apart = [&](int64_t item) {
+    const auto accumulate_apart = [&](int64_t item) {
         const Tile t = tile_left(item / pieces);
         if (!is_seen(t, item % pieces)) return;
         const Scratch scratch = QKV_ISA::thread_scratch<Scratch>(p);
         Strategy::prepare(p, t, scratch);
         accumulate_keys(prepared, t, item % pieces, scratch, State(&states[item * floats], t));
     };
-    parallel_for(left * tiles * pieces, p.threads, fold_apart, Sharing::runs);
+    parallel_for(left * tiles * pieces, p.threads, accumulate_apart, Sharing::runs);
     parallel_for(left * tiles, p.threads, [&](int64_t item) {
         const Tile t = tile_left(item);
         const Scratch scratch = QKV_ISA::thread_scratch<Scratch>(p);
@@ -127,8 +139,8 @@ static void run(const Problem& p) {
     });
 }
 
-// Keys or values of i8 in the dtype of queries.
-static std::vector<char> widened(const Problem& p, const View& view, const Scales& scales, int64_t width) {
+// Keys or values of int8 in the dtype of queries.
+static std::vector<char> dequantized(const Problem& p, const View& view, const Scales& scales, int64_t width) {
     const int64_t item = size_of(p.dtype);
     std::vector<char> to(p.batch * p.kv_heads * p.lk * width * item);
     parallel_for(p.batch * p.kv_heads, p.threads, [&](int64_t head) {
@@ -145,7 +157,7 @@ static std::vector<char> widened(const Problem& p, const View& view, const Scale
     return to;
 }
 
-// Calls work with how many rows are multiplied.
+// Calls work with the kind of product for many rows.
 template <class Work>
 static void for_kind([[maybe_unused]] const Problem& p, Work work) {
 #if defined(__AMX_BF16__)
@@ -159,8 +171,8 @@ static void for_kind([[maybe_unused]] const Problem& p, Work work) {
 void forward(const Problem& p) {
     const bool few = p.lq == 1 && group(p) <= few_rows(p);
     if (p.kv_dtype != p.dtype && !few) {
-        std::vector<char> keys = widened(p, p.k, p.k_scale, p.width);
-        std::vector<char> values = widened(p, p.v, p.v_scale, p.value_width);
+        std::vector<char> keys = dequantized(p, p.k, p.k_scale, p.width);
+        std::vector<char> values = dequantized(p, p.v, p.v_scale, p.value_width);
         Problem wide = p;
         wide.kv_dtype = p.dtype;
         wide.k_scale = wide.v_scale = {};

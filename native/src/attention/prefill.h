@@ -9,6 +9,7 @@
 #pragma once
 
 #include "matmul/amx.h"
+#include "softmax/nonfinite.h"
 #include "softmax/online.h"
 
 namespace qkv {
@@ -48,27 +49,22 @@ static void update_row_max(const Problem& p, const Tile& t, const vec* block_max
     }
 }
 
-// A hidden value that is not finite must not meet its weight of 0. Adds the visible ones of a block by hand and returns
-// values in which they are 0.
+// Adds the visible values of a block that are not finite, and returns values in which all of these are 0.
 template <class Kind, class AnyState>
 static Operand<const typename Kind::Element> add_visible_nonfinite(const Problem& p, const Tile& t, const Block& b,
                                                                    const Operand<const typename Kind::Element>& values,
                                                                    const ForwardScratch<Kind, AnyState>& scratch,
                                                                    const AnyState& state) {
     const auto clean = OperandPacking<Kind>::own(values, p.value_width, b.size, scratch.values);
+    const auto at = [&](int j, int r) { return j * t.lanes() + r; };
     for (int i = 0; i < b.count; ++i) {
-        const Segment& s = b.parts[i];
-        for (int j = s.begin; j < s.end; ++j) {
-            const char* row = row_of(p, p.v, t, b.first + j);
-            for (int64_t d = 0; d < p.value_width; ++d) {
-                const float x = read(p.dtype, row, d);
-                if (std::isfinite(x)) continue;
-                for (int r = s.first * LANES; r < std::min(t.count, s.last * LANES); ++r)
-                    if (may_see(p, t, r, b.first + j) && (!p.allow.data || scratch.allowed[j * t.lanes() + r] != 0))
-                        state.at(p, t, r, d) += scratch.scores[j * t.lanes() + r] * x;
-                OperandPacking<Kind>::clear(clean, j, d);
-            }
-        }
+        separate_nonfinite(
+            p, t, b, b.parts[i],
+            [&](int j, int r) {
+                return may_see(p, t, r, b.first + j) && (!p.allow.data || scratch.allowed[at(j, r)] != 0);
+            },
+            [&](int j, int r, int64_t d, float x) { state.at(p, t, r, d) += scratch.scores[at(j, r)] * x; },
+            [&](int j, int64_t d) { OperandPacking<Kind>::clear(clean, j, d); });
     }
     // Those that lie beside the last one.
     for (int j = b.size; j % OperandPacking<Kind>::KEYS_PER_ROW != 0; ++j)
@@ -83,32 +79,6 @@ static inline void for_vectors(const Segment& s, Work work) {
     int n = s.first;
     for (; n + VECS_AT_ONCE <= s.last; n += VECS_AT_ONCE) work(n, std::integral_constant<int, VECS_AT_ONCE>());
     for (; n < s.last; ++n) work(n, std::integral_constant<int, 1>());
-}
-
-// Whether scores of a segment are not finite, before anything has been added to them or hidden. A key that is not
-// finite makes those of all rows so, and a row those of all keys: one vector of each key and one key of each vector
-// tell.
-static inline bool have_nonfinite(const Tile& t, const Segment& s, const float* scores) {
-    const int64_t lanes = t.lanes();
-    const float* const corner = scores + s.begin * lanes + s.first * LANES;
-    const int keys = s.end - s.begin;
-    vec zero[SUMS_AT_ONCE] = {};  // stay so, unless a number is not finite
-    int j = 0;
-    for (; j + SUMS_AT_ONCE <= keys; j += SUMS_AT_ONCE)
-        for (int i = 0; i < SUMS_AT_ONCE; ++i) zero[i] += 0.0f * load(corner + (j + i) * lanes);
-    for (; j < keys; ++j) zero[0] += 0.0f * load(corner + j * lanes);
-    for (int n = 1; n < s.last - s.first; ++n) zero[1] += 0.0f * load(corner + n * LANES);
-    return any((zero[0] + zero[1]) + (zero[2] + zero[3]) != 0.0f);
-}
-
-// A score that is not finite makes its row NaN, be it -inf, which would pass for hidden.
-static void spread_nan(const Tile& t, const Segment& s, float* scores) {
-    for (int j = s.begin; j < s.end; ++j) {
-        for (int n = s.first; n < s.last; ++n) {
-            float* const at = scores + j * t.lanes() + n * LANES;
-            store(at, finite_or_nan(load(at)));
-        }
-    }
 }
 
 template <int COUNT>

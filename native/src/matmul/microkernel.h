@@ -1,8 +1,8 @@
 // One micro-kernel for both products of attention: C[m][lane] (+)= sum_k A[m][k] * B[k][lane].
 //
 // Lanes are query rows. A is read in place and broadcast, element by element: keys for Q K^T, values for P V. So
-// neither keys nor values are packed or transposed, and any head width is as good as another. B is a panel in scratch,
-// and C stays in registers while k runs.
+// neither keys nor values are packed or transposed, and any head width is as good as another. B is packed in
+// scratch, and C stays in registers while k runs.
 #pragma once
 
 #include <limits>
@@ -15,16 +15,33 @@ namespace QKV_ISA {
 
 constexpr int NV = micro_vecs(LANES);
 
-// What a kind of product has a thread hold while it multiplies, unless there is something.
+// A kind of product, the template parameter `Kind` of all that multiplies, says how numbers are multiplied:
+//
+//     Element             what A is read in: a number, or a pair of neighbours along k
+//     Registers           what a thread constructs before its products and destroys after them
+//     GRAIN               keys and vectors of rows that segments of a block are cut to
+//     CHAIN               steps along the width that are added one after the other; such sums are then added, for the
+//                         error of a long sum grows with its length. Micro-kernel only
+//     madd(c, a, b)       c plus one step, of an element and a vector. Micro-kernel only
+//     of(low, high)       weights of two keys as the pairs that a step takes. Only where `OperandPacking` PACKS
+//     keep_amx_warm()     called now and then between two products
+//
+// and has an `OperandPacking` (matmul/operands.h) and three products by overloads that take a `Kind` first:
+// `multiply_rows`, `sum_over_keys`, `sum_over_rows`. They are
+//
+//     F32                       here: a multiply-add of fp32; bf16 and fp16 are widened first
+//     Bf16Dot                   here: two neighbours of bf16 in a dot product
+//     Amx                       matmul/amx.h: tiles of bf16
+//     ShortQuery<Kind, DTYPE>   attention/short_query.h: F32 or Bf16Dot with the operands exchanged; forward only
+
+// No register state: only AMX has any.
 struct NoRegisterState {};
 
 // fp32: one multiply-add a step.
 struct F32 {
-    typedef float Element;
-    typedef NoRegisterState Registers;
+    using Element = float;
+    using Registers = NoRegisterState;
     static constexpr Grain GRAIN = {SUBBLOCK, 1};
-    // Steps along the width that are added up one after the other; such sums are then added. The error of a long sum
-    // grows with its length.
     static constexpr int64_t CHAIN = F32_CHAIN;
     static inline vec madd(vec c, float a, vec b) { return c + a * b; }
     static inline void keep_amx_warm() {}
@@ -33,8 +50,8 @@ struct F32 {
 #if defined(__AVX512BF16__)
 // bf16: a step takes two neighbours along k; an element is the pair.
 struct Bf16Dot {
-    typedef uint32_t Element;
-    typedef NoRegisterState Registers;
+    using Element = uint32_t;
+    using Registers = NoRegisterState;
     static constexpr Grain GRAIN = {SUBBLOCK, 1};
     static constexpr int64_t CHAIN = std::numeric_limits<int64_t>::max() / 4;  // bf16 rounds more than any sum
     static inline vec madd(vec c, uint32_t a, vec b) { return dot_bf16(c, _mm512_set1_epi32((int)a), b); }
@@ -52,7 +69,8 @@ struct Strides {
     int64_t a, b, c;
 };
 
-// Goes through the rows of C. Compilers, left to themselves, keep 24 addresses, in vector registers and on the stack.
+// Calls work(m, address) for the rows of C. Without the barrier compilers keep 24 addresses, in vector registers and on
+// the stack.
 template <int ROWS, class Work>
 static inline void for_rows(float* c, int64_t stride, Work work) {
     for (int m = 0; m < ROWS; ++m, c += stride) {
@@ -64,9 +82,9 @@ static inline void for_rows(float* c, int64_t stride, Work work) {
 template <class Kind, Along ALONG, int ROWS, int VECS, bool ADD>
 static inline void micro(int64_t steps, const typename Kind::Element* a, const float* b, float* c, Strides s,
                          bool apart) {
-    typedef typename Kind::Element Element;
+    using Element = typename Kind::Element;
     if (steps < 1) __builtin_unreachable();  // else compilers keep a second C in memory for that
-    // Keys and values come from memory that takes its time: those of the next block are asked for.
+    // Keys and values of the next block are prefetched: memory is slower than the product.
     if (ALONG == Along::k && !ADD)
         for (int m = 0; m < ROWS; ++m) prefetch((const char*)(a + (m + PREFETCH_ROWS) * s.a), steps * sizeof(Element));
     const bool goes_on = ADD && !apart;
@@ -82,8 +100,8 @@ static inline void micro(int64_t steps, const typename Kind::Element* a, const f
             if (ALONG == Along::m) prefetch((const char*)(a + (k + PREFETCH_ROWS) * s.a), 1);
             vec row[VECS];
             for (int n = 0; n < VECS; ++n) row[n] = load(b + k * s.b + n * LANES);
-            // A machine's addresses reach three rows of A from one of them. Compilers, left to themselves, keep twelve
-            // distances in registers that there are not.
+            // One address reaches three rows of A. Without the barrier compilers keep twelve distances in registers,
+            // more than there are.
             const Element* at = ALONG == Along::k ? a + k : a + k * s.a;
             for (int m = 0; m < ROWS; ++m) {
                 Element x;

@@ -1,8 +1,4 @@
 // How rows, keys, values and weights lie for the micro-kernel: in fp32, or as pairs of bf16.
-//
-// Of the operands of a product, A is read element by element, either along the width (`along_width`) or along the keys
-// (`along_keys`); B is a panel with a row for each step, of query rows (`panel`) or of numbers along the width
-// (`rows`).
 #pragma once
 
 #include <memory>
@@ -14,31 +10,49 @@
 namespace qkv {
 namespace QKV_ISA {
 
-// Keys or values in the order in which a product reads them. The stride counts elements; of what, `OperandPacking`
-// says.
+// Keys or values in the order in which a product reads them. The stride is in elements, from row to row of
+// `along_width` and from KEYS_PER_ROW keys to the next of `along_keys`.
 template <class Element>
 struct Operand {
     Element* data;
     int64_t stride;
 };
 
+// How the operands of a kind of product lie. `width` counts numbers; `scratch` is taken where they cannot be read in
+// place, and has room for `floats` of them.
+//
+//     Element, PACKS                   of the kind; whether weights are packed, two keys side by side
+//     KEYS_PER_ROW                     keys of a row of `along_keys`
+//     steps(count)                     steps of a product that sums over so many numbers
+//     floats(count, width)             scratch for so many keys or values
+//
+// A, which is read element by element:
+//     along_width(...)                 keys or values whose width is summed over, as an `Operand`
+//     along_keys(...)                  those that are summed over
+//     own(along_keys, ...)             the same in memory that may be written, `scratch`
+//     clear(own, j, d)                 makes column d of key j 0
+//     pack_rows(t, s, weights)         weights, in place, as A of a sum over rows
+//
+// B, a row of vectors for each step:
+//     panel(...)                       rows of a tile as lanes, (steps of the width, lanes)
+//     rows(...), clear_row(...)        rows of a tile as they are, (steps of the rows, whole vectors of the width);
+//                                      makes one of them 0
+//     pack_keys(t, s, weights, to)     weights as B of a sum over keys; `to` may be `weights`
+//     pad_keys(t, s, to)               what `pack_keys` does where weights are pairs already
 template <class Kind>
 struct OperandPacking;
 
 // fp32: keys and values are read in place, unless their rows lie far apart; 16-bit ones are widened.
 template <>
 struct OperandPacking<F32> {
-    typedef float Element;
+    using Element = float;
 
     static constexpr bool PACKS = false;
-    static constexpr int KEYS_PER_ROW = 1;  // keys of a row of what is laid along the keys
+    static constexpr int KEYS_PER_ROW = 1;
 
     static int64_t steps(int64_t count) { return count; }
-
-    // Floats that hold keys or values, in either order.
     static int64_t floats(int64_t count, int64_t width) { return count * (width + 1); }
 
-    // The rows of a tile as lanes: (width, lanes).
     static void panel(const Problem& p, const Tile& t, const View& view, int64_t width, float* to) {
         const char* rows[BLOCK_M];
         for (int r = 0; r < t.lanes(); ++r) rows[r] = t.row(p, view, r);
@@ -49,7 +63,6 @@ struct OperandPacking<F32> {
         });
     }
 
-    // The rows of a tile as they are: (count, whole vectors of the width).
     static void rows(const Problem& p, const Tile& t, const View& view, int64_t width, float* to) {
         for_dtype(p.dtype, [&](auto dtype) {
             for (int r = 0; r < t.count; ++r, to += whole_vectors(width)) {
@@ -61,13 +74,12 @@ struct OperandPacking<F32> {
         });
     }
 
-    // Makes one of the rows as they are 0.
     static void clear_row(float* rows, int64_t width, int r) {
         std::fill(rows + r * whole_vectors(width), rows + (r + 1) * whole_vectors(width), 0.0f);
     }
 
-    // Whether rows are copied side by side. Each lies in a page of its own else, and a block of keys and values in more
-    // pages than a core has addresses at hand. A copy costs more than that for a vector of query rows, or fewer.
+    // Whether rows are copied side by side. Each lies in a page of its own otherwise, and a block of keys and values in
+    // more pages than a core's TLB holds. For a vector of query rows or fewer the copy costs more than that.
     static bool are_far(const Problem& p, const View& view, int64_t width) {
         return view.row > FAR && view.row != width && rows_of_head(p) > LANES;
     }
@@ -94,16 +106,10 @@ struct OperandPacking<F32> {
         return along_width(p, head, view, width, first, count, scratch);
     }
 
-    // Makes rows of weights ready to be B of a product along the keys.
     static void pack_keys(const Tile&, const Segment&, const float*, float*) {}
-
-    // What `pack_keys` does beyond pairs.
     static void pad_keys(const Tile&, const Segment&, float*) {}
-
-    // Makes rows of weights ready to be A of a product along the rows, in place.
     static void pack_rows(const Tile&, const Segment&, float*) {}
 
-    // Keys or values, laid along the keys, in memory that may be written to.
     static Operand<float> own(const Operand<const float>& from, int64_t width, int64_t count, float* scratch) {
         if (from.data == scratch) return {scratch, from.stride};
         for (int64_t j = 0; j < count; ++j)
@@ -120,7 +126,7 @@ struct OperandPacking<F32> {
 // Pairs of bf16, of neighbours along the dimension that a product sums over.
 template <>
 struct OperandPacking<Bf16Dot> {
-    typedef uint32_t Element;
+    using Element = uint32_t;
 
     static constexpr bool PACKS = true;
     static constexpr int KEYS_PER_ROW = 2;
@@ -152,7 +158,7 @@ struct OperandPacking<Bf16Dot> {
         for (int64_t d = 0; d < width; ++d) clear({(uint32_t*)rows, whole_vectors(width)}, r, d);
     }
 
-    // In place where every row starts on a pair and the width is even.
+    // In place if every row starts on a pair and the width is even.
     static Operand<const uint32_t> along_width(const Problem& p, const HeadRef& head, const View& view, int64_t width,
                                                int64_t first, int64_t count, float* scratch) {
         const uint16_t* from = (const uint16_t*)row_of(p, view, head, first);
@@ -177,7 +183,7 @@ struct OperandPacking<Bf16Dot> {
         return {(const uint32_t*)scratch, width};
     }
 
-    // Weights of two keys become one row of pairs. In place too: row j / 2 lies before all that is still to be read.
+    // Weights of two keys become one row of pairs. Row j / 2 lies before all that is still to be read.
     static void pack_keys(const Tile& t, const Segment& s, const float* weights, float* to) {
         for (int j = s.begin; j < s.end; j += 2) {
             for (int n = s.first; n < s.last; ++n) {
@@ -218,7 +224,10 @@ struct OperandPacking<Bf16Dot> {
 };
 #endif
 
-// Q K^T of a segment, or dO V^T: (key, row), from keys laid along the width and the panel of rows.
+// The three products, for kinds that run on the micro-kernel. matmul/amx.h and attention/short_query.h overload them
+// for theirs; the first argument chooses.
+
+// Q K^T of a segment, or dO V^T: (key, row), from keys along the width and the packed rows.
 template <class Kind>
 static inline void multiply_rows(Kind, const Tile& t, const Segment& s, int64_t width,
                                  const Operand<const typename Kind::Element>& keys, const float* panel, float* to) {
@@ -227,8 +236,8 @@ static inline void multiply_rows(Kind, const Tile& t, const Segment& s, int64_t 
                                    to + s.begin * t.lanes() + s.first * LANES, {keys.stride, t.lanes(), t.lanes()});
 }
 
-// Adds weights times values, or gradients of scores times keys, to (width, row), from values laid along the keys. Sums
-// of fp32 may be added up `apart`.
+// Adds weights times values, or gradients of scores times keys, to (width, row), from values along the keys. `apart`
+// sums a block of its own and adds that; kinds that pack ignore it.
 template <class Kind>
 static inline void sum_over_keys(Kind, const Tile& t, const Segment& s, int64_t width,
                                  const Operand<const typename Kind::Element>& values, const float* weights, float* to,
@@ -267,7 +276,7 @@ static bool all_finite(const Problem& p, const HeadRef& head, const View& view, 
     return !any(zero != 0.0f);
 }
 
-// Keys and values as the products of the forward pass take them, laid so for each block of each tile.
+// Keys and values as the products of the forward pass take them, packed for each block of each tile.
 template <class Kind>
 struct LaidByBlock {
     using Laid = Operand<const typename Kind::Element>;
@@ -280,27 +289,27 @@ struct LaidByBlock {
         return OperandPacking<Kind>::along_keys(p, t, p.v, p.value_width, first, count, scratch);
     }
 
-    // Whether the values are.
+    // Whether the values of a block are finite.
     bool are_finite(const Problem& p, const Tile& t, int64_t first, int64_t count) const {
         return all_finite(p, t, p.v, p.value_width, first, count);
     }
 };
 
-// Heads of keys and values, counted through all batches, and how many threads may prepare them.
+// Heads of keys and values, and how many threads may prepare them.
 struct Heads {
     int64_t first, count;
     int threads;
 };
 
-// The same, where a head may have them once for many tiles.
+// The same, packed once for all tiles of a head where that pays. `Prepared<Kind>` is what prefill uses; a kind without
+// such packing has that of each block.
 template <class Kind>
 struct Prepared : LaidByBlock<Kind> {
     Prepared(const Problem&, const KeyVisibility&, const Heads&) {}
 };
 
-// Of fp32, what lies far apart, side by side: once for all tiles where these are many, or else fresh memory costs more
-// than a copy for each of them (that of one head after another is not fresh); and unless it is much more than queries
-// take.
+// fp32 rows that lie far apart are copied side by side once, if a head has many tiles: for few, fresh memory costs more
+// than a copy for each of them. The memory of one head after another is not fresh, so there fewer tiles suffice.
 template <>
 class Prepared<F32> : public LaidByBlock<F32> {
    public:
