@@ -1,4 +1,4 @@
-// Which instruction set runs, and the calls of it.
+// Chooses the instruction set and calls its kernel.
 #include <cstdlib>
 #include <cstring>
 #include <iterator>
@@ -100,7 +100,7 @@ const Isa* chosen() {
 }  // namespace
 }  // namespace qkv
 
-// The name of the instruction set that runs; null where QKV_ISA names none, or one that this machine lacks.
+// The name of the instruction set that runs; null if QKV_ISA names an unknown one, or one that this machine lacks.
 QKV_EXPORT const char* qkv_isa() { return qkv::chosen() ? qkv::chosen()->name : nullptr; }
 
 // The names of all that this machine has, the best first, with a space between.
@@ -114,7 +114,7 @@ QKV_EXPORT const char* qkv_supported_isas() {
     return names.c_str();
 }
 
-// What the caller's idea of the structs is held against.
+// Callers compare these with their own structs.
 QKV_EXPORT int qkv_problem_size() { return (int)sizeof(qkv::Problem); }
 QKV_EXPORT int qkv_gradients_size() { return (int)sizeof(qkv::Gradients); }
 QKV_EXPORT int qkv_quantization_size() { return (int)sizeof(qkv::Quantization); }
@@ -152,8 +152,7 @@ QKV_EXPORT int qkv_backward(const void* problem, const void* gradients) {
     return qkv::status_of([&] { qkv::chosen()->backward(p, g); });
 }
 
-// How many scores a forward pass computes, those hidden by a mask in the midst of others included; -1 where memory does
-// not suffice.
+// How many scores a forward pass computes, including hidden ones that are not skipped; -1 if out of memory.
 QKV_EXPORT int64_t qkv_count_scores(const void* problem) {
     qkv::Problem p;
     std::memcpy(&p, problem, sizeof p);

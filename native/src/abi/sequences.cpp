@@ -66,7 +66,7 @@ class Packed {
             std::copy_n(from + h * queries(n), queries(n), to + h * p.lq + s.starts[n]);
     }
 
-    // Memory for such numbers, of all sequences; null where there is none.
+    // Memory for such numbers, of all sequences; null if there is no memory.
     std::unique_ptr<float[]> numbers() const {
         return std::unique_ptr<float[]>(new (std::nothrow) float[std::max<int64_t>(1, p.heads * p.lq)]);
     }
@@ -112,7 +112,7 @@ class Packed {
         return true;
     }
 
-    // About how long a sequence takes: scores, and what each key and each query costs beside them.
+    // About how long a sequence takes: its scores, plus a cost for each key and query.
     double cost(int64_t n) const {
         const int64_t lq = queries(n);
         const int64_t seen =

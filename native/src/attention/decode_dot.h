@@ -1,4 +1,4 @@
-// The products of a few rows, key by key: lanes lie along the width.
+// The products of decoding, key by key: lanes lie along the width.
 //
 // Numbers of 8 and 16 bits are widened in registers; where there are dot products of pairs of 16 bits, those of bf16
 // are multiplied as they are, and those of 8 bits with queries and weights in fixed point.
@@ -10,14 +10,16 @@ namespace qkv {
 namespace QKV_ISA {
 
 // Rows of one query that decoding takes, at most.
-constexpr int FEW = LANES < DECODE_ROWS ? LANES : DECODE_ROWS;
+constexpr int MAX_DECODE_ROWS = LANES < DECODE_ROWS ? LANES : DECODE_ROWS;
 #if defined(__AMX_BF16__)
-constexpr int FEW_OF_BF16 = LANES;
+constexpr int MAX_DECODE_ROWS_BF16 = LANES;
 #else
-constexpr int FEW_OF_BF16 = FEW;
+constexpr int MAX_DECODE_ROWS_BF16 = MAX_DECODE_ROWS;
 #endif
 
-static inline int few_rows(const Problem& p) { return p.kv_dtype == Dtype::bf16 ? FEW_OF_BF16 : FEW; }
+static inline int decode_rows(const Problem& p) {
+    return p.kv_dtype == Dtype::bf16 ? MAX_DECODE_ROWS_BF16 : MAX_DECODE_ROWS;
+}
 
 // Lanes for so many rows: the next power of two.
 static constexpr int lanes_of(int count) { return count <= 2 ? count : (count <= 4 ? 4 : (count <= 8 ? 8 : 16)); }
@@ -30,7 +32,7 @@ struct PrefetchStream {
     const char* rows;
     int64_t stride;
 
-    void ask(int64_t row, int64_t byte) const { prefetch(rows + row * stride + byte, 1); }
+    void prefetch(int64_t row, int64_t byte) const { QKV_ISA::prefetch(rows + row * stride + byte, 1); }
 };
 
 // The products of decoding, the template parameter `Products`. Of each block of keys:
@@ -51,7 +53,7 @@ struct PrefetchStream {
 // Products that read one or two keys at a time, and prefetch their values meanwhile; and while they read values, the
 // keys of the next block.
 struct KeyByKey {
-    static constexpr int LEAST = 1, MOST = FEW;  // rows
+    static constexpr int LEAST = 1, MOST = MAX_DECODE_ROWS;  // rows
     static constexpr bool ON_TILES = false;
 
     using Registers = NoRegisterState;
@@ -61,7 +63,7 @@ struct KeyByKey {
     struct Ahead {
         template <class... Any>
         explicit Ahead(const Any&...) {}
-        void peaks(int) {}
+        void maxima(int) {}
         void weights(int) {}
         void step() {}
     };
@@ -69,7 +71,7 @@ struct KeyByKey {
    protected:
     // Several rows take long enough to prefetch keys once more shortly before they are read.
     template <int COUNT>
-    static inline void ask_ahead(const char* key, int64_t stride) {
+    static inline void prefetch_ahead(const char* key, int64_t stride) {
         if (COUNT > 1) prefetch(key + DECODE_PREFETCH_KEYS * stride, 1);
     }
 };
@@ -98,8 +100,8 @@ struct Widened : KeyByKey {
                 vec key[KEYS];
                 for (int j = 0; j < KEYS; ++j) {
                     const char* const at = keys + j * stride + d * item;
-                    ask_ahead<COUNT>(at, stride);
-                    values.ask(j, d * item);
+                    prefetch_ahead<COUNT>(at, stride);
+                    values.prefetch(j, d * item);
                     key[j] = whole ? load_as(DTYPE, at) : load_part(DTYPE, at, width - d);
                 }
                 for (int r = 0; r < COUNT; ++r) {
@@ -128,7 +130,7 @@ struct Widened : KeyByKey {
         int64_t d = 0;
         const auto columns = [&](auto vecs) {
             constexpr int VECS = decltype(vecs)::value;
-            // As many as registers hold sums of, beside a row of values and a weight.
+            // Sums, a row of values and a weight must fit the registers.
             if constexpr (VECS == 1 || (COUNT + 1) * VECS < REGISTERS - 1)
                 for (; d + (VECS - 1) * LANES < width; d += VECS * LANES)
                     some<COUNT, ROWS, VECS, APART>(values, stride, count, d, width, weights, out, keys);
@@ -155,7 +157,7 @@ struct Widened : KeyByKey {
         for (int j = 0; j < count; ++j, values += stride) {
             vec x[VECS];
             for (int n = 0; n < VECS; ++n) {
-                keys.ask(j, (d + n * LANES) * item);
+                keys.prefetch(j, (d + n * LANES) * item);
                 const char* const at = values + n * LANES * item;
                 x[n] = n + 1 < VECS ? load_as(DTYPE, at) : load_part(DTYPE, at, left - n * LANES);
             }
@@ -248,8 +250,8 @@ struct Dots : KeyByKey {
             __m512i key[KEYS];
             for (int j = 0; j < KEYS; ++j) {
                 const char* const at = keys + j * stride + Numbers::SIZE * d;
-                ask_ahead<COUNT>(at, stride);
-                values.ask(j, Numbers::SIZE * d);
+                prefetch_ahead<COUNT>(at, stride);
+                values.prefetch(j, Numbers::SIZE * d);
                 key[j] = Numbers::take(at, width - d);
             }
             for (int r = 0; r < COUNT; ++r) {
@@ -336,7 +338,7 @@ struct Dots : KeyByKey {
             __m512i x[2 * SPANS];
             for (int n = 0; n < SPANS; ++n) {
                 const char* const row = values + n * STEP * Numbers::SIZE;
-                for (int i = 0; i < 2; ++i) keys.ask(j + i, (d + n * STEP) * Numbers::SIZE);
+                for (int i = 0; i < 2; ++i) keys.prefetch(j + i, (d + n * STEP) * Numbers::SIZE);
                 pair(row, j + 1 < count ? row + stride : nullptr, left - n * STEP, x + 2 * n);
             }
             for (int r = 0; r < COUNT; ++r) {

@@ -4,7 +4,7 @@
 // one pass over keys and values, whatever the group. They lie along the lanes of vectors, so that scores, maxima,
 // exponentials and sums of a row never cross lanes: a row has the same bits in any tile, batch or thread.
 //
-// Keys go by in blocks at multiples of BLOCK_N. Within a block at an edge of the mask, segments of keys are computed
+// Keys come in blocks at multiples of BLOCK_N. Within a block at an edge of the mask, segments of keys are computed
 // only for the vectors of rows that see any of them.
 #pragma once
 
@@ -18,22 +18,22 @@ namespace QKV_ISA {
 // Memory for the forward pass of a tile.
 template <class Kind, class AnyState>
 struct ForwardScratch {
-    float *panel, *scores, *allowed, *bias, *keys, *values, *sums, *state, *total;
+    float *packed, *scores, *allowed, *bias, *keys, *values, *sums, *state, *total;
 
-    ForwardScratch(const Problem& p, ArenaLayout& place) {
-        panel = place((p.width + LANES) * BLOCK_M);
-        scores = place(BLOCK_N * BLOCK_M);
-        allowed = place(p.allow.data ? BLOCK_N * BLOCK_M : 0);
-        bias = place(p.bias.data ? BLOCK_N * BLOCK_M : 0);
-        keys = place(OperandPacking<Kind>::floats(BLOCK_N, p.width));
-        values = place(OperandPacking<Kind>::floats(BLOCK_N, p.value_width));
-        sums = place(AnyState::floats(p));
-        state = place(AnyState::floats(p));
-        total = place(AnyState::floats(p));
+    ForwardScratch(const Problem& p, ArenaLayout& arena) {
+        packed = arena((p.width + LANES) * BLOCK_M);
+        scores = arena(BLOCK_N * BLOCK_M);
+        allowed = arena(p.allow.data ? BLOCK_N * BLOCK_M : 0);
+        bias = arena(p.bias.data ? BLOCK_N * BLOCK_M : 0);
+        keys = arena(OperandPacking<Kind>::floats(BLOCK_N, p.width));
+        values = arena(OperandPacking<Kind>::floats(BLOCK_N, p.value_width));
+        sums = arena(AnyState::floats(p));
+        state = arena(AnyState::floats(p));
+        total = arena(AnyState::floats(p));
     }
 };
 
-// Moves the maxima of a tile up where that is needed, and all sums with them. Returns where exponents begin.
+// Moves the maxima of a tile up where needed, rescales its sums, and fills in the origins of exponents.
 template <class AnyState>
 static void update_row_max(const Problem& p, const Tile& t, const vec* block_max, const AnyState& state,
                            Origin* origins) {
@@ -49,13 +49,13 @@ static void update_row_max(const Problem& p, const Tile& t, const vec* block_max
     }
 }
 
-// Adds the visible values of a block that are not finite, and returns values in which all of these are 0.
+// Adds the visible values of a block that are not finite, and returns values in which all of these are 0. Rare, so
+// never inlined into the loop over blocks.
 template <class Kind, class AnyState>
-static Operand<const typename Kind::Element> add_visible_nonfinite(const Problem& p, const Tile& t, const Block& b,
-                                                                   const Operand<const typename Kind::Element>& values,
-                                                                   const ForwardScratch<Kind, AnyState>& scratch,
-                                                                   const AnyState& state) {
-    const auto clean = OperandPacking<Kind>::own(values, p.value_width, b.size, scratch.values);
+[[gnu::noinline]] static Operand<const typename Kind::Element> add_visible_nonfinite(
+    const Problem& p, const Tile& t, const Block& b, const Operand<const typename Kind::Element>& values,
+    const ForwardScratch<Kind, AnyState>& scratch, const AnyState& state) {
+    const auto clean = OperandPacking<Kind>::writable(values, p.value_width, b.size, scratch.values);
     const auto at = [&](int j, int r) { return j * t.lanes() + r; };
     for (int i = 0; i < b.count; ++i) {
         separate_nonfinite(
@@ -66,14 +66,14 @@ static Operand<const typename Kind::Element> add_visible_nonfinite(const Problem
             [&](int j, int r, int64_t d, float x) { state.at(p, t, r, d) += scratch.scores[at(j, r)] * x; },
             [&](int j, int64_t d) { OperandPacking<Kind>::clear(clean, j, d); });
     }
-    // Those that lie beside the last one.
+    // Keys beyond the block in the same row of `along_keys`.
     for (int j = b.size; j % OperandPacking<Kind>::KEYS_PER_ROW != 0; ++j)
         for (int64_t d = 0; d < p.value_width; ++d) OperandPacking<Kind>::clear(clean, j, d);
     return {clean.data, clean.stride};
 }
 
-// Calls work(n, count) for the vectors of a segment, several at a time, with their number as a constant: what belongs
-// to them then stays in registers.
+// Calls work(n, count) for the vectors of a segment, several at a time, with their number as a constant: their maxima
+// and sums then stay in registers.
 template <class Work>
 static inline void for_vectors(const Segment& s, Work work) {
     int n = s.first;
@@ -82,7 +82,7 @@ static inline void for_vectors(const Segment& s, Work work) {
 }
 
 template <int COUNT>
-static inline void find_peaks(const Tile& t, const Segment& s, int n, const float* scores, vec* block_max) {
+static inline void find_block_max(const Tile& t, const Segment& s, int n, const float* scores, vec* block_max) {
     constexpr int KEYS = SUMS_AT_ONCE / COUNT;  // a single maximum would wait for itself
     const int64_t lanes = t.lanes();
     vec found[KEYS][COUNT];
@@ -99,7 +99,7 @@ static inline void find_peaks(const Tile& t, const Segment& s, int n, const floa
         for (int i = 0; i < COUNT; ++i) block_max[i] = max(found[k][i], block_max[i]);
 }
 
-// Scores become weights, which are added up, and pairs of them if wanted.
+// Scores become weights, which are added to `sum`; PAIRS stores them packed, two keys side by side.
 template <class Kind, int COUNT, bool PAIRS, bool FUSED>
 static inline void exp_and_sum(const Problem& p, const Tile& t, const Segment& s, int n, const Origin* origins,
                                float* scores, vec* sum) {
@@ -140,12 +140,12 @@ static void drop(const Tile& t, const Block& b, const Segment& s, const Dropout&
     }
 }
 
-// Folds the keys [begin, end) into the state of a tile.
+// Adds the keys [begin, end) to the state of a tile.
 template <class Kind, class Laid, class AnyState>
 static void accumulate_keys(const Problem& p, const Tile& t, const Laid& laid, const Dropout& dropout, int64_t begin,
                             int64_t end, const ForwardScratch<Kind, AnyState>& scratch, const AnyState& state) {
-    typedef OperandPacking<Kind> F;
-    const bool plain = plain_scores(p);
+    using F = OperandPacking<Kind>;
+    const bool scaled = only_scaled(p);
     float* const scores = scratch.scores;
     for (int64_t first = begin; first < end; first += BLOCK_N) {
         const Block b(p, t, first, end, Kind::GRAIN);
@@ -159,17 +159,18 @@ static void accumulate_keys(const Problem& p, const Tile& t, const Laid& laid, c
         for (int n = 0; n < t.vecs; ++n) block_max[n] = set1(-INF);
         for (int i = 0; i < b.count; ++i) {
             const Segment& s = b.parts[i];
-            multiply_rows(Kind(), t, s, p.width, keys, scratch.panel, scores);
+            multiply_rows(Kind(), t, s, p.width, keys, scratch.packed, scores);
             if (have_nonfinite(t, s, scores)) spread_nan(t, s, scores);
-            if (!plain) transform(p, t, b, s, scratch.bias, scores, nullptr);
+            if (!scaled) transform(p, t, b, s, scratch.bias, scores, nullptr);
             if (b.edge) hide(p, t, b, s, scratch.allowed, -INF, scores);
-            for_vectors(s,
-                        [&](int n, auto count) { find_peaks<decltype(count)::value>(t, s, n, scores, block_max + n); });
+            for_vectors(s, [&](int n, auto count) {
+                find_block_max<decltype(count)::value>(t, s, n, scores, block_max + n);
+            });
         }
 
-        const bool poisoned =
+        const bool nonfinite =
             (b.edge || b.size % F::KEYS_PER_ROW != 0) && !laid.are_finite(p, t, first, b.size);  // values
-        const bool apart = !F::PACKS || poisoned || p.dropout > 0;  // weights are needed before they are paired
+        const bool apart = !F::PACKS || nonfinite || p.dropout > 0;  // weights are needed before they are paired
         update_row_max(p, t, block_max, state, origins);
         for (int n = 0; n < t.vecs; ++n) sum[n] = load(state.row_sum + n * LANES);
         for (int i = 0; i < b.count; ++i) {
@@ -181,7 +182,7 @@ static void accumulate_keys(const Problem& p, const Tile& t, const Laid& laid, c
                 const auto some = [&](auto pairs, auto at_once) {
                     exp_and_sum<Kind, COUNT, pairs, at_once>(p, t, s, n, origins + n, scores, sum + n);
                 };
-                typedef std::bool_constant<F::PACKS> Pairs;
+                using Pairs = std::bool_constant<F::PACKS>;
                 if (fused)
                     apart ? some(std::false_type(), std::true_type()) : some(Pairs(), std::true_type());
                 else
@@ -192,9 +193,9 @@ static void accumulate_keys(const Problem& p, const Tile& t, const Laid& laid, c
         for (int n = 0; n < t.vecs; ++n) store(state.row_sum + n * LANES, sum[n]);
 
         auto values = laid.values(p, t, first, b.size, scratch.values);
-        if (poisoned) values = add_visible_nonfinite(p, t, b, values, scratch, state);
-        // The error of a long sum grows with its length, so each block is summed by itself; in one go, or where it has
-        // several segments on the side: how they are cut must not show.
+        if (nonfinite) values = add_visible_nonfinite(p, t, b, values, scratch, state);
+        // The error of a long sum grows with its length, so each block is summed by itself. A block of several segments
+        // is summed in scratch first, for the bits must not depend on how it is cut.
         const bool by_blocks = !F::PACKS, aside = by_blocks && b.count > 1;
         float* const sums = aside ? scratch.sums : state.out;
         const int64_t numbers = AnyState::numbers(p, t);

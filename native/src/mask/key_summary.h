@@ -1,5 +1,5 @@
-// What padding and documents show, in the form that costs least: as an interval of keys for each row where they leave
-// no holes, or else an outline of each block of keys.
+// Which keys padding and documents show, in the form that costs least: an interval of keys for each row if they leave
+// no holes, otherwise a summary of each block of keys.
 #pragma once
 
 #include <algorithm>
@@ -41,7 +41,7 @@ class KeyVisibility {
             Keys& keys = all[row];
             const uint8_t* const keep = p.keep ? p.keep + row * p.keep_batch : nullptr;
             const int64_t* const documents = p.documents ? p.documents + row * p.documents_batch : nullptr;
-            // First keys are seen from far away as well, which no interval tells.
+            // No interval says that sink tokens are seen from far away as well.
             if (keep && (p.sink_tokens > 0 || !find_ends(keep, p.lk, keys))) keys.keep = keep;
             if (documents && (p.sink_tokens > 0 || !find_runs(documents, p.lk, &bounds[2 * row * p.lk], keys)))
                 keys.documents = documents;

@@ -41,7 +41,7 @@ struct Tile : HeadRef {
     int64_t index;
     int count, vecs;
     int64_t begin, end;  // of the keys that any row may see, but for the first ones that all see
-    // Lanes behind the last row repeat it. The first and the last key that a row may see never fall from row to row.
+    // Lanes beyond the last row repeat it. first_key and last_key are non-decreasing over rows.
     int32_t token[BLOCK_M], head[BLOCK_M], position[BLOCK_M], first_key[BLOCK_M], last_key[BLOCK_M];
     float slope[BLOCK_M];
     int64_t document[BLOCK_M];
@@ -80,8 +80,8 @@ struct Tile : HeadRef {
     // Row r of queries, outputs or their gradients.
     char* row(const Problem& p, const View& view, int r) const { return row_of(p, view, batch, head[r], token[r]); }
 
-    // Where row r lies among (batch, heads, lq).
-    int64_t place(const Problem& p, int r) const { return (batch * p.heads + head[r]) * p.lq + token[r]; }
+    // Of row r among (batch, heads, lq).
+    int64_t index_of(const Problem& p, int r) const { return (batch * p.heads + head[r]) * p.lq + token[r]; }
 };
 
 // Hands out aligned parts of a buffer; without one, it only counts.
@@ -103,11 +103,11 @@ static Scratch thread_scratch(const Problem& p) {
     ArenaLayout count{nullptr};
     Scratch(p, count);
     if ((int64_t)memory.size() < count.used + 16) {
-        memory = std::vector<float>();  // nothing in it is wanted
+        memory = std::vector<float>();  // or resize would copy it
         memory.resize(count.used + 16);
     }
-    ArenaLayout place{(float*)(((uintptr_t)memory.data() + 63) / 64 * 64)};
-    return Scratch(p, place);
+    ArenaLayout arena{(float*)(((uintptr_t)memory.data() + 63) / 64 * 64)};
+    return Scratch(p, arena);
 }
 
 }  // namespace QKV_ISA

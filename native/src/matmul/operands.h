@@ -29,13 +29,13 @@ struct Operand {
 // A, which is read element by element:
 //     along_width(...)                 keys or values whose width is summed over, as an `Operand`
 //     along_keys(...)                  those that are summed over
-//     own(along_keys, ...)             the same in memory that may be written, `scratch`
-//     clear(own, j, d)                 makes column d of key j 0
+//     writable(along_keys, ...)        the same in memory that may be written, `scratch`
+//     clear(writable, j, d)              makes column d of key j 0
 //     pack_rows(t, s, weights)         weights, in place, as A of a sum over rows
 //
 // B, a row of vectors for each step:
-//     panel(...)                       rows of a tile as lanes, (steps of the width, lanes)
-//     rows(...), clear_row(...)        rows of a tile as they are, (steps of the rows, whole vectors of the width);
+//     pack_as_lanes(...)               rows of a tile as lanes, (steps of the width, lanes)
+//     pack_as_rows(...), clear_row(...) rows of a tile as they are, (steps of the rows, whole vectors of the width);
 //                                      makes one of them 0
 //     pack_keys(t, s, weights, to)     weights as B of a sum over keys; `to` may be `weights`
 //     pad_keys(t, s, to)               what `pack_keys` does where weights are pairs already
@@ -53,7 +53,7 @@ struct OperandPacking<F32> {
     static int64_t steps(int64_t count) { return count; }
     static int64_t floats(int64_t count, int64_t width) { return count * (width + 1); }
 
-    static void panel(const Problem& p, const Tile& t, const View& view, int64_t width, float* to) {
+    static void pack_as_lanes(const Problem& p, const Tile& t, const View& view, int64_t width, float* to) {
         const char* rows[BLOCK_M];
         for (int r = 0; r < t.lanes(); ++r) rows[r] = t.row(p, view, r);
         for_dtype(p.dtype, [&](auto dtype) {
@@ -63,7 +63,7 @@ struct OperandPacking<F32> {
         });
     }
 
-    static void rows(const Problem& p, const Tile& t, const View& view, int64_t width, float* to) {
+    static void pack_as_rows(const Problem& p, const Tile& t, const View& view, int64_t width, float* to) {
         for_dtype(p.dtype, [&](auto dtype) {
             for (int r = 0; r < t.count; ++r, to += whole_vectors(width)) {
                 const char* row = t.row(p, view, r);
@@ -81,7 +81,7 @@ struct OperandPacking<F32> {
     // Whether rows are copied side by side. Each lies in a page of its own otherwise, and a block of keys and values in
     // more pages than a core's TLB holds. For a vector of query rows or fewer the copy costs more than that.
     static bool are_far(const Problem& p, const View& view, int64_t width) {
-        return view.row > FAR && view.row != width && rows_of_head(p) > LANES;
+        return view.row > FAR_STRIDE && view.row != width && rows_of_head(p) > LANES;
     }
 
     static Operand<const float> along_width(const Problem& p, const HeadRef& head, const View& view, int64_t width,
@@ -110,7 +110,7 @@ struct OperandPacking<F32> {
     static void pad_keys(const Tile&, const Segment&, float*) {}
     static void pack_rows(const Tile&, const Segment&, float*) {}
 
-    static Operand<float> own(const Operand<const float>& from, int64_t width, int64_t count, float* scratch) {
+    static Operand<float> writable(const Operand<const float>& from, int64_t width, int64_t count, float* scratch) {
         if (from.data == scratch) return {scratch, from.stride};
         for (int64_t j = 0; j < count; ++j)
             std::memcpy(scratch + j * width, from.data + j * from.stride, width * sizeof(float));
@@ -135,7 +135,7 @@ struct OperandPacking<Bf16Dot> {
 
     static int64_t floats(int64_t count, int64_t width) { return count * (width + 1); }
 
-    static void panel(const Problem& p, const Tile& t, const View& view, int64_t width, float* to) {
+    static void pack_as_lanes(const Problem& p, const Tile& t, const View& view, int64_t width, float* to) {
         const char* rows[BLOCK_M];
         for (int r = 0; r < t.lanes(); ++r) rows[r] = t.row(p, view, r);
         rows_to_lanes(t.lanes(), steps(width), to, t.lanes(), [&](int64_t r, int64_t c, int64_t count) {
@@ -146,7 +146,7 @@ struct OperandPacking<Bf16Dot> {
     }
 
     // Pairs of neighbouring rows: (count / 2, whole vectors of the width).
-    static void rows(const Problem& p, const Tile& t, const View& view, int64_t width, float* to) {
+    static void pack_as_rows(const Problem& p, const Tile& t, const View& view, int64_t width, float* to) {
         for (int r = 0; r < t.count; r += 2, to += whole_vectors(width)) {
             const uint16_t* low = (const uint16_t*)t.row(p, view, r);
             interleave(low, r + 1 < t.count ? (const uint16_t*)t.row(p, view, r + 1) : nullptr, width, (uint32_t*)to);
@@ -206,7 +206,7 @@ struct OperandPacking<Bf16Dot> {
         }
     }
 
-    static Operand<uint32_t> own(const Operand<const uint32_t>& from, int64_t, int64_t, float* scratch) {
+    static Operand<uint32_t> writable(const Operand<const uint32_t>& from, int64_t, int64_t, float* scratch) {
         return {(uint32_t*)scratch, from.stride};
     }
 
@@ -230,14 +230,14 @@ struct OperandPacking<Bf16Dot> {
 // Q K^T of a segment, or dO V^T: (key, row), from keys along the width and the packed rows.
 template <class Kind>
 static inline void multiply_rows(Kind, const Tile& t, const Segment& s, int64_t width,
-                                 const Operand<const typename Kind::Element>& keys, const float* panel, float* to) {
+                                 const Operand<const typename Kind::Element>& keys, const float* packed, float* to) {
     product<Kind, Along::k, false>(s.end - s.begin, s.last - s.first, OperandPacking<Kind>::steps(width),
-                                   keys.data + s.begin * keys.stride, panel + s.first * LANES,
+                                   keys.data + s.begin * keys.stride, packed + s.first * LANES,
                                    to + s.begin * t.lanes() + s.first * LANES, {keys.stride, t.lanes(), t.lanes()});
 }
 
 // Adds weights times values, or gradients of scores times keys, to (width, row), from values along the keys. `apart`
-// sums a block of its own and adds that; kinds that pack ignore it.
+// sums a block of its own first and adds that; it is never set for kinds that pack.
 template <class Kind>
 static inline void sum_over_keys(Kind, const Tile& t, const Segment& s, int64_t width,
                                  const Operand<const typename Kind::Element>& values, const float* weights, float* to,
@@ -296,7 +296,7 @@ struct LaidByBlock {
 };
 
 // Heads of keys and values, and how many threads may prepare them.
-struct Heads {
+struct HeadRange {
     int64_t first, count;
     int threads;
 };
@@ -305,7 +305,7 @@ struct Heads {
 // such packing has that of each block.
 template <class Kind>
 struct Prepared : LaidByBlock<Kind> {
-    Prepared(const Problem&, const KeyVisibility&, const Heads&) {}
+    Prepared(const Problem&, const KeyVisibility&, const HeadRange&) {}
 };
 
 // fp32 rows that lie far apart are copied side by side once, if a head has many tiles: for few, fresh memory costs more
@@ -313,46 +313,46 @@ struct Prepared : LaidByBlock<Kind> {
 template <>
 class Prepared<F32> : public LaidByBlock<F32> {
    public:
-    Prepared(const Problem& p, const KeyVisibility&, const Heads& heads) : heads(heads) {
+    Prepared(const Problem& p, const KeyVisibility&, const HeadRange& heads) : heads(heads) {
         const int64_t many = heads.count == 1 ? PREPARE_TILES_OWN : PREPARE_TILES;
         if (p.dtype != Dtype::f32 || tiles_of_head(p) < many || p.lk > PREPARE_KEYS * rows_of_head(p)) return;
-        bring_near(p, p.k, p.width, near_keys);
-        bring_near(p, p.v, p.value_width, near_values);
+        copy_contiguous(p, p.k, p.width, contiguous_keys);
+        copy_contiguous(p, p.v, p.value_width, contiguous_values);
     }
 
     Laid keys(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch) const {
-        if (!near_keys) return LaidByBlock::keys(p, t, first, count, scratch);
-        return {near_keys.get() + place(p, t, first) * p.width, p.width};
+        if (!contiguous_keys) return LaidByBlock::keys(p, t, first, count, scratch);
+        return {contiguous_keys.get() + row_of_key(p, t, first) * p.width, p.width};
     }
 
     Laid values(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch) const {
-        if (!near_values) return LaidByBlock::values(p, t, first, count, scratch);
-        return {near_values.get() + place(p, t, first) * p.value_width, p.value_width};
+        if (!contiguous_values) return LaidByBlock::values(p, t, first, count, scratch);
+        return {contiguous_values.get() + row_of_key(p, t, first) * p.value_width, p.value_width};
     }
 
    private:
-    void bring_near(const Problem& p, const View& view, int64_t width, std::unique_ptr<float[]>& to) const {
+    void copy_contiguous(const Problem& p, const View& view, int64_t width, std::unique_ptr<float[]>& to) const {
         if (!OperandPacking<F32>::are_far(p, view, width)) return;
         const int64_t parts = (p.lk + COPY_ROWS - 1) / COPY_ROWS;
         to.reset(new float[heads.count * p.lk * width]);
         prefer_huge_pages(to.get(), heads.count * p.lk * width * (int64_t)sizeof(float));
         parallel_for(heads.count * parts, heads.threads, [&](int64_t item) {
-            const int64_t place = item / parts, head = heads.first + place;
+            const int64_t n = item / parts, head = heads.first + n;
             const int64_t end = std::min(p.lk, (item % parts + 1) * COPY_ROWS);
             for (int64_t row = item % parts * COPY_ROWS; row < end; ++row)
-                std::memcpy(to.get() + (place * p.lk + row) * width, row_of(p, view, head_at(p, head), row),
+                std::memcpy(to.get() + (n * p.lk + row) * width, row_of(p, view, head_at(p, head), row),
                             width * sizeof(float));
         });
     }
 
     // The row of a key among those of the heads.
-    int64_t place(const Problem& p, const Tile& t, int64_t key) const {
+    int64_t row_of_key(const Problem& p, const Tile& t, int64_t key) const {
         return (t.batch * p.kv_heads + t.kv_head - heads.first) * p.lk + key;
     }
 
-    const Heads heads;
+    const HeadRange heads;
 
-    std::unique_ptr<float[]> near_keys, near_values;
+    std::unique_ptr<float[]> contiguous_keys, contiguous_values;
 };
 
 }  // namespace QKV_ISA

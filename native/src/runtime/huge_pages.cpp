@@ -1,7 +1,5 @@
 #include "runtime/huge_pages.h"
 
-#include "sizes.h"
-
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif

@@ -1,7 +1,6 @@
 // AMX, which extends avx512bf16 by eight tile registers, each of 16 rows of 64 bytes.
 //
-// As assembler rather than intrinsics: GCC's do not tell the compiler before version 14 that memory is read and
-// written.
+// In assembler: before version 14, GCC's intrinsics do not say that memory is read and written.
 #pragma once
 
 #include "simd/avx512bf16.h"
@@ -9,8 +8,7 @@
 namespace qkv {
 namespace QKV_ISA {
 
-// While it lives, the thread may use the tile registers. What they hold does not outlive a
-// call, as for other registers.
+// While it lives, the thread may use the tile registers. Calls clobber them, as they do vector registers.
 struct TileRegisters {
     TileRegisters() {
         constexpr int COUNT = 8;

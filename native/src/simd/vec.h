@@ -109,7 +109,7 @@ static inline vec sum_each(vec* a) {
     return exponent.scale(p);
 }
 
-// Prefetches so many bytes. Not into the nearest cache, whose few requests under way would hold up what is read.
+// Prefetches so many bytes, not into the nearest cache: its few requests under way would delay what is read.
 static inline void prefetch(const char* from, int64_t bytes) {
     for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(from + byte, 0, 2);
 }

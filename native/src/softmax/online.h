@@ -81,17 +81,17 @@ struct State {
 
 // Merges the state of later keys into that of earlier ones.
 template <class AnyState>
-static void merge(const Problem& p, const Tile& t, const AnyState& total, const AnyState& piece) {
+static void merge(const Problem& p, const Tile& t, const AnyState& total, const AnyState& split) {
     const float factor = exponent_factor(p);
     for (int n = 0; n < t.vecs; ++n) {
-        const vec a = load(total.row_max + n * LANES), b = load(piece.row_max + n * LANES);
+        const vec a = load(total.row_max + n * LANES), b = load(split.row_max + n * LANES);
         const vec row_max = max(a, b);
         const vec base = row_max == -INF ? set1(0.0f) : row_max;
         const vec left = exp2((a - base) * factor), right = exp2((b - base) * factor);
         store(total.row_max + n * LANES, row_max);
         store(total.row_sum + n * LANES,
-              load(total.row_sum + n * LANES) * left + load(piece.row_sum + n * LANES) * right);
-        total.join(p, t, n, left, piece, right);
+              load(total.row_sum + n * LANES) * left + load(split.row_sum + n * LANES) * right);
+        total.join(p, t, n, left, split, right);
     }
 }
 
@@ -114,7 +114,7 @@ struct Total {
     float row_sum;
 
     Total(const Problem& p, const Tile& t, int r, float row_max, float row_sum)
-        : row_max(plain_scores(p) ? row_max * p.scale : row_max), share(1.0f), row_sum(row_sum) {
+        : row_max(only_scaled(p) ? row_max * p.scale : row_max), share(1.0f), row_sum(row_sum) {
         if (!p.sink_logits) return;
         const float sink = p.sink_logits[t.head[r]];
         const float block_max = this->row_max > sink ? this->row_max : sink;
@@ -128,7 +128,7 @@ struct Total {
 // The factor that normalises the sums of row r. Writes its lse.
 static inline float normalise(const Problem& p, const Tile& t, int r, float row_max, float row_sum) {
     const Total total(p, t, r, row_max, row_sum);
-    if (p.lse) p.lse[t.place(p, r)] = total.row_sum == 0 ? -INF : total.row_max + std::log2(total.row_sum) * LN2;
+    if (p.lse) p.lse[t.index_of(p, r)] = total.row_sum == 0 ? -INF : total.row_max + std::log2(total.row_sum) * LN2;
     return total.row_sum == 0 ? 0.0f : total.share / total.row_sum;
 }
 

@@ -7,12 +7,12 @@ namespace qkv {
 namespace QKV_ISA {
 
 // Whether scores are products times one factor that can be divided by, with no softcap, bias or ALiBi.
-static inline bool plain_scores(const Problem& p) {
+static inline bool only_scaled(const Problem& p) {
     return p.softcap == 0 && !p.bias.data && !p.alibi && p.scale > 1e-30f && p.scale < 1e30f;
 }
 
 // What turns a score into an exponent of 2.
-static inline float exponent_factor(const Problem& p) { return plain_scores(p) ? p.scale * LOG2E : LOG2E; }
+static inline float exponent_factor(const Problem& p) { return only_scaled(p) ? p.scale * LOG2E : LOG2E; }
 
 // Origin of the exponents of a vector of rows: they are (x - base) * factor - shift.
 struct Origin {
@@ -24,14 +24,14 @@ struct Origin {
     // floats are; x - base is exact for equal ones. So only scaled scores below LARGE_SCORE have a shift, and none if
     // `exact`.
     static Origin at(const Problem& p, vec top, bool exact) {
-        if (exact || !plain_scores(p)) return {top, vec{}, false};
+        if (exact || !only_scaled(p)) return {top, vec{}, false};
         const vec shift = top * exponent_factor(p);
         const ivec large = (shift > LARGE_SCORE) | (shift < -LARGE_SCORE);
         return {large ? top : vec{}, large ? vec{} : shift, !any(large)};
     }
 };
 
-// Exponents of 2 from scores. Rows with a base of 0 have the same bits either way, whatever stands beside them.
+// Exponents of 2 from scores. Rows with a base of 0 have the same bits either way, whatever other lanes hold.
 static inline vec exponents(bool fused, vec x, float factor, const Origin& from) {
     return fused ? x * factor - from.shift : (x - from.base) * factor - from.shift;
 }
@@ -104,7 +104,7 @@ struct Dropout {
         least = (uint32_t)std::min(p.dropout * 4294967296.0, 4294967295.0);
         kept = 1.0f / (1.0f - p.dropout);
         for (int r = 0; p.dropout > 0 && r < t.lanes(); ++r) {
-            const uint64_t key = mix(p.seed ^ mix((uint64_t)t.place(p, r) + 0x9e3779b97f4a7c15u));
+            const uint64_t key = mix(p.seed ^ mix((uint64_t)t.index_of(p, r) + 0x9e3779b97f4a7c15u));
             low[r] = (uint32_t)key;
             high[r] = (uint32_t)(key >> 32);
         }
@@ -118,7 +118,7 @@ struct Dropout {
         return factors(uvec{} + (uint32_t)key, a, b);
     }
 
-    // Where lane i stands for key first + i / rows and row row_of(i).
+    // For a vector whose lane i stands for key first + i / rows and row row_of(i).
     template <class RowOf>
     vec factors_of(int64_t first, int rows, RowOf row_of) const {
         uvec key, a, b;
