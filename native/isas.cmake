@@ -1,4 +1,4 @@
-# Reads native/src/abi/isas.def. Sets QKV_ISAS, the names of the instruction sets of this processor, each behind the one
+# Reads native/src/abi/isas.def. Sets QKV_ISAS, the names of the instruction sets of this processor, each after the one
 # that it extends, and QKV_ISA_FLAGS_<name>, all flags of each.
 set(QKV_ISA_LIST ${CMAKE_CURRENT_LIST_DIR}/src/abi/isas.def)
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${QKV_ISA_LIST})

@@ -77,11 +77,12 @@ struct Spread {
         return x;
     }
 
+    float at(const Matrix& m, int r, int64_t key) const {
+        return read(m.dtype, m.data, t.batch * m.batch + t.head[r] * m.head + key * m.column);
+    }
+
     vec of(const Matrix& m, int64_t first) const {
-        return each([&](int i) {
-            const int64_t key = std::min(first + i / ROWS, p.lk - 1), head = t.head[row(i)];
-            return read(m.dtype, m.data, t.batch * m.batch + head * m.head + key * m.column);
-        });
+        return each([&](int i) { return at(m, row(i), std::min(first + i / ROWS, p.lk - 1)); });
     }
 
     struct Repeated {
@@ -127,7 +128,9 @@ template <class Products, int COUNT, int ROWS>
     for (int j = 0; j < b.size; ++j) std::memcpy(clean(j), row_of(p, p.v, t, b.first + j), bytes);
     separate_nonfinite(
         p, t, b, {0, b.size, 0, t.vecs},
-        [&](int j, int r) { return spread.hide(b.first + j, b.first + b.size, vec{})[r] == 0; },
+        [&](int j, int r) {
+            return spread.may_see(b.first + j) && (!p.allow.data || spread.at(p.allow, r, b.first + j) != 0);
+        },
         [&](int j, int r, int64_t d, float x) {
             state.out[r * pitch + Products::column(d)] += scratch.scores[j * ROWS + r] * x;
         },
