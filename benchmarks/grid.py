@@ -26,7 +26,7 @@ ROUNDS = 9
 SLOW = 0.95
 """Of torch's speed; what is below it is printed."""
 
-MOST_WORK = 6e9
+MAX_WORK = 6e9
 """Scores times width, so that torch finishes."""
 LONGEST = 8192
 HEADS = [(8, 8), (8, 2), (8, 1), (12, 12), (16, 4), (32, 8), (32, 32), (9, 3), (6, 1), (14, 2), (10, 2)]
@@ -45,7 +45,7 @@ def draw() -> list[dict[str, Any]]:
         kind = choose.choice(["full", "causal", "window", "padding"])
         window = _log_uniform(choose, 1, lk) if kind == "window" else None
         dtype = choose.choice(list(DTYPES))
-        if batch * heads * lq * lk * head_dim > MOST_WORK:
+        if batch * heads * lq * lk * head_dim > MAX_WORK:
             continue
         mask: Any = "causal" if kind == "window" else kind
         case = Case(f"{len(shapes)}", lq, lk, mask, window, batch, heads, kv_heads, head_dim)

@@ -37,7 +37,7 @@ from qkv.bench.timing import interleaved
 from qkv.integrations.transformers import QKVCache
 from qkv.integrations.transformers.attention import register
 from qkv.integrations.transformers.unpadding import unpad
-from qkv.models.default_weights import SMOLLM2_135M, cache_folder, obtain
+from qkv.models.default_weights import SMOLLM2_135M, cache_folder, cached_weights
 from qkv.models.language_model import load
 from qkv.models.progress import Progress
 from qkv.models.source import gguf_source
@@ -225,7 +225,7 @@ def main() -> None:
         return
     results: dict[str, Any] = {"encoder": encoder()}
     progress = Progress()
-    loaded = load(gguf_source(obtain(SMOLLM2_135M, progress)), torch.float32, progress)
+    loaded = load(gguf_source(cached_weights(SMOLLM2_135M, progress)), torch.float32, progress)
     with tempfile.TemporaryDirectory() as folder:
         loaded.model.save_pretrained(folder)
         loaded.tokenizer.save_pretrained(folder)

@@ -203,9 +203,9 @@ MUTANTS = [
     Mutant("fields of any type (GGUF)", "convert/inspect/gguf.py", "check_fields(str(path), header.fields,", "(lambda *_: None)(str(path), header.fields,", ("fuzz/test_files.py",)),
     Mutant("NaN taken for JSON", "convert/files/json_document.py", "parse_constant=lambda word: refuse", "parse_constant=lambda word: float(word) or refuse", ("convert/test_documents.py",)),
     Mutant("a link at the place of a result", "convert/files/staging.py", "if stat.S_ISLNK(found.st_mode):", "if False:", ("convert/test_links.py",)),
-    Mutant("leftovers known by their name alone", "convert/files/own_folder.py", "return own if header == known else None", "return own", ("convert/test_links.py",)),
+    Mutant("leftovers known by their name alone", "convert/files/own_folder.py", "return own if header == expected else None", "return own", ("convert/test_links.py",)),
     Mutant("mounts emptied", "convert/files/own_folder.py", "if mount_of(folder) != mount_of(parent):", "if False:", ("convert/test_links.py",)),
-    Mutant("partial rotary ignored while heads are aligned", "convert/families/aligned_outputs.py", "KeySymmetry(rotary_dim(where, known)", "KeySymmetry(pooling.heads.head_dim", ("convert/test_alignment.py",)),
+    Mutant("partial rotary ignored while heads are aligned", "convert/families/aligned_outputs.py", "KeySymmetry(rotary_dim(where, hf_config)", "KeySymmetry(pooling.heads.head_dim", ("convert/test_alignment.py",)),
 ]  # fmt: skip
 
 

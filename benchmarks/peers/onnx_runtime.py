@@ -12,7 +12,7 @@ from qkv.bench.attention_call import Call
 NAME = "onnxruntime"
 
 DTYPES = {torch.float32: "FLOAT", torch.float16: "FLOAT16"}
-MOST_SCORES = 8192**2
+MAX_SCORES = 8192**2
 """Of one head. A window saves it nothing: it computes and masks all scores."""
 
 
@@ -27,7 +27,7 @@ def why_not(case: Case, dtype: torch.dtype) -> str | None:
         return "has no bf16 on CPU"
     if case.mask != "causal":
         return "is always causal"
-    if case.lq * case.lk > MOST_SCORES:
+    if case.lq * case.lk > MAX_SCORES:
         return f"keeps or computes all scores of {case.lq} queries, and is not waited for"
     return None
 

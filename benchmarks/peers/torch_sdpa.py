@@ -8,13 +8,13 @@ from qkv.bench.attention_call import Call, torch_call
 
 NAME = "torch"
 
-MOST_SCORES = 8192**2
+MAX_SCORES = 8192**2
 """Of one head. A window saves torch nothing: it computes and masks all scores."""
 
 
 def why_not(case: Case, dtype: torch.dtype) -> str | None:
     """See `Peer`."""
-    if case.window is not None and case.lq * case.lk > MOST_SCORES:
+    if case.window is not None and case.lq * case.lk > MAX_SCORES:
         return f"is quadratic in a window of {case.lq} queries, and not waited for"
     return None
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import qkv
 from qkv.convert import convert_layer
-from qkv.convert.heads.pooling import Method
+from qkv.convert.heads.pooling import ConversionMethod
 
 
 class Block(nn.Module):
@@ -53,7 +53,7 @@ class LanguageModel(nn.Module):
         return [block.attention for block in self.blocks if isinstance(block, Block)]
 
 
-def converted(model: LanguageModel, num_kv_heads: int, how: Method, seed: int) -> LanguageModel:
+def converted(model: LanguageModel, num_kv_heads: int, how: ConversionMethod, seed: int) -> LanguageModel:
     """A copy of the model with ``num_kv_heads`` in every layer."""
     model = deepcopy(model)
     for number, block in enumerate(model.blocks):

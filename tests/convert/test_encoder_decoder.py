@@ -340,35 +340,35 @@ def test_command(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("name", "heads", "changes", "message"),
     [
-        ("t5", 3, {}, "the 8 KV heads of the model can be pooled to 8, 4, 2, 1; got 3"),
+        ("t5", 3, {}, r"num_kv_heads must divide the model's 8 KV heads \(8, 4, 2, 1\); got 3"),
         ("t5", 2, {"model_type": "qkv_t5", "num_key_value_heads": 3}, "must divide the 8 query heads .* got 3"),
         (
             "t5",
             2,
             {"model_type": "qkv_t5", "num_key_value_heads": 4},
-            r"asks for .* \[48, 64\] .* holds F32 \[96, 64\]",
+            r"needs tensor .* of shape \[48, 64\]; got F32 \[96, 64\]",
         ),
         (
             "t5",
             2,
             {"model_type": "qkv_t5", "num_key_value_heads": "4"},
-            "num_key_value_heads must be null or a whole number from 1 on; it is '4'",
+            "num_key_value_heads must be null or an integer >= 1; got '4'",
         ),
-        ("t5", 2, {"num_decoder_layers": 3}, r"asks for a tensor 'decoder\.block\.2\."),
-        ("t5", 2, {"num_decoder_layers": 10**9}, "num_decoder_layers must be a number of layers"),
+        ("t5", 2, {"num_decoder_layers": 3}, r"needs tensor 'decoder\.block\.2\."),
+        ("t5", 2, {"num_decoder_layers": 10**9}, "num_decoder_layers must be an integer from 1 to "),
         (
             "t5",
             2,
             {"architectures": ["T5EncoderModel"]},
-            "must have encoder and decoder, as T5ForConditionalGeneration",
+            "must be T5ForConditionalGeneration or T5Model with is_encoder_decoder=True",
         ),
         ("t5", 2, {"is_encoder_decoder": False}, "with is_encoder_decoder=False"),
-        ("bart", 2, {"decoder_attention_heads": 16, "d_model": 32}, "asks for .* the checkpoint holds"),
+        ("bart", 2, {"decoder_attention_heads": 16, "d_model": 32}, "needs tensor .*; got F32"),
         (
             "bart",
             2,
             {"architectures": ["BartForCausalLM"]},
-            "as BartForConditionalGeneration or BartModel; this is 'BartFor",
+            "must be BartForConditionalGeneration or BartModel .*; got 'BartFor",
         ),
     ],
 )

@@ -20,7 +20,7 @@ def interleaved(
     rounds: int = 25,
     seconds_per_round: float = 0.02,
     rest_seconds: float = 0.0,
-    reach: Callable[[int], None] = lambda done: None,
+    on_progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Spread]:
     """How long a call of each candidate takes.
 
@@ -31,7 +31,7 @@ def interleaved(
         rest_seconds: a pause before each turn, for candidates whose threads are not the same: after a call, threads
             spin for a while in wait of the next, and take the cores from others. The first call after it does not
             count.
-        reach: told how many rounds are done.
+        on_progress: told how many rounds are done.
     """
     repeats = {name: _repeats(run, seconds_per_round) for name, run in candidates.items()}
     times: dict[str, list[float]] = {name: [] for name in candidates}
@@ -44,7 +44,7 @@ def interleaved(
             for _ in range(repeats[name]):
                 run()
             times[name].append((time.perf_counter() - start) / repeats[name] * 1e6)
-        reach(done)
+        on_progress(done)
     return {name: spread(values) for name, values in times.items()}
 
 

@@ -99,20 +99,20 @@ def _backend(mechanism: Mechanism) -> str | None:
 def _peaks(chosen: list[Mechanism], progress: Progress) -> list[dict[str, int | None]]:
     """The peak memory of each mechanism, by library."""
     peaks: list[dict[str, int | None]] = [{} for _ in chosen]
-    with progress.step("measuring memory", len(chosen) * len(LIBRARIES), "calls") as reach:
+    with progress.step("measuring memory", len(chosen) * len(LIBRARIES), "calls") as on_progress:
         for done, (mechanism, peak) in enumerate(zip(chosen, peaks, strict=True)):
             for turn, library in enumerate(LIBRARIES, start=1):
                 peak[library] = peak_memory(mechanism, library)
-                reach(done * len(LIBRARIES) + turn)
+                on_progress(done * len(LIBRARIES) + turn)
     return peaks
 
 
 def _times(chosen: list[Mechanism], rounds: int, progress: Progress) -> list[dict[str, Spread]]:
     """The times of each mechanism, by library."""
     times = []
-    with progress.step("measuring time", len(chosen) * rounds, "rounds") as reach:
+    with progress.step("measuring time", len(chosen) * rounds, "rounds") as on_progress:
         for done, mechanism in enumerate(chosen):
             inputs = mechanism.inputs()
             calls = {library: mechanism.prepare(library, inputs) for library in LIBRARIES}
-            times.append(interleaved(calls, rounds=rounds, reach=after(done * rounds, reach)))
+            times.append(interleaved(calls, rounds=rounds, on_progress=after(done * rounds, on_progress)))
     return times

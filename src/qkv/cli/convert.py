@@ -16,15 +16,15 @@ from qkv.cli.divergence import describe_divergence, predict_original
 from qkv.cli.inspect import describe, kv_bytes
 from qkv.cli.options import count
 from qkv.convert import CheckpointError, CheckpointPlan, Inspection, plan_checkpoint, write_checkpoint
-from qkv.convert.files.gguf import check_places, read_gguf
+from qkv.convert.files.gguf import check_bounds, read_gguf
 from qkv.convert.files.safetensors import BITS, TORCH_DTYPES
-from qkv.convert.files.staging import find_place
+from qkv.convert.files.staging import resolve_output
 from qkv.convert.inspect.checkpoint import inspect_tensors
 from qkv.models.errors import CommandError
 from qkv.models.kv_cache_size import readable_bytes
 from qkv.models.language_model import load, quiet
 from qkv.models.progress import Progress
-from qkv.models.source import at_home, gguf_source
+from qkv.models.source import expand_home, gguf_source
 
 
 class Pool(str, Enum):
@@ -76,20 +76,20 @@ def convert(
     """
     progress, console = Progress(), Console(file=sys.stdout)
     try:
-        source = at_home(model)
-        place = find_place(at_home(out), source, overwrite)
+        source = expand_home(model)
+        place = resolve_output(expand_home(out), source, overwrite)
         with tempfile.TemporaryDirectory(prefix="qkv-unpacked-") as temporary:
             if source.is_file():
                 source = unpack(source, Path(temporary), progress)
             with progress.step("reading configuration and headers"), quiet():
                 plan = plan_checkpoint(source, kv_heads, how=pool.value, seed=seed, window=window)
                 before = inspect_tensors(str(source), plan.source.config, plan.source.tensors)
-                after = inspect_tensors(str(out), plan.plan.config, plan.tensors)
+                after = inspect_tensors(str(out), plan.conversion.config, plan.tensors)
             if not dry_run:
                 dtype = TORCH_DTYPES[before.dtype]
                 original = predict_original(plan.source, dtype, text, progress)
-                with progress.step("converting", 2 * plan.num_bytes, "bytes") as reach:
-                    write_checkpoint(plan, place, overwrite=overwrite, reach=reach, say=progress.say)
+                with progress.step("converting", 2 * plan.num_bytes, "bytes") as on_progress:
+                    write_checkpoint(plan, place, overwrite=overwrite, on_progress=on_progress, notify=progress.notify)
             _print(plan, before, after, "would write" if dry_run else "wrote", out, console)
             if not dry_run:
                 for line in describe_divergence(original, place, dtype, progress):
@@ -102,7 +102,7 @@ def unpack(file: Path, folder: Path, progress: Progress) -> Path:
     """The model of a GGUF file, saved as a folder."""
     source = gguf_source(file.absolute())
     with progress.step("reading the header"):
-        check_places(file, read_gguf(file))  # transformers would read it for minutes before it finds the end missing
+        check_bounds(file, read_gguf(file))  # transformers would read it for minutes before it finds the end missing
     loaded = load(source, torch.float32, progress)
     with progress.step("unpacking"), quiet():
         loaded.model.save_pretrained(folder)
@@ -114,15 +114,16 @@ def _print(plan: CheckpointPlan, before: Inspection, after: Inspection, did: str
     def line(text: str, style: str = "") -> None:
         console.print(Text(text, style=style), soft_wrap=True)
 
-    changed = sum(output.compute is not None for output in plan.plan.outputs.values())
+    outputs = plan.conversion.outputs
+    changed = sum(output.compute is not None for output in outputs.values())
     line(f"{did} {out}", "bold")
     line(f"  {describe(before.layers[0])}")
     line(f"  becomes {describe(after.layers[0])}")
-    line(f"  {changed} of {len(plan.plan.outputs)} tensors changed, {len(plan.carried)} other files carried over")
-    if plan.left:
-        line(f"  left behind, since they hold weights of the model as it was: {', '.join(map(str, plan.left))}")
-    if plan.not_followed:
-        line(f"  left behind, since they are links to folders or to nothing: {', '.join(map(str, plan.not_followed))}")
+    line(f"  {changed} of {len(outputs)} tensors changed, {len(plan.copied)} other files copied")
+    if plan.skipped_weights:
+        line(f"  not copied (weights of the original model): {', '.join(map(str, plan.skipped_weights))}")
+    if plan.skipped_links:
+        line(f"  not copied (links to folders, dangling links): {', '.join(map(str, plan.skipped_links))}")
     console.print()
     table = Table("", box=None, pad_edge=False)
     for title in ("before", "after", "of before"):

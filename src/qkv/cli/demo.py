@@ -12,7 +12,7 @@ from rich.console import Console
 from qkv.cli.demo_report import DemoReport, as_json, print_report
 from qkv.cli.options import count
 from qkv.models.comparison import OURS, STOCK, compare
-from qkv.models.default_weights import SMOLLM2_135M, obtain
+from qkv.models.default_weights import SMOLLM2_135M, cached_weights
 from qkv.models.kv_cache_size import cache_sizes, layer_shapes
 from qkv.models.language_model import load
 from qkv.models.progress import Progress
@@ -64,7 +64,7 @@ def demo(
     sliding window.
     """
     progress = Progress()
-    source = gguf_source(obtain(SMOLLM2_135M, progress)) if model is None else find_model(model)
+    source = gguf_source(cached_weights(SMOLLM2_135M, progress)) if model is None else find_model(model)
     torch_dtype: torch.dtype = getattr(torch, dtype.value)
     language_model = load(source, torch_dtype, progress)
     inputs = language_model.encode(prompt, max_new_tokens)

@@ -13,12 +13,12 @@ from qkv.models.errors import CommandError
 from qkv.models.kv_cache_size import readable_bytes
 from qkv.models.language_model import load, quiet
 from qkv.models.progress import Progress
-from qkv.models.source import ModelSource, at_home
+from qkv.models.source import ModelSource, expand_home
 
-MOST_TOKENS = 512
-MOST_CHARACTERS = 32 * MOST_TOKENS
+MAX_TOKENS = 512
+MAX_CHARACTERS = 32 * MAX_TOKENS
 """Of a file: more than its first tokens have."""
-MOST_BYTES = 2 << 30
+MAX_BYTES = 2 << 30
 """Weights of a model that is loaded without being asked for."""
 TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
 """Files of which a folder with a tokenizer has one."""
@@ -78,8 +78,8 @@ def predict_original(source: Folder, dtype: torch.dtype, file: Path | None, prog
         return "the model comes without a tokenizer"
     if source.config["model_type"] in ENCODER_DECODERS:
         return "only those of causal language models are"
-    if num_bytes > MOST_BYTES:
-        return f"the model takes {readable_bytes(num_bytes)}, more than {readable_bytes(MOST_BYTES)}; ask with --text"
+    if num_bytes > MAX_BYTES:
+        return f"the model takes {readable_bytes(num_bytes)}, more than {readable_bytes(MAX_BYTES)}; ask with --text"
     try:
         return _predict(source.path, dtype, DARWIN, progress)
     except CommandError as error:
@@ -104,7 +104,7 @@ def describe_divergence(original: Predictions | str, folder: Path, dtype: torch.
 
 def _predict(folder: Path, dtype: torch.dtype, sample: Sample, progress: Progress) -> Predictions:
     loaded = load(ModelSource(str(folder), str(folder)), dtype, progress)
-    length = min(MOST_TOKENS, loaded.context_length or MOST_TOKENS)
+    length = min(MAX_TOKENS, loaded.context_length or MAX_TOKENS)
     with progress.step("predicting the sample"), quiet():
         token_ids = loaded.tokenizer(sample.text, truncation=True, max_length=length, return_tensors="pt").input_ids
         if token_ids.shape[1] < 2:
@@ -121,8 +121,8 @@ def _predict(folder: Path, dtype: torch.dtype, sample: Sample, progress: Progres
 def _read(file: Path) -> Sample:
     """The beginning of a text."""
     try:
-        with at_home(file).open(encoding="utf-8") as opened:
-            return Sample(str(file), opened.read(MOST_CHARACTERS))
+        with expand_home(file).open(encoding="utf-8") as opened:
+            return Sample(str(file), opened.read(MAX_CHARACTERS))
     except OSError as error:
         raise CommandError(f"--text: {file} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:

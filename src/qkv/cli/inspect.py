@@ -19,7 +19,7 @@ from qkv.convert.inspect.inspection import LayerAttention
 from qkv.models.errors import CommandError
 from qkv.models.kv_cache_size import LayerShape, cache_bytes, readable_bytes
 from qkv.models.language_model import quiet
-from qkv.models.source import at_home, require_hub_name
+from qkv.models.source import expand_home, require_hub_name
 
 NUM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -95,7 +95,7 @@ def kv_bytes(found: Inspection, length: int, batch: int, bytes_per_number: int) 
 
 
 def _inspect(model: str) -> Inspection:
-    path = at_home(Path(model))
+    path = expand_home(Path(model))
     if path.exists():
         return inspect_checkpoint(path)
     require_hub_name(model)

@@ -52,9 +52,9 @@ def compare(
             use_attention(language_model, implementation)
             generate(language_model, inputs, min(WARM_UP_TOKENS, max_new_tokens), lambda done: None)
     runs: dict[str, list[Run]] = {STOCK: [], OURS: []}
-    with progress.step("generating", len(TURNS) * max_new_tokens, "tokens") as reach:
+    with progress.step("generating", len(TURNS) * max_new_tokens, "tokens") as on_progress:
         for turn, implementation in enumerate(TURNS):
             use_attention(language_model, implementation)
-            run = generate(language_model, inputs, max_new_tokens, after(turn * max_new_tokens, reach))
+            run = generate(language_model, inputs, max_new_tokens, after(turn * max_new_tokens, on_progress))
             runs[implementation].append(run)
     return Comparison(runs)

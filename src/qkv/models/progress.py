@@ -10,7 +10,7 @@ from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progres
 from rich.progress import Progress as Bars
 
 Unit = Literal["bytes", "tokens", "calls", "rounds"]
-Reach = Callable[[int], None]
+OnProgress = Callable[[int], None]
 """Tells how much of the total is done by now."""
 
 
@@ -27,22 +27,22 @@ class Progress:
         self._console = Console(file=self._stream)
         self._animated = self._stream.isatty() and not self._console.is_dumb_terminal
 
-    def say(self, line: str) -> None:
+    def notify(self, line: str) -> None:
         """A line that stays."""
         print(line, file=self._stream, flush=True)
 
     @contextmanager
-    def step(self, title: str, total: int | None = None, unit: Unit | None = None) -> Iterator[Reach]:
+    def step(self, title: str, total: int | None = None, unit: Unit | None = None) -> Iterator[OnProgress]:
         """One step of ``total`` units, or of a length nobody knows.
 
         Example:
-            >>> with Progress(sys.stdout).step("counting", 2, "tokens") as reach:
-            ...     reach(1)
-            ...     reach(2)
+            >>> with Progress(sys.stdout).step("counting", 2, "tokens") as on_progress:
+            ...     on_progress(1)
+            ...     on_progress(2)
             counting ...
         """
         if not self._animated:
-            self.say(f"{title} ...")
+            self.notify(f"{title} ...")
             yield lambda done: None
             return
         columns = (TextColumn("{task.description}"), BarColumn(), *_amount(unit), TimeElapsedColumn())
@@ -53,9 +53,9 @@ class Progress:
             yield lambda done: bars.update(task, completed=done)
 
 
-def after(before: int, reach: Reach) -> Reach:
+def after(before: int, on_progress: OnProgress) -> OnProgress:
     """For a part of a step, which starts when ``before`` of the total are done."""
-    return lambda done: reach(before + done)
+    return lambda done: on_progress(before + done)
 
 
 def _amount(unit: Unit | None) -> tuple[ProgressColumn, ...]:

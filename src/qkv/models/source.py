@@ -10,7 +10,7 @@ HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 ACCEPTED = "Give a folder as transformers saves it, a GGUF file, or the name of a model on the Hugging Face hub."
 
 
-def at_home(path: Path) -> Path:
+def expand_home(path: Path) -> Path:
     """The path with its ``~`` written out. That of a user who is not known stays, and is the name of no file."""
     try:
         return path.expanduser()
@@ -44,7 +44,7 @@ def find_model(model: str) -> ModelSource:
     Raises:
         CommandError: for a folder or file that holds no model, and for what is none of the three.
     """
-    path = at_home(Path(model))
+    path = expand_home(Path(model))
     if path.is_dir():
         return _in_folder(model, path.absolute())
     if path.is_file():
