@@ -14,7 +14,7 @@ import torch
 from case import DTYPES, Case
 from torch import Tensor
 
-from qkv.bench.attention_call import Call, qkv_call, torch_call
+from qkv.bench.attention_call import PreparedCall, qkv_call, torch_call
 from qkv.bench.timing import Spread, spread
 
 SECONDS = 4.0
@@ -28,7 +28,7 @@ CASES = [
 ]
 
 
-def alone_and_between(call: Call, x: Tensor, weight: Tensor) -> dict[str, Spread]:
+def alone_and_between(call: PreparedCall, x: Tensor, weight: Tensor) -> dict[str, Spread]:
     """The time of attention after attention, after a projection of its tokens, and after reading the weights of that.
 
     Ten calls of each, in turns.

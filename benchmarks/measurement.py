@@ -11,7 +11,7 @@ from peers import PEERS, Peer
 from torch import Tensor
 
 import qkv
-from qkv.bench.attention_call import Call, qkv_call
+from qkv.bench.attention_call import PreparedCall, qkv_call
 from qkv.bench.timing import Spread, interleaved
 
 OURS = "qkv"
@@ -90,7 +90,7 @@ def measure(case: Case, dtype: str, peers: Sequence[Peer] = PEERS, rounds: int =
     return Measurement(case, dtype, backend, interleaved(candidates, rounds=rounds, rest_seconds=REST_SECONDS), skipped)
 
 
-def _difference(call: Call, expected: tuple[Tensor, ...], tolerance: float) -> str | None:
+def _difference(call: PreparedCall, expected: tuple[Tensor, ...], tolerance: float) -> str | None:
     """What tells that a peer computes something else, or None."""
     errors = [
         float(torch.linalg.vector_norm(got.float() - want.float()) / torch.linalg.vector_norm(want.float()))

@@ -8,7 +8,7 @@ from case import Case
 from torch import Tensor
 
 from peers import flex, onnx_runtime, openvino_sdpa, torch_sdpa
-from qkv.bench.attention_call import Call
+from qkv.bench.attention_call import PreparedCall
 
 
 class Peer(Protocol):
@@ -20,7 +20,7 @@ class Peer(Protocol):
         """Why the peer is not measured on a case, or None where it is."""
         ...
 
-    def prepare(self, case: Case, dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor) -> Call:
+    def prepare(self, case: Case, dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor) -> PreparedCall:
         """The call to be measured. What a user does once, such as compiling, is done here."""
         ...
 

@@ -5,7 +5,7 @@ from case import Case
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from qkv.bench.attention_call import Call
+from qkv.bench.attention_call import PreparedCall
 
 NAME = "flex"
 
@@ -15,7 +15,7 @@ def why_not(case: Case, dtype: torch.dtype) -> str | None:
     return "has no backward on CPU" if case.backward else None
 
 
-def prepare(case: Case, dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor) -> Call:
+def prepare(case: Case, dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor) -> PreparedCall:
     """See `Peer`."""
     # Without this, the compiler gives up on the ninth shape and runs the formula with all scores in memory.
     torch.compiler.reset()

@@ -6,7 +6,7 @@ import torch
 from case import Case
 from torch import Tensor
 
-from qkv.bench.attention_call import Call
+from qkv.bench.attention_call import PreparedCall
 
 NAME = "openvino"
 
@@ -32,7 +32,7 @@ def why_not(case: Case, dtype: torch.dtype) -> str | None:
     return None
 
 
-def prepare(case: Case, dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor) -> Call:
+def prepare(case: Case, dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor) -> PreparedCall:
     """See `Peer`."""
     import openvino
     from openvino import opset13

@@ -4,7 +4,7 @@ import torch
 from case import Case
 from torch import Tensor
 
-from qkv.bench.attention_call import Call, torch_call
+from qkv.bench.attention_call import PreparedCall, torch_call
 
 NAME = "torch"
 
@@ -19,6 +19,6 @@ def why_not(case: Case, dtype: torch.dtype) -> str | None:
     return None
 
 
-def prepare(case: Case, dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor) -> Call:
+def prepare(case: Case, dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor) -> PreparedCall:
     """See `Peer`."""
     return torch_call(q, k, v, case.as_mask(), case.offset)

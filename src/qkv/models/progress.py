@@ -1,4 +1,4 @@
-"""Progress on stderr: bars on a terminal, short plain lines everywhere else."""
+"""`Progress`: progress bars on a terminal, plain lines elsewhere, on stderr."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -11,29 +11,29 @@ from rich.progress import Progress as Bars
 
 Unit = Literal["bytes", "tokens", "calls", "rounds"]
 OnProgress = Callable[[int], None]
-"""Tells how much of the total is done by now."""
+"""Called with the units done so far."""
 
 
 class Progress:
-    """Shows what is being done.
+    """Reports the steps of a command.
 
     Args:
-        stream: where to; standard error by default.
+        stream: the output; standard error by default.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
-        # The stream is kept, so that bars still show while sys.stderr is redirected to silence others.
+        # Bound now, so that bars are shown while `quiet` redirects sys.stderr.
         self._stream = sys.stderr if stream is None else stream
         self._console = Console(file=self._stream)
         self._animated = self._stream.isatty() and not self._console.is_dumb_terminal
 
     def notify(self, line: str) -> None:
-        """A line that stays."""
+        """Prints a permanent line."""
         print(line, file=self._stream, flush=True)
 
     @contextmanager
     def step(self, title: str, total: int | None = None, unit: Unit | None = None) -> Iterator[OnProgress]:
-        """One step of ``total`` units, or of a length nobody knows.
+        """Shows one step; yields the callback for its progress. ``total``: units of the step, None if unknown.
 
         Example:
             >>> with Progress(sys.stdout).step("counting", 2, "tokens") as on_progress:
@@ -53,9 +53,9 @@ class Progress:
             yield lambda done: bars.update(task, completed=done)
 
 
-def after(before: int, on_progress: OnProgress) -> OnProgress:
-    """For a part of a step, which starts when ``before`` of the total are done."""
-    return lambda done: on_progress(before + done)
+def offset_progress(on_progress: OnProgress, offset: int) -> OnProgress:
+    """The callback for a part of a step that starts at ``offset`` units."""
+    return lambda done: on_progress(offset + done)
 
 
 def _amount(unit: Unit | None) -> tuple[ProgressColumn, ...]:
