@@ -81,14 +81,14 @@ def test_native_appending_gives_the_bits_of_the_general_way(
 @torch.no_grad()
 def test_native_appending_is_what_transformers_layers_do(layer_of: type, monkeypatch: pytest.MonkeyPatch) -> None:
     """A decoding step has no memory made, and takes no view of what there is to write to."""
-    layer, stock = layer_of(), DynamicLayer()
+    layer, reference = layer_of(), DynamicLayer()
     pieces = [[tokens(2, 3, count, 8, torch.float32, inside=True) for _ in range(2)] for count in (5, 1, 1)]
     layer.update(*pieces[0])
     monkeypatch.setattr(AppendBuffer, "_slots_for", None)
     for piece in pieces[1:]:
         found = layer.update(*piece)
     for piece in pieces:
-        expected = stock.update(*piece)
+        expected = reference.update(*piece)
     for x, y in zip(found, expected, strict=True):
         step = y.abs().amax(dim=-1, keepdim=True) / 127 if layer_of is Int8Layer else torch.zeros(())
         assert ((x + 0.0 - y).abs() <= 0.5001 * step).all()

@@ -1,4 +1,4 @@
-"""The libraries that qkv is measured against, each called as well as it can be. `PEERS` lists them."""
+"""`PEERS`: the libraries that qkv is measured against, each with its fastest arguments."""
 
 from types import ModuleType
 from typing import Protocol, cast
@@ -12,7 +12,7 @@ from qkv.bench.attention_call import PreparedCall
 
 
 class Peer(Protocol):
-    """What a module of a peer gives."""
+    """The interface of a peer's module."""
 
     NAME: str
 
@@ -21,7 +21,7 @@ class Peer(Protocol):
         ...
 
     def prepare(self, case: Case, dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor) -> PreparedCall:
-        """The call to be measured. What a user does once, such as compiling, is done here."""
+        """The call to measure. One-time work, such as compiling, is done here."""
         ...
 
 

@@ -9,13 +9,13 @@ from qkv.bench.attention_call import PreparedCall, torch_call
 NAME = "torch"
 
 MAX_SCORES = 8192**2
-"""Of one head. A window saves torch nothing: it computes and masks all scores."""
+"""Of one head. Windows do not save work: torch computes and masks all scores."""
 
 
 def why_not(case: Case, dtype: torch.dtype) -> str | None:
     """See `Peer`."""
     if case.window is not None and case.lq * case.lk > MAX_SCORES:
-        return f"is quadratic in a window of {case.lq} queries, and not waited for"
+        return f"computes all scores of {case.lq} queries despite the window, which takes too long"
     return None
 
 
