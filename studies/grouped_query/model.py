@@ -1,4 +1,4 @@
-"""A small causal language model of our layers, and its conversion to fewer key/value heads."""
+"""A small causal language model of `qkv` layers, and its conversion to fewer key/value heads."""
 
 from copy import deepcopy
 
@@ -33,7 +33,7 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """A decoder whose embedding is also its output."""
+    """A decoder with tied input and output embeddings."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__()
@@ -44,12 +44,12 @@ class LanguageModel(nn.Module):
         nn.init.normal_(self.embedding.weight, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """The scores ``(B, L, vocabulary)`` of the next tokens."""
+        """The logits ``(B, L, vocabulary)``."""
         return F.linear(self.norm(self.blocks(self.embedding(tokens))), self.embedding.weight)
 
     @property
     def attentions(self) -> list[qkv.Attention]:
-        """The layers that a conversion changes."""
+        """The attention layers."""
         return [block.attention for block in self.blocks if isinstance(block, Block)]
 
 
@@ -58,7 +58,7 @@ def converted(model: LanguageModel, num_kv_heads: int, how: ConversionMethod, se
     model = deepcopy(model)
     for number, block in enumerate(model.blocks):
         assert isinstance(block, Block)
-        # Each layer draws with seeds of its own: convert_layer counts on from the one that it is given.
+        # Seeds differ by 10 between layers, since convert_layer uses consecutive ones.
         own_seed, gain = 1000 * seed + 10 * number, block.attention_norm.weight.detach()
         block.attention = convert_layer(block.attention, num_kv_heads, how=how, seed=own_seed, gain=gain)
     return model
