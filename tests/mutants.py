@@ -156,7 +156,7 @@ MUTANTS = [
     Mutant("transformers' window one wider", "integrations/transformers/masks.py", 'Mask.band(cells["sliding_window"] - 1, None)', 'Mask.band(cells["sliding_window"], None)'),
     Mutant("transformers' padding dropped", "integrations/transformers/masks.py", "if not keep.all():", "if False:"),
     Mutant("a tracer keeps its example's padding", "integrations/transformers/masks.py", "if kernels.is_tracing() or torch._C._are_functorch_transforms_active():", "if torch.compiler.is_compiling():", ("test_tracing.py",)),
-    Mutant("hooks within packed layers overlooked", "integrations/transformers/unpadding.py", "and not _is_hooked(module, idle)", "", ("test_unpadding_layers.py",)),
+    Mutant("hooks within packed layers overlooked", "integrations/transformers/unpadding.py", "and not _is_hooked(module, ignored)", "", ("test_unpadding_layers.py",)),
     Mutant("strangers within packed layers overlooked", "integrations/transformers/unpadding.py", "    if home != \"transformers\":\n        return False\n", "", ("test_unpadding_layers.py",)),
     Mutant("a square batch packed by guess", "integrations/transformers/unpadding.py", "or self.batch == self.length", "", ("test_unpadding_arguments.py",)),
     Mutant("a layer that returns more believed", "integrations/transformers/unpadding.py", "or any(other is not None for other in others)", "", ("test_unpadding_arguments.py",)),

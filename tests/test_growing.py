@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer
 
 from qkv import Int8KVCache, KVCache, kernels
 from qkv.cache.buffer import AppendBuffer, append_in_place
-from qkv.integrations.transformers.cache import GrowingLayer, Int8Layer
+from qkv.integrations.transformers.cache import AppendLayer, Int8Layer
 
 needs_kernel = pytest.mark.skipif(
     kernels.absence() is not None or kernels.loaded().append is None, reason="needs the kernel, and torch's DLPack"
@@ -77,7 +77,7 @@ def test_native_appending_gives_the_bits_of_the_general_way(
 
 
 @needs_kernel
-@pytest.mark.parametrize("layer_of", [GrowingLayer, Int8Layer])
+@pytest.mark.parametrize("layer_of", [AppendLayer, Int8Layer])
 @torch.no_grad()
 def test_native_appending_is_what_transformers_layers_do(layer_of: type, monkeypatch: pytest.MonkeyPatch) -> None:
     """A decoding step has no memory made, and takes no view of what there is to write to."""

@@ -220,7 +220,7 @@ def test_vllm_1968_a_prompt_under_inference_mode_and_the_rest_outside(cached: st
         torch.testing.assert_close(torch.cat(found, dim=1), torch.cat(want, dim=1), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("layer_of", ["GrowingLayer", "Int8Layer"])
+@pytest.mark.parametrize("layer_of", ["AppendLayer", "Int8Layer"])
 def test_transformers_35648_a_training_step_fills_a_cache(layer_of: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """``use_cache`` stays True while training, so that every forward pass fills a cache
     (huggingface/transformers#35648, huggingface/transformers#28056).
