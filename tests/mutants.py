@@ -157,7 +157,7 @@ MUTANTS = [
     Mutant("transformers' padding dropped", "integrations/transformers/masks.py", "if not keep.all():", "if False:"),
     Mutant("a tracer keeps its example's padding", "integrations/transformers/masks.py", "if kernels.is_tracing() or torch._C._are_functorch_transforms_active():", "if torch.compiler.is_compiling():", ("test_tracing.py",)),
     Mutant("hooks within packed layers overlooked", "integrations/transformers/unpadding.py", "and not _is_hooked(module, ignored)", "", ("test_unpadding_layers.py",)),
-    Mutant("strangers within packed layers overlooked", "integrations/transformers/unpadding.py", "    if home != \"transformers\":\n        return False\n", "", ("test_unpadding_layers.py",)),
+    Mutant("strangers within packed layers overlooked", "integrations/transformers/unpadding.py", "    if package != \"transformers\":\n        return False\n", "", ("test_unpadding_layers.py",)),
     Mutant("a square batch packed by guess", "integrations/transformers/unpadding.py", "or self.batch == self.length", "", ("test_unpadding_arguments.py",)),
     Mutant("a layer that returns more believed", "integrations/transformers/unpadding.py", "or any(other is not None for other in others)", "", ("test_unpadding_arguments.py",)),
     Mutant("packed weights of torch in another order", "layers/torch_mha.py", 'for name, weight in zip("qkv", weights, strict=True):\n        found', 'for name, weight in zip("kqv", weights, strict=True):\n        found'),

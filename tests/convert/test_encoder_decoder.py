@@ -188,7 +188,7 @@ def test_implementations(pair):
     got = logits(ours)
     ours.set_attn_implementation("sdpa")
     torch.testing.assert_close(logits(ours), got, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match=r'Grouped\w+: attn_implementation="eager" cannot share .* use \'qkv\''):
+    with pytest.raises(ValueError, match=r'Grouped\w+: attn_implementation="eager" does not support .* use \'qkv\''):
         ours.set_attn_implementation("eager")
 
 
@@ -322,7 +322,7 @@ def test_command(capsys, tmp_path):
     assert lines[1].startswith("  multi-head attention: 8 query heads, 8 KV heads, head width 8, no window, biases")
     assert lines[2].startswith("  becomes grouped-query attention: 8 query heads, 2 KV heads, head width 8")
     assert "  16 of " in lines[3]
-    assert lines[-1] == "  predictions not compared: only those of causal language models are"
+    assert lines[-1] == "  predictions not compared: only causal language models are compared"
     theirs = share(build("bart"), 2, "first")
     torch.testing.assert_close(logits(load(tmp_path / "out")), logits(theirs), rtol=1e-4, atol=1e-4)
     assert main(["inspect", str(tmp_path / "out"), "--length", "100", "--dtype", "float32"]) == 0
@@ -332,7 +332,7 @@ def test_command(capsys, tmp_path):
     assert lines[3].startswith(
         "  2 layers in the decoder of grouped-query cross-attention: 8 query heads, 2 KV heads, "
     )
-    assert lines[5] == "Parameters, and the KV cache of a text of 100 tokens, and as many written, in float32"
+    assert lines[5] == "Parameters, and the KV cache of 1 sequence of 100 tokens (encoded and generated) in float32"
     # 4 attentions * 2 heads * (8 + 8) numbers * 4 bytes = 512 bytes.
     assert lines[7].split()[-5:] == ["512", "B", "50.0", "KiB", "100.0%"]
 

@@ -45,11 +45,13 @@ def _is_top_left_causal(problem: Problem) -> bool:
 
 
 def _additive(problem: Problem) -> Tensor:
+    """The mask as a tensor of 0 and -inf that is added to the scores."""
     visible = problem.visible()
     return torch.zeros_like(visible, dtype=problem.q.dtype).masked_fill_(~visible, -torch.inf)
 
 
 def _with_backward(attend: Callable[[], Tensor], q: Tensor, k: Tensor, v: Tensor) -> PreparedCall:
+    """The call with its backward pass, if the inputs require grad."""
     if not q.requires_grad:
         return lambda: (attend(),)
     d_out = torch.randn(q.shape[:3] + v.shape[3:], generator=torch.Generator().manual_seed(0)).to(q.dtype)

@@ -47,6 +47,7 @@ def peak_memory(mechanism: Mechanism, library: str) -> int | None:
 
 
 def _measure(sender: Connection, mechanism: Mechanism, library: str, threads: int) -> None:
+    """Runs in the child process: sends the growth of its peak in bytes, or an error message."""
     import resource
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent handles the interrupt and ends this process.

@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _escape_unprintable()
     try:
         _check_extras()
-        code = _run(arguments)
+        code = _run_app(arguments)
         sys.stdout.flush()
         return code
     except CommandError as error:
@@ -32,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1
 
 
-def _run(arguments: Sequence[str] | None) -> int:
+def _run_app(arguments: Sequence[str] | None) -> int:
+    """Runs the typer application and returns its exit code."""
     from qkv.cli.app import app
 
     try:
@@ -54,6 +55,7 @@ def _discard_output() -> None:
 
 
 def _check_extras() -> None:
+    """Raises a CommandError if packages of the extra ``cli`` are not installed."""
     missing = [name for name in EXTRAS if importlib.util.find_spec(name) is None]
     if missing:
         raise CommandError(

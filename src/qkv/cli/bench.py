@@ -82,6 +82,7 @@ def bench(
 
 
 def _backend(mechanism: Mechanism) -> str | None:
+    """The backend that ``auto`` chooses."""
     return qkv.explain(*mechanism.inputs(), mask=mechanism.mask, offset=mechanism.offset).chosen
 
 

@@ -103,6 +103,7 @@ def describe_divergence(original: Predictions | str, folder: Path, dtype: torch.
 
 
 def _predict(folder: Path, dtype: torch.dtype, sample: Sample, progress: Progress) -> Predictions:
+    """The predictions of the model in ``folder`` on a sample."""
     loaded = load(ModelSource(str(folder), str(folder)), dtype, progress)
     length = min(MAX_TOKENS, loaded.context_length or MAX_TOKENS)
     with progress.step("predicting the sample"), quiet():

@@ -79,6 +79,7 @@ def kv_bytes(found: Inspection, length: int, batch: int, bytes_per_number: int) 
 
 
 def _inspect(model: str) -> Inspection:
+    """Inspects a local path or a Hub name."""
     path = expand_home(Path(model))
     if path.exists():
         return inspect_checkpoint(path)
@@ -123,6 +124,7 @@ def _choices(found: Inspection) -> list[Inspection]:
 
 
 def _size(found: Inspection, length: int, batch: int, bytes_per_number: int) -> dict[str, Any]:
+    """Parameters and KV cache sizes of a model: one row of the table."""
     return {
         "num_kv_heads": sorted({layer.num_kv_heads for layer in found.layers}, reverse=True),
         "parameters": found.parameters,

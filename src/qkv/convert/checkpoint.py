@@ -63,6 +63,7 @@ class CheckpointPlan(NamedTuple):
         return [path for path in self._visible() if not (self.source.path / path).is_file()]
 
     def _others(self) -> list[Path]:
+        """Visible files that are not part of the checkpoint."""
         written = {CONFIG, INDEX, *self.source.files}
         visible = (path for path in self._visible() if (self.source.path / path).is_file())
         return [path for path in visible if str(path) not in written]
@@ -164,12 +165,13 @@ def write_checkpoint(
     out = resolve_output(out, plan.source.path, overwrite)
     try:
         with staged(out, overwrite=overwrite, notify=notify) as work:
-            _write(plan, work, on_progress)
+            _write_result(plan, work, on_progress)
     except OSError as error:
         raise CheckpointError(f"cannot write {out}: {error.strerror} ({error.filename}). Nothing was kept.") from error
 
 
-def _write(plan: CheckpointPlan, work: OwnFolder, on_progress: Callable[[int], None]) -> None:
+def _write_result(plan: CheckpointPlan, work: OwnFolder, on_progress: Callable[[int], None]) -> None:
+    """Writes and verifies all files of the result, ``config.json`` last."""
     free = shutil.disk_usage(work.descriptor).free
     if free < plan.num_bytes:
         raise CheckpointError(f"{work.path.parent} must have {plan.num_bytes} bytes free for the result; got {free}.")
@@ -238,7 +240,7 @@ def _check_shard(
         for name, output in outputs.items():
             digest = hashlib.sha256()
             if header.tensors.get(name) == output.spec:
-                for chunk in _read(file, path, header.starts[name], output.spec.num_bytes, name):
+                for chunk in _read_chunks(file, path, header.starts[name], output.spec.num_bytes, name):
                     digest.update(chunk)
                     advance(len(chunk))
             if digest.digest() != digests[name]:
@@ -252,14 +254,15 @@ def _output_chunks(source: Folder, output: Output) -> Iterator[memoryview | byte
     if output.compute is None:
         yield from _read_tensor(source, output.sources[0])
         return
-    value = output.compute(*(_load(source, name) for name in output.sources))
+    value = output.compute(*(_load_tensor(source, name) for name in output.sources))
     dtype = TORCH_DTYPES[output.spec.dtype]
     if value.shape != output.spec.shape or value.dtype != dtype:
         raise AssertionError(f"{output.name} is {value.dtype} {tuple(value.shape)}; the plan says {output.spec}")
     yield value.contiguous().view(torch.uint8).numpy().data.cast("B")
 
 
-def _load(source: Folder, name: str) -> Tensor:
+def _load_tensor(source: Folder, name: str) -> Tensor:
+    """Loads a tensor of the source."""
     spec = source.tensors[name]
     dtype = TORCH_DTYPES[spec.dtype]
     if spec.numel == 0:
@@ -273,16 +276,18 @@ def _load(source: Folder, name: str) -> Tensor:
 
 
 def _read_tensor(source: Folder, name: str) -> Iterator[bytes]:
+    """The bytes of a tensor of the source, in chunks."""
     file, header = next((file, header) for file, header in source.files.items() if name in header.tensors)
     path = source.path / file
     try:
         with path.open("rb", buffering=0) as opened:
-            yield from _read(opened, path, header.starts[name], header.tensors[name].num_bytes, name)
+            yield from _read_chunks(opened, path, header.starts[name], header.tensors[name].num_bytes, name)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot read tensor {name!r}: {error.strerror}.") from error
 
 
-def _read(file: BinaryIO, path: Path, start: int, num_bytes: int, name: str) -> Iterator[bytes]:
+def _read_chunks(file: BinaryIO, path: Path, start: int, num_bytes: int, name: str) -> Iterator[bytes]:
+    """Yields ``num_bytes`` from ``start`` in chunks; raises a CheckpointError if the file ends earlier."""
     file.seek(start)
     while num_bytes:
         chunk = file.read(min(CHUNK, num_bytes))

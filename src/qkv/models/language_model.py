@@ -121,6 +121,7 @@ def _as_command_error(source: ModelSource, part: str) -> Iterator[None]:
 
 
 def _check_causal(source: ModelSource, config: Any) -> None:
+    """Raises a CommandError unless the configuration is of a causal language model."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     expected = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)

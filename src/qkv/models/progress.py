@@ -45,7 +45,7 @@ class Progress:
             self.notify(f"{title} ...")
             yield lambda done: None
             return
-        columns = (TextColumn("{task.description}"), BarColumn(), *_amount(unit), TimeElapsedColumn())
+        columns = (TextColumn("{task.description}"), BarColumn(), *_amount_columns(unit), TimeElapsedColumn())
         with Bars(
             *columns, console=self._console, transient=True, redirect_stdout=False, redirect_stderr=False
         ) as bars:
@@ -58,7 +58,8 @@ def offset_progress(on_progress: OnProgress, offset: int) -> OnProgress:
     return lambda done: on_progress(offset + done)
 
 
-def _amount(unit: Unit | None) -> tuple[ProgressColumn, ...]:
+def _amount_columns(unit: Unit | None) -> tuple[ProgressColumn, ...]:
+    """The columns of a progress bar that show the amount done."""
     if unit is None:
         return ()
     return (DownloadColumn(),) if unit == "bytes" else (MofNCompleteColumn(), TextColumn(unit))

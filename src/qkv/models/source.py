@@ -46,7 +46,7 @@ def find_model(model: str) -> ModelSource:
     """
     path = expand_home(Path(model))
     if path.is_dir():
-        return _in_folder(model, path.absolute())
+        return _folder_source(model, path.absolute())
     if path.is_file():
         return gguf_source(path.absolute())
     require_hub_name(model)
@@ -72,7 +72,8 @@ def gguf_source(path: Path) -> ModelSource:
     return ModelSource(path.stem, str(path.parent), path.name)
 
 
-def _in_folder(name: str, folder: Path) -> ModelSource:
+def _folder_source(name: str, folder: Path) -> ModelSource:
+    """The source for a folder; raises a CommandError if it contains no configuration."""
     if (folder / "config.json").is_file():
         return ModelSource(name, str(folder))
     files = sorted(folder.glob("*.gguf"))

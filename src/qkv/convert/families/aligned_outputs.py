@@ -64,6 +64,7 @@ class _Aligner:
         return output._replace(sources=names, compute=compute)
 
     def _align(self, layer: str, parts: Mapping[str, Tensor], gain: Tensor) -> dict[str, Tensor]:
+        """The tensors of a layer's projections after alignment, by name within the attention."""
         heads = self._pooling.heads
         projections = self._layout.read(parts, heads)
         if self._last is None or self._last[0] != layer:

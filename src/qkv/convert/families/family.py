@@ -54,6 +54,7 @@ class Pooling(NamedTuple):
 
     @property
     def changes(self) -> bool:
+        """Whether the number of KV heads changes."""
         return self.num_kv_heads != self.heads.num_kv_heads
 
 

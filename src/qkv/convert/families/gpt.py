@@ -79,6 +79,7 @@ def _convert_neox(family: Family, name: str, spec: TensorSpec, pooling: Pooling)
 
 
 def _unpack_neox(prefix: str, kind: str, spec: TensorSpec, pooling: Pooling) -> list[Output]:
+    """Splits a packed weight or bias of GPT-NeoX into Phi's q, k and v."""
     sources, fold = _fold_norm(prefix + "attention.query_key_value", prefix + "input_layernorm", kind)
     outputs = []
     for index, (letter, rows) in enumerate((("q", pooling.query_rows), ("k", pooling.rows), ("v", pooling.rows))):
@@ -100,16 +101,19 @@ def _fold_norm(linear: str, norm: str, kind: str) -> tuple[tuple[str, ...], Any]
 
 
 def _fold_gain(weight: Tensor, gain: Tensor) -> Tensor:
+    """``W * g``."""
     precise = torch.promote_types(weight.dtype, torch.float32)
     return (weight.to(precise) * gain.to(precise)).to(weight.dtype)
 
 
 def _fold_offset(bias: Tensor, weight: Tensor, offset: Tensor) -> Tensor:
+    """``W @ c + b``."""
     precise = torch.promote_types(bias.dtype, torch.float32)
     return (bias.to(precise) + weight.to(precise) @ offset.to(precise)).to(bias.dtype)
 
 
 def _phi_name(name: str) -> str:
+    """Phi's name for a tensor of GPT-NeoX."""
     for theirs, ours in NEOX_NAMES.items():
         name = name.replace(theirs, ours)
     return name

@@ -54,12 +54,14 @@ class Layout(NamedTuple):
         return weight.T if self.transposed else weight
 
     def _unpack(self, packed: Tensor, heads: Heads) -> Sequence[Tensor]:
+        """Splits packed rows into queries, keys and values."""
         if self.by_head:
             return unpack_by_head(packed, heads)
         keys = heads.num_kv_heads * heads.head_dim
         return torch.split(packed, [heads.num_heads * heads.head_dim, keys, keys])
 
     def _pack(self, rows: list[Tensor], heads: Heads) -> Tensor:
+        """The inverse of `_unpack`."""
         if self.by_head:
             return torch.stack([part.unflatten(0, (heads.num_heads, -1)) for part in rows], dim=1).flatten(0, 2)
         return torch.cat(rows)

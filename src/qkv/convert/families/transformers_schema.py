@@ -195,6 +195,7 @@ def _head_dim(config: Any) -> int:
 
 
 def _model_class(where: str, config: Any) -> Any:
+    """The model class for a configuration."""
     import transformers
     from transformers.models.auto import modeling_auto as auto
 
@@ -214,6 +215,7 @@ def _model_class(where: str, config: Any) -> Any:
 
 
 def _encoder_decoder_class(where: str, config: Any, classes: list[Any]) -> Any:
+    """As `_model_class`, for encoder-decoders, whose possible ``classes`` are given."""
     names = [cls.__name__ for cls in classes]
     name = config.architectures[0] if config.architectures else names[0]
     if not config.is_encoder_decoder or name not in names:
@@ -225,4 +227,5 @@ def _encoder_decoder_class(where: str, config: Any, classes: list[Any]) -> Any:
 
 
 def _one_line(error: Exception) -> str:
+    """An exception as one line of at most 400 characters."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:400]

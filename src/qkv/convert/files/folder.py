@@ -73,6 +73,7 @@ def read_folder(path: Path) -> Folder:
 
 
 def _weight_map(path: Path, index: dict[str, Any]) -> dict[str, str]:
+    """The ``weight_map`` of an index, after checking its file names."""
     check_fields(str(path / INDEX), {"weight_map": None} | index, INDEX_FIELDS)
     weight_map: dict[str, str] = index["weight_map"]
     for tensor, file in weight_map.items():
@@ -85,6 +86,7 @@ def _weight_map(path: Path, index: dict[str, Any]) -> dict[str, str]:
 
 
 def _check_index(path: Path, weight_map: dict[str, str], files: dict[str, Header]) -> None:
+    """Raises a CheckpointError unless index and headers list the same tensors in the same files."""
     for tensor, file in weight_map.items():
         if tensor not in files[file].tensors:
             raise CheckpointError(f"{path / INDEX} lists tensor {tensor!r} in {file}, which does not contain it.")
@@ -106,5 +108,6 @@ def _pickle_hint(path: Path) -> str:
 
 
 def _state(path: Path) -> tuple[int, int]:
+    """Size and modification time."""
     status = path.stat()
     return status.st_size, status.st_mtime_ns

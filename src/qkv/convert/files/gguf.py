@@ -94,22 +94,22 @@ class _Reader:
         for _ in range(num_fields):
             key = self._string()
             if key in fields:
-                raise self._broken(f"duplicate field {short_repr(key)}")
+                raise self._corrupt(f"duplicate field {short_repr(key)}")
             value = self._value(self._number("I"))
             fields[key] = value
         for _ in range(num_tensors):
             name, dimensions = self._string(), self._number("I")
             if dimensions > MAX_DIMENSIONS or name in tensors:
-                raise self._broken(
+                raise self._corrupt(
                     f"tensor {short_repr(name)} is a duplicate, or has too many dimensions ({dimensions})"
                 )
             shape = tuple(self._number("Q") for _ in range(dimensions))[::-1]
             if math.prod(shape) >= INT64_END:
-                raise self._broken(f"tensor {short_repr(name)} of shape {list(shape)} has 2^63 numbers or more")
+                raise self._corrupt(f"tensor {short_repr(name)} of shape {list(shape)} has 2^63 numbers or more")
             try:
                 dtype = GGMLQuantizationType(self._number("I")).name
             except ValueError as error:
-                raise self._broken(f"tensor {short_repr(name)}: {error}") from error
+                raise self._corrupt(f"tensor {short_repr(name)}: {error}") from error
             tensors[name] = TensorSpec(dtype, shape)
             offsets[name] = self._number("Q")
         return GgufHeader(fields, tensors, offsets, self._limit - self._remaining)
@@ -129,7 +129,7 @@ class _Reader:
 
     def _format(self, kind: int) -> str:
         if kind not in SCALARS:
-            raise self._broken(f"unknown type {kind}")
+            raise self._corrupt(f"unknown type {kind}")
         return SCALARS[kind]
 
     def _string(self) -> str:
@@ -140,9 +140,9 @@ class _Reader:
 
     def _bytes(self, count: int) -> bytes:
         if count > self._remaining:
-            raise self._broken(f"the header needs {count} more bytes; {self._remaining} remain")
+            raise self._corrupt(f"the header needs {count} more bytes; {self._remaining} remain")
         self._remaining -= count
         return self._file.read(count)
 
-    def _broken(self, fault: str) -> CheckpointError:
+    def _corrupt(self, fault: str) -> CheckpointError:
         return CheckpointError(f"{self._path} is a corrupt GGUF file: {fault}. Download it again.")

@@ -145,6 +145,7 @@ def _levels(value: Any) -> Iterator[list[Any]]:
 
 
 def _check_levels(value: object, where: str) -> None:
+    """Raises a CheckpointError for nesting deeper than `MAX_LEVELS`."""
     if any(number == MAX_LEVELS for number, _ in enumerate(_levels(value))):
         raise CheckpointError(f"{where} must nest objects and lists at most {MAX_LEVELS} levels deep; got more.")
 

@@ -46,6 +46,7 @@ class OwnFolder:
 
     @property
     def descriptor(self) -> int:
+        """Descriptor of the open folder."""
         return self._folder
 
     def create(self, name: str) -> BinaryIO:
@@ -118,6 +119,7 @@ class OwnFolder:
         return f"did not remove {self.path}: it contains {foreign[0]!r}, which qkv did not create" if foreign else None
 
     def _remove_made(self) -> None:
+        """Removes the recorded entries of `CONTENT`, in reverse order."""
         if self._is_shared:
             remove_tree(CONTENT, self._folder)
             return
@@ -130,15 +132,18 @@ class OwnFolder:
         _remove_if_empty(CONTENT, self._folder)
 
     def _note_made(self, name: str) -> None:
+        """Records an entry of `CONTENT` that is about to be created."""
         self._note(name)
         self._made.append(name)
 
     def _note(self, record: object) -> None:
+        """Appends a line to the marker."""
         line = json.dumps(record).encode() + b"\n"
         if os.write(self._marker, line) != len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path / MARKER))
 
     def _open(self, path: PurePosixPath, flags: int) -> int:
+        """Opens a file in `CONTENT`; returns its descriptor."""
         try:
             with self._parent_of(path) as parent:
                 return os.open(path.name, flags | os.O_NOFOLLOW, 0o666, dir_fd=parent)
@@ -245,6 +250,7 @@ def mount_of(folder: int) -> tuple[int, str]:
 
 
 def _header(run: str, folder: int, content: int, purpose: str) -> dict[str, Any]:
+    """The first line of a marker."""
     return {"format": FORMAT, "run": run, "folder": folder, "content": content, "purpose": purpose}
 
 
@@ -280,6 +286,7 @@ def _is_inside(name: str) -> bool:
 
 
 def _lock(marker: int) -> bool:
+    """Locks a marker without waiting; returns False if another run holds the lock."""
     try:
         fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -312,6 +319,7 @@ def _opened_marker(folder: int) -> Iterator[int]:
 
 
 def _descend(parts: tuple[str, ...], folder: int) -> Iterator[int]:
+    """Opens nested folders and yields the descriptor of the last one."""
     if not parts:
         yield folder
         return

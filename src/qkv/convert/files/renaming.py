@@ -30,6 +30,7 @@ def exchange(name: str, source: int, other: str, target: int) -> bool:
 
 
 def _rename(name: str, source: int, new_name: str, target: int, flag: int) -> bool:
+    """Calls renameat2; returns False where it or the flag is not supported."""
     function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if function is None:
         return False

@@ -126,6 +126,7 @@ def _find_replaceable(out: Path, parent: int, overwrite: bool) -> int | None:
 
 
 def _is_model(folder: int) -> bool:
+    """Whether an open folder contains a configuration."""
     try:
         return stat.S_ISREG(os.stat(CONFIG, dir_fd=folder).st_mode)
     except OSError:
@@ -181,6 +182,7 @@ def _recover(leftover: OwnFolder, parent: int, out: Path) -> str:
 
 
 def _inode(name: str, folder: int) -> int | None:
+    """The inode of an entry; None where it does not exist."""
     try:
         return os.stat(name, dir_fd=folder, follow_symlinks=False).st_ino
     except FileNotFoundError:

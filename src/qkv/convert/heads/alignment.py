@@ -80,7 +80,7 @@ class Alignment(NamedTuple):
         """The projections, reordered and rotated, in fp32 (fp64 for fp64)."""
 
         def rotated(rows: Tensor, rotations: Tensor) -> Tensor:
-            heads = _precise(rows).reshape(len(rotations), -1, rotations.shape[1], rows.shape[1])[self.order]
+            heads = _upcast(rows).reshape(len(rotations), -1, rotations.shape[1], rows.shape[1])[self.order]
             return (rotations[:, None] @ heads).flatten(0, 2)
 
         q, k, v, out = projections
@@ -175,15 +175,16 @@ def project_orthogonal(matrix: Tensor) -> Tensor:
     return rotation
 
 
-def _precise(weight: Tensor) -> Tensor:
+def _upcast(weight: Tensor) -> Tensor:
+    """Converts to at least fp32."""
     return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def _rows(weight: Tensor, gain: Tensor | None, num_kv_heads: int) -> Tensor:
     """``(Hkv, D, C)``: the rows by head, with columns scaled by ``gain`` and the whole normalised to 1."""
-    rows = _precise(weight)
+    rows = _upcast(weight)
     if gain is not None:
-        rows = torch.cat([rows[:, : len(gain)] * _precise(gain), rows[:, len(gain) :]], dim=1)
+        rows = torch.cat([rows[:, : len(gain)] * _upcast(gain), rows[:, len(gain) :]], dim=1)
     size = torch.linalg.vector_norm(rows).clamp_min(torch.finfo(rows.dtype).tiny)
     return torch.div(rows, size).view(num_kv_heads, -1, rows.shape[1])
 

@@ -86,6 +86,7 @@ def _layer(
     rotary: str,
     parts: Mapping[str, TensorSpec],
 ) -> LayerAttention:
+    """Describes one layer. ``parts``: its attention tensors, by name within the attention."""
     kv = {part: spec for part, spec in parts.items() if family.holds_kv.fullmatch(part)}
     queries, keys = heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim
     share = 2 * keys / (queries + 2 * keys) if family.is_packed else 1

@@ -47,6 +47,7 @@ def inspect_gguf(path: Path) -> Inspection:
 
 
 def _layer(path: Path, own: Mapping[str, Any], number: int, parts: Mapping[str, TensorSpec]) -> LayerAttention:
+    """Describes one layer. ``own``: the header's fields without prefix; ``parts``: the layer's attention tensors."""
     num_heads = _count(path, own, "attention.head_count", number)
     num_kv_heads = _count(path, own, "attention.head_count_kv", number, default=num_heads)
     key_width = _count(path, own, "attention.key_length", number, _count(path, own, "embedding_length", 0) // num_heads)
@@ -92,6 +93,7 @@ def _count(path: Path, own: Mapping[str, Any], key: str, layer: int, default: in
 
 
 def _window(path: Path, own: Mapping[str, Any], layer: int) -> int | None:
+    """The sliding window of a layer; None without."""
     window, pattern = own.get("attention.sliding_window"), own.get("attention.sliding_window_pattern")
     if not window:
         return None
@@ -104,6 +106,7 @@ def _window(path: Path, own: Mapping[str, Any], layer: int) -> int | None:
 
 
 def _rotary(own: Mapping[str, Any], width: int) -> str:
+    """The rotary embedding in words; empty without."""
     rotary_dim = own.get("rope.dimension_count")
     if rotary_dim is None:
         return ""

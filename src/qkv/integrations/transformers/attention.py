@@ -134,6 +134,7 @@ class _ConvertedMask(NamedTuple):
 
 
 def _convert_mask(attention_mask: Tensor | None, lq: int, lk: int, is_causal: bool | None) -> _ConvertedMask:
+    """Converts transformers' ``attention_mask``; None means full, or causal if ``is_causal``."""
     if attention_mask is None:
         # As in eager, all keys are visible. `module.is_causal` does not count: some bidirectional layers set it.
         return _ConvertedMask(Mask.causal() if is_causal and lq > 1 else FULL)

@@ -154,7 +154,7 @@ class Int8Layer(DynamicLayer):  # type: ignore[misc]
 
     def __getstate__(self) -> dict[str, Any]:
         """As `AppendLayer`; ``keys`` and ``values`` are views of the int8 cache and rebuilt by `__setstate__`."""
-        if self._is_rounded:
+        if self._is_quantised:
             return {**vars(self), "keys": self.keys.dtype, "values": self.values.dtype}
         return {**vars(self), "keys": compact_copy(self.keys), "values": compact_copy(self.values)}
 
@@ -164,7 +164,8 @@ class Int8Layer(DynamicLayer):  # type: ignore[misc]
             self._set_views(self._cache.keys(), self.keys, self.values)
 
     @property
-    def _is_rounded(self) -> bool:
+    def _is_quantised(self) -> bool:
+        """Whether the tokens are stored in int8."""
         return isinstance(self.keys, Int8Tensor)
 
     def reserve(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -182,7 +183,7 @@ class Int8Layer(DynamicLayer):  # type: ignore[misc]
             return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if not self._is_rounded:
+        if not self._is_quantised:
             self._cache.reset()
             if _length(self.keys):
                 self._cache.append(self.keys, self.values)
@@ -190,12 +191,13 @@ class Int8Layer(DynamicLayer):  # type: ignore[misc]
         return self.keys, self.values
 
     def _set_views(self, cached: Int8Keys, keys_dtype: torch.dtype, values_dtype: torch.dtype) -> None:
+        """Sets ``keys`` and ``values`` to views of the int8 cache."""
         self.keys = Int8Tensor(cached.k, cached.k_scale, keys_dtype)
         self.values = Int8Tensor(cached.v, cached.v_scale, values_dtype)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last ``-tokens_to_remove`` tokens."""
-        if tokens_to_remove > 0 or not self._is_rounded:
+        if tokens_to_remove > 0 or not self._is_quantised:
             super().crop(tokens_to_remove)
         else:
             self._cache.crop(max(0, self._cache.length + tokens_to_remove))
@@ -212,7 +214,7 @@ class Int8Layer(DynamicLayer):  # type: ignore[misc]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps these rows of the batch."""
-        if not self._is_rounded:
+        if not self._is_quantised:
             super().batch_select_indices(indices)
         else:
             self._cache.select(indices)
@@ -264,6 +266,7 @@ class QKVCache(DynamicCache):  # type: ignore[misc]
         return tokens
 
     def _reserve(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocates the memory of all layers, on a CPU and without gradients."""
         can_reserve = key_states.is_cpu and key_states.dim() == value_states.dim() == 4
         if can_reserve and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             for layer in self.layers:
@@ -299,12 +302,14 @@ def use_by_default(dtype: torch.dtype | None = None) -> None:
 
 
 def _append_layer_type(dtype: torch.dtype | None) -> type[DynamicLayer]:
+    """The class of layers without a window for a cache of this dtype."""
     if dtype not in (None, torch.int8):
         raise ValueError(f"QKVCache: dtype must be torch.int8 or None (the model's dtype); got {dtype!r}.")
     return AppendLayer if dtype is None else Int8Layer
 
 
 def _replace_layer(layer: CacheLayerMixin, append_layer: type[DynamicLayer]) -> CacheLayerMixin:
+    """Our equivalent of a layer of transformers; other layers are returned unchanged."""
     if type(layer) in (DynamicLayer, AppendLayer, Int8Layer):
         return append_layer()
     if type(layer) in (DynamicSlidingWindowLayer, SlidingLayer):
@@ -318,11 +323,12 @@ for _kind in (AppendLayer, SlidingLayer, Int8Layer):
 
 
 def _length(cached: Tensor | None) -> int:
-    # Before its first tokens, a layer has None, and later an empty tensor of one dimension.
+    """The number of cached tokens. Empty layers have None or an empty tensor of one dimension."""
     return cached.shape[2] if cached is not None and cached.dim() == 4 else 0
 
 
 def _append(memory: AppendBuffer, cached: Tensor, new: Tensor, capacity: int | None = None) -> Tensor:
+    """Appends ``new`` to the cached tokens, in place where these are a view of ``memory``."""
     if _length(cached):
         memory.adopt(cached)
     else:
@@ -331,5 +337,6 @@ def _append(memory: AppendBuffer, cached: Tensor, new: Tensor, capacity: int | N
 
 
 def _select(memory: AppendBuffer, cached: Tensor, rows: Tensor) -> AppendBuffer:
+    """A buffer with these rows of the batch."""
     memory.adopt(cached)
     return memory.select(rows.to(cached.device))

@@ -117,6 +117,7 @@ def _narrow(decoder: nn.Module, num_heads: int, num_kv_heads: int) -> None:
 
 
 def _config_class(base: Any) -> Any:
+    """Derives our configuration class from transformers' one."""
     from huggingface_hub.dataclasses import strict
 
     class Grouped(base):  # type: ignore[misc]
@@ -128,4 +129,5 @@ def _config_class(base: Any) -> Any:
 
 
 def _model_class(base: Any, config_class: Any) -> Any:
+    """Derives our model class from transformers' one."""
     return type(CLASS_PREFIX + base.__name__, (GroupedDecoder, base), {"config_class": config_class})

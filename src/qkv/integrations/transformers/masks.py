@@ -107,6 +107,7 @@ def recognise_mask(mask_function: MaskFunction, keys: range) -> Mask | None:
 
 
 def _recognise(function: MaskFunction, keys: range, *, within_documents: bool) -> Mask | None:
+    """As `recognise_mask`. ``within_documents``: whether a documents mask is combined with the function."""
     from transformers import masking_utils
 
     if function is getattr(masking_utils, "causal_mask_function", None):

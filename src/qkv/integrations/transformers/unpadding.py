@@ -109,8 +109,8 @@ def _describe_type(value: object) -> str:
 def _layers(module: nn.Module) -> Iterator[nn.Module]:
     """The layers of ``module`` that can be packed, except those of models inside it.
 
-    All layers of a ``ModuleList`` or none: a layer that mixes tokens otherwise (in a scan, for example) would mix in
-    padding.
+    All layers of a ``ModuleList`` or none: a layer that mixes tokens outside of attention (in a scan, for example)
+    would read the outputs at padding.
     """
     from transformers import PreTrainedModel
     from transformers.modeling_layers import GradientCheckpointingLayer
@@ -153,11 +153,11 @@ def _is_tokenwise_class(kind: Any) -> bool | None:
     """Whether a class is tokenwise; None for classes of transformers where that depends on the submodules."""
     from transformers.pytorch_utils import Conv1D  # a linear layer
 
-    home = str(kind.forward.__module__).partition(".")[0]
-    if home == "torch":
-        single = kind.__module__ == activation.__name__ and not issubclass(kind, _NOT_TOKENWISE)
-        return single or issubclass(kind, _TOKENWISE)
-    if home != "transformers":
+    package = str(kind.forward.__module__).partition(".")[0]
+    if package == "torch":
+        is_activation = kind.__module__ == activation.__name__ and not issubclass(kind, _NOT_TOKENWISE)
+        return is_activation or issubclass(kind, _TOKENWISE)
+    if package != "transformers":
         return False
     return True if issubclass(kind, Conv1D) or kind.__name__.endswith("RMSNorm") else None
 
@@ -210,6 +210,7 @@ class _Packing:
         return all(self._fits(name, value, is_named=name in names) for name, value in given.items())
 
     def _fits(self, name: str, value: Any, *, is_named: bool) -> bool:
+        """Whether one argument is per token, or independent of tokens. ``is_named``: whether the layer declares it."""
         if isinstance(value, MaskTensor):
             return name == "attention_mask"
         if isinstance(value, tuple):
