@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qkv.cli.divergence import describe_divergence, predict_original
-from qkv.cli.inspect import describe, kv_bytes
+from qkv.cli.layers import describe, kv_bytes
 from qkv.cli.options import count_option
 from qkv.convert import CheckpointError, CheckpointPlan, Inspection, plan_checkpoint, write_checkpoint
 from qkv.convert.files.gguf import check_bounds, read_gguf

@@ -12,12 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 import qkv
+from qkv.cli.layers import describe, kv_bytes
 from qkv.cli.options import Dtype, count_option
 from qkv.cli.printing import counted, print_table
 from qkv.convert import CheckpointError, Inspection, inspect_checkpoint
 from qkv.convert.inspect.inspection import LayerAttention
 from qkv.models.errors import CommandError
-from qkv.models.kv_cache_size import LayerShape, cache_bytes, readable_bytes
+from qkv.models.kv_cache_size import readable_bytes
 from qkv.models.language_model import quiet
 from qkv.models.source import expand_home, require_hub_name
 
@@ -47,35 +48,6 @@ def inspect(
         print(json.dumps(_as_json(model, found, length, batch, dtype.value, sizes), indent=2, allow_nan=False))
     else:
         _print(model, found, length, batch, dtype.value, sizes, Console(file=sys.stdout))
-
-
-def describe(layer: LayerAttention) -> str:
-    """A layer in words: mechanism, heads, widths, window, biases, rotary embedding."""
-    kinds = {1: "multi-query", layer.num_heads: "multi-head"}
-    attention = "cross-attention" if layer.cross else "attention"
-    width = f"head width {layer.head_dim}"
-    if layer.value_dim != layer.head_dim:
-        width = f"key width {layer.head_dim}, value width {layer.value_dim}"
-    return ", ".join(
-        (
-            f"{kinds.get(layer.num_kv_heads, 'grouped-query')} {attention}: {counted(layer.num_heads, 'query head')}",
-            counted(layer.num_kv_heads, "KV head"),
-            width,
-            "no window" if layer.window is None else f"a window of {layer.window}",
-            "biases" if layer.bias else "no biases",
-            f"rotary ({layer.rotary})" if layer.rotary else "not rotary",
-            *(["normalised queries and keys"] if layer.qk_norm else []),
-        )
-    )
-
-
-def kv_bytes(found: Inspection, length: int, batch: int, bytes_per_number: int) -> int:
-    """Bytes of the KV cache of ``batch`` sequences of ``length`` tokens."""
-    shapes = tuple(
-        LayerShape(layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.value_dim, layer.window)
-        for layer in found.layers
-    )
-    return batch * cache_bytes(shapes, length, bytes_per_number)
 
 
 def _inspect(model: str) -> Inspection:
