@@ -23,7 +23,7 @@ SKIPS = {
     "limits of address space are tested on Linux": lambda: sys.platform != "linux",
     "memory is measured on Linux": lambda: sys.platform != "linux",
     "memory is measured in forked processes": lambda: not hasattr(os, "fork"),
-    "this torch has no varlen_attn": lambda: importlib.util.find_spec("torch.nn.attention.varlen") is None,  # before 2.10
+    "this torch has no varlen_attn": lambda: importlib.util.find_spec("torch.nn.attention.varlen") is None,
     "needs /dev/full": lambda: sys.platform != "linux",
     "this system lets nobody mount": lambda: os.system("unshare --mount --map-root-user true 2>/dev/null") != 0,
 }
