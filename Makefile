@@ -37,6 +37,8 @@ check: $(VENV)/ready
 	$(BIN)/ruff check --quiet
 	$(BIN)/ruff format --check --quiet
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/typos
+	$(BIN)/zizmor --quiet --offline --min-severity medium .github
 	$(BIN)/mypy
 
 format: $(VENV)/ready
