@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "qkv"
 
 # Each layer may import itself and what stands below it. The vocabulary stands at the bottom.
 ORDER = [
-    {"qkv.arguments", "qkv.masks"},
+    {"qkv.arguments", "qkv.masks", "qkv.scores"},
     {"qkv.problem", "qkv.kernels"},
     {"qkv.backends"},
     {"qkv.partial", "qkv.functional", "qkv.sequences", "qkv.cache"},

@@ -118,7 +118,7 @@ def test_flash_attention_828_small_pages_and_short_sequences_are_one_call() -> N
         call = getattr(library, name)
         return lambda *arguments: calls.append(name) or call(*arguments)
 
-    names = ("forward", "forward_sequences", "plain")
+    names = ("forward", "forward_sequences", "fast_forward")
     with kernels.use(library._replace(**{name: counted(name) for name in names if getattr(library, name)})):
         paged = flash_attn_with_kvcache(q, k_pages, v_pages, block_table=table, cache_seqlens=4090, causal=True)
         packed = flash_attn_varlen_func(tokens, tokens, tokens, starts, starts, 16, 16)

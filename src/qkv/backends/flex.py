@@ -18,6 +18,9 @@ from qkv.problem import Problem, trim
 
 NAME = "flex"
 
+SCORES = ("softcap", "bias", "alibi", "sink_logits")
+"""Options of `Scores` that it computes."""
+
 NARROWEST = 16
 """Width of the products that its kernels for GPUs take; zeros fill narrower heads."""
 
@@ -32,9 +35,7 @@ ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def why_not(problem: Problem) -> list[str]:
-    reasons: list[str] = []
-    if problem.dropout:
-        reasons.append("FlexAttention has no dropout")
+    reasons = [f"FlexAttention has no {name}" for name in problem.scores.unknown_to(SCORES)]
     if problem.q.device.type == "cpu" and problem.needs_grad:
         reasons.append("FlexAttention has no backward on CPU")
     if problem.q.is_cuda and problem.q.dtype is torch.float64:
@@ -56,7 +57,8 @@ def run(problem: Problem) -> Result:
 
 
 def _run(problem: Problem) -> Result:
-    wants_lse = problem.wants_lse or problem.sink_logits is not None
+    scores = problem.scores
+    wants_lse = problem.wants_lse or scores.sink_logits is not None
     q, k, v = map(_padded, (problem.q, problem.k, problem.v))
     out, aux = _attend(problem.q.device.type)(
         q,
@@ -64,13 +66,13 @@ def _run(problem: Problem) -> Result:
         v,
         score_mod=lower_scores(problem),
         block_mask=_block_mask(problem),
-        scale=problem.scale,
+        scale=scores.scale,
         enable_gqa=problem.group != 1,
         return_aux=AuxRequest(lse=True) if wants_lse else AuxRequest(),
     )
     out, lse = out[..., : problem.v.shape[3]], aux.lse
-    if problem.sink_logits is not None:
-        out, lse = add_sinks(out, lse, problem.sink_logits)
+    if scores.sink_logits is not None:
+        out, lse = add_sinks(out, lse, scores.sink_logits)
     return Result(out, lse if problem.wants_lse else None)
 
 
@@ -104,7 +106,8 @@ def lower_mask(mask: Mask, offset: int, lk: int) -> MaskMod:
 
 def lower_scores(problem: Problem) -> ScoreMod | None:
     """Softcap, bias and ALiBi as a function of one score, or None where there are none."""
-    softcap, bias, alibi, offset = problem.softcap, problem.bias, problem.alibi, problem.offset
+    _, softcap, bias, alibi, *_ = problem.scores
+    offset = problem.offset
     if softcap is None and bias is None and alibi is None:
         return None
     dtype = accumulation_dtype(problem.q.dtype)

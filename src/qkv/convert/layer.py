@@ -90,28 +90,9 @@ def rebuild(layer: Attention, state: dict[str, Tensor], query_heads: Tensor, num
     mask = layer.mask
     if mask.allow is not None and mask.allow.dim() > 2 and mask.allow.shape[-3] > 1:
         mask = replace(mask, allow=mask.allow[..., query_heads, :, :])
-    weight = layer.q_proj.weight
-    new = Attention(
-        layer.embed_dim,
-        len(query_heads),
-        num_kv_heads=num_kv_heads,
-        head_dim=layer.head_dim,
-        value_dim=layer.value_dim,
-        context_dim=layer.context_dim,
-        mask=mask,
-        rotary=layer.rotary,
-        qk_norm=layer.q_norm is not None,
-        bias=layer.q_proj.bias is not None,
-        out_bias=layer.out_proj.bias is not None,
-        scale=layer.scale,
-        softcap=layer.softcap,
-        sink_logits=layer.sink_logits is not None,
-        alibi=None if layer.alibi is None else layer.alibi[query_heads],
-        dropout=layer.dropout,
-        backend=layer.backend,
-        device=weight.device,
-        dtype=weight.dtype,
-    )
+    alibi = None if layer.alibi is None else layer.alibi[query_heads]
+    changes = {"num_heads": len(query_heads), "num_kv_heads": num_kv_heads, "mask": mask, "alibi": alibi}
+    new = Attention(**{**layer.options(), **changes})
     new.load_state_dict(state)
     return new.train(layer.training)
 
