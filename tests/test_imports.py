@@ -97,6 +97,13 @@ def test_importing_qkv_loads_no_optional_dependency_and_no_compiler() -> None:
     assert run(code.replace(f"{names}", f"set({names})")) == "set()"
 
 
+def test_importing_qkv_registers_the_operators() -> None:
+    """All that a process does before it loads an exported program that holds them."""
+    assert run("import torch, qkv; print(hasattr(torch.ops.qkv, 'forward'), hasattr(torch.ops.qkv, 'backward'))") == (
+        "True True"
+    )
+
+
 PUBLIC = {
     *("attention", "attention_with_lse", "attention_weights", "merge", "explain", "BackendError", "accelerate"),
     *("Mask", "KVCache", "Int8KVCache", "SlidingKVCache", "CrossKVCache", "RotaryEmbedding"),

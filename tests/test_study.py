@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("matplotlib")
-pytest.importorskip("tokenizers")
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "studies" / "grouped_query"))
 

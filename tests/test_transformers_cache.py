@@ -5,20 +5,18 @@ from unittest import mock
 
 import pytest
 import torch
-
-transformers = pytest.importorskip("transformers")
-
-from transformers.cache_utils import (  # noqa: E402
+import transformers
+from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
 )
 
-from qkv.cache.buffer import AppendBuffer  # noqa: E402
-from qkv.integrations.transformers import attention as integration  # noqa: E402
-from qkv.integrations.transformers.cache import AppendLayer, Int8Layer, QKVCache, SlidingLayer  # noqa: E402
-from qkv.integrations.transformers.lazy_tensor import Int8Tensor  # noqa: E402
+from qkv.cache.buffer import AppendBuffer
+from qkv.integrations.transformers import attention as integration
+from qkv.integrations.transformers.cache import AppendLayer, Int8Layer, QKVCache, SlidingLayer
+from qkv.integrations.transformers.lazy_tensor import Int8Tensor
 
 # The name that releases before 5.24 know.
 pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")

@@ -13,9 +13,6 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor, nn
-
-pytest.importorskip("transformers")
-
 from transformers.masking_utils import bidirectional_mask_function
 from unpadding import IDS, LEFT, LENGTHS, PACKED, PADDED, RIGHT, bert, build, hidden, llama, modern, tokens_seen
 

@@ -5,11 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-
-pytest.importorskip("transformers")
-
 import transformers
+from torch import Tensor, nn
 from unpadding import IDS, LEFT, PACKED, PADDED, RIGHT, bert, hidden, llama, tokens_seen
 
 from qkv import kernels

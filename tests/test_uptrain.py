@@ -14,7 +14,6 @@ from convert import models
 
 from qkv.convert import convert_checkpoint
 
-pytest.importorskip("accelerate")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers' own making
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "uptrain.py"

@@ -1,4 +1,4 @@
-"""The command `qkv`. Outside of the package, since importing that imports torch, which would delay Ctrl-C."""
+"""The command `qkv`, outside of the package: importing `qkv` imports torch, and Ctrl-C must work meanwhile."""
 
 INTERRUPTED = 130
 """Exit code for Ctrl-C, as in shells."""

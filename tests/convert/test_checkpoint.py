@@ -6,14 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors
+import safetensors.torch as safetensors_torch
 import torch
 from convert import large, models
 
 from qkv.convert import convert_checkpoint, plan_checkpoint, pool_heads
 from qkv.convert.files.safetensors import read_header
-
-safetensors = pytest.importorskip("safetensors")
-safetensors_torch = pytest.importorskip("safetensors.torch")
 
 
 @pytest.fixture(scope="module")

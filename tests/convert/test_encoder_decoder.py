@@ -6,14 +6,13 @@ import re
 
 import pytest
 import torch
+import transformers
 from convert import models
 
 from qkv.cli import main
 from qkv.convert import CheckpointError, convert_checkpoint, convert_state_dict, inspect_checkpoint
 from qkv.convert.families.encoder_decoder import ENCODER_DECODERS
 from qkv.integrations.transformers import grouped_decoders
-
-transformers = pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers' own making
 
@@ -261,7 +260,8 @@ def test_saved_again_is_the_same(tmp_path, name):
 
 
 def test_positions_of_sines_need_not_be_saved(tmp_path):
-    torch_files = pytest.importorskip("safetensors.torch")
+    import safetensors.torch as torch_files
+
     weights = save(tmp_path / "source", "pegasus") / "model.safetensors"
     kept = {key: value for key, value in torch_files.load_file(weights).items() if "embed_positions" not in key}
     torch_files.save_file(kept, weights, {"format": "pt"})

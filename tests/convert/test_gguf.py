@@ -4,14 +4,13 @@ import contextlib
 import random
 import struct
 
+import gguf
 import numpy as np
 import pytest
 from fuzz import files
 
 from qkv.convert import CheckpointError, inspect_checkpoint
 from qkv.convert.files.gguf import check_bounds, read_gguf
-
-gguf = pytest.importorskip("gguf")
 
 TENSORS = {"attn_q": (24, 16), "attn_k": (12, 16), "attn_v": (10, 16), "attn_output": (16, 20), "ffn_up": (40, 16)}
 

@@ -16,8 +16,6 @@ from qkv.convert import CheckpointError, checkpoint, convert_checkpoint, plan_ch
 from qkv.convert.files import own_folder, renaming, staging
 from qkv.convert.files.own_folder import CONTENT, MARKER, PREFIX
 
-pytest.importorskip("transformers")
-
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):

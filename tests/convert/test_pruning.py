@@ -108,7 +108,8 @@ def test_model_is_as_with_outputs_of_the_removed_heads_at_0(family):
 
 
 def test_pruned_tensors_can_be_saved():
-    safetensors = pytest.importorskip("safetensors.torch")
+    import safetensors.torch as safetensors
+
     _, converted = grouped("llama")  # Which has biases.
     pruned = prune_state_dict(converted.state_dict, converted.config, SAME).state_dict
     saved = safetensors.load(safetensors.save(pruned))

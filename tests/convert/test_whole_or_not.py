@@ -16,8 +16,6 @@ from qkv.convert import CheckpointError, checkpoint, convert_checkpoint, plan_ch
 from qkv.convert.files import staging
 from qkv.convert.files.own_folder import OwnFolder
 
-pytest.importorskip("transformers")
-
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):

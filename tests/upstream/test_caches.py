@@ -110,7 +110,6 @@ def test_transformers_39412_keys_are_not_repeated_for_their_group_where_there_is
     """Keys and values are written out for every query head as soon as there is a mask
     (huggingface/transformers#39412, vllm-project/vllm#1880).
     """
-    pytest.importorskip("transformers")
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     from qkv.integrations.transformers.attention import attend
@@ -136,7 +135,8 @@ def test_torchtune_2883_groups_rotary_and_a_cache_in_one_layer() -> None:
     """No maintained layer of PyTorch has grouped queries, rotary positions and a cache (meta-pytorch/torchtune#2883,
     google/flax#5259): one must be copied out of a model.
     """
-    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    import transformers.models.llama.modeling_llama as llama
+
     config = llama.LlamaConfig(
         hidden_size=24, num_attention_heads=6, num_key_value_heads=2, head_dim=4, attn_implementation="eager"
     )
@@ -152,7 +152,8 @@ def test_torchtune_2883_groups_rotary_and_a_cache_in_one_layer() -> None:
 
 
 def small_llama() -> Any:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     from qkv.integrations.transformers import attention as integration
 
     integration.register()

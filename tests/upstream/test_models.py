@@ -5,11 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
-pytest.importorskip("transformers")
-
 import transformers
+from torch import Tensor
 
 from qkv import kernels
 from qkv.integrations.transformers import attention as integration
