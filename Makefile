@@ -1,6 +1,7 @@
 # Two commands: `make demo` and `make test`. Each sets up everything it needs in .venv; nothing else is to be done.
 # `make test` downloads nothing after that. `make test-all` is what it leaves out as well, and takes hours.
 PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q --numprocesses logical --dist worksteal
@@ -36,6 +37,8 @@ check: $(VENV)/ready
 	$(BIN)/ruff check --quiet
 	$(BIN)/ruff format --check --quiet
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/typos
+	$(BIN)/zizmor --quiet --offline --min-severity medium .github
 	$(BIN)/mypy
 
 format: $(VENV)/ready
@@ -101,13 +104,13 @@ clean:
 
 $(VENV)/ready: pyproject.toml constraints.txt CMakeLists.txt native/isas.cmake $(wildcard native/src/*.h native/src/*/*)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
 	touch $@
 
 $(VENV)/fuzz: $(VENV)/ready
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,fuzz]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev,fuzz]'
 	touch $@
 
 $(VENV)/peers: $(VENV)/ready
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev,bench]'
 	touch $@

@@ -314,7 +314,6 @@ def test_compiled_traced_and_exported_models_are_torchs_own(training: bool) -> N
 
 def samples(name: str, dtype: torch.dtype, needs_grad: bool) -> list[Any]:
     """Torch's own samples for an operator."""
-    pytest.importorskip("expecttest")
     from torch.testing._internal.common_methods_invocations import op_db
 
     operator = next(operator for operator in op_db if operator.name == f"nn.functional.{name}")

@@ -1,5 +1,6 @@
 """`Attention`: what its options do to what it computes."""
 
+import inspect
 from typing import Any
 
 import pytest
@@ -72,6 +73,21 @@ def test_weights_have_the_shapes_that_an_option_says_and_take_part_as_the_formul
     dtype = value if name == "dtype" else torch.float32
     assert all(weight.dtype == dtype for weight in layer.state_dict().values())
     torch.testing.assert_close(layer(X.to(dtype)), by_hand(layer, X.to(dtype)))
+
+
+def test_the_options_of_a_layer_build_one_that_computes_the_same() -> None:
+    assert set(qkv.Attention(24, 6).options()) == set(inspect.signature(qkv.Attention).parameters)
+    weights = {name: value for name, value in WEIGHTS if name not in ("bias", "dtype")}
+    options = {**EFFECTS, **weights, "bias": True, "dropout": 0.25, "rotary": qkv.RotaryEmbedding(8)}
+    layer = qkv.Attention(24, 6, **options).eval()
+    again = qkv.Attention(**layer.options()).eval()
+    again.load_state_dict(layer.state_dict())
+    assert torch.equal(again(X), layer(X))
+    assert repr(again) == repr(layer)
+    assert again.options().keys() == layer.options().keys()
+    assert {name: value for name, value in again.options().items() if name != "alibi"} == {
+        name: value for name, value in layer.options().items() if name != "alibi"
+    }
 
 
 def test_the_backend_of_a_layer_computes_it() -> None:

@@ -1,6 +1,8 @@
 """The native kernel beside the contract: instruction sets, bits, threads, and what happens without it."""
 
+import dataclasses
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +16,8 @@ import qkv
 from qkv import Mask, kernels
 from qkv.backends import native
 from qkv.cache import quantize
+from qkv.problem import make_problem
+from qkv.scores import Scores
 
 ROOT = Path(__file__).parents[1]
 present = pytest.mark.skipif(kernels.absence() is not None, reason=str(kernels.absence()))
@@ -108,7 +112,7 @@ def test_the_way_of_plain_calls_gives_the_bits_of_the_other(dtype: torch.dtype, 
     for offset in (-1, 0, 4, 2**29):
         for scale in (None, 0.7):
             for keys, values, *scales in ((k, v, None, None), quantized(k, v)):
-                plain = native.fast_path(q, keys, values, *scales, mask, offset, scale)
+                plain = native.fast_path(q, keys, values, *scales, mask, offset, {"scale": scale})
                 options = {"k_scale": scales[0], "v_scale": scales[1], "mask": mask, "offset": offset, "scale": scale}
                 posed = qkv.attention(q, keys, values, **options, backend="native")
                 assert plain is not None and torch.equal(plain, posed)
@@ -147,7 +151,7 @@ def test_calls_that_are_not_plain_are_posed() -> None:
         offset: object = None,
         scale: object = None,
     ) -> bool:
-        return native.fast_path(q, k, v, k_scale, v_scale, mask, offset, scale) is not None  # type: ignore[arg-type]
+        return native.fast_path(q, k, v, k_scale, v_scale, mask, offset, {"scale": scale}) is not None  # type: ignore[arg-type]
 
     assert is_plain()
     assert is_plain(mask=Mask.causal(), offset=3)
@@ -202,6 +206,17 @@ def test_auto_chooses_the_kernel_for_training_every_mask_and_every_score() -> No
         assert qkv.explain(q, k, k, mask=mask, **scores).chosen == "native"  # type: ignore[arg-type]
 
 
+def test_a_call_has_the_fields_of_masks_of_scores_and_of_the_struct_in_their_order() -> None:
+    fields = kernels.Call._fields
+    assert fields[6:] == (*(field.name for field in dataclasses.fields(Mask)), *Scores._fields, "seed")
+    header = (Path(__file__).parents[1] / "native" / "src" / "abi" / "problem.h").read_text()
+    struct = re.sub(r"//.*", "", header).partition("struct Problem {")[2].partition("};")[0]
+    members = [re.split(r"[*\s]", name)[-1] for name in re.split(r"[,;]", struct) if name.strip()]
+    members = members[members.index("q") :]
+    strides = {f"{name}_batch" for name in fields}
+    assert tuple(name for name in members if name not in strides) == fields
+
+
 @present
 @pytest.mark.parametrize("requires_grad", [True, False])
 @pytest.mark.filterwarnings("ignore")
@@ -210,10 +225,10 @@ def test_the_operators_keep_what_torch_asks_of_operators(requires_grad: bool) ->
     bias, alibi, sinks = (torch.randn(*shape).requires_grad_(requires_grad) for shape in ((1, 4, 9, 9), (4,), (4,)))
     keep, ids = torch.arange(9)[None] > 1, torch.arange(9)[None] // 4
     allow, lengths, seed = torch.rand(2, 1, 9, 9) > 0.2, torch.tensor([9, 7]), torch.tensor([3])
-    plain = kernels.Call(q, k, v, *[None] * 10, None, 0, 0, 0, 0.3, 0.0, 0.0)
-    full = kernels.Call(
-        q, k, v, None, None, keep, lengths, ids, allow, bias, alibi, sinks, seed, 4, 0, 1, 0, 0.3, 2.0, 0.25
-    )
+    no_scores = Scores(0.3, None, None, None, None, 0.0)
+    plain = kernels.Call(q, k, v, None, None, 0, *Mask.causal().values(), *no_scores, None)
+    mask = Mask(4, 0, 1, keep, lengths, ids, allow)
+    full = kernels.Call(q, k, v, None, None, 0, *mask.values(), *Scores(0.3, 2.0, bias, alibi, sinks, 0.25), seed)
     for call in (plain, full):
         torch.library.opcheck(torch.ops.qkv.forward.default, tuple(call))
 
@@ -456,9 +471,7 @@ def test_batched_gradients_are_refused_and_another_backend_has_them() -> None:
 def test_what_masks_hide_is_not_computed() -> None:
     def computed(mask: Mask, length: int = 2048) -> float:
         q = torch.randn(1, 1, length, 8)
-        tensors = (mask.keep, mask.lengths, mask.document_ids, *[None] * 5)
-        interval = (mask.left, mask.right, mask.sink_tokens)
-        call = kernels.Call(q, q, q, None, None, *tensors, *interval, 0, 1.0, 0.0, 0.0)
+        call = native.call_of(make_problem("test", q, q, q, mask=mask))
         return kernels.count_scores(call) / float(mask.visible(length, length).sum())
 
     assert computed(Mask.full()) == 1

@@ -110,7 +110,7 @@ def test_the_library_exports_its_own_functions_alone() -> None:
         "qkv_append",
         "qkv_isa",
         "qkv_interpreter_size",
-        "qkv_plain",
+        "qkv_fast_forward",
         "qkv_quantize",
         "qkv_quantization_size",
         "qkv_problem_size",

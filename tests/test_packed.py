@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, library
 
 from qkv import Mask, kernels, sequences
+from qkv.backends import native
 from qkv.functional import attend
 from qkv.integrations.flash_attn import flash_attn_func, flash_attn_varlen_func
 from qkv.integrations.torch.varlen import AuxRequest, varlen_attn
+from qkv.problem import make_problem
 from qkv.sequences import Keys, make_sequences
 
 HEADS, KV_HEADS, WIDTH, VALUE_WIDTH = 6, 2, 24, 17
@@ -214,20 +216,20 @@ def test_autocast_computes_in_its_dtype(way: str) -> None:
     assert torch.equal(out, flash_attn_varlen_func(*[x.bfloat16()] * 3, *where))
 
 
-def native_call(**changes: Any) -> kernels.Sequences:
+def native_call(scores: dict[str, Any] | None = None, **changes: Any) -> kernels.Sequences:
     q, k = draw(7, HEADS, WIDTH), draw(1, 9, KV_HEADS, WIDTH)
-    call = kernels.Sequences(
-        q, k, k, starts([3, 4]), torch.tensor([0, 4]), torch.tensor([4, 5]), None, None, None, None, None, 0, 0, 0.3,
-        0.0, 0.0,
-    )  # fmt: skip
-    return call._replace(**changes)
+    heads = (x.transpose(-3, -2) for x in (q[None], k, k))
+    problem = make_problem("test", *heads, mask=Mask.causal(), offset=2, wants_lse=True)
+    call = native.call_of(problem)._replace(**scores or {})
+    found = kernels.Sequences(call, starts([3, 4]), torch.tensor([0, 4]), torch.tensor([4, 5]), tables=None)
+    return found._replace(**changes)
 
 
 @pytest.mark.skipif(kernels.absence() is not None, reason=str(kernels.absence()))
 def test_native_operators_are_registered_as_torch_wants_them() -> None:
     slopes, sinks = draw(2, HEADS).abs(), draw(HEADS)
-    for call in (native_call(), native_call(alibi=slopes, sink_logits=sinks, softcap=2.0)):
-        plain = tuple(call)
+    for call in (native_call(), native_call({"alibi": slopes, "sink_logits": sinks, "softcap": 2.0})):
+        plain = call.arguments()
         library.opcheck(torch.ops.qkv.forward_sequences.default, plain)
         leaves = tuple(
             x.clone().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in plain
@@ -241,8 +243,8 @@ WRONG = {
     "starts that end early": {"starts": torch.tensor([0, 3, 6])},
     "starts that end late": {"starts": torch.tensor([0, 3, 8])},
     "keys before the first": {"firsts": torch.tensor([-1, 4])},
-    "keys beyond the last": {"lengths": torch.tensor([4, 6])},
-    "a length below 0": {"lengths": torch.tensor([-1, 5])},
+    "keys beyond the last": {"key_lengths": torch.tensor([4, 6])},
+    "a length below 0": {"key_lengths": torch.tensor([-1, 5])},
     "a page that there is not": {"tables": torch.tensor([[0], [1]])},
     "a page below the first": {"tables": torch.tensor([[-1], [0]])},
 }
@@ -252,7 +254,7 @@ WRONG = {
 @pytest.mark.parametrize("changes", WRONG.values(), ids=WRONG)
 def test_native_operators_refuse_what_lies_outside_of_tensors(changes: dict[str, Tensor]) -> None:
     with pytest.raises(ValueError, match=r"sequences must lie within the 7 queries and the 1 pages of 9 keys; got"):
-        torch.ops.qkv.forward_sequences(*native_call(**changes))
+        torch.ops.qkv.forward_sequences(*native_call(**changes).arguments())
 
 
 @pytest.mark.skipif(kernels.absence() is not None, reason=str(kernels.absence()))

@@ -153,8 +153,8 @@ Call::Call(const Case& c)
     problem.right = c.right;
     problem.sink_tokens = c.sink_tokens;
     problem.keep = data(keep);
-    problem.documents = data(documents);
-    problem.keep_batch = problem.documents_batch = c.shared_rows ? 0 : c.lk;
+    problem.document_ids = data(documents);
+    problem.keep_batch = problem.document_ids_batch = c.shared_rows ? 0 : c.lk;
     problem.lengths = data(this->c.lengths);
     problem.lengths_batch = c.lengths.size() > 1;
     problem.allow = as_matrix(allow, c.allow);

@@ -111,8 +111,8 @@ bool is_visible(const Problem& p, int64_t batch, int64_t head, int64_t query, in
     if (key < position - p.left && key >= p.sink_tokens) return false;
     if (p.keep && !p.keep[batch * p.keep_batch + key]) return false;
     if (p.lengths && key >= p.lengths[batch * p.lengths_batch]) return false;
-    if (p.documents) {
-        const int64_t* const documents = p.documents + batch * p.documents_batch;
+    if (p.document_ids) {
+        const int64_t* const documents = p.document_ids + batch * p.document_ids_batch;
         if (documents[position] != documents[key]) return false;
     }
     return !p.allow.data || read(p.allow, batch, head, query, key) != 0;

@@ -1,4 +1,4 @@
-"""What an argument must be, each kind said once, for all who are called. Imports nothing of ours."""
+"""Checks of arguments, one function a kind, shared by all public functions. Imports nothing of ours."""
 
 import math
 from numbers import Integral, Real
@@ -6,21 +6,21 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
-NUMBERS = (Real, torch.SymFloat, torch.SymInt)
-"""Those of Python and NumPy, and what stands for one in an exported program. No tensor, which may want a gradient."""
+NUMBERS = (float, int, Real, torch.SymFloat, torch.SymInt)
+"""Python's and NumPy's, and the symbolic ones of exported programs. Not tensors, which may require a gradient."""
 
 
 def require_int(caller: str, name: str, value: object, otherwise: str = "") -> None:
     """Raises unless it is an int."""
-    if not isinstance(value, (Integral, torch.SymInt)) or isinstance(value, bool):
+    if not isinstance(value, (int, Integral, torch.SymInt)) or isinstance(value, bool):
         raise TypeError(f"{caller}: {name} must be an int{otherwise}; got {shown(value)}.")
 
 
-def require_count(caller: str, name: str, value: object, least: int = 1) -> None:
+def require_count(caller: str, name: str, value: object, least: int = 1, otherwise: str = "") -> None:
     """Raises unless it is an int of at least ``least``."""
-    require_int(caller, name, value)
+    require_int(caller, name, value, otherwise)
     if value < least:  # type: ignore[operator]
-        raise ValueError(f"{caller}: {name} must be at least {least}; got {value}.")
+        raise ValueError(f"{caller}: {name} must be at least {least}{otherwise}; got {value}.")
 
 
 def require_flag(caller: str, name: str, value: object) -> None:
@@ -57,8 +57,20 @@ def require_tensors(caller: str, **tensors: object) -> None:
             raise TypeError(f"{caller}: {name} must be a tensor; got {type(tensor).__name__}.")
 
 
+def require_strided(caller: str, name: str, tensor: Tensor) -> None:
+    """Raises for sparse and other tensors without strides."""
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{caller}: {name} must be a strided tensor; got {tensor.layout}. Use {name}.to_dense().")
+
+
+def broadcasts(tensor: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether the tensor broadcasts to ``shape`` without changing it."""
+    missing = len(shape) - tensor.dim()
+    return missing >= 0 and all(size in (1, goal) for size, goal in zip(tensor.shape, shape[missing:], strict=True))
+
+
 def shown(value: object) -> str:
-    """A value for a message; of a tensor that has several, its shape."""
+    """The value as messages show it: of a tensor with dimensions, its shape."""
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) and value.dim() else repr(value)
 
 

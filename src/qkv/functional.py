@@ -1,7 +1,6 @@
-"""`attention` and its sisters: state the problem, choose a backend, run it."""
+"""`attention`, `attention_with_lse`, `attention_weights`, `merge` and `explain`: validate, choose a backend, run it."""
 
 from collections.abc import Iterable
-from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -15,21 +14,16 @@ from qkv.backends.result import Result
 from qkv.masks import FULL, Mask
 from qkv.partial import Partial, joined
 from qkv.problem import make_problem
+from qkv.scores import ScoreOptions
 
 
-class Options(TypedDict, total=False):
-    """The keywords of `attention` that its sisters share."""
+class Options(ScoreOptions, total=False):
+    """The keywords that `attention`, `attention_with_lse`, `attention_weights` and `explain` share."""
 
     k_scale: Tensor | None
     v_scale: Tensor | None
     mask: Mask
     offset: int | None
-    scale: float | None
-    softcap: float | None
-    bias: Tensor | None
-    alibi: Tensor | None
-    sink_logits: Tensor | None
-    dropout: float
 
 
 def attention(
@@ -93,27 +87,19 @@ def attention(
     for ALiBi; gpt-oss for sink logits. Matches torch's ``scaled_dot_product_attention``, which aligns causal masks
     top-left whatever the lengths.
     """
-    scores_are_plain = softcap is None and bias is None and alibi is None and sink_logits is None and dropout == 0.0
-    if backend == "auto" and scores_are_plain:
-        out = native.fast_path(q, k, v, k_scale, v_scale, mask, offset, scale)
+    scores: ScoreOptions = {
+        "scale": scale,
+        "softcap": softcap,
+        "bias": bias,
+        "alibi": alibi,
+        "sink_logits": sink_logits,
+        "dropout": dropout,
+    }
+    if backend == "auto":
+        out = native.fast_path(q, k, v, k_scale, v_scale, mask, offset, scores)
         if out is not None:
             return out
-    problem = make_problem(
-        "attention",
-        q,
-        k,
-        v,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        mask=mask,
-        offset=offset,
-        scale=scale,
-        softcap=softcap,
-        bias=bias,
-        alibi=alibi,
-        sink_logits=sink_logits,
-        dropout=dropout,
-    )
+    problem = make_problem("attention", q, k, v, k_scale=k_scale, v_scale=v_scale, mask=mask, offset=offset, **scores)
     return backends.choose("attention", problem, backend).run(problem).out
 
 

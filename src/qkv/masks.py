@@ -1,12 +1,14 @@
 """`Mask`: which keys a query may see. The vocabulary of the library."""
 
+import operator
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from qkv.arguments import require_tensors
+from qkv.arguments import broadcasts, require_count, require_strided, require_tensors
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -69,7 +71,7 @@ class Mask:
         """
         if window is None:
             return Mask.band(None, 0, sink_tokens)
-        _require_count("Mask.causal", "window", window, 1, "the query's own key counts as one")
+        require_count("Mask.causal", "window", window, 1, " (the query's own key counts as one)")
         return Mask.band(window - 1, 0, sink_tokens)
 
     @staticmethod
@@ -83,7 +85,7 @@ class Mask:
         Source: Longformer, section 3.1 ("w/2 tokens on each side"). For the window of Mistral, which looks back
         only, see `causal`.
         """
-        _require_count("Mask.sliding", "window", window, 1, "half of it lies on each side of the query")
+        require_count("Mask.sliding", "window", window, 1, " (half of it lies on each side of the query)")
         if window % 2:
             raise ValueError(
                 f"Mask.sliding: window must be even, half of it lies on each side of the query; got {window}. "
@@ -101,12 +103,14 @@ class Mask:
             sink_tokens: number of first keys that stay visible however far ``left`` they lie. They obey ``right``.
         """
         if left is not None:
-            _require_count("Mask.band", "left", left, 0, "None means unbounded")
+            require_count("Mask.band", "left", left, 0, " (None means unbounded)")
+            left = operator.index(left)
         if right is not None:
-            _require_count("Mask.band", "right", right, 0, "None means unbounded")
-        _require_count("Mask.band", "sink_tokens", sink_tokens, 0, "it is a number of keys")
+            require_count("Mask.band", "right", right, 0, " (None means unbounded)")
+            right = operator.index(right)
+        require_count("Mask.band", "sink_tokens", sink_tokens, 0, " (it is a number of keys)")
         # Without a left bound every earlier key is visible anyway.
-        return Mask(left=left, right=right, sink_tokens=0 if left is None else sink_tokens)
+        return Mask(left=left, right=right, sink_tokens=0 if left is None else operator.index(sink_tokens))
 
     @staticmethod
     def padding(keep: Tensor) -> "Mask":
@@ -167,10 +171,7 @@ class Mask:
             left=left,
             right=_least(self.right, other.right),
             sink_tokens=sink_tokens,
-            keep=_combine(self.keep, other.keep, torch.logical_and),
-            lengths=_combine(self.lengths, other.lengths, torch.minimum),
-            document_ids=_combine(self.document_ids, other.document_ids, _same_in_both),
-            allow=_combine(self.allow, other.allow, torch.logical_and),
+            **{kind.field: _combine(kind.of(self), kind.of(other), kind.intersect) for kind in TENSORS},
         )
 
     def __bool__(self) -> bool:
@@ -181,16 +182,13 @@ class Mask:
 
     def __eq__(self, other: object) -> bool:
         """Equal bounds and the very same tensors."""
-        if not isinstance(other, Mask):
-            return NotImplemented
-        mine, theirs = self._identity(), other._identity()
-        return mine == theirs
+        return self._identity() == other._identity() if isinstance(other, Mask) else NotImplemented
 
     def __hash__(self) -> int:
         return hash(self._identity())
 
     def _identity(self) -> tuple[int | None, ...]:
-        tensors = (self.keep, self.lengths, self.document_ids, self.allow)
+        tensors = (kind.of(self) for kind in TENSORS)
         return (self.left, self.right, self.sink_tokens, *(None if t is None else id(t) for t in tensors))
 
     def __repr__(self) -> str:
@@ -198,15 +196,9 @@ class Mask:
         if self.left is not None or self.right is not None:
             sinks = f", sink_tokens={self.sink_tokens}" if self.sink_tokens else ""
             parts.append(f"Mask.band(left={self.left}, right={self.right}{sinks})")
-        for name, tensor in (
-            ("padding", self.keep),
-            ("padding", self.lengths),
-            ("documents", self.document_ids),
-            ("dense", self.allow),
-        ):
-            if tensor is not None:
-                dtype = str(tensor.dtype).removeprefix("torch.")
-                parts.append(f"Mask.{name}(<{dtype} {tuple(tensor.shape)}>)")
+        for kind, tensor in self._given():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            parts.append(f"Mask.{kind.constructor}(<{dtype} {tuple(tensor.shape)}>)")
         return " & ".join(parts) or "Mask.full()"
 
     @property
@@ -216,24 +208,47 @@ class Mask:
 
     @property
     def has_tensors(self) -> bool:
-        """Whether anything beyond the interval restricts what is seen."""
-        return not (self.keep is None and self.lengths is None and self.document_ids is None and self.allow is None)
+        """Whether anything beyond the interval hides keys."""
+        return self._has_any(TENSOR_FIELDS)
+
+    @property
+    def is_pairwise(self) -> bool:
+        """Whether a tensor hides a key from some queries and not from others."""
+        return self._has_any(PAIRWISE)
 
     @property
     def is_positional(self) -> bool:
-        """Whether what is seen depends on where the query stands, so that an offset is needed."""
-        return self.left is not None or self.right is not None or self.document_ids is not None
+        """Whether visibility depends on the position of the query, so that an offset is needed."""
+        return self.left is not None or self.right is not None or self._has_any(POSITIONAL)
+
+    def _has_any(self, names: tuple[str, ...]) -> bool:
+        return any(getattr(self, name) is not None for name in names)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The tensors of the mask, each with the name that error messages use."""
-        for name, tensor in (
-            ("padding keep", self.keep),
-            ("padding lengths", self.lengths),
-            ("documents ids", self.document_ids),
-            ("dense allow", self.allow),
-        ):
+        """The tensors of the mask, each with its name in error messages."""
+        return ((f"{kind.constructor} {kind.argument}", tensor) for kind, tensor in self._given())
+
+    def values(self) -> tuple[Any, ...]:
+        """All fields, in order: ``Mask(*mask.values()) == mask``."""
+        return tuple(getattr(self, name) for name in FIELDS)
+
+    def _given(self) -> "Iterator[tuple[TensorKind, Tensor]]":
+        for kind in TENSORS if self.has_tensors else ():
+            tensor = kind.of(self)
             if tensor is not None:
-                yield name, tensor
+                yield kind, tensor
+
+    def require_fit(self, caller: str, batch: int, heads: int, lq: int, lk: int, device: torch.device) -> None:
+        """Raises ValueError unless the tensors of the mask fit a problem of these sizes, and are on its device."""
+        for kind, tensor in self._given():
+            name, shape = f"{kind.constructor} {kind.argument}", kind.shape(batch, heads, lq, lk)
+            require_strided(caller, f"mask's {name}", tensor)
+            if tensor.device != device:
+                raise ValueError(f"{caller}: mask is on {tensor.device}, q on {device}; use mask.to({str(device)!r}).")
+            # Keys are counted in full: broadcasting is for batches, and for whatever is written out.
+            exact = len(shape) == 4 or tensor.shape[1:] == shape[1:]
+            if not (exact and broadcasts(tensor, shape)):
+                raise ValueError(f"{caller}: mask's {name} must fit {shape}; got shape {tuple(tensor.shape)}.")
 
     def visible(self, lq: int, lk: int, offset: int = 0, *, device: torch.device | None = None) -> Tensor:
         """The mask written out.
@@ -299,22 +314,7 @@ class Mask:
         if not self.has_tensors:
             return self
 
-        def pick(tensor: Tensor) -> Tensor:
-            if tensor.shape[-1] == 1:
-                return tensor
-            kept = tensor[..., start:stop]
-            return torch.cat([tensor[..., :sink_tokens], kept], dim=-1) if sink_tokens else kept
-
-        def count(lengths: Tensor) -> Tensor:
-            return lengths.clamp(max=sink_tokens) + (lengths.clamp(max=stop) - start).clamp(min=0)
-
-        return replace(
-            self,
-            keep=_apply(pick, self.keep),
-            lengths=_apply(count, self.lengths),
-            document_ids=_apply(pick, self.document_ids),
-            allow=_apply(pick, self.allow),
-        )
+        return self._with({kind: kind.select_keys(tensor, start, stop, sink_tokens) for kind, tensor in self._given()})
 
     def select_queries(self, start: int, stop: int) -> "Mask":
         """The mask of the query rows ``start .. stop - 1`` alone; their offset is larger by ``start``."""
@@ -324,24 +324,11 @@ class Mask:
 
     def to(self, device: torch.device | str) -> "Mask":
         """The mask with its tensors on another device."""
+        return self._with({kind: tensor.to(device) for kind, tensor in self._given()})
 
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device)
-
-        return replace(
-            self,
-            keep=_apply(move, self.keep),
-            lengths=_apply(move, self.lengths),
-            document_ids=_apply(move, self.document_ids),
-            allow=_apply(move, self.allow),
-        )
-
-
-def _require_count(caller: str, name: str, value: object, least: int, why: str) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{caller}: {name} must be an int ({why}); got {value!r}.")
-    if value < least:
-        raise ValueError(f"{caller}: {name} must be at least {least} ({why}); got {value}.")
+    def _with(self, tensors: "dict[TensorKind, Tensor]") -> "Mask":
+        changes: dict[str, Any] = {kind.field: tensor for kind, tensor in tensors.items()}
+        return replace(self, **changes)
 
 
 def _holds(condition: bool) -> bool:
@@ -376,10 +363,6 @@ def _intersect_left(a: Mask, b: Mask) -> tuple[int | None, int]:
     return narrow.left, narrow.sink_tokens
 
 
-def _apply(change: Callable[[Tensor], Tensor], tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else change(tensor)
-
-
 def _combine(a: Tensor | None, b: Tensor | None, both: Callable[[Tensor, Tensor], Tensor]) -> Tensor | None:
     if a is None or b is None or a is b:
         return b if a is None else a
@@ -393,5 +376,54 @@ def _same_in_both(a: Tensor, b: Tensor) -> Tensor:
     shared: Tensor = ids.view(pairs.shape[:-1])
     return shared
 
+
+def _select(tensor: Tensor, start: int, stop: int, sink_tokens: int) -> Tensor:
+    """Entries of the selected keys, of a tensor whose last dimension counts keys."""
+    if tensor.shape[-1] == 1:
+        return tensor
+    selected = tensor[..., start:stop]
+    return torch.cat([tensor[..., :sink_tokens], selected], dim=-1) if sink_tokens else selected
+
+
+def _select_lengths(lengths: Tensor, start: int, stop: int, sink_tokens: int) -> Tensor:
+    return lengths.clamp(max=sink_tokens) + (lengths.clamp(max=stop) - start).clamp(min=0)
+
+
+class TensorKind(NamedTuple):
+    """One of the tensors that a mask may have. What it hides is in `Mask.visible`, all else is here."""
+
+    field: str
+    """of `Mask`"""
+    constructor: str
+    """of `Mask`, which takes the tensor as"""
+    argument: str
+    shape: Callable[[int, int, int, int], tuple[int, ...]]
+    """what it must fit, from batch, heads, lq and lk"""
+    intersect: Callable[[Tensor, Tensor], Tensor]
+    """the tensor of ``a & b``"""
+    select_keys: Callable[[Tensor, int, int, int], Tensor]
+    """the tensor of `Mask.select_keys`"""
+    is_positional: bool = False
+    """whether what it hides depends on the position of the query"""
+    is_pairwise: bool = False
+    """whether it hides a key from some queries and not from others"""
+
+    def of(self, mask: Mask) -> Tensor | None:
+        tensor: Tensor | None = getattr(mask, self.field)
+        return tensor
+
+
+TENSORS = (
+    TensorKind("keep", "padding", "keep", lambda b, h, lq, lk: (b, lk), torch.logical_and, _select),
+    TensorKind("lengths", "padding", "lengths", lambda b, h, lq, lk: (b,), torch.minimum, _select_lengths),
+    TensorKind("document_ids", "documents", "ids", lambda b, h, lq, lk: (b, lk), _same_in_both, _select, True, True),
+    TensorKind("allow", "dense", "allow", lambda b, h, lq, lk: (b, h, lq, lk), torch.logical_and, _select, False, True),
+)
+"""Every kind of tensor that a mask may have, in the order in which masks are printed."""
+
+TENSOR_FIELDS = tuple(kind.field for kind in TENSORS)
+PAIRWISE = tuple(kind.field for kind in TENSORS if kind.is_pairwise)
+POSITIONAL = tuple(kind.field for kind in TENSORS if kind.is_positional)
+FIELDS = tuple(field.name for field in fields(Mask))
 
 FULL = Mask()

@@ -4,20 +4,18 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from qkv.arguments import require_finite, require_positive, require_probability
+from qkv.arguments import require_strided
 from qkv.masks import FULL, Mask
+from qkv.scores import ScoreOptions, Scores, make_scores
 
 MOST_POSITIONS = 1 << 62
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Problem(NamedTuple):
-    """What every backend receives.
-
-    Scores are ``scale * q @ k.mT``, then softcap, bias and alibi, then the mask, then a softmax whose normaliser may
-    hold one more term, the sink logit of the head, then dropout.
-    """
+    """What every backend receives."""
 
     q: Tensor
     """(B, H, Lq, D)"""
@@ -26,20 +24,12 @@ class Problem(NamedTuple):
     v: Tensor
     """(B, Hkv, Lk, Dv)"""
     k_scale: Tensor | None
-    """(B, Hkv, Lk), what each row of k is to be multiplied by, where k and v are int8"""
+    """(B, Hkv, Lk), the factor of each row of k, where k and v are int8"""
     v_scale: Tensor | None
     mask: Mask
     offset: int
     """Position of the first query, counted in keys."""
-    scale: float
-    softcap: float | None
-    bias: Tensor | None
-    """Broadcastable to (B, H, Lq, Lk), always with 4 dimensions."""
-    alibi: Tensor | None
-    """(H,)"""
-    sink_logits: Tensor | None
-    """(H,)"""
-    dropout: float
+    scores: Scores
     wants_lse: bool
 
     @property
@@ -62,7 +52,7 @@ class Problem(NamedTuple):
     @property
     def needs_grad(self) -> bool:
         inputs = (self.q, self.k, self.v, self.k_scale, self.v_scale)
-        tensors = (*inputs, self.bias, self.alibi, self.sink_logits)
+        tensors = (*inputs, *self.scores.tensors())
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
     def visible(self) -> Tensor:
@@ -83,14 +73,11 @@ class Problem(NamedTuple):
 
     def select_queries(self, start: int, stop: int) -> "Problem":
         """The same problem for the query rows ``start .. stop - 1`` alone."""
-        bias = self.bias
-        if bias is not None and bias.shape[2] != 1:
-            bias = bias[:, :, start:stop]
         rows = self._replace(
             q=self.q[:, :, start:stop],
             mask=self.mask.select_queries(start, stop),
             offset=self.offset + start,
-            bias=bias,
+            scores=self.scores.select_queries(start, stop),
         )
         return trim(rows)
 
@@ -105,23 +92,15 @@ def make_problem(
     v_scale: Tensor | None = None,
     mask: Mask = FULL,
     offset: int | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    bias: Tensor | None = None,
-    alibi: Tensor | None = None,
-    sink_logits: Tensor | None = None,
-    dropout: float = 0.0,
     wants_lse: bool = False,
-    **unknown: object,
+    **options: Unpack[ScoreOptions],
 ) -> Problem:
-    """The problem that a call of ``caller`` states.
+    """The problem of a call of ``caller``, which error messages name.
 
     Raises:
         TypeError: for arguments of the wrong type.
         ValueError: for shapes, dtypes, devices and numbers that do not fit together.
     """
-    if unknown:
-        raise TypeError(f"{caller}() got an unexpected keyword argument {next(iter(unknown))!r}.")
     _check_tensors(caller, q, k, v)
     if not q.is_meta and torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(q.device.type)
@@ -134,26 +113,9 @@ def make_problem(
         _check_int8(caller, "v", v, v_scale)
     if mask is not FULL:
         _check_mask(caller, mask, q, k)
-    offset = _resolve_offset(caller, mask, alibi, offset, q.shape[2], k.shape[2])
-    if scale is None:
-        if q.shape[3] == 0:
-            raise ValueError(f"{caller}: heads of width 0 have no default scale, 1 / sqrt(width); give scale.")
-        scale = q.shape[3] ** -0.5
-    elif isinstance(scale, Tensor):
-        raise TypeError(f"{caller}: scale must be a number; got a tensor. Give q times a learned scale, and scale=1.0.")
-    else:
-        require_finite(caller, "scale", scale, ", or None for 1 / sqrt(width)")
-    if softcap is not None:
-        require_positive(caller, "softcap", softcap, " or None")
-    if bias is not None:
-        bias = _check_bias(caller, bias, q, k)
-    if alibi is not None:
-        _check_per_head(caller, "alibi", alibi, q)
-    if sink_logits is not None:
-        _check_per_head(caller, "sink_logits", sink_logits, q)
-    require_probability(caller, "dropout", dropout)
-    scores = (scale, softcap, bias, alibi, sink_logits)
-    problem = Problem(q, k, v, k_scale, v_scale, mask, offset, *scores, dropout, wants_lse)
+    scores = make_scores(caller, q, k, **options)
+    offset = _resolve_offset(caller, mask, scores, offset, q.shape[2], k.shape[2])
+    problem = Problem(q, k, v, k_scale, v_scale, mask, offset, scores, wants_lse)
     # The compiler of torch 2.9 knows the properties of a named tuple only once it was replaced.
     return problem._replace() if torch.compiler.is_compiling() else problem
 
@@ -169,9 +131,6 @@ def trim(problem: Problem) -> Problem:
     lq, lk = problem.q.shape[2], problem.k.shape[2]
     start, stop = problem.mask.key_range(lq, lk, problem.offset)
     if start > 0 or stop < lk:
-        bias = problem.bias
-        if bias is not None and bias.shape[3] != 1:
-            bias = bias[..., start:stop]
         problem = problem._replace(
             k=problem.k[:, :, start:stop],
             v=problem.v[:, :, start:stop],
@@ -179,7 +138,7 @@ def trim(problem: Problem) -> Problem:
             v_scale=None if problem.v_scale is None else problem.v_scale[:, :, start:stop],
             mask=problem.mask.select_keys(start, stop),
             offset=problem.offset - start,
-            bias=bias,
+            scores=problem.scores.select_keys(start, stop),
         )
         lk = stop - start
     mask = problem.mask.simplified(lq, lk, problem.offset)
@@ -196,7 +155,7 @@ def _check_tensors(caller: str, q: Tensor, k: Tensor, v: Tensor) -> None:
             "qkv.integrations.torch.varlen_attn with their values and offsets."
         )
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        _check_strided(caller, name, tensor)
+        require_strided(caller, name, tensor)
     if not (q.dim() == k.dim() == v.dim() == 4):
         got = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
         raise ValueError(
@@ -253,36 +212,17 @@ def _check_int8(caller: str, name: str, tensor: Tensor, scale: Tensor | None) ->
         )
 
 
-def _check_strided(caller: str, name: str, tensor: Tensor) -> None:
-    if tensor.layout is not torch.strided:
-        raise TypeError(f"{caller}: {name} must be a strided tensor; got {tensor.layout}. Use {name}.to_dense().")
-
-
 def _check_mask(caller: str, mask: Mask, q: Tensor, k: Tensor) -> None:
     if not isinstance(mask, Mask):
         remedy = "Mask.dense(allow)" if isinstance(mask, Tensor) else "Mask.causal(), Mask.padding(keep), ..."
         raise TypeError(f"{caller}: mask must be a qkv.Mask; got {type(mask).__name__}. Use {remedy}.")
     batch, heads, lq, _ = q.shape
-    lk = k.shape[2]
-    for name, tensor in mask.tensors():
-        _check_strided(caller, f"mask's {name}", tensor)
-        if tensor.device != q.device:
-            raise ValueError(f"{caller}: mask is on {tensor.device}, q on {q.device}; use mask.to({str(q.device)!r}).")
-        if name == "dense allow":
-            want: tuple[int, ...] = (batch, heads, lq, lk)
-        elif name == "padding lengths":
-            want = (batch,)
-        else:
-            want = (batch, lk)
-        per_row = name != "dense allow" and tensor.shape[1:] == want[1:]
-        fits = _broadcasts(tensor, want) if name == "dense allow" else per_row and tensor.shape[0] in (1, batch)
-        if not fits:
-            raise ValueError(f"{caller}: mask's {name} must fit {want}; got shape {tuple(tensor.shape)}.")
+    mask.require_fit(caller, batch, heads, lq, k.shape[2], q.device)
 
 
-def _resolve_offset(caller: str, mask: Mask, alibi: Tensor | None, offset: int | None, lq: int, lk: int) -> int:
+def _resolve_offset(caller: str, mask: Mask, scores: Scores, offset: int | None, lq: int, lk: int) -> int:
     if offset is None:
-        if (mask.is_positional or alibi is not None) and lq != lk:
+        if (mask.is_positional or scores.is_positional()) and lq != lk:
             positional = repr(mask) if mask.is_positional else "alibi"
             raise ValueError(
                 f"{caller}: {positional} depends on where the {lq} queries stand among the {lk} keys, and offset is "
@@ -300,34 +240,3 @@ def _resolve_offset(caller: str, mask: Mask, alibi: Tensor | None, offset: int |
             "queries."
         )
     return offset
-
-
-def _check_bias(caller: str, bias: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    want = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    if not isinstance(bias, Tensor) or not bias.dtype.is_floating_point:
-        got = bias.dtype if isinstance(bias, Tensor) else type(bias).__name__
-        raise TypeError(
-            f"{caller}: bias must be a floating-point tensor, added to the scores; got {got}. "
-            "A boolean mask is mask=Mask.dense(allow)."
-        )
-    _check_strided(caller, "bias", bias)
-    if bias.device != q.device:
-        raise ValueError(f"{caller}: bias must be on the device of q; got {bias.device} and {q.device}.")
-    if bias.dim() > 4 or not _broadcasts(bias, want):
-        raise ValueError(f"{caller}: bias must broadcast to {want}; got shape {tuple(bias.shape)}.")
-    return bias[(None,) * (4 - bias.dim())]
-
-
-def _check_per_head(caller: str, name: str, tensor: Tensor, q: Tensor) -> None:
-    if not isinstance(tensor, Tensor) or not tensor.dtype.is_floating_point or tensor.shape != (q.shape[1],):
-        got = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else repr(tensor)
-        raise ValueError(
-            f"{caller}: {name} must be floating-point of shape ({q.shape[1]},), one a query head; got {got}."
-        )
-    if tensor.device != q.device:
-        raise ValueError(f"{caller}: {name} must be on the device of q; got {tensor.device} and {q.device}.")
-
-
-def _broadcasts(tensor: Tensor, want: tuple[int, ...]) -> bool:
-    missing = len(want) - tensor.dim()
-    return all(size in (1, goal) for size, goal in zip(tensor.shape, want[missing:], strict=True))

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from qkv import kernels
 from qkv.arguments import require_tensors
@@ -13,6 +14,7 @@ from qkv.functional import attend
 from qkv.masks import FULL, Mask
 from qkv.partial import Partial
 from qkv.problem import Problem, make_problem
+from qkv.scores import ScoreOptions
 
 
 class Keys(NamedTuple):
@@ -87,22 +89,12 @@ class Sequences(NamedTuple):
         return self._replace(problem=problem, q=q, keys=keys._replace(k=k, v=v))
 
     def _attend_at_once(self) -> Partial:
-        problem, keys = self.problem, self.keys
-        call = kernels.Sequences(
-            self.q,
-            *(keys.k, keys.v, self.starts, keys.firsts, keys.lengths, keys.tables),
-            *(self.alibi, problem.sink_logits),
-            torch.randint(torch.iinfo(torch.int64).max, (1,)) if problem.dropout else None,
-            problem.mask.left,
-            problem.mask.right,
-            problem.mask.sink_tokens,
-            *(problem.scale, problem.softcap or 0.0, problem.dropout),
-        )
-        if kernels.is_tracing():
-            return Partial(*torch.ops.qkv.forward_sequences(*call))
-        if problem.needs_grad:
-            return Partial(*kernels.forward_sequences_with_gradients(call))
-        return Partial(*kernels.forward_sequences(call))
+        keys = self.keys
+        k, v = (x.transpose(1, 2) for x in (keys.k, keys.v))
+        call = native.call_of(self.problem)._replace(k=k, v=v, alibi=self.alibi)
+        sequences = kernels.Sequences(call, self.starts, keys.firsts, keys.lengths, keys.tables)
+        out, lse = kernels.forward_sequences(sequences, needs_grad=self.problem.needs_grad)
+        return Partial(out.squeeze(0).transpose(0, 1), lse.squeeze(0))
 
     def _attend_each(self) -> Partial:
         problem, keys = self.problem, self.keys.side_by_side()
@@ -110,17 +102,14 @@ class Sequences(NamedTuple):
         places = zip(keys.firsts.tolist(), keys.lengths.tolist(), strict=True)
         results: list[Partial] = []
         for n, (q, (first, length)) in enumerate(zip(self.q.split(lengths), places, strict=True)):
+            alibi = self.alibi if self.alibi is None or self.alibi.dim() == 1 else self.alibi[n]
             k, v = (x[0, first : first + length] for x in (keys.k, keys.v))
             partial = attend(
                 self.caller,
                 *(x.transpose(0, 1)[None] for x in (q, k, v)),
                 mask=problem.mask,
                 offset=length - len(q),
-                scale=problem.scale,
-                softcap=problem.softcap,
-                alibi=self.alibi if self.alibi is None or self.alibi.dim() == 1 else self.alibi[n],
-                sink_logits=problem.sink_logits,
-                dropout=problem.dropout,
+                **{**problem.scores._asdict(), "alibi": alibi},
             )
             results.append(partial)
         return Partial(
@@ -136,22 +125,17 @@ def make_sequences(
     keys: Keys,
     *,
     mask: Mask = FULL,
-    scale: float | None = None,
-    softcap: float | None = None,
-    alibi: Tensor | None = None,
-    sink_logits: Tensor | None = None,
-    dropout: float = 0.0,
+    **scores: Unpack[ScoreOptions],
 ) -> Sequences:
     """Attention of each of N sequences over its own keys, the last query aligned with the last key.
 
     Args:
-        who: the caller, for messages.
+        caller: the function that error messages name.
         q: ``(T, H, D)``, the queries of all sequences one after the other.
-        starts: integer ``(N + 1,)``, where the queries of each begin, and the end: 0 to T, never falling.
+        starts: integer ``(N + 1,)``, where the queries of each begin, and the end: 0 to T, non-decreasing.
         keys: of all sequences.
         mask: an interval, in which positions count from the first key of each sequence.
-        alibi: ``(H,)`` or ``(N, H)``.
-        scale, softcap, sink_logits, dropout: as in `qkv.attention`.
+        **scores: as in `qkv.attention`, without a bias; ``alibi`` is ``(H,)`` or ``(N, H)``.
 
     Returns:
         What `Sequences.attend` computes. Nothing is yet.
@@ -168,8 +152,10 @@ def make_sequences(
         )
     if keys.k.shape[0] == 0:
         raise ValueError(f"{caller}: there must be at least one page of keys; got none.")
+    alibi = scores.get("alibi")
     if alibi is not None:
         require_tensors(caller, alibi_slopes=alibi)
+        scores["alibi"] = alibi if alibi.dim() == 1 else alibi[:1].squeeze(0)
     if alibi is not None and alibi.shape not in ((q.shape[1],), (count, q.shape[1])):
         raise ValueError(
             f"{caller}: alibi_slopes must be ({q.shape[1]},) or ({count}, {q.shape[1]}), one a query head; "
@@ -181,12 +167,8 @@ def make_sequences(
         *(x[:1].transpose(1, 2) for x in (keys.k, keys.v)),
         mask=mask,
         offset=0,
-        scale=scale,
-        softcap=softcap,
-        alibi=alibi if alibi is None or alibi.dim() == 1 else alibi[0],
-        sink_logits=sink_logits,
-        dropout=dropout,
         wants_lse=True,
+        **scores,
     )
     if next(mask.tensors(), None) is not None:
         raise ValueError(f"{caller}: the mask of packed sequences must be an interval, the same for all; got {mask!r}.")

@@ -69,11 +69,12 @@ def test_transformers_39408_a_window_of_w_shows_w_keys_in_every_dialect(window: 
     ours = qkv.attention(*[q.transpose(1, 2)] * 3, mask=mask).transpose(1, 2)
     assert torch.equal(flash_attn_func(q, q, q, window_size=(window - 1, 0)), ours)
 
-    masking = pytest.importorskip("transformers.masking_utils")
-    from qkv.integrations.transformers.masks import recognise
+    import transformers.masking_utils as masking
+
+    from qkv.integrations.transformers.masks import recognise_mask
 
     function = masking.sliding_window_causal_mask_function(window)
-    assert recognise(function, range(length)) == mask
+    assert recognise_mask(function, range(length)) == mask
     theirs = masking.sdpa_mask(1, length, length, mask_function=function, allow_is_causal_skip=False)
     assert torch.equal(theirs[0, 0], seen)
 
@@ -117,7 +118,7 @@ def test_flash_attention_828_small_pages_and_short_sequences_are_one_call() -> N
         call = getattr(library, name)
         return lambda *arguments: calls.append(name) or call(*arguments)
 
-    names = ("forward", "forward_sequences", "plain")
+    names = ("forward", "forward_sequences", "fast_forward")
     with kernels.use(library._replace(**{name: counted(name) for name in names if getattr(library, name)})):
         paged = flash_attn_with_kvcache(q, k_pages, v_pages, block_table=table, cache_seqlens=4090, causal=True)
         packed = flash_attn_varlen_func(tokens, tokens, tokens, starts, starts, 16, 16)

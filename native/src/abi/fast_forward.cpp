@@ -61,9 +61,9 @@ QKV_EXPORT int qkv_interpreter_size() { return (int)sizeof(qkv::Interpreter); }
 // Attention of tensors of Python, whose lock the caller has. `out` has the shape and dtype of the result; the tensors
 // after it may be None. Returns as qkv_forward; or OTHER, and does nothing, if the tensors are of another kind or do
 // not fit together.
-QKV_EXPORT int qkv_plain(const void* interpreter, void* q, void* k, void* v, void* out, void* k_scale, void* v_scale,
-                         void* keep, void* lengths, int64_t offset, int64_t left, int64_t right, int64_t sink_tokens,
-                         float scale, int threads) {
+QKV_EXPORT int qkv_fast_forward(const void* interpreter, void* q, void* k, void* v, void* out, void* k_scale,
+                                void* v_scale, void* keep, void* lengths, int64_t offset, int64_t left, int64_t right,
+                                int64_t sink_tokens, float scale, int threads) {
     const auto& python = *(const qkv::Interpreter*)interpreter;
     void* const objects[] = {q, k, v, out, k_scale, v_scale, keep, lengths};
     qkv::Call call;

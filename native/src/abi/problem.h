@@ -44,26 +44,29 @@ struct Matrix {
 };
 
 // One call of attention. Query head h reads key/value head h / (heads / kv_heads). Widths are at least 1, other sizes
-// 0.
+// 0. From q on, the members are the fields of `Call` in src/qkv/kernels/structs.py, in the same order.
 struct Problem {
     Dtype dtype;     // of q and out
-    Dtype kv_dtype;  // of k and v: the same, or i8, where a number is to be multiplied by the scale of its row
+    Dtype kv_dtype;  // of k and v: the same, or i8, where a row is to be multiplied by its scale
     int64_t batch, heads, kv_heads, lq, lk, width, value_width;
-    View q, k, v, out;
-    float* lse;  // (batch, heads, lq), or null
-    Scales k_scale, v_scale;
+    int threads;
+    View out;
+    float* lse;   // (batch, heads, lq), or null
     Pages pages;  // for forward alone, and not for i8
 
-    // The query in row i stands at position i + offset and sees key j when
+    View q, k, v;
+    Scales k_scale, v_scale;
+
+    // The query in row i has position i + offset and sees key j when
     // j <= position + right and (j >= position - left or j < sink_tokens) and keep[b, j] and j < lengths[b]
-    // and documents[b, position] == documents[b, j] and allow[b, h, i, j].
+    // and document_ids[b, position] == document_ids[b, j] and allow[b, h, i, j].
     int64_t offset, left, right, sink_tokens;
     const uint8_t* keep;  // (batch or 1, lk), or null
     int64_t keep_batch;
     const int64_t* lengths;  // (batch or 1), or null
     int64_t lengths_batch;
-    const int64_t* documents;  // (batch or 1, lk), or null
-    int64_t documents_batch;
+    const int64_t* document_ids;  // (batch or 1, lk), or null
+    int64_t document_ids_batch;
     Matrix allow;
 
     float scale;
@@ -72,9 +75,8 @@ struct Problem {
     const float* alibi;        // (heads), or null
     const float* sink_logits;  // (heads), or null
     float dropout;             // probability that a weight is dropped
-    uint64_t seed;
 
-    int threads;
+    uint64_t seed;
 };
 
 // Further arguments of a backward pass. Its problem has the out and lse of the forward pass.

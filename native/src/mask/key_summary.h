@@ -30,17 +30,17 @@ class KeyVisibility {
     };
 
     explicit KeyVisibility(const Problem& p) {
-        const bool shared = p.documents_batch == 0 && p.keep_batch == 0;
+        const bool shared = p.document_ids_batch == 0 && p.keep_batch == 0;
         all.resize(shared ? 1 : p.batch);
         for (Keys& keys : all) keys.end = p.lk;
-        if (!p.documents && !p.keep) return;
+        if (!p.document_ids && !p.keep) return;
         const int64_t rows = (int64_t)all.size(), blocks = (p.lk + BLOCK_N - 1) / BLOCK_N;
-        if (p.documents) bounds.resize(2 * rows * p.lk);
+        if (p.document_ids) bounds.resize(2 * rows * p.lk);
         parts.resize(rows * blocks);
         for (int64_t row = 0; row < rows; ++row) {
             Keys& keys = all[row];
             const uint8_t* const keep = p.keep ? p.keep + row * p.keep_batch : nullptr;
-            const int64_t* const documents = p.documents ? p.documents + row * p.documents_batch : nullptr;
+            const int64_t* const documents = p.document_ids ? p.document_ids + row * p.document_ids_batch : nullptr;
             // No interval says that sink tokens are seen from far away as well.
             if (keep && (p.sink_tokens > 0 || !find_ends(keep, p.lk, keys))) keys.keep = keep;
             if (documents && (p.sink_tokens > 0 || !find_runs(documents, p.lk, &bounds[2 * row * p.lk], keys)))

@@ -37,9 +37,9 @@ class Plan(NamedTuple):
 def plan(problem: Problem) -> Plan | None:
     """The blocks, where they compute less than half of what a dense mask does; None where they do not."""
     mask, offset = problem.mask, problem.offset
-    if mask.left is None or mask.right is None or mask.allow is not None or problem.bias is not None:
+    if mask.left is None or mask.right is None or mask.allow is not None or problem.scores.bias is not None:
         return None
-    if problem.alibi is not None and mask.sink_tokens:
+    if problem.scores.alibi is not None and mask.sink_tokens:
         return None  # Blocks move the sinks next to the window, which changes their distance.
     if torch.compiler.is_exporting():
         return None  # Whether they pay depends on lengths, which a program may leave open.

@@ -3,12 +3,11 @@
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 
 from qkv.backends.nonfinite import add_visible_nonfinite, zero_nonfinite
 from qkv.backends.result import Result, accumulation_dtype
@@ -16,7 +15,14 @@ from qkv.backends.sinks import add_sinks
 from qkv.masks import Mask
 from qkv.problem import Problem, trim
 
+# From torch 2.14 on FlexAttention imports sympy, which takes a second, so it is imported where it is used.
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
 NAME = "flex"
+
+SCORES = ("softcap", "bias", "alibi", "sink_logits")
+"""Options of `Scores` that it computes."""
 
 NARROWEST = 16
 """Width of the products that its kernels for GPUs take; zeros fill narrower heads."""
@@ -32,9 +38,7 @@ ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def why_not(problem: Problem) -> list[str]:
-    reasons: list[str] = []
-    if problem.dropout:
-        reasons.append("FlexAttention has no dropout")
+    reasons = [f"FlexAttention has no {name}" for name in problem.scores.unknown_to(SCORES)]
     if problem.q.device.type == "cpu" and problem.needs_grad:
         reasons.append("FlexAttention has no backward on CPU")
     if problem.q.is_cuda and problem.q.dtype is torch.float64:
@@ -56,7 +60,10 @@ def run(problem: Problem) -> Result:
 
 
 def _run(problem: Problem) -> Result:
-    wants_lse = problem.wants_lse or problem.sink_logits is not None
+    from torch.nn.attention.flex_attention import AuxRequest
+
+    scores = problem.scores
+    wants_lse = problem.wants_lse or scores.sink_logits is not None
     q, k, v = map(_padded, (problem.q, problem.k, problem.v))
     out, aux = _attend(problem.q.device.type)(
         q,
@@ -64,13 +71,13 @@ def _run(problem: Problem) -> Result:
         v,
         score_mod=lower_scores(problem),
         block_mask=_block_mask(problem),
-        scale=problem.scale,
+        scale=scores.scale,
         enable_gqa=problem.group != 1,
         return_aux=AuxRequest(lse=True) if wants_lse else AuxRequest(),
     )
     out, lse = out[..., : problem.v.shape[3]], aux.lse
-    if problem.sink_logits is not None:
-        out, lse = add_sinks(out, lse, problem.sink_logits)
+    if scores.sink_logits is not None:
+        out, lse = add_sinks(out, lse, scores.sink_logits)
     return Result(out, lse if problem.wants_lse else None)
 
 
@@ -104,7 +111,8 @@ def lower_mask(mask: Mask, offset: int, lk: int) -> MaskMod:
 
 def lower_scores(problem: Problem) -> ScoreMod | None:
     """Softcap, bias and ALiBi as a function of one score, or None where there are none."""
-    softcap, bias, alibi, offset = problem.softcap, problem.bias, problem.alibi, problem.offset
+    _, softcap, bias, alibi, *_ = problem.scores
+    offset = problem.offset
     if softcap is None and bias is None and alibi is None:
         return None
     dtype = accumulation_dtype(problem.q.dtype)
@@ -129,7 +137,7 @@ def _at(tensor: Tensor, *index: Tensor) -> Tensor:
     return tensor[tuple(where if size != 1 else where * 0 for size, where in zip(tensor.shape, index, strict=True))]
 
 
-def _block_mask(problem: Problem) -> BlockMask | None:
+def _block_mask(problem: Problem) -> "BlockMask | None":
     mask = problem.mask
     if mask.is_full:
         return None
@@ -139,12 +147,12 @@ def _block_mask(problem: Problem) -> BlockMask | None:
 
 
 @functools.lru_cache(maxsize=64)
-def _interval_block_mask(mask: Mask, offset: int, lq: int, lk: int, device: torch.device) -> BlockMask:
+def _interval_block_mask(mask: Mask, offset: int, lq: int, lk: int, device: torch.device) -> "BlockMask":
     """Masks without tensors depend on sizes alone, and every layer of a model asks for the same."""
     return _find_blocks(device.type, lq * lk)(lower_mask(mask, offset, lk), None, None, lq, lk, device=device)
 
 
-def _build_block_mask(problem: Problem) -> BlockMask:
+def _build_block_mask(problem: Problem) -> "BlockMask":
     mask = problem.mask
     batch = max(tensor.shape[0] for _, tensor in mask.tensors())
     heads = 1 if mask.allow is None else mask.allow.shape[1]
@@ -153,7 +161,9 @@ def _build_block_mask(problem: Problem) -> BlockMask:
     return find(mask_mod, batch, heads, problem.lq, problem.lk, device=problem.q.device)
 
 
-def _find_blocks(device_type: str, pairs: int) -> Callable[..., BlockMask]:
+def _find_blocks(device_type: str, pairs: int) -> "Callable[..., BlockMask]":
+    from torch.nn.attention.flex_attention import create_block_mask
+
     return _compiled(create_block_mask) if device_type == "cuda" and pairs > LARGEST_UNCOMPILED else create_block_mask
 
 
@@ -172,6 +182,8 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache
 def _attend(device_type: str) -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
     if device_type == "cuda":
         return _compiled(flex_attention)
 

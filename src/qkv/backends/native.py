@@ -1,6 +1,7 @@
 """The compiled CPU kernel."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from qkv import kernels
 from qkv.backends.result import Result
 from qkv.masks import FULL, Mask
 from qkv.problem import Problem
+from qkv.scores import ScoreOptions, only_scale
 
 NAME = "native"
 
@@ -25,17 +27,21 @@ def fast_path(
     v_scale: Tensor | None,
     mask: Mask,
     offset: int | None,
-    scale: float | None,
+    scores: ScoreOptions,
 ) -> Tensor | None:
-    """Solves the plainest of calls before a problem is posed, which takes longer than a few tokens of attention do.
+    """`attention` without validation, which would take longer than attention over a few tokens.
 
-    None for a call that is not plain, or wrong: posing it says what is the matter.
+    Eligible are plain tensors without gradients, a mask of an interval and padding, and scores that are only scaled.
+    What C can see for itself, shapes, dtypes and strides, is checked there.
+
+    Returns:
+        None for a call that is not eligible, or wrong: the caller then validates it, for a message that says why.
     """
-    if not kernels.can_bypass_dispatcher(q, k, v) or torch.is_autocast_enabled("cpu"):
+    if not only_scale(scores) or not kernels.can_bypass_dispatcher(q, k, v) or torch.is_autocast_enabled("cpu"):
         return None
     if not q.dim() == k.dim() == v.dim() == 4:
         return None
-    if mask is not FULL and (type(mask) is not Mask or mask.document_ids is not None or mask.allow is not None):
+    if mask is not FULL and (type(mask) is not Mask or mask.is_pairwise):
         return None
     for extra in (k_scale, v_scale, mask.keep, mask.lengths):
         if extra is not None and (type(extra) is not Tensor or extra.requires_grad or extra.is_neg()):
@@ -46,6 +52,7 @@ def fast_path(
         offset = 0
     elif type(offset) is not int or not -LARGEST_POSITION < offset < LARGEST_POSITION:
         return None
+    scale = scores.get("scale")
     if scale is None:
         scale = (q.shape[3] or 1) ** -0.5
     elif type(scale) is not float or not -math.inf < scale < math.inf:
@@ -88,32 +95,12 @@ def why_rather_not(problem: Problem) -> list[str]:
 
 
 def run(problem: Problem) -> Result:
-    mask = problem.mask
-    seed = torch.randint(torch.iinfo(torch.int64).max, (1,)) if problem.dropout else None
-    call = kernels.Call(
-        problem.q,
-        problem.k,
-        problem.v,
-        problem.k_scale,
-        problem.v_scale,
-        mask.keep,
-        mask.lengths,
-        mask.document_ids,
-        mask.allow,
-        problem.bias,
-        problem.alibi,
-        problem.sink_logits,
-        seed,
-        mask.left,
-        mask.right,
-        mask.sink_tokens,
-        problem.offset,
-        problem.scale,
-        problem.softcap or 0.0,
-        problem.dropout,
-    )
-    watched = kernels.is_tracing()
-    if watched or problem.needs_grad:
-        out, lse = torch.ops.qkv.forward(*call) if watched else kernels.forward_with_gradients(call)
-        return Result(out, lse if problem.wants_lse else None)
-    return Result(*kernels.forward(call, wants_lse=problem.wants_lse))
+    return Result(*kernels.forward(call_of(problem), wants_lse=problem.wants_lse, needs_grad=problem.needs_grad))
+
+
+def call_of(problem: Problem) -> kernels.Call:
+    """The call of the kernel that solves the problem."""
+    seed = torch.randint(torch.iinfo(torch.int64).max, (1,)) if problem.scores.dropout else None
+    q, k, v, k_scale, v_scale, mask, offset, scores, _ = problem
+    arguments: list[Any] = [q, k, v, k_scale, v_scale, offset, *mask.values(), *scores, seed]
+    return kernels.Call(*arguments)

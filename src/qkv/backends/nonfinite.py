@@ -57,11 +57,10 @@ def add_visible_nonfinite(result: Result, nonfinite: NonfiniteTerms | None) -> R
     problem, mask = nonfinite.problem, nonfinite.problem.mask
     # A trace or an exported program cannot hold a function of Python's.
     if problem.needs_grad and not (torch._C._get_tracing_state() or torch.compiler.is_exporting()):
-        inputs = distinct(problem.q, problem.k, problem.v, problem.bias, problem.alibi, problem.sink_logits)
-        tensors = (mask.keep, mask.lengths, mask.document_ids, mask.allow)
-        bounds = (mask.left, mask.right, mask.sink_tokens, problem.offset)
+        scores = problem.scores
+        inputs = distinct(problem.q, problem.k, problem.v, scores.bias, scores.alibi, scores.sink_logits)
         function = _Restored if torch.compiler.is_compiling() else _RestoredWithTangents
-        return Result(*function.apply(*result, nonfinite.out, nonfinite.lse, *inputs, *tensors, *bounds))  # type: ignore[no-untyped-call]
+        return Result(*function.apply(*result, nonfinite.out, nonfinite.lse, *inputs, problem.offset, *mask.values()))  # type: ignore[no-untyped-call]
     return Result(*_restored(*result, nonfinite.out, nonfinite.lse))
 
 
@@ -105,9 +104,9 @@ def _is_finite(problem: Problem) -> bool:
     """Whether every number is, biases and sink logits of -inf apart."""
     # Values that all rows see spread as they should by themselves, in the forward pass.
     spread = problem.mask.is_full and not problem.needs_grad
-    summed = (problem.q, problem.k, problem.alibi, None if spread else problem.v)
+    summed = (problem.q, problem.k, problem.scores.alibi, None if spread else problem.v)
     return all(tensor is None or _all_finite(tensor) for tensor in summed) and not any(
-        scores is not None and _raises(scores).any() for scores in (problem.bias, problem.sink_logits)
+        scores is not None and _raises(scores).any() for scores in (problem.scores.bias, problem.scores.sink_logits)
     )
 
 
@@ -126,24 +125,26 @@ def _raises(scores: Tensor) -> Tensor:
 
 def _with_finite_alibi(problem: Problem) -> Problem:
     """Slopes that are not finite are a bias like any other."""
-    if problem.alibi is None or _all_finite(problem.alibi):
+    scores, alibi = problem.scores, problem.scores.alibi
+    if alibi is None or _all_finite(alibi):
         return problem
     dtype = accumulation_dtype(problem.q.dtype)
-    bias = -problem.alibi.to(dtype)[:, None, None] * problem.distance().to(dtype)
-    return problem._replace(alibi=None, bias=bias[None] if problem.bias is None else problem.bias + bias)
+    bias = -alibi.to(dtype)[:, None, None] * problem.distance().to(dtype)
+    bias = bias[None] if scores.bias is None else scores.bias + bias
+    return problem._replace(scores=scores._replace(alibi=None, bias=bias))
 
 
 def _finite(problem: Problem) -> Problem:
     q, k, v = (torch.nan_to_num(tensor, nan=0.0, posinf=0.0, neginf=0.0) for tensor in problem[:3])
     bias, sink_logits = (
         None if scores is None else torch.nan_to_num(scores, nan=0.0, posinf=0.0, neginf=-torch.inf)
-        for scores in (problem.bias, problem.sink_logits)
+        for scores in (problem.scores.bias, problem.scores.sink_logits)
     )
-    return problem._replace(q=q, k=k, v=v, bias=bias, sink_logits=sink_logits)
+    return problem._replace(q=q, k=k, v=v, scores=problem.scores._replace(bias=bias, sink_logits=sink_logits))
 
 
 def _poison(problem: Problem) -> NonfiniteTerms:
-    q, k, v, bias, width = problem.q, problem.k, problem.v, problem.bias, problem.v.shape[3]
+    q, k, v, bias, width = problem.q, problem.k, problem.v, problem.scores.bias, problem.v.shape[3]
     sight = Sight(problem.mask, problem.offset, problem.lq, problem.lk, problem.group)
     bad_key = ~k.isfinite().all(dim=-1, keepdim=True)
     flags = [v.isnan() | (v == torch.inf), v.isnan() | (v == -torch.inf), bad_key, torch.ones_like(bad_key)]
@@ -155,8 +156,8 @@ def _poison(problem: Problem) -> NonfiniteTerms:
         # Infinities with a weight of 0.
         erased = _any_of(visible & (bias == -torch.inf), v.isinf().repeat_interleave(problem.group, dim=1))
         up, down = up | erased, down | erased
-    if problem.sink_logits is not None:
-        bad = bad | _raises(problem.sink_logits)[:, None, None]
+    if problem.scores.sink_logits is not None:
+        bad = bad | _raises(problem.scores.sink_logits)[:, None, None]
     nothing = torch.zeros((), dtype=q.dtype, device=q.device)
     out = torch.where(up | bad, torch.inf, nothing) - torch.where(down | bad, torch.inf, nothing)
     return NonfiniteTerms(
@@ -176,7 +177,7 @@ class Sight(NamedTuple):
     def of_rows(self, flags: Tensor) -> Tensor:
         """For flags (B, Hkv, Lk, C) of the keys: whether each row sees a flagged one, (B, H, Lq, C)."""
         mask, lk = self.mask, self.lk
-        if self._needs_pairs():
+        if self.mask.is_pairwise:
             return _any_of(self.pairs(flags.device), flags.repeat_interleave(self.group, dim=1))
         keep = mask.keep_keys(lk)
         if keep is not None:
@@ -192,7 +193,7 @@ class Sight(NamedTuple):
     def of_keys(self, flags: Tensor) -> Tensor:
         """For flags (B, H, Lq, C) of the rows: whether a flagged one sees each key, (B, Hkv, Lk, C)."""
         mask, lq = self.mask, self.lq
-        if self._needs_pairs():
+        if self.mask.is_pairwise:
             seen = _any_of(self.pairs(flags.device).mT, flags)
         else:
             row = torch.arange(self.lk, device=flags.device) - self.offset  # which stands where the key does
@@ -210,9 +211,6 @@ class Sight(NamedTuple):
     def pairs(self, device: torch.device) -> Tensor:
         """The mask written out, broadcastable to (B, H, Lq, Lk)."""
         return self.mask.visible(self.lq, self.lk, self.offset, device=device)
-
-    def _needs_pairs(self) -> bool:
-        return self.mask.document_ids is not None or self.mask.allow is not None
 
 
 def _any_of(pairs: Tensor, flags: Tensor) -> Tensor:
@@ -243,18 +241,17 @@ class _Restored(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        _, _, poison_out, _, *tensors, left, right, sink_tokens, offset = inputs
-        *learned, keep, lengths, document_ids, allow = tensors
-        ctx.save_for_backward(poison_out, learned[-1], keep, lengths, document_ids, allow)
-        ctx.shapes = [None if tensor is None else tensor.shape for tensor in learned]
-        ctx.bounds = left, right, sink_tokens, offset
+        _, _, poison_out, _, q, k, v, bias, alibi, sink_logits, offset, left, right, sink_tokens, *tensors = inputs
+        ctx.save_for_backward(poison_out, sink_logits, *tensors)
+        ctx.shapes = [None if x is None else x.shape for x in (q, k, v, bias, alibi)]
+        ctx.bounds = offset, left, right, sink_tokens
 
     @staticmethod
     def backward(ctx, d_out, d_lse):  # type: ignore[no-untyped-def]
         poison_out, sink_logits, *tensors = ctx.saved_tensors
         from_above = [gradient for gradient in (d_out, d_lse) if gradient is not None]
         if poison_out is None and _can_read(*from_above) and all(map(_all_finite, from_above)):
-            return d_out, d_lse, *[None] * 16
+            return d_out, d_lse, *[None] * (len(ctx.needs_input_grad) - 2)
         columns = [d_out] if d_lse is None else [d_out, d_lse[..., None]]
         bad = torch.stack([~column.isfinite().all(dim=-1) for column in columns]).any(dim=0)
         if poison_out is not None:
@@ -262,7 +259,8 @@ class _Restored(torch.autograd.Function):
             bad = bad | (has_any & ~poison_out.isfinite().all(dim=-1))
         bad = bad[..., None]
         d_out, d_lse = d_out.masked_fill(bad, 0), None if d_lse is None else d_lse.masked_fill(bad[..., 0], 0)
-        return d_out, d_lse, None, None, *_spread(ctx, bad, sink_logits, tensors), *[None] * 8
+        spread = _spread(ctx, bad, sink_logits, tensors)
+        return d_out, d_lse, None, None, *spread, *[None] * (len(ctx.needs_input_grad) - 4 - len(spread))
 
 
 class _RestoredWithTangents(_Restored):
@@ -277,9 +275,9 @@ def _spread(
     ctx: Any, bad: Tensor, sink_logits: Tensor | None, mask_tensors: list[Tensor | None]
 ) -> list[Tensor | None]:
     """The gradients of q, k, v, bias, alibi and sink logits: NaN for what the bad rows (B, H, Lq, 1) see, else 0."""
-    q, k, v, bias, alibi, _ = ctx.shapes
-    left, right, sink_tokens, offset = ctx.bounds
-    sight = Sight(Mask(left, right, sink_tokens, *mask_tensors), offset, q[2], k[2], q[1] // k[1])
+    q, k, v, bias, alibi = ctx.shapes
+    offset, *bounds = ctx.bounds
+    sight = Sight(Mask(*bounds, *mask_tensors), offset, q[2], k[2], q[1] // k[1])
     seen = sight.of_keys(bad)
     sees = bad & sight.of_rows(torch.ones_like(seen))
 

@@ -21,8 +21,8 @@ def why_rather_not(problem: Problem) -> list[str]:
 def run(problem: Problem) -> Result:
     clean, nonfinite = zero_nonfinite(trim(problem).dequantized())
     weights, lse = weights_and_lse(clean)
-    if clean.dropout:
-        weights = torch.dropout(weights, clean.dropout, train=True)
+    if clean.scores.dropout:
+        weights = torch.dropout(weights, clean.scores.dropout, train=True)
     values = clean.v.to(weights.dtype).repeat_interleave(clean.group, dim=1)
     out = (weights @ values).to(clean.q.dtype)
     return add_visible_nonfinite(Result(out, lse if clean.wants_lse else None), nonfinite)
@@ -30,16 +30,16 @@ def run(problem: Problem) -> Result:
 
 def weights_and_lse(problem: Problem) -> tuple[Tensor, Tensor]:
     """The weights (B, H, Lq, Lk), in the accumulation dtype and before dropout, and the lse (B, H, Lq)."""
-    scores = _scores(problem)
+    scores, sink_logits = _scores(problem), problem.scores.sink_logits
     # Where every score is -inf, subtract 0 instead of -inf: exp then gives the zeros that the row should have.
     top = scores.detach().amax(dim=-1, keepdim=True) if problem.lk else scores.new_zeros(*scores.shape[:-1], 1)
-    if problem.sink_logits is not None:
-        sink = problem.sink_logits.to(scores.dtype)[:, None, None]
+    if sink_logits is not None:
+        sink = sink_logits.to(scores.dtype)[:, None, None]
         top = torch.maximum(top, sink.detach())
     top = top.masked_fill(top == -torch.inf, 0)
     terms = (scores - top).exp()
     total = terms.sum(dim=-1, keepdim=True)
-    if problem.sink_logits is not None:
+    if sink_logits is not None:
         total = total + (sink - top).exp()
     empty = total == 0
     total = total.masked_fill(empty, 1)
@@ -48,15 +48,16 @@ def weights_and_lse(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def _scores(problem: Problem) -> Tensor:
+    scale, softcap, bias, alibi, *_ = problem.scores
     dtype = accumulation_dtype(problem.q.dtype)
     keys = problem.k.to(dtype).repeat_interleave(problem.group, dim=1)
-    scores = problem.scale * (problem.q.to(dtype) @ keys.transpose(2, 3))  # mT is not in ONNX
-    if problem.softcap is not None:
-        scores = problem.softcap * torch.tanh(scores / problem.softcap)
-    if problem.bias is not None:
-        scores = scores + problem.bias.to(dtype)
-    if problem.alibi is not None:
-        scores = scores - problem.alibi.to(dtype)[:, None, None] * problem.distance().to(dtype)
+    scores = scale * (problem.q.to(dtype) @ keys.transpose(2, 3))  # mT is not in ONNX
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias.to(dtype)
+    if alibi is not None:
+        scores = scores - alibi.to(dtype)[:, None, None] * problem.distance().to(dtype)
     if not problem.mask.is_full:
         scores = scores.masked_fill(~problem.visible(), -torch.inf)
     return scores

@@ -25,12 +25,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def see_nothing(problem: Problem) -> Result:
     """The result of a problem without keys, or without queries: 0, and in the normaliser the sink logit alone.
 
-    For backends whose kernels take no empty tensors. All tensors of the problem have a part in it, so that they get a
-    gradient of 0 and not none.
+    For backends whose kernels take no empty tensors. It depends on all tensors of the problem, so that they get a
+    gradient of 0 rather than None.
     """
-    q, v, sinks = problem.q, problem.v, problem.sink_logits
-    tensors = (q, problem.k, v, problem.bias, problem.alibi, sinks)
-    zero = sum(tensor.flatten()[:0].sum() for tensor in tensors if tensor is not None)
+    q, v, sinks = problem.q, problem.v, problem.scores.sink_logits
+    zero = sum(tensor.flatten()[:0].sum() for tensor in (q, problem.k, v, *problem.scores.tensors()))
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=accumulation_dtype(q.dtype)) + zero
     if sinks is not None:
         lse = torch.where(sinks[:, None] == -torch.inf, lse, sinks.to(lse.dtype)[:, None])

@@ -15,6 +15,9 @@ from qkv.problem import Problem, trim
 
 NAME = "sdpa"
 
+SCORES = ("bias", "alibi", "sink_logits", "dropout")
+"""Options of `Scores` that it computes."""
+
 LARGEST_WRITTEN_OUT = 1 << 26
 """Numbers of a mask on a GPU from which FlexAttention, which writes none out, is worth compiling."""
 
@@ -23,16 +26,14 @@ ROW_BYTES = 16
 
 
 def why_not(problem: Problem) -> list[str]:
-    reasons: list[str] = []
-    if problem.softcap is not None:
-        reasons.append("scaled_dot_product_attention has no softcap")
+    reasons = [f"scaled_dot_product_attention has no {name}" for name in problem.scores.unknown_to(SCORES)]
     if _needs_lse(problem):
-        wanted = "sink logits need" if problem.sink_logits is not None else "the caller wants"
+        wanted = "sink logits need" if problem.scores.sink_logits is not None else "the caller wants"
         if problem.q.device.type not in ("cpu", "meta"):
             reasons.append(f"{wanted} the lse, which torch's kernels give on CPU alone")
         if torch.onnx.is_in_onnx_export():
             reasons.append(f"{wanted} the lse, which ONNX's attention does not give")
-        if problem.dropout:
+        if problem.scores.dropout:
             reasons.append(f"{wanted} the lse, which torch's kernels do not give with dropout")
         if problem.needs_grad and _has_learned_bias(problem):
             reasons.append(f"{wanted} the lse, which torch's kernels do not give with a bias that needs a gradient")
@@ -60,15 +61,15 @@ def run(problem: Problem) -> Result:
 
 
 def _needs_lse(problem: Problem) -> bool:
-    return problem.wants_lse or problem.sink_logits is not None
+    return problem.wants_lse or problem.scores.sink_logits is not None
 
 
 def _written_out(problem: Problem) -> int:
     """Numbers of the mask and the scores of ALiBi that `_lower` would make."""
     problem, mask = trim(problem), problem.mask
-    if problem.bias is not None or mask.allow is not None:
+    if problem.scores.bias is not None or mask.allow is not None:
         return 0  # They are written out already.
-    if problem.alibi is not None:
+    if problem.scores.alibi is not None:
         return problem.num_heads * problem.lq * problem.lk
     if blocks.plan(problem) is not None or (mask.left is None and not mask.has_tensors):
         return 0
@@ -76,7 +77,8 @@ def _written_out(problem: Problem) -> int:
 
 
 def _has_learned_bias(problem: Problem) -> bool:
-    return any(score is not None and score.requires_grad for score in (problem.bias, problem.alibi))
+    bias, alibi = problem.scores.bias, problem.scores.alibi
+    return any(score is not None and score.requires_grad for score in (bias, alibi))
 
 
 def _is_batched(tensor: Tensor) -> bool:
@@ -110,9 +112,9 @@ def _fused(problem: Problem) -> Result:
         problem.k,
         problem.v,
         attn_mask=attn_mask,
-        dropout_p=problem.dropout,
+        dropout_p=problem.scores.dropout,
         is_causal=is_causal,
-        scale=problem.scale,
+        scale=problem.scores.scale,
         enable_gqa=grouped,
     )
     if attn_mask is not None and torch.onnx.is_in_onnx_export():
@@ -124,11 +126,11 @@ def _fused(problem: Problem) -> Result:
 
 def _with_positive_scale(problem: Problem) -> Problem:
     """The same problem for kernels that multiply the -inf of hidden scores with the scale."""
-    if problem.scale > 0:
+    scale = problem.scores.scale
+    if scale > 0:
         return problem
-    if problem.scale < 0:
-        return problem._replace(q=-problem.q, scale=-problem.scale)
-    return problem._replace(q=problem.q * 0, scale=1.0)
+    q, scale = (-problem.q, -scale) if scale < 0 else (problem.q * 0, 1.0)
+    return problem._replace(q=q, scores=problem.scores._replace(scale=scale))
 
 
 def _lower(problem: Problem) -> tuple[Tensor | None, bool]:
@@ -154,9 +156,10 @@ def _lower(problem: Problem) -> tuple[Tensor | None, bool]:
 def _additive_score(problem: Problem) -> Tensor | None:
     """Bias and ALiBi as one float tensor of 4 dimensions."""
     dtype = accumulation_dtype(problem.q.dtype)
-    score = None if problem.bias is None else problem.bias.to(dtype)
-    if problem.alibi is not None:
-        penalty = problem.alibi.to(dtype)[:, None, None] * problem.distance().to(dtype)
+    bias, alibi = problem.scores.bias, problem.scores.alibi
+    score = None if bias is None else bias.to(dtype)
+    if alibi is not None:
+        penalty = alibi.to(dtype)[:, None, None] * problem.distance().to(dtype)
         score = -penalty[None] if score is None else score - penalty
     return score
 
@@ -204,15 +207,15 @@ def _fused_with_lse(problem: Problem, attn_mask: Tensor | None, is_causal: bool,
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         blocked = attn_mask.new_zeros((), dtype=accumulation_dtype(problem.q.dtype))
         attn_mask = torch.where(attn_mask, blocked, -torch.inf)
-    operands: Any = (*distinct(problem.q, problem.k, problem.v, attn_mask), is_causal, problem.scale)
+    operands: Any = (*distinct(problem.q, problem.k, problem.v, attn_mask), is_causal, problem.scores.scale)
     kernel = _FlashWithLse.apply if problem.needs_grad else _FlashWithLse.forward
     out, lse = kernel(*operands)
     out = out[..., :value_width]
     if attn_mask is not None:
         # torch's kernel writes 0 for rows that see nothing.
         lse = lse.masked_fill((attn_mask == -torch.inf).all(dim=-1), -torch.inf)
-    if problem.sink_logits is not None:
-        out, lse = add_sinks(out, lse, problem.sink_logits)
+    if problem.scores.sink_logits is not None:
+        out, lse = add_sinks(out, lse, problem.scores.sink_logits)
     return Result(out, lse if problem.wants_lse else None)
 
 

@@ -4,57 +4,13 @@ import contextlib
 import ctypes
 import functools
 import os
-import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-# The structs of native/src/problem.h, field by field, with C's own alignment.
-_VIEW = "P3q"  # data, strides
-_MATRIX = "P4qi"  # data, strides, dtype
-_SCALES = "P2q"  # data, strides
-_END = "0P"  # the padding of the struct
-PROBLEM = struct.Struct(
-    "@2i"  # dtype, kv_dtype
-    "7q"  # batch, heads, kv_heads, lq, lk, width, value_width
-    f"{_VIEW * 4}"  # q, k, v, out
-    "P"  # lse
-    f"{_SCALES * 2}"  # k_scale, v_scale
-    "P2q"  # pages: table, size, first
-    "4q"  # offset, left, right, sink_tokens
-    "PqPqPq"  # keep, lengths, documents, each with the stride of its batch
-    f"{_MATRIX}{_END}"  # allow
-    "2f"  # scale, softcap
-    f"{_MATRIX}{_END}"  # bias
-    "2P"  # alibi, sink_logits
-    "fQ"  # dropout, seed
-    f"i{_END}"  # threads
-)
-GRADIENTS = struct.Struct(
-    f"@{_VIEW}"  # d_out
-    "2P"  # d_lse, delta
-    f"{_VIEW * 3}"  # dq, dk, dv
-    "2P"  # d_bias, d_alibi
-)
-SEQUENCES = struct.Struct(
-    "@q"  # count
-    "3P"  # starts, firsts, lengths
-    "Pq"  # tables, entries
-    "2q"  # pages, page_size
-    "q"  # alibi
-)
-QUANTIZATION = struct.Struct(
-    "@i"  # dtype
-    "4q"  # batch, heads, rows, width
-    f"{_VIEW * 2}"  # from, to
-    f"{_SCALES}"  # scale
-    f"i{_END}"  # threads
-)
-
-UNBOUNDED = 1 << 40
-"""Left or right of an interval without a bound."""
+from qkv.kernels.structs import GRADIENTS, PROBLEM, QUANTIZATION, SEQUENCES
 
 
 class Library(NamedTuple):
@@ -73,13 +29,13 @@ class Library(NamedTuple):
     """Takes a `PROBLEM` and its `SEQUENCES`. Returns as `forward`, or 2 for sequences that leave their tensors."""
     backward_sequences: Callable[[bytes, bytes, bytes], int]
     """Takes also the `GRADIENTS`. Returns as `forward_sequences`."""
-    plain: Callable[..., int] | None
+    fast_forward: Callable[..., int] | None
     """Takes q, k, v, out, then k_scale, v_scale, keep and lengths, tensors or None, then offset, left, right,
     sink_tokens, scale and threads. Returns as `forward`, or 2 for tensors that it does not take. None where torch has
     no DLPack exchange functions."""
     append: Callable[..., int] | None
     """Takes k, v, the memory of keys and of values, then k_scale and v_scale, tensors or None, then start and threads.
-    Returns as `plain`."""
+    Returns as `fast_forward`."""
 
 
 class _Interpreter(ctypes.Structure):
@@ -128,7 +84,7 @@ class _Exchange(ctypes.Structure):
 
 
 def _load_calls_of_tensors(path: Path) -> tuple[Callable[..., int] | None, Callable[..., int] | None]:
-    """`Library.plain` and `Library.append`."""
+    """`Library.fast_forward` and `Library.append`."""
     capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     if capsule is None:
         return None, None
@@ -142,10 +98,10 @@ def _load_calls_of_tensors(path: Path) -> tuple[Callable[..., int] | None, Calla
     interpreter = _Interpreter(tensors, id(None), *(ctypes.cast(function, ctypes.c_void_p) for function in functions))
     native = ctypes.PyDLL(str(path))  # called with the interpreter's lock
     tensor, number = ctypes.py_object, ctypes.c_int64
-    native.qkv_plain.argtypes = [ctypes.c_void_p, *[tensor] * 8, *[number] * 4, ctypes.c_float, ctypes.c_int]
+    native.qkv_fast_forward.argtypes = [ctypes.c_void_p, *[tensor] * 8, *[number] * 4, ctypes.c_float, ctypes.c_int]
     native.qkv_append.argtypes = [ctypes.c_void_p, *[tensor] * 6, number, ctypes.c_int]
     there = ctypes.byref(interpreter)
-    return functools.partial(native.qkv_plain, there), functools.partial(native.qkv_append, there)
+    return functools.partial(native.qkv_fast_forward, there), functools.partial(native.qkv_append, there)
 
 
 LIBRARY = Path(__file__).parent / "native.so"

@@ -5,136 +5,109 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, library
 
-from qkv.kernels.binding import GRADIENTS, SEQUENCES, loaded
+from qkv.kernels.binding import loaded
+from qkv.kernels.dispatch import can_backward_bypass_dispatcher, is_tracing
 from qkv.kernels.operators import (
-    Call,
     check,
-    goes_past_dispatcher,
+    gradients_of,
     new_gradient,
-    pack,
-    prepared,
+    new_results,
     refuse_second_derivative,
+    run_backward,
     save,
     saved,
-    view,
+    split,
 )
+from qkv.kernels.structs import SCHEMA, SEQUENCES, Call, address, pack
 
 
 class Sequences(NamedTuple):
-    """One call over N sequences: the arguments that both operators share, in the order of their schema.
+    """One call over N sequences of T queries in all. The last query of each is at the position of its last key."""
 
-    The last query of each sequence stands at its last key.
-    """
-
-    q: Tensor
-    """(T, H, D), the queries of one sequence after those of the one before; the last dimension is contiguous, as in
-    k and v"""
-    k: Tensor
-    """(pages, page_size, Hkv, D)"""
-    v: Tensor
+    call: Call
+    """q (1, H, T, D), the queries of each sequence behind those of the sequence before; k and v (pages, Hkv, page_size,
+    D); alibi (H,) or (N, H). No mask beside an interval, no bias, no int8"""
     starts: Tensor
     """integer (N + 1,), where the queries of each sequence begin, and the end"""
     firsts: Tensor
-    """integer (N,), where in its pages the first key of each stands"""
-    lengths: Tensor
+    """integer (N,), the first key of each, counted in the rows of its pages"""
+    key_lengths: Tensor
     """integer (N,), keys of each"""
     tables: Tensor | None
     """integer (N, entries), the pages of each in order; None where there is but one page, of which each has its own
-    keys. Backward knows no tables"""
-    alibi: Tensor | None
-    """(H,), or (N, H)"""
-    sink_logits: Tensor | None
-    """(H,)"""
-    seed: Tensor | None
-    """one integer, which says what dropout drops"""
-    left: int | None
-    right: int | None
-    sink_tokens: int
-    scale: float
-    softcap: float
-    """0 for none"""
-    dropout: float
+    keys. Not in backward"""
+
+    def arguments(self) -> tuple[Any, ...]:
+        """Those of the operators, in the order of their schema."""
+        return *self.call, *self[1:]
 
 
-_ARGUMENTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor starts, Tensor firsts, Tensor lengths, Tensor? tables, Tensor? alibi, "
-    "Tensor? sink_logits, Tensor? seed, SymInt? left, SymInt? right, SymInt sink_tokens, float scale, "
-    "float softcap, float dropout"
-)
+_ARGUMENTS = f"{SCHEMA}, Tensor starts, Tensor firsts, Tensor key_lengths, Tensor? tables"
 _LIBRARY = library.Library("qkv", "FRAGMENT")
 _LIBRARY.define(f"forward_sequences({_ARGUMENTS}) -> (Tensor out, Tensor lse)")
 _LIBRARY.define(
     f"backward_sequences({_ARGUMENTS}, Tensor out, Tensor lse, Tensor d_out, Tensor d_lse)"
-    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor delta, Tensor d_alibi)"
+    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor delta, Tensor d_bias, Tensor d_alibi)"
 )
 
 
-def forward_sequences(call: Sequences) -> tuple[Tensor, Tensor]:
-    """Attention ``(T, H, Dv)`` and its lse ``(H, T)``, past the dispatcher of torch: for plain tensors, no gradients.
+def forward_sequences(sequences: Sequences, *, needs_grad: bool) -> tuple[Tensor, Tensor]:
+    """Attention ``(1, H, T, Dv)`` and its lse ``(1, H, T)``, by the ways of `qkv.kernels.forward`.
 
     Raises:
-        ValueError: for sequences that leave their tensors, as in both operators; nothing is read then.
-        MemoryError: where the kernel's own sums do not fit.
+        ValueError: for sequences outside of their tensors; nothing is read then.
+        MemoryError: where the kernel's scratch memory cannot be allocated.
     """
-    out, lse = _new_results(call)
-    call, problem, sequences = _packed(call, out, lse)
-    _check(loaded().forward_sequences(problem, sequences), call)
-    return out, lse
-
-
-def forward_sequences_with_gradients(call: Sequences) -> tuple[Tensor, Tensor]:
-    """The operator ``qkv::forward_sequences`` past the dispatcher of torch: for plain tensors."""
-    found: tuple[Tensor, Tensor] = _Recorded.apply(*call)  # type: ignore[no-untyped-call]
+    if is_tracing():
+        found: tuple[Tensor, Tensor] = torch.ops.qkv.forward_sequences(*sequences.arguments())
+    elif needs_grad:
+        found = _Recorded.apply(*sequences.arguments())  # type: ignore[no-untyped-call]
+    else:
+        found = _forward(*sequences.arguments())
     return found
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return forward_sequences(Sequences(*arguments))
+    sequences, _ = _split(arguments)
+    out, lse = new_results(sequences.call, wants_lse=True)
+    assert lse is not None
+    problem, _kept = pack(sequences.call, out, lse)
+    packed, _also_kept = _pack(sequences)
+    _check(loaded().forward_sequences(problem, packed), sequences)
+    return out, lse
 
 
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
-    call, (out, lse, d_out, d_lse) = _split(arguments)
-    found = _new_gradients(call)
-    dq, dk, dv, delta, d_alibi = found
-    ends = call.firsts + call.lengths
-    if call.firsts[0] > 0 or ends[-1] < dk.shape[1] or not torch.equal(call.firsts[1:], ends[:-1]):
-        dk.zero_(), dv.zero_()  # there are keys of no sequence, whose gradients are not written
-    d_out, d_lse = d_out.resolve_neg(), d_lse.resolve_neg().contiguous()
-    d_out = d_out if d_out.stride(2) == 1 else d_out.contiguous()
-    call, problem, sequences = _packed(call, out, lse)
-    gradients = GRADIENTS.pack(
-        *view(_as_heads(d_out)),
-        *(d_lse.data_ptr(), delta.data_ptr()),
-        *(*view(_as_heads(dq)), *view(dk.transpose(1, 2)), *view(dv.transpose(1, 2))),
-        *(0, 0 if call.alibi is None else d_alibi.data_ptr()),
-    )
-    _check(loaded().backward_sequences(problem, sequences, gradients), call)
+    sequences, (out, lse, d_out, d_lse) = _split(arguments)
+    found = _new_gradients(sequences)
+    dk, dv, firsts, ends = found[1], found[2], sequences.firsts, sequences.firsts + sequences.key_lengths
+    if firsts[0] > 0 or ends[-1] < dk.shape[2] or not torch.equal(firsts[1:], ends[:-1]):
+        dk.zero_(), dv.zero_()  # some keys belong to no sequence, so the kernel does not write their gradients
+    packed, _kept = _pack(sequences)
+
+    def run(problem: bytes, gradients: bytes) -> int:
+        return loaded().backward_sequences(problem, packed, gradients)
+
+    _check(run_backward(sequences.call, (out, lse, d_out, d_lse), found, run), sequences)
     return found
 
 
 def _forward_shapes(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return _new_results(Sequences(*arguments))
+    out, lse = new_results(_split(arguments)[0].call, wants_lse=True)
+    assert lse is not None
+    return out, lse
 
 
 def _backward_shapes(*arguments: Any) -> tuple[Tensor, ...]:
-    call, _ = _split(arguments)
-    return _new_gradients(call)
+    return _new_gradients(_split(arguments)[0])
 
 
 def _differentiate(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
     arguments, out, lse = saved(ctx)
-    call = Sequences(*arguments)
-    backward = _backward if goes_past_dispatcher(d_out) else torch.ops.qkv.backward_sequences
-    dq, dk, dv, delta, d_alibi = backward(*call, out, lse, d_out, d_lse)
-    found: dict[str, Tensor | None] = dict.fromkeys(Sequences._fields)
-    found |= {"q": dq, "k": dk, "v": dv}
-    wanted = Sequences(*ctx.needs_input_grad)
-    if call.sink_logits is not None and wanted.sink_logits:
-        shares = (call.sink_logits.to(lse.dtype)[:, None] - lse).exp()
-        found["sink_logits"] = -(shares * delta).sum(1).to(call.sink_logits.dtype)
-    if call.alibi is not None and wanted.alibi:
-        found["alibi"] = d_alibi.sum_to_size(call.alibi.shape).to(call.alibi.dtype)
-    return tuple(found.values())
+    backward = _backward if can_backward_bypass_dispatcher(d_out) else torch.ops.qkv.backward_sequences
+    found = backward(*arguments, out, lse, d_out, d_lse)
+    (call, others), (wanted, _) = split(tuple(arguments)), split(tuple(ctx.needs_input_grad))
+    return *gradients_of(call, wanted, lse, found), *[None] * len(others)
 
 
 class _Recorded(torch.autograd.Function):
@@ -156,72 +129,37 @@ library.register_autograd("qkv::backward_sequences", refuse_second_derivative, l
 
 
 def _split(arguments: tuple[Any, ...]) -> tuple[Sequences, tuple[Any, ...]]:
-    count = len(Sequences._fields)
-    return Sequences(*arguments[:count]), arguments[count:]
+    call, (starts, firsts, key_lengths, tables, *others) = split(arguments)
+    return Sequences(call, starts, firsts, key_lengths, tables), tuple(others)
 
 
-def _new_results(call: Sequences) -> tuple[Tensor, Tensor]:
-    tokens, heads, _ = call.q.shape
-    out = call.q.new_empty((tokens, heads, call.v.shape[3]))
-    return out, call.q.new_empty((heads, tokens), dtype=torch.float32)
+def _new_gradients(sequences: Sequences) -> tuple[Tensor, ...]:
+    call, count = sequences.call, sequences.key_lengths.shape[0]
+    delta = call.q.new_empty(call.q.shape[:3], dtype=torch.float32)
+    d_alibi = call.q.new_zeros((0 if call.alibi is None else count, call.q.shape[1]), dtype=torch.float32)
+    return *map(new_gradient, (call.q, call.k, call.v)), delta, call.q.new_empty(0, dtype=torch.float32), d_alibi
 
 
-def _new_gradients(call: Sequences) -> tuple[Tensor, ...]:
-    tokens, heads, _ = call.q.shape
-    delta = call.q.new_empty((heads, tokens), dtype=torch.float32)
-    count = 0 if call.alibi is None else call.lengths.shape[0]
-    d_alibi = call.q.new_zeros((count, heads), dtype=torch.float32)
-    return new_gradient(call.q), new_gradient(call.k), new_gradient(call.v), delta, d_alibi
-
-
-def _as_heads(packed: Tensor) -> Tensor:
-    return packed.transpose(0, 1).unsqueeze(0)
-
-
-def _packed(call: Sequences, out: Tensor, lse: Tensor) -> tuple[Sequences, bytes, bytes]:
-    """The call with its tensors as the kernel reads them, and its structs, which it must outlive."""
-    call = call._replace(q=call.q.resolve_neg(), k=call.k.resolve_neg(), v=call.v.resolve_neg())
-    kept = prepared(
-        Call(
-            _as_heads(call.q),
-            *(call.k.transpose(1, 2), call.v.transpose(1, 2)),
-            *(None, None, None, None, None, None, None),
-            *(call.alibi, call.sink_logits, call.seed),
-            call.left,
-            call.right,
-            call.sink_tokens,
-            0,
-            *(call.scale, call.softcap, call.dropout),
-        )
-    )
-    call = call._replace(
-        starts=_integers(call.starts),
-        firsts=_integers(call.firsts),
-        lengths=_integers(call.lengths),
-        tables=None if call.tables is None else _integers(call.tables),
-        alibi=kept.alibi,
-        sink_logits=kept.sink_logits,
-    )
-    sequences = SEQUENCES.pack(
-        *(call.lengths.shape[0], call.starts.data_ptr(), call.firsts.data_ptr(), call.lengths.data_ptr()),
-        *((0, 0) if call.tables is None else (call.tables.data_ptr(), call.tables.shape[1])),
-        *call.k.shape[:2],
+def _pack(sequences: Sequences) -> tuple[bytes, list[Tensor | None]]:
+    """The struct of the sequences, and what must outlive it: their tensors as the kernel reads them."""
+    call, *tensors = sequences
+    kept = [None if tensor is None else tensor.to("cpu", torch.int64).contiguous() for tensor in tensors]
+    starts, firsts, lengths, tables = kept
+    packed = SEQUENCES.pack(
+        *(sequences.key_lengths.shape[0], address(starts), address(firsts), address(lengths)),
+        *(address(tables), 0 if tables is None else tables.shape[1]),
+        *(call.k.shape[0], call.k.shape[2]),
         0 if call.alibi is None or call.alibi.dim() == 1 else call.alibi.shape[1],
     )
-    return call, pack(kept, _as_heads(out), lse), sequences
+    return packed, kept
 
 
-def _integers(tensor: Tensor) -> Tensor:
-    if tensor.dtype is torch.int64 and tensor.is_cpu and tensor.is_contiguous():
-        return tensor
-    return tensor.to("cpu", torch.int64).contiguous()
-
-
-def _check(status: int, call: Sequences) -> None:
+def _check(status: int, sequences: Sequences) -> None:
+    call, starts, firsts, lengths, tables = sequences
     if status == 2:
-        pages = "" if call.tables is None else f" and tables {call.tables}"
+        pages = "" if tables is None else f" and tables {tables}"
         raise ValueError(
-            f"qkv's kernel: sequences must lie within the {call.q.shape[0]} queries and the {call.k.shape[0]} pages of "
-            f"{call.k.shape[1]} keys; got starts {call.starts}, firsts {call.firsts}, lengths {call.lengths}{pages}."
+            f"qkv's kernel: sequences must lie within the {call.q.shape[2]} queries and the {call.k.shape[0]} pages of "
+            f"{call.k.shape[2]} keys; got starts {starts}, firsts {firsts}, lengths {lengths}{pages}."
         )
-    check(status, call.q, call.k)
+    check(status, call)

@@ -25,6 +25,7 @@ from qkv.layers.jagged import Sequences, nested_like, require_jagged, sequences_
 from qkv.layers.projection import project
 from qkv.layers.rotary import RotaryEmbedding
 from qkv.masks import FULL, Mask
+from qkv.scores import ScoreOptions
 
 _Arguments = ParamSpec("_Arguments")
 
@@ -260,16 +261,7 @@ class Attention(nn.Module):
                 "as (1, L, E), or on a padded batch with mask=Mask.padding(lengths)."
             )
         q, keys, mask = self._inputs(x, context, mask, cache)
-        return functional.attention_weights(
-            q,
-            keys.k,
-            mask=mask,
-            scale=self.scale,
-            softcap=self.softcap,
-            alibi=None if self._slopes is None else self._slopes.on(q.device),
-            sink_logits=self.sink_logits,
-            **keys.options(),
-        )
+        return functional.attention_weights(q, keys.k, mask=mask, **self._scores(q), **keys.options())
 
     def _forward_jagged(self, x: Tensor, context: Tensor | None, mask: Mask | None, cache: Cache | None) -> Tensor:
         """`forward` over sequences of different lengths, each for itself: padding is not projected."""
@@ -321,18 +313,16 @@ class Attention(nn.Module):
         return theirs
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, **where: Any) -> Tensor:
-        return functional.attention(
-            q,
-            k,
-            v,
-            scale=self.scale,
-            softcap=self.softcap,
-            alibi=None if self._slopes is None else self._slopes.on(q.device),
-            sink_logits=self.sink_logits,
-            dropout=self.dropout if self.training else 0.0,
-            backend=self.backend,
-            **where,
-        )
+        return functional.attention(q, k, v, backend=self.backend, **self._scores(q), **where)
+
+    def _scores(self, q: Tensor) -> ScoreOptions:
+        return {
+            "scale": self.scale,
+            "softcap": self.softcap,
+            "alibi": None if self._slopes is None else self._slopes.on(q.device),
+            "sink_logits": self.sink_logits,
+            "dropout": self.dropout if self.training else 0.0,
+        }
 
     def _joined(self, out: Tensor) -> Tensor:
         """What all heads found, (B, H, L, value_dim), as (B, L, embed_dim)."""
@@ -468,6 +458,31 @@ class Attention(nn.Module):
             True
         """
         return torch_mha.build(self)
+
+    def options(self) -> dict[str, Any]:
+        """The arguments with which `Attention` builds a layer like this one, parameters apart."""
+        weight = self.q_proj.weight
+        return {
+            "embed_dim": self.embed_dim,
+            "num_heads": self.num_heads,
+            "num_kv_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "value_dim": self.value_dim,
+            "context_dim": self.context_dim,
+            "mask": self.mask,
+            "rotary": self.rotary,
+            "qk_norm": self.q_norm is not None,
+            "bias": self.q_proj.bias is not None,
+            "out_bias": self.out_proj.bias is not None,
+            "scale": self.scale,
+            "softcap": self.softcap,
+            "sink_logits": self.sink_logits is not None,
+            "alibi": self.alibi,
+            "dropout": self.dropout,
+            "backend": self.backend,
+            "device": weight.device,
+            "dtype": weight.dtype,
+        }
 
     def extra_repr(self) -> str:
         return (

@@ -22,6 +22,7 @@ from torch import Tensor, library
 from qkv.backends import native, sdpa
 from qkv.masks import FULL, Mask
 from qkv.problem import make_problem
+from qkv.scores import ScoreOptions
 
 Record = Callable[[Tensor, Tensor, str | None], None]
 """Is told of each call: its queries, its keys, and why it was left to torch; None where it was taken."""
@@ -241,12 +242,12 @@ def solve(
     dropout: float = 0.0,
 ) -> Tensor | str:
     """`attention` where it would choose the native kernel, or why it would not; causal masks align top-left."""
-    if bias is None and dropout == 0.0:
-        out = native.fast_path(q, k, v, None, None, mask, 0, scale)
-        if out is not None:
-            return out
+    scores: ScoreOptions = {"scale": scale, "bias": bias, "dropout": dropout}
+    out = native.fast_path(q, k, v, None, None, mask, 0, scores)
+    if out is not None:
+        return out
     try:
-        problem = make_problem("attention", q, k, v, mask=mask, offset=0, scale=scale, bias=bias, dropout=dropout)
+        problem = make_problem("attention", q, k, v, mask=mask, offset=0, **scores)
     except (TypeError, ValueError) as error:
         return str(error)
     reasons = native.why_not(problem) + native.why_rather_not(problem)

@@ -1,0 +1,149 @@
+"""`Scores`: what happens to ``q @ k.mT`` before the values are summed. Each option is listed here, once."""
+
+from collections.abc import Collection, Mapping
+from typing import NamedTuple, TypedDict
+
+from torch import Tensor
+from typing_extensions import Unpack
+
+from qkv.arguments import broadcasts, require_finite, require_positive, require_probability, require_strided
+
+
+class Scores(NamedTuple):
+    """The options of one call, validated, in the order in which they apply.
+
+    A score is ``scale * q @ k.mT``, then softcap, then bias and alibi; then the mask, the softmax, whose normaliser may
+    include one more term, the sink logit of the head, and dropout of its weights.
+    """
+
+    scale: float
+    softcap: float | None
+    bias: Tensor | None
+    """(B, H, Lq, Lk), broadcastable, always with 4 dimensions"""
+    alibi: Tensor | None
+    """(H,)"""
+    sink_logits: Tensor | None
+    """(H,)"""
+    dropout: float
+
+    def used(self) -> list[str]:
+        """Names of the options that have an effect, the scale aside."""
+        named = zip(self._fields[1:], self[1:], strict=True)
+        return [name for name, value in named if isinstance(value, Tensor) or value]
+
+    def unknown_to(self, known: Collection[str]) -> list[str]:
+        """Names of the options in use that a backend, which implements ``known``, does not."""
+        return [name for name in self.used() if name not in known]
+
+    def tensors(self) -> list[Tensor]:
+        """The options that may have a gradient."""
+        return [value for value in self if isinstance(value, Tensor)]
+
+    def is_positional(self) -> bool:
+        """Whether a score depends on the position of the query, so that an offset is needed."""
+        return self.alibi is not None
+
+    def select_queries(self, start: int, stop: int) -> "Scores":
+        """The options of the query rows ``start .. stop - 1``."""
+        if self.bias is None or self.bias.shape[2] == 1:
+            return self
+        return self._replace(bias=self.bias[:, :, start:stop])
+
+    def select_keys(self, start: int, stop: int) -> "Scores":
+        """The options of the keys ``start .. stop - 1``."""
+        if self.bias is None or self.bias.shape[3] == 1:
+            return self
+        return self._replace(bias=self.bias[..., start:stop])
+
+
+class ScoreOptions(TypedDict, total=False):
+    """The keywords of `qkv.attention` that become `Scores`."""
+
+    scale: float | None
+    softcap: float | None
+    bias: Tensor | None
+    alibi: Tensor | None
+    sink_logits: Tensor | None
+    dropout: float
+
+
+DEFAULTS: ScoreOptions = {
+    "scale": None,
+    "softcap": None,
+    "bias": None,
+    "alibi": None,
+    "sink_logits": None,
+    "dropout": 0.0,
+}
+
+
+def only_scale(options: ScoreOptions) -> bool:
+    """Whether scores are ``scale * q @ k.mT`` and nothing else."""
+    defaults: Mapping[str, object] = DEFAULTS
+    for name, value in options.items():
+        default = defaults[name]
+        if value is not default and name != "scale" and (type(value) is not float or value != default):
+            return False
+    return True
+
+
+def make_scores(caller: str, q: Tensor, k: Tensor, **options: Unpack[ScoreOptions]) -> Scores:
+    """The `Scores` of a call of ``caller`` with ``q (B, H, Lq, D)`` and ``k (B, Hkv, Lk, D)``.
+
+    Raises:
+        TypeError: for options of the wrong type.
+        ValueError: for shapes, devices and numbers that do not fit.
+    """
+    for name in options:
+        if name not in DEFAULTS:
+            raise TypeError(f"{caller}() got an unexpected keyword argument {name!r}.")
+    given: ScoreOptions = {**DEFAULTS, **options}
+    softcap, bias, alibi, sink_logits = given["softcap"], given["bias"], given["alibi"], given["sink_logits"]
+    scale, dropout = _resolve_scale(caller, given["scale"], q.shape[3]), given["dropout"]
+    if softcap is not None:
+        require_positive(caller, "softcap", softcap, " or None")
+    if bias is not None:
+        bias = _check_bias(caller, bias, q, k)
+    if alibi is not None:
+        _check_per_head(caller, "alibi", alibi, q)
+    if sink_logits is not None:
+        _check_per_head(caller, "sink_logits", sink_logits, q)
+    require_probability(caller, "dropout", dropout)
+    return Scores(scale, softcap, bias, alibi, sink_logits, dropout)
+
+
+def _resolve_scale(caller: str, scale: float | None, width: int) -> float:
+    if scale is None:
+        if width == 0:
+            raise ValueError(f"{caller}: heads of width 0 have no default scale, 1 / sqrt(width); give scale.")
+        return float(width**-0.5)
+    if isinstance(scale, Tensor):
+        raise TypeError(f"{caller}: scale must be a number; got a tensor. Give q times a learned scale, and scale=1.0.")
+    require_finite(caller, "scale", scale, ", or None for 1 / sqrt(width)")
+    return scale
+
+
+def _check_bias(caller: str, bias: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    if not isinstance(bias, Tensor) or not bias.dtype.is_floating_point:
+        got = bias.dtype if isinstance(bias, Tensor) else type(bias).__name__
+        raise TypeError(
+            f"{caller}: bias must be a floating-point tensor, added to the scores; got {got}. "
+            "A boolean mask is mask=Mask.dense(allow)."
+        )
+    require_strided(caller, "bias", bias)
+    if bias.device != q.device:
+        raise ValueError(f"{caller}: bias must be on the device of q; got {bias.device} and {q.device}.")
+    if not broadcasts(bias, shape):
+        raise ValueError(f"{caller}: bias must broadcast to {shape}; got shape {tuple(bias.shape)}.")
+    return bias[(None,) * (4 - bias.dim())]
+
+
+def _check_per_head(caller: str, name: str, tensor: Tensor, q: Tensor) -> None:
+    if not isinstance(tensor, Tensor) or not tensor.dtype.is_floating_point or tensor.shape != (q.shape[1],):
+        got = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else repr(tensor)
+        raise ValueError(
+            f"{caller}: {name} must be floating-point of shape ({q.shape[1]},), one a query head; got {got}."
+        )
+    if tensor.device != q.device:
+        raise ValueError(f"{caller}: {name} must be on the device of q; got {tensor.device} and {q.device}.")
