@@ -1,10 +1,11 @@
 # Two commands: `make demo` and `make test`. Each sets up everything it needs in .venv; nothing else is to be done.
 # `make test` downloads nothing after that. `make test-all` is what it leaves out as well, and takes hours.
 PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q --numprocesses logical --dist worksteal
-CPP := $(wildcard native/src/*/*.h native/src/*/*.cpp native/tests/*.h native/tests/*.cpp)
+CPP := $(wildcard native/src/*.h native/src/*/*.h native/src/*/*.cpp native/tests/*.h native/tests/*.cpp)
 
 # Tests start Python a hundred times: each time would compile anew what is not kept.
 export PYTHONDONTWRITEBYTECODE :=
@@ -36,6 +37,8 @@ check: $(VENV)/ready
 	$(BIN)/ruff check --quiet
 	$(BIN)/ruff format --check --quiet
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/typos
+	$(BIN)/zizmor --quiet --offline --min-severity medium .github
 	$(BIN)/mypy
 
 format: $(VENV)/ready
@@ -99,15 +102,15 @@ wheel: $(VENV)/ready
 clean:
 	rm -rf $(VENV) dist build
 
-$(VENV)/ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/src/*/*)
+$(VENV)/ready: pyproject.toml constraints.txt CMakeLists.txt native/isas.cmake $(wildcard native/src/*.h native/src/*/*)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
 	touch $@
 
 $(VENV)/fuzz: $(VENV)/ready
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,fuzz]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev,fuzz]'
 	touch $@
 
 $(VENV)/peers: $(VENV)/ready
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev,bench]'
 	touch $@

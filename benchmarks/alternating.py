@@ -1,9 +1,9 @@
-"""Attention between matrix products, as layers call it, against attention alone.
+"""Attention between matrix products, as in a model, against attention alone.
 
     python benchmarks/alternating.py      measures, prints, and writes results/PROCESSOR/alternating.json
 
-A kernel with threads of its own would fight torch's for the cores. A product also pushes keys and values out of the
-caches, which no kernel can help: so attention is timed as well after the product's weights are merely read.
+This shows whether the kernel's threads compete with torch's. A product also evicts keys and values from the CPU caches,
+which no kernel can avoid, so attention is also timed after only reading the product's weights.
 """
 
 import time
@@ -14,11 +14,11 @@ import torch
 from case import DTYPES, Case
 from torch import Tensor
 
-from qkv.bench.attention_call import Call, qkv_call, torch_call
+from qkv.bench.attention_call import PreparedCall, qkv_call, torch_call
 from qkv.bench.timing import Spread, spread
 
 SECONDS = 4.0
-"""For each library on each case."""
+"""Per library and case."""
 
 CASES = [
     Case("short, 16", 16, 16),
@@ -28,10 +28,10 @@ CASES = [
 ]
 
 
-def alone_and_between(call: Call, x: Tensor, weight: Tensor) -> dict[str, Spread]:
-    """The time of attention after attention, after a projection of its tokens, and after reading the weights of that.
+def alone_and_between(call: PreparedCall, x: Tensor, weight: Tensor) -> dict[str, Spread]:
+    """The time of attention after attention, after a projection of its tokens, and after reading that one's weights.
 
-    Ten calls of each, in turns.
+    Interleaved in blocks of ten calls.
     """
     before: dict[str, Callable[[], object]] = {
         "alone": lambda: None,
@@ -42,11 +42,11 @@ def alone_and_between(call: Call, x: Tensor, weight: Tensor) -> dict[str, Spread
     end = time.perf_counter() + SECONDS
     while time.perf_counter() < end or len(times["alone"]) < 10:
         for name, values in times.items():
-            for turn in range(10):
+            for index in range(10):
                 before[name]()
                 start = time.perf_counter()
                 call()
-                if turn:  # The first call of each ten comes after the other kind.
+                if index:  # The first call of a block follows another kind.
                     values.append((time.perf_counter() - start) * 1e6)
     return {name: spread(values) for name, values in times.items()}
 

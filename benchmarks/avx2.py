@@ -1,6 +1,6 @@
-"""qkv and torch's SDPA where both are held to AVX2, the instruction set of most machines.
+"""qkv and torch's SDPA restricted to AVX2, the instruction set of most machines.
 
-python benchmarks/avx2.py     measures in a process of its own, prints, and writes results/PROCESSOR/avx2.json
+python benchmarks/avx2.py     measures in a subprocess, prints, and writes results/PROCESSOR/avx2.json
 """
 
 import os
@@ -17,22 +17,22 @@ from peers import torch_sdpa
 
 from qkv import kernels
 
-HELD = {
+AVX2_ONLY = {
     "QKV_ISA": "avx2",
     "ATEN_CPU_CAPABILITY": "avx2",
     "MKL_ENABLE_INSTRUCTIONS": "AVX2",
     "ONEDNN_MAX_CPU_ISA": "AVX2",
 }
-"""Libraries read these when they are loaded."""
+"""Environment variables that the libraries read when they are loaded."""
 
 CASES = [Case("full, 2048", 2048, 2048), Case("causal, 2048", 2048, 2048, "causal")]
 
 
-def measure_held() -> None:
-    """Measures in a process that has `HELD` in its environment."""
+def measure_avx2() -> None:
+    """Measures; the environment must contain `AVX2_ONLY`."""
     isa, torch_isa = kernels.absence() or kernels.loaded().isa, torch.backends.cpu.get_cpu_capability()
     if (isa, torch_isa) != ("avx2", "AVX2"):
-        raise SystemExit(f"Both must run on AVX2; the kernel says: {isa}; torch says: {torch_isa}.")
+        raise SystemExit(f"Both libraries must run on AVX2; got kernel: {isa}, torch: {torch_isa}.")
     bounds = limits.measure(torch.get_num_threads(), arch="haswell")
     print(heading())
     rows = [measure(case, "fp32", [torch_sdpa]) for case in CASES]
@@ -42,7 +42,7 @@ def measure_held() -> None:
 
 
 if __name__ == "__main__":
-    if HELD.items() <= os.environ.items():
-        measure_held()
+    if AVX2_ONLY.items() <= os.environ.items():
+        measure_avx2()
     else:
-        sys.exit(subprocess.run([sys.executable, __file__], env=os.environ | HELD, check=False).returncode)
+        sys.exit(subprocess.run([sys.executable, __file__], env=os.environ | AVX2_ONLY, check=False).returncode)

@@ -1,9 +1,9 @@
-"""Two builds of the kernel against each other, in turns in one process: what a change of it gains or loses.
+"""Compares two builds of the kernel, interleaved in one process.
 
     python benchmarks/builds.py BEFORE.so AFTER.so [NAME ...] [--dtype fp32] [--rounds N]
 
-Measures the cases of kernel.py whose name holds a NAME, or all, and prints the times of both. A library is what the
-install leaves in src/qkv/kernels/native.so. On a machine that others share, only such turns tell a tenth.
+Measures the cases of kernel.py whose name contains a NAME (default: all) and prints both times. A build is a copy of
+src/qkv/kernels/native.so. On a shared machine, only interleaved runs resolve differences of 10%.
 """
 
 import argparse
@@ -20,28 +20,28 @@ from qkv.bench.timing import interleaved
 
 
 def load(path: Path) -> kernels.Library:
-    """The library at the path."""
+    """Loads a build of the kernel."""
     if not path.exists():
-        raise SystemExit(f"{path}: there is no such file. Give two copies of src/qkv/kernels/native.so.")
-    found = kernels.load(path)
-    if isinstance(found, str):
-        raise SystemExit(f"{path}: {found}.")
-    return found
+        raise SystemExit(f"{path} does not exist. Give two copies of src/qkv/kernels/native.so.")
+    library = kernels.load(path)
+    if isinstance(library, str):
+        raise SystemExit(f"{path}: {library}.")
+    return library
 
 
 def compare(libraries: dict[str, kernels.Library], case: Case, dtype: str, rounds: int) -> str:
-    """A line of the table."""
+    """Measures one case; returns a line of the table."""
     q, k, v = case.inputs(DTYPES[dtype])
     call = qkv_call(q, k, v, case.as_mask(), case.offset)
 
-    def on(library: kernels.Library) -> Callable[[], object]:
+    def with_library(library: kernels.Library) -> Callable[[], object]:
         def run() -> object:
             with kernels.use(library):
                 return call()
 
         return run
 
-    times = interleaved({name: on(library) for name, library in libraries.items()}, rounds=rounds)
+    times = interleaved({name: with_library(library) for name, library in libraries.items()}, rounds=rounds)
     before, after = (times[name]["median_us"] for name in libraries)
     spreads = [f"{found['low_us']:.0f}-{found['high_us']:.0f}" for found in times.values()]
     return f"{case.name:<46} {before:>10.0f} {spreads[0]:>17} {after:>10.0f} {spreads[1]:>17} {after / before:>7.3f}"
@@ -49,14 +49,14 @@ def compare(libraries: dict[str, kernels.Library], case: Case, dtype: str, round
 
 def main() -> None:
     """Measures the cases asked for."""
-    parser = argparse.ArgumentParser(description="Two builds of the kernel against each other.")
+    parser = argparse.ArgumentParser(description="Compares two builds of the kernel.")
     parser.add_argument("before", type=Path, help="a native.so")
-    parser.add_argument("after", type=Path, help="another")
+    parser.add_argument("after", type=Path, help="another native.so")
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help="measure the cases whose name holds it; all by default"
+        "names", nargs="*", metavar="NAME", help="measure the cases whose name contains it; all by default"
     )
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="fp32 by default")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"turns of each ({ROUNDS}), at least 2")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"measurements of each ({ROUNDS}), at least 2")
     arguments = parser.parse_args()
     if arguments.rounds < 2:
         parser.error(f"--rounds must be at least 2, for quartiles; got {arguments.rounds}.")

@@ -1,4 +1,4 @@
-"""`Case`: one call to be measured, and what it must compute and read at least."""
+"""`Case`: one call to measure, with its minimal arithmetic and memory traffic."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -13,23 +13,23 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Case:
-    """One call. The last query stands at the last key."""
+    """One call. The last query is at the position of the last key."""
 
     name: str
     lq: int
     lk: int
     mask: Literal["full", "causal", "padding", "packed"] = "full"
     window: int | None = None
-    """Keys that a query of a causal mask sees, its own included."""
+    """Window of a causal mask, the query's own key included."""
     text: int = 1
-    """Tokens of each text of a packed mask."""
+    """Tokens of each sequence of a packed mask."""
     batch: int = 1
     heads: int = 8
     kv_heads: int = 8
     head_dim: int = 64
     backward: bool = False
     heads_inside: bool = False
-    """Whether a token's heads lie side by side in memory, as layers lay them, or all tokens of a head."""
+    """Memory order: (B, L, H, D) as in layers, instead of (B, H, L, D)."""
 
     @property
     def offset(self) -> int:
@@ -37,17 +37,17 @@ class Case:
 
     @property
     def is_decoding(self) -> bool:
-        """Whether keys and values are read for one query each."""
+        """Whether there is a single query per sequence."""
         return self.lq == 1
 
     @property
     def lengths(self) -> list[int]:
-        """The real keys of each batch row: all in the first, and fewer in each that follows where they are padded."""
+        """Unpadded keys of each batch row; with padding, fewer in each row after the first."""
         padded = self.lk if self.mask == "padding" else 0
         return [self.lk - padded * row // (2 * self.batch) for row in range(self.batch)]
 
     def as_mask(self) -> Mask:
-        """The mask in the words of the library."""
+        """The `Mask` of the case."""
         if self.mask == "padding":
             return Mask.padding(torch.tensor(self.lengths))
         if self.mask == "packed":
@@ -55,7 +55,7 @@ class Case:
         return Mask.causal(self.window) if self.mask == "causal" else Mask.full()
 
     def inputs(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Random queries, keys and values, the same ones at each call."""
+        """Random queries, keys and values from a fixed seed."""
         generator = torch.Generator().manual_seed(0)
         shapes = [(self.heads, self.lq), (self.kv_heads, self.lk), (self.kv_heads, self.lk)]
         q, k, v = (torch.randn(self.batch, *shape, self.head_dim, generator=generator).to(dtype) for shape in shapes)
@@ -64,21 +64,21 @@ class Case:
         return q.requires_grad_(self.backward), k.requires_grad_(self.backward), v.requires_grad_(self.backward)
 
     def scores(self) -> int:
-        """Scores of one head that the mask shows, over the whole batch."""
+        """Visible scores of one head, over the whole batch."""
         if self.mask == "packed":
             return self.batch * self.lk * self.text
         if self.mask != "causal":
             return self.lq * sum(self.lengths)
-        reach = self.lk if self.window is None else self.window
-        return self.batch * sum(min(reach, position + 1) for position in range(self.offset, self.lk))
+        window = self.lk if self.window is None else self.window
+        return self.batch * sum(min(window, position + 1) for position in range(self.offset, self.lk))
 
     def operations(self) -> int:
-        """Multiplications and additions of the two products forward, and of five more backward."""
+        """Multiplications and additions: two matrix products forward, seven with backward."""
         products = 7 if self.backward else 2
         return products * 2 * self.head_dim * self.heads * self.scores()
 
     def kv_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of the keys and values that any query sees."""
+        """Bytes of the keys and values that are visible to any query."""
         seen = sum(self.lengths)
         if self.window is not None:
             seen = self.batch * min(self.lk, self.lq - 1 + self.window)

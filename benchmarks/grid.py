@@ -1,9 +1,9 @@
-"""A hundred random shapes: what ``auto`` chooses against torch's SDPA.
+"""A hundred random shapes: qkv with ``backend="auto"`` against torch's SDPA.
 
-    python benchmarks/grid.py          measures, prints what is slower, and writes results/PROCESSOR/grid.json
-    python benchmarks/grid.py draw     draws the shapes anew into benchmarks/grid.json
+    python benchmarks/grid.py          measures, prints slow shapes, and writes results/PROCESSOR/grid.json
+    python benchmarks/grid.py draw     draws new shapes into benchmarks/grid.json
 
-The shapes were drawn once, so that they are nobody's choice, and are kept, so that runs compare.
+Shapes are random, so that they are not hand-picked, and stored, so that runs are comparable.
 """
 
 import argparse
@@ -24,17 +24,17 @@ SEED = 20261124
 COUNT = 100
 ROUNDS = 9
 SLOW = 0.95
-"""Of torch's speed; what is below it is printed."""
+"""Shapes below this ratio of torch's speed are printed."""
 
-MOST_WORK = 6e9
-"""Scores times width, so that torch finishes."""
+MAX_WORK = 6e9
+"""Limit of scores * head_dim, so that torch finishes."""
 LONGEST = 8192
 HEADS = [(8, 8), (8, 2), (8, 1), (12, 12), (16, 4), (32, 8), (32, 32), (9, 3), (6, 1), (14, 2), (10, 2)]
 HEAD_DIMS = [32, 64, 64, 80, 96, 128, 128, 256, 40, 72, 100, 37]
 
 
 def draw() -> list[dict[str, Any]]:
-    """The shapes, each the fields of a `Case` and a dtype."""
+    """Draws the shapes: fields of a `Case`, and a dtype."""
     choose = random.Random(SEED)
     shapes: list[dict[str, Any]] = []
     while len(shapes) < COUNT:
@@ -45,7 +45,7 @@ def draw() -> list[dict[str, Any]]:
         kind = choose.choice(["full", "causal", "window", "padding"])
         window = _log_uniform(choose, 1, lk) if kind == "window" else None
         dtype = choose.choice(list(DTYPES))
-        if batch * heads * lq * lk * head_dim > MOST_WORK:
+        if batch * heads * lq * lk * head_dim > MAX_WORK:
             continue
         mask: Any = "causal" if kind == "window" else kind
         case = Case(f"{len(shapes)}", lq, lk, mask, window, batch, heads, kv_heads, head_dim)
@@ -58,7 +58,7 @@ def _log_uniform(choose: random.Random, least: int, most: int) -> int:
 
 
 def describe(row: Measurement) -> str:
-    """A shape and its ratio in a line."""
+    """A line with a shape and its ratio."""
     case = row.case
     mask = case.mask if case.window is None else f"window {case.window}"
     shape = f"{case.batch} x {case.heads} on {case.kv_heads} heads of {case.head_dim}, {case.lq} x {case.lk}"
@@ -67,8 +67,8 @@ def describe(row: Measurement) -> str:
 
 def main() -> None:
     """Draws the shapes or measures them."""
-    parser = argparse.ArgumentParser(description="A hundred random shapes: what auto chooses against torch's SDPA.")
-    parser.add_argument("what", nargs="?", choices=["draw"], help="draw the shapes anew instead of measuring them")
+    parser = argparse.ArgumentParser(description="A hundred random shapes: qkv against torch's SDPA.")
+    parser.add_argument("what", nargs="?", choices=["draw"], help="draw new shapes instead of measuring")
     if parser.parse_args().what == "draw":
         lines = ",\n".join(map(json.dumps, draw()))
         SHAPES.write_text(f"[\n{lines}\n]\n")

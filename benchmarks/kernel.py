@@ -1,9 +1,9 @@
-"""qkv against its peers, in one process, in turns, beside the limits of the machine.
+"""qkv against its peers, interleaved in one process, and against the limits of the machine.
 
-    python benchmarks/kernel.py [NAME ...] [--rounds N]      measures the cases whose name holds a NAME, or all
+    python benchmarks/kernel.py [NAME ...] [--rounds N]    measures cases whose name contains a NAME (default: all)
 
-Prints a table; with all cases it writes results/PROCESSOR/kernel.json. Useful work only: what a mask hides does not
-count as arithmetic. Decoding is measured in the bytes of keys and values that a step must read.
+Prints a table; with all cases it writes results/PROCESSOR/kernel.json. Rates count useful work only: masked scores are
+not counted as arithmetic, and decoding counts the bytes of keys and values that a step must read.
 """
 
 import argparse
@@ -54,7 +54,7 @@ CASES = [
         Case(f"decoding, 4096 keys, 32 heads on {g}", 1, 4096, "causal", heads=32, kv_heads=g, head_dim=128)
         for g in (32, 8, 1)
     ),
-    *(  # Groups of 4 are 32 heads on 8; those of 9 take the way of prefill.
+    *(  # Groups of 4 are above (32 heads on 8); groups of 9 take the path of prefill.
         Case(f"decoding, 4096 keys, groups of {g}", 1, 4096, "causal", heads=8 * g, kv_heads=8, head_dim=128)
         for g in (3, 5, 6, 7, 8, 9)
     ),
@@ -76,7 +76,7 @@ def heading() -> str:
 
 
 def line(row: Measurement, bounds: Limits) -> str:
-    """A row of the table: qkv's time, rate and share of the limit, and how many times as long each peer takes."""
+    """A row of the table: qkv's time, rate and share of the limit, and each peer's time relative to qkv."""
     time, share = row.times[OURS], row.share(bounds)
     quartiles = f"{time['low_us']:.1f}-{time['high_us']:.1f}"
     rate = f"{row.rate(OURS):.1f} {'GB/s' if row.case.is_decoding else 'GF/s'}"
@@ -89,14 +89,13 @@ def line(row: Measurement, bounds: Limits) -> str:
 
 
 def skips(rows: list[Measurement]) -> list[str]:
-    """Every reason for which a peer was skipped, once, with where."""
-    where: dict[str, list[str]] = {}
+    """Each reason for skipping a peer, with the cases."""
+    cases: dict[str, list[str]] = {}
     for row in rows:
         for peer, reason in row.skipped.items():
-            where.setdefault(f"{peer} {reason}", []).append(f"{row.case.name} in {row.dtype}")
+            cases.setdefault(f"{peer} {reason}", []).append(f"{row.case.name} in {row.dtype}")
     return [
-        f"{reason} ({places[0]}{f' and {len(places) - 1} more' if places[1:] else ''})"
-        for reason, places in where.items()
+        f"{reason} ({names[0]}{f' and {len(names) - 1} more' if names[1:] else ''})" for reason, names in cases.items()
     ]
 
 
@@ -104,16 +103,18 @@ def main() -> None:
     """Measures the cases asked for."""
     parser = argparse.ArgumentParser(description="qkv against its peers.")
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help="measure the cases whose name holds it; all by default"
+        "names", nargs="*", metavar="NAME", help="measure the cases whose name contains it; all by default"
     )
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"turns of each library ({ROUNDS}), at least 2")
+    parser.add_argument(
+        "--rounds", type=int, default=ROUNDS, help=f"measurements of each library ({ROUNDS}), at least 2"
+    )
     arguments = parser.parse_args()
     if arguments.rounds < 2:
         parser.error(f"--rounds must be at least 2, for quartiles; got {arguments.rounds}.")
     cases = [case for case in CASES if not arguments.names or any(name in case.name for name in arguments.names)]
     if not cases:
         known = "\n  ".join(case.name for case in CASES)
-        parser.error(f"no case has a name that holds {' or '.join(arguments.names)}. Give a part of one of:\n  {known}")
+        parser.error(f"no case name contains {' or '.join(arguments.names)}. Give a part of one of:\n  {known}")
     threads = torch.get_num_threads()
     bounds = limits.measure(threads)
     print(f"{bounds}\n{heading()}")

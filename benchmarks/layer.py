@@ -1,9 +1,9 @@
-"""One layer of a decoding step as transformers' models take it: its cache's update, and attention.
+"""One layer of a decoding step in transformers: the cache update and attention.
 
     python benchmarks/layer.py      measures, prints, and writes results/PROCESSOR/layer.json
 
-Thirty layers in the sizes of SmolLM2-135M with 4096 tokens behind them. Each is measured between the products of its
-own weights, which push keys, values and code out of the caches as in a model, and alone, again and again.
+Thirty layers of the size of SmolLM2-135M with 4096 cached tokens. Each is measured between the products with its own
+weights, which evict keys, values and code from the CPU caches as in a model, and alone, repeatedly.
 """
 
 import time
@@ -24,11 +24,11 @@ LAYERS = 30
 HIDDEN, INNER, HEADS, KV_HEADS, WIDTH = 576, 1536, 9, 3, 64
 
 KINDS = {kind: made for kind, made in models.KINDS.items() if kind != "without attention"}
-"""The attention of a model, and its cache."""
+"""Attention implementation and cache, by name."""
 
 
 class Layer(nn.Module):
-    """The weights of a layer, and what attention functions read of one."""
+    """The weights of a layer, and the attributes that transformers' attention functions read."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -40,12 +40,12 @@ class Layer(nn.Module):
 
 
 def heads(dtype: torch.dtype, number: int, tokens: int) -> Tensor:
-    """Random tokens as layers lay them: (1, number, tokens, WIDTH), heads inside."""
+    """Random heads ``(1, number, tokens, WIDTH)`` in the memory order of layers, (1, tokens, number, WIDTH)."""
     return torch.randn(1, tokens, number, WIDTH).to(dtype).transpose(1, 2)
 
 
 def steps(layers: list[Layer], kind: str, dtype: torch.dtype, *, alone: bool) -> Iterator[tuple[float, float]]:
-    """Microseconds of the update and of attention, layer by layer and step by step."""
+    """Microseconds of the cache update and of attention, for each layer of each step."""
     implementation, new_cache = KINDS[kind]
     attend: Any = AttentionInterface()[implementation]
     cache = new_cache(LlamaConfig(hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=HEADS))
@@ -68,14 +68,14 @@ def steps(layers: list[Layer], kind: str, dtype: torch.dtype, *, alone: bool) ->
 
 
 def measure(dtype: torch.dtype, *, alone: bool) -> dict[str, dict[str, Spread]]:
-    """Every kind, a step of each in turn."""
+    """Measures all kinds, interleaved by step."""
     layers = [Layer(dtype) for _ in range(LAYERS)]
     running = {kind: steps(layers, kind, dtype, alone=alone) for kind in KINDS}
     times: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
-    for turn in range(1 + STEPS):
+    for index in range(1 + STEPS):
         for kind, run in running.items():
             found = [next(run) for _ in range(LAYERS)]
-            times[kind] += found if turn else []
+            times[kind] += found if index else []
     return {
         kind: {
             "update": spread([update for update, _ in found]),

@@ -1,4 +1,4 @@
-"""`measure`: what the machine can do at most, by the C++ program beside this file."""
+"""`measure`: the peak arithmetic and memory bandwidth of the machine, measured by limits.cpp."""
 
 import json
 import os
@@ -12,7 +12,7 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 
 
 class Limits(TypedDict):
-    """With all threads; None where it is not known, or the instruction set has no such thing."""
+    """Peaks with all threads; None where not measured or not supported by the instruction set."""
 
     fp32_gflops: float | None
     bf16_gflops: float | None
@@ -23,15 +23,15 @@ UNKNOWN: Limits = {"fp32_gflops": None, "bf16_gflops": None, "read_gb_per_s": No
 
 
 def measure(threads: int, arch: str = "native") -> Limits:
-    """The peaks of multiplying and adding in fp32 and of dot products in bf16, and the bandwidth of reading memory.
+    """Peak FMA rate in fp32, peak dot-product rate in bf16, and read bandwidth.
 
     Args:
-        threads: how many work at once.
-        arch: the instruction set, as compilers call it in ``-march``.
+        threads: number of threads.
+        arch: the instruction set, for the compiler's ``-march``.
     """
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
     if compiler is None:
-        print("The limits of this machine are not measured: there is no C++ compiler (c++, g++, clang++ or $CXX).")
+        print("The limits of this machine are not measured: no C++ compiler found (c++, g++, clang++ or $CXX).")
         return UNKNOWN
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "limits"
@@ -46,7 +46,7 @@ def measure(threads: int, arch: str = "native") -> Limits:
 
 
 def larger(a: Limits, b: Limits) -> Limits:
-    """Each limit from where it is the larger one: a neighbour on the machine can only take from it."""
+    """The larger of two measurements of each limit: other load on the machine can only lower it."""
 
     def of(x: float | None, y: float | None) -> float | None:
         return None if x is None or y is None else max(x, y)

@@ -1,4 +1,4 @@
-"""What a measurement ran on, and where its results are kept: in a folder for each processor."""
+"""`describe` and `save`: the machine of a measurement, and its results in one folder per processor."""
 
 import importlib.util
 import json
@@ -19,7 +19,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def describe() -> dict[str, Any]:
-    """The machine, the versions and the time."""
+    """Processor, threads, versions and date."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -38,9 +38,9 @@ def describe() -> dict[str, Any]:
     }
 
 
-def save(name: str, found: dict[str, Any]) -> None:
-    """Writes results/PROCESSOR/NAME.json: the machine, and what was found on it."""
-    record = {"machine": describe(), **found}
+def save(name: str, results: dict[str, Any]) -> None:
+    """Writes results/PROCESSOR/NAME.json: the machine and the results."""
+    record = {"machine": describe(), **results}
     words = re.sub(r"\(.*?\)|processor", " ", record["machine"]["cpu"].lower())
     folder = RESULTS / ("-".join(re.findall(r"[a-z0-9]+", words)) or "unknown")
     folder.mkdir(parents=True, exist_ok=True)

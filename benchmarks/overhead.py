@@ -1,7 +1,7 @@
-"""Overhead: the cost of a call, windows that are linear, the cost of the import.
+"""Overhead of a call, sliding windows over long sequences, and import time.
 
 python benchmarks/overhead.py             measures, prints, and writes results/PROCESSOR/overhead.json
-python benchmarks/overhead.py window N    one window measurement, for the peak memory of a process of its own
+python benchmarks/overhead.py window N    one window measurement, as a separate process for its peak memory
 """
 
 import json
@@ -21,7 +21,7 @@ from qkv.bench.timing import interleaved
 
 
 def call_cost() -> dict[str, object]:
-    """`qkv.attention` and `MultiHeadAttention` against torch's, where the arithmetic is next to nothing."""
+    """`qkv.attention` and `MultiHeadAttention` against torch's on tiny inputs."""
     q, k, v = (torch.randn(1, 8, 16, 64) for _ in range(3))
     x = torch.randn(1, 16, 64)
     causal = qkv.Mask.causal()
@@ -43,7 +43,7 @@ def call_cost() -> dict[str, object]:
 
 
 def window_once(length: int) -> dict[str, float]:
-    """Forward and backward of a window of 512 over ``length`` tokens, batch 1, 8 heads of 64, fp32."""
+    """Time and peak memory of forward and backward with a window of 512, batch 1, 8 heads of 64, fp32."""
     layer = qkv.SlidingWindowAttention(512, 8, window=512)
     x = torch.randn(1, length, 512, requires_grad=True)
     times = []
@@ -58,7 +58,7 @@ def window_once(length: int) -> dict[str, float]:
 
 
 def windows() -> list[dict[str, float]]:
-    """Each length in a process of its own, so that its peak memory is its own."""
+    """`window_once` for each length, in separate processes."""
     lengths = (8192, 16384, 32768, 65536)
     command = [sys.executable, __file__, "window"]
     runs = [subprocess.run([*command, str(n)], check=True, capture_output=True, text=True) for n in lengths]

@@ -1,4 +1,4 @@
-"""A page of tables and plots for each processor, from what is in its folder of benchmarks/results.
+"""Writes a page of tables and plots for each processor from its folder in benchmarks/results.
 
 python benchmarks/page.py
 """
@@ -24,19 +24,19 @@ START, END = "<!-- From here on written by page.py. -->", "<!-- To here. -->"
 
 
 def load(folder: Path, name: str) -> Any:
-    """A file of results, or None where it was not measured."""
+    """The results of one benchmark; None where it was not measured."""
     path = folder / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 
 def table(titles: Sequence[str], rows: Iterable[Sequence[str]], words: int = 3) -> str:
-    """A table in Markdown; the first columns are words, the others numbers."""
+    """A Markdown table; the first ``words`` columns are left-aligned, the others right-aligned."""
     rule = ["---" if column < words else "---:" for column in range(len(titles))]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (titles, rule, *rows))
 
 
 def machine(record: Any) -> str:
-    """What was measured on, in a sentence."""
+    """The machine and versions, in a sentence."""
     m = record["machine"]
     kernel = f", kernel for {m['kernel']}" if "kernel" in m else ""
     peers = "".join(f", {name} {m[name]}" for name in ("onnxruntime", "openvino") if name in m)
@@ -54,7 +54,7 @@ def limits(bounds: Limits) -> str:
 
 
 def rates(rows: list[Measurement], bounds: Limits) -> str:
-    """A row for each case and dtype."""
+    """A table with a row for each case and dtype."""
     unit = "GB/s" if rows[0].case.is_decoding else "GF/s"
     present = [peer.NAME for peer in PEERS if any(peer.NAME in row.times for row in rows)]
     titles = ["case", "dtype", "backend", OURS, "quartiles", unit, "of the limit", *present]
@@ -89,12 +89,10 @@ def kernel_section(folder: Path) -> list[str]:
         "Decoding": [row for row in rows if row.case.is_decoding],
         "Short calls": [row for row in rows if 1 < row.case.lq <= 128],
     }
-    parts = [
-        f"## Against its peers\n\n{machine(record)} {limits(bounds)} Peers: how many times as long as qkv they take."
-    ]
+    parts = [f"## Against its peers\n\n{machine(record)} {limits(bounds)} Peers: their time relative to qkv."]
     for title, kind in kinds.items():
         parts.append(f"### {title}")
-        if title != "Short calls":  # Their rates say nothing, and their ratios stand in the table.
+        if title != "Short calls":  # Their rates are meaningless; the ratios are in the table.
             name = title.lower().replace(" ", "-")
             plot_rates(kind, bounds, folder / "plots" / f"{name}.svg")
             parts.append(f"![{title}](plots/{name}.svg)")
@@ -103,7 +101,7 @@ def kernel_section(folder: Path) -> list[str]:
 
 
 def grid_section(folder: Path) -> list[str]:
-    """The random shapes in short, and in full where torch is faster."""
+    """Summary of the random shapes, and a list of those where torch is faster."""
     record = load(folder, "grid")
     if record is None:
         return []
@@ -117,12 +115,12 @@ def grid_section(folder: Path) -> list[str]:
 
 
 def avx2_section(folder: Path) -> list[str]:
-    """Both libraries held to AVX2."""
+    """Both libraries restricted to AVX2."""
     record = load(folder, "avx2")
     if record is None:
         return []
     rows = [Measurement.from_json(fields) for fields in record["measurements"]]
-    return [f"## Held to AVX2\n\n{machine(record)} {limits(record['limits'])}", rates(rows, record["limits"])]
+    return [f"## Restricted to AVX2\n\n{machine(record)} {limits(record['limits'])}", rates(rows, record["limits"])]
 
 
 def alternating_section(folder: Path) -> list[str]:
@@ -175,13 +173,13 @@ def overhead_section(folder: Path) -> list[str]:
     ]
 
 
-def against(run: dict[str, float], way: str) -> tuple[str, str]:
-    """The time of an encoder, and how much faster than stock that is."""
-    return (f"{run[way]:.0f} ms", f"{run['stock'] / run[way]:.2f}") if way in run else ("", "")
+def against(run: dict[str, float], kind: str) -> tuple[str, str]:
+    """The time of an encoder, and the time on transformers' attention relative to it."""
+    return (f"{run[kind]:.0f} ms", f"{run['transformers'] / run[kind]:.2f}") if kind in run else ("", "")
 
 
 def models_section(folder: Path) -> list[str]:
-    """Real models on transformers' stock attention and cache, and on ours."""
+    """Real models on the attention and cache of transformers, and on qkv's."""
     record = load(folder, "models")
     if record is None:
         return []
@@ -198,27 +196,30 @@ def models_section(folder: Path) -> list[str]:
         for kind, run in record[f"decoder, {dtype}"].items()
     ]
     encoders = [
-        (name, f"{run['stock']:.0f} ms", *against(run, "qkv"), *against(run, "qkv, unpadded"))
+        (name, f"{run['transformers']:.0f} ms", *against(run, "qkv"), *against(run, "qkv, unpadded"))
         for name, run in record["encoder"].items()
     ]
     what = (
-        "Stock is transformers' sdpa and default cache. Memory is what prefill and 24 steps add to the loaded model, "
-        "the median of three processes, which differ much; "
-        "perplexity is that of 16,384 tokens of Shakespeare in pieces of 2048."
+        "transformers: its sdpa and default cache. Memory: peak of prefill and 24 steps above the loaded model, median "
+        "of three processes, which vary a lot. Perplexity: on 16,384 tokens of Shakespeare in chunks of 2048."
     )
     return [
         f"## Models\n\n{machine(record)}",
         "### SmolLM2-135M-Instruct, 4096 tokens of context",
-        table(["dtype", "attention and cache", "prefill", "a step", "memory at its peak", "perplexity"], decoders, 2),
+        table(["dtype", "attention and cache", "prefill", "a step", "peak memory", "perplexity"], decoders, 2),
         what,
         "### all-MiniLM-L6-v2",
-        table(["texts", "stock", "qkv", "stock / qkv", "unpadded", "stock / unpadded"], encoders, words=1),
-        "Sentences are in batches of 32, a third of which is padding; texts have none.",
+        table(
+            ["texts", "transformers", "qkv", "transformers / qkv", "unpadded", "transformers / unpadded"],
+            encoders,
+            words=1,
+        ),
+        "Sentences are in batches of 32, a third of which is padding; texts have no padding.",
     ]
 
 
 def layer_section(folder: Path) -> list[str]:
-    """The cache's update and attention of one layer."""
+    """Cache update and attention of one layer."""
     record = load(folder, "layer")
     if record is None:
         return []
@@ -252,7 +253,7 @@ def sequences_section(folder: Path) -> list[str]:
 
 
 def main() -> None:
-    """Writes the pages and the plots, and the list of them."""
+    """Writes the pages, the plots, and the list of pages in README.md."""
     sections = [
         *(kernel_section, grid_section, avx2_section, alternating_section),
         *(overhead_section, models_section, layer_section, sequences_section),

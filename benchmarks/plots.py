@@ -25,15 +25,15 @@ COLOURS = dict(zip(LIBRARIES, ("#1f5fa8", "#e07b39", "#7a9e7e", "#b05f8a", "#8c8
 
 
 def plot_rates(rows: list[Measurement], bounds: Limits, path: Path) -> None:
-    """Bars of the rates of all libraries, a panel for each dtype, below the limit of the machine."""
+    """Bar chart of the rates of all libraries, one panel per dtype, with the limit of the machine."""
     names = list(dict.fromkeys(row.case.name for row in rows))
-    by_place = {(row.case.name, row.dtype): row for row in rows}
+    by_case = {(row.case.name, row.dtype): row for row in rows}
     libraries = [name for name in LIBRARIES if any(name in row.times for row in rows)]
     width = 0.8 / len(libraries)
     figure, panels = plt.subplots(len(DTYPES), 1, figsize=(10, 7), sharex=True, layout="constrained")
     for panel, dtype in zip(panels, DTYPES, strict=True):
         for index, library in enumerate(libraries):
-            measured = [(x, by_place[name, dtype]) for x, name in enumerate(names) if (name, dtype) in by_place]
+            measured = [(x, by_case[name, dtype]) for x, name in enumerate(names) if (name, dtype) in by_case]
             bars = [(x + index * width, row.rate(library)) for x, row in measured if library in row.times]
             panel.bar([x for x, _ in bars], [y for _, y in bars], width, color=COLOURS[library], label=library)
         limit = _limit(rows, dtype, bounds)
@@ -46,7 +46,7 @@ def plot_rates(rows: list[Measurement], bounds: Limits, path: Path) -> None:
 
 
 def plot_grid(rows: list[Measurement], path: Path) -> None:
-    """How many times as long as qkv torch takes, over the arithmetic of the call."""
+    """Scatter plot of torch's time relative to qkv over the arithmetic of the call."""
     figure, panel = plt.subplots(figsize=(10, 4), layout="constrained")
     for dtype, marker in zip(DTYPES, "os^", strict=True):
         points = [(row.case.operations(), row.ratio("torch") or math.nan) for row in rows if row.dtype == dtype]

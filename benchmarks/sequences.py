@@ -1,9 +1,9 @@
-"""Packed sequences and keys in pages: a call of ours against what else computes the same.
+"""Packed sequences and paged KV caches: one call of qkv against gathering and padding.
 
     python benchmarks/sequences.py      measures, prints, and writes results/PROCESSOR/sequences.json
 
-A step over pages is held against gathering them first, for ours and for torch's attention; packed sequences against
-torch's attention over a batch that is padded already: what padding it takes beforehand is not counted.
+A decoding step over pages is compared with gathering them first, on qkv and on torch; packed sequences with torch's
+attention over a padded batch, without the time of padding.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,11 +23,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ROUNDS = 15
 REST_SECONDS = 0.02
 
-Call = Callable[[], Any]
+Candidate = Callable[[], Any]
 
 
-def step_over_pages(dtype: torch.dtype, batch: int, tokens: int, page_size: int) -> dict[str, Call]:
-    """32 heads on 8 of 128, a query each; the pages of a pool in no order."""
+def step_over_pages(dtype: torch.dtype, batch: int, tokens: int, page_size: int) -> dict[str, Candidate]:
+    """A decoding step of 32 heads on 8 of 128; pages are in random order in the pool."""
     pages = batch * tokens // page_size
     generator = torch.Generator().manual_seed(0)
     k, v = torch.randn(2, pages, page_size, 8, 128, generator=generator).to(dtype)
@@ -42,7 +42,7 @@ def step_over_pages(dtype: torch.dtype, batch: int, tokens: int, page_size: int)
         return F.scaled_dot_product_attention(queries, keys, values, enable_gqa=True).transpose(1, 2)
 
     options: dict[str, Any] = {"cache_seqlens": torch.full((batch,), tokens), "causal": True}
-    candidates: dict[str, Call] = {
+    candidates: dict[str, Candidate] = {
         OURS: lambda: flash_attn_with_kvcache(q, k, v, block_table=table, **options),
         "gathered first": lambda: flash_attn_with_kvcache(q, gather(k), gather(v), **options),
         "torch, gathered first": torch_call,
@@ -52,16 +52,16 @@ def step_over_pages(dtype: torch.dtype, batch: int, tokens: int, page_size: int)
     return candidates
 
 
-def packed(dtype: torch.dtype, lengths: list[int], *, backward: bool) -> dict[str, Call]:
-    """12 heads of 64, as in BERT; with backward, the gradient of the queries."""
-    most, total = max(lengths), sum(lengths)
+def packed(dtype: torch.dtype, lengths: list[int], *, backward: bool) -> dict[str, Candidate]:
+    """Packed sequences with 12 heads of 64, as in BERT; returns the output, or the gradient of q with backward."""
+    longest, total = max(lengths), sum(lengths)
     generator = torch.Generator().manual_seed(0)
     q, k, v, d_out = torch.randn(4, total, 12, 64, generator=generator).to(dtype)
     starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-    real = torch.arange(most) < torch.tensor(lengths)[:, None]
+    real = torch.arange(longest) < torch.tensor(lengths)[:, None]
 
     def padded(x: Tensor) -> Tensor:
-        memory = torch.zeros(len(lengths), most, 12, 64, dtype=dtype)
+        memory = torch.zeros(len(lengths), longest, 12, 64, dtype=dtype)
         memory[real] = x
         return memory.transpose(1, 2)
 
@@ -71,7 +71,7 @@ def packed(dtype: torch.dtype, lengths: list[int], *, backward: bool) -> dict[st
     mask = None if real.all() else real[:, None, None]
 
     def ours() -> Tensor:
-        out = flash_attn_varlen_func(q, k, v, starts, starts, most, most)
+        out = flash_attn_varlen_func(q, k, v, starts, starts, longest, longest)
         assert isinstance(out, Tensor)
         return torch.autograd.grad(out, (q, k, v), d_out)[0] if backward else out
 
@@ -79,13 +79,13 @@ def packed(dtype: torch.dtype, lengths: list[int], *, backward: bool) -> dict[st
         out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
         return torch.autograd.grad(out, (queries, keys, values), d_batch)[0] if backward else out
 
-    # What padding takes, and taking the real tokens out again, is not counted.
+    # Padding and unpadding are not timed.
     torch.testing.assert_close(ours(), theirs().transpose(1, 2)[real], rtol=0.05, atol=0.05)
     return {OURS: ours, "torch, padded": theirs}
 
 
-def cases() -> Iterator[tuple[str, str, dict[str, Call]]]:
-    """Name, dtype and candidates, made when they are needed."""
+def cases() -> Iterator[tuple[str, str, dict[str, Candidate]]]:
+    """Name, dtype and candidates of each case, created on demand."""
     mixed = torch.randint(1, 129, (64,), generator=torch.Generator().manual_seed(0)).tolist()
     texts = {"64 of 16": [16] * 64, "1024 of 16": [16] * 1024, "64 of 1 to 128": mixed}
     for name, dtype in DTYPES.items():

@@ -5,6 +5,7 @@ import os
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers share the cores; tests of threads set their own number
 
+import importlib.util
 import platform
 import re
 import socket
@@ -22,6 +23,7 @@ SKIPS = {
     "limits of address space are tested on Linux": lambda: sys.platform != "linux",
     "memory is measured on Linux": lambda: sys.platform != "linux",
     "memory is measured in forked processes": lambda: not hasattr(os, "fork"),
+    "this torch has no varlen_attn": lambda: importlib.util.find_spec("torch.nn.attention.varlen") is None,
     "needs /dev/full": lambda: sys.platform != "linux",
     "this system lets nobody mount": lambda: os.system("unshare --mount --map-root-user true 2>/dev/null") != 0,
 }

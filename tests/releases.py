@@ -1,7 +1,8 @@
 """The range in pyproject.toml is what is tested: the oldest and the newest release of torch and transformers in it.
 
 `python tests/releases.py` makes an environment for each under ``build/releases``, with everything else as in
-``constraints.txt``, and runs there what touches the other library. `python tests/releases.py torch==2.9.0` runs one.
+``constraints.txt``, and runs there what touches the other library. `python tests/releases.py torch` runs the two
+releases of torch, `python tests/releases.py torch==2.9.0` a single one.
 """
 
 import os
@@ -40,7 +41,7 @@ def ends(package: str) -> list[str]:
 
 
 def prepare(requirement: str) -> Path:
-    """The Python of an environment with qkv, this release, and all else as ever."""
+    """The Python of an environment with qkv, this release, and everything else as in constraints.txt."""
     folder = RELEASES / re.sub(r"[^\w.]+", "-", requirement)
     python = folder / "bin" / "python"
     package = re.split(r"\W", requirement, maxsplit=1)[0]
@@ -66,8 +67,9 @@ def run(requirement: str) -> bool:
 
 
 def main() -> None:
-    """Runs all, and exits with 1 where one fails."""
-    wanted = sys.argv[1:] or [*ends("torch"), *ends("transformers")]
+    """Runs all that are asked for, all without arguments, and exits with 1 where one fails."""
+    arguments = sys.argv[1:] or [*TESTS]
+    wanted = [release for argument in arguments for release in (ends(argument) if argument in TESTS else [argument])]
     failed = [requirement for requirement in wanted if not run(requirement)]
     print("failed: " + ", ".join(failed) if failed else f"all of {', '.join(wanted)} pass")
     sys.exit(bool(failed))

@@ -314,7 +314,6 @@ def test_compiled_traced_and_exported_models_fall_back_to_torch(training: bool) 
 
 def samples(name: str, dtype: torch.dtype, needs_grad: bool) -> list[Any]:
     """The sample inputs of an operator in torch's own tests."""
-    pytest.importorskip("expecttest")
     from torch.testing._internal.common_methods_invocations import op_db
 
     operator = next(operator for operator in op_db if operator.name == f"nn.functional.{name}")

@@ -6,12 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import qkv
-
-transformers = pytest.importorskip("transformers")
-
-from qkv.integrations.transformers.cache import QKVCache, SlidingLayer  # noqa: E402
+from qkv.integrations.transformers.cache import QKVCache, SlidingLayer
 
 GROWN = 5
 

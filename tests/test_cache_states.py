@@ -1,13 +1,10 @@
 """Every cache in any order of operations and modes of gradients, against plain concatenation: `fuzz.caches`, shrunk."""
 
 import pytest
+from fuzz.caches import KINDS, World
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
-
-pytest.importorskip("transformers")
-
-from fuzz.caches import KINDS, World
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer
 
 from qkv import Int8KVCache, KVCache, kernels
 from qkv.cache.buffer import AppendBuffer, append_in_place
-from qkv.integrations.transformers.cache import GrowingLayer, Int8Layer
+from qkv.integrations.transformers.cache import AppendLayer, Int8Layer
 
 needs_kernel = pytest.mark.skipif(
     kernels.absence() is not None or kernels.loaded().append is None, reason="needs the kernel, and torch's DLPack"
@@ -77,18 +77,18 @@ def test_native_appends_give_the_bits_of_torch(
 
 
 @needs_kernel
-@pytest.mark.parametrize("layer_of", [GrowingLayer, Int8Layer])
+@pytest.mark.parametrize("layer_of", [AppendLayer, Int8Layer])
 @torch.no_grad()
 def test_transformers_layers_append_natively(layer_of: type, monkeypatch: pytest.MonkeyPatch) -> None:
     """A decoding step allocates no memory and makes no view of the slots to write to."""
-    layer, stock = layer_of(), DynamicLayer()
+    layer, reference = layer_of(), DynamicLayer()
     pieces = [[tokens(2, 3, count, 8, torch.float32, inside=True) for _ in range(2)] for count in (5, 1, 1)]
     layer.update(*pieces[0])
     monkeypatch.setattr(AppendBuffer, "_slots_for", None)
     for piece in pieces[1:]:
         found = layer.update(*piece)
     for piece in pieces:
-        expected = stock.update(*piece)
+        expected = reference.update(*piece)
     for x, y in zip(found, expected, strict=True):
         step = y.abs().amax(dim=-1, keepdim=True) / 127 if layer_of is Int8Layer else torch.zeros(())
         assert ((x + 0.0 - y).abs() <= 0.5001 * step).all()

@@ -63,6 +63,29 @@ def test_nothing_imports_upward(path: Path) -> None:
         assert level(module) >= level("qkv.models"), f"{module} imports the package that imports it"
 
 
+FOLDERS = {"convert": (12, 7), "cli": (11, 5), "integrations": (3, 3)}
+"""Files and folders that a folder may have, and how many of them may build on each other."""
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_folder_is_neither_wide_nor_deep(folder: str) -> None:
+    below: dict[str, set[str]] = {}
+    for path in (SOURCE / folder).rglob("*.py"):
+        name = path.relative_to(SOURCE / folder).parts[0].removesuffix(".py")
+        if name == "__init__":
+            continue
+        imported = {module.split(".")[2] for module in imports(path) if module.startswith(f"qkv.{folder}.")}
+        below.setdefault(name, set()).update(imported - {name})
+
+    def height(name: str, above: tuple[str, ...] = ()) -> int:
+        assert name not in above, f"{folder}: {' -> '.join([*above, name])} is a circle"
+        return 1 + max((height(other, (*above, name)) for other in below[name]), default=0)
+
+    width, depth = FOLDERS[folder]
+    assert len(below) <= width
+    assert max(map(height, below)) <= depth
+
+
 def run(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
 
@@ -72,6 +95,13 @@ def test_importing_qkv_loads_no_optional_dependency_and_no_compiler() -> None:
     names += ("sympy", "torch._dynamo")  # a second or more
     code = f"import torch, sys; before = set(sys.modules); import qkv; print({names} & (set(sys.modules) - before))"
     assert run(code.replace(f"{names}", f"set({names})")) == "set()"
+
+
+def test_importing_qkv_registers_the_operators() -> None:
+    """All that a process does before it loads an exported program that holds them."""
+    assert run("import torch, qkv; print(hasattr(torch.ops.qkv, 'forward'), hasattr(torch.ops.qkv, 'backward'))") == (
+        "True True"
+    )
 
 
 PUBLIC = {

@@ -15,7 +15,8 @@ on_x86 = pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64"), reason="the kernel is of another architecture"
 )
 
-LEVELS = ["generic", "avx2", "avx512", "avx512bf16", "amx"]
+ISAS = Path(__file__).parents[1] / "native/src/abi/isas.def"
+LEVELS = re.findall(r"^ISA(?:_X86)?\((\w+),", ISAS.read_text(), re.MULTILINE)
 """Instruction sets, each of which holds those before."""
 
 MANGLED = {name: f"3qkv{len(name)}{name}" for name in LEVELS}
@@ -72,13 +73,13 @@ def needed_level(code: bytes, text: str) -> int:
     """The least level that has an instruction, from its encoding."""
     mnemonic = text.split()[0]
     if "%tmm" in text or mnemonic in ("ldtilecfg", "sttilecfg", "tilerelease"):
-        return 4
+        return LEVELS.index("amx")
     if "bf16" in mnemonic or mnemonic.startswith("vpdp"):
-        return 3
+        return LEVELS.index("avx512bf16")
     if code[0] == 0x62 or re.search(r"%k[0-7]", text):  # EVEX, or a mask
-        return 2
+        return LEVELS.index("avx512")
     if code[0] in (0xC4, 0xC5):  # VEX; BMI is encoded so too, and belongs to no level
-        return 1 if mnemonic.startswith("v") else len(LEVELS)
+        return LEVELS.index("avx2") if mnemonic.startswith("v") else len(LEVELS)
     return len(LEVELS) if BASELINE.match(code) else 0
 
 

@@ -124,7 +124,7 @@ for room in (4, 20, 125, None):
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits what a process may have")
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of address space are tested on Linux")
 @pytest.mark.parametrize("threads", ["1", "2"])
 @pytest.mark.parametrize("way", ["plain", "grad"])
 def test_memory_that_runs_out_is_an_error_of_the_call(threads: str, way: str) -> None:

@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("matplotlib")
-pytest.importorskip("tokenizers")
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "studies" / "grouped_query"))
 
@@ -22,7 +20,7 @@ import report  # noqa: E402
 import run  # noqa: E402
 from model import LanguageModel, converted  # noqa: E402
 from settings import Settings  # noqa: E402
-from text import PRIOR, Text, encode, pairs_loss  # noqa: E402
+from text import PRIOR, Text, bigram_loss, encode  # noqa: E402
 from training import Training, held_out_loss  # noqa: E402
 
 from qkv.bench.timing import interleaved  # noqa: E402
@@ -123,7 +121,7 @@ def test_pairs_loss_counts_pairs():
         (after[one].get(other, 0) + PRIOR * singles[other]) / (sum(after[one].values()) + PRIOR)
         for one, other in pairwise(held_out)
     ]
-    loss = pairs_loss(Text(torch.tensor(train), torch.tensor(held_out), 3))
+    loss = bigram_loss(Text(torch.tensor(train), torch.tensor(held_out), 3))
     assert loss == pytest.approx(-sum(map(math.log, chances)) / 2)
 
 
@@ -135,7 +133,7 @@ def planted(losses: dict[str, list[float]]) -> findings.Findings:
          "losses": {str(percent): loss + seed / 10 for percent, loss in zip((0, 5, 10), values, strict=True)}}
         for seed in (0, 1) for heads, how, values in kinds
     ]  # fmt: skip
-    return findings.Findings({"settings": TINY._asdict(), "text": {"pairs_loss": 4.1}, "runs": runs})
+    return findings.Findings({"settings": TINY._asdict(), "text": {"bigram_loss": 4.1}, "runs": runs})
 
 
 def test_findings_are_those_of_the_numbers():
@@ -145,8 +143,8 @@ def test_findings_are_those_of_the_numbers():
     assert found.gap(2, "mean", 5) == pytest.approx([0.2, 0.2])
     assert found.closed(2, "mean", 5) == pytest.approx([0.8, 0.8])
     assert found.kept(1, "mean", 0) == pytest.approx([0.1 / 1.1, 0.0])
-    assert found.better(findings.SUPPOSED, 5) == [True] * 4
-    assert found.better(findings.SUPPOSED, 10, [1]) == [False, False]
+    assert found.better(findings.PAPER_ORDER, 5) == [True] * 4
+    assert found.better(findings.PAPER_ORDER, 10, [1]) == [False, False]
 
 
 def test_answers_say_yes_and_no_as_the_numbers_do():

@@ -40,7 +40,7 @@ def test_a_skip_that_is_not_in_the_list_and_a_connection_fail(tmp_path: Path) ->
     (tmp_path / "test_parts.py").write_text(TESTS)
     command = [sys.executable, "-m", "pytest", "-rA", "-p", "no:cacheprovider", "-p", "conftest", "--tb=line"]
     command += ["--continue-on-collection-errors", "-c", str(ROOT / "pyproject.toml"), str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "COLUMNS": "200"}  # reasons are cut at the width
     shown = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True).stdout
     assert set(re.findall(r"^([A-Z]+) \S*?::(test_\w+)(?: |$)", shown, re.MULTILINE)) == {
         ("ERROR", "test_skipped_for_a_reason_of_its_own"),

@@ -47,8 +47,8 @@ def by_make_fx(mode: str) -> Tracer:
 
 def by_onnx(*, dynamo: bool) -> Tracer:
     def trace(module: nn.Module, example: tuple[Tensor, ...], folder: Path) -> Program:
-        onnxruntime = pytest.importorskip("onnxruntime")
-        pytest.importorskip("onnxscript")
+        import onnxruntime
+
         file = str(folder / "model.onnx")
         if dynamo:
             torch.onnx.export(module, example, dynamo=True, opset_version=20, verbose=False).save(file)
@@ -110,7 +110,8 @@ class Hidden(nn.Module):
 
     def __init__(self, kind: str) -> None:
         super().__init__()
-        transformers = pytest.importorskip("transformers")
+        import transformers
+
         from qkv.integrations.transformers import attention as integration
 
         integration.register()

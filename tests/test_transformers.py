@@ -15,7 +15,7 @@ from families import compare as families
 from qkv import Mask
 from qkv.integrations.transformers import attention as integration
 from qkv.integrations.transformers import masks
-from qkv.integrations.transformers.masks import MaskTensor, recognise
+from qkv.integrations.transformers.masks import MaskTensor, recognise_mask
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers' own making
 
@@ -236,7 +236,7 @@ def test_masks_are_recognised_and_never_written_out() -> None:
     ids, keep = batch("left")
     for name in ("llama", "mistral, window of 7", "gemma2, softcap and alternating windows"):
         model = DECODERS[name]().eval()
-        with mock.patch.object(MaskTensor, "dense", side_effect=AssertionError("written out")):
+        with mock.patch.object(MaskTensor, "materialize", side_effect=AssertionError("materialized")):
             on(model, "qkv", lambda model: model.generate(ids, attention_mask=keep, max_new_tokens=5))
 
 
@@ -256,7 +256,7 @@ def test_each_mask_function_of_transformers_becomes_the_mask_that_shows_the_same
         packed = theirs.packed_sequence_compatibility_function(window, positions, ids)
         functions[packed] = Mask.causal(3) & Mask.documents(ids)
     for function, want in functions.items():
-        assert recognise(function, range(7)) == want
+        assert recognise_mask(function, range(7)) == want
         dense = theirs.sdpa_mask(1, 7, 7, mask_function=function, allow_is_causal_skip=False)
         assert torch.equal(dense, want.visible(7, 7).expand_as(dense))
 
@@ -265,25 +265,25 @@ def test_chunks_become_documents_wherever_the_cache_stands() -> None:
     theirs = transformers.masking_utils
     function = theirs.chunked_causal_mask_function(3, torch.tensor([0, 2]))
     for q_offset, kv_offset, lq, lk in ((0, 0, 9, 9), (5, 3, 2, 4), (6, 4, 1, 3)):
-        mask = recognise(function, range(kv_offset, kv_offset + lk))
+        mask = recognise_mask(function, range(kv_offset, kv_offset + lk))
         assert mask is not None and mask.document_ids is not None and mask.allow is None
         dense = theirs.sdpa_mask(2, lq, lk, q_offset, kv_offset, mask_function=function, allow_is_causal_skip=False)
         assert torch.equal(mask.visible(lq, lk, q_offset - kv_offset), dense)
 
 
 def test_a_window_of_nothing_is_not_recognised() -> None:
-    assert recognise(transformers.masking_utils.sliding_window_causal_mask_function(0), range(7)) is None
+    assert recognise_mask(transformers.masking_utils.sliding_window_causal_mask_function(0), range(7)) is None
 
 
 def test_unknown_mask_functions_are_honoured_and_not_guessed() -> None:
     theirs = transformers.masking_utils
     diagonal = lambda batch, head, query, key: query == key
-    assert recognise(diagonal, range(7)) is None
-    assert recognise(theirs.and_masks(theirs.causal_mask_function, diagonal), range(7)) is None
-    assert recognise(theirs.or_masks(theirs.causal_mask_function, diagonal), range(7)) is None
+    assert recognise_mask(diagonal, range(7)) is None
+    assert recognise_mask(theirs.and_masks(theirs.causal_mask_function, diagonal), range(7)) is None
+    assert recognise_mask(theirs.or_masks(theirs.causal_mask_function, diagonal), range(7)) is None
     if hasattr(theirs, "remap_positions_for_packed_sequence"):  # not in the oldest release
         remapped = theirs.remap_positions_for_packed_sequence(theirs.causal_mask_function, torch.zeros(1, 1))
-        assert recognise(remapped, range(7)) is None
+        assert recognise_mask(remapped, range(7)) is None
     mask = masks.make_mask(2, 5, 5, mask_function=diagonal)
     assert torch.equal(mask[0, 0] == 0, torch.eye(5).bool())
 
@@ -388,5 +388,5 @@ def test_every_argument_that_a_model_passes_is_known() -> None:
 
 def test_the_paged_cache_is_refused() -> None:
     q = torch.randn(1, 2, 3, 4)
-    with pytest.raises(NotImplementedError, match=r"paged cache .*Got object"):
+    with pytest.raises(NotImplementedError, match=r"paged cache .*got object"):
         integration.attend(torch.nn.Module(), q, q, q, None, cache=object())

@@ -5,20 +5,18 @@ from unittest import mock
 
 import pytest
 import torch
-
-transformers = pytest.importorskip("transformers")
-
-from transformers.cache_utils import (  # noqa: E402
+import transformers
+from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
 )
 
-from qkv.cache.buffer import AppendBuffer  # noqa: E402
-from qkv.integrations.transformers import attention as integration  # noqa: E402
-from qkv.integrations.transformers.cache import GrowingLayer, Int8Layer, QKVCache, SlidingLayer  # noqa: E402
-from qkv.integrations.transformers.lazy_tensor import Int8Tensor  # noqa: E402
+from qkv.cache.buffer import AppendBuffer
+from qkv.integrations.transformers import attention as integration
+from qkv.integrations.transformers.cache import AppendLayer, Int8Layer, QKVCache, SlidingLayer
+from qkv.integrations.transformers.lazy_tensor import Int8Tensor
 
 # The name that releases before 5.24 know.
 pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
@@ -79,7 +77,7 @@ def test_a_sliding_layer_that_records_the_past_can_be_cropped() -> None:
     ],
 )
 def test_a_growing_layer_takes_every_operation_of_transformers(change: Any) -> None:
-    mine, theirs = GrowingLayer(), DynamicLayer()
+    mine, theirs = AppendLayer(), DynamicLayer()
     for length in LENGTHS:
         assert_same_update(mine, theirs, *tokens(length))
     change(mine)
@@ -91,7 +89,7 @@ def test_a_growing_layer_takes_every_operation_of_transformers(change: Any) -> N
 
 @torch.no_grad()
 def test_appending_copies_what_is_new_alone() -> None:
-    layer = GrowingLayer()
+    layer = AppendLayer()
     layer.update(*tokens(100))
     layer.update(*tokens(1))
     places = set()
@@ -133,15 +131,15 @@ def test_layers_may_differ_from_what_was_foreseen(dtype: torch.dtype | None) -> 
 
 @pytest.mark.parametrize("window", [None, 5])
 def test_what_does_not_fit_is_refused_and_nothing_is_lost(window: int | None) -> None:
-    layer = GrowingLayer() if window is None else SlidingLayer(window)
+    layer = AppendLayer() if window is None else SlidingLayer(window)
     with pytest.raises(ValueError, match=r"keys must be \(B, heads, L, width\); got shape \(2, 5\)"):
         layer.update(torch.randn(2, 5), torch.randn(2, 5))
     theirs = DynamicLayer() if window is None else DynamicSlidingWindowLayer(window)
     assert_same_update(layer, theirs, *tokens(4))
     for k, v, said in (
-        (*tokens(1, batch=1), r"keys must be \(2, 3, L, 4\), as those held; got shape \(1, 3, 1, 4\)"),
-        (*tokens(1, batch=3), r"keys must be \(2, 3, L, 4\), as those held; got shape \(3, 3, 1, 4\)"),
-        (tokens(1)[0], tokens(1)[0], r"values must be \(2, 3, L, 5\), as those held; got shape \(2, 3, 1, 4\)"),
+        (*tokens(1, batch=1), r"keys must be \(2, 3, L, 4\) like the cached ones; got shape \(1, 3, 1, 4\)"),
+        (*tokens(1, batch=3), r"keys must be \(2, 3, L, 4\) like the cached ones; got shape \(3, 3, 1, 4\)"),
+        (tokens(1)[0], tokens(1)[0], r"values must be \(2, 3, L, 5\) like the cached ones; got shape \(2, 3, 1, 4\)"),
         (tokens(1)[0], tokens(1)[1][0], r"values must be \(B, heads, L, width\); got shape \(3, 1, 5\)"),
     ):
         with pytest.raises(ValueError, match=said):
@@ -150,7 +148,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_lost(window: int | None) ->
 
 
 def test_a_wider_dtype_is_kept_as_transformers_keeps_it() -> None:
-    mine, theirs = GrowingLayer(), DynamicLayer()
+    mine, theirs = AppendLayer(), DynamicLayer()
     k, v = tokens(4)
     assert_same_update(mine, theirs, k.bfloat16(), v.bfloat16())
     assert_same_update(mine, theirs, *tokens(2))
@@ -163,7 +161,7 @@ def growing(layer: Any) -> tuple[AppendBuffer, ...]:
 
 
 def test_a_crop_does_not_bring_back_what_was_forgotten() -> None:
-    layer, (k, v) = GrowingLayer(), tokens(6)
+    layer, (k, v) = AppendLayer(), tokens(6)
     layer.update(k, v)
     layer.crop(-2)
     new = tokens(1)
@@ -171,7 +169,7 @@ def test_a_crop_does_not_bring_back_what_was_forgotten() -> None:
 
 
 def test_gradients_flow_through_the_cache() -> None:
-    layer, first, second = GrowingLayer(), *(tokens(3)[0].requires_grad_() for _ in range(2))
+    layer, first, second = AppendLayer(), *(tokens(3)[0].requires_grad_() for _ in range(2))
     layer.update(first, first)
     keys, _ = layer.update(second, second)
     keys.sum().backward()
@@ -179,7 +177,7 @@ def test_gradients_flow_through_the_cache() -> None:
 
 
 def test_gradients_flow_behind_tokens_without() -> None:
-    layer, new = GrowingLayer(), tokens(1)[0].requires_grad_()
+    layer, new = AppendLayer(), tokens(1)[0].requires_grad_()
     for _ in range(3):
         layer.update(tokens(1)[0], tokens(1)[0])
     sum(layer.update(new, new)[0].square().sum() for _ in range(2)).backward()
@@ -231,12 +229,12 @@ def test_a_model_reads_a_cache_in_int8() -> None:
             return torch.cat([model(part, past_key_values=cache).logits for part in ids.split([7, 1, 1, 3], 1)], 1)
 
     exact, cache = logits("qkv", QKVCache(config)), QKVCache(config, dtype=torch.int8)
-    with mock.patch.object(Int8Tensor, "dense", side_effect=AssertionError("written out")):
+    with mock.patch.object(Int8Tensor, "materialize", side_effect=AssertionError("materialized")):
         rounded = logits("qkv", cache)
     assert cache.layers[0].keys.codes.dtype == torch.int8
     assert 0 < (rounded - exact).norm() / exact.norm() < 0.02
     torch.testing.assert_close(logits("sdpa", QKVCache(config, dtype=torch.int8)), rounded, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match=r"must be torch\.int8, or None for that of the model; got torch\.float16"):
+    with pytest.raises(ValueError, match=r"must be torch\.int8 or None \(the model's dtype\); got torch\.float16"):
         QKVCache(config, dtype=torch.float16)
 
 
@@ -256,7 +254,7 @@ def test_a_model_writes_the_same_text_on_either_cache(monkeypatch: pytest.Monkey
     model = transformers.Gemma3ForCausalLM(config).eval()
     ids = torch.randint(3, 97, (2, 9))
     cache = QKVCache(config)
-    assert [type(layer) for layer in cache.layers] == [SlidingLayer, GrowingLayer, SlidingLayer]
+    assert [type(layer) for layer in cache.layers] == [SlidingLayer, AppendLayer, SlidingLayer]
     for options in ({}, {"num_beams": 3}):
         want = model.generate(ids, max_new_tokens=20, do_sample=False, **options)
         got = model.generate(ids, max_new_tokens=20, do_sample=False, past_key_values=QKVCache(config), **options)
@@ -271,4 +269,4 @@ def test_a_model_writes_the_same_text_on_either_cache(monkeypatch: pytest.Monkey
     integration.register(cache=torch.int8)
     assert [type(layer) for layer in DynamicCache(config=config).layers] == [SlidingLayer, Int8Layer, SlidingLayer]
     integration.register(cache=True)
-    assert [type(layer) for layer in DynamicCache(config=config).layers] == [SlidingLayer, GrowingLayer, SlidingLayer]
+    assert [type(layer) for layer in DynamicCache(config=config).layers] == [SlidingLayer, AppendLayer, SlidingLayer]

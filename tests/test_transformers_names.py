@@ -6,9 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("transformers")
-
 import transformers
 from transformers import masking_utils
 
@@ -29,9 +26,9 @@ def hidden(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     """Hides a name of transformers' masks from us, and from nobody else."""
     shown = {name: value for name, value in vars(masking_utils).items() if name != request.param}
     monkeypatch.setattr(transformers, "masking_utils", types.SimpleNamespace(**shown))
-    masks._kinds.cache_clear()
+    masks._closure_kinds.cache_clear()
     yield request.param
-    masks._kinds.cache_clear()
+    masks._closure_kinds.cache_clear()
 
 
 @pytest.mark.parametrize("positions", [None, [*range(8), *range(11)]], ids=["one text", "packed texts"])
@@ -61,9 +58,9 @@ def test_a_parameter_of_another_name_is_not_guessed() -> None:
         return lambda batch, head, query, key: query - key < width
 
     window = other(3)
-    masks._kinds.cache_clear()
+    masks._closure_kinds.cache_clear()
     try:
-        masks._kinds()[window.__code__] = "window"
-        assert masks.recognise(window, range(7)) is None
+        masks._closure_kinds()[window.__code__] = "window"
+        assert masks.recognise_mask(window, range(7)) is None
     finally:
-        masks._kinds.cache_clear()
+        masks._closure_kinds.cache_clear()

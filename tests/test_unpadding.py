@@ -13,9 +13,6 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor, nn
-
-pytest.importorskip("transformers")
-
 from transformers.masking_utils import bidirectional_mask_function
 from unpadding import IDS, LEFT, LENGTHS, PACKED, PADDED, RIGHT, bert, build, hidden, llama, modern, tokens_seen
 
@@ -282,14 +279,14 @@ def test_a_compiled_model() -> None:
 @pytest.mark.parametrize(
     ("make", "name"),
     [
-        (lambda: nn.Linear(2, 2), "got Linear, which holds none"),
+        (lambda: nn.Linear(2, 2), "got Linear, which contains none"),
         (lambda: build("t5", d_model=32, d_kv=8, d_ff=16), "got T5Model, T5Stack"),
         (lambda: build("deepseek_v32", intermediate_size=16, moe_intermediate_size=16, n_routed_experts=4), "got Deep"),
     ],
     ids=["no model", "a bias of positions", "an indexer"],
 )
 def test_models_without_such_layers(make: Any, name: str) -> None:
-    with pytest.raises(ValueError, match=f"unpad: model must .* tokens meet in attention alone; {name}"):
+    with pytest.raises(ValueError, match=f"unpad: model must .* mix tokens only in attention; {name}"):
         unpad(make())
 
 

@@ -4,11 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-
-pytest.importorskip("transformers")
-
 import transformers
+from torch import Tensor, nn
 from transformers.masking_utils import causal_mask_function
 from unpadding import PACKED, PADDED, RIGHT, bert, hidden, llama, tokens_seen
 

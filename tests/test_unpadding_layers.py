@@ -5,11 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-
-pytest.importorskip("transformers")
-
 import transformers
+from torch import Tensor, nn
 from unpadding import IDS, LEFT, PACKED, PADDED, RIGHT, bert, hidden, llama, tokens_seen
 
 from qkv import kernels
@@ -57,8 +54,8 @@ ORDERS: dict[str, tuple[Callable[[list[nn.Module]], list[nn.Module]], int]] = {
 @pytest.mark.parametrize("make", [bert, llama])
 def test_layers_in_any_number_and_order(make: Any, order: str, when: str) -> None:
     choose, count = ORDERS[order]
-    stock, model = make(), make()
-    set_layers(stock, choose([*layers(stock)]))
+    reference, model = make(), make()
+    set_layers(reference, choose([*layers(reference)]))
     if when == "after":
         unpad(model)
     set_layers(model, choose([*layers(model)]))
@@ -67,18 +64,18 @@ def test_layers_in_any_number_and_order(make: Any, order: str, when: str) -> Non
     with torch.no_grad(), tokens_seen() as seen:
         got = hidden(model, RIGHT, use_cache=False)
     assert seen == [PACKED] * count
-    close(got, hidden(stock, RIGHT, use_cache=False))
+    close(got, hidden(reference, RIGHT, use_cache=False))
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_a_configuration_of_fewer_layers(count: int) -> None:
-    stock, model = llama(), unpad(llama())
-    for each in (stock, model):
+    reference, model = llama(), unpad(llama())
+    for each in (reference, model):
         each.config.num_hidden_layers = count
     with torch.no_grad(), tokens_seen() as seen:
         got = hidden(model, LEFT, use_cache=False)
     assert seen == [PACKED] * count
-    close(got, hidden(stock, LEFT, use_cache=False), LEFT)
+    close(got, hidden(reference, LEFT, use_cache=False), LEFT)
 
 
 def test_layers_left_out_at_random() -> None:
@@ -114,14 +111,14 @@ def test_an_early_exit() -> None:
         raise Enough
 
     found: list[Tensor] = []
-    stock, model = bert(), unpad(bert())
-    for each in (stock, model):
+    reference, model = bert(), unpad(bert())
+    for each in (reference, model):
         handle = each.encoder.layer[1].register_forward_hook(leave)
         with pytest.raises(Enough):
             hidden(each, RIGHT)
         handle.remove()
     close(found[1], found[0])
-    close(hidden(model, RIGHT), hidden(stock, RIGHT))
+    close(hidden(model, RIGHT), hidden(reference, RIGHT))
     assert not unpadding._calls.packed
 
 
@@ -232,14 +229,14 @@ def set_part(model: Any, module: nn.Module) -> None:
 @pytest.mark.parametrize("name", INTERVENTIONS)
 @pytest.mark.parametrize("make", [bert, llama])
 def test_whoever_intervenes_sees_the_padded_batch(make: Any, name: str, when: str) -> None:
-    stock, model = make(), make()
-    INTERVENTIONS[name](stock)
+    reference, model = make(), make()
+    INTERVENTIONS[name](reference)
     for step in ("before", "after"):
         if step == when:
             INTERVENTIONS[name](model)
         elif step == "before" or when == "before":
             unpad(model)
-    want = hidden(stock, RIGHT, use_cache=False)
+    want = hidden(reference, RIGHT, use_cache=False)
     with tokens_seen() as seen:
         got = hidden(model, RIGHT, use_cache=False)
     assert len(seen) == 3 and seen.count(PACKED) in (2, 3)
@@ -249,24 +246,24 @@ def test_whoever_intervenes_sees_the_padded_batch(make: Any, name: str, when: st
 @pytest.mark.parametrize("name", REPLACEMENTS)
 @pytest.mark.parametrize("make", [bert, llama])
 def test_whatever_takes_the_place_of_a_module_sees_the_padded_batch(make: Any, name: str) -> None:
-    stock, model = make(), unpad(make())
-    for each in (stock, model):
+    reference, model = make(), unpad(make())
+    for each in (reference, model):
         REPLACEMENTS[name](each)
-    want = hidden(stock, RIGHT, use_cache=False)
+    want = hidden(reference, RIGHT, use_cache=False)
     with tokens_seen() as seen:
         got = hidden(model, RIGHT, use_cache=False)
     assert len(seen) == 3 and seen.count(PACKED) in (2, 3)
     close(got, want)
     with pytest.raises(ValueError, match=r"unpad: model must .*; got "):
-        unpad(stock)  # what a stranger does with padding is not known
+        unpad(reference)  # what a stranger does with padding is not known
 
 
 @pytest.mark.parametrize("where", ["layer", "part"])
 @pytest.mark.parametrize("kind", ["full", "pre"])
 def test_backward_hooks_see_the_gradients_of_the_padded_batch(where: str, kind: str) -> None:
-    stock, model = bert(), unpad(bert())
+    reference, model = bert(), unpad(bert())
     found: list[list[Tensor]] = []
-    for each in (stock, model):
+    for each in (reference, model):
         seen: list[Tensor] = []
         found.append(seen)
         module = each.encoder.layer[1] if where == "layer" else part(each)

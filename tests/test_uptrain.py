@@ -14,7 +14,6 @@ from convert import models
 
 from qkv.convert import convert_checkpoint
 
-pytest.importorskip("accelerate")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers' own making
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "uptrain.py"
@@ -141,13 +140,16 @@ def test_the_clock_is_counted_in_steps_once(uptrain, place, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": "none"}, r"none must be a folder with a model, and has no config\.json\."),
-        ({"model": "bare"}, r"bare must hold the tokenizer of the model; transformers says: "),
-        ({"text": "none.txt"}, r"none\.txt must be a text in UTF-8: .*No such file"),
-        ({"text": "bytes.txt"}, r"bytes\.txt must be a text in UTF-8: .*invalid start byte"),
-        ({"text": "short.txt"}, r"short\.txt must have at least two blocks of 16 tokens; it has 31 tokens\."),
-        ({"out": "original"}, r"original must be a new folder, or one of a run that was interrupted"),
-        ({"out": "other"}, r"other is of a run with another learning_rate, batch; give the same, or another folder\."),
+        ({"model": "none"}, r"none is not a model: it contains no config\.json\."),
+        ({"model": "bare"}, r"bare must contain the model's tokenizer; transformers says: "),
+        ({"text": "none.txt"}, r"none\.txt must be a UTF-8 text: .*No such file"),
+        ({"text": "bytes.txt"}, r"bytes\.txt must be a UTF-8 text: .*invalid start byte"),
+        ({"text": "short.txt"}, r"short\.txt must have at least two blocks of 16 tokens; got 31 tokens\."),
+        ({"out": "original"}, r"original must be a new or empty folder, or that of an interrupted run"),
+        (
+            {"out": "other"},
+            r"other belongs to a run with another learning_rate, batch\. Give the same options, or another folder\.",
+        ),
     ],
 )
 def test_what_is_refused(uptrain, place, change, message):
@@ -165,9 +167,9 @@ def test_what_is_refused(uptrain, place, change, message):
 @pytest.mark.parametrize(
     ("document", "message"),
     [
-        (None, r"must be a folder with a model, and has no config\.json"),
-        ("{}", "must hold a model; transformers says: "),
-        ('{"model_type": "t5"}', "must hold a causal language model, one that continues a text; it is t5"),
+        (None, r"is not a model: it contains no config\.json"),
+        ("{}", "must contain a model; transformers says: "),
+        ('{"model_type": "t5"}', "must contain a causal language model; got t5"),
     ],
 )
 def test_original_is_looked_at_before_a_folder_is_made(uptrain, place, tmp_path, document, message):

@@ -1,5 +1,6 @@
 """torch's `varlen_attn` on a CPU, compared with flash-attn's reference and with torch's signature."""
 
+import importlib.util
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -28,6 +29,10 @@ from qkv.integrations.torch.varlen import AuxRequest, varlen_attn
 WHERE = (starts(QUERY_LENGTHS), starts(KEY_LENGTHS), max(QUERY_LENGTHS), max(KEY_LENGTHS))
 WINDOWS = [(-1, -1), (-1, 0), (3, 0), (2, 1), (-1, 2), (1, -1), (0, 0), (100, 100)]
 USED = [2, 4, 0, 1, 0, 8]
+
+of_torch = pytest.mark.skipif(
+    importlib.util.find_spec("torch.nn.attention.varlen") is None, reason="this torch has no varlen_attn"
+)
 
 
 def split_ref(lengths: list[int], used: list[int], **options: Any) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -86,16 +91,20 @@ def test_keys_in_pages_are_read_in_order(window: tuple[int, int], page_size: int
             assert_within_budget(*three, what)
 
 
+@of_torch
 def test_aux_request_of_torch_and_num_splits() -> None:
-    theirs = pytest.importorskip("torch.nn.attention.varlen")
+    import torch.nn.attention.varlen as theirs
+
     tensors = packed(torch.float32)
     out, lse = varlen_attn(*tensors, *WHERE, enable_gqa=True, return_aux=theirs.AuxRequest(lse=True), num_splits=1)
     assert out.shape == (sum(QUERY_LENGTHS), HEADS, WIDTH - 3) and lse.shape == (HEADS, sum(QUERY_LENGTHS))
     assert torch.equal(varlen_attn(*tensors, *WHERE, enable_gqa=True, return_aux=AuxRequest()), out)
 
 
+@of_torch
 def test_the_signature_is_that_of_torch() -> None:
-    theirs = pytest.importorskip("torch.nn.attention.varlen")
+    import torch.nn.attention.varlen as theirs
+
     bare = [
         [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
         for function in (varlen_attn, theirs.varlen_attn)

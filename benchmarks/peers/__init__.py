@@ -1,4 +1,4 @@
-"""The libraries that qkv is measured against, each called as well as it can be. `PEERS` lists them."""
+"""`PEERS`: the libraries that qkv is measured against, each with its fastest arguments."""
 
 from types import ModuleType
 from typing import Protocol, cast
@@ -8,11 +8,11 @@ from case import Case
 from torch import Tensor
 
 from peers import flex, onnx_runtime, openvino_sdpa, torch_sdpa
-from qkv.bench.attention_call import Call
+from qkv.bench.attention_call import PreparedCall
 
 
 class Peer(Protocol):
-    """What a module of a peer gives."""
+    """The interface of a peer's module."""
 
     NAME: str
 
@@ -20,8 +20,8 @@ class Peer(Protocol):
         """Why the peer is not measured on a case, or None where it is."""
         ...
 
-    def prepare(self, case: Case, dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor) -> Call:
-        """The call to be measured. What a user does once, such as compiling, is done here."""
+    def prepare(self, case: Case, dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor) -> PreparedCall:
+        """The call to measure. One-time work, such as compiling, is done here."""
         ...
 
 

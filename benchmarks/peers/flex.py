@@ -5,7 +5,7 @@ from case import Case
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from qkv.bench.attention_call import Call
+from qkv.bench.attention_call import PreparedCall
 
 NAME = "flex"
 
@@ -15,9 +15,9 @@ def why_not(case: Case, dtype: torch.dtype) -> str | None:
     return "has no backward on CPU" if case.backward else None
 
 
-def prepare(case: Case, dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor) -> Call:
+def prepare(case: Case, dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor) -> PreparedCall:
     """See `Peer`."""
-    # Without this, the compiler gives up on the ninth shape and runs the formula with all scores in memory.
+    # Without this, torch.compile falls back to eager at the ninth shape, with all scores in memory.
     torch.compiler.reset()
     compiled = torch.compile(flex_attention, dynamic=False)
     block_mask = _block_mask(case)
@@ -26,7 +26,7 @@ def prepare(case: Case, dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor) -> 
 
 
 def _block_mask(case: Case) -> BlockMask | None:
-    """Causal, with a window where there is one, or packed; a decoding step sees all keys without one."""
+    """A causal, windowed or packed mask; None where all keys are visible, as in a decoding step."""
     if case.mask == "full" or case.is_decoding:
         return None
     offset, window = case.offset, case.lk if case.window is None else case.window

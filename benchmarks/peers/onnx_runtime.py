@@ -1,4 +1,4 @@
-"""onnxruntime's GroupQueryAttention, in a model of this one node."""
+"""onnxruntime's GroupQueryAttention, in a model with this single node."""
 
 import importlib.util
 from typing import Any
@@ -7,13 +7,13 @@ import torch
 from case import Case
 from torch import Tensor
 
-from qkv.bench.attention_call import Call
+from qkv.bench.attention_call import PreparedCall
 
 NAME = "onnxruntime"
 
 DTYPES = {torch.float32: "FLOAT", torch.float16: "FLOAT16"}
-MOST_SCORES = 8192**2
-"""Of one head. A window saves it nothing: it computes and masks all scores."""
+MAX_SCORES = 8192**2
+"""Of one head. Windows do not save work: all scores are computed and masked."""
 
 
 def why_not(case: Case, dtype: torch.dtype) -> str | None:
@@ -27,12 +27,12 @@ def why_not(case: Case, dtype: torch.dtype) -> str | None:
         return "has no bf16 on CPU"
     if case.mask != "causal":
         return "is always causal"
-    if case.lq * case.lk > MOST_SCORES:
-        return f"keeps or computes all scores of {case.lq} queries, and is not waited for"
+    if case.lq * case.lk > MAX_SCORES:
+        return f"computes all scores of {case.lq} queries, which takes too long"
     return None
 
 
-def prepare(case: Case, dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor) -> Call:
+def prepare(case: Case, dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor) -> PreparedCall:
     """See `Peer`."""
     import onnxruntime
 
@@ -53,7 +53,7 @@ def prepare(case: Case, dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor) -> 
         "seqlens_k": torch.full((case.batch,), case.lk - 1, dtype=torch.int32),
         "total_sequence_length": torch.tensor([case.lk], dtype=torch.int32),
     }
-    # One buffer is both the cache that is read and the cache that is written: then nothing old is copied.
+    # The same buffer is input and output cache, so that old entries are not copied.
     caches = {"key": k.clone(), "value": v.clone()}
     output = torch.empty_like(inputs["query"])
     for name, tensor in inputs.items():
@@ -64,7 +64,7 @@ def prepare(case: Case, dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor) -> 
     bind("output", output, is_output=True)
     as_heads = output.unflatten(2, (case.heads, case.head_dim)).transpose(1, 2)
 
-    # The binding holds addresses alone, so that the call keeps what stands at them.
+    # The binding holds only addresses, so the call keeps the tensors alive.
     def run(kept_alive: object = (inputs, caches)) -> tuple[Tensor, ...]:
         session.run_with_iobinding(binding)
         return (as_heads,)
@@ -73,7 +73,7 @@ def prepare(case: Case, dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor) -> 
 
 
 def _tokens_of_heads(x: Tensor) -> Tensor:
-    """From (B, H, L, D) to (B, L, H * D)."""
+    """Converts ``(B, H, L, D)`` to ``(B, L, H * D)``."""
     return x.transpose(1, 2).flatten(2).contiguous()
 
 

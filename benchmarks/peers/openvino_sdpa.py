@@ -1,4 +1,4 @@
-"""OpenVINO's ScaledDotProductAttention, in a model of this one node."""
+"""OpenVINO's ScaledDotProductAttention, in a model with this single node."""
 
 import importlib.util
 
@@ -6,7 +6,7 @@ import torch
 from case import Case
 from torch import Tensor
 
-from qkv.bench.attention_call import Call
+from qkv.bench.attention_call import PreparedCall
 
 NAME = "openvino"
 
@@ -22,17 +22,17 @@ def why_not(case: Case, dtype: torch.dtype) -> str | None:
     if dtype not in PRECISIONS:
         return "computes fp16 in another precision on CPU"
     if case.heads != case.kv_heads:
-        return "takes as many KV heads as query heads in this operation"
+        return "requires as many KV heads as query heads in this operation"
     if case.window is not None or case.mask in ("padding", "packed"):
         return "has no windows, padding or packed texts in this operation"
     if case.is_decoding:
-        return "decodes from a cache that its model holds, with another operation"
+        return "uses another operation for decoding, with a cache inside the model"
     if case.mask == "causal" and case.lq != case.lk:
         return "aligns causal masks top-left"
     return None
 
 
-def prepare(case: Case, dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor) -> Call:
+def prepare(case: Case, dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor) -> PreparedCall:
     """See `Peer`."""
     import openvino
     from openvino import opset13

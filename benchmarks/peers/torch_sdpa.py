@@ -4,21 +4,21 @@ import torch
 from case import Case
 from torch import Tensor
 
-from qkv.bench.attention_call import Call, torch_call
+from qkv.bench.attention_call import PreparedCall, torch_call
 
 NAME = "torch"
 
-MOST_SCORES = 8192**2
-"""Of one head. A window saves torch nothing: it computes and masks all scores."""
+MAX_SCORES = 8192**2
+"""Of one head. Windows do not save work: torch computes and masks all scores."""
 
 
 def why_not(case: Case, dtype: torch.dtype) -> str | None:
     """See `Peer`."""
-    if case.window is not None and case.lq * case.lk > MOST_SCORES:
-        return f"is quadratic in a window of {case.lq} queries, and not waited for"
+    if case.window is not None and case.lq * case.lk > MAX_SCORES:
+        return f"computes all scores of {case.lq} queries despite the window, which takes too long"
     return None
 
 
-def prepare(case: Case, dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor) -> Call:
+def prepare(case: Case, dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor) -> PreparedCall:
     """See `Peer`."""
     return torch_call(q, k, v, case.as_mask(), case.offset)

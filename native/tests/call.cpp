@@ -1,5 +1,6 @@
 #include "call.h"
 
+#include <map>
 #include <sstream>
 
 #include "library.h"
@@ -7,6 +8,20 @@
 namespace qkv {
 
 namespace {
+
+// Whether the instruction set that runs is this one, or extends it.
+bool runs(const std::string& wanted) {
+#define ISA(name, base, ...) {#name, #base},
+#define ISA_X86 ISA
+    static const std::map<std::string, std::string> bases = {
+#include "abi/isas.def"
+    };
+#undef ISA_X86
+#undef ISA
+    for (std::string isa = qkv_isa(); bases.count(isa); isa = bases.at(isa))
+        if (isa == wanted) return true;
+    return false;
+}
 
 // A matrix (batch, head, query, key) that is stored but once where it broadcasts.
 Tensor matrix(const Case& c, const std::optional<Broadcast>& broadcast, Dtype dtype) {
@@ -168,14 +183,13 @@ void Call::backward() const { require(qkv_backward(&problem, &gradients) == 0, c
 void Call::check(const std::vector<bool>& kept) const {
     // Pairs of bf16 are multiplied as such, and int8 by numbers of 16 bits; for many rows, int8 is rounded to the dtype
     // of queries first. Everything else is in fp32.
-    const std::string isa = qkv_isa();
-    const bool few = c.lq == 1 && c.group <= (isa == "generic" ? 4 : 8), fixed = isa != "generic" && isa != "avx2";
+    const bool few = c.lq == 1 && c.group <= (runs("avx2") ? 8 : 4), fixed = runs("avx512");
     Roundoff roundoff;
     if (c.int8 && few)
         roundoff.steps = fixed && c.dtype != Dtype::f32 ? 0.51 / 32767 : 0;
     else if (c.int8)
         roundoff.keys = format_of(c.dtype).roundoff;
-    if ((isa == "avx512bf16" || isa == "amx") && c.dtype == Dtype::bf16 && !(c.int8 && few))
+    if (runs("avx512bf16") && c.dtype == Dtype::bf16 && !(c.int8 && few))
         roundoff.weights = format_of(c.dtype).roundoff;
     const Expected want = expect(problem, c.int8 ? nullptr : &gradients, kept, roundoff);
     try {

@@ -1,4 +1,4 @@
-// The library's face, as a program that links it declares it.
+// The library's interface, as a program that links it declares it.
 #pragma once
 
 #include "abi/sequences.h"

@@ -1,4 +1,4 @@
-// Runs all tests, or those whose names hold the first argument, on the instruction set that the library chooses.
+// Runs all tests, or those whose names contain the first argument, on the instruction set that the library chooses.
 #include <cstdio>
 
 #include "check.h"
@@ -12,7 +12,7 @@ int main(int count, char** arguments) {
     }
     if (qkv_problem_size() != sizeof(qkv::Problem) || qkv_gradients_size() != sizeof(qkv::Gradients) ||
         qkv_quantization_size() != sizeof(qkv::Quantization) || qkv_sequences_size() != sizeof(qkv::Sequences)) {
-        std::puts("the library is of another version than these tests: build it anew");
+        std::puts("the library is of another version than these tests: rebuild it");
         return 1;
     }
     int passed = 0, failed = 0;

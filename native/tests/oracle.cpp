@@ -9,7 +9,7 @@ namespace {
 constexpr double U = 0x1p-24;       // roundoff of fp32
 constexpr double LEAST = 0x1p-126;  // weights below may be 0
 
-typedef std::vector<double> Row;
+using Row = std::vector<double>;
 
 // All rows of a tensor, in the order (batch, head, row), each times its scale if it has one.
 std::vector<Row> read(const Problem& p, Dtype dtype, const View& view, int64_t heads, int64_t rows, int64_t width,

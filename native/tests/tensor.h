@@ -1,4 +1,4 @@
-// Tensors of heads in any layout, surrounded by poison.
+// Tensors of heads in any layout, surrounded by NaN.
 #pragma once
 
 #include <functional>

@@ -1,7 +1,7 @@
-"""The command `qkv`, outside of the package: importing that imports torch, and Ctrl-C shall not wait for it."""
+"""The command `qkv`, outside of the package: importing `qkv` imports torch, and Ctrl-C must work meanwhile."""
 
 INTERRUPTED = 130
-"""What shells report for Ctrl-C."""
+"""Exit code for Ctrl-C, as in shells."""
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""What fewer key/value heads save: the time of a decoding step, and the bytes of the cache."""
+"""`decoding`: time of a decoding step and size of the KV cache, by number of key/value heads."""
 
 from functools import partial
 from typing import TypedDict
@@ -12,7 +12,7 @@ from qkv.bench.timing import interleaved
 
 
 class Step(TypedDict):
-    """The median and the quartiles of its time, and what a token weighs in the caches."""
+    """A decoding step: median and quartiles of its time, and cache bytes per token over all layers."""
 
     median_us: float
     low_us: float
@@ -22,7 +22,7 @@ class Step(TypedDict):
 
 @torch.no_grad()
 def decoding(settings: Settings) -> dict[str, Step]:
-    """A step of all attention layers in fp32, by the number of key/value heads; the values cached do not matter."""
+    """Measures a step of all attention layers in fp32 on random caches, for each number of key/value heads."""
     original = LanguageModel(settings)
     x = torch.randn(1, 1, settings.width)
 
@@ -42,7 +42,7 @@ def decoding(settings: Settings) -> dict[str, Step]:
 
 
 def _filled(heads: int, settings: Settings) -> qkv.KVCache:
-    """A cache with room for one token more."""
+    """A cache with ``context`` tokens and capacity for one more."""
     cache = qkv.KVCache(capacity=settings.context + 1)
     keys = torch.randn(1, heads, settings.context, settings.head_dim)
     cache.append(keys, keys)

@@ -1,4 +1,4 @@
-"""A small causal language model of our layers, and its conversion to fewer key/value heads."""
+"""A small causal language model of `qkv` layers, and its conversion to fewer key/value heads."""
 
 from copy import deepcopy
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import qkv
 from qkv.convert import convert_layer
-from qkv.convert.heads.pooling import Method
+from qkv.convert.heads.pooling import ConversionMethod
 
 
 class Block(nn.Module):
@@ -33,7 +33,7 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """A decoder whose embedding is also its output."""
+    """A decoder with tied input and output embeddings."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__()
@@ -44,21 +44,21 @@ class LanguageModel(nn.Module):
         nn.init.normal_(self.embedding.weight, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """The scores ``(B, L, vocabulary)`` of the next tokens."""
+        """The logits ``(B, L, vocabulary)``."""
         return F.linear(self.norm(self.blocks(self.embedding(tokens))), self.embedding.weight)
 
     @property
     def attentions(self) -> list[qkv.Attention]:
-        """The layers that a conversion changes."""
+        """The attention layers."""
         return [block.attention for block in self.blocks if isinstance(block, Block)]
 
 
-def converted(model: LanguageModel, num_kv_heads: int, how: Method, seed: int) -> LanguageModel:
+def converted(model: LanguageModel, num_kv_heads: int, how: ConversionMethod, seed: int) -> LanguageModel:
     """A copy of the model with ``num_kv_heads`` in every layer."""
     model = deepcopy(model)
     for number, block in enumerate(model.blocks):
         assert isinstance(block, Block)
-        # Each layer draws with seeds of its own: convert_layer counts on from the one that it is given.
+        # Seeds differ by 10 between layers, since convert_layer uses consecutive ones.
         own_seed, gain = 1000 * seed + 10 * number, block.attention_norm.weight.detach()
         block.attention = convert_layer(block.attention, num_kv_heads, how=how, seed=own_seed, gain=gain)
     return model

@@ -1,4 +1,4 @@
-"""The page of the study and its figure, from what was measured."""
+"""Writes the page of the study and its figure from the results."""
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise, product
@@ -7,7 +7,7 @@ from statistics import mean
 from typing import Any
 
 import matplotlib.pyplot as plt
-from findings import SUPPOSED, Findings, of, verdict
+from findings import PAPER_ORDER, Findings, of, verdict
 
 from qkv.models.kv_cache_size import readable_bytes
 
@@ -28,7 +28,7 @@ plt.rcParams.update(
 
 
 def write(results: dict[str, Any], folder: Path) -> None:
-    """Writes the figure, and the page below what people wrote of it."""
+    """Writes the figure, and the part of the page below START."""
     findings = Findings(results)
     draw(findings, folder / FIGURE)
     page = folder / "README.md"
@@ -38,9 +38,9 @@ def write(results: dict[str, Any], folder: Path) -> None:
 
 
 def draw(findings: Findings, path: Path) -> None:
-    """The gaps over uptraining: a panel for each number of heads, a line for each method, its spread over the seeds."""
+    """Plots gaps over uptraining: one panel per number of heads, one line per method with its range over seeds."""
     percents = findings.percents
-    useless = [findings.pairs_loss - mean(findings.multi_head_loss(percent)) for percent in percents]
+    bigram = [findings.bigram_loss - mean(findings.multi_head_loss(percent)) for percent in percents]
     figure, panels = plt.subplots(
         1, len(findings.num_kv_heads), figsize=(10, 4), sharey=True, layout="constrained", squeeze=False
     )
@@ -52,8 +52,8 @@ def draw(findings: Findings, path: Path) -> None:
             panel.fill_between(
                 percents, list(map(min, gaps)), list(map(max, gaps)), color=colour, alpha=0.2, linewidth=0
             )
-        panel.plot(percents, useless, color="black", linewidth=0.8, linestyle=":", label="counted pairs of tokens")
-        # A converted model may do better than the multi-head model, which a logarithm could not show.
+        panel.plot(percents, bigram, color="black", linewidth=0.8, linestyle=":", label="bigram model")
+        # symlog, since gaps can be negative.
         panel.set_yscale("symlog", linthresh=0.01)
         panel.yaxis.set_major_formatter("{x:g}")
         panel.set_title("1 KV head" if heads == 1 else f"{heads} KV heads")
@@ -66,39 +66,39 @@ def draw(findings: Findings, path: Path) -> None:
 
 
 def sizes(results: dict[str, Any]) -> str:
-    """What was trained, in a paragraph."""
+    """The sizes of model and training, in a paragraph."""
     s, text = results["settings"], results["text"]
     tokens = s["steps"] * s["batch"] * s["length"]
     return (
         f"## What was trained\n\n{len(s['seeds'])} seeds; {s['num_layers']} layers of {s['num_heads']} heads of width "
         f"{s['head_dim']}, {s['vocabulary']} tokens of vocabulary; {s['steps']:,} steps of {s['batch']} sequences of "
         f"{s['length']} tokens, which is {tokens / text['train_tokens']:.1f} times the {text['train_tokens']:,} tokens "
-        f"of the training text. {text['held_out_tokens']:,} tokens are held out. The loss is in nats a token; brackets "
-        "hold the least and the most over the seeds."
+        f"of the training text. {text['held_out_tokens']:,} tokens are held out. Losses are in nats per token, "
+        "with minimum and maximum over the seeds in brackets."
     )
 
 
 def answers(findings: Findings) -> str:
-    """The paper's claims and what was found, claim by claim."""
-    parts = ["## What the paper says, and what came out", *methods(findings), *at_once(findings), *uptraining(findings)]
+    """The paper's claims and our results, claim by claim."""
+    parts = ["## The paper's claims, and our results", *methods(findings), *at_once(findings), *uptraining(findings)]
     return "\n\n".join(parts)
 
 
 def methods(findings: Findings) -> list[str]:
-    """Which method is better."""
-    after, order = findings.percents[1], " < ".join(SUPPOSED)
-    every, own_case = findings.better(SUPPOSED, after), findings.better(SUPPOSED, after, [1])
-    orders = [*pairwise(SUPPOSED), SUPPOSED, ("aligned", "mean")]
+    """Compares the pooling methods."""
+    after, order = findings.percents[1], " < ".join(PAPER_ORDER)
+    every, own_case = findings.better(PAPER_ORDER, after), findings.better(PAPER_ORDER, after, [1])
+    orders = [*pairwise(PAPER_ORDER), PAPER_ORDER, ("aligned", "mean")]
     rows = ([" < ".join(o), *(of(findings.better(o, percent)) for percent in findings.percents)] for o in orders)
     words = (
         f"**{order}?** {verdict(every)} comparisons of losses after {after}% of uptraining, one for each seed and "
-        f"number of KV heads. The paper compares the methods for multi-query attention: there in {of(own_case)} seeds."
+        f"number of KV heads. For multi-query attention, the case of the paper: in {of(own_case)} seeds."
     )
     return [words, table(["loss", *titles(findings)], rows)]
 
 
 def at_once(findings: Findings) -> list[str]:
-    """What works without uptraining."""
+    """Evaluates models without uptraining."""
     first, after = findings.percents[:2]
 
     def works(heads: int, percent: int) -> list[bool]:
@@ -107,16 +107,16 @@ def at_once(findings: Findings) -> list[str]:
     grouped = [each for heads in findings.num_kv_heads if heads > 1 for each in works(heads, first)]
     only_later = [later and not now for now, later in zip(works(1, first), works(1, after), strict=True)]
     words = (
-        f"**Does grouped-query attention work at once?** {verdict(grouped)} comparisons. A model works, we say, if it "
-        "keeps more than half of what the multi-head model gains over counted pairs of tokens, whose loss is "
-        f"{findings.pairs_loss:.3f}. **And multi-query attention after {after}% only?** {verdict(only_later)} seeds. "
-        "Both are about mean pooling. Of that gain is kept (less than nothing is worse than counted pairs):"
+        f"**Does grouped-query attention work at once?** {verdict(grouped)} comparisons. A model counts as working "
+        "if it keeps more than half of the multi-head model's advantage over a bigram model, whose loss is "
+        f"{findings.bigram_loss:.3f}. **And multi-query attention after {after}% only?** {verdict(only_later)} seeds. "
+        "Both are for mean pooling. Share of the advantage that is kept (negative: worse than the bigram model):"
     )
     return [words, by_percent(findings, ("mean", "aligned"), findings.kept, "{:.0%}")]
 
 
 def uptraining(findings: Findings) -> list[str]:
-    """What a little training gives back."""
+    """Evaluates how much uptraining recovers."""
     after, later = findings.percents[1:]
     shares = [
         share
@@ -125,29 +125,29 @@ def uptraining(findings: Findings) -> list[str]:
     ]
     words = (
         f"**Does {after}% close most of the gap?** {verdict([share > 0.5 for share, _ in shares])} comparisons: more "
-        "than half of the gap that mean pooling leaves to the multi-head model after as much more training. **Do the "
+        "than half of the gap between mean pooling and the equally trained multi-head model. **Do the "
         f"next {later - after}% add less?** {verdict([both - share < share for share, both in shares])} comparisons. "
-        "Of the gap is closed:"
+        "Share of the gap that is closed:"
     )
     return [words, by_percent(findings, ("mean", "aligned"), findings.closed, "{:.0%}")]
 
 
 def numbers(findings: Findings) -> str:
-    """Every loss, and its gap to the multi-head model."""
+    """All losses, and all gaps to the multi-head model."""
     multi_head = [str(findings.multi_head), "-", *(spread(findings.multi_head_loss(p)) for p in findings.percents)]
     return "\n\n".join(
         [
             f"## All losses\n\n![Gaps over uptraining]({FIGURE})",
-            f"Losses; {findings.multi_head} KV heads are the multi-head model itself, trained on:",
+            f"Losses; {findings.multi_head} KV heads: the multi-head model, trained for as many additional steps.",
             by_percent(findings, findings.methods, findings.loss, first=[multi_head]),
-            "Gaps to the multi-head model of the same seed after as much more training:",
+            "Gaps to the equally trained multi-head model of the same seed:",
             by_percent(findings, findings.methods, findings.gap),
         ]
     )
 
 
 def speed(results: dict[str, Any]) -> str:
-    """Time and bytes of decoding."""
+    """Time of a decoding step and cache size."""
     steps, context = results["decoding"], results["settings"]["context"]
     most = next(iter(steps.values()))
     rows = (
@@ -161,15 +161,15 @@ def speed(results: dict[str, Any]) -> str:
         ]
         for heads, step in steps.items()
     )
-    columns = ["KV heads", "a step", "quartiles", "times as fast", "KV cache of a token", f"of {context:,} tokens"]
+    columns = ["KV heads", "step", "quartiles", "speedup", "KV cache per token", f"for {context:,} tokens"]
     return (
-        f"## Decoding\n\nA step of the attention layers, projections included, in fp32, with {context:,} tokens in the "
-        f"caches; medians of rounds in which the models take turns.\n\n{table(columns, rows)}"
+        f"## Decoding\n\nOne step of the attention layers with projections, in fp32, with {context:,} cached tokens; "
+        f"medians of interleaved rounds.\n\n{table(columns, rows)}"
     )
 
 
 def machine(results: dict[str, Any]) -> str:
-    """What was measured on, in a sentence."""
+    """The machine and versions, in a sentence."""
     m = results["machine"]
     return (
         f"{m['date']}, {m['threads']} threads on {m['cores']} cores of {m['cpu']}, kernel for {m['kernel']}, "
@@ -184,7 +184,7 @@ def by_percent(
     form: str = "{:.3f}",
     first: Sequence[list[str]] = (),
 ) -> str:
-    """A table of a number after each share of uptraining, for every number of heads and these methods."""
+    """A table of ``value`` by percent of uptraining, with a row per number of heads and method."""
     rows = [
         [str(heads), how, *(spread(value(heads, how, percent), form) for percent in findings.percents)]
         for heads, how in product(findings.num_kv_heads, methods)
@@ -193,16 +193,16 @@ def by_percent(
 
 
 def titles(findings: Findings) -> list[str]:
-    """Of the columns for each share of uptraining."""
+    """Column titles: percent of uptraining."""
     return [f"{percent}%" for percent in findings.percents]
 
 
 def spread(values: Sequence[float], form: str = "{:.3f}") -> str:
-    """The mean, the least and the most."""
+    """Mean, minimum and maximum."""
     return f"{form.format(mean(values))} ({form.format(min(values))} to {form.format(max(values))})"
 
 
 def table(titles: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> str:
-    """A table in Markdown; the first columns are words, the others numbers."""
+    """A Markdown table; the first ``words`` columns are left-aligned, the others right-aligned."""
     rule = ["---" if column < words else "---:" for column in range(len(titles))]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (titles, rule, *rows))

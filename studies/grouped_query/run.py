@@ -1,9 +1,9 @@
-"""Multi-head attention made grouped-query: what the conversion costs, and what more training gives back.
+"""Conversion of multi-head to grouped-query attention: its loss, and the effect of uptraining.
 
-python studies/grouped_query/run.py            trains and measures in half an hour, and writes results.json and the page
-python studies/grouped_query/run.py --report   writes the page and its figure anew from results.json
+python studies/grouped_query/run.py            trains and measures (half an hour), and writes results.json and the page
+python studies/grouped_query/run.py --report   rewrites the page and its figure from results.json
 
-results.json grows by a seed at a time, and a run that was interrupted goes on with the next one.
+results.json is written after each seed; an interrupted run continues with the next one.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import torch
 from decoding import decoding
 from model import LanguageModel, converted
 from settings import Settings
-from text import Text, encode, pairs_loss, shakespeare
+from text import Text, bigram_loss, encode, shakespeare
 from training import Training, held_out_loss
 
 HERE = Path(__file__).parent
@@ -27,14 +27,14 @@ MACHINE = HERE.parents[1] / "benchmarks" / "machine.py"
 
 
 def study(settings: Settings, text: Text, path: Path) -> None:
-    """Trains a multi-head model for each seed, converts and uptrains it in all ways, and writes what came out."""
+    """For each seed, trains a multi-head model, converts and uptrains it with all methods, and writes the results."""
     results = {
         "machine": runpy.run_path(str(MACHINE))["describe"](),
         "settings": settings._asdict(),
         "text": {
             "train_tokens": len(text.train),
             "held_out_tokens": len(text.held_out),
-            "pairs_loss": pairs_loss(text),
+            "bigram_loss": bigram_loss(text),
         },
         "runs": _earlier_runs(path, settings),
     }
@@ -47,13 +47,13 @@ def study(settings: Settings, text: Text, path: Path) -> None:
 
 
 def runs_of_seed(settings: Settings, text: Text, seed: int) -> list[dict[str, Any]]:
-    """The losses of the multi-head model and of all conversions, each after every share of uptraining."""
+    """The losses of the multi-head model and of all conversions, by percent of uptraining."""
     torch.manual_seed(seed)
     model, start = LanguageModel(settings), time.perf_counter()
     Training(model, text.train, settings, seed).run(range(settings.steps))
     print(f"seed {seed}: {settings.steps} steps in {time.perf_counter() - start:.0f} s", flush=True)
     runs = []
-    # With all its heads, every method leaves a model as it is: that is the multi-head model, trained on.
+    # With all KV heads, conversion changes nothing: this is the multi-head model, trained further.
     for heads, how in [(settings.num_heads, "mean"), *product(settings.num_kv_heads, settings.methods)]:
         losses = uptrain(converted(model, heads, how, seed), text, settings, seed)
         runs.append({"seed": seed, "num_kv_heads": heads, "how": how, "losses": losses})
@@ -62,7 +62,7 @@ def runs_of_seed(settings: Settings, text: Text, seed: int) -> list[dict[str, An
 
 
 def uptrain(model: LanguageModel, text: Text, settings: Settings, seed: int) -> dict[str, float]:
-    """The held-out loss after every share of uptraining, in percent of the steps before conversion."""
+    """The held-out loss by percent of uptraining (of the steps before conversion)."""
     training, losses, done = Training(model, text.train, settings, seed), {}, settings.steps
     for percent in settings.percents:
         end = settings.steps * (100 + percent) // 100
@@ -72,7 +72,7 @@ def uptrain(model: LanguageModel, text: Text, settings: Settings, seed: int) -> 
 
 
 def _earlier_runs(path: Path, settings: Settings) -> list[dict[str, Any]]:
-    """What an interrupted run has found, if its settings were the same."""
+    """The runs in results.json, if its settings are the same; else none."""
     earlier = json.loads(path.read_text()) if path.exists() else {}
     same = earlier.get("settings") == json.loads(json.dumps(settings._asdict()))
     return earlier["runs"] if same else []
@@ -83,7 +83,7 @@ def _write(results: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    """The command."""
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--report", action="store_true", help="only write the page and its figure")
     path = HERE / "results.json"

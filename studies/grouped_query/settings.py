@@ -1,12 +1,12 @@
-"""The sizes of the study: of the model, its training and what is measured."""
+"""`Settings`: sizes of model, training and measurements."""
 
 from typing import NamedTuple
 
-from qkv.convert.heads.pooling import Method
+from qkv.convert.heads.pooling import ConversionMethod
 
 
 class Settings(NamedTuple):
-    """The study as it is published; tests give smaller sizes."""
+    """The published study; tests use smaller sizes."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
     vocabulary: int = 1024
@@ -17,22 +17,22 @@ class Settings(NamedTuple):
 
     batch: int = 4
     length: int = 256
-    """Tokens of a sequence, in training and in evaluation."""
+    """Sequence length in training and evaluation."""
     steps: int = 3600
-    """Of the multi-head model."""
+    """Training steps of the multi-head model."""
     warmup: int = 100
     rate: float = 3e-3
-    """Learning rate where the warm-up ends."""
+    """Learning rate at the end of the warm-up."""
 
     num_kv_heads: tuple[int, ...] = (4, 2, 1)
-    methods: tuple[Method, ...] = ("mean", "first", "random", "aligned")
+    methods: tuple[ConversionMethod, ...] = ("mean", "first", "random", "aligned")
     percents: tuple[int, ...] = (0, 5, 10)
-    """Of ``steps``: where the loss is measured after conversion."""
+    """Uptraining in percent of ``steps``, after which the loss is measured."""
 
     context: int = 8192
-    """Tokens in the cache of a decoding step."""
+    """Cached tokens in the decoding benchmark."""
 
     @property
     def width(self) -> int:
-        """Of the residual stream."""
+        """Width of the residual stream."""
         return self.num_heads * self.head_dim

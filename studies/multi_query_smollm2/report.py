@@ -1,4 +1,4 @@
-"""The page of the study, from what was measured."""
+"""Writes the page of the study from the results."""
 
 import math
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 from qkv.models.kv_cache_size import readable_bytes
 
-NAMES = {"original": "3 KV heads, as it was", "mean": "1 KV head, mean", "aligned": "1 KV head, aligned"}
+NAMES = {"original": "3 KV heads, original", "mean": "1 KV head, mean", "aligned": "1 KV head, aligned"}
 
 
 def write(results: dict[str, Any], page: Path) -> None:
@@ -17,26 +17,26 @@ def write(results: dict[str, Any], page: Path) -> None:
 
 
 def opening(results: dict[str, Any]) -> str:
-    """What was done."""
-    found = results["models"]["original"]
+    """The setup of the experiment."""
+    original = results["models"]["original"]
     return f"""# SmolLM2-135M with one key/value head
 
 <!-- Written by run.py. -->
 
 SmolLM2-135M-Instruct has 9 query heads on 3 key/value heads. `qkv convert` pools them to a single one, and
-`examples/uptrain.py` trains the result for {results["minutes"]:g} minutes on a CPU: {found["steps"]} steps,
-{found["tokens"]:,} tokens of Shakespeare's works, `{results["training"]}`. The original is trained as well, for as many
-steps: the text is unlike what the model was made of, so that training helps without any conversion.
+`examples/uptrain.py` trains the result for {results["minutes"]:g} minutes on a CPU: {original["steps"]} steps,
+{original["tokens"]:,} tokens of Shakespeare's works, `{results["training"]}`. The original is trained for as many steps
+as well: the text differs from the model's training data, so training lowers the loss even without conversion.
 
 ```
 pip install -e '.[cli]'
-python studies/multi_query_smollm2/run.py            # fetches weights and text once
+python studies/multi_query_smollm2/run.py            # downloads weights and text once
 python studies/multi_query_smollm2/run.py --report   # this page from results.json
 ```"""
 
 
 def losses(models: dict[str, Any]) -> str:
-    """Loss and perplexity before and after training, and the divergence of conversion alone."""
+    """Loss and perplexity before and after training, and the divergence after conversion."""
     rows = []
     for name, model in models.items():
         before, after = model["losses"]["converted"], model["losses"]["uptrained"]
@@ -47,23 +47,23 @@ def losses(models: dict[str, Any]) -> str:
     kept = [closed(models, name) for name in models if name != "original"]
     titles = ("model", "KL", "agreement", "loss", "perplexity", "loss, trained", "perplexity, trained", "tokens/s")
     return (
-        f"## What it predicts\n\nOn {held_out:,} tokens of King Lear, not trained on. KL and agreement compare "
-        "a conversion with the original, before any training: KL(original || converted) in nats a token, and how "
-        "often both find the same token the most probable. The last column is the speed of training.\n\n"
+        f"## Predictions\n\nOn {held_out:,} held-out tokens of King Lear. KL and agreement compare a conversion with "
+        "the original before training: KL(original || converted) in nats per token, and the share of tokens with the "
+        "same most probable prediction. The last column is the training speed.\n\n"
         f"{table(titles, rows)}\n\n{' '.join(kept)}"
     )
 
 
 def closed(models: dict[str, Any], name: str) -> str:
-    """How much of the gap between a conversion and the original training closes, both trained."""
+    """The gap between a conversion and the original, before and after training both."""
     before, after = (
         models[name]["losses"][when] - models["original"]["losses"][when] for when in ("converted", "uptrained")
     )
-    return f"{NAMES[name]}: the gap to the original was {before:.3f} nats, and is {after:.3f} with both trained."
+    return f"{NAMES[name]}: the gap to the original is {before:.3f} nats before training and {after:.3f} after it."
 
 
 def speed(results: dict[str, Any]) -> str:
-    """The cache, and the time of a decoding step."""
+    """Cache size and time of a decoding step."""
     times = results["decoding"]
     rows = (
         (
@@ -74,16 +74,16 @@ def speed(results: dict[str, Any]) -> str:
         )
         for name, time in times.items()
     )
-    titles = ("model", "KV cache of a token", "decoding step", "quartiles")
+    titles = ("model", "KV cache per token", "decoding step", "quartiles")
     return (
-        f"## What it takes\n\nIn float32, a step with {results['context']:,} tokens in the cache; medians of rounds in "
-        f"which the models take turns.\n\n{table(titles, rows)}"
+        f"## Decoding\n\nIn float32, a step with {results['context']:,} cached tokens; medians of interleaved rounds.\n"
+        f"\n{table(titles, rows)}"
     )
 
 
 def texts(models: dict[str, Any]) -> str:
-    """What each model makes of the same beginning."""
-    parts = ["## What it writes", 'Greedily, after "KING. My lords, what news is this from France? Speak, for".']
+    """What each model generates from the same prompt."""
+    parts = ["## Samples", 'Greedy, after "KING. My lords, what news is this from France? Speak, for".']
     for name, model in models.items():
         for when, text in zip(("", ", trained"), model["texts"], strict=True):
             parts.append(f"{NAMES[name]}{when}:\n\n```\n{text.strip()}\n```")
@@ -91,7 +91,7 @@ def texts(models: dict[str, Any]) -> str:
 
 
 def machine(m: dict[str, Any]) -> str:
-    """What was measured on."""
+    """The machine and versions."""
     return (
         f"{m['date']}, {m['threads']} threads on {m['cores']} cores of {m['cpu']}, kernel for {m['kernel']}, "
         f"qkv {m['qkv']}, torch {m['torch']}."
@@ -99,6 +99,6 @@ def machine(m: dict[str, Any]) -> str:
 
 
 def table(titles: tuple[str, ...], rows: Any) -> str:
-    """A table in Markdown; the first column is words, the others numbers."""
+    """A Markdown table; the first column is left-aligned, the others right-aligned."""
     rule = ["---", *["---:"] * (len(titles) - 1)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (titles, rule, *rows))

@@ -1,4 +1,4 @@
-"""SmolLM2-135M with one key/value head: converted, trained for some minutes on this machine, and measured.
+"""SmolLM2-135M with one key/value head: converted, trained for a few minutes, and measured.
 
 python studies/multi_query_smollm2/run.py [--minutes 5]   measures, and writes results.json and README.md
 python studies/multi_query_smollm2/run.py --report        writes README.md from results.json
@@ -21,12 +21,12 @@ from transformers.utils import logging
 
 from qkv.bench.timing import interleaved
 from qkv.cli import main as qkv
-from qkv.cli.convert import unpack
-from qkv.cli.inspect import kv_bytes
+from qkv.cli.convert import unpack_gguf
+from qkv.cli.layers import kv_bytes
 from qkv.convert import inspect_checkpoint, measure_divergence
 from qkv.integrations.transformers import QKVCache
 from qkv.integrations.transformers.attention import register
-from qkv.models.default_weights import SMOLLM2_135M, obtain
+from qkv.models.default_weights import SMOLLM2_135M, cached_weights
 from qkv.models.progress import Progress
 
 HERE = Path(__file__).parent
@@ -36,7 +36,7 @@ MACHINE = ROOT / "benchmarks" / "machine.py"
 TEXT = ROOT / "studies" / "grouped_query" / "text.py"
 
 HELD_OUT = 60_000
-"""Characters; nineteen times as many are trained on, since uptrain.py holds out the last twentieth."""
+"""Held-out characters; 19 times as many are trained on, since uptrain.py holds out the last 1/20."""
 TRAINING = ("--bf16", "--learning-rate", "3e-4", "--batch", "4", "--block", "256")
 ORIGINAL = "original"
 METHODS = ("mean", "aligned")
@@ -47,10 +47,10 @@ CONTEXT = 4096
 
 
 def study(folder: Path, minutes: float) -> dict[str, Any]:
-    """Converts in each way, trains the original and all conversions for as many steps, and measures."""
+    """Converts with each method, trains the original and all conversions for equally many steps, and measures."""
     folders = {ORIGINAL: folder / ORIGINAL}
     progress = Progress()
-    unpack(obtain(SMOLLM2_135M, progress), folders[ORIGINAL], progress)
+    unpack_gguf(cached_weights(SMOLLM2_135M, progress), folders[ORIGINAL], progress)
     for how in METHODS:
         folders[how] = folder / how
         if qkv(["convert", str(folders[ORIGINAL]), str(folders[how]), "--kv-heads", "1", "--pool", how]):
@@ -59,11 +59,11 @@ def study(folder: Path, minutes: float) -> dict[str, Any]:
     text = folder / "text.txt"
     text.write_text(train[: 19 * HELD_OUT] + held_out[:HELD_OUT], encoding="utf-8")
     models, length = {}, ("--minutes", str(minutes))
-    # A conversion goes first: its steps in the given time are those of all.
+    # A conversion goes first: its number of steps in the given time applies to all.
     for name in (*METHODS, ORIGINAL):
-        found = uptrain(folders[name], text, folder / f"{name}-uptrained", length)
-        length = ("--max-steps", str(found["steps"]))
-        models[name] = found | {
+        report = uptrain(folders[name], text, folder / f"{name}-uptrained", length)
+        length = ("--max-steps", str(report["steps"]))
+        models[name] = report | {
             "texts": [sample(folders[name]), sample(folder / f"{name}-uptrained")],
             "kv_bytes_per_token": kv_bytes(inspect_checkpoint(folders[name]), 1, 1, 4),
             "divergence": divergence(folders[ORIGINAL], folders[name], held_out),
@@ -80,7 +80,7 @@ def study(folder: Path, minutes: float) -> dict[str, Any]:
 
 
 def uptrain(model: Path, text: Path, out: Path, length: tuple[str, str]) -> dict[str, Any]:
-    """Trains by the example, in a process of its own, and returns what it reports."""
+    """Runs examples/uptrain.py in a subprocess and returns its report."""
     command = [sys.executable, UPTRAIN, model, text, out, *TRAINING, *length, "--save-steps", "1000000"]
     subprocess.run(list(map(str, command)), check=True)
     report: dict[str, Any] = json.loads((out / "uptraining.json").read_text())
@@ -88,12 +88,12 @@ def uptrain(model: Path, text: Path, out: Path, length: tuple[str, str]) -> dict
 
 
 def open_model(folder: Path) -> Any:
-    """The model in a folder, with qkv's attention."""
+    """Loads a model with qkv's attention."""
     return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="qkv").eval()
 
 
 def sample(folder: Path) -> str:
-    """The most probable continuation of PROMPT."""
+    """The greedy continuation of PROMPT."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     inputs = tokenizer(PROMPT, return_tensors="pt")
     output = open_model(folder).generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
@@ -102,7 +102,7 @@ def sample(folder: Path) -> str:
 
 
 def divergence(original: Path, converted: Path, text: str) -> dict[str, Any]:
-    """Of the converted model before it is trained, on held-out text."""
+    """The divergence of the untrained converted model from the original, on held-out text."""
     inputs = AutoTokenizer.from_pretrained(original)(text[: 10 * DIVERGENCE_TOKENS], return_tensors="pt")
     tokens = inputs.input_ids[:, :DIVERGENCE_TOKENS]
     return measure_divergence(open_model(original), open_model(converted), tokens)._asdict()
@@ -110,7 +110,7 @@ def divergence(original: Path, converted: Path, text: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def decoding(folders: dict[str, Path]) -> dict[str, Any]:
-    """The time of a step with CONTEXT tokens in the cache, the models taking turns."""
+    """The time of a decoding step with CONTEXT cached tokens, interleaved over the models."""
     token = torch.zeros(1, 1, dtype=torch.long)
 
     def step(model: Any, cache: QKVCache) -> None:
@@ -127,9 +127,9 @@ def decoding(folders: dict[str, Path]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """The command."""
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=5, help="of training, for each model (5)")
+    parser.add_argument("--minutes", type=float, default=5, help="training time of each model (5)")
     parser.add_argument("--report", action="store_true", help="only write the page")
     options, path = parser.parse_args(), HERE / "results.json"
     if not options.report:

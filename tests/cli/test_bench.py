@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qkv.bench import peak_memory
-from qkv.bench.mechanisms import LIBRARIES, OURS, STOCK, Sizes, mechanisms
+from qkv.bench.mechanisms import LIBRARIES, OURS, TORCH, Sizes, mechanisms
 from qkv.cli import bench, main
 
 TINY = ("--length", "24", "--heads", "6", "--head-dim", "8", "--window", "5", "--rounds", "2")
@@ -45,15 +45,15 @@ def test_text_for_people(capsys):
     code, captured = _bench(capsys, "--kv-heads", "2")
     assert code == 0
     lines = captured.out.splitlines()
-    assert lines[0].startswith("1 text of 24 tokens, heads of 8, float32, forward, on ")
+    assert lines[0].startswith("1 sequence of 24 tokens, head_dim 8, float32, forward, ")
     assert lines[1].endswith(f" against torch {torch.__version__}")
     time, memory = lines[3:12], lines[13:]
-    assert time[0] == "Time of a call, the median of 2 rounds in turns"
+    assert time[0] == "Time of a call, median of 2 interleaved rounds"
     assert time[1].split() == ["heads", "keys", "backend", "qkv", "torch", "torch", "/", "qkv"]
     assert [line[2:20].strip() for line in time[2:]] == NAMES
     assert time[4].split()[1:5] == ["6", "on", "6", "12"]
     assert time[8].split()[1:5] == ["6", "on", "2", "24"]
-    assert memory[1].split() == ["keys", "and", "values", "peak", "of", "qkv", "peak", "of", "torch"]
+    assert memory[1].split() == ["KV", "cache", "peak", "of", "qkv", "peak", "of", "torch"]
     # 24 tokens * 6 heads * (8 + 8) numbers * 4 bytes = 9 KiB; a window of 5 tokens keeps 1920 bytes.
     assert [line[2:].removeprefix(name).split()[:2] for line, name in zip(memory[2:], NAMES, strict=True)] == [
         ["1.5", "KiB"],
@@ -103,7 +103,7 @@ def test_decoding_has_one_query(capsys):
 def test_backward(capsys, threads):
     code, captured = _bench(capsys, "--backward", "--threads", "1")
     assert code == 0
-    assert "24 tokens, heads of 8, float32, forward and backward, on 1 thread\n" in captured.out
+    assert "24 tokens, head_dim 8, float32, forward and backward, 1 thread\n" in captured.out
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -112,7 +112,7 @@ def test_both_libraries_compute_the_same(decode, backward):
     sizes = Sizes(2, 24, 6, 3, 8, 5, torch.float32, decode, backward)
     for mechanism in mechanisms(sizes):
         inputs = mechanism.inputs()
-        ours, theirs = (mechanism.prepare(library, inputs)() for library in (OURS, STOCK))
+        ours, theirs = (mechanism.prepare(library, inputs)() for library in (OURS, TORCH))
         assert len(ours) == len(theirs) == (3 if backward else 1)
         for got, want in zip(ours, theirs, strict=True):
             torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5, msg=lambda m, n=mechanism.name: f"{n}: {m}")
@@ -125,14 +125,14 @@ def test_peak_memory_holds_what_torch_needs_for_a_window_and_the_results():
     peaks = {library: peak_memory.peak_memory(window, library) for library in LIBRARIES}
     results = 16 * 1024 * 64 * 4
     assert results * 0.9 < peaks[OURS] < results + 1024 * 1024 * 4
-    assert peaks[STOCK] > results + 1024 * 1024 * 4
+    assert peaks[TORCH] > results + 1024 * 1024 * 4
 
 
 def test_memory_that_does_not_suffice_is_said(capsys):
     code, captured = _bench(capsys, "--length", "30000000", "--batch", "100000")
     assert (code, captured.out) == (1, "")
     message = captured.err.splitlines()[-1]
-    assert message.startswith("qkv: scaled dot-product attention cannot run on qkv, for lack of memory as it seems: ")
+    assert message.startswith("qkv: scaled dot-product attention fails on qkv, probably out of memory: ")
     assert message.endswith(" Give a smaller --length, --batch or --heads.")
 
 
@@ -144,10 +144,13 @@ def test_memory_that_does_not_suffice_is_said(capsys):
         (["--threads", "99999"], f"it must be at most {os.cpu_count()}; got 99999."),
         (
             ["--rounds", "1"],
-            "Invalid value for '--rounds': it must be at least 2, to tell how much they differ; got 1.",
+            "Invalid value for '--rounds': it must be at least 2, for quartiles; got 1.",
         ),
-        (["--kv-heads", "4"], "Invalid value for '--kv-heads': it must divide the 6 query heads of --heads"),
-        (["--decode", "--backward"], "'--decode' / '--backward': decoding has no backward pass; leave out one"),
+        (["--kv-heads", "4"], "Invalid value for '--kv-heads': it must divide --heads, 6; got 4."),
+        (
+            ["--decode", "--backward"],
+            "'--decode' / '--backward': decoding has no backward pass; give only one of the two",
+        ),
         (["--dtype", "float64"], "'float64' is not one of 'float32', 'bfloat16', 'float16'."),
     ],
 )

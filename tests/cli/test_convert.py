@@ -37,9 +37,9 @@ def test_report(capsys, tmp_path, llama):
     assert lines[0] == f"wrote {tmp_path / 'out'}"
     assert lines[1].startswith("  multi-head attention: 8 query heads, 8 KV heads, head width 8")
     assert lines[2].startswith("  becomes grouped-query attention: 8 query heads, 2 KV heads, head width 8")
-    assert lines[3] == "  12 of 42 tensors changed, 2 other files carried over"
-    assert lines[4] == "  left behind, since they hold weights of the model as it was: pytorch_model.bin"
-    assert lines[-2:] == ["", "  predictions not compared: the model comes without a tokenizer"]
+    assert lines[3] == "  12 of 42 tensors changed, 2 other files copied"
+    assert lines[4] == "  not copied (weights of the original model): pytorch_model.bin"
+    assert lines[-2:] == ["", "  predictions not compared: the model has no tokenizer"]
     rows = [line.split() for line in lines[-5:-2]]
     assert rows[0] == ["parameters", "83,136", "64,416", "77.5%"]
     assert rows[1] == ["in", "attention", "49,920", "31,200", "62.5%"]
@@ -78,7 +78,8 @@ def test_overwriting_must_be_asked_for(capsys, tmp_path, llama):
 
 @pytest.mark.parametrize("options", [(), ("--dry-run",)])
 @pytest.mark.parametrize(
-    ("place", "message"), [("source/out", "must be folders apart"), ("none/out", "none must be a")]
+    ("place", "message"),
+    [("source/out", "must not contain the source"), ("none/out", "none does not exist; create it")],
 )
 def test_places_are_looked_at_first(capsys, tmp_path, place, message, options):
     source = tiny_model.save(tiny_model.llama(), tmp_path / "source")
@@ -102,7 +103,7 @@ def test_report_comes_before_a_comparison_that_fails(capsys, tmp_path, llama, mo
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--kv-heads", "3"], 1, "the 8 KV heads of the model can be pooled to 8, 4, 2, 1; got 3."),
+        (["--kv-heads", "3"], 1, "num_kv_heads must divide the model's 8 KV heads (8, 4, 2, 1); got 3."),
         (["--kv-heads", "0"], 2, "Invalid value for '--kv-heads': it must be at least 1; got 0."),
         ([], 2, "Missing option '--kv-heads'"),
         (["--kv-heads", "2", "--pool", "median"], 2, "'median' is not one of 'mean', 'first', 'random', 'aligned'."),
@@ -126,7 +127,7 @@ def test_no_pickle_is_loaded(capsys, tmp_path):
     torch.save(Trap(), source / "pytorch_model.bin")
     code, captured = run(capsys, source, tmp_path / "out", "--kv-heads", "1")
     assert (code, captured.out) == (1, "")
-    assert "Pickled weights such as pytorch_model.bin can run code and are never loaded" in captured.err
+    assert "Pickled weights such as pytorch_model.bin can execute code and are never loaded" in captured.err
 
 
 def test_result_generates_with_its_tokenizer(capsys, tmp_path):
@@ -160,9 +161,9 @@ def test_predictions_are_compared_on_a_text(capsys, tmp_path):
     assert found.kl > 0
     assert captured.out.splitlines()[-4:] == [
         f"  predictions of 63 tokens of {text}",
-        f"    loss {before:.3f} became {after:.3f} nats a token",
-        f"    perplexity {math.exp(before):.1f} became {math.exp(after):.1f}",
-        f"    KL divergence {found.kl:.3f} nats a token, the same most probable token for {found.agreement:.1%}",
+        f"    loss {before:.3f} -> {after:.3f} nats per token",
+        f"    perplexity {math.exp(before):.1f} -> {math.exp(after):.1f}",
+        f"    KL divergence {found.kl:.3f} nats per token, same most probable token: {found.agreement:.1%}",
     ]
 
 
@@ -172,17 +173,17 @@ def test_the_same_heads_predict_the_same_on_the_text_that_is_built_in(capsys, tm
     assert code == 0
     *_, title, _, _, divergence = captured.out.splitlines()
     assert title == "  predictions of 63 tokens of the beginning of On the Origin of Species"
-    assert divergence == "    KL divergence 0.000 nats a token, the same most probable token for 100.0%"
+    assert divergence == "    KL divergence 0.000 nats per token, same most probable token: 100.0%"
 
 
 def test_large_models_are_loaded_only_when_asked_to(capsys, tmp_path, monkeypatch):
     from qkv.cli import divergence
 
     source = tiny_model.save(tiny_model.llama(), tmp_path / "source")
-    monkeypatch.setattr(divergence, "MOST_BYTES", 1000)
+    monkeypatch.setattr(divergence, "MAX_BYTES", 1000)
     code, captured = run(capsys, source, tmp_path / "out", "--kv-heads", "1")
     assert (code, "loading" in captured.err) == (0, False)
-    assert captured.out.endswith("not compared: the model takes 146.4 KiB, more than 1000 B; ask with --text\n")
+    assert captured.out.endswith("not compared: the weights take 146.4 KiB, more than 1000 B; give --text\n")
     (tmp_path / "text.txt").write_text("attention is")
     options = ("--kv-heads", "1", "--overwrite", "--text", tmp_path / "text.txt")
     assert "  predictions of 1 tokens of " in run(capsys, source, tmp_path / "out", *options)[1].out
@@ -195,25 +196,25 @@ def test_tokenizer_that_cannot_be_loaded_stops_only_what_needs_it(capsys, tmp_pa
     text = ("--text", tmp_path / "text.txt")
     code, captured = run(capsys, tmp_path / "source", tmp_path / "out", "--kv-heads", "2", *text)
     assert (code, captured.out, (tmp_path / "out").exists()) == (1, "", False)
-    assert "configuration or tokenizer of" in captured.err
+    assert "cannot load the configuration or tokenizer of" in captured.err
     code, captured = run(capsys, tmp_path / "source", tmp_path / "out", "--kv-heads", "2")
     assert code == 0
-    assert "  predictions not compared: the configuration or tokenizer of" in captured.out
+    assert "  predictions not compared: cannot load the configuration or tokenizer of" in captured.out
 
 
 def test_tokenizer_of_another_model_is_noticed(capsys, tmp_path, llama):
     source = tiny_model.save(tiny_model.llama(vocab_size=4), tmp_path / "source")
     code, captured = run(capsys, source, tmp_path / "out", "--kv-heads", "1")
     assert code == 0
-    assert "gives token 13, and the model knows 4; it is that of another model." in captured.out
+    assert "belongs to another model: it gives token 13, but the model's vocabulary has 4 tokens." in captured.out
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "qkv: --text: {} cannot be read: No such file or directory."),
-        (b"attention \xff", "qkv: --text: {} must be a text in UTF-8; invalid start byte at byte 10."),
-        (b"attention", "qkv: --text: {} must have at least two tokens; give a longer one."),
+        (None, "qkv: --text: cannot read {}: No such file or directory."),
+        (b"attention \xff", "qkv: --text: {} must be UTF-8; got invalid start byte at byte 10."),
+        (b"attention", "qkv: --text: {} must have at least two tokens; give a longer text."),
     ],
 )
 def test_texts_that_are_refused(capsys, tmp_path, content, message):
@@ -257,7 +258,7 @@ def test_gguf_file_that_is_not_all_there(capsys, tmp_path):
     code, captured = run(capsys, tmp_path / "cut.gguf", tmp_path / "out", "--kv-heads", "1")
     assert code == 1 and "Traceback" not in captured.err
     assert (
-        f"{tmp_path / 'cut.gguf'} is truncated: it has 607 bytes, and by its header tensor 'output.weight'"
+        f"{tmp_path / 'cut.gguf'} is truncated: it has 607 bytes, but by its header tensor 'output.weight'"
         in captured.err
     )
     assert not (tmp_path / "out").exists()

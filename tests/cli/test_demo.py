@@ -132,7 +132,7 @@ def test_different_texts_are_said_and_end_with_1(capsys, monkeypatch, llama):
         in_bfloat16, document = _demo(capsys, llama, "--dtype", "bfloat16", "--json")
     integration.register()
     assert (code, in_bfloat16) == (1, 0)
-    assert "The texts DIFFER, from new token 1 on, in float32. They should not" in captured.out
+    assert "The texts DIFFER, from new token 1 on, in float32. This is a bug" in captured.out
     assert (json.loads(document.out)["identical"], json.loads(document.out)["first_difference"]) == (False, 0)
 
 
@@ -144,13 +144,13 @@ def test_model_whose_attention_cannot_be_switched(capsys, tmp_path, side):
     model = tiny_model.save(kinds[side], tmp_path)
     code, captured = _demo(capsys, model)
     assert (code, captured.out) == (1, "")
-    assert f"qkv: --model: {model!r} does not run with attn_implementation={side!r}: " in captured.err
+    assert f"qkv: --model: {model!r} does not support attn_implementation={side!r}: " in captured.err
 
 
 def test_prompt_and_new_tokens_must_fit_into_the_model(capsys, llama):
     code, captured = _demo(capsys, llama, "--max-new-tokens", "60")
     assert (code, captured.out) == (1, "")
-    assert f"must fit into the 64 tokens of {llama} together; got 6 and 60." in captured.err
+    assert f"must fit into the context of {llama}, 64 tokens; got 6 + 60." in captured.err
 
 
 @pytest.mark.network

@@ -58,7 +58,7 @@ def test_text_for_people(capsys, llama):
     assert lines[0] == f"{llama} (llama), 83,136 parameters, keys and values stored in BF16"
     kind = "multi-head attention: 8 query heads, 8 KV heads, head width 8, no window, biases, rotary (theta 10000)"
     assert lines[1] == f"  3 layers of {kind}"
-    assert lines[3] == "Parameters, and the KV cache of 2 texts of 1000 tokens in float32"
+    assert lines[3] == "Parameters, and the KV cache of 2 sequences of 1000 tokens in float32"
     rows = [line.split() for line in lines[5:]]
     # 3 layers * 8 heads * (8 + 8) numbers * 4 bytes = 1536 bytes a token.
     assert rows[0] == ["8", "(this", "model)", "83,136", "49,920", "1.5", "KiB", "2.9", "MiB", "100.0%"]
@@ -110,8 +110,11 @@ def test_converted_model_is_what_was_foretold(capsys, tmp_path, family, heads):
 def test_one_shard(capsys, llama):
     code, captured = run(capsys, sorted(llama.glob("*.safetensors"))[0])
     assert (code, captured.out) == (1, "")
-    assert "asks for a tensor 'model.layers.1." in captured.err
-    assert "the checkpoint has none, though 1 for other layers; of shards, give the folder." in captured.err
+    assert "LlamaForCausalLM needs tensor 'model.layers.1." in captured.err
+    assert (
+        "which the checkpoint does not have (1 other layers do). For sharded checkpoints, give the folder."
+        in captured.err
+    )
 
 
 def test_file_of_a_whole_model(capsys, tmp_path):
@@ -140,7 +143,7 @@ def test_hub_without_a_network(capsys, monkeypatch):
     code, captured = run(capsys, "someone/llama")
     assert (code, captured.out) == (1, "")
     message = (
-        "qkv: the headers of 'someone/llama' cannot be had from the hub. ConnectionError: no route\nCheck the name"
+        "qkv: could not fetch the headers of 'someone/llama' from the Hub. ConnectionError: no route\nCheck the name"
     )
     assert captured.err.startswith(message)
 
@@ -148,9 +151,9 @@ def test_hub_without_a_network(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("no/such/folder", "qkv: there is no file or folder 'no/such/folder', and it is no name of a hub model."),
-        ("./none", "qkv: there is no file or folder './none'"),
-        ("none.gguf", "qkv: there is no file or folder 'none.gguf'"),
+        ("no/such/folder", "qkv: 'no/such/folder' is not an existing file or folder, and not a valid Hub model name."),
+        ("./none", "qkv: './none' is not an existing file or folder, and not a valid Hub"),
+        ("none.gguf", "qkv: 'none.gguf' is not an existing file or folder, and not a valid Hub"),
     ],
 )
 def test_what_is_nothing(capsys, name, message):
@@ -166,7 +169,8 @@ def test_folder_that_contradicts_itself(capsys, tmp_path):
     code, captured = run(capsys, folder)
     assert (code, captured.out) == (1, "")
     assert (
-        "asks for a floating-point dtype and the shape [32, 64] of tensor 'model.layers.0.self_attn.k_" in captured.err
+        "needs tensor 'model.layers.0.self_attn.k_proj.weight' to be floating-point of shape [32, 64]; got "
+        in captured.err
     )
 
 

@@ -72,5 +72,5 @@ def _config(**numbers):
     ],
 )
 def test_model_without_keys_and_values_by_heads_is_refused(config, cache):
-    with pytest.raises(CommandError, match="'odd' keeps no keys and values by heads"):
+    with pytest.raises(CommandError, match="the cache of a 'odd' model has no keys and values by head"):
         layer_shapes(config, cache)

@@ -26,9 +26,9 @@ def test_help_names_the_commands(capsys):
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
     assert "demo     Generate with transformers' attention and with qkv's, and" in shown
-    assert "bench    Time and weigh the seven mechanisms, beside torch's attention." in shown
-    assert "inspect  Describe a model's attention and its KV cache; load no weights." in shown
-    assert "convert  Pool the keys and values of a model to fewer heads." in shown
+    assert "bench    Benchmark the seven mechanisms against torch's attention." in shown
+    assert "inspect  Describe a model's attention and KV cache from its headers." in shown
+    assert "convert  Convert a model to fewer KV heads" in shown
 
 
 def test_help_of_demo_names_every_option(capsys):
@@ -47,10 +47,10 @@ def test_help_of_demo_names_every_option(capsys):
         (["--length", "9" * 20], "Invalid value for '--length': it must be at most 1000000000000; got 9999999999"),
         (["--window", "-3"], "Invalid value for '--window': it must be at least 1; got -3."),
         (["--max-new-tokens", "0"], "Invalid value for '--max-new-tokens': it must be at least 1; got 0."),
-        (["--prompt", ""], "Invalid value for '--prompt': it must hold a text for the model to continue; got ''."),
-        (["--prompt", " \n"], r"it must hold a text for the model to continue; got ' \n'."),
+        (["--prompt", ""], "Invalid value for '--prompt': it must not be empty; got ''."),
+        (["--prompt", " \n"], r"it must not be empty; got ' \n'."),
         (["--prompt", "caf\udce9"], r"it must be text in the encoding of the terminal; got 'caf\udce9'."),
-        (["--dtype", "float8"], "'float8' is not one of 'float32', 'bfloat16'."),
+        (["--dtype", "float8"], "'float8' is not one of 'float32', 'bfloat16', 'float16'."),
         (["--colour"], "No such option: --colour"),
     ],
 )
@@ -64,7 +64,9 @@ def test_wrong_usage(capsys, arguments, message):
 def test_missing_extras_are_named_in_one_line(capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("typer", "gguf") else object())
     assert main(["--version"]) == 1
-    expected = "qkv: the command line needs what is not installed: typer, gguf. Run pip install 'qkv[cli]'\n"
+    expected = (
+        "qkv: the command line requires packages that are not installed: typer, gguf. Run pip install 'qkv[cli]'.\n"
+    )
     assert capsys.readouterr().err == expected
 
 
@@ -78,15 +80,15 @@ def test_importing_the_command_imports_none_of_the_extras():
     [
         (CommandError("no model"), 1, "qkv: no model\n"),
         (KeyboardInterrupt(), 130, ""),
-        (OSError(28, "Full"), 1, "qkv: the output cannot be written: [Errno 28] Full\n"),
-        (OSError(13, "Denied", "model"), 1, "qkv: a file cannot be used: [Errno 13] Denied: 'model'\n"),
+        (OSError(28, "Full"), 1, "qkv: cannot write the output: [Errno 28] Full\n"),
+        (OSError(13, "Denied", "model"), 1, "qkv: file error: [Errno 13] Denied: 'model'\n"),
     ],
 )
 def test_errors_end_without_a_traceback(capfd, monkeypatch, error, code, shown):
     def fail(*arguments):
         raise error
 
-    monkeypatch.setattr("qkv.cli._drop_output", lambda: None)
+    monkeypatch.setattr("qkv.cli._discard_output", lambda: None)
     monkeypatch.setattr(demo, "find_model", fail)
     assert main(["demo", "--model", "any"]) == code
     assert capfd.readouterr().err == shown
@@ -122,7 +124,7 @@ def test_output_that_cannot_be_written():
     with FULL.open("w") as full:
         ended = subprocess.run([*QKV, "--version"], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert (ended.returncode, ended.stderr.count("\n")) == (1, 1)
-    assert "the output cannot be written" in ended.stderr
+    assert "cannot write the output" in ended.stderr
 
 
 def test_reader_that_stops_reading():

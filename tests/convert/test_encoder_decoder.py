@@ -6,14 +6,13 @@ import re
 
 import pytest
 import torch
+import transformers
 from convert import models
 
 from qkv.cli import main
 from qkv.convert import CheckpointError, convert_checkpoint, convert_state_dict, inspect_checkpoint
 from qkv.convert.families.encoder_decoder import ENCODER_DECODERS
 from qkv.integrations.transformers import grouped_decoders
-
-transformers = pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers' own making
 
@@ -188,7 +187,7 @@ def test_implementations(pair):
     got = logits(ours)
     ours.set_attn_implementation("sdpa")
     torch.testing.assert_close(logits(ours), got, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match=r'Grouped\w+: attn_implementation="eager" cannot share .* use \'qkv\''):
+    with pytest.raises(ValueError, match=r'Grouped\w+: attn_implementation="eager" does not support .* use \'qkv\''):
         ours.set_attn_implementation("eager")
 
 
@@ -261,7 +260,8 @@ def test_saved_again_is_the_same(tmp_path, name):
 
 
 def test_positions_of_sines_need_not_be_saved(tmp_path):
-    torch_files = pytest.importorskip("safetensors.torch")
+    import safetensors.torch as torch_files
+
     weights = save(tmp_path / "source", "pegasus") / "model.safetensors"
     kept = {key: value for key, value in torch_files.load_file(weights).items() if "embed_positions" not in key}
     torch_files.save_file(kept, weights, {"format": "pt"})
@@ -322,7 +322,7 @@ def test_command(capsys, tmp_path):
     assert lines[1].startswith("  multi-head attention: 8 query heads, 8 KV heads, head width 8, no window, biases")
     assert lines[2].startswith("  becomes grouped-query attention: 8 query heads, 2 KV heads, head width 8")
     assert "  16 of " in lines[3]
-    assert lines[-1] == "  predictions not compared: only those of causal language models are"
+    assert lines[-1] == "  predictions not compared: only causal language models are compared"
     theirs = share(build("bart"), 2, "first")
     torch.testing.assert_close(logits(load(tmp_path / "out")), logits(theirs), rtol=1e-4, atol=1e-4)
     assert main(["inspect", str(tmp_path / "out"), "--length", "100", "--dtype", "float32"]) == 0
@@ -332,7 +332,7 @@ def test_command(capsys, tmp_path):
     assert lines[3].startswith(
         "  2 layers in the decoder of grouped-query cross-attention: 8 query heads, 2 KV heads, "
     )
-    assert lines[5] == "Parameters, and the KV cache of a text of 100 tokens, and as many written, in float32"
+    assert lines[5] == "Parameters, and the KV cache of 1 sequence of 100 tokens (encoded and generated) in float32"
     # 4 attentions * 2 heads * (8 + 8) numbers * 4 bytes = 512 bytes.
     assert lines[7].split()[-5:] == ["512", "B", "50.0", "KiB", "100.0%"]
 
@@ -340,35 +340,35 @@ def test_command(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("name", "heads", "changes", "message"),
     [
-        ("t5", 3, {}, "the 8 KV heads of the model can be pooled to 8, 4, 2, 1; got 3"),
+        ("t5", 3, {}, r"num_kv_heads must divide the model's 8 KV heads \(8, 4, 2, 1\); got 3"),
         ("t5", 2, {"model_type": "qkv_t5", "num_key_value_heads": 3}, "must divide the 8 query heads .* got 3"),
         (
             "t5",
             2,
             {"model_type": "qkv_t5", "num_key_value_heads": 4},
-            r"asks for .* \[48, 64\] .* holds F32 \[96, 64\]",
+            r"needs tensor .* of shape \[48, 64\]; got F32 \[96, 64\]",
         ),
         (
             "t5",
             2,
             {"model_type": "qkv_t5", "num_key_value_heads": "4"},
-            "num_key_value_heads must be null or a whole number from 1 on; it is '4'",
+            "num_key_value_heads must be null or an integer >= 1; got '4'",
         ),
-        ("t5", 2, {"num_decoder_layers": 3}, r"asks for a tensor 'decoder\.block\.2\."),
-        ("t5", 2, {"num_decoder_layers": 10**9}, "num_decoder_layers must be a number of layers"),
+        ("t5", 2, {"num_decoder_layers": 3}, r"needs tensor 'decoder\.block\.2\."),
+        ("t5", 2, {"num_decoder_layers": 10**9}, "num_decoder_layers must be an integer from 1 to "),
         (
             "t5",
             2,
             {"architectures": ["T5EncoderModel"]},
-            "must have encoder and decoder, as T5ForConditionalGeneration",
+            "must be T5ForConditionalGeneration or T5Model with is_encoder_decoder=True",
         ),
         ("t5", 2, {"is_encoder_decoder": False}, "with is_encoder_decoder=False"),
-        ("bart", 2, {"decoder_attention_heads": 16, "d_model": 32}, "asks for .* the checkpoint holds"),
+        ("bart", 2, {"decoder_attention_heads": 16, "d_model": 32}, "needs tensor .*; got F32"),
         (
             "bart",
             2,
             {"architectures": ["BartForCausalLM"]},
-            "as BartForConditionalGeneration or BartModel; this is 'BartFor",
+            "must be BartForConditionalGeneration or BartModel .*; got 'BartFor",
         ),
     ],
 )

@@ -19,12 +19,12 @@ def write(path, places, num_bytes):
 @pytest.mark.parametrize(
     ("places", "num_bytes", "message"),
     [
-        ({"a": (0, 4), "b": (2, 8)}, 8, "tensor 'b' overlaps with 'a': it begins at 2 and should at 4"),
-        ({"a": (0, 4), "b": (0, 8)}, 8, "tensor 'b' overlaps with 'a': it begins at 0 and should at 4"),
-        ({"a": (0, 4), "b": (5, 8)}, 8, "tensor 'b' leaves a gap after 'a': it begins at 5 and should at 4"),
-        ({"a": (1, 4)}, 4, "tensor 'a' leaves a gap after the header: it begins at 1 and should at 0"),
+        ({"a": (0, 4), "b": (2, 8)}, 8, "tensor 'b' overlaps with 'a': it must begin at 4; got 2"),
+        ({"a": (0, 4), "b": (0, 8)}, 8, "tensor 'b' overlaps with 'a': it must begin at 4; got 0"),
+        ({"a": (0, 4), "b": (5, 8)}, 8, "tensor 'b' leaves a gap after 'a': it must begin at 4; got 5"),
+        ({"a": (1, 4)}, 4, "tensor 'a' leaves a gap after the header: it must begin at 0; got 1"),
         ({"a": (0, 4)}, 3, "is truncated: it has"),
-        ({"a": (0, 4)}, 5, "is followed by what belongs to no tensor"),
+        ({"a": (0, 4)}, 5, "has extra bytes at its end"),
     ],
 )
 def test_places(tmp_path, places, num_bytes, message):
@@ -43,7 +43,9 @@ def test_layers_are_counted_before_anything_is_built(tmp_path, layers):
     source = models.save(tmp_path, "qwen3", num_hidden_layers=1)
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
-    with pytest.raises(CheckpointError, match="num_hidden_layers must be a number of layers, of which the 14 tensors"):
+    with pytest.raises(
+        CheckpointError, match="num_hidden_layers must be an integer from 1 to 14, the number of tensors; got"
+    ):
         plan_checkpoint(source, 2)
 
 
@@ -51,6 +53,6 @@ def test_more_layers_than_the_checkpoint_has(tmp_path):
     source = models.save(tmp_path, "qwen3", num_hidden_layers=2)
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3, "layer_types": None}))
-    message = r"asks for a tensor 'model\.layers\.2\.\S+' .* has none, though 2 for other layers; of shards"
+    message = r"needs tensor 'model\.layers\.2\.\S+' .* does not have \(2 other layers do\)\. For sharded checkpoints"
     with pytest.raises(CheckpointError, match=message):
         plan_checkpoint(source, 2)

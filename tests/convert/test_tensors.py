@@ -95,9 +95,9 @@ def test_random_is_of_the_size_of_the_weight_and_repeats_by_seed():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((torch.zeros(8, 2), 8, 3), ValueError, "new_kv_heads must divide num_kv_heads; got 3 and 8, for which 8, 4, "),
-        ((torch.zeros(8, 2), 8, 0), ValueError, "got 0 and 8"),
-        ((torch.zeros(9, 2), 4, 2), ValueError, r"must hold 4 heads of equal width; got shape \(9, 2\)"),
+        ((torch.zeros(8, 2), 8, 3), ValueError, r"new_kv_heads must divide num_kv_heads=8 \(8, 4, 2, 1\); got 3\."),
+        ((torch.zeros(8, 2), 8, 0), ValueError, r"num_kv_heads=8 .*; got 0\."),
+        ((torch.zeros(9, 2), 4, 2), ValueError, r"must be a multiple of the 4 heads; got shape \(9, 2\)"),
         ((torch.zeros(8, 2), 8, "2"), TypeError, "pool_heads: new_kv_heads must be an int; got '2'"),
         ((torch.zeros(8, 2), True, 1), TypeError, "pool_heads: num_kv_heads must be an int; got True"),
         ((torch.zeros(8, 2, dtype=torch.int8), 4, 2), TypeError, "must be floating-point; got torch.int8"),
@@ -112,7 +112,8 @@ def test_unknown_way_is_refused():
     with pytest.raises(ValueError, match="how must be one of mean, first, random; got 'median'"):
         pool_heads(torch.zeros(8, 2), 8, 2, how="median")
     with pytest.raises(
-        ValueError, match=r"got 'aligned'\. aligned takes all projections: convert_layer, convert_state"
+        ValueError,
+        match=r"got 'aligned'\. For aligned, which needs all projections, use convert_layer or convert_state",
     ):
         pool_heads(torch.zeros(8, 2), 8, 2, how="aligned")
 
@@ -131,7 +132,9 @@ def test_interleaved_groups_become_contiguous():
 
     moved = attend(group_heads(q, 6, 2), group_heads(out, 6, 2, dim=1), lambda h: h // 3)
     torch.testing.assert_close(moved, attend(q, out, lambda h: h % 2))
-    with pytest.raises(ValueError, match=r"dimension 1 of weight must hold 5 heads .* got shape \(12, 24\)"):
+    with pytest.raises(
+        ValueError, match=r"dimension 1 of weight must be a multiple of the 5 heads.* got shape \(12, 24\)"
+    ):
         group_heads(out, 5, 5, dim=1)
 
 
@@ -184,7 +187,7 @@ def test_a_converted_layer_is_given_every_option_that_layers_have():
 
 
 def test_a_layer_of_another_kind_is_refused():
-    with pytest.raises(TypeError, match=r"must be a qkv\.Attention; got MultiheadAttention\. Of an nn\.Multihead"):
+    with pytest.raises(TypeError, match=r"must be a qkv\.Attention; got MultiheadAttention\. Convert an nn\.Multihead"):
         convert_layer(torch.nn.MultiheadAttention(32, 4), 2)
     for number in ("2", True, None, 2.0):
         with pytest.raises(TypeError, match="convert_layer: num_kv_heads must be an int; got"):

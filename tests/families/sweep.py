@@ -1,4 +1,4 @@
-"""All families, and docs/transformers.md that lists them: `PYTHONPATH=tests python -m families.sweep [--check]`."""
+"""Tests all families and writes docs/transformers.md: `PYTHONPATH=tests python -m families.sweep [--check]`."""
 
 import logging
 import re
@@ -19,20 +19,19 @@ HEAD = """\
 # Model families of transformers
 
 Written by `make families` with transformers {version}, torch {torch}. Of the {total} modules of transformers that call
-attention through its interface, {working} run with `attn_implementation="qkv"` as they do with `"eager"`; the other
-{left} are left out, each with its reason.
+attention through its interface, {working} give the same results with `attn_implementation="qkv"` as with `"eager"`; the
+other {untested} could not be tested, for the reasons listed.
 
-How a family is tried (`tests/families`): one rule shrinks the default configuration of its class; weights are random,
-and large enough that attention is far from uniform. Outputs and the gradients of all parameters are compared with an
-fp64 run of eager, and may be twice as far from it as eager and sdpa are in fp32, plus the rounding of a sum over the
-width. Where the model takes an attention mask, this is done with padding on the left and on the right, and compared at
-real tokens. Where it generates, {tokens} greedy tokens must be the same as eager's. *unpad*: the same holds, padding on
-the right, where `qkv.integrations.transformers.unpadding.unpad` lets the model compute real tokens alone; it takes
-effect in {unpadded} families.
+How a family is tested (`tests/families`): the default configuration of its class is shrunk by a fixed rule; weights are
+random, and large enough that attention is far from uniform. Outputs and the gradients of all parameters are compared
+with an fp64 run of eager; the error may be at most twice that of eager and sdpa in fp32, plus the rounding of a sum
+over the width. Models that take an attention mask are tested with left and right padding, and compared at real tokens.
+Models that generate must give the same {tokens} greedy tokens as eager. *unpad*: tested with
+`qkv.integrations.transformers.unpad` and right padding as well; it takes effect in {unpadded} families.
 
-*padding leaks*: what eager gives to queries that see no key (the mean of all values, where sdpa and qkv give 0) reaches
-real tokens in this model; it was compared with an eager that gives 0 as well.
-*error* is the largest error as a share of what is allowed.
+*padding leaks*: in this model, the output of eager for queries without visible keys (the mean of all values, where sdpa
+and qkv give 0) reaches real tokens; it was compared with an eager that gives 0.
+*error* is the largest error relative to the allowed one.
 
 ## Families that work
 
@@ -40,10 +39,10 @@ real tokens in this model; it was compared with an eager that gives 0 as well.
 |---|---|---|---|---|---|
 """
 
-LEFT = """
-## Families left out
+UNTESTED = """
+## Families that could not be tested
 
-For these the rule found no small configuration or no inputs on which eager runs and calls the interface.
+The rule finds no small configuration, or no inputs on which eager runs and calls the interface.
 
 | family | reason |
 |---|---|
@@ -51,7 +50,7 @@ For these the rule found no small configuration or no inputs on which eager runs
 
 
 def listed() -> dict[str, str]:
-    """The families that the page says to work, and the class of each."""
+    """The working families on the page, and their model classes."""
     rows = re.findall(r"^\| (\S+) \| `(\w+)` \|", PAGE.read_text(), re.MULTILINE)
     names = {short(family): family for family in families()}
     return {names[name]: model for name, model in rows if name in names}
@@ -59,13 +58,13 @@ def listed() -> dict[str, str]:
 
 def page(outcomes: list[Outcome]) -> str:
     working = [outcome for outcome in outcomes if outcome.works]
-    left = [outcome for outcome in outcomes if not outcome.works]
+    untested = [outcome for outcome in outcomes if not outcome.works]
     head = HEAD.format(
         version=transformers.__version__,
         torch=torch.__version__.partition("+")[0],
         total=len(outcomes),
         working=len(working),
-        left=len(left),
+        untested=len(untested),
         tokens=NEW_TOKENS,
         unpadded=sum("unpad" in outcome.checks for outcome in working),
     )
@@ -74,8 +73,8 @@ def page(outcomes: list[Outcome]) -> str:
         f"| {_cell('; '.join(o.notes))} |"
         for o in working
     ]
-    reasons = [f"| {short(o.family)} | {_cell(o.reason)} |" for o in left]
-    return head + "\n".join(rows) + "\n" + LEFT + "\n".join(reasons) + "\n"
+    reasons = [f"| {short(o.family)} | {_cell(o.reason)} |" for o in untested]
+    return head + "\n".join(rows) + "\n" + UNTESTED + "\n".join(reasons) + "\n"
 
 
 def _cell(text: str) -> str:
@@ -83,7 +82,7 @@ def _cell(text: str) -> str:
 
 
 def main() -> None:
-    """Runs every family and writes the page, or with ``--check`` leaves it as it is."""
+    """Tests every family and writes the page; with ``--check``, only tests."""
     warnings.filterwarnings("ignore")
     logging.disable(logging.CRITICAL)
     register()

@@ -4,9 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("transformers")
-
 from families import sweep
 from families.compare import judge
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qkv import CrossKVCache, Int8KVCache, KVCache, SlidingKVCache
 from qkv.cache import Cache
-from qkv.integrations.transformers.cache import GrowingLayer, Int8Layer, SlidingLayer
+from qkv.integrations.transformers.cache import AppendLayer, Int8Layer, SlidingLayer
 from qkv.integrations.transformers.lazy_tensor import Int8Tensor
 
 Pick = Callable[[int], int]
@@ -43,7 +43,7 @@ KINDS = {
     "sliding": Kind(lambda: SlidingKVCache(4), window=4),
     "sliding, sinks": Kind(lambda: SlidingKVCache(3, 2), window=3, sinks=2),
     "cross": Kind(CrossKVCache),
-    "transformers, growing": Kind(GrowingLayer),
+    "transformers, appending": Kind(AppendLayer),
     "transformers, sliding": Kind(lambda: SlidingLayer(4), window=4),
     "transformers, int8": Kind(Int8Layer, is_rounded=True),
 }
@@ -104,7 +104,7 @@ class Line:
     def dense(self, found: Any) -> list[Tensor]:
         if isinstance(self.cache, Int8KVCache):
             return [codes * scale[..., None] for codes, scale in ((found.k, found.k_scale), (found.v, found.v_scale))]
-        return [x.dense() if isinstance(x, Int8Tensor) else x for x in found[:2]]
+        return [x.materialize() if isinstance(x, Int8Tensor) else x for x in found[:2]]
 
     def held(self) -> list[Tensor]:
         """What the cache holds now."""

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 CORPUS = Path(__file__).with_name("corpus") / "files"
-MOST_SECONDS = 30
+MAX_SECONDS = 30
 """Of one file; on an idle machine, hundredths of one."""
 SIZES = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 8}
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **SIZES}
@@ -246,7 +246,7 @@ def guided(seconds: float) -> tuple[int, int, list[Path]]:
                 Path(folder, f"seed-{kind}-{number}").write_bytes(bytes([kind]) + seed)
         while (left := until - time.monotonic()) > 1:
             known = set(CORPUS.glob("*"))
-            flags = [f"-max_total_time={left:.0f}", f"-timeout={MOST_SECONDS}", "-rss_limit_mb=4096", "-max_len=8192"]
+            flags = [f"-max_total_time={left:.0f}", f"-timeout={MAX_SECONDS}", "-rss_limit_mb=4096", "-max_len=8192"]
             flags += [f"-artifact_prefix={CORPUS}/", "-print_final_stats=1", folder, str(CORPUS)]
             done = subprocess.run([sys.executable, "-m", "fuzz.files", "--child", *flags], stderr=subprocess.PIPE)
             said = done.stderr.decode(errors="replace")

@@ -5,9 +5,6 @@ import random
 import pytest
 from fuzz import files
 
-pytest.importorskip("typer")
-pytest.importorskip("gguf")
-
 SEEDS = [bytes([kind]) + seed for kind, reader in enumerate(files.READERS) for seed in reader.seeds()]
 
 

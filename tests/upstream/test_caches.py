@@ -110,7 +110,6 @@ def test_transformers_39412_keys_are_not_repeated_for_their_group_where_there_is
     """Keys and values are written out for every query head as soon as there is a mask
     (huggingface/transformers#39412, vllm-project/vllm#1880).
     """
-    pytest.importorskip("transformers")
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     from qkv.integrations.transformers.attention import attend
@@ -136,7 +135,8 @@ def test_torchtune_2883_groups_rotary_and_a_cache_in_one_layer() -> None:
     """No maintained layer of PyTorch has grouped queries, rotary positions and a cache (meta-pytorch/torchtune#2883,
     google/flax#5259): one must be copied out of a model.
     """
-    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    import transformers.models.llama.modeling_llama as llama
+
     config = llama.LlamaConfig(
         hidden_size=24, num_attention_heads=6, num_key_value_heads=2, head_dim=4, attn_implementation="eager"
     )
@@ -152,7 +152,8 @@ def test_torchtune_2883_groups_rotary_and_a_cache_in_one_layer() -> None:
 
 
 def small_llama() -> Any:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     from qkv.integrations.transformers import attention as integration
 
     integration.register()
@@ -220,7 +221,7 @@ def test_vllm_1968_a_prompt_under_inference_mode_and_the_rest_outside(cached: st
         torch.testing.assert_close(torch.cat(found, dim=1), torch.cat(want, dim=1), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("layer_of", ["GrowingLayer", "Int8Layer"])
+@pytest.mark.parametrize("layer_of", ["AppendLayer", "Int8Layer"])
 def test_transformers_35648_a_training_step_fills_a_cache(layer_of: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """``use_cache`` stays True while training, so that every forward pass fills a cache
     (huggingface/transformers#35648, huggingface/transformers#28056).

@@ -5,11 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
-pytest.importorskip("transformers")
-
 import transformers
+from torch import Tensor
 
 from qkv import kernels
 from qkv.integrations.transformers import attention as integration
@@ -43,13 +40,13 @@ def test_cosmos_rl_635_what_happens_between_packed_layers_is_not_packed() -> Non
 
     Also huggingface/transformers#2483: a model is shortened by cutting the list of its layers.
     """
-    stock, model = bert(), bert()
-    stock.set_attn_implementation("eager")
+    reference, model = bert(), bert()
+    reference.set_attn_implementation("eager")
     unpad(model)
-    for each in (stock, model):
+    for each in (reference, model):
         each.encoder.layer[1].register_forward_hook(lambda _, args, out: out + torch.arange(12)[:, None] / 12)
         each.encoder.layer = each.encoder.layer[:3]
-    torch.testing.assert_close(real(model), real(stock), atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(real(model), real(reference), atol=2e-5, rtol=1e-4)
 
 
 def test_transformers_28610_a_traced_model_heeds_padding(upstream: Callable[[Callable[[], bool]], None]) -> None:

@@ -1,4 +1,4 @@
-// The library's face: plain C, so that any Python can load it.
+// The library's interface: C, so that any Python can load it.
 #pragma once
 
 #include "abi/problem.h"
@@ -11,7 +11,7 @@ enum Status { DONE = 0, OUT_OF_MEMORY = 1, OTHER = 2 };
 
 }  // namespace qkv
 
-// Both return 0, or 1 where memory does not suffice: then results are not written, or in part.
+// Both return a Status: DONE, or OUT_OF_MEMORY, and then results are written in part or not at all.
 QKV_EXPORT int qkv_forward(const void* problem);
 QKV_EXPORT int qkv_backward(const void* problem, const void* gradients);
 QKV_EXPORT void qkv_quantize(const void* quantization);

@@ -1,4 +1,4 @@
-// New keys and values of a cache, written behind those that its memory holds: as they are, or in int8.
+// Appends keys and values to the memory of a cache: as they are, or in int8.
 #include <cstring>
 #include <initializer_list>
 
@@ -8,13 +8,13 @@
 namespace qkv {
 namespace {
 
-// New tokens, and their place.
+// New tokens, and where they go.
 struct Addition {
     Quantization what;
     Dtype to;
 
     // Whether the tensors fit together; if so, it is filled in.
-    bool pose(const dlpack::Tensor& tokens, const dlpack::Tensor& memory, const dlpack::Tensor& scales, int64_t start) {
+    bool set(const dlpack::Tensor& tokens, const dlpack::Tensor& memory, const dlpack::Tensor& scales, int64_t start) {
         if (!holds_heads(tokens) || !holds_heads(memory)) return false;
         if (!dtype_of(tokens, what.dtype) || !dtype_of(memory, to) || what.dtype == Dtype::i8) return false;
         if (!view_of(tokens, what.from) || !view_of(memory, what.to)) return false;
@@ -45,9 +45,9 @@ struct Addition {
 }  // namespace
 }  // namespace qkv
 
-// Writes tokens k and v behind the first `start` of keys and values, which are rounded where these have scales, float32
-// (batch, heads, room), that are tensors and not None. Returns 0; or 2, and has done nothing, where the tensors are of
-// another kind, do not fit together, or there is no room.
+// Writes tokens k and v from row `start` of keys and values on, rounded to int8 if these have scales, float32 (batch,
+// heads, capacity) or None. Returns DONE; or OTHER, and writes nothing, if the tensors are of another kind, do not fit
+// together, or exceed the capacity.
 QKV_EXPORT int qkv_append(const void* interpreter, void* k, void* v, void* keys, void* values, void* k_scale,
                           void* v_scale, int64_t start, int threads) {
     const auto& python = *(const qkv::Interpreter*)interpreter;
@@ -57,7 +57,7 @@ QKV_EXPORT int qkv_append(const void* interpreter, void* k, void* v, void* keys,
         qkv::dlpack::Tensor tensors[3];
         for (int n = 0; n < 3; ++n)
             if (!python.look(objects[i][n], tensors[n])) return qkv::OTHER;
-        if (!additions[i].pose(tensors[0], tensors[1], tensors[2], start)) return qkv::OTHER;
+        if (!additions[i].set(tensors[0], tensors[1], tensors[2], start)) return qkv::OTHER;
     }
     if (additions[0].what.rows != additions[1].what.rows) return qkv::OTHER;
     return python.unlocked([&] {

@@ -1,6 +1,7 @@
-// Which instruction set runs, and the calls of it.
+// Chooses the instruction set and calls its kernel.
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -17,45 +18,32 @@
 
 namespace qkv {
 
-#define QKV_DECLARE(isa)                             \
-    namespace isa {                                  \
+// The lines of abi/isas.def are read three times, with another meaning of ISA each time.
+#if defined(QKV_X86)
+#define ISA_X86 ISA
+#else
+#define ISA_X86(...)
+#endif
+
+#define ISA(name, ...)                               \
+    namespace name {                                 \
     void forward(const Problem&);                    \
     void backward(const Problem&, const Gradients&); \
     int64_t count_scores(const Problem&);            \
     void quantize(const Quantization&);              \
     }
-
-QKV_DECLARE(generic)
-#if defined(QKV_X86)
-QKV_DECLARE(avx2)
-QKV_DECLARE(avx512)
-QKV_DECLARE(avx512bf16)
-QKV_DECLARE(amx)
-#endif
+#include "abi/isas.def"
+#undef ISA
 
 namespace {
 
 #if defined(QKV_X86)
-bool has_avx2() {
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-}
-
-bool has_avx512() {
-    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-}
-
-bool has_avx512bf16() {
-    return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
-}
-
-// Whether the processor multiplies matrices of bf16, and the system lets this process keep them: it must be asked once,
-// and then grants that to all threads.
-bool has_amx() {
+// Whether the processor multiplies tiles of bf16 and the system lets this process use them: it must be asked once, and
+// then grants that to all threads.
+bool grants_amx_tiles() {
     unsigned a, b, c, d;
     constexpr unsigned TILE = 1u << 24, BF16 = 1u << 22;
-    if (!has_avx512bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & TILE) || !(d & BF16)) return false;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & TILE) || !(d & BF16)) return false;
 #if defined(__linux__) && defined(SYS_arch_prctl)
     constexpr int REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
@@ -65,7 +53,20 @@ bool has_amx() {
 }
 #endif
 
-bool always() { return true; }
+bool has_none() {
+#if defined(QKV_X86)
+    __builtin_cpu_init();
+#endif
+    return true;
+}
+
+// bool has_avx2() and so on: whether this machine has an instruction set.
+#define CPU(feature) __builtin_cpu_supports(feature)
+#define ISA(name, base, flags, present) \
+    bool has_##name() { return has_##base() && (present); }
+#include "abi/isas.def"
+#undef ISA
+#undef CPU
 
 struct Isa {
     const char* name;
@@ -76,23 +77,18 @@ struct Isa {
     void (*quantize)(const Quantization&);
 };
 
-// The best first.
-const Isa ALL[] = {
-#if defined(QKV_X86)
-    {"amx", has_amx, amx::forward, amx::backward, amx::count_scores, amx::quantize},
-    {"avx512bf16", has_avx512bf16, avx512bf16::forward, avx512bf16::backward, avx512bf16::count_scores,
-     avx512bf16::quantize},
-    {"avx512", has_avx512, avx512::forward, avx512::backward, avx512::count_scores, avx512::quantize},
-    {"avx2", has_avx2, avx2::forward, avx2::backward, avx2::count_scores, avx2::quantize},
-#endif
-    {"generic", always, generic::forward, generic::backward, generic::count_scores, generic::quantize},
+// The least first.
+#define ISA(name, ...) {#name, has_##name, name::forward, name::backward, name::count_scores, name::quantize},
+const Isa IN_ORDER[] = {
+#include "abi/isas.def"
 };
+#undef ISA
 
 // The best that this machine has, or the one that the environment variable QKV_ISA names.
 const Isa* choose() {
     const char* forced = std::getenv("QKV_ISA");
-    for (const Isa& isa : ALL)
-        if ((!forced || !*forced || std::strcmp(forced, isa.name) == 0) && isa.supported()) return &isa;
+    for (auto isa = std::rbegin(IN_ORDER); isa != std::rend(IN_ORDER); ++isa)
+        if ((!forced || !*forced || std::strcmp(forced, isa->name) == 0) && isa->supported()) return &*isa;
     return nullptr;
 }
 
@@ -104,21 +100,21 @@ const Isa* chosen() {
 }  // namespace
 }  // namespace qkv
 
-// The name of the instruction set that runs; null where QKV_ISA names none, or one that this machine lacks.
+// The name of the instruction set that runs; null if QKV_ISA names an unknown one, or one that this machine lacks.
 QKV_EXPORT const char* qkv_isa() { return qkv::chosen() ? qkv::chosen()->name : nullptr; }
 
 // The names of all that this machine has, the best first, with a space between.
 QKV_EXPORT const char* qkv_supported_isas() {
     static const std::string names = [] {
         std::string found;
-        for (const qkv::Isa& isa : qkv::ALL)
-            if (isa.supported()) found += (found.empty() ? "" : " ") + std::string(isa.name);
+        for (auto isa = std::rbegin(qkv::IN_ORDER); isa != std::rend(qkv::IN_ORDER); ++isa)
+            if (isa->supported()) found += (found.empty() ? "" : " ") + std::string(isa->name);
         return found;
     }();
     return names.c_str();
 }
 
-// What the caller's idea of the structs is held against.
+// Callers compare these with their own structs.
 QKV_EXPORT int qkv_problem_size() { return (int)sizeof(qkv::Problem); }
 QKV_EXPORT int qkv_gradients_size() { return (int)sizeof(qkv::Gradients); }
 QKV_EXPORT int qkv_quantization_size() { return (int)sizeof(qkv::Quantization); }
@@ -156,8 +152,7 @@ QKV_EXPORT int qkv_backward(const void* problem, const void* gradients) {
     return qkv::status_of([&] { qkv::chosen()->backward(p, g); });
 }
 
-// How many scores a forward pass computes, those hidden by a mask in the midst of others included; -1 where memory does
-// not suffice.
+// How many scores a forward pass computes, including hidden ones that are not skipped; -1 if out of memory.
 QKV_EXPORT int64_t qkv_count_scores(const void* problem) {
     qkv::Problem p;
     std::memcpy(&p, problem, sizeof p);

@@ -1,4 +1,4 @@
-// The shortest way from tensors of Python to the kernel, for calls of q, k, v, an interval and padding.
+// The fast path from tensors of Python to the kernel: q, k, v, an interval and padding.
 #include <initializer_list>
 
 #include "abi/python_tensor.h"
@@ -31,8 +31,8 @@ bool rows_of(const dlpack::Tensor& tensor, const Problem& p, const Number*& rows
     return tensor.dimensions == 1 || (tensor.shape[1] == p.lk && tensor.strides[1] == 1);
 }
 
-// Whether the tensors state a problem; if so, it is filled in.
-bool pose(const Call& call, Problem& p) {
+// Whether the tensors fit together; if so, the problem is filled in.
+bool make_problem(const Call& call, Problem& p) {
     const dlpack::Tensor &q = call.q, &k = call.k, &v = call.v, &out = call.out;
     if (!holds_heads(q) || !holds_heads(k) || !holds_heads(v) || !holds_heads(out)) return false;
     Dtype of_v;
@@ -58,9 +58,9 @@ bool pose(const Call& call, Problem& p) {
 
 QKV_EXPORT int qkv_interpreter_size() { return (int)sizeof(qkv::Interpreter); }
 
-// Attention of tensors, which Python owns and holds the lock of. `out` has the shape and dtype of the result; those
-// behind it may be None. Returns as qkv_forward; or 2, and has done nothing, where the tensors are of another kind or
-// do not fit together.
+// Attention of tensors of Python, whose lock the caller has. `out` has the shape and dtype of the result; the tensors
+// after it may be None. Returns as qkv_forward; or OTHER, and does nothing, if the tensors are of another kind or do
+// not fit together.
 QKV_EXPORT int qkv_fast_forward(const void* interpreter, void* q, void* k, void* v, void* out, void* k_scale,
                                 void* v_scale, void* keep, void* lengths, int64_t offset, int64_t left, int64_t right,
                                 int64_t sink_tokens, float scale, int threads) {
@@ -68,7 +68,7 @@ QKV_EXPORT int qkv_fast_forward(const void* interpreter, void* q, void* k, void*
     void* const objects[] = {q, k, v, out, k_scale, v_scale, keep, lengths};
     qkv::Call call;
     qkv::Problem p = {};
-    if (!call.look(python, objects) || !qkv::pose(call, p)) return qkv::OTHER;
+    if (!call.look(python, objects) || !qkv::make_problem(call, p)) return qkv::OTHER;
     p.offset = offset, p.left = left, p.right = right, p.sink_tokens = sink_tokens;
     p.scale = scale;
     p.threads = threads;

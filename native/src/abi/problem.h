@@ -1,4 +1,4 @@
-// The plain structs that the Python side fills in. No torch header: one build serves every torch version.
+// The structs that Python fills in. No torch header: one build serves every torch version.
 #pragma once
 
 #include <cstdint>
@@ -79,7 +79,7 @@ struct Problem {
     uint64_t seed;
 };
 
-// What a backward pass takes and gives beside its problem, whose out and lse are those of the forward pass.
+// Further arguments of a backward pass. Its problem has the out and lse of the forward pass.
 struct Gradients {
     View d_out;
     const float* d_lse;  // (batch, heads, lq), or null

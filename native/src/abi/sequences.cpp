@@ -12,6 +12,7 @@
 #include "abi/c_api.h"
 #include "runtime/huge_pages.h"
 #include "runtime/parallel.h"
+#include "sizes.h"
 
 namespace qkv {
 namespace {
@@ -65,7 +66,7 @@ class Packed {
             std::copy_n(from + h * queries(n), queries(n), to + h * p.lq + s.starts[n]);
     }
 
-    // Memory for such numbers, of all sequences; null where there is none.
+    // Memory for such numbers, of all sequences; null if there is no memory.
     std::unique_ptr<float[]> numbers() const {
         return std::unique_ptr<float[]>(new (std::nothrow) float[std::max<int64_t>(1, p.heads * p.lq)]);
     }
@@ -111,13 +112,12 @@ class Packed {
         return true;
     }
 
-    // About how long a sequence takes: scores, and what each key and each query costs beside them.
+    // About how long a sequence takes: its scores, plus a cost for each key and query.
     double cost(int64_t n) const {
-        constexpr int64_t BESIDE = 8;
         const int64_t lq = queries(n);
         const int64_t seen =
             std::min(s.lengths[n], lq + std::min(p.left, LARGEST_POSITION) + std::min(p.right, LARGEST_POSITION));
-        return (double)(lq + BESIDE) * (double)(seen + BESIDE);
+        return (double)(lq + SEQUENCE_OVERHEAD) * (double)(seen + SEQUENCE_OVERHEAD);
     }
 
     View shifted(View view, int64_t batch, int64_t row) const {

@@ -4,11 +4,10 @@
 //
 //     dV = P^T dO,   dS = P * (dO V^T - delta),   dK = scale dS^T Q,   dQ = scale dS K
 //
-// P is computed anew from the lse, or where that does not tell it from maxima and sums that are counted anew. All five
-// products run on the micro-kernel of the forward pass. A thread takes a chunk of keys of one key/value head, whose
-// gradients it keeps, past all tiles of rows that see any of them; so multi-query attention fills the cores too. What
-// it adds to the gradients of queries goes into a sum that chunks add to in order, each after the one before: the bits
-// do not depend on the threads.
+// P is recomputed from the lse, or, if that is too inexact, from maxima and sums that are recomputed. All five products
+// are those of the forward pass. A thread takes a chunk of keys of one key/value head, whose gradients it keeps, past
+// all tiles of rows that see any of them; so multi-query attention fills the cores too. Chunks add to the gradients of
+// queries in order, each after the one before: the bits do not depend on the threads.
 #pragma once
 
 #include <atomic>
@@ -23,38 +22,36 @@
 namespace qkv {
 namespace QKV_ISA {
 
-constexpr int BWD_BLOCK_N = 3 * BLOCK_N;  // keys whose gradients one thread holds
-
 template <class Kind>
 struct BackwardScratch {
-    float *queries, *d_outs;         // panels: rows are lanes
+    float *queries, *d_outs;         // packed: rows are lanes
     float *query_rows, *d_out_rows;  // rows as they are
     float *weights, *d_scores;       // of a block: (key, row)
     float *pairs, *slope, *allowed, *bias;
     float *keys, *keys_along, *values;
     float *dq, *dk, *dv;
 
-    BackwardScratch(const Problem& p, ArenaLayout& place) {
-        queries = place((p.width + LANES) * BLOCK_M);
-        d_outs = place((p.value_width + LANES) * BLOCK_M);
-        query_rows = place(whole_vectors(p.width) * BLOCK_M);
-        d_out_rows = place(whole_vectors(p.value_width) * BLOCK_M);
-        weights = place(BLOCK_N * BLOCK_M);
-        d_scores = place(BLOCK_N * BLOCK_M);
-        pairs = place(BLOCK_N / 2 * BLOCK_M);
-        slope = place(p.softcap != 0 ? BLOCK_N * BLOCK_M : 0);
-        allowed = place(p.allow.data ? BLOCK_N * BLOCK_M : 0);
-        bias = place(p.bias.data ? BLOCK_N * BLOCK_M : 0);
-        keys = place(OperandPacking<Kind>::floats(BWD_BLOCK_N, p.width));
-        keys_along = place(OperandPacking<Kind>::floats(BWD_BLOCK_N, p.width));
-        values = place(OperandPacking<Kind>::floats(BWD_BLOCK_N, p.value_width));
-        dq = place(whole_vectors(p.width) * BLOCK_M);
-        dk = place(BWD_BLOCK_N * whole_vectors(p.width));
-        dv = place(BWD_BLOCK_N * whole_vectors(p.value_width));
+    BackwardScratch(const Problem& p, ArenaLayout& arena) {
+        queries = arena((p.width + LANES) * BLOCK_M);
+        d_outs = arena((p.value_width + LANES) * BLOCK_M);
+        query_rows = arena(whole_vectors(p.width) * BLOCK_M);
+        d_out_rows = arena(whole_vectors(p.value_width) * BLOCK_M);
+        weights = arena(BLOCK_N * BLOCK_M);
+        d_scores = arena(BLOCK_N * BLOCK_M);
+        pairs = arena(BLOCK_N / 2 * BLOCK_M);
+        slope = arena(p.softcap != 0 ? BLOCK_N * BLOCK_M : 0);
+        allowed = arena(p.allow.data ? BLOCK_N * BLOCK_M : 0);
+        bias = arena(p.bias.data ? BLOCK_N * BLOCK_M : 0);
+        keys = arena(OperandPacking<Kind>::floats(BWD_BLOCK_N, p.width));
+        keys_along = arena(OperandPacking<Kind>::floats(BWD_BLOCK_N, p.width));
+        values = arena(OperandPacking<Kind>::floats(BWD_BLOCK_N, p.value_width));
+        dq = arena(whole_vectors(p.width) * BLOCK_M);
+        dk = arena(BWD_BLOCK_N * whole_vectors(p.width));
+        dv = arena(BWD_BLOCK_N * whole_vectors(p.value_width));
     }
 };
 
-// Which chunks add to the gradients of which tiles, and when it is whose turn.
+// Which chunks add to the gradients of which tiles, and in which order.
 class OrderedAccumulation {
    public:
     OrderedAccumulation(const Problem& p, const KeyVisibility& visibility)
@@ -62,7 +59,7 @@ class OrderedAccumulation {
           ranks(p.batch * tiles * chunks, NONE), last(p.batch * tiles, NONE),
           done(new std::atomic<int>[p.batch * p.kv_heads * tiles]()) {
         for (int64_t i = 0; i < p.batch * tiles; ++i) {
-            const Tile t(p, visibility, i / tiles, 0, i % tiles);
+            const Tile t(p, visibility, {i / tiles, 0}, i % tiles);
             for (int64_t chunk = 0; chunk < chunks; ++chunk)
                 if (shows_any(p, t, chunk * BWD_BLOCK_N, (chunk + 1) * BWD_BLOCK_N))
                     ranks[i * chunks + chunk] = ++last[i];
@@ -78,21 +75,21 @@ class OrderedAccumulation {
         return rank(t.batch, t.index, chunk) == last[t.batch * tiles + t.index];
     }
 
-    // Chunks are begun in order, so that whoever is waited for is at work, or gives up.
+    // Chunks are started in order, so the one that this waits for is at work or has given up.
     void await_turn(const Problem& p, const Tile& t, int64_t chunk) const {
-        const std::atomic<int>& now = done[place(p, t)];
+        const std::atomic<int>& now = done[counter_of(p, t)];
         const int mine = rank(t.batch, t.index, chunk);
         for (int tries = 0; now.load(std::memory_order_acquire) != mine; ++tries) {
             if (given_up.load(std::memory_order_relaxed)) throw std::bad_alloc();
-            if (tries > 1000) std::this_thread::yield();
+            if (tries > SPIN_TRIES) std::this_thread::yield();
         }
     }
 
-    // A chunk does without memory: nobody waits for it any longer.
+    // A chunk ran out of memory: all that wait throw.
     void give_up() { given_up.store(true, std::memory_order_relaxed); }
 
     void release(const Problem& p, const Tile& t, int64_t chunk) {
-        done[place(p, t)].store(rank(t.batch, t.index, chunk) + 1, std::memory_order_release);
+        done[counter_of(p, t)].store(rank(t.batch, t.index, chunk) + 1, std::memory_order_release);
     }
 
     const int64_t tiles, chunks;
@@ -103,7 +100,7 @@ class OrderedAccumulation {
     int rank(int64_t batch, int64_t tile, int64_t chunk) const {
         return ranks[(batch * tiles + tile) * chunks + chunk];
     }
-    int64_t place(const Problem& p, const Tile& t) const {
+    int64_t counter_of(const Problem& p, const Tile& t) const {
         return (t.batch * p.kv_heads + t.kv_head) * tiles + t.index;
     }
 
@@ -112,12 +109,12 @@ class OrderedAccumulation {
     std::atomic<bool> given_up{false};
 };
 
-// Whether a row has no gradient from above. What it sees then does not matter, even where that is NaN.
+// Whether a row has no gradient from above. It then adds nothing, even if it sees NaN.
 static bool has_zero_gradient(const Problem& p, const Gradients& g, const Tile& t, int r) {
     const char* const d_out = t.row(p, g.d_out, r);
     for (int64_t d = 0; d < p.value_width; ++d)
         if (read(p.dtype, d_out, d) != 0) return false;
-    return !g.d_lse || g.d_lse[t.place(p, r)] == 0;
+    return !g.d_lse || g.d_lse[t.index_of(p, r)] == 0;
 }
 
 // delta of the rows of a tile.
@@ -131,20 +128,20 @@ static void find_delta(const Problem& p, const Gradients& g, const Tile& t) {
                         load_part(p.dtype, d_out + d * item, p.value_width - d);
         float sum = 0;
         for (int i = 0; i < LANES; ++i) sum += products[i];
-        const int64_t place = t.place(p, r);
-        g.delta[place] = g.d_lse ? sum - g.d_lse[place] : sum;
-        if (g.delta[place] != g.delta[place] && has_zero_gradient(p, g, t, r)) g.delta[place] = 0;
+        const int64_t index = t.index_of(p, r);
+        g.delta[index] = g.d_lse ? sum - g.d_lse[index] : sum;
+        if (g.delta[index] != g.delta[index] && has_zero_gradient(p, g, t, r)) g.delta[index] = 0;
     }
 }
 
-// Sums of weights relative to the maximum itself.
+// Weights are relative to the maximum itself.
 struct ExactState : State {
     using State::State;
     static constexpr bool EXACT = true;
 };
 
-// Where the exponents of rows begin whose lse does not tell their weights: it is as inexact as it is large, and that of
-// a single query stems from products that are summed in another order than here.
+// Maxima and sums of rows whose lse is too inexact for their weights: its rounding grows with it, and that of a single
+// query stems from products that are summed in another order than here.
 class Recount {
    public:
     explicit Recount(const Problem& p) : p(p) {
@@ -154,26 +151,26 @@ class Recount {
 
     template <class Kind>
     void count(Kind, const Tile& t) const {
-        const auto concerned = [&](int r) { return row(t.place(p, r)) != nullptr; };
+        const auto concerned = [&](int r) { return row(t.index_of(p, r)) != nullptr; };
         bool any = false;
         for (int r = 0; r < t.count; ++r) any |= concerned(r);
         if (!any) return;
         [[maybe_unused]] const typename Kind::Registers registers;
         const auto scratch = QKV_ISA::thread_scratch<ForwardScratch<Kind, ExactState>>(p);
         const ExactState state(scratch.state, t);
-        OperandPacking<Kind>::panel(p, t, p.q, p.width, scratch.panel);
+        OperandPacking<Kind>::pack_as_lanes(p, t, p.q, p.width, scratch.packed);
         state.clear(p, t);
         accumulate_keys(p, t, LaidByBlock<Kind>(), Dropout(p, t), 0, t.end, scratch, state);
         for (int r = 0; r < t.count; ++r) {
             if (!concerned(r)) continue;
             const float row_max = state.row_max[r];
             if (row_max == -INF) {  // sees no key
-                found[t.place(p, r)] = {0, INF};
+                found[t.index_of(p, r)] = {0, INF};
                 continue;
             }
             const Total total(p, t, r, row_max, state.row_sum[r]);
-            const float beyond = total.row_max - (plain_scores(p) ? row_max * p.scale : row_max);  // of a sink logit
-            found[t.place(p, r)] = {row_max, std::log2(total.row_sum) + beyond * LOG2E};
+            const float beyond = total.row_max - (only_scaled(p) ? row_max * p.scale : row_max);  // of a sink logit
+            found[t.index_of(p, r)] = {row_max, std::log2(total.row_sum) + beyond * LOG2E};
         }
     }
 
@@ -181,67 +178,62 @@ class Recount {
         float base, shift;  // as `Origin` has them; a shift of inf: no weights
     };
 
-    // What was found of a row, if it was counted.
-    const Row* row(int64_t place) const { return found && concerns(p.lse[place]) ? &found[place] : nullptr; }
+    // The origin of a row, or null if its lse suffices.
+    const Row* row(int64_t index) const { return found && concerns(p.lse[index]) ? &found[index] : nullptr; }
 
    private:
-    bool concerns(float lse) const { return std::isfinite(lse) && (p.lq == 1 || std::fabs(lse) > LARGE); }
+    bool concerns(float lse) const { return std::isfinite(lse) && (p.lq == 1 || std::fabs(lse) > LARGE_SCORE); }
 
     const Problem& p;
     std::unique_ptr<Row[]> found;
 };
 
-// A chunk of keys of one head, and the gradients that gather there.
+// A chunk of keys of one head, and their gradients.
 template <class Kind>
-struct Chunk {
-    typedef typename Kind::Element Element;
+struct Chunk : HeadRef {
+    using Laid = Operand<const typename Kind::Element>;
 
     const Problem& p;
     const Gradients& g;
     const Recount& recount;
     const BackwardScratch<Kind> scratch;
-    const int64_t batch, kv_head, first;
+    const int64_t first;
     const int size;
-    const Element *keys, *keys_along, *values;
-    int64_t key_stride, key_along_stride, value_stride;
+    Laid keys, keys_along, values;
     bool finite;
     double* d_alibi;  // of the heads of the group, or null
 
-    Chunk(const Problem& p, const Gradients& g, const Recount& recount, int64_t batch, int64_t kv_head, int64_t first,
+    Chunk(const Problem& p, const Gradients& g, const Recount& recount, const HeadRef& head, int64_t first,
           double* d_alibi)
-        : p(p), g(g), recount(recount), scratch(QKV_ISA::thread_scratch<BackwardScratch<Kind>>(p)), batch(batch),
-          kv_head(kv_head), first(first), size((int)std::min<int64_t>(BWD_BLOCK_N, p.lk - first)), d_alibi(d_alibi) {
-        typedef OperandPacking<Kind> F;
-        keys = F::along_width(p, batch, kv_head, p.k, p.width, first, size, scratch.keys, key_stride);
-        values = F::along_width(p, batch, kv_head, p.v, p.value_width, first, size, scratch.values, value_stride);
-        keys_along = keys;
-        key_along_stride = key_stride;
-        if (F::PACKS)
-            keys_along =
-                F::along_keys(p, batch, kv_head, p.k, p.width, first, size, scratch.keys_along, key_along_stride);
-        finite = all_finite(p, batch, kv_head, p.k, p.width, first, size);
-        if (!finite) shield();
-        finite = finite && all_finite(p, batch, kv_head, p.v, p.value_width, first, size);
+        : HeadRef(head), p(p), g(g), recount(recount), scratch(QKV_ISA::thread_scratch<BackwardScratch<Kind>>(p)),
+          first(first), size((int)std::min<int64_t>(BWD_BLOCK_N, p.lk - first)), d_alibi(d_alibi) {
+        using F = OperandPacking<Kind>;
+        keys = F::along_width(p, head, p.k, p.width, first, size, scratch.keys);
+        values = F::along_width(p, head, p.v, p.value_width, first, size, scratch.values);
+        keys_along = F::PACKS ? F::along_keys(p, head, p.k, p.width, first, size, scratch.keys_along) : keys;
+        finite = all_finite(p, head, p.k, p.width, first, size);
+        if (!finite) zero_nonfinite_keys();
+        finite = finite && all_finite(p, head, p.v, p.value_width, first, size);
         std::fill(scratch.dk, scratch.dk + size * whole_vectors(p.width), 0.0f);
         std::fill(scratch.dv, scratch.dv + size * whole_vectors(p.value_width), 0.0f);
     }
 
-    // A hidden key that is not finite must not meet its gradient of 0. Where it is seen, that gradient is NaN anyway.
-    void shield() {
-        Element* clean = OperandPacking<Kind>::own(keys_along, p.width, size, scratch.keys_along, key_along_stride);
+    // 0 * inf is NaN: a masked key that is not finite has a gradient of scores of 0. One that is seen has NaN anyway.
+    void zero_nonfinite_keys() {
+        const auto clean = OperandPacking<Kind>::writable(keys_along, p.width, size, scratch.keys_along);
         for (int j = 0; j < size; ++j)
             for (int64_t d = 0; d < p.width; ++d)
-                if (!std::isfinite(read(p.dtype, row_of(p, p.k, batch, kv_head, first + j), d)))
-                    OperandPacking<Kind>::clear(clean, key_along_stride, j, d);
-        keys_along = clean;
+                if (!std::isfinite(read(p.dtype, row_of(p, p.k, *this, first + j), d)))
+                    OperandPacking<Kind>::clear(clean, j, d);
+        keys_along = {clean.data, clean.stride};
     }
 
-    // Adds what a tile gives to the gradients of keys and values, and leaves its gradient of queries in room.dq.
-    void pass(const Tile& t) {
-        OperandPacking<Kind>::panel(p, t, p.q, p.width, scratch.queries);
-        OperandPacking<Kind>::panel(p, t, g.d_out, p.value_width, scratch.d_outs);
-        OperandPacking<Kind>::rows(p, t, p.q, p.width, scratch.query_rows);
-        OperandPacking<Kind>::rows(p, t, g.d_out, p.value_width, scratch.d_out_rows);
+    // Adds a tile to the gradients of keys and values, and leaves its gradient of queries in scratch.dq.
+    void add_tile(const Tile& t) {
+        OperandPacking<Kind>::pack_as_lanes(p, t, p.q, p.width, scratch.queries);
+        OperandPacking<Kind>::pack_as_lanes(p, t, g.d_out, p.value_width, scratch.d_outs);
+        OperandPacking<Kind>::pack_as_rows(p, t, p.q, p.width, scratch.query_rows);
+        OperandPacking<Kind>::pack_as_rows(p, t, g.d_out, p.value_width, scratch.d_out_rows);
         std::fill(scratch.dq, scratch.dq + p.width * t.lanes(), 0.0f);
         const Rows rows = look(t);
         const Dropout dropout(p, t);
@@ -265,38 +257,41 @@ struct Chunk {
     }
 
    private:
-    // What is to be known of the rows of a tile.
+    static Laid from_row(const Laid& operand, int64_t row) {
+        return {operand.data + row * operand.stride, operand.stride};
+    }
+
+    // The rows of a tile.
     struct Rows {
-        float base[BLOCK_M], shift[BLOCK_M],
-            delta[BLOCK_M];  // the first two as `Origin` has them; a shift of inf: no weights
+        float base[BLOCK_M], shift[BLOCK_M];  // as `Origin` has them; a shift of inf: no weights
+        float delta[BLOCK_M];
         bool fused[BLOCK_M / LANES];
-        bool apart[BLOCK_M];  // rows that may hold NaN, which must not meet the weights of 0 of keys that they do not
-                              // see
+        bool apart[BLOCK_M];  // may hold NaN, which times the weight 0 of a masked key would be NaN: added one by one
         bool any_apart;
     };
 
     Rows look(const Tile& t) const {
         Rows rows;
         rows.any_apart = false;
-        std::fill(rows.fused, rows.fused + t.vecs, plain_scores(p));
+        std::fill(rows.fused, rows.fused + t.vecs, only_scaled(p));
         for (int r = 0; r < t.lanes(); ++r) {
-            const int64_t place = t.place(p, r);
-            const float lse = p.lse[place];
-            rows.delta[r] = g.delta[place];
-            // A row that sees no key has the lse of its sink, whatever it holds.
+            const int64_t index = t.index_of(p, r);
+            const float lse = p.lse[index];
+            rows.delta[r] = g.delta[index];
+            // A row that sees no key has the lse of its sink, even if it holds NaN.
             const bool is_masked = p.sink_logits && lse == p.sink_logits[t.head[r]];
             rows.apart[r] = is_masked || !std::isfinite(lse) || !std::isfinite(rows.delta[r]);
             rows.any_apart |= rows.apart[r];
             rows.base[r] = 0;
             if (lse == -INF || ((rows.apart[r] || !finite) && has_zero_gradient(p, g, t, r))) {
                 rows.shift[r] = INF;
-            } else if (const Recount::Row* const row = recount.row(place)) {
+            } else if (const Recount::Row* const row = recount.row(index)) {
                 rows.base[r] = row->base;
                 rows.shift[r] = row->shift;
                 rows.fused[r / LANES] = false;
             } else {
-                rows.base[r] = plain_scores(p) ? 0 : lse;
-                rows.shift[r] = plain_scores(p) ? lse * LOG2E : 0;
+                rows.base[r] = only_scaled(p) ? 0 : lse;
+                rows.shift[r] = only_scaled(p) ? lse * LOG2E : 0;
             }
             if (!rows.apart[r] || r >= t.count) continue;
             OperandPacking<Kind>::clear_row(scratch.query_rows, p.width, r);
@@ -309,12 +304,11 @@ struct Chunk {
     void score(const Tile& t, const Block& b, const Segment& s, const Rows& rows, const Dropout& dropout) const {
         const int64_t into = b.first - first;  // the chunk
         const float factor = exponent_factor(p);
-        multiply_rows(Kind(), t, s, p.width, keys + into * key_stride, key_stride, scratch.queries, scratch.weights);
-        if (!plain_scores(p))
+        multiply_rows(Kind(), t, s, p.width, from_row(keys, into), scratch.queries, scratch.weights);
+        if (!only_scaled(p))
             transform(p, t, b, s, scratch.bias, scratch.weights, p.softcap != 0 ? scratch.slope : nullptr);
         if (b.edge) hide(p, t, b, s, scratch.allowed, -INF, scratch.weights);
-        multiply_rows(Kind(), t, s, p.value_width, values + into * value_stride, value_stride, scratch.d_outs,
-                      scratch.d_scores);
+        multiply_rows(Kind(), t, s, p.value_width, from_row(values, into), scratch.d_outs, scratch.d_scores);
         for (int j = s.begin; j < s.end; ++j) {
             for (int n = s.first; n < s.last; ++n) {
                 float* const weights = scratch.weights + j * t.lanes() + n * LANES;
@@ -331,9 +325,9 @@ struct Chunk {
                 }
                 store(d_scores, weight * (d_weight - load(rows.delta + n * LANES)));
                 if (!finite || rows.any_apart) {
-                    const ivec blind = from.shift == INF;
-                    store(weights, blind ? vec{} : load(weights));
-                    store(d_scores, blind ? vec{} : load(d_scores));
+                    const ivec masked = from.shift == INF;
+                    store(weights, masked ? vec{} : load(weights));
+                    store(d_scores, masked ? vec{} : load(d_scores));
                 }
             }
         }
@@ -358,8 +352,8 @@ struct Chunk {
             OperandPacking<Kind>::pack_keys(t, s, scratch.d_scores, scratch.pairs);
             along_keys = scratch.pairs;
         }
-        sum_over_keys(Kind(), t, s, p.width, keys_along + into / OperandPacking<Kind>::KEYS_PER_ROW * key_along_stride,
-                      key_along_stride, along_keys, scratch.dq);
+        sum_over_keys(Kind(), t, s, p.width, from_row(keys_along, into / OperandPacking<Kind>::KEYS_PER_ROW),
+                      along_keys, scratch.dq);
         if (rows.any_apart) add_apart(t, b, s, rows);
         if (OperandPacking<Kind>::PACKS) {
             OperandPacking<Kind>::pack_rows(t, s, scratch.d_scores);
@@ -371,8 +365,8 @@ struct Chunk {
                       scratch.dv + into * whole_vectors(p.value_width));
     }
 
-    // Adds what rows that are apart give to the keys that they see, one by one, and takes it from weights and
-    // gradients.
+    // Adds the rows that are apart to the keys that they see, one by one, and makes 0 of their weights and gradients of
+    // scores.
     void add_apart(const Tile& t, const Block& b, const Segment& s, const Rows& rows) const {
         const auto add = [&](const View& view, int64_t width, int r, float factor, float* to) {
             const char* const row = t.row(p, view, r);
@@ -383,10 +377,10 @@ struct Chunk {
             const bool adds = r < t.count && rows.shift[r] != INF;
             for (int j = s.begin; j < s.end; ++j) {
                 float &weight = scratch.weights[j * t.lanes() + r], &d_score = scratch.d_scores[j * t.lanes() + r];
-                const int64_t key = b.first + j, place = key - first;
+                const int64_t key = b.first + j, row = key - first;
                 if (adds && may_see(p, t, r, key) && (!p.allow.data || scratch.allowed[j * t.lanes() + r] != 0)) {
-                    add(p.q, p.width, r, d_score, scratch.dk + place * whole_vectors(p.width));
-                    add(g.d_out, p.value_width, r, weight, scratch.dv + place * whole_vectors(p.value_width));
+                    add(p.q, p.width, r, d_score, scratch.dk + row * whole_vectors(p.width));
+                    add(g.d_out, p.value_width, r, weight, scratch.dv + row * whole_vectors(p.value_width));
                 }
                 weight = d_score = 0;
             }
@@ -398,7 +392,7 @@ struct Chunk {
         lanes_to_rows(std::min(t.count, s.last * LANES) - above, s.end - s.begin,
                       scratch.d_scores + s.begin * t.lanes() + above, t.lanes(),
                       [&](int64_t r, int64_t c, int64_t count, vec x) {
-                          float* const row = g.d_bias + t.place(p, above + (int)r) * p.lk;
+                          float* const row = g.d_bias + t.index_of(p, above + (int)r) * p.lk;
                           store_part(Dtype::f32, row + b.first + s.begin + c, x, count);
                       });
     }
@@ -415,7 +409,7 @@ struct Chunk {
     }
 
     void write_row(const float* from, int64_t width, const View& view, int64_t key, float factor) const {
-        char* const row = row_of(p, view, batch, kv_head, key);
+        char* const row = row_of(p, view, *this, key);
         for (int64_t d = 0; d < width; d += LANES)
             store_part(p.dtype, row + d * size_of(p.dtype), load(from + d) * factor, width - d);
     }
@@ -427,7 +421,7 @@ static void run_backward(const Problem& p, const Gradients& g) {
     OrderedAccumulation order(p, visibility);
     const int64_t heads = p.batch * p.kv_heads, tiles = order.tiles, scratch = p.width * BLOCK_M;
     const Recount recount(p);
-    // Of the gradients of queries that several chunks add to.
+    // Sums of the gradients of queries that several chunks add to.
     const int64_t all = order.chunks > 1 ? heads * tiles * scratch : 0;
     const std::unique_ptr<float[]> sums(new float[all]);
     prefer_huge_pages(sums.get(), all * (int64_t)sizeof(float));
@@ -436,21 +430,22 @@ static void run_backward(const Problem& p, const Gradients& g) {
     std::fill(scales, scales + BLOCK_M, p.scale);
     std::vector<double> d_alibi(g.d_alibi ? order.chunks * heads * group(p) : 0);
     parallel_for(heads * tiles, p.threads, [&](int64_t item) {
-        const Tile t(p, visibility, item / tiles / p.kv_heads, item / tiles % p.kv_heads, item % tiles);
+        const Tile t(p, visibility, head_at(p, item / tiles), item % tiles);
         find_delta(p, g, t);
         if (order.has_any(t)) return recount.count(Kind(), t);
         write_rows(p, t, g.dq, p.width, zeros.data(), scales);
     });
     const auto add_chunk = [&](int64_t item) {
-        const int64_t index = item / heads, batch = item % heads / p.kv_heads, kv_head = item % heads % p.kv_heads;
+        const int64_t index = item / heads;
+        const HeadRef head = head_at(p, item % heads);
         [[maybe_unused]] const typename Kind::Registers registers;
         double* const slopes = g.d_alibi ? &d_alibi[item * group(p)] : nullptr;
-        Chunk<Kind> chunk(p, g, recount, batch, kv_head, index * BWD_BLOCK_N, slopes);
-        // Late tiles first: under a causal mask all chunks see them, and follow each other from there.
+        Chunk<Kind> chunk(p, g, recount, head, index * BWD_BLOCK_N, slopes);
+        // Late tiles first: under a causal mask all chunks see them.
         for (int64_t tile = tiles - 1; tile >= 0; --tile) {
-            if (!order.has(batch, tile, index)) continue;
-            const Tile t(p, visibility, batch, kv_head, tile);
-            chunk.pass(t);
+            if (!order.has(head.batch, tile, index)) continue;
+            const Tile t(p, visibility, head, tile);
+            chunk.add_tile(t);
             const float* const dq = chunk.scratch.dq;
             if (order.is_first(t, index) && order.is_last(t, index)) {
                 write_rows(p, t, g.dq, p.width, dq, scales);

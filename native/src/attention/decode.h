@@ -1,9 +1,9 @@
 // Attention forward for the rows of a single query, as in decoding: one to eight heads that share their keys and
 // values, or sixteen where tiles multiply them.
 //
-// A handful of rows would fill a handful of sixteen lanes. Here lanes lie along the width in both products, or tiles
-// multiply, and lanes lie along keys and rows in between; every key and value is read once, in the order of memory, for
-// all rows: the speed is that of memory.
+// With lanes as query rows, these would leave half or more of a vector empty. Here lanes lie along the width in both
+// products, or tiles multiply, and along (key, row) in between. Every key and value is read once, in the order of
+// memory, for all rows: the speed is that of memory.
 #pragma once
 
 #include "attention/decode_amx.h"
@@ -12,7 +12,7 @@
 namespace qkv {
 namespace QKV_ISA {
 
-// `State` of a few rows: rows of out lie as `Products` sums them.
+// The state of decoding: rows of out lie as `Products` sums them.
 struct DecodeState {
     static constexpr bool EXACT = false;
 
@@ -47,21 +47,22 @@ struct DecodeState {
     }
 };
 
-// Memory for a few rows.
+// Memory of a thread for decoding.
 struct DecodeScratch {
     float *queries, *steps, *scores, *values, *state, *total;
 
-    DecodeScratch(const Problem& p, ArenaLayout& place) {
-        queries = place(few_rows(p) * pitch_of(p.width));
-        steps = place(few_rows(p));
-        scores = place(few_rows(p) * BLOCK_N);
-        values = place(BLOCK_N * p.value_width);
-        state = place(DecodeState::floats(p));
-        total = place(DecodeState::floats(p));
+    DecodeScratch(const Problem& p, ArenaLayout& arena) {
+        queries = arena(decode_rows(p) * pitch_of(p.width));
+        steps = arena(decode_rows(p));
+        scores = arena(decode_rows(p) * BLOCK_N);
+        values = arena(BLOCK_N * p.value_width);
+        state = arena(DecodeState::floats(p));
+        total = arena(DecodeState::floats(p));
     }
 };
 
-// Lane i stands for key first + i / ROWS and row i % ROWS; lanes without a row follow the last one.
+// A vector of scores: lane i stands for key first + i / ROWS and row i % ROWS. COUNT is the number of rows and ROWS the
+// next power of two; lanes without a row repeat the last one.
 template <int COUNT, int ROWS>
 struct Spread {
     const Problem& p;
@@ -76,11 +77,12 @@ struct Spread {
         return x;
     }
 
+    float at(const Matrix& m, int r, int64_t key) const {
+        return read(m.dtype, m.data, t.batch * m.batch + t.head[r] * m.head + key * m.column);
+    }
+
     vec of(const Matrix& m, int64_t first) const {
-        return each([&](int i) {
-            const int64_t key = std::min(first + i / ROWS, p.lk - 1), head = t.head[row(i)];
-            return read(m.dtype, m.data, t.batch * m.batch + head * m.head + key * m.column);
-        });
+        return each([&](int i) { return at(m, row(i), std::min(first + i / ROWS, p.lk - 1)); });
     }
 
     struct Repeated {
@@ -94,16 +96,15 @@ struct Spread {
         return shuffle(each, each, Repeated());
     }
 
-    // Scores from products.
-    vec transform(int64_t first, vec x) const {
-        x = x * p.scale;
-        if (p.softcap != 0) x = p.softcap * tanh(x / p.softcap);
-        if (p.bias.data) x = x + bounded(of(p.bias, first));
-        if (p.alibi) {
-            const int64_t position = t.position[0];
-            x = x - each([&](int i) { return t.slope[row(i)] * (float)std::abs(position - (first + i / ROWS)); });
-        }
-        return x;
+    // Never inlined: for scores that are only scaled, the loop around it stays small.
+    [[gnu::noinline]] vec transform(int64_t first, vec x) const {
+        return QKV_ISA::transform(
+            p, x, [&] { return of(p.bias, first); },
+            [&](vec x) {
+                const int64_t position = t.position[0];
+                return x -
+                       each([&](int i) { return t.slope[row(i)] * (float)std::abs(position - (first + i / ROWS)); });
+            });
     }
 
     bool may_see(int64_t key) const { return QKV_ISA::may_see(p, t, 0, key); }
@@ -117,36 +118,35 @@ struct Spread {
     }
 };
 
-// `add_visible_nonfinite` for a few rows: leaves the values of a block in room.values.
+// `add_visible_nonfinite` for the rows of one query: leaves the values of a block in scratch.values.
 template <class Products, int COUNT, int ROWS>
-static void add_visible_nonfinite_decode(const Problem& p, const Tile& t, const Block& b, const char* values,
-                                         const DecodeScratch& scratch, const DecodeState& state) {
+[[gnu::noinline]] static void add_visible_nonfinite_decode(const Problem& p, const Tile& t, const Block& b,
+                                                           const DecodeScratch& scratch, const DecodeState& state) {
     const Spread<COUNT, ROWS> spread{p, t};
-    const int64_t item = size_of(p.dtype), pitch = pitch_of(p.value_width);
-    for (int j = 0; j < b.size; ++j) {
-        const char* const row = values + j * p.v.row * item;
-        char* const clean = (char*)scratch.values + j * p.value_width * item;
-        std::memcpy(clean, row, p.value_width * item);
-        const vec seen = spread.hide(b.first + j, b.first + b.size, vec{});
-        for (int64_t d = 0; d < p.value_width; ++d) {
-            const float x = read(p.dtype, row, d);
-            if (std::isfinite(x)) continue;
-            write(p.dtype, clean, d, 0.0f);
-            for (int r = 0; r < COUNT; ++r)
-                if (seen[r] == 0) state.out[r * pitch + Products::column(d)] += scratch.scores[j * ROWS + r] * x;
-        }
-    }
+    const int64_t pitch = pitch_of(p.value_width), bytes = p.value_width * size_of(p.dtype);
+    const auto clean = [&](int j) { return (char*)scratch.values + j * bytes; };
+    for (int j = 0; j < b.size; ++j) std::memcpy(clean(j), row_of(p, p.v, t, b.first + j), bytes);
+    separate_nonfinite(
+        p, t, b, {0, b.size, 0, t.vecs},
+        [&](int j, int r) {
+            return spread.may_see(b.first + j) && (!p.allow.data || spread.at(p.allow, r, b.first + j) != 0);
+        },
+        [&](int j, int r, int64_t d, float x) {
+            state.out[r * pitch + Products::column(d)] += scratch.scores[j * ROWS + r] * x;
+        },
+        [&](int j, int64_t d) { write(p.dtype, clean(j), d, 0.0f); });
 }
 
-// Folds the keys [begin, end) into a state that was empty. COUNT is the number of rows, ROWS the next power of two.
+// Makes `state` that of the keys [begin, end). COUNT is the number of rows, ROWS the next power of two.
 template <class Products, int COUNT, int ROWS>
 static void accumulate_keys_decode(const Problem& p, const Tile& t, const Dropout& dropout, int64_t begin, int64_t end,
                                    const DecodeScratch& scratch, const DecodeState& state) {
-    typedef Spread<COUNT, ROWS> Spread;
-    constexpr int KEYS = LANES / ROWS;                           // keys of a vector
-    constexpr int ABREAST = COUNT == 1 ? 1 : std::min(KEYS, 2);  // keys read side by side: more would slow memory down
+    using Spread = QKV_ISA::Spread<COUNT, ROWS>;
+    constexpr int KEYS = LANES / ROWS;  // keys of a vector
+    constexpr int AT_ONCE =
+        COUNT == 1 ? 1 : std::min(KEYS, DECODE_KEYS);  // keys read side by side: more would slow memory down
     const Spread spread{p, t};
-    const bool plain = plain_scores(p);
+    const bool is_scaled = only_scaled(p);
     const float factor = exponent_factor(p);
     const int64_t item = size_of(p.kv_dtype), key_stride = p.k.row * item;
     const bool scaled = p.k_scale.data;
@@ -157,7 +157,7 @@ static void accumulate_keys_decode(const Problem& p, const Tile& t, const Dropou
     for (int64_t first = begin; first < end; first += BLOCK_N) {
         const Block b(p, t, first, end, F32::GRAIN);
         if (b.count == 0) continue;
-        // What lies before a window is not read.
+        // Keys before a window are not read.
         const int from = first < p.sink_tokens ? 0 : (int)std::max<int64_t>(0, t.begin - first) / LANES * LANES;
         float* const scores = scratch.scores + from * ROWS;
         const char* const keys = row_of(p.kv_dtype, p.k, t.batch, t.kv_head, first);
@@ -169,29 +169,29 @@ static void accumulate_keys_decode(const Problem& p, const Tile& t, const Dropou
         if constexpr (Products::ON_TILES)
             Products::score(keys + from * key_stride, key_stride, b.size - from, p.width, scratch.queries,
                             scratch.scores + from * LANES, ahead);
-        ahead.peaks(vecs);
+        ahead.maxima(vecs);
         for (int j = from; j < b.size; j += KEYS) {
             vec x;
             if constexpr (Products::ON_TILES) {
                 x = Products::template spread<ROWS>(scratch.scores, j);
             } else {
-                for (int i = 0; i < KEYS; i += ABREAST) {
+                for (int i = 0; i < KEYS; i += AT_ONCE) {
                     if (j + i >= b.size) break;
                     const char* const key = keys + (j + i) * key_stride;
-                    const PrefetchStream soon = {values + (j + i) * value_stride, value_stride};
-                    if (j + i + ABREAST <= b.size)
-                        Products::template score<COUNT, ROWS, ABREAST>(key, key_stride, p.width, scratch.queries,
-                                                                       sums + i * ROWS, soon);
+                    const PrefetchStream next_values = {values + (j + i) * value_stride, value_stride};
+                    if (j + i + AT_ONCE <= b.size)
+                        Products::template score<COUNT, ROWS, AT_ONCE>(key, key_stride, p.width, scratch.queries,
+                                                                       sums + i * ROWS, next_values);
                     else
                         Products::template score<COUNT, ROWS, 1>(key, key_stride, p.width, scratch.queries,
-                                                                 sums + i * ROWS, soon);
+                                                                 sums + i * ROWS, next_values);
                 }
                 x = sum_each(sums);
             }
             ahead.step();
             if (scaled) x = x * (spread.of(p.k_scale, first + j) * steps);
             x = finite_or_nan(x);
-            if (!plain) x = spread.transform(first + j, x);
+            if (!is_scaled) x = spread.transform(first + j, x);
             if (b.edge || j + KEYS > b.size) x = spread.hide(first + j, first + b.size, x);
             block_max = max(x, block_max);
             store(scratch.scores + j * ROWS, x);
@@ -210,14 +210,14 @@ static void accumulate_keys_decode(const Problem& p, const Tile& t, const Dropou
             sum = sum + weight;
             if (p.dropout > 0) weight = weight * dropout.factors_of(first + j, ROWS, Spread::row);
             if (scaled) {
-                // The scale of a hidden key may be NaN. One of -inf is not hidden where a bias made it.
+                // The scale of a hidden key may be NaN. A score of -inf is a hidden key unless a bias made it.
                 const ivec hidden = p.bias.data ? spread.hide(first + j, first + b.size, vec{}) != 0.0f : score == -INF;
                 weight = hidden ? weight : weight * spread.of(p.v_scale, first + j);
             }
             store(scratch.scores + j * ROWS, weight);
         }
-        if (b.edge && !scaled && !all_finite(p, t.batch, t.kv_head, p.v, p.value_width, first + from, b.size - from)) {
-            add_visible_nonfinite_decode<Products, COUNT, ROWS>(p, t, b, values, scratch, state);
+        if (b.edge && !scaled && !all_finite(p, t, p.v, p.value_width, first + from, b.size - from)) {
+            add_visible_nonfinite_decode<Products, COUNT, ROWS>(p, t, b, scratch, state);
             values = (const char*)scratch.values;
             value_stride = p.value_width * item;
         }
@@ -263,7 +263,7 @@ template <class Work>
 static inline void for_decode(const Problem& p, Work work) {
     const int rows = (int)group(p);
     const auto with = [&](auto products) {
-        typedef decltype(products) Products;
+        using Products = decltype(products);
         with_count<Products::LEAST, Products::MOST>(rows, [&](auto count) { work(products, count); });
     };
     switch (p.kv_dtype) {

@@ -1,8 +1,7 @@
-// The products of a few rows of bf16 on tile registers.
+// The products of decoding in bf16 on tile registers.
 #pragma once
 
 #include "attention/decode_dot.h"
-#include "simd/amx_registers.h"
 
 namespace qkv {
 namespace QKV_ISA {
@@ -18,26 +17,26 @@ static inline void repeat(Work work) {
     repeat(work, std::make_integer_sequence<int, COUNT>());
 }
 
-// The keys and values of the next block, asked for step by step while this one is computed: few requests can be under
-// way, so memory would rest after a heap of them.
+// Prefetches the keys and values of the next block step by step while this one is computed: few requests can be under
+// way, so memory would rest after a burst of them.
 template <int ROWS>
 struct PrefetchKeys {
     PrefetchKeys(const Problem& p, const Tile& t, int64_t first)
         : key_stride(p.k.row * 2), value_stride(p.v.row * 2), key_bytes(p.width * 2), value_bytes(p.value_width * 2),
-          keys(row_of(p, p.k, t.batch, t.kv_head, first) + BLOCK_N * key_stride),
-          values(row_of(p, p.v, t.batch, t.kv_head, first) + BLOCK_N * value_stride),
+          keys(row_of(p, p.k, t, first) + BLOCK_N * key_stride),
+          values(row_of(p, p.v, t, first) + BLOCK_N * value_stride),
           count((int)std::max<int64_t>(0, std::min<int64_t>(BLOCK_N, t.end - first - BLOCK_N))) {}
 
     // The parts of the work on a block, in the order in which they come, each in so many steps. A product of a key
     // costs about as much as 16 rows of its scores.
     void scores(int steps) { plan(16, steps); }
-    void peaks(int steps) { plan(16 + ROWS, steps); }
+    void maxima(int steps) { plan(16 + ROWS, steps); }
     void weights(int steps) { plan(16 + 3 * ROWS, steps); }
     void sums(int steps) { plan(WORK, steps); }
 
     void step() {
-        place += rate;
-        for (; done < place / 256; ++done)
+        due += rate;
+        for (; done < due / 256; ++done)
             if (done < count)
                 prefetch(keys + done * key_stride, key_bytes);
             else
@@ -47,13 +46,13 @@ struct PrefetchKeys {
    private:
     static constexpr int WORK = (ROWS > 8 ? 48 : 32) + 4 * ROWS;
 
-    void plan(int work, int steps) { rate = (2 * count * 256 * work / WORK - place) / steps; }
+    void plan(int work, int steps) { rate = (2 * count * 256 * work / WORK - due) / steps; }
 
     const int64_t key_stride, value_stride, key_bytes, value_bytes;
     const char *const keys, *const values;
     const int count;  // keys, and as many values
     int done = 0;     // of both
-    int place = 0;    // where that is to be, in 256ths
+    int due = 0;      // how many should be, in 256ths
     int rate = 0;     // by which that moves with each step
 };
 
@@ -63,11 +62,12 @@ struct PrefetchKeys {
 //
 // Of values, pairs of columns lie together, where tiles multiply pairs of keys. So they are multiplied by pairs of a
 // weight and 0, which sums the even columns, and by pairs of 0 and a weight for the odd ones; those of up to eight rows
-// share a tile. Rows of out lie likewise: sixteen even columns and the sixteen odd ones between them take turns.
+// share a tile. Columns of out lie likewise: sixteen even ones, then the sixteen odd ones between them.
 struct OnTiles {
-    static constexpr int LEAST = 3, MOST = LANES;  // one or two rows are as fast in dot products, and begin sooner
+    static constexpr int LEAST = AMX_DECODE_ROWS,
+                         MOST = LANES;  // one or two rows are as fast in dot products, and begin sooner
     static constexpr bool ON_TILES = true;
-    typedef TileRegisters Registers;
+    using Registers = TileRegisters;
     template <int ROWS>
     using Ahead = PrefetchKeys<ROWS>;
 
@@ -147,7 +147,7 @@ struct OnTiles {
         static constexpr int at(int i) { return FROM + i / 2 + (i & 1 ? LANES : 0); }
     };
 
-    // Loads `count` rows of which `left` columns are left, and zeros for what lies behind.
+    // Loads `count` rows of `left` columns, up to a tile, and zeros for the rest.
     template <int TO>
     static inline void take(const char* from, int64_t stride, int count, int64_t left) {
         if (count >= GROUP && left >= STEP) return tile_load<TO>(from, stride);
@@ -219,10 +219,11 @@ struct OnTiles {
         for (int r = 0; r < COUNT; ++r) {
             const float* const even = sums + r * LANES;
             float* const row = out + r * pitch;
-            vec strange = {};  // NaN where a sum is not finite
+            vec nonfinite = {};  // NaN where a sum is
             for (int n = 0; n < SPANS; ++n)
-                for (const float* sum : {even + n * FLOATS, even + n * FLOATS + ODD}) strange += load(sum) - load(sum);
-            if (any(strange != 0.0f)) {
+                for (const float* sum : {even + n * FLOATS, even + n * FLOATS + ODD})
+                    nonfinite += load(sum) - load(sum);
+            if (any(nonfinite != 0.0f)) {
                 add_apart(values, stride, count, std::min<int64_t>(left, SPANS * STEP), weights + r, ROWS, row);
                 continue;
             }

@@ -1,4 +1,4 @@
-// The products of a few rows, key by key: lanes lie along the width.
+// The products of decoding, key by key: lanes lie along the width.
 //
 // Numbers of 8 and 16 bits are widened in registers; where there are dot products of pairs of 16 bits, those of bf16
 // are multiplied as they are, and those of 8 bits with queries and weights in fixed point.
@@ -9,15 +9,17 @@
 namespace qkv {
 namespace QKV_ISA {
 
-// Rows at most.
-constexpr int FEW = LANES < 8 ? LANES : 8;
+// Rows of one query that decoding takes, at most.
+constexpr int MAX_DECODE_ROWS = LANES < DECODE_ROWS ? LANES : DECODE_ROWS;
 #if defined(__AMX_BF16__)
-constexpr int FEW_OF_BF16 = LANES;
+constexpr int MAX_DECODE_ROWS_BF16 = LANES;
 #else
-constexpr int FEW_OF_BF16 = FEW;
+constexpr int MAX_DECODE_ROWS_BF16 = MAX_DECODE_ROWS;
 #endif
 
-static inline int few_rows(const Problem& p) { return p.kv_dtype == Dtype::bf16 ? FEW_OF_BF16 : FEW; }
+static inline int decode_rows(const Problem& p) {
+    return p.kv_dtype == Dtype::bf16 ? MAX_DECODE_ROWS_BF16 : MAX_DECODE_ROWS;
+}
 
 // Lanes for so many rows: the next power of two.
 static constexpr int lanes_of(int count) { return count <= 2 ? count : (count <= 4 ? 4 : (count <= 8 ? 8 : 16)); }
@@ -25,45 +27,58 @@ static constexpr int lanes_of(int count) { return count <= 2 ? count : (count <=
 // Numbers from the start of a row to that of the next, for rows of this width.
 static inline int64_t pitch_of(int64_t width) { return (width + 2 * LANES - 1) / (2 * LANES) * (2 * LANES); }
 
-// Rows that are read soon. Products ask for them row by row while they read others, so that memory never rests.
+// Rows that are read next. Products prefetch them line by line while they read others, so that memory never rests.
 struct PrefetchStream {
     const char* rows;
     int64_t stride;
 
-    void ask(int64_t row, int64_t byte) const { prefetch(rows + row * stride + byte, 1); }
+    void prefetch(int64_t row, int64_t byte) const { QKV_ISA::prefetch(rows + row * stride + byte, 1); }
 };
 
-// Products that read one or two keys at a time, and ask for their values meanwhile; and while they read values, for the
+// The products of decoding, the template parameter `Products`. Of each block of keys:
+//
+//     LEAST, MOST                    rows that they take
+//     Registers                      as those of a kind of product
+//     ON_TILES                       whether `score` takes a block of keys, not one or two, and `add` needs no `pack`
+//     queries(p, t, to, steps)       the rows of queries as `score` takes them, and the step of each row: products with
+//                                    its numbers are multiplied by that (fixed point; 1 otherwise)
+//     score(...)                     products of keys with all rows
+//     pack(weights, count)           weights, in place, as `add` takes them; returns the step of each lane's row
+//     add(...)                       adds weights times values to rows of out
+//     column(d), columns(out, d)     where column d of a row of out lies; a vector of them from d on
+//     Ahead<ROWS>                    prefetches for a block, in so many steps for each part of its work
+//
+// They are Widened and Dots here and OnTiles in attention/decode_amx.h.
+
+// Products that read one or two keys at a time, and prefetch their values meanwhile; and while they read values, the
 // keys of the next block.
 struct KeyByKey {
-    static constexpr int LEAST = 1, MOST = FEW;  // rows
+    static constexpr int LEAST = 1, MOST = MAX_DECODE_ROWS;  // rows
     static constexpr bool ON_TILES = false;
 
-    typedef NoRegisterState Registers;
+    using Registers = NoRegisterState;
 
-    // Asks for nothing: the products do.
+    // Nothing: the products prefetch.
     template <int ROWS>
     struct Ahead {
         template <class... Any>
         explicit Ahead(const Any&...) {}
-        void peaks(int) {}
+        void maxima(int) {}
         void weights(int) {}
         void step() {}
     };
 
    protected:
-    // Where several rows take long enough, keys are asked for once more shortly before they are read.
+    // Several rows take long enough to prefetch keys once more shortly before they are read.
     template <int COUNT>
-    static inline void ask_ahead(const char* key, int64_t stride) {
-        constexpr int AHEAD = 16;
-        if (COUNT > 1) prefetch(key + AHEAD * stride, 1);
+    static inline void prefetch_ahead(const char* key, int64_t stride) {
+        if (COUNT > 1) prefetch(key + DECODE_PREFETCH_KEYS * stride, 1);
     }
 };
 
-// Both products of a block of keys of this dtype, for rows of queries as fp32.
+// Both products in fp32, for keys and values of this dtype, widened in registers.
 template <Dtype DTYPE>
 struct Widened : KeyByKey {
-    // Rows of queries, and the step of each, which products with its numbers are to be multiplied by.
     static void queries(const Problem& p, const Tile& t, float* to, float* steps) {
         std::fill(steps, steps + t.count, 1.0f);
         for (int r = 0; r < t.count; ++r, to += pitch_of(p.width))
@@ -71,7 +86,7 @@ struct Widened : KeyByKey {
                 store(to + d, load_part(p.dtype, t.row(p, p.q, r) + d * size_of(p.dtype), p.width - d));
     }
 
-    // sums[j * ROWS + r] = key j times row r, as lanes that are still to be added up.
+    // sums[j * ROWS + r] = key j times row r, whose lanes are not added up yet.
     template <int COUNT, int ROWS, int KEYS>
     static inline void score(const char* keys, int64_t stride, int64_t width, const float* queries, vec* sums,
                              PrefetchStream values) {
@@ -85,8 +100,8 @@ struct Widened : KeyByKey {
                 vec key[KEYS];
                 for (int j = 0; j < KEYS; ++j) {
                     const char* const at = keys + j * stride + d * item;
-                    ask_ahead<COUNT>(at, stride);
-                    values.ask(j, d * item);
+                    prefetch_ahead<COUNT>(at, stride);
+                    values.prefetch(j, d * item);
                     key[j] = whole ? load_as(DTYPE, at) : load_part(DTYPE, at, width - d);
                 }
                 for (int r = 0; r < COUNT; ++r) {
@@ -103,20 +118,19 @@ struct Widened : KeyByKey {
         }
     }
 
-    // Makes of weights, in place, what `add` takes, and returns the step of each lane's row.
     template <int ROWS>
     static vec pack(float*, int) {
         return set1(1.0f);
     }
 
-    // Adds weights times values to rows of out, on and on, or summed apart first.
+    // `APART` sums the block on its own first.
     template <int COUNT, int ROWS, bool APART>
     static void add(const char* values, int64_t stride, int count, int64_t width, const float* weights, vec, float* out,
                     PrefetchStream keys) {
         int64_t d = 0;
         const auto columns = [&](auto vecs) {
             constexpr int VECS = decltype(vecs)::value;
-            // As many as registers hold sums of, beside a row of values and a weight.
+            // Sums, a row of values and a weight must fit the registers.
             if constexpr (VECS == 1 || (COUNT + 1) * VECS < REGISTERS - 1)
                 for (; d + (VECS - 1) * LANES < width; d += VECS * LANES)
                     some<COUNT, ROWS, VECS, APART>(values, stride, count, d, width, weights, out, keys);
@@ -126,10 +140,7 @@ struct Widened : KeyByKey {
         columns(std::integral_constant<int, 1>());
     }
 
-    // Where column d of a row of out lies.
     static int64_t column(int64_t d) { return d; }
-
-    // The columns of a row of out from d on, a multiple of LANES.
     static vec columns(const float* out, int64_t d) { return load(out + d); }
 
    private:
@@ -137,7 +148,7 @@ struct Widened : KeyByKey {
     template <int COUNT, int ROWS, int VECS, bool APART>
     static inline void some(const char* values, int64_t stride, int count, int64_t d, int64_t width,
                             const float* weights, float* out, PrefetchStream keys) {
-        if (count < 1) __builtin_unreachable();  // else compilers keep the sums in memory as well
+        if (count < 1) __builtin_unreachable();  // otherwise compilers keep the sums in memory as well
         const int64_t pitch = pitch_of(width), item = size_of(DTYPE), left = width - d;
         values += d * item, out += d;
         vec acc[COUNT][VECS];
@@ -146,7 +157,7 @@ struct Widened : KeyByKey {
         for (int j = 0; j < count; ++j, values += stride) {
             vec x[VECS];
             for (int n = 0; n < VECS; ++n) {
-                keys.ask(j, (d + n * LANES) * item);
+                keys.prefetch(j, (d + n * LANES) * item);
                 const char* const at = values + n * LANES * item;
                 x[n] = n + 1 < VECS ? load_as(DTYPE, at) : load_part(DTYPE, at, left - n * LANES);
             }
@@ -171,28 +182,27 @@ static inline vec largest(vec x) {
 
 #if defined(__AVX512F__)
 #if defined(__AVX512BF16__)
-// Numbers of bf16, which are multiplied by numbers of bf16.
+// bf16 times bf16.
 struct Halves {
     static constexpr int SIZE = 2;
     static constexpr bool IN_STEPS = false;
 
-    // The numbers at `row`, zeros for those that are not left.
+    // A vector of pairs of numbers from `row`, of which `left` are left, and zeros.
     static __m512i take(const char* row, int64_t left) {
         if (left >= 2 * LANES) return _mm512_loadu_si512(row);
         return _mm512_maskz_loadu_epi16((__mmask32)((1ull << left) - 1), row);
     }
 
-    // What they are multiplied by, from fp32.
-    static __m256i factors(vec x) { return (__m256i)_mm512_cvtneps_pbh((__m512)x); }
+    // Queries or weights in the form in which they multiply them.
+    static __m256i factors(vec x) { return round_to_bf16(x); }
 
-    static vec dot(vec sum, __m512i a, __m512i b) { return Bf16Dot::dot(sum, a, (vec)b); }
+    static vec dot(vec sum, __m512i a, __m512i b) { return dot_bf16(sum, a, (vec)b); }
 
     static vec total(vec sum) { return sum; }
 };
 #endif
 
-// Numbers of i8, which are multiplied by numbers of 16 bits in fixed point: multiples of a step, a 32767th of the
-// largest of its kind.
+// int8 times int16 in fixed point: multiples of a step, which is a 32767th of the largest number of a row.
 struct Codes {
     static constexpr int SIZE = 1;
     static constexpr bool IN_STEPS = true;
@@ -206,19 +216,13 @@ struct Codes {
 
     static __m256i factors(vec x) { return _mm512_cvtepi32_epi16(_mm512_cvtps_epi32((__m512)x)); }
 
-    static vec dot(vec sum, __m512i a, __m512i b) {
-#if defined(__AVX512VNNI__)
-        return (vec)_mm512_dpwssd_epi32((__m512i)sum, a, b);
-#else
-        return (vec)_mm512_add_epi32((__m512i)sum, _mm512_madd_epi16(a, b));
-#endif
-    }
+    static vec dot(vec sum, __m512i a, __m512i b) { return dot_i16(sum, a, b); }
 
     static vec total(vec sum) { return (vec)_mm512_cvtepi32_ps((__m512i)sum); }
 };
 
-// Both products of a block of keys in dot products of pairs, for queries of 16 bits. Rows of out lie as pairs do: runs
-// of four columns of two rows of values take turns.
+// Both products in dot products of pairs, for queries of 16 bits. Columns of out alternate as `pair` interleaves them:
+// runs of four in one vector, the next four in the other.
 template <class Numbers>
 struct Dots : KeyByKey {
     static constexpr int STEP = 2 * LANES;
@@ -246,8 +250,8 @@ struct Dots : KeyByKey {
             __m512i key[KEYS];
             for (int j = 0; j < KEYS; ++j) {
                 const char* const at = keys + j * stride + Numbers::SIZE * d;
-                ask_ahead<COUNT>(at, stride);
-                values.ask(j, Numbers::SIZE * d);
+                prefetch_ahead<COUNT>(at, stride);
+                values.prefetch(j, Numbers::SIZE * d);
                 key[j] = Numbers::take(at, width - d);
             }
             for (int r = 0; r < COUNT; ++r) {
@@ -278,7 +282,7 @@ struct Dots : KeyByKey {
     template <int COUNT, int ROWS, bool>
     static void add(const char* values, int64_t stride, int count, int64_t width, const float* weights, vec steps,
                     float* out, PrefetchStream keys) {
-        constexpr int SPANS = COUNT <= 4 ? 2 : 1;
+        constexpr int SPANS = dot_spans(COUNT);
         int64_t d = 0;
         for (; d + SPANS * STEP <= width; d += SPANS * STEP)
             some<COUNT, ROWS, SPANS>(values, stride, count, d, width, weights, steps, out, keys);
@@ -299,9 +303,9 @@ struct Dots : KeyByKey {
         static constexpr int at(int i) { return (FROM + i) / 8 * 4 + i % 4 + (i & 4 ? LANES : 0); }
     };
 
-    // The step in which the largest of the numbers of each row is the last, and no smaller than has an inverse. Where
-    // one of them is no number it is inf, so that all are 0 in such steps, and products NaN. They are given a vector at
-    // a time; rows are ROWS and take turns.
+    // The step of each row: its largest number is 32767 of them. No smaller than has an inverse. inf if a number is
+    // NaN, so that all are 0 in such steps, and products NaN. `vectors(i)` gives numbers i to i + LANES - 1; those of
+    // ROWS rows alternate.
     template <int ROWS, class Vectors>
     static vec step_of(int64_t count, Vectors vectors) {
         vec most = {};
@@ -334,7 +338,7 @@ struct Dots : KeyByKey {
             __m512i x[2 * SPANS];
             for (int n = 0; n < SPANS; ++n) {
                 const char* const row = values + n * STEP * Numbers::SIZE;
-                for (int i = 0; i < 2; ++i) keys.ask(j + i, (d + n * STEP) * Numbers::SIZE);
+                for (int i = 0; i < 2; ++i) keys.prefetch(j + i, (d + n * STEP) * Numbers::SIZE);
                 pair(row, j + 1 < count ? row + stride : nullptr, left - n * STEP, x + 2 * n);
             }
             for (int r = 0; r < COUNT; ++r) {

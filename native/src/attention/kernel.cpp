@@ -9,16 +9,28 @@
 namespace qkv {
 namespace QKV_ISA {
 
-// How tiles of the rows of several queries fold keys.
+// A strategy, the template parameter of `run`, is how a tile goes past its keys:
+//
+//     Scratch            memory of a thread for it, made from a Problem and an ArenaLayout
+//     State              the running softmax of a tile (softmax/online.h)
+//     Prepared           keys and values of some heads, packed once for all tiles
+//     Registers          what a thread constructs while it multiplies
+//     prepare(p, t, scratch)                   packs the queries of a tile into scratch
+//     accumulate_keys(p, t, prepared, dropout, begin, end, scratch, state)    makes `state` that of the keys [begin,
+//     end) finish(p, t, state)                      writes output and lse
+//
+// They are Prefill, also for short queries, and Decode.
+
+// Several queries.
 template <class Kind, class AnyState>
 struct Prefill {
-    typedef ForwardScratch<Kind, AnyState> Scratch;
-    typedef AnyState State;
-    typedef QKV_ISA::Prepared<Kind> Prepared;
-    typedef typename Kind::Registers Registers;
+    using Scratch = ForwardScratch<Kind, AnyState>;
+    using State = AnyState;
+    using Prepared = QKV_ISA::Prepared<Kind>;
+    using Registers = typename Kind::Registers;
 
     static void prepare(const Problem& p, const Tile& t, const Scratch& scratch) {
-        OperandPacking<Kind>::panel(p, t, p.q, p.width, scratch.panel);
+        OperandPacking<Kind>::pack_as_lanes(p, t, p.q, p.width, scratch.packed);
     }
 
     static void accumulate_keys(const Problem& p, const Tile& t, const Prepared& prepared, const Dropout& dropout,
@@ -30,16 +42,16 @@ struct Prefill {
     static void finish(const Problem& p, const Tile& t, const State& state) { QKV_ISA::finish(p, t, state); }
 };
 
-// How the few rows of a single query do.
+// COUNT rows of a single query.
 template <class Products, int COUNT>
 struct Decode {
-    typedef DecodeScratch Scratch;
-    typedef DecodeState State;
-    typedef typename Products::Registers Registers;
+    using Scratch = DecodeScratch;
+    using State = DecodeState;
+    using Registers = typename Products::Registers;
 
-    // Every key and value is read but once.
+    // Nothing: every key and value is read once.
     struct Prepared {
-        Prepared(const Problem&, const KeyVisibility&, const Heads&) {}
+        Prepared(const Problem&, const KeyVisibility&, const HeadRange&) {}
     };
 
     static void prepare(const Problem& p, const Tile& t, const Scratch& scratch) {
@@ -56,27 +68,25 @@ struct Decode {
 
 template <class Strategy>
 static void run(const Problem& p) {
-    typedef typename Strategy::Scratch Scratch;
-    typedef typename Strategy::State State;
-    typedef typename Strategy::Prepared Prepared;
+    using Scratch = typename Strategy::Scratch;
+    using State = typename Strategy::State;
+    using Prepared = typename Strategy::Prepared;
     const int64_t tiles = tiles_of_head(p), heads = p.batch * p.kv_heads;
-    const int64_t pieces = (p.lk + KV_SPLIT - 1) / KV_SPLIT, floats = State::floats(p);
+    const int64_t splits = (p.lk + KV_SPLIT - 1) / KV_SPLIT, floats = State::floats(p);
     const KeyVisibility visibility(p);
-    // The tiles of a head follow each other, so that its keys and values stay near. Late ones come first: under a
-    // causal mask they see the most.
-    const auto tile_of = [&](int64_t head, int64_t place) {
-        return Tile(p, visibility, head / p.kv_heads, head % p.kv_heads, tiles - 1 - place);
+    // The tiles of a head follow each other, so that its keys and values stay in the caches. Late ones come first:
+    // under a causal mask they see the most.
+    const auto tile_of = [&](int64_t head, int64_t i) { return Tile(p, visibility, head_at(p, head), tiles - 1 - i); };
+    const auto is_seen = [&](const Tile& t, int64_t split) {
+        return shows_any(p, t, split * KV_SPLIT, (split + 1) * KV_SPLIT);
     };
-    const auto is_seen = [&](const Tile& t, int64_t piece) {
-        return shows_any(p, t, piece * KV_SPLIT, (piece + 1) * KV_SPLIT);
-    };
-    const auto accumulate_keys = [&](const Prepared& prepared, const Tile& t, int64_t piece, const Scratch& scratch,
+    const auto accumulate_keys = [&](const Prepared& prepared, const Tile& t, int64_t split, const Scratch& scratch,
                                      const State& state) {
         [[maybe_unused]] const typename Strategy::Registers registers;
-        const int64_t begin = piece * KV_SPLIT, end = std::min(t.end, begin + KV_SPLIT);
+        const int64_t begin = split * KV_SPLIT, end = std::min(t.end, begin + KV_SPLIT);
         const Dropout dropout(p, t);
         if (!p.pages.table) return Strategy::accumulate_keys(p, t, prepared, dropout, begin, end, scratch, state);
-        Strategy::accumulate_keys(side_by_side(p, t, begin, QKV_ISA::thread_scratch<PageScratch>(p)), t, prepared,
+        Strategy::accumulate_keys(contiguous(p, t, begin, QKV_ISA::thread_scratch<PageScratch>(p)), t, prepared,
                                   dropout, begin, end, scratch, state);
     };
     const auto attend = [&](const Prepared& prepared, const Tile& t) {
@@ -84,52 +94,51 @@ static void run(const Problem& p) {
         Strategy::prepare(p, t, scratch);
         const State total(scratch.total, t), state(scratch.state, t);
         bool any = false;
-        for (int64_t piece = 0; piece < pieces; ++piece) {
-            if (!is_seen(t, piece)) continue;
-            accumulate_keys(prepared, t, piece, scratch, any ? state : total);
-            if (any) merge(p, t, total, state);  // the same bits as merging the first one with nothing
+        for (int64_t split = 0; split < splits; ++split) {
+            if (!is_seen(t, split)) continue;
+            accumulate_keys(prepared, t, split, scratch, any ? state : total);
+            if (any) merge(p, t, total, state);  // the same bits as merging the first split with none
             any = true;
         }
         if (!any) total.clear(p, t);
         Strategy::finish(p, t, total);
     };
-    // Where there are many heads, a thread prepares and keeps its own; what is left over is for all threads.
-    constexpr int64_t MANY = 8;
-    const int64_t own = heads >= MANY * p.threads ? heads - heads % p.threads : 0, left = heads - own;
+    // With many heads a thread prepares and keeps its own; all threads share the heads left over.
+    const int64_t own = heads >= OWN_HEADS * p.threads ? heads - heads % p.threads : 0, left = heads - own;
     parallel_for(own, p.threads, [&](int64_t head) {
         const Prepared prepared(p, visibility, {head, 1, 1});
-        for (int64_t place = 0; place < tiles; ++place) attend(prepared, tile_of(head, place));
+        for (int64_t i = 0; i < tiles; ++i) attend(prepared, tile_of(head, i));
     });
     if (left == 0) return;
     const Prepared prepared(p, visibility, {own, left, p.threads});
     const auto tile_left = [&](int64_t item) { return tile_of(own + item / tiles, item % tiles); };
-    if (own > 0 || left * tiles >= 4 * p.threads || pieces <= 1) {
+    if (own > 0 || left * tiles >= SPLIT_TILES * p.threads || splits <= 1) {
         parallel_for(left * tiles, p.threads, [&](int64_t item) { attend(prepared, tile_left(item)); });
         return;
     }
-    // Few tiles: their pieces go to different threads, and are merged in the same order.
-    const std::unique_ptr<float[]> states(new float[left * tiles * pieces * floats]);
-    const auto fold_apart = [&](int64_t item) {
-        const Tile t = tile_left(item / pieces);
-        if (!is_seen(t, item % pieces)) return;
+    // Few tiles: different threads take their splits, which are merged in the same order.
+    const std::unique_ptr<float[]> states(new float[left * tiles * splits * floats]);
+    const auto accumulate_apart = [&](int64_t item) {
+        const Tile t = tile_left(item / splits);
+        if (!is_seen(t, item % splits)) return;
         const Scratch scratch = QKV_ISA::thread_scratch<Scratch>(p);
         Strategy::prepare(p, t, scratch);
-        accumulate_keys(prepared, t, item % pieces, scratch, State(&states[item * floats], t));
+        accumulate_keys(prepared, t, item % splits, scratch, State(&states[item * floats], t));
     };
-    parallel_for(left * tiles * pieces, p.threads, fold_apart, Sharing::runs);
+    parallel_for(left * tiles * splits, p.threads, accumulate_apart, Sharing::runs);
     parallel_for(left * tiles, p.threads, [&](int64_t item) {
         const Tile t = tile_left(item);
         const Scratch scratch = QKV_ISA::thread_scratch<Scratch>(p);
         const State total(scratch.total, t);
         total.clear(p, t);
-        for (int64_t piece = 0; piece < pieces; ++piece)
-            if (is_seen(t, piece)) merge(p, t, total, State(&states[(item * pieces + piece) * floats], t));
+        for (int64_t split = 0; split < splits; ++split)
+            if (is_seen(t, split)) merge(p, t, total, State(&states[(item * splits + split) * floats], t));
         Strategy::finish(p, t, total);
     });
 }
 
-// Keys or values of i8 in the dtype of queries.
-static std::vector<char> widened(const Problem& p, const View& view, const Scales& scales, int64_t width) {
+// Keys or values of int8 in the dtype of queries.
+static std::vector<char> dequantized(const Problem& p, const View& view, const Scales& scales, int64_t width) {
     const int64_t item = size_of(p.dtype);
     std::vector<char> to(p.batch * p.kv_heads * p.lk * width * item);
     parallel_for(p.batch * p.kv_heads, p.threads, [&](int64_t head) {
@@ -146,7 +155,7 @@ static std::vector<char> widened(const Problem& p, const View& view, const Scale
     return to;
 }
 
-// Calls work with how many rows are multiplied.
+// Calls work with the kind of product for many rows.
 template <class Work>
 static void for_kind([[maybe_unused]] const Problem& p, Work work) {
 #if defined(__AMX_BF16__)
@@ -158,10 +167,10 @@ static void for_kind([[maybe_unused]] const Problem& p, Work work) {
 }
 
 void forward(const Problem& p) {
-    const bool few = p.lq == 1 && group(p) <= few_rows(p);
+    const bool few = p.lq == 1 && group(p) <= decode_rows(p);
     if (p.kv_dtype != p.dtype && !few) {
-        std::vector<char> keys = widened(p, p.k, p.k_scale, p.width);
-        std::vector<char> values = widened(p, p.v, p.v_scale, p.value_width);
+        std::vector<char> keys = dequantized(p, p.k, p.k_scale, p.width);
+        std::vector<char> values = dequantized(p, p.v, p.v_scale, p.value_width);
         Problem wide = p;
         wide.kv_dtype = p.dtype;
         wide.k_scale = wide.v_scale = {};
@@ -169,18 +178,18 @@ void forward(const Problem& p) {
         wide.v = {values.data(), p.kv_heads * p.lk * p.value_width, p.lk * p.value_width, p.value_width};
         return forward(wide);
     }
-    if (p.pages.table && tiles_of_head(p) > 1) return forward(SideBySide(p).problem);
+    if (p.pages.table && tiles_of_head(p) > 1) return forward(ContiguousProblem(p).problem);
     prefer_huge_pages(p.out.data, p.batch * p.heads * p.lq * p.value_width * size_of(p.dtype));
     if (few) {
         return for_decode(p, [&](auto products, auto count) {
             run<Decode<decltype(products), decltype(count)::value>>(p);
         });
     }
-    const bool turned = for_turned(p, [&](auto kind) {
-        typedef decltype(kind) Kind;
+    const bool is_short = for_short_query(p, [&](auto kind) {
+        using Kind = decltype(kind);
         run<Prefill<Kind, ShortQueryState<typename Kind::Products>>>(p);
     });
-    if (!turned) for_kind(p, [&](auto kind) { run<Prefill<decltype(kind), State>>(p); });
+    if (!is_short) for_kind(p, [&](auto kind) { run<Prefill<decltype(kind), State>>(p); });
 }
 
 int64_t count_scores(const Problem& p) {
@@ -190,7 +199,7 @@ int64_t count_scores(const Problem& p) {
     for_kind(p, [&](auto kind) { grain = kind.GRAIN; });
     int64_t count = 0;
     for (int64_t item = 0; item < p.batch * p.kv_heads * tiles; ++item) {
-        const Tile t(p, visibility, item / tiles / p.kv_heads, item / tiles % p.kv_heads, item % tiles);
+        const Tile t(p, visibility, head_at(p, item / tiles), item % tiles);
         for (int64_t first = 0; first < t.end; first += BLOCK_N) {
             const Block b(p, t, first, t.end, grain);
             for (int i = 0; i < b.count; ++i)

@@ -1,7 +1,7 @@
-// Keys and values in pages, copied side by side: those of a piece where it is folded, into memory that stays in the
-// caches, or, where several tiles of rows would do so again and again, those of all heads at once.
+// Keys and values in pages, copied to contiguous memory: those of a split when it is accumulated, into scratch that
+// stays in the caches; or, if several tiles of rows would copy them again, those of all heads at once.
 //
-// Products are then the same as for keys that lie so, and so are the bits.
+// Products, and so the bits, are those of contiguous keys.
 #pragma once
 
 #include <memory>
@@ -24,40 +24,40 @@ static void collect(const Problem& p, const View& view, int64_t width, int64_t h
     }
 }
 
-// Rows of keys or values from `first` on that lie side by side at `data`, as a view of all heads or of one.
+// Contiguous rows of keys or values from `first` on at `data`, as a view of all heads or of one.
 static View view_at(const Problem& p, const void* data, int64_t width, int64_t first, int64_t head) {
     return {(char*)data - first * width * size_of(p.kv_dtype), 0, head, width};
 }
 
-// Memory for the keys and values of a piece.
+// Memory for the keys and values of a split.
 struct PageScratch {
     float *keys, *values;
 
-    PageScratch(const Problem& p, ArenaLayout& place) {
-        keys = place(KV_SPLIT * p.width);
-        values = place(KV_SPLIT * p.value_width);
+    PageScratch(const Problem& p, ArenaLayout& arena) {
+        keys = arena(KV_SPLIT * p.width);
+        values = arena(KV_SPLIT * p.value_width);
     }
 };
 
-// The problem for the piece that begins with this key, which lies side by side.
-static Problem side_by_side(const Problem& p, const Tile& t, int64_t begin, const PageScratch& scratch) {
-    // What lies before a window is not read. Behind the last key that is seen, products read to the end of its block.
+// The problem for the split that begins with this key, with contiguous keys and values.
+static Problem contiguous(const Problem& p, const Tile& t, int64_t begin, const PageScratch& scratch) {
+    // Keys before a window are not read. Products read to the end of the block of the last key that is seen.
     const int64_t from = begin < p.sink_tokens ? begin : std::max(begin, t.begin / BLOCK_N * BLOCK_N);
     const int64_t to = std::min({begin + KV_SPLIT, p.lk, (t.end + BLOCK_N - 1) / BLOCK_N * BLOCK_N});
     collect(p, p.k, p.width, t.kv_head, from, to, (char*)scratch.keys);
     collect(p, p.v, p.value_width, t.kv_head, from, to, (char*)scratch.values);
-    Problem near = p;
-    near.pages = {};
-    near.k = view_at(p, scratch.keys, p.width, from, 0);
-    near.v = view_at(p, scratch.values, p.value_width, from, 0);
-    return near;
+    Problem copy = p;
+    copy.pages = {};
+    copy.k = view_at(p, scratch.keys, p.width, from, 0);
+    copy.v = view_at(p, scratch.values, p.value_width, from, 0);
+    return copy;
 }
 
-// The problem for all keys, which lie side by side in memory of its own.
-struct SideBySide {
+// The problem with all keys and values copied to contiguous memory, which it owns.
+struct ContiguousProblem {
     Problem problem;
 
-    explicit SideBySide(const Problem& p) : problem(p) {
+    explicit ContiguousProblem(const Problem& p) : problem(p) {
         problem.pages = {};
         problem.k = copied(p, p.k, p.width, keys);
         problem.v = copied(p, p.v, p.value_width, values);
@@ -67,12 +67,11 @@ struct SideBySide {
     std::unique_ptr<char[]> keys, values;
 
     static View copied(const Problem& p, const View& view, int64_t width, std::unique_ptr<char[]>& to) {
-        constexpr int64_t SOME = 256;  // rows that a thread copies at a time
-        const int64_t parts = (p.lk + SOME - 1) / SOME, bytes = width * size_of(p.kv_dtype);
+        const int64_t parts = (p.lk + COPY_ROWS - 1) / COPY_ROWS, bytes = width * size_of(p.kv_dtype);
         to.reset(new char[p.kv_heads * p.lk * bytes]);
         parallel_for(p.kv_heads * parts, p.threads, [&](int64_t item) {
-            const int64_t head = item / parts, begin = item % parts * SOME;
-            collect(p, view, width, head, begin, std::min(p.lk, begin + SOME),
+            const int64_t head = item / parts, begin = item % parts * COPY_ROWS;
+            collect(p, view, width, head, begin, std::min(p.lk, begin + COPY_ROWS),
                     to.get() + (head * p.lk + begin) * bytes);
         });
         return view_at(p, to.get(), width, 0, p.lk * width);

@@ -4,11 +4,12 @@
 // one pass over keys and values, whatever the group. They lie along the lanes of vectors, so that scores, maxima,
 // exponentials and sums of a row never cross lanes: a row has the same bits in any tile, batch or thread.
 //
-// Keys go by in blocks at multiples of BLOCK_N. Within a block at an edge of the mask, segments of keys are computed
+// Keys come in blocks at multiples of BLOCK_N. Within a block at an edge of the mask, segments of keys are computed
 // only for the vectors of rows that see any of them.
 #pragma once
 
 #include "matmul/amx.h"
+#include "softmax/nonfinite.h"
 #include "softmax/online.h"
 
 namespace qkv {
@@ -17,22 +18,22 @@ namespace QKV_ISA {
 // Memory for the forward pass of a tile.
 template <class Kind, class AnyState>
 struct ForwardScratch {
-    float *panel, *scores, *allowed, *bias, *keys, *values, *sums, *state, *total;
+    float *packed, *scores, *allowed, *bias, *keys, *values, *sums, *state, *total;
 
-    ForwardScratch(const Problem& p, ArenaLayout& place) {
-        panel = place((p.width + LANES) * BLOCK_M);
-        scores = place(BLOCK_N * BLOCK_M);
-        allowed = place(p.allow.data ? BLOCK_N * BLOCK_M : 0);
-        bias = place(p.bias.data ? BLOCK_N * BLOCK_M : 0);
-        keys = place(OperandPacking<Kind>::floats(BLOCK_N, p.width));
-        values = place(OperandPacking<Kind>::floats(BLOCK_N, p.value_width));
-        sums = place(AnyState::floats(p));
-        state = place(AnyState::floats(p));
-        total = place(AnyState::floats(p));
+    ForwardScratch(const Problem& p, ArenaLayout& arena) {
+        packed = arena((p.width + LANES) * BLOCK_M);
+        scores = arena(BLOCK_N * BLOCK_M);
+        allowed = arena(p.allow.data ? BLOCK_N * BLOCK_M : 0);
+        bias = arena(p.bias.data ? BLOCK_N * BLOCK_M : 0);
+        keys = arena(OperandPacking<Kind>::floats(BLOCK_N, p.width));
+        values = arena(OperandPacking<Kind>::floats(BLOCK_N, p.value_width));
+        sums = arena(AnyState::floats(p));
+        state = arena(AnyState::floats(p));
+        total = arena(AnyState::floats(p));
     }
 };
 
-// Moves the maxima of a tile up where that is needed, and all sums with them. Returns where exponents begin.
+// Moves the maxima of a tile up where needed, rescales its sums, and fills in the origins of exponents.
 template <class AnyState>
 static void update_row_max(const Problem& p, const Tile& t, const vec* block_max, const AnyState& state,
                            Origin* origins) {
@@ -48,89 +49,57 @@ static void update_row_max(const Problem& p, const Tile& t, const vec* block_max
     }
 }
 
-// A hidden value that is not finite must not meet its weight of 0. Adds the visible ones of a block by hand and returns
-// values in which they are 0.
+// Adds the visible values of a block that are not finite, and returns values in which all of these are 0. Rare, so
+// never inlined into the loop over blocks.
 template <class Kind, class AnyState>
-static const typename Kind::Element* add_visible_nonfinite(const Problem& p, const Tile& t, const Block& b,
-                                                           const typename Kind::Element* values, int64_t& stride,
-                                                           const ForwardScratch<Kind, AnyState>& scratch,
-                                                           const AnyState& state) {
-    typename Kind::Element* clean = OperandPacking<Kind>::own(values, p.value_width, b.size, scratch.values, stride);
+[[gnu::noinline]] static Operand<const typename Kind::Element> add_visible_nonfinite(
+    const Problem& p, const Tile& t, const Block& b, const Operand<const typename Kind::Element>& values,
+    const ForwardScratch<Kind, AnyState>& scratch, const AnyState& state) {
+    const auto clean = OperandPacking<Kind>::writable(values, p.value_width, b.size, scratch.values);
+    const auto at = [&](int j, int r) { return j * t.lanes() + r; };
     for (int i = 0; i < b.count; ++i) {
-        const Segment& s = b.parts[i];
-        for (int j = s.begin; j < s.end; ++j) {
-            const char* row = row_of(p, p.v, t.batch, t.kv_head, b.first + j);
-            for (int64_t d = 0; d < p.value_width; ++d) {
-                const float x = read(p.dtype, row, d);
-                if (std::isfinite(x)) continue;
-                for (int r = s.first * LANES; r < std::min(t.count, s.last * LANES); ++r)
-                    if (may_see(p, t, r, b.first + j) && (!p.allow.data || scratch.allowed[j * t.lanes() + r] != 0))
-                        state.at(p, t, r, d) += scratch.scores[j * t.lanes() + r] * x;
-                OperandPacking<Kind>::clear(clean, stride, j, d);
-            }
-        }
+        separate_nonfinite(
+            p, t, b, b.parts[i],
+            [&](int j, int r) {
+                return may_see(p, t, r, b.first + j) && (!p.allow.data || scratch.allowed[at(j, r)] != 0);
+            },
+            [&](int j, int r, int64_t d, float x) { state.at(p, t, r, d) += scratch.scores[at(j, r)] * x; },
+            [&](int j, int64_t d) { OperandPacking<Kind>::clear(clean, j, d); });
     }
-    // Those that lie beside the last one.
+    // Keys beyond the block in the same row of `along_keys`.
     for (int j = b.size; j % OperandPacking<Kind>::KEYS_PER_ROW != 0; ++j)
-        for (int64_t d = 0; d < p.value_width; ++d) OperandPacking<Kind>::clear(clean, stride, j, d);
-    return clean;
+        for (int64_t d = 0; d < p.value_width; ++d) OperandPacking<Kind>::clear(clean, j, d);
+    return {clean.data, clean.stride};
 }
 
-// Calls work(n, count) for the vectors of a segment, several at a time, with their number as a constant: what belongs
-// to them then stays in registers.
+// Calls work(n, count) for the vectors of a segment, several at a time, with their number as a constant: their maxima
+// and sums then stay in registers.
 template <class Work>
 static inline void for_vectors(const Segment& s, Work work) {
     int n = s.first;
-    for (; n + 4 <= s.last; n += 4) work(n, std::integral_constant<int, 4>());
+    for (; n + VECS_AT_ONCE <= s.last; n += VECS_AT_ONCE) work(n, std::integral_constant<int, VECS_AT_ONCE>());
     for (; n < s.last; ++n) work(n, std::integral_constant<int, 1>());
 }
 
-// Whether scores of a segment are not finite, before anything has been added to them or hidden. A key that is not
-// finite makes those of all rows so, and a row those of all keys: one vector of each key and one key of each vector
-// tell.
-static inline bool have_nonfinite(const Tile& t, const Segment& s, const float* scores) {
-    constexpr int ABREAST = 4;  // a single sum would wait for itself
-    const int64_t lanes = t.lanes();
-    const float* const corner = scores + s.begin * lanes + s.first * LANES;
-    const int keys = s.end - s.begin;
-    vec zero[ABREAST] = {};  // stay so, unless a number is not finite
-    int j = 0;
-    for (; j + ABREAST <= keys; j += ABREAST)
-        for (int i = 0; i < ABREAST; ++i) zero[i] += 0.0f * load(corner + (j + i) * lanes);
-    for (; j < keys; ++j) zero[0] += 0.0f * load(corner + j * lanes);
-    for (int n = 1; n < s.last - s.first; ++n) zero[1] += 0.0f * load(corner + n * LANES);
-    return any((zero[0] + zero[1]) + (zero[2] + zero[3]) != 0.0f);
-}
-
-// A score that is not finite makes its row NaN, be it -inf, which would pass for hidden.
-static void spread_nan(const Tile& t, const Segment& s, float* scores) {
-    for (int j = s.begin; j < s.end; ++j) {
-        for (int n = s.first; n < s.last; ++n) {
-            float* const at = scores + j * t.lanes() + n * LANES;
-            store(at, finite_or_nan(load(at)));
-        }
-    }
-}
-
 template <int COUNT>
-static inline void find_peaks(const Tile& t, const Segment& s, int n, const float* scores, vec* block_max) {
-    constexpr int ABREAST = 4 / COUNT;  // keys: a single maximum would wait for itself
+static inline void find_block_max(const Tile& t, const Segment& s, int n, const float* scores, vec* block_max) {
+    constexpr int KEYS = SUMS_AT_ONCE / COUNT;  // a single maximum would wait for itself
     const int64_t lanes = t.lanes();
-    vec found[ABREAST][COUNT];
+    vec found[KEYS][COUNT];
     const auto look = [&](int64_t j, int k) {
         for (int i = 0; i < COUNT; ++i) found[k][i] = max(load(scores + j * lanes + (n + i) * LANES), found[k][i]);
     };
-    for (int k = 0; k < ABREAST; ++k)
+    for (int k = 0; k < KEYS; ++k)
         for (int i = 0; i < COUNT; ++i) found[k][i] = block_max[i];
     int64_t j = s.begin;
-    for (; j + ABREAST <= s.end; j += ABREAST)
-        for (int k = 0; k < ABREAST; ++k) look(j + k, k);
+    for (; j + KEYS <= s.end; j += KEYS)
+        for (int k = 0; k < KEYS; ++k) look(j + k, k);
     for (; j < s.end; ++j) look(j, 0);
-    for (int k = 0; k < ABREAST; ++k)
+    for (int k = 0; k < KEYS; ++k)
         for (int i = 0; i < COUNT; ++i) block_max[i] = max(found[k][i], block_max[i]);
 }
 
-// Scores become weights, which are added up, and pairs of them if wanted.
+// Scores become weights, which are added to `sum`; PAIRS stores them packed, two keys side by side.
 template <class Kind, int COUNT, bool PAIRS, bool FUSED>
 static inline void exp_and_sum(const Problem& p, const Tile& t, const Segment& s, int n, const Origin* origins,
                                float* scores, vec* sum) {
@@ -148,9 +117,8 @@ static inline void exp_and_sum(const Problem& p, const Tile& t, const Segment& s
         found[i] = found[i] + weight;
         return weight;
     };
-    constexpr int AMX_IDLE_KEYS = 24;  // keys of four vectors; fewer vectors leave less to be slept through
     for (int64_t j = s.begin, end = s.end; j < end; j += STEP) {
-        if (COUNT == 4 && (j - s.begin) % AMX_IDLE_KEYS == 0) Kind::keep_amx_warm();
+        if (COUNT == VECS_AT_ONCE && (j - s.begin) % AMX_IDLE_KEYS == 0) Kind::keep_amx_warm();
         for (int i = 0; i < COUNT; ++i) {
             float* const at = scores + j * lanes + (n + i) * LANES;
             const vec weight = next(at, i);
@@ -172,18 +140,17 @@ static void drop(const Tile& t, const Block& b, const Segment& s, const Dropout&
     }
 }
 
-// Folds the keys [begin, end) into the state of a tile.
+// Adds the keys [begin, end) to the state of a tile.
 template <class Kind, class Laid, class AnyState>
 static void accumulate_keys(const Problem& p, const Tile& t, const Laid& laid, const Dropout& dropout, int64_t begin,
                             int64_t end, const ForwardScratch<Kind, AnyState>& scratch, const AnyState& state) {
-    typedef OperandPacking<Kind> F;
-    const bool plain = plain_scores(p);
+    using F = OperandPacking<Kind>;
+    const bool scaled = only_scaled(p);
     float* const scores = scratch.scores;
     for (int64_t first = begin; first < end; first += BLOCK_N) {
         const Block b(p, t, first, end, Kind::GRAIN);
         if (b.count == 0) continue;
-        int64_t key_stride, value_stride;
-        const auto* keys = laid.keys(p, t, first, b.size, scratch.keys, key_stride);
+        const auto keys = laid.keys(p, t, first, b.size, scratch.keys);
         if (p.bias.data) gather(t, p.bias, first, b.size, scratch.bias);
         if (p.allow.data) gather(t, p.allow, first, b.size, scratch.allowed);
 
@@ -192,17 +159,18 @@ static void accumulate_keys(const Problem& p, const Tile& t, const Laid& laid, c
         for (int n = 0; n < t.vecs; ++n) block_max[n] = set1(-INF);
         for (int i = 0; i < b.count; ++i) {
             const Segment& s = b.parts[i];
-            multiply_rows(Kind(), t, s, p.width, keys, key_stride, scratch.panel, scores);
+            multiply_rows(Kind(), t, s, p.width, keys, scratch.packed, scores);
             if (have_nonfinite(t, s, scores)) spread_nan(t, s, scores);
-            if (!plain) transform(p, t, b, s, scratch.bias, scores, nullptr);
+            if (!scaled) transform(p, t, b, s, scratch.bias, scores, nullptr);
             if (b.edge) hide(p, t, b, s, scratch.allowed, -INF, scores);
-            for_vectors(s,
-                        [&](int n, auto count) { find_peaks<decltype(count)::value>(t, s, n, scores, block_max + n); });
+            for_vectors(s, [&](int n, auto count) {
+                find_block_max<decltype(count)::value>(t, s, n, scores, block_max + n);
+            });
         }
 
-        const bool poisoned =
+        const bool nonfinite =
             (b.edge || b.size % F::KEYS_PER_ROW != 0) && !laid.are_finite(p, t, first, b.size);  // values
-        const bool apart = !F::PACKS || poisoned || p.dropout > 0;  // weights are needed before they are paired
+        const bool apart = !F::PACKS || nonfinite || p.dropout > 0;  // weights are needed before they are paired
         update_row_max(p, t, block_max, state, origins);
         for (int n = 0; n < t.vecs; ++n) sum[n] = load(state.row_sum + n * LANES);
         for (int i = 0; i < b.count; ++i) {
@@ -214,7 +182,7 @@ static void accumulate_keys(const Problem& p, const Tile& t, const Laid& laid, c
                 const auto some = [&](auto pairs, auto at_once) {
                     exp_and_sum<Kind, COUNT, pairs, at_once>(p, t, s, n, origins + n, scores, sum + n);
                 };
-                typedef std::bool_constant<F::PACKS> Pairs;
+                using Pairs = std::bool_constant<F::PACKS>;
                 if (fused)
                     apart ? some(std::false_type(), std::true_type()) : some(Pairs(), std::true_type());
                 else
@@ -224,10 +192,10 @@ static void accumulate_keys(const Problem& p, const Tile& t, const Laid& laid, c
         }
         for (int n = 0; n < t.vecs; ++n) store(state.row_sum + n * LANES, sum[n]);
 
-        const auto* values = laid.values(p, t, first, b.size, scratch.values, value_stride);
-        if (poisoned) values = add_visible_nonfinite(p, t, b, values, value_stride, scratch, state);
-        // The error of a long sum grows with its length, so each block is summed by itself; in one go, or where it has
-        // several segments on the side: how they are cut must not show.
+        auto values = laid.values(p, t, first, b.size, scratch.values);
+        if (nonfinite) values = add_visible_nonfinite(p, t, b, values, scratch, state);
+        // The error of a long sum grows with its length, so each block is summed by itself. A block of several segments
+        // is summed in scratch first, for the bits must not depend on how it is cut.
         const bool by_blocks = !F::PACKS, aside = by_blocks && b.count > 1;
         float* const sums = aside ? scratch.sums : state.out;
         const int64_t numbers = AnyState::numbers(p, t);
@@ -237,8 +205,7 @@ static void accumulate_keys(const Problem& p, const Tile& t, const Laid& laid, c
                 F::pack_keys(t, b.parts[i], scores, scores);
             else
                 F::pad_keys(t, b.parts[i], scores);
-            sum_over_keys(Kind(), t, b.parts[i], p.value_width, values, value_stride, scores, sums,
-                          by_blocks && !aside);
+            sum_over_keys(Kind(), t, b.parts[i], p.value_width, values, scores, sums, by_blocks && !aside);
         }
         if (aside)
             for (int64_t n = 0; n < numbers; n += LANES) store(state.out + n, load(state.out + n) + load(sums + n));

@@ -1,8 +1,9 @@
-// Attention forward for a few rows of several queries: tokens that a small model has proposed, or the end of a prompt.
+// Attention forward for up to a vector of rows of several queries: tokens that a small model has proposed, or the end
+// of a prompt.
 //
-// They would leave lanes of query rows empty, so the operands of both products change places: lanes lie along keys in
-// the first, for which keys are transposed, four numbers of each at a time, and along the width in the second. What is
-// added to a sum, and in which order, stays the same, and so do its bits. Keys and values are read in place, and
+// They would leave lanes of query rows empty, so the operands of both products are exchanged: lanes lie along keys in
+// the first, for which keys are transposed, four numbers of each at a time, and along the width in the second. Each sum
+// adds the same terms in the same order as in prefill, so it has the same bits. Keys and values are read in place, and
 // widened in registers.
 #pragma once
 
@@ -11,32 +12,32 @@
 namespace qkv {
 namespace QKV_ISA {
 
-// A kind of product with its operands changed, for keys and values of this dtype. A step is what one of its
-// multiply-adds takes of a row.
+// A kind of product with its operands exchanged, for keys and values of this dtype. STEP elements of a row are what one
+// multiply-add takes.
 template <class Kind, Dtype DTYPE>
 struct ShortQuery;
 
 template <Dtype DTYPE>
 struct ShortQuery<F32, DTYPE> : F32 {
-    typedef std::conditional_t<DTYPE == Dtype::f32, float, uint16_t> Element;
-    typedef Widened<DTYPE> Products;
+    using Element = std::conditional_t<DTYPE == Dtype::f32, float, uint16_t>;
+    using Products = Widened<DTYPE>;
 
-    static constexpr int STEP = 1;  // elements
+    static constexpr int STEP = 1;
 
-    // Four steps of each of as many rows as a vector has room for, side by side.
+    // Four steps of each of LANES / 4 rows, side by side.
     static vec fours(const Element* row, int64_t stride) {
         return load_fours(DTYPE, (const char*)row, stride * (int64_t)sizeof *row);
     }
 
-    // The first steps of a row, and zeros behind its end.
+    // The first steps of a row, and zeros beyond its end.
     static vec take(const Element* row, int64_t left) { return load_part(DTYPE, row, left); }
 };
 
 #if defined(__AVX512BF16__)
 template <>
 struct ShortQuery<Bf16Dot, Dtype::bf16> : Bf16Dot {
-    typedef uint16_t Element;
-    typedef Dots<Halves> Products;
+    using Element = uint16_t;
+    using Products = Dots<Halves>;
 
     static constexpr int STEP = 2;
 
@@ -50,36 +51,37 @@ struct ShortQuery<Bf16Dot, Dtype::bf16> : Bf16Dot {
 
 template <class Kind, Dtype DTYPE>
 struct OperandPacking<ShortQuery<Kind, DTYPE>> : OperandPacking<Kind> {
-    typedef typename ShortQuery<Kind, DTYPE>::Element Element;
+    using Element = typename ShortQuery<Kind, DTYPE>::Element;
 
     static constexpr int KEYS_PER_ROW = 1;
 
-    // Behind the width come zeros, up to a multiple of four steps.
-    static void panel(const Problem& p, const Tile& t, const View& view, int64_t width, float* to) {
+    // The width is filled up with zeros to a multiple of four steps.
+    static void pack_as_lanes(const Problem& p, const Tile& t, const View& view, int64_t width, float* to) {
         const int64_t steps = OperandPacking<Kind>::steps(width);
-        OperandPacking<Kind>::panel(p, t, view, width, to);
+        OperandPacking<Kind>::pack_as_lanes(p, t, view, width, to);
         std::fill(to + steps * LANES, to + (steps + 3) / 4 * 4 * LANES, 0.0f);
     }
 
-    static const Element* along_width(const Problem& p, int64_t batch, int64_t kv_head, const View& view, int64_t,
-                                      int64_t first, int64_t, float*, int64_t& stride) {
-        stride = view.row;
-        return (const Element*)row_of(p, view, batch, kv_head, first);
+    static Operand<const Element> along_width(const Problem& p, const HeadRef& head, const View& view, int64_t,
+                                              int64_t first, int64_t, float*) {
+        return {(const Element*)row_of(p, view, head, first), view.row};
     }
 
-    static const Element* along_keys(const Problem& p, int64_t batch, int64_t kv_head, const View& view, int64_t width,
-                                     int64_t first, int64_t count, float* scratch, int64_t& stride) {
-        return along_width(p, batch, kv_head, view, width, first, count, scratch, stride);
+    static Operand<const Element> along_keys(const Problem& p, const HeadRef& head, const View& view, int64_t width,
+                                             int64_t first, int64_t count, float* scratch) {
+        return along_width(p, head, view, width, first, count, scratch);
     }
 
-    static Element* own(const Element* from, int64_t width, int64_t count, float* scratch, int64_t& stride) {
+    static Operand<Element> writable(const Operand<const Element>& from, int64_t width, int64_t count, float* scratch) {
         Element* const to = (Element*)scratch;
-        for (int64_t j = 0; j < count; ++j) std::memcpy(to + j * width, from + j * stride, width * sizeof *to);
-        stride = width;
-        return to;
+        for (int64_t j = 0; j < count; ++j)
+            std::memcpy(to + j * width, from.data + j * from.stride, width * sizeof *to);
+        return {to, width};
     }
 
-    static void clear(Element* along_keys, int64_t stride, int64_t j, int64_t d) { along_keys[j * stride + d] = 0; }
+    static void clear(const Operand<Element>& along_keys, int64_t j, int64_t d) {
+        along_keys.data[j * along_keys.stride + d] = 0;
+    }
 };
 
 // Rows of out lie as the products sum them.
@@ -97,12 +99,12 @@ static void finish(const Problem& p, const Tile& t, const ShortQueryState<Produc
     finish<Products>(p, t, (const DecodeState&)state);
 }
 
-// Rows of bytes whose lines are asked for in the order of memory, into the nearest cache: they are read next.
+// Prefetches the cache lines of rows in the order of memory, into the nearest cache: they are read next.
 struct PrefetchLines {
     const char* row;
     int64_t stride, bytes, at = 0;
 
-    void ask(int count) {
+    void prefetch(int count) {
         for (int i = 0; i < count; ++i) {
             __builtin_prefetch(row + at, 0, 3);
             at += 64;
@@ -114,27 +116,27 @@ struct PrefetchLines {
     }
 };
 
-// Scores of a vector of keys, or of as many as there are, whose rows are transposed in registers, four steps at a time.
+// Scores of `count` keys, up to a vector, whose rows are transposed in registers, four steps at a time.
 template <class Kind, Dtype DTYPE, int COUNT>
 static inline void multiply_vector(const typename ShortQuery<Kind, DTYPE>::Element* keys, int64_t stride, int count,
-                                   int64_t width, const float* panel, vec* scores) {
-    typedef ShortQuery<Kind, DTYPE> Keys;
-    if (width < 1) __builtin_unreachable();  // else compilers keep the sums in memory as well
+                                   int64_t width, const float* packed, vec* scores) {
+    using Keys = ShortQuery<Kind, DTYPE>;
+    if (width < 1) __builtin_unreachable();  // otherwise compilers keep the sums in memory as well
     constexpr int FOUR = 4 * Keys::STEP, SIZE = sizeof(typename Keys::Element);
     PrefetchLines next = {(const char*)(keys + LANES * stride), stride * SIZE, width * SIZE};
     for (int r = 0; r < COUNT; ++r) scores[r] = vec{};
     for (int64_t d = 0, end; d < width;) {
         end = std::min(d + Kind::CHAIN * Keys::STEP, width);
         vec acc[COUNT] = {};
-        for (; d < end; d += FOUR, panel += 4 * LANES) {
+        for (; d < end; d += FOUR, packed += 4 * LANES) {
             vec square[4];
             if (count == LANES && d + FOUR <= width) {
-                next.ask(LANES * FOUR * SIZE / 64);
+                next.prefetch(LANES * FOUR * SIZE / 64);
                 const typename Keys::Element* row = keys + d;
                 for (int i = 0; i < 4; ++i) {
                     square[i] = Keys::fours(row, 4 * stride);
                     row += stride;
-                    asm("" : "+r"(row));  // compilers, left to themselves, keep sixteen distances
+                    asm("" : "+r"(row));  // without it compilers keep sixteen distances
                 }
             } else {
                 float rows[LANES][4];
@@ -149,7 +151,7 @@ static inline void multiply_vector(const typename ShortQuery<Kind, DTYPE>::Eleme
             for (int i = 0; i < 4; ++i) {
                 for (int r = 0; r < COUNT; ++r) {
                     typename Kind::Element query;
-                    std::memcpy(&query, panel + i * LANES + r, sizeof query);
+                    std::memcpy(&query, packed + i * LANES + r, sizeof query);
                     acc[r] = Kind::madd(acc[r], query, square[i]);
                 }
             }
@@ -159,16 +161,19 @@ static inline void multiply_vector(const typename ShortQuery<Kind, DTYPE>::Eleme
     for (int r = COUNT; r < LANES; ++r) scores[r] = scores[COUNT - 1];
 }
 
+// The two products of matmul/operands.h that forward needs: overloads for ShortQuery. The number of rows becomes a
+// constant, so that their sums stay in registers.
+
 template <class Kind, Dtype DTYPE>
 static inline void multiply_rows(ShortQuery<Kind, DTYPE>, const Tile& t, const Segment& s, int64_t width,
-                                 const typename ShortQuery<Kind, DTYPE>::Element* keys, int64_t stride,
-                                 const float* panel, float* to) {
+                                 const Operand<const typename ShortQuery<Kind, DTYPE>::Element>& keys,
+                                 const float* packed, float* to) {
     with_count<1, LANES>(t.count, [&](auto rows) {
         constexpr int COUNT = decltype(rows)::value;
         for (int j = s.begin; j < s.end; j += LANES) {
             const int count = std::min(LANES, s.end - j);
             vec scores[LANES];
-            multiply_vector<Kind, DTYPE, COUNT>(keys + j * stride, stride, count, width, panel, scores);
+            multiply_vector<Kind, DTYPE, COUNT>(keys.data + j * keys.stride, keys.stride, count, width, packed, scores);
             transpose(scores);
             for (int i = 0; i < count; ++i) store(to + (j + i) * LANES, scores[i]);
         }
@@ -177,34 +182,31 @@ static inline void multiply_rows(ShortQuery<Kind, DTYPE>, const Tile& t, const S
 
 template <class Kind, Dtype DTYPE>
 static inline void sum_over_keys(ShortQuery<Kind, DTYPE>, const Tile& t, const Segment& s, int64_t width,
-                                 const typename ShortQuery<Kind, DTYPE>::Element* values, int64_t stride,
+                                 const Operand<const typename ShortQuery<Kind, DTYPE>::Element>& values,
                                  const float* weights, float* to, bool apart) {
     with_count<1, LANES>(t.count, [&](auto rows) {
-        typedef typename ShortQuery<Kind, DTYPE>::Products Products;
-        constexpr int AHEAD = 32;  // values that are asked for: 16 come too late from a third cache
-        const char* const from = (const char*)(values + s.begin * stride);
+        using Products = typename ShortQuery<Kind, DTYPE>::Products;
+        const char* const from = (const char*)(values.data + s.begin * values.stride);
         const float* const factors = weights + OperandPacking<Kind>::steps(s.begin) * LANES;
-        const int64_t step = stride * (int64_t)sizeof *values;
+        const int64_t step = values.stride * (int64_t)sizeof *values.data;
         const auto add = [&](auto is_apart) {
-            Products::template add<decltype(rows)::value, LANES, decltype(is_apart)::value>(from, step, s.end - s.begin,
-                                                                                            width, factors, vec{}, to,
-                                                                                            PrefetchStream{
-                                                                                                from + AHEAD * step,
-                                                                                                step});
+            Products::template add<decltype(rows)::value, LANES, decltype(is_apart)::value>(
+                from, step, s.end - s.begin, width, factors, vec{}, to,
+                PrefetchStream{from + SHORT_PREFETCH_VALUES * step, step});
         };
         apart ? add(std::true_type()) : add(std::false_type());
     });
 }
 
-// Calls work with the kind of product for a few rows of several queries. Returns whether there is one.
+// Calls work with the kind of product for a short query. Returns whether there is one.
 template <class Work>
-static bool for_turned(const Problem& p, Work work) {
+static bool for_short_query(const Problem& p, Work work) {
     if (rows_of_head(p) > LANES) return false;
     switch (p.dtype) {
         case Dtype::f32: return work(ShortQuery<F32, Dtype::f32>()), true;
         case Dtype::f16: return work(ShortQuery<F32, Dtype::f16>()), true;
 #if defined(__AMX_BF16__)
-        default: return false;  // tile registers do without
+        default: return false;  // tiles multiply few rows as they are
 #elif defined(__AVX512BF16__)
         default: return work(ShortQuery<Bf16Dot, Dtype::bf16>()), true;
 #else

@@ -1,5 +1,5 @@
-// Which keys the rows of a tile see: whole blocks and segments that nobody sees are passed over, and single scores
-// hidden only where some row sees them and another does not.
+// Which keys the rows of a tile see: blocks and segments that no row sees are skipped, and single scores are hidden
+// only where some row sees the key and another does not.
 #pragma once
 
 #include "mask/query_tile.h"

@@ -1,5 +1,5 @@
-// What padding and documents show, in the form that costs least: as an interval of keys for each row where they leave
-// no holes, or else an outline of each block of keys.
+// Which keys padding and documents show, in the form that costs least: an interval of keys for each row if they leave
+// no holes, otherwise a summary of each block of keys.
 #pragma once
 
 #include <algorithm>
@@ -7,11 +7,10 @@
 #include <vector>
 
 #include "abi/problem.h"
+#include "sizes.h"
 
 namespace qkv {
 namespace QKV_ISA {
-
-constexpr int BLOCK_N = 96;  // keys of a block, of which scores are held
 
 class KeyVisibility {
    public:
@@ -42,7 +41,7 @@ class KeyVisibility {
             Keys& keys = all[row];
             const uint8_t* const keep = p.keep ? p.keep + row * p.keep_batch : nullptr;
             const int64_t* const documents = p.document_ids ? p.document_ids + row * p.document_ids_batch : nullptr;
-            // First keys are seen from far away as well, which no interval tells.
+            // No interval says that sink tokens are seen from far away as well.
             if (keep && (p.sink_tokens > 0 || !find_ends(keep, p.lk, keys))) keys.keep = keep;
             if (documents && (p.sink_tokens > 0 || !find_runs(documents, p.lk, &bounds[2 * row * p.lk], keys)))
                 keys.documents = documents;

@@ -7,10 +7,6 @@
 namespace qkv {
 namespace QKV_ISA {
 
-constexpr int BLOCK_M = 64;    // query rows of a tile
-constexpr int SUBBLOCK = 12;   // keys of a segment at an edge
-constexpr int KV_SPLIT = 480;  // keys that are folded apart from the others, and merged in order
-
 constexpr float LOG2E = 1.44269504088896341f;
 constexpr float LN2 = 0.693147180559945309f;
 constexpr float INF = std::numeric_limits<float>::infinity();
@@ -21,24 +17,37 @@ static inline int64_t rows_of_head(const Problem& p) { return p.lq * group(p); }
 
 static inline int64_t tiles_of_head(const Problem& p) { return (rows_of_head(p) + BLOCK_M - 1) / BLOCK_M; }
 
+// A head of keys and values.
+struct HeadRef {
+    int64_t batch, kv_head;
+};
+
 static inline char* row_of(const Problem& p, const View& view, int64_t batch, int64_t head, int64_t row) {
     return row_of(p.dtype, view, batch, head, row);
 }
 
+// Heads of keys and values are counted through all batches.
+static inline HeadRef head_at(const Problem& p, int64_t index) { return {index / p.kv_heads, index % p.kv_heads}; }
+
+// A row of keys, values or their gradients.
+static inline char* row_of(const Problem& p, const View& view, const HeadRef& head, int64_t row) {
+    return row_of(p, view, head.batch, head.kv_head, row);
+}
+
 // The rows [first, first + count) of one key/value head, and the keys that they may see. Rows are (token, head) pairs,
 // tokens first.
-struct Tile {
+struct Tile : HeadRef {
     const KeyVisibility::Keys& keys;
-    int64_t batch, kv_head, index;
+    int64_t index;
     int count, vecs;
     int64_t begin, end;  // of the keys that any row may see, but for the first ones that all see
-    // Lanes behind the last row repeat it. The first and the last key that a row may see never fall from row to row.
+    // Lanes beyond the last row repeat it. first_key and last_key are non-decreasing over rows.
     int32_t token[BLOCK_M], head[BLOCK_M], position[BLOCK_M], first_key[BLOCK_M], last_key[BLOCK_M];
     float slope[BLOCK_M];
     int64_t document[BLOCK_M];
 
-    Tile(const Problem& p, const KeyVisibility& visibility, int64_t batch, int64_t kv_head, int64_t index)
-        : keys(visibility.of(batch)), batch(batch), kv_head(kv_head), index(index) {
+    Tile(const Problem& p, const KeyVisibility& visibility, const HeadRef& of, int64_t index)
+        : HeadRef(of), keys(visibility.of(batch)), index(index) {
         const int64_t first = index * BLOCK_M, members = group(p);
         count = (int)std::min<int64_t>(BLOCK_M, rows_of_head(p) - first);
         vecs = (count + LANES - 1) / LANES;
@@ -71,8 +80,8 @@ struct Tile {
     // Row r of queries, outputs or their gradients.
     char* row(const Problem& p, const View& view, int r) const { return row_of(p, view, batch, head[r], token[r]); }
 
-    // Where row r lies among (batch, heads, lq).
-    int64_t place(const Problem& p, int r) const { return (batch * p.heads + head[r]) * p.lq + token[r]; }
+    // Of row r among (batch, heads, lq).
+    int64_t index_of(const Problem& p, int r) const { return (batch * p.heads + head[r]) * p.lq + token[r]; }
 };
 
 // Hands out aligned parts of a buffer; without one, it only counts.
@@ -94,11 +103,11 @@ static Scratch thread_scratch(const Problem& p) {
     ArenaLayout count{nullptr};
     Scratch(p, count);
     if ((int64_t)memory.size() < count.used + 16) {
-        memory = std::vector<float>();  // nothing in it is wanted
+        memory = std::vector<float>();  // or resize would copy it
         memory.resize(count.used + 16);
     }
-    ArenaLayout place{(float*)(((uintptr_t)memory.data() + 63) / 64 * 64)};
-    return Scratch(p, place);
+    ArenaLayout arena{(float*)(((uintptr_t)memory.data() + 63) / 64 * 64)};
+    return Scratch(p, arena);
 }
 
 }  // namespace QKV_ISA

@@ -1,32 +1,33 @@
 // The products of bf16 on tile registers, which multiply 16 x 32 numbers by 32 x 16 in one instruction.
 //
 // C[m][lane] (+)= sum_k A[m][k] B[k][lane], as in matmul/microkernel.h. A tile of A is 16 rows of 32 neighbours along
-// k: rows of keys and values in place, and for sums over keys `sheets`, in which the keys lie along the rows. A tile of
+// k: rows of keys and values in place, and for sums over keys blocks of AMX_K keys, transposed. A tile of
 // B is 16 rows of pairs of neighbours along k. What is left of 16 rows, or of 32 along k, is filled up with zeros.
 #pragma once
 
 #include "matmul/operands.h"
-#include "simd/amx_registers.h"
 
 namespace qkv {
 namespace QKV_ISA {
 
 #if defined(__AMX_BF16__)
 constexpr int TILE = 16;   // rows of a tile; numbers of fp32, or pairs of bf16, of a row
-constexpr int AMX_K = 32;  // numbers of bf16 of a row
+constexpr int AMX_K = 32;  // numbers of bf16 of a row: the K of a block (k_block) of operands
 
 static inline int64_t tiles_of(int64_t count) { return (count + TILE - 1) / TILE; }
-static inline int64_t sheets_of(int64_t count) { return (count + AMX_K - 1) / AMX_K; }
+static inline int64_t k_blocks_of(int64_t count) { return (count + AMX_K - 1) / AMX_K; }
 
+// A kind of product: see matmul/microkernel.h.
 struct Amx {
-    typedef uint16_t Element;
-    typedef TileRegisters Registers;
-    static inline vec of(vec low, vec high) { return Bf16Dot::of(low, high); }
+    using Element = uint16_t;
+    using Registers = TileRegisters;
+    static inline vec of(vec low, vec high) { return pair_bf16(low, high); }
 
-    // A product of nothing: after half a microsecond without one, the next waits for a third of one (docs/log.md, 83).
+    // A product that nothing reads: half a microsecond after the last, the next waits for a third of one (docs/log.md,
+    // step 83).
     static inline void keep_amx_warm() { tile_dot<0, 4, 6>(); }
 
-    // Sums over keys go by sheets, and those over rows by two vectors of them.
+    // Sums over keys take AMX_K of them at a time, and sums over rows two vectors.
     static constexpr Grain GRAIN = {AMX_K, 2};
 };
 
@@ -77,8 +78,8 @@ static inline void tile_product(int64_t steps, const char* left, const Tiles& a,
 // C of m x n tiles.
 template <bool ADD>
 static void product_of_tiles(int64_t m, int64_t n, int64_t steps, const Tiles& a, const Tiles& b, const Tiles& c) {
-    typedef std::integral_constant<int, 1> One;
-    typedef std::integral_constant<int, 2> Two;
+    using One = std::integral_constant<int, 1>;
+    using Two = std::integral_constant<int, 2>;
     for (int64_t j = 0; j < n; j += 2) {
         const char *left = a.data, *const right = b.data + j * b.tile;
         char* out = c.data + j * 64;
@@ -98,69 +99,66 @@ static void product_of_tiles(int64_t m, int64_t n, int64_t steps, const Tiles& a
 
 template <>
 struct OperandPacking<Amx> {
-    typedef uint16_t Element;
+    using Element = uint16_t;
 
     static constexpr bool PACKS = true;
     static constexpr int KEYS_PER_ROW = AMX_K;
 
     static int64_t padded(int64_t width) { return tiles_of(width) * TILE; }
 
-    // Floats that hold as many keys or values as a multiple of BLOCK_N, in either order.
+    // For a multiple of BLOCK_N keys or values.
     static int64_t floats(int64_t count, int64_t width) { return count * (width + TILE); }
 
-    static void panel(const Problem& p, const Tile& t, const View& view, int64_t width, float* to) {
-        OperandPacking<Bf16Dot>::panel(p, t, view, width, to);
+    static void pack_as_lanes(const Problem& p, const Tile& t, const View& view, int64_t width, float* to) {
+        OperandPacking<Bf16Dot>::pack_as_lanes(p, t, view, width, to);
         const int64_t used = OperandPacking<Bf16Dot>::steps(width);
-        std::fill(to + used * t.lanes(), to + sheets_of(width) * TILE * t.lanes(), 0.0f);
+        std::fill(to + used * t.lanes(), to + k_blocks_of(width) * TILE * t.lanes(), 0.0f);
     }
 
-    static void rows(const Problem& p, const Tile& t, const View& view, int64_t width, float* to) {
-        OperandPacking<Bf16Dot>::rows(p, t, view, width, to);
+    static void pack_as_rows(const Problem& p, const Tile& t, const View& view, int64_t width, float* to) {
+        OperandPacking<Bf16Dot>::pack_as_rows(p, t, view, width, to);
         const int64_t pitch = whole_vectors(width), used = OperandPacking<Bf16Dot>::steps(t.count);
-        std::fill(to + used * pitch, to + sheets_of(t.count) * TILE * pitch, 0.0f);
+        std::fill(to + used * pitch, to + k_blocks_of(t.count) * TILE * pitch, 0.0f);
     }
 
     static void clear_row(float* rows, int64_t width, int r) { OperandPacking<Bf16Dot>::clear_row(rows, width, r); }
 
-    // In place where tiles end with the width, and no further than the keys. The stride counts elements.
-    static const Element* along_width(const Problem& p, int64_t batch, int64_t kv_head, const View& view, int64_t width,
-                                      int64_t first, int64_t count, float* scratch, int64_t& stride) {
-        const Element* from = (const Element*)row_of(p, view, batch, kv_head, first);
-        if (width % AMX_K == 0 && first + tiles_of(count) * TILE <= p.lk) {
-            stride = view.row;
-            return from;
-        }
-        stride = sheets_of(width) * AMX_K;
+    // In place if tiles end with the width, and no further than the keys.
+    static Operand<const Element> along_width(const Problem& p, const HeadRef& head, const View& view, int64_t width,
+                                              int64_t first, int64_t count, float* scratch) {
+        const Element* from = (const Element*)row_of(p, view, head, first);
+        if (width % AMX_K == 0 && first + tiles_of(count) * TILE <= p.lk) return {from, view.row};
+        const int64_t stride = k_blocks_of(width) * AMX_K;
         Element* to = (Element*)scratch;
         for (int64_t j = 0; j < count; ++j, to += stride, from += view.row) {
             std::memcpy(to, from, width * sizeof *to);
             std::fill(to + width, to + stride, 0);
         }
         std::fill(to, to + (tiles_of(count) * TILE - count) * stride, 0);
-        return (const Element*)scratch;
+        return {(const Element*)scratch, stride};
     }
 
-    // Sheets of 32 keys: (width, key). The stride counts the elements of a sheet.
-    static const Element* along_keys(const Problem& p, int64_t batch, int64_t kv_head, const View& view, int64_t width,
-                                     int64_t first, int64_t count, float* scratch, int64_t& stride) {
-        stride = padded(width) * AMX_K;
-        count = std::min(sheets_of(count) * AMX_K, p.lk - first);
+    // Blocks of AMX_K keys, transposed: (width, key).
+    static Operand<const Element> along_keys(const Problem& p, const HeadRef& head, const View& view, int64_t width,
+                                             int64_t first, int64_t count, float* scratch) {
+        const int64_t stride = padded(width) * AMX_K;
+        count = std::min(k_blocks_of(count) * AMX_K, p.lk - first);
         Element* to = (Element*)scratch;
         for (int64_t j = 0; j < count; j += AMX_K, to += stride) {
-            const char* const rows = row_of(p, view, batch, kv_head, first + j);
-            pack_sheet((const Element*)rows, view.row, std::min<int64_t>(AMX_K, count - j), width, to);
+            const char* const rows = row_of(p, view, head, first + j);
+            pack_k_block((const Element*)rows, view.row, std::min<int64_t>(AMX_K, count - j), width, to);
         }
-        return (const Element*)scratch;
+        return {(const Element*)scratch, stride};
     }
 
-    // Pairs of the weights of two keys, and zeros for the rest of the last sheet.
+    // Pairs of the weights of two keys, and zeros for the rest of the last AMX_K keys.
     static void pack_keys(const Tile& t, const Segment& s, const float* weights, float* to) {
         OperandPacking<Bf16Dot>::pack_keys(t, s, weights, to);
         pad_keys(t, s, to);
     }
 
     static void pad_keys(const Tile& t, const Segment& s, float* pairs) {
-        for (int64_t j = (s.end + 1) / 2; j < sheets_of(s.end) * TILE; ++j)
+        for (int64_t j = (s.end + 1) / 2; j < k_blocks_of(s.end) * TILE; ++j)
             for (int n = s.first; n < s.last; ++n) store(pairs + j * t.lanes() + n * LANES, vec{});
     }
 
@@ -178,24 +176,25 @@ struct OperandPacking<Amx> {
         }
     }
 
-    static Element* own(const Element* from, int64_t, int64_t count, float* scratch, int64_t& stride) {
-        if ((const float*)from != scratch) std::copy(from, from + sheets_of(count) * stride, (Element*)scratch);
-        return (Element*)scratch;
+    static Operand<Element> writable(const Operand<const Element>& from, int64_t, int64_t count, float* scratch) {
+        Element* const to = (Element*)scratch;
+        if (from.data != to) std::copy(from.data, from.data + k_blocks_of(count) * from.stride, to);
+        return {to, from.stride};
     }
 
-    static void clear(Element* along_keys, int64_t stride, int64_t j, int64_t d) {
-        along_keys[j / AMX_K * stride + d * AMX_K + j % AMX_K] = 0;
+    static void clear(const Operand<Element>& along_keys, int64_t j, int64_t d) {
+        along_keys.data[j / AMX_K * along_keys.stride + d * AMX_K + j % AMX_K] = 0;
     }
 
     // Up to 32 rows of a width become (width, row), filled up with zeros. Returns whether they are finite.
-    static bool pack_sheet(const Element* rows, int64_t row, int64_t count, int64_t width, Element* to) {
+    static bool pack_k_block(const Element* rows, int64_t row, int64_t count, int64_t width, Element* to) {
         const __m512i exponent = _mm512_set1_epi16(0x7f80);
-        __mmask32 endless = 0;
+        __mmask32 nonfinite = 0;
         for (int64_t d = 0; d < width; d += AMX_K) {
             const __mmask32 some = width - d >= AMX_K ? ~0u : (1u << (width - d)) - 1;
             const auto take = [&](int64_t j) {
                 const __m512i x = j < count ? _mm512_maskz_loadu_epi16(some, rows + j * row + d) : __m512i{};
-                endless |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(x, exponent), exponent);
+                nonfinite |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(x, exponent), exponent);
                 return x;
             };
             // Pairs of rows: of the columns 8 i to 8 i + 3, and of those after them.
@@ -213,96 +212,92 @@ struct OperandPacking<Amx> {
                 if (column + 4 < end) store((float*)(to + (column + 4) * AMX_K), high[i]);
             }
         }
-        return !endless;
+        return !nonfinite;
     }
 };
 
-// Sheets of all values, and keys where they do not serve in place.
+// All values in blocks of AMX_K keys, and keys if they cannot be read in place.
 template <>
 class Prepared<Amx> : public LaidByBlock<Amx> {
    public:
-    typedef OperandPacking<Amx> F;
+    using F = OperandPacking<Amx>;
 
-    Prepared(const Problem& p, const KeyVisibility& visibility, const Heads& heads)
-        : heads(heads), sheets(tiles_of_head(p) > 1 ? sheets_of(p.lk) : 0), in_place(p.width % AMX_K == 0),
-          value_sheet(F::padded(p.value_width) * AMX_K), key_sheet(sheets_of(p.width) * AMX_K * AMX_K) {
-        const int64_t count = heads.count * sheets;
+    Prepared(const Problem& p, const KeyVisibility& visibility, const HeadRange& heads)
+        : heads(heads), k_blocks(tiles_of_head(p) > 1 ? k_blocks_of(p.lk) : 0), in_place(p.width % AMX_K == 0),
+          value_block(F::padded(p.value_width) * AMX_K), key_block(k_blocks_of(p.width) * AMX_K * AMX_K) {
+        const int64_t count = heads.count * k_blocks;
         if (count == 0) return;
-        packed_values.reset(new uint16_t[count * value_sheet]);
-        prefer_huge_pages(packed_values.get(), count * value_sheet * (int64_t)sizeof(uint16_t));
-        if (!in_place) packed_keys.reset(new uint16_t[count * key_sheet]);
+        packed_values.reset(new uint16_t[count * value_block]);
+        prefer_huge_pages(packed_values.get(), count * value_block * (int64_t)sizeof(uint16_t));
+        if (!in_place) packed_keys.reset(new uint16_t[count * key_block]);
         finite.assign(count, true);
-        constexpr int64_t SOME = 16;  // sheets that a thread packs at a time
-        const int64_t parts = (sheets + SOME - 1) / SOME;
+        const int64_t parts = (k_blocks + COPY_K_BLOCKS - 1) / COPY_K_BLOCKS;
         parallel_for(heads.count * parts, heads.threads, [&](int64_t item) {
-            const int64_t head = heads.first + item / parts, batch = head / p.kv_heads, kv_head = head % p.kv_heads;
-            const int64_t begin = Tile(p, visibility, batch, kv_head, 0).begin;
-            const int64_t end = Tile(p, visibility, batch, kv_head, tiles_of_head(p) - 1).end;
-            for (int64_t i = item % parts * SOME; i < std::min(sheets, (item % parts + 1) * SOME); ++i)
-                if (i * AMX_K < end && ((i + 1) * AMX_K > begin || i * AMX_K < p.sink_tokens))
-                    pack(p, batch, kv_head, i);
+            const HeadRef head = head_at(p, heads.first + item / parts);
+            const int64_t begin = Tile(p, visibility, head, 0).begin;
+            const int64_t end = Tile(p, visibility, head, tiles_of_head(p) - 1).end;
+            for (int64_t i = item % parts * COPY_K_BLOCKS; i < std::min(k_blocks, (item % parts + 1) * COPY_K_BLOCKS);
+                 ++i)
+                if (i * AMX_K < end && ((i + 1) * AMX_K > begin || i * AMX_K < p.sink_tokens)) pack(p, head, i);
         });
     }
 
-    const uint16_t* keys(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch,
-                         int64_t& stride) const {
-        if (in_place || !sheets) return LaidByBlock::keys(p, t, first, count, scratch, stride);
-        stride = key_sheet / AMX_K;
-        return packed_keys.get() + place(p, t.batch, t.kv_head, first / AMX_K) * key_sheet;
+    Laid keys(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch) const {
+        if (in_place || !k_blocks) return LaidByBlock::keys(p, t, first, count, scratch);
+        return {packed_keys.get() + index_of(p, t, first / AMX_K) * key_block, key_block / AMX_K};
     }
 
-    const uint16_t* values(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch,
-                           int64_t& stride) const {
-        if (!sheets) return LaidByBlock::values(p, t, first, count, scratch, stride);
-        stride = value_sheet;
-        return packed_values.get() + place(p, t.batch, t.kv_head, first / AMX_K) * value_sheet;
+    Laid values(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch) const {
+        if (!k_blocks) return LaidByBlock::values(p, t, first, count, scratch);
+        return {packed_values.get() + index_of(p, t, first / AMX_K) * value_block, value_block};
     }
 
     bool are_finite(const Problem& p, const Tile& t, int64_t first, int64_t count) const {
-        if (!sheets) return LaidByBlock::are_finite(p, t, first, std::min(sheets_of(count) * AMX_K, p.lk - first));
-        const char* const flags = &finite[place(p, t.batch, t.kv_head, first / AMX_K)];
-        return std::all_of(flags, flags + sheets_of(count), [](bool flag) { return flag; });
+        if (!k_blocks) return LaidByBlock::are_finite(p, t, first, std::min(k_blocks_of(count) * AMX_K, p.lk - first));
+        const char* const flags = &finite[index_of(p, t, first / AMX_K)];
+        return std::all_of(flags, flags + k_blocks_of(count), [](bool flag) { return flag; });
     }
 
    private:
-    int64_t place(const Problem& p, int64_t batch, int64_t kv_head, int64_t sheet) const {
-        return (batch * p.kv_heads + kv_head - heads.first) * sheets + sheet;
+    int64_t index_of(const Problem& p, const HeadRef& head, int64_t k_block) const {
+        return (head.batch * p.kv_heads + head.kv_head - heads.first) * k_blocks + k_block;
     }
 
-    void pack(const Problem& p, int64_t batch, int64_t kv_head, int64_t sheet) {
-        const int64_t at = place(p, batch, kv_head, sheet), first = sheet * AMX_K;
+    void pack(const Problem& p, const HeadRef& head, int64_t k_block) {
+        const int64_t at = index_of(p, head, k_block), first = k_block * AMX_K;
         const int64_t count = std::min<int64_t>(AMX_K, p.lk - first);
-        const uint16_t* const rows = (const uint16_t*)row_of(p, p.v, batch, kv_head, first);
-        finite[at] = F::pack_sheet(rows, p.v.row, count, p.value_width, packed_values.get() + at * value_sheet);
-        int64_t stride;
-        if (!in_place)
-            F::along_width(p, batch, kv_head, p.k, p.width, first, count, (float*)&packed_keys[at * key_sheet], stride);
+        const uint16_t* const rows = (const uint16_t*)row_of(p, p.v, head, first);
+        finite[at] = F::pack_k_block(rows, p.v.row, count, p.value_width, packed_values.get() + at * value_block);
+        if (!in_place) F::along_width(p, head, p.k, p.width, first, count, (float*)&packed_keys[at * key_block]);
     }
 
-    const Heads heads;
-    const int64_t sheets;  // of a head; none where a head has one tile, which then packs them itself
+    const HeadRange heads;
+    const int64_t k_blocks;  // of a head; none where a head has one tile, which then packs them itself
     const bool in_place;
-    const int64_t value_sheet, key_sheet;  // elements of a sheet
+    const int64_t value_block, key_block;  // elements of a k_block
     std::unique_ptr<uint16_t[]> packed_values, packed_keys;
-    std::vector<char> finite;  // of each sheet, whether the values are
+    std::vector<char> finite;  // of each k_block, whether the values are
 };
 
-static inline void multiply_rows(Amx, const Tile& t, const Segment& s, int64_t width, const uint16_t* keys,
-                                 int64_t stride, const float* panel, float* to) {
-    const int64_t lanes = t.lanes() * (int64_t)sizeof(float), row = stride * (int64_t)sizeof(uint16_t);
-    const Tiles a = {(char*)(keys + s.begin * stride), row, TILE * row, 64};
-    const Tiles b = {(char*)(panel + s.first * LANES), lanes, 64, TILE * lanes};
+// The three products of matmul/operands.h on tiles: overloads for Amx.
+
+static inline void multiply_rows(Amx, const Tile& t, const Segment& s, int64_t width,
+                                 const Operand<const uint16_t>& keys, const float* packed, float* to) {
+    const int64_t lanes = t.lanes() * (int64_t)sizeof(float), row = keys.stride * (int64_t)sizeof(uint16_t);
+    const Tiles a = {(char*)(keys.data + s.begin * keys.stride), row, TILE * row, 64};
+    const Tiles b = {(char*)(packed + s.first * LANES), lanes, 64, TILE * lanes};
     const Tiles c = {(char*)(to + s.begin * t.lanes() + s.first * LANES), lanes, TILE * lanes, 0};
-    product_of_tiles<false>(tiles_of(s.end - s.begin), s.last - s.first, sheets_of(width), a, b, c);
+    product_of_tiles<false>(tiles_of(s.end - s.begin), s.last - s.first, k_blocks_of(width), a, b, c);
 }
 
-static inline void sum_over_keys(Amx, const Tile& t, const Segment& s, int64_t width, const uint16_t* values,
-                                 int64_t stride, const float* weights, float* to, bool = false) {
+static inline void sum_over_keys(Amx, const Tile& t, const Segment& s, int64_t width,
+                                 const Operand<const uint16_t>& values, const float* weights, float* to, bool = false) {
     const int64_t lanes = t.lanes() * (int64_t)sizeof(float);
-    const Tiles a = {(char*)(values + s.begin / AMX_K * stride), 64, TILE * 64, stride * (int64_t)sizeof(uint16_t)};
+    const Tiles a = {(char*)(values.data + s.begin / AMX_K * values.stride), 64, TILE * 64,
+                     values.stride * (int64_t)sizeof(uint16_t)};
     const Tiles b = {(char*)(weights + s.begin / 2 * t.lanes() + s.first * LANES), lanes, 64, TILE * lanes};
     const Tiles c = {(char*)(to + s.first * LANES), lanes, TILE * lanes, 0};
-    product_of_tiles<true>(tiles_of(width), s.last - s.first, sheets_of(s.end - s.begin), a, b, c);
+    product_of_tiles<true>(tiles_of(width), s.last - s.first, k_blocks_of(s.end - s.begin), a, b, c);
 }
 
 static inline void sum_over_rows(Amx, const Tile& t, const Segment& s, int64_t width, const float* weights,

@@ -1,8 +1,8 @@
 // One micro-kernel for both products of attention: C[m][lane] (+)= sum_k A[m][k] * B[k][lane].
 //
 // Lanes are query rows. A is read in place and broadcast, element by element: keys for Q K^T, values for P V. So
-// neither keys nor values are packed or transposed, and any head width is as good as another. B is a panel in scratch,
-// and C stays in registers while k runs.
+// neither keys nor values are packed or transposed, and any head width is as good as another. B is packed in
+// scratch, and C stays in registers while k runs.
 #pragma once
 
 #include <limits>
@@ -13,29 +13,36 @@
 namespace qkv {
 namespace QKV_ISA {
 
-// Vectors and rows of C that registers hold beside a row of B and an element of A.
-#if defined(__AVX512F__)
-constexpr int NV = 4;
-constexpr int height(int vecs) { return vecs <= 2 ? 12 : (vecs == 3 ? 8 : 6); }  // up to 24 of 32 registers
-#elif defined(__AVX2__)
-constexpr int NV = 2;
-constexpr int height(int vecs) { return vecs == 1 ? 12 : 6; }  // 12 of 16
-#else
-constexpr int NV = 2;
-constexpr int height(int vecs) { return vecs == 1 ? 8 : 4; }
-#endif
+constexpr int NV = micro_vecs(LANES);
 
-// What a kind of product has a thread hold while it multiplies, unless there is something.
+// A kind of product, the template parameter `Kind` of all that multiplies, says how numbers are multiplied:
+//
+//     Element             what A is read in: a number, or a pair of neighbours along k
+//     Registers           what a thread constructs before its products and destroys after them
+//     GRAIN               keys and vectors of rows that segments of a block are cut to
+//     CHAIN               steps along the width that are added one after the other; such sums are then added, for the
+//                         error of a long sum grows with its length. Micro-kernel only
+//     madd(c, a, b)       c plus one step, of an element and a vector. Micro-kernel only
+//     of(low, high)       weights of two keys as the pairs that a step takes. Only where `OperandPacking` PACKS
+//     keep_amx_warm()     called now and then between two products
+//
+// and has an `OperandPacking` (matmul/operands.h) and three products by overloads that take a `Kind` first:
+// `multiply_rows`, `sum_over_keys`, `sum_over_rows`. They are
+//
+//     F32                       here: a multiply-add of fp32; bf16 and fp16 are widened first
+//     Bf16Dot                   here: two neighbours of bf16 in a dot product
+//     Amx                       matmul/amx.h: tiles of bf16
+//     ShortQuery<Kind, DTYPE>   attention/short_query.h: F32 or Bf16Dot with the operands exchanged; forward only
+
+// No register state: only AMX has any.
 struct NoRegisterState {};
 
 // fp32: one multiply-add a step.
 struct F32 {
-    typedef float Element;
-    typedef NoRegisterState Registers;
+    using Element = float;
+    using Registers = NoRegisterState;
     static constexpr Grain GRAIN = {SUBBLOCK, 1};
-    // Steps along the width that are added up one after the other; such sums are then added. The error of a long sum
-    // grows with its length.
-    static constexpr int64_t CHAIN = 32;
+    static constexpr int64_t CHAIN = F32_CHAIN;
     static inline vec madd(vec c, float a, vec b) { return c + a * b; }
     static inline void keep_amx_warm() {}
 };
@@ -43,25 +50,14 @@ struct F32 {
 #if defined(__AVX512BF16__)
 // bf16: a step takes two neighbours along k; an element is the pair.
 struct Bf16Dot {
-    typedef uint32_t Element;
-    typedef NoRegisterState Registers;
+    using Element = uint32_t;
+    using Registers = NoRegisterState;
     static constexpr Grain GRAIN = {SUBBLOCK, 1};
     static constexpr int64_t CHAIN = std::numeric_limits<int64_t>::max() / 4;  // bf16 rounds more than any sum
-    static inline vec dot(vec c, __m512i a, vec b) {
-        return (vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)b, (__m512bh)a);
-    }
-    static inline vec madd(vec c, uint32_t a, vec b) { return dot(c, _mm512_set1_epi32((int)a), b); }
+    static inline vec madd(vec c, uint32_t a, vec b) { return dot_bf16(c, _mm512_set1_epi32((int)a), b); }
     static inline void keep_amx_warm() {}
 
-    // Pairs of the numbers in the same lanes.
-    static inline vec of(vec low, vec high) {
-        alignas(64) static constexpr uint16_t ORDER[2 * LANES] = {
-            0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-            8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31,
-        };
-        const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
-        return (vec)_mm512_permutexvar_epi16(_mm512_load_si512(ORDER), halves);
-    }
+    static inline vec of(vec low, vec high) { return pair_bf16(low, high); }
 };
 #endif
 
@@ -73,7 +69,8 @@ struct Strides {
     int64_t a, b, c;
 };
 
-// Goes through the rows of C. Compilers, left to themselves, keep 24 addresses, in vector registers and on the stack.
+// Calls work(m, address) for the rows of C. Without the barrier compilers keep 24 addresses, in vector registers and on
+// the stack.
 template <int ROWS, class Work>
 static inline void for_rows(float* c, int64_t stride, Work work) {
     for (int m = 0; m < ROWS; ++m, c += stride) {
@@ -85,11 +82,11 @@ static inline void for_rows(float* c, int64_t stride, Work work) {
 template <class Kind, Along ALONG, int ROWS, int VECS, bool ADD>
 static inline void micro(int64_t steps, const typename Kind::Element* a, const float* b, float* c, Strides s,
                          bool apart) {
-    typedef typename Kind::Element Element;
+    using Element = typename Kind::Element;
     if (steps < 1) __builtin_unreachable();  // else compilers keep a second C in memory for that
-    // Keys and values come from memory that takes its time: those of the next block are asked for.
+    // Keys and values of the next block are prefetched: memory is slower than the product.
     if (ALONG == Along::k && !ADD)
-        for (int m = 0; m < ROWS; ++m) prefetch((const char*)(a + (m + BLOCK_N) * s.a), steps * sizeof(Element));
+        for (int m = 0; m < ROWS; ++m) prefetch((const char*)(a + (m + PREFETCH_ROWS) * s.a), steps * sizeof(Element));
     const bool goes_on = ADD && !apart;
     for (int64_t k = 0, end; k < steps; k = end) {
         const bool first = k == 0;
@@ -100,11 +97,11 @@ static inline void micro(int64_t steps, const typename Kind::Element* a, const f
                 for (int n = 0; n < VECS; ++n) acc[m][n] = load(at + n * LANES);
             });
         for (; k < end; ++k) {
-            if (ALONG == Along::m) prefetch((const char*)(a + (k + BLOCK_N) * s.a), 1);
+            if (ALONG == Along::m) prefetch((const char*)(a + (k + PREFETCH_ROWS) * s.a), 1);
             vec row[VECS];
             for (int n = 0; n < VECS; ++n) row[n] = load(b + k * s.b + n * LANES);
-            // A machine's addresses reach three rows of A from one of them. Compilers, left to themselves, keep twelve
-            // distances in registers that there are not.
+            // One address reaches three rows of A. Without the barrier compilers keep twelve distances in registers,
+            // more than there are.
             const Element* at = ALONG == Along::k ? a + k : a + k * s.a;
             for (int m = 0; m < ROWS; ++m) {
                 Element x;
@@ -129,7 +126,7 @@ static inline void micro(int64_t steps, const typename Kind::Element* a, const f
 template <class Kind, Along ALONG, int VECS, bool ADD>
 static inline void rows(int64_t count, int64_t steps, const typename Kind::Element* a, const float* b, float* c,
                         Strides s, bool apart) {
-    constexpr int FULL = height(VECS);
+    constexpr int FULL = micro_rows(LANES, VECS);
     int64_t m = 0;
     const auto some = [&](auto rows) {
         constexpr int ROWS = decltype(rows)::value;

@@ -1,8 +1,4 @@
 // How rows, keys, values and weights lie for the micro-kernel: in fp32, or as pairs of bf16.
-//
-// Of the operands of a product, A is read element by element, either along the width (`along_width`) or along the keys
-// (`along_keys`); B is a panel with a row for each step, of query rows (`panel`) or of numbers along the width
-// (`rows`).
 #pragma once
 
 #include <memory>
@@ -14,29 +10,50 @@
 namespace qkv {
 namespace QKV_ISA {
 
+// Keys or values in the order in which a product reads them. The stride is in elements, from row to row of
+// `along_width` and from KEYS_PER_ROW keys to the next of `along_keys`.
+template <class Element>
+struct Operand {
+    Element* data;
+    int64_t stride;
+};
+
+// How the operands of a kind of product lie. `width` counts numbers; `scratch` is taken where they cannot be read in
+// place, and has room for `floats` of them.
+//
+//     Element, PACKS                   of the kind; whether weights are packed, two keys side by side
+//     KEYS_PER_ROW                     keys of a row of `along_keys`
+//     steps(count)                     steps of a product that sums over so many numbers
+//     floats(count, width)             scratch for so many keys or values
+//
+// A, which is read element by element:
+//     along_width(...)                 keys or values whose width is summed over, as an `Operand`
+//     along_keys(...)                  those that are summed over
+//     writable(along_keys, ...)        the same in memory that may be written, `scratch`
+//     clear(writable, j, d)              makes column d of key j 0
+//     pack_rows(t, s, weights)         weights, in place, as A of a sum over rows
+//
+// B, a row of vectors for each step:
+//     pack_as_lanes(...)               rows of a tile as lanes, (steps of the width, lanes)
+//     pack_as_rows(...), clear_row(...) rows of a tile as they are, (steps of the rows, whole vectors of the width);
+//                                      makes one of them 0
+//     pack_keys(t, s, weights, to)     weights as B of a sum over keys; `to` may be `weights`
+//     pad_keys(t, s, to)               what `pack_keys` does where weights are pairs already
 template <class Kind>
 struct OperandPacking;
-
-// Numbers between rows from which they are copied side by side. Each lies in a page of its own then, and a block of
-// keys and values in more pages than a core has addresses at hand. A copy costs more than that for a vector of query
-// rows, or fewer.
-constexpr int64_t FAR = 512;
 
 // fp32: keys and values are read in place, unless their rows lie far apart; 16-bit ones are widened.
 template <>
 struct OperandPacking<F32> {
-    typedef float Element;
+    using Element = float;
 
     static constexpr bool PACKS = false;
-    static constexpr int KEYS_PER_ROW = 1;  // keys of a row of what is laid along the keys
+    static constexpr int KEYS_PER_ROW = 1;
 
     static int64_t steps(int64_t count) { return count; }
-
-    // Floats that hold keys or values, in either order.
     static int64_t floats(int64_t count, int64_t width) { return count * (width + 1); }
 
-    // The rows of a tile as lanes: (width, lanes).
-    static void panel(const Problem& p, const Tile& t, const View& view, int64_t width, float* to) {
+    static void pack_as_lanes(const Problem& p, const Tile& t, const View& view, int64_t width, float* to) {
         const char* rows[BLOCK_M];
         for (int r = 0; r < t.lanes(); ++r) rows[r] = t.row(p, view, r);
         for_dtype(p.dtype, [&](auto dtype) {
@@ -46,8 +63,7 @@ struct OperandPacking<F32> {
         });
     }
 
-    // The rows of a tile as they are: (count, whole vectors of the width).
-    static void rows(const Problem& p, const Tile& t, const View& view, int64_t width, float* to) {
+    static void pack_as_rows(const Problem& p, const Tile& t, const View& view, int64_t width, float* to) {
         for_dtype(p.dtype, [&](auto dtype) {
             for (int r = 0; r < t.count; ++r, to += whole_vectors(width)) {
                 const char* row = t.row(p, view, r);
@@ -58,68 +74,59 @@ struct OperandPacking<F32> {
         });
     }
 
-    // Makes one of the rows as they are 0.
     static void clear_row(float* rows, int64_t width, int r) {
         std::fill(rows + r * whole_vectors(width), rows + (r + 1) * whole_vectors(width), 0.0f);
     }
 
-    // Whether rows are to be copied side by side.
+    // Whether rows are copied side by side. Each lies in a page of its own otherwise, and a block of keys and values in
+    // more pages than a core's TLB holds. For a vector of query rows or fewer the copy costs more than that.
     static bool are_far(const Problem& p, const View& view, int64_t width) {
-        return view.row > FAR && view.row != width && rows_of_head(p) > LANES;
+        return view.row > FAR_STRIDE && view.row != width && rows_of_head(p) > LANES;
     }
 
-    static const float* along_width(const Problem& p, int64_t batch, int64_t kv_head, const View& view, int64_t width,
-                                    int64_t first, int64_t count, float* scratch, int64_t& stride) {
-        const char* from = row_of(p, view, batch, kv_head, first);
-        if (p.dtype == Dtype::f32 && !are_far(p, view, width)) {
-            stride = view.row;
-            return (const float*)from;
-        }
-        stride = width;
+    static Operand<const float> along_width(const Problem& p, const HeadRef& head, const View& view, int64_t width,
+                                            int64_t first, int64_t count, float* scratch) {
+        const char* from = row_of(p, view, head, first);
+        if (p.dtype == Dtype::f32 && !are_far(p, view, width)) return {(const float*)from, view.row};
+        const int64_t stride = width;
         for_dtype(p.dtype, [&](auto dtype) {
             for (int64_t j = 0; j < count; ++j, from += view.row * size_of(dtype)) {
-                prefetch(from + BLOCK_N * view.row * size_of(dtype), width * size_of(dtype));
+                prefetch(from + PREFETCH_ROWS * view.row * size_of(dtype), width * size_of(dtype));
                 for_columns(width, [&](int64_t d, int64_t part) {
                     store_part(Dtype::f32, scratch + j * stride + d, load_part(dtype, from + d * size_of(dtype), part),
                                part);
                 });
             }
         });
-        return scratch;
+        return {scratch, stride};
     }
 
-    static const float* along_keys(const Problem& p, int64_t batch, int64_t kv_head, const View& view, int64_t width,
-                                   int64_t first, int64_t count, float* scratch, int64_t& stride) {
-        return along_width(p, batch, kv_head, view, width, first, count, scratch, stride);
+    static Operand<const float> along_keys(const Problem& p, const HeadRef& head, const View& view, int64_t width,
+                                           int64_t first, int64_t count, float* scratch) {
+        return along_width(p, head, view, width, first, count, scratch);
     }
 
-    // Makes rows of weights ready to be B of a product along the keys.
     static void pack_keys(const Tile&, const Segment&, const float*, float*) {}
-
-    // What `pack_keys` does beyond pairs.
     static void pad_keys(const Tile&, const Segment&, float*) {}
-
-    // Makes rows of weights ready to be A of a product along the rows, in place.
     static void pack_rows(const Tile&, const Segment&, float*) {}
 
-    // Keys or values, laid along the keys, in memory that may be written to.
-    static float* own(const float* from, int64_t width, int64_t count, float* scratch, int64_t& stride) {
-        if (from != scratch) {
-            for (int64_t j = 0; j < count; ++j)
-                std::memcpy(scratch + j * width, from + j * stride, width * sizeof(float));
-            stride = width;
-        }
-        return scratch;
+    static Operand<float> writable(const Operand<const float>& from, int64_t width, int64_t count, float* scratch) {
+        if (from.data == scratch) return {scratch, from.stride};
+        for (int64_t j = 0; j < count; ++j)
+            std::memcpy(scratch + j * width, from.data + j * from.stride, width * sizeof(float));
+        return {scratch, width};
     }
 
-    static void clear(float* along_keys, int64_t stride, int64_t j, int64_t d) { along_keys[j * stride + d] = 0; }
+    static void clear(const Operand<float>& along_keys, int64_t j, int64_t d) {
+        along_keys.data[j * along_keys.stride + d] = 0;
+    }
 };
 
 #if defined(__AVX512BF16__)
 // Pairs of bf16, of neighbours along the dimension that a product sums over.
 template <>
 struct OperandPacking<Bf16Dot> {
-    typedef uint32_t Element;
+    using Element = uint32_t;
 
     static constexpr bool PACKS = true;
     static constexpr int KEYS_PER_ROW = 2;
@@ -128,7 +135,7 @@ struct OperandPacking<Bf16Dot> {
 
     static int64_t floats(int64_t count, int64_t width) { return count * (width + 1); }
 
-    static void panel(const Problem& p, const Tile& t, const View& view, int64_t width, float* to) {
+    static void pack_as_lanes(const Problem& p, const Tile& t, const View& view, int64_t width, float* to) {
         const char* rows[BLOCK_M];
         for (int r = 0; r < t.lanes(); ++r) rows[r] = t.row(p, view, r);
         rows_to_lanes(t.lanes(), steps(width), to, t.lanes(), [&](int64_t r, int64_t c, int64_t count) {
@@ -139,7 +146,7 @@ struct OperandPacking<Bf16Dot> {
     }
 
     // Pairs of neighbouring rows: (count / 2, whole vectors of the width).
-    static void rows(const Problem& p, const Tile& t, const View& view, int64_t width, float* to) {
+    static void pack_as_rows(const Problem& p, const Tile& t, const View& view, int64_t width, float* to) {
         for (int r = 0; r < t.count; r += 2, to += whole_vectors(width)) {
             const uint16_t* low = (const uint16_t*)t.row(p, view, r);
             interleave(low, r + 1 < t.count ? (const uint16_t*)t.row(p, view, r + 1) : nullptr, width, (uint32_t*)to);
@@ -148,45 +155,41 @@ struct OperandPacking<Bf16Dot> {
     }
 
     static void clear_row(float* rows, int64_t width, int r) {
-        for (int64_t d = 0; d < width; ++d) clear((uint32_t*)rows, whole_vectors(width), r, d);
+        for (int64_t d = 0; d < width; ++d) clear({(uint32_t*)rows, whole_vectors(width)}, r, d);
     }
 
-    // In place where every row starts on a pair and the width is even.
-    static const uint32_t* along_width(const Problem& p, int64_t batch, int64_t kv_head, const View& view,
-                                       int64_t width, int64_t first, int64_t count, float* scratch, int64_t& stride) {
-        const uint16_t* from = (const uint16_t*)row_of(p, view, batch, kv_head, first);
-        if (width % 2 == 0 && view.row % 2 == 0) {
-            stride = view.row / 2;
-            return (const uint32_t*)from;
-        }
-        stride = steps(width);
+    // In place if every row starts on a pair and the width is even.
+    static Operand<const uint32_t> along_width(const Problem& p, const HeadRef& head, const View& view, int64_t width,
+                                               int64_t first, int64_t count, float* scratch) {
+        const uint16_t* from = (const uint16_t*)row_of(p, view, head, first);
+        if (width % 2 == 0 && view.row % 2 == 0) return {(const uint32_t*)from, view.row / 2};
+        const int64_t stride = steps(width);
         uint16_t* to = (uint16_t*)scratch;
         for (int64_t j = 0; j < count; ++j, to += 2 * stride) {
             std::memcpy(to, from + j * view.row, width * sizeof(uint16_t));
             if (width % 2) to[width] = 0;
         }
-        return (const uint32_t*)scratch;
+        return {(const uint32_t*)scratch, stride};
     }
 
-    static const uint32_t* along_keys(const Problem& p, int64_t batch, int64_t kv_head, const View& view, int64_t width,
-                                      int64_t first, int64_t count, float* scratch, int64_t& stride) {
-        stride = width;
+    static Operand<const uint32_t> along_keys(const Problem& p, const HeadRef& head, const View& view, int64_t width,
+                                              int64_t first, int64_t count, float* scratch) {
         for (int64_t j = 0; j < count; j += 2) {
-            const uint16_t* low = (const uint16_t*)row_of(p, view, batch, kv_head, first + j);
+            const uint16_t* low = (const uint16_t*)row_of(p, view, head, first + j);
             for (int i = 0; i < 2; ++i)
-                prefetch((const char*)(low + (BLOCK_N + i) * view.row), width * sizeof(uint16_t));
-            interleave(low, j + 1 < count ? low + view.row : nullptr, width, (uint32_t*)scratch + j / 2 * stride);
+                prefetch((const char*)(low + (PREFETCH_ROWS + i) * view.row), width * sizeof(uint16_t));
+            interleave(low, j + 1 < count ? low + view.row : nullptr, width, (uint32_t*)scratch + j / 2 * width);
         }
-        return (const uint32_t*)scratch;
+        return {(const uint32_t*)scratch, width};
     }
 
-    // Weights of two keys become one row of pairs. In place too: row j / 2 lies before all that is still to be read.
+    // Weights of two keys become one row of pairs. Row j / 2 lies before all that is still to be read.
     static void pack_keys(const Tile& t, const Segment& s, const float* weights, float* to) {
         for (int j = s.begin; j < s.end; j += 2) {
             for (int n = s.first; n < s.last; ++n) {
                 const float* row = weights + j * t.lanes() + n * LANES;
                 const vec high = j + 1 < s.end ? load(row + t.lanes()) : vec{};
-                store(to + j / 2 * t.lanes() + n * LANES, Bf16Dot::of(load(row), high));
+                store(to + j / 2 * t.lanes() + n * LANES, pair_bf16(load(row), high));
             }
         }
     }
@@ -198,16 +201,17 @@ struct OperandPacking<Bf16Dot> {
         for (int j = s.begin; j < s.end; ++j) {
             float* const row = weights + j * t.lanes();
             for (int n = s.first; n < s.last; ++n) {
-                const __m256i half = (__m256i)_mm512_cvtneps_pbh((__m512)load(row + n * LANES));
-                _mm256_storeu_si256((__m256i*)(row + n * LANES / 2), half);
+                _mm256_storeu_si256((__m256i*)(row + n * LANES / 2), round_to_bf16(load(row + n * LANES)));
             }
         }
     }
 
-    static uint32_t* own(const uint32_t*, int64_t, int64_t, float* scratch, int64_t&) { return (uint32_t*)scratch; }
+    static Operand<uint32_t> writable(const Operand<const uint32_t>& from, int64_t, int64_t, float* scratch) {
+        return {(uint32_t*)scratch, from.stride};
+    }
 
-    static void clear(uint32_t* along_keys, int64_t stride, int64_t j, int64_t d) {
-        along_keys[j / 2 * stride + d] &= j % 2 ? 0x0000ffffu : 0xffff0000u;
+    static void clear(const Operand<uint32_t>& along_keys, int64_t j, int64_t d) {
+        along_keys.data[j / 2 * along_keys.stride + d] &= j % 2 ? 0x0000ffffu : 0xffff0000u;
     }
 
    private:
@@ -220,26 +224,29 @@ struct OperandPacking<Bf16Dot> {
 };
 #endif
 
-// Q K^T of a segment, or dO V^T: (key, row), from keys laid along the width and the panel of rows.
+// The three products, for kinds that run on the micro-kernel. matmul/amx.h and attention/short_query.h overload them
+// for theirs; the first argument chooses.
+
+// Q K^T of a segment, or dO V^T: (key, row), from keys along the width and the packed rows.
 template <class Kind>
 static inline void multiply_rows(Kind, const Tile& t, const Segment& s, int64_t width,
-                                 const typename Kind::Element* keys, int64_t stride, const float* panel, float* to) {
+                                 const Operand<const typename Kind::Element>& keys, const float* packed, float* to) {
     product<Kind, Along::k, false>(s.end - s.begin, s.last - s.first, OperandPacking<Kind>::steps(width),
-                                   keys + s.begin * stride, panel + s.first * LANES,
-                                   to + s.begin * t.lanes() + s.first * LANES, {stride, t.lanes(), t.lanes()});
+                                   keys.data + s.begin * keys.stride, packed + s.first * LANES,
+                                   to + s.begin * t.lanes() + s.first * LANES, {keys.stride, t.lanes(), t.lanes()});
 }
 
-// Adds weights times values, or gradients of scores times keys, to (width, row), from values laid along the keys. Sums
-// of fp32 may be added up `apart`.
+// Adds weights times values, or gradients of scores times keys, to (width, row), from values along the keys. `apart`
+// sums a block of its own first and adds that; it is never set for kinds that pack.
 template <class Kind>
 static inline void sum_over_keys(Kind, const Tile& t, const Segment& s, int64_t width,
-                                 const typename Kind::Element* values, int64_t stride, const float* weights, float* to,
+                                 const Operand<const typename Kind::Element>& values, const float* weights, float* to,
                                  bool apart = false) {
     constexpr int STEP = OperandPacking<Kind>::PACKS ? 2 : 1;
     product<Kind, Along::m, true>(width, s.last - s.first, OperandPacking<Kind>::steps(s.end - s.begin),
-                                  values + s.begin / STEP * stride,
+                                  values.data + s.begin / STEP * values.stride,
                                   weights + s.begin / STEP * t.lanes() + s.first * LANES, to + s.first * LANES,
-                                  {stride, t.lanes(), t.lanes()}, apart);
+                                  {values.stride, t.lanes(), t.lanes()}, apart);
 }
 
 // Adds transposed weights times rows to (key, whole vectors of the width).
@@ -255,11 +262,11 @@ static inline void sum_over_rows(Kind, const Tile& t, const Segment& s, int64_t 
 }
 
 // Whether the rows of keys or values are all finite.
-static bool all_finite(const Problem& p, int64_t batch, int64_t kv_head, const View& view, int64_t width, int64_t first,
+static bool all_finite(const Problem& p, const HeadRef& head, const View& view, int64_t width, int64_t first,
                        int64_t count) {
     vec zero = {};  // stays so, unless a number is not finite
     for_dtype(p.dtype, [&](auto dtype) {
-        const char* row = row_of(p, view, batch, kv_head, first);
+        const char* row = row_of(p, view, head, first);
         for (int64_t j = 0; j < count; ++j, row += view.row * size_of(dtype)) {
             for_columns(width, [&](int64_t d, int64_t part) {
                 zero = zero + 0.0f * load_part(dtype, row + d * size_of(dtype), part);
@@ -269,89 +276,83 @@ static bool all_finite(const Problem& p, int64_t batch, int64_t kv_head, const V
     return !any(zero != 0.0f);
 }
 
-// Keys and values as the products of the forward pass take them, laid so for each block of each tile.
+// Keys and values as the products of the forward pass take them, packed for each block of each tile.
 template <class Kind>
 struct LaidByBlock {
-    typedef typename Kind::Element Element;
+    using Laid = Operand<const typename Kind::Element>;
 
-    const Element* keys(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch,
-                        int64_t& stride) const {
-        return OperandPacking<Kind>::along_width(p, t.batch, t.kv_head, p.k, p.width, first, count, scratch, stride);
+    Laid keys(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch) const {
+        return OperandPacking<Kind>::along_width(p, t, p.k, p.width, first, count, scratch);
     }
 
-    const Element* values(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch,
-                          int64_t& stride) const {
-        return OperandPacking<Kind>::along_keys(p, t.batch, t.kv_head, p.v, p.value_width, first, count, scratch,
-                                                stride);
+    Laid values(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch) const {
+        return OperandPacking<Kind>::along_keys(p, t, p.v, p.value_width, first, count, scratch);
     }
 
-    // Whether the values are.
+    // Whether the values of a block are finite.
     bool are_finite(const Problem& p, const Tile& t, int64_t first, int64_t count) const {
-        return all_finite(p, t.batch, t.kv_head, p.v, p.value_width, first, count);
+        return all_finite(p, t, p.v, p.value_width, first, count);
     }
 };
 
-// Heads of keys and values, counted through all batches, and how many threads may prepare them.
-struct Heads {
+// Heads of keys and values, and how many threads may prepare them.
+struct HeadRange {
     int64_t first, count;
     int threads;
 };
 
-// The same, where a head may have them once for many tiles.
+// The same, packed once for all tiles of a head where that pays. `Prepared<Kind>` is what prefill uses; a kind without
+// such packing has that of each block.
 template <class Kind>
 struct Prepared : LaidByBlock<Kind> {
-    Prepared(const Problem&, const KeyVisibility&, const Heads&) {}
+    Prepared(const Problem&, const KeyVisibility&, const HeadRange&) {}
 };
 
-// Of fp32, what lies far apart, side by side: once for all tiles where these are many, or else fresh memory costs more
-// than a copy for each of them (that of one head after another is not fresh); and unless it is much more than queries
-// take.
+// fp32 rows that lie far apart are copied side by side once, if a head has many tiles: for few, fresh memory costs more
+// than a copy for each of them. The memory of one head after another is not fresh, so there fewer tiles suffice.
 template <>
 class Prepared<F32> : public LaidByBlock<F32> {
    public:
-    Prepared(const Problem& p, const KeyVisibility&, const Heads& heads) : heads(heads) {
-        const int64_t many = heads.count == 1 ? 4 : 16;  // tiles
-        if (p.dtype != Dtype::f32 || tiles_of_head(p) < many || p.lk > 4 * rows_of_head(p)) return;
-        bring_near(p, p.k, p.width, near_keys);
-        bring_near(p, p.v, p.value_width, near_values);
+    Prepared(const Problem& p, const KeyVisibility&, const HeadRange& heads) : heads(heads) {
+        const int64_t many = heads.count == 1 ? PREPARE_TILES_OWN : PREPARE_TILES;
+        if (p.dtype != Dtype::f32 || tiles_of_head(p) < many || p.lk > PREPARE_KEYS * rows_of_head(p)) return;
+        copy_contiguous(p, p.k, p.width, contiguous_keys);
+        copy_contiguous(p, p.v, p.value_width, contiguous_values);
     }
 
-    const float* keys(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch,
-                      int64_t& stride) const {
-        if (!near_keys) return LaidByBlock::keys(p, t, first, count, scratch, stride);
-        return near_keys.get() + place(p, t, first) * (stride = p.width);
+    Laid keys(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch) const {
+        if (!contiguous_keys) return LaidByBlock::keys(p, t, first, count, scratch);
+        return {contiguous_keys.get() + row_of_key(p, t, first) * p.width, p.width};
     }
 
-    const float* values(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch,
-                        int64_t& stride) const {
-        if (!near_values) return LaidByBlock::values(p, t, first, count, scratch, stride);
-        return near_values.get() + place(p, t, first) * (stride = p.value_width);
+    Laid values(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch) const {
+        if (!contiguous_values) return LaidByBlock::values(p, t, first, count, scratch);
+        return {contiguous_values.get() + row_of_key(p, t, first) * p.value_width, p.value_width};
     }
 
    private:
-    void bring_near(const Problem& p, const View& view, int64_t width, std::unique_ptr<float[]>& to) const {
+    void copy_contiguous(const Problem& p, const View& view, int64_t width, std::unique_ptr<float[]>& to) const {
         if (!OperandPacking<F32>::are_far(p, view, width)) return;
-        constexpr int64_t SOME = 256;  // rows that a thread copies at a time
-        const int64_t parts = (p.lk + SOME - 1) / SOME;
+        const int64_t parts = (p.lk + COPY_ROWS - 1) / COPY_ROWS;
         to.reset(new float[heads.count * p.lk * width]);
         prefer_huge_pages(to.get(), heads.count * p.lk * width * (int64_t)sizeof(float));
         parallel_for(heads.count * parts, heads.threads, [&](int64_t item) {
-            const int64_t place = item / parts, head = heads.first + place;
-            const int64_t end = std::min(p.lk, (item % parts + 1) * SOME);
-            for (int64_t row = item % parts * SOME; row < end; ++row)
-                std::memcpy(to.get() + (place * p.lk + row) * width,
-                            row_of(p, view, head / p.kv_heads, head % p.kv_heads, row), width * sizeof(float));
+            const int64_t n = item / parts, head = heads.first + n;
+            const int64_t end = std::min(p.lk, (item % parts + 1) * COPY_ROWS);
+            for (int64_t row = item % parts * COPY_ROWS; row < end; ++row)
+                std::memcpy(to.get() + (n * p.lk + row) * width, row_of(p, view, head_at(p, head), row),
+                            width * sizeof(float));
         });
     }
 
     // The row of a key among those of the heads.
-    int64_t place(const Problem& p, const Tile& t, int64_t key) const {
+    int64_t row_of_key(const Problem& p, const Tile& t, int64_t key) const {
         return (t.batch * p.kv_heads + t.kv_head - heads.first) * p.lk + key;
     }
 
-    const Heads heads;
+    const HeadRange heads;
 
-    std::unique_ptr<float[]> near_keys, near_values;
+    std::unique_ptr<float[]> contiguous_keys, contiguous_values;
 };
 
 }  // namespace QKV_ISA

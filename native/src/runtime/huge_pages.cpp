@@ -9,9 +9,8 @@ namespace qkv {
 void prefer_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__)
     constexpr uintptr_t HUGE = 1 << 21;
-    constexpr int64_t LEAST = 32 << 20;
     const uintptr_t begin = ((uintptr_t)data + HUGE - 1) / HUGE * HUGE, end = ((uintptr_t)data + bytes) / HUGE * HUGE;
-    if (bytes >= LEAST && begin < end) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
+    if (bytes >= HUGE_RESULT && begin < end) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
 #else
     (void)data, (void)bytes;
 #endif

@@ -43,7 +43,7 @@ struct Loop {
     }
 };
 
-typedef void (*GompParallel)(void (*)(void*), void*, unsigned, unsigned);
+using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
 // torch's OpenMP workers spin for a while after each parallel region; a second pool would fight them for the cores.
 // Where torch brings libgomp, its symbols are global, and this is the entry that compilers call.
@@ -52,8 +52,8 @@ GompParallel gomp_parallel() {
     return found;
 }
 
-// How many of so many threads, this one included, can be started. libgomp ends the process where it fails to start one,
-// so they are tried when this thread asks for more than before; their stacks are at hand then.
+// How many of so many threads, this one included, can be started. libgomp ends the process if it fails to start one, so
+// they are tried when this thread wants more than before; their stacks stay cached.
 int startable(int threads) {
     static thread_local int most = 1;
     if (threads <= most) return threads;
@@ -65,7 +65,7 @@ int startable(int threads) {
             tried.emplace_back([&all] {
                 while (!all) std::this_thread::yield();
             });
-    } catch (const std::exception&) {  // there are no more
+    } catch (const std::exception&) {  // no more can be started
     }
     all = true;
     for (std::thread& thread : tried) thread.join();
@@ -90,7 +90,7 @@ void parallel_for(int64_t count, int threads, const Work& work, Sharing sharing)
         try {
             helpers.reserve(threads - 1);
             for (int i = 1; i < threads; ++i) helpers.emplace_back([&loop] { loop.run(); });
-        } catch (const std::exception&) {  // those that could be started do all of the work
+        } catch (const std::exception&) {  // the others do all of the work
         }
         loop.run();
         for (std::thread& helper : helpers) helper.join();

@@ -5,11 +5,11 @@
 
 namespace qkv {
 
-// Whether threads take the items of a loop one by one, or in runs that become shorter: for items of like cost, whose
-// memory lies behind that of the one before, so that a thread has asked for it already.
+// Whether threads take the items of a loop one by one, or in runs that become shorter: for items of like cost, each of
+// which has prefetched the memory of the next.
 enum class Sharing { single, runs };
 
-// What is to be done with an item, by reference: a loop asks for no memory of its own.
+// A reference to what is done with an item. No std::function: a loop allocates nothing.
 class Work {
    public:
     template <class Body>
@@ -22,8 +22,8 @@ class Work {
     void (*call)(const void*, int64_t);
 };
 
-// Calls work(i) once for each i in [0, count), on up to `threads` threads, starting them in increasing order. Where
-// memory does not suffice for one of them, begins no others and throws std::bad_alloc in the end.
+// Calls work(i) once for each i in [0, count), on up to `threads` threads, starting them in increasing order. If one
+// throws std::bad_alloc, starts no others and throws it in the end.
 void parallel_for(int64_t count, int threads, const Work& work, Sharing sharing = Sharing::single);
 
 }  // namespace qkv

@@ -1,35 +1,33 @@
 // A vector of floats as wide as the instruction set, from the compiler's vector extensions.
-// Intrinsics stand only where no extension exists: rounding, power-of-two scaling, 16-bit conversions and dot products.
+//
+// simd/<isa>.h, the file that bears the name of the instruction set, gives what extensions do not:
+//
+//     LANES, REGISTERS                   floats of a vector; vector registers
+//     vec, ivec, uvec                    vectors of float, int32_t, uint32_t
+//     any(ivec)                          whether any lane is not 0
+//     Exponent(vec x)                    x as a whole number and a .fraction in [0, 1); .scale(y) is y times 2 to the
+//                                        whole, and 0 where x < -126; NaN stays NaN
+//     from_f16, to_f16                   one number of fp16 as fp32, and rounded to it
+//     load_f32, _bf16, _f16, _i8         a vector of neighbours, as fp32
+//     load_first_f32, _bf16, _f16, _i8   the first `count` < LANES of them, and zeros
+//     load_fours_f32, _bf16, _f16        four neighbours of each of LANES / 4 rows, `stride` bytes apart
+//     store_first_f32, _f16, _u16        the first `count` <= LANES lanes; of _u16, their lower halves
+//
+// avx512 and those that extend it also have dot products of pairs: `dot_i16`, `dot_bf16`, and tile registers.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <utility>
 
-#if defined(__AVX2__) || defined(__AVX512F__)
-#include <immintrin.h>
-#endif
+// clang-format off
+#define QKV_QUOTE(path) #path
+#define QKV_FILE(path) QKV_QUOTE(path)
+#include QKV_FILE(simd/QKV_ISA.h)
+// clang-format on
 
 namespace qkv {
 namespace QKV_ISA {
-
-#if defined(__AVX512F__)
-constexpr int LANES = 16;
-#elif defined(__AVX2__)
-constexpr int LANES = 8;
-#else
-constexpr int LANES = 4;
-#endif
-
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int REGISTERS = 32;  // of vectors
-#else
-constexpr int REGISTERS = 16;
-#endif
-
-typedef float vec __attribute__((vector_size(LANES * 4)));
-typedef int32_t ivec __attribute__((vector_size(LANES * 4)));
-typedef uint32_t uvec __attribute__((vector_size(LANES * 4)));
 
 static inline vec load(const float* p) {
     vec v;
@@ -43,18 +41,6 @@ static inline vec set1(float x) { return vec{} + x; }
 
 // The larger of the two; b where a is NaN.
 static inline vec max(vec a, vec b) { return a > b ? a : b; }
-
-static inline bool any(ivec mask) {
-#if defined(__AVX512F__)
-    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
-#elif defined(__AVX2__)
-    return _mm256_movemask_epi8((__m256i)mask) != 0;
-#else
-    int32_t seen = 0;
-    for (int i = 0; i < LANES; ++i) seen |= mask[i];
-    return seen != 0;
-#endif
-}
 
 // Lane i of the result is lane from(i) of a, or lane from(i) - LANES of b.
 template <class From, int... I>
@@ -111,19 +97,8 @@ static inline vec sum_each(vec* a) {
 
 // 2^x with a relative error of 1.2 ulp; exactly 1 at 0; exactly 0 below 2^-126 and at -inf; NaN stays NaN.
 [[gnu::always_inline]] static inline vec exp2(vec x) {
-#if defined(__AVX512F__)
-    const vec f = (vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // x - floor(x)
-#else
-    const vec bounded = x < -127.0f ? set1(-127.0f) : (x > 128.0f ? set1(128.0f) : x);
-#if defined(__AVX2__)
-    const vec whole = (vec)_mm256_floor_ps((__m256)bounded);
-#else
-    // Adding 1.5 * 2^23 rounds to the nearest integer.
-    const vec nearest = (bounded + 12582912.0f) - 12582912.0f;
-    const vec whole = nearest > bounded ? nearest - 1.0f : nearest;
-#endif
-    const vec f = bounded - whole;
-#endif
+    const Exponent exponent(x);
+    const vec f = exponent.fraction;
     // Minimax of the relative error on [0, 1], among the polynomials that are 1 at 0.
     vec p = set1(0.00186713f);
     p = p * f + 0.00901703f;
@@ -131,16 +106,10 @@ static inline vec sum_each(vec* a) {
     p = p * f + 0.24016445f;
     p = p * f + 0.69315131f;
     p = p * f + 1.0f;
-#if defined(__AVX512F__)
-    const __mmask16 counts = _mm512_cmp_ps_mask((__m512)x, (__m512)set1(-126.0f), _CMP_NLT_UQ);
-    return (vec)_mm512_maskz_scalef_ps(counts, (__m512)p, (__m512)x);  // by 2^floor(x)
-#else
-    const ivec exponent = (__builtin_convertvector(whole, ivec) + 127) << 23;
-    return x < -126.0f ? set1(0.0f) : p * (vec)exponent;
-#endif
+    return exponent.scale(p);
 }
 
-// Asks for memory. Not into the nearest cache, whose few requests under way would hold up what is read.
+// Prefetches so many bytes, not into the nearest cache: its few requests under way would delay what is read.
 static inline void prefetch(const char* from, int64_t bytes) {
     for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(from + byte, 0, 2);
 }

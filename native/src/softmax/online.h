@@ -8,28 +8,44 @@
 namespace qkv {
 namespace QKV_ISA {
 
-// How the maximum of each row moves up to what is in sight. It may lag behind by a factor of 2^8, which spares most of
-// the rescaling.
+// How the maxima of a vector of rows move up to those of a block. They may lag behind by ROW_MAX_LAG, which spares most
+// of the rescaling.
 struct RowMaxUpdate {
-    ivec rows;    // those that move
-    vec row_max;  // the new maximum, in units of the scores
+    ivec rows;    // which move
+    vec row_max;  // the new maxima, in units of the scores
     Origin origin;
-    vec rescale;  // what all sums so far are to be multiplied by
+    vec rescale;  // factor of all sums so far
 
     RowMaxUpdate(const Problem& p, vec from, vec block_max, bool exact = false) {
         const float factor = exponent_factor(p);
-        rows = block_max > from + 8.0f / factor;  // also from -inf, where nothing was seen yet
+        rows = block_max > from + ROW_MAX_LAG / factor;  // also from -inf, where nothing was seen yet
         row_max = rows ? block_max : from;
         const vec base = row_max == -INF ? set1(0.0f) : row_max;
         origin = Origin::at(p, base, exact);
-        // Exactly 1 for rows that stay: what others do must not show.
+        // Exactly 1 for rows that stay: the bits of a row depend on no other.
         rescale = rows ? exp2((from - base) * factor) : set1(1.0f);
     }
 };
 
-// The maximum is in units of the scores, and may lag behind.
+// A state, the template parameter `AnyState`, is the running softmax of a tile in memory that its constructor is given:
+//
+//     floats(p)                      the size of that memory
+//     row_max, row_sum               of each lane; maxima are in units of the scores, and may lag behind
+//     EXACT                          whether exponents have no shift, as `Origin` says
+//     out, numbers(p, t)             the sums of weighted values, and how many floats they take
+//     clear(p, t)                    the state of no key
+//     at(p, t, r, d)                 column d of row r of out
+//     scale(p, t, n, factor)         multiplies vector n of the rows of out
+//     join(p, t, n, factor, other, other_factor)    adds another state's rows of out, each times its factor
+//
+// and has a `finish`, which writes output and lse. They are
+//
+//     State                          here: rows are lanes
+//     ExactState                     attention/backward.h: the same, for maxima and sums alone
+//     DecodeState, ShortQueryState   attention/decode.h, attention/short_query.h: lanes lie along the width
+
 struct State {
-    static constexpr bool EXACT = false;  // whether exponents are, as `Origin` has it
+    static constexpr bool EXACT = false;
 
     float *row_max, *row_sum;
     float* out;  // (value_width, lanes)
@@ -44,13 +60,10 @@ struct State {
         std::fill(out, out + numbers(p, t), 0.0f);
     }
 
-    // Of `out`.
     static int64_t numbers(const Problem& p, const Tile& t) { return p.value_width * t.lanes(); }
 
-    // Where column d of row r is summed.
     float& at(const Problem&, const Tile& t, int r, int64_t d) const { return out[d * t.lanes() + r]; }
 
-    // Multiplies the outputs of vector n of the rows.
     void scale(const Problem& p, const Tile& t, int n, vec factor) const {
         for (int64_t d = 0; d < p.value_width; ++d) {
             float* const here = out + d * t.lanes() + n * LANES;
@@ -58,7 +71,6 @@ struct State {
         }
     }
 
-    // Adds those of another, each times its factor.
     void join(const Problem& p, const Tile& t, int n, vec factor, const State& other, vec other_factor) const {
         for (int64_t d = 0; d < p.value_width; ++d) {
             const int64_t here = d * t.lanes() + n * LANES;
@@ -67,19 +79,19 @@ struct State {
     }
 };
 
-// Folds the state of later keys into that of earlier ones.
+// Merges the state of later keys into that of earlier ones.
 template <class AnyState>
-static void merge(const Problem& p, const Tile& t, const AnyState& total, const AnyState& piece) {
+static void merge(const Problem& p, const Tile& t, const AnyState& total, const AnyState& split) {
     const float factor = exponent_factor(p);
     for (int n = 0; n < t.vecs; ++n) {
-        const vec a = load(total.row_max + n * LANES), b = load(piece.row_max + n * LANES);
+        const vec a = load(total.row_max + n * LANES), b = load(split.row_max + n * LANES);
         const vec row_max = max(a, b);
         const vec base = row_max == -INF ? set1(0.0f) : row_max;
         const vec left = exp2((a - base) * factor), right = exp2((b - base) * factor);
         store(total.row_max + n * LANES, row_max);
         store(total.row_sum + n * LANES,
-              load(total.row_sum + n * LANES) * left + load(piece.row_sum + n * LANES) * right);
-        total.join(p, t, n, left, piece, right);
+              load(total.row_sum + n * LANES) * left + load(split.row_sum + n * LANES) * right);
+        total.join(p, t, n, left, split, right);
     }
 }
 
@@ -95,14 +107,14 @@ static void write_rows(const Problem& p, const Tile& t, const View& view, int64_
     });
 }
 
-// The sums of row r once its sink logit is among them.
+// Maximum and sum of row r with its sink logit.
 struct Total {
-    float row_max;  // the maximum, as a score
-    float share;    // what the sums of keys are multiplied by
+    float row_max;  // as a score
+    float share;    // factor of the sums of keys
     float row_sum;
 
     Total(const Problem& p, const Tile& t, int r, float row_max, float row_sum)
-        : row_max(plain_scores(p) ? row_max * p.scale : row_max), share(1.0f), row_sum(row_sum) {
+        : row_max(only_scaled(p) ? row_max * p.scale : row_max), share(1.0f), row_sum(row_sum) {
         if (!p.sink_logits) return;
         const float sink = p.sink_logits[t.head[r]];
         const float block_max = this->row_max > sink ? this->row_max : sink;
@@ -113,10 +125,10 @@ struct Total {
     }
 };
 
-// What the sums of row r are to be multiplied by. Leaves its lse.
+// The factor that normalises the sums of row r. Writes its lse.
 static inline float normalise(const Problem& p, const Tile& t, int r, float row_max, float row_sum) {
     const Total total(p, t, r, row_max, row_sum);
-    if (p.lse) p.lse[t.place(p, r)] = total.row_sum == 0 ? -INF : total.row_max + std::log2(total.row_sum) * LN2;
+    if (p.lse) p.lse[t.index_of(p, r)] = total.row_sum == 0 ? -INF : total.row_max + std::log2(total.row_sum) * LN2;
     return total.row_sum == 0 ? 0.0f : total.share / total.row_sum;
 }
 

@@ -6,41 +6,35 @@
 namespace qkv {
 namespace QKV_ISA {
 
-// Whether scores need no more than the product, the mask and one factor, which numbers can be divided by.
-static inline bool plain_scores(const Problem& p) {
+// Whether scores are products times one factor that can be divided by, with no softcap, bias or ALiBi.
+static inline bool only_scaled(const Problem& p) {
     return p.softcap == 0 && !p.bias.data && !p.alibi && p.scale > 1e-30f && p.scale < 1e30f;
 }
 
 // What turns a score into an exponent of 2.
-static inline float exponent_factor(const Problem& p) { return plain_scores(p) ? p.scale * LOG2E : LOG2E; }
+static inline float exponent_factor(const Problem& p) { return only_scaled(p) ? p.scale * LOG2E : LOG2E; }
 
-// Scores, and exponents of 2, from which on their rounding shows in weights.
-constexpr float LARGE = 256;
-
-// Where the exponents of a vector of rows begin: they are (x - base) * factor - shift.
+// Origin of the exponents of a vector of rows: they are (x - base) * factor - shift.
 struct Origin {
     vec base;    // in units of scores
     vec shift;   // in units of exponents
     bool fused;  // whether all bases are 0, and exponents one multiply-add
 
-    // Exponents are 0 at `row_max`. A shift is as inexact as it is large, and scores, which a bias can make as large as
-    // numbers are, have none: equal ones leave nothing. Only plain scores of ordinary size have one, and not where
-    // exponents are to be `exact`.
+    // Exponents are 0 at `row_max`. The rounding of a shift grows with it, and a bias can make scores as large as
+    // floats are; x - base is exact for equal ones. So only scaled scores below LARGE_SCORE have a shift, and none if
+    // `exact`.
     static Origin at(const Problem& p, vec top, bool exact) {
-        if (exact || !plain_scores(p)) return {top, vec{}, false};
+        if (exact || !only_scaled(p)) return {top, vec{}, false};
         const vec shift = top * exponent_factor(p);
-        const ivec large = (shift > LARGE) | (shift < -LARGE);
+        const ivec large = (shift > LARGE_SCORE) | (shift < -LARGE_SCORE);
         return {large ? top : vec{}, large ? vec{} : shift, !any(large)};
     }
 };
 
-// Exponents of 2 from scores. Rows with a base of 0 have the same bits either way, whatever stands beside them.
+// Exponents of 2 from scores. Rows with a base of 0 have the same bits either way, whatever other lanes hold.
 static inline vec exponents(bool fused, vec x, float factor, const Origin& from) {
     return fused ? x * factor - from.shift : (x - from.base) * factor - from.shift;
 }
-
-// NaN for a number that is not finite.
-static inline vec finite_or_nan(vec x) { return x + 0.0f * x; }
 
 static inline vec tanh(vec x) {
     const vec e = exp2(x * (2 * LOG2E));
@@ -54,8 +48,8 @@ static inline vec tanh(vec x) {
     return ((x < 0.25f) & (x > -0.25f)) ? near : far;
 }
 
-// A bias within what exponents of 2 can count. The lowest of all numbers is a common way to hide a key: a row of
-// nothing else has the same weights for all.
+// A bias within the range of exponents of 2. The lowest float is a common way to hide a key: a row of nothing else has
+// equal weights.
 static inline vec bounded(vec bias) {
     constexpr float MOST = 2e38f;
     const vec low = (bias < -MOST) & (bias > -INF) ? set1(-MOST) : bias;
@@ -64,41 +58,53 @@ static inline vec bounded(vec bias) {
 
 static inline vec absolute(ivec distance) { return __builtin_convertvector(distance < 0 ? -distance : distance, vec); }
 
-// Scores of a segment, where they need more than one factor, from products. `bias` holds the block of the bias, if
-// there is one. `slope`, if not null, takes the derivative of the softcap, which is a number even where the score is
-// none: a hidden key must not show.
+// Scores from products, where they need more than one factor. `bias()` gives the bias and `minus_alibi(x)` subtracts
+// the penalty of ALiBi; both are called only if the problem has one. `slope`, if not null, takes the derivative of the
+// softcap, which is a number even where the score is none: a hidden key must not show.
+template <class Bias, class MinusAlibi>
+[[gnu::always_inline]] static inline vec transform(const Problem& p, vec product, Bias bias, MinusAlibi minus_alibi,
+                                                   float* slope = nullptr) {
+    vec x = product * p.scale;
+    if (p.softcap != 0) {
+        const vec y = tanh(x / p.softcap);
+        x = p.softcap * y;
+        if (slope) store(slope, y == y ? 1.0f - y * y : vec{});
+    }
+    if (p.bias.data) x = x + bounded(bias());
+    if (p.alibi) x = minus_alibi(x);
+    return x;
+}
+
+// The same for a segment. `bias` is the block of the bias, if there is one, and `slope` null or a block.
 static void transform(const Problem& p, const Tile& t, const Block& b, const Segment& s, const float* bias,
                       float* scores, float* slope) {
     for (int j = s.begin; j < s.end; ++j) {
         for (int n = s.first; n < s.last; ++n) {
             const int64_t at = j * t.lanes() + n * LANES;
-            vec x = load(scores + at) * p.scale;
-            if (p.softcap != 0) {
-                const vec y = tanh(x / p.softcap);
-                x = p.softcap * y;
-                if (slope) store(slope + at, y == y ? 1.0f - y * y : vec{});
-            }
-            if (p.bias.data) x = x + bounded(load(bias + at));
-            if (p.alibi)
-                x = x - load(t.slope + n * LANES) * absolute(vector_of(t.position, n) - (int32_t)(b.first + j));
+            const vec x = transform(
+                p, load(scores + at), [&] { return load(bias + at); },
+                [&](vec x) {
+                    return x - load(t.slope + n * LANES) * absolute(vector_of(t.position, n) - (int32_t)(b.first + j));
+                },
+                slope ? slope + at : nullptr);
             store(scores + at, x);
         }
     }
 }
 
-// Which weights are dropped depends on the seed and the place of the weight alone, so that the backward pass draws the
-// same ones again, whatever the tiles and threads. Two rounds of a 32-bit mixer (Wellons' "lowbias32") with a key of 64
-// bits for each row.
+// Which weights are dropped depends on the seed, the row and the key alone, so that the backward pass draws the same
+// ones, whatever the tiles and threads. Two rounds of a 32-bit mixer (Wellons' "lowbias32") with a key of 64 bits for
+// each row.
 struct Dropout {
     uint32_t low[BLOCK_M], high[BLOCK_M];
     uint32_t least;  // numbers below drop their weight
-    float kept;      // what the others are multiplied by
+    float kept;      // factor of the others
 
     Dropout(const Problem& p, const Tile& t) {
         least = (uint32_t)std::min(p.dropout * 4294967296.0, 4294967295.0);
         kept = 1.0f / (1.0f - p.dropout);
         for (int r = 0; p.dropout > 0 && r < t.lanes(); ++r) {
-            const uint64_t key = mix(p.seed ^ mix((uint64_t)t.place(p, r) + 0x9e3779b97f4a7c15u));
+            const uint64_t key = mix(p.seed ^ mix((uint64_t)t.index_of(p, r) + 0x9e3779b97f4a7c15u));
             low[r] = (uint32_t)key;
             high[r] = (uint32_t)(key >> 32);
         }
@@ -112,7 +118,7 @@ struct Dropout {
         return factors(uvec{} + (uint32_t)key, a, b);
     }
 
-    // Where lane i stands for key first + i / rows and row row_of(i).
+    // For a vector whose lane i stands for key first + i / rows and row row_of(i).
     template <class RowOf>
     vec factors_of(int64_t first, int rows, RowOf row_of) const {
         uvec key, a, b;

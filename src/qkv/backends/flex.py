@@ -3,18 +3,21 @@
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 
 from qkv.backends.nonfinite import add_visible_nonfinite, zero_nonfinite
 from qkv.backends.result import Result, accumulation_dtype
 from qkv.backends.sinks import add_sinks
 from qkv.masks import Mask
 from qkv.problem import Problem, trim
+
+# From torch 2.14 on FlexAttention imports sympy, which takes a second, so it is imported where it is used.
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 NAME = "flex"
 
@@ -57,6 +60,8 @@ def run(problem: Problem) -> Result:
 
 
 def _run(problem: Problem) -> Result:
+    from torch.nn.attention.flex_attention import AuxRequest
+
     scores = problem.scores
     wants_lse = problem.wants_lse or scores.sink_logits is not None
     q, k, v = map(_padded, (problem.q, problem.k, problem.v))
@@ -132,7 +137,7 @@ def _at(tensor: Tensor, *index: Tensor) -> Tensor:
     return tensor[tuple(i if size != 1 else i * 0 for size, i in zip(tensor.shape, index, strict=True))]
 
 
-def _block_mask(problem: Problem) -> BlockMask | None:
+def _block_mask(problem: Problem) -> "BlockMask | None":
     mask = problem.mask
     if mask.is_full:
         return None
@@ -142,12 +147,12 @@ def _block_mask(problem: Problem) -> BlockMask | None:
 
 
 @functools.lru_cache(maxsize=64)
-def _interval_block_mask(mask: Mask, offset: int, lq: int, lk: int, device: torch.device) -> BlockMask:
+def _interval_block_mask(mask: Mask, offset: int, lq: int, lk: int, device: torch.device) -> "BlockMask":
     """Block mask of an interval. Cached, since all layers of a model need the same one."""
     return _find_blocks(device.type, lq * lk)(lower_mask(mask, offset, lk), None, None, lq, lk, device=device)
 
 
-def _build_block_mask(problem: Problem) -> BlockMask:
+def _build_block_mask(problem: Problem) -> "BlockMask":
     mask = problem.mask
     batch = max(tensor.shape[0] for _, tensor in mask.tensors())
     heads = 1 if mask.allow is None else mask.allow.shape[1]
@@ -156,7 +161,9 @@ def _build_block_mask(problem: Problem) -> BlockMask:
     return find(mask_mod, batch, heads, problem.lq, problem.lk, device=problem.q.device)
 
 
-def _find_blocks(device_type: str, pairs: int) -> Callable[..., BlockMask]:
+def _find_blocks(device_type: str, pairs: int) -> "Callable[..., BlockMask]":
+    from torch.nn.attention.flex_attention import create_block_mask
+
     return _compiled(create_block_mask) if device_type == "cuda" and pairs > MAX_UNCOMPILED_PAIRS else create_block_mask
 
 
@@ -175,6 +182,8 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache
 def _attend(device_type: str) -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
     if device_type == "cuda":
         return _compiled(flex_attention)
 

@@ -1,1 +1,1 @@
-"""Times and memory of attention calls: what `qkv bench` and the benchmarks measure with."""
+"""Measurement of attention calls, time and memory, for `qkv bench` and the benchmarks."""

@@ -1,37 +1,37 @@
-"""`mechanisms`: the seven of the standard family as calls on random heads, of the sizes that a user asks for."""
+"""`mechanisms`: the seven attention mechanisms as calls on random inputs of given sizes."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from qkv.bench.attention_call import Call, qkv_call, torch_call
+from qkv.bench.attention_call import PreparedCall, qkv_call, torch_call
 from qkv.masks import FULL, Mask
 from qkv.models.kv_cache_size import LayerShape, cache_bytes
 
-OURS, STOCK = "qkv", "torch"
-LIBRARIES = {OURS: qkv_call, STOCK: torch_call}
+OURS, TORCH = "qkv", "torch"
+LIBRARIES = {OURS: qkv_call, TORCH: torch_call}
 
 
 class Sizes(NamedTuple):
-    """What the options of `qkv bench` say."""
+    """The sizes of a benchmark: the options of `qkv bench`."""
 
     batch: int
     length: int
     num_heads: int
     num_kv_heads: int
-    """Of grouped-query attention."""
+    """KV heads of grouped-query attention."""
     head_dim: int
     window: int
-    """Keys that a query of sliding-window attention sees, its own included."""
+    """Of sliding-window attention; includes the query's own key."""
     dtype: torch.dtype
     decode: bool
-    """One query at the end of the text instead of all of it."""
+    """One query at the end of the sequence instead of one for each token."""
     backward: bool
 
 
 class Mechanism(NamedTuple):
-    """One of the seven."""
+    """One attention mechanism with its sizes."""
 
     name: str
     sizes: Sizes
@@ -46,40 +46,40 @@ class Mechanism(NamedTuple):
 
     @property
     def window(self) -> int | None:
-        """Keys that a query sees, where that is not all of those up to its own."""
+        """Sliding window, the query's own key included; None without."""
         return None if self.mask.left is None else self.mask.left + 1
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Random queries, keys and values, the same ones at each call."""
+        """Random queries, keys and values from a fixed seed."""
         sizes, generator = self.sizes, torch.Generator().manual_seed(0)
         heads = [(self.num_heads, self.num_queries), (self.num_kv_heads, self.num_keys)]
         shapes = [(sizes.batch, *shape, sizes.head_dim) for shape in (heads[0], heads[1], heads[1])]
-        # Drawn in place: a copy in another dtype would raise the memory that a call is measured from.
+        # In place: a conversion from another dtype would raise the baseline of the memory measurement.
         q, k, v = (torch.empty(shape, dtype=sizes.dtype).normal_(generator=generator) for shape in shapes)
         return q.requires_grad_(sizes.backward), k.requires_grad_(sizes.backward), v.requires_grad_(sizes.backward)
 
     @property
     def offset(self) -> int:
-        """Position of the first query; without a mask it does not matter."""
+        """Position of the first query among the keys."""
         return max(0, self.num_keys - self.num_queries)
 
-    def prepare(self, library: str, inputs: tuple[Tensor, Tensor, Tensor]) -> Call:
-        """The call of `OURS` or `STOCK`."""
+    def prepare(self, library: str, inputs: tuple[Tensor, Tensor, Tensor]) -> PreparedCall:
+        """The call to measure; ``library`` is `OURS` or `TORCH`."""
         return LIBRARIES[library](*inputs, self.mask, self.offset)
 
     def on_few_tokens(self) -> "Mechanism":
-        """The same, small enough to weigh nothing."""
+        """The same mechanism on at most 16 tokens, whose memory is negligible."""
         few = min(16, self.sizes.length)
         return self._replace(sizes=self.sizes._replace(length=few), num_keys=min(few, self.num_keys))
 
     def kv_bytes(self) -> int:
-        """Bytes of the keys and values that a cache of all sequences holds."""
+        """Bytes of a KV cache for the whole batch."""
         shape = LayerShape(self.num_heads, self.num_kv_heads, self.sizes.head_dim, self.sizes.head_dim, self.window)
         return self.sizes.batch * cache_bytes((shape,), self.num_keys, self.sizes.dtype.itemsize)
 
 
 def mechanisms(sizes: Sizes) -> list[Mechanism]:
-    """The seven, in the order of the README. Cross-attention reads a second sequence, of half the length."""
+    """The seven mechanisms in the order of the README. Cross-attention reads a context of half the length."""
     heads, length, causal = sizes.num_heads, sizes.length, Mask.causal()
     return [
         Mechanism("scaled dot-product", sizes, 1, 1, length, FULL),

@@ -1,4 +1,4 @@
-"""`peak_memory`: how much memory one call takes at its peak, measured in a process of its own."""
+"""`peak_memory`: peak memory of one attention call, measured in a separate process."""
 
 import multiprocessing
 import signal
@@ -11,22 +11,21 @@ from qkv.bench.mechanisms import Mechanism
 from qkv.models.errors import CommandError
 
 BYTES_PER_UNIT = 1 if sys.platform == "darwin" else 1024
-"""Of ``ru_maxrss``."""
+"""The unit of ``ru_maxrss``."""
 
 
 def peak_memory(mechanism: Mechanism, library: str) -> int | None:
-    """Bytes by which the largest resident set of a process grows in a call; None where that cannot be measured.
+    """Growth of a process's peak resident set during one call, in bytes; None where it cannot be measured.
 
-    Queries, keys and values do not count. The mask that torch is given does, and so do the result, what is kept for a
-    backward pass and what is needed in between. The process has called the same on a few tokens before, since code that
-    is new to a process takes memory as well.
+    Includes torch's mask, the result, tensors saved for backward and temporaries, but not q, k and v. A warm-up call on
+    a few tokens excludes the memory of code loaded on first use.
 
     Raises:
-        CommandError: where the memory of the machine does not suffice.
+        CommandError: where the process runs out of memory.
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return None
-    # Children of a process that has run nothing: each starts without peaks and without threads.
+    # Children of the fork server start with a low peak and without threads.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     receiver, sender = context.Pipe(duplex=False)
@@ -35,22 +34,23 @@ def peak_memory(mechanism: Mechanism, library: str) -> int | None:
     process.start()
     sender.close()
     try:
-        found: int | str = receiver.recv()
+        result: int | str = receiver.recv()
     except EOFError:
         process.join()
-        found = f"its process ended with code {process.exitcode}"
-    if isinstance(found, str):
+        result = f"its process ended with code {process.exitcode}"
+    if isinstance(result, str):
         raise CommandError(
-            f"{mechanism.name} attention cannot run on {library}, for lack of memory as it seems: {found}. "
+            f"{mechanism.name} attention fails on {library}, probably out of memory: {result}. "
             "Give a smaller --length, --batch or --heads."
         )
-    return found
+    return result
 
 
 def _measure(sender: Connection, mechanism: Mechanism, library: str, threads: int) -> None:
+    """Runs in the child process: sends the growth of its peak in bytes, or an error message."""
     import resource
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The process that waits is interrupted as well, and ends this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent handles the interrupt and ends this process.
     torch.set_num_threads(threads)
     try:
         small, inputs = mechanism.on_few_tokens(), mechanism.inputs()

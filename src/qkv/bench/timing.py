@@ -1,4 +1,4 @@
-"""Medians of interleaved runs: all candidates of a round see the same state of the machine."""
+"""`interleaved`: times candidates in turns, so that all of a round see the same state of the machine."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -7,7 +7,7 @@ from typing import TypedDict
 
 
 class Spread(TypedDict):
-    """Microseconds a call: the median over rounds, and the quartiles."""
+    """Microseconds per call: median and quartiles over rounds."""
 
     median_us: float
     low_us: float
@@ -20,18 +20,17 @@ def interleaved(
     rounds: int = 25,
     seconds_per_round: float = 0.02,
     rest_seconds: float = 0.0,
-    reach: Callable[[int], None] = lambda done: None,
+    on_progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Spread]:
-    """How long a call of each candidate takes.
+    """The time of a call of each candidate.
 
     Args:
-        candidates: what to call, by name.
-        rounds: how often each takes its turn, at least 2.
-        seconds_per_round: how long a turn lasts about; one call at least.
-        rest_seconds: a pause before each turn, for candidates whose threads are not the same: after a call, threads
-            spin for a while in wait of the next, and take the cores from others. The first call after it does not
-            count.
-        reach: told how many rounds are done.
+        candidates: functions to time, by name.
+        rounds: measurements of each, at least 2.
+        seconds_per_round: approximate duration of a measurement, of at least one call.
+        rest_seconds: pause before each measurement, for candidates with different thread pools, whose threads spin
+            after a call and block the cores. An untimed call follows the pause.
+        on_progress: called with the number of rounds done.
     """
     repeats = {name: _repeats(run, seconds_per_round) for name, run in candidates.items()}
     times: dict[str, list[float]] = {name: [] for name in candidates}
@@ -44,18 +43,18 @@ def interleaved(
             for _ in range(repeats[name]):
                 run()
             times[name].append((time.perf_counter() - start) / repeats[name] * 1e6)
-        reach(done)
+        on_progress(done)
     return {name: spread(values) for name, values in times.items()}
 
 
 def spread(microseconds: list[float]) -> Spread:
-    """The median and the quartiles of single measurements."""
+    """Median and quartiles of measurements."""
     low, _, high = quantiles(microseconds, n=4, method="inclusive")
     return {"median_us": round(median(microseconds), 2), "low_us": round(low, 2), "high_us": round(high, 2)}
 
 
 def _repeats(run: Callable[[], object], seconds: float) -> int:
-    """Calls that take about so long, after a warm-up."""
+    """Number of calls that take about ``seconds``, estimated during a warm-up."""
     calls, start = 0, time.perf_counter()
     while time.perf_counter() - start < 5 * seconds or calls < 2:
         run()

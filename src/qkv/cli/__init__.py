@@ -1,4 +1,4 @@
-"""What `qkv_command` runs. The library imports nothing of it, and what the commands need is imported when they run."""
+"""`main`: the command line. The library does not import it, and optional dependencies are imported on use."""
 
 import importlib.util
 import io
@@ -9,30 +9,31 @@ from collections.abc import Sequence
 from qkv.models.errors import CommandError
 
 EXTRAS = ("typer", "rich", "transformers", "gguf", "accelerate")
-"""What `pip install 'qkv[cli]'` brings."""
+"""The packages of `pip install 'qkv[cli]'`."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line, ``sys.argv`` by default, and returns its exit code: 0, 1 for errors, 2 for wrong usage."""
-    _print_everything()
+    """Runs a command, by default that of ``sys.argv``; returns the exit code: 0, 1 for errors, 2 for wrong usage."""
+    _escape_unprintable()
     try:
         _check_extras()
-        code = _run(arguments)
+        code = _run_app(arguments)
         sys.stdout.flush()
         return code
     except CommandError as error:
         print(f"qkv: {error}", file=sys.stderr)
     except BrokenPipeError:
-        _drop_output()
+        _discard_output()
     except OSError as error:
-        # Standard output, which may be closed or full, has no name.
-        fault = "the output cannot be written" if error.filename is None else "a file cannot be used"
+        # Errors of standard output (closed, disk full) have no file name.
+        fault = "cannot write the output" if error.filename is None else "file error"
         print(f"qkv: {fault}: {error}", file=sys.stderr)
-        _drop_output()
+        _discard_output()
     return 1
 
 
-def _run(arguments: Sequence[str] | None) -> int:
+def _run_app(arguments: Sequence[str] | None) -> int:
+    """Runs the typer application and returns its exit code."""
     from qkv.cli.app import app
 
     try:
@@ -42,20 +43,22 @@ def _run(arguments: Sequence[str] | None) -> int:
     return 0
 
 
-def _print_everything() -> None:
-    """Names of files are bytes, and a terminal may know few letters: what it cannot show is written as its code."""
+def _escape_unprintable() -> None:
+    """Prints characters that the encoding of stdout does not have, such as in file names, as backslash escapes."""
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def _drop_output() -> None:
-    """What is still buffered for standard output can only fail again, when Python writes it at its end."""
+def _discard_output() -> None:
+    """Redirects stdout to the null device, so that flushing its buffer at exit does not fail again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _check_extras() -> None:
+    """Raises a CommandError if packages of the extra ``cli`` are not installed."""
     missing = [name for name in EXTRAS if importlib.util.find_spec(name) is None]
     if missing:
         raise CommandError(
-            f"the command line needs what is not installed: {', '.join(missing)}. Run pip install 'qkv[cli]'"
+            f"the command line requires packages that are not installed: {', '.join(missing)}. "
+            "Run pip install 'qkv[cli]'."
         )

@@ -1,4 +1,4 @@
-"""The commands of `qkv`, one file each."""
+"""`app`: the command `qkv` with its subcommands."""
 
 from typing import Annotated
 
@@ -11,7 +11,7 @@ from qkv.cli.demo import demo
 from qkv.cli.inspect import inspect
 
 app = typer.Typer(
-    help="Attention layers for PyTorch: try them on a model, and measure them.",
+    help="Attention layers for PyTorch: inspect and convert models, compare and benchmark.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -29,10 +29,10 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and leave.", callback=_print_version, is_eager=True)
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Attention layers for PyTorch: try them on a model, and measure them."""
+    """Attention layers for PyTorch: inspect and convert models, compare and benchmark."""
 
 
 app.command()(demo)

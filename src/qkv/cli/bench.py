@@ -1,9 +1,8 @@
-"""`qkv bench`: the seven mechanisms on qkv and on torch's attention, in the sizes of the user."""
+"""`qkv bench`: benchmarks the seven mechanisms against torch's attention."""
 
 import json
 import os
 import sys
-from enum import Enum
 from typing import Annotated
 
 import torch
@@ -15,71 +14,61 @@ from qkv.bench.mechanisms import LIBRARIES, Mechanism, Sizes, mechanisms
 from qkv.bench.peak_memory import peak_memory
 from qkv.bench.timing import Spread, interleaved
 from qkv.cli.bench_report import BenchReport, Row, as_json, print_report
-from qkv.cli.options import count
-from qkv.models.progress import Progress, after
-
-
-class Dtype(str, Enum):
-    """The dtypes that ``--dtype`` takes."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
+from qkv.cli.options import Dtype, count_option
+from qkv.models.progress import Progress, offset_progress
 
 
 def _at_least_two(rounds: int) -> int:
     if rounds < 2:
-        raise typer.BadParameter(f"it must be at least 2, to tell how much they differ; got {rounds}.")
+        raise typer.BadParameter(f"it must be at least 2, for quartiles; got {rounds}.")
     return rounds
 
 
 def bench(
-    length: Annotated[int, count("Tokens of the text, which are keys and queries.", "TOKENS")] = 2048,
-    batch: Annotated[int, count("Texts at once.", "TEXTS")] = 1,
-    heads: Annotated[int, count("Query heads.", "HEADS")] = 8,
+    length: Annotated[int, count_option("Sequence length: number of keys, and of queries.", "TOKENS")] = 2048,
+    batch: Annotated[int, count_option("Batch size.", "SEQUENCES")] = 1,
+    heads: Annotated[int, count_option("Query heads.", "HEADS")] = 8,
     kv_heads: Annotated[
-        int | None, count("KV heads of grouped-query attention. Default: a quarter of the query heads.", "HEADS")
+        int | None, count_option("KV heads of grouped-query attention. Default: a quarter of the query heads.", "HEADS")
     ] = None,
-    head_dim: Annotated[int, count("Width of a head.", "WIDTH")] = 64,
-    window: Annotated[int, count("Keys that a query sees in a sliding window, its own included.", "TOKENS")] = 512,
-    dtype: Annotated[Dtype, typer.Option(help="Of queries, keys and values.")] = Dtype.float32,
+    head_dim: Annotated[int, count_option("Width of a head.", "WIDTH")] = 64,
+    window: Annotated[int, count_option("Sliding window, the query's own key included.", "TOKENS")] = 512,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of queries, keys and values.")] = Dtype.float32,
     threads: Annotated[
         int | None,
-        count("Threads of both libraries. Default: what torch takes by itself.", "THREADS", most=os.cpu_count() or 1),
+        count_option("Threads of both libraries. Default: torch's.", "THREADS", maximum=os.cpu_count() or 1),
     ] = None,
     rounds: Annotated[
-        int, typer.Option(help="Turns that each library takes.", metavar="ROUNDS", callback=_at_least_two)
+        int, typer.Option(help="Measurements of each library.", metavar="ROUNDS", callback=_at_least_two)
     ] = 9,
-    decode: Annotated[bool, typer.Option("--decode", help="One query, at the end of the text.")] = False,
-    backward: Annotated[bool, typer.Option("--backward", help="Forward and backward, as in training.")] = False,
-    as_document: Annotated[
-        bool, typer.Option("--json", help="Print one JSON document, and nothing else, on standard output.")
-    ] = False,
+    decode: Annotated[bool, typer.Option("--decode", help="One query, at the end of the sequence.")] = False,
+    backward: Annotated[bool, typer.Option("--backward", help="Forward and backward pass.")] = False,
+    as_document: Annotated[bool, typer.Option("--json", help="Print only a JSON document on standard output.")] = False,
 ) -> None:
-    """Time and weigh the seven mechanisms, beside torch's attention.
+    """Benchmark the seven mechanisms against torch's attention.
 
-    Each library is called in turns, torch's scaled_dot_product_attention with the best arguments that there are.
-    Prints the median time of a call, the memory that it takes at its peak, the bytes of keys and values that a cache
-    would hold, and the backend that qkv chose. Scaled dot-product attention is a single head; cross-attention reads a
-    second text of half the length; multi-query and grouped-query attention are causal.
+    Calls both libraries in turns, torch's scaled_dot_product_attention with the fastest arguments for each mask. Prints
+    the median time and the peak memory of a call, the size of its KV cache, and the backend that qkv chose. Scaled
+    dot-product attention has a single head; cross-attention reads a context of half the length; multi-query and
+    grouped-query attention are causal.
     """
     if kv_heads is None:
         kv_heads = next(divisor for divisor in range(max(1, heads // 4), 0, -1) if heads % divisor == 0)
     if heads % kv_heads:
         raise typer.BadParameter(
-            f"it must divide the {heads} query heads of --heads, so that each KV head serves as many; got {kv_heads}.",
+            f"it must divide --heads, {heads}; got {kv_heads}.",
             param_hint="'--kv-heads'",
         )
     if decode and backward:
         raise typer.BadParameter(
-            "decoding has no backward pass; leave out one of the two.", param_hint="'--decode' / '--backward'"
+            "decoding has no backward pass; give only one of the two.", param_hint="'--decode' / '--backward'"
         )
     if threads is not None:
         torch.set_num_threads(threads)
     torch_dtype: torch.dtype = getattr(torch, dtype.value)
     sizes = Sizes(batch, length, heads, kv_heads, head_dim, window, torch_dtype, decode, backward)
     chosen, progress = mechanisms(sizes), Progress()
-    # Memory first: what does not fit ends a process of its own instead of this one.
+    # Memory first: calls that run out of memory end a separate process instead of this one.
     peaks = _peaks(chosen, progress)
     rows = [
         Row(mechanism, _backend(mechanism), times, peak)
@@ -93,26 +82,27 @@ def bench(
 
 
 def _backend(mechanism: Mechanism) -> str | None:
+    """The backend that ``auto`` chooses."""
     return qkv.explain(*mechanism.inputs(), mask=mechanism.mask, offset=mechanism.offset).chosen
 
 
 def _peaks(chosen: list[Mechanism], progress: Progress) -> list[dict[str, int | None]]:
     """The peak memory of each mechanism, by library."""
     peaks: list[dict[str, int | None]] = [{} for _ in chosen]
-    with progress.step("measuring memory", len(chosen) * len(LIBRARIES), "calls") as reach:
+    with progress.step("measuring memory", len(chosen) * len(LIBRARIES), "calls") as on_progress:
         for done, (mechanism, peak) in enumerate(zip(chosen, peaks, strict=True)):
-            for turn, library in enumerate(LIBRARIES, start=1):
+            for count, library in enumerate(LIBRARIES, start=1):
                 peak[library] = peak_memory(mechanism, library)
-                reach(done * len(LIBRARIES) + turn)
+                on_progress(done * len(LIBRARIES) + count)
     return peaks
 
 
 def _times(chosen: list[Mechanism], rounds: int, progress: Progress) -> list[dict[str, Spread]]:
     """The times of each mechanism, by library."""
     times = []
-    with progress.step("measuring time", len(chosen) * rounds, "rounds") as reach:
+    with progress.step("measuring time", len(chosen) * rounds, "rounds") as on_progress:
         for done, mechanism in enumerate(chosen):
             inputs = mechanism.inputs()
             calls = {library: mechanism.prepare(library, inputs) for library in LIBRARIES}
-            times.append(interleaved(calls, rounds=rounds, reach=after(done * rounds, reach)))
+            times.append(interleaved(calls, rounds=rounds, on_progress=offset_progress(on_progress, done * rounds)))
     return times

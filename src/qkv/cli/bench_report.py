@@ -1,4 +1,4 @@
-"""What `qkv bench` measured, as a JSON document and as text for people."""
+"""The report of `qkv bench`, as a JSON document and as text."""
 
 from typing import Any, NamedTuple
 
@@ -9,17 +9,18 @@ from rich.text import Text
 
 import qkv
 from qkv import kernels
-from qkv.bench.mechanisms import LIBRARIES, OURS, STOCK, Mechanism, Sizes
+from qkv.bench.mechanisms import LIBRARIES, OURS, TORCH, Mechanism, Sizes
 from qkv.bench.timing import Spread
+from qkv.cli.printing import counted, print_table
 from qkv.models.kv_cache_size import readable_bytes
 
 
 class Row(NamedTuple):
-    """One mechanism."""
+    """The measurements of one mechanism."""
 
     mechanism: Mechanism
     backend: str | None
-    """What qkv's ``auto`` chose."""
+    """The backend that qkv's ``auto`` chose."""
     times: dict[str, Spread]
     """By library."""
     peaks: dict[str, int | None]
@@ -27,12 +28,12 @@ class Row(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """How many times as long as qkv torch takes."""
-        return self.times[STOCK]["median_us"] / self.times[OURS]["median_us"]
+        """Median time of torch over that of qkv."""
+        return self.times[TORCH]["median_us"] / self.times[OURS]["median_us"]
 
 
 class BenchReport(NamedTuple):
-    """Everything that is printed."""
+    """The results of `qkv bench`."""
 
     sizes: Sizes
     rounds: int
@@ -41,7 +42,7 @@ class BenchReport(NamedTuple):
 
 
 def as_json(report: BenchReport) -> dict[str, Any]:
-    """The report in numbers and strings that `json.dumps` takes; times in microseconds, memory in bytes."""
+    """The report for `json.dumps`; times in microseconds, memory in bytes."""
     return {
         "versions": {"qkv": qkv.__version__, "torch": torch.__version__},
         "kernel": kernels.absence() or kernels.loaded().isa,
@@ -69,32 +70,24 @@ def _row_as_json(row: Row) -> dict[str, Any]:
 
 
 def print_report(report: BenchReport, console: Console) -> None:
-    """Prints the report for people."""
+    """Prints the report as text."""
     sizes = report.sizes
     passes = "decoding one token" if sizes.decode else "forward and backward" if sizes.backward else "forward"
-    threads = "1 thread" if report.threads == 1 else f"{report.threads} threads"
-    texts = "1 text" if sizes.batch == 1 else f"{sizes.batch} texts"
-    print_line = (
-        f"{texts} of {sizes.length} tokens, heads of {sizes.head_dim}, {_dtype(report)}, {passes}, on {threads}"
-    )
-    console.print(Text(print_line, style="bold"), soft_wrap=True)
+    sequences, threads = counted(sizes.batch, "sequence"), counted(report.threads, "thread")
+    line = f"{sequences} of {sizes.length} tokens, head_dim {sizes.head_dim}, {_dtype(report)}, {passes}, {threads}"
+    console.print(Text(line, style="bold"), soft_wrap=True)
     kernel = kernels.absence() or f"kernel for {kernels.loaded().isa}"
     console.print(Text(f"qkv {qkv.__version__} ({kernel}) against torch {torch.__version__}"), soft_wrap=True)
     console.print()
-    title = f"Time of a call, the median of {report.rounds} rounds in turns"
-    _print_table(title, _time_table(report), console)
+    title = f"Time of a call, median of {report.rounds} interleaved rounds"
+    print_table(title, _time_table(report), console)
     console.print()
-    title = "Memory: keys and values that a cache holds, and what a call takes beside its inputs at its peak"
-    _print_table(title, _memory_table(report), console)
+    title = "Memory: the KV cache, and the peak of a call without its inputs"
+    print_table(title, _memory_table(report), console)
 
 
 def _dtype(report: BenchReport) -> str:
     return str(report.sizes.dtype).removeprefix("torch.")
-
-
-def _print_table(title: str, table: Table, console: Console) -> None:
-    console.print(Text(title, style="bold"), soft_wrap=True)
-    console.print(table)
 
 
 def _table(*titles: str) -> Table:
@@ -106,7 +99,7 @@ def _table(*titles: str) -> Table:
 
 
 def _time_table(report: BenchReport) -> Table:
-    table = _table("heads", "keys", "backend", OURS, STOCK, f"{STOCK} / {OURS}")
+    table = _table("heads", "keys", "backend", OURS, TORCH, f"{TORCH} / {OURS}")
     for row in report.rows:
         mechanism = row.mechanism
         table.add_row(
@@ -114,16 +107,16 @@ def _time_table(report: BenchReport) -> Table:
             f"{mechanism.num_heads} on {mechanism.num_kv_heads}",
             str(mechanism.num_keys),
             str(row.backend),
-            *(readable_time(row.times[library]["median_us"]) for library in (OURS, STOCK)),
+            *(readable_time(row.times[library]["median_us"]) for library in (OURS, TORCH)),
             Text(f"{row.ratio:.2f}", style="green" if row.ratio >= 1 else "red"),
         )
     return table
 
 
 def _memory_table(report: BenchReport) -> Table:
-    table = _table("keys and values", f"peak of {OURS}", f"peak of {STOCK}")
+    table = _table("KV cache", f"peak of {OURS}", f"peak of {TORCH}")
     for row in report.rows:
-        peaks = (row.peaks[library] for library in (OURS, STOCK))
+        peaks = (row.peaks[library] for library in (OURS, TORCH))
         table.add_row(
             f"  {row.mechanism.name}",
             readable_bytes(row.mechanism.kv_bytes()),
@@ -133,7 +126,7 @@ def _memory_table(report: BenchReport) -> Table:
 
 
 def readable_time(microseconds: float) -> str:
-    """A time in the largest unit that leaves at least one of it.
+    """A time in the largest unit in which it is at least 1.
 
     Example:
         >>> readable_time(27.31), readable_time(133_856.0), readable_time(2_400_000.0)

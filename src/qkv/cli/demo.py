@@ -1,8 +1,7 @@
-"""`qkv demo`: a language model on transformers' attention and on qkv's, and what its KV cache weighs."""
+"""`qkv demo`: compares a language model on transformers' attention and on qkv's."""
 
 import json
 import sys
-from enum import Enum
 from typing import Annotated
 
 import torch
@@ -10,26 +9,19 @@ import typer
 from rich.console import Console
 
 from qkv.cli.demo_report import DemoReport, as_json, print_report
-from qkv.cli.options import count
-from qkv.models.comparison import OURS, STOCK, compare
-from qkv.models.default_weights import SMOLLM2_135M, obtain
+from qkv.cli.options import Dtype, count_option
+from qkv.models.comparison import OURS, REFERENCE, compare
+from qkv.models.default_weights import SMOLLM2_135M, cached_weights
 from qkv.models.kv_cache_size import cache_sizes, layer_shapes
 from qkv.models.language_model import load
 from qkv.models.progress import Progress
 from qkv.models.source import find_model, gguf_source
 
 
-class Dtype(str, Enum):
-    """The dtypes that ``--dtype`` takes."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
-def _a_text(prompt: str) -> str:
+def _check_prompt(prompt: str) -> str:
     if not prompt.strip():
-        raise typer.BadParameter(f"it must hold a text for the model to continue; got {prompt!r}.")
-    if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # What Python makes of bytes it cannot decode.
+        raise typer.BadParameter(f"it must not be empty; got {prompt!r}.")
+    if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # Python's replacement for undecodable bytes.
         raise typer.BadParameter(f"it must be text in the encoding of the terminal; got {prompt!r}.")
     return prompt
 
@@ -38,45 +30,40 @@ def demo(
     model: Annotated[
         str | None,
         typer.Option(
-            help="A folder as transformers saves it, a GGUF file, or the name of a model on the Hugging Face hub. "
+            help="Folder written by save_pretrained, GGUF file, or name of a model on the Hugging Face Hub. "
             "Default: SmolLM2-135M-Instruct, downloaded once (93 MB).",
             metavar="MODEL",
             show_default=False,
         ),
     ] = None,
     prompt: Annotated[
-        str, typer.Option(help="What the model is asked.", metavar="TEXT", callback=_a_text)
+        str, typer.Option(help="Prompt for the model.", metavar="TEXT", callback=_check_prompt)
     ] = "What is attention in a transformer?",
-    max_new_tokens: Annotated[int, count("The most tokens to generate.", "TOKENS")] = 64,
-    length: Annotated[int, count("Length of the text in the table of KV caches.", "TOKENS")] = 4096,
-    window: Annotated[
-        int, count("Keys that a query sees in the table of KV caches, its own included.", "TOKENS")
-    ] = 512,
-    dtype: Annotated[Dtype, typer.Option(help="What the model computes in.")] = Dtype.float32,
-    as_document: Annotated[
-        bool, typer.Option("--json", help="Print one JSON document, and nothing else, on standard output.")
-    ] = False,
+    max_new_tokens: Annotated[int, count_option("Maximum number of tokens to generate.", "TOKENS")] = 64,
+    length: Annotated[int, count_option("Sequence length for the table of KV cache sizes.", "TOKENS")] = 4096,
+    window: Annotated[int, count_option("Sliding window for the table of KV cache sizes.", "TOKENS")] = 512,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of the model.")] = Dtype.float32,
+    as_document: Annotated[bool, typer.Option("--json", help="Print only a JSON document on standard output.")] = False,
 ) -> None:
     """Generate with transformers' attention and with qkv's, and compare.
 
-    Prints both texts, which must be the same in float32 (exit code 1 if they are not), the tokens per second of each,
-    and what the model's KV cache weighs as multi-head, grouped-query and multi-query attention, with and without a
-    sliding window.
+    Prints both texts, which must be identical in float32 (else exit code 1), tokens per second of both, and the size of
+    the model's KV cache as multi-head, grouped-query and multi-query attention, with and without a sliding window.
     """
     progress = Progress()
-    source = gguf_source(obtain(SMOLLM2_135M, progress)) if model is None else find_model(model)
+    source = gguf_source(cached_weights(SMOLLM2_135M, progress)) if model is None else find_model(model)
     torch_dtype: torch.dtype = getattr(torch, dtype.value)
     language_model = load(source, torch_dtype, progress)
     inputs = language_model.encode(prompt, max_new_tokens)
     comparison = compare(language_model, inputs, max_new_tokens, progress)
-    layers = layer_shapes(language_model.model.config, comparison.runs[STOCK][0].cache)
+    layers = layer_shapes(language_model.model.config, comparison.runs[REFERENCE][0].cache)
     report = DemoReport(
         model=language_model.name,
         dtype=dtype.value,
         prompt=prompt,
         layers=layers,
         comparison=comparison,
-        texts={name: language_model.decode(comparison.runs[name][0].tokens) for name in (STOCK, OURS)},
+        texts={name: language_model.decode(comparison.runs[name][0].tokens) for name in (REFERENCE, OURS)},
         length=length,
         window=window,
         cache_sizes=cache_sizes(layers, length, window, torch_dtype.itemsize),

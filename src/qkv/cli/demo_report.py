@@ -1,4 +1,4 @@
-"""What `qkv demo` found out, as a JSON document and as text for people."""
+"""The report of `qkv demo`, as a JSON document and as text."""
 
 import textwrap
 from collections import Counter
@@ -11,15 +11,16 @@ from rich.table import Table
 from rich.text import Text
 
 import qkv
-from qkv.models.comparison import OURS, ROUNDS, STOCK, Comparison
+from qkv.cli.printing import counted, print_table
+from qkv.models.comparison import OURS, REFERENCE, ROUNDS, Comparison
 from qkv.models.generation import fastest
 from qkv.models.kv_cache_size import CacheSize, LayerShape, readable_bytes
 
-TITLES = {STOCK: "sdpa (transformers' stock attention)", OURS: "qkv"}
+TITLES = {REFERENCE: "sdpa (transformers' attention)", OURS: "qkv"}
 
 
 class DemoReport(NamedTuple):
-    """Everything that is printed."""
+    """The results of `qkv demo`."""
 
     model: str
     dtype: str
@@ -27,18 +28,18 @@ class DemoReport(NamedTuple):
     layers: tuple[LayerShape, ...]
     comparison: Comparison
     texts: dict[str, str]
-    """By the name of the implementation."""
+    """By attention implementation."""
     length: int
     window: int
     cache_sizes: list[CacheSize]
 
     @property
     def prompt_tokens(self) -> int:
-        return self.comparison.runs[STOCK][0].prompt_tokens
+        return self.comparison.runs[REFERENCE][0].prompt_tokens
 
 
 def as_json(report: DemoReport) -> dict[str, Any]:
-    """The report in numbers and strings that `json.dumps` takes; sizes in bytes, rates in tokens a second."""
+    """The report for `json.dumps`; sizes in bytes, rates in tokens per second."""
     from transformers import __version__ as transformers_version
 
     return {
@@ -74,19 +75,19 @@ def _generation_as_json(report: DemoReport, implementation: str) -> dict[str, An
 
 
 def print_report(report: DemoReport, console: Console) -> None:
-    """Prints the report for people."""
+    """Prints the report as text."""
     shapes = [_describe(shape, count) for shape, count in Counter(report.layers).items()]
     _print_text(f"{report.model} in {report.dtype}", "\n".join(shapes), console)
-    _print_text(f"Prompt ({_count(report.prompt_tokens, 'token')})", report.prompt, console)
+    _print_text(f"Prompt ({counted(report.prompt_tokens, 'token')})", report.prompt, console)
     for name, title in TITLES.items():
-        _print_text(title, report.texts[name] or "(no text: the model ended at once)", console)
+        _print_text(title, report.texts[name] or "(empty: the model generated no text)", console)
     console.print(Text(verdict(report), style="green" if report.comparison.identical else "red"), soft_wrap=True)
     console.print()
-    title = f"Tokens per second, the better of {ROUNDS} runs each, in turns after a warm-up"
-    _print_table(title, _speed_table(report), console)
+    title = f"Tokens per second, best of {ROUNDS} interleaved runs after a warm-up"
+    print_table(title, _speed_table(report), console)
     console.print()
-    title = f"What the KV cache of {_count(report.length, 'token')} weighs in {report.dtype}"
-    _print_table(title, _cache_table(report), console)
+    title = f"Size of the KV cache of {counted(report.length, 'token')} in {report.dtype}"
+    print_table(title, _cache_table(report), console)
 
 
 def _print_text(title: str, text: str, console: Console) -> None:
@@ -94,26 +95,21 @@ def _print_text(title: str, text: str, console: Console) -> None:
     if console.is_terminal:
         console.print(Padding(Text(text), (0, 0, 0, 2)))
     else:
-        # Lines stay as they are for whatever reads them.
+        # Not wrapped: the output may be parsed.
         console.print(Text(textwrap.indent(text, "  ")), soft_wrap=True)
     console.print()
 
 
-def _print_table(title: str, table: Table, console: Console) -> None:
-    console.print(Text(title, style="bold"), soft_wrap=True)
-    console.print(table)
-
-
 def verdict(report: DemoReport) -> str:
-    """Whether the texts are identical, in a sentence."""
+    """A sentence that says whether the texts are identical."""
     comparison = report.comparison
     if comparison.identical:
-        count = _count(len(comparison.runs[STOCK][0].tokens), "token")
+        count = counted(len(comparison.runs[REFERENCE][0].tokens), "token")
         return f"The texts are identical: {count}, greedy, in {report.dtype}."
     where = f"The texts DIFFER, from new token {(comparison.first_difference or 0) + 1} on, in {report.dtype}."
     if report.dtype == "float32":
-        return f"{where} They should not: please report the model and the prompt."
-    return f"{where} Rounding may tip a choice between tokens that are nearly as likely; in float32 it should not."
+        return f"{where} This is a bug: please report the model and the prompt."
+    return f"{where} Rounding can flip the choice between nearly equally likely tokens; in float32 it should not."
 
 
 def _describe(shape: LayerShape, count: int) -> str:
@@ -122,16 +118,12 @@ def _describe(shape: LayerShape, count: int) -> str:
     if shape.value_dim != shape.head_dim:
         width = f"key width {shape.head_dim}, value width {shape.value_dim}"
     window = "no window" if shape.window is None else f"a window of {shape.window}"
-    kv_heads = _count(shape.num_kv_heads, "KV head")
-    groups = f"{_count(shape.num_kv_heads, 'group')} of {shape.group_size}"
+    kv_heads = counted(shape.num_kv_heads, "KV head")
+    groups = f"{counted(shape.num_kv_heads, 'group')} of {shape.group_size}"
     return (
-        f"{_count(count, 'layer')} of {kinds.get(shape.num_kv_heads, 'grouped-query')} attention: "
-        f"{_count(shape.num_heads, 'query head')}, {kv_heads} ({groups}), {width}, {window}"
+        f"{counted(count, 'layer')} of {kinds.get(shape.num_kv_heads, 'grouped-query')} attention: "
+        f"{counted(shape.num_heads, 'query head')}, {kv_heads} ({groups}), {width}, {window}"
     )
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def _speed_table(report: DemoReport) -> Table:

@@ -1,4 +1,4 @@
-"""What a conversion does to a model's predictions on a sample of text, one model in memory at a time."""
+"""Compares the predictions of original and converted model on a text, with one model in memory at a time."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -13,19 +13,19 @@ from qkv.models.errors import CommandError
 from qkv.models.kv_cache_size import readable_bytes
 from qkv.models.language_model import load, quiet
 from qkv.models.progress import Progress
-from qkv.models.source import ModelSource, at_home
+from qkv.models.source import ModelSource, expand_home
 
-MOST_TOKENS = 512
-MOST_CHARACTERS = 32 * MOST_TOKENS
-"""Of a file: more than its first tokens have."""
-MOST_BYTES = 2 << 30
-"""Weights of a model that is loaded without being asked for."""
+MAX_TOKENS = 512
+MAX_CHARACTERS = 32 * MAX_TOKENS
+"""Read from a file; enough for `MAX_TOKENS`."""
+MAX_BYTES = 2 << 30
+"""Weights of models that are compared by default, without ``--text``."""
 TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
-"""Files of which a folder with a tokenizer has one."""
+"""A folder with a tokenizer contains one of these files."""
 
 
 class Sample(NamedTuple):
-    """A text to compare models on."""
+    """A text for the comparison, with its name."""
 
     name: str
     text: str
@@ -54,32 +54,32 @@ DARWIN = Sample(
 
 
 class Predictions(NamedTuple):
-    """What a model makes of a sample."""
+    """The logits of a model on a sample."""
 
     sample: str
-    """Its name."""
+    """Name of the sample."""
     token_ids: Tensor
     logits: Tensor
 
 
 def predict_original(source: Folder, dtype: torch.dtype, file: Path | None, progress: Progress) -> Predictions | str:
-    """What the model in ``source`` predicts on ``file``, or if nobody asked for one, on a text of ours, where it can.
+    """The predictions of the model in ``source`` on ``file``, or on a built-in text if ``file`` is None.
 
     Returns:
-        The predictions, or why there are none.
+        the predictions, or the reason why the built-in text was not used.
 
     Raises:
-        CommandError: for a file that cannot be used, or a model that cannot be loaded to use it.
+        CommandError: where ``file`` is given, and it cannot be read or the model cannot be loaded.
     """
     if file is not None:
         return _predict(source.path, dtype, _read(file), progress)
     num_bytes = sum(spec.num_bytes for spec in source.tensors.values())
     if not any((source.path / name).is_file() for name in TOKENIZERS):
-        return "the model comes without a tokenizer"
+        return "the model has no tokenizer"
     if source.config["model_type"] in ENCODER_DECODERS:
-        return "only those of causal language models are"
-    if num_bytes > MOST_BYTES:
-        return f"the model takes {readable_bytes(num_bytes)}, more than {readable_bytes(MOST_BYTES)}; ask with --text"
+        return "only causal language models are compared"
+    if num_bytes > MAX_BYTES:
+        return f"the weights take {readable_bytes(num_bytes)}, more than {readable_bytes(MAX_BYTES)}; give --text"
     try:
         return _predict(source.path, dtype, DARWIN, progress)
     except CommandError as error:
@@ -87,43 +87,44 @@ def predict_original(source: Folder, dtype: torch.dtype, file: Path | None, prog
 
 
 def describe_divergence(original: Predictions | str, folder: Path, dtype: torch.dtype, progress: Progress) -> list[str]:
-    """How far the predictions of the model in ``folder`` are from the original's, in lines of a report."""
+    """The divergence of the model in ``folder`` from the original, as lines of a report."""
     if isinstance(original, str):
         return ["", f"  predictions not compared: {original}"]
     model = load(ModelSource(str(folder), str(folder)), dtype, progress).model
     with progress.step("predicting the sample"), quiet():
-        found = compare(original.logits, predict(model, original.token_ids), original.token_ids)
+        result = compare(original.logits, predict(model, original.token_ids), original.token_ids)
     return [
         "",
-        f"  predictions of {found.num_tokens} tokens of {original.sample}",
-        f"    loss {found.loss_before:.3f} became {found.loss_after:.3f} nats a token",
-        f"    perplexity {found.perplexity_before:,.1f} became {found.perplexity_after:,.1f}",
-        f"    KL divergence {found.kl:.3f} nats a token, the same most probable token for {found.agreement:.1%}",
+        f"  predictions of {result.num_tokens} tokens of {original.sample}",
+        f"    loss {result.loss_before:.3f} -> {result.loss_after:.3f} nats per token",
+        f"    perplexity {result.perplexity_before:,.1f} -> {result.perplexity_after:,.1f}",
+        f"    KL divergence {result.kl:.3f} nats per token, same most probable token: {result.agreement:.1%}",
     ]
 
 
 def _predict(folder: Path, dtype: torch.dtype, sample: Sample, progress: Progress) -> Predictions:
+    """The predictions of the model in ``folder`` on a sample."""
     loaded = load(ModelSource(str(folder), str(folder)), dtype, progress)
-    length = min(MOST_TOKENS, loaded.context_length or MOST_TOKENS)
+    length = min(MAX_TOKENS, loaded.context_length or MAX_TOKENS)
     with progress.step("predicting the sample"), quiet():
         token_ids = loaded.tokenizer(sample.text, truncation=True, max_length=length, return_tensors="pt").input_ids
         if token_ids.shape[1] < 2:
-            raise CommandError(f"--text: {sample.name} must have at least two tokens; give a longer one.")
+            raise CommandError(f"--text: {sample.name} must have at least two tokens; give a longer text.")
         vocabulary = loaded.model.get_input_embeddings().num_embeddings
         if token_ids.max() >= vocabulary:
             raise CommandError(
-                f"the tokenizer in {folder} gives token {token_ids.max()}, and the model knows {vocabulary}; "
-                "it is that of another model."
+                f"the tokenizer in {folder} belongs to another model: it gives token {token_ids.max()}, but the "
+                f"model's vocabulary has {vocabulary} tokens."
             )
         return Predictions(sample.name, token_ids, predict(loaded.model, token_ids))
 
 
 def _read(file: Path) -> Sample:
-    """The beginning of a text."""
+    """The beginning of a text file."""
     try:
-        with at_home(file).open(encoding="utf-8") as opened:
-            return Sample(str(file), opened.read(MOST_CHARACTERS))
+        with expand_home(file).open(encoding="utf-8") as opened:
+            return Sample(str(file), opened.read(MAX_CHARACTERS))
     except OSError as error:
-        raise CommandError(f"--text: {file} cannot be read: {error.strerror}.") from error
+        raise CommandError(f"--text: cannot read {file}: {error.strerror}.") from error
     except UnicodeDecodeError as error:
-        raise CommandError(f"--text: {file} must be a text in UTF-8; {error.reason} at byte {error.start}.") from error
+        raise CommandError(f"--text: {file} must be UTF-8; got {error.reason} at byte {error.start}.") from error

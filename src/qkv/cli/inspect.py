@@ -1,9 +1,8 @@
-"""`qkv inspect`: the attention of a model, and what it would be with fewer KV heads, without loading weights."""
+"""`qkv inspect`: the attention and KV cache of a model, also with fewer KV heads, without loading weights."""
 
 import json
 import sys
 from collections import Counter
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,41 +12,31 @@ from rich.table import Table
 from rich.text import Text
 
 import qkv
-from qkv.cli.options import count
+from qkv.cli.layers import describe, kv_bytes
+from qkv.cli.options import Dtype, count_option
+from qkv.cli.printing import counted, print_table
 from qkv.convert import CheckpointError, Inspection, inspect_checkpoint
 from qkv.convert.inspect.inspection import LayerAttention
 from qkv.models.errors import CommandError
-from qkv.models.kv_cache_size import LayerShape, cache_bytes, readable_bytes
+from qkv.models.kv_cache_size import readable_bytes
 from qkv.models.language_model import quiet
-from qkv.models.source import at_home, require_hub_name
+from qkv.models.source import expand_home, require_hub_name
 
 NUM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-class Dtype(str, Enum):
-    """The dtypes that ``--dtype`` takes."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
 def inspect(
-    model: Annotated[
-        str, typer.Argument(help="A folder, a safetensors or GGUF file, or a name on the hub.", metavar="MODEL")
-    ],
-    length: Annotated[int, count("Tokens of a text that the cache is measured for.", "TOKENS")] = 4096,
-    batch: Annotated[int, count("Texts at once.", "TEXTS")] = 1,
-    dtype: Annotated[Dtype, typer.Option(help="Of keys and values in the cache.")] = Dtype.bfloat16,
-    as_document: Annotated[
-        bool, typer.Option("--json", help="Print one JSON document, and nothing else, on standard output.")
-    ] = False,
+    model: Annotated[str, typer.Argument(help="Folder, safetensors or GGUF file, or Hub name.", metavar="MODEL")],
+    length: Annotated[int, count_option("Sequence length for the size of the KV cache.", "TOKENS")] = 4096,
+    batch: Annotated[int, count_option("Batch size for the size of the KV cache.", "SEQUENCES")] = 1,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of the KV cache.")] = Dtype.bfloat16,
+    as_document: Annotated[bool, typer.Option("--json", help="Print only a JSON document on standard output.")] = False,
 ) -> None:
-    """Describe a model's attention and its KV cache; load no weights.
+    """Describe a model's attention and KV cache from its headers.
 
-    Reads the configuration and the headers of files. Prints for each kind of layer its mechanism, heads, widths,
-    window, biases and rotation; then the parameters and the bytes of the KV cache as the model is, and for each number
-    of KV heads that `qkv convert` could give it.
+    Loads no weights. Prints mechanism, heads, widths, window, biases and rotary embedding of each kind
+    of layer; then parameters and size of the KV cache, for the model and for each number of KV heads that qkv convert
+    can give it.
     """
     try:
         with quiet():
@@ -61,41 +50,9 @@ def inspect(
         _print(model, found, length, batch, dtype.value, sizes, Console(file=sys.stdout))
 
 
-def describe(layer: LayerAttention) -> str:
-    """A layer in words."""
-    kinds = {1: "multi-query", layer.num_heads: "multi-head"}
-    attention = "cross-attention" if layer.cross else "attention"
-    width = f"head width {layer.head_dim}"
-    if layer.value_dim != layer.head_dim:
-        width = f"key width {layer.head_dim}, value width {layer.value_dim}"
-    return ", ".join(
-        (
-            f"{kinds.get(layer.num_kv_heads, 'grouped-query')} {attention}: {_count(layer.num_heads, 'query head')}",
-            _count(layer.num_kv_heads, "KV head"),
-            width,
-            "no window" if layer.window is None else f"a window of {layer.window}",
-            "biases" if layer.bias else "no biases",
-            f"rotary ({layer.rotary})" if layer.rotary else "not rotary",
-            *(["normalised queries and keys"] if layer.qk_norm else []),
-        )
-    )
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
-
-
-def kv_bytes(found: Inspection, length: int, batch: int, bytes_per_number: int) -> int:
-    """Of the cache of ``batch`` texts of ``length`` tokens."""
-    shapes = tuple(
-        LayerShape(layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.value_dim, layer.window)
-        for layer in found.layers
-    )
-    return batch * cache_bytes(shapes, length, bytes_per_number)
-
-
 def _inspect(model: str) -> Inspection:
-    path = at_home(Path(model))
+    """Inspects a local path or a Hub name."""
+    path = expand_home(Path(model))
     if path.exists():
         return inspect_checkpoint(path)
     require_hub_name(model)
@@ -103,7 +60,7 @@ def _inspect(model: str) -> Inspection:
 
 
 def _inspect_hub(name: str) -> Inspection:
-    """Reads the configuration and, in parts of the files, the headers."""
+    """Inspects a model on the Hub; downloads its configuration and the headers of its files."""
     from huggingface_hub import get_safetensors_metadata, hf_hub_download
 
     from qkv.convert.files.fields import TENSOR, find_fault
@@ -118,7 +75,7 @@ def _inspect_hub(name: str) -> Inspection:
         raise
     except Exception as error:
         raise CommandError(
-            f"the headers of {name!r} cannot be had from the hub. {type(error).__name__}: {error!s:.400}\n"
+            f"could not fetch the headers of {name!r} from the Hub. {type(error).__name__}: {error!s:.400}\n"
             "Check the name and the network, or give a local folder or file."
         ) from error
     tensors = {}
@@ -133,12 +90,13 @@ def _inspect_hub(name: str) -> Inspection:
 
 
 def _choices(found: Inspection) -> list[Inspection]:
-    """The model as it is, and as it could be."""
+    """The model, and the model with each other possible number of KV heads."""
     others = (found.with_kv_heads(heads) for heads in found.possible_kv_heads)
     return [found, *(other for other in others if other.layers != found.layers)]
 
 
 def _size(found: Inspection, length: int, batch: int, bytes_per_number: int) -> dict[str, Any]:
+    """Parameters and KV cache sizes of a model: one row of the table."""
     return {
         "num_kv_heads": sorted({layer.num_kv_heads for layer in found.layers}, reverse=True),
         "parameters": found.parameters,
@@ -181,12 +139,11 @@ def _print(
     in_decoder = " in the decoder" if found.encoder else ""
     for where, layers in ((" in the encoder", found.encoder), (in_decoder, found.layers)):
         for layer, number in Counter(layers).items():
-            console.print(Text(f"  {_count(number, 'layer')}{where} of {describe(layer)}"), soft_wrap=True)
+            console.print(Text(f"  {counted(number, 'layer')}{where} of {describe(layer)}"), soft_wrap=True)
     console.print()
-    texts = f"a text of {length} tokens" if batch == 1 else f"{batch} texts of {length} tokens"
+    sequences = f"{counted(batch, 'sequence')} of {length} tokens"
     if found.encoder:
-        texts += ", and as many written,"
-    console.print(Text(f"Parameters, and the KV cache of {texts} in {dtype}", style="bold"), soft_wrap=True)
+        sequences += " (encoded and generated)"
     table = Table(box=None, pad_edge=False)
     for column in ("  KV heads", "parameters", "in attention", "cache a token", "cache", "of now"):
         table.add_column(column, justify="left" if column == "  KV heads" else "right", no_wrap=True)
@@ -200,4 +157,4 @@ def _print(
             readable_bytes(size["kv_bytes"]),
             f"{size['kv_bytes'] / sizes[0]['kv_bytes']:.1%}",
         )
-    console.print(table)
+    print_table(f"Parameters, and the KV cache of {sequences} in {dtype}", table, console)

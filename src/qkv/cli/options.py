@@ -1,19 +1,29 @@
 """Options that several commands have."""
 
+from enum import Enum
+
 import typer
 
-MOST = 10**12
-"""Far more than anybody has of anything, and an integer of 64 bits."""
+MAX_COUNT = 10**12
+"""Larger than any real size, and within 64 bits."""
 
 
-def count(help_text: str, metavar: str, most: int = MOST) -> typer.models.OptionInfo:
-    """An option that takes a number of something, 1 to ``most``."""
+class Dtype(str, Enum):
+    """The values of ``--dtype``."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def count_option(help_text: str, metavar: str, maximum: int = MAX_COUNT) -> typer.models.OptionInfo:
+    """An integer option from 1 to ``maximum``."""
 
     def check(number: int | None) -> int | None:
         if number is not None and number < 1:
             raise typer.BadParameter(f"it must be at least 1; got {number}.")
-        if number is not None and number > most:
-            raise typer.BadParameter(f"it must be at most {most}; got {number}.")
+        if number is not None and number > maximum:
+            raise typer.BadParameter(f"it must be at most {maximum}; got {number}.")
         return number
 
     option: typer.models.OptionInfo = typer.Option(help=help_text, metavar=metavar, callback=check)

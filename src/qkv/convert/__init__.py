@@ -1,7 +1,7 @@
-"""Checkpoints with fewer key/value heads: multi-head becomes grouped-query or multi-query attention.
+"""Conversion of multi-head checkpoints to grouped-query or multi-query attention.
 
-The result is where training goes on, not a finished model: pooling changes what a model computes, and Ainslie et al.
-2023, section 2.1, train it for another 5% of its steps.
+Pooling heads changes what a model computes, so the result needs further training ("uptraining"): Ainslie et al. 2023,
+section 2.1, use 5% of the original steps.
 """
 
 from qkv.convert.checkpoint import CheckpointPlan as CheckpointPlan

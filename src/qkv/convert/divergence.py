@@ -1,4 +1,4 @@
-"""`measure_divergence`: how far a converted model's predictions are from the original's."""
+"""`measure_divergence`: KL divergence, agreement and loss of a converted model against the original."""
 
 import math
 import sys
@@ -9,48 +9,50 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ROWS = 32
-"""Rows of logits that are compared at once, in fp64."""
+"""Rows of logits per fp64 comparison."""
 
 
 class Divergence(NamedTuple):
-    """What `measure_divergence` returns: means over all tokens that have a token before them."""
+    """Means over all predicted tokens: every token except the first of each text."""
 
     num_tokens: int
     kl: float
     """KL(original || converted), in nats."""
     agreement: float
-    """How often both find the same token the most probable, from 0 to 1."""
+    """Share of positions, 0 to 1, with the same most probable token."""
     loss_before: float
-    """The original's, in nats."""
+    """Of the original, in nats."""
     loss_after: float
-    """The converted model's."""
+    """Of the converted model, in nats."""
 
     @property
     def perplexity_before(self) -> float:
+        """Of the original."""
         return _perplexity(self.loss_before)
 
     @property
     def perplexity_after(self) -> float:
+        """Of the converted model."""
         return _perplexity(self.loss_after)
 
 
 def measure_divergence(original: Any, converted: Any, token_ids: Tensor) -> Divergence:
     """Compares the predictions of two causal language models of transformers on a text.
 
-    With ``p`` and ``q`` the probabilities of original and converted model for what follows a position::
+    With ``p`` and ``q`` the next-token probabilities of the original and the converted model::
 
         kl          mean over positions of  sum_w p(w) (log p(w) - log q(w))
         agreement   mean over positions of  argmax p = argmax q
-        loss        mean over positions of  -log p(the token that follows), and of -log q
+        loss        mean over positions of  -log p(next token), and of -log q(next token)
 
     Args:
-        original, converted: models of the same vocabulary, which are switched to ``eval()`` for the time being.
-        token_ids: ``(B, L)``, texts of whole length: every token but the first is predicted.
+        original, converted: models with the same vocabulary. They run in ``eval()`` and keep their training mode.
+        token_ids: ``(B, L)`` without padding.
 
     Raises:
-        ValueError: for tokens of another shape, texts of fewer than two tokens, and vocabularies that differ.
+        ValueError: for another shape, fewer than two tokens, and vocabularies that differ.
 
-    `predict` and `compare` are the same in two steps, for models that do not fit into memory together.
+    For models that do not fit into memory together, call `predict` on each and `compare` on the logits.
 
     Example:
         >>> from qkv.convert import measure_divergence
@@ -60,16 +62,15 @@ def measure_divergence(original: Any, converted: Any, token_ids: Tensor) -> Dive
 
 
 def _perplexity(loss: float) -> float:
-    """Infinite where it is above what fp64 can hold."""
+    """``exp(loss)``, inf where fp64 overflows."""
     return math.inf if loss > math.log(sys.float_info.max) else math.exp(loss)
 
 
 def predict(model: Any, token_ids: Tensor) -> Tensor:
-    """The logits ``(B, L - 1, vocabulary)`` for every token but the first, in at least fp32, on the CPU."""
+    """The logits ``(B, L - 1, vocabulary)`` of every token except the first, in at least fp32, on the CPU."""
     if token_ids.dim() != 2 or token_ids.shape[0] < 1 or token_ids.shape[1] < 2:
         raise ValueError(
-            "measure_divergence: token_ids must be (B, L) with a text of at least two tokens, the second of which is "
-            f"predicted; got shape {tuple(token_ids.shape)}."
+            f"measure_divergence: token_ids must be (B, L) with B >= 1 and L >= 2; got shape {tuple(token_ids.shape)}."
         )
     training = model.training
     try:
@@ -81,11 +82,11 @@ def predict(model: Any, token_ids: Tensor) -> Tensor:
 
 
 def compare(before: Tensor, after: Tensor, token_ids: Tensor) -> Divergence:
-    """The divergence of two models from their logits as `predict` gives them."""
+    """The divergence of two models from their logits, as returned by `predict`."""
     if before.shape != after.shape:
         raise ValueError(
-            "measure_divergence: original and converted must have one vocabulary; "
-            f"their logits have shapes {tuple(before.shape)} and {tuple(after.shape)}."
+            "measure_divergence: original and converted must have the same vocabulary; "
+            f"got logits of shapes {tuple(before.shape)} and {tuple(after.shape)}."
         )
     tokens = token_ids[:, 1:].flatten().cpu()
     sums = torch.zeros(4, dtype=torch.float64)

@@ -2,4 +2,4 @@
 
 
 class CheckpointError(ValueError):
-    """Names the file, and the tensor where there is one, what was required, what was found and what to do."""
+    """Its message names the file, the tensor if any, what was required, what was found and what to do."""

@@ -9,28 +9,28 @@ from qkv.arguments import require_int
 from qkv.convert.families.layout import Layout
 from qkv.convert.families.transformers_schema import Heads
 from qkv.convert.heads.alignment import KeySymmetry, Projections, align_heads
-from qkv.convert.heads.pooling import Method, pool_heads
+from qkv.convert.heads.pooling import ConversionMethod, pool_heads
 from qkv.layers import Attention
 from qkv.layers.projection import PROJECTIONS, require_linear
 
 LAYOUT = Layout(out="out_proj")
-"""Of `Attention`."""
+"""The layout of `Attention`."""
 
 
 def convert_layer(
-    layer: Attention, num_kv_heads: int, *, how: Method = "mean", seed: int = 0, gain: Tensor | None = None
+    layer: Attention, num_kv_heads: int, *, how: ConversionMethod = "mean", seed: int = 0, gain: Tensor | None = None
 ) -> Attention:
-    """A new layer that differs from ``layer`` in having ``num_kv_heads``, pooled as by `pool_heads`.
+    """A copy of ``layer`` whose keys and values are pooled to ``num_kv_heads``, as by `pool_heads`.
 
     Args:
-        layer: left as it is; no parameter is shared.
-        num_kv_heads: a divisor of those that it has.
-        how: as in `pool_heads`; or ``aligned``, the mean of heads that `align_heads` has reordered and turned before.
-        seed: of ``random``; keys and values draw different numbers.
-        gain: of ``aligned``, as in `align_heads`: the ``weight`` of the norm before the layer, where there is one.
+        layer: not modified; the copy shares no parameter with it.
+        num_kv_heads: a divisor of the layer's.
+        how: as in `pool_heads`; or ``aligned``: the mean of heads that `align_heads` has reordered and rotated first.
+        seed: for ``random``; keys and values use different draws.
+        gain: for ``aligned``, as in `align_heads`: the ``weight`` of the norm before the layer, if any.
 
     Raises:
-        TypeError: for a layer of another kind, and projections that compute more than their weights say.
+        TypeError: for a layer that is not an `Attention`, and projections other than plain ``nn.Linear``.
         ValueError: as `pool_heads` and `align_heads`.
 
     Example:
@@ -52,11 +52,11 @@ def convert_layer(
 
 
 def check_layer(caller: str, layer: Attention) -> Attention:
-    """Raises unless it is one."""
+    """Returns the layer if it is an `Attention` with linear projections, else raises a TypeError."""
     if not isinstance(layer, Attention):
         raise TypeError(
             f"{caller}: layer must be a qkv.Attention; got {type(layer).__name__}. "
-            "Of an nn.MultiheadAttention, qkv.MultiHeadAttention.from_torch makes one."
+            "Convert an nn.MultiheadAttention with qkv.MultiHeadAttention.from_torch first."
         )
     for name in PROJECTIONS:
         require_linear(caller, name, getattr(layer, name))
@@ -64,7 +64,7 @@ def check_layer(caller: str, layer: Attention) -> Attention:
 
 
 def state_of(layer: Attention) -> dict[str, Tensor]:
-    """The state of a plain layer that computes the same: weights as they are, whatever they are computed of."""
+    """The state dict of an equivalent plain layer: parametrised weights are stored as the values they compute."""
     state = {name: value for name, value in layer.state_dict().items() if not name.startswith(PROJECTIONS)}
     for name in PROJECTIONS:
         linear = getattr(layer, name)
@@ -75,15 +75,15 @@ def state_of(layer: Attention) -> dict[str, Tensor]:
 
 
 def projections_of(layer: Attention) -> tuple[Projections, Heads]:
-    """The weights of a layer, and how many heads they hold."""
+    """The projection weights of a layer, and its head counts."""
     heads = Heads(layer.num_heads, layer.num_kv_heads, layer.head_dim)
     return LAYOUT.read(state_of(layer), heads), heads
 
 
 def rebuild(layer: Attention, state: dict[str, Tensor], query_heads: Tensor, num_kv_heads: int) -> Attention:
-    """A layer with other weights and heads, otherwise like ``layer``.
+    """A layer with new weights and ``num_kv_heads``, and all other options of ``layer``.
 
-    What query heads have one of each, sink logits, ALiBi slopes and masks, is that of ``query_heads`` of the layer.
+    Sink logits, ALiBi slopes and per-head masks are those of the ``query_heads`` (indices into the old heads).
     """
     if "sink_logits" in state:
         state["sink_logits"] = state["sink_logits"][query_heads]
@@ -98,16 +98,16 @@ def rebuild(layer: Attention, state: dict[str, Tensor], query_heads: Tensor, num
 
 
 def _align(layer: Attention, num_kv_heads: int, gain: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
-    """The state of the layer with its heads aligned, which computes the same, and the order of its query heads."""
-    freedom, rotary = KeySymmetry(normed=layer.q_norm is not None), layer.rotary
+    """The layer's state with its heads aligned (an equivalent layer), and the new order of its query heads."""
+    symmetry, rotary = KeySymmetry(normed=layer.q_norm is not None), layer.rotary
     if rotary is not None:
-        freedom = freedom._replace(rotary_dim=rotary.rotary_dim, interleaved=rotary.interleaved)
+        symmetry = symmetry._replace(rotary_dim=rotary.rotary_dim, interleaved=rotary.interleaved)
     projections, heads = projections_of(layer)
     width = layer.k_proj.in_features
     if gain is not None and not (isinstance(gain, Tensor) and gain.shape == (width,)):
         got = f"shape {tuple(gain.shape)}" if isinstance(gain, Tensor) else repr(gain)
-        raise ValueError(f"convert_layer: gain must be ({width},), one a column; got {got}.")
-    alignment = align_heads(projections, layer.num_kv_heads, num_kv_heads, freedom, gain=gain)
+        raise ValueError(f"convert_layer: gain must be ({width},), one value per column; got {got}.")
+    alignment = align_heads(projections, layer.num_kv_heads, num_kv_heads, symmetry, gain=gain)
     state = state_of(layer)
     state |= LAYOUT.replace(state, alignment.apply(projections), heads)
     return state, alignment.query_order(layer.num_heads)

@@ -1,4 +1,4 @@
-"""`make_plan`: what a conversion will do, from configuration and headers alone."""
+"""`plan_conversion`: the tensors and the configuration of a conversion, from configuration and headers alone."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -8,47 +8,48 @@ from qkv.convert.families import transformers_schema
 from qkv.convert.families.family import Family, Output, Pooling
 from qkv.convert.families.registry import FAMILIES, convert_tensors, find_family
 from qkv.convert.files.safetensors import TensorSpec
-from qkv.convert.heads.pooling import Method, divisors
+from qkv.convert.heads.pooling import ConversionMethod, divisors
 
 
-class Plan(NamedTuple):
-    """What a conversion will do."""
+class ConversionPlan(NamedTuple):
+    """The result of a conversion before it is computed."""
 
     config: dict[str, Any]
-    """Of the result."""
+    """The new ``config.json``."""
     outputs: dict[str, Output]
-    """Tensors of the result, by name."""
+    """The new tensors, by name."""
 
 
-def make_plan(
+def plan_conversion(
     where: str,
     config: dict[str, Any],
     tensors: Mapping[str, TensorSpec],
     num_kv_heads: int,
     *,
-    how: Method = "mean",
+    how: ConversionMethod = "mean",
     seed: int = 0,
     window: int | None = None,
-) -> Plan:
-    """Plans the conversion of a model that ``config`` and ``tensors`` describe.
+) -> ConversionPlan:
+    """Plans the conversion of the model that ``config`` and ``tensors`` describe. ``where`` names it in errors.
 
     Raises:
-        CheckpointError: for a family that is not supported or cannot express the result, a number of heads that does
-            not divide, a configuration that disagrees with the tensors.
+        CheckpointError: for a family that is not supported or cannot express the result, a ``num_kv_heads`` that does
+            not divide the model's, and a configuration that does not match the tensors.
     """
     family = find_family(where, config)
-    known = transformers_schema.read_config(where, config, len(tensors))
-    transformers_schema.check_tensors(where, known, tensors)
-    heads = transformers_schema.heads(where, known)
+    hf_config = transformers_schema.read_config(where, config, len(tensors))
+    transformers_schema.check_tensors(where, hf_config, tensors)
+    heads = transformers_schema.heads(where, hf_config)
     if num_kv_heads < 1 or heads.num_kv_heads % num_kv_heads:
         possible = ", ".join(map(str, divisors(heads.num_kv_heads)))
         raise CheckpointError(
-            f"{where}: the {heads.num_kv_heads} KV heads of the model can be pooled to {possible}; got {num_kv_heads}."
+            f"{where}: num_kv_heads must divide the model's {heads.num_kv_heads} KV heads ({possible}); "
+            f"got {num_kv_heads}."
         )
     pooling = Pooling(heads, num_kv_heads, "mean" if how == "aligned" else how, seed)
-    outputs = convert_tensors(where, family, known, tensors, pooling, aligned=how == "aligned")
+    outputs = convert_tensors(where, family, hf_config, tensors, pooling, aligned=how == "aligned")
     try:
-        new = family.configure(config, known, pooling)
+        new = family.configure(config, hf_config, pooling)
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from error
     if window is not None:
@@ -61,16 +62,17 @@ def make_plan(
         raise AssertionError(f"{result}: transformers reads {transformers_schema.heads(result, converted)} from it")
     if window is not None and set(transformers_schema.windows(converted)) != {window}:
         raise AssertionError(f"{result}: transformers reads windows {transformers_schema.windows(converted)} from it")
-    return Plan(new, outputs)
+    return ConversionPlan(new, outputs)
 
 
 def _with_window(where: str, family: Family, config: dict[str, Any], window: int) -> dict[str, Any]:
-    if family.windowed is None:
-        able = ", ".join(name for name, other in FAMILIES.items() if other.windowed is not None)
+    """The configuration with a sliding window in every layer; raises where it cannot express one."""
+    if family.set_window is None:
+        supported = ", ".join(name for name, other in FAMILIES.items() if other.set_window is not None)
         raise CheckpointError(
             f"{where}: the configuration of a {config['model_type']} model cannot express a window in every layer; "
-            f"those of {able} can."
+            f"those of {supported} can."
         )
     if window < 1:
-        raise CheckpointError(f"{where}: a window must hold at least 1 key, the query's own; got {window}.")
-    return family.windowed(config, window)
+        raise CheckpointError(f"{where}: window must be at least 1 (the query's own key); got {window}.")
+    return family.set_window(config, window)

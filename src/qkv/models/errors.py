@@ -1,5 +1,5 @@
-"""`CommandError`: what went wrong, for the person who typed the command."""
+"""`CommandError`: an error for the user of the command line."""
 
 
 class CommandError(Exception):
-    """An error whose message says all there is to know: printed without a traceback, exit code 1."""
+    """Its message is printed without a traceback; the command exits with code 1."""

@@ -1,4 +1,4 @@
-"""`generate`: greedy generation, with the time of prefill and decoding."""
+"""`generate`: greedy generation with timings of prefill and decoding."""
 
 import time
 from collections.abc import Iterable
@@ -8,44 +8,44 @@ from torch import Tensor
 
 from qkv.models.errors import CommandError
 from qkv.models.language_model import LanguageModel, quiet
-from qkv.models.progress import Reach
+from qkv.models.progress import OnProgress
 
 
 class Run(NamedTuple):
-    """One generation."""
+    """Tokens and timings of one generation."""
 
     prompt_tokens: int
     tokens: tuple[int, ...]
-    """The new ones."""
+    """The new tokens."""
     prefill_seconds: float
-    """Until the first new token."""
+    """Time to the first new token."""
     decode_seconds: float
-    """For all later ones."""
+    """Time of all later tokens."""
     cache: Any
-    """transformers' cache afterwards."""
+    """transformers' cache after the generation."""
 
     @property
     def prefill_rate(self) -> float:
-        """Tokens of the prompt a second."""
+        """Prompt tokens per second."""
         return self.prompt_tokens / self.prefill_seconds
 
     @property
     def decode_rate(self) -> float | None:
-        """New tokens a second; None where the first was the last."""
+        """New tokens per second after the first; None if there is only one."""
         steps = len(self.tokens) - 1
         return steps / self.decode_seconds if steps > 0 else None
 
 
 class _Clock:
-    """A streamer, which transformers calls with the prompt and then with each new token."""
+    """A transformers streamer that records when the prompt and each new token arrive."""
 
-    def __init__(self, reach: Reach) -> None:
+    def __init__(self, on_progress: OnProgress) -> None:
         self.times: list[float] = []
-        self._reach = reach
+        self._on_progress = on_progress
 
     def put(self, tokens: Tensor) -> None:
         self.times.append(time.perf_counter())
-        self._reach(len(self.times) - 1)
+        self._on_progress(len(self.times) - 1)
 
     def end(self) -> None:
         pass
@@ -55,10 +55,10 @@ def use_attention(language_model: LanguageModel, implementation: str) -> None:
     """Switches the model to ``implementation``, such as "sdpa" or "qkv".
 
     Raises:
-        CommandError: where the model does not take it.
+        CommandError: where the model does not support it.
     """
     model = language_model.model
-    cause = "it keeps its own"
+    cause = "it keeps its own attention"
     with quiet():
         try:
             model.set_attn_implementation(implementation)
@@ -66,14 +66,16 @@ def use_attention(language_model: LanguageModel, implementation: str) -> None:
             cause = str(error).split(". ")[0]
     if model.config._attn_implementation != implementation:
         raise CommandError(
-            f"--model: {language_model.name!r} does not run with attn_implementation={implementation!r}: {cause}. "
-            "Give a model whose attention can be switched, such as Llama, Mistral, Qwen or Gemma."
+            f"--model: {language_model.name!r} does not support attn_implementation={implementation!r}: {cause}. "
+            "Give a model such as Llama, Mistral, Qwen or Gemma."
         )
 
 
-def generate(language_model: LanguageModel, inputs: dict[str, Tensor], max_new_tokens: int, reach: Reach) -> Run:
-    """Continues ``inputs`` greedily with the attention in use; ``reach`` is told the number of new tokens so far."""
-    clock = _Clock(reach)
+def generate(
+    language_model: LanguageModel, inputs: dict[str, Tensor], max_new_tokens: int, on_progress: OnProgress
+) -> Run:
+    """Generates greedily with the current attention. ``on_progress`` is called with the number of new tokens."""
+    clock = _Clock(on_progress)
     with quiet():
         output = language_model.model.generate(
             **inputs,
@@ -91,7 +93,7 @@ def generate(language_model: LanguageModel, inputs: dict[str, Tensor], max_new_t
 
 
 def fastest(runs: Iterable[Run]) -> tuple[float, float | None]:
-    """The best rates of prefill and decoding among runs: what else the machine does only ever slows them down."""
+    """The highest prefill and decoding rates (tokens per second): other load on the machine can only lower them."""
     runs = list(runs)
     decode = [run.decode_rate for run in runs if run.decode_rate is not None]
     return max(run.prefill_rate for run in runs), max(decode, default=None)

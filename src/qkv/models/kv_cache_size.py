@@ -1,4 +1,4 @@
-"""What a KV cache weighs: ``length * num_kv_heads * (key width + value width)`` numbers for each layer."""
+"""Sizes of KV caches: ``length * num_kv_heads * (key width + value width)`` numbers per layer."""
 
 from typing import Any, NamedTuple
 
@@ -6,14 +6,14 @@ from qkv.models.errors import CommandError
 
 
 class LayerShape(NamedTuple):
-    """The attention of one layer, as far as its cache is concerned."""
+    """Head counts, widths and window of one attention layer."""
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     value_dim: int
     window: int | None
-    """Keys that a query sees, its own included; None where it sees all."""
+    """Sliding window, the query's own key included; None without."""
 
     @property
     def group_size(self) -> int:
@@ -22,26 +22,26 @@ class LayerShape(NamedTuple):
 
 
 class CacheSize(NamedTuple):
-    """One row of the table."""
+    """The KV cache of a model with some number of KV heads."""
 
     attention: str
     """MHA, GQA or MQA."""
     is_model: bool
-    """Whether these are the model's own heads."""
+    """Whether these are the model's own KV heads."""
     num_kv_heads: tuple[int, ...]
-    """The different numbers among the layers."""
+    """The distinct numbers over all layers."""
     num_bytes: int
     window_bytes: int
-    """With a sliding window in every layer, which keeps the keys in the window alone."""
+    """With a sliding window in every layer, so that the cache keeps only the window."""
 
 
 def layer_shapes(config: Any, cache: Any) -> tuple[LayerShape, ...]:
-    """The shapes of a model, from its transformers configuration and a cache that it has filled.
+    """The attention layers of a model, from its transformers configuration and a filled cache.
 
-    The cache is what counts: configurations name the same numbers in many ways, and layers differ within a model.
+    Shapes are read from the cache, since configurations name them in many ways and layers may differ.
 
     Raises:
-        CommandError: for a model that keeps something else, such as a recurrent state or latent vectors.
+        CommandError: for models without keys and values by head, such as recurrent or latent-attention models.
     """
     text = config.get_text_config()
     num_heads = getattr(text, "num_attention_heads", None)
@@ -49,8 +49,8 @@ def layer_shapes(config: Any, cache: Any) -> tuple[LayerShape, ...]:
     layers = [layer for layer in getattr(cache, "layers", []) if getattr(layer, "keys", None) is not None]
     if not layers or latent or not isinstance(num_heads, int):
         raise CommandError(
-            f"--model: a model of type {config.model_type!r} keeps no keys and values by heads, so that its "
-            "cache cannot be compared with MHA, GQA and MQA. Give one such as SmolLM2, Llama, Mistral, Qwen or Gemma."
+            f"--model: the cache of a {config.model_type!r} model has no keys and values by head, so it cannot be "
+            "compared with MHA, GQA and MQA. Give a model such as SmolLM2, Llama, Mistral, Qwen or Gemma."
         )
     return tuple(
         LayerShape(
@@ -65,9 +65,9 @@ def layer_shapes(config: Any, cache: Any) -> tuple[LayerShape, ...]:
 
 
 def cache_sizes(layers: tuple[LayerShape, ...], length: int, window: int, bytes_per_number: int) -> list[CacheSize]:
-    """The cache of one sequence of ``length`` tokens with as many KV heads as query heads, as the model has, and one.
+    """Cache sizes of one sequence of ``length`` tokens as MHA, as the model is, and as MQA.
 
-    Layers that have a window of their own keep it. ``window`` is what all layers have in the last column.
+    ``num_bytes`` is with the layers' own windows, ``window_bytes`` with ``window`` in all layers.
     """
     choices = {
         "MHA": tuple(layer._replace(num_kv_heads=layer.num_heads) for layer in layers),
@@ -89,7 +89,7 @@ def cache_sizes(layers: tuple[LayerShape, ...], length: int, window: int, bytes_
 
 
 def cache_bytes(layers: tuple[LayerShape, ...], length: int, bytes_per_number: int) -> int:
-    """Bytes of the keys and values of ``length`` tokens, or of a window where a layer has one.
+    """Bytes of the keys and values of ``length`` tokens, or of the window in layers that have one.
 
     Example:
         >>> smollm2 = 30 * (LayerShape(9, 3, 64, 64, None),)
@@ -106,7 +106,7 @@ def cache_bytes(layers: tuple[LayerShape, ...], length: int, bytes_per_number: i
 
 
 def readable_bytes(num_bytes: int) -> str:
-    """Bytes in the largest unit that leaves at least one of it.
+    """A number of bytes in the largest binary unit in which it is at least 1.
 
     Example:
         >>> readable_bytes(640), readable_bytes(188_743_680)

@@ -1,4 +1,4 @@
-"""`load`: a causal language model and its tokenizer, with transformers kept quiet."""
+"""`load`: loads a causal language model and its tokenizer, without transformers' output."""
 
 import io
 import textwrap
@@ -14,12 +14,12 @@ from qkv.models.errors import CommandError
 from qkv.models.progress import Progress
 from qkv.models.source import ModelSource
 
-MOST_OF_A_CAUSE = 400
-"""Characters of what transformers says, which may be pages."""
+MAX_CAUSE = 400
+"""Characters of a message of transformers that are shown."""
 
 
 class LanguageModel(NamedTuple):
-    """What `load` returns."""
+    """A causal language model with its tokenizer."""
 
     name: str
     model: Any
@@ -27,10 +27,10 @@ class LanguageModel(NamedTuple):
     tokenizer: Any
 
     def encode(self, prompt: str, max_new_tokens: int) -> dict[str, Tensor]:
-        """The prompt's ``input_ids`` and ``attention_mask``, (1, L) each, through the chat template if there is one.
+        """The prompt's ``input_ids`` and ``attention_mask`` ``(1, L)``, with the chat template if there is one.
 
         Raises:
-            CommandError: where there are no tokens, or too many for the model.
+            CommandError: for a prompt without tokens, and one that does not fit with ``max_new_tokens``.
         """
         with quiet():
             if self.tokenizer.chat_template is None:
@@ -41,24 +41,24 @@ class LanguageModel(NamedTuple):
                     messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
                 )
         inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}
-        length, room = inputs["input_ids"].shape[1], self.context_length
+        length, limit = inputs["input_ids"].shape[1], self.context_length
         if length == 0:
             raise CommandError(f"--prompt: {prompt!r} has no tokens in the vocabulary of {self.name}; give another.")
-        if room is not None and length + max_new_tokens > room:
+        if limit is not None and length + max_new_tokens > limit:
             raise CommandError(
-                f"--prompt and --max-new-tokens must fit into the {room} tokens of {self.name} together; "
-                f"got {length} and {max_new_tokens}. Give a shorter prompt or fewer new tokens."
+                f"--prompt and --max-new-tokens must fit into the context of {self.name}, {limit} tokens; "
+                f"got {length} + {max_new_tokens}. Give a shorter prompt or fewer new tokens."
             )
         return inputs
 
     @property
     def context_length(self) -> int | None:
-        """The most tokens that the model can take, where it says so."""
+        """The model's maximum number of tokens; None where its configuration has none."""
         length: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return length
 
     def decode(self, tokens: tuple[int, ...]) -> str:
-        """The text of tokens, without special ones."""
+        """The text of tokens, without special tokens."""
         text: str = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
         return text
 
@@ -67,60 +67,61 @@ def load(source: ModelSource, dtype: torch.dtype, progress: Progress) -> Languag
     """Loads tokenizer and model on the CPU.
 
     Raises:
-        CommandError: where transformers cannot, and for what is no causal language model.
+        CommandError: where transformers fails, and for models that are not causal language models.
     """
     with progress.step("starting transformers"), quiet():
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
 
         logging.set_verbosity_error()
-    place = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
-    unpacked = {} if source.gguf_file is None else _unpacked_weights()
-    with progress.step("loading the tokenizer"), _explained(source, "configuration or tokenizer"), quiet():
-        config = AutoConfig.from_pretrained(source.location, **place)
+    file = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
+    dequantize = {} if source.gguf_file is None else _dequantize_options()
+    with progress.step("loading the tokenizer"), _as_command_error(source, "configuration or tokenizer"), quiet():
+        config = AutoConfig.from_pretrained(source.location, **file)
         _check_causal(source, config)
-        tokenizer = AutoTokenizer.from_pretrained(source.location, **place)
-    with progress.step("loading the model"), _explained(source, "weights"), quiet():
-        # The configuration is passed on because reading it from a GGUF file takes seconds.
-        model = AutoModelForCausalLM.from_pretrained(source.location, config=config, dtype=dtype, **place, **unpacked)
+        tokenizer = AutoTokenizer.from_pretrained(source.location, **file)
+    with progress.step("loading the model"), _as_command_error(source, "weights"), quiet():
+        # Passing the configuration saves seconds: reading it again from a GGUF file is slow.
+        model = AutoModelForCausalLM.from_pretrained(source.location, config=config, dtype=dtype, **file, **dequantize)
     return LanguageModel(source.name, model.eval(), tokenizer)
 
 
-def _unpacked_weights() -> dict[str, Any]:
-    """Options for plain weights of the dtype asked for, whatever kernels for packed ones are installed."""
+def _dequantize_options() -> dict[str, Any]:
+    """Options of ``from_pretrained`` that dequantise GGUF weights, even where quantised kernels are installed."""
     import transformers
 
-    # Versions without GgufConfig always unpack.
+    # Versions without GgufConfig always dequantise.
     config = getattr(transformers, "GgufConfig", None)
     return {} if config is None else {"quantization_config": config(dequantize=True)}
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Drops what others print, log and warn: what matters of it comes as an exception."""
+    """Silences stdout, stderr and warnings of libraries; errors are exceptions."""
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 @contextmanager
-def _explained(source: ModelSource, part: str) -> Iterator[None]:
-    """Whatever loading raises, of a damaged file, a missing one or no network, as one message."""
+def _as_command_error(source: ModelSource, part: str) -> Iterator[None]:
+    """Turns any exception while loading ``part`` of a model into a CommandError."""
     try:
         yield
     except CommandError:
         raise
     except Exception as error:
-        cause = textwrap.shorten(f"{type(error).__name__}: {error}", MOST_OF_A_CAUSE, placeholder=" ...")
+        cause = textwrap.shorten(f"{type(error).__name__}: {error}", MAX_CAUSE, placeholder=" ...")
         remedy = (
             "Check the name and the network, or give a local folder or a GGUF file."
             if source.is_remote
-            else "Check that it is complete, and of a kind that this version of transformers knows."
+            else "Check that it is complete, and that this version of transformers supports it."
         )
-        raise CommandError(f"the {part} of {source.path!r} cannot be loaded. {cause}\n{remedy}") from error
+        raise CommandError(f"cannot load the {part} of {source.path!r}. {cause}\n{remedy}") from error
 
 
 def _check_causal(source: ModelSource, config: Any) -> None:
+    """Raises a CommandError unless the configuration is of a causal language model."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     expected = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
@@ -128,6 +129,6 @@ def _check_causal(source: ModelSource, config: Any) -> None:
     if expected is None or config.is_encoder_decoder or expected not in architectures:
         kind = ", ".join(config.architectures or []) or config.model_type
         raise CommandError(
-            f"{source.path!r} must be a causal language model, one that continues a text; it is {kind}. "
-            "Give one such as SmolLM2, Llama, Mistral, Qwen or Gemma."
+            f"{source.path!r} must be a causal language model; got {kind}. "
+            "Give a model such as SmolLM2, Llama, Mistral, Qwen or Gemma."
         )

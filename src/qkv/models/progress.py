@@ -1,4 +1,4 @@
-"""Progress on stderr: bars on a terminal, short plain lines everywhere else."""
+"""`Progress`: progress bars on a terminal, plain lines elsewhere, on stderr."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -10,42 +10,42 @@ from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progres
 from rich.progress import Progress as Bars
 
 Unit = Literal["bytes", "tokens", "calls", "rounds"]
-Reach = Callable[[int], None]
-"""Tells how much of the total is done by now."""
+OnProgress = Callable[[int], None]
+"""Called with the units done so far."""
 
 
 class Progress:
-    """Shows what is being done.
+    """Reports the steps of a command.
 
     Args:
-        stream: where to; standard error by default.
+        stream: the output; standard error by default.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
-        # The stream is kept, so that bars still show while sys.stderr is redirected to silence others.
+        # Bound now, so that bars are shown while `quiet` redirects sys.stderr.
         self._stream = sys.stderr if stream is None else stream
         self._console = Console(file=self._stream)
         self._animated = self._stream.isatty() and not self._console.is_dumb_terminal
 
-    def say(self, line: str) -> None:
-        """A line that stays."""
+    def notify(self, line: str) -> None:
+        """Prints a permanent line."""
         print(line, file=self._stream, flush=True)
 
     @contextmanager
-    def step(self, title: str, total: int | None = None, unit: Unit | None = None) -> Iterator[Reach]:
-        """One step of ``total`` units, or of a length nobody knows.
+    def step(self, title: str, total: int | None = None, unit: Unit | None = None) -> Iterator[OnProgress]:
+        """Shows one step; yields the callback for its progress. ``total``: units of the step, None if unknown.
 
         Example:
-            >>> with Progress(sys.stdout).step("counting", 2, "tokens") as reach:
-            ...     reach(1)
-            ...     reach(2)
+            >>> with Progress(sys.stdout).step("counting", 2, "tokens") as on_progress:
+            ...     on_progress(1)
+            ...     on_progress(2)
             counting ...
         """
         if not self._animated:
-            self.say(f"{title} ...")
+            self.notify(f"{title} ...")
             yield lambda done: None
             return
-        columns = (TextColumn("{task.description}"), BarColumn(), *_amount(unit), TimeElapsedColumn())
+        columns = (TextColumn("{task.description}"), BarColumn(), *_amount_columns(unit), TimeElapsedColumn())
         with Bars(
             *columns, console=self._console, transient=True, redirect_stdout=False, redirect_stderr=False
         ) as bars:
@@ -53,12 +53,13 @@ class Progress:
             yield lambda done: bars.update(task, completed=done)
 
 
-def after(before: int, reach: Reach) -> Reach:
-    """For a part of a step, which starts when ``before`` of the total are done."""
-    return lambda done: reach(before + done)
+def offset_progress(on_progress: OnProgress, offset: int) -> OnProgress:
+    """The callback for a part of a step that starts at ``offset`` units."""
+    return lambda done: on_progress(offset + done)
 
 
-def _amount(unit: Unit | None) -> tuple[ProgressColumn, ...]:
+def _amount_columns(unit: Unit | None) -> tuple[ProgressColumn, ...]:
+    """The columns of a progress bar that show the amount done."""
     if unit is None:
         return ()
     return (DownloadColumn(),) if unit == "bytes" else (MofNCompleteColumn(), TextColumn(unit))

@@ -1,4 +1,4 @@
-"""`ModelSource`: what a user names as a model, and whether it can be one at all."""
+"""`find_model`: resolves a user's ``--model`` to a folder, a GGUF file or a Hub name."""
 
 import re
 from pathlib import Path
@@ -7,11 +7,11 @@ from typing import NamedTuple
 from qkv.models.errors import CommandError
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
-ACCEPTED = "Give a folder as transformers saves it, a GGUF file, or the name of a model on the Hugging Face hub."
+ACCEPTED = "Give a folder written by save_pretrained, a GGUF file, or the name of a model on the Hugging Face Hub."
 
 
-def at_home(path: Path) -> Path:
-    """The path with its ``~`` written out. That of a user who is not known stays, and is the name of no file."""
+def expand_home(path: Path) -> Path:
+    """Expands a leading ``~``. An unknown ``~user`` is returned unchanged."""
     try:
         return path.expanduser()
     except RuntimeError:
@@ -19,18 +19,18 @@ def at_home(path: Path) -> Path:
 
 
 class ModelSource(NamedTuple):
-    """Where transformers is to load a model from."""
+    """Where transformers loads a model from."""
 
     name: str
-    """For people."""
+    """For display."""
     location: str
-    """A folder, or a name on the hub."""
+    """A folder or a Hub name."""
     gguf_file: str | None = None
-    """The file's name in the folder."""
+    """Name of the GGUF file in the folder."""
 
     @property
     def path(self) -> str:
-        """The folder or file, or the name on the hub."""
+        """The folder, the GGUF file or the Hub name."""
         return self.location if self.gguf_file is None else str(Path(self.location, self.gguf_file))
 
     @property
@@ -39,14 +39,14 @@ class ModelSource(NamedTuple):
 
 
 def find_model(model: str) -> ModelSource:
-    """What ``model`` names: a folder, a GGUF file, or else a model on the hub.
+    """The source for ``model``: an existing folder or GGUF file, else a Hub name.
 
     Raises:
-        CommandError: for a folder or file that holds no model, and for what is none of the three.
+        CommandError: for folders and files without a model, and invalid Hub names.
     """
-    path = at_home(Path(model))
+    path = expand_home(Path(model))
     if path.is_dir():
-        return _in_folder(model, path.absolute())
+        return _folder_source(model, path.absolute())
     if path.is_file():
         return gguf_source(path.absolute())
     require_hub_name(model)
@@ -54,27 +54,28 @@ def find_model(model: str) -> ModelSource:
 
 
 def require_hub_name(model: str) -> None:
-    """Raises CommandError unless ``model``, which is neither a file nor a folder, may be on the hub."""
+    """Raises a CommandError unless ``model``, which is not an existing path, is a valid Hub name."""
     is_name = HUB_NAME.fullmatch(model) and not model.startswith(".")
     if not is_name or model.endswith((".gguf", ".safetensors")):
-        raise CommandError(f"there is no file or folder {model!r}, and it is no name of a hub model. {ACCEPTED}")
+        raise CommandError(f"{model!r} is not an existing file or folder, and not a valid Hub model name. {ACCEPTED}")
 
 
 def gguf_source(path: Path) -> ModelSource:
-    """The model in a GGUF file."""
+    """The source for a GGUF file; raises a CommandError if it is not one."""
     try:
         with path.open("rb") as file:
             magic = file.read(4)
     except OSError as error:
-        raise CommandError(f"{path} cannot be read: {error.strerror}.") from error
+        raise CommandError(f"cannot read {path}: {error.strerror}.") from error
     if magic != b"GGUF":
-        raise CommandError(f"{path} is not a GGUF file; it starts with {magic!r} instead of b'GGUF'.")
+        raise CommandError(f"{path} is not a GGUF file: it must start with b'GGUF'; got {magic!r}.")
     return ModelSource(path.stem, str(path.parent), path.name)
 
 
-def _in_folder(name: str, folder: Path) -> ModelSource:
+def _folder_source(name: str, folder: Path) -> ModelSource:
+    """The source for a folder; raises a CommandError if it contains no configuration."""
     if (folder / "config.json").is_file():
         return ModelSource(name, str(folder))
     files = sorted(folder.glob("*.gguf"))
     remedy = f"For the GGUF file in it, give {files[0]}." if files else ACCEPTED
-    raise CommandError(f"the folder {folder} must have a config.json to be a model, and has none. {remedy}")
+    raise CommandError(f"the folder {folder} is not a model: it contains no config.json. {remedy}")

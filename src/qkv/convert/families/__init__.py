@@ -1,1 +1,1 @@
-"""What the families of transformers call their tensors, and what follows from fewer heads."""
+"""Model families of transformers: tensor names and layouts, and how configurations express KV heads."""

@@ -1,4 +1,4 @@
-"""`align_outputs`: a conversion whose heads are aligned before they are pooled, a layer at a time."""
+"""`align_outputs`: aligns the heads of each layer before a conversion pools them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,16 +17,16 @@ def align_outputs(
     where: str,
     family: Family,
     layout: Layout,
-    known: Any,
+    hf_config: Any,
     tensors: Mapping[str, TensorSpec],
     outputs: Mapping[str, Output],
     pooling: Pooling,
 ) -> dict[str, Output]:
-    """The same outputs, made from projections that are aligned before."""
-    normed = any("norm" in rest for _, rest in filter(None, map(family.part, tensors)))
-    freedom = KeySymmetry(rotary_dim(where, known), normed=normed)
-    aligner = _Aligner(where, layout, freedom, pooling)
-    owners = {name: layer for layer in find_layers(layout, family.part, tensors) for name in layer.parts.values()}
+    """The same outputs, computed from aligned projections."""
+    normed = any("norm" in part for _, part in filter(None, map(family.split_name, tensors)))
+    symmetry = KeySymmetry(rotary_dim(where, hf_config), normed=normed)
+    aligner = _Aligner(where, layout, symmetry, pooling)
+    owners = {name: layer for layer in find_layers(layout, family.split_name, tensors) for name in layer.parts.values()}
     aligned = dict(outputs)
     for name, output in outputs.items():
         layer = next((owners[source] for source in output.sources if source in owners), None)
@@ -36,42 +36,42 @@ def align_outputs(
 
 
 class _Aligner:
-    """Aligns layers as their tensors are asked for.
+    """Aligns a layer when one of its tensors is computed.
 
-    Each tensor is made from all of its layer. How these are turned is kept until another layer is asked for, so that it
-    is found once for all of a layer's tensors.
+    The last alignment is cached, so that it is computed once for all tensors of a layer.
     """
 
-    def __init__(self, where: str, layout: Layout, freedom: KeySymmetry, pooling: Pooling) -> None:
+    def __init__(self, where: str, layout: Layout, symmetry: KeySymmetry, pooling: Pooling) -> None:
         self._where = where
         self._layout = layout
-        self._freedom = freedom
+        self._freedom = symmetry
         self._pooling = pooling
         self._last: tuple[str, Alignment] | None = None
 
     def wrap(self, output: Output, layer: LayerParts) -> Output:
-        """The output, made from the aligned projections of its layer."""
-        norm = f"{layer.before}{self._layout.norm}.weight"
+        """The output, computed from the aligned projections of its layer."""
+        norm = f"{layer.parent}{self._layout.norm}.weight"
         names = tuple(dict.fromkeys((*output.sources, *layer.parts.values(), norm)))
 
         def compute(*values: Tensor) -> Tensor:
-            given = dict(zip(names, values, strict=True))
-            parts = {part: given[name] for part, name in layer.parts.items()}
-            for part, value in self._align(layer.prefix, parts, given[norm] + self._layout.norm_offset).items():
-                given[layer.parts[part]] = value
-            made = [given[source] for source in output.sources]
-            return (made[0] if output.compute is None else output.compute(*made)).to(values[0].dtype)
+            tensors = dict(zip(names, values, strict=True))
+            parts = {part: tensors[name] for part, name in layer.parts.items()}
+            for part, value in self._align(layer.prefix, parts, tensors[norm] + self._layout.norm_offset).items():
+                tensors[layer.parts[part]] = value
+            sources = [tensors[source] for source in output.sources]
+            return (sources[0] if output.compute is None else output.compute(*sources)).to(values[0].dtype)
 
         return output._replace(sources=names, compute=compute)
 
     def _align(self, layer: str, parts: Mapping[str, Tensor], gain: Tensor) -> dict[str, Tensor]:
+        """The tensors of a layer's projections after alignment, by name within the attention."""
         heads = self._pooling.heads
         projections = self._layout.read(parts, heads)
         if self._last is None or self._last[0] != layer:
             groups = self._pooling.num_kv_heads
             try:
-                found = align_heads(projections, heads.num_kv_heads, groups, self._freedom, gain=gain)
+                alignment = align_heads(projections, heads.num_kv_heads, groups, self._freedom, gain=gain)
             except ValueError as error:
                 raise CheckpointError(f"{self._where}: {layer.removesuffix('.')} cannot be aligned: {error}") from error
-            self._last = layer, found
+            self._last = layer, alignment
         return self._layout.replace(parts, self._last[1].apply(projections), heads)

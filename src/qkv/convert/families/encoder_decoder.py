@@ -1,4 +1,4 @@
-"""T5, BART and what descends from them: the decoder's keys and values are pooled, the encoder stays as it is."""
+"""T5, BART and their descendants: the decoder's keys and values are pooled, the encoder is unchanged."""
 
 import re
 from typing import Any
@@ -8,12 +8,12 @@ from qkv.convert.families.llama import convert_separate
 from qkv.integrations.transformers.grouped_decoders import CLASS_PREFIX, MODEL_TYPES, TYPE_PREFIX
 
 
-def _configure(config: dict[str, Any], known: Any, pooling: Pooling) -> dict[str, Any]:
-    """Fewer KV heads are nothing that configurations of transformers can express; ours for the same models can."""
+def _configure(config: dict[str, Any], hf_config: Any, pooling: Pooling) -> dict[str, Any]:
+    """The configuration of our model type: transformers' own has no ``num_key_value_heads``."""
     if not pooling.changes:
         return config
-    model_type = TYPE_PREFIX + known.model_type.removeprefix(TYPE_PREFIX)
-    classes = [CLASS_PREFIX + name.removeprefix(CLASS_PREFIX) for name in known.architectures or []]
+    model_type = TYPE_PREFIX + hf_config.model_type.removeprefix(TYPE_PREFIX)
+    classes = [CLASS_PREFIX + name.removeprefix(CLASS_PREFIX) for name in hf_config.architectures or []]
     return {
         **config,
         "model_type": model_type,
@@ -45,4 +45,4 @@ ENCODER_DECODERS = {
     for prefix in ("", TYPE_PREFIX)
     for model_type in MODEL_TYPES
 }
-"""By ``model_type``, transformers' and ours."""
+"""Families by ``model_type``, transformers' and ours."""

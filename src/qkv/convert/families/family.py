@@ -1,8 +1,6 @@
-"""`Family`: where the models of one type keep their heads, and how they say another number of them.
+"""`Family`: the tensor names of one model type, and how its tensors and configuration change with fewer KV heads.
 
-A family knows which tensors belong to the attention of which layer, what becomes of each tensor, and how the
-configuration changes. Shapes are not looked at here: `transformers_schema` holds source and result to what
-transformers' models have.
+Shapes are not checked here: `transformers_schema` compares source and result with the models of transformers.
 """
 
 import re
@@ -15,7 +13,7 @@ from torch import Tensor
 from qkv.convert.families.layout import Layout
 from qkv.convert.families.transformers_schema import Heads
 from qkv.convert.files.safetensors import TensorSpec
-from qkv.convert.heads.pooling import How, pool_heads
+from qkv.convert.heads.pooling import PoolMethod, pool_heads
 
 
 class Output(NamedTuple):
@@ -24,68 +22,70 @@ class Output(NamedTuple):
     name: str
     spec: TensorSpec
     sources: tuple[str, ...]
-    """The tensors of the checkpoint that it is made from."""
+    """Names of the input tensors of ``compute``."""
     compute: Callable[..., Tensor] | None = None
-    """Makes it from their values; None where it is the only source as it stands."""
+    """Computes it from the sources; None where it is a copy of the only source."""
 
 
 class Pooling(NamedTuple):
-    """What `pool_heads` is to do."""
+    """The arguments of `pool_heads` for a model."""
 
     heads: Heads
-    """Before."""
+    """Head counts before pooling."""
     num_kv_heads: int
-    """After."""
-    how: How
+    """KV heads after pooling."""
+    how: PoolMethod
     seed: int
 
     def pool(self, name: str, weight: Tensor) -> Tensor:
-        """Pools keys or values; what is drawn depends on the name."""
+        """Pools the rows of keys or values. Random draws are seeded by the tensor's name."""
         seed = zlib.crc32(name.encode(), self.seed & 0xFFFFFFFF)
         return pool_heads(weight, self.heads.num_kv_heads, self.num_kv_heads, how=self.how, seed=seed)
 
     @property
     def query_rows(self) -> int:
+        """Rows of the query projection."""
         return self.heads.num_heads * self.heads.head_dim
 
     @property
     def rows(self) -> int:
-        """Of keys, or of values, after."""
+        """Rows of the key (or value) projection after pooling."""
         return self.num_kv_heads * self.heads.head_dim
 
     @property
     def changes(self) -> bool:
+        """Whether the number of KV heads changes."""
         return self.num_kv_heads != self.heads.num_kv_heads
 
 
 class Family(NamedTuple):
-    """The models of one ``model_type``."""
+    """How the models of one ``model_type`` are converted."""
 
     attention: re.Pattern[str]
-    """Of the names of tensors of a layer's attention: the number of the layer, and the rest of the name."""
+    """Matches the tensor names of attention layers; groups: layer number, name within the attention."""
     holds_kv: re.Pattern[str]
-    """Of those rests whose rows are keys or values, among others if packed."""
+    """Matches names within the attention of tensors that contain keys or values (and queries, if packed)."""
     is_packed: bool
-    """Whether queries, keys and values are one tensor."""
+    """Whether one tensor holds queries, keys and values."""
     convert: Callable[["Family", str, TensorSpec, Pooling], list[Output]]
-    """What becomes of a tensor."""
+    """The outputs for a tensor of the checkpoint."""
     configure: Callable[[dict[str, Any], Any, Pooling], dict[str, Any]]
-    """The new configuration, from what the old one says and what transformers makes of it."""
-    windowed: Callable[[dict[str, Any], int], dict[str, Any]] | None = None
-    """The configuration with a window in every layer, where it can express one."""
+    """The new configuration, from the old ``config.json`` and transformers' configuration object."""
+    set_window: Callable[[dict[str, Any], int], dict[str, Any]] | None = None
+    """The configuration with a sliding window in every layer; None where it cannot express one."""
     layout: Layout | None = None
-    """Of the projections, where heads can be aligned."""
+    """The layout of the projections; None where heads cannot be aligned or pruned."""
     cross: re.Pattern[str] | None = None
-    """As ``attention``, from a decoder to an encoder."""
+    """As ``attention``, for the decoder's cross-attention."""
     encoder: re.Pattern[str] | None = None
-    """As ``attention``, of an encoder, which is not converted."""
+    """As ``attention``, for the encoder, which is not converted."""
 
-    def part(self, name: str) -> tuple[int, str] | None:
-        """Layer and rest of the name of a tensor that belongs to an attention that is converted."""
+    def split_name(self, name: str) -> tuple[int, str] | None:
+        """Layer number and name within the attention; None for tensors outside of converted attention."""
         match = self.attention.fullmatch(name) or (self.cross and self.cross.fullmatch(name))
         return None if match is None else (int(match[1]), match[2])
 
     def is_kv(self, name: str) -> bool:
-        """Whether a tensor holds keys or values."""
-        part = self.part(name)
+        """Whether a tensor contains keys or values."""
+        part = self.split_name(name)
         return part is not None and self.holds_kv.fullmatch(part[1]) is not None

@@ -1,4 +1,4 @@
-"""GPT-2, GPT-BigCode and GPT-NeoX: packed projections, of which the first and the last become another family's."""
+"""GPT-2, GPT-BigCode and GPT-NeoX: packed QKV. Conversion turns GPT-2 into GPT-BigCode and GPT-NeoX into Phi."""
 
 import re
 from typing import Any
@@ -22,11 +22,11 @@ NEOX_NAMES = {
     "gpt_neox.layers": "model.layers",
     "embed_out": "lm_head",
 }
-"""What is called otherwise in Phi."""
+"""Parts of tensor names: GPT-NeoX to Phi."""
 
 
 def _convert_gpt2(family: Family, name: str, spec: TensorSpec, pooling: Pooling) -> list[Output]:
-    """GPT-2 multiplies from the other side: its weights are (in, out), those of GPT-BigCode (out, in)."""
+    """Transposes to GPT-BigCode: weights of GPT-2 are (in, out), those of GPT-BigCode (out, in)."""
     if GPT2_BUFFER.fullmatch(name):
         return []
     if not GPT2_TRANSPOSED.fullmatch(name):
@@ -41,7 +41,7 @@ def _convert_gpt2(family: Family, name: str, spec: TensorSpec, pooling: Pooling)
 
 
 def _convert_bigcode(family: Family, name: str, spec: TensorSpec, pooling: Pooling) -> list[Output]:
-    """With a KV head for each query head, the rows are those of head after head: its query, key and value."""
+    """Pools packed rows that are ordered by head: query, key and value of the first, then of the second, ..."""
 
     def pool(weight: Tensor) -> Tensor:
         return pool_packed(pooling, name, torch.cat(unpack_by_head(weight, pooling.heads)))
@@ -51,38 +51,39 @@ def _convert_bigcode(family: Family, name: str, spec: TensorSpec, pooling: Pooli
 
 
 def _convert_neox(family: Family, name: str, spec: TensorSpec, pooling: Pooling) -> list[Output]:
-    """Phi has one norm in a layer where GPT-NeoX has two, for attention and MLP.
+    """Folds the two norms of a GPT-NeoX layer (attention and MLP) into projections, since Phi has a single norm.
 
-    Norms differ in their gains g and offsets c alone, ``norm(x) = g * n(x) + c``, and a projection takes them over:
-    ``W @ norm(x) + b = (W * g) @ n(x) + (W @ c + b)``. What is left for the norm of the layer is 1 and 0.
+    The norms differ only in gain g and offset c, ``norm(x) = g * n(x) + c``, so
+    ``W @ norm(x) + b = (W * g) @ n(x) + (W @ c + b)``. Phi's norm then has gain 1 and offset 0.
     """
     layer = re.fullmatch(r"(gpt_neox\.layers\.\d+\.)(.+)", name)
     part = "" if layer is None else layer[2]
-    where = "" if layer is None else layer[1]
+    prefix = "" if layer is None else layer[1]
     if part.startswith("post_attention_layernorm.") or re.search(r"(masked_bias|attention\.bias|inv_freq)$", part):
         return []
     if part == "input_layernorm.weight":
-        return [Output(_in_phi(name), spec, (name,), torch.ones_like)]
+        return [Output(_phi_name(name), spec, (name,), torch.ones_like)]
     if part == "input_layernorm.bias":
-        return [Output(_in_phi(name), spec, (name,), torch.zeros_like)]
+        return [Output(_phi_name(name), spec, (name,), torch.zeros_like)]
     if part.startswith("attention.query_key_value."):
-        return _unpacked_neox(where, part.rpartition(".")[2], spec, pooling)
+        return _unpack_neox(prefix, part.rpartition(".")[2], spec, pooling)
     if part.startswith("mlp.dense_h_to_4h."):
         kind = part.rpartition(".")[2]
-        sources, fold = _folded(where + "mlp.dense_h_to_4h", where + "post_attention_layernorm", kind)
-        return [Output(_in_phi(f"{where}mlp.fc1.{kind}"), spec, sources, fold)]
-    outputs = [Output(_in_phi(name), spec, (name,))]
+        sources, fold = _fold_norm(prefix + "mlp.dense_h_to_4h", prefix + "post_attention_layernorm", kind)
+        return [Output(_phi_name(f"{prefix}mlp.fc1.{kind}"), spec, sources, fold)]
+    outputs = [Output(_phi_name(name), spec, (name,))]
     if name in ("embed_out.weight", "lm_head.weight"):
         bias = spec._replace(shape=spec.shape[:1])
         outputs.append(Output("lm_head.bias", bias, (name,), lambda weight: torch.zeros_like(weight[:, 0])))
     return outputs
 
 
-def _unpacked_neox(where: str, kind: str, spec: TensorSpec, pooling: Pooling) -> list[Output]:
-    sources, fold = _folded(where + "attention.query_key_value", where + "input_layernorm", kind)
+def _unpack_neox(prefix: str, kind: str, spec: TensorSpec, pooling: Pooling) -> list[Output]:
+    """Splits a packed weight or bias of GPT-NeoX into Phi's q, k and v."""
+    sources, fold = _fold_norm(prefix + "attention.query_key_value", prefix + "input_layernorm", kind)
     outputs = []
     for index, (letter, rows) in enumerate((("q", pooling.query_rows), ("k", pooling.rows), ("v", pooling.rows))):
-        name = _in_phi(f"{where}self_attn.{letter}_proj.{kind}")
+        name = _phi_name(f"{prefix}self_attn.{letter}_proj.{kind}")
 
         def compute(*values: Tensor, index: int = index, name: str = name) -> Tensor:
             rows = unpack_by_head(fold(*values), pooling.heads)[index]
@@ -92,90 +93,96 @@ def _unpacked_neox(where: str, kind: str, spec: TensorSpec, pooling: Pooling) ->
     return outputs
 
 
-def _folded(linear: str, norm: str, kind: str) -> tuple[tuple[str, ...], Any]:
-    """The sources of the weight or bias of a projection that has taken over a norm, and what makes it from them."""
+def _fold_norm(linear: str, norm: str, kind: str) -> tuple[tuple[str, ...], Any]:
+    """Sources and function for the weight or bias of a projection with a norm folded into it."""
     if kind == "weight":
-        return (f"{linear}.weight", f"{norm}.weight"), _scale_columns
-    return (f"{linear}.bias", f"{linear}.weight", f"{norm}.bias"), _shift
+        return (f"{linear}.weight", f"{norm}.weight"), _fold_gain
+    return (f"{linear}.bias", f"{linear}.weight", f"{norm}.bias"), _fold_offset
 
 
-def _scale_columns(weight: Tensor, gain: Tensor) -> Tensor:
+def _fold_gain(weight: Tensor, gain: Tensor) -> Tensor:
+    """``W * g``."""
     precise = torch.promote_types(weight.dtype, torch.float32)
     return (weight.to(precise) * gain.to(precise)).to(weight.dtype)
 
 
-def _shift(bias: Tensor, weight: Tensor, offset: Tensor) -> Tensor:
+def _fold_offset(bias: Tensor, weight: Tensor, offset: Tensor) -> Tensor:
+    """``W @ c + b``."""
     precise = torch.promote_types(bias.dtype, torch.float32)
     return (bias.to(precise) + weight.to(precise) @ offset.to(precise)).to(bias.dtype)
 
 
-def _in_phi(name: str) -> str:
+def _phi_name(name: str) -> str:
+    """Phi's name for a tensor of GPT-NeoX."""
     for theirs, ours in NEOX_NAMES.items():
         name = name.replace(theirs, ours)
     return name
 
 
-def _configure_bigcode(config: dict[str, Any], known: Any, pooling: Pooling) -> dict[str, Any]:
-    """GPT-BigCode has one KV head or all.
+def _configure_bigcode(config: dict[str, Any], hf_config: Any, pooling: Pooling) -> dict[str, Any]:
+    """The new configuration.
 
     Raises:
-        CheckpointError: for another number.
+        CheckpointError: unless there is one KV head, or one for each query head.
     """
     if pooling.num_kv_heads != 1 and pooling.changes:
         raise CheckpointError(
             "GPT-BigCode models have a single KV head (multi-query attention) or one for each query head; "
-            f"give 1 KV head, not {pooling.num_kv_heads}."
+            f"got {pooling.num_kv_heads}. Give 1 KV head."
         )
     return {**config, "multi_query": pooling.num_kv_heads == 1, "num_key_value_heads": pooling.num_kv_heads}
 
 
-def _configure_gpt2(config: dict[str, Any], known: Any, pooling: Pooling) -> dict[str, Any]:
-    """GPT-2 has options that GPT-BigCode lacks.
+def _configure_gpt2(config: dict[str, Any], hf_config: Any, pooling: Pooling) -> dict[str, Any]:
+    """The configuration of GPT-BigCode.
 
     Raises:
-        CheckpointError: for one of these, and for more than one KV head.
+        CheckpointError: for more than one KV head, and options that GPT-BigCode does not have.
     """
     if pooling.num_kv_heads != 1:
         raise CheckpointError(
-            "GPT-2 becomes GPT-BigCode, which has a single KV head (multi-query attention); give 1 KV head, "
-            f"not {pooling.num_kv_heads}."
+            "GPT-2 becomes GPT-BigCode, which has a single KV head (multi-query attention); "
+            f"got {pooling.num_kv_heads}. Give 1 KV head."
         )
     for option in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
-        if getattr(known, option):
-            raise CheckpointError(f"GPT-2 with {option} cannot become GPT-BigCode, which has nothing of the kind.")
-    classes = [name.replace("GPT2", "GPTBigCode") for name in known.architectures or []]
+        if getattr(hf_config, option):
+            raise CheckpointError(f"GPT-2 with {option} cannot become GPT-BigCode, which does not have this option.")
+    classes = [name.replace("GPT2", "GPTBigCode") for name in hf_config.architectures or []]
     return {
         **config,
         "model_type": "gpt_bigcode",
         "architectures": [name.replace("LMHeadModel", "ForCausalLM") for name in classes],
-        "activation_function": known.activation_function,
+        "activation_function": hf_config.activation_function,
         "multi_query": True,
     }
 
 
-def _configure_neox(config: dict[str, Any], known: Any, pooling: Pooling) -> dict[str, Any]:
-    """Phi computes attention and MLP side by side, and its projections have biases.
+def _configure_neox(config: dict[str, Any], hf_config: Any, pooling: Pooling) -> dict[str, Any]:
+    """The configuration of Phi.
 
     Raises:
-        CheckpointError: for models that do otherwise, or have another head than that of a language model.
+        CheckpointError: for models without parallel residuals or biases, with tied embeddings, or that are not
+            language models.
     """
-    if not known.use_parallel_residual or not known.attention_bias or known.tie_word_embeddings:
+    if not hf_config.use_parallel_residual or not hf_config.attention_bias or hf_config.tie_word_embeddings:
         raise CheckpointError(
-            "GPT-NeoX becomes Phi, for which it must have use_parallel_residual=True, attention_bias=True and "
-            f"tie_word_embeddings=False; it has {known.use_parallel_residual}, {known.attention_bias} and "
-            f"{known.tie_word_embeddings}."
+            "GPT-NeoX becomes Phi, which requires use_parallel_residual=True, attention_bias=True and "
+            f"tie_word_embeddings=False; got {hf_config.use_parallel_residual}, {hf_config.attention_bias} and "
+            f"{hf_config.tie_word_embeddings}."
         )
-    if known.architectures not in (None, ["GPTNeoXForCausalLM"]):
-        raise CheckpointError(f"GPT-NeoX becomes Phi as a GPTNeoXForCausalLM alone; this is {known.architectures}.")
-    lost = {"use_parallel_residual", "attention_bias", "classifier_dropout", "is_decoder", "rotary_pct"}
-    kept = {name: value for name, value in known.to_dict().items() if name not in lost}
+    if hf_config.architectures not in (None, ["GPTNeoXForCausalLM"]):
+        raise CheckpointError(
+            f"GPT-NeoX becomes Phi, which requires architectures ['GPTNeoXForCausalLM']; got {hf_config.architectures}."
+        )
+    dropped = {"use_parallel_residual", "attention_bias", "classifier_dropout", "is_decoder", "rotary_pct"}
+    kept = {name: value for name, value in hf_config.to_dict().items() if name not in dropped}
     return {
         **kept,
         "model_type": "phi",
         "architectures": ["PhiForCausalLM"],
         "num_key_value_heads": pooling.num_kv_heads,
-        "resid_pdrop": known.hidden_dropout,
-        "embd_pdrop": known.hidden_dropout,
+        "resid_pdrop": hf_config.hidden_dropout,
+        "embd_pdrop": hf_config.hidden_dropout,
     }
 
 

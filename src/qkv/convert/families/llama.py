@@ -1,4 +1,4 @@
-"""Llama and what descends from it: projections of their own for keys and values, or rows of one (Phi-3)."""
+"""Llama and its descendants: separate projections for q, k and v, or a packed one (Phi-3)."""
 
 import re
 from typing import Any
@@ -12,7 +12,7 @@ from qkv.convert.files.safetensors import TensorSpec
 
 
 def convert_separate(family: Family, name: str, spec: TensorSpec, pooling: Pooling) -> list[Output]:
-    """Keys and values have tensors of their own."""
+    """Pools a tensor of keys or values; copies any other."""
     if not (pooling.changes and family.is_kv(name)):
         return [Output(name, spec, (name,))]
     pooled = spec._replace(shape=(pooling.rows, *spec.shape[1:]))
@@ -20,7 +20,7 @@ def convert_separate(family: Family, name: str, spec: TensorSpec, pooling: Pooli
 
 
 def convert_packed(family: Family, name: str, spec: TensorSpec, pooling: Pooling) -> list[Output]:
-    """One tensor has the rows of queries, then keys, then values."""
+    """Pools a tensor with the rows of all queries, then all keys, then all values; copies any other."""
     if not (pooling.changes and family.is_kv(name)):
         return [Output(name, spec, (name,))]
     pooled = spec._replace(shape=(pooling.query_rows + 2 * pooling.rows, *spec.shape[1:]))
@@ -28,23 +28,23 @@ def convert_packed(family: Family, name: str, spec: TensorSpec, pooling: Pooling
 
 
 def pool_packed(pooling: Pooling, name: str, weight: Tensor) -> Tensor:
-    """The packed rows with fewer keys and values."""
+    """Pools the key and value rows of a packed tensor."""
     keys = pooling.heads.num_kv_heads * pooling.heads.head_dim
     q, k, v = weight.split([pooling.query_rows, keys, keys])
     return torch.cat([q, pooling.pool(f"{name}.k", k), pooling.pool(f"{name}.v", v)])
 
 
-def _configure(config: dict[str, Any], known: Any, pooling: Pooling) -> dict[str, Any]:
+def _configure(config: dict[str, Any], hf_config: Any, pooling: Pooling) -> dict[str, Any]:
     return {**config, "num_key_value_heads": pooling.num_kv_heads}
 
 
 def set_window(config: dict[str, Any], window: int) -> dict[str, Any]:
-    """In models that have one window for all layers."""
+    """Sets the window of models with one for all layers."""
     return {**config, "sliding_window": window}
 
 
 def set_window_by_layers(config: dict[str, Any], window: int) -> dict[str, Any]:
-    """In Qwen, whose layers have it from ``max_window_layers`` on, unless ``layer_types`` says otherwise."""
+    """Sets the window of Qwen in all layers: without ``layer_types``, those from ``max_window_layers`` on use it."""
     kept = {key: value for key, value in config.items() if key != "layer_types"}
     return {**kept, "use_sliding_window": True, "sliding_window": window, "max_window_layers": 0}
 

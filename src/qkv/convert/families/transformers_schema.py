@@ -1,7 +1,7 @@
-"""What transformers makes of a configuration: its defaults filled in, and the tensors that the model must have.
+"""Checks a checkpoint against transformers: its configuration class, and the tensors of its model class.
 
-A checkpoint is held to this before and after its conversion: names and shapes that transformers' own model class asks
-for. So a configuration that disagrees with the tensors is found, and so is a tensor that a conversion overlooked.
+Runs before and after a conversion, so it finds configurations that do not match the tensors, and tensors that a
+conversion missed.
 """
 
 import re
@@ -12,25 +12,25 @@ import torch
 
 from qkv.convert.errors import CheckpointError
 from qkv.convert.files.fields import CONFIG, OBJECT, ROTARY, check_fields
-from qkv.convert.files.json_document import count_keys, show
+from qkv.convert.files.json_document import count_keys, short_repr
 from qkv.convert.files.safetensors import TensorSpec
 from qkv.integrations.transformers import grouped_decoders
 
 OLD_NAMES = {"lm_head.weight": "embed_out.weight"}
-"""What transformers calls otherwise than the files do: the head of GPT-NeoX."""
+"""Parameter names of transformers, and what older files call them: the LM head of GPT-NeoX."""
 
 NUMBER = re.compile(r"\.\d+\.")
-"""Of a layer, in the name of a tensor."""
+"""The layer number in a tensor's name."""
 
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
-"""What configurations call their numbers of layers."""
+"""Configuration keys for numbers of layers."""
 
-MOST_KEYS = 100_000
-"""Of a configuration: transformers takes 50 us for each, and those of 20,000 kinds of images have 40,000."""
+MAX_KEYS = 100_000
+"""Of a configuration. transformers takes 50 us per key; classifiers of 20,000 labels have 40,000 keys."""
 
 
 class Heads(NamedTuple):
-    """The heads that a configuration asks for, the same in each layer."""
+    """Head counts and head width of every layer."""
 
     num_heads: int
     num_kv_heads: int
@@ -41,52 +41,52 @@ def read_config(where: str, config: Mapping[str, Any], num_tensors: int) -> Any:
     """The configuration object of transformers.
 
     Args:
-        where: the file, for messages.
-        config: what it says.
-        num_tensors: of the checkpoint; more layers than that are refused before anything is built from them.
+        where: name of the file, for error messages.
+        config: its contents.
+        num_tensors: of the checkpoint, an upper bound on the number of layers.
 
     Raises:
-        CheckpointError: for what transformers does not accept.
+        CheckpointError: for invalid fields, and configurations that transformers refuses.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    if (keys := count_keys(config)) > MOST_KEYS:
-        raise CheckpointError(f"{where} has {keys} keys; more than {MOST_KEYS} of a configuration are not read.")
+    if (keys := count_keys(config)) > MAX_KEYS:
+        raise CheckpointError(f"{where}: a configuration must have at most {MAX_KEYS} keys; got {keys}.")
     if config["model_type"].startswith(grouped_decoders.TYPE_PREFIX):
         grouped_decoders.register()
     for key in LAYERS:
         layers = config.get(key)
         if layers is not None and (type(layers) is not int or not 0 < layers <= num_tensors):
             raise CheckpointError(
-                f"{where}: {key} must be a number of layers, of which the {num_tensors} tensors of the checkpoint "
-                f"are parts; it is {show(layers)}."
+                f"{where}: {key} must be an integer from 1 to {num_tensors}, the number of tensors; "
+                f"got {short_repr(layers)}."
             )
     check_fields(where, config, CONFIG)
     try:
-        known = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
-        parts = [known, _decoder(known)]
+        hf_config = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+        parts = [hf_config, _decoder(hf_config)]
     except Exception as error:
-        raise CheckpointError(f"{where} is refused by transformers: {_brief(error)}") from error
+        raise CheckpointError(f"{where}: transformers refuses the configuration: {_one_line(error)}") from error
     for part in parts:
         check_fields(where, {name: getattr(part, name) for name in CONFIG if hasattr(part, name)}, CONFIG)
-    check_rotary(where, known)
-    return known
+    check_rotary(where, hf_config)
+    return hf_config
 
 
 def check_rotary(where: str, config: Any) -> None:
-    """Holds ``rope_parameters``, one for all layers or one for each kind of them, to what is read there."""
+    """Checks the fields of ``rope_parameters``: one dict for all layers, or one per layer type."""
     parameters = getattr(config, "rope_parameters", None) or {}
     kinds = set(getattr(config, "layer_types", None) or ()) & parameters.keys()
-    for found in [parameters[kind] for kind in kinds] or [parameters]:
-        check_fields(f"{where}: rope_parameters", {"": found}, {"": OBJECT})
-        check_fields(f"{where}: rope_parameters", found, ROTARY)
+    for fields in [parameters[kind] for kind in kinds] or [parameters]:
+        check_fields(f"{where}: rope_parameters", {"": fields}, {"": OBJECT})
+        check_fields(f"{where}: rope_parameters", fields, ROTARY)
 
 
 def heads(where: str, config: Any) -> Heads:
-    """How many heads of which width the configuration asks for, in the decoder if there is an encoder as well.
+    """The head counts of a model; of the decoder in an encoder-decoder.
 
     Raises:
-        CheckpointError: for numbers that do not fit together.
+        CheckpointError: unless the KV heads divide the query heads.
     """
     config = _decoder(config)
     num_heads = config.num_attention_heads
@@ -95,13 +95,13 @@ def heads(where: str, config: Any) -> Heads:
     if not 0 < num_kv_heads <= num_heads or num_heads % num_kv_heads:
         raise CheckpointError(
             f"{where}: the number of query heads must be a multiple of the number of KV heads; "
-            f"they are {num_heads} and {num_kv_heads}."
+            f"got {num_heads} and {num_kv_heads}."
         )
     return Heads(num_heads, num_kv_heads, _head_dim(config))
 
 
 def encoder_heads(config: Any) -> list[Heads]:
-    """Of each layer of an encoder, if there is one; it has no groups."""
+    """The head counts of each encoder layer, which are always multi-head; empty without an encoder."""
     if not config.is_encoder_decoder:
         return []
     config = config.get_text_config(encoder=True)
@@ -110,9 +110,9 @@ def encoder_heads(config: Any) -> list[Heads]:
 
 
 def windows(config: Any) -> list[int | None]:
-    """For each layer, of a decoder if there is an encoder as well, the keys that a query sees, its own included.
+    """The sliding window of each layer (of the decoder, in an encoder-decoder), the query's own key included.
 
-    None where it sees all before it.
+    None for layers without a window.
     """
     config = _decoder(config)
     window: int | None = getattr(config, "sliding_window", None)
@@ -123,70 +123,67 @@ def windows(config: Any) -> list[int | None]:
 def check_tensors(where: str, config: Any, tensors: Mapping[str, TensorSpec]) -> None:
     """Compares the tensors with those of the model that transformers builds from the configuration.
 
-    Tensors that the model does not know are let pass, as transformers does: old checkpoints hold buffers.
+    Unexpected tensors are ignored, as in transformers: old checkpoints contain buffers.
 
     Raises:
-        CheckpointError: for tensors that are missing, of another shape or of layers beyond the last, and a model that
-            cannot be built.
+        CheckpointError: for tensors that are missing, have another shape or belong to layers beyond the last, and
+            models that transformers cannot build.
     """
-    model = _build(where, config)
+    model = _meta_model(where, config)
     cls = type(model)
     prefix = f"{model.base_model_prefix}."
-    # Sines of positions are parameters in some models, and not saved by all.
-    fixed = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    absent = model.all_tied_weights_keys.keys() | fixed
-    asked = set()
+    # Sinusoidal positions are frozen parameters in some models, and not always saved.
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    optional = model.all_tied_weights_keys.keys() | frozen
+    expected = set()
     for name, parameter in model.state_dict().items():
-        # A model with a head reads files of one without, and the other way round.
+        # Checkpoints saved with and without a task head differ in the prefix; both load into either model.
         names = (name, name.removeprefix(prefix), prefix + name, OLD_NAMES.get(name, name))
-        held = next((known for known in names if known in tensors), None)
-        found = None if held is None else tensors[held]
-        asked.add(held)
+        name_in_file = next((candidate for candidate in names if candidate in tensors), None)
+        spec = None if name_in_file is None else tensors[name_in_file]
+        expected.add(name_in_file)
         shape = tuple(parameter.shape)
-        if found is None and name not in absent:
-            alike = sum(NUMBER.sub(".0.", known) == NUMBER.sub(".0.", name) for known in tensors)
+        if spec is None and name not in optional:
+            others = sum(NUMBER.sub(".0.", other) == NUMBER.sub(".0.", name) for other in tensors)
             raise CheckpointError(
-                f"{where} asks for a tensor {name!r} {list(shape)} ({cls.__name__}); the checkpoint has none"
-                + (f", though {alike} for other layers" if alike else "")
-                + "; of shards, give the folder."
+                f"{where}: {cls.__name__} needs tensor {name!r} {list(shape)}, which the checkpoint does not have"
+                + (f" ({others} other layers do)" if others else "")
+                + ". For sharded checkpoints, give the folder."
             )
-        if found is not None and (found.shape != shape or found.is_floating != parameter.is_floating_point()):
-            kind = "a floating-point dtype" if parameter.is_floating_point() else "integers"
+        if spec is not None and (spec.shape != shape or spec.is_floating != parameter.is_floating_point()):
+            kind = "floating-point" if parameter.is_floating_point() else "integer"
             raise CheckpointError(
-                f"{where} asks for {kind} and the shape {list(shape)} of tensor {name!r} ({cls.__name__}); "
-                f"the checkpoint holds {found}."
+                f"{where}: {cls.__name__} needs tensor {name!r} to be {kind} of shape {list(shape)}; got {spec}."
             )
-    kinds = {NUMBER.sub(".0.", known) for known in asked if known is not None}
-    beyond = next((name for name in tensors if name not in asked and NUMBER.sub(".0.", name) in kinds), None)
-    if beyond is not None:
-        raise CheckpointError(
-            f"{where} asks for fewer layers than the checkpoint holds, which has a tensor {beyond!r}."
-        )
+    patterns = {NUMBER.sub(".0.", name) for name in expected if name is not None}
+    extra = next((name for name in tensors if name not in expected and NUMBER.sub(".0.", name) in patterns), None)
+    if extra is not None:
+        raise CheckpointError(f"{where}: the configuration has fewer layers than the checkpoint, which has {extra!r}.")
 
 
 def rotary_dim(where: str, config: Any) -> int:
-    """The leading channels of a head that positions turn, in layers without positions all the same.
+    """Number of leading channels of a head with rotary embedding; 0 without.
 
-    Not every model heeds what its configuration says of that, so the frequencies that it computes are counted.
+    Counted from the model's ``inv_freq``: not every model follows its configuration here.
     """
-    buffers = _build(where, config).named_buffers()
+    buffers = _meta_model(where, config).named_buffers()
     return max((2 * len(buffer) for name, buffer in buffers if name.endswith("inv_freq")), default=0)
 
 
-def _build(where: str, config: Any) -> Any:
-    """The model, without numbers in it."""
+def _meta_model(where: str, config: Any) -> Any:
+    """The model on the meta device."""
     cls = _model_class(where, config)
     try:
         with torch.device("meta"):
             return cls(config)
     except Exception as error:
-        raise CheckpointError(f"{where}: transformers cannot build this model: {_brief(error)}") from error
+        raise CheckpointError(f"{where}: transformers cannot build this model: {_one_line(error)}") from error
 
 
 def _decoder(config: Any) -> Any:
-    """The configuration of the decoder alone, which without an encoder is the whole."""
+    """The decoder's part of the configuration; all of it without an encoder."""
     part = config.get_text_config(decoder=True)
-    # transformers reads the names of BART, and not this one of T5.
+    # transformers maps the key of BART, but not this one of T5.
     if config.is_encoder_decoder and hasattr(config, "num_decoder_layers"):
         part.num_hidden_layers = config.num_decoder_layers
     return part
@@ -198,12 +195,13 @@ def _head_dim(config: Any) -> int:
 
 
 def _model_class(where: str, config: Any) -> Any:
+    """The model class for a configuration."""
     import transformers
     from transformers.models.auto import modeling_auto as auto
 
     if type(config) in auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
-        known = [auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[type(config)], auto.MODEL_MAPPING[type(config)]]
-        return _encoder_decoder_class(where, config, known)
+        classes = [auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[type(config)], auto.MODEL_MAPPING[type(config)]]
+        return _encoder_decoder_class(where, config, classes)
     if not config.architectures:
         return auto.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     name = config.architectures[0]
@@ -211,21 +209,23 @@ def _model_class(where: str, config: Any) -> Any:
     if not isinstance(cls, type) or getattr(cls, "config_class", None) is not type(config):
         raise CheckpointError(
             f"{where}: architectures must name a class of transformers for {config.model_type!r}; "
-            f"transformers {transformers.__version__} has no such {show(name)}."
+            f"got {short_repr(name)}, which transformers {transformers.__version__} does not have."
         )
     return cls
 
 
-def _encoder_decoder_class(where: str, config: Any, known: list[Any]) -> Any:
-    names = [cls.__name__ for cls in known]
+def _encoder_decoder_class(where: str, config: Any, classes: list[Any]) -> Any:
+    """As `_model_class`, for encoder-decoders, whose possible ``classes`` are given."""
+    names = [cls.__name__ for cls in classes]
     name = config.architectures[0] if config.architectures else names[0]
     if not config.is_encoder_decoder or name not in names:
         raise CheckpointError(
-            f"{where}: a {config.model_type} model must have encoder and decoder, as {' or '.join(names)}; this is "
-            f"{show(name)} with is_encoder_decoder={config.is_encoder_decoder}."
+            f"{where}: a {config.model_type} model must be {' or '.join(names)} with is_encoder_decoder=True; got "
+            f"{short_repr(name)} with is_encoder_decoder={config.is_encoder_decoder}."
         )
-    return known[names.index(name)]
+    return classes[names.index(name)]
 
 
-def _brief(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
+    """An exception as one line of at most 400 characters."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:400]

@@ -1,1 +1,1 @@
-"""What checkpoints are made of: documents, headers, folders, and how a folder comes whole or not at all."""
+"""Checkpoint files: JSON documents, headers of weight files, folders, and atomic writes."""

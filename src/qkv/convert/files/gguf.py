@@ -1,8 +1,8 @@
-"""`read_gguf`: the header of a GGUF file, without its weights.
+"""`read_gguf`: reads the header of a GGUF file, without its weights.
 
-The gguf package reads the same, but trusts the counts in a file: a damaged one keeps it busy for ever.
+The gguf package trusts the counts in a file, so it hangs on a corrupt one.
 
-Source: the format's description in ggml (docs/gguf.md), versions 2 and 3, little-endian.
+Source: the format's specification in ggml (docs/gguf.md), versions 2 and 3, little-endian.
 """
 
 import math
@@ -12,48 +12,48 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from qkv.convert.errors import CheckpointError
-from qkv.convert.files.fields import COUNT, MOST, check_fields
-from qkv.convert.files.json_document import MOST_BYTES, show
+from qkv.convert.files.fields import COUNT, INT64_END, check_fields
+from qkv.convert.files.json_document import MAX_BYTES, short_repr
 from qkv.convert.files.safetensors import TensorSpec
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-"""Formats of `struct`, by the number of the type."""
+"""`struct` formats by GGUF type number."""
 STRING, ARRAY = 8, 9
-MOST_DIMENSIONS = 8
+MAX_DIMENSIONS = 8
 ALIGNMENT = "general.alignment"
 
 
 class GgufHeader(NamedTuple):
-    """What a GGUF file says of itself."""
+    """The header of a GGUF file."""
 
     fields: dict[str, Any]
-    """Numbers, texts, and arrays of numbers; None stands for an array of texts."""
+    """Numbers, strings and arrays of numbers; arrays of strings are read as None."""
     tensors: dict[str, TensorSpec]
-    """With shapes as torch counts them: rows first."""
+    """Shapes are in torch's order: rows first."""
     offsets: dict[str, int]
-    """Where each begins, counted from the end of the header and what fills it up to the alignment."""
+    """Start of each tensor, relative to the aligned end of the header."""
     num_bytes: int
-    """Of the header."""
+    """Size of the header."""
 
 
 def read_gguf(path: Path) -> GgufHeader:
     """Reads the header.
 
     Raises:
-        CheckpointError: for a file that cannot be read or breaks the format.
+        CheckpointError: for a file that cannot be read or violates the format.
     """
     try:
         with path.open("rb") as file:
             return _Reader(file, path).header()
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+        raise CheckpointError(f"cannot read {path}: {error.strerror}.") from error
 
 
-def check_places(path: Path, header: GgufHeader) -> None:
-    """Holds the places of tensors to the size of the file.
+def check_bounds(path: Path, header: GgufHeader) -> None:
+    """Checks that all tensors lie within the file.
 
     Raises:
-        CheckpointError: for a tensor that lies beyond its end, or has a shape that its dtype cannot have.
+        CheckpointError: for a tensor beyond the end of the file, or with a shape that its dtype does not allow.
     """
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -65,56 +65,58 @@ def check_places(path: Path, header: GgufHeader) -> None:
         block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[spec.dtype]]
         if spec.shape and spec.shape[-1] % block:
             raise CheckpointError(
-                f"{path}: tensor {show(name)} must have rows of a multiple of {block} numbers, which {spec.dtype} "
-                f"packs together; its shape is {list(spec.shape)}."
+                f"{path}: rows of tensor {short_repr(name)} must be multiples of {block}, the block size of "
+                f"{spec.dtype}; got shape {list(spec.shape)}."
             )
         start = data + header.offsets[name]
         stop = start + -(-spec.numel // block) * block_bytes
         if stop > size:
             raise CheckpointError(
-                f"{path} is truncated: it has {size} bytes, and by its header tensor {show(name)}, {spec!s:.200}, lies "
-                f"at {start} to {stop}. Fetch it again."
+                f"{path} is truncated: it has {size} bytes, but by its header tensor {short_repr(name)}, "
+                f"{spec!s:.200}, takes bytes {start} to {stop}. Download it again."
             )
 
 
 class _Reader:
-    """Walks through a header and never past the end of the file, or of what headers have."""
+    """Parses a header, without reading past the end of the file or `MAX_BYTES`."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self._file, self._path = file, path
-        self._most = self._left = min(os.fstat(file.fileno()).st_size, MOST_BYTES)
+        self._limit = self._remaining = min(os.fstat(file.fileno()).st_size, MAX_BYTES)
 
     def header(self) -> GgufHeader:
         from gguf import GGMLQuantizationType
 
         if self._bytes(4) != b"GGUF" or self._number("I") not in (2, 3):
-            raise CheckpointError(f"{self._path} must be a GGUF file of version 2 or 3; its first bytes are others.")
+            raise CheckpointError(f"{self._path} is not a GGUF file of version 2 or 3: its first bytes differ.")
         num_tensors, num_fields = self._number("Q"), self._number("Q")
         fields, tensors, offsets = {}, {}, {}
         for _ in range(num_fields):
-            key = self._text()
+            key = self._string()
             if key in fields:
-                raise self._broken(f"the field {show(key)} is there twice")
+                raise self._corrupt(f"duplicate field {short_repr(key)}")
             value = self._value(self._number("I"))
             fields[key] = value
         for _ in range(num_tensors):
-            name, dimensions = self._text(), self._number("I")
-            if dimensions > MOST_DIMENSIONS or name in tensors:
-                raise self._broken(f"tensor {show(name)} has {dimensions} dimensions, or is there twice")
+            name, dimensions = self._string(), self._number("I")
+            if dimensions > MAX_DIMENSIONS or name in tensors:
+                raise self._corrupt(
+                    f"tensor {short_repr(name)} is a duplicate, or has too many dimensions ({dimensions})"
+                )
             shape = tuple(self._number("Q") for _ in range(dimensions))[::-1]
-            if math.prod(shape) >= MOST:
-                raise self._broken(f"tensor {show(name)} of shape {list(shape)} has more than 2^63 numbers")
+            if math.prod(shape) >= INT64_END:
+                raise self._corrupt(f"tensor {short_repr(name)} of shape {list(shape)} has 2^63 numbers or more")
             try:
                 dtype = GGMLQuantizationType(self._number("I")).name
             except ValueError as error:
-                raise self._broken(f"tensor {show(name)}: {error}") from error
+                raise self._corrupt(f"tensor {short_repr(name)}: {error}") from error
             tensors[name] = TensorSpec(dtype, shape)
             offsets[name] = self._number("Q")
-        return GgufHeader(fields, tensors, offsets, self._most - self._left)
+        return GgufHeader(fields, tensors, offsets, self._limit - self._remaining)
 
     def _value(self, kind: int) -> Any:
         if kind == STRING:
-            return self._text()
+            return self._string()
         if kind != ARRAY:
             return self._number(self._format(kind))
         kind, count = self._number("I"), self._number("Q")
@@ -127,20 +129,20 @@ class _Reader:
 
     def _format(self, kind: int) -> str:
         if kind not in SCALARS:
-            raise self._broken(f"there is no type {kind}")
+            raise self._corrupt(f"unknown type {kind}")
         return SCALARS[kind]
 
-    def _text(self) -> str:
+    def _string(self) -> str:
         return self._bytes(self._number("Q")).decode("utf-8", errors="replace")
 
     def _number(self, layout: str) -> Any:
         return struct.unpack(f"<{layout}", self._bytes(struct.calcsize(layout)))[0]
 
     def _bytes(self, count: int) -> bytes:
-        if count > self._left:
-            raise self._broken(f"{count} bytes should follow where {self._left} are left")
-        self._left -= count
+        if count > self._remaining:
+            raise self._corrupt(f"the header needs {count} more bytes; {self._remaining} remain")
+        self._remaining -= count
         return self._file.read(count)
 
-    def _broken(self, fault: str) -> CheckpointError:
-        return CheckpointError(f"{self._path} is a broken GGUF file: {fault}. Fetch it again.")
+    def _corrupt(self, fault: str) -> CheckpointError:
+        return CheckpointError(f"{self._path} is a corrupt GGUF file: {fault}. Download it again.")

@@ -1,7 +1,7 @@
-"""`parse`: JSON as its standard has it, every key said once, in time that grows with its length alone.
+"""`parse_json`: strict JSON in time linear in its length.
 
-What Python's parser lets pass and is refused here: a key said twice, NaN and infinities, halves of surrogate pairs,
-numbers too long for anyone, and more levels than others can walk through.
+Refuses what Python's parser accepts: duplicate keys, NaN and infinities, lone surrogates, integers of more than
+`MAX_DIGITS` digits, and (for files) nesting deeper than `MAX_LEVELS`.
 """
 
 import gc
@@ -17,27 +17,27 @@ from typing import Any
 
 from qkv.convert.errors import CheckpointError
 
-MOST_BYTES = 100_000_000
-"""Of a document, as the safetensors library has it for headers."""
-MOST_DIGITS = 40
-"""Of a whole number: twice those of 64 bits."""
-MOST_LEVELS = 100
-"""Of objects and lists in each other, where readers do not say themselves what each must be."""
+MAX_BYTES = 100_000_000
+"""Of a document; the same limit as the safetensors library has for headers."""
+MAX_DIGITS = 40
+"""Of an integer: twice those of 64 bits."""
+MAX_LEVELS = 100
+"""Nesting depth of objects and lists in a file."""
 ALL_ZERO = bytes.maketrans(b"123456789", b"0" * 9)
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-"""Half of a pair, or a pair; what is none is found only by writing it out."""
+"""An escaped surrogate, lone or part of a pair: a quick test before `_has_lone_surrogate`."""
 
 _brief = reprlib.Repr()
 _brief.maxstring = _brief.maxother = _brief.maxlong = 100
 
 
-def show(value: object) -> str:
-    """A value for a message: short, whatever it is."""
+def short_repr(value: object) -> str:
+    """The repr of a value, shortened for error messages."""
     return _brief.repr(value)
 
 
-class _Refused:
-    """Stands for a value that is no JSON, until it is known where it is."""
+class _Invalid:
+    """Placeholder for an invalid value, so that its path can be reported after parsing."""
 
     def __init__(self, fault: str) -> None:
         self.fault = fault
@@ -47,78 +47,80 @@ def read_document(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        CheckpointError: for a file that is missing, unreadable, too large or no JSON object.
+        CheckpointError: for a file that is missing, unreadable, too large, nested too deeply or not a JSON object.
     """
     try:
-        refuse_dangling(path)
+        check_link(path)
         if not path.is_file():
             raise CheckpointError(f"{path} is missing.")
         size = path.stat().st_size
-        if size > MOST_BYTES:
-            raise CheckpointError(f"{path} has {size} bytes; more than {MOST_BYTES} are not read as JSON.")
-        document = parse(path.read_bytes(), str(path))
+        if size > MAX_BYTES:
+            raise CheckpointError(f"{path} must have at most {MAX_BYTES} bytes; got {size}.")
+        document = parse_json(path.read_bytes(), str(path))
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+        raise CheckpointError(f"cannot read {path}: {error.strerror}.") from error
     _check_levels(document, str(path))
     return document
 
 
-def refuse_dangling(path: Path) -> None:
-    """Raises for a link that leads to no file, as in a cache of the hub of which a part was removed."""
+def check_link(path: Path) -> None:
+    """Raises a CheckpointError for a dangling link, such as in a partly deleted Hub cache."""
     if path.is_symlink() and not path.exists():
-        raise CheckpointError(f"{path} is a link to {str(path.readlink())!r}, where nothing is. Fetch it again.")
+        raise CheckpointError(f"{path} is a dangling link to {str(path.readlink())!r}. Download the file again.")
 
 
-def parse(document: bytes, where: str) -> dict[str, Any]:
-    """The object that a JSON document holds.
+def parse_json(document: bytes, where: str) -> dict[str, Any]:
+    """The object in a JSON document. ``where`` names it in errors.
 
     Raises:
-        CheckpointError: for what is no JSON object, and what is refused here.
+        CheckpointError: for anything else than a JSON object, and the extensions that the module refuses.
     """
-    refused: list[_Refused] = []
+    refused: list[_Invalid] = []
 
-    def refuse(fault: str) -> _Refused:
-        refused.append(_Refused(fault))
+    def refuse(fault: str) -> _Invalid:
+        refused.append(_Invalid(fault))
         return refused[-1]
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-            raise CheckpointError(f"{where} says the key {show(twice)} twice; it must be said once.")
-        return found
+    def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        items = dict(pairs)
+        if len(items) < len(pairs):
+            duplicate = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+            raise CheckpointError(f"{where}: duplicate key {short_repr(duplicate)}.")
+        return items
 
-    def whole(digits: str) -> Any:
-        return int(digits) if len(digits) <= MOST_DIGITS else refuse(f"a number of {len(digits)} digits")
+    def parse_int(digits: str) -> Any:
+        return int(digits) if len(digits) <= MAX_DIGITS else refuse(f"an integer of {len(digits)} digits")
 
-    def fraction(digits: str) -> Any:
-        return value if math.isfinite(value := float(digits)) else refuse(f"{digits[:MOST_DIGITS]}, beyond all numbers")
+    def parse_float(digits: str) -> Any:
+        return (
+            value if math.isfinite(value := float(digits)) else refuse(f"{digits[:MAX_DIGITS]}, which overflows fp64")
+        )
 
-    has_long = b"0" * MOST_DIGITS in document.translate(ALL_ZERO)
+    has_long = b"0" * MAX_DIGITS in document.translate(ALL_ZERO)
     try:
-        with paused_collection():
+        with paused_gc():
             value = json.loads(
                 document.decode("utf-8"),
-                object_pairs_hook=unique,
-                parse_int=whole if has_long else int,
-                parse_float=fraction,
-                parse_constant=lambda word: refuse(f"{word}, which JSON does not have"),
+                object_pairs_hook=unique_keys,
+                parse_int=parse_int if has_long else int,
+                parse_float=parse_float,
+                parse_constant=lambda word: refuse(f"{word}, which is not valid JSON"),
             )
         if refused:
-            place = _find(value, lambda item: item is refused[0])
-            raise CheckpointError(f"{where}: {place:.200} is {refused[0].fault}.")
+            path = _find(value, lambda item: item is refused[0])
+            raise CheckpointError(f"{where}: {path:.200} is {refused[0].fault}.")
         if not isinstance(value, dict):
-            raise CheckpointError(f"{where} must be a JSON object; it is a {type(value).__name__}.")
-        if SURROGATE.search(document) and (place := _find(value, _is_no_text)):
-            raise CheckpointError(f"{where}: {place:.200} holds half of a surrogate pair, which is no text.")
+            raise CheckpointError(f"{where} must be a JSON object; got {type(value).__name__}.")
+        if SURROGATE.search(document) and (path := _find(value, _has_lone_surrogate)):
+            raise CheckpointError(f"{where}: {path:.200} contains a lone surrogate, which is not valid Unicode.")
     except (UnicodeError, json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(f"{where} is not JSON: {error}.") from error
     return value
 
 
 @contextmanager
-def paused_collection() -> Iterator[None]:
-    """Python looks through all objects again and again while many are made, none of which can be garbage yet."""
+def paused_gc() -> Iterator[None]:
+    """Disables garbage collection, which would rescan the many new objects again and again."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -129,12 +131,12 @@ def paused_collection() -> Iterator[None]:
 
 
 def count_keys(document: object) -> int:
-    """Of all its objects."""
+    """The number of keys of all objects in a document."""
     return sum(len(item) for level in _levels(document) for item in level if isinstance(item, dict))
 
 
 def _levels(value: Any) -> Iterator[list[Any]]:
-    """The objects and lists in a document, the outermost first, and then those in these."""
+    """The objects and lists in a document by nesting level, the outermost first."""
     level = [value]
     while level:
         yield level
@@ -143,22 +145,23 @@ def _levels(value: Any) -> Iterator[list[Any]]:
 
 
 def _check_levels(value: object, where: str) -> None:
-    if any(number == MOST_LEVELS for number, _ in enumerate(_levels(value))):
-        raise CheckpointError(f"{where} must have at most {MOST_LEVELS} levels of objects and lists; it has more.")
+    """Raises a CheckpointError for nesting deeper than `MAX_LEVELS`."""
+    if any(number == MAX_LEVELS for number, _ in enumerate(_levels(value))):
+        raise CheckpointError(f"{where} must nest objects and lists at most {MAX_LEVELS} levels deep; got more.")
 
 
 def _find(value: Any, is_wanted: Callable[[object], bool]) -> str:
-    """The place of an item, or of a key, in words: its keys one after another."""
+    """The path to the first matching value or key, in words; empty where there is none."""
     if is_wanted(value):
         return "the value"
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in items:
         if is_wanted(key):
-            return f"the key {show(key)}"
+            return f"the key {short_repr(key)}"
         if found := _find(item, is_wanted):
-            return show(key) if found == "the value" else f"{show(key)}, {found}"
+            return short_repr(key) if found == "the value" else f"{short_repr(key)}, {found}"
     return ""
 
 
-def _is_no_text(item: object) -> bool:
+def _has_lone_surrogate(item: object) -> bool:
     return isinstance(item, str) and any("\ud800" <= letter <= "\udfff" for letter in item)

@@ -1,4 +1,4 @@
-"""`move` and `exchange`: renaming between open folders, without replacing anything, or in one step both ways."""
+"""`move` and `exchange`: atomic renames between open folders that never overwrite."""
 
 import ctypes
 import errno
@@ -7,29 +7,30 @@ import os
 NOREPLACE, EXCHANGE = 1, 2
 """Flags of renameat2 (Linux 3.15)."""
 UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
-"""What a system or a file system says that does not know a flag."""
+"""Errors of systems and file systems that do not support a flag."""
 
 
 def move(name: str, source: int, new_name: str, target: int) -> None:
-    """Renames a folder from one open folder into another, where nothing may be of that name.
+    """Moves a folder from one open folder to another, without overwriting.
 
     Raises:
-        OSError: where there is something. Without renameat2 an empty folder is not seen, and replaced.
+        OSError: where ``new_name`` exists. Without renameat2, an empty folder of that name is replaced.
     """
     if not _rename(name, source, new_name, target, NOREPLACE):
         os.rename(name, new_name, src_dir_fd=source, dst_dir_fd=target)
 
 
 def exchange(name: str, source: int, other: str, target: int) -> bool:
-    """Two entries of two open folders change places in one step; returns whether the system can do that.
+    """Swaps two entries of open folders atomically; returns False where the system does not support it.
 
     Raises:
-        OSError: where one of them is not there, or may not be renamed.
+        OSError: where one of them does not exist or may not be renamed.
     """
     return _rename(name, source, other, target, EXCHANGE)
 
 
 def _rename(name: str, source: int, new_name: str, target: int, flag: int) -> bool:
+    """Calls renameat2; returns False where it or the flag is not supported."""
     function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if function is None:
         return False

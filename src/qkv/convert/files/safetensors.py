@@ -1,9 +1,9 @@
-"""`read_header` and `lay_out`: the header of a safetensors file, without its weights.
+"""`read_header` and `make_header`: read and write the header of a safetensors file, without its weights.
 
-A file is 8 bytes for the length of the header, the header in JSON, and the tensors one after another without gaps.
+A file consists of the header's length (8 bytes), the header in JSON, and the tensors without gaps.
 
-Source: the format's description and ``SafeTensors::deserialize`` of the safetensors crate, whose checks these are. What
-the crate lets pass and is refused here: a key said twice.
+Source: the format's specification, and ``SafeTensors::deserialize`` of the safetensors crate for the checks. Stricter
+than the crate: duplicate keys are refused.
 """
 
 import json
@@ -16,8 +16,8 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 
 from qkv.convert.errors import CheckpointError
-from qkv.convert.files.fields import MOST, TENSOR, find_fault
-from qkv.convert.files.json_document import MOST_BYTES, parse, paused_collection, show
+from qkv.convert.files.fields import INT64_END, TENSOR, find_fault
+from qkv.convert.files.json_document import MAX_BYTES, parse_json, paused_gc, short_repr
 
 BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
@@ -27,19 +27,19 @@ BITS = {
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
     "F4": 4,
 }
-"""Of a number, by the format's name of its dtype."""
+"""Bits per number, by dtype."""
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Those that can be pooled."""
+"""The dtypes that can be pooled."""
 
 METADATA = "__metadata__"
 
 
 class TensorSpec(NamedTuple):
-    """What a header says of a tensor, its place apart."""
+    """Dtype and shape of a tensor."""
 
     dtype: str
-    """As the format names it."""
+    """Name in the safetensors or GGUF format."""
     shape: tuple[int, ...]
 
     @property
@@ -59,54 +59,54 @@ class TensorSpec(NamedTuple):
 
 
 class Header(NamedTuple):
-    """What a safetensors file says of itself."""
+    """The header of a safetensors file."""
 
     metadata: dict[str, str]
     tensors: dict[str, TensorSpec]
-    """In the order of their places."""
+    """In file order."""
     starts: dict[str, int]
-    """Where each begins in the file."""
+    """Position of each tensor in the file, in bytes."""
 
 
 def read_header(path: Path) -> Header:
     """Reads and checks the header.
 
     Raises:
-        CheckpointError: for a file that cannot be read or breaks a rule of the format.
+        CheckpointError: for a file that cannot be read or violates the format.
     """
     try:
         with path.open("rb") as file:
             return parse_header(file, path)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+        raise CheckpointError(f"cannot read {path}: {error.strerror}.") from error
 
 
 def parse_header(file: BinaryIO, path: Path) -> Header:
-    """As `read_header`, of a file that is open; ``path`` is for messages."""
+    """`read_header` for an open file; ``path`` is for error messages."""
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > size - 8:
         raise CheckpointError(
-            f"{path} is truncated or no safetensors file: it has {size} bytes, and its header should take "
-            f"8 and {length}. Fetch it again."
+            f"{path} is truncated or not a safetensors file: it has {size} bytes, but its header needs 8 + {length}. "
+            "Download it again."
         )
-    if length > MOST_BYTES:
-        raise CheckpointError(f"{path}: the header has {length} bytes; more than {MOST_BYTES} are not read.")
+    if length > MAX_BYTES:
+        raise CheckpointError(f"{path}: the header must have at most {MAX_BYTES} bytes; got {length}.")
     text = file.read(length)
     if not text.startswith(b"{"):
-        raise CheckpointError(f"{path}: the header must begin with '{{'; it begins with {text[:1]!r}.")
-    entries = parse(text, f"the header of {path}")
+        raise CheckpointError(f"{path}: the header must begin with '{{'; got {text[:1]!r}.")
+    entries = parse_json(text, f"the header of {path}")
     metadata = entries.pop(METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CheckpointError(f"{path}: {METADATA} must map names to texts; it is {show(metadata)}.")
-    with paused_collection():
-        return _checked(path, metadata, _places(path, entries), 8 + length, size)
+        raise CheckpointError(f"{path}: {METADATA} must map strings to strings; got {short_repr(metadata)}.")
+    with paused_gc():
+        return _check_layout(path, metadata, _sorted_entries(path, entries), 8 + length, size)
 
 
-def lay_out(tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, list[str]]:
-    """The first bytes of a file of these tensors, up to the first of them, and the order in which they follow.
+def make_header(tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, list[str]]:
+    """The header of a file with these tensors, including its length, and the order of the tensors after it.
 
-    Wide dtypes come first, so that each tensor begins at a multiple of its width, as the safetensors library does.
+    As in the safetensors library, wide dtypes come first, so that every tensor is aligned.
     """
     order = sorted(tensors, key=lambda name: -BITS[tensors[name].dtype])
     entries: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
@@ -124,20 +124,20 @@ def lay_out(tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> t
 
 
 def make_spec(dtype: str, shape: list[int]) -> TensorSpec | str:
-    """Of a tensor that can be, or else what is wrong with it."""
+    """The spec of a tensor, or an error message for an unknown dtype or too many numbers."""
     if dtype not in BITS:
-        return f"must have a dtype that the format knows; it has {show(dtype)}"
+        return f"dtype must be one of {', '.join(BITS)}; got {short_repr(dtype)}"
     numel = 1
-    for size in shape:  # Long products take long, and nobody can print them.
-        if (numel := numel * size) >= MOST:
-            return f"must have less than 2^63 numbers; its shape is {show(shape)}"
+    for size in shape:  # Checked at each step: the product of a long shape would be slow to compute.
+        if (numel := numel * size) >= INT64_END:
+            return f"must have less than 2^63 numbers; got shape {short_repr(shape)}"
     return TensorSpec(dtype, tuple(shape))
 
 
-def _place(entry: Any) -> tuple[int, int, TensorSpec] | None:
-    """Start, stop and kind of a tensor, counted from the end of the header; None where `_fault` is to say why not.
+def _parse_entry(entry: Any) -> tuple[int, int, TensorSpec] | None:
+    """Start and stop of a tensor, relative to the end of the header, and its spec; None where `_fault` gives an error.
 
-    A header may have a million entries: each step here is a second.
+    Performance matters: a header may have a million entries.
     """
     if type(entry) is not dict or len(entry) != len(TENSOR):
         return None
@@ -146,8 +146,8 @@ def _place(entry: Any) -> tuple[int, int, TensorSpec] | None:
         return None
     numel = 1
     for size in shape:
-        # True is a 1 to Python. Long products take long.
-        if type(size) is not int or size < 0 or (numel := numel * size) >= MOST:
+        # type(), since True is an int. Checked at each step, as in `make_spec`.
+        if type(size) is not int or size < 0 or (numel := numel * size) >= INT64_END:
             return None
     if len(offsets) != 2:
         return None
@@ -158,48 +158,49 @@ def _place(entry: Any) -> tuple[int, int, TensorSpec] | None:
 
 
 def _fault(entry: Any) -> str:
-    """What is wrong with an entry that has no place."""
+    """The error message for an entry that `_parse_entry` refuses."""
     if not isinstance(entry, dict) or entry.keys() != TENSOR.keys():
-        return f"must have dtype, shape and data_offsets; its entry is {show(entry)}"
+        return f"must have dtype, shape and data_offsets; got {short_repr(entry)}"
     if (fault := find_fault(entry, TENSOR)) is not None:
         return fault
     if len(offsets := entry["data_offsets"]) != 2:
-        return f"must have two data_offsets; it has {show(offsets)}"
+        return f"must have two data_offsets; got {short_repr(offsets)}"
     if isinstance(spec := make_spec(entry["dtype"], entry["shape"]), str):
         return spec
     needed = spec.numel * BITS[spec.dtype] / 8
-    left = offsets[1] - offsets[0]
-    return f"is {spec!s:.200} and must take {needed:.16g} bytes; its data_offsets {offsets} leave {left}"
+    taken = offsets[1] - offsets[0]
+    return f"{spec!s:.200} must take {needed:.16g} bytes; its data_offsets {offsets} take {taken}"
 
 
-def _places(path: Path, entries: dict[str, Any]) -> list[tuple[int, int, TensorSpec, str]]:
-    """In their order in the file."""
-    places = []
+def _sorted_entries(path: Path, entries: dict[str, Any]) -> list[tuple[int, int, TensorSpec, str]]:
+    """Start, stop, spec and name of each tensor, in file order."""
+    tensors = []
     for name, entry in entries.items():
-        if (place := _place(entry)) is None:
-            raise CheckpointError(f"{path}: tensor {show(name)}: {_fault(entry)}.")
-        places.append((*place, name))
-    return sorted(places)
+        if (parsed := _parse_entry(entry)) is None:
+            raise CheckpointError(f"{path}: tensor {short_repr(name)}: {_fault(entry)}.")
+        tensors.append((*parsed, name))
+    return sorted(tensors)
 
 
-def _checked(
-    path: Path, metadata: dict[str, str], places: list[tuple[int, int, TensorSpec, str]], data: int, size: int
+def _check_layout(
+    path: Path, metadata: dict[str, str], entries: list[tuple[int, int, TensorSpec, str]], data: int, size: int
 ) -> Header:
+    """The header, if its tensors fill the file without gaps or overlaps. ``data``: where the first one starts."""
     end, before = 0, ""
     tensors, starts = {}, {}
-    for start, stop, spec, name in places:
+    for start, stop, spec, name in entries:
         if start != end:
             fault = "overlaps with" if start < end else "leaves a gap after"
             raise CheckpointError(
-                f"{path}: tensor {show(name)} {fault} {show(before) if before else 'the header'}: it begins at {start} "
-                f"and should at {end}."
+                f"{path}: tensor {short_repr(name)} {fault} {short_repr(before) if before else 'the header'}: "
+                f"it must begin at {end}; got {start}."
             )
         end, before = stop, name
         tensors[name], starts[name] = spec, data + start
     if data + end != size:
-        fault = "truncated" if data + end > size else "followed by what belongs to no tensor"
+        fault = "is truncated" if data + end > size else "has extra bytes at its end"
         raise CheckpointError(
-            f"{path} is {fault}: it has {size} bytes, and by its header {show(before) if before else 'the header'} "
-            f"ends at {data + end}. Fetch it again."
+            f"{path} {fault}: it has {size} bytes, but by its header {short_repr(before) if before else 'the header'} "
+            f"ends at {data + end}. Download it again."
         )
     return Header(metadata, tensors, starts)

@@ -1,11 +1,11 @@
-"""`staged`: a folder that appears whole or not at all.
+"""`staged`: writes a folder atomically.
 
-It is made in an `OwnFolder` beside its place and renamed at the end. A folder that is to be replaced changes places
-with it in one step, or where the system cannot do that, stands aside between two renames; whoever comes after a run
-that was killed just then puts it back.
+The folder is written in an `OwnFolder` beside its destination and renamed at the end. An existing folder is exchanged
+with it in one step, or, where the system does not support that, in two renames; if a run is killed between the two, the
+next one restores the old folder.
 
-The folder around is opened once. All that follows goes by that descriptor and by the last name of the place alone, so
-that nobody can lead a run elsewhere by a link.
+The parent folder is opened once. Everything else is relative to that descriptor, so a link that changes meanwhile
+cannot redirect the run.
 """
 
 import os
@@ -20,11 +20,11 @@ from qkv.convert.files.own_folder import (
     CONTENT,
     REPLACED,
     OwnFolder,
+    find_leftovers,
     find_mount,
-    leftovers,
+    make_own_folder,
     mount_of,
     names_in,
-    own_folder,
 )
 from qkv.convert.files.renaming import exchange, move
 
@@ -32,62 +32,62 @@ FOLDER = os.O_RDONLY | os.O_DIRECTORY
 
 
 @contextmanager
-def staged(out: Path, *, overwrite: bool, say: Callable[[str], None]) -> Iterator[OwnFolder]:
-    """Yields an empty folder that takes the place of ``out`` when all went well, and is removed otherwise.
+def staged(out: Path, *, overwrite: bool, notify: Callable[[str], None]) -> Iterator[OwnFolder]:
+    """Yields an empty folder that becomes ``out`` on success and is removed otherwise.
 
     Args:
-        out: from `find_place`. Must not exist, unless ``overwrite`` and it is a model or an empty folder.
+        out: from `resolve_output`. Must not exist, unless ``overwrite`` and it is a model or an empty folder.
         overwrite: whether ``out`` may be replaced.
-        say: told of what an interrupted run left, and of what could not be removed.
+        notify: called with messages about leftovers of interrupted runs and what could not be removed.
 
     Raises:
-        CheckpointError: where ``out`` must not be replaced or another run is at work on it.
+        CheckpointError: where ``out`` must not be replaced, or another run is writing it.
         OSError: where nothing can be written.
     """
-    # Links on the way to the folder around are the user's own; none is followed from there on.
-    around = os.open(out.parent, FOLDER)
+    # Links in the path of the parent are followed; below it, none is.
+    parent = os.open(out.parent, FOLDER)
     try:
-        for left in leftovers(out.parent, around, out.name):
-            if left is None:
+        for leftover in find_leftovers(out.parent, parent, out.name):
+            if leftover is None:
                 raise CheckpointError(f"another run is writing {out}; wait for it, or give another folder.")
-            say(_settle(left, around, out))
-        _find_replaceable(out, around, overwrite)
-        with own_folder(out.parent, around, out.name) as own:
+            notify(_recover(leftover, parent, out))
+        _find_replaceable(out, parent, overwrite)
+        with make_own_folder(out.parent, parent, out.name) as own:
             try:
                 yield own
                 own.sync()
-                _put_in_place(own, around, out, overwrite)
+                _install(own, parent, out, overwrite)
             except BaseException:
-                _say_if(_restore(own, around, out) or own.remove(), say)
+                _notify_if(_roll_back(own, parent, out) or own.remove(), notify)
                 raise
-            _say_if(own.remove(and_replaced=True), say)
+            _notify_if(own.remove(with_replaced=True), notify)
     finally:
-        os.close(around)
+        os.close(parent)
 
 
-def find_place(out: Path | str, source: Path, overwrite: bool) -> Path:
-    """The absolute path of ``out``; raises where it must not be written, as far as can be known before."""
+def resolve_output(out: Path | str, source: Path, overwrite: bool) -> Path:
+    """The absolute path of ``out``; raises a CheckpointError where it cannot or must not be written."""
     out = Path(out).absolute()
     if out.name in ("", ".."):
         out = Path(os.path.realpath(out))
     if _is_within(out, source) or _is_within(source, out):
-        raise CheckpointError(f"{out} and the source {source} must be folders apart, neither in the other.")
+        raise CheckpointError(f"{out} must not contain the source {source} or lie in it; give another folder.")
     if not out.parent.is_dir():
-        raise CheckpointError(f"{out} cannot be written: {out.parent} must be a folder, and is none; make it first.")
+        raise CheckpointError(f"cannot write {out}: the parent folder {out.parent} does not exist; create it first.")
     if not os.access(out.parent, os.W_OK | os.X_OK):
         raise CheckpointError(
-            f"{out} cannot be written: you may not make anything in {out.parent}; give another place."
+            f"cannot write {out}: the parent folder {out.parent} is not writable; give another folder."
         )
-    around = os.open(out.parent, FOLDER)
+    parent = os.open(out.parent, FOLDER)
     try:
-        _find_replaceable(out, around, overwrite)
+        _find_replaceable(out, parent, overwrite)
     finally:
-        os.close(around)
+        os.close(parent)
     return out
 
 
 def _is_within(inner: Path, outer: Path) -> bool:
-    """Whether ``outer`` is ``inner`` or one of the folders around it, by whatever names they are given."""
+    """Whether ``outer`` is ``inner`` or one of its parents, compared by inode."""
     try:
         wanted = outer.stat()
     except OSError:
@@ -96,97 +96,99 @@ def _is_within(inner: Path, outer: Path) -> bool:
     return any(os.path.samestat(folder.stat(), wanted) for folder in (real, *real.parents) if folder.exists())
 
 
-def _find_replaceable(out: Path, around: int, overwrite: bool) -> int | None:
-    """The inode of what is at ``out``, if anything; raises where it must stay."""
+def _find_replaceable(out: Path, parent: int, overwrite: bool) -> int | None:
+    """The inode of ``out``, None where it does not exist; raises where it must not be replaced."""
     try:
-        found = os.stat(out.name, dir_fd=around, follow_symlinks=False)
+        found = os.stat(out.name, dir_fd=parent, follow_symlinks=False)
     except FileNotFoundError:
         return None
     if stat.S_ISLNK(found.st_mode):
         raise CheckpointError(
-            f"{out} is a link to {os.readlink(out.name, dir_fd=around)!r}, and nothing is written through links or in "
-            "their place; give the folder itself, or remove the link."
+            f"{out} is a link to {os.readlink(out.name, dir_fd=parent)!r}; links are not followed or replaced. "
+            "Give the folder itself, or remove the link."
         )
     if not overwrite:
         raise CheckpointError(f"{out} exists; give another folder, or --overwrite to replace it.")
     if not stat.S_ISDIR(found.st_mode):
-        raise CheckpointError(f"{out} is not replaced, since it is no folder; remove it yourself.")
-    folder = os.open(out.name, FOLDER | os.O_NOFOLLOW, dir_fd=around)
+        raise CheckpointError(f"refusing to replace {out}: it is not a folder. Remove it first.")
+    folder = os.open(out.name, FOLDER | os.O_NOFOLLOW, dir_fd=parent)
     try:
-        mount = find_mount(folder) if mount_of(folder) == mount_of(around) else Path()
+        mount = find_mount(folder) if mount_of(folder) == mount_of(parent) else Path()
         if mount is not None:
             raise CheckpointError(
-                f"{out / mount} is a mount, and cannot be replaced; unmount it, or give another folder."
+                f"refusing to replace {out / mount}: it is a mount point. Unmount it, or give another folder."
             )
         if not _is_model(folder) and names_in(folder):
-            raise CheckpointError(f"{out} is not replaced, since it is no folder with a {CONFIG}; remove it yourself.")
+            raise CheckpointError(f"refusing to replace {out}: it contains no {CONFIG}. Remove it first.")
         return os.fstat(folder).st_ino
     finally:
         os.close(folder)
 
 
 def _is_model(folder: int) -> bool:
+    """Whether an open folder contains a configuration."""
     try:
         return stat.S_ISREG(os.stat(CONFIG, dir_fd=folder).st_mode)
     except OSError:
         return False
 
 
-def _put_in_place(own: OwnFolder, around: int, out: Path, overwrite: bool) -> None:
-    """What is at ``out`` is looked at again: hours may have passed."""
-    if not out.parent.is_dir() or not os.path.samestat(out.parent.stat(), os.fstat(around)):
-        raise CheckpointError(f"{out.parent} was moved or replaced by someone else meanwhile. Nothing was kept.")
-    replaced = _find_replaceable(out, around, overwrite)
+def _install(own: OwnFolder, parent: int, out: Path, overwrite: bool) -> None:
+    """Moves the result to ``out``, after checking again that this is allowed: hours may have passed."""
+    if not out.parent.is_dir() or not os.path.samestat(out.parent.stat(), os.fstat(parent)):
+        raise CheckpointError(f"{out.parent} was moved or replaced by another process meanwhile. Nothing was kept.")
+    replaced = _find_replaceable(out, parent, overwrite)
     if replaced is None:
-        move(CONTENT, own.descriptor, out.name, around)
+        move(CONTENT, own.descriptor, out.name, parent)
     else:
         own.note_replaced(replaced)
-        if not exchange(CONTENT, own.descriptor, out.name, around):
-            move(out.name, around, REPLACED, own.descriptor)
-            move(CONTENT, own.descriptor, out.name, around)
+        if not exchange(CONTENT, own.descriptor, out.name, parent):
+            move(out.name, parent, REPLACED, own.descriptor)
+            move(CONTENT, own.descriptor, out.name, parent)
         if own.find_replaced() is None:
-            raise CheckpointError(f"{out} was replaced by someone else meanwhile, and left. Nothing was kept.")
-    os.fsync(around)
+            raise CheckpointError(f"{out} was replaced by another process meanwhile and not touched. Nothing was kept.")
+    os.fsync(parent)
 
 
-def _restore(own: OwnFolder, around: int, out: Path) -> str | None:
-    """Undoes what `_put_in_place` did, however far it came; returns why it could not."""
-    taken_in = next((name for name in (REPLACED, CONTENT) if own.inode_of(name) not in (None, own.inode)), None)
-    is_there = _inode(out.name, around) == own.inode
+def _roll_back(own: OwnFolder, parent: int, out: Path) -> str | None:
+    """Undoes `_install`, however far it got; returns an error message, or None on success."""
+    moved_in = next((name for name in (REPLACED, CONTENT) if own.inode_of(name) not in (None, own.inode)), None)
+    is_installed = _inode(out.name, parent) == own.inode
     try:
-        if is_there and taken_in == CONTENT:
-            exchange(CONTENT, own.descriptor, out.name, around)
+        if is_installed and moved_in == CONTENT:
+            exchange(CONTENT, own.descriptor, out.name, parent)
         else:
-            if is_there:
-                move(out.name, around, CONTENT, own.descriptor)
-            if taken_in is not None:
-                move(taken_in, own.descriptor, out.name, around)
+            if is_installed:
+                move(out.name, parent, CONTENT, own.descriptor)
+            if moved_in is not None:
+                move(moved_in, own.descriptor, out.name, parent)
     except OSError as error:
-        return f"what was at {out} could not be put back, and is in {own.path}: {error.strerror}"
+        return f"could not restore {out}; its former contents are in {own.path}: {error.strerror}"
     return None
 
 
-def _settle(left: OwnFolder, around: int, out: Path) -> str:
-    """Puts back or removes what a killed run left; returns what to say of it."""
-    replaced = left.find_replaced()
-    now = _inode(out.name, around)
+def _recover(leftover: OwnFolder, parent: int, out: Path) -> str:
+    """Restores ``out`` after a killed run, or removes what that left; returns a message for the user."""
+    replaced = leftover.find_replaced()
+    now = _inode(out.name, parent)
     if replaced is not None and now is None:
-        move(replaced, left.descriptor, out.name, around)
-        said = f"{out} was put back, which an interrupted run was about to replace"
-    elif replaced is None or now == left.inode:
-        said = f"{left.path.name} was left by an interrupted run; starting over"
+        move(replaced, leftover.descriptor, out.name, parent)
+        message = f"restored {out}, which an interrupted run was about to replace"
+    elif replaced is None or now == leftover.inode:
+        message = f"removed {leftover.path.name} of an interrupted run"
     else:
-        return f"{left.path / replaced} was at {out} before an interrupted run; it was left, since another is there now"
-    return left.remove(and_replaced=now is not None) or said
+        return f"kept {leftover.path / replaced}: it was {out} before an interrupted run, but {out} exists now"
+    return leftover.remove(with_replaced=now is not None) or message
 
 
 def _inode(name: str, folder: int) -> int | None:
+    """The inode of an entry; None where it does not exist."""
     try:
         return os.stat(name, dir_fd=folder, follow_symlinks=False).st_ino
     except FileNotFoundError:
         return None
 
 
-def _say_if(fault: str | None, say: Callable[[str], None]) -> None:
+def _notify_if(fault: str | None, notify: Callable[[str], None]) -> None:
     if fault is not None:
-        say(fault)
+        notify(fault)

@@ -1,4 +1,4 @@
-"""`pool_heads`: the rows of several key/value heads become the rows of one."""
+"""`pool_heads`: merges the rows of each group of key/value heads into those of one head."""
 
 from typing import Literal, get_args
 
@@ -7,33 +7,34 @@ from torch import Tensor
 
 from qkv.arguments import require_int
 
-How = Literal["mean", "first", "random"]
-Method = Literal["mean", "first", "random", "aligned"]
-"""Of layers and models; one tensor alone cannot be aligned."""
+PoolMethod = Literal["mean", "first", "random"]
+ConversionMethod = Literal["mean", "first", "random", "aligned"]
+"""For layers and models; aligning needs all projections of a layer."""
 
 
-def pool_heads(weight: Tensor, num_kv_heads: int, new_kv_heads: int, *, how: How = "mean", seed: int = 0) -> Tensor:
-    """Pools ``num_kv_heads`` heads of a projection to ``new_kv_heads``, each from ``num_kv_heads / new_kv_heads``.
+def pool_heads(
+    weight: Tensor, num_kv_heads: int, new_kv_heads: int, *, how: PoolMethod = "mean", seed: int = 0
+) -> Tensor:
+    """Pools contiguous groups of ``num_kv_heads / new_kv_heads`` heads of a projection into one head each.
 
     Args:
-        weight: ``(num_kv_heads * D, ...)``: the weight or the bias of a projection to keys or values, head after head.
-        num_kv_heads: heads that it has.
-        new_kv_heads: heads that the result has, a divisor. With as many as before, the result is ``weight`` itself.
-        how: ``mean`` of the heads of a group, in fp32 (fp64 for fp64) and rounded once; the ``first`` of them; or
-            ``random``, drawn anew from a normal distribution with the root mean square of ``weight``.
-        seed: of ``random``.
+        weight: ``(num_kv_heads * D, ...)``: weight or bias of a key or value projection, rows ordered by head.
+        num_kv_heads: heads in ``weight``.
+        new_kv_heads: heads in the result, a divisor. If equal to ``num_kv_heads``, returns ``weight`` itself.
+        how: ``mean`` of the group, computed in fp32 (fp64 for fp64) and rounded once; the ``first`` head of it; or
+            ``random``: new values from a normal distribution with the root mean square of ``weight``.
+        seed: for ``random``.
 
     Returns:
         ``(new_kv_heads * D, ...)`` in the dtype of ``weight``.
 
     Raises:
-        ValueError: for sizes that do not divide, and another ``how``.
+        ValueError: for sizes that do not divide, and an unknown ``how``.
         TypeError: for a weight that is not floating-point.
 
-    Groups are contiguous, as transformers reads them: query head h reads key/value head ``h // (H / Hkv)``. Neighbours
-    are summed first, then sums of neighbours, and the sum is divided once. Powers of two divide exactly, so that in
-    fp32 and fp64 pooling by a power of two and then by any factor gives the bits of pooling at once, short of
-    overflow and underflow; in bf16 and fp16 each step rounds.
+    Groups are contiguous as in transformers: query head h reads key/value head ``h // (H / Hkv)``. The mean is a
+    pairwise sum and one division. In fp32 and fp64, pooling by a power of two and then by any factor is therefore
+    bitwise equal to pooling at once (barring overflow and underflow); in bf16 and fp16 each step rounds.
 
     Example:
         >>> import torch
@@ -42,7 +43,7 @@ def pool_heads(weight: Tensor, num_kv_heads: int, new_kv_heads: int, *, how: How
         tensor([[2.],
                 [6.]])
 
-    Source: Ainslie et al. 2023, section 2.1 and figure 4, whose "random" draws as the model was initialised.
+    Source: Ainslie et al. 2023, section 2.1 and figure 4, whose "random" uses the model's initialisation.
     """
     if not weight.dtype.is_floating_point:
         raise TypeError(f"pool_heads: weight must be floating-point; got {weight.dtype}.")
@@ -50,18 +51,18 @@ def pool_heads(weight: Tensor, num_kv_heads: int, new_kv_heads: int, *, how: How
     require_int("pool_heads", "new_kv_heads", new_kv_heads)
     if new_kv_heads < 1 or num_kv_heads < 1 or num_kv_heads % new_kv_heads:
         raise ValueError(
-            f"pool_heads: new_kv_heads must divide num_kv_heads; got {new_kv_heads} and {num_kv_heads}, "
-            f"for which {', '.join(map(str, divisors(num_kv_heads)))} would do."
+            f"pool_heads: new_kv_heads must divide num_kv_heads={num_kv_heads} "
+            f"({', '.join(map(str, divisors(num_kv_heads)))}); got {new_kv_heads}."
         )
     if weight.dim() < 1 or weight.shape[0] % num_kv_heads:
         raise ValueError(
-            f"pool_heads: the first dimension of weight must hold {num_kv_heads} heads of equal width; "
+            f"pool_heads: the first dimension of weight must be a multiple of the {num_kv_heads} heads; "
             f"got shape {tuple(weight.shape)}."
         )
-    if how not in get_args(How):
+    if how not in get_args(PoolMethod):
         raise ValueError(
-            f"pool_heads: how must be one of {', '.join(get_args(How))}; got {how!r}. "
-            "aligned takes all projections: convert_layer, convert_state_dict."
+            f"pool_heads: how must be one of {', '.join(get_args(PoolMethod))}; got {how!r}. "
+            "For aligned, which needs all projections, use convert_layer or convert_state_dict."
         )
     if new_kv_heads == num_kv_heads:
         return weight
@@ -77,13 +78,13 @@ def pool_heads(weight: Tensor, num_kv_heads: int, new_kv_heads: int, *, how: How
 
 
 def group_heads(weight: Tensor, num_heads: int, num_kv_heads: int, *, dim: int = 0) -> Tensor:
-    """Reorders query heads whose groups are interleaved (head h reads ``h % Hkv``) so that groups are contiguous.
+    """Reorders query heads from interleaved groups (head h reads ``h % Hkv``) to contiguous groups.
 
     Args:
-        weight: of the query projection, or with ``dim=1`` of the output projection, whose columns follow the heads.
+        weight: of the query projection, or with ``dim=1`` of the output projection, whose columns belong to heads.
         num_heads: query heads.
         num_kv_heads: groups, a divisor.
-        dim: which dimension counts the heads.
+        dim: the dimension with the heads.
 
     Raises:
         ValueError: for sizes that do not divide.
@@ -96,8 +97,8 @@ def group_heads(weight: Tensor, num_heads: int, num_kv_heads: int, *, dim: int =
     """
     if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads or weight.shape[dim] % num_heads:
         raise ValueError(
-            f"group_heads: dimension {dim} of weight must hold {num_heads} heads of equal width, in {num_kv_heads} "
-            f"groups of equal size; got shape {tuple(weight.shape)}."
+            f"group_heads: dimension {dim} of weight must be a multiple of the {num_heads} heads, and these of the "
+            f"{num_kv_heads} groups; got shape {tuple(weight.shape)}."
         )
     before, after = weight.shape[:dim], weight.shape[dim + 1 :]
     heads = weight.reshape(*before, num_heads // num_kv_heads, num_kv_heads, -1, *after)
@@ -105,7 +106,7 @@ def group_heads(weight: Tensor, num_heads: int, num_kv_heads: int, *, dim: int =
 
 
 def _sum_neighbours(heads: Tensor) -> Tensor:
-    """Sums over dimension 1, pair by pair."""
+    """Pairwise sum over dimension 1."""
     while (count := heads.shape[1]) > 1:
         pairs = heads[:, 0 : count - 1 : 2] + heads[:, 1::2]
         heads = torch.cat([pairs, heads[:, -1:]], dim=1) if count % 2 else pairs
@@ -113,7 +114,7 @@ def _sum_neighbours(heads: Tensor) -> Tensor:
 
 
 def divisors(number: int) -> list[int]:
-    """From the number itself down to 1.
+    """The divisors of a number, in descending order.
 
     Example:
         >>> divisors(8)

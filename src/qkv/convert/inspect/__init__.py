@@ -1,1 +1,1 @@
-"""What a checkpoint says of its attention, without its weights."""
+"""The attention of a checkpoint, read from its configuration and headers."""

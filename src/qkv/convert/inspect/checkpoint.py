@@ -1,4 +1,4 @@
-"""`inspect_checkpoint`: the attention of a model, from its configuration and headers alone."""
+"""`inspect_checkpoint`: describes the attention of a model from its configuration and headers."""
 
 import re
 from collections.abc import Mapping
@@ -9,22 +9,22 @@ from qkv.convert.families import transformers_schema
 from qkv.convert.families.family import Family
 from qkv.convert.families.registry import find_family
 from qkv.convert.files.folder import CONFIG, read_folder
-from qkv.convert.files.json_document import paused_collection, read_document
+from qkv.convert.files.json_document import paused_gc, read_document
 from qkv.convert.files.safetensors import TensorSpec, read_header
 from qkv.convert.inspect.gguf import inspect_gguf
 from qkv.convert.inspect.inspection import Inspection, LayerAttention
 
 
-@paused_collection()
+@paused_gc()
 def inspect_checkpoint(path: Path | str) -> Inspection:
-    """Reads a folder or file of a model, configuration and headers and no weights.
+    """Describes the attention of a model; reads configuration and headers, no weights.
 
     Args:
-        path: a folder as ``save_pretrained`` writes it; a safetensors file of a whole model beside its
+        path: a folder written by ``save_pretrained``; a safetensors file of a whole model, next to its
             ``config.json``; or a GGUF file.
 
     Raises:
-        CheckpointError: for what is broken, contradicts itself or is of another family.
+        CheckpointError: for broken or inconsistent files, and model families that are not supported.
 
     Example:
         >>> from qkv.convert import inspect_checkpoint
@@ -42,21 +42,22 @@ def inspect_checkpoint(path: Path | str) -> Inspection:
 
 
 def inspect_tensors(where: str, config: dict[str, Any], tensors: Mapping[str, TensorSpec]) -> Inspection:
-    """The attention of a transformers model, from its configuration and the kinds of its tensors.
+    """Describes the attention of a transformers model. ``where`` names the configuration in errors.
 
     Raises:
-        CheckpointError: for another family, and tensors that are missing or not of the shape that the configuration
-            says.
+        CheckpointError: for a model family that is not supported, and a configuration that does not match the tensors.
     """
     family = find_family(where, config)
-    known = transformers_schema.read_config(where, config, len(tensors))
-    transformers_schema.check_tensors(where, known, tensors)
-    heads, windows = transformers_schema.heads(where, known), transformers_schema.windows(known)
+    hf_config = transformers_schema.read_config(where, config, len(tensors))
+    transformers_schema.check_tensors(where, hf_config, tensors)
+    heads, windows = transformers_schema.heads(where, hf_config), transformers_schema.windows(hf_config)
     parts = _by_layer(family.attention, tensors, len(windows))
-    own = [_layer(family, heads, windows[number], _rotary(known, number), part) for number, part in enumerate(parts)]
+    own = [
+        _layer(family, heads, windows[number], _rotary(hf_config, number), part) for number, part in enumerate(parts)
+    ]
     parts = _by_layer(family.cross, tensors, len(windows))
     cross = [_layer(family, heads, None, "", part)._replace(cross=True) for part in parts]
-    encoder_heads = transformers_schema.encoder_heads(known)
+    encoder_heads = transformers_schema.encoder_heads(hf_config)
     parts = _by_layer(family.encoder, tensors, len(encoder_heads))
     encoder = tuple(_layer(family, heads, None, "", part) for heads, part in zip(encoder_heads, parts, strict=False))
     dtype = next(spec.dtype for name, spec in tensors.items() if family.is_kv(name))
@@ -67,7 +68,7 @@ def inspect_tensors(where: str, config: dict[str, Any], tensors: Mapping[str, Te
 def _by_layer(
     pattern: re.Pattern[str] | None, tensors: Mapping[str, TensorSpec], num_layers: int
 ) -> list[dict[str, TensorSpec]]:
-    """The tensors of each layer's attention, by the rest of their names."""
+    """The attention tensors of each layer, by name within the attention."""
     if pattern is None:
         return []
     parts: list[dict[str, TensorSpec]] = [{} for _ in range(num_layers)]
@@ -85,6 +86,7 @@ def _layer(
     rotary: str,
     parts: Mapping[str, TensorSpec],
 ) -> LayerAttention:
+    """Describes one layer. ``parts``: its attention tensors, by name within the attention."""
     kv = {part: spec for part, spec in parts.items() if family.holds_kv.fullmatch(part)}
     queries, keys = heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim
     share = 2 * keys / (queries + 2 * keys) if family.is_packed else 1
@@ -103,7 +105,7 @@ def _layer(
 
 
 def _rotary(config: Any, layer: int) -> str:
-    """How a layer rotates positions, from the ``rope_parameters`` of transformers."""
+    """The rotary embedding of a layer in words, from transformers' ``rope_parameters``; empty without."""
     parameters = getattr(config, "rope_parameters", None)
     kinds = getattr(config, "layer_types", None)
     if parameters and kinds and kinds[layer] in parameters:

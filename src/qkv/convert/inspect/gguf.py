@@ -1,4 +1,4 @@
-"""`inspect_gguf`: the attention of the model in a GGUF file."""
+"""`inspect_gguf`: describes the attention of the model in a GGUF file."""
 
 import re
 from collections.abc import Mapping
@@ -7,8 +7,8 @@ from typing import Any
 
 from qkv.convert.errors import CheckpointError
 from qkv.convert.files.fields import GGUF, check_fields
-from qkv.convert.files.gguf import check_places, read_gguf
-from qkv.convert.files.json_document import show
+from qkv.convert.files.gguf import check_bounds, read_gguf
+from qkv.convert.files.json_document import short_repr
 from qkv.convert.files.safetensors import TensorSpec
 from qkv.convert.inspect.inspection import Inspection, LayerAttention
 
@@ -17,10 +17,10 @@ ATTENTION = re.compile(r"blk\.(\d{1,9})\.(attn_(?:q|k|v|qkv|output|q_norm|k_norm
 
 
 def inspect_gguf(path: Path) -> Inspection:
-    """Reads the header of a GGUF file and no weights.
+    """Describes the attention of a model from the header of a GGUF file; reads no weights.
 
     Raises:
-        CheckpointError: for a broken file, and a model whose attention it does not describe in full.
+        CheckpointError: for a broken file, and a header that does not describe the attention completely.
     """
     header = read_gguf(path)
     check_fields(str(path), {ARCHITECTURE: None} | header.fields, GGUF)
@@ -31,15 +31,15 @@ def inspect_gguf(path: Path) -> Inspection:
         if key.startswith(f"{model_type}.")
     }
     check_fields(str(path), header.fields, {f"{model_type}.{name}": kind for name, kind in GGUF.items()})
-    check_places(path, header)
+    check_bounds(path, header)
     parts: dict[int, dict[str, TensorSpec]] = {}
     for name, spec in header.tensors.items():
         if match := ATTENTION.fullmatch(name):
             parts.setdefault(int(match[1]), {})[match[2]] = spec
     if not parts or sorted(parts) != list(range(len(parts))) or own.get("block_count") != len(parts):
         raise CheckpointError(
-            f"{path}: each of the {own.get('block_count')} layers must have keys and values by heads; "
-            f"{len(parts)} of this model of type {model_type!r} have."
+            f"{path}: all {own.get('block_count')} layers of a {model_type!r} model must have attention tensors; "
+            f"got {len(parts)} that do."
         )
     layers = tuple(_layer(path, own, number, parts[number]) for number in range(len(parts)))
     dtype = next(spec.dtype for name, spec in parts[0].items() if re.match(r"attn_(k|qkv)\.", name))
@@ -47,6 +47,7 @@ def inspect_gguf(path: Path) -> Inspection:
 
 
 def _layer(path: Path, own: Mapping[str, Any], number: int, parts: Mapping[str, TensorSpec]) -> LayerAttention:
+    """Describes one layer. ``own``: the header's fields without prefix; ``parts``: the layer's attention tensors."""
     num_heads = _count(path, own, "attention.head_count", number)
     num_kv_heads = _count(path, own, "attention.head_count_kv", number, default=num_heads)
     key_width = _count(path, own, "attention.key_length", number, _count(path, own, "embedding_length", 0) // num_heads)
@@ -62,8 +63,8 @@ def _layer(path: Path, own: Mapping[str, Any], number: int, parts: Mapping[str, 
     for name, number_of_rows in rows.items():
         if name not in parts or parts[name].shape[:-1] != (number_of_rows,):
             raise CheckpointError(
-                f"{path}: tensor 'blk.{number}.{name}' must have {number_of_rows} rows by the header; "
-                f"it is {parts.get(name, 'missing')}."
+                f"{path}: by the header, tensor 'blk.{number}.{name}' must have {number_of_rows} rows; "
+                f"got {parts.get(name, 'none')}."
             )
     bias = any(re.match(r"attn_(q|k|v|qkv)\.bias", name) for name in parts)
     columns = max(parts[name].shape[-1] for name in rows)
@@ -82,30 +83,32 @@ def _layer(path: Path, own: Mapping[str, Any], number: int, parts: Mapping[str, 
 
 
 def _count(path: Path, own: Mapping[str, Any], key: str, layer: int, default: int | None = None) -> int:
-    """A number of the header, which some files say for each layer."""
+    """A number of the header, which may be a list with one value per layer."""
     value = own.get(key, default)
     if isinstance(value, list) and layer < len(value):
         value = value[layer]
     if type(value) is not int or value < 1:
-        raise CheckpointError(f"{path}: {key} must be a number from 1 on in layer {layer}; it is {show(value)}.")
+        raise CheckpointError(f"{path}: {key} must be an integer >= 1 in layer {layer}; got {short_repr(value)}.")
     return value
 
 
 def _window(path: Path, own: Mapping[str, Any], layer: int) -> int | None:
+    """The sliding window of a layer; None without."""
     window, pattern = own.get("attention.sliding_window"), own.get("attention.sliding_window_pattern")
     if not window:
         return None
     if not isinstance(pattern, list) or layer >= len(pattern):
         raise CheckpointError(
-            f"{path}: some layers have a window of {window}, and the file does not say which. "
-            "Give the folder that it was made from."
+            f"{path}: some layers have a window of {window}, but the file does not say which. "
+            "Give the folder that it was converted from."
         )
     return _count(path, own, "attention.sliding_window", layer) if pattern[layer] else None
 
 
 def _rotary(own: Mapping[str, Any], width: int) -> str:
-    turned = own.get("rope.dimension_count")
-    if turned is None:
+    """The rotary embedding in words; empty without."""
+    rotary_dim = own.get("rope.dimension_count")
+    if rotary_dim is None:
         return ""
-    partial = f", {turned / width:g} of the width" if turned != width else ""
+    partial = f", {rotary_dim / width:g} of the width" if rotary_dim != width else ""
     return f"theta {own.get('rope.freq_base', 10000.0):g}{partial}"

@@ -15,52 +15,52 @@ class LayerAttention(NamedTuple):
     """Width of a query and a key."""
     value_dim: int
     window: int | None
-    """Keys that a query sees, its own included; None where it sees all before it."""
+    """Sliding window, the query's own key included; None without."""
     bias: bool
-    """Whether queries, keys and values have one."""
+    """Whether the projections of q, k and v have biases."""
     qk_norm: bool
     """Whether queries and keys are normalised."""
     rotary: str
-    """How positions are rotated, in words; empty where they are not."""
+    """The rotary embedding in words; empty without."""
     parameters: int
-    """Of all its projections and norms."""
+    """Of all projections and norms of the attention."""
     kv_parameters: int
-    """Of keys and values among them."""
+    """Of the key and value projections among them."""
     cross: bool = False
     """Whether keys and values come from an encoder."""
 
     def with_kv_heads(self, num_kv_heads: int) -> "LayerAttention":
-        """The same with another number of KV heads."""
+        """The layer with another number of KV heads."""
         kv_parameters = self.kv_parameters * num_kv_heads // self.num_kv_heads
         parameters = self.parameters - self.kv_parameters + kv_parameters
         return self._replace(num_kv_heads=num_kv_heads, parameters=parameters, kv_parameters=kv_parameters)
 
 
 class Inspection(NamedTuple):
-    """What `inspect_checkpoint` found."""
+    """The attention of a model, as returned by `inspect_checkpoint`."""
 
     model_type: str
     dtype: str
-    """In which keys and values are stored, as the file format names it."""
+    """Storage dtype of keys and values, as named in the file format."""
     parameters: int
     """Of the whole model."""
     layers: tuple[LayerAttention, ...]
-    """Those with a KV cache. Beside an encoder, the self-attention of the decoder and then its cross-attention."""
+    """Layers with a KV cache: the decoder's self-attention, then its cross-attention."""
     encoder: tuple[LayerAttention, ...] = ()
-    """The layers of an encoder, whose heads stay as they are."""
+    """The encoder's layers, which a conversion does not change."""
 
     @property
     def attention_parameters(self) -> int:
-        """Of all attention."""
+        """Of all attention layers."""
         return sum(layer.parameters for layer in (*self.encoder, *self.layers))
 
     @property
     def possible_kv_heads(self) -> list[int]:
-        """The numbers of KV heads that all layers have or could be pooled to."""
+        """The numbers of KV heads that all layers can be pooled to, including the current one."""
         return divisors(math.gcd(*(layer.num_kv_heads for layer in self.layers)))
 
     def with_kv_heads(self, num_kv_heads: int) -> "Inspection":
-        """The model as it would be with another number of KV heads."""
+        """The model with another number of KV heads."""
         layers = tuple(layer.with_kv_heads(num_kv_heads) for layer in self.layers)
         saved = sum(layer.parameters for layer in self.layers) - sum(layer.parameters for layer in layers)
         return self._replace(layers=layers, parameters=self.parameters - saved)

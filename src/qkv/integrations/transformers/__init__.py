@@ -1,6 +1,6 @@
-"""qkv in models of transformers: its attention, its cache, and batches without their padding.
+"""qkv in models of transformers: attention (`register`), KV caches (`QKVCache`) and unpadded batches (`unpad`).
 
-`QKVCache` is loaded when it is asked for, and transformers with it.
+`QKVCache` is imported lazily, since it imports transformers.
 """
 
 from typing import TYPE_CHECKING, Any

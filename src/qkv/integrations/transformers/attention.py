@@ -14,20 +14,20 @@ NAME = "qkv"
 
 
 def register(*, cache: bool | torch.dtype = False) -> None:
-    """Makes ``attn_implementation="qkv"`` known to transformers: the attention function and the mask function.
+    """Registers ``attn_implementation="qkv"`` with transformers: the attention function and the mask function.
 
-    Afterwards ``from_pretrained(..., attn_implementation="qkv")`` or ``model.set_attn_implementation("qkv")`` runs a
-    model on `qkv.attention`. Masks that transformers would write out are recognised and passed on as a `Mask`;
-    what is not recognised is honoured as a dense mask. Keys and values are never repeated for their group.
+    Then ``from_pretrained(..., attn_implementation="qkv")`` or ``model.set_attn_implementation("qkv")`` runs a model on
+    `qkv.attention`. Mask functions of transformers are converted to a `Mask` instead of a dense tensor; unknown ones
+    are evaluated to a dense mask. Keys and values are not repeated for groups.
 
     Args:
-        cache: whether transformers' default cache, for all models from now on, shall be the one that appends without
-            concatenating; ``torch.int8`` for the one in int8. False leaves it as it is: give single calls a
-            ``past_key_values=QKVCache(model.config)`` of `qkv.integrations.transformers.cache`.
+        cache: True makes `QKVCache`, which appends in place, transformers' default cache for all models; ``torch.int8``
+            makes it the default in int8. False does not change the default: pass
+            ``past_key_values=QKVCache(model.config)`` to single calls.
 
     Raises:
-        ModuleNotFoundError: where transformers is not installed.
-        ValueError: for another cache.
+        ModuleNotFoundError: if transformers is not installed.
+        ValueError: for any other ``cache``.
 
     Example:
         >>> from qkv.integrations.transformers import register
@@ -69,44 +69,44 @@ def attend(
 
     Args:
         module: the calling layer.
-        query: ``(B, H, Lq, D)``, or a batch of one for all.
+        query: ``(B, H, Lq, D)``, or ``(1, H, Lq, D)``, which is expanded to the batch.
         key, value: ``(B, Hkv, Lk, D)`` and ``(B, Hkv, Lk, Dv)``.
-        attention_mask: from `make_mask`, or a boolean or additive mask of the caller's.
-        dropout, scaling, position_bias, softcap: as for transformers' own implementations.
-        is_causal: whether no mask means causal, aligned top-left, as it does to transformers' sdpa.
+        attention_mask: from `make_mask`, or a boolean or additive mask.
+        dropout, scaling, position_bias, softcap: as in transformers' implementations.
+        is_causal: whether a missing mask means causal, aligned top-left, as in transformers' sdpa.
         s_aux: learned sink logits ``(H,)``.
-        sinks: sink logits of each query ``(B, H, Lq, 1)``.
-        indices: ``(B, Lq, n)``, the only keys that a query may see, on top of the mask.
-        block_indices: ``(B, G, Lq, n)``, the only blocks of ``module.indexer.block_size`` keys that the queries of one
-            of G groups of heads may see; -1 is no block.
-        output_attentions: whether to return the weights as well, which costs writing them out.
+        sinks: sink logits per query ``(B, H, Lq, 1)``.
+        indices: ``(B, Lq, n)``: keys that a query may see, in addition to the mask.
+        block_indices: ``(B, G, Lq, n)``: blocks of ``module.indexer.block_size`` keys that queries of each of G groups
+            of heads may see; -1 for none.
+        output_attentions: whether to return the weights, which requires materializing them.
         cache: transformers' paged cache, which is not supported.
-        **ignored: what transformers passes for other implementations (positions, window sizes that the mask holds).
+        **ignored: arguments for other implementations (positions, window sizes already in the mask).
 
     Returns:
         ``(B, Lq, H, Dv)``, and the weights ``(B, H, Lq, Lk)`` or None.
     """
     if cache is not None:
         raise NotImplementedError(
-            f"attn_implementation={NAME!r} does not read transformers' paged cache (continuous batching); "
-            f"use generate, or another implementation. Got {type(cache).__name__}."
+            f"attn_implementation={NAME!r} does not support transformers' paged cache (continuous batching); "
+            f"got {type(cache).__name__}. Use generate, or another implementation."
         )
     batch, _, lk, _ = key.shape
     if query.shape[0] != batch:
         query = query.expand(batch, -1, -1, -1)
-    seen = _visibility(attention_mask, query.shape[2], lk, is_causal)
-    mask, bias = seen.mask, seen.bias
+    converted = _convert_mask(attention_mask, query.shape[2], lk, is_causal)
+    mask, bias = converted.mask, converted.bias
     if indices is not None:
-        mask = mask & Mask.dense(_chosen(indices, lk)[:, None])
+        mask = mask & Mask.dense(_one_hot(indices, lk)[:, None])
     if block_indices is not None:
         size: int = module.indexer.block_size  # type: ignore[assignment, union-attr]
-        keys = _chosen(block_indices, -(-lk // size)).repeat_interleave(size, dim=-1)[..., :lk]
+        keys = _one_hot(block_indices, -(-lk // size)).repeat_interleave(size, dim=-1)[..., :lk]
         mask = mask & Mask.dense(keys.repeat_interleave(query.shape[1] // keys.shape[1], dim=1))
     if position_bias is not None:
         bias = position_bias[..., :lk] if bias is None else bias + position_bias[..., :lk]
     options: dict[str, Any] = {
         "mask": mask,
-        "offset": seen.offset,
+        "offset": converted.offset,
         "scale": scaling,
         "softcap": softcap,
         "bias": bias,
@@ -125,31 +125,32 @@ def attend(
     return out.transpose(1, 2).contiguous(), weights
 
 
-class _Visibility(NamedTuple):
-    """What transformers' ``attention_mask`` says, in our words."""
+class _ConvertedMask(NamedTuple):
+    """transformers' ``attention_mask`` as arguments of `attention`."""
 
     mask: Mask
     offset: int = 0
     bias: Tensor | None = None
 
 
-def _visibility(attention_mask: Tensor | None, lq: int, lk: int, is_causal: bool | None) -> _Visibility:
+def _convert_mask(attention_mask: Tensor | None, lq: int, lk: int, is_causal: bool | None) -> _ConvertedMask:
+    """Converts transformers' ``attention_mask``; None means full, or causal if ``is_causal``."""
     if attention_mask is None:
-        # As eager: without a mask all is seen. `module.is_causal` is no sign, since some layers that see all carry it.
-        return _Visibility(Mask.causal() if is_causal and lq > 1 else FULL)
+        # As in eager, all keys are visible. `module.is_causal` does not count: some bidirectional layers set it.
+        return _ConvertedMask(Mask.causal() if is_causal and lq > 1 else FULL)
     if isinstance(attention_mask, MaskTensor):
         *_, rows, keys = attention_mask.shape
         if keys == lk and (rows == lq or (rows == 1 and not attention_mask.mask.is_positional)):
-            return _Visibility(attention_mask.mask, attention_mask.offset)
+            return _ConvertedMask(attention_mask.mask, attention_mask.offset)
     attention_mask = attention_mask[..., :lk]
     if attention_mask.dtype == torch.bool:
-        return _Visibility(Mask.dense(attention_mask))
-    # The least number stands for hidden, up to what was added to it.
-    seen = attention_mask > torch.finfo(attention_mask.dtype).min / 2
-    return _Visibility(Mask.dense(seen), bias=attention_mask.masked_fill(~seen, 0))
+        return _ConvertedMask(Mask.dense(attention_mask))
+    # Additive masks hide keys by the dtype's minimum, possibly with a bias added to it.
+    visible = attention_mask > torch.finfo(attention_mask.dtype).min / 2
+    return _ConvertedMask(Mask.dense(visible), bias=attention_mask.masked_fill(~visible, 0))
 
 
-def _chosen(indices: Tensor, size: int) -> Tensor:
-    """Which of ``size`` places the last dimension of ``indices`` names; -1 names none."""
-    chosen = indices.new_zeros((*indices.shape[:-1], size + 1), dtype=torch.bool)
-    return chosen.scatter(-1, indices.long().masked_fill(indices < 0, size), True)[..., :size]
+def _one_hot(indices: Tensor, size: int) -> Tensor:
+    """A boolean tensor ``(..., size)`` that is True at the ``indices (..., n)``; -1 is ignored."""
+    selected = indices.new_zeros((*indices.shape[:-1], size + 1), dtype=torch.bool)
+    return selected.scatter(-1, indices.long().masked_fill(indices < 0, size), True)[..., :size]

@@ -1,4 +1,4 @@
-"""Caches for transformers' models that append without copying what they hold."""
+"""`QKVCache`: a KV cache for transformers' models that appends in place."""
 
 from copy import copy, deepcopy
 from typing import Any
@@ -21,17 +21,17 @@ from qkv.integrations.transformers.lazy_tensor import Int8Tensor
 
 
 def _capacity_for(tokens: int) -> int:
-    """Tokens of new memory for so many. Little waits to be filled; all are moved once in 64 steps or more.
+    """Capacity to allocate for this many tokens: 1/16 more, at least 64, so that copies are rare and little is unused.
 
-    A prompt gets room as well: moved at the first step, its layers would leave holes that the next ones do not fit.
+    Prompts get spare capacity, too: reallocating all layers in the first step would fragment malloc's memory.
     """
     return tokens + max(tokens // 16, 64)
 
 
-class _Buffered(DynamicLayer):  # type: ignore[misc]
-    """What our layers share that keep tensors as they are: memory for each.
+class _BufferedLayer(DynamicLayer):  # type: ignore[misc]
+    """Base of the layers that store keys and values unquantised, each in an `AppendBuffer`.
 
-    Copies go on independently, as those of a `qkv.cache.Cache` do.
+    Copies are independent, as those of a `qkv.cache.Cache`.
     """
 
     keys: Any
@@ -47,97 +47,97 @@ class _Buffered(DynamicLayer):  # type: ignore[misc]
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        """The tokens without the memory around them, for deep copies and pickles.
+        """The tokens without spare capacity, for deep copies and pickles.
 
         Raises:
-            RuntimeError: for tokens that were computed with gradients.
+            RuntimeError: for tokens that require grad.
         """
         tokens = {"keys": compact_copy(self.keys), "values": compact_copy(self.values)}
         return {**vars(self), **tokens, "_keys": AppendBuffer(), "_values": AppendBuffer()}
 
-    def _admit(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Refuses what does not go with the tokens held, before anything has changed."""
-        for name, held, new in (("keys", self.keys, key_states), ("values", self.values, value_states)):
+    def _check_and_initialize(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Raises a ValueError for shapes that do not match the cached tokens; initialises an empty layer."""
+        for name, cached, new in (("keys", self.keys, key_states), ("values", self.values, value_states)):
             if new.dim() != 4:
                 raise ValueError(f"QKVCache: {name} must be (B, heads, L, width); got shape {tuple(new.shape)}.")
-            if not _length(held):
+            if not _length(cached):
                 continue
-            batch, heads, _, width = held.shape
+            batch, heads, _, width = cached.shape
             if new.shape != (batch, heads, new.shape[2], width):
                 raise ValueError(
-                    f"QKVCache: {name} must be ({batch}, {heads}, L, {width}), as those held; got shape "
-                    f"{tuple(new.shape)}. Make one cache for each model and batch of texts."
+                    f"QKVCache: {name} must be ({batch}, {heads}, L, {width}) like the cached ones; got shape "
+                    f"{tuple(new.shape)}. Create a new cache for each model and batch."
                 )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
 
 
-class GrowingLayer(_Buffered):
-    """All keys and values of one layer, in memory with room behind them.
+class AppendLayer(_BufferedLayer):
+    """All keys and values of one layer, in memory with spare capacity.
 
-    Takes transformers' own operations (reordering for beams, cropping, repeating, selecting) as they are: what is left
-    in place grows in place, what was made anew is copied once.
+    transformers' own operations (reordering for beams, cropping, repeating, selecting) work unchanged: tensors that are
+    still views of the buffer are appended to in place, new tensors are copied once.
     """
 
     def reserve(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Memory for a first update like this one."""
+        """Allocates memory for a first update with tensors like these."""
         for memory, states in ((self._keys, key_states), (self._values, value_states)):
             memory.append_uninitialised(
                 states[:, :, :0].shape, states.dtype, states.device, _capacity_for(states.shape[2])
             )
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Appends keys and values ``(B, Hkv, L, D)``; returns all, as views that the next update may move."""
+        """Appends keys and values ``(B, Hkv, L, D)``; returns all, as views that the next update may invalidate."""
         if torch.compiler.is_compiling():
             return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
-        held = self._keys.is_current_view(self.keys) and self._values.is_current_view(self.values)
-        grown = append_in_place((self._keys, self._values), key_states, value_states) if held else None
-        if grown is None:
-            self._admit(key_states, value_states)
-            grown = [_extend(self._keys, self.keys, key_states), _extend(self._values, self.values, value_states)]
-        self.keys, self.values = grown
+        is_current = self._keys.is_current_view(self.keys) and self._values.is_current_view(self.values)
+        appended = append_in_place((self._keys, self._values), key_states, value_states) if is_current else None
+        if appended is None:
+            self._check_and_initialize(key_states, value_states)
+            appended = [_append(self._keys, self.keys, key_states), _append(self._values, self.values, value_states)]
+        self.keys, self.values = appended
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Reorders the batch for beam search, with one copy."""
+        """Reorders the batch for beam search; copies once."""
         if self.get_seq_length() > 0:
             self._keys, self._values = (
-                _select(memory, held, beam_idx)
-                for memory, held in ((self._keys, self.keys), (self._values, self.values))
+                _select(memory, cached, beam_idx)
+                for memory, cached in ((self._keys, self.keys), (self._values, self.values))
             )
             self.keys, self.values = self._keys.tensor, self._values.tensor
 
 
-class SlidingLayer(_Buffered, DynamicSlidingWindowLayer):  # type: ignore[misc]
-    """The keys and values of one layer that the next query may see, in memory for two windows."""
+class SlidingLayer(_BufferedLayer, DynamicSlidingWindowLayer):  # type: ignore[misc]
+    """The keys and values in the window of the next query, in memory for two windows."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Appends keys and values ``(B, Hkv, L, D)``; returns those in a window of any of them."""
+        """Appends keys and values ``(B, Hkv, L, D)``; returns those in the window of any new token."""
         if torch.compiler.is_compiling() or self.record_past:
             return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
-        self._admit(key_states, value_states)
+        self._check_and_initialize(key_states, value_states)
         keys, kept_keys = self._roll(self._keys, self.keys, key_states)
         values, kept_values = self._roll(self._values, self.values, value_states)
         self.keys, self.values = kept_keys, kept_values
         self.cumulative_length += key_states.shape[2]
         return keys, values
 
-    def _roll(self, memory: AppendBuffer, held: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
-        """What was held and ``new`` behind it, and what of both the next query may see."""
+    def _roll(self, memory: AppendBuffer, cached: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+        """Cached and new tokens concatenated, and those of them in the window of the next query."""
         capacity, before = 2 * self.sliding_window, self.sliding_window - 1
-        if _length(held) + new.shape[2] <= capacity:
-            seen = _extend(memory, held, new, capacity)
-            return seen, seen[:, :, max(0, seen.shape[2] - before) :]
-        # A prompt of many windows is not kept.
-        seen = torch.cat([held, new] if _length(held) else [new], dim=2)
-        return seen, seen[:, :, seen.shape[2] - before :].clone()
+        if _length(cached) + new.shape[2] <= capacity:
+            tokens = _append(memory, cached, new, capacity)
+            return tokens, tokens[:, :, max(0, tokens.shape[2] - before) :]
+        # Cloned, so that the memory of a prompt of many windows is freed.
+        tokens = torch.cat([cached, new] if _length(cached) else [new], dim=2)
+        return tokens, tokens[:, :, tokens.shape[2] - before :].clone()
 
 
 class Int8Layer(DynamicLayer):  # type: ignore[misc]
-    """All keys and values of one layer in int8, which ``attn_implementation="qkv"`` reads as they are.
+    """All keys and values of one layer in int8, which ``attn_implementation="qkv"`` reads without dequantising.
 
-    int8 has no gradient. Where one is wanted of keys or values, as in a training step, the layer keeps them as they
-    are, like transformers' own, and rounds them once a call wants none.
+    int8 has no gradient: while keys or values require grad, as in training, the layer stores them unquantised, and
+    quantises them at the first call without gradients.
     """
 
     keys: Any
@@ -153,53 +153,55 @@ class Int8Layer(DynamicLayer):  # type: ignore[misc]
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        """As of `GrowingLayer`: `keys` and `values` show what the cache holds, and are shown anew."""
-        if self._is_rounded:
+        """As `AppendLayer`; ``keys`` and ``values`` are views of the int8 cache and rebuilt by `__setstate__`."""
+        if self._is_quantised:
             return {**vars(self), "keys": self.keys.dtype, "values": self.values.dtype}
         return {**vars(self), "keys": compact_copy(self.keys), "values": compact_copy(self.values)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if isinstance(self.keys, torch.dtype):
-            self._show(self._cache.keys(), self.keys, self.values)
+            self._set_views(self._cache.keys(), self.keys, self.values)
 
     @property
-    def _is_rounded(self) -> bool:
+    def _is_quantised(self) -> bool:
+        """Whether the tokens are stored in int8."""
         return isinstance(self.keys, Int8Tensor)
 
     def reserve(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Memory for a first update like this one."""
+        """Allocates memory for a first update with tensors like these."""
         self._cache.reserve(key_states, value_states, _capacity_for(key_states.shape[2]))
 
     def reset(self) -> None:
-        """Forgets all."""
+        """Removes all tokens."""
         super().reset()
         self._cache.reset()
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Appends keys and values ``(B, Hkv, L, D)``; returns all, which any reader but us gets written out."""
+        """Appends keys and values ``(B, Hkv, L, D)``; returns all as `Int8Tensor`, which other readers dequantise."""
         if wants_grad(key_states, value_states, self.keys, self.values):
             return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if not self._is_rounded:
+        if not self._is_quantised:
             self._cache.reset()
             if _length(self.keys):
                 self._cache.append(self.keys, self.values)
-        self._show(self._cache.append(key_states, value_states), key_states.dtype, value_states.dtype)
+        self._set_views(self._cache.append(key_states, value_states), key_states.dtype, value_states.dtype)
         return self.keys, self.values
 
-    def _show(self, held: Int8Keys, keys_dtype: torch.dtype, values_dtype: torch.dtype) -> None:
-        self.keys = Int8Tensor(held.k, held.k_scale, keys_dtype)
-        self.values = Int8Tensor(held.v, held.v_scale, values_dtype)
+    def _set_views(self, cached: Int8Keys, keys_dtype: torch.dtype, values_dtype: torch.dtype) -> None:
+        """Sets ``keys`` and ``values`` to views of the int8 cache."""
+        self.keys = Int8Tensor(cached.k, cached.k_scale, keys_dtype)
+        self.values = Int8Tensor(cached.v, cached.v_scale, values_dtype)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the last tokens, of a number given as a negative one."""
-        if tokens_to_remove > 0 or not self._is_rounded:
+        """Removes the last ``-tokens_to_remove`` tokens."""
+        if tokens_to_remove > 0 or not self._is_quantised:
             super().crop(tokens_to_remove)
         else:
             self._cache.crop(max(0, self._cache.length + tokens_to_remove))
-            self._show(self._cache.keys(), self.keys.dtype, self.values.dtype)
+            self._set_views(self._cache.keys(), self.keys.dtype, self.values.dtype)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorders the batch for beam search."""
@@ -212,26 +214,25 @@ class Int8Layer(DynamicLayer):  # type: ignore[misc]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps these rows of the batch."""
-        if not self._is_rounded:
+        if not self._is_quantised:
             super().batch_select_indices(indices)
         else:
             self._cache.select(indices)
-            self._show(self._cache.keys(), self.keys.dtype, self.values.dtype)
+            self._set_views(self._cache.keys(), self.keys.dtype, self.values.dtype)
 
 
 class QKVCache(DynamicCache):  # type: ignore[misc]
-    """transformers' default cache, with layers that append without copying: for ``past_key_values``.
+    """transformers' default cache with layers that append in place; pass it as ``past_key_values``.
 
     Args:
-        config: of the model. Layers with a window keep that window alone; kinds of layers that hold no keys and values,
-            such as those of linear attention, are transformers' own.
-        dtype: of the keys and values of layers without a window: that of the model if None, or ``torch.int8``, about
-            half the bytes of bf16, for models on ``attn_implementation="qkv"``. (On others, all keys and values would
-            be written out at each step.) Where a gradient of keys and values is wanted, as in training, they are kept
-            as they are.
+        config: of the model. Layers with a window cache only the window; layers without keys and values, such as linear
+            attention, are transformers' own.
+        dtype: of keys and values in layers without a window: the model's if None, or ``torch.int8``, about half the
+            size of bf16, for models on ``attn_implementation="qkv"``. (Other implementations would dequantise the cache
+            at each step.) Keys and values that require grad are not quantised.
 
     Raises:
-        ValueError: for another dtype.
+        ValueError: for any other dtype.
 
     Example:
         >>> import transformers
@@ -247,8 +248,8 @@ class QKVCache(DynamicCache):  # type: ignore[misc]
 
     def __init__(self, config: PreTrainedConfig, dtype: torch.dtype | None = None) -> None:
         super().__init__(config=config)
-        growing = _growing_layer(dtype)
-        self.layers: list[CacheLayerMixin] = [_replaced(layer, growing) for layer in self.layers]
+        append_layer = _append_layer_type(dtype)
+        self.layers: list[CacheLayerMixin] = [_replace_layer(layer, append_layer) for layer in self.layers]
         self._has_reserved = False
 
     def update(
@@ -256,79 +257,86 @@ class QKVCache(DynamicCache):  # type: ignore[misc]
     ) -> tuple[Tensor, Tensor]:
         """Appends keys and values ``(B, Hkv, L, D)`` to a layer; returns those that its queries may see.
 
-        Before the first, all layers on a CPU get their memory. Had one by one, it would lie among what a prefill
-        computes, and leave malloc holes that nothing else fits.
+        On a CPU, the first update allocates the memory of all layers at once: allocated one by one, between the
+        activations of a prefill, it would fragment malloc's memory.
         """
         if not self._has_reserved:
             self._reserve(key_states, value_states)
-        seen: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        return seen
+        tokens: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return tokens
 
     def _reserve(self, key_states: Tensor, value_states: Tensor) -> None:
-        foreseen = key_states.is_cpu and key_states.dim() == value_states.dim() == 4
-        if foreseen and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        """Allocates the memory of all layers, on a CPU and without gradients."""
+        can_reserve = key_states.is_cpu and key_states.dim() == value_states.dim() == 4
+        if can_reserve and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             for layer in self.layers:
-                if isinstance(layer, GrowingLayer | Int8Layer) and not layer.is_initialized:
+                if isinstance(layer, AppendLayer | Int8Layer) and not layer.is_initialized:
                     layer.reserve(key_states, value_states)
             self._has_reserved = True
 
     def __copy__(self) -> Self:
-        """Another whose layers go on independently: ours share memory until one of both is written to."""
+        """An independent copy; our layers share memory until either is written to."""
         twin = object.__new__(type(self))
-        layers = [copy(layer) if isinstance(layer, _Buffered | Int8Layer) else deepcopy(layer) for layer in self.layers]
+        layers = [
+            copy(layer) if isinstance(layer, _BufferedLayer | Int8Layer) else deepcopy(layer) for layer in self.layers
+        ]
         twin.__dict__.update({**vars(self), "layers": layers})
         return twin
 
 
-THEIRS = {
+REPLACED_LAYERS = {
     name: kind for name, kind in DYNAMIC_LAYER_TYPE_MAPPING.items() if kind in (DynamicLayer, DynamicSlidingWindowLayer)
 }
-"""The layers that ours stand in for, by transformers' name of their kind of attention."""
+"""The layer classes that ours replace, by transformers' name of the attention type."""
 
 
 def use_by_default(dtype: torch.dtype | None = None) -> None:
-    """Makes every ``DynamicCache(config=...)`` of transformers, such as that of ``generate``, one of our layers.
+    """Makes ``DynamicCache(config=...)`` of transformers, as in ``generate``, use our layers.
 
     Args:
-        dtype: as of `QKVCache`.
+        dtype: as in `QKVCache`.
     """
-    growing = _growing_layer(dtype)
-    for name, kind in THEIRS.items():
-        DYNAMIC_LAYER_TYPE_MAPPING[name] = growing if kind is DynamicLayer else SlidingLayer
+    append_layer = _append_layer_type(dtype)
+    for name, kind in REPLACED_LAYERS.items():
+        DYNAMIC_LAYER_TYPE_MAPPING[name] = append_layer if kind is DynamicLayer else SlidingLayer
 
 
-def _growing_layer(dtype: torch.dtype | None) -> type[DynamicLayer]:
+def _append_layer_type(dtype: torch.dtype | None) -> type[DynamicLayer]:
+    """The class of layers without a window for a cache of this dtype."""
     if dtype not in (None, torch.int8):
-        raise ValueError(f"QKVCache: dtype must be torch.int8, or None for that of the model; got {dtype!r}.")
-    return GrowingLayer if dtype is None else Int8Layer
+        raise ValueError(f"QKVCache: dtype must be torch.int8 or None (the model's dtype); got {dtype!r}.")
+    return AppendLayer if dtype is None else Int8Layer
 
 
-def _replaced(layer: CacheLayerMixin, growing: type[DynamicLayer]) -> CacheLayerMixin:
-    if type(layer) in (DynamicLayer, GrowingLayer, Int8Layer):
-        return growing()
+def _replace_layer(layer: CacheLayerMixin, append_layer: type[DynamicLayer]) -> CacheLayerMixin:
+    """Our equivalent of a layer of transformers; other layers are returned unchanged."""
+    if type(layer) in (DynamicLayer, AppendLayer, Int8Layer):
+        return append_layer()
     if type(layer) in (DynamicSlidingWindowLayer, SlidingLayer):
         return SlidingLayer(layer.sliding_window)
     return layer
 
 
-torch.serialization.add_safe_globals([QKVCache, GrowingLayer, SlidingLayer, Int8Layer])
-for _kind in (GrowingLayer, SlidingLayer, Int8Layer):
+torch.serialization.add_safe_globals([QKVCache, AppendLayer, SlidingLayer, Int8Layer])
+for _kind in (AppendLayer, SlidingLayer, Int8Layer):
     send_by_value(_kind)
 
 
-def _length(held: Tensor | None) -> int:
-    # A layer begins with nothing, and then with an empty tensor of one dimension.
-    return held.shape[2] if held is not None and held.dim() == 4 else 0
+def _length(cached: Tensor | None) -> int:
+    """The number of cached tokens. Empty layers have None or an empty tensor of one dimension."""
+    return cached.shape[2] if cached is not None and cached.dim() == 4 else 0
 
 
-def _extend(memory: AppendBuffer, held: Tensor, new: Tensor, capacity: int | None = None) -> Tensor:
-    if _length(held):
-        memory.adopt(held)
+def _append(memory: AppendBuffer, cached: Tensor, new: Tensor, capacity: int | None = None) -> Tensor:
+    """Appends ``new`` to the cached tokens, in place where these are a view of ``memory``."""
+    if _length(cached):
+        memory.adopt(cached)
     else:
         memory.crop(0)
     return memory.extend(new, _capacity_for(memory.length + new.shape[2]) if capacity is None else capacity)
 
 
-def _select(memory: AppendBuffer, held: Tensor, rows: Tensor) -> AppendBuffer:
-    memory.adopt(held)
-    return memory.select(rows.to(held.device))
+def _select(memory: AppendBuffer, cached: Tensor, rows: Tensor) -> AppendBuffer:
+    """A buffer with these rows of the batch."""
+    memory.adopt(cached)
+    return memory.select(rows.to(cached.device))

@@ -1,8 +1,7 @@
-"""`register`: encoder-decoders of transformers whose decoder has fewer key/value heads than query heads.
+"""`register`: encoder-decoders of transformers with grouped-query attention in the decoder.
 
-Their configurations are those of transformers with one more number, ``num_key_value_heads``, and types of their own, so
-that transformers without us refuses them instead of reading them wrongly. The number has the name by which transformers
-sizes caches, and only a decoder has one; the encoder keeps a key/value head for each query head.
+Their configurations add ``num_key_value_heads``, the name by which transformers sizes caches. They have their own model
+types, so that transformers without qkv refuses them instead of loading them wrongly. The encoder stays multi-head.
 """
 
 import functools
@@ -13,25 +12,24 @@ from torch import nn
 from qkv.integrations.transformers import attention
 
 MODEL_TYPES = ("t5", "mt5", "bart", "mbart", "pegasus", "marian")
-"""What transformers calls them; their attention counts heads by what the projections give."""
+"""Supported model types. Their attention infers the number of heads from the projections' outputs."""
 
 TYPE_PREFIX, CLASS_PREFIX = "qkv_", "Grouped"
 """``t5`` becomes ``qkv_t5``, and ``T5Model`` becomes ``GroupedT5Model``."""
 
 
 def register() -> None:
-    """Makes the model types ``qkv_t5``, ``qkv_bart``, ... known to transformers, which `qkv.convert` writes.
+    """Registers the model types ``qkv_t5``, ``qkv_bart``, ... with transformers; `qkv.convert` writes such models.
 
-    Afterwards ``AutoModelForSeq2SeqLM`` and ``AutoModel`` load, build and save them as any other model. Each is
-    transformers' own but for the projections to keys and values in its decoder, and runs on
-    ``attn_implementation="qkv"`` unless another is asked for.
+    ``AutoModelForSeq2SeqLM`` and ``AutoModel`` can then build, load and save them. They are transformers' models with
+    fewer key/value heads in the decoder, and run on ``attn_implementation="qkv"`` by default.
 
-    The models raise a ValueError for a ``num_key_value_heads`` that does not divide the query heads of the decoder, and
-    for ``attn_implementation="eager"``, which cannot share keys and values here. Their classes are attributes of this
-    module: ``GroupedT5Model``, ``GroupedT5ForConditionalGeneration``, ``GroupedT5Config``, ...
+    The models raise a ValueError if ``num_key_value_heads`` does not divide the query heads of the decoder, and for
+    ``attn_implementation="eager"``, which does not support grouped-query attention in these models. Their classes are
+    attributes of this module: ``GroupedT5Model``, ``GroupedT5ForConditionalGeneration``, ``GroupedT5Config``, ...
 
     Raises:
-        ModuleNotFoundError: where transformers is not installed.
+        ModuleNotFoundError: if transformers is not installed.
 
     Example:
         >>> from transformers import AutoConfig, AutoModelForSeq2SeqLM
@@ -48,7 +46,7 @@ def register() -> None:
 
 
 def __getattr__(name: str) -> Any:
-    """A class of ours, wherever it is asked for first: in an import or a pickle."""
+    """Creates the ``Grouped...`` classes on first use, by an import or a pickle."""
     classes = _registered() if name.startswith(CLASS_PREFIX) else {}
     if name not in classes:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -57,7 +55,7 @@ def __getattr__(name: str) -> Any:
 
 @functools.cache
 def _registered() -> dict[str, Any]:
-    """Our classes, by name."""
+    """Creates and registers all classes; returns them by name."""
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, MODEL_MAPPING
@@ -66,20 +64,20 @@ def _registered() -> dict[str, Any]:
     attention.register()
     classes = []
     for model_type in MODEL_TYPES:
-        theirs = CONFIG_MAPPING[model_type]
-        config = _config_class(theirs)
+        base = CONFIG_MAPPING[model_type]
+        config = _config_class(base)
         classes.append(config)
         AutoConfig.register(config.model_type, config)
         for mapping in (MODEL_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING):
-            classes.append(_model_class(mapping[theirs], config))
+            classes.append(_model_class(mapping[base], config))
             mapping.register(config, classes[-1])
-        if theirs in TOKENIZER_MAPPING:
-            TOKENIZER_MAPPING.register(config, TOKENIZER_MAPPING[theirs])
+        if base in TOKENIZER_MAPPING:
+            TOKENIZER_MAPPING.register(config, TOKENIZER_MAPPING[base])
     return {cls.__name__: cls for cls in classes}
 
 
 class GroupedDecoder:
-    """What our models have before transformers' own."""
+    """Mixin for transformers' models: a decoder with ``num_key_value_heads``."""
 
     def __init__(self, config: Any) -> None:
         num_heads = config.get_text_config(decoder=True).num_attention_heads
@@ -93,11 +91,11 @@ class GroupedDecoder:
         _narrow(self.get_decoder(), num_heads, num_kv_heads)  # type: ignore[attr-defined]
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """Ours where none is asked for. Signature as transformers'."""
+        """The requested implementation, "qkv" if None. Signature as in transformers."""
         if requested_attention == "eager":
             raise ValueError(
-                f'{type(self).__name__}: attn_implementation="eager" cannot share keys and values among query heads; '
-                f"use {attention.NAME!r}, which returns attention weights, too, or 'sdpa'."
+                f'{type(self).__name__}: attn_implementation="eager" does not support grouped-query attention; '
+                f"use {attention.NAME!r}, which also returns attention weights, or 'sdpa'."
             )
         implementation: str = super().get_correct_attn_implementation(  # type: ignore[misc]
             requested_attention or attention.NAME, is_init_check
@@ -106,7 +104,7 @@ class GroupedDecoder:
 
 
 def _narrow(decoder: nn.Module, num_heads: int, num_kv_heads: int) -> None:
-    """Leaves the rows of ``num_kv_heads``, which as all rows are drawn alike is how fewer would have been drawn."""
+    """Keeps the first ``num_kv_heads`` heads. Rows are initialised i.i.d., so this equals initialising fewer."""
     for module in decoder.modules():
         projections = [getattr(module, name) for name in ("k", "v", "k_proj", "v_proj") if hasattr(module, name)]
         for projection in projections:
@@ -114,20 +112,22 @@ def _narrow(decoder: nn.Module, num_heads: int, num_kv_heads: int) -> None:
             for name, parameter in list(projection.named_parameters()):
                 setattr(projection, name, nn.Parameter(parameter.detach()[: projection.out_features].clone()))
         if projections:
-            # By which transformers' other implementations repeat keys and values.
+            # transformers' other implementations repeat keys and values by this number.
             module.num_key_value_groups = num_heads // num_kv_heads  # type: ignore[assignment]
 
 
-def _config_class(theirs: Any) -> Any:
+def _config_class(base: Any) -> Any:
+    """Derives our configuration class from transformers' one."""
     from huggingface_hub.dataclasses import strict
 
-    class Grouped(theirs):  # type: ignore[misc]
-        model_type = TYPE_PREFIX + theirs.model_type
+    class Grouped(base):  # type: ignore[misc]
+        model_type = TYPE_PREFIX + base.model_type
         num_key_value_heads: int | None = None
 
-    Grouped.__name__ = Grouped.__qualname__ = CLASS_PREFIX + theirs.__name__
+    Grouped.__name__ = Grouped.__qualname__ = CLASS_PREFIX + base.__name__
     return strict(Grouped)
 
 
-def _model_class(theirs: Any, config_class: Any) -> Any:
-    return type(CLASS_PREFIX + theirs.__name__, (GroupedDecoder, theirs), {"config_class": config_class})
+def _model_class(base: Any, config_class: Any) -> Any:
+    """Derives our model class from transformers' one."""
+    return type(CLASS_PREFIX + base.__name__, (GroupedDecoder, base), {"config_class": config_class})

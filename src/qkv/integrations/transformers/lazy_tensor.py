@@ -1,4 +1,4 @@
-"""`LazyTensor`: what our kernels read in a form of its own, and everybody else as an ordinary tensor."""
+"""`LazyTensor`: a tensor subclass that our backends read in compressed form; any torch op materializes it."""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -13,40 +13,40 @@ from qkv.cache.buffer import compact_copy
 
 
 class LazyTensor(torch.Tensor):
-    """A tensor that is written out only if somebody computes with it.
+    """A tensor that is materialized only if a torch op is applied to it.
 
-    transformers' models pass tensors on from a cache or a mask function to the attention function; some cut or combine
-    them on the way, and get the ordinary tensor.
+    Models of transformers pass tensors from a cache or mask function to the attention function. Those that slice or
+    combine them on the way get an ordinary tensor.
     """
 
-    def dense(self) -> Tensor:
-        """The tensor written out."""
+    def materialize(self) -> Tensor:
+        """The ordinary tensor."""
         raise NotImplementedError
 
-    def form(self) -> tuple[Any, ...]:
-        """What the tensor is made of: the arguments of its class."""
+    def constructor_args(self) -> tuple[Any, ...]:
+        """The arguments with which the class creates an equal tensor, for copies and pickles."""
         raise NotImplementedError
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        twin = type(self)(*deepcopy(self.form(), memo))
+        twin = type(self)(*deepcopy(self.constructor_args(), memo))
         memo[id(self)] = twin
         return twin
 
     def __reduce_ex__(self, protocol: object) -> tuple[type[Self], tuple[Any, ...]]:
-        return type(self), self.form()
+        return type(self), self.constructor_args()
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        def written(value: object) -> object:
-            return value.dense() if isinstance(value, LazyTensor) else value
+        def materialized(value: object) -> object:
+            return value.materialize() if isinstance(value, LazyTensor) else value
 
-        return func(*tree_map(written, args), **tree_map(written, kwargs or {}))
+        return func(*tree_map(materialized, args), **tree_map(materialized, kwargs or {}))
 
 
 class Int8Tensor(LazyTensor):
-    """Keys or values ``(B, Hkv, L, width)`` in int8, each row with what it is to be multiplied by."""
+    """Keys or values ``(B, Hkv, L, width)`` in int8 with a scale per row."""
 
     codes: Tensor
     """(B, Hkv, L, width)"""
@@ -60,12 +60,12 @@ class Int8Tensor(LazyTensor):
         self.scale = scale
         return self
 
-    def dense(self) -> Tensor:
-        """The numbers in the dtype that the tensor shows."""
+    def materialize(self) -> Tensor:
+        """The dequantised values, in the tensor's dtype."""
         return (self.codes * self.scale[..., None]).to(self.dtype)
 
-    def form(self) -> tuple[Any, ...]:
-        """Codes and scales without what lies around them in the memory of a cache, and the dtype."""
+    def constructor_args(self) -> tuple[Any, ...]:
+        """Codes and scales, copied out of the memory of the cache, and the dtype."""
         return compact_copy(self.codes), compact_copy(self.scale), self.dtype
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]

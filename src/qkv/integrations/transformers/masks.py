@@ -1,8 +1,8 @@
-"""transformers' masks in our words: `make_mask` recognises a mask function instead of evaluating it.
+"""`make_mask`: converts transformers' mask functions to a `Mask` instead of evaluating them.
 
-transformers describes a mask as a closure over (batch, head, query, key) and evaluates it into a dense tensor. The
-closures of its own module are told apart by their code, and their parameters read from their cells. None of that is
-documented: a release of transformers that names them otherwise gets dense masks, right as before, only slower.
+transformers describes a mask as a closure over (batch, head, query, key) and evaluates it into a dense tensor. Its own
+closures are recognised by their code objects, and their parameters read from their cells. None of this is documented:
+for releases that rename them, masks are dense, which is equally correct but slower.
 """
 
 import contextlib
@@ -23,16 +23,16 @@ MaskFunction = Callable[..., Any]
 
 
 class MaskTensor(LazyTensor):
-    """An additive ``(B, 1, Lq, Lk)`` that is a `Mask` and an offset.
+    """A `Mask` and an offset in the form of an additive mask ``(B, 1, Lq, Lk)``.
 
-    transformers' models pass a mask on as a tensor. Some cut, combine or add it on the way: to these it is what eager
-    layers get, 0 where a key is seen and the least number where not, since that is what every model understands.
+    Models of transformers pass masks as tensors. Those that slice, combine or add them get the additive mask of eager
+    attention: 0 where a key is visible, the dtype's minimum elsewhere.
     """
 
     mask: Mask
     offset: int
     packing: Any
-    """How `transformers_unpadding` leaves out what it hides, once that is known"""
+    """The `_Packing` of `unpadding`, cached on first use."""
 
     @staticmethod
     def __new__(
@@ -43,14 +43,16 @@ class MaskTensor(LazyTensor):
         self.offset = offset
         return self
 
-    def dense(self) -> Tensor:
-        """The mask written out."""
-        seen = self.mask.visible(self.shape[2], self.shape[3], self.offset, device=self.device)
-        hidden = torch.zeros((), dtype=self.dtype, device=self.device).masked_fill(~seen, torch.finfo(self.dtype).min)
+    def materialize(self) -> Tensor:
+        """The additive mask."""
+        visible = self.mask.visible(self.shape[2], self.shape[3], self.offset, device=self.device)
+        hidden = torch.zeros((), dtype=self.dtype, device=self.device).masked_fill(
+            ~visible, torch.finfo(self.dtype).min
+        )
         return hidden.expand(self.shape).contiguous()
 
-    def form(self) -> tuple[Any, ...]:
-        """The mask and its offset, and the tensor for which they stand."""
+    def constructor_args(self) -> tuple[Any, ...]:
+        """Mask and offset, and the shape, dtype and device of the additive mask."""
         return self.mask, self.offset, tuple(self.shape), self.dtype, str(self.device)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -69,11 +71,11 @@ def make_mask(
     device: torch.device | str = "cpu",
     **options: Any,
 ) -> Tensor:
-    """The mask function that transformers' models call; signature and meaning as of ``masking_utils.eager_mask``.
+    """The mask function that transformers' models call; arguments as in ``masking_utils.eager_mask``.
 
     Returns:
-        a `MaskTensor`, of a dense `Mask` where ``mask_function`` is not recognised; the additive mask written out where
-        somebody records or transforms operators, in whose program the padding of this call must not stay.
+        a `MaskTensor`, with a dense `Mask` if ``mask_function`` is not recognised; an ordinary additive mask while
+        tracing or under functorch transforms, so that the padding of this call does not become a constant.
     """
     from transformers import masking_utils
 
@@ -83,7 +85,7 @@ def make_mask(
     if kernels.is_tracing() or torch._C._are_functorch_transforms_active():
         additive: Tensor = masking_utils.eager_mask(*sizes, dtype=dtype, **options)
         return additive
-    mask = recognise(mask_function, range(kv_offset, kv_offset + kv_length))
+    mask = recognise_mask(mask_function, range(kv_offset, kv_offset + kv_length))
     prepare_padding = getattr(masking_utils, "prepare_padding_mask", None)
     if mask is None or prepare_padding is None:
         seen = masking_utils.sdpa_mask(*sizes, **options)
@@ -96,28 +98,31 @@ def make_mask(
     return MaskTensor(mask, int(q_offset) - kv_offset, (batch_size, 1, q_length, kv_length), dtype, device)
 
 
-def recognise(mask_function: MaskFunction, keys: range) -> Mask | None:
-    """The `Mask` that shows the same of these keys, or None for a function that is not one of transformers' own."""
+def recognise_mask(mask_function: MaskFunction, keys: range) -> Mask | None:
+    """The `Mask` equivalent to a mask function for these keys; None for functions other than transformers' own."""
     try:
         return _recognise(mask_function, keys, within_documents=False)
-    except KeyError:  # a closure whose parameters have other names
+    except KeyError:  # a closure with other parameter names
         return None
 
 
 def _recognise(function: MaskFunction, keys: range, *, within_documents: bool) -> Mask | None:
+    """As `recognise_mask`. ``within_documents``: whether a documents mask is combined with the function."""
     from transformers import masking_utils
 
     if function is getattr(masking_utils, "causal_mask_function", None):
         return Mask.causal()
     if function is getattr(masking_utils, "bidirectional_mask_function", None):
         return FULL
-    kind = _kinds().get(getattr(function, "__code__", None))
+    kind = _closure_kinds().get(getattr(function, "__code__", None))
     if kind is None:
         return None
     cells = inspect.getclosurevars(function).nonlocals
     if kind == "and":
         parts = cells["mask_functions"]
-        packed = within_documents or any(_kinds().get(getattr(part, "__code__", None)) == "packed" for part in parts)
+        packed = within_documents or any(
+            _closure_kinds().get(getattr(part, "__code__", None)) == "packed" for part in parts
+        )
         masks = [_recognise(part, keys, within_documents=packed) for part in parts]
         return None if None in masks else functools.reduce(operator.and_, masks, FULL)
     if kind in ("window", "window both ways") and cells["sliding_window"] < 1:
@@ -132,28 +137,28 @@ def _recognise(function: MaskFunction, keys: range, *, within_documents: bool) -
         return None if within_documents else Mask.documents((positions - padding) // cells["chunk_size"])
     if kind == "packed":
         return Mask.documents(cells["packed_sequence_mask"])
-    # Positions that restart in each document: distances within one are those of the row.
+    # Positions restart in each document, but distances within a document are the same as in the row.
     return _recognise(cells["mask_function"], keys, within_documents=True) if within_documents else None
 
 
 @functools.cache
-def _kinds() -> dict[object, str]:
-    """Transformers' closures by their code."""
-    from transformers import masking_utils as theirs
+def _closure_kinds() -> dict[object, str]:
+    """Kinds of transformers' mask closures, by code object."""
+    from transformers import masking_utils
 
-    nothing = torch.zeros(1, 1, dtype=torch.int64)
+    zeros = torch.zeros(1, 1, dtype=torch.int64)
     makers: dict[str, Callable[[], Any]] = {
-        "and": lambda: theirs.and_masks(theirs.causal_mask_function),
-        "window": lambda: theirs.sliding_window_overlay(1),
-        "window both ways": lambda: theirs.sliding_window_bidirectional_overlay(1),
-        "chunks": lambda: theirs.chunked_overlay(1, nothing),
-        "packed": lambda: theirs.packed_sequence_mask_function(nothing),
-        "restarting positions": lambda: theirs.remap_positions_for_packed_sequence(
-            theirs.causal_mask_function, nothing
+        "and": lambda: masking_utils.and_masks(masking_utils.causal_mask_function),
+        "window": lambda: masking_utils.sliding_window_overlay(1),
+        "window both ways": lambda: masking_utils.sliding_window_bidirectional_overlay(1),
+        "chunks": lambda: masking_utils.chunked_overlay(1, zeros),
+        "packed": lambda: masking_utils.packed_sequence_mask_function(zeros),
+        "restarting positions": lambda: masking_utils.remap_positions_for_packed_sequence(
+            masking_utils.causal_mask_function, zeros
         ),
     }
     kinds: dict[object, str] = {}
     for kind, make in makers.items():
-        with contextlib.suppress(AttributeError, TypeError):  # not in this release, or made otherwise
+        with contextlib.suppress(AttributeError, TypeError):  # not in this release, or with another signature
             kinds[make().__code__] = kind
     return kinds

@@ -1,4 +1,4 @@
-"""`unpad`: models of transformers that do not compute the padding of a batch."""
+"""`unpad`: makes the layers of transformers' models skip padding tokens."""
 
 import functools
 import importlib
@@ -20,56 +20,53 @@ from qkv.masks import Mask
 Model = TypeVar("Model", bound=nn.Module)
 
 _HANDLES = "_qkv_unpadding"
-"""Where a layer keeps the handles of our hooks, with which they are copied."""
+"""Attribute of a layer with the handles of our hooks; copied and pickled with it."""
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-"""Where modules of torch keep hooks. One that did not would count as hooked."""
+"""Attributes of ``nn.Module`` with hooks. A module without one of them counts as hooked."""
 
 _has_any_global_hook = getattr(nn.modules.module, "_has_any_global_hook", lambda: True)
 
 _CAPTURING = "transformers.utils.output_capturing"
-"""Whose hooks collect ``hidden_states`` and ``attentions``."""
+"""The module of the hooks that collect ``hidden_states`` and ``attentions``."""
 
 
 def unpad(model: Model, *, enabled: bool = True) -> Model:
-    """Lets the layers of a model compute real tokens only, not the padding of a batch.
+    """Makes the layers of a model skip padding tokens.
 
-    A batch of texts of different lengths is padded to its longest, and a model computes all of it. From here on, each
-    layer packs the real tokens that it is given into one row ``(1, T, width)``, and spreads its results out again:
-    whatever works on single tokens has as much less to do as there is padding, and attention sees each text by itself.
-    Whoever stands between two layers, the model itself or a hook, sees the padded batch. Padding is what a layer's mask
-    hides, which is to be the same for all layers of a call, as it is where a model makes their masks. Results at real
-    tokens, and the gradients of a loss of them, stay the same, up to rounding. At padded places a layer returns 0,
-    where it returned numbers of no meaning; nor should one read them, as a pooler of the first place does in texts
-    padded on the left.
+    Each layer packs its real tokens into one row ``(1, T, width)`` and unpacks its output again: tokenwise modules
+    compute only real tokens, and attention uses a documents mask. Between layers, the model and hooks see the padded
+    batch. Padding is what the layers' mask hides; the mask must be the same for all layers of a call, as it is if the
+    model creates it. Outputs at real tokens and gradients of a loss over them are unchanged up to rounding. At padding
+    tokens, layers return 0 instead of arbitrary values, so nothing should read those, such as a pooler of the first
+    position with left padding.
 
-    A layer runs as ever, padding and all, where
+    A layer runs normally, with padding, if
 
-    - there is no padding, nothing else, or real tokens have padding between them;
-    - the mask is not of padding alone, padding and causal, or padding and a window;
-    - keys and values come from elsewhere: a cache (give a decoder ``use_cache=False``), an encoder;
-    - it is given anything else whose meaning is not known;
-    - ``output_hidden_states`` or ``output_attentions`` want to see it;
-    - somebody has hooked or patched it, or a module in it, or put a module of their own there (an adapter, say);
-    - the program is traced, compiled or exported, or another attention implementation has been set since;
-    - on a CPU, the compiled kernel is missing, or has not the dtype (fp64): torch's attention would write a mask out
-      for all tokens of the batch.
+    - the batch has no padding, consists of padding only, or has padding between real tokens;
+    - the mask is not padding alone, padding and causal, or padding and a window;
+    - keys and values come from a cache (call decoders with ``use_cache=False``) or an encoder;
+    - it gets other arguments whose meaning is unknown;
+    - ``output_hidden_states`` or ``output_attentions`` are requested;
+    - it or a module in it has other hooks or patches, or is of an unknown class (an adapter, for example);
+    - the model is traced, compiled or exported, or its attention implementation was changed after ``unpad``;
+    - on a CPU, the compiled kernel is missing or does not support the dtype (fp64): torch's attention would need a
+      dense mask over all tokens of the batch.
 
     Args:
-        model: a model of transformers, or a module with some in it, such as one of sentence-transformers. Changed in
-            place, and set to run on ``attn_implementation="qkv"``. Copies and pickles compute no padding either.
-        enabled: False takes an earlier ``unpad(model)`` back; the attention implementation stays.
+        model: a model of transformers, or a module that contains some, such as one of sentence-transformers. Modified
+            in place, and set to ``attn_implementation="qkv"``. Copies and pickles keep the hooks.
+        enabled: False undoes an earlier ``unpad(model)``, except for the attention implementation.
 
     Returns:
         the model.
 
     Raises:
-        ModuleNotFoundError: where transformers is not installed.
+        ModuleNotFoundError: if transformers is not installed.
         TypeError: for a model that is not an ``nn.Module``.
-        ValueError: for a model none of whose layers can be packed: those that let tokens meet elsewhere than in
-            attention, in a convolution say, have parameters that are not known to work on single tokens (linear layers
-            and norms are), have modules that are neither torch's nor transformers', take no ``attention_mask``, or take
-            a bias of positions.
+        ValueError: if no layer can be packed: because layers mix tokens outside of attention (in a convolution, for
+            example), have parameters in modules not known to be tokenwise (linear layers and norms are), contain
+            modules of neither torch nor transformers, take no ``attention_mask``, or take a position bias.
 
     Example:
         >>> from transformers import BertConfig, BertModel
@@ -77,20 +74,20 @@ def unpad(model: Model, *, enabled: bool = True) -> Model:
         >>> sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 64}
         >>> model = unpad(BertModel(BertConfig(**sizes)))
 
-    Source: the unpadding of ModernBERT (Warner et al. 2024, section 2.1.2), for whatever model it does not change.
+    Source: the unpadding of ModernBERT (Warner et al. 2024, section 2.1.2), generalised to other models.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"unpad: model must be an nn.Module; got {_kind(model)}.")
+        raise TypeError(f"unpad: model must be an nn.Module; got {_describe_type(model)}.")
     from transformers import PreTrainedModel
 
     register()
     models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     layers = [layer for module in models for layer in _layers(module)]
     if enabled and not layers:
-        names = ", ".join(type(module).__name__ for module in models) or f"{type(model).__name__}, which holds none"
+        names = ", ".join(type(module).__name__ for module in models) or f"{type(model).__name__}, which contains none"
         raise ValueError(
-            "unpad: model must be one of transformers, or hold one, whose layers take an attention_mask and let tokens "
-            f"meet in attention alone; got {names}."
+            "unpad: model must be or contain a model of transformers whose layers take an attention_mask and mix "
+            f"tokens only in attention; got {names}."
         )
     for module in model.modules():
         for handle in module.__dict__.pop(_HANDLES, ()):
@@ -105,113 +102,115 @@ def unpad(model: Model, *, enabled: bool = True) -> Model:
     return model
 
 
-def _kind(value: object) -> str:
+def _describe_type(value: object) -> str:
     return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
 def _layers(module: nn.Module) -> Iterator[nn.Module]:
-    """The layers that can be packed, of those within ``module`` that do not belong to a model in it.
+    """The layers of ``module`` that can be packed, except those of models inside it.
 
-    All layers of a list, or none: where others let tokens meet, in a scan say, they may let them meet padding.
+    All layers of a ``ModuleList`` or none: a layer that mixes tokens outside of attention (in a scan, for example)
+    would read the outputs at padding.
     """
     from transformers import PreTrainedModel
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     for child in module.children():
         if isinstance(child, nn.ModuleList) and all(isinstance(layer, GradientCheckpointingLayer) for layer in child):
-            if all(map(_meet_in_attention_alone, child)):
+            if all(map(_mixes_tokens_in_attention_only, child)):
                 yield from child
         elif not isinstance(child, PreTrainedModel):
             yield from _layers(child)
 
 
-_ON_TOKENS = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn.Identity, nn.ModuleList, nn.ModuleDict, nn.Sequential)
-"""Modules of torch that work on single tokens; so do most of its activations."""
+_TOKENWISE = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn.Identity, nn.ModuleList, nn.ModuleDict, nn.Sequential)
+"""Tokenwise modules of torch; so are most activations."""
 
-_ALONG_DIMENSIONS = (nn.MultiheadAttention, nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.Softmax2d, nn.GLU, nn.PReLU)
-"""The activations that do not."""
+_NOT_TOKENWISE = (nn.MultiheadAttention, nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.Softmax2d, nn.GLU, nn.PReLU)
+"""Activations that are not tokenwise."""
 
 
-def _meet_in_attention_alone(layer: nn.Module) -> bool:
-    """Whether nothing but attention lets tokens meet, and a mask says which do."""
+def _mixes_tokens_in_attention_only(layer: nn.Module) -> bool:
+    """Whether attention with an ``attention_mask`` is the only module of a layer that mixes tokens."""
     kind: Any = type(layer)
-    takes = _signature(kind).parameters
-    if "attention_mask" not in takes or "position_bias" in takes:
+    parameters = _signature(kind).parameters
+    if "attention_mask" not in parameters or "position_bias" in parameters:
         return False
-    if any(hasattr(module, "indexer") for module in layer.modules()):  # which chooses keys before attention does
+    if any(hasattr(module, "indexer") for module in layer.modules()):  # selects keys before attention
         return False
-    return all(map(_works_on_tokens, layer.modules()))
+    return all(map(_is_tokenwise, layer.modules()))
 
 
-def _works_on_tokens(module: nn.Module) -> bool:
-    """Whether a module is known to work on single tokens, or is transformers' own and lets others do so."""
+def _is_tokenwise(module: nn.Module) -> bool:
+    """Whether a module is tokenwise, or a module of transformers without parameters of its own."""
     kind: Any = type(module)
-    known = _kind_works_on_tokens(kind)
+    known = _is_tokenwise_class(kind)
     return next(module.parameters(recurse=False), None) is None if known is None else known
 
 
 @functools.cache
-def _kind_works_on_tokens(kind: Any) -> bool | None:
-    """Whether modules of a class do; None for one of transformers' that may do its work by others."""
+def _is_tokenwise_class(kind: Any) -> bool | None:
+    """Whether a class is tokenwise; None for classes of transformers where that depends on the submodules."""
     from transformers.pytorch_utils import Conv1D  # a linear layer
 
-    home = str(kind.forward.__module__).partition(".")[0]
-    if home == "torch":
-        single = kind.__module__ == activation.__name__ and not issubclass(kind, _ALONG_DIMENSIONS)
-        return single or issubclass(kind, _ON_TOKENS)
-    if home != "transformers":
+    package = str(kind.forward.__module__).partition(".")[0]
+    if package == "torch":
+        is_activation = kind.__module__ == activation.__name__ and not issubclass(kind, _NOT_TOKENWISE)
+        return is_activation or issubclass(kind, _TOKENWISE)
+    if package != "transformers":
         return False
     return True if issubclass(kind, Conv1D) or kind.__name__.endswith("RMSNorm") else None
 
 
 @functools.cache
 def _signature(kind: Any) -> inspect.Signature:
-    """Of the ``forward`` of a class."""
+    """The signature of a class's ``forward``."""
     return inspect.signature(kind.forward)
 
 
 @dataclass
 class _Packing:
-    """Where the tokens of a batch ``(B, L)`` lie in one row ``(1, T)``."""
+    """The mapping between a padded batch ``(B, L)`` and a packed row ``(1, T)``."""
 
     batch: int
     length: int
-    places: Tensor
-    """``(T,)``: of each real token in ``B * L``"""
+    indices: Tensor
+    """``(T,)``: indices of the real tokens in ``B * L``."""
     mask: MaskTensor
-    """What a mask of padding, and an interval, is for that row."""
+    """The mask of the packed row: documents, and the interval of the original mask."""
 
     @staticmethod
     def of(mask: MaskTensor) -> "_Packing | None":
-        """None where a mask hides more than padding and what an interval does, where some tokens have padding between
-        them, which distances would show, and where there are none.
+        """The packing for a mask; None unless it is padding and an interval, real tokens are contiguous in each row
+        (else distances would change), and there are any.
         """
         batch, _, rows, length = mask.shape
         keep, interval = mask.mask.keep, Mask.band(mask.mask.left, mask.mask.right)
         if keep is None or mask.mask != Mask.padding(keep) & interval or mask.offset != 0 or rows != length:
             return None
         keep = keep.expand(batch, length)
-        begins = keep[:, 1:] & ~keep[:, :-1]
-        if (begins.sum(dim=1) + keep[:, 0] > 1).any():
+        starts = keep[:, 1:] & ~keep[:, :-1]
+        if (starts.sum(dim=1) + keep[:, 0] > 1).any():
             return None
-        places = keep.flatten().nonzero()[:, 0]
-        if len(places) == 0:
+        indices = keep.flatten().nonzero()[:, 0]
+        if len(indices) == 0:
             return None
-        texts, shape = (places // length)[None], (1, 1, len(places), len(places))
+        texts, shape = (indices // length)[None], (1, 1, len(indices), len(indices))
         packed = MaskTensor(Mask.documents(texts) & interval, 0, shape, mask.dtype, mask.device)
-        return _Packing(batch, length, places, packed)
+        return _Packing(batch, length, indices, packed)
 
     def fits(self, layer: nn.Module, hidden: Tensor, given: dict[str, Any]) -> bool:
-        """Whether all that a layer is given is known to belong to these tokens, or to none."""
+        """Whether all arguments of a layer are known to be per token of this batch, or independent of tokens."""
         if hidden.dim() != 3 or hidden.shape[:2] != (self.batch, self.length) or self.batch == self.length:
-            return False  # In a square batch, which dimension counts tokens would be a guess.
+            return False  # With B == L, the dimension of tokens is ambiguous.
         if getattr(layer, "chunk_size_feed_forward", 0):
-            return False  # which divides the length of a padded batch, not the number of its tokens
+            return False  # must divide the number of tokens, which changes
         kind: Any = type(layer)
         names = _signature(kind).parameters
         return all(self._fits(name, value, is_named=name in names) for name, value in given.items())
 
     def _fits(self, name: str, value: Any, *, is_named: bool) -> bool:
+        """Whether one argument is per token, or independent of tokens. ``is_named``: whether the layer declares it."""
         if isinstance(value, MaskTensor):
             return name == "attention_mask"
         if isinstance(value, tuple):
@@ -221,27 +220,27 @@ class _Packing:
             return by_token and value.dim() == {"position_ids": 2, "position_embeddings": 3}.get(name)
         if isinstance(value, bool):
             return name != "output_attentions" or not value
-        # A number that a layer has a name for may say how tokens are arranged. What it hands on to attention does not.
+        # Numbers for named parameters may depend on the arrangement of tokens; others are passed on to attention.
         return value is None or isinstance(value, str) or (isinstance(value, int | float | Tensor) and not is_named)
 
     def pack(self, value: Any) -> Any:
-        """What belongs to all tokens, as it is for the real ones."""
+        """Selects the real tokens of an argument; other arguments are returned unchanged."""
         if isinstance(value, MaskTensor):
             return self.mask
         if isinstance(value, Tensor) and value.dim() > 0:
-            everywhere = value.expand(self.batch, self.length, *value.shape[2:])
-            return everywhere.flatten(0, 1).index_select(0, self.places)[None]
+            expanded = value.expand(self.batch, self.length, *value.shape[2:])
+            return expanded.flatten(0, 1).index_select(0, self.indices)[None]
         return tuple(map(self.pack, value)) if isinstance(value, tuple) else value
 
     def unpack(self, packed: Tensor) -> Tensor:
-        """The rows of all tokens, 0 where there is padding."""
-        spread = packed.new_zeros(self.batch * self.length, *packed.shape[2:])
-        spread.index_copy_(0, self.places, packed[0])
-        return spread.view(self.batch, self.length, *packed.shape[2:])
+        """The padded batch, with 0 at padding."""
+        padded = packed.new_zeros(self.batch * self.length, *packed.shape[2:])
+        padded.index_copy_(0, self.indices, packed[0])
+        return padded.view(self.batch, self.length, *packed.shape[2:])
 
 
 class _Calls(threading.local):
-    """What the layers that this thread is in are computing, and what they were given."""
+    """Packing and original arguments of the layers that are running in this thread."""
 
     def __init__(self) -> None:
         self.packed: dict[nn.Module, tuple[_Packing, Any, Any]] = {}
@@ -251,7 +250,7 @@ _calls = _Calls()
 
 
 def _pack(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Before a layer: packs what it is given, if all of that, and the layer as it is now, can be."""
+    """Pre-forward hook: packs the arguments of a layer, if they and the layer allow it."""
     _calls.packed.pop(layer, None)
     if not any(isinstance(value, MaskTensor) and value.mask.keep is not None for value in (*args, *kwargs.values())):
         return None
@@ -260,69 +259,70 @@ def _pack(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     if not isinstance(mask, MaskTensor) or type(hidden) is not Tensor or kernels.is_tracing():
         return None
     if hidden.is_cpu and (kernels.absence() is not None or hidden.dtype is torch.float64):
-        return None  # torch's attention would write out which of all tokens meet: the square of the whole batch
+        return None  # torch's attention would need a dense mask over all tokens of the batch
     packing = _packing(mask)
-    if packing is None or not packing.fits(layer, hidden, given) or not _is_left_alone(layer):
+    if packing is None or not packing.fits(layer, hidden, given) or not _is_unmodified(layer):
         return None
     _calls.packed[layer] = packing, args, kwargs
     return (packing.pack(hidden),), {name: packing.pack(value) for name, value in given.items()}
 
 
 def _unpack(layer: nn.Module, args: Any, output: Any) -> Any:
-    """Behind a layer, and where it has failed: spreads out what it has made of packed tokens."""
+    """Forward hook, also called after an exception: unpacks the output of a layer that was packed."""
     packing, *given = _calls.packed.pop(layer, (None,))
     if packing is None or output is None:
         return None
     hidden, *others = output if isinstance(output, tuple) else (output,)
     if (
         not isinstance(hidden, Tensor)
-        or hidden.shape[:2] != (1, len(packing.places))
+        or hidden.shape[:2] != (1, len(packing.indices))
         or any(other is not None for other in others)
     ):
         args, kwargs = given
-        return layer.forward(*args, **kwargs)  # It returns more than we know.
-    spread = packing.unpack(hidden)
-    return (spread, *others) if isinstance(output, tuple) else spread
+        return layer.forward(*args, **kwargs)  # Unknown outputs: run again with padding.
+    padded = packing.unpack(hidden)
+    return (padded, *others) if isinstance(output, tuple) else padded
 
 
 def _packing(mask: MaskTensor) -> _Packing | None:
-    """How layers that are given this mask pack their tokens, found once for all of them."""
+    """The packing for a mask, computed once for all layers of a call."""
     if "packing" not in mask.__dict__:
         mask.packing = _Packing.of(mask)
-    found: _Packing | None = mask.packing
-    return found
+    packing: _Packing | None = mask.packing
+    return packing
 
 
-def _is_left_alone(layer: nn.Module) -> bool:
-    """Whether nobody hooks or patches the layer or a module in it, or has put one there that we do not know."""
+def _is_unmodified(layer: nn.Module) -> bool:
+    """Whether a layer and its modules have no other hooks or patches, and are all of known classes."""
     if _has_any_global_hook():
         return False
-    idle = _CAPTURING if _nothing_is_captured() else None
-    return all(_works_on_tokens(module) and not _is_hooked(module, idle) for module in layer.modules())
+    ignored = None if _is_capturing() else _CAPTURING
+    return all(_is_tokenwise(module) and not _is_hooked(module, ignored) for module in layer.modules())
 
 
-def _is_hooked(module: nn.Module, idle: str | None) -> bool:
-    """Whether somebody's function comes with the forward of a module, ours and those from the module ``idle`` apart."""
+def _is_hooked(module: nn.Module, ignored: str | None) -> bool:
+    """Whether a module has a patched ``forward`` or hooks other than ours and those of the module ``ignored``."""
     if "forward" in module.__dict__:
         return True
     for name in _HOOKS:
         for hook in getattr(module, name, {"unknown": None}).values():
-            if hook is not _pack and hook is not _unpack and (not idle or getattr(hook, "__module__", "") != idle):
+            is_ignored = ignored is not None and getattr(hook, "__module__", "") == ignored
+            if hook is not _pack and hook is not _unpack and not is_ignored:
                 return True
     return False
 
 
-def _nothing_is_captured() -> bool:
-    """Whether transformers' own hooks, which stay once hidden states or weights were asked for, have nothing to do."""
+def _is_capturing() -> bool:
+    """Whether transformers collects hidden states or weights in this call. Its hooks stay after the first such call."""
     try:
         capturing = importlib.import_module(_CAPTURING)
-        return not capturing._active_collector.get()
+        return bool(capturing._active_collector.get())
     except (ImportError, AttributeError):
-        return False
+        return True
 
 
 def _arguments(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The hidden states that a layer is given, and all else by its name."""
+    """The hidden states among the arguments of a layer, and all other arguments by name."""
     kind: Any = type(layer)
     signature = _signature(kind)
     given = signature.bind(layer, *args, **kwargs).arguments

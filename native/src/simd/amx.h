@@ -1,17 +1,14 @@
-// The tile registers of AMX: eight of them, each of 16 rows of 64 bytes.
+// AMX, which extends avx512bf16 by eight tile registers, each of 16 rows of 64 bytes.
 //
-// As assembler rather than intrinsics: GCC's do not tell the compiler before version 14 that memory is read and
-// written.
+// In assembler: before version 14, GCC's intrinsics do not say that memory is read and written.
 #pragma once
 
-#include <cstdint>
+#include "simd/avx512bf16.h"
 
 namespace qkv {
 namespace QKV_ISA {
 
-#if defined(__AMX_BF16__)
-// While it lives, the thread may use the tile registers. Whoever used them before must not count on what they hold, as
-// for other registers in a call.
+// While it lives, the thread may use the tile registers. Calls clobber them, as they do vector registers.
 struct TileRegisters {
     TileRegisters() {
         constexpr int COUNT = 8;
@@ -52,7 +49,6 @@ template <int C, int A, int B>
 static inline void tile_dot() {
     __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }
-#endif
 
 }  // namespace QKV_ISA
 }  // namespace qkv

@@ -1,0 +1,56 @@
+// The sizes that were chosen by measuring, but for that of huge pages (runtime/huge_pages.h). "Step" is a numbered
+// trial of docs/log.md, with sizes that were tried and not taken in brackets; a size without a step was not tried
+// otherwise.
+#pragma once
+
+#include <cstdint>
+
+namespace qkv {
+
+// Blocks
+constexpr int BLOCK_M = 64;               // query rows of a tile: steps 1, 17, 40 (32, 128)
+constexpr int BLOCK_N = 96;               // keys of a block of scores: steps 1, 17, 41 (48, 192 to 384)
+constexpr int SUBBLOCK = 12;              // keys of a segment at the edge of a mask: steps 1, 22 (16 to 32)
+constexpr int KV_SPLIT = 480;             // keys that are accumulated apart and merged in order: steps 8, 41
+constexpr int BWD_BLOCK_N = 3 * BLOCK_N;  // keys whose gradients a thread keeps: steps 9, 21 (192)
+
+// The micro-kernel
+constexpr int micro_vecs(int lanes) { return lanes == 16 ? 4 : 2; }  // vectors of C side by side: step 1
+constexpr int micro_rows(int lanes, int vecs) {                      // rows of C, in registers: steps 1, 3, 15
+    if (lanes == 16) return vecs <= 2 ? 12 : (vecs == 3 ? 8 : 6);    // up to 24 vectors of 32 registers
+    if (lanes == 8) return vecs == 1 ? 12 : 6;                       // 12 of 16
+    return vecs == 1 ? 8 : 4;
+}
+constexpr int64_t F32_CHAIN = 32;       // multiply-adds of a sum along the width: steps 91, 98 (16, 64)
+constexpr int PREFETCH_ROWS = BLOCK_N;  // keys or values ahead that are prefetched: step 54
+constexpr int VECS_AT_ONCE = 4;         // vectors of rows whose maxima and sums stay in registers: step 14
+constexpr int SUMS_AT_ONCE = 4;         // sums or maxima side by side, not to wait for one: steps 59, 101
+constexpr int AMX_IDLE_KEYS = 24;       // keys between two products that keep AMX awake: steps 39, 83
+
+// Operands
+constexpr int64_t FAR_STRIDE = 512;       // numbers between rows that are copied side by side: step 51
+constexpr int64_t PREPARE_TILES = 16;     // tiles from which on they are copied once for all: step 61
+constexpr int64_t PREPARE_TILES_OWN = 4;  // the same for a thread that keeps the memory: step 86
+constexpr int64_t PREPARE_KEYS = 4;       // keys for each query row up to which it pays
+constexpr int64_t COPY_ROWS = 256;        // rows that a thread copies at a time
+constexpr int64_t COPY_K_BLOCKS = 16;     // blocks of AMX_K keys that a thread packs at a time
+
+// Decoding and short queries
+constexpr int DECODE_ROWS = 8;             // rows of one query that go key by key, at most: steps 2, 5, 10
+constexpr int AMX_DECODE_ROWS = 3;         // rows from which on bf16 goes by tiles: step 43
+constexpr int DECODE_KEYS = 2;             // keys that several rows read side by side: steps 11, 36
+constexpr int DECODE_PREFETCH_KEYS = 16;   // keys ahead that several rows prefetch: steps 7, 26, 68
+constexpr int SHORT_PREFETCH_VALUES = 32;  // values ahead that a short query prefetches: step 97 (16)
+constexpr int dot_spans(int rows) { return rows <= 4 ? 2 : 1; }  // vectors of pairs at a time: step 36
+
+// Softmax
+constexpr float ROW_MAX_LAG = 8;    // exponents of 2 by which a maximum may lag behind: step 1
+constexpr float LARGE_SCORE = 256;  // scores from which on their rounding shows in weights: step 93
+
+// Threads
+constexpr int64_t OWN_HEADS = 8;          // heads for each thread from which on it prepares its own: step 86
+constexpr int SPLIT_TILES = 4;            // tiles for each thread below which their keys are split
+constexpr int SPIN_TRIES = 1000;          // looks at a counter before a thread yields
+constexpr int64_t SEQUENCE_OVERHEAD = 8;  // tokens that cost as much as a sequence does beside its scores
+
+}  // namespace qkv
