@@ -187,6 +187,7 @@ class Mask:
         return hash(self._identity())
 
     def _identity(self) -> tuple[int | None, ...]:
+        """What equal masks have in common: bounds and the ids of tensors."""
         tensors = (kind.of(self) for kind in TENSORS)
         return (self.left, self.right, self.sink_tokens, *(None if t is None else id(t) for t in tensors))
 
@@ -232,6 +233,7 @@ class Mask:
         return tuple(getattr(self, name) for name in FIELDS)
 
     def _given(self) -> "Iterator[tuple[TensorKind, Tensor]]":
+        """The kinds of tensors that the mask has, and the tensors."""
         for kind in TENSORS if self.has_tensors else ():
             tensor = kind.of(self)
             if tensor is not None:
@@ -367,6 +369,7 @@ def _intersect_left(a: Mask, b: Mask) -> tuple[int | None, int]:
 def _intersect_optional(
     a: Tensor | None, b: Tensor | None, intersect: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor | None:
+    """``intersect(a, b)``, or the one that is not None."""
     if a is None or b is None or a is b:
         return b if a is None else a
     return intersect(a, b)
@@ -389,6 +392,7 @@ def _select(tensor: Tensor, start: int, stop: int, sink_tokens: int) -> Tensor:
 
 
 def _select_lengths(lengths: Tensor, start: int, stop: int, sink_tokens: int) -> Tensor:
+    """How many of the selected keys are among the first ``lengths``."""
     return lengths.clamp(max=sink_tokens) + (lengths.clamp(max=stop) - start).clamp(min=0)
 
 

@@ -219,6 +219,7 @@ def _check_mask(caller: str, mask: Mask, q: Tensor, k: Tensor) -> None:
 
 
 def _resolve_offset(caller: str, mask: Mask, scores: Scores, offset: int | None, lq: int, lk: int) -> int:
+    """The offset, 0 if None. Raises if it is needed and None, or out of range."""
     if offset is None:
         if (mask.is_positional or scores.is_positional()) and lq != lk:
             positional = repr(mask) if mask.is_positional else "alibi"

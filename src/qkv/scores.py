@@ -113,6 +113,7 @@ def make_scores(caller: str, q: Tensor, k: Tensor, **options: Unpack[ScoreOption
 
 
 def _resolve_scale(caller: str, scale: float | None, width: int) -> float:
+    """The scale, ``1 / sqrt(width)`` if None."""
     if scale is None:
         if width == 0:
             raise ValueError(f"{caller}: heads of width 0 have no default scale, 1 / sqrt(width); pass scale.")
@@ -126,6 +127,7 @@ def _resolve_scale(caller: str, scale: float | None, width: int) -> float:
 
 
 def _check_bias(caller: str, bias: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """The bias with 4 dimensions. Raises unless it broadcasts to the scores."""
     shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     if not isinstance(bias, Tensor) or not bias.dtype.is_floating_point:
         got = bias.dtype if isinstance(bias, Tensor) else type(bias).__name__

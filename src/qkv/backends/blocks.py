@@ -46,9 +46,9 @@ def plan(problem: Problem) -> Plan | None:
     size = max(MIN_BLOCK_SIZE, (mask.left + mask.right + 1) // 2)
     start = max(0, mask.sink_tokens + mask.left - offset)
     end = min(problem.lq, problem.lk - mask.right - offset)
-    found = Plan(mask.left, mask.right, size, start, start + max(0, end - start) // size * size)
-    pays = found.stop - start >= 2 * size and problem.lk > 2 * (mask.sink_tokens + found.span)
-    return found if pays else None
+    plan = Plan(mask.left, mask.right, size, start, start + max(0, end - start) // size * size)
+    pays = plan.stop - start >= 2 * size and problem.lk > 2 * (mask.sink_tokens + plan.span)
+    return plan if pays else None
 
 
 def run(problem: Problem, plan: Plan, solve: Callable[[Problem], Result]) -> Result:

@@ -60,6 +60,7 @@ def run(problem: Problem) -> Result:
 
 
 def _run(problem: Problem) -> Result:
+    """The result of a trimmed problem of finite numbers."""
     from torch.nn.attention.flex_attention import AuxRequest
 
     scores = problem.scores
@@ -82,6 +83,7 @@ def _run(problem: Problem) -> Result:
 
 
 def _padded(tensor: Tensor) -> Tensor:
+    """The tensor on a GPU, with zeros up to the smallest head width."""
     missing = MIN_HEAD_DIM - tensor.shape[3]
     return F.pad(tensor, (0, missing)) if missing > 0 and not tensor.is_cpu else tensor
 
@@ -138,6 +140,7 @@ def _at(tensor: Tensor, *index: Tensor) -> Tensor:
 
 
 def _block_mask(problem: Problem) -> "BlockMask | None":
+    """The mask as FlexAttention takes it; None if it hides nothing."""
     mask = problem.mask
     if mask.is_full:
         return None
@@ -153,6 +156,7 @@ def _interval_block_mask(mask: Mask, offset: int, lq: int, lk: int, device: torc
 
 
 def _build_block_mask(problem: Problem) -> "BlockMask":
+    """Block mask of a mask with tensors."""
     mask = problem.mask
     batch = max(tensor.shape[0] for _, tensor in mask.tensors())
     heads = 1 if mask.allow is None else mask.allow.shape[1]
@@ -162,6 +166,7 @@ def _build_block_mask(problem: Problem) -> "BlockMask":
 
 
 def _find_blocks(device_type: str, pairs: int) -> "Callable[..., BlockMask]":
+    """``create_block_mask``, compiled if a dense mask would be large."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     return _compiled(create_block_mask) if device_type == "cuda" and pairs > MAX_UNCOMPILED_PAIRS else create_block_mask
@@ -169,6 +174,7 @@ def _find_blocks(device_type: str, pairs: int) -> "Callable[..., BlockMask]":
 
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function compiled for any sizes, or as it is while the caller is being compiled."""
     compiled = torch.compile(function, dynamic=True, fullgraph=True)
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -182,6 +188,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache
 def _attend(device_type: str) -> Callable[..., Any]:
+    """``flex_attention``, compiled on CUDA only."""
     from torch.nn.attention.flex_attention import flex_attention
 
     if device_type == "cuda":

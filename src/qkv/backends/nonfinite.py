@@ -70,15 +70,16 @@ def distinct(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors, with a view for each repeated one: torch.compile takes no input of an autograd.Function twice."""
     if not torch.compiler.is_compiling():
         return tensors
-    found: list[Tensor | None] = []
+    unique: list[Tensor | None] = []
     for tensor in tensors:
-        found.append(tensor.view_as(tensor) if tensor is not None and any(tensor is x for x in found) else tensor)
-    return tuple(found)
+        unique.append(tensor.view_as(tensor) if tensor is not None and any(tensor is x for x in unique) else tensor)
+    return tuple(unique)
 
 
 def _add_terms(
     out: Tensor, lse: Tensor | None, nonfinite_out: Tensor | None, nonfinite_lse: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
+    """Out and lse plus their terms, or copies of both without terms."""
     if nonfinite_out is None or nonfinite_lse is None:
         return out.clone(), None if lse is None else lse.clone()
     return out + nonfinite_out, None if lse is None else lse + nonfinite_lse
@@ -115,6 +116,7 @@ def _is_finite(problem: Problem) -> bool:
 
 
 def _all_finite(tensor: Tensor) -> bool:
+    """Whether the sum of the tensor is finite."""
     # A sum is finite only if all its terms are, and costs a seventh of isfinite().all(). If it overflows, the result is
     # the same, only slower.
     tensor = tensor.detach()
@@ -152,22 +154,22 @@ def _nonfinite_terms(problem: Problem) -> NonfiniteTerms:
     """What the non-finite numbers that each row sees add to its result."""
     q, k, v, bias, width = problem.q, problem.k, problem.v, problem.scores.bias, problem.v.shape[3]
     visibility = Visibility(problem.mask, problem.offset, problem.lq, problem.lk, problem.group)
-    bad_key = ~k.isfinite().all(dim=-1, keepdim=True)
-    flags = [v.isnan() | (v == torch.inf), v.isnan() | (v == -torch.inf), bad_key, torch.ones_like(bad_key)]
-    up, down, bad, sees = visibility.of_rows(torch.cat(flags, dim=-1)).split([width, width, 1, 1], dim=-1)
-    bad = bad | (sees & ~q.isfinite().all(dim=-1, keepdim=True))
+    nonfinite_key = ~k.isfinite().all(dim=-1, keepdim=True)
+    flags = [v.isnan() | (v == torch.inf), v.isnan() | (v == -torch.inf), nonfinite_key, torch.ones_like(nonfinite_key)]
+    up, down, nan_rows, sees = visibility.of_rows(torch.cat(flags, dim=-1)).split([width, width, 1, 1], dim=-1)
+    nan_rows = nan_rows | (sees & ~q.isfinite().all(dim=-1, keepdim=True))
     if bias is not None:
         visible = problem.visible()
-        bad = bad | (visible & _makes_row_nan(bias)).any(dim=-1, keepdim=True)
+        nan_rows = nan_rows | (visible & _makes_row_nan(bias)).any(dim=-1, keepdim=True)
         # 0 * inf is NaN, for infinite values with a weight of 0.
         zero_times_inf = _any_of(visible & (bias == -torch.inf), v.isinf().repeat_interleave(problem.group, dim=1))
         up, down = up | zero_times_inf, down | zero_times_inf
     if problem.scores.sink_logits is not None:
-        bad = bad | _makes_row_nan(problem.scores.sink_logits)[:, None, None]
-    nothing = torch.zeros((), dtype=q.dtype, device=q.device)
-    out = torch.where(up | bad, torch.inf, nothing) - torch.where(down | bad, torch.inf, nothing)
+        nan_rows = nan_rows | _makes_row_nan(problem.scores.sink_logits)[:, None, None]
+    zero = torch.zeros((), dtype=q.dtype, device=q.device)
+    out = torch.where(up | nan_rows, torch.inf, zero) - torch.where(down | nan_rows, torch.inf, zero)
     return NonfiniteTerms(
-        problem, out, torch.where(bad.squeeze(-1), torch.nan, nothing.to(accumulation_dtype(q.dtype)))
+        problem, out, torch.where(nan_rows.squeeze(-1), torch.nan, zero.to(accumulation_dtype(q.dtype)))
     )
 
 
@@ -259,13 +261,13 @@ class _AddTerms(torch.autograd.Function):
         if nonfinite_out is None and _can_read_values(*incoming) and all(map(_all_finite, incoming)):
             return d_out, d_lse, *[None] * (len(ctx.needs_input_grad) - 2)
         columns = [d_out] if d_lse is None else [d_out, d_lse[..., None]]
-        bad = torch.stack([~column.isfinite().all(dim=-1) for column in columns]).any(dim=0)
+        nan_rows = torch.stack([~column.isfinite().all(dim=-1) for column in columns]).any(dim=0)
         if nonfinite_out is not None:
             has_grad = torch.stack([(column != 0).any(dim=-1) for column in columns]).any(dim=0)
-            bad = bad | (has_grad & ~nonfinite_out.isfinite().all(dim=-1))
-        bad = bad[..., None]
-        d_out, d_lse = d_out.masked_fill(bad, 0), None if d_lse is None else d_lse.masked_fill(bad[..., 0], 0)
-        nan_gradients = _nan_gradients(ctx, bad, sink_logits, tensors)
+            nan_rows = nan_rows | (has_grad & ~nonfinite_out.isfinite().all(dim=-1))
+        nan_rows = nan_rows[..., None]
+        d_out, d_lse = d_out.masked_fill(nan_rows, 0), None if d_lse is None else d_lse.masked_fill(nan_rows[..., 0], 0)
+        nan_gradients = _nan_gradients(ctx, nan_rows, sink_logits, tensors)
         return d_out, d_lse, None, None, *nan_gradients, *[None] * (len(ctx.needs_input_grad) - 4 - len(nan_gradients))
 
 
@@ -278,23 +280,23 @@ class _AddTermsWithJvp(_AddTerms):
 
 
 def _nan_gradients(
-    ctx: Any, bad: Tensor, sink_logits: Tensor | None, mask_tensors: list[Tensor | None]
+    ctx: Any, nan_rows: Tensor, sink_logits: Tensor | None, mask_tensors: list[Tensor | None]
 ) -> list[Tensor | None]:
-    """Gradients of q, k, v, bias, alibi and sink logits: NaN for what the bad rows (B, H, Lq, 1) see, else 0."""
+    """Gradients of q, k, v, bias, alibi and sink logits: NaN for what the nan_rows rows (B, H, Lq, 1) see, else 0."""
     q, k, v, bias, alibi = ctx.shapes
     offset, *bounds = ctx.bounds
     visibility = Visibility(Mask(*bounds, *mask_tensors), offset, q[2], k[2], q[1] // k[1])
-    seen = visibility.of_keys(bad)
-    sees = bad & visibility.of_rows(torch.ones_like(seen))
+    seen = visibility.of_keys(nan_rows)
+    sees = nan_rows & visibility.of_rows(torch.ones_like(seen))
 
-    def nan(where: Tensor) -> Tensor:
-        return torch.where(where, torch.nan, torch.zeros((), device=where.device))
+    def nan(flags: Tensor) -> Tensor:
+        return torch.where(flags, torch.nan, torch.zeros((), device=flags.device))
 
     return [
         nan(sees).expand(q),
         nan(seen).expand(k),
         nan(seen).expand(v),
-        None if bias is None else nan(visibility.pairs(bad.device) & bad).sum_to_size(bias),
+        None if bias is None else nan(visibility.pairs(nan_rows.device) & nan_rows).sum_to_size(bias),
         None if alibi is None else nan(sees.any(dim=(0, 2, 3))),
-        None if sink_logits is None else nan(bad.any(dim=(0, 2, 3)) & (sink_logits != -torch.inf)),
+        None if sink_logits is None else nan(nan_rows.any(dim=(0, 2, 3)) & (sink_logits != -torch.inf)),
     ]

@@ -38,7 +38,7 @@ def why_not(problem: Problem) -> list[str]:
         if problem.needs_grad and _has_learned_bias(problem):
             reasons.append(f"{wanted} the lse, which torch's kernels do not give with a bias that needs a gradient")
         if problem.needs_grad and torch._C._get_tracing_state():
-            reasons.append(f"{wanted} the lse, whose gradient torch.jit.trace cannot hold")
+            reasons.append(f"{wanted} the lse, whose gradient torch.jit.trace cannot record")
     return reasons
 
 
@@ -61,6 +61,7 @@ def run(problem: Problem) -> Result:
 
 
 def _needs_lse(problem: Problem) -> bool:
+    """Whether the lse is part of the result or needed to add sink logits."""
     return problem.wants_lse or problem.scores.sink_logits is not None
 
 
@@ -92,6 +93,7 @@ def _is_batched(tensor: Tensor) -> bool:
 
 
 def _fused(problem: Problem) -> Result:
+    """The result of a trimmed problem of finite numbers, by torch's fused kernels."""
     problem = _with_positive_scale(problem)
     attn_mask, is_causal = _lower(problem)
     value_width = problem.v.shape[3]
@@ -205,6 +207,7 @@ def _with_contiguous_rows(tensor: Tensor) -> Tensor:
 
 
 def _fused_with_lse(problem: Problem, attn_mask: Tensor | None, is_causal: bool, value_width: int) -> Result:
+    """`_fused` on a CPU by `_FlashWithLse`, cut to ``value_width`` and with sink logits."""
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         zero = attn_mask.new_zeros((), dtype=accumulation_dtype(problem.q.dtype))
         attn_mask = torch.where(attn_mask, zero, -torch.inf)

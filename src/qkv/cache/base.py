@@ -86,6 +86,7 @@ class Cache:
         self._owners = (owner,)
 
     def _require(self, owner: Owner) -> None:
+        """Raises ValueError if the cache contains keys of another layer."""
         if self._owners and owner not in self._owners:
             raise ValueError(
                 f"{type(self).__name__}: its {self.length} tokens are keys of another layer, {self._owners[0].name}; "
@@ -103,6 +104,7 @@ class Cache:
         self.restore(length)
 
     def _check_crop(self, length: int) -> None:
+        """Raises as `crop` for lengths that are not an int from 0 to `length`."""
         caller = type(self).__name__
         if not isinstance(length, int) or isinstance(length, bool):
             raise TypeError(f"{caller}: length of crop must be an int; got {length!r}.")

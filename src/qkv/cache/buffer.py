@@ -139,6 +139,7 @@ class AppendBuffer:
         self._cropped = 0 if self.memory is None else self.memory.shape[2] - self.stop
 
     def _set_memory(self, memory: Tensor, length: int, *, is_writable: bool = False) -> None:
+        """Replaces memory, whose first ``length`` slots are the tokens."""
         self.memory, self._start, self.length, self._current_view = memory, 0, length, None
         self._is_writable, self._cropped = is_writable, 0
 

@@ -108,6 +108,7 @@ class CrossKVCache(Cache):
             self._remember_identity(context)
 
     def _remember_identity(self, context: Tensor) -> None:
+        """Records the tensor and its version, so that `require` need not compare numbers."""
         has_version = not torch.compiler.is_compiling() and not context.is_inference()
         self._given = (weakref.ref(context), context._version) if has_version else None
 

@@ -62,6 +62,7 @@ class Int8KVCache(GrowingCache):
         return self.keys()._replace(offset=start)
 
     def _append_by_torch(self, k: Tensor, v: Tensor) -> None:
+        """Appends tokens for which `_append_in_place` is not eligible."""
         if not (k.is_floating_point() and v.is_floating_point()):
             raise ValueError(f"Int8KVCache: k and v must be floating-point; got {k.dtype}, {v.dtype}.")
         if wants_grad(k, v):
@@ -132,5 +133,6 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _kernel_can_quantize(x: Tensor) -> bool:
+    """Whether `kernels.quantize` takes the tensor."""
     floating = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
     return x.is_cpu and floating and x.dim() == 4 and x.stride(3) == 1 and kernels.can_bypass_dispatcher(x)

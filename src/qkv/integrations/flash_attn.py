@@ -372,6 +372,7 @@ def _options(
 
 
 def _refuse_dropout_pattern(caller: str, return_attn_probs: bool, dropout_p: float) -> None:
+    """Raises NotImplementedError for return_attn_probs with dropout."""
     if return_attn_probs and dropout_p > 0:
         raise NotImplementedError(
             f"{caller}: return_attn_probs must be False with dropout, since its pattern is not stored; "

@@ -34,9 +34,9 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     call, (out, lse, d_out, d_lse, wants_bias, wants_alibi) = split(arguments)
-    found = _new_gradients(call, wants_bias, wants_alibi)
-    check_status(run_backward(call, (out, lse, d_out, d_lse), found, loaded().backward), call)
-    return found
+    gradients = _new_gradients(call, wants_bias, wants_alibi)
+    check_status(run_backward(call, (out, lse, d_out, d_lse), gradients, loaded().backward), call)
+    return gradients
 
 
 def run_backward(
@@ -96,13 +96,13 @@ def _differentiate(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | Non
     arguments, out, lse = saved(ctx)
     call, wanted = Call(*arguments), Call(*ctx.needs_input_grad)
     backward = _backward if can_backward_bypass_dispatcher(d_out) else torch.ops.qkv.backward
-    found = backward(*call, out, lse, d_out, d_lse, wanted.bias, wanted.alibi)
-    return gradients_of(call, wanted, lse, found)
+    outputs = backward(*call, out, lse, d_out, d_lse, wanted.bias, wanted.alibi)
+    return gradients_of(call, wanted, lse, outputs)
 
 
-def gradients_of(call: Call, wanted: Call, lse: Tensor, found: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-    """The gradient of each field of the call, from the outputs ``found`` of a backward operator."""
-    dq, dk, dv, delta, d_bias, d_alibi = found
+def gradients_of(call: Call, wanted: Call, lse: Tensor, outputs: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    """The gradient of each field of the call, from the outputs of a backward operator."""
+    dq, dk, dv, delta, d_bias, d_alibi = outputs
     gradients: dict[str, Tensor | None] = dict.fromkeys(Call._fields)
     gradients |= {"q": dq, "k": dk, "v": dv}
     if call.sink_logits is not None and wanted.sink_logits:

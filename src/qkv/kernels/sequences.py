@@ -59,12 +59,12 @@ def forward_sequences(sequences: Sequences, *, needs_grad: bool) -> tuple[Tensor
         MemoryError: if scratch memory cannot be allocated.
     """
     if is_tracing():
-        found: tuple[Tensor, Tensor] = torch.ops.qkv.forward_sequences(*sequences.arguments())
+        results: tuple[Tensor, Tensor] = torch.ops.qkv.forward_sequences(*sequences.arguments())
     elif needs_grad:
-        found = _Forward.apply(*sequences.arguments())  # type: ignore[no-untyped-call]
+        results = _Forward.apply(*sequences.arguments())  # type: ignore[no-untyped-call]
     else:
-        found = _forward(*sequences.arguments())
-    return found
+        results = _forward(*sequences.arguments())
+    return results
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -79,17 +79,17 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     sequences, (out, lse, d_out, d_lse) = _split(arguments)
-    found = _new_gradients(sequences)
-    dk, dv, firsts, ends = found[1], found[2], sequences.firsts, sequences.firsts + sequences.key_lengths
+    gradients = _new_gradients(sequences)
+    dk, dv, firsts, ends = gradients[1], gradients[2], sequences.firsts, sequences.firsts + sequences.key_lengths
     if firsts[0] > 0 or ends[-1] < dk.shape[2] or not torch.equal(firsts[1:], ends[:-1]):
         dk.zero_(), dv.zero_()  # the kernel writes no gradients for keys outside of all sequences
     packed, _alive = _pack(sequences)
 
-    def run(problem: bytes, gradients: bytes) -> int:
-        return loaded().backward_sequences(problem, packed, gradients)
+    def run(problem: bytes, packed_gradients: bytes) -> int:
+        return loaded().backward_sequences(problem, packed, packed_gradients)
 
-    _check_status(run_backward(sequences.call, (out, lse, d_out, d_lse), found, run), sequences)
-    return found
+    _check_status(run_backward(sequences.call, (out, lse, d_out, d_lse), gradients, run), sequences)
+    return gradients
 
 
 def _forward_shapes(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -106,9 +106,9 @@ def _differentiate(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | Non
     """The gradients of the arguments of ``qkv::forward_sequences``."""
     arguments, out, lse = saved(ctx)
     backward = _backward if can_backward_bypass_dispatcher(d_out) else torch.ops.qkv.backward_sequences
-    found = backward(*arguments, out, lse, d_out, d_lse)
+    outputs = backward(*arguments, out, lse, d_out, d_lse)
     (call, others), (wanted, _) = split(tuple(arguments)), split(tuple(ctx.needs_input_grad))
-    return *gradients_of(call, wanted, lse, found), *[None] * len(others)
+    return *gradients_of(call, wanted, lse, outputs), *[None] * len(others)
 
 
 class _Forward(torch.autograd.Function):

@@ -60,10 +60,12 @@ def bounded(keys: int | None) -> int:
 
 
 def _per_batch(tensor: Tensor) -> tuple[int, int]:
+    """Address and batch stride of ``(B or 1, ...)``."""
     return tensor.data_ptr(), 0 if tensor.shape[0] == 1 else tensor.stride(0)
 
 
 def _matrix(tensor: Tensor) -> tuple[int, ...]:
+    """Address, strides (0 for broadcast dimensions) and dtype of ``(B, H, Lq, Lk)``."""
     strides = (0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr(), *strides, DTYPES[tensor.dtype]
 

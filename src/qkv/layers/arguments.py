@@ -92,11 +92,11 @@ def vector(caller: str, name: str, value: Any, count: int, what: str) -> Numbers
                 "created with device='cpu'."
             ) from error
     try:
-        found = tuple(map(float, value))
+        numbers = tuple(map(float, value))
     except (TypeError, ValueError) as error:
         raise TypeError(f"{caller}: {required}; got {value!r}.") from error
-    if len(found) != count:
+    if len(numbers) != count:
         raise ValueError(f"{caller}: {required}; got {value!r}.")
-    if not all(map(math.isfinite, found)):
-        raise ValueError(f"{caller}: {name} must be finite; got {found}.")
-    return Numbers(found, dtype)
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError(f"{caller}: {name} must be finite; got {numbers}.")
+    return Numbers(numbers, dtype)

@@ -295,6 +295,7 @@ class Attention(nn.Module):
         return nested_like(x, self._merge_heads(out))
 
     def _pack_context(self, queries: PackedTokens, context: Tensor | None, mask: Mask) -> PackedTokens:
+        """The packed context of a nested tensor of queries. Raises for masks that depend on positions."""
         caller = type(self).__name__
         require_jagged(caller, "context", context, self.context_dim)
         if mask.is_positional or self._slopes is not None:
@@ -313,9 +314,11 @@ class Attention(nn.Module):
         return keys
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        """`qkv.attention` with the options of the layer."""
         return functional.attention(q, k, v, backend=self.backend, **self._scores(q), **options)
 
     def _scores(self, q: Tensor) -> ScoreOptions:
+        """The score options of the layer, as keywords of `qkv.attention`."""
         return {
             "scale": self.scale,
             "softcap": self.softcap,
@@ -329,6 +332,7 @@ class Attention(nn.Module):
         return project(self.out_proj, out.transpose(1, 2).flatten(2))
 
     def _inputs(self, x: Tensor, context: Tensor | None, mask: Mask | None, cache: Cache | None) -> _Inputs:
+        """Projects x and context, appends to the cache, and combines the masks."""
         caller = type(self).__name__
         if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[2] != self.embed_dim:
             raise wrong_input(caller, "x", x, f"(B, L, {self.embed_dim})")
@@ -350,6 +354,7 @@ class Attention(nn.Module):
             require_like_weights(caller, "context", context, self.k_proj, error)
 
     def _self_inputs(self, x: Tensor, q: Tensor, context: Tensor | None, mask: Mask, cache: Cache | None) -> _Inputs:
+        """`_inputs` of self-attention, from projected queries."""
         caller = type(self).__name__
         self._refuse_context(context)
         if cache is None:
@@ -371,6 +376,7 @@ class Attention(nn.Module):
         return _Inputs(q, keys, cache.restrict(mask))
 
     def _refuse_context(self, context: Tensor | None) -> None:
+        """Raises ValueError unless the context of self-attention is None."""
         if context is not None:
             got = type(context).__name__
             if isinstance(context, Tensor):
@@ -381,6 +387,7 @@ class Attention(nn.Module):
             )
 
     def _cross_inputs(self, x: Tensor, q: Tensor, context: Tensor | None, mask: Mask, cache: Cache | None) -> _Inputs:
+        """`_inputs` of cross-attention, from projected queries."""
         caller = type(self).__name__
         if cache is not None and not isinstance(cache, CrossKVCache):
             raise TypeError(f"{caller}: cache must be a CrossKVCache in cross-attention; got {type(cache).__name__}.")
@@ -407,6 +414,7 @@ class Attention(nn.Module):
         return _Inputs(q, keys, mask)
 
     def _keys(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys (B, Hkv, Lk, head_dim) and values (B, Hkv, Lk, value_dim) of x or a context."""
         k = self._heads(project(self.k_proj, source), self.head_dim, self.k_norm)
         return k, self._heads(project(self.v_proj, source), self.value_dim, None)
 

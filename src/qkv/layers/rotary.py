@@ -101,6 +101,7 @@ class RotaryEmbedding(nn.Module):
 
 
 def _geometric(base: float, rotary_dim: int, device: torch.device) -> Tensor:
+    """``base ** (-2 i / rotary_dim)`` for each pair i."""
     exponent = torch.arange(0, rotary_dim, 2, device=device, dtype=torch.float32) / rotary_dim
     frequencies: Tensor = base**-exponent
     return frequencies

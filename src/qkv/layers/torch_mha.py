@@ -54,7 +54,7 @@ def options(module: nn.MultiheadAttention) -> dict[str, Any]:
             f"got add_bias_kv={module.bias_k is not None}, add_zero_attn={module.add_zero_attn}."
         )
     like = module.out_proj.weight
-    found: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "embed_dim": module.embed_dim,
         "num_heads": module.num_heads,
         "bias": module.in_proj_bias is not None,
@@ -63,25 +63,25 @@ def options(module: nn.MultiheadAttention) -> dict[str, Any]:
         "dtype": like.dtype,
     }
     if module.kdim != module.embed_dim:
-        found["context_dim"] = module.kdim
-    return found
+        arguments["context_dim"] = module.kdim
+    return arguments
 
 
 def state(module: nn.MultiheadAttention) -> dict[str, Tensor]:
     """The state dict of `Attention` from the weights of the module."""
-    found = {"out_proj.weight": module.out_proj.weight}
+    state_dict = {"out_proj.weight": module.out_proj.weight}
     if module.out_proj.bias is not None:
-        found["out_proj.bias"] = module.out_proj.bias
+        state_dict["out_proj.bias"] = module.out_proj.bias
     if module.in_proj_weight is not None:
         weights = module.in_proj_weight.chunk(3)
     else:
         weights = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
     for name, weight in zip("qkv", weights, strict=True):
-        found[f"{name}_proj.weight"] = weight
+        state_dict[f"{name}_proj.weight"] = weight
     if module.in_proj_bias is not None:
         for name, bias in zip("qkv", module.in_proj_bias.chunk(3), strict=True):
-            found[f"{name}_proj.bias"] = bias
-    return found
+            state_dict[f"{name}_proj.bias"] = bias
+    return state_dict
 
 
 def build(layer: Layer) -> nn.MultiheadAttention:

@@ -58,6 +58,7 @@ class Report:
         return "\n".join(lines)
 
     def _count(self, query: Tensor, key: Tensor, reason: str | None) -> None:
+        """Counts a call, with the location of its caller."""
         frame = sys._getframe(2)  # the caller of the operator
         where = f"{frame.f_globals.get('__name__')}:{frame.f_lineno} {frame.f_code.co_name}"
         self.calls[Call(where, tuple(query.shape), tuple(key.shape), reason)] += 1
@@ -147,8 +148,8 @@ class _RoutedForward:
         if self.own is not None:
             return self.own
         kind = type(self.module)
-        found: Any = next(vars(base)["forward"] for base in kind.__mro__ if "forward" in vars(base))
-        return found.__get__(self.module, kind)  # type: ignore[no-any-return]
+        forward: Any = next(vars(base)["forward"] for base in kind.__mro__ if "forward" in vars(base))
+        return forward.__get__(self.module, kind)  # type: ignore[no-any-return]
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:  # for readers of the signature
@@ -169,6 +170,7 @@ class _RoutedForward:
             return self.forward(*args, **kwargs)
 
     def restore(self, module: nn.Module) -> None:
+        """Undoes the wrapping of the module's forward."""
         if self.own is None:
             del module.__dict__["forward"]
         else:

@@ -270,6 +270,7 @@ def _why_not(*tensors: Tensor | None) -> str | None:
 
 
 def _with_4_dimensions(tensor: Tensor) -> Tensor:
+    """The tensor with leading dimensions added or flattened to 4 dimensions."""
     if tensor.dim() == 4:
         return tensor
     return tensor[(None,) * (4 - tensor.dim())] if tensor.dim() < 4 else tensor.flatten(0, -4)

@@ -191,6 +191,7 @@ def keys_in_pages(
 
 
 def _require_pages(caller: str, pool: Tensor, block_table: Tensor, starts: Sequence[int], stops: Sequence[int]) -> None:
+    """Raises ValueError unless the table has a valid page for each key that a sequence needs."""
     num_pages, page_size = pool.shape[:2]
     if max(stops, default=0) > block_table.shape[1] * page_size:
         raise ValueError(
