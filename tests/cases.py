@@ -1,4 +1,4 @@
-"""The contract grid: every mask and every score option, over sizes that are primes or lie at the edge of a block."""
+"""The contract grid: every mask and every score option, over sizes that are primes or at the edge of a block."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -78,7 +78,7 @@ class Case:
 
 
 def _between_poisoned_neighbours(tensor: Tensor) -> Tensor:
-    """The same numbers as a view, head-split and sliced out of a buffer that holds NaN everywhere else."""
+    """The same numbers as a view, head-split and sliced, of a buffer with NaN everywhere else."""
     batch, heads, length, width = tensor.shape
     buffer = torch.full((batch + 1, length + 5, heads + 2, width + 3), torch.nan, dtype=tensor.dtype)
     view = buffer[1:, 2 : 2 + length, 1 : 1 + heads, 1 : 1 + width].transpose(1, 2)

@@ -56,7 +56,7 @@ class Answer:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, rule: Rule, offset: int = 0, scores: Scores | None = None) -> Answer:
-    """The answer in fp64. Masked keys are never read, so that whatever they hold cannot matter."""
+    """The answer in fp64. Masked keys are never read, so their numbers cannot matter."""
     scores = scores or Scores()
     # numpy, whose steps over a row of keys cost a fifth of torch's.
     queries, keys, values = (x.detach().double().numpy() for x in (q, k, v))

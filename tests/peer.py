@@ -10,7 +10,7 @@ from torch import Tensor
 
 @cache
 def visible(case: Case) -> Tensor:
-    """The rule written out, (B, H, Lq, Lk)."""
+    """The rule as a dense mask (B, H, Lq, Lk)."""
     rule = case.rule()
     seen = torch.zeros(case.batch, case.heads, case.lq, case.lk, dtype=torch.bool)
     per_head = rule.allow is not None and rule.allow.shape[1] > 1

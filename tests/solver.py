@@ -1,4 +1,4 @@
-"""A backend on a device, and the kernel with each instruction set: what the contract holds to account."""
+"""`Solver`: a backend on a device, or the kernel with one instruction set, as run by the contract tests."""
 
 import ctypes
 import shutil
@@ -24,7 +24,7 @@ DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
 
 def supported_isas() -> list[str]:
-    """The instruction sets that this machine has and the kernel knows, the best first; none without the kernel."""
+    """The instruction sets that both machine and kernel support, the best first; none without the kernel."""
     if kernels.absence() is not None:
         return []
     library = ctypes.CDLL(str(kernels.LIBRARY))
@@ -37,7 +37,7 @@ def supported_isas() -> list[str]:
 
 @cache
 def library(isa: str) -> kernels.Library | str:
-    """The kernel with this instruction set: a copy under another name is another library, and chooses anew."""
+    """The kernel with this instruction set, loaded from a copy under another name."""
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as environment:
         environment.setenv("QKV_ISA", isa)
         return kernels.load(shutil.copy(kernels.LIBRARY, Path(folder) / f"{isa}.so"))
@@ -52,7 +52,7 @@ class Solver(NamedTuple):
     backend: Backend
     device: str = "cpu"
     isa: str | None = None
-    """Of the kernel: another instruction set than the one in use."""
+    """an instruction set of the kernel other than the default one"""
 
     def __str__(self) -> str:
         return "-".join(
@@ -84,7 +84,7 @@ class Solver(NamedTuple):
     def reasons(
         self, case: Case, dtype: torch.dtype = torch.float32, *, needs_grad: bool = False, wants_lse: bool = False
     ) -> list[str]:
-        """Why it does not solve the case, whatever the instruction set."""
+        """The reasons why the backend does not solve the case."""
         return _reasons(self._replace(isa=None), case, dtype, needs_grad, wants_lse)
 
     def moved(self, tensor: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from qkv.problem import DTYPES, make_problem, trim
 
 
 def hides_the_middle_key(case: Case) -> bool:
-    """Whether the mask keeps some query from it. A bias of -inf hides nothing: the key takes part, with weight 0."""
+    """Whether the mask hides a key from some query. A bias of -inf hides nothing: it is a weight of 0."""
     return not visible(case)[..., case.lk // 2].all() and case.bias_shape is None
 
 
@@ -72,7 +72,7 @@ UNSOLVED = {
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=str)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_what_a_backend_does_not_solve_has_one_of_these_reasons(solver: Solver, direction: str) -> None:
+def test_unsolved_cases_have_one_of_the_listed_reasons(solver: Solver, direction: str) -> None:
     found = {
         reason
         for dtype in DTYPES
@@ -94,7 +94,7 @@ def test_output_is_as_near_the_oracle_as_torch(solver: Solver, dtype: torch.dtyp
 
 OF_FLEX = [case for case in CASES if not Solver(flex).reasons(case)]
 TRACED = [case.name for case in OF_FLEX[::5]]
-"""Cases traced in `make test`, in fp32: each takes half a second. The others are for `make test-all`."""
+"""cases traced in `make test`, in fp32, half a second each; `make test-all` traces the others"""
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ TRACED = [case.name for case in OF_FLEX[::5]]
 def test_flex_attention_gives_the_same_bits_as_dynamo_traces_it(
     case: Case, dtype: torch.dtype, wants_lse: bool
 ) -> None:
-    """On a CPU, as users call it, beside what all other tests call there (solver.py)."""
+    """On a CPU as users call it, with Dynamo, unlike in all other tests (solver.py)."""
     solver, inputs = Solver(flex), case.inputs(dtype)
     solve = solver.attention_with_lse if wants_lse else solver.attention
     got = solve(case, inputs)

@@ -1,4 +1,4 @@
-"""However tensors lie in memory, the same numbers give the same result, in every backend, forward and backward."""
+"""Results and gradients of every backend do not depend on the memory layout of tensors."""
 
 import functools
 from collections.abc import Callable
@@ -20,7 +20,7 @@ Layout = Callable[[Tensor], Tensor]
 
 
 def poisoned(*shape: int, like: Tensor) -> Tensor:
-    """Memory in which whoever reads beside a view finds NaN; the largest code of int8."""
+    """Memory full of NaN (127 in int8), to be read by kernels that leave the bounds of a view."""
     value = (
         torch.nan if like.dtype.is_floating_point else torch.iinfo(like.dtype).max if like.dtype != torch.bool else 1
     )
@@ -34,19 +34,19 @@ def every_second(x: Tensor) -> Tensor:
 
 
 def packed_last(x: Tensor) -> Tensor:
-    """As the views of "b l (h d three)"."""
+    """A view of "b l (h d three)"."""
     memory = poisoned(*x.shape, 3, like=x)
     memory[..., 1] = x
     return memory.unbind(-1)[1]
 
 
 def transposed(x: Tensor) -> Tensor:
-    """Of columns that lie side by side."""
+    """Column-major."""
     return x.mT.contiguous().mT
 
 
 def sliced(x: Tensor) -> Tensor:
-    """Inside of larger rows, at an odd place."""
+    """A slice of a larger tensor, at an odd offset."""
     memory = poisoned(*(size + 3 for size in x.shape), like=x)
     view = memory[tuple(slice(1, size + 1) for size in x.shape)]
     view.copy_(x)
@@ -60,7 +60,7 @@ def every_second_row(x: Tensor) -> Tensor:
 
 
 def tokens_first(x: Tensor) -> Tensor:
-    """As layers and flash-attn hold heads."""
+    """Heads inside of tokens, as in layers and flash-attn."""
     return x.transpose(1, 2).contiguous().transpose(1, 2) if x.dim() > 2 else x.clone()
 
 
@@ -108,7 +108,7 @@ def on(device: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def rounding(want: Tensor, length: int) -> float:
-    """How far two results of the same numbers may be apart: a sum of n terms in another order, by n roundings each."""
+    """Bound of the difference of two sums of n terms in different orders: n roundings of each."""
     return 2 * length * torch.finfo(want.dtype).eps * max(1.0, want.abs().max().item())
 
 

@@ -1,4 +1,4 @@
-"""Keys and values in int8: on every backend what their numbers say, and what rounding to them costs."""
+"""Keys and values in int8: every backend computes with the dequantized numbers, and rounding has bounded errors."""
 
 import pytest
 import torch

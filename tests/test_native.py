@@ -1,4 +1,4 @@
-"""The native kernel beside the contract: instruction sets, bits, threads, and what happens without it."""
+"""The native kernel, in addition to the contract: instruction sets, bits, threads, and calls without it."""
 
 import dataclasses
 import os
@@ -120,7 +120,7 @@ def test_the_fast_path_gives_the_bits_of_the_validated_path(dtype: torch.dtype, 
 
 
 def quantized(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Both in int8, and what each is to be multiplied by: views, as where buffers are filled."""
+    """Keys and values in int8 with scales, as views of larger buffers."""
     (k, k_scale), (v, v_scale) = quantize(k), quantize(v)
     room = torch.full((2, 2, 20), torch.nan)
     room[:, :, 3:12] = k_scale

@@ -94,7 +94,7 @@ def test_a_sink_logit_of_minus_infinity_has_no_gradient(seen: bool) -> None:
         assert lse.tolist() == [[[-math.inf] * 3, [0.5] * 3]]
 
 
-def test_what_nobody_sees_has_a_gradient_of_0() -> None:
+def test_hidden_keys_have_a_gradient_of_0() -> None:
     q = torch.randn(1, 2, 3, 8, requires_grad=True)
     bias, alibi, sinks = (torch.zeros(shape, requires_grad=True) for shape in ((1, 2, 3, 3), (2,), (2,)))
     mask = Mask.causal()

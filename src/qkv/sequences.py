@@ -75,7 +75,7 @@ class Sequences(NamedTuple):
         return sequences._attend_in_one_call()
 
     def _prepared(self) -> "Sequences":
-        """The sequences in the dtype of autocast, with contiguous widths, and in one page if gradients are needed."""
+        """The sequences in the dtype of autocast, with contiguous widths; in one page if that or gradients need it."""
         q, keys, dtype = self.q, self.keys, self.problem.q.dtype
         fits = keys.k.dtype is dtype and keys.k.stride(3) == keys.v.stride(3) == 1
         # Gather instead of copying the whole pool, and since gradients of shared pages are sums.

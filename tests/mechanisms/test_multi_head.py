@@ -105,7 +105,7 @@ def test_conversion_keeps_training_mode_dropout_and_dtype() -> None:
         (nn.MultiheadAttention(24, 4, add_zero_attn=True), r"add_bias_kv=False, add_zero_attn=True"),
     ],
 )
-def test_what_cannot_be_converted_from_torch_says_so(module: nn.MultiheadAttention, message: str) -> None:
+def test_from_torch_refuses_unsupported_modules(module: nn.MultiheadAttention, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         qkv.Attention.from_torch(module)
 
@@ -120,7 +120,7 @@ def test_fewer_kv_heads_than_the_module_has_are_refused() -> None:
         qkv.MultiQueryAttention.from_torch(nn.MultiheadAttention(24, 4))
 
 
-def test_what_torch_cannot_express_is_listed_whole() -> None:
+def test_to_torch_lists_every_unsupported_option() -> None:
     layer = qkv.Attention(
         24,
         4,

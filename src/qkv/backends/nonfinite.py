@@ -168,13 +168,12 @@ def _nonfinite_terms(problem: Problem) -> NonfiniteTerms:
         nan_rows = nan_rows | _makes_row_nan(problem.scores.sink_logits)[:, None, None]
     zero = torch.zeros((), dtype=q.dtype, device=q.device)
     out = torch.where(up | nan_rows, torch.inf, zero) - torch.where(down | nan_rows, torch.inf, zero)
-    return NonfiniteTerms(
-        problem, out, torch.where(nan_rows.squeeze(-1), torch.nan, zero.to(accumulation_dtype(q.dtype)))
-    )
+    lse = torch.where(nan_rows.squeeze(-1), torch.nan, zero.to(accumulation_dtype(q.dtype)))
+    return NonfiniteTerms(problem, out, lse)
 
 
 class Visibility(NamedTuple):
-    """Visibility as any-reductions over keys or rows, linear in the lengths for intervals and padding."""
+    """Which rows see which keys, as queries linear in the lengths for intervals and padding."""
 
     mask: Mask
     offset: int
@@ -282,7 +281,7 @@ class _AddTermsWithJvp(_AddTerms):
 def _nan_gradients(
     ctx: Any, nan_rows: Tensor, sink_logits: Tensor | None, mask_tensors: list[Tensor | None]
 ) -> list[Tensor | None]:
-    """Gradients of q, k, v, bias, alibi and sink logits: NaN for what the nan_rows rows (B, H, Lq, 1) see, else 0."""
+    """Gradients of q, k, v, bias, alibi and sink logits: NaN for all that ``nan_rows (B, H, Lq, 1)`` see, else 0."""
     q, k, v, bias, alibi = ctx.shapes
     offset, *bounds = ctx.bounds
     visibility = Visibility(Mask(*bounds, *mask_tensors), offset, q[2], k[2], q[1] // k[1])

@@ -78,7 +78,7 @@ class AppendBuffer:
     ) -> Tensor:
         """Appends uninitialised slots for tokens of this shape and returns them for the caller to fill.
 
-        With zero tokens, ``(B, heads, 0, ...)``, it only allocates ``capacity`` slots.
+        With zero tokens, ``(B, heads, 0, ...)``, before the first, it only allocates ``capacity`` slots.
         """
         slots = self._slots_for(shape, dtype, device, capacity)
         self.length, self._current_view = self.length + shape[2], None

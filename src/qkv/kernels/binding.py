@@ -14,7 +14,7 @@ from qkv.kernels.structs import GRADIENTS, PROBLEM, QUANTIZATION, SEQUENCES
 
 
 class Library(NamedTuple):
-    """The functions of the library and the instruction set that it runs. Those that take bytes release the GIL."""
+    """The functions of the library, which release the GIL, and the instruction set that it runs."""
 
     isa: str
     forward: Callable[[bytes], int]
@@ -98,7 +98,7 @@ def _load_calls_of_tensors(path: Path) -> tuple[Callable[..., int] | None, Calla
         return None, None
     functions = (python.PyEval_SaveThread, python.PyEval_RestoreThread, python.PyErr_Clear)
     interpreter = _Interpreter(tensors, id(None), *(ctypes.cast(function, ctypes.c_void_p) for function in functions))
-    native = ctypes.PyDLL(str(path))  # which does not release the GIL
+    native = ctypes.PyDLL(str(path))  # keeps the GIL, which the library releases itself
     tensor, number = ctypes.py_object, ctypes.c_int64
     native.qkv_fast_forward.argtypes = [ctypes.c_void_p, *[tensor] * 8, *[number] * 4, ctypes.c_float, ctypes.c_int]
     native.qkv_append.argtypes = [ctypes.c_void_p, *[tensor] * 6, number, ctypes.c_int]
