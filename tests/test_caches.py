@@ -91,7 +91,10 @@ def test_a_layer_that_sees_later_keys_is_refused_with_a_filled_cache(make: Calla
         mask = mask & Mask.band(3, None)
     layer, cache = qkv.Attention(24, 6, mask=mask), make()
     layer(X[:, :5], cache=cache)
-    with pytest.raises(ValueError, match=r"queries must not see later keys.*; got .* Use Mask\.causal\(\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"tokens in the cache, the mask must not show keys after the query.*; got .* Use Mask\.causal\(\)",
+    ):
         layer(X[:, 5:], cache=cache)
     assert cache.length == 5
     layer(X[:, 5:], mask=Mask.causal(), cache=cache)  # a prompt that sees all of itself, and a text behind it

@@ -79,9 +79,9 @@ class Cache:
             self._require(owner)
             if (mask.right is None or mask.right > 0) and mask.allow is None:
                 raise ValueError(
-                    f"{type(self).__name__}: with a cache, queries must not see later keys, which the {self.length} "
-                    f"cached tokens did not see; got {mask!r}. Use Mask.causal(), pass all tokens in one call, or use "
-                    "Mask.dense."
+                    f"{type(self).__name__}: with {self.length} tokens in the cache, the mask must not show keys after "
+                    f"the query, which those tokens did not see; got {mask!r}. Use Mask.causal(), pass all tokens in "
+                    "one call, or use Mask.dense."
                 )
         self._owners = (owner,)
 

@@ -78,7 +78,7 @@ def _open_block() -> _Block | None:
         block = block.outer
     if block is not None:
         while block.outer is not None and not block.outer.is_open:
-            block.outer = block.outer.outer  # else overlapping blocks would form an endless chain
+            block.outer = block.outer.outer  # else chains of overlapping blocks would grow without bound
     return block
 
 
