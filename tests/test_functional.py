@@ -195,7 +195,7 @@ def test_explain_says_what_is_chosen_and_every_reason_against_the_others() -> No
     assert found.reasons["native"] == ["the kernel has no fp64"]
     assert found.reasons["sdpa"] == [
         "scaled_dot_product_attention has no softcap",
-        "sink logits need the lse, which torch's kernels do not give with dropout",
+        "sink logits need the lse, which torch's kernels do not return with dropout",
     ]
     assert found.reasons["flex"] == [
         "FlexAttention has no dropout",

@@ -44,7 +44,7 @@ def at_construction() -> list[tuple[str, Any, type[Exception], str]]:
         ("mask", lambda q, k: q >= k, TypeError, mask + "function. Use Mask.causal(), "),
         ("mask", None, TypeError, mask + "NoneType"),
         ("mask", True, TypeError, mask + "bool"),
-        ("rotary", True, TypeError, "rotary must be a qkv.RotaryEmbedding, or a module with a head_dim"),
+        ("rotary", True, TypeError, "rotary must be a qkv.RotaryEmbedding, or a module with the same head_dim"),
         ("rotary", 10000.0, TypeError, "with the same head_dim and forward; got float. Use RotaryEmbedding("),
         ("rotary", NoRotation(), TypeError, "got NoRotation"),
         ("rotary", nn.Identity(), TypeError, "got Identity"),

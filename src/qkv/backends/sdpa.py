@@ -28,15 +28,15 @@ ROW_BYTES = 16
 def why_not(problem: Problem) -> list[str]:
     reasons = [f"scaled_dot_product_attention has no {name}" for name in problem.scores.unsupported_by(SCORES)]
     if _needs_lse(problem):
-        wanted = "sink logits need" if problem.scores.sink_logits is not None else "this call wants"
+        wanted = "sink logits need" if problem.scores.sink_logits is not None else "the call needs"
         if problem.q.device.type not in ("cpu", "meta"):
-            reasons.append(f"{wanted} the lse, which torch's kernels give on CPU alone")
+            reasons.append(f"{wanted} the lse, which torch's kernels return on CPU only")
         if torch.onnx.is_in_onnx_export():
-            reasons.append(f"{wanted} the lse, which ONNX's attention does not give")
+            reasons.append(f"{wanted} the lse, which ONNX's attention does not return")
         if problem.scores.dropout:
-            reasons.append(f"{wanted} the lse, which torch's kernels do not give with dropout")
+            reasons.append(f"{wanted} the lse, which torch's kernels do not return with dropout")
         if problem.needs_grad and _has_learned_bias(problem):
-            reasons.append(f"{wanted} the lse, which torch's kernels do not give with a bias that needs a gradient")
+            reasons.append(f"{wanted} the lse, which torch's kernels do not return with a bias that needs a gradient")
         if problem.needs_grad and torch._C._get_tracing_state():
             reasons.append(f"{wanted} the lse, whose gradient torch.jit.trace cannot record")
     return reasons
