@@ -13,7 +13,7 @@ NUMBERS = (float, int, Real, torch.SymFloat, torch.SymInt)
 def require_int(caller: str, name: str, value: object, suffix: str = "") -> None:
     """Raises TypeError unless ``value`` is an int. ``suffix`` continues "must be an int" in the message."""
     if not isinstance(value, (int, Integral, torch.SymInt)) or isinstance(value, bool):
-        raise TypeError(f"{caller}: {name} must be an int{suffix}; got {shown(value)}.")
+        raise TypeError(f"{caller}: {name} must be an int{suffix}; got {described(value)}.")
 
 
 def require_count(caller: str, name: str, value: object, least: int = 1, suffix: str = "") -> None:
@@ -26,7 +26,7 @@ def require_count(caller: str, name: str, value: object, least: int = 1, suffix:
 def require_flag(caller: str, name: str, value: object) -> None:
     """Raises TypeError unless ``value`` is True or False."""
     if not isinstance(value, bool):
-        raise TypeError(f"{caller}: {name} must be True or False; got {shown(value)}.")
+        raise TypeError(f"{caller}: {name} must be True or False; got {described(value)}.")
 
 
 def require_finite(caller: str, name: str, value: object, suffix: str = "") -> None:
@@ -69,11 +69,11 @@ def broadcasts(tensor: Tensor, shape: tuple[int, ...]) -> bool:
     return missing >= 0 and all(size in (1, goal) for size, goal in zip(tensor.shape, shape[missing:], strict=True))
 
 
-def shown(value: object) -> str:
+def described(value: object) -> str:
     """The value in error messages: its ``repr``, or the shape of a tensor with dimensions."""
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) and value.dim() else repr(value)
 
 
 def _require_number(caller: str, name: str, value: object, what: str) -> None:
     if not isinstance(value, NUMBERS) or isinstance(value, bool):
-        raise TypeError(f"{caller}: {name} must be {what}; got {shown(value)}.")
+        raise TypeError(f"{caller}: {name} must be {what}; got {described(value)}.")

@@ -196,7 +196,7 @@ class Mask:
         if self.left is not None or self.right is not None:
             sinks = f", sink_tokens={self.sink_tokens}" if self.sink_tokens else ""
             parts.append(f"Mask.band(left={self.left}, right={self.right}{sinks})")
-        for kind, tensor in self._given():
+        for kind, tensor in self._present():
             dtype = str(tensor.dtype).removeprefix("torch.")
             parts.append(f"Mask.{kind.constructor}(<{dtype} {tuple(tensor.shape)}>)")
         return " & ".join(parts) or "Mask.full()"
@@ -226,13 +226,13 @@ class Mask:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The name of each tensor of the mask, as in error messages, and the tensor."""
-        return ((f"{kind.constructor} {kind.argument}", tensor) for kind, tensor in self._given())
+        return ((f"{kind.constructor} {kind.argument}", tensor) for kind, tensor in self._present())
 
     def values(self) -> tuple[Any, ...]:
         """All fields, in order: ``Mask(*mask.values()) == mask``."""
         return tuple(getattr(self, name) for name in FIELDS)
 
-    def _given(self) -> "Iterator[tuple[TensorKind, Tensor]]":
+    def _present(self) -> "Iterator[tuple[TensorKind, Tensor]]":
         """The kinds of tensors that the mask has, and the tensors."""
         for kind in TENSORS if self.has_tensors else ():
             tensor = kind.of(self)
@@ -241,7 +241,7 @@ class Mask:
 
     def require_fit(self, caller: str, batch: int, heads: int, lq: int, lk: int, device: torch.device) -> None:
         """Raises ValueError unless the tensors of the mask fit these sizes and are on this device."""
-        for kind, tensor in self._given():
+        for kind, tensor in self._present():
             name, shape = f"{kind.constructor} {kind.argument}", kind.shape(batch, heads, lq, lk)
             require_strided(caller, f"mask's {name}", tensor)
             if tensor.device != device:
@@ -316,7 +316,7 @@ class Mask:
             return self
 
         return self._with_tensors(
-            {kind: kind.select_keys(tensor, start, stop, sink_tokens) for kind, tensor in self._given()}
+            {kind: kind.select_keys(tensor, start, stop, sink_tokens) for kind, tensor in self._present()}
         )
 
     def select_queries(self, start: int, stop: int) -> "Mask":
@@ -327,7 +327,7 @@ class Mask:
 
     def to(self, device: torch.device | str) -> "Mask":
         """The mask with its tensors on ``device``."""
-        return self._with_tensors({kind: tensor.to(device) for kind, tensor in self._given()})
+        return self._with_tensors({kind: tensor.to(device) for kind, tensor in self._present()})
 
     def _with_tensors(self, tensors: "dict[TensorKind, Tensor]") -> "Mask":
         changes: dict[str, Any] = {kind.field: tensor for kind, tensor in tensors.items()}

@@ -31,7 +31,7 @@ class CrossKVCache(Cache):
     def __init__(self) -> None:
         super().__init__()
         self._fingerprint: Tensor | None = None
-        self._given: tuple[weakref.ref[Tensor], int] | None = None
+        self._context_ref: tuple[weakref.ref[Tensor], int] | None = None
 
     def admit(self, owner: Owner, mask: Mask) -> None:
         """Checks that a layer may use this cache, and records it as the owner.
@@ -55,7 +55,7 @@ class CrossKVCache(Cache):
                 "Make one cache per layer and context."
             )
         check_append("CrossKVCache", k, v, None, None, None)
-        self._fingerprint = self._given = None
+        self._fingerprint = self._context_ref = None
         try:
             grown = [part.extend(x, k.shape[2]) for part, x in zip(self._parts, (k, v), strict=True)]
         except BaseException:  # as in KVCache.append
@@ -86,9 +86,9 @@ class CrossKVCache(Cache):
             ValueError: for another context.
             RuntimeError: for another context, in compiled code.
         """
-        if self._given is not None and not torch.compiler.is_compiling():
-            given, version = self._given
-            if given() is context and context._version == version:
+        if self._context_ref is not None and not torch.compiler.is_compiling():
+            reference, version = self._context_ref
+            if reference() is context and context._version == version:
                 return
         if self._fingerprint is None:
             raise ValueError(
@@ -110,7 +110,7 @@ class CrossKVCache(Cache):
     def _remember_identity(self, context: Tensor) -> None:
         """Records the tensor and its version, so that `require` need not compare numbers."""
         has_version = not torch.compiler.is_compiling() and not context.is_inference()
-        self._given = (weakref.ref(context), context._version) if has_version else None
+        self._context_ref = (weakref.ref(context), context._version) if has_version else None
 
     def crop(self, length: int) -> None:
         """Removes all tokens of the context after the first ``length``.
@@ -121,16 +121,16 @@ class CrossKVCache(Cache):
         """
         super().crop(length)
         if self._fingerprint is not None and length < self._fingerprint.shape[1]:
-            self._fingerprint, self._given = self._fingerprint[:, :length].clone(), None
+            self._fingerprint, self._context_ref = self._fingerprint[:, :length].clone(), None
 
     def select(self, rows: Tensor) -> None:
         """As `Cache.select`. A context passed later must have the selected rows."""
         super().select(rows)
         if self._fingerprint is not None:
-            self._fingerprint, self._given = self._fingerprint[rows.to(self._fingerprint.device)], None
+            self._fingerprint, self._context_ref = self._fingerprint[rows.to(self._fingerprint.device)], None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_given": None}
+        return {**super().__getstate__(), "_context_ref": None}
 
 
 _ANOTHER_CONTEXT = (

@@ -38,7 +38,7 @@ def require_backend(caller: str, backend: object) -> None:
         raise ValueError(f"{caller}: backend must be 'auto' or one of {known}; got {backend!r}.")
 
 
-def wrong_input(caller: str, name: str, value: object, layout: str) -> Exception:
+def input_error(caller: str, name: str, value: object, layout: str) -> Exception:
     """The error for a layer's input ``name`` that is not a tensor of the shape ``layout``."""
     if not isinstance(value, Tensor):
         return TypeError(f"{caller}: {name} must be a tensor {layout}; got {type(value).__name__}.")
@@ -61,7 +61,7 @@ def require_like_weights(caller: str, name: str, x: Tensor, linear: nn.Module, c
         ) from cause
 
 
-def vector(caller: str, name: str, value: Any, count: int, what: str) -> Numbers:
+def require_vector(caller: str, name: str, value: Any, count: int, what: str) -> Numbers:
     """A vector of ``count`` finite numbers, from a tensor or a sequence.
 
     Args:

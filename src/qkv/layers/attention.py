@@ -14,12 +14,12 @@ from qkv.arguments import require_count, require_finite, require_flag, require_p
 from qkv.cache import Cache, CrossKVCache, Int8Keys, Keys, Owner
 from qkv.layers import torch_mha
 from qkv.layers.arguments import (
+    input_error,
     require_backend,
     require_like_weights,
     require_mask,
     require_rotary,
-    vector,
-    wrong_input,
+    require_vector,
 )
 from qkv.layers.jagged import PackedTokens, nested_like, pack_jagged, require_jagged
 from qkv.layers.projection import project
@@ -46,7 +46,7 @@ class _Inputs(NamedTuple):
 
 
 def _restore_cache_on_error(call: Callable[_Arguments, Tensor]) -> Callable[_Arguments, Tensor]:
-    """The method, after whose failure the cache is as before: an error or interrupt may come after the append."""
+    """Decorates a method so that an error or interrupt leaves its ``cache`` argument as it was before the call."""
 
     @functools.wraps(call)
     def guarded(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> Tensor:
@@ -210,7 +210,9 @@ class Attention(nn.Module):
     @alibi.setter
     def alibi(self, slopes: Tensor | Sequence[float] | None) -> None:
         what = "one per query head"
-        self._slopes = None if slopes is None else vector(type(self).__name__, "alibi", slopes, self.num_heads, what)
+        self._slopes = (
+            None if slopes is None else require_vector(type(self).__name__, "alibi", slopes, self.num_heads, what)
+        )
 
     def reset_parameters(self) -> None:
         """Initialises all parameters, as the constructor does; needed after ``to_empty``."""
@@ -248,7 +250,7 @@ class Attention(nn.Module):
         if _is_nested(x) or _is_nested(context):
             return self._forward_jagged(x, context, mask, cache)
         q, keys, mask = self._inputs(x, context, mask, cache)
-        return self._merge_heads(self._attend(q, keys.k, keys.v, mask=mask, **keys.options()))
+        return self._project_out(self._attend(q, keys.k, keys.v, mask=mask, **keys.options()))
 
     @_restore_cache_on_error
     def attention_weights(
@@ -292,7 +294,7 @@ class Attention(nn.Module):
         else:  # each sequence has sinks of its own
             padded = queries.pad(q), keys.pad(k), keys.pad(v)
             out = queries.pack(self._attend(*padded, mask=mask & Mask.padding(keys.lengths), offset=0))
-        return nested_like(x, self._merge_heads(out))
+        return nested_like(x, self._project_out(out))
 
     def _pack_context(self, queries: PackedTokens, context: Tensor | None, mask: Mask) -> PackedTokens:
         """The packed context of a nested tensor of queries. Raises for masks that depend on positions."""
@@ -327,7 +329,7 @@ class Attention(nn.Module):
             "dropout": self.dropout if self.training else 0.0,
         }
 
-    def _merge_heads(self, out: Tensor) -> Tensor:
+    def _project_out(self, out: Tensor) -> Tensor:
         """The output projection of all heads: (B, H, L, value_dim) to (B, L, embed_dim)."""
         return project(self.out_proj, out.transpose(1, 2).flatten(2))
 
@@ -335,7 +337,7 @@ class Attention(nn.Module):
         """Projects x and context, appends to the cache, and combines the masks."""
         caller = type(self).__name__
         if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[2] != self.embed_dim:
-            raise wrong_input(caller, "x", x, f"(B, L, {self.embed_dim})")
+            raise input_error(caller, "x", x, f"(B, L, {self.embed_dim})")
         mask = self.mask if mask is None else self.mask & require_mask(caller, mask)
         try:
             q = self._heads(project(self.q_proj, x), self.head_dim, self.q_norm)
@@ -401,7 +403,7 @@ class Attention(nn.Module):
             return _Inputs(q, cache.keys(), mask)
         sizes = (context.shape[0], context.shape[2]) if isinstance(context, Tensor) and context.dim() == 3 else ()
         if sizes != (x.shape[0], self.context_dim):
-            raise wrong_input(caller, "context", context, f"({x.shape[0]}, Lk, {self.context_dim})")
+            raise input_error(caller, "context", context, f"({x.shape[0]}, Lk, {self.context_dim})")
         if cache is None:
             k, v = self._keys(context)
             return _Inputs(q, Keys(k, v, None), mask)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from qkv.arguments import require_count, require_finite, require_flag, require_positive
-from qkv.layers.arguments import vector
+from qkv.layers.arguments import require_vector
 from qkv.layers.constants import Numbers, constant
 
 
@@ -64,10 +64,10 @@ class RotaryEmbedding(nn.Module):
         self.rotary_dim = rotary_dim
         self.interleaved = interleaved
         self.position_scale = position_scale
-        self._given: Numbers | None = None
+        self._custom: Numbers | None = None
         if frequencies is not None:
-            given = vector(caller, "frequencies", frequencies, rotary_dim // 2, "one per pair of channels")
-            self._given = given._replace(dtype=torch.float32)
+            given = require_vector(caller, "frequencies", frequencies, rotary_dim // 2, "one per pair of channels")
+            self._custom = given._replace(dtype=torch.float32)
 
     @property
     def frequencies(self) -> Tensor:
@@ -92,8 +92,8 @@ class RotaryEmbedding(nn.Module):
 
     def _frequencies(self, device: torch.device) -> Tensor:
         """Frequencies in fp32, regardless of the dtype of the module: bf16 represents integers up to 256 only."""
-        if self._given is not None:
-            return self._given.on(device)
+        if self._custom is not None:
+            return self._custom.on(device)
         return constant(_geometric, self.base, self.rotary_dim, device)
 
     def extra_repr(self) -> str:
