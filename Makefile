@@ -25,7 +25,7 @@ pytest: $(VENV)/ready
 # torchvision, the kernel under sanitizers, every family of transformers, and some of the planted bugs.
 test-all: check sanitize build/vision
 	$(PYTEST) -m "not vision"
-	PYTHONPATH=build/vision $(BIN)/python -m pytest -q -m vision tests/test_accelerate_models.py
+	PYTHONPATH=build/vision $(BIN)/python -m pytest -q -m vision tests/integrations/torch/test_models.py
 	PYTHONPATH=tests $(BIN)/python -m families.sweep --check
 	$(BIN)/python tests/mutants.py --sample 12
 
@@ -84,7 +84,7 @@ bench: $(VENV)/peers
 	$(BIN)/python benchmarks/kernel.py
 	$(BIN)/python benchmarks/grid.py
 	$(BIN)/python benchmarks/avx2.py
-	$(BIN)/python benchmarks/alternating.py
+	$(BIN)/python benchmarks/interleaved.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/models.py
 	$(BIN)/python benchmarks/layer.py

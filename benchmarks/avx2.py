@@ -7,13 +7,12 @@ import os
 import subprocess
 import sys
 
-import limits
-import machine
 import torch
-from case import Case
+from harness import limits, machine
+from harness.case import Case
+from harness.measurement import measure
+from harness.peers import torch_sdpa
 from kernel import heading, line
-from measurement import measure
-from peers import torch_sdpa
 
 from qkv import kernels
 

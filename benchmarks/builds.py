@@ -10,9 +10,9 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from case import DTYPES, Case
+from harness.case import DTYPES, Case
+from harness.measurement import ROUNDS
 from kernel import CASES
-from measurement import ROUNDS
 
 from qkv import kernels
 from qkv.bench.attention_call import qkv_call

@@ -14,10 +14,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import machine
-from case import DTYPES, Case
-from measurement import Measurement, measure
-from peers import torch_sdpa
+from harness import machine
+from harness.case import DTYPES, Case
+from harness.measurement import Measurement, measure
+from harness.peers import torch_sdpa
 
 SHAPES = Path(__file__).parent / "grid.json"
 SEED = 20261124

@@ -8,13 +8,12 @@ not counted as arithmetic, and decoding counts the bytes of keys and values that
 
 import argparse
 
-import limits
-import machine
 import torch
-from case import DTYPES, Case
-from limits import Limits
-from measurement import OURS, ROUNDS, Measurement, measure
-from peers import PEERS
+from harness import limits, machine
+from harness.case import DTYPES, Case
+from harness.limits import Limits
+from harness.measurement import OURS, ROUNDS, Measurement, measure
+from harness.peers import PEERS
 
 CASES = [
     Case("full, 2048", 2048, 2048),

@@ -10,9 +10,9 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import machine
 import models
 import torch
+from harness import machine
 from models import CONTEXT, STEPS
 from torch import Tensor, nn
 from transformers import AttentionInterface, LlamaConfig

@@ -19,10 +19,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import machine
 import torch
 import torch.nn.functional as F
 import transformers
+from harness import machine
 from torch import Tensor
 from transformers import (
     AttentionInterface,

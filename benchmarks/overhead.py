@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable
 from statistics import median
 
-import machine
 import torch
 import torch.nn.functional as F
+from harness import machine
 
 import qkv
 from qkv.bench.timing import interleaved

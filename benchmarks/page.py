@@ -8,13 +8,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import machine as machines
 from grid import describe
+from harness import machine as machines
+from harness.limits import Limits
+from harness.measurement import OURS, Measurement
+from harness.peers import PEERS
+from harness.plots import plot_grid, plot_rates
 from kernel import skips
-from limits import Limits
-from measurement import OURS, Measurement
-from peers import PEERS
-from plots import plot_grid, plot_rates
 
 from qkv.cli.bench_report import readable_time
 
@@ -123,9 +123,9 @@ def avx2_section(folder: Path) -> list[str]:
     return [f"## Restricted to AVX2\n\n{machine(record)} {limits(record['limits'])}", rates(rows, record["limits"])]
 
 
-def alternating_section(folder: Path) -> list[str]:
+def interleaved_section(folder: Path) -> list[str]:
     """Attention between matrix products."""
-    record = load(folder, "alternating")
+    record = load(folder, "interleaved")
     if record is None:
         return []
 
@@ -255,7 +255,7 @@ def sequences_section(folder: Path) -> list[str]:
 def main() -> None:
     """Writes the pages, the plots, and the list of pages in README.md."""
     sections = [
-        *(kernel_section, grid_section, avx2_section, alternating_section),
+        *(kernel_section, grid_section, avx2_section, interleaved_section),
         *(overhead_section, models_section, layer_section, sequences_section),
     ]
     pages = []

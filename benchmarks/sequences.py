@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from itertools import accumulate, product
 from typing import Any
 
-import machine
 import torch
 import torch.nn.functional as F
+from harness import machine
 from torch import Tensor
 
 from qkv.bench.timing import interleaved

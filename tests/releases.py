@@ -17,15 +17,18 @@ RELEASES = ROOT / "build" / "releases"
 
 TESTS = {
     "torch": [
-        *("tests/test_contract.py", "tests/test_functional.py", "tests/test_layers.py", "tests/test_masks.py"),
-        *("tests/test_growing.py", "tests/test_export.py", "tests/test_tracing.py", "tests/test_accelerate.py"),
-        *("tests/test_varlen.py", "tests/mechanisms", "tests/upstream"),
+        *(
+            "tests/contract/test_grid.py",
+            "tests/test_functional.py",
+            "tests/layers/test_layers.py",
+            "tests/test_masks.py",
+        ),
+        *("tests/cache/test_buffer.py", "tests/test_export.py", "tests/test_tracing.py", "tests/mechanisms"),
+        *("tests/integrations/torch/test_accelerate.py", "tests/integrations/torch/test_varlen.py", "tests/upstream"),
     ],
     "transformers": [
-        *("tests/test_transformers.py", "tests/test_transformers_cache.py", "tests/test_transformers_names.py"),
-        *("tests/test_unpadding.py", "tests/test_unpadding_layers.py", "tests/test_unpadding_arguments.py"),
-        *("tests/test_tracing.py", "tests/families", "tests/upstream", "tests/convert/test_families.py"),
-        "tests/convert/test_encoder_decoder.py",
+        *("tests/integrations/transformers", "tests/test_tracing.py", "tests/families", "tests/upstream"),
+        *("tests/convert/test_families.py", "tests/convert/test_encoder_decoder.py"),
     ],
 }
 """What runs on another release of each."""

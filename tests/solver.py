@@ -29,7 +29,7 @@ def supported_isas() -> list[str]:
         return []
     library = ctypes.CDLL(str(kernels.LIBRARY))
     if not hasattr(library, "qkv_supported_isas"):
-        return []  # of an older build, which test_native.py finds
+        return []  # of an older build, which kernels/test_native.py finds
     library.qkv_supported_isas.restype = ctypes.c_char_p
     found: bytes = library.qkv_supported_isas()
     return found.decode().split()
@@ -63,7 +63,7 @@ class Solver(NamedTuple):
     def at_work(self) -> Iterator[None]:
         """Within it, calls go to the instruction set of this solver; FlexAttention on CPU goes without Dynamo.
 
-        Tracing the same operations takes a hundred times as long as computing them, which test_contract.py does apart.
+        Tracing takes a hundred times as long as the operations; contract/test_grid.py traces once, apart.
         """
         with pytest.MonkeyPatch.context() as patch:
             if self.backend is flex and self.device == "cpu":
@@ -115,7 +115,7 @@ SOLVERS = [
 
 
 def solvable(cases: list[Case], dtypes: Sequence[torch.dtype], **wants: bool) -> pytest.MarkDecorator:
-    """Every solver with every case that it can solve; test_contract.py holds the reasons against all others."""
+    """Every solver with every case that it can solve; contract/test_grid.py holds the reasons against all others."""
     found = [
         pytest.param(solver, dtype, case, id=f"{solver}-{str(dtype).removeprefix('torch.')}-{case.name}")
         for solver in SOLVERS

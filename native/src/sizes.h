@@ -1,6 +1,5 @@
-// The sizes that were chosen by measuring, but for that of huge pages (runtime/huge_pages.h). "Step" is a numbered
-// trial of docs/log.md, with sizes that were tried and not taken in brackets; a size without a step was not tried
-// otherwise.
+// The sizes that were chosen by measuring, except that of huge pages (runtime/huge_pages.h). "Step" is a numbered trial
+// of docs/log.md; sizes after "not" were tried there and are worse. A size without a step was not tried otherwise.
 #pragma once
 
 #include <cstdint>
@@ -8,11 +7,11 @@
 namespace qkv {
 
 // Blocks
-constexpr int BLOCK_M = 64;               // query rows of a tile: steps 1, 17, 40 (32, 128)
-constexpr int BLOCK_N = 96;               // keys of a block of scores: steps 1, 17, 41 (48, 192 to 384)
-constexpr int SUBBLOCK = 12;              // keys of a segment at the edge of a mask: steps 1, 22 (16 to 32)
+constexpr int BLOCK_M = 64;               // query rows of a tile: steps 1, 17, 40; not 32, 128
+constexpr int BLOCK_N = 96;               // keys of a block of scores: steps 1, 17, 41; not 48, 192 to 384
+constexpr int SUBBLOCK = 12;              // keys of a segment at the edge of a mask: steps 1, 22; not 16 to 32
 constexpr int KV_SPLIT = 480;             // keys that are accumulated apart and merged in order: steps 8, 41
-constexpr int BWD_BLOCK_N = 3 * BLOCK_N;  // keys whose gradients a thread keeps: steps 9, 21 (192)
+constexpr int BWD_BLOCK_N = 3 * BLOCK_N;  // keys whose gradients a thread keeps: steps 9, 21; not 192
 
 // The micro-kernel
 constexpr int micro_vecs(int lanes) { return lanes == 16 ? 4 : 2; }  // vectors of C side by side: step 1
@@ -21,7 +20,7 @@ constexpr int micro_rows(int lanes, int vecs) {                      // rows of 
     if (lanes == 8) return vecs == 1 ? 12 : 6;                       // 12 of 16
     return vecs == 1 ? 8 : 4;
 }
-constexpr int64_t F32_CHAIN = 32;       // multiply-adds of a sum along the width: steps 91, 98 (16, 64)
+constexpr int64_t F32_CHAIN = 32;       // multiply-adds of a sum along the width: steps 91, 98; not 16, 64
 constexpr int PREFETCH_ROWS = BLOCK_N;  // keys or values ahead that are prefetched: step 54
 constexpr int VECS_AT_ONCE = 4;         // vectors of rows whose maxima and sums stay in registers: step 14
 constexpr int SUMS_AT_ONCE = 4;         // sums or maxima side by side, not to wait for one: steps 59, 101
@@ -40,7 +39,7 @@ constexpr int DECODE_ROWS = 8;             // rows of one query that go key by k
 constexpr int AMX_DECODE_ROWS = 3;         // rows from which on bf16 goes by tiles: step 43
 constexpr int DECODE_KEYS = 2;             // keys that several rows read side by side: steps 11, 36
 constexpr int DECODE_PREFETCH_KEYS = 16;   // keys ahead that several rows prefetch: steps 7, 26, 68
-constexpr int SHORT_PREFETCH_VALUES = 32;  // values ahead that a short query prefetches: step 97 (16)
+constexpr int SHORT_PREFETCH_VALUES = 32;  // values ahead that a short query prefetches: step 97; not 16
 constexpr int dot_spans(int rows) { return rows <= 4 ? 2 : 1; }  // vectors of pairs at a time: step 36
 
 // Softmax

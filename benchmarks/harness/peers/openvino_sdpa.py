@@ -3,9 +3,9 @@
 import importlib.util
 
 import torch
-from case import Case
 from torch import Tensor
 
+from harness.case import Case
 from qkv.bench.attention_call import PreparedCall
 
 NAME = "openvino"

@@ -4,9 +4,9 @@ import importlib.util
 from typing import Any
 
 import torch
-from case import Case
 from torch import Tensor
 
+from harness.case import Case
 from qkv.bench.attention_call import PreparedCall
 
 NAME = "onnxruntime"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LOG = (ROOT / "docs" / "log.md").read_text()
 ENTRIES = re.findall(r'^### <a id="([\w-]+)"></a>(.+)$', LOG, flags=re.MULTILINE)
 STEPS = [int(number) for number in re.findall(r'^### <a id="step-(\d+)"></a>Step \1: ', LOG, flags=re.MULTILINE)]

@@ -4,10 +4,11 @@ import math
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from case import DTYPES
-from limits import Limits
-from measurement import OURS, Measurement
-from peers import PEERS
+
+from harness.case import DTYPES
+from harness.limits import Limits
+from harness.measurement import OURS, Measurement
+from harness.peers import PEERS
 
 plt.switch_backend("svg")
 plt.rcParams.update(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from budget import assert_within_budget
-from test_flash_attn import (
+from integrations.test_flash_attn import (
     DTYPES,
     HEADS,
     KEY_LENGTHS,

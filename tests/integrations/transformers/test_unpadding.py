@@ -12,9 +12,22 @@ from unittest import mock
 
 import pytest
 import torch
+from integrations.transformers.unpadding import (
+    IDS,
+    LEFT,
+    LENGTHS,
+    PACKED,
+    PADDED,
+    RIGHT,
+    bert,
+    build,
+    hidden,
+    llama,
+    modern,
+    tokens_seen,
+)
 from torch import Tensor, nn
 from transformers.masking_utils import bidirectional_mask_function
-from unpadding import IDS, LEFT, LENGTHS, PACKED, PADDED, RIGHT, bert, build, hidden, llama, modern, tokens_seen
 
 from qkv import kernels
 from qkv.integrations.transformers.cache import QKVCache

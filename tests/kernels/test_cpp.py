@@ -11,7 +11,7 @@ from solver import supported_isas
 
 from qkv.kernels import LIBRARY
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "native-tests"
 """Stays, so that only what has changed is compiled anew."""
 

@@ -5,12 +5,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from case import DTYPES, Case
-from limits import Limits
-from peers import PEERS, Peer
 from torch import Tensor
 
 import qkv
+from harness.case import DTYPES, Case
+from harness.limits import Limits
+from harness.peers import PEERS, Peer
 from qkv.bench.attention_call import PreparedCall, qkv_call
 from qkv.bench.timing import Spread, interleaved
 

@@ -16,7 +16,7 @@ from qkv.convert import convert_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers' own making
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "uptrain.py"
+EXAMPLE = Path(__file__).parents[3] / "examples" / "uptrain.py"
 BLOCK = 16
 OPTIONS = ("--block", BLOCK, "--batch", 2, "--learning-rate", 3e-3, "--save-steps", 2)
 

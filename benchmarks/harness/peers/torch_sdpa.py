@@ -1,9 +1,9 @@
 """torch's ``scaled_dot_product_attention``."""
 
 import torch
-from case import Case
 from torch import Tensor
 
+from harness.case import Case
 from qkv.bench.attention_call import PreparedCall, torch_call
 
 NAME = "torch"

@@ -15,7 +15,7 @@ on_x86 = pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64"), reason="the kernel is of another architecture"
 )
 
-ISAS = Path(__file__).parents[1] / "native/src/abi/isas.def"
+ISAS = Path(__file__).parents[2] / "native/src/abi/isas.def"
 LEVELS = re.findall(r"^ISA(?:_X86)?\((\w+),", ISAS.read_text(), re.MULTILINE)
 """Instruction sets, each of which holds those before."""
 

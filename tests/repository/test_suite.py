@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 SKIPPED_AS_A_WHOLE = "import pytest\npytest.importorskip('no_such_module')\ndef test_lost(): pass\n"
 

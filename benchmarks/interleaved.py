@@ -1,6 +1,6 @@
 """Attention between matrix products, as in a model, against attention alone.
 
-    python benchmarks/alternating.py      measures, prints, and writes results/PROCESSOR/alternating.json
+    python benchmarks/interleaved.py      measures, prints, and writes results/PROCESSOR/interleaved.json
 
 This shows whether the kernel's threads compete with torch's. A product also evicts keys and values from the CPU caches,
 which no kernel can avoid, so attention is also timed after only reading the product's weights.
@@ -9,9 +9,9 @@ which no kernel can avoid, so attention is also timed after only reading the pro
 import time
 from collections.abc import Callable
 
-import machine
 import torch
-from case import DTYPES, Case
+from harness import machine
+from harness.case import DTYPES, Case
 from torch import Tensor
 
 from qkv.bench.attention_call import PreparedCall, qkv_call, torch_call
@@ -66,7 +66,7 @@ def main() -> None:
                 alone, between, read = (found["median_us"] for found in times.values())
                 columns = f"{alone:>10.1f} {between:>10.1f} {between / alone:>6.2f} {read:>10.1f}"
                 print(f"{case.name:<38} {dtype:<5} {library:<7} {columns}", flush=True)
-    machine.save("alternating", {"measurements": results})
+    machine.save("interleaved", {"measurements": results})
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from integrations.transformers.unpadding import IDS, LEFT, PACKED, PADDED, RIGHT, bert, hidden, llama, tokens_seen
 from torch import Tensor, nn
-from unpadding import IDS, LEFT, PACKED, PADDED, RIGHT, bert, hidden, llama, tokens_seen
 
 from qkv import kernels
 from qkv.integrations.transformers import attention as integration

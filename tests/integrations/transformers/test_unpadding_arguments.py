@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from integrations.transformers.unpadding import PACKED, PADDED, RIGHT, bert, hidden, llama, tokens_seen
 from torch import Tensor, nn
 from transformers.masking_utils import causal_mask_function
-from unpadding import PACKED, PADDED, RIGHT, bert, hidden, llama, tokens_seen
 
 from qkv import kernels
 from qkv.integrations.transformers.masks import make_mask

@@ -4,10 +4,10 @@ from types import ModuleType
 from typing import Protocol, cast
 
 import torch
-from case import Case
 from torch import Tensor
 
-from peers import flex, onnx_runtime, openvino_sdpa, torch_sdpa
+from harness.case import Case
+from harness.peers import flex, onnx_runtime, openvino_sdpa, torch_sdpa
 from qkv.bench.attention_call import PreparedCall
 
 

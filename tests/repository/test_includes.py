@@ -1,4 +1,4 @@
-"""The one direction of includes in native/src, as tests/test_imports.py has it for Python."""
+"""The one direction of includes in native/src, as tests/repository/test_imports.py has it for Python."""
 
 import re
 from graphlib import TopologicalSorter
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parents[1] / "native/src"
+SOURCE = Path(__file__).parents[2] / "native/src"
 
 # The rooms of each floor, the lowest first: a file may include its own room and those of lower floors.
 FLOORS = [

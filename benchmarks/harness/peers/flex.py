@@ -1,10 +1,10 @@
 """torch's FlexAttention, compiled."""
 
 import torch
-from case import Case
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from harness.case import Case
 from qkv.bench.attention_call import PreparedCall
 
 NAME = "flex"

@@ -15,7 +15,7 @@ import torch
 import qkv
 from qkv import kernels
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 def describe() -> dict[str, Any]:

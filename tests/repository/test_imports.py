@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parents[1] / "src" / "qkv"
+SOURCE = Path(__file__).parents[2] / "src" / "qkv"
 
 # Each layer may import itself and what stands below it. The vocabulary stands at the bottom.
 ORDER = [

@@ -1,0 +1,1 @@
+"""What benchmarks share: cases, peers, measuring, and the machine with its limits."""
