@@ -23,7 +23,7 @@ from text import Text, bigram_loss, encode, shakespeare
 from training import Training, held_out_loss
 
 HERE = Path(__file__).parent
-MACHINE = HERE.parents[1] / "benchmarks" / "machine.py"
+MACHINE = HERE.parents[1] / "benchmarks" / "harness" / "machine.py"
 
 
 def study(settings: Settings, text: Text, path: Path) -> None:

@@ -32,7 +32,7 @@ from qkv.models.progress import Progress
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 UPTRAIN = ROOT / "examples" / "uptrain.py"
-MACHINE = ROOT / "benchmarks" / "machine.py"
+MACHINE = ROOT / "benchmarks" / "harness" / "machine.py"
 TEXT = ROOT / "studies" / "grouped_query" / "text.py"
 
 HELD_OUT = 60_000
