@@ -17,7 +17,10 @@ import torch.nn.functional as F
 from harness import machine
 
 import qkv
+from qkv import kernels
+from qkv.backends import native
 from qkv.bench.timing import interleaved
+from qkv.problem import make_problem
 
 
 def call_cost() -> dict[str, object]:
@@ -40,6 +43,25 @@ def call_cost() -> dict[str, object]:
     with torch.no_grad():
         inference = interleaved(functions) | interleaved(layers)
     return {"inference": inference, "recording gradients": interleaved(layers)}
+
+
+def entry_point_cost() -> dict[str, object]:
+    """What each entry point of qkv.kernels.forward costs, with a kernel that does nothing."""
+    q, k = torch.randn(1, 8, 1, 64), torch.randn(1, 2, 16, 64)
+    call = native.call_of(make_problem("overhead", q, k, k, mask=qkv.Mask.causal(), offset=15))
+    learned = call._replace(q=q.clone().requires_grad_())
+    functions: dict[str, Callable[[], object]] = {
+        "fast_forward": lambda: kernels.fast_forward(q, k, k, None, None, None, None, None, 0, 0, 15, 0.125),
+        "forward": lambda: kernels.forward(call, wants_lse=False, needs_grad=False),
+        "forward, gradients": lambda: kernels.forward(learned, wants_lse=False, needs_grad=True),
+        "torch.ops.qkv.forward, gradients": lambda: torch.ops.qkv.forward(*learned),
+    }
+
+    def nothing(*arguments: object) -> int:
+        return 0
+
+    with kernels.use(kernels.loaded()._replace(forward=nothing, fast_forward=nothing)):
+        return dict(interleaved(functions))
 
 
 def window_once(length: int) -> dict[str, float]:
@@ -77,7 +99,7 @@ def main() -> None:
     if sys.argv[1:2] == ["window"]:
         print(json.dumps(window_once(int(sys.argv[2]))))
         return
-    results = {"call": call_cost(), "window": windows(), "import": import_cost()}
+    results = {"call": call_cost(), "entry points": entry_point_cost(), "window": windows(), "import": import_cost()}
     machine.save("overhead", results)
     print(json.dumps(results, indent=1))
 

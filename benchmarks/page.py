@@ -157,7 +157,7 @@ def overhead_section(folder: Path) -> list[str]:
             readable_time(times["median_us"]),
             f"{readable_time(times['low_us'])} to {readable_time(times['high_us'])}",
         )
-        for mode, rows in record["call"].items()
+        for mode, rows in (*record["call"].items(), ("kernel that does nothing", record.get("entry points", {})))
         for name, times in rows.items()
     ]
     windows = [
