@@ -33,7 +33,7 @@ SMALL = Case("full", lq=11, lk=11, heads=4, width=5, value_width=3)
 MASKS = [
     SMALL,
     replace(SMALL, name="causal", mask=Mask.causal, rule=lambda: Rule(right=0)),
-    replace(SMALL, name="empty rows", mask=Mask.causal, rule=lambda: Rule(right=0), offset=-4),
+    replace(SMALL, name="blank rows", mask=Mask.causal, rule=lambda: Rule(right=0), offset=-4),
     replace(
         SMALL,
         name="window and sink tokens",
@@ -56,7 +56,7 @@ SHAPES = [
     replace(SMALL, name="one query", lq=1),
     replace(MASKS[3], name="one query, window", lq=1, offset=8),
     replace(MASKS[5], name="one query, padding", lq=1),
-    replace(MASKS[2], name="one empty query, sinks", lq=1, offset=-1, sinks=True),
+    replace(MASKS[2], name="one blank query, sinks", lq=1, offset=-1, sinks=True),
     replace(
         SMALL,
         name="rows beyond a window, sinks",
@@ -364,7 +364,7 @@ SCALES = [
         (case, name)
         for case in SCALES
         for name in (*NAMES, "auto")
-        if name != "flex" or case.name.startswith("empty rows")
+        if name != "flex" or case.name.startswith("blank rows")
     ],
     ids=str,
 )
@@ -483,7 +483,7 @@ def test_the_table_holds_while_tracing_and_batching(
 
 COMPILED = [
     ("full", "reference"),
-    ("empty rows", "sdpa"),
+    ("blank rows", "sdpa"),
     ("window and sink tokens", "reference"),
     ("documents", "sdpa"),
 ]
