@@ -20,14 +20,14 @@ struct Origin {
     vec shift;   // in units of exponents
     bool fused;  // whether all bases are 0, and exponents one multiply-add
 
-    // Exponents are 0 at `row_max`. The rounding of a shift grows with it, and a bias can make scores as large as
-    // floats are; x - base is exact for equal ones. So only scaled scores below LARGE_SCORE have a shift, and none if
-    // `exact`.
-    static Origin at(const Problem& p, vec top, bool exact) {
-        if (exact || !only_scaled(p)) return {top, vec{}, false};
-        const vec shift = top * exponent_factor(p);
+    // Exponents are 0 at `row_max`. A shift is rounded in proportion to its size, and a bias can make scores as large
+    // as floats get, while x - base is exact for equal ones. So there is a shift only for scaled-only scores below
+    // LARGE_SCORE, and never if `exact`.
+    static Origin at(const Problem& p, vec row_max, bool exact) {
+        if (exact || !only_scaled(p)) return {row_max, vec{}, false};
+        const vec shift = row_max * exponent_factor(p);
         const ivec large = (shift > LARGE_SCORE) | (shift < -LARGE_SCORE);
-        return {large ? top : vec{}, large ? vec{} : shift, !any(large)};
+        return {large ? row_max : vec{}, large ? vec{} : shift, !any(large)};
     }
 };
 
@@ -60,7 +60,7 @@ static inline vec absolute(ivec distance) { return __builtin_convertvector(dista
 
 // Scores from products, where they need more than one factor. `bias()` gives the bias and `minus_alibi(x)` subtracts
 // the penalty of ALiBi; both are called only if the problem has one. `slope`, if not null, takes the derivative of the
-// softcap, which is a number even where the score is none: a hidden key must not show.
+// softcap, which is finite even where the score is not: a hidden key must leave no trace.
 template <class Bias, class MinusAlibi>
 [[gnu::always_inline]] static inline vec transform(const Problem& p, vec product, Bias bias, MinusAlibi minus_alibi,
                                                    float* slope = nullptr) {
