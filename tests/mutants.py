@@ -184,7 +184,7 @@ MUTANTS = [
     Mutant("rows copied for all tiles over those of another head", f"{NATIVE}/matmul/operands.h", "to.get() + (n * p.lk + row) * width", "to.get() + row * width", KERNEL),
     Mutant("half an append stays", "cache/int8.py", "        except BaseException:  # as in KVCache.append\n            self.restore(start)\n", "        except BaseException:\n"),
     Mutant("bounds beyond 64 bits", "kernels/structs.py", "min(keys, UNBOUNDED)", "keys"),
-    Mutant("heads cut by their number", "layers/attention.py", "q = self._heads(project(self.q_proj, x), self.head_dim, self.q_norm)", "q = project(self.q_proj, x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)", ("upstream/test_parallelism.py",)),
+    Mutant("heads cut by their number", "layers/attention.py", "q = self._split_heads(project(self.q_proj, x), self.head_dim, self.q_norm)", "q = project(self.q_proj, x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)", ("upstream/test_parallelism.py",)),
     Mutant("frequencies cached while tracing", "layers/constants.py", "if kernels.is_tracing() or torch._C._are_functorch_transforms_active():", "if False:", ("layers/test_state.py",)),
     Mutant("frequencies cached as inference tensors", "layers/constants.py", "with torch.inference_mode(False), torch._C.DisableTorchFunction():", "if True:", ("layers/test_state.py",)),
     Mutant("positions in the default dtype", "layers/rotary.py", "positions.float() *", "positions *", ("layers/test_state.py",)),
