@@ -1,5 +1,5 @@
-# Two commands: `make demo` and `make test`. Each sets up everything it needs in .venv; nothing else is to be done.
-# `make test` downloads nothing after that. `make test-all` is what it leaves out as well, and takes hours.
+# Two commands: `make demo` and `make test`. Each sets up everything it needs in .venv. `make test` downloads nothing
+# after that. `make test-all` runs the remaining tests as well, and takes hours.
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 VENV := .venv
@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q --numprocesses logical --dist worksteal
 CPP := $(wildcard native/src/*.h native/src/*/*.h native/src/*/*.cpp native/tests/*.h native/tests/*.cpp)
 
-# Tests start Python a hundred times: each time would compile anew what is not kept.
+# Tests start Python a hundred times, and each would recompile what is not cached.
 export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test test-all pytest check format sanitize fuzz releases mutants families bench study wheel clean
@@ -21,15 +21,15 @@ test: $(VENV)/ready
 pytest: $(VENV)/ready
 	$(PYTEST) -m "not (long or network or vision)"
 
-# All tests: FlexAttention as Dynamo traces it on the whole grid, the demo's default model from the registry, timm and
-# torchvision, the kernel under sanitizers, every family of transformers, and some of the planted bugs.
+# All tests: in addition the whole grid through FlexAttention under Dynamo, the demo's default model from the registry,
+# timm and torchvision, the kernel under sanitizers, every family of transformers, and some of the planted bugs.
 test-all: check sanitize build/vision
 	$(PYTEST) -m "not vision"
 	PYTHONPATH=build/vision $(BIN)/python -m pytest -q -m vision tests/integrations/torch/test_models.py
 	PYTHONPATH=tests $(BIN)/python -m families.sweep --check
 	$(BIN)/python tests/mutants.py --sample 12
 
-# Not in .venv: where torchvision is of another build than torch, transformers does not load beside it.
+# Not in .venv: with a torchvision of another build than torch, transformers cannot be imported.
 build/vision: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $@ --constraint constraints.txt timm torchvision
 
@@ -58,8 +58,8 @@ build/sanitize-%: $(VENV)/ready FORCE
 
 FORCE:
 
-# Random calls against the formula, caches against plain concatenation, damaged files: so many cases of each, from a
-# seed on, and so many seconds for files.
+# Random calls against the formula, caches against concatenation, damaged files: CASES of each, starting at SEED, and
+# SECONDS for files.
 CASES ?= 100000
 SECONDS ?= 300
 SEED ?= 0
@@ -76,7 +76,7 @@ releases: $(VENV)/ready
 mutants: $(VENV)/ready
 	$(BIN)/python tests/mutants.py
 
-# Every model family of transformers that our rules reach, and the table of them in docs/transformers.md.
+# Every supported model family of transformers; writes their table in docs/transformers.md.
 families: $(VENV)/ready
 	PYTHONPATH=tests $(BIN)/python -m families.sweep
 
@@ -91,7 +91,7 @@ bench: $(VENV)/peers
 	$(BIN)/python benchmarks/sequences.py
 	$(BIN)/python benchmarks/page.py
 
-# Each writes its page anew: half an hour and twenty minutes on two idle cores.
+# Each rewrites its page; they take 30 and 20 minutes on two idle cores.
 study: $(VENV)/ready
 	$(BIN)/python studies/grouped_query/run.py
 	$(BIN)/python studies/multi_query_smollm2/run.py

@@ -1,4 +1,4 @@
-"""What holds for all tests: instruction sets, the network, the order, and that nothing is skipped in silence."""
+"""Fixtures and hooks of all tests: instruction sets, the network, the order, and that no test is skipped silently."""
 
 import os
 
@@ -25,13 +25,13 @@ SKIPS = {
     "memory is measured in forked processes": lambda: not hasattr(os, "fork"),
     "this torch has no varlen_attn": lambda: importlib.util.find_spec("torch.nn.attention.varlen") is None,
     "needs /dev/full": lambda: sys.platform != "linux",
-    "this system lets nobody mount": lambda: os.system("unshare --mount --map-root-user true 2>/dev/null") != 0,
+    "this system does not allow mounting": lambda: os.system("unshare --mount --map-root-user true 2>/dev/null") != 0,
 }
 """The reasons for which a test may be skipped, up to a colon, and where each is true. Any other skip fails."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of the same case follow each other: a worker that takes them computes what the oracle says of it once."""
+    """Orders tests of the same case one after another, so that a worker computes the oracle's answer once."""
     places = [place for place, item in enumerate(items) if _case(item)]
     ordered = sorted((items[place] for place in places), key=lambda item: (str(item.path), _case(item)))
     for place, item in zip(places, ordered, strict=True):

@@ -115,7 +115,7 @@ SOLVERS = [
 
 
 def solvable(cases: list[Case], dtypes: Sequence[torch.dtype], **wants: bool) -> pytest.MarkDecorator:
-    """Every solver with every case that it can solve; contract/test_grid.py holds the reasons against all others."""
+    """Every solver with every case that it can solve; contract/test_grid.py checks the reasons against all others."""
     found = [
         pytest.param(solver, dtype, case, id=f"{solver}-{str(dtype).removeprefix('torch.')}-{case.name}")
         for solver in SOLVERS

@@ -236,7 +236,7 @@ def test_a_program_of_cross_attention_takes_equal_lengths_too() -> None:
     torch.testing.assert_close(program(x, context), layer(x, context))
 
 
-def test_a_step_of_decoding_takes_any_past_in_onnx() -> None:
+def test_a_decoding_step_takes_any_cache_length_in_onnx() -> None:
     step = DecodingStep()
 
     def inputs(batch: int, past: int) -> tuple[Tensor, ...]:

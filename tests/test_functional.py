@@ -1,4 +1,4 @@
-"""`attention_with_lse`, `attention_weights`, `merge` and `explain`, and the laws between them and `attention`."""
+"""`attention_with_lse`, `attention_weights`, `merge` and `explain`, and their relation to `attention`."""
 
 import itertools
 
@@ -188,7 +188,7 @@ def test_zero_keys_give_an_lse_of_minus_infinity() -> None:
     assert (qkv.attention_with_lse(q, k, k).lse == -torch.inf).all()
 
 
-def test_explain_says_what_is_chosen_and_every_reason_against_the_others() -> None:
+def test_explain_names_the_chosen_backend_and_why_not_the_others() -> None:
     q = torch.randn(1, 2, 64, 8, dtype=torch.float64, requires_grad=True)
     found = qkv.explain(q, q, q, softcap=3.0, dropout=0.5, sink_logits=torch.zeros(2))
     assert found.chosen == "reference"

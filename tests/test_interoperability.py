@@ -70,7 +70,7 @@ def test_compiled_for_any_number_of_heads_and_with_one_tensor_for_two(backend: s
 
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.filterwarnings("ignore")
-def test_exported_with_an_open_length_while_gradients_are_recorded(strict: bool) -> None:
+def test_exported_with_a_dynamic_length_while_gradients_are_recorded(strict: bool) -> None:
     layer = qkv.CausalAttention(16, 4).double()
     shapes = ({1: torch.export.Dim("length", min=1, max=64)},)
     x = torch.randn(2, 6, 16, dtype=torch.float64)
@@ -83,7 +83,7 @@ def test_exported_with_an_open_length_while_gradients_are_recorded(strict: bool)
 CACHES = [qkv.KVCache, qkv.Int8KVCache, lambda: qkv.SlidingKVCache(6)]
 
 
-@pytest.mark.parametrize("make", CACHES, ids=["growing", "int8", "sliding"])
+@pytest.mark.parametrize("make", CACHES, ids=["kv", "int8", "sliding"])
 @pytest.mark.parametrize("grad", [False, True])
 def test_caches_under_vmap(make: Callable[[], qkv.KVCache], grad: bool) -> None:
     layer, x = qkv.CausalAttention(24, 6, num_kv_heads=2, mask=Mask.causal(6)), torch.randn(3, 2, 5, 24)
@@ -98,13 +98,13 @@ def test_caches_under_vmap(make: Callable[[], qkv.KVCache], grad: bool) -> None:
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("cached", ["growing", "reserved", pytest.param("sliding", marks=pytest.mark.long)])
+@pytest.mark.parametrize("cached", ["kv", "reserved", pytest.param("sliding", marks=pytest.mark.long)])
 @pytest.mark.filterwarnings("ignore")
 def test_decoding_steps_do_not_recompile(cached: str) -> None:
     window = 6 if cached == "sliding" else None
     layer = qkv.Attention(24, 6, num_kv_heads=2, mask=Mask.causal(window), rotary=qkv.RotaryEmbedding(4)).eval()
     make = {
-        "growing": qkv.KVCache,
+        "kv": qkv.KVCache,
         "reserved": lambda: qkv.KVCache(capacity=64),
         "sliding": lambda: qkv.SlidingKVCache(6),
     }[cached]
@@ -121,7 +121,7 @@ def test_decoding_steps_do_not_recompile(cached: str) -> None:
     torch.testing.assert_close(torch.cat(got, dim=1), want)
     # Each branch of a cache (append, grow, roll) compiles once, and once more for sizes that vary; then never again.
     assert counts[-1] == counts[30], f"compiled again while decoding: {counts}"
-    assert counts[-1] <= {"reserved": 2, "growing": 7, "sliding": 8}[cached], counts
+    assert counts[-1] <= {"reserved": 2, "kv": 7, "sliding": 8}[cached], counts
 
 
 @each_layer
@@ -194,7 +194,7 @@ def test_forward_mode_derivatives_are_right_or_refused_and_never_dropped() -> No
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch's own making
-def test_forward_mode_of_functions_and_what_torch_makes_of_it() -> None:
+def test_forward_mode_of_functions_jacobians_and_hessians() -> None:
     layer, x = LAYERS["causal"]().eval().double(), torch.randn(1, 3, 24, dtype=torch.float64)
     reverse = torch.func.jacrev(layer)(x)
     torch.testing.assert_close(torch.func.jacfwd(layer)(x), reverse)
@@ -237,7 +237,7 @@ def test_deep_copies_pickles_and_state_dicts_compute_the_same(name: str) -> None
 
 
 @each_layer
-def test_built_without_memory_and_filled_later(name: str) -> None:
+def test_built_on_meta_and_loaded_later(name: str) -> None:
     with torch.device("meta"):
         layer = LAYERS[name]()
     assert all(parameter.is_meta for parameter in layer.parameters())

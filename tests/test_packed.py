@@ -36,9 +36,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(params=["native", "each alone"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """With the kernel, and without."""
+@pytest.fixture(params=["native", "other"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The kernel, or another backend, which is called for each sequence."""
     if request.param == "native":
         if kernels.absence() is not None:
             pytest.skip(str(kernels.absence()))
@@ -86,9 +86,9 @@ def alone(
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_each_sequence_has_the_bits_of_a_call_of_its_own_forward_and_backward(
-    way: str, lengths: str, options: str
+    backend: str, lengths: str, options: str
 ) -> None:
-    for dtype in DTYPES if way == "native" else (torch.float32, torch.float64):
+    for dtype in DTYPES if backend == "native" else (torch.float32, torch.float64):
         pairs = LENGTHS[lengths]
         queries, keys = ([pair[side] for pair in pairs] for side in (0, 1))
         q = draw(sum(queries), HEADS, WIDTH, dtype=dtype).requires_grad_()
@@ -106,7 +106,7 @@ def test_each_sequence_has_the_bits_of_a_call_of_its_own_forward_and_backward(
             loss = (out * d_out).sum() + lse.masked_fill(lse.isinf(), 0).sin().sum()
             gradients = torch.autograd.grad(loss, [q, k, v, *shared], allow_unused=True, materialize_grads=True)
             with torch.no_grad():  # torch's kernels are others then
-                assert way != "native" or all(map(torch.equal, run(), (out, lse))), "other bits without gradients"
+                assert backend != "native" or all(map(torch.equal, run(), (out, lse))), "other bits without gradients"
             found.append([out, lse, *gradients])
         names = ("out", "lse", "dq", "dk", "dv")
         for name, ours, theirs in zip(names, *found, strict=False):
@@ -134,7 +134,7 @@ def test_native_bits_do_not_depend_on_the_number_of_threads(threads: int) -> Non
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_keys_that_are_not_used_have_no_influence_and_no_gradient(way: str, dtype: torch.dtype) -> None:
+def test_keys_that_are_not_used_have_no_influence_and_no_gradient(backend: str, dtype: torch.dtype) -> None:
     lengths, used = [5, 3, 0, 8], [4, 0, 0, 8]
     q = draw(16, HEADS, WIDTH, dtype=dtype).requires_grad_()
     k, v = (draw(16, KV_HEADS, WIDTH, dtype=dtype, seed=seed) for seed in (3, 4))
@@ -157,11 +157,11 @@ def test_keys_that_are_not_used_have_no_influence_and_no_gradient(way: str, dtyp
     assert all(map(torch.equal, *found))
 
 
-def test_tensors_of_any_layout(way: str) -> None:
+def test_tensors_of_any_layout(backend: str) -> None:
     """One tensor of queries, keys and values; widths that are not contiguous; heads outside; expanded heads."""
     where = (starts([3, 4]), starts([3, 4]), 4, 4)
     # torch's kernels sum in another order for other layouts.
-    same = torch.equal if way == "native" else lambda got, want: torch.allclose(got, want, rtol=1e-4, atol=1e-5)
+    same = torch.equal if backend == "native" else lambda got, want: torch.allclose(got, want, rtol=1e-4, atol=1e-5)
     packed = draw(7, 3, HEADS, WIDTH)
     layouts = {
         "qkv": packed.unbind(1),
@@ -190,7 +190,7 @@ def test_strided_widths_give_the_results_of_contiguous_ones() -> None:
         assert torch.allclose(outs[0][1], outs[1][1], atol=1e-5), options
 
 
-def test_dropout_differs_between_sequences_and_repeats_in_the_gradient(way: str) -> None:
+def test_dropout_differs_between_sequences_and_repeats_in_the_gradient(backend: str) -> None:
     length, count = 40, 3
     q, k = draw(count * length, 2, 16), draw(count * length, 2, 16)
     where = (starts([length] * count),) * 2
@@ -211,7 +211,7 @@ def test_dropout_differs_between_sequences_and_repeats_in_the_gradient(way: str)
     assert torch.equal(flash_attn_varlen_func(q, k, v, *where, 40, 40, dropout_p=0.25), out)
 
 
-def test_autocast_computes_in_its_dtype(way: str) -> None:
+def test_autocast_computes_in_its_dtype(backend: str) -> None:
     x, where = draw(7, 2, 8), (starts([3, 4]), starts([3, 4]), 4, 4)
     with torch.autocast("cpu", torch.bfloat16):
         out = flash_attn_varlen_func(x, x, x, *where)

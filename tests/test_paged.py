@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from test_packed import DTYPES, HEADS, KV_HEADS, VALUE_WIDTH, WIDTH, draw, starts
-from test_packed import way as way
+from test_packed import backend as backend
 from torch import Tensor
 
 from qkv import kernels
@@ -65,9 +65,9 @@ class Pool:
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
-def test_paged_keys_give_the_bits_of_contiguous_keys(way: str, page_size: int, order: str) -> None:
+def test_paged_keys_give_the_bits_of_contiguous_keys(backend: str, page_size: int, order: str) -> None:
     queries = [1, 2, 1, 9, 4, 1, 70]
-    dtypes = DTYPES if way == "native" else (torch.bfloat16, torch.float64)
+    dtypes = DTYPES if backend == "native" else (torch.bfloat16, torch.float64)
     for dtype, options, most in itertools.product(dtypes, OPTIONS, (1, 70)):
         pool = Pool(KEY_LENGTHS, page_size, order, dtype)
         lengths = [min(length, most) for length in queries]
@@ -105,26 +105,26 @@ CALLS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
 @pytest.mark.parametrize("call", CALLS)
-def test_a_cache_in_pages_is_the_cache_without(way: str, call: str, page_size: int) -> None:
+def test_a_paged_cache_equals_a_contiguous_one(backend: str, call: str, page_size: int) -> None:
     options = {"causal": True, **CALLS[call]}
-    lq, new, turned = options.pop("lq", 1), options.pop("new", 1), options.pop("rotary", False)
-    held, padding, room = [3, 0, 97, 530], [0, 0, 20, 530], 600
-    for dtype, padded in itertools.product(DTYPES if way == "native" else DTYPES[:1], (False, True)):
-        pool = Pool([held_ + new for held_ in held], page_size, "shuffled", dtype)
-        plain = [torch.full((6, room, *x.shape[2:]), torch.nan, dtype=dtype) for x in (pool.k, pool.v)]
+    lq, new, is_rotated = options.pop("lq", 1), options.pop("new", 1), options.pop("rotary", False)
+    lengths, padding, capacity = [3, 0, 97, 530], [0, 0, 20, 530], 600
+    for dtype, padded in itertools.product(DTYPES if backend == "native" else DTYPES[:1], (False, True)):
+        pool = Pool([length + new for length in lengths], page_size, "shuffled", dtype)
+        plain = [torch.full((6, capacity, *x.shape[2:]), torch.nan, dtype=dtype) for x in (pool.k, pool.v)]
         rows = [4, 0, 5, 2]
         for x, own in zip(plain, (pool.k, pool.v), strict=True):
-            for row, keys, length in zip(rows, pool.gathered(own), held, strict=True):
+            for row, keys, length in zip(rows, pool.gathered(own), lengths, strict=True):
                 x[row, :length] = keys[:length]
                 place = torch.arange(length, length + new)  # rows of new tokens are unused before
                 own[pool.table[rows.index(row), place // page_size].long(), place % page_size] = torch.nan
         tokens = [draw(4, new, *x.shape[2:], dtype=dtype, seed=7) if new else None for x in (pool.k, pool.v)]
         q = draw(4, lq, HEADS, WIDTH, dtype=dtype, seed=8)
-        more = dict(options, cache_seqlens=torch.tensor(held), return_softmax_lse=True)
+        more = dict(options, cache_seqlens=torch.tensor(lengths), return_softmax_lse=True)
         if padded:
             more["cache_leftpad"] = torch.tensor(padding)
-        if turned:
-            angle = draw(room, 6, seed=9)
+        if is_rotated:
+            angle = draw(capacity, 6, seed=9)
             more |= {"rotary_cos": angle.cos().to(dtype), "rotary_sin": angle.sin().to(dtype)}
         got = flash_attn_with_kvcache(q, pool.k, pool.v, *tokens, block_table=pool.table, **more)
         want = flash_attn_with_kvcache(q, *plain, *tokens, cache_batch_idx=torch.tensor(rows), **more)
@@ -135,7 +135,7 @@ def test_a_cache_in_pages_is_the_cache_without(way: str, call: str, page_size: i
             assert own[0].isnan().all() and own[-1].isnan().all(), "an unused page was written to"
 
 
-def test_gradients_of_shared_pages_are_sums(way: str) -> None:
+def test_gradients_of_shared_pages_are_sums(backend: str) -> None:
     pool = Pool([40, 33, 16], 16, "with one prefix", torch.float32)
     q = draw(9, HEADS, WIDTH).requires_grad_()
     where = (starts([3, 5, 1]), starts([40, 33, 16]), 5, 40)
@@ -151,7 +151,7 @@ def test_gradients_of_shared_pages_are_sums(way: str) -> None:
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
-def test_pools_of_any_layout(way: str) -> None:
+def test_pools_of_any_layout(backend: str) -> None:
     """Heads outside of pages; pages that are slices of larger ones; widths that are not contiguous."""
     pool = Pool([40, 0, 97], 16, "shuffled", torch.float32)
     q, where = draw(4, HEADS, WIDTH), (starts([3, 0, 1]), starts([40, 0, 97]), 5, 40)
@@ -185,7 +185,7 @@ ENTRIES = {
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
-def test_an_invalid_entry_that_is_needed_is_refused_before_anything_is_written(entry: str) -> None:
+def test_an_invalid_page_index_is_refused_before_anything_is_written(entry: str) -> None:
     page, message = ENTRIES[entry]
     pool, before = draw(3, 4, 2, 8), draw(3, 4, 2, 8)
     table, x = torch.tensor([[0, -1], [2, page]], dtype=torch.int32), draw(2, 1, 2, 8)
@@ -202,7 +202,7 @@ def test_an_invalid_entry_that_is_needed_is_refused_before_anything_is_written(e
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "another dtype": ({"q": draw(2, 1, 4, 8).double()}, ValueError, "q, k and v must have the same dtype"),
     "another width": ({"q": draw(2, 1, 4, 7)}, ValueError, "q and k must have the same width"),
-    "heads that are no multiple": (
+    "indivisible heads": (
         {"q": draw(2, 1, 3, 8)},
         ValueError,
         "heads of q must be a multiple of that of k and v; got 3 and 2",

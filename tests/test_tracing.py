@@ -1,6 +1,6 @@
-"""A program traced from one example takes padding, documents and NaN as they come: none of the example's stays in it.
+"""A traced program applies the padding, documents and NaN of its inputs, not those of its example.
 
-Every tracer of torch, over models of transformers and over layers; the example has no padding and nothing to hide.
+Every tracer of torch, on models of transformers and on layers; the example has no padding, and its masks hide nothing.
 """
 
 import logging
@@ -101,7 +101,7 @@ KEEP = torch.arange(LENGTH) < torch.tensor([[LENGTH], [5]])
 
 
 def close(got: Tensor, want: Tensor) -> None:
-    """Two ways of adding up a few dozen numbers of the order of one, some layers deep."""
+    """Equal up to rounding: sums of a few dozen numbers of order one in two orders, a few layers deep."""
     torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
 
 
@@ -131,7 +131,7 @@ class Hidden(nn.Module):
 
 @each_tracer_in_time
 @pytest.mark.parametrize("kind", ["bert", "mistral"])
-def test_a_traced_model_heeds_padding_that_its_example_had_not(kind: str, tracer: str, tmp_path: Path) -> None:
+def test_a_model_traced_without_padding_applies_padding(kind: str, tracer: str, tmp_path: Path) -> None:
     model = Hidden(kind)
     ids, ones = torch.randint(3, 96, (BATCH, LENGTH)), torch.ones(BATCH, LENGTH, dtype=torch.long)
     model.model.set_attn_implementation("eager")
@@ -162,7 +162,7 @@ HIDES_NOTHING = (KEEP | True, LENGTHS * 0 + LENGTH, IDS * 0, ALLOW | True)
 
 @each_tracer_in_time
 @pytest.mark.parametrize("backend", ["auto", "sdpa"])
-def test_a_traced_layer_heeds_masks_that_hid_nothing(backend: str, tracer: str, tmp_path: Path) -> None:
+def test_a_layer_traced_with_masks_that_hide_nothing_applies_masks(backend: str, tracer: str, tmp_path: Path) -> None:
     layer, x = Layer(backend), torch.randn(BATCH, LENGTH, WIDTH)
     want = layer(x, KEEP, LENGTHS, IDS, ALLOW)
     program = TRACERS[tracer](layer, (x, *HIDES_NOTHING), tmp_path)
@@ -177,7 +177,7 @@ def test_a_traced_layer_heeds_masks_that_hid_nothing(backend: str, tracer: str, 
         for tracer in TRACERS
     ],
 )
-def test_a_traced_layer_hides_nan_though_its_example_was_finite(backend: str, tracer: str, tmp_path: Path) -> None:
+def test_a_layer_traced_on_finite_inputs_hides_nan(backend: str, tracer: str, tmp_path: Path) -> None:
     class Padded(Layer):
         def forward(self, x: Tensor, keep: Tensor) -> Tensor:  # type: ignore[override]
             out: Tensor = self.layer(x, mask=Mask.padding(keep))
@@ -236,7 +236,7 @@ def test_a_trace_in_training_merges_pieces(tracer: str, dtype: torch.dtype, tmp_
         close(program(*given), module(*given))
 
 
-def test_a_softcap_goes_to_onnx_by_the_tracer(tmp_path: Path) -> None:
+def test_a_softcap_is_exported_to_onnx_by_the_tracer(tmp_path: Path) -> None:
     class Capped(nn.Module):
         def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return qkv.attention(q, k, v, softcap=2.0, mask=Mask.causal())

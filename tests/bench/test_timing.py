@@ -1,9 +1,9 @@
-"""Interleaved runs: who is called when, and what is made of the times."""
+"""Interleaved runs: which candidate runs when, and the statistics of the times."""
 
 from qkv.bench.timing import interleaved, spread
 
 
-def test_candidates_take_turns_and_progress_is_told():
+def test_candidates_are_interleaved_and_progress_is_reported():
     calls, done = [], []
 
     def candidate(name):
@@ -17,7 +17,7 @@ def test_candidates_take_turns_and_progress_is_told():
     assert times.keys() == {"a", "b"}
 
 
-def test_first_call_after_a_rest_does_not_count():
+def test_first_call_after_a_pause_does_not_count():
     calls = []
     interleaved({"a": lambda: calls.append("a")}, rounds=2, seconds_per_round=0.0, rest_seconds=1e-3)
     assert len(calls) == 2 + 2 * 2

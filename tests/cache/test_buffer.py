@@ -41,12 +41,12 @@ def buffer_of(x: Tensor, capacity: int) -> AppendBuffer:
 @torch.no_grad()
 def test_native_appends_write_new_tokens_and_nothing_else(dtype: torch.dtype, inside: bool, count: int) -> None:
     """Keys and values of different widths, for a batch of 2 with 3 heads."""
-    held = [tokens(2, 3, 4, width, dtype, inside=inside) for width in (8, 5)]
+    cached = [tokens(2, 3, 4, width, dtype, inside=inside) for width in (8, 5)]
     new = [tokens(2, 3, count, width, dtype, inside=inside) for width in (8, 5)]
-    parts = [buffer_of(x, 9) for x in held]
+    parts = [buffer_of(x, 9) for x in cached]
     grown = append_in_place(parts, new[0], new[1])
     assert grown is not None
-    for part, before, added, shown in zip(parts, held, new, grown, strict=True):
+    for part, before, added, shown in zip(parts, cached, new, grown, strict=True):
         assert torch.equal(shown, torch.cat([before, added], dim=2))
         assert part.is_current_view(shown) and part.tensor is shown and part.length == 4 + count
         assert part.memory is not None and part.memory[:, :, 4 + count :].eq(77).all()
@@ -116,7 +116,7 @@ NOT_IN_PLACE = {
     "narrower keys": (K[..., :7], V),
     "wider values": (K, torch.randn(2, 3, 1, 6)),
     "three dimensions": (K[0], V[0]),
-    "more than there is room for": (K.expand(2, 3, 6, 8), V.expand(2, 3, 6, 5)),
+    "more than the capacity": (K.expand(2, 3, 6, 8), V.expand(2, 3, 6, 5)),
     "lengths that differ": (K.expand(2, 3, 2, 8), V),
     "none": (K[:, :, :0], V[:, :, :0]),
     "columns apart": (torch.randn(2, 3, 1, 16)[..., ::2], V),

@@ -17,7 +17,7 @@ from qkv import Mask
 
 X = torch.randn(2, 6, 24, generator=torch.Generator().manual_seed(0))
 CACHES: dict[str, Callable[[], Any]] = {
-    "growing": qkv.KVCache,
+    "kv": qkv.KVCache,
     "int8": qkv.Int8KVCache,
     "sliding": lambda: qkv.SlidingKVCache(4),
 }
@@ -35,12 +35,12 @@ def test_a_cache_that_another_layer_filled_is_refused(make: Callable[[], Any]) -
     layer, other, cache = windowed(), qkv.CausalAttention(24, 6, num_kv_heads=2, mask=Mask.causal(4)), make()
     want = layer(X[:, :4], cache=make())
     layer(X[:, :3], cache=cache)
-    said = (
+    message = (
         r"its 3 tokens are keys of another layer, Attention\(24, num_heads=6\); got a call of "
         r"CausalAttention\(24, num_heads=6\)\. Make one cache per layer, or reset it"
     )
     for call in (other, other.attention_weights):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             call(X[:, 3:4], cache=cache)
     assert cache.length == 3
     torch.testing.assert_close(layer(X[:, 3:4], cache=cache), want[:, 3:], rtol=1e-4, atol=1e-5)
@@ -51,7 +51,7 @@ def test_a_cache_that_another_layer_filled_is_refused(make: Callable[[], Any]) -
 
 
 @torch.no_grad()
-def test_a_layer_and_its_copies() -> None:
+def test_ownership_of_caches_by_copies_of_a_layer() -> None:
     layer, cache = windowed(), qkv.KVCache()
     layer(X[:, :3], cache=cache)
     copy.copy(layer)(X[:, 3:4], cache=cache)  # the same weights
@@ -140,10 +140,10 @@ def test_a_full_cross_cache_refuses_another_context(mode: Any) -> None:
     with mode():
         context = X.clone()
         want = layer(X, context, cache=cache)
-        other, swapped, turned = context + 1, context.flip(1), -context
+        other, swapped, negated = context + 1, context.flip(1), -context
         for same in (context, context.clone(), context[:, :], context.transpose(0, 1).contiguous().transpose(0, 1)):
             assert torch.equal(layer(X, same, cache=cache), want)
-        for wrong in (other, swapped, turned, context.flip(0), context.roll(1, 2)):
+        for wrong in (other, swapped, negated, context.flip(0), context.roll(1, 2)):
             with pytest.raises(ValueError, match="contains another context, of as many tokens as the one given"):
                 layer(X, wrong, cache=cache)
         context[0, 0, 0] += 1
@@ -238,9 +238,9 @@ def test_copies_have_the_tokens_and_are_independent(make: Callable[[], Any], loa
 def test_a_deep_copy_of_a_graph_is_refused_and_a_copy_shares_it() -> None:
     layer, cache = windowed(), qkv.KVCache()
     layer(X[:, :4], cache=cache)
-    for way in (copy.deepcopy, pickle.dumps):
+    for copied in (copy.deepcopy, pickle.dumps):
         with pytest.raises(RuntimeError, match=r"were computed with gradients\. Use copy\.copy"):
-            way(cache)
+            copied(cache)
     layer(X[:, 4:], cache=copy.copy(cache)).sum().backward()
     assert layer.k_proj.weight.grad is not None
 

@@ -74,7 +74,7 @@ def test_masked_keys_and_scales_have_no_influence(solver: Solver, dtype: torch.d
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("group", [1, 2, 3, 8])
 @pytest.mark.parametrize("solver", INT8, ids=str)
-def test_a_visible_scale_that_is_nan_shows(solver: Solver, group: int, dtype: torch.dtype) -> None:
+def test_a_visible_nan_scale_gives_nan(solver: Solver, group: int, dtype: torch.dtype) -> None:
     q, k, k_scale, v, v_scale = case((1, group, 1, 1, 33, 16, 16), dtype)
     options = {"k_scale": k_scale, "v_scale": v_scale, "mask": Mask.causal(32), "offset": 32}
     for j in (0, 1, 2, 7, 32):  # in whichever lane; the first is hidden
@@ -85,13 +85,13 @@ def test_a_visible_scale_that_is_nan_shows(solver: Solver, group: int, dtype: to
             scale[0, 0, j] = kept
 
 
-def test_strided_views_are_read_where_they_lie() -> None:
+def test_strided_views_give_the_bits_of_contiguous_tensors() -> None:
     q, k, k_scale, v, v_scale = case((2, 6, 2, 1, 101, 64, 64), torch.bfloat16)
-    room = torch.full((2, 2, 150, 64), 99, dtype=torch.int8)
+    padded = torch.full((2, 2, 150, 64), 99, dtype=torch.int8)
     scales = torch.full((2, 2, 150, 3), torch.nan)
-    room[:, :, 7:108], scales[:, :, 7:108, 1] = k, k_scale
+    padded[:, :, 7:108], scales[:, :, 7:108, 1] = k, k_scale
     want = qkv.attention(q, k, v, k_scale=k_scale, v_scale=v_scale)
-    got = qkv.attention(q, room[:, :, 7:108], v, k_scale=scales[:, :, 7:108, 1], v_scale=v_scale)
+    got = qkv.attention(q, padded[:, :, 7:108], v, k_scale=scales[:, :, 7:108, 1], v_scale=v_scale)
     assert torch.equal(got, want)
 
 
@@ -105,7 +105,7 @@ def test_queries_have_gradients_over_int8() -> None:
     assert reasons == ["the kernel has no gradients over int8 keys and values"]
 
 
-def test_quantizing_is_off_by_half_a_step_at_most() -> None:
+def test_the_quantization_error_is_at_most_half_a_step() -> None:
     x = torch.randn(3, 5, 7) * torch.logspace(-30, 30, 7)
     x[0, 0] = 0
     codes, scale = quantize(x)
@@ -125,7 +125,7 @@ def test_the_kernel_quantizes_to_the_same_bits_as_torch(dtype: torch.dtype) -> N
         torch.testing.assert_close(got, want[0], rtol=0, atol=0, equal_nan=True)
 
 
-def test_a_cache_in_int8_gives_what_its_keys_say_in_any_chunking() -> None:
+def test_an_int8_cache_gives_the_same_output_in_any_chunking() -> None:
     torch.manual_seed(0)
     layer = qkv.GroupedQueryAttention(48, 6, 2, mask=Mask.causal(), rotary=qkv.RotaryEmbedding(8)).eval()
     x = torch.randn(2, 23, 48)
@@ -163,24 +163,24 @@ def test_the_cache_crops_and_selects() -> None:
 
 
 @torch.no_grad()
-def test_an_append_that_fails_in_its_middle_adds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_append_that_fails_halfway_adds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     k = torch.randn(2, 2, 5, 8)
     for make in (qkv.KVCache, qkv.Int8KVCache):
-        for grown in range(4 if make is qkv.Int8KVCache else 2):
-            cache, whole, left = make(), make(), [grown]
+        for successes in range(4 if make is qkv.Int8KVCache else 2):
+            cache, whole, left = make(), make(), [successes]
             cache.append(k, k)
             whole.append(k, k)
 
-            def room_for_some(self: AppendBuffer, *arguments: object, left: list[int] = left) -> torch.Tensor:
+            def slots_for_some(self: AppendBuffer, *arguments: object, left: list[int] = left) -> torch.Tensor:
                 if not left[0]:
                     raise MemoryError
                 left[0] -= 1
-                return room_for_all(self, *arguments)  # type: ignore[arg-type]
+                return slots_for_all(self, *arguments)  # type: ignore[arg-type]
 
-            room_for_all = AppendBuffer._slots_for
-            monkeypatch.setattr(AppendBuffer, "_slots_for", room_for_some)
+            slots_for_all = AppendBuffer._slots_for
+            monkeypatch.setattr(AppendBuffer, "_slots_for", slots_for_some)
             with pytest.raises(MemoryError):
-                cache.append(*torch.randn(2, 2, 2, 20, 8))  # more than there is room for
+                cache.append(*torch.randn(2, 2, 2, 20, 8))  # more than the capacity
             monkeypatch.undo()
             assert cache.length == 5
             got, want = cache.append(2 * k, 3 * k), whole.append(2 * k, 3 * k)

@@ -11,7 +11,7 @@ import transformers
 import qkv
 from qkv.integrations.transformers.cache import QKVCache, SlidingLayer
 
-GROWN = 5
+LENGTH = 5
 
 
 def tokens(start: int, count: int) -> torch.Tensor:
@@ -22,14 +22,14 @@ def caches() -> dict[str, Any]:
     """Each kind of cache, with tokens 0 to 4."""
     ours = [qkv.KVCache(), qkv.Int8KVCache(), qkv.SlidingKVCache(4), qkv.CrossKVCache()]
     for cache in ours:
-        cache.append(tokens(0, GROWN), tokens(0, GROWN))
+        cache.append(tokens(0, LENGTH), tokens(0, LENGTH))
     config = transformers.LlamaConfig(num_hidden_layers=1)
     whole = [QKVCache(config), QKVCache(config, dtype=torch.int8)]
     for cache in whole:
-        cache.update(tokens(0, GROWN), tokens(0, GROWN), 0)
+        cache.update(tokens(0, LENGTH), tokens(0, LENGTH), 0)
     layer = SlidingLayer(4)
-    layer.update(tokens(0, GROWN), tokens(0, GROWN))
-    names = ["growing", "int8", "sliding", "cross", "transformers", "transformers in int8", "transformers' window"]
+    layer.update(tokens(0, LENGTH), tokens(0, LENGTH))
+    names = ["kv", "int8", "sliding", "cross", "transformers", "transformers in int8", "transformers' window"]
     return dict(zip(names, [*ours, *whole, layer], strict=True))
 
 
@@ -47,24 +47,24 @@ def last_keys(cache: Any, start: int) -> list[float]:
 
 
 @torch.no_grad()
-def answer(held: dict[str, Any], results: Connection) -> None:
+def answer(sent: dict[str, Any], results: Connection) -> None:
     """The other process: appends to each cache and sends it back."""
-    results.send({name: last_keys(cache, GROWN) for name, cache in held.items()})
+    results.send({name: last_keys(cache, LENGTH) for name, cache in sent.items()})
     results.close()
 
 
 @pytest.mark.parametrize("method", ["spawn", pytest.param("forkserver", marks=pytest.mark.long)])
 @torch.no_grad()
 def test_a_process_appends_to_the_caches_that_it_is_sent(method: str) -> None:
-    context, held = get_context(method), caches()
+    context, sent = get_context(method), caches()
     mine, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=answer, args=(held, theirs))
+    process = context.Process(target=answer, args=(sent, theirs))
     process.start()
     theirs.close()
     got = mine.recv()
     process.join()
     assert process.exitcode == 0
-    assert got == {name: last_keys(cache, GROWN) for name, cache in caches().items()}
-    assert got["growing"] == [0, 1, 2, 3, 4, 5]
-    # What was handed over is as it was.
-    assert got == {name: last_keys(cache, GROWN) for name, cache in held.items()}
+    assert got == {name: last_keys(cache, LENGTH) for name, cache in caches().items()}
+    assert got["kv"] == [0, 1, 2, 3, 4, 5]
+    # The caches of this process are unchanged.
+    assert got == {name: last_keys(cache, LENGTH) for name, cache in sent.items()}

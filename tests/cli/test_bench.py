@@ -41,7 +41,7 @@ def _report(capsys, *options):
     return json.loads(captured.out)
 
 
-def test_text_for_people(capsys):
+def test_text(capsys):
     code, captured = _bench(capsys, "--kv-heads", "2")
     assert code == 0
     lines = captured.out.splitlines()
@@ -69,7 +69,7 @@ def test_text_for_people(capsys):
     assert captured.err == "measuring memory ...\nmeasuring time ...\n"
 
 
-def test_document(capsys, threads):
+def test_json(capsys, threads):
     report = _report(capsys, "--batch", "3", "--dtype", "bfloat16", "--threads", "1")
     assert (report["threads"], report["rounds"], report["versions"]["torch"]) == (1, 2, torch.__version__)
     assert report["sizes"] == {
@@ -119,7 +119,7 @@ def test_both_libraries_compute_the_same(decode, backward):
 
 
 @pytest.mark.skipif("not hasattr(__import__('os'), 'fork')", reason="memory is measured in forked processes")
-def test_peak_memory_holds_what_torch_needs_for_a_window_and_the_results():
+def test_peak_memory_includes_the_window_mask_of_torch_and_the_results():
     """A mask of 1024 * 1024 numbers of 4 bytes; results of 16 * 1024 * 64 numbers, nothing of it in the inputs."""
     window = mechanisms(Sizes(1, 1024, 16, 16, 64, 8, torch.float32, False, False))[4]
     peaks = {library: peak_memory.peak_memory(window, library) for library in LIBRARIES}
@@ -128,7 +128,7 @@ def test_peak_memory_holds_what_torch_needs_for_a_window_and_the_results():
     assert peaks[TORCH] > results + 1024 * 1024 * 4
 
 
-def test_memory_that_does_not_suffice_is_said(capsys):
+def test_too_little_memory_is_reported(capsys):
     code, captured = _bench(capsys, "--length", "30000000", "--batch", "100000")
     assert (code, captured.out) == (1, "")
     message = captured.err.splitlines()[-1]

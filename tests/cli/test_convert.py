@@ -64,7 +64,7 @@ def test_dry_run_writes_nothing(capsys, tmp_path, llama):
     assert not list(tmp_path.iterdir())
 
 
-def test_overwriting_must_be_asked_for(capsys, tmp_path, llama):
+def test_overwriting_needs_the_option(capsys, tmp_path, llama):
     assert run(capsys, llama, tmp_path / "out", "--kv-heads", "4")[0] == 0
     before = models.digest(tmp_path / "out")
     code, captured = run(capsys, llama, tmp_path / "out", "--kv-heads", "2")
@@ -81,7 +81,7 @@ def test_overwriting_must_be_asked_for(capsys, tmp_path, llama):
     ("place", "message"),
     [("source/out", "must not contain the source"), ("none/out", "none does not exist; create it")],
 )
-def test_places_are_looked_at_first(capsys, tmp_path, place, message, options):
+def test_outputs_are_checked_first(capsys, tmp_path, place, message, options):
     source = tiny_model.save(tiny_model.llama(), tmp_path / "source")
     code, captured = run(capsys, source, tmp_path / place, "--kv-heads", "1", *options)
     assert (code, captured.out, "reading" in captured.err) == (1, "", False)
@@ -110,7 +110,7 @@ def test_report_comes_before_a_comparison_that_fails(capsys, tmp_path, llama, mo
         (["--kv-heads", "2", "--window", "5"], 1, "the configuration of a llama model cannot express a window"),
     ],
 )
-def test_what_is_refused(capsys, tmp_path, llama, arguments, code, message):
+def test_invalid_conversions_are_refused(capsys, tmp_path, llama, arguments, code, message):
     got, captured = run(capsys, llama, tmp_path / "out", *arguments)
     assert (got, captured.out) == (code, "")
     assert message in captured.err
@@ -167,7 +167,7 @@ def test_predictions_are_compared_on_a_text(capsys, tmp_path):
     ]
 
 
-def test_the_same_heads_predict_the_same_on_the_text_that_is_built_in(capsys, tmp_path):
+def test_all_heads_predict_the_same_on_the_built_in_text(capsys, tmp_path):
     source = tiny_model.save(tiny_model.llama(), tmp_path / "source")
     code, captured = run(capsys, source, tmp_path / "out", "--kv-heads", "2")
     assert code == 0
@@ -202,7 +202,7 @@ def test_tokenizer_that_cannot_be_loaded_stops_only_what_needs_it(capsys, tmp_pa
     assert "  predictions not compared: cannot load the configuration or tokenizer of" in captured.out
 
 
-def test_tokenizer_of_another_model_is_noticed(capsys, tmp_path, llama):
+def test_tokenizer_of_another_model_is_detected(capsys, tmp_path, llama):
     source = tiny_model.save(tiny_model.llama(vocab_size=4), tmp_path / "source")
     code, captured = run(capsys, source, tmp_path / "out", "--kv-heads", "1")
     assert code == 0
@@ -250,7 +250,7 @@ def test_gguf_file_is_unpacked_first(capsys, tmp_path, monkeypatch):
     assert not any((tmp_path / "out").glob("*.gguf"))
 
 
-def test_gguf_file_that_is_not_all_there(capsys, tmp_path):
+def test_truncated_gguf_file_is_refused(capsys, tmp_path):
     """Known before anything is loaded."""
     name = b"output.weight"
     tensor = struct.pack("<Q", len(name)) + name + struct.pack("<IQQIQ", 2, 16, 8, 0, 0)

@@ -35,7 +35,7 @@ def _report(capsys, model, *options, **named):
     return json.loads(captured.out)
 
 
-def test_text_for_people(capsys, llama):
+def test_text(capsys, llama):
     code, captured = _demo(capsys, llama, "--length", "1000", "--window", "250")
     assert code == 0
     lines = captured.out.splitlines()
@@ -54,7 +54,7 @@ def test_text_for_people(capsys, llama):
     assert captured.err.splitlines() == [f"{step} ..." for step in steps]
 
 
-def test_document(capsys, llama):
+def test_json(capsys, llama):
     report = _report(capsys, llama, "--length", "1000", "--window", "250")
     assert report["attention"] == [
         {
@@ -88,8 +88,8 @@ def test_arithmetic_agrees_with_the_cache_of_transformers(llama):
 
     model = AutoModelForCausalLM.from_pretrained(llama)
     cache = model(torch.zeros(1, 11, dtype=torch.int64)).past_key_values
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert cache_bytes(layer_shapes(model.config, cache), 11, 4) == held == 3 * 11 * 2 * 16 * 4
+    nbytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert cache_bytes(layer_shapes(model.config, cache), 11, 4) == nbytes == 3 * 11 * 2 * 16 * 4
 
 
 def test_bfloat16_halves_the_cache(capsys, llama):
@@ -118,7 +118,7 @@ def test_window_of_the_model_is_shown(capsys, tmp_path):
     assert [(shape["num_layers"], shape["window"]) for shape in report["attention"]] == [(2, 5), (1, None)]
 
 
-def test_different_texts_are_said_and_end_with_1(capsys, monkeypatch, llama):
+def test_different_texts_are_reported_and_exit_with_1(capsys, monkeypatch, llama):
     import torch
 
     from qkv.integrations.transformers import attention as integration

@@ -34,7 +34,7 @@ def test_name_that_the_terminal_cannot_show(tmp_path, llama, monkeypatch, encodi
 
 
 @pytest.mark.parametrize("command", [["inspect"], ["convert", "x", "--kv-heads", "1"]])
-def test_home_of_nobody(capsys, command):
+def test_home_of_an_unknown_user(capsys, command):
     assert main([command[0], "~nobody-of-that-name/model", *command[1:]]) == 1
     shown = capsys.readouterr().err
     assert "~nobody-of-that-name/model" in shown and "Traceback" not in shown
@@ -51,7 +51,7 @@ def document(capsys, *arguments):
     return json.loads(captured.out)
 
 
-def test_text_for_people(capsys, llama):
+def test_text(capsys, llama):
     code, captured = run(capsys, llama, "--length", "1000", "--batch", "2", "--dtype", "float32")
     assert (code, captured.err) == (0, "")
     lines = captured.out.splitlines()
@@ -67,7 +67,7 @@ def test_text_for_people(capsys, llama):
 
 
 @pytest.mark.parametrize("family", models.FAMILIES)
-def test_document_agrees_with_the_model(capsys, tmp_path, family):
+def test_json_agrees_with_the_model(capsys, tmp_path, family):
     """Parameters by counting, and the bytes of a cache that transformers filled."""
     folder = models.save(tmp_path, family)
     model = models.load(folder)
@@ -81,30 +81,30 @@ def test_document_agrees_with_the_model(capsys, tmp_path, family):
     assert own["parameters"] == found["parameters"] == stored
     assert sum(layer["num_layers"] for layer in found["layers"]) == 3
     cache = model(models.IDS).past_key_values
-    held = [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers]
+    nbytes = [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers]
     tokens = [layer.keys.shape[2] for layer in cache.layers]
     windows = [layer["window"] for layer in found["layers"] for _ in range(layer["num_layers"])]
     # What transformers keeps of a window is one key less: the next one is not there yet.
     whole = sum(
         size // count * min(models.IDS.shape[1], window or models.IDS.shape[1])
-        for size, count, window in zip(held, tokens, sorted(windows, key=lambda w: (w is None, w)), strict=True)
+        for size, count, window in zip(nbytes, tokens, sorted(windows, key=lambda w: (w is None, w)), strict=True)
     )
     assert own["kv_bytes"] == whole
 
 
-def test_layers_that_differ_are_apart(capsys, tmp_path):
+def test_different_layers_are_listed_separately(capsys, tmp_path):
     found = document(capsys, models.save(tmp_path, "gemma3_text"))
     assert [(layer["num_layers"], layer["window"]) for layer in found["layers"]] == [(2, 5), (1, None)]
     assert {layer["qk_norm"] for layer in found["layers"]} == {True}
 
 
 @pytest.mark.parametrize(("family", "heads"), [("llama", 2), ("phi3", 2), ("qwen3", 1), ("gpt_bigcode", 1)])
-def test_converted_model_is_what_was_foretold(capsys, tmp_path, family, heads):
+def test_converted_model_has_the_predicted_sizes(capsys, tmp_path, family, heads):
     source = models.save(tmp_path / "source", family)
-    foretold = {size["num_kv_heads"][0]: size for size in document(capsys, source)["kv_cache"]["sizes"]}
+    predicted = {size["num_kv_heads"][0]: size for size in document(capsys, source)["kv_cache"]["sizes"]}
     assert main(["convert", str(source), str(tmp_path / "out"), "--kv-heads", str(heads)]) == 0
     capsys.readouterr()
-    assert document(capsys, tmp_path / "out")["kv_cache"]["sizes"][0] == foretold[heads]
+    assert document(capsys, tmp_path / "out")["kv_cache"]["sizes"][0] == predicted[heads]
 
 
 def test_one_shard(capsys, llama):
@@ -117,7 +117,7 @@ def test_one_shard(capsys, llama):
     )
 
 
-def test_file_of_a_whole_model(capsys, tmp_path):
+def test_single_file_model(capsys, tmp_path):
     folder = models.save(tmp_path, "llama")
     (folder / "model.safetensors").rename(folder / "mine.safetensors")
     assert document(capsys, folder / "mine.safetensors")["parameters"] == 83_136
@@ -156,13 +156,13 @@ def test_hub_without_a_network(capsys, monkeypatch):
         ("none.gguf", "qkv: 'none.gguf' is not an existing file or folder, and not a valid Hub"),
     ],
 )
-def test_what_is_nothing(capsys, name, message):
+def test_missing_models_are_refused(capsys, name, message):
     code, captured = run(capsys, name)
     assert (code, captured.out) == (1, "")
     assert message in captured.err
 
 
-def test_folder_that_contradicts_itself(capsys, tmp_path):
+def test_contradictory_folder_is_refused(capsys, tmp_path):
     folder = models.save(tmp_path, "llama")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_key_value_heads": 4}))
@@ -174,7 +174,7 @@ def test_folder_that_contradicts_itself(capsys, tmp_path):
     )
 
 
-def test_words_for_what_differs():
+def test_description_of_an_unusual_layer():
     from qkv.convert.inspect.inspection import LayerAttention
 
     layer = LayerAttention(4, 1, 8, 6, 7, False, True, "", 10, 5)

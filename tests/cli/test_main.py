@@ -127,7 +127,7 @@ def test_output_that_cannot_be_written():
     assert "cannot write the output" in ended.stderr
 
 
-def test_reader_that_stops_reading():
+def test_closed_pipe():
     with subprocess.Popen([*QKV, "--version"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.close()
         assert process.stderr.read() == ""

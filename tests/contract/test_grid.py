@@ -34,8 +34,8 @@ def hidden_from_all(case: Case) -> Tensor:
     return hidden if keep is None else hidden | ~torch.tensor(keep)
 
 
-def may_poison(solver: Solver, case: Case, j: int) -> Tensor:
-    """The rows of the batch (B,) in which key j may be anything. On a GPU a key that some queries see spreads."""
+def rows_to_fill_with_nan(solver: Solver, case: Case, j: int) -> Tensor:
+    """The rows of the batch (B,) in which key j may be NaN. On a GPU, NaN spreads if any query sees the key."""
     return hidden_from_all(case)[:, j] | (solver.device == "cpu")
 
 
@@ -189,13 +189,13 @@ def test_views_between_poisoned_neighbours_are_as_near_the_oracle(
 
 
 @solvable(CASES, [torch.float32, torch.bfloat16])
-def test_masked_keys_have_no_influence_even_where_they_hold_nan(solver: Solver, dtype: torch.dtype, case: Case) -> None:
+def test_masked_keys_have_no_influence_even_if_they_are_nan(solver: Solver, dtype: torch.dtype, case: Case) -> None:
     inputs = case.inputs(dtype)
     weights = answer(case, dtype).weights.unflatten(1, (case.kv_heads, -1))
     clean = solver.attention(case, inputs)
     for j in (0, case.lk // 2, case.lk - 1):
         poisoned = {**inputs, "k": inputs["k"].clone(), "v": inputs["v"].clone()}
-        rows = may_poison(solver, case, j)
+        rows = rows_to_fill_with_nan(solver, case, j)
         poisoned["k"][rows, :, j] = torch.nan
         poisoned["v"][rows, :, j] = torch.inf
         out = solver.attention(case, poisoned)
@@ -208,19 +208,19 @@ def test_masked_keys_have_no_influence_even_where_they_hold_nan(solver: Solver, 
 
 
 @solvable([case for case in CASES if hides_the_middle_key(case)], [torch.float32], needs_grad=True)
-def test_masked_keys_get_exactly_no_gradient_even_where_they_hold_nan(
+def test_masked_keys_get_exactly_no_gradient_even_if_they_are_nan(
     solver: Solver, dtype: torch.dtype, case: Case
 ) -> None:
     inputs = case.inputs(dtype)
     weights = answer(case, dtype).weights.unflatten(1, (case.kv_heads, -1))
     j = case.lk // 2
-    blind = ~(weights[..., j] > 0).flatten(1, 2)
-    rows = may_poison(solver, case, j)
+    masked_rows = ~(weights[..., j] > 0).flatten(1, 2)
+    rows = rows_to_fill_with_nan(solver, case, j)
     inputs["k"][rows, :, j] = torch.nan
     inputs["v"][rows, :, j] = torch.nan
     leaves = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
     out = solver.attention(case, leaves)
-    grads = torch.autograd.grad(out[blind].sum(), [leaves["q"], leaves["k"], leaves["v"]], allow_unused=True)
+    grads = torch.autograd.grad(out[masked_rows].sum(), [leaves["q"], leaves["k"], leaves["v"]], allow_unused=True)
     for grad in grads:
         assert grad is None or grad.isfinite().all()
     for grad in grads[1:]:
@@ -228,7 +228,7 @@ def test_masked_keys_get_exactly_no_gradient_even_where_they_hold_nan(
 
 
 @pytest.mark.parametrize("case", LONG_WINDOWS, ids=str)
-def test_long_windows_take_the_path_in_blocks(case: Case) -> None:
+def test_long_windows_are_computed_in_blocks(case: Case) -> None:
     from qkv.backends import blocks
 
     assert blocks.plan(trim(make_problem("test", **case.inputs(torch.float32), **case.options()))) is not None

@@ -64,7 +64,7 @@ def tokens_first(x: Tensor) -> Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2) if x.dim() > 2 else x.clone()
 
 
-# Layouts that hold any numbers, and those that repeat theirs.
+# Layouts of arbitrary numbers, and those that repeat numbers.
 ANY: dict[str, Layout] = {
     layout.__name__: layout
     for layout in (every_second, packed_last, transposed, sliced, every_second_row, tokens_first)
@@ -98,7 +98,7 @@ def call(name: str, wants_lse: bool, tensors: list[Tensor], options: dict[str, A
 
 def solves(name: str, wants_lse: bool, tensors: list[Tensor], options: dict[str, Any]) -> bool:
     if name == "flex" and (tensors[0].dtype is not torch.float32 or not wants_lse):
-        return False  # It can, but compiles anew at each call.
+        return False  # It can, but recompiles at each call.
     problem = make_problem("test", *tensors, **options, wants_lse=wants_lse)
     return name == "auto" or not next(backend for backend in BACKENDS if name == backend.NAME).why_not(problem)
 

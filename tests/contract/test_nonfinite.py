@@ -33,7 +33,7 @@ SMALL = Case("full", lq=11, lk=11, heads=4, width=5, value_width=3)
 MASKS = [
     SMALL,
     replace(SMALL, name="causal", mask=Mask.causal, rule=lambda: Rule(right=0)),
-    replace(SMALL, name="blind rows", mask=Mask.causal, rule=lambda: Rule(right=0), offset=-4),
+    replace(SMALL, name="empty rows", mask=Mask.causal, rule=lambda: Rule(right=0), offset=-4),
     replace(
         SMALL,
         name="window and sink tokens",
@@ -56,7 +56,7 @@ SHAPES = [
     replace(SMALL, name="one query", lq=1),
     replace(MASKS[3], name="one query, window", lq=1, offset=8),
     replace(MASKS[5], name="one query, padding", lq=1),
-    replace(MASKS[2], name="one blind query, sinks", lq=1, offset=-1, sinks=True),
+    replace(MASKS[2], name="one empty query, sinks", lq=1, offset=-1, sinks=True),
     replace(
         SMALL,
         name="rows beyond a window, sinks",
@@ -88,8 +88,8 @@ OF_FLEX = (MASKS[0], MASKS[2], MASKS[7])
 """a few, since FlexAttention recompiles at each call"""
 
 
-class Way(NamedTuple):
-    """One way to make a call."""
+class CallVariant(NamedTuple):
+    """A backend, with or without the lse, and the tensors that need a gradient."""
 
     backend: str
     wants_lse: bool
@@ -103,10 +103,10 @@ class Way(NamedTuple):
             return [qkv.attention(**inputs, **case.options(), backend=self.backend)]
 
 
-def ways(case: Case, dtype: torch.dtype) -> Iterator[Way]:
-    """Every way to call each backend that can solve the case, and ``auto`` without a gradient."""
+def call_variants(case: Case, dtype: torch.dtype) -> Iterator[CallVariant]:
+    """Every call of each backend that can solve the case, and ``auto`` without a gradient."""
     inputs = case.inputs(dtype)
-    yield Way("auto", False, ())
+    yield CallVariant("auto", False, ())
     for backend in BACKENDS:
         if backend.NAME == "flex" and case not in OF_FLEX:
             continue
@@ -116,20 +116,21 @@ def ways(case: Case, dtype: torch.dtype) -> Iterator[Way]:
             for learned in (tuple(inputs), ("q", "k", "v"), ()):
                 call = {name: x.clone().requires_grad_(name in learned) for name, x in inputs.items()}
                 if not backend.why_not(make_problem("test", **call, **case.options(), wants_lse=wants_lse)):
-                    yield Way(backend.NAME, wants_lse, learned)
+                    yield CallVariant(backend.NAME, wants_lse, learned)
                     break
 
 
-EVERY_WAY = [
-    pytest.param(case, dtype, way, id=f"{way.backend}{'-lse' * way.wants_lse}-{str(dtype)[6:]}-{case.name}")
+VARIANTS = [
+    pytest.param(case, dtype, variant, id=f"{variant.backend}{'-lse' * variant.wants_lse}-{str(dtype)[6:]}-{case.name}")
     for case in CASES
     for dtype in ([torch.float32, torch.bfloat16] if case in SHAPES else [torch.float32])
-    for way in ways(case, dtype)
+    for variant in call_variants(case, dtype)
 ]
 
 
 def test_every_backend_is_compared_with_and_without_lse_and_gradients() -> None:
-    found = {(way.values[2].backend, way.values[2].wants_lse, bool(way.values[2].learned)) for way in EVERY_WAY}
+    variants = [parameters.values[2] for parameters in VARIANTS]
+    found = {(variant.backend, variant.wants_lse, bool(variant.learned)) for variant in variants}
     missing = {(name, lse, grad) for name in NAMES for lse in (False, True) for grad in (True,)} - found
     assert missing == {("flex", False, True), ("flex", True, True)}
     assert {("flex", False, False), ("flex", True, False), ("auto", False, False)} <= found
@@ -143,19 +144,19 @@ class Nonfinite(NamedTuple):
     value: float
 
 
-def nonfinite_numbers(case: Case, way: Way) -> Iterator[Nonfinite]:
+def nonfinite_numbers(case: Case, variant: CallVariant) -> Iterator[Nonfinite]:
     """One number in each of the tensors and incoming gradients, at early and at late keys and rows."""
     heads = case.heads
     # inf and -inf have the same effect on the output, but not on the lse.
-    for value in (-INF,) if way.backend == "flex" else (NAN, INF, -INF) if way.wants_lse else (NAN, -INF):
+    for value in (-INF,) if variant.backend == "flex" else (NAN, INF, -INF) if variant.wants_lse else (NAN, -INF):
         for j in (0, case.lk // 2):
             yield Nonfinite("k", (0, 0, j, 1), value)
             yield Nonfinite("v", (0, 0, j, 1), value)
         for i in sorted({0, max(0, case.lq - 2)}):
             yield Nonfinite("q", (0, 1, i, 1), value)
-            if way.learned:
+            if variant.learned:
                 yield Nonfinite("d_out", (0, 1, i, 1), value)
-            if way.learned and way.wants_lse:
+            if variant.learned and variant.wants_lse:
                 yield Nonfinite("d_lse", (0, heads - 1, i), value)
         if value != -INF and case.bias_shape is not None:
             yield Nonfinite("bias", (0,) * len(case.bias_shape), value)
@@ -210,16 +211,16 @@ def with_nonfinite(tensors: dict[str, Tensor], nonfinite: Nonfinite, value: floa
 
 
 def run(
-    case: Case, way: Way, inputs: dict[str, Tensor], from_above: dict[str, Tensor]
+    case: Case, variant: CallVariant, inputs: dict[str, Tensor], from_above: dict[str, Tensor]
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """The results, and a gradient for each tensor of ``way.learned``."""
-    leaves = {name: x.detach().clone().requires_grad_(name in way.learned) for name, x in inputs.items()}
-    results = way(case, leaves)
-    if not way.learned:
+    """The results, and a gradient for each tensor of ``variant.learned``."""
+    leaves = {name: x.detach().clone().requires_grad_(name in variant.learned) for name, x in inputs.items()}
+    results = variant(case, leaves)
+    if not variant.learned:
         return results, {}
     above = list(from_above.values())[: len(results)]
-    found = torch.autograd.grad(results, [leaves[name] for name in way.learned], above)
-    return [result.detach() for result in results], dict(zip(way.learned, found, strict=True))
+    found = torch.autograd.grad(results, [leaves[name] for name in variant.learned], above)
+    return [result.detach() for result in results], dict(zip(variant.learned, found, strict=True))
 
 
 def assert_same(got: Tensor, want: Tensor, where: Tensor, what: object) -> None:
@@ -227,8 +228,8 @@ def assert_same(got: Tensor, want: Tensor, where: Tensor, what: object) -> None:
     assert torch.equal(got[where], want[where]), what
 
 
-@pytest.mark.parametrize(("case", "dtype", "way"), EVERY_WAY)
-def test_numbers_that_are_not_finite(case: Case, dtype: torch.dtype, way: Way) -> None:
+@pytest.mark.parametrize(("case", "dtype", "variant"), VARIANTS)
+def test_nonfinite_numbers_follow_the_table(case: Case, dtype: torch.dtype, variant: CallVariant) -> None:
     inputs = case.inputs(dtype)
     generator = torch.Generator().manual_seed(3)
     shape = (case.batch, case.heads, case.lq)
@@ -238,30 +239,30 @@ def test_numbers_that_are_not_finite(case: Case, dtype: torch.dtype, way: Way) -
     }
     for name in above:
         above[name][:, :, 1::3] = 0  # rows without a gradient from above
-    for nonfinite in nonfinite_numbers(case, way):
-        what = (case.name, way, nonfinite)
+    for nonfinite in nonfinite_numbers(case, variant):
+        what = (case.name, variant, nonfinite)
         given, given_above = (with_nonfinite(tensors, nonfinite, nonfinite.value) for tensors in (inputs, above))
-        results, gradients = run(case, way, given, given_above)
+        results, gradients = run(case, variant, given, given_above)
         found = law(case, given)
 
         # A row is bad in the backward pass where its gradient is, or where it has one and its result is not finite.
-        used = above if way.wants_lse else {"d_out": above["d_out"]}
+        used = above if variant.wants_lse else {"d_out": above["d_out"]}
         used_given = [given_above[name].reshape(*shape, -1) for name in used]
         columns = torch.cat([column.float() for column in used_given], -1)
         bad = ~columns.isfinite().all(-1) | ((columns != 0).any(-1) & (found.nan | ~found.values.isfinite().all(-1)))
         clean_above = {name: x.masked_fill(bad.view(*shape, *[1] * (x.dim() - 3)), 0) for name, x in above.items()}
-        clean_results, clean = run(case, way, with_nonfinite(inputs, nonfinite, 0.5), clean_above)
+        clean_results, clean = run(case, variant, with_nonfinite(inputs, nonfinite, 0.5), clean_above)
 
         out = results[0].float()
         assert out[found.nan].isnan().all(), what
         rows = ~found.nan[..., None]
-        strange_values = ~found.values.isfinite()
+        nonfinite_values = ~found.values.isfinite()
         assert torch.equal(
-            out[rows & strange_values].nan_to_num(nan=7.0),
-            found.values[rows & strange_values].float().nan_to_num(nan=7.0),
+            out[rows & nonfinite_values].nan_to_num(nan=7.0),
+            found.values[rows & nonfinite_values].float().nan_to_num(nan=7.0),
         ), what
-        assert_same(results[0], clean_results[0], rows & ~strange_values, what)
-        if way.wants_lse:
+        assert_same(results[0], clean_results[0], rows & ~nonfinite_values, what)
+        if variant.wants_lse:
             assert results[1][found.nan].isnan().all(), what
             assert_same(results[1], clean_results[1], ~found.nan, what)
         if not gradients:
@@ -299,20 +300,20 @@ def solves(name: str, case: Case, inputs: dict[str, Tensor]) -> bool:
 
 @pytest.mark.parametrize("backend", ["native", "sdpa", "reference"])
 @pytest.mark.parametrize("case", MASKS, ids=str)
-def test_a_sink_logit_of_minus_infinity_is_no_sink(case: Case, backend: str) -> None:
+def test_a_sink_logit_of_minus_infinity_equals_none(case: Case, backend: str) -> None:
     inputs = learned(case)
     sinks = torch.tensor([0.3, -INF, -INF, 0.1]).requires_grad_()
     with_sinks = qkv.attention_with_lse(**inputs, **case.options(), sink_logits=sinks, backend=backend)
     without = qkv.attention_with_lse(**inputs, **case.options(), backend=backend)
     for got, want in zip(with_sinks, without, strict=True):
         torch.testing.assert_close(got[:, 1:3], want[:, 1:3])
-    blind = ~visible(case).any(-1).expand(case.batch, case.heads, case.lq)
-    assert not with_sinks.out[blind].any()
-    assert (with_sinks.lse[blind] == sinks[:, None].expand(blind.shape)[blind]).all()
+    masked_rows = ~visible(case).any(-1).expand(case.batch, case.heads, case.lq)
+    assert not with_sinks.out[masked_rows].any()
+    assert (with_sinks.lse[masked_rows] == sinks[:, None].expand(masked_rows.shape)[masked_rows]).all()
     grads = torch.autograd.grad([x.sum() for x in with_sinks], [*inputs.values(), sinks])
     assert all(grad.isfinite().all() for grad in grads)
     assert not grads[-1][1:3].any()
-    assert not grads[0][blind].any()
+    assert not grads[0][masked_rows].any()
 
 
 @pytest.mark.parametrize("backend", ["native", "sdpa", "reference"])
@@ -359,7 +360,12 @@ SCALES = [
 
 @pytest.mark.parametrize(
     ("case", "name"),
-    [(case, name) for case in SCALES for name in (*NAMES, "auto") if name != "flex" or case.name.startswith("blind")],
+    [
+        (case, name)
+        for case in SCALES
+        for name in (*NAMES, "auto")
+        if name != "flex" or case.name.startswith("empty rows")
+    ],
     ids=str,
 )
 def test_any_finite_scale_is_as_near_the_oracle_as_torch(case: Case, name: str) -> None:
@@ -375,7 +381,7 @@ def test_any_finite_scale_is_as_near_the_oracle_as_torch(case: Case, name: str) 
 
 
 @pytest.mark.parametrize("scale", [NAN, INF, -INF])
-def test_a_scale_that_is_not_finite_is_refused(scale: float) -> None:
+def test_a_nonfinite_scale_is_refused(scale: float) -> None:
     q = torch.randn(1, 1, 3, 8)
     calls: list[Callable[..., object]] = [
         qkv.attention,
@@ -393,7 +399,7 @@ def test_a_scale_that_is_not_finite_is_refused(scale: float) -> None:
 @pytest.mark.parametrize("case", [*MASKS, *SCORES], ids=str)
 def test_attention_weights_follow_the_table(case: Case) -> None:
     inputs = {name: x for name, x in case.inputs(torch.float32).items() if name != "v"}
-    for nonfinite in nonfinite_numbers(case, Way("", False, ())):
+    for nonfinite in nonfinite_numbers(case, CallVariant("", False, ())):
         if nonfinite.tensor == "v":
             continue
         given, clean = (with_nonfinite(inputs, nonfinite, value) for value in (nonfinite.value, 0.5))
@@ -459,11 +465,11 @@ def batched(call: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...])
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:.*should not be instantiated")  # torch's own
-@pytest.mark.parametrize("way", [traced, recorded, batched], ids=lambda way: way.__name__)
+@pytest.mark.parametrize("transform", [traced, recorded, batched], ids=lambda transform: transform.__name__)
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
 @pytest.mark.parametrize("case", [MASKS[n] for n in (0, 2, 3, 7)], ids=str)
 def test_the_table_holds_while_tracing_and_batching(
-    case: Case, backend: str, way: Callable[..., tuple[Tensor, ...]]
+    case: Case, backend: str, transform: Callable[..., tuple[Tensor, ...]]
 ) -> None:
     inputs = case.inputs(torch.float64)
     inputs["k"][0, 0, 5, 1], inputs["v"][0, 1, 2, 0], inputs["q"][1, 3, 8, 0] = -INF, NAN, INF
@@ -472,12 +478,12 @@ def test_the_table_holds_while_tracing_and_batching(
         return qkv.attention_with_lse(q, k, v, **case.options(), backend=backend)
 
     given = tuple(inputs.values())
-    torch.testing.assert_close(way(call, given), tuple(call(*given)), equal_nan=True)
+    torch.testing.assert_close(transform(call, given), tuple(call(*given)), equal_nan=True)
 
 
 COMPILED = [
     ("full", "reference"),
-    ("blind rows", "sdpa"),
+    ("empty rows", "sdpa"),
     ("window and sink tokens", "reference"),
     ("documents", "sdpa"),
 ]

@@ -250,11 +250,11 @@ def make_source(folder: Path) -> Path:
 
 
 def convert(source: Path, out: Path) -> tuple[int, str]:
-    """Exit code, and what was said on stderr."""
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+    """Exit code and stderr."""
+    stderr = io.StringIO()
+    with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()):
         code = qkv(["convert", str(source), str(out), "--kv-heads", "2"])
-    return code, said.getvalue()
+    return code, stderr.getvalue()
 
 
 def refuse(valid: Path, place: Path, kind: str, seed: int) -> str:
@@ -268,12 +268,12 @@ def refuse(valid: Path, place: Path, kind: str, seed: int) -> str:
     FAULTS[kind](source, random.Random(seed))
     before = models.digest(source)
     signal.alarm(MAX_SECONDS)
-    code, said = convert(source, out)
+    code, stderr = convert(source, out)
     signal.alarm(0)
-    what = f"{kind!r} with seed {seed}: {said}"
+    what = f"{kind!r} with seed {seed}: {stderr}"
     assert code == 1, f"not refused: {what}"
-    message = said[said.find("qkv: ") :]
-    assert message.startswith("qkv: ") and "Traceback" not in said, what
+    message = stderr[stderr.find("qkv: ") :]
+    assert message.startswith("qkv: ") and "Traceback" not in stderr, what
     assert str(source) in message or out.name in message, f"the file is not named: {what}"
     assert list(place.iterdir()) == [source], f"something is left: {what}"
     assert models.digest(source) == before, f"the source changed: {what}"

@@ -131,7 +131,7 @@ def main() -> None:
     arguments.add_argument("--seed", type=int, default=0)
     given = arguments.parse_args()
     torch.set_num_threads(1)
-    for what in ("writing anew", "replacing a model", "replacing a model without an exchange"):
+    for what in ("writing", "replacing a model", "replacing a model without an exchange"):
         with tempfile.TemporaryDirectory() as folder:
             if "without" in what:
                 staging.exchange = lambda *names: False

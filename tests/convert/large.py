@@ -1,7 +1,8 @@
 """Converts a Llama of 1.5 GB in 4 shards: ``python tests/convert/large.py``.
 
 Prints the time, and by how much the largest resident set of the converting process exceeds that of an interpreter with
-torch and transformers loaded; then holds the result to the means of the groups, by numpy, and to plain transformers.
+torch and transformers loaded; then compares the result with the means of the groups, by numpy, and loads it with
+transformers.
 """
 
 import json
@@ -27,7 +28,7 @@ torch.set_num_threads(1)
 def resident(which):
     return int(re.search(which + r":\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
 before, started = resident("VmRSS"), time.perf_counter()
-Path("/proc/self/clear_refs").write_text("5")  # The peak starts anew from here.
+Path("/proc/self/clear_refs").write_text("5")  # Resets the peak.
 convert_checkpoint(sys.argv[1], sys.argv[2], int(sys.argv[3]))
 print(time.perf_counter() - started, (resident("VmHWM") - before) * 1024)
 """
@@ -95,12 +96,12 @@ def main() -> None:
         source.mkdir()
         size = make(source)
         command = [sys.executable, "-c", CONVERT, str(source), str(out), str(GROUPS)]
-        told = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
-        seconds, peak = float(told[0]), int(told[1]) / 2**20
+        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+        seconds, peak = float(printed[0]), int(printed[1]) / 2**20
         print(f"{size / 1e9:.2f} GB in {SHARDS} shards: {seconds:.1f} s, peak {peak:.1f} MiB above the interpreter")
         print(f"{check(source, out)} tensors are the rounded means of their groups, all others the bytes they were")
-        model, said = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
-        assert not any(said.values()), said
+        model, loading_info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+        assert not any(loading_info.values()), loading_info
         logits = model(torch.arange(7)[None]).logits
         print(f"loaded by transformers with {model.config.num_key_value_heads} KV heads; logits {tuple(logits.shape)}")
         assert logits.isfinite().all()

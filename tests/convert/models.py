@@ -50,7 +50,7 @@ def build(family: str, **changes: Any) -> Any:
 def save(
     folder: Path, family: str = "llama", *, shards: str = "1GB", dtype: Any = torch.float32, **changes: Any
 ) -> Path:
-    """Saves a random model with a file that is no part of it, and returns the folder."""
+    """Saves a random model and an unrelated file, and returns the folder."""
     model = build(family, **changes).to(dtype)
     model.save_pretrained(folder, max_shard_size=shards)
     (folder / "notes.txt").write_text("kept")
@@ -58,11 +58,11 @@ def save(
 
 
 def load(folder: Path) -> Any:
-    """The model by plain transformers, which must find each of its tensors and no others."""
+    """The model as loaded by transformers, which must find each of its tensors and no others."""
     from transformers import AutoModelForCausalLM
 
-    model, said = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert not any(said.values()), said
+    model, loading_info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(loading_info.values()), loading_info
     return model.eval()
 
 

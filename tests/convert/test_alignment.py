@@ -1,4 +1,4 @@
-"""`align_heads` leaves the function as it is, undoes what was planted, and is no worse than neighbours as they are."""
+"""`align_heads` keeps the function, recovers planted copies, and groups heads better than neighbours do."""
 
 import copy
 from unittest import mock
@@ -28,19 +28,19 @@ def orthogonal(*shape):
 
 
 def key_rotations(count, width, symmetry):
-    """Random turns that may be made, plane by plane in plain numbers."""
-    turns = torch.eye(width, dtype=torch.float64).repeat(count, 1, 1)
+    """Random rotations that the symmetry allows, plane by plane."""
+    rotations = torch.eye(width, dtype=torch.float64).repeat(count, 1, 1)
     if symmetry.normed:
-        return turns
+        return rotations
     half = symmetry.rotary_dim // 2
-    for turn in turns:
+    for r in rotations:
         for plane in range(half):
             a, b = (2 * plane, 2 * plane + 1) if symmetry.interleaved else (plane, plane + half)
             angle = 6.28 * torch.rand((), dtype=torch.float64)
-            turn[a, a], turn[a, b], turn[b, a], turn[b, b] = angle.cos(), -angle.sin(), angle.sin(), angle.cos()
+            r[a, a], r[a, b], r[b, a], r[b, b] = angle.cos(), -angle.sin(), angle.sin(), angle.cos()
         if symmetry.rotary_dim < width:
-            turn[symmetry.rotary_dim :, symmetry.rotary_dim :] = orthogonal(width - symmetry.rotary_dim)
-    return turns
+            r[symmetry.rotary_dim :, symmetry.rotary_dim :] = orthogonal(width - symmetry.rotary_dim)
+    return rotations
 
 
 FREEDOMS = [
@@ -105,22 +105,22 @@ def outputs(*layers):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("symmetry", "options"), FREEDOMS)
-def test_before_pooling_the_layer_computes_the_same(symmetry, options, bias):
+def test_alignment_without_pooling_keeps_the_function(symmetry, options, bias):
     layer = random_layer(HEADS, bias=bias, **options)
     with torch.no_grad():
         for part in (layer.k_proj, layer.v_proj):
             heads = part.weight.unflatten(0, (HEADS // 2, 2, -1))
             heads.add_(heads[:1].clone(), alpha=2.0)  # Every other head is alike.
     alignment = align_heads(projections(layer), HEADS, GROUPS, symmetry)
-    turned = put(layer, alignment.apply(projections(layer)), alignment.query_order(2 * HEADS))
-    assert_same(*outputs(turned, layer))
+    rotated = put(layer, alignment.apply(projections(layer)), alignment.query_order(2 * HEADS))
+    assert_same(*outputs(rotated, layer))
     assert alignment.order.tolist() == [0, 2, 4, 6, 1, 3, 5, 7]
-    assert (turned.v_proj.weight - layer.v_proj.weight).abs().max() > 0.1
+    assert (rotated.v_proj.weight - layer.v_proj.weight).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("symmetry", "options"), FREEDOMS)
-def test_heads_that_are_turned_and_shuffled_copies_are_found(symmetry, options, bias):
+def test_rotated_and_shuffled_copies_of_heads_are_found(symmetry, options, bias):
     """Query heads and outs all differ; pooled to as many heads as there are different ones, nothing is lost."""
     layer = random_layer(HEADS, bias=bias, **options)
     q, k, v, out = projections(layer)
@@ -140,7 +140,7 @@ def test_heads_that_are_turned_and_shuffled_copies_are_found(symmetry, options, 
 
 
 def deviation(weight, gain, groups):
-    """What pooling takes away, as a share, head by head."""
+    """The squared difference of heads from the mean of their group, relative to their squares."""
     heads = torch.cat([weight[:, :24] * gain, weight[:, 24:]], 1).unflatten(0, (HEADS, -1))
     lost = sum(((heads[h] - heads[group].mean(0)) ** 2).sum() for group in groups for h in group)
     return float(lost / (heads**2).sum())
@@ -149,43 +149,44 @@ def deviation(weight, gain, groups):
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize(("symmetry", "options"), FREEDOMS)
 @pytest.mark.parametrize("seed", range(3))
-def test_pooled_heads_agree_better_than_neighbours_as_they_stand(symmetry, options, groups, seed):
+def test_aligned_heads_deviate_less_than_unaligned_neighbours(symmetry, options, groups, seed):
     layer = random_layer(HEADS, seed, **options)
     gain = torch.rand(24, dtype=torch.float64)
     before = projections(layer)
     after = align_heads(before, HEADS, groups, symmetry, gain=gain).apply(before)
     neighbours = torch.arange(HEADS).view(groups, -1)
-    plain, aligned = (deviation(p.k, gain, neighbours) + deviation(p.v, gain, neighbours) for p in (before, after))
-    assert aligned < plain
+    unaligned, aligned = (deviation(p.k, gain, neighbours) + deviation(p.v, gain, neighbours) for p in (before, after))
+    assert aligned < unaligned
 
 
-def test_what_agrees_already_is_left_alone():
-    """Of the same heads, none can agree better, and none is turned."""
+def test_equal_heads_are_not_changed():
+    """Equal heads are neither reordered nor rotated."""
     layer = random_layer(HEADS)
     q, k, v, out = projections(layer)
     k, v = (rows.unflatten(0, (HEADS, -1))[[0] * 4 + [1] * 4].flatten(0, 1) for rows in (k, v))
     alignment = align_heads(Projections(q, k, v, out), HEADS, GROUPS, KeySymmetry())
     assert alignment.order.tolist() == list(range(HEADS))
-    for turns in (alignment.key_rotations, alignment.value_rotations):
-        assert (turns - turns[0]).abs().max() < EXACT
+    for rotations in (alignment.key_rotations, alignment.value_rotations):
+        assert (rotations - rotations[0]).abs().max() < EXACT
 
 
-def test_gain_says_which_columns_count():
-    """Copies in the columns that come through the norm, and anything in the others."""
+def test_columns_are_weighted_by_the_gain():
+    """Copies in the columns with gain 1; the columns with gain 0 are arbitrary."""
     layer = random_layer(HEADS, bias=False)
     gain = torch.cat([torch.ones(12), torch.zeros(12)]).double()
     q, k, v, out = projections(layer)
     copies, seen = torch.randperm(HEADS) % GROUPS, gain > 0
     k, v = (torch.where(seen, rows.unflatten(0, (HEADS, -1))[copies].flatten(0, 1), 5 * rows) for rows in (k, v))
     source = put(layer, Projections(q, k, v, out), torch.arange(2 * HEADS))
-    told, untold = convert_layer(source, GROUPS, how="aligned", gain=gain), convert_layer(source, GROUPS, how="aligned")
+    with_gain = convert_layer(source, GROUPS, how="aligned", gain=gain)
+    without_gain = convert_layer(source, GROUPS, how="aligned")
     x = gain * torch.randn(2, 5, 24, dtype=torch.float64)
     with torch.no_grad():
-        assert_same(told(x), source(x))
-        assert (untold(x) - source(x)).abs().max() > 0.1 * source(x).abs().max()
+        assert_same(with_gain(x), source(x))
+        assert (without_gain(x) - source(x)).abs().max() > 0.1 * source(x).abs().max()
 
 
-def test_as_many_heads_as_before_are_the_same_bits():
+def test_converting_to_all_heads_keeps_every_bit():
     layer = random_layer(HEADS)
     same = convert_layer(layer, HEADS, how="aligned")
     assert all(torch.equal(same.state_dict()[name], value) for name, value in layer.state_dict().items())
@@ -207,13 +208,13 @@ def test_half_precision_is_rounded_once():
         (2, {"v": torch.full((40, 25), float("inf"))}, "keys and values must be finite"),
     ],
 )
-def test_what_is_refused(groups, change, message):
+def test_invalid_arguments_are_refused(groups, change, message):
     with pytest.raises(ValueError, match=message):
         align_heads(projections(random_layer(HEADS))._replace(**change), HEADS, groups, KeySymmetry())
 
 
-def test_heads_that_disagree_in_all_ways():
-    """Opposite keys that must not be turned, and values that have nothing in common."""
+def test_opposite_keys_and_orthogonal_values_are_not_changed():
+    """Opposite keys that must not be rotated, and orthogonal values."""
     keys, values = torch.randn(4, 8).repeat(2, 1), torch.eye(8)
     keys[4:] *= -1
     alignment = align_heads(Projections(keys, keys, values, values), 2, 1, KeySymmetry(normed=True))
@@ -244,7 +245,7 @@ def test_a_gain_of_another_width_is_refused():
 SOURCES = {
     "partial": ("phi3", {"partial_rotary_factor": 0.5}),
     "normed": ("phi", {"qk_layernorm": True}),
-    # Which models of Llama do not heed.
+    # Llama ignores partial_rotary_factor.
     "not partial": ("llama", {"rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}}),
     **{family: (family, {}) for family in models.FAMILIES},
 }
@@ -277,7 +278,7 @@ def by_head(model, family):
 
 
 def plant(model, family, groups):
-    """Gives heads the keys and values of a few, then shuffles heads and turns them."""
+    """Copies keys and values of a few heads to all, then shuffles and rotates the heads."""
     normed = family.startswith(("qwen3", "gemma3")) or any("q_layernorm" in name for name in model.state_dict())
     rotary_dim = max((2 * len(buffer) for name, buffer in model.named_buffers() if "inv_freq" in name), default=0)
     with torch.no_grad():
@@ -286,14 +287,14 @@ def plant(model, family, groups):
             symmetry = KeySymmetry(rotary_dim, normed=normed)
             order, copies = torch.randperm(HEADS), torch.randperm(HEADS) % groups
             keys, values = key_rotations(HEADS, width, symmetry), orthogonal(HEADS, width)
-            for rows, source, turns in (
+            for rows, source, rotations in (
                 (q, order, keys),
                 (k, copies, keys),
                 (v, copies, values),
                 ([out], order, values),
             ):
                 for part in rows:
-                    part.copy_(torch.einsum("hde,he...->hd...", turns, part[source]))
+                    part.copy_(torch.einsum("hde,he...->hd...", rotations, part[source]))
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -317,7 +318,7 @@ def test_planted_models_are_recovered(source):
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt_neox"])
-def test_folders_are_converted_alike_and_layers_aligned_once(tmp_path, family):
+def test_folders_convert_like_state_dicts_and_align_each_layer_once(tmp_path, family):
     source = models.save(tmp_path / "source", family, shards="60KB", dtype=torch.bfloat16)
     with mock.patch("qkv.convert.families.aligned_outputs.align_heads", wraps=align_heads) as aligned:
         convert_checkpoint(source, tmp_path / "out", GROUPS, how="aligned")
@@ -340,7 +341,7 @@ def test_gains_are_those_of_the_norm_before(family, norm, offset):
         assert torch.equal(call.kwargs["gain"], model.state_dict()[norm.format(number) + ".weight"] + offset)
 
 
-def test_what_cannot_be_aligned():
+def test_models_that_cannot_be_aligned():
     from transformers import AutoModelForSeq2SeqLM, T5Config
 
     model = models.build("llama")

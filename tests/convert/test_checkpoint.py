@@ -36,7 +36,7 @@ def read(folder):
     return tensors
 
 
-def test_shards_hold_what_they_held_with_pooled_keys_and_values(tmp_path, source):
+def test_shards_keep_their_tensors_with_pooled_keys_and_values(tmp_path, source):
     convert_checkpoint(source, tmp_path / "out", 2)
     before, after = read(source), read(tmp_path / "out")
     assert before.keys() == after.keys()
@@ -66,7 +66,7 @@ def test_configuration_changes_in_one_place(tmp_path, source):
     assert list(before.items()) == list(after.items())
 
 
-def test_other_files_go_along_and_other_weights_stay(tmp_path, source):
+def test_other_files_are_copied_and_other_weights_are_not(tmp_path, source):
     plan = convert_checkpoint(source, tmp_path / "out", 2)
     kept = ["generation_config.json", "link.txt", "notes.txt", "templates/chat.jinja", "tokenizer.model"]
     assert list(map(str, plan.copied)) == kept
@@ -80,7 +80,7 @@ def test_other_files_go_along_and_other_weights_stay(tmp_path, source):
     assert written == {*kept, *shards, "templates", "config.json", "model.safetensors.index.json"}
 
 
-def test_twice_in_half_precision_and_once_differ_by_rounding_alone(tmp_path, source):
+def test_two_steps_in_half_precision_differ_from_one_by_rounding(tmp_path, source):
     convert_checkpoint(source, tmp_path / "four", 4)
     convert_checkpoint(tmp_path / "four", tmp_path / "two", 2)
     convert_checkpoint(source, tmp_path / "once", 2)
@@ -90,7 +90,7 @@ def test_twice_in_half_precision_and_once_differ_by_rounding_alone(tmp_path, sou
         assert ((twice[name] - weight).abs() <= 2**-8 * 3 * read(source)[name].abs().max()).all()
 
 
-def test_twice_in_fp32_is_once(tmp_path):
+def test_two_steps_in_fp32_equal_one(tmp_path):
     source = models.save(tmp_path / "source", "llama")
     convert_checkpoint(source, tmp_path / "four", 4)
     convert_checkpoint(tmp_path / "four", tmp_path / "two", 2)
@@ -98,7 +98,7 @@ def test_twice_in_fp32_is_once(tmp_path):
     assert models.digest(tmp_path / "two") == models.digest(tmp_path / "once")
 
 
-def test_the_same_again_is_the_same_file(tmp_path, source):
+def test_a_conversion_is_reproducible(tmp_path, source):
     for out in ("one", "other"):
         convert_checkpoint(source, tmp_path / out, 1, how="random", seed=4)
     assert models.digest(tmp_path / "one") == models.digest(tmp_path / "other")
@@ -173,5 +173,5 @@ def test_memory_is_bounded_by_a_tensor(tmp_path):
     )
     assert sum(path.stat().st_size for path in source.glob("*.safetensors")) > 100e6
     command = [sys.executable, "-c", large.CONVERT, str(source), str(tmp_path / "out"), "2"]
-    grown = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[1])
-    assert grown < 50e6, grown
+    num_bytes = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[1])
+    assert num_bytes < 50e6, num_bytes

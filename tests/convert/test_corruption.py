@@ -14,6 +14,6 @@ def test_damage_is_refused(tmp_path, valid, kind):
     faults.refuse(valid, tmp_path, kind, seed=sum(kind.encode()))
 
 
-def test_what_is_not_damaged_is_converted(tmp_path, valid):
-    code, said = faults.convert(valid, tmp_path / "out")
-    assert (code, (tmp_path / "out" / "config.json").is_file()) == (0, True), said
+def test_undamaged_checkpoints_are_converted(tmp_path, valid):
+    code, stderr = faults.convert(valid, tmp_path / "out")
+    assert (code, (tmp_path / "out" / "config.json").is_file()) == (0, True), stderr

@@ -60,7 +60,7 @@ def test_means_are_those_by_hand(length):
 
 
 def test_divergence_is_from_the_original():
-    """0.5 ln(0.5/0.9) + 0.5 ln(0.5/0.1); the other way round it would be 0.368."""
+    """0.5 ln(0.5/0.9) + 0.5 ln(0.5/0.1); with p and q swapped it would be 0.368."""
     even, uneven = torch.zeros(2, 2), torch.tensor([0.9, 0.1]).log().expand(2, 2)
     found = measure_divergence(Table(even), Table(uneven), torch.tensor([[0, 0]]))
     assert found.kl == pytest.approx(0.5108256, abs=1e-6)
@@ -72,17 +72,17 @@ def test_a_model_does_not_diverge_from_itself_and_stays_in_training():
     assert (found.kl, found.agreement, model.training) == (0, 1, True)
     shifted = models.logits(model.eval())[:, :-1].double().log_softmax(-1)
     loss = -shifted.gather(2, models.IDS[:, 1:, None]).mean()
-    # The model computes in fp32 the same way both times.
+    # The model computes the same in fp32 both times.
     assert found.loss_before == found.loss_after == pytest.approx(loss.item(), rel=1e-12)
 
 
-def test_losses_whose_perplexity_is_beyond_all_numbers():
+def test_perplexity_overflows_to_infinity():
     found = measure_divergence(Table(torch.eye(2)), Table(torch.eye(2) * 1e4), torch.tensor([[0, 1]]))
     assert (found.loss_after, found.perplexity_after) == (1e4, math.inf)
     assert math.isnan(found._replace(loss_after=math.nan).perplexity_after)
 
 
-def test_a_model_stays_in_training_where_it_fails():
+def test_an_error_restores_training_mode():
     model = models.build("llama").train()
     with pytest.raises(IndexError):
         measure_divergence(model, model, models.IDS + 40)

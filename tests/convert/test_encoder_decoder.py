@@ -42,7 +42,7 @@ MODELS = {
 READ = torch.randint(3, 40, (3, 11), generator=torch.Generator().manual_seed(1))
 WRITTEN = torch.randint(3, 40, (3, 7), generator=torch.Generator().manual_seed(2))
 PROJECTION = re.compile(r".*decoder\..*(?:SelfAttention|EncDecAttention|self_attn|encoder_attn)\.[kv](?:_proj)?\.\w+")
-"""What is pooled."""
+"""Names of the pooled projections."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -62,7 +62,7 @@ def build(name, **changes):
     config = transformers.AutoConfig.for_model(model_type, **sizes | changes)
     model = transformers.AutoModelForSeq2SeqLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
-        # Positions of sines are no weights, and not saved by all.
+        # Sinusoidal positions are not trained, and some models do not save them.
         for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
             if parameter.dim() < 2:
                 parameter.add_(torch.randn_like(parameter), alpha=0.2)
@@ -77,9 +77,9 @@ def save(folder, name, **changes):
 
 
 def load(folder, **options):
-    """By the plain call of transformers, which must find each tensor and no others."""
-    model, said = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder, output_loading_info=True, **options)
-    assert not any(said.values()), said
+    """The model as loaded by transformers, which must find each tensor and no others."""
+    model, info = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder, output_loading_info=True, **options)
+    assert not any(info.values()), info
     return model.eval()
 
 
@@ -91,7 +91,7 @@ def shared(weight, groups, how="mean"):
 
 
 def share(model, groups, how="mean"):
-    """The model of transformers with as many heads as ever, of which those of a group are alike."""
+    """The transformers model with all heads, those of a group being equal."""
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if PROJECTION.fullmatch(key):
@@ -161,19 +161,19 @@ def test_generated_tokens_are_those_of_shared_heads(pair, side):
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"], indirect=True)
-def test_static_cache_holds_fewer_heads(pair):
+def test_static_cache_has_fewer_heads(pair):
     options = {"cache_implementation": "static", "disable_compile": True, "return_dict_in_generate": True}
     ours, theirs = (model.generate(READ, max_new_tokens=9, min_new_tokens=9, **options) for model in pair)
     assert torch.equal(ours.sequences, theirs.sequences)
     for cache in ("self_attention_cache", "cross_attention_cache"):
         layers = [getattr(out.past_key_values, cache).layers for out in (ours, theirs)]
         # T5's has a layer too many, since transformers counts those of the encoder.
-        heads = [[layer.keys.shape[1] for layer in held if layer.is_initialized] for held in layers]
+        heads = [[layer.keys.shape[1] for layer in cached if layer.is_initialized] for cached in layers]
         assert heads == [[2, 2], [HEADS, HEADS]]
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"], indirect=True)
-def test_weights_of_attention_are_those_of_shared_heads(pair):
+def test_attention_weights_are_those_of_shared_heads(pair):
     inputs = {"input_ids": READ, "attention_mask": keep("left"), "decoder_input_ids": WRITTEN}
     ours, theirs = (model(**inputs, output_attentions=True) for model in pair)
     for kind in ("decoder_attentions", "cross_attentions"):
@@ -182,7 +182,7 @@ def test_weights_of_attention_are_those_of_shared_heads(pair):
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"], indirect=True)
-def test_implementations(pair):
+def test_attention_implementations(pair):
     ours = pair[0]
     got = logits(ours)
     ours.set_attn_implementation("sdpa")
@@ -191,7 +191,7 @@ def test_implementations(pair):
         ours.set_attn_implementation("eager")
 
 
-def test_dropout_of_attention(tmp_path):
+def test_attention_dropout(tmp_path):
     convert_checkpoint(save(tmp_path / "source", "bart", dropout=0.0, attention_dropout=0.5), tmp_path / "out", 2)
     model = load(tmp_path / "out")
     still = logits(model)
@@ -204,7 +204,7 @@ def test_dropout_of_attention(tmp_path):
     assert not torch.allclose(first, still, atol=1e-2)
 
 
-def test_as_many_heads_as_before_are_the_same_model(tmp_path, name):
+def test_converting_to_all_heads_keeps_the_model(tmp_path, name):
     source = save(tmp_path / "source", name)
     convert_checkpoint(source, tmp_path / "out", HEADS)
     before, after = load(source), load(tmp_path / "out")
@@ -229,7 +229,7 @@ def test_only_keys_and_values_of_the_decoder_change(name, how):
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"], indirect=True)
-def test_pooling_in_steps_is_pooling_at_once(tmp_path, name):
+def test_pooling_in_steps_equals_pooling_at_once(tmp_path, name):
     source = save(tmp_path / "8", name)
     convert_checkpoint(source, tmp_path / "4", 4)
     convert_checkpoint(tmp_path / "4", tmp_path / "4 to 2", 2)
@@ -242,7 +242,7 @@ def test_pooling_in_steps_is_pooling_at_once(tmp_path, name):
 def test_base_models_without_a_head(tmp_path):
     for name, architecture in (("t5", "GroupedT5Model"), ("bart", "GroupedBartModel")):
         build(name).base_model.save_pretrained(tmp_path / name)
-        if name == "t5":  # Whose model with a head is no wrapper around that without.
+        if name == "t5":  # T5ForConditionalGeneration does not wrap T5Model.
             transformers.T5Model(build(name).config).save_pretrained(tmp_path / name)
         convert_checkpoint(tmp_path / name, tmp_path / f"{name} out", 2)
         model = transformers.AutoModel.from_pretrained(tmp_path / f"{name} out")
@@ -250,7 +250,7 @@ def test_base_models_without_a_head(tmp_path):
         assert model(input_ids=READ, decoder_input_ids=WRITTEN).last_hidden_state.shape == (3, 7, 64)
 
 
-def test_saved_again_is_the_same(tmp_path, name):
+def test_saving_and_loading_keeps_the_model(tmp_path, name):
     convert_checkpoint(save(tmp_path / "source", name), tmp_path / "out", 2)
     model = load(tmp_path / "out")
     model.save_pretrained(tmp_path / "again")
@@ -259,7 +259,7 @@ def test_saved_again_is_the_same(tmp_path, name):
     convert_checkpoint(tmp_path / "again", tmp_path / "smaller", 1)
 
 
-def test_positions_of_sines_need_not_be_saved(tmp_path):
+def test_sinusoidal_positions_need_not_be_saved(tmp_path):
     import safetensors.torch as torch_files
 
     weights = save(tmp_path / "source", "pegasus") / "model.safetensors"
@@ -280,14 +280,14 @@ def test_pickles_find_our_classes(tmp_path):
         grouped_decoders.GroupedGPT  # noqa: B018
 
 
-def test_tokenizer_is_found_by_the_type_alone():
+def test_tokenizer_is_found_by_model_type():
     from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
     ours, theirs = (type(transformers.AutoConfig.for_model(model_type)) for model_type in ("qkv_t5", "t5"))
     assert TOKENIZER_MAPPING[ours] is TOKENIZER_MAPPING[theirs]
 
 
-def test_transformers_alone_refuses_the_result(tmp_path, monkeypatch):
+def test_the_result_needs_register(tmp_path, monkeypatch):
     convert_checkpoint(save(tmp_path / "source", "t5"), tmp_path / "out", 2)
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "out")
@@ -309,12 +309,12 @@ def test_inspection(tmp_path, name):
         attention = re.compile(r".*(SelfAttention|EncDecAttention|self_attn|encoder_attn)\.(?!relative).+")
         numbers = [parameter.numel() for key, parameter in model.named_parameters() if attention.fullmatch(key)]
         assert found.attention_parameters == sum(numbers)
-        foretold = inspect_checkpoint(tmp_path / "source").with_kv_heads(num_kv_heads)
-        assert (foretold.layers, foretold.parameters) == (found.layers, found.parameters)
+        predicted = inspect_checkpoint(tmp_path / "source").with_kv_heads(num_kv_heads)
+        assert (predicted.layers, predicted.parameters) == (found.layers, found.parameters)
         assert found.possible_kv_heads == [n for n in (8, 4, 2, 1) if n <= num_kv_heads]
 
 
-def test_command(capsys, tmp_path):
+def test_commands(capsys, tmp_path):
     source = save(tmp_path / "source", "bart")
     (source / "tokenizer.json").write_text("{}")
     assert main(["convert", str(source), str(tmp_path / "out"), "--kv-heads", "2", "--pool", "first"]) == 0
@@ -372,7 +372,7 @@ def test_command(capsys, tmp_path):
         ),
     ],
 )
-def test_what_is_refused(tmp_path, name, heads, changes, message):
+def test_invalid_models_are_refused(tmp_path, name, heads, changes, message):
     source = save(tmp_path / "source", name)
     config = json.loads((source / "config.json").read_text()) | changes
     if "qkv" in config["model_type"]:
@@ -387,12 +387,12 @@ def test_what_is_refused(tmp_path, name, heads, changes, message):
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
-def test_heads_are_not_aligned(tmp_path, name):
+def test_alignment_is_refused(tmp_path, name):
     with pytest.raises(CheckpointError, match=f"heads of {name} models cannot be aligned"):
         convert_checkpoint(save(tmp_path / "source", name), tmp_path / "out", 2, how="aligned")
 
 
-def test_window_cannot_be_said(tmp_path):
+def test_a_window_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="a qkv_t5 model cannot express a window"):
         convert_checkpoint(save(tmp_path / "source", "t5"), tmp_path / "out", 2, window=3)
 

@@ -1,4 +1,4 @@
-"""Each family, converted and loaded by plain transformers, against its source with shared keys and values."""
+"""Each family, converted and loaded by transformers, against its source with shared keys and values."""
 
 import json
 import re
@@ -56,7 +56,7 @@ def test_every_family_is_tested():
 
 
 @pytest.mark.parametrize("family", sorted(models.FAMILIES.keys() - {"gpt2", "gpt_neox"}))
-def test_as_many_heads_as_before_are_the_same_bytes(tmp_path, family):
+def test_converting_to_all_heads_keeps_every_byte(tmp_path, family):
     source = models.save(tmp_path / "source", family, shards="60KB", dtype=torch.bfloat16)
     convert_checkpoint(source, tmp_path / "out", HEADS)
     shards = {name: digest for name, digest in models.digest(source).items() if name.endswith(".safetensors")}
@@ -83,7 +83,7 @@ def test_window(tmp_path, family):
         assert not torch.equal(model(ids).logits[0, -1], last)
 
 
-def test_window_where_it_cannot_be_said(tmp_path):
+def test_window_that_a_family_cannot_express_is_refused(tmp_path):
     source = models.save(tmp_path / "source", "llama")
     with pytest.raises(
         CheckpointError, match=r"a llama model cannot express .* mistral, qwen2, qwen3, phi3, starcoder2 "
@@ -108,7 +108,7 @@ def test_window_where_it_cannot_be_said(tmp_path):
         ("gpt_neox", 2, {"attention_bias": False}, "got True, False and False"),
     ],
 )
-def test_what_cannot_be_expressed(tmp_path, family, heads, changes, message):
+def test_models_that_cannot_be_converted(tmp_path, family, heads, changes, message):
     source = models.save(tmp_path / "source", family, **changes)
     with pytest.raises(CheckpointError, match=message):
         convert_checkpoint(source, tmp_path / "out", heads)
@@ -127,7 +127,7 @@ def test_another_family_is_refused_with_a_list(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "qwen3"])
-def test_state_dict_is_converted_alike(tmp_path, family):
+def test_state_dict_converts_like_a_folder(tmp_path, family):
     model = models.build(family)
     converted = convert_state_dict(model.state_dict(), model.config.to_dict(), 2, how="random", seed=5)
     convert_checkpoint(models.save(tmp_path / "source", family), tmp_path / "out", 2, how="random", seed=5)
@@ -140,7 +140,7 @@ def test_state_dict_is_converted_alike(tmp_path, family):
         convert_state_dict(rest, model.config.to_dict(), 2)
 
 
-def test_random_draws_each_tensor_anew(tmp_path):
+def test_random_draws_each_tensor_independently(tmp_path):
     model = models.build("llama", attention_bias=False)
     drawn = convert_state_dict(model.state_dict(), model.config.to_dict(), 1, how="random").state_dict
     weights = [value / value.std() for name, value in drawn.items() if re.search(r"[kv]_proj\.weight", name)]

@@ -77,7 +77,7 @@ def test_heads_and_windows_of_each_layer(tmp_path):
         ),
     ],
 )
-def test_header_that_contradicts_itself(tmp_path, fields, message):
+def test_contradictory_headers_are_refused(tmp_path, fields, message):
     with pytest.raises(CheckpointError, match=message):
         inspect_checkpoint(write(tmp_path / "model.gguf", **fields))
 

@@ -27,19 +27,19 @@ def write(path, places, num_bytes):
         ({"a": (0, 4)}, 5, "has extra bytes at its end"),
     ],
 )
-def test_places(tmp_path, places, num_bytes, message):
+def test_invalid_offsets_are_refused(tmp_path, places, num_bytes, message):
     with pytest.raises(CheckpointError, match=message):
         read_header(write(tmp_path / "a.safetensors", places, num_bytes))
 
 
-def test_order_in_the_header_is_free(tmp_path):
+def test_tensors_may_be_listed_in_any_order(tmp_path):
     header = read_header(write(tmp_path / "a.safetensors", {"b": (4, 8), "empty": (4, 4), "a": (0, 4)}, 8))
     assert list(header.tensors) == ["a", "empty", "b"]
 
 
 @pytest.mark.parametrize("layers", [10**9, 2**70, 22, 0, -1, "3", 3.0, True])
 def test_layers_are_counted_before_anything_is_built(tmp_path, layers):
-    """A model would be built with as many as it is told."""
+    """Otherwise a model of that many layers would be built."""
     source = models.save(tmp_path, "qwen3", num_hidden_layers=1)
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))

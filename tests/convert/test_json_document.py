@@ -1,4 +1,4 @@
-"""JSON of configurations, indices and headers: linear in its size, and malformed, a message with file and field."""
+"""JSON of configurations, indices and headers: read in linear time; errors name file and field."""
 
 import contextlib
 import gc
@@ -36,25 +36,25 @@ from qkv.convert.files.safetensors import read_header
         (f'{{"a": {"[" * 900}NaN{"]" * 900}}}', "x: 'a', 0, 0, 0"),
     ],
 )
-def test_what_is_refused(document, message):
-    with pytest.raises(CheckpointError) as told:
+def test_malformed_documents_are_refused(document, message):
+    with pytest.raises(CheckpointError) as raised:
         parse_json(document.encode(), "x")
-    assert str(told.value).startswith(message) and len(str(told.value)) < 400
+    assert str(raised.value).startswith(message) and len(str(raised.value)) < 400
 
 
-def test_what_is_not_utf_8():
+def test_invalid_utf_8_is_refused():
     with pytest.raises(CheckpointError, match="x is not JSON: 'utf-8' codec can't decode byte 0xff in position 7"):
         parse_json(b'{"a": "\xff"}', "x")
 
 
-def test_what_is_read():
-    """A pair is a text, zeros are zeros, and 40 digits are a number."""
+def test_valid_documents_are_read():
+    """Surrogate pairs in strings, 40-digit integers, and nested values."""
     document = {"a": "\U0001f600 \\ud800", "b": 10**40 - 1, "c": -0.5, "d": [None, True, {}], "e": "0" * 50}
     assert parse_json(json.dumps(document).encode(), "x") == document
 
 
 @pytest.mark.parametrize("levels", [json_document.MAX_LEVELS, json_document.MAX_LEVELS + 1])
-def test_levels_are_counted(tmp_path, levels):
+def test_the_nesting_is_limited(tmp_path, levels):
     (tmp_path / "a.json").write_text('{"a":' * (levels - 1) + "{}" + "}" * (levels - 1))
     if levels == json_document.MAX_LEVELS:
         read_document(tmp_path / "a.json")
@@ -63,13 +63,13 @@ def test_levels_are_counted(tmp_path, levels):
             read_document(tmp_path / "a.json")
 
 
-def test_values_are_shown_in_short():
+def test_long_values_are_abbreviated():
     for value in (10**39, "a" * 10**6, [[[[[[[[1]]]]]]]], {str(n): n for n in range(1000)}, [None] * 10**6):
         assert len(short_repr(value)) < 200
 
 
 class Counted(str):
-    """A text that counts how often it is compared: in a set of few collisions, about once."""
+    """A string that counts its comparisons: about one each in a set with few collisions."""
 
     comparisons = 0
     __hash__ = str.__hash__
@@ -79,7 +79,7 @@ class Counted(str):
         return str.__eq__(self, other)
 
 
-def test_key_that_is_said_twice_is_found_in_linear_time(monkeypatch):
+def test_a_duplicate_key_is_found_in_linear_time(monkeypatch):
     """Counted in comparisons, not in seconds."""
     loads = json.loads
 
@@ -96,7 +96,7 @@ def test_key_that_is_said_twice_is_found_in_linear_time(monkeypatch):
     assert Counted.comparisons < 20 * keys
 
 
-def test_collection_of_garbage_goes_on_afterwards():
+def test_garbage_collection_is_enabled_afterwards():
     for document in ('{"a": 1}', '{"a": '):
         with contextlib.suppress(CheckpointError):
             parse_json(document.encode(), "x")
@@ -120,7 +120,7 @@ def test_collection_of_garbage_goes_on_afterwards():
         ({"data_offsets": 4}, "data_offsets must be a list"),
     ],
 )
-def test_entries_of_a_header(tmp_path, entry, message):
+def test_invalid_header_entries_are_refused(tmp_path, entry, message):
     text = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} | entry}).encode()
     path = tmp_path / "a.safetensors"
     path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
@@ -134,8 +134,8 @@ def llama(tmp_path_factory):
 
 
 @pytest.mark.parametrize("is_nested", [False, True])
-def test_keys_of_a_configuration_are_counted(tmp_path, llama, monkeypatch, is_nested):
-    """For each of them transformers takes its time, and a million would be a minute."""
+def test_the_number_of_configuration_keys_is_limited(tmp_path, llama, monkeypatch, is_nested):
+    """Otherwise transformers takes about a minute for a million keys."""
     folder = shutil.copytree(llama, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     extra = dict.fromkeys([f"k{number}" for number in range(300)])
@@ -162,11 +162,11 @@ def test_keys_of_a_configuration_are_counted(tmp_path, llama, monkeypatch, is_ne
         *(("is_encoder_decoder", value) for value in (5, "x", None, [])),
     ],
 )
-def test_fields_of_a_configuration(tmp_path, llama, name, value):
-    """Named with their file, whoever notices."""
+def test_invalid_configuration_fields_are_refused(tmp_path, llama, name, value):
+    """The message names file and field, whether qkv or transformers detects it."""
     shutil.copytree(llama, tmp_path / "source")
     path = tmp_path / "source" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
-    with pytest.raises(CheckpointError) as told:
+    with pytest.raises(CheckpointError) as raised:
         inspect_checkpoint(tmp_path / "source")
-    assert str(told.value).startswith(f"{path}") and name in str(told.value)
+    assert str(raised.value).startswith(f"{path}") and name in str(raised.value)

@@ -1,4 +1,4 @@
-"""Nothing is written, opened or removed through a link, beyond a mount, or that a run did not make itself."""
+"""Nothing is written or removed through a link, beyond a mount, or if another process created it."""
 
 import errno
 import json
@@ -24,23 +24,23 @@ def source(tmp_path_factory):
 
 @pytest.fixture
 def victim(tmp_path):
-    """A model of somebody's, with a folder in it, and no model."""
+    """A folder of the user's that must not be touched; it has a config.json, but is not a model."""
     for name in ("victim/deep/precious.txt", "victim/precious.txt", "victim/config.json"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}")
     return tmp_path / "victim"
 
 
-def everything(folder):
-    """Of a folder: names, and what is at them, with no link followed."""
+def snapshot(folder):
+    """Paths in a folder, with the content of files and the targets of links, without following them."""
     return {
         str(path.relative_to(folder)): path.readlink() if path.is_symlink() else path.is_file() and path.read_bytes()
         for path in sorted(folder.rglob("*"))
     }
 
 
-def leave(source, out):
-    """What a run leaves that is killed while it writes, as a path."""
+def leftover_of_killed_run(source, out):
+    """The folder that a run leaves if it is killed while writing."""
     before = set(out.parent.iterdir())
 
     with pytest.MonkeyPatch.context() as patch:
@@ -55,7 +55,7 @@ NAMES += (f"{PREFIX}{3:016x}/{MARKER}",)
 
 
 @pytest.mark.parametrize("kind", ["link", "folder", "dangling", "loop", "file", "pipe"])
-def test_names_of_ours_are_left_to_whoever_has_them(tmp_path, source, victim, kind):
+def test_entries_of_others_with_our_names_are_not_touched(tmp_path, source, victim, kind):
     for name in NAMES:
         place = tmp_path / name
         place.parent.mkdir(exist_ok=True)
@@ -71,11 +71,11 @@ def test_names_of_ours_are_left_to_whoever_has_them(tmp_path, source, victim, ki
             place.write_text("precious")
         else:
             os.mkfifo(place)
-    before = everything(tmp_path)
+    before = snapshot(tmp_path)
     convert_checkpoint(source, tmp_path / "out", 4)
     convert_checkpoint(source, tmp_path / "out", 2, overwrite=True)
     shutil.rmtree(tmp_path / "out")
-    assert everything(tmp_path) == before
+    assert snapshot(tmp_path) == before
 
 
 @pytest.fixture
@@ -85,8 +85,8 @@ def around(tmp_path):
     os.close(opened)
 
 
-def leave_folder(place, around):
-    """As a run leaves it that dies before it has written a weight."""
+def leftover_without_weights(place, around):
+    """The folder that a run leaves if it is killed before it writes a tensor."""
     with own_folder.make_own_folder(place, around, "out") as own, own.create("deep/notes.txt"):
         return own.path
 
@@ -95,8 +95,8 @@ def found(place, around):
     return [left and left.path for left in own_folder.find_leftovers(place, around, "out")]
 
 
-def test_folder_that_is_marked_as_ours_is_known(tmp_path, around):
-    left = leave_folder(tmp_path, around)
+def test_folder_with_our_marker_is_recognized(tmp_path, around):
+    left = leftover_without_weights(tmp_path, around)
     assert found(tmp_path, around) == [left]
     (left / MARKER).write_text((left / MARKER).read_text() + '"half of a na')
     assert found(tmp_path, around) == [left]
@@ -120,22 +120,22 @@ def test_folder_that_is_marked_as_ours_is_known(tmp_path, around):
         lambda marker, lines: lines.clear(),
     ],
 )
-def test_folder_that_is_not_marked_as_ours_is_not_known(tmp_path, around, change):
-    marker = leave_folder(tmp_path, around) / MARKER
+def test_folder_with_another_marker_is_not_recognized(tmp_path, around, change):
+    marker = leftover_without_weights(tmp_path, around) / MARKER
     lines = [json.loads(line) for line in marker.read_text().splitlines()]
     change(marker, lines)
     marker.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert found(tmp_path, around) == []
 
 
-def test_folder_of_another_user_is_not_known(tmp_path, around, monkeypatch):
-    leave_folder(tmp_path, around)
+def test_folder_of_another_user_is_not_recognized(tmp_path, around, monkeypatch):
+    leftover_without_weights(tmp_path, around)
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
     assert found(tmp_path, around) == []
 
 
-def test_copy_is_none_of_ours(tmp_path, around):
-    left = leave_folder(tmp_path, around)
+def test_copied_or_renamed_folder_is_not_recognized(tmp_path, around):
+    left = leftover_without_weights(tmp_path, around)
     shutil.copytree(left, tmp_path / "copy")
     left.rename(tmp_path / "elsewhere")
     (tmp_path / "copy").rename(left)
@@ -143,78 +143,78 @@ def test_copy_is_none_of_ours(tmp_path, around):
     assert found(tmp_path, around) == []
 
 
-def test_only_what_a_run_made_is_removed_of_what_it_left(tmp_path, source, victim):
-    """A file that somebody saved there stays, and a link in place of a file costs its target nothing."""
-    left = leave(source, tmp_path / "out")
+def test_cleanup_removes_only_files_that_the_run_created(tmp_path, source, victim):
+    """A file that the user saved there stays, and so does the target of a link in place of a file."""
+    left = leftover_of_killed_run(source, tmp_path / "out")
     made = left / CONTENT / "notes.txt"
     made.unlink()
     made.symlink_to(victim / "precious.txt")
     (left / CONTENT / "thesis.txt").write_text("precious")
-    said = []
-    write_checkpoint(plan_checkpoint(source, 2), tmp_path / "out", notify=said.append)
-    assert said == [f"did not remove {left}: it contains 'new', which qkv did not create"]
-    assert everything(left / CONTENT) == {"thesis.txt": b"precious"}
-    assert len(everything(victim)) == 4
+    notices = []
+    write_checkpoint(plan_checkpoint(source, 2), tmp_path / "out", notify=notices.append)
+    assert notices == [f"did not remove {left}: it contains 'new', which qkv did not create"]
+    assert snapshot(left / CONTENT) == {"thesis.txt": b"precious"}
+    assert len(snapshot(victim)) == 4
 
 
-def test_folder_in_what_was_left_that_became_a_link_is_not_entered(tmp_path, source, victim):
+def test_cleanup_does_not_follow_links(tmp_path, source, victim):
     with_folder = shutil.copytree(source, tmp_path / "source")
     (with_folder / "deep").mkdir()
     (with_folder / "deep" / "precious.txt").write_text("to be carried over")
-    left = leave(with_folder, tmp_path / "out")
+    left = leftover_of_killed_run(with_folder, tmp_path / "out")
     shutil.rmtree(left / CONTENT / "deep")
     (left / CONTENT / "deep").symlink_to(victim / "deep")
-    said = []
-    write_checkpoint(plan_checkpoint(with_folder, 2), tmp_path / "out", notify=said.append)
-    assert "could not remove" in said[0]
+    notices = []
+    write_checkpoint(plan_checkpoint(with_folder, 2), tmp_path / "out", notify=notices.append)
+    assert "could not remove" in notices[0]
     assert (victim / "deep" / "precious.txt").is_file()
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("target", ["victim", "nowhere", "out", "source/model.safetensors"])
-def test_link_at_the_place(tmp_path, source, victim, target, overwrite):
+def test_link_at_the_output_path_is_refused(tmp_path, source, victim, target, overwrite):
     shutil.copytree(source, tmp_path / "source")
     (tmp_path / "out").symlink_to(target)
-    before = everything(tmp_path)
+    before = snapshot(tmp_path)
     message = f"(out is a link to '{target}'; links are not followed or replaced|must not contain the source)"
     with pytest.raises(CheckpointError, match=message):
         convert_checkpoint(tmp_path / "source", tmp_path / "out", 2, overwrite=overwrite)
-    assert everything(tmp_path) == before
+    assert snapshot(tmp_path) == before
 
 
-def test_links_on_the_way_are_the_users_own(tmp_path, source):
+def test_links_in_parent_folders_are_followed(tmp_path, source):
     (tmp_path / "real").mkdir()
     (tmp_path / "short").symlink_to("real")
     convert_checkpoint(source, tmp_path / "short" / "out", 2)
-    assert everything(tmp_path).keys() >= {"real/out/config.json"}
+    assert snapshot(tmp_path).keys() >= {"real/out/config.json"}
     assert [path.name for path in (tmp_path / "real").iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("out", ["short", "short/out", "real/source/out", "real"])
-def test_source_and_result_are_apart_whatever_they_are_called(tmp_path, source, out):
+def test_output_that_overlaps_the_source_through_links_is_refused(tmp_path, source, out):
     shutil.copytree(source, tmp_path / "real" / "source")
     (tmp_path / "short").symlink_to("real/source")
-    before = everything(tmp_path)
+    before = snapshot(tmp_path)
     for name in ("real/source", "short"):
         with pytest.raises(CheckpointError, match="must not contain the source"):
             convert_checkpoint(tmp_path / name, tmp_path / out, 2, overwrite=True)
-    assert everything(tmp_path) == before
+    assert snapshot(tmp_path) == before
 
 
-def test_model_that_is_replaced_may_hold_links(tmp_path, source, victim):
-    """As in the hub's cache; they are removed, and what they lead to is not."""
+def test_replaced_model_may_contain_links(tmp_path, source, victim):
+    """As in the hub's cache; they are removed, their targets are not."""
     convert_checkpoint(source, tmp_path / "out", 4)
     (tmp_path / "out" / "deep").symlink_to(victim / "deep")
     (tmp_path / "out" / "notes.txt").unlink()
     (tmp_path / "out" / "notes.txt").symlink_to(victim / "precious.txt")
-    before = everything(victim)
+    before = snapshot(victim)
     convert_checkpoint(source, tmp_path / "out", 2, overwrite=True)
-    assert everything(victim) == before
+    assert snapshot(victim) == before
     assert not (tmp_path / "out" / "deep").exists()
 
 
 def test_source_is_read_through_links(tmp_path, source):
-    """A snapshot of the hub's cache: each file is a link. Links to folders and to nothing stay behind."""
+    """A snapshot of the hub's cache: each file is a link. Links to folders and dangling links are skipped."""
     (tmp_path / "blobs").mkdir()
     (tmp_path / "snapshot").mkdir()
     for number, path in enumerate(sorted(source.iterdir())):
@@ -231,7 +231,7 @@ def test_source_is_read_through_links(tmp_path, source):
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_link_to_nothing_where_a_file_must_be(tmp_path, source, name):
+def test_dangling_link_in_place_of_a_file_is_refused(tmp_path, source, name):
     copy = shutil.copytree(source, tmp_path / "source")
     (copy / name).unlink()
     (copy / name).symlink_to("../blobs/none")
@@ -239,8 +239,8 @@ def test_link_to_nothing_where_a_file_must_be(tmp_path, source, name):
         convert_checkpoint(copy, tmp_path / "out", 2)
 
 
-def test_folder_around_that_is_replaced_meanwhile(tmp_path, source, victim, monkeypatch):
-    """The run goes on where it began, and says so instead of leaving its result where nobody looks."""
+def test_parent_folder_that_is_replaced_while_writing_is_an_error(tmp_path, source, victim, monkeypatch):
+    """The run writes to the folder that it opened, and raises instead of leaving its result at another path."""
     (tmp_path / "around").mkdir()
     check = checkpoint._check_shard
 
@@ -250,15 +250,15 @@ def test_folder_around_that_is_replaced_meanwhile(tmp_path, source, victim, monk
         check(*arguments)
 
     monkeypatch.setattr(checkpoint, "_check_shard", replace)
-    before = everything(victim)
+    before = snapshot(victim)
     with pytest.raises(CheckpointError, match="around was moved or replaced by another process meanwhile"):
         convert_checkpoint(source, tmp_path / "around" / "out", 2)
-    assert everything(victim) == before
+    assert snapshot(victim) == before
     assert not list((tmp_path / "moved").iterdir())
 
 
-def test_link_put_into_the_work_is_not_written_through(tmp_path, source, victim, monkeypatch):
-    """Whoever is the same user could put one there."""
+def test_link_planted_in_the_work_folder_is_not_followed(tmp_path, source, victim, monkeypatch):
+    """As another process of the same user could."""
     copy_file = checkpoint._copy_file
 
     def plant(opened, work, name):
@@ -266,15 +266,15 @@ def test_link_put_into_the_work_is_not_written_through(tmp_path, source, victim,
         copy_file(opened, work, name)
 
     monkeypatch.setattr(checkpoint, "_copy_file", plant)
-    before = everything(victim)
+    before = snapshot(victim)
     with pytest.raises(CheckpointError, match=f"cannot copy .* to .*: {os.strerror(errno.EEXIST)}"):
         convert_checkpoint(source, tmp_path / "out", 2)
-    assert everything(victim) == before
+    assert snapshot(victim) == before
     assert [path.name for path in tmp_path.iterdir()] == ["victim"]
 
 
-def test_rights_are_those_of_the_user(tmp_path, source, monkeypatch):
-    """Closed to others while it is written, and then as open as any folder of the user's."""
+def test_permissions_follow_the_umask(tmp_path, source, monkeypatch):
+    """Private while it is written, then as the umask says."""
     seen, check = [], checkpoint._check_shard
 
     def look(work, *arguments):
@@ -294,7 +294,7 @@ def test_rights_are_those_of_the_user(tmp_path, source, monkeypatch):
 
 @pytest.mark.parametrize("place", ["out", "out/deep"])
 def test_mount_is_neither_replaced_nor_emptied(tmp_path, source, monkeypatch, place):
-    """Known by what the system counts mounts as; a real one is below, where the system lets us make it."""
+    """With a patched mount id; the next test makes a real mount where the system allows it."""
     convert_checkpoint(source, tmp_path / "out", 4)
     (tmp_path / "out" / "deep").mkdir()
     (tmp_path / "out" / "deep" / "precious.txt").write_text("")
@@ -305,10 +305,10 @@ def test_mount_is_neither_replaced_nor_emptied(tmp_path, source, monkeypatch, pl
 
     for module in (own_folder, sys.modules["qkv.convert.files.staging"]):
         monkeypatch.setattr(module, "mount_of", counted)
-    before = everything(tmp_path)
+    before = snapshot(tmp_path)
     with pytest.raises(CheckpointError, match=f"{place}: it is a mount point. Unmount it"):
         convert_checkpoint(source, tmp_path / "out", 2, overwrite=True)
-    assert everything(tmp_path) == before
+    assert snapshot(tmp_path) == before
     around = os.open(tmp_path, os.O_RDONLY)
     with pytest.raises(OSError, match="a mount is not entered"):
         own_folder.remove_tree("out", around)
@@ -316,8 +316,8 @@ def test_mount_is_neither_replaced_nor_emptied(tmp_path, source, monkeypatch, pl
     assert (tmp_path / "out" / "deep" / "precious.txt").is_file()
 
 
-def test_real_mount(tmp_path, source):
-    """The same folder mounted a second time, on one device, in a name space of its own."""
+def test_real_mount_is_not_emptied(tmp_path, source):
+    """The same folder mounted a second time, on one device, in its own mount namespace."""
     convert_checkpoint(source, tmp_path / "out", 4)
     for name in ("out/deep", "victim"):
         (tmp_path / name).mkdir()
@@ -338,13 +338,13 @@ except OSError as error:
     command = ["unshare", "--mount", "--map-root-user", "sh", "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0 and "unshare" in done.stderr:
-        pytest.skip(f"this system lets nobody mount: {done.stderr}")
+        pytest.skip(f"this system does not allow mounting: {done.stderr}")
     assert done.stdout == "deep a mount is not entered\n", done.stderr
     assert (tmp_path / "victim" / "precious.txt").is_file()
 
 
-def test_every_name_is_reached_from_an_open_folder():
-    """The modules that write and remove use no call that follows links, or goes by a path."""
+def test_files_are_addressed_relative_to_an_open_folder():
+    """The modules that write and remove files use no call that follows links or takes a path."""
     for module in (own_folder, staging, renaming, checkpoint):
         text = Path(module.__file__).read_text()
         for call in ("shutil.rmtree", "shutil.copy", "write_text", "write_bytes", ".mkdir(", ".unlink(", ".rename("):

@@ -45,7 +45,7 @@ def test_mean_of_half_precision_does_not_overflow():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("how", ["mean", "first", "random"])
-def test_as_many_heads_as_before_are_the_same_tensor(dtype, how):
+def test_pooling_to_all_heads_returns_the_tensor(dtype, how):
     weight = torch.randn(8, 3).to(dtype)
     weight[0, 0] = float("nan")
     assert pool_heads(weight, 4, 4, how=how) is weight
@@ -53,20 +53,20 @@ def test_as_many_heads_as_before_are_the_same_tensor(dtype, how):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(("heads", "between", "groups"), [(8, 4, 2), (16, 4, 1), (12, 6, 2), (24, 6, 2), (12, 3, 1)])
-def test_twice_is_once_bit_for_bit_where_the_first_step_is_a_power_of_two(dtype, heads, between, groups):
+def test_two_steps_equal_one_bit_for_bit_if_the_first_is_a_power_of_two(dtype, heads, between, groups):
     weight = torch.randn(heads * 7, 13, dtype=dtype, generator=torch.Generator().manual_seed(2))
     twice = pool_heads(pool_heads(weight, heads, between), between, groups)
     assert torch.equal(twice, pool_heads(weight, heads, groups))
 
 
-def test_twice_is_not_once_where_the_first_step_is_not():
+def test_two_steps_differ_from_one_if_the_first_is_not_a_power_of_two():
     """Thirds round: the promise above is as wide as it can be."""
     weight = torch.randn(12 * 64, 64, generator=torch.Generator().manual_seed(3))
     assert not torch.equal(pool_heads(pool_heads(weight, 12, 4), 4, 2), pool_heads(weight, 12, 2))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_twice_is_once_up_to_the_rounding_of_the_first_step(dtype):
+def test_two_steps_equal_one_up_to_the_rounding_of_the_first(dtype):
     """Half a unit of each mean between, whose mean is taken, and half a unit of either result."""
     weight = torch.randn(8 * 64, 64, generator=torch.Generator().manual_seed(4)).to(dtype)
     between = pool_heads(weight, 8, 4)
@@ -83,7 +83,7 @@ def test_first_takes_the_first_of_each_group():
     assert torch.equal(pool_heads(weight, 6, 2, how="first"), weight[[0, 1, 6, 7]])
 
 
-def test_random_is_of_the_size_of_the_weight_and_repeats_by_seed():
+def test_random_has_the_scale_of_the_weight_and_repeats_by_seed():
     weight = 3 * torch.randn(64 * 16, 64, generator=torch.Generator().manual_seed(5))
     drawn = pool_heads(weight, 64, 32, how="random", seed=9)
     assert torch.equal(drawn, pool_heads(weight, 64, 32, how="random", seed=9))
@@ -103,12 +103,12 @@ def test_random_is_of_the_size_of_the_weight_and_repeats_by_seed():
         ((torch.zeros(8, 2, dtype=torch.int8), 4, 2), TypeError, "must be floating-point; got torch.int8"),
     ],
 )
-def test_what_is_refused(arguments, error, message):
+def test_invalid_arguments_are_refused(arguments, error, message):
     with pytest.raises(error, match=message):
         pool_heads(*arguments)
 
 
-def test_unknown_way_is_refused():
+def test_unknown_method_is_refused():
     with pytest.raises(ValueError, match="how must be one of mean, first, random; got 'median'"):
         pool_heads(torch.zeros(8, 2), 8, 2, how="median")
     with pytest.raises(
@@ -140,7 +140,7 @@ def test_interleaved_groups_become_contiguous():
 
 @pytest.mark.parametrize("how", ["mean", "first"])
 def test_converted_layer_computes_with_shared_heads(how):
-    """As the layer whose heads of each group all hold the pooled keys and values."""
+    """Compared with the layer whose heads of each group all have the pooled keys and values."""
     torch.manual_seed(8)
     options = {"mask": qkv.Mask.causal(3), "rotary": qkv.RotaryEmbedding(8), "qk_norm": True, "sink_logits": True}
     layer = qkv.MultiHeadAttention(48, 6, value_dim=10, head_dim=8, scale=0.3, softcap=5.0, **options).eval()
@@ -162,7 +162,7 @@ def test_converted_layer_computes_with_shared_heads(how):
     assert torch.equal(grouped.q_proj.weight, kept["q_proj.weight"])
 
 
-def test_converted_layer_draws_keys_and_values_apart():
+def test_converted_layer_draws_keys_and_values_independently():
     layer = qkv.MultiHeadAttention(32, 4)
     for parameter in layer.parameters():
         torch.nn.init.ones_(parameter)
@@ -171,13 +171,13 @@ def test_converted_layer_draws_keys_and_values_apart():
     assert not torch.equal(drawn.k_proj.bias, drawn.v_proj.bias)
 
 
-def test_converted_layer_with_as_many_heads_is_equal():
+def test_converting_to_all_heads_keeps_the_layer():
     layer = qkv.GroupedQueryAttention(32, 4, 2, alibi=torch.rand(4), bias=False, dtype=torch.bfloat16)
     same, x = convert_layer(layer, 2), torch.randn(1, 4, 32, dtype=torch.bfloat16)
     assert torch.equal(same(x), layer(x))
 
 
-def test_a_converted_layer_is_given_every_option_that_layers_have():
+def test_a_converted_layer_keeps_every_option():
     layer = qkv.MultiHeadAttention(32, 4)
     known = set(inspect.signature(qkv.Attention).parameters)
     seen = mock.patch.object(qkv.Attention, "__init__", side_effect=RuntimeError("seen"))

@@ -31,7 +31,7 @@ def random_layer():
         ([1, 2, 3, 4, 5, 6, 8, 9, 10], 3, 3),
     ],
 )
-def test_layer_is_as_with_outputs_of_the_removed_heads_at_0(removed, num_heads, num_kv_heads):
+def test_pruned_layer_equals_one_with_removed_outputs_at_0(removed, num_heads, num_kv_heads):
     layer, x = random_layer(), torch.randn(2, 5, 24, dtype=torch.float64)
     pruned = prune_heads(layer, removed)
     assert (pruned.num_heads, pruned.num_kv_heads) == (num_heads, num_kv_heads)
@@ -58,7 +58,7 @@ def test_layer_is_as_with_outputs_of_the_removed_heads_at_0(removed, num_heads, 
         (range(12), "but not all of them; got"),
     ],
 )
-def test_what_would_break_groups_is_refused(removed, message):
+def test_pruning_that_breaks_groups_is_refused(removed, message):
     with pytest.raises(ValueError, match=f"^prune_heads: .*{message}"):
         prune_heads(random_layer(), removed)
 
@@ -91,7 +91,7 @@ def rebuilt(result):
 
 
 @pytest.mark.parametrize("family", ABLE)
-def test_model_is_as_with_outputs_of_the_removed_heads_at_0(family):
+def test_pruned_model_equals_one_with_removed_outputs_at_0(family):
     model, converted = grouped(family)
     whole = models.logits(model)
     pruned = prune_state_dict(converted.state_dict, converted.config, SAME)
@@ -139,7 +139,7 @@ def test_pruned_tensors_can_be_saved():
         ("gpt_bigcode", SAME, "a gpt_bigcode model cannot express 4 query heads on 4 KV heads of width 8"),
     ],
 )
-def test_models_that_cannot_be_pruned_so(family, removed, message):
+def test_models_that_cannot_be_pruned(family, removed, message):
     model = models.build(family)
     state, config = model.state_dict(), model.config.to_dict()
     if family == "llama":

@@ -1,4 +1,4 @@
-"""One family: the same random model on eager, sdpa and qkv, its outputs and gradients held to an fp64 run of eager."""
+"""One family: a random model on eager, sdpa and qkv; outputs and gradients are compared with eager in fp64."""
 
 import contextlib
 import copy

@@ -60,7 +60,7 @@ MISSING = {
 
 
 def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A small configuration of the same kind, with all that hangs on the sizes made anew by its constructor."""
+    """A small configuration of the same kind, with everything that depends on the sizes computed by its constructor."""
     config.allow_global_per_layer_attribute_access = True
     values: dict[str, Any] = {name: number for name, number in MISSING.items() if getattr(config, name, 0) is None}
     for field in dataclasses.fields(config):

@@ -12,7 +12,7 @@ from qkv.integrations.transformers import attention as integration
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers' own making
 
-# Of every seventh of the list, each second is left to `make test-all`: the whole takes some seconds.
+# Every seventh family; every second of these only in `make test-all`, since each takes seconds.
 SAMPLE = [
     pytest.param(family, marks=pytest.mark.long if i % 2 else ()) for i, family in enumerate([*sweep.listed()][::7])
 ]
@@ -34,22 +34,22 @@ def test_a_family_that_is_listed_works(family: str) -> None:
 
 
 def without(name: str) -> Any:
-    """`attention` that forgets one of its arguments."""
+    """`attention` that drops one of its arguments."""
 
-    def forgetful(*args: Any, **options: Any) -> torch.Tensor:
+    def attention_without(*args: Any, **options: Any) -> torch.Tensor:
         if name == "padding":
             mask = options["mask"]
             options["mask"] = Mask(left=mask.left, right=mask.right, sink_tokens=mask.sink_tokens, allow=mask.allow)
         else:
             options.pop(name)
-        return forgetful.attention(*args, **{"offset": 0, **options})  # type: ignore[attr-defined]
+        return attention_without.attention(*args, **{"offset": 0, **options})  # type: ignore[attr-defined]
 
-    forgetful.attention = integration.attention  # type: ignore[attr-defined]
-    return forgetful
+    attention_without.attention = integration.attention  # type: ignore[attr-defined]
+    return attention_without
 
 
 @pytest.mark.parametrize(
-    "family, forgotten",
+    "family, dropped",
     [
         ("llama", "padding"),
         ("mistral", "mask"),
@@ -62,7 +62,7 @@ def without(name: str) -> Any:
         ("bert", "padding"),
     ],
 )
-def test_what_is_forgotten_is_noticed(family: str, forgotten: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dropped_argument_is_detected(family: str, dropped: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name = f"{family}.modeling_{family}"
-    monkeypatch.setattr(integration, "attention", without(forgotten))
+    monkeypatch.setattr(integration, "attention", without(dropped))
     assert "exceeds the allowed" in judge(name, only=sweep.listed()[name]).reason

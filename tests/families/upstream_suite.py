@@ -1,6 +1,6 @@
 """transformers' own common model tests on sdpa and on qkv: `PYTHONPATH=tests python -m families.upstream_suite`.
 
-The source distribution of the installed transformers holds the test classes that all its models share, without the
+The source distribution of the installed transformers contains the test classes that all its models share, without the
 test modules of each model. Small models and inputs come from the rules in this folder instead. The tests run twice, the
 second time with our attention and mask functions under the name "sdpa"; no test may fail then that passed before.
 """

@@ -3,9 +3,9 @@
     PYTHONPATH=tests python -m fuzz.attention [--forward N] [--backward N] [--seed S]
 
 A draw of the generator is one problem; each solver's answer to it, and in the forward pass each of its answers with and
-without the lse, is one case. Every number of a result is held to a
-bound of its rounding errors, and to the law of numbers that are not finite (DESIGN.md). A draw that fails is printed
-with its seed, which makes it again; seeds that have failed are kept in `SEEDS` of test_fuzz.py.
+without the lse, is one case. Every number of a result is compared with
+a bound of its rounding errors, and with the table of non-finite numbers in DESIGN.md. A draw that fails is printed
+with its seed, which reproduces it; seeds that have failed are kept in `SEEDS` of test_fuzz.py.
 """
 
 import argparse
@@ -30,8 +30,8 @@ DTYPES = (*[torch.float32] * 4, *[torch.bfloat16] * 2, *[torch.float16] * 2, tor
 LENGTHS = (1, 1, 1, 2, 3, 5, 7, 8, 9, 13, 16, 17, 31, 33, 64, 65, 97, 131)
 LONG = (193, 257, 481, 577)
 WIDTHS = (1, 3, 8, 13, 16, 24, 32, 33, 64, 64, 80, 128)
-WHOLE_ROWS = ("plain", "plain", "tokens first", "slice")
-WIDTHS_APART = ("every other", "turned", "three in one")
+WHOLE_ROWS = ("contiguous", "contiguous", "tokens first", "slice")
+WIDTHS_APART = ("every other", "transposed", "three in one")
 NOT_FINITE = (math.nan, math.inf, -math.inf)
 EXAMPLES = 3
 """Of each kind of fault that are printed."""
@@ -39,7 +39,7 @@ EXAMPLES = 3
 
 @dataclass
 class Draw:
-    """One problem: what the library is given, and what its mask shows in plain terms."""
+    """One problem: the arguments, and the pairs that its mask shows as a dense tensor."""
 
     seed: int
     q: Tensor
@@ -186,7 +186,7 @@ def _bias(chance: random.Random, normal: Any, batch: int, heads: int, lq: int, l
 
 
 def _poison(chance: random.Random, found: Draw) -> None:
-    """Numbers that are not finite: mostly where nobody sees them, sometimes where somebody does."""
+    """Writes non-finite numbers: mostly to hidden keys, sometimes to visible ones."""
     hidden = ~found.visible.unflatten(1, (found.k.shape[1], -1)).any(dim=(2, 3))  # (B, Hkv, Lk)
     if chance.random() < 0.4:
         for tensor in (found.k, found.v):
@@ -200,11 +200,11 @@ def _poison(chance: random.Random, found: Draw) -> None:
 def _laid_out(kind: str, tensor: Tensor) -> Tensor:
     """The same numbers in another layout, with NaN all around."""
     batch, heads, length, width = tensor.shape
-    if kind == "plain":
+    if kind == "contiguous":
         return tensor
     if kind == "tokens first":
         return tensor.transpose(1, 2).contiguous().transpose(1, 2)
-    if kind == "turned":
+    if kind == "transposed":
         return tensor.transpose(2, 3).contiguous().transpose(2, 3)
     if kind == "slice":
         buffer = tensor.new_full((batch + 1, length + 3, heads + 1, width + 5), math.nan)
@@ -251,7 +251,7 @@ def _units(dtype: torch.dtype) -> tuple[float, float]:
 
 
 def answer(case: Draw) -> Want:
-    """The formula, in fp64, over finite stand-ins; with the law on top."""
+    """The formula, in fp64, over finite stand-ins; with the law on row_max."""
     inner, outer = _units(case.q.dtype)
     heads, width = case.q.shape[1], case.q.shape[3]
     q, k, v = case.q.double(), _per_query_head(case.k.double(), heads), _per_query_head(case.v.double(), heads)
@@ -278,12 +278,12 @@ def answer(case: Draw) -> Want:
     if "sink_logits" in case.tensors:
         sinks = case.tensors["sink_logits"].double()[None, :, None, None].expand(*scores.shape[:3], 1)
         terms = torch.cat([scores, sinks], dim=-1)
-    top = terms.amax(-1, keepdim=True)
-    blind = top == -math.inf
-    exponentials = (terms - top.masked_fill(blind, 0)).exp()
+    row_max = terms.amax(-1, keepdim=True)
+    masked_rows = row_max == -math.inf
+    exponentials = (terms - row_max.masked_fill(masked_rows, 0)).exp()
     total = exponentials.sum(-1, keepdim=True)
-    weights = exponentials[..., : scores.shape[3]] / total.masked_fill(blind, 1)
-    lse = (top + total.log()).squeeze(-1)
+    weights = exponentials[..., : scores.shape[3]] / total.masked_fill(masked_rows, 1)
+    lse = (row_max + total.log()).squeeze(-1)
     error = (error + 4 * inner * (_finite(scores).abs() + _finite(lse)[..., None].abs())).masked_fill(~case.visible, 0)
     common = error.masked_fill(scores == -math.inf, 0).amax(-1, keepdim=True)
     relative = torch.expm1((error + common + (16 + scores.shape[3]) * inner).clamp(max=50)) + outer
@@ -309,16 +309,16 @@ def check_forward(case: Draw, want: Want, out: Tensor, lse: Tensor | None, lse_e
     if not (off <= want.out_bound[settled]).all():
         worst = (off / want.out_bound[settled]).nan_to_num(nan=math.inf).max().item() if off.numel() else 0.0
         wrong.append(f"out is off by {worst:.3g} times what rounding allows")
-    blind = want.lse == -math.inf
-    if out[(blind & ~want.broken)[..., None] & ~open_].any():
+    masked_rows = want.lse == -math.inf
+    if out[(masked_rows & ~want.broken)[..., None] & ~open_].any():
         wrong.append("a row that sees nothing is not 0")
     if lse is not None:
         if not lse[want.broken].isnan().all():
             wrong.append("the lse of a row that sees a number that is not finite is not NaN")
         rows = ~want.broken
-        if not torch.equal(lse[rows & blind].double(), want.lse[rows & blind]):
+        if not torch.equal(lse[rows & masked_rows].double(), want.lse[rows & masked_rows]):
             wrong.append("the lse of a row that sees nothing is not -inf")
-        rows = rows & ~blind
+        rows = rows & ~masked_rows
         if not ((lse.double() - want.lse).abs()[rows] <= want.lse_bound[rows] + lse_extra).all():
             wrong.append("the lse is off")
     return wrong
@@ -424,7 +424,7 @@ def run_forward(solver: Solver, case: Draw, *, wants_lse: bool) -> tuple[Tensor,
     if wants_lse:
         out, lse = qkv.attention_with_lse(case.q, case.k, case.v, **case.options, backend=name)
         return out, lse
-    # The short way is taken by calls that leave the choice to the library.
+    # The fast path is taken by calls that leave the choice of backend to the library.
     backend = "auto" if name == "native" else name
     return qkv.attention(case.q, case.k, case.v, **case.options, backend=backend), None
 
@@ -477,8 +477,8 @@ def check(seed: int, *, backward: bool) -> tuple[int, list[str]]:
                 except Exception as error:  # whatever it is, the draw must be named
                     faults = [f"{type(error).__name__}: {error}"]
             count += 1
-            way = " backward" if backward else " with lse" if wants_lse else ""
-            wrong += [f"{solver}{way}: {fault}" for fault in faults]
+            variant = " backward" if backward else " with lse" if wants_lse else ""
+            wrong += [f"{solver}{variant}: {fault}" for fault in faults]
     return count, [f"{case}\n    {fault}" for fault in wrong]
 
 

@@ -3,8 +3,8 @@
     PYTHONPATH=tests python -m fuzz.caches --steps 100000 --seed 0
 
 Each world is one kind of cache in several copies that go on separately, each beside the tokens that it was given,
-joined by torch. After every step all copies hold what they should, and nobody's tensors have changed; losses of earlier
-steps are differentiated later on.
+joined by torch. After every step all copies are compared with these, and no tensor that was given may have changed;
+losses of earlier steps are differentiated later on.
 """
 
 import argparse
@@ -37,7 +37,7 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "growing": Kind(KVCache),
+    "kv": Kind(KVCache),
     "reserved": Kind(lambda: KVCache(capacity=24), capacity=24),
     "int8": Kind(Int8KVCache, is_rounded=True),
     "sliding": Kind(lambda: SlidingKVCache(4), window=4),
@@ -83,7 +83,7 @@ class Loss(NamedTuple):
 
 
 class Line:
-    """One copy of a cache, and the tokens that it should hold; of a sliding one, those that it has dropped as well."""
+    """One copy of a cache, and all tokens appended to it, those that a sliding one has dropped included."""
 
     def __init__(self, kind: Kind, cache: Any, tokens: list[Tensor]) -> None:
         self.kind = kind
@@ -106,14 +106,14 @@ class Line:
             return [codes * scale[..., None] for codes, scale in ((found.k, found.k_scale), (found.v, found.v_scale))]
         return [x.materialize() if isinstance(x, Int8Tensor) else x for x in found[:2]]
 
-    def held(self) -> list[Tensor]:
-        """What the cache holds now."""
+    def cached(self) -> list[Tensor]:
+        """The keys and values in the cache now."""
         if isinstance(self.cache, Int8KVCache):
             return self.dense(self.cache.keys()) if self.length else []
         if isinstance(self.cache, Cache):
             return [part.tensor for part in self.cache._parts if part.tensor is not None]
-        held = self.dense((self.cache.keys, self.cache.values)) if self.cache.is_initialized else []
-        return held if self.length else []
+        cached = self.dense((self.cache.keys, self.cache.values)) if self.cache.is_initialized else []
+        return cached if self.length else []
 
     def among(self, count: int, x: Tensor) -> Tensor:
         """The sinks and the last of all tokens, ``count`` of them."""
@@ -152,21 +152,21 @@ class World:
         self.leaves: list[Tensor] = []
         self.losses: list[Loss] = []
         self.given: list[tuple[Tensor, Tensor]] = []
-        self.told: list[str] = []
+        self.history: list[str] = []
 
     def step(self, operation: str, pick: Pick) -> None:
         line = self.lines[pick(len(self.lines))]
         try:
             getattr(self, operation)(line, pick)
             for each in self.lines:
-                each.check(each.held())
+                each.check(each.cached())
             for now, before in self.given:
                 assert torch.equal(now, before), "a tensor that was given has changed"
         except Exception as error:
-            raise AssertionError("; ".join(self.told)) from error
+            raise AssertionError("; ".join(self.history)) from error
 
     def tell(self, line: Line, *words: object) -> None:
-        self.told.append(f"{self.lines.index(line)}: {' '.join(map(str, words))}")
+        self.history.append(f"{self.lines.index(line)}: {' '.join(map(str, words))}")
 
     def random(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator)
@@ -276,7 +276,7 @@ class World:
     def fork(self, line: Line, pick: Pick) -> None:
         name = list(COPIES)[pick(len(COPIES))]
         self.tell(line, "fork", name)
-        if name != "copy" and any(x is not None and x.requires_grad for x in line.held()):
+        if name != "copy" and any(x is not None and x.requires_grad for x in line.cached()):
             assert_refused(lambda: COPIES[name](line.cache))
             return
         self.lines.append(Line(self.kind, COPIES[name](line.cache), list(line.tokens)))

@@ -1,6 +1,6 @@
 """Damaged files for the readers of checkpoints: ``PYTHONPATH=tests python -m fuzz.files --seconds 600``.
 
-Four fifths of the time go to a coverage-guided fuzzer (libFuzzer by way of atheris, ``pip install atheris``), which
+Four fifths of the time go to a coverage-guided fuzzer (libFuzzer through atheris, ``pip install atheris``), which
 changes small files and keeps what reaches new lines of ``qkv.convert``; the rest to the faults of whole checkpoints
 that ``convert/faults.py`` knows. A file must be described, or refused with a `CheckpointError` that names it.
 
@@ -44,7 +44,7 @@ class Reader:
         """Writes the file into a folder where all else is right, and returns what is to be inspected."""
         path = folder / self.name
         if path.suffix == ".gguf":
-            path.write_bytes(data + bytes(2048))  # the header is changed, and weights have room
+            path.write_bytes(data + bytes(2048))  # the header is changed, and the file is long enough for its tensors
             return path
         shard = folder / "model-00001-of-00001.safetensors"
         files = {"config.json": as_json(LLAMA), shard.name: weights(tensors_of(SIZES))}
@@ -158,7 +158,7 @@ READERS = (
 
 
 def check(data: bytes, folder: Path) -> str:
-    """Puts a file into ``folder``, has it read, and returns what was said of it.
+    """Puts a file into ``folder``, inspects it, and returns the report or the error message.
 
     Raises:
         AssertionError, or whatever else goes wrong: where it is neither described nor refused as it should be.
@@ -173,10 +173,10 @@ def check(data: bytes, folder: Path) -> str:
     try:
         found = inspect_checkpoint(place)
     except CheckpointError as error:
-        said = str(error)
-        if str(folder) not in said or len(said) > 2000 + 3 * len(str(folder)):
+        message = str(error)
+        if str(folder) not in message or len(message) > 2000 + 3 * len(str(folder)):
             raise AssertionError("the message must name the file, and be short") from error
-        return said
+        return message
     sizes = [inspect._size(choice, 4096, 1, 2) for choice in inspect._choices(found)]
     json.dumps(inspect._as_json("", found, 4096, 1, "float32", sizes), allow_nan=False)
     inspect._print("", found, 4096, 1, "float32", sizes, Console(file=(shown := io.StringIO())))
@@ -249,15 +249,15 @@ def guided(seconds: float) -> tuple[int, int, list[Path]]:
             flags = [f"-max_total_time={left:.0f}", f"-timeout={MAX_SECONDS}", "-rss_limit_mb=4096", "-max_len=8192"]
             flags += [f"-artifact_prefix={CORPUS}/", "-print_final_stats=1", folder, str(CORPUS)]
             done = subprocess.run([sys.executable, "-m", "fuzz.files", "--child", *flags], stderr=subprocess.PIPE)
-            said = done.stderr.decode(errors="replace")
-            executions += max((int(number) for number in re.findall(r"^#(\d+)", said, re.MULTILINE)), default=0)
-            coverage = max([coverage, *(int(number) for number in re.findall(r" cov: (\d+)", said))])
+            stderr = done.stderr.decode(errors="replace")
+            executions += max((int(number) for number in re.findall(r"^#(\d+)", stderr, re.MULTILINE)), default=0)
+            coverage = max([coverage, *(int(number) for number in re.findall(r" cov: (\d+)", stderr))])
             new = sorted(set(CORPUS.glob("*")) - known)
             if done.returncode == 0:
                 break
             if not new:
-                raise SystemExit(f"fuzz.files: libFuzzer failed without a finding.\n{said[-3000:]}")
-            print(f"{new[0]}\n{said[said.find('=== Uncaught') :][:2000]}", flush=True)
+                raise SystemExit(f"fuzz.files: libFuzzer failed without a finding.\n{stderr[-3000:]}")
+            print(f"{new[0]}\n{stderr[stderr.find('=== Uncaught') :][:2000]}", flush=True)
             findings += new
     return executions, coverage, findings
 

@@ -49,7 +49,7 @@ def attention_ref(
         hidden |= distance < -right
     if left >= 0:
         hidden |= distance > left
-    # Rows without keys get a score for a key that is none, so that nothing is 0 / 0.
+    # Rows without keys get a score of a dummy key, so that nothing is 0 / 0.
     nothing = hidden.all(1)
     stand_in = torch.zeros(lq, dtype=q.dtype).masked_fill(~nothing, -torch.inf).expand(scores.shape[:3])
     scores = torch.cat([scores.masked_fill(hidden, -torch.inf), stand_in[..., None]], dim=3)
@@ -261,17 +261,17 @@ def test_gradients_flow_into_pages() -> None:
 def rotate_ref(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """(L, H, D): channels paired into complex numbers, in fp64, rounded once."""
     half = cos.shape[1]
-    turn = torch.complex(cos.double(), sin.double())[positions][:, None]
-    turned = x.double().clone()
+    rotation = torch.complex(cos.double(), sin.double())[positions][:, None]
+    rotated = x.double().clone()
     first, second = (
         (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else (slice(half), slice(half, 2 * half))
     )
-    z = torch.complex(turned[..., first], turned[..., second]) * turn
-    turned[..., first], turned[..., second] = z.real, z.imag
-    return turned.to(x.dtype)
+    z = torch.complex(rotated[..., first], rotated[..., second]) * rotation
+    rotated[..., first], rotated[..., second] = z.real, z.imag
+    return rotated.to(x.dtype)
 
 
-CAPACITY, HELD = 16, [3, 0, 11]
+CAPACITY, CACHED_LENGTHS = 16, [3, 0, 11]
 
 CACHE_CALLS: dict[str, dict[str, Any]] = {
     "read alone": {"new": 0},
@@ -282,7 +282,7 @@ CACHE_CALLS: dict[str, dict[str, Any]] = {
     "no mask": {"lq": 3, "new": 3},
     "softcap and scale": {"softcap": 1.5, "softmax_scale": 0.4},
     "alibi": {"lq": 3, "new": 3, "alibi_slopes": draw(HEADS).abs()},
-    "alibi, one per batch row": {"lq": 2, "alibi_slopes": draw(len(HELD), HEADS).abs(), "causal": True},
+    "alibi, one per batch row": {"lq": 2, "alibi_slopes": draw(len(CACHED_LENGTHS), HEADS).abs(), "causal": True},
     "rotary": {"lq": 3, "new": 3, "causal": True, "rotary_dim": WIDTH},
     "rotary of halves": {"lq": 3, "new": 2, "causal": True, "rotary_dim": WIDTH, "rotary_interleaved": False},
     "rotary of some channels, in a window": {"lq": 2, "new": 2, "window_size": (5, 5), "rotary_dim": 4},
@@ -298,7 +298,7 @@ def test_a_cache_equals_the_reference(call: dict[str, Any], place: str, dtype: t
     lq, new, rotary_dim = options.pop("lq", 1), options.pop("new", 1), options.pop("rotary_dim", 0)
     q = draw(3, lq, HEADS, WIDTH, dtype=dtype)
     k, v = draw(3, new, KV_HEADS, WIDTH, dtype=dtype), draw(3, new, KV_HEADS, WIDTH - 3, dtype=dtype)
-    old_k, old_v = (draw(sum(HELD), KV_HEADS, x.shape[3], dtype=dtype).split(HELD) for x in (k, v))
+    old_k, old_v = (draw(sum(CACHED_LENGTHS), KV_HEADS, x.shape[3], dtype=dtype).split(CACHED_LENGTHS) for x in (k, v))
     padding = [2, 0, 11] if place.startswith("padded") else [0, 0, 0]
     more: dict[str, Any] = {"rotary_interleaved": options.pop("rotary_interleaved", True)}
     if place.endswith("pages"):
@@ -314,15 +314,15 @@ def test_a_cache_equals_the_reference(call: dict[str, Any], place: str, dtype: t
         more["cache_batch_idx"] = torch.tensor(rows, dtype=torch.int32) if place == "rows by index" else None
     if place.startswith("padded"):
         more["cache_leftpad"] = torch.tensor(padding, dtype=torch.int32)
-    turned_q, turned_k = list(q), list(k)
+    rotated_q, rotated_k = list(q), list(k)
     if rotary_dim:
         angle = draw(CAPACITY, rotary_dim // 2)
         cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
         more |= {"rotary_cos": cos, "rotary_sin": sin}
         ahead = torch.arange(lq) * ("causal" in options or "window_size" in options)
-        for b, held in enumerate(HELD):
-            turned_q[b] = rotate_ref(q[b], held + ahead, cos, sin, more["rotary_interleaved"])
-            turned_k[b] = rotate_ref(k[b], held + torch.arange(new), cos, sin, more["rotary_interleaved"])
+        for b, length in enumerate(CACHED_LENGTHS):
+            rotated_q[b] = rotate_ref(q[b], length + ahead, cos, sin, more["rotary_interleaved"])
+            rotated_k[b] = rotate_ref(k[b], length + torch.arange(new), cos, sin, more["rotary_interleaved"])
     before = [cache.clone() for cache in (k_cache, v_cache)]
 
     got = flash_attn_with_kvcache(
@@ -330,17 +330,17 @@ def test_a_cache_equals_the_reference(call: dict[str, Any], place: str, dtype: t
         k_cache,
         v_cache,
         *((k, v) if new else (None, None)),
-        cache_seqlens=torch.tensor(HELD, dtype=torch.int32),
+        cache_seqlens=torch.tensor(CACHED_LENGTHS, dtype=torch.int32),
         num_splits=3,
         return_softmax_lse=True,
         **more,
         **options,
     )
 
-    for cache, old, added in zip((k_cache, v_cache), before, (turned_k, list(v)), strict=True):
-        for b, held in enumerate(HELD):
+    for cache, old, added in zip((k_cache, v_cache), before, (rotated_k, list(v)), strict=True):
+        for b, length in enumerate(CACHED_LENGTHS):
             for n in range(new):
-                written = address(b, held + n)
+                written = address(b, length + n)
                 torch.testing.assert_close(cache[written], added[b][n], rtol=torch.finfo(dtype).eps, atol=1e-6)
                 cache[written] = old[written] = 0
         assert torch.equal(cache.nan_to_num(9.0), old.nan_to_num(9.0)), "more than the new tokens was written"
@@ -348,9 +348,9 @@ def test_a_cache_equals_the_reference(call: dict[str, Any], place: str, dtype: t
     for kind in (torch.float64, dtype):
         keys, values = (
             [torch.cat(pair)[pad:].to(kind) for *pair, pad in zip(old, added, padding, strict=True)]
-            for old, added in ((old_k, turned_k), (old_v, list(v)))
+            for old, added in ((old_k, rotated_k), (old_v, list(v)))
         )
-        out, lse = packed_ref([x.to(kind) for x in turned_q], keys, values, **options)
+        out, lse = packed_ref([x.to(kind) for x in rotated_q], keys, values, **options)
         refs.append((out.unflatten(0, (3, lq)), lse.unflatten(1, (3, lq)).transpose(0, 1)))
     # Rotated queries and keys are rounded by us and by the reference from sums in another order.
     allowance = 4 * torch.finfo(dtype).eps if rotary_dim else 0.0
@@ -420,7 +420,7 @@ def cached(
     return flash_attn_with_kvcache(q, k_cache.clone(), v_cache.clone(), k, v, **options)
 
 
-NEW, TURN = torch.randn(2, 1, 2, 8), torch.ones(5, 4)
+NEW, ANGLES = torch.randn(2, 1, 2, 8), torch.ones(5, 4)
 ERRORS = [
     (lambda: flash_attn_func(Q[0], K, K), "q must be (batch, length, heads, width); got shape (3, 6, 8)"),
     (
@@ -510,13 +510,13 @@ ERRORS = [
         lambda: cached(k_cache=POOL, v_cache=POOL, cache_seqlens=1, block_table=TABLE, cache_batch_idx=STARTS[:2]),
         "cache_batch_idx has no meaning with a block_table",
     ),
-    (lambda: cached(rotary_cos=TURN), "rotary_cos, rotary_sin and k must be given together"),
+    (lambda: cached(rotary_cos=ANGLES), "rotary_cos, rotary_sin and k must be given together"),
     (
-        lambda: cached(k=NEW, v=NEW, cache_seqlens=0, rotary_cos=TURN, rotary_sin=TURN[:, :2]),
+        lambda: cached(k=NEW, v=NEW, cache_seqlens=0, rotary_cos=ANGLES, rotary_sin=ANGLES[:, :2]),
         "with rotary_dim at most 8; got shapes (5, 4) and (5, 2)",
     ),
     (
-        lambda: cached(k=NEW, v=NEW, cache_seqlens=3, causal=True, rotary_cos=TURN, rotary_sin=TURN),
+        lambda: cached(k=NEW, v=NEW, cache_seqlens=3, causal=True, rotary_cos=ANGLES, rotary_sin=ANGLES),
         "rotary_cos and rotary_sin must have position 5; got 5 positions",
     ),
 ]
@@ -547,7 +547,7 @@ WRONG_TYPES = [
     ),
     (lambda: cached(cache_seqlens=3.0), "cache_seqlens must be an int, or a tensor with one per sequence; got 3.0"),
     (
-        lambda: cached(k=NEW, v=NEW, cache_seqlens=0, rotary_cos=TURN, rotary_sin=0.5),
+        lambda: cached(k=NEW, v=NEW, cache_seqlens=0, rotary_cos=ANGLES, rotary_sin=0.5),
         "flash_attn_with_kvcache: rotary_sin must be a tensor; got float",
     ),
 ]

@@ -13,7 +13,7 @@ from qkv.kernels import LIBRARY
 
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "native-tests"
-"""Stays, so that only what has changed is compiled anew."""
+"""Kept, so that only changed files are recompiled."""
 
 
 def run(*command: object) -> str:

@@ -17,7 +17,7 @@ on_x86 = pytest.mark.skipif(
 
 ISAS = Path(__file__).parents[2] / "native/src/abi/isas.def"
 LEVELS = re.findall(r"^ISA(?:_X86)?\((\w+),", ISAS.read_text(), re.MULTILINE)
-"""Instruction sets, each of which holds those before."""
+"""Instruction sets, each of which includes those before."""
 
 MANGLED = {name: f"3qkv{len(name)}{name}" for name in LEVELS}
 
@@ -84,7 +84,7 @@ def needed_level(code: bytes, text: str) -> int:
 
 
 @on_x86
-def test_no_function_holds_an_instruction_beyond_its_level() -> None:
+def test_no_function_contains_an_instruction_beyond_its_level() -> None:
     known = functions(LIBRARY)
     assert any(function.level for function in known), "the kernel has lost its symbols"
     starts = [function.start for function in known]

@@ -112,19 +112,19 @@ def test_the_fast_path_gives_the_bits_of_the_validated_path(dtype: torch.dtype, 
     for offset in (-1, 0, 4, 2**29):
         for scale in (None, 0.7):
             for keys, values, *scales in ((k, v, None, None), quantized(k, v)):
-                plain = native.fast_path(q, keys, values, *scales, mask, offset, {"scale": scale})
+                fast = native.fast_path(q, keys, values, *scales, mask, offset, {"scale": scale})
                 options = {"k_scale": scales[0], "v_scale": scales[1], "mask": mask, "offset": offset, "scale": scale}
-                posed = qkv.attention(q, keys, values, **options, backend="native")
-                assert plain is not None and torch.equal(plain, posed)
-                assert plain.shape == posed.shape and plain.stride() == posed.stride() and plain.dtype == dtype
+                validated = qkv.attention(q, keys, values, **options, backend="native")
+                assert fast is not None and torch.equal(fast, validated)
+                assert fast.shape == validated.shape and fast.stride() == validated.stride() and fast.dtype == dtype
 
 
 def quantized(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Keys and values in int8 with scales, as views of larger buffers."""
     (k, k_scale), (v, v_scale) = quantize(k), quantize(v)
-    room = torch.full((2, 2, 20), torch.nan)
-    room[:, :, 3:12] = k_scale
-    return k, v, room[:, :, 3:12], v_scale
+    buffer = torch.full((2, 2, 20), torch.nan)
+    buffer[:, :, 3:12] = k_scale
+    return k, v, buffer[:, :, 3:12], v_scale
 
 
 @present
@@ -234,10 +234,10 @@ def test_the_operators_pass_opcheck(requires_grad: bool) -> None:
     keep, ids = torch.arange(9)[None] > 1, torch.arange(9)[None] // 4
     allow, lengths, seed = torch.rand(2, 1, 9, 9) > 0.2, torch.tensor([9, 7]), torch.tensor([3])
     no_scores = Scores(0.3, None, None, None, None, 0.0)
-    plain = kernels.Call(q, k, v, None, None, 0, *Mask.causal().values(), *no_scores, None)
+    minimal = kernels.Call(q, k, v, None, None, 0, *Mask.causal().values(), *no_scores, None)
     mask = Mask(4, 0, 1, keep, lengths, ids, allow)
     full = kernels.Call(q, k, v, None, None, 0, *mask.values(), *Scores(0.3, 2.0, bias, alibi, sinks, 0.25), seed)
-    for call in (plain, full):
+    for call in (minimal, full):
         torch.library.opcheck(torch.ops.qkv.forward.default, tuple(call))
 
 
@@ -277,9 +277,9 @@ def test_compiled_and_exported_programs_contain_the_operators() -> None:
 def test_a_tensor_whose_storage_was_freed_is_refused() -> None:
     q, k = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)
     q.untyped_storage().resize_(0)
-    said = r"a tensor of shape \(1, 2, 5, 8\) has no memory\. Was its storage freed"
+    message = r"a tensor of shape \(1, 2, 5, 8\) has no memory\. Was its storage freed"
     for grad in (False, True):
-        with pytest.raises(RuntimeError, match=said):
+        with pytest.raises(RuntimeError, match=message):
             qkv.attention(q, k.requires_grad_(grad), k, backend="native")
 
 

@@ -1,4 +1,4 @@
-"""The native kernel's numbers: wide heads, large scores, one query, what is not finite, and memory that runs out."""
+"""The native kernel's numbers: wide heads, large scores, one query, non-finite numbers, and memory that runs out."""
 
 import math
 import subprocess
@@ -34,9 +34,7 @@ def test_sums_are_as_exact_as_those_of_torch(lq: int, lk: int, width: int, scale
 
 @pytest.mark.parametrize("lq", [1, 3, 16, 64])
 @pytest.mark.parametrize(("lk", "width"), [(64, 64), (64, 256), (8, 256)], ids=str)
-def test_with_scores_that_are_not_scaled_errors_are_in_the_mean_at_most_twice_those_of_torch(
-    lq: int, lk: int, width: int
-) -> None:
+def test_errors_of_unscaled_scores_are_on_average_at_most_twice_those_of_torch(lq: int, lk: int, width: int) -> None:
     # One score has nearly all of a row's weight: its rounding is the error, in one draw ten times that of another.
     draws = 300
     generator = torch.Generator().manual_seed(lq * lk + width)
@@ -110,9 +108,9 @@ torch.set_num_threads(int(sys.argv[1]))
 q, k = torch.randn(1, 2, 70, 50_000), torch.randn(1, 2, 9, 50_000)
 v = torch.randn(1, 2, 9, 16)
 q.requires_grad_(sys.argv[2] == "grad")
-for room in (4, 20, 125, None):
+for spare_mib in (4, 20, 125, None):
     size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-    limit = resource.RLIM_INFINITY if room is None else size + room * 2**20
+    limit = resource.RLIM_INFINITY if spare_mib is None else size + spare_mib * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
     try:
         out = qkv.attention(q, k, v, backend="native")
@@ -126,9 +124,9 @@ for room in (4, 20, 125, None):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of address space are tested on Linux")
 @pytest.mark.parametrize("threads", ["1", "2"])
-@pytest.mark.parametrize("way", ["plain", "grad"])
-def test_memory_that_runs_out_is_an_error_of_the_call(threads: str, way: str) -> None:
-    command = [sys.executable, "-c", MEMORY, threads, way]
+@pytest.mark.parametrize("direction", ["forward", "grad"])
+def test_memory_that_runs_out_is_an_error_of_the_call(threads: str, direction: str) -> None:
+    command = [sys.executable, "-c", MEMORY, threads, direction]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = done.stdout.split()

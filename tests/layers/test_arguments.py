@@ -96,10 +96,10 @@ def test_every_layer_refuses_invalid_options() -> None:
         for option, value, error, message in at_construction():
             with pytest.raises(error) as raised:
                 make(**{option: value})
-            said = str(raised.value)
+            text = str(raised.value)
             heads = 1 if name.startswith("Scaled") else 6
-            assert said.startswith(f"{name}: "), (name, option, value, said)
-            assert message in said or (option == "alibi" and f"({heads},)" in said), (name, option, value, said)
+            assert text.startswith(f"{name}: "), (name, option, value, text)
+            assert message in text or (option == "alibi" and f"({heads},)" in text), (name, option, value, text)
 
 
 @pytest.mark.parametrize("name", [name for name in LAYERS if not name.startswith("Scaled")])
@@ -176,8 +176,8 @@ def test_every_layer_refuses_invalid_calls(name: str, method: str) -> None:
         x, rest = options.get("x", X), {key: value for key, value in options.items() if key != "x"}
         with pytest.raises(error) as raised:
             getattr(layer, method)(x, *context, **rest)
-        said = str(raised.value)
-        assert said.startswith(f"{name}: ") and message in said, (case, said)
+        text = str(raised.value)
+        assert text.startswith(f"{name}: ") and message in text, (case, text)
 
 
 @pytest.mark.parametrize(

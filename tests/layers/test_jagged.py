@@ -121,7 +121,7 @@ def test_padding_is_not_projected(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows == [505] * 12
 
 
-def test_a_mask_of_the_call_that_is_a_band_counts_in_each_sequence() -> None:
+def test_a_band_mask_of_the_call_applies_within_each_sequence() -> None:
     layer, parts = qkv.MultiHeadAttention(24, 6), [part.float() for part in random_parts([5, 2, 9])]
     got = layer(jagged(parts), mask=Mask.causal(window=3))
     for ours, part in zip(got.unbind(), parts, strict=True):
@@ -135,7 +135,7 @@ def test_dropout_and_autocast_have_an_effect() -> None:
         assert layer(x).dtype is torch.bfloat16
 
 
-def test_a_custom_rotary_module_counts_in_each_sequence() -> None:
+def test_a_custom_rotary_module_restarts_in_each_sequence() -> None:
     class Own(nn.Module):
         head_dim = 4
 
@@ -177,7 +177,7 @@ def refused() -> dict[str, tuple[Callable[[], object], type[Exception], str]]:
             ValueError,
             r"\(B, j, 24\); got shape \(2, ",
         ),
-        "turned": (lambda: layer(nested().transpose(1, 2)), ValueError, r"\(B, j, 24\); got shape \(2, 24, "),
+        "transposed": (lambda: layer(nested().transpose(1, 2)), ValueError, r"\(B, j, 24\); got shape \(2, 24, "),
         "another dtype": (lambda: layer(jagged(random_parts([5, 2]))), ValueError, r"x must be torch\.float32, as the"),
         "a context": (
             lambda: layer(nested(), nested()),

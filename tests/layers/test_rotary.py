@@ -10,8 +10,8 @@ def rotated_by_complex_numbers(x: torch.Tensor, positions: torch.Tensor, base: f
     """RoFormer, section 3.2.1: each pair of channels is a complex number, times ``exp(i * position * theta)``."""
     width = x.shape[-1]
     theta = base ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
-    turn = torch.polar(torch.ones(len(positions), width // 2, dtype=torch.float64), positions[:, None] * theta)
-    return torch.view_as_real(torch.view_as_complex(x.double().unflatten(-1, (-1, 2))) * turn).flatten(-2)
+    rotation = torch.polar(torch.ones(len(positions), width // 2, dtype=torch.float64), positions[:, None] * theta)
+    return torch.view_as_real(torch.view_as_complex(x.double().unflatten(-1, (-1, 2))) * rotation).flatten(-2)
 
 
 @pytest.mark.parametrize("offset", [0, 5, 1000])

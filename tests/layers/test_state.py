@@ -146,7 +146,7 @@ def test_a_layer_built_on_meta_and_loaded_computes_the_same(fill: str, make: Cal
     nn.init.normal_(source.q_proj.weight)
     with torch.device("meta"):
         layer = make()
-        layer(torch.randn(2, 50, 32))  # as who wants shapes alone does; it leaves nothing behind
+        layer(torch.randn(2, 50, 32))  # as for shape inference; it must leave no state
     FILLS[fill](layer, source.state_dict())
     assert torch.equal(layer(x), source(x))
     assert torch.equal(layer.rotary.frequencies, source.rotary.frequencies)  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""Row 4: no key of the future is seen; token by token with a cache equals the full pass, in any chunking."""
+"""Causal attention: no query sees a later key, and decoding with a cache equals the full pass in any chunking."""
 
 import pytest
 import torch

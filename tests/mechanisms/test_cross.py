@@ -1,4 +1,4 @@
-"""Row 3: queries from one sequence, keys and values from another."""
+"""Cross-attention: queries from one sequence, keys and values from another."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Row 7: h query heads in G groups, with one key head and one value head each."""
+"""Grouped-query attention: query heads in groups with one key head and one value head each."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Row 2: learned projections into smaller spaces, attention in parallel, concatenation, one more projection."""
+"""Multi-head attention: projections per head, attention in parallel, concatenation, output projection."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Row 6: all query heads share one key head and one value head."""
+"""Multi-query attention: all query heads share one key head and one value head."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Row 1: queries against all keys, divided by sqrt(d_k), softmax into weights that sum to 1, weighted sum of values."""
+"""Scaled dot-product attention: scores divided by sqrt(d_k), softmax, and the weighted sum of values."""
 
 import torch
 

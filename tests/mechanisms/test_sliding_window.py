@@ -1,4 +1,4 @@
-"""Row 5: w/2 tokens on each side, or the last w; linear in the length; a cache that stops growing."""
+"""Sliding windows: w/2 tokens on each side, or the last w; linear cost, and a cache of bounded memory."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -57,7 +57,7 @@ def test_time_and_memory_are_linear_in_the_length_forward_and_backward(options: 
     assert twice.largest < 4096**2  # nowhere a dense mask
 
 
-def test_the_counter_sees_a_square_where_there_is_one() -> None:
+def test_the_counter_detects_quadratic_cost() -> None:
     once, twice = (cost(lambda: qkv.CausalAttention(16, 2), n) for n in (512, 1024))
     assert 3.9 * once.scores <= twice.scores <= 4 * once.scores  # less what blocks around the diagonal share
 

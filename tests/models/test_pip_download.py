@@ -52,7 +52,7 @@ def test_pinned_wheel_arrives_without_its_dependencies(wheel, folder):
     assert folder in downloaded.parents
 
 
-def test_folders_that_pip_removes_meanwhile_are_passed_over(folder, monkeypatch):
+def test_folders_that_pip_removes_meanwhile_are_skipped(folder, monkeypatch):
     (folder / "gone").mkdir()
     (folder / "wheel.whl").write_bytes(b"12345")
     listed = os.scandir
@@ -90,7 +90,7 @@ def test_interpreter_without_pip(folder, monkeypatch, tmp_path):
         download_wheel("tiny-model", "3.1", "a" * 64, folder, lambda done: None)
 
 
-def test_interrupted_download_takes_pip_with_it(wheel, folder, monkeypatch):
+def test_interrupted_download_stops_pip(wheel, folder, monkeypatch):
     started = []
     popen = subject.subprocess.Popen
 

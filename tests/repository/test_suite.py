@@ -1,4 +1,4 @@
-"""What conftest.py promises: no test vanishes in silence, and none leaves this machine."""
+"""The hooks of conftest.py: no test is skipped silently, and none reaches the network."""
 
 import os
 import re
@@ -35,7 +35,7 @@ def test_reaches_this_machine():
 """
 
 
-def test_a_skip_that_is_not_in_the_list_and_a_connection_fail(tmp_path: Path) -> None:
+def test_unlisted_skips_and_connections_fail(tmp_path: Path) -> None:
     (tmp_path / "test_whole.py").write_text(SKIPPED_AS_A_WHOLE)
     (tmp_path / "test_parts.py").write_text(TESTS)
     command = [sys.executable, "-m", "pytest", "-rA", "-p", "no:cacheprovider", "-p", "conftest", "--tb=line"]

@@ -1,4 +1,4 @@
-"""What the tests here share: a note on whether upstream still has what its users complain of."""
+"""Prints whether the complaint still applies to the installed version of upstream."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ import torch
 
 @pytest.fixture
 def upstream(request: pytest.FixtureRequest) -> Callable[[Callable[[], bool]], None]:
-    """Prints whether the complaint still holds in what is installed, and asserts nothing. ``pytest -rP`` shows it."""
+    """Prints whether the complaint still applies to the installed version; asserts nothing. ``pytest -rP`` shows it."""
 
     def note(complaint: Callable[[], bool]) -> None:
         try:

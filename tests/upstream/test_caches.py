@@ -1,4 +1,4 @@
-"""What users of caches complain of, for the most part those of transformers."""
+"""Complaints of users of caches, mostly those of transformers."""
 
 import copy
 import itertools
@@ -53,7 +53,7 @@ def test_transformers_37574_a_window_with_a_cache_is_the_window_without(chunks: 
 
 
 def test_transformers_30862_capacity_costs_memory_and_no_time(upstream: Callable[..., None]) -> None:
-    """A static cache computes attention against all that it could hold, at every step (huggingface/transformers#30862,
+    """A static cache computes attention over its whole capacity at every step (huggingface/transformers#30862,
     huggingface/transformers#40328).
     """
     layer, x = layer_with(Mask.causal()), torch.randn(1, 6, 24)
@@ -77,7 +77,7 @@ def test_transformers_30862_capacity_costs_memory_and_no_time(upstream: Callable
     upstream(attends_to_capacity)
 
 
-def test_transformers_37908_appending_copies_what_is_new_alone(upstream: Callable[..., None]) -> None:
+def test_transformers_37908_appending_copies_only_new_tokens(upstream: Callable[..., None]) -> None:
     """A dynamic cache is concatenated for each token (huggingface/transformers#37908). That decoding does not compile
     again and again is held by tests/test_interoperability.py.
     """
@@ -197,13 +197,13 @@ def test_llama_recipes_33_a_prompt_is_copied_for_each_question(dtype: torch.dtyp
     torch.testing.assert_close(answer(questions[0], cache), want[0])
 
 
-@pytest.mark.parametrize("cached", ["growing", "int8", "sliding", "transformers"])
+@pytest.mark.parametrize("cached", ["kv", "int8", "sliding", "transformers"])
 def test_vllm_1968_a_prompt_under_inference_mode_and_the_rest_outside(cached: str) -> None:
     """Memory of inference_mode cannot be written to outside of it (vllm-project/vllm#1968)."""
     layer, x = layer_with(Mask.causal(7)).requires_grad_(False), torch.randn(2, 12, 24)
     model = small_llama().requires_grad_(False) if cached == "transformers" else None
     if model is None:
-        make = {"growing": qkv.KVCache, "int8": qkv.Int8KVCache, "sliding": lambda: qkv.SlidingKVCache(7)}[cached]
+        make = {"kv": qkv.KVCache, "int8": qkv.Int8KVCache, "sliding": lambda: qkv.SlidingKVCache(7)}[cached]
         call = lambda part, cache: layer(part, cache=cache)
     else:
         from qkv.integrations.transformers.cache import QKVCache

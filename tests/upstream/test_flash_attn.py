@@ -1,4 +1,4 @@
-"""What users of flash-attn complain of."""
+"""Complaints of users of flash-attn."""
 
 from collections.abc import Callable
 
@@ -56,7 +56,7 @@ def test_flash_attention_352_mask_bias_and_window_combine() -> None:
 
 @pytest.mark.parametrize("window", [1, 4, 30])
 @pytest.mark.filterwarnings("ignore")  # of transformers' own making
-def test_transformers_39408_a_window_of_w_shows_w_keys_in_every_dialect(window: int) -> None:
+def test_transformers_39408_a_window_of_w_shows_w_keys_in_every_interface(window: int) -> None:
     """Whether a window counts the query's own key differs by one between backends (huggingface/transformers#39408,
     huggingface/transformers#40163, huggingface/transformers#29623, huggingface/transformers#29176,
     vllm-project/vllm#3385, zml/zml#763).
@@ -79,7 +79,7 @@ def test_transformers_39408_a_window_of_w_shows_w_keys_in_every_dialect(window: 
     assert torch.equal(theirs[0, 0], seen)
 
 
-def test_pytorch_187506_heads_packed_last_are_read_where_they_lie(
+def test_pytorch_187506_heads_packed_last_are_read_in_place(
     upstream: Callable[[Callable[[], bool]], None],
 ) -> None:
     """Queries, keys and values unpacked from a last dimension, whose widths are not contiguous, give wrong numbers

@@ -1,4 +1,4 @@
-"""What users of FlexAttention complain of."""
+"""Complaints of users of FlexAttention."""
 
 from collections.abc import Callable
 
@@ -41,8 +41,8 @@ def test_pytorch_148752_masks_and_scores_train_on_cpu(upstream: Callable[..., No
     upstream(lambda: not flex_attention(q, k, v, enable_gqa=True).requires_grad)
 
 
-def test_pytorch_141486_a_mask_serves_all_lengths_without_a_new_program() -> None:
-    """A window is compiled anew at every step, and its mask made anew for every length, at the price of its square
+def test_pytorch_141486_a_mask_serves_all_lengths_without_recompilation() -> None:
+    """A window is recompiled at every step, and its mask rebuilt for every length, at quadratic cost
     (pytorch/pytorch#141486, pytorch/pytorch#134756, pytorch/pytorch#136196, meta-pytorch/attention-gym#34).
     """
     torch.compiler.reset()

@@ -1,4 +1,4 @@
-"""What users of whole models ask for: padding left out, and traced programs that heed it."""
+"""Requests of users of whole models: unpadding, and traced programs that apply padding."""
 
 from collections.abc import Callable
 from typing import Any
@@ -35,7 +35,7 @@ def real(model: Any) -> Tensor:
 
 
 @pytest.mark.skipif(kernels.absence() is not None, reason=str(kernels.absence()))
-def test_cosmos_rl_635_what_happens_between_packed_layers_is_not_packed() -> None:
+def test_cosmos_rl_635_code_between_packed_layers_sees_the_padded_batch() -> None:
     """Padding is packed away for a whole model, and features added between its layers no longer fit their tokens.
 
     Also huggingface/transformers#2483: a model is shortened by cutting the list of its layers.
@@ -49,7 +49,7 @@ def test_cosmos_rl_635_what_happens_between_packed_layers_is_not_packed() -> Non
     torch.testing.assert_close(real(model), real(reference), atol=2e-5, rtol=1e-4)
 
 
-def test_transformers_28610_a_traced_model_heeds_padding(upstream: Callable[[Callable[[], bool]], None]) -> None:
+def test_transformers_28610_a_traced_model_applies_padding(upstream: Callable[[Callable[[], bool]], None]) -> None:
     """A model traced with an example without padding attends to the padding of all later calls.
 
     Also pytorch/pytorch#117752.

@@ -1,4 +1,4 @@
-"""What users complain of who load, cast, wrap and shard the modules of attention libraries."""
+"""Complaints of users who load, cast, wrap and shard attention modules."""
 
 from collections.abc import Callable
 
@@ -10,9 +10,7 @@ from torch import Tensor, nn
 import qkv
 
 
-def test_transformers_48892_what_no_checkpoint_holds_is_right_after_loading(
-    tmp_path: object, upstream: Callable[..., None]
-) -> None:
+def test_transformers_48892_constants_are_right_after_loading(tmp_path: object, upstream: Callable[..., None]) -> None:
     """A model built on ``meta`` and filled from its checkpoint has garbage in the buffers that are not saved: all keys
     match, and positions are wrong (huggingface/transformers#48892, huggingface/transformers#45902).
     """
@@ -55,7 +53,7 @@ def test_transformers_48892_what_no_checkpoint_holds_is_right_after_loading(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_transformers_25681_positions_survive_a_module_in_low_precision(dtype: torch.dtype) -> None:
-    """``module.to(bf16)`` rounds the frequencies of rotary positions, and far tokens turn by other angles
+    """``module.to(bf16)`` rounds the frequencies of rotary positions, and distant tokens rotate by wrong angles
     (huggingface/transformers#25681, EleutherAI/gpt-neox#1003).
     """
     torch.manual_seed(0)
@@ -82,7 +80,7 @@ def test_pytorch_49828_weights_need_not_be_parameters() -> None:
     assert torch.autograd.grad(got.sum(), scale)[0].isfinite()
 
 
-def test_helical_405_what_is_put_in_place_of_a_linear_layer_runs(
+def test_helical_405_a_replaced_linear_layer_is_called(
     monkeypatch: pytest.MonkeyPatch, upstream: Callable[..., None]
 ) -> None:
     """``nn.MultiheadAttention`` reads the weights of its output projection and never calls it, so that adapters, hooks

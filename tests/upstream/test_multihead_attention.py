@@ -1,4 +1,4 @@
-"""What users of ``torch.nn.MultiheadAttention`` complain of."""
+"""Complaints of users of ``torch.nn.MultiheadAttention``."""
 
 from collections.abc import Callable
 

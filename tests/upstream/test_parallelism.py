@@ -1,4 +1,4 @@
-"""What users complain of who spread heads or tokens over processes. Here each process's part is computed in turn."""
+"""Complaints of users who shard heads or tokens. Here the part of each rank is computed in turn."""
 
 import copy
 from itertools import accumulate
@@ -13,7 +13,7 @@ from qkv import Mask
 
 
 def share(layer: qkv.Attention, rank: int, ranks: int) -> qkv.Attention:
-    """What a rank holds: its query heads, and a copy of each KV head that these read."""
+    """The part of a rank: its query heads, and a copy of each KV head that these read."""
     heads, group = layer.num_heads // ranks, layer.num_heads // layer.num_kv_heads
     first, kv_heads = rank * heads // group, max(1, heads // group)
     part = qkv.Attention(24, heads, num_kv_heads=kv_heads, head_dim=4, mask=layer.mask, rotary=layer.rotary, bias=False)
@@ -44,7 +44,7 @@ def test_transformers_48307_more_ranks_than_kv_heads(ranks: int) -> None:
         qkv.Attention(24, 3, num_kv_heads=2, head_dim=4)
 
 
-def test_torchtitan_2574_projections_may_be_cut_in_place() -> None:
+def test_torchtitan_2574_projections_may_be_sharded_in_place() -> None:
     """As torch's ``parallelize_module`` cuts them: rows of q_proj, k_proj and v_proj, columns of out_proj. A KV head
     that is cut in two must be an error and no other answer (pytorch/torchtitan#2574).
     """
@@ -78,7 +78,7 @@ BANDS: dict[str, tuple[Mask, int, int]] = {  # and the same in keys before and a
 
 @pytest.mark.parametrize("name", BANDS)
 @pytest.mark.parametrize("sizes", [[8, 8, 8], [1, 20, 3]], ids=str)
-def test_pytorch_177583_pieces_of_a_context_make_the_whole(name: str, sizes: list[int]) -> None:
+def test_pytorch_177583_merged_parts_of_a_context_equal_the_whole(name: str, sizes: list[int]) -> None:
     """Context parallelism does not run on a CPU, is for causal masks alone where load is balanced, and for pieces of
     one length (pytorch/pytorch#177583, pytorch/pytorch#147793, pytorch/pytorch#141429).
 

@@ -1,4 +1,4 @@
-"""What users complain of who look for heads that a model can do without."""
+"""Complaints of users who prune heads."""
 
 import torch
 from torch import Tensor, nn

@@ -1,4 +1,4 @@
-"""What users of ``torch.nn.functional.scaled_dot_product_attention`` complain of."""
+"""Complaints of users of ``torch.nn.functional.scaled_dot_product_attention``."""
 
 from collections.abc import Callable
 
@@ -136,7 +136,7 @@ def test_pytorch_143993_weights_come_from_the_lse_of_the_fused_kernel() -> None:
     torch.testing.assert_close(weights @ v.repeat_interleave(2, 1), out)
     scores = q @ k.repeat_interleave(2, 1).mT / 8**0.5
     torch.testing.assert_close(weights, (scores - lse[..., None]).exp())
-    # Without the least of the keys, whatever it held, the result moves by no more than their share.
+    # Without the least of the keys, the result changes by no more than its share.
     mass = weights.sum((1, 2))
     kept = torch.ones_like(mass, dtype=torch.bool).scatter(1, mass.argmin(1, keepdim=True), False)
     moved = (qkv.attention(q, k, v, mask=Mask.padding(kept)) - out).abs().amax((1, 2, 3))
@@ -182,11 +182,12 @@ def test_jax_30964_sink_logits_are_learned(upstream: Callable[..., None]) -> Non
     upstream(lambda: "sink" not in (F.scaled_dot_product_attention.__doc__ or "").split("->")[0])
 
 
-def test_llamacpp_27086_every_kernel_can_be_demanded_and_the_choice_is_told() -> None:
+def test_llamacpp_27086_every_backend_can_be_requested_and_explain_names_the_choice() -> None:
     """A fused kernel is not always the faster one, and nothing chooses by shape (ggml-org/llama.cpp#27086,
     pytorch/executorch#18648).
 
-    What wins where is in the benchmarks. Here: each can be had, all agree, and what was chosen is told.
+    The benchmarks compare their speed. Here: each backend can be requested, all agree, and `explain` names the
+    chosen one.
     """
     q, k, v = draw()
     want = attend(q, k, v, Rule(right=0)).out

@@ -8,7 +8,7 @@ from torch import Tensor
 from qkv import kernels
 from qkv.cache.base import check_append
 from qkv.cache.buffer import AppendBuffer, wants_grad
-from qkv.cache.kv import GrowingCache
+from qkv.cache.kv import FullCache
 
 
 class Int8Keys(NamedTuple):
@@ -26,7 +26,7 @@ class Int8Keys(NamedTuple):
         return {"offset": self.offset, "k_scale": self.k_scale, "v_scale": self.v_scale}
 
 
-class Int8KVCache(GrowingCache):
+class Int8KVCache(FullCache):
     """A `KVCache` in int8: half the bytes of bf16, plus a scale of 4 bytes for each key and each value.
 
     Keys and values are rounded as by `quantize`.

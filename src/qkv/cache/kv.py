@@ -10,8 +10,8 @@ from qkv.cache.buffer import append_in_place
 MIN_CAPACITY = 16
 
 
-class GrowingCache(Cache):
-    """Base class of caches that keep all tokens.
+class FullCache(Cache):
+    """Base class of caches that keep all tokens, unlike those of a sliding window.
 
     Args:
         capacity: number of tokens to allocate, and limit of the length; None grows without bound.
@@ -47,7 +47,7 @@ class GrowingCache(Cache):
         return max(2 * start, stop, MIN_CAPACITY) if self.capacity is None else self.capacity
 
 
-class KVCache(GrowingCache):
+class KVCache(FullCache):
     """All keys and values so far, in memory that doubles when full: appending is amortised O(1), without a copy.
 
     Args:

@@ -93,18 +93,18 @@ def test_blocks_that_overlap_in_any_order(left_by: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["exit", "close", "collect"])
-def test_a_chainedleft_in_another_thread_has_no_effect(how: str) -> None:
+def test_a_block_left_in_another_thread_has_no_effect(how: str) -> None:
     def within() -> Iterator[None]:
         with qkv.accelerate():
             yield
 
     block, generator = qkv.accelerate(), within()
-    held: list[object] = []
+    generators: list[object] = []
     if how == "exit":
         block.__enter__()
     else:
         next(generator)
-        held.append(generator)
+        generators.append(generator)
         del generator
     assert is_routed()
     errors: list[BaseException] = []
@@ -114,9 +114,9 @@ def test_a_chainedleft_in_another_thread_has_no_effect(how: str) -> None:
             if how == "exit":
                 block.__exit__(None, None, None)
             elif how == "close":
-                held.pop().close()  # type: ignore[attr-defined]
+                generators.pop().close()  # type: ignore[attr-defined]
             else:
-                held.clear()
+                generators.clear()
                 gc.collect()
         except BaseException as error:
             errors.append(error)
@@ -127,7 +127,7 @@ def test_a_chainedleft_in_another_thread_has_no_effect(how: str) -> None:
     assert not errors and not is_routed()
 
 
-def test_a_task_is_not_routed_after_the_chainedit_was_created_in() -> None:
+def test_a_task_is_not_routed_after_the_block_it_was_created_in() -> None:
     async def main() -> None:
         left = asyncio.Event()
 
@@ -187,7 +187,7 @@ def test_a_copied_context_is_not_routed_after_the_block() -> None:
     assert not context.run(is_routed)
 
 
-def test_a_chainedwithin_a_generator_lasts_until_it_ends() -> None:
+def test_a_block_within_a_generator_lasts_until_it_ends() -> None:
     """Such as a pytest fixture or a context manager."""
 
     @contextlib.contextmanager

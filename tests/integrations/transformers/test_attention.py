@@ -232,7 +232,7 @@ def test_a_prefix_that_sees_itself_is_honoured() -> None:
     assert outcome.reference == "eager fp64"
 
 
-def test_masks_are_recognised_and_never_written_out() -> None:
+def test_masks_are_recognised_and_never_materialised() -> None:
     ids, keep = batch("left")
     for name in ("llama", "mistral, window of 7", "gemma2, softcap and alternating windows"):
         model = DECODERS[name]().eval()
@@ -261,7 +261,7 @@ def test_each_mask_function_of_transformers_becomes_the_mask_that_shows_the_same
         assert torch.equal(dense, want.visible(7, 7).expand_as(dense))
 
 
-def test_chunks_become_documents_wherever_the_cache_stands() -> None:
+def test_chunks_become_documents_at_any_cache_length() -> None:
     theirs = transformers.masking_utils
     function = theirs.chunked_causal_mask_function(3, torch.tensor([0, 2]))
     for q_offset, kv_offset, lq, lk in ((0, 0, 9, 9), (5, 3, 2, 4), (6, 4, 1, 3)):
@@ -271,7 +271,7 @@ def test_chunks_become_documents_wherever_the_cache_stands() -> None:
         assert torch.equal(mask.visible(lq, lk, q_offset - kv_offset), dense)
 
 
-def test_a_window_of_nothing_is_not_recognised() -> None:
+def test_an_empty_window_is_not_recognised() -> None:
     assert recognise_mask(transformers.masking_utils.sliding_window_causal_mask_function(0), range(7)) is None
 
 
@@ -288,7 +288,7 @@ def test_unknown_mask_functions_are_honoured_and_not_guessed() -> None:
     assert torch.equal(mask[0, 0] == 0, torch.eye(5).bool())
 
 
-def test_a_mask_tensor_is_the_additive_mask_to_whoever_computes_with_it() -> None:
+def test_operations_on_a_mask_tensor_see_the_additive_mask() -> None:
     keep = torch.tensor([[True] * 7, [False] * 2 + [True] * 5])
     for dtype in (torch.float32, torch.bfloat16):
         lazy = masks.make_mask(2, 3, 7, q_offset=4, attention_mask=keep, dtype=dtype)
@@ -313,7 +313,7 @@ def dense_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allow: to
     return (weights @ v).transpose(1, 2)
 
 
-def test_keys_chosen_by_an_indexer_are_the_only_ones_seen() -> None:
+def test_only_keys_chosen_by_an_indexer_are_visible() -> None:
     q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
     indices = torch.stack([torch.randperm(9)[:3] for _ in range(10)]).view(2, 5, 3)
     allow = torch.zeros(2, 5, 9).scatter(-1, indices, 1).bool()[:, None]
@@ -340,7 +340,7 @@ def test_sinks_of_each_query_absorb_their_share() -> None:
     torch.testing.assert_close(got[1], weights)
 
 
-def test_without_a_mask_all_is_seen_unless_the_call_says_causal() -> None:
+def test_without_a_mask_all_keys_are_visible_unless_the_call_is_causal() -> None:
     q, k, v = torch.randn(1, 4, 5, 8), torch.randn(3, 2, 5, 8), torch.randn(3, 2, 5, 8)
     module = torch.nn.Module()
     module.is_causal = True
@@ -350,7 +350,7 @@ def test_without_a_mask_all_is_seen_unless_the_call_says_causal() -> None:
         torch.testing.assert_close(got, dense_attention(q.expand(3, -1, -1, -1), k, v, allow))
 
 
-def test_the_least_number_in_an_additive_mask_hides() -> None:
+def test_the_lowest_number_of_the_dtype_in_an_additive_mask_hides() -> None:
     q = torch.randn(1, 2, 4, 8)
     least = torch.finfo(torch.float32).min
     additive = torch.zeros(1, 1, 4, 4)

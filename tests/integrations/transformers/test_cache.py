@@ -76,7 +76,7 @@ def test_a_sliding_layer_that_records_the_past_can_be_cropped() -> None:
         lambda layer: layer.offload() or layer.prefetch(),
     ],
 )
-def test_a_growing_layer_takes_every_operation_of_transformers(change: Any) -> None:
+def test_an_append_layer_supports_every_operation_of_transformers(change: Any) -> None:
     mine, theirs = AppendLayer(), DynamicLayer()
     for length in LENGTHS:
         assert_same_update(mine, theirs, *tokens(length))
@@ -88,7 +88,7 @@ def test_a_growing_layer_takes_every_operation_of_transformers(change: Any) -> N
 
 
 @torch.no_grad()
-def test_appending_copies_what_is_new_alone() -> None:
+def test_appending_copies_only_new_tokens() -> None:
     layer = AppendLayer()
     layer.update(*tokens(100))
     layer.update(*tokens(1))
@@ -107,7 +107,7 @@ def test_all_layers_have_their_memory_before_the_first_update(dtype: torch.dtype
     config = transformers.LlamaConfig(num_hidden_layers=3)
     cache, (k, v) = QKVCache(config, dtype), tokens(50)
     cache.update(k, v, 0)
-    rest = [part for layer in cache.layers[1:] for part in growing(layer)]
+    rest = [part for layer in cache.layers[1:] for part in buffers_of(layer)]
     places = [part.memory.data_ptr() for part in rest]
     for step in range(20):
         for index in range(1, 3):
@@ -117,7 +117,7 @@ def test_all_layers_have_their_memory_before_the_first_update(dtype: torch.dtype
 
 
 @pytest.mark.parametrize("dtype", [None, torch.int8])
-def test_layers_may_differ_from_what_was_foreseen(dtype: torch.dtype | None) -> None:
+def test_layers_may_differ_from_the_configuration(dtype: torch.dtype | None) -> None:
     config = transformers.LlamaConfig(num_hidden_layers=3)
     cache, theirs = QKVCache(config, dtype), DynamicCache(config=config)
     shapes = [(2, 3, 7, 4), (2, 1, 7, 8), (1, 3, 20, 4)]
@@ -130,19 +130,19 @@ def test_layers_may_differ_from_what_was_foreseen(dtype: torch.dtype | None) -> 
 
 
 @pytest.mark.parametrize("window", [None, 5])
-def test_what_does_not_fit_is_refused_and_nothing_is_lost(window: int | None) -> None:
+def test_a_refused_update_changes_nothing(window: int | None) -> None:
     layer = AppendLayer() if window is None else SlidingLayer(window)
     with pytest.raises(ValueError, match=r"keys must be \(B, heads, L, width\); got shape \(2, 5\)"):
         layer.update(torch.randn(2, 5), torch.randn(2, 5))
     theirs = DynamicLayer() if window is None else DynamicSlidingWindowLayer(window)
     assert_same_update(layer, theirs, *tokens(4))
-    for k, v, said in (
+    for k, v, message in (
         (*tokens(1, batch=1), r"keys must be \(2, 3, L, 4\) like the cached ones; got shape \(1, 3, 1, 4\)"),
         (*tokens(1, batch=3), r"keys must be \(2, 3, L, 4\) like the cached ones; got shape \(3, 3, 1, 4\)"),
         (tokens(1)[0], tokens(1)[0], r"values must be \(2, 3, L, 5\) like the cached ones; got shape \(2, 3, 1, 4\)"),
         (tokens(1)[0], tokens(1)[1][0], r"values must be \(B, heads, L, width\); got shape \(3, 1, 5\)"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             layer.update(k, v)
     assert_same_update(layer, theirs, *tokens(3))
 
@@ -156,11 +156,11 @@ def test_a_wider_dtype_is_kept_as_transformers_keeps_it() -> None:
     assert_same_update(mine, theirs, *tokens(2))
 
 
-def growing(layer: Any) -> tuple[AppendBuffer, ...]:
+def buffers_of(layer: Any) -> tuple[AppendBuffer, ...]:
     return layer._cache._parts if isinstance(layer, Int8Layer) else (layer._keys, layer._values)
 
 
-def test_a_crop_does_not_bring_back_what_was_forgotten() -> None:
+def test_a_crop_does_not_restore_dropped_tokens() -> None:
     layer, (k, v) = AppendLayer(), tokens(6)
     layer.update(k, v)
     layer.crop(-2)
@@ -176,7 +176,7 @@ def test_gradients_flow_through_the_cache() -> None:
     assert torch.equal(first.grad, torch.ones_like(first)) and torch.equal(second.grad, torch.ones_like(second))
 
 
-def test_gradients_flow_behind_tokens_without() -> None:
+def test_gradients_flow_after_tokens_without_gradients() -> None:
     layer, new = AppendLayer(), tokens(1)[0].requires_grad_()
     for _ in range(3):
         layer.update(tokens(1)[0], tokens(1)[0])
@@ -194,7 +194,7 @@ def test_gradients_flow_behind_tokens_without() -> None:
         lambda layer: layer.reset(),
     ],
 )
-def test_a_layer_in_int8_takes_every_operation_and_is_written_out_for_others(change: Any) -> None:
+def test_an_int8_layer_supports_every_operation_and_is_dequantized_for_others(change: Any) -> None:
     mine, theirs = Int8Layer(), DynamicLayer()
     for length in (5, 1, 3):
         k, v = tokens(length)
@@ -238,7 +238,7 @@ def test_a_model_reads_a_cache_in_int8() -> None:
         QKVCache(config, dtype=torch.float16)
 
 
-def test_a_model_writes_the_same_text_on_either_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_generates_the_same_text_with_either_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     config = transformers.Gemma3TextConfig(
         vocab_size=97,

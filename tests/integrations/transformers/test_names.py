@@ -1,4 +1,4 @@
-"""What transformers does not document may have another name in its next release: right as before, only slower."""
+"""If undocumented names of transformers change in its next release, results stay the same, only slower."""
 
 import types
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ NAMES = [
 
 @pytest.fixture(params=NAMES)
 def hidden(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Hides a name of transformers' masks from us, and from nobody else."""
+    """Hides a name of transformers' masks from qkv only."""
     shown = {name: value for name, value in vars(masking_utils).items() if name != request.param}
     monkeypatch.setattr(transformers, "masking_utils", types.SimpleNamespace(**shown))
     masks._closure_kinds.cache_clear()

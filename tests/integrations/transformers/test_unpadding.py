@@ -59,13 +59,13 @@ def test_real_tokens_alone_are_computed(make: Any, options: Any, keep: Tensor) -
     torch.testing.assert_close(got[keep], want[keep], atol=2e-6, rtol=2e-5)
 
 
-def test_padded_places_of_layers_are_zero() -> None:
+def test_padded_positions_of_the_output_are_zero() -> None:
     model = unpad(bert())
     out = hidden(model, RIGHT)
     assert (out[~RIGHT] == 0).all() and out.shape == (4, 11, 32)
 
 
-def test_a_text_of_padding_alone_and_one_token() -> None:
+def test_a_text_of_padding_only() -> None:
     keep = RIGHT.clone()
     keep[1] = False
     model = unpad(bert())
@@ -100,7 +100,7 @@ def holes(keep: Tensor) -> Tensor:
     return holed
 
 
-AS_EVER = {
+RUN_PADDED = {
     "no padding": (bert, torch.ones_like(RIGHT), {}),
     "nothing but padding": (bert, torch.zeros_like(RIGHT), {}),
     "padding between tokens": (bert, holes(RIGHT), {}),
@@ -110,9 +110,9 @@ AS_EVER = {
 }
 
 
-@pytest.mark.parametrize("name", AS_EVER)
-def test_what_runs_as_ever(name: str) -> None:
-    make, keep, options = AS_EVER[name]
+@pytest.mark.parametrize("name", RUN_PADDED)
+def test_calls_that_run_padded(name: str) -> None:
+    make, keep, options = RUN_PADDED[name]
     model = make()
     with torch.no_grad():
         want = model(input_ids=IDS, attention_mask=keep.long(), **options)
@@ -126,7 +126,7 @@ def test_what_runs_as_ever(name: str) -> None:
             assert torch.equal(a, b)
 
 
-def test_what_a_configuration_asks_to_see() -> None:
+def test_hidden_states_requested_by_the_configuration() -> None:
     model = unpad(bert())
     model.config.output_hidden_states = True
     out = model(input_ids=IDS, attention_mask=RIGHT.long())
@@ -158,7 +158,7 @@ def test_steps_with_a_cache() -> None:
     assert all(map(torch.equal, got, want))
 
 
-def test_another_implementation() -> None:
+def test_another_attention_implementation() -> None:
     model = unpad(bert())
     model.set_attn_implementation("sdpa")
     got = hidden(model, RIGHT)
@@ -166,7 +166,7 @@ def test_another_implementation() -> None:
 
 
 @pytest.mark.parametrize("missing", ["kernel", "fp64"])
-def test_what_the_kernel_does_not_take(missing: str) -> None:
+def test_calls_that_the_kernel_does_not_support_run_padded(missing: str) -> None:
     model = unpad(bert())
     if missing == "fp64":
         model.double()
@@ -176,7 +176,7 @@ def test_what_the_kernel_does_not_take(missing: str) -> None:
     assert seen == [PADDED] * 3
 
 
-def test_layers_that_may_be_left_out() -> None:
+def test_layers_with_layerdrop_run_padded_in_training() -> None:
     model = build(
         "bart", d_model=32, encoder_layerdrop=1.0, decoder_layerdrop=0.0, decoder_ffn_dim=16, encoder_ffn_dim=16
     )
@@ -191,7 +191,7 @@ def test_layers_that_may_be_left_out() -> None:
     assert seen.count(PACKED) == model.config.encoder_layers
 
 
-def test_a_layer_whose_mask_is_of_other_padding() -> None:
+def test_layers_with_masks_of_different_padding() -> None:
     """Each layer leaves out what its own mask hides."""
     model = modern()
     masks = {
@@ -209,7 +209,7 @@ def test_a_layer_whose_mask_is_of_other_padding() -> None:
     torch.testing.assert_close(got[0], want[0], atol=2e-6, rtol=2e-5)
 
 
-def test_taken_back_and_given_twice() -> None:
+def test_unpad_twice_and_undo() -> None:
     model = unpad(unpad(bert()))
     with tokens_seen() as seen:
         hidden(model, RIGHT)
@@ -223,11 +223,11 @@ def test_taken_back_and_given_twice() -> None:
 
 
 @pytest.mark.parametrize(
-    "way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
 )
-def test_copies(way: Any) -> None:
+def test_copies_are_packed_and_independent(copied: Any) -> None:
     model = unpad(bert())
-    other = way(model)
+    other = copied(model)
     with tokens_seen() as seen:
         torch.testing.assert_close(hidden(other, RIGHT), hidden(model, RIGHT), rtol=0, atol=0)
     assert seen == [PACKED] * 6
@@ -298,12 +298,12 @@ def test_a_compiled_model() -> None:
     ],
     ids=["no model", "a bias of positions", "an indexer"],
 )
-def test_models_without_such_layers(make: Any, name: str) -> None:
+def test_models_without_supported_layers_are_refused(make: Any, name: str) -> None:
     with pytest.raises(ValueError, match=f"unpad: model must .* mix tokens only in attention; {name}"):
         unpad(make())
 
 
 @pytest.mark.parametrize(("model", "got"), [(None, "NoneType"), ("bert", "str"), (nn.Linear, "the class Linear")])
-def test_what_is_no_model(model: Any, got: str) -> None:
+def test_only_modules_are_accepted(model: Any, got: str) -> None:
     with pytest.raises(TypeError, match=f"unpad: model must be an nn.Module; got {got}"):
         unpad(model)

@@ -1,4 +1,4 @@
-"""`unpad` packs what it knows to belong to tokens, and leaves a layer alone that takes or returns anything else."""
+"""`unpad` packs arguments known to have one row per token; layers that take or return anything else run padded."""
 
 from typing import Any
 
@@ -60,7 +60,7 @@ def test_positions_in_three_dimensions_are_not_taken_for_rows(batch: int) -> Non
     assert compared(model, keep, position_embeddings=embeddings, position_ids=three) == [(batch, length)]
 
 
-def test_a_square_batch_runs_as_ever() -> None:
+def test_a_square_batch_runs_padded() -> None:
     keep = torch.arange(5) < torch.tensor([5, 3, 1, 2, 4])[:, None]
     model = llama()
     assert compared(model, keep, position_embeddings=rotation(model, torch.arange(5)[None])) == [(5, 5)]
@@ -76,15 +76,15 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_what_is_not_known_runs_as_ever(name: str) -> None:
+def test_unknown_arguments_run_padded(name: str) -> None:
     model = llama()
     embeddings = rotation(model, torch.arange(11)[None])
     assert compared(model, RIGHT, position_embeddings=embeddings, visual_pos=OTHERS[name]) == [PADDED]
 
 
 @pytest.mark.parametrize("number", [7, 0.5, torch.tensor(7)], ids=str)
-def test_a_number_that_the_layer_hands_on_says_nothing_of_tokens(number: object) -> None:
-    """As the trainer of transformers gives to a model, which gives it to its layers."""
+def test_numbers_passed_to_layers_do_not_prevent_packing(number: object) -> None:
+    """As the trainer of transformers passes to a model, which passes it to its layers."""
     model = unpad(llama())
     with tokens_seen() as seen:
         hidden(model, RIGHT, use_cache=False, num_items_in_batch=number)

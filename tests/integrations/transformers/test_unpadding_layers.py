@@ -1,4 +1,4 @@
-"""`unpad` follows what is executed: which layers run, in what order, and who stands between them or within."""
+"""`unpad` follows the execution: which layers run, in which order, and what runs between or within them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -38,11 +38,11 @@ def set_layers(model: Any, chosen: list[nn.Module]) -> None:
         model.config.num_hidden_layers = len(chosen)
 
 
-# What becomes of the layers of a model, and how many run.
+# Changes of the list of layers, and how many run.
 ORDERS: dict[str, tuple[Callable[[list[nn.Module]], list[nn.Module]], int]] = {
     "fewer": (lambda these: these[:2], 2),
     "the last alone": (lambda these: these[2:], 1),
-    "turned round": (lambda these: these[::-1], 3),
+    "reversed": (lambda these: these[::-1], 3),
     "one shared": (lambda these: [these[0], these[1], these[0]], 3),
     "one twice in a row": (lambda these: [these[1], these[1], these[2]], 3),
     "more": (lambda these: [*these, *these], 6),
@@ -78,8 +78,8 @@ def test_a_configuration_of_fewer_layers(count: int) -> None:
     close(got, hidden(reference, LEFT, use_cache=False), LEFT)
 
 
-def test_layers_left_out_at_random() -> None:
-    """Whichever run: layerdrop draws the same from the same seed."""
+def test_layerdrop() -> None:
+    """The same seed drops the same layers."""
     sizes = {"vocab_size": 99, "d_model": 32, "encoder_layers": 6, "decoder_layers": 1, "encoder_ffn_dim": 16}
     config = transformers.BartConfig(
         **sizes, encoder_layerdrop=0.5, dropout=0.0, decoder_ffn_dim=16, encoder_attention_heads=4
@@ -122,7 +122,7 @@ def test_an_early_exit() -> None:
     assert not unpadding._calls.packed
 
 
-# Whoever adds something in the middle of a model: to the first token of each text, where the batch is padded.
+# Interventions in the middle of a model: they add to the first token of each text in the padded batch.
 def steered(out: Tensor) -> Tensor:
     assert out.shape[:2] == PADDED, "the batch is not as it was given"
     return torch.cat([out[:, :1] + 5, out[:, 1:]], dim=1)
@@ -189,7 +189,7 @@ REPLACEMENTS: dict[str, Callable[[Any], None]] = {
 
 
 class Adapted(nn.Module):
-    """As those of peft, some of which look at where tokens stand."""
+    """Like adapters of peft, some of which depend on the position of tokens."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
@@ -228,7 +228,7 @@ def set_part(model: Any, module: nn.Module) -> None:
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("name", INTERVENTIONS)
 @pytest.mark.parametrize("make", [bert, llama])
-def test_whoever_intervenes_sees_the_padded_batch(make: Any, name: str, when: str) -> None:
+def test_hooks_and_patches_see_the_padded_batch(make: Any, name: str, when: str) -> None:
     reference, model = make(), make()
     INTERVENTIONS[name](reference)
     for step in ("before", "after"):
@@ -245,7 +245,7 @@ def test_whoever_intervenes_sees_the_padded_batch(make: Any, name: str, when: st
 
 @pytest.mark.parametrize("name", REPLACEMENTS)
 @pytest.mark.parametrize("make", [bert, llama])
-def test_whatever_takes_the_place_of_a_module_sees_the_padded_batch(make: Any, name: str) -> None:
+def test_replaced_modules_see_the_padded_batch(make: Any, name: str) -> None:
     reference, model = make(), unpad(make())
     for each in (reference, model):
         REPLACEMENTS[name](each)
@@ -255,7 +255,7 @@ def test_whatever_takes_the_place_of_a_module_sees_the_padded_batch(make: Any, n
     assert len(seen) == 3 and seen.count(PACKED) in (2, 3)
     close(got, want)
     with pytest.raises(ValueError, match=r"unpad: model must .*; got "):
-        unpad(reference)  # what a stranger does with padding is not known
+        unpad(reference)  # what custom modules do with padding is unknown
 
 
 @pytest.mark.parametrize("where", ["layer", "part"])
@@ -294,8 +294,8 @@ def test_hooks_of_all_modules_see_the_padded_batch() -> None:
 
 
 @pytest.mark.parametrize("what", ["output_hidden_states", "output_attentions"])
-def test_what_was_captured_once_is_no_hindrance_later(what: str) -> None:
-    """Transformers keeps its hooks in the layers from the first wish on."""
+def test_capturing_outputs_once_does_not_prevent_packing_later(what: str) -> None:
+    """After the first request, the layers keep hooks of transformers."""
     model = unpad(bert())
     model(input_ids=IDS, attention_mask=RIGHT.long(), **{what: True})
     assert any(module._forward_hooks for module in model.encoder.layer[0].modules())
@@ -308,7 +308,7 @@ def test_what_was_captured_once_is_no_hindrance_later(what: str) -> None:
     assert all(state.shape[0] == 4 for state in out[what.removeprefix("output_")])
 
 
-# What is not documented is read with a fallback: standing back.
+# If undocumented attributes are missing, models run padded.
 HIDDEN = {
     "transformers' collector": lambda patch: patch.setattr(unpadding, "_CAPTURING", "transformers.utils"),
     "the module of it": lambda patch: patch.setattr(unpadding, "_CAPTURING", "transformers.elsewhere"),
@@ -318,7 +318,7 @@ HIDDEN = {
 
 
 @pytest.mark.parametrize("name", HIDDEN)
-def test_what_cannot_be_looked_at_runs_as_ever(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_undetectable_hooks_run_padded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = bert()
     want = model(input_ids=IDS, attention_mask=RIGHT.long(), output_hidden_states=True)
     unpad(model)

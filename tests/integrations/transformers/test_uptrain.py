@@ -1,4 +1,4 @@
-"""examples/uptrain.py: what is trained and held out, going on after a kill, and what is refused."""
+"""examples/uptrain.py: training and held-out data, resuming after a kill, and invalid arguments."""
 
 import importlib.util
 import json
@@ -78,7 +78,7 @@ def weights(folder):
     return models.load(folder).state_dict()
 
 
-def test_trains_saves_and_goes_on_after_a_kill(uptrain, place, tmp_path, capsys):
+def test_trains_saves_and_resumes_after_a_kill(uptrain, place, tmp_path, capsys):
     options = ("--max-steps", 8, "--original", place / "original")
     uptrain.main(arguments(place, tmp_path / "whole", *options))
     printed = capsys.readouterr().out.splitlines()
@@ -103,14 +103,14 @@ def test_trains_saves_and_goes_on_after_a_kill(uptrain, place, tmp_path, capsys)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-def test_steps_are_a_part_of_the_original_ones(uptrain, place, tmp_path):
+def test_steps_are_a_fraction_of_the_original_ones(uptrain, place, tmp_path):
     parse = lambda *options: uptrain.parse(arguments(place, tmp_path, *options))
     assert uptrain.max_steps(parse("--original-steps", 1000)) == 50
     assert uptrain.max_steps(parse("--original-steps", 1000, "--alpha", 0.1)) == 100
     assert uptrain.max_steps(parse("--max-steps", 7)) == 7
 
 
-def test_the_clock_is_counted_in_steps_once(uptrain, place, tmp_path, monkeypatch):
+def test_the_time_limit_is_converted_to_steps_once(uptrain, place, tmp_path, monkeypatch):
     from transformers import Trainer
 
     train, seconds = Trainer.train, []
@@ -152,7 +152,7 @@ def test_the_clock_is_counted_in_steps_once(uptrain, place, tmp_path, monkeypatc
         ),
     ],
 )
-def test_what_is_refused(uptrain, place, change, message):
+def test_invalid_arguments_are_refused(uptrain, place, change, message):
     (place / "bytes.txt").write_bytes(b"\xff")
     (place / "short.txt").write_text("attention " * 31)
     if not (place / "bare").is_dir():
@@ -172,7 +172,7 @@ def test_what_is_refused(uptrain, place, change, message):
         ('{"model_type": "t5"}', "must contain a causal language model; got t5"),
     ],
 )
-def test_original_is_looked_at_before_a_folder_is_made(uptrain, place, tmp_path, document, message):
+def test_original_is_checked_before_a_folder_is_created(uptrain, place, tmp_path, document, message):
     if document is not None:
         (tmp_path / "config.json").write_text(document)
     given = arguments(place, tmp_path / "out", "--max-steps", 1, "--original", tmp_path)

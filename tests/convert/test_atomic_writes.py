@@ -1,4 +1,4 @@
-"""A result appears whole or not at all: kills, full disks, places that must not be written."""
+"""Results are written atomically: kills, full disks, and outputs that must not be written."""
 
 import errno
 import os
@@ -22,8 +22,8 @@ def source(tmp_path_factory):
     return models.save(tmp_path_factory.mktemp("source"), "llama", shards="60KB")
 
 
-def test_kills():
-    """A few; by hand, ``python tests/convert/kill.py`` does many."""
+def test_killed_runs_leave_a_whole_model_or_none():
+    """A few kills; ``python tests/convert/kill.py`` makes many."""
     script = Path(__file__).with_name("kill.py")
     arguments = [sys.executable, str(script), "--times", "3", "--stride", "67"]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
@@ -36,7 +36,7 @@ def die(*arguments, **options):
 
 
 def kill_while(source, out, module, name, replacing=die, **options):
-    """Converts in a process that ends where it comes to a function of ours."""
+    """Converts in a process that is killed when it calls ``module.name``."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, name, replacing)
         assert not kill.in_child(lambda: convert_checkpoint(source, out, 2, **options))
@@ -58,24 +58,24 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_rerun_removes_what_was_left_and_says_so(tmp_path, source):
+def test_rerun_removes_leftovers_and_reports_them(tmp_path, source):
     kill_while(source, tmp_path / "out", checkpoint, "_check_shard")
     (left,) = names(tmp_path)
-    said = []
-    write_checkpoint(plan_checkpoint(source, 2), tmp_path / "out", notify=said.append)
-    assert said == [f"removed {left} of an interrupted run"]
+    notices = []
+    write_checkpoint(plan_checkpoint(source, 2), tmp_path / "out", notify=notices.append)
+    assert notices == [f"removed {left} of an interrupted run"]
     assert names(tmp_path) == ["out"]
     models.load(tmp_path / "out")
 
 
-def test_what_was_left_for_another_place_stays(tmp_path, source):
+def test_leftovers_of_another_output_stay(tmp_path, source):
     kill_while(source, tmp_path / "out", checkpoint, "_check_shard")
     (left,) = names(tmp_path)
     convert_checkpoint(source, tmp_path / "other", 2)
     assert names(tmp_path) == ["other", left]
 
 
-def test_old_model_is_removed_by_the_next_run_where_the_new_one_is_in_its_place(tmp_path, source):
+def test_replaced_model_is_removed_by_the_next_run(tmp_path, source):
     convert_checkpoint(source, tmp_path / "out", 4)
     kill_while(source, tmp_path / "out", OwnFolder, "remove", overwrite=True)
     assert models.load(tmp_path / "out").config.num_key_value_heads == 2
@@ -85,14 +85,14 @@ def test_old_model_is_removed_by_the_next_run_where_the_new_one_is_in_its_place(
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_model_that_stood_aside_is_put_back(tmp_path, source, overwrite):
-    """And replaced only where that is asked for."""
+def test_model_moved_aside_is_restored(tmp_path, source, overwrite):
+    """And replaced only with ``overwrite``."""
     convert_checkpoint(source, tmp_path / "out", 4)
-    before, said = models.digest(tmp_path / "out"), []
+    before, notices = models.digest(tmp_path / "out"), []
     kill_between_renames(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     run = lambda: write_checkpoint(
-        plan_checkpoint(source, 1), tmp_path / "out", overwrite=overwrite, notify=said.append
+        plan_checkpoint(source, 1), tmp_path / "out", overwrite=overwrite, notify=notices.append
     )
     if overwrite:
         run()
@@ -101,32 +101,32 @@ def test_model_that_stood_aside_is_put_back(tmp_path, source, overwrite):
         with pytest.raises(CheckpointError, match="out exists; give another folder, or --overwrite"):
             run()
         assert models.digest(tmp_path / "out") == before
-    assert said == [f"restored {tmp_path / 'out'}, which an interrupted run was about to replace"]
+    assert notices == [f"restored {tmp_path / 'out'}, which an interrupted run was about to replace"]
     assert names(tmp_path) == ["out"]
 
 
-def test_model_that_stood_aside_is_kept_where_another_took_its_place(tmp_path, source):
+def test_model_moved_aside_is_kept_if_the_output_exists(tmp_path, source):
     convert_checkpoint(source, tmp_path / "out", 4)
-    before, said = models.digest(tmp_path / "out"), []
+    before, notices = models.digest(tmp_path / "out"), []
     kill_between_renames(source, tmp_path / "out")
     shutil.copytree(source, tmp_path / "out")
-    write_checkpoint(plan_checkpoint(source, 1), tmp_path / "out", overwrite=True, notify=said.append)
-    (line,) = said
+    write_checkpoint(plan_checkpoint(source, 1), tmp_path / "out", overwrite=True, notify=notices.append)
+    (line,) = notices
     assert "/old: it was " in line and f"but {tmp_path / 'out'} exists now" in line
     (old,) = tmp_path.glob("*/old")
     assert models.digest(old) == before
 
 
-def test_another_run_at_work_is_respected(tmp_path, source, monkeypatch):
-    """Here it begins while the first is writing."""
+def test_concurrent_run_to_the_same_output_is_refused(tmp_path, source, monkeypatch):
+    """The second run begins while the first is writing."""
     check, refused = checkpoint._check_shard, []
 
     def begin_another(*arguments):
         with pytest.raises(
             CheckpointError, match=r"another run is writing .*out; wait for it, or give another"
-        ) as told:
+        ) as raised:
             convert_checkpoint(source, tmp_path / "out", 2, overwrite=True)
-        refused.append(told)
+        refused.append(raised)
         check(*arguments)
 
     monkeypatch.setattr(checkpoint, "_check_shard", begin_another)
@@ -135,8 +135,8 @@ def test_another_run_at_work_is_respected(tmp_path, source, monkeypatch):
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_what_appears_meanwhile_is_left(tmp_path, source, monkeypatch, overwrite):
-    """A folder, and where one was to be replaced, another in its place at the last moment."""
+def test_output_created_by_another_process_is_not_touched(tmp_path, source, monkeypatch, overwrite):
+    """A new folder, or with ``overwrite`` another one in place of the old model at the last moment."""
     out, check, swap = tmp_path / "out", checkpoint._check_shard, staging.exchange
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "precious").write_text("kept")
@@ -177,8 +177,8 @@ def test_interrupted_run_removes_what_it_wrote(tmp_path, source, monkeypatch, er
 
 
 @pytest.mark.parametrize("can_exchange", [True, False])
-def test_old_model_stays_where_the_new_one_cannot_take_its_place(tmp_path, source, monkeypatch, can_exchange):
-    """Neither the renaming nor the disk may fail half-way."""
+def test_old_model_stays_if_it_cannot_be_replaced(tmp_path, source, monkeypatch, can_exchange):
+    """An I/O error while renaming or syncing."""
     convert_checkpoint(source, tmp_path / "out", 4)
     before, around = models.digest(tmp_path / "out"), tmp_path.stat().st_ino
     sync, move = os.fsync, staging.move
@@ -203,8 +203,8 @@ def test_old_model_stays_where_the_new_one_cannot_take_its_place(tmp_path, sourc
     assert names(tmp_path) == ["out"]
 
 
-def test_disk_that_fills_up(tmp_path, source):
-    """A limit on the size of files stands for it: writing stops half-way in a tensor."""
+def test_full_disk_leaves_nothing(tmp_path, source):
+    """Simulated by a limit on file sizes: writing stops within a tensor."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
@@ -217,7 +217,7 @@ def test_disk_that_fills_up(tmp_path, source):
     assert not list(tmp_path.iterdir())
 
 
-def test_disk_that_is_too_small_is_told_beforehand(tmp_path, source, monkeypatch):
+def test_too_little_disk_space_is_an_error_before_writing(tmp_path, source, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 5, 5))
     needed = plan_checkpoint(source, 2).num_bytes
     with pytest.raises(CheckpointError, match=f"must have {needed} bytes free for the result; got 5"):
@@ -225,7 +225,7 @@ def test_disk_that_is_too_small_is_told_beforehand(tmp_path, source, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
-def test_bytes_that_read_back_wrong(tmp_path, source, monkeypatch):
+def test_read_back_mismatch_is_an_error(tmp_path, source, monkeypatch):
     def write_wrong(file, piece):
         file.write(bytes(piece)[:-1] + bytes([bytes(piece)[-1] ^ 1]) if len(piece) == 256 else piece)
 
@@ -235,7 +235,7 @@ def test_bytes_that_read_back_wrong(tmp_path, source, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_writing_goes_on_where_the_system_stops_half_way():
+def test_partial_writes_are_continued():
     class Half:
         written = b""
 
@@ -248,7 +248,7 @@ def test_writing_goes_on_where_the_system_stops_half_way():
     assert file.written == b"0123456789"
 
 
-def test_source_that_changes_meanwhile(tmp_path, source):
+def test_source_that_changes_while_converting_is_an_error(tmp_path, source):
     copy = shutil.copytree(source, tmp_path / "source")
     plan = plan_checkpoint(copy, 2)
     shard = next(copy.glob("*.safetensors"))
@@ -262,7 +262,7 @@ def test_source_that_changes_meanwhile(tmp_path, source):
 
 
 @pytest.mark.parametrize("out", [".", "..", "inside", "inside/deeper"])
-def test_source_and_result_are_apart(tmp_path, source, out):
+def test_output_that_overlaps_the_source_is_refused(tmp_path, source, out):
     copy = shutil.copytree(source, tmp_path / "a" / "source")
     before = models.digest(copy)
     with pytest.raises(CheckpointError, match="must not contain the source"):
@@ -270,7 +270,7 @@ def test_source_and_result_are_apart(tmp_path, source, out):
     assert models.digest(copy) == before
 
 
-def test_what_is_no_model_is_not_replaced(tmp_path, source):
+def test_only_a_model_or_an_empty_folder_is_replaced(tmp_path, source):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "thesis.txt").write_text("kept")
     (tmp_path / "file").write_text("kept")
@@ -284,7 +284,7 @@ def test_what_is_no_model_is_not_replaced(tmp_path, source):
 
 
 @pytest.mark.parametrize("place", ["none/out", "file/out", "/proc/out"])
-def test_places_that_cannot_be_written(tmp_path, source, place):
+def test_unwritable_outputs_are_refused(tmp_path, source, place):
     (tmp_path / "file").write_text("")
     with pytest.raises(
         CheckpointError,
@@ -294,8 +294,8 @@ def test_places_that_cannot_be_written(tmp_path, source, place):
 
 
 @pytest.mark.parametrize("refuses", ["access", "mkdir"])
-def test_read_only_place(tmp_path, source, monkeypatch, refuses):
-    """Told before anything is read, where the system says so; root is told otherwise."""
+def test_read_only_output_is_refused(tmp_path, source, monkeypatch, refuses):
+    """Checked before anything is read; for root, ``access`` succeeds and ``mkdir`` fails."""
 
     def refuse(path, *arguments, **options):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
