@@ -39,7 +39,7 @@ struct BackwardScratch {
         weights = arena(BLOCK_N * BLOCK_M);
         d_scores = arena(BLOCK_N * BLOCK_M);
         pairs = arena(BLOCK_N / 2 * BLOCK_M);
-        slope = arena(p.softcap != 0 ? BLOCK_N * BLOCK_M : 0);
+        slope = arena(has_slope(p) ? BLOCK_N * BLOCK_M : 0);
         allowed = arena(p.allow.data ? BLOCK_N * BLOCK_M : 0);
         bias = arena(p.bias.data ? BLOCK_N * BLOCK_M : 0);
         keys = arena(OperandPacking<Kind>::floats(BWD_BLOCK_N, p.width));
@@ -307,7 +307,7 @@ struct Chunk : HeadRef {
         const float factor = exponent_factor(p);
         multiply_rows(Kind(), t, s, p.width, from_row(keys, into), scratch.queries, scratch.weights);
         if (!only_scaled(p))
-            transform(p, t, b, s, scratch.bias, scratch.weights, p.softcap != 0 ? scratch.slope : nullptr);
+            transform(p, t, b, s, scratch.bias, scratch.weights, has_slope(p) ? scratch.slope : nullptr);
         if (b.edge) hide(p, t, b, s, scratch.allowed, -INF, scratch.weights);
         multiply_rows(Kind(), t, s, p.value_width, from_row(values, into), scratch.d_outs, scratch.d_scores);
         for (int j = s.begin; j < s.end; ++j) {
@@ -336,7 +336,7 @@ struct Chunk : HeadRef {
         if (b.edge && rows.any_nonfinite) hide(p, t, b, s, scratch.allowed, 0.0f, scratch.weights);  // an lse of NaN
         if (g.d_bias) write_bias(t, b, s);
         if (g.d_alibi) add_alibi(t, b, s);
-        if (p.softcap != 0) {
+        if (has_slope(p)) {
             for (int j = s.begin; j < s.end; ++j) {
                 for (int n = s.first; n < s.last; ++n) {
                     float* const d_scores = scratch.d_scores + j * t.lanes() + n * LANES;

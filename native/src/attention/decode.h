@@ -96,15 +96,21 @@ struct DecodeLanes {
         return shuffle(by_key, by_key, Repeated());
     }
 
+    // A vector of scores from key `first` on, for `transform`.
+    struct ScoreLanes {
+        const DecodeLanes& of;
+        int64_t first;
+
+        vec bias() const { return of.gather(of.p.bias, first); }
+        vec minus_alibi(vec x) const {
+            const int64_t position = of.t.position[0];
+            return x - each([&](int i) { return of.t.slope[row(i)] * (float)std::abs(position - (first + i / ROWS)); });
+        }
+    };
+
     // Never inlined: for scores that are only scaled, the loop around it stays small.
     [[gnu::noinline]] vec transform(int64_t first, vec x) const {
-        return QKV_ISA::transform(
-            p, x, [&] { return gather(p.bias, first); },
-            [&](vec x) {
-                const int64_t position = t.position[0];
-                return x -
-                       each([&](int i) { return t.slope[row(i)] * (float)std::abs(position - (first + i / ROWS)); });
-            });
+        return QKV_ISA::transform(p, x, ScoreLanes{*this, first});
     }
 
     bool may_see(int64_t key) const { return QKV_ISA::may_see(p, t, 0, key); }
