@@ -24,6 +24,7 @@ SKIPS = {
     "memory is measured on Linux": lambda: sys.platform != "linux",
     "memory is measured in forked processes": lambda: not hasattr(os, "fork"),
     "this torch has no varlen_attn": lambda: importlib.util.find_spec("torch.nn.attention.varlen") is None,
+    "this torch has no DLPack exchange functions": lambda: not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"),
     "needs /dev/full": lambda: sys.platform != "linux",
     "this system does not allow mounting": lambda: os.system("unshare --mount --map-root-user true 2>/dev/null") != 0,
 }

@@ -10,7 +10,7 @@ namespace qkv {
 constexpr int BLOCK_M = 64;               // query rows of a tile: steps 1, 17, 40; not 32, 128
 constexpr int BLOCK_N = 96;               // keys of a block of scores: steps 1, 17, 41; not 48, 192 to 384
 constexpr int SUBBLOCK = 12;              // keys of a segment at the edge of a mask: steps 1, 22; not 16 to 32
-constexpr int KV_SPLIT = 480;             // keys that are accumulated apart and merged in order: steps 8, 41
+constexpr int KV_SPLIT = 480;             // keys that are accumulated separately and merged in order: steps 8, 41
 constexpr int BWD_BLOCK_N = 3 * BLOCK_N;  // keys whose gradients a thread keeps: steps 9, 21; not 192
 
 // The micro-kernel
@@ -24,7 +24,7 @@ constexpr int64_t F32_CHAIN = 32;       // multiply-adds of a sum along the widt
 constexpr int PREFETCH_ROWS = BLOCK_N;  // keys or values ahead that are prefetched: step 54
 constexpr int VECS_AT_ONCE = 4;         // vectors of rows whose maxima and sums stay in registers: step 14
 constexpr int SUMS_AT_ONCE = 4;         // sums or maxima side by side, not to wait for one: steps 59, 101
-constexpr int AMX_IDLE_KEYS = 24;       // keys between two products that keep AMX awake: steps 39, 83
+constexpr int AMX_IDLE_KEYS = 24;       // keys between two products that keep AMX warm: steps 39, 83
 
 // Operands
 constexpr int64_t FAR_STRIDE = 512;       // numbers between rows that are copied side by side: step 51
@@ -49,7 +49,7 @@ constexpr float LARGE_SCORE = 256;  // scores from which on their rounding shows
 // Threads
 constexpr int64_t OWN_HEADS = 8;          // heads for each thread from which on it prepares its own: step 86
 constexpr int SPLIT_TILES = 4;            // tiles for each thread below which their keys are split
-constexpr int SPIN_TRIES = 1000;          // looks at a counter before a thread yields
+constexpr int SPIN_TRIES = 1000;          // reads of a counter before a thread yields
 constexpr int64_t SEQUENCE_OVERHEAD = 8;  // tokens that cost as much as a sequence does beside its scores
 
 }  // namespace qkv

@@ -186,7 +186,7 @@ void Call::check(const std::vector<bool>& kept) const {
     const bool few = c.lq == 1 && c.group <= (runs("avx2") ? 8 : 4), fixed = runs("avx512");
     Roundoff roundoff;
     if (c.int8 && few)
-        roundoff.steps = fixed && c.dtype != Dtype::f32 ? 0.51 / 32767 : 0;
+        roundoff.fixed_point = fixed && c.dtype != Dtype::f32 ? 0.51 / 32767 : 0;
     else if (c.int8)
         roundoff.keys = format_of(c.dtype).roundoff;
     if (runs("avx512bf16") && c.dtype == Dtype::bf16 && !(c.int8 && few))

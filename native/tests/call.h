@@ -51,7 +51,7 @@ class Call {
     void forward() const;
     void backward() const;  // after forward
 
-    // Holds all results against the oracle: for int8, those of forward. `kept` as `expect` has it.
+    // Checks all results against the oracle: for int8, those of forward. `kept` as `expect` has it.
     void check(const std::vector<bool>& kept = {}) const;
 
     // The bits of all results.

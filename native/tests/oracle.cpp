@@ -140,31 +140,32 @@ Expected expect(const Problem& p, const Gradients* g, const std::vector<bool>& k
         const int64_t first_key = (b * p.kv_heads + h / group) * p.lk;
         std::vector<int64_t> seen;
         std::vector<Score> scores;
-        double top = p.sink_logits ? p.sink_logits[h] : -INFINITY, largest = 0, error = 0;
-        if (p.sink_logits && std::isfinite(top)) largest = std::fabs(top);
+        double row_max = p.sink_logits ? p.sink_logits[h] : -INFINITY, largest = 0, error = 0;
+        if (p.sink_logits && std::isfinite(row_max)) largest = std::fabs(row_max);
         for (int64_t j = 0; j < p.lk; ++j) {
             if (!is_visible(p, b, h, i, j)) continue;
             seen.push_back(j);
             const Row& key = k[first_key + j];
             const Dot dot(q[row], key);
-            const double rounding = roundoff.keys * dot.size + roundoff.of_step(largest_of(q[row])) * sum_of(key);
+            const double rounding =
+                roundoff.keys * dot.size + roundoff.of_fixed_point(largest_of(q[row])) * sum_of(key);
             scores.push_back(score(p, b, h, i, j, dot, rounding));
-            top = std::max(top, scores.back().value);
+            row_max = std::max(row_max, scores.back().value);
             if (!std::isfinite(scores.back().value)) continue;
             largest = std::max(largest, std::fabs(scores.back().value));
             error = std::max(error, scores.back().error);
         }
         error += 8 * U * largest;  // of any exponent
-        if (top == -INFINITY) top = 0;
-        double sum = p.sink_logits ? std::exp(p.sink_logits[h] - top) : 0;
-        for (const Score& s : scores) sum += std::exp(s.value - top);
-        const double lse = sum == 0 ? -INFINITY : top + std::log(sum);
-        const double folding = (2.0 * seen.size() + 64) * U;
+        if (row_max == -INFINITY) row_max = 0;
+        double sum = p.sink_logits ? std::exp(p.sink_logits[h] - row_max) : 0;
+        for (const Score& s : scores) sum += std::exp(s.value - row_max);
+        const double lse = sum == 0 ? -INFINITY : row_max + std::log(sum);
+        const double sum_rounding = (2.0 * seen.size() + 64) * U;
         want.lse.value[row] = lse;
-        want.lse.error[row] = sum == 0 ? 0 : error + folding + 8 * U * std::fabs(lse);
+        want.lse.error[row] = sum == 0 ? 0 : error + sum_rounding + 8 * U * std::fabs(lse);
 
         // exp(2 * error) - 1, and the roundings of the weight and of what it is divided by.
-        const double off = std::expm1(2 * error) + folding + roundoff.weights + roundoff.keys;
+        const double off = std::expm1(2 * error) + sum_rounding + roundoff.weights + roundoff.keys;
         const double kept_share = 1 / (1 - (double)p.dropout);
         const auto factor = [&](int64_t j) { return kept.empty() ? 1.0 : kept[row * p.lk + j] * kept_share; };
         const auto scale = [&](int64_t j) {
@@ -178,7 +179,7 @@ Expected expect(const Problem& p, const Gradients* g, const std::vector<bool>& k
         }
         for (size_t n = 0; n < seen.size(); ++n) {
             const double weight = weights[n] * factor(seen[n]);
-            const double rounding = roundoff.of_step(heaviest * (1 + off)) / scale(seen[n]);
+            const double rounding = roundoff.of_fixed_point(heaviest * (1 + off)) / scale(seen[n]);
             add(want.out, row * p.value_width, v[first_key + seen[n]], weight, weight * off + rounding + LEAST, 4);
         }
         if (!g) continue;

@@ -26,12 +26,14 @@ struct Expected {
 bool is_visible(const Problem& p, int64_t batch, int64_t head, int64_t query, int64_t key);
 
 // How far a kernel may round what it multiplies: weights to a dtype, keys and values that were i8 to a dtype, and
-// queries and the products of weights and scales to multiples of a step.
+// queries and the products of weights and scales to fixed point.
 struct Roundoff {
     double weights = 0, keys = 0;  // of each number
-    double steps = 0;              // of the largest number of a row
+    double fixed_point = 0;        // of the largest number of a row
 
-    double of_step(double largest) const { return steps > 0 ? std::max(steps * largest, 0x1.1p-127) : 0; }
+    double of_fixed_point(double largest) const {
+        return fixed_point > 0 ? std::max(fixed_point * largest, 0x1.1p-127) : 0;
+    }
 };
 
 // `kept` says which weights dropout keeps, (batch, head, query, key), and is empty without dropout.

@@ -9,7 +9,7 @@ extern "C" int qkv_append(const void* interpreter, void* k, void* v, void* keys,
 namespace qkv {
 namespace {
 
-// Objects are the tensors themselves, or what cannot be looked at.
+// Objects are the tensors themselves, or what is not a tensor.
 int look(void* object, dlpack::Tensor* tensor) {
     *tensor = *(const dlpack::Tensor*)object;
     return tensor->lanes == 0 ? -1 : 0;
@@ -27,19 +27,19 @@ const Interpreter python = {&exchange, &none, release, take, forget};
 
 // A tensor as DLPack describes it.
 struct Object : dlpack::Tensor {
-    int64_t sizes[4], steps[4];
+    int64_t own_shape[4], own_strides[4];
 
     explicit Object(const qkv::Tensor& of, int32_t dimensions = 4)
-        : sizes{of.batch, of.heads, of.rows, of.width}, steps{of.view.batch, of.view.head, of.view.row, 1} {
+        : own_shape{of.batch, of.heads, of.rows, of.width}, own_strides{of.view.batch, of.view.head, of.view.row, 1} {
         data = of.view.data, device = dlpack::CPU, device_id = 0, byte_offset = 0, lanes = 1;
         this->dimensions = dimensions;
         code = of.dtype == Dtype::i8 ? dlpack::INT : (of.dtype == Dtype::bf16 ? dlpack::BFLOAT : dlpack::FLOAT);
         bits = (uint8_t)(8 * format_of(of.dtype).item);
-        shape = sizes, strides = steps;
+        shape = own_shape, strides = own_strides;
     }
 };
 
-constexpr int64_t ROOM = 7, START = 4;
+constexpr int64_t CAPACITY = 7, START = 4;
 
 // Memory of keys or values, in int8 with scales or not, and tokens for it.
 struct Part {
@@ -48,8 +48,9 @@ struct Part {
 
     Part(Dtype dtype, bool scaled, int64_t rows, int64_t width, const Layout& layout)
         : tokens(dtype, 2, 3, rows, width, layout),
-          memory(scaled ? Dtype::i8 : dtype, 2, 3, ROOM, width, {false, false, false, 0, 0}),
-          scale(Dtype::f32, 2, 3, ROOM, 1, {}), token_object(tokens), memory_object(memory), scale_object(scale, 3) {
+          memory(scaled ? Dtype::i8 : dtype, 2, 3, CAPACITY, width, {false, false, false, 0, 0}),
+          scale(Dtype::f32, 2, 3, CAPACITY, 1, {}), token_object(tokens), memory_object(memory),
+          scale_object(scale, 3) {
         double number = 0;
         tokens.fill([&] { return number += 0.25; });
         memory.fill([] { return 1; });
@@ -66,16 +67,16 @@ int append(Part& k, Part& v, bool scaled, int64_t start) {
 void check_written(const Part& part, bool scaled) {
     for (int64_t b = 0; b < 2; ++b)
         for (int64_t h = 0; h < 3; ++h)
-            for (int64_t row = 0; row < ROOM; ++row) {
+            for (int64_t row = 0; row < CAPACITY; ++row) {
                 const bool is_new = row >= START && row < START + part.tokens.rows;
                 const double scale = part.scale.get(b, h, row, 0);
                 for (int64_t d = 0; d < part.tokens.width; ++d) {
-                    const double found = part.memory.get(b, h, row, d);
+                    const double got = part.memory.get(b, h, row, d);
                     const double given = is_new ? part.tokens.get(b, h, row - START, d) : 1;
                     if (!is_new || !scaled)
-                        require(found == given && scale == 1, "a number is not where it should be");
+                        require(got == given && scale == 1, "a number is not where it should be");
                     else
-                        require(std::abs(found * scale - given) <= 0.5001 * scale, "rounded by more than half a step");
+                        require(std::abs(got * scale - given) <= 0.5001 * scale, "rounded by more than half a step");
                 }
             }
     require(part.tokens.is_intact() && part.memory.is_intact() && part.scale.is_intact(), "written beside a tensor");
@@ -102,23 +103,23 @@ TEST(append_refuses_what_does_not_fit) {
         [](Part& v) { v.token_object.lanes = 0; },
         [](Part& v) { v.token_object.device = (dlpack::Device)2; },
         [](Part& v) { v.token_object.dimensions = 3; },
-        [](Part& v) { v.token_object.sizes[0] = 1; },
-        [](Part& v) { v.token_object.sizes[1] = 1; },
-        [](Part& v) { v.token_object.sizes[2] = 1; },
-        [](Part& v) { v.token_object.sizes[2] = 0; },
-        [](Part& v) { v.token_object.sizes[3] = 16; },
-        [](Part& v) { v.token_object.steps[3] = 2; },
+        [](Part& v) { v.token_object.own_shape[0] = 1; },
+        [](Part& v) { v.token_object.own_shape[1] = 1; },
+        [](Part& v) { v.token_object.own_shape[2] = 1; },
+        [](Part& v) { v.token_object.own_shape[2] = 0; },
+        [](Part& v) { v.token_object.own_shape[3] = 16; },
+        [](Part& v) { v.token_object.own_strides[3] = 2; },
         [](Part& v) { v.token_object.bits = 64; },
         [](Part& v) { v.token_object.code = dlpack::INT, v.token_object.bits = 8; },
-        [](Part& v) { v.memory_object.sizes[2] = START + 1; },
-        [](Part& v) { v.memory_object.steps[3] = 2; },
+        [](Part& v) { v.memory_object.own_shape[2] = START + 1; },
+        [](Part& v) { v.memory_object.own_strides[3] = 2; },
         [](Part& v) { v.memory_object.code = dlpack::BOOL; },
         [](Part& v) { v.memory_object.device = (dlpack::Device)2; },
     };
     const std::function<void(Part&)> changes_of_scales[] = {
-        [](Part& v) { v.scale_object.dimensions = 4; },  [](Part& v) { v.scale_object.sizes[0] = 1; },
-        [](Part& v) { v.scale_object.sizes[1] = 4; },    [](Part& v) { v.scale_object.sizes[2] = START + 1; },
-        [](Part& v) { v.scale_object.steps[2] = 2; },    [](Part& v) { v.scale_object.bits = 16; },
+        [](Part& v) { v.scale_object.dimensions = 4; },     [](Part& v) { v.scale_object.own_shape[0] = 1; },
+        [](Part& v) { v.scale_object.own_shape[1] = 4; },   [](Part& v) { v.scale_object.own_shape[2] = START + 1; },
+        [](Part& v) { v.scale_object.own_strides[2] = 2; }, [](Part& v) { v.scale_object.bits = 16; },
         [](Part& v) { v.scale_object.dimensions = -1; },
     };
     const auto refuses = [](const std::function<void(Part&)>& change, bool scaled, int64_t start) {
@@ -130,7 +131,7 @@ TEST(append_refuses_what_does_not_fit) {
     };
     for (bool scaled : {false, true}) {
         for (const auto& change : changes) refuses(change, scaled, START);
-        for (int64_t start : {(int64_t)-1, ROOM - 1, ROOM, INT64_MAX}) refuses([](Part&) {}, scaled, start);
+        for (int64_t start : {(int64_t)-1, CAPACITY - 1, CAPACITY, INT64_MAX}) refuses([](Part&) {}, scaled, start);
     }
     for (const auto& change : changes_of_scales) refuses(change, true, START);
 }

@@ -77,7 +77,7 @@ TEST(int8_masks_and_scores) {
     check_groups(c);
 }
 
-// Of the widest rows that are multiplied in fixed point, sums are the largest that 32 bits are to hold.
+// The widest rows that are multiplied in fixed point have the largest sums, which must fit 32 bits.
 TEST(int8_sums_do_not_overflow) {
     for (Dtype dtype : DTYPES)
         for (int64_t width : {8192, 8193})
@@ -97,7 +97,7 @@ TEST(int8_sums_do_not_overflow) {
             }
 }
 
-// Of which steps are not normal numbers, or products overflow unless they meet their step first.
+// Whose scales are not normal numbers, or whose products overflow unless they are scaled first.
 TEST(int8_of_the_smallest_and_the_largest_numbers) {
     for (Dtype dtype : DTYPES)
         for (int64_t group : {1, 3})
@@ -121,9 +121,8 @@ TEST(int8_of_the_smallest_and_the_largest_numbers) {
             }
 }
 
-// A number that is none, in a query or the scale of a key or a value, shows in the rows that see it, and in these
-// alone.
-TEST(int8_without_a_number) {
+// NaN or inf in a query or the scale of a key or a value shows in the rows that see it, and in these alone.
+TEST(int8_nonfinite) {
     for (Dtype dtype : DTYPES)
         for (int64_t group = 1; group <= 9; ++group)
             for (int64_t j : {0, 1, 2, 7, 15, 16, 96, 99}) {

@@ -36,12 +36,12 @@ static void check_exact(const Case& c, double root, double unit) {
     const Format& format = format_of(c.dtype);
     const double steps = (c.lk + c.lq * c.group + 64) * 0x1p-24 + 2 * format.roundoff;  // of sums and results
     // A message is written where it is needed alone: that would take most of the time of the test.
-    const auto hold = [&](double got, double sum, double error, const char* name) {
+    const auto check_close = [&](double got, double sum, double error, const char* name) {
         if (std::fabs(got - sum) <= error) return;
         throw Failure(c.describe() + ": " + name + " is " + std::to_string(got) + ", and not " + std::to_string(sum));
     };
     const auto rounded = [&](double size) { return steps * size + format.subnormal; };
-    const double top = c.scale * (root * root + 3);
+    const double row_max = c.scale * (root * root + 3);
     // All rows are alike.
     for (int64_t d = 0; d < c.value_width; ++d) {
         double out = 0, out_size = 0, given = 0, given_size = 0;
@@ -51,13 +51,13 @@ static void check_exact(const Case& c, double root, double unit) {
         }
         for (int64_t h = 0; h < call.heads; ++h)
             for (int64_t i = 0; i < c.lq; ++i) {
-                hold(call.out.get(0, h, i, d), out, rounded(out_size), "out");
-                hold(call.lse.get(0, h, i, 0), top, std::log(c.lk) + top * 0x1p-23, "lse");
+                check_close(call.out.get(0, h, i, d), out, rounded(out_size), "out");
+                check_close(call.lse.get(0, h, i, 0), row_max, std::log(c.lk) + row_max * 0x1p-23, "lse");
                 given += call.d_out.get(0, h, i, d);
                 given_size += std::fabs(call.d_out.get(0, h, i, d));
             }
         for (int64_t j = 0; j < c.lk; ++j)
-            hold(call.dv.get(0, 0, j, d), want[j] * given, rounded(want[j] * given_size), "dv");
+            check_close(call.dv.get(0, 0, j, d), want[j] * given, rounded(want[j] * given_size), "dv");
     }
 }
 
@@ -66,7 +66,7 @@ static void check_all(bool bias) {
         for (int64_t lq : {1, 5, 40, 70})
             for (int64_t group : {1, 3, 9})
                 for (int64_t lk : {3, 200, 1100}) {
-                    if (lk > 1000 && lq * group > 100) continue;  // as many keys for every way of rows will do
+                    if (lk > 1000 && lq * group > 100) continue;  // as many keys for every layout of rows suffice
                     Case c;
                     c.dtype = dtype;
                     c.group = group;
@@ -81,7 +81,7 @@ static void check_all(bool bias) {
                 }
 }
 
-TEST(weights_of_large_plain_scores_are_right) { check_all(false); }
+TEST(weights_of_large_scaled_only_scores_are_right) { check_all(false); }
 TEST(weights_of_large_scores_with_a_bias_are_right) { check_all(true); }
 
 // A large row, or none, among ordinary ones: these have the same bits.

@@ -95,7 +95,7 @@ static void check_refusals(bool backward) {
                     for (const Tensor* result : results) result->fill([] { return NAN; });
                     const int status = refuse(n, all_from_there, pass);
                     errors += status == 1;
-                    // A thread that could not be started is no error: others do its work.
+                    // A thread that could not be started is not an error: others do its work.
                     require(status == 1 || (status == 0 && call.bits() == want),
                             c.describe() + ": without the request " + std::to_string(n) + " of memory, the status is " +
                                 std::to_string(status));

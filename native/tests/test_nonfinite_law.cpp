@@ -46,7 +46,7 @@ static bool is_nan(const Tensor& tensor, int64_t h, int64_t row) {
     return true;
 }
 
-static bool is_strange(const Tensor& tensor, int64_t h, int64_t row) {
+static bool is_nonfinite(const Tensor& tensor, int64_t h, int64_t row) {
     for (int64_t d = 0; d < tensor.width; ++d)
         if (std::isfinite(tensor.get(0, h, row, d))) return false;
     return true;
@@ -76,24 +76,25 @@ static void check_key(const Case& c, double number) {
     for (int64_t d = 0; d < c.width; ++d) call.k.set(0, 0, KEY, d, d == 3 ? number : 0.0);
     run(clean);
     run(call);
-    const std::string who = c.describe() + ": " + std::to_string(number) + " in a key: ";
+    const std::string prefix = c.describe() + ": " + std::to_string(number) + " in a key: ";
     std::vector<bool> touched(c.lk, false);
     for (int64_t h = 0; h < call.heads; ++h)
         for (int64_t i = 0; i < c.lq; ++i) {
-            const bool strange = sees(call, h, i, KEY);
+            const bool sees_key = sees(call, h, i, KEY);
             for (const auto& [got, want] :
                  {std::pair(&call.out, &clean.out), {&call.lse, &clean.lse}, {&call.dq, &clean.dq}})
-                require(strange ? is_nan(*got, h, i) : bits(*got, h, i) == bits(*want, h, i),
-                        who + (strange ? "a row that sees it is not NaN" : "a row that does not see it is another"));
-            for (int64_t j = 0; strange && j < c.lk; ++j) touched[j] = touched[j] || sees(call, h, i, j);
+                require(sees_key ? is_nan(*got, h, i) : bits(*got, h, i) == bits(*want, h, i),
+                        prefix +
+                            (sees_key ? "a row that sees it is not NaN" : "a row that does not see it is another"));
+            for (int64_t j = 0; sees_key && j < c.lk; ++j) touched[j] = touched[j] || sees(call, h, i, j);
         }
     for (int64_t j = 0; j < c.lk; ++j)
         for (const auto& [got, want] : {std::pair(&call.dk, &clean.dk), {&call.dv, &clean.dv}}) {
             if (touched[j] && got == &call.dv && c.dropout > 0)
                 continue;  // a weight that is dropped is 0, or NaN times 0
             require(touched[j] ? is_nan(*got, 0, j) : bits(*got, 0, j) == bits(*want, 0, j),
-                    who + (touched[j] ? "a gradient is not NaN"
-                                      : "a gradient of a key that it does not reach is another"));
+                    prefix + (touched[j] ? "a gradient is not NaN"
+                                         : "a gradient of a key that it does not reach is another"));
         }
 }
 
@@ -109,44 +110,46 @@ TEST(a_key_that_is_not_finite_makes_rows_nan_that_see_it_and_nothing_else) {
 // A row of which one number is not finite, of the query or of the gradient from above.
 static void check_row(const Case& c, bool in_query, double number) {
     const int64_t HEAD = c.group - 1, ROW = c.lq / 2;
-    const Call idle(c), call(c);
-    for (int64_t d = 0; d < c.value_width; ++d) idle.d_out.set(0, HEAD, ROW, d, 0);
-    idle.d_lse.set(0, HEAD, ROW, 0, 0);
+    const Call zero_grad(c), call(c);
+    for (int64_t d = 0; d < c.value_width; ++d) zero_grad.d_out.set(0, HEAD, ROW, d, 0);
+    zero_grad.d_lse.set(0, HEAD, ROW, 0, 0);
     (in_query ? call.q : call.d_out).set(0, HEAD, ROW, 3, number);
-    run(idle);
+    run(zero_grad);
     run(call);
-    const std::string who =
+    const std::string prefix =
         c.describe() + ": " + std::to_string(number) + (in_query ? " in a query: " : " in a gradient from above: ");
     const bool any = sees_any(call, HEAD, ROW);
     for (int64_t h = 0; h < call.heads; ++h)
         for (int64_t i = 0; i < c.lq; ++i) {
             const bool other = h != HEAD || i != ROW;
             if (other || !in_query) {
-                require(bits(call.out, h, i) == bits(idle.out, h, i), who + "an output is another");
-                require(bits(call.lse, h, i) == bits(idle.lse, h, i), who + "an lse is another");
+                require(bits(call.out, h, i) == bits(zero_grad.out, h, i), prefix + "an output is another");
+                require(bits(call.lse, h, i) == bits(zero_grad.lse, h, i), prefix + "an lse is another");
             } else if (any) {
-                require(is_nan(call.out, h, i) && is_nan(call.lse, h, i), who + "its row is not NaN");
+                require(is_nan(call.out, h, i) && is_nan(call.lse, h, i), prefix + "its row is not NaN");
             } else {
                 const double lse = c.sink_logits ? call.sink_logits[h] : -INFINITY;
                 require(call.out.get(0, h, i, 0) == 0 && call.lse.get(0, h, i, 0) == (float)lse,
-                        who + "it saw something");
+                        prefix + "it saw something");
             }
             if (other)
-                require(bits(call.dq, h, i) == bits(idle.dq, h, i), who + "dq of another row is another");
+                require(bits(call.dq, h, i) == bits(zero_grad.dq, h, i), prefix + "dq of another row is another");
             else if (any)
-                require(is_strange(call.dq, h, i), who + "its dq is finite");
+                require(is_nonfinite(call.dq, h, i), prefix + "its dq is finite");
             else
-                require(call.dq.get(0, h, i, 0) == 0, who + "its dq is not 0");
+                require(call.dq.get(0, h, i, 0) == 0, prefix + "its dq is not 0");
         }
     for (int64_t j = 0; j < c.lk; ++j) {
         const bool seen = sees(call, HEAD, ROW, j);
         if (!seen) {
-            require(bits(call.dk, 0, j) == bits(idle.dk, 0, j), who + "dk of a key that it does not see is another");
-            require(bits(call.dv, 0, j) == bits(idle.dv, 0, j), who + "dv of a key that it does not see is another");
+            require(bits(call.dk, 0, j) == bits(zero_grad.dk, 0, j),
+                    prefix + "dk of a key that it does not see is another");
+            require(bits(call.dv, 0, j) == bits(zero_grad.dv, 0, j),
+                    prefix + "dv of a key that it does not see is another");
         } else {
-            require(is_strange(call.dk, 0, j), who + "dk of a key that it sees is finite");
+            require(is_nonfinite(call.dk, 0, j), prefix + "dk of a key that it sees is finite");
             const double x = call.dv.get(0, 0, j, 3);
-            require(!std::isfinite(x) || c.dropout > 0, who + "dv of a key that it sees is finite");
+            require(!std::isfinite(x) || c.dropout > 0, prefix + "dv of a key that it sees is finite");
         }
     }
 }

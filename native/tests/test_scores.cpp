@@ -121,7 +121,7 @@ TEST(dropout_drops_the_same_weights_forward_and_backward) {
                 }
 }
 
-TEST(dropout_drops_its_share_anew_for_each_seed_batch_head_and_query) {
+TEST(dropout_drops_its_share_independently_for_each_seed_batch_head_and_query) {
     Case c;
     c.batch = c.kv_heads = 2;
     c.lq = c.lk = 250;
@@ -130,7 +130,7 @@ TEST(dropout_drops_its_share_anew_for_each_seed_batch_head_and_query) {
     c.seed = 2;
     const std::vector<bool> second = kept(c);
     // The share that both drop, of `first` and of `other` from `shift` on, and how far chance lets it be from `want`.
-    const auto hold = [&](const std::vector<bool>& other, size_t shift, double want, const std::string& what) {
+    const auto check_share = [&](const std::vector<bool>& other, size_t shift, double want, const std::string& what) {
         const size_t count = first.size() - shift;
         double both = 0;
         for (size_t i = 0; i < count; ++i) both += !first[i] && !other[i + shift];
@@ -138,11 +138,11 @@ TEST(dropout_drops_its_share_anew_for_each_seed_batch_head_and_query) {
         require(std::fabs(found - want) < tolerance, what + " of " + std::to_string(found));
     };
     const size_t query = c.lk, head = c.lq * query, batch = c.kv_heads * head;
-    hold(first, 0, 0.2, "dropout of 0.2 drops a share");
-    hold(second, 0, 0.04, "two seeds have a common share");
-    hold(first, query, 0.04, "neighbouring queries have a common share");
-    hold(first, head, 0.04, "neighbouring heads have a common share");
-    hold(first, batch, 0.04, "neighbouring batches have a common share");
+    check_share(first, 0, 0.2, "dropout of 0.2 drops a share");
+    check_share(second, 0, 0.04, "two seeds have a common share");
+    check_share(first, query, 0.04, "neighbouring queries have a common share");
+    check_share(first, head, 0.04, "neighbouring heads have a common share");
+    check_share(first, batch, 0.04, "neighbouring batches have a common share");
 }
 
 }  // namespace qkv

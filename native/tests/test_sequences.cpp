@@ -1,4 +1,4 @@
-// Several sequences in a call: each has the bits that it has alone, wherever its keys lie, and what is no part of it is
+// Several sequences in a call: each has the bits that it has alone, wherever its keys lie, and anything outside it is
 // not read.
 #include <algorithm>
 #include <sstream>
@@ -205,7 +205,7 @@ void check_forward(const Batch& b) {
     require(all.out->is_intact() && all.lse->is_intact(), all.describe() + ": something was written between rows");
     for (int64_t i = 0; i < all.starts.back(); ++i)
         for (int64_t h = 0; h < all.heads; ++h)
-            require(std::isfinite(all.out->get(0, h, i, 0)), all.describe() + ": what is no key was read");
+            require(std::isfinite(all.out->get(0, h, i, 0)), all.describe() + ": memory outside the keys was read");
 }
 
 const std::vector<std::vector<Sequence>> MIXED = {

@@ -1,4 +1,4 @@
-// Lengths, groups and widths at and around the edges of vectors, segments, blocks, pieces and tiles.
+// Lengths, groups and widths at and around the edges of vectors, segments, blocks, splits and tiles.
 #include "call.h"
 
 namespace qkv {
@@ -19,7 +19,7 @@ TEST(lengths_around_the_edges_of_tiles_segments_and_blocks) {
     check_lengths({}, {1, 2, 63, 64, 65}, {1, 11, 12, 13, 31, 32, 33, 95, 96, 97});
 }
 
-TEST(lengths_around_the_edges_of_chunks_and_pieces) {
+TEST(lengths_around_the_edges_of_chunks_and_splits) {
     Case c;
     c.group = 2;
     check_lengths(c, {1, 9}, {287, 288, 289, 479, 480, 481, 577, 961});

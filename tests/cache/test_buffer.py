@@ -14,7 +14,8 @@ from qkv.cache.buffer import AppendBuffer, append_in_place
 from qkv.integrations.transformers.cache import AppendLayer, Int8Layer
 
 needs_kernel = pytest.mark.skipif(
-    kernels.absence() is not None or kernels.loaded().append is None, reason="needs the kernel, and torch's DLPack"
+    kernels.absence() is not None or kernels.loaded().append is None,
+    reason=kernels.absence() or "this torch has no DLPack exchange functions",
 )
 
 

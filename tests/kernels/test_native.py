@@ -21,6 +21,10 @@ from qkv.scores import Scores
 
 ROOT = Path(__file__).parents[2]
 present = pytest.mark.skipif(kernels.absence() is not None, reason=str(kernels.absence()))
+has_fast_path = pytest.mark.skipif(
+    kernels.absence() is not None or kernels.loaded().fast_forward is None,
+    reason=kernels.absence() or "this torch has no DLPack exchange functions",
+)
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -93,7 +97,7 @@ def test_reasons_name_what_the_kernel_lacks() -> None:
     assert reason == "the kernel takes neither tensor subclasses nor functorch transforms"
 
 
-@present
+@has_fast_path
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "mask",
@@ -137,7 +141,7 @@ def test_bounds_beyond_all_keys_hide_nothing(many: int) -> None:
             torch.testing.assert_close(qkv.attention(q, k, k, mask=mask, offset=2, backend=backend), want)
 
 
-@present
+@has_fast_path
 def test_the_fast_path_takes_eligible_calls_only() -> None:
     q, k = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 7, 8)
 

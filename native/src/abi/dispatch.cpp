@@ -106,10 +106,10 @@ QKV_EXPORT const char* qkv_isa() { return qkv::chosen() ? qkv::chosen()->name : 
 // The names of all that this machine has, the best first, with a space between.
 QKV_EXPORT const char* qkv_supported_isas() {
     static const std::string names = [] {
-        std::string found;
+        std::string joined;
         for (auto isa = std::rbegin(qkv::IN_ORDER); isa != std::rend(qkv::IN_ORDER); ++isa)
-            if (isa->supported()) found += (found.empty() ? "" : " ") + std::string(isa->name);
-        return found;
+            if (isa->supported()) joined += (joined.empty() ? "" : " ") + std::string(isa->name);
+        return joined;
     }();
     return names.c_str();
 }

@@ -1,4 +1,4 @@
-// The part of DLPack 1 by which a library hands out what its tensors are, without a call of Python:
+// The part of DLPack 1 that describes a library's tensors without a Python call:
 // https://dmlc.github.io/dlpack/latest/c_api.html
 #pragma once
 

@@ -10,7 +10,7 @@ namespace {
 struct Call {
     dlpack::Tensor q, k, v, out, k_scale, v_scale, keep, lengths;
 
-    // Whether all could be looked at.
+    // Whether all could be read.
     bool look(const Interpreter& python, void* const* objects) {
         for (dlpack::Tensor* tensor : {&q, &k, &v, &out, &k_scale, &v_scale, &keep, &lengths})
             if (!python.look(*objects++, *tensor)) return false;

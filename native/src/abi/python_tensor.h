@@ -1,4 +1,4 @@
-// Tensors of Python, looked at without a call of it.
+// Tensors of Python, read through DLPack without a Python call.
 #pragma once
 
 #include "abi/c_api.h"
@@ -6,7 +6,7 @@
 
 namespace qkv {
 
-// What of the interpreter is called. Functions of its stable interface, so that no header of Python is needed.
+// Functions of the interpreter that are called, all of its stable ABI, so that no Python header is needed.
 struct Interpreter {
     const dlpack::Exchange* tensors;
     void* none;
@@ -14,7 +14,7 @@ struct Interpreter {
     void (*take_lock)(void*);
     void (*forget_exception)();
 
-    // Whether the object is a tensor that can be looked at, or None; which has no dimensions then.
+    // Whether the object is a tensor that DLPack can describe, or None, whose `dimensions` become -1.
     bool look(void* object, dlpack::Tensor& tensor) const {
         tensor.dimensions = -1;
         if (object == none || tensors->look(object, &tensor) == 0) return true;

@@ -1,6 +1,6 @@
 // Attention of several sequences in one call, each a problem of its own with the bits that it has alone.
 //
-// A thread takes whole sequences. One that is much of all work is shared by the threads instead, as any problem is.
+// A thread takes whole sequences. One that makes up much of the work is shared by all threads, as any problem is.
 #include "abi/sequences.h"
 
 #include <algorithm>
@@ -26,7 +26,7 @@ class Packed {
         std::memcpy(&s, sequences, sizeof s);
     }
 
-    // Whether the queries, keys and pages of all lie where tensors are.
+    // Whether the queries, keys and pages of all sequences lie within their tensors.
     bool fits() const {
         if (s.count < 1 || s.starts[0] != 0 || s.starts[s.count] != p.lq) return false;
         for (int64_t n = 0; n < s.count; ++n)
@@ -76,7 +76,7 @@ class Packed {
         return numbers ? numbers.get() + p.heads * s.starts[n] : nullptr;
     }
 
-    // So many numbers of all sequences will be.
+    // Prepares memory for so many numbers, of all sequences.
     void expect_writing(const View& view, int64_t numbers) const {
         prefer_huge_pages(view.data, numbers * size_of(p.dtype));
     }
@@ -135,7 +135,7 @@ class Packed {
         one.q = at_queries(p.q, n);
         one.out = at_queries(p.out, n);
         if (p.alibi) one.alibi = p.alibi + n * s.alibi;
-        // Sequences are to drop different weights.
+        // Each sequence drops different weights.
         one.seed = p.seed + (uint64_t)n * 0x9e3779b97f4a7c15u;
         if (one.lk == 0) return one;
         if (is_straight(n)) {

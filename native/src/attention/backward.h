@@ -39,7 +39,7 @@ struct BackwardScratch {
         weights = arena(BLOCK_N * BLOCK_M);
         d_scores = arena(BLOCK_N * BLOCK_M);
         pairs = arena(BLOCK_N / 2 * BLOCK_M);
-        slope = arena(p.softcap != 0 ? BLOCK_N * BLOCK_M : 0);
+        slope = arena(has_slope(p) ? BLOCK_N * BLOCK_M : 0);
         allowed = arena(p.allow.data ? BLOCK_N * BLOCK_M : 0);
         bias = arena(p.bias.data ? BLOCK_N * BLOCK_M : 0);
         keys = arena(OperandPacking<Kind>::floats(BWD_BLOCK_N, p.width));
@@ -61,7 +61,7 @@ class OrderedAccumulation {
         for (int64_t i = 0; i < p.batch * tiles; ++i) {
             const Tile t(p, visibility, {i / tiles, 0}, i % tiles);
             for (int64_t chunk = 0; chunk < chunks; ++chunk)
-                if (shows_any(p, t, chunk * BWD_BLOCK_N, (chunk + 1) * BWD_BLOCK_N))
+                if (may_see_any(p, t, chunk * BWD_BLOCK_N, (chunk + 1) * BWD_BLOCK_N))
                     ranks[i * chunks + chunk] = ++last[i];
         }
     }
@@ -70,6 +70,7 @@ class OrderedAccumulation {
     bool has(int64_t batch, int64_t tile, int64_t chunk) const { return rank(batch, tile, chunk) != NONE; }
     bool has_any(const Tile& t) const { return last[t.batch * tiles + t.index] != NONE; }
 
+    // Whether this chunk is the first to add to the tile's dQ, which it initialises; the last, which it writes out.
     bool is_first(const Tile& t, int64_t chunk) const { return rank(t.batch, t.index, chunk) == 0; }
     bool is_last(const Tile& t, int64_t chunk) const {
         return rank(t.batch, t.index, chunk) == last[t.batch * tiles + t.index];
@@ -146,7 +147,7 @@ class Recount {
    public:
     explicit Recount(const Problem& p) : p(p) {
         const int64_t rows = p.batch * p.heads * p.lq;
-        if (std::any_of(p.lse, p.lse + rows, [&](float lse) { return concerns(lse); })) found.reset(new Row[rows]);
+        if (std::any_of(p.lse, p.lse + rows, [&](float lse) { return concerns(lse); })) origins.reset(new Row[rows]);
     }
 
     template <class Kind>
@@ -160,17 +161,17 @@ class Recount {
         const ExactState state(scratch.state, t);
         OperandPacking<Kind>::pack_as_lanes(p, t, p.q, p.width, scratch.packed);
         state.clear(p, t);
-        accumulate_keys(p, t, LaidByBlock<Kind>(), Dropout(p, t), 0, t.end, scratch, state);
+        accumulate_keys(p, t, PackedPerBlock<Kind>(), Dropout(p, t), 0, t.end, scratch, state);
         for (int r = 0; r < t.count; ++r) {
             if (!concerned(r)) continue;
             const float row_max = state.row_max[r];
             if (row_max == -INF) {  // sees no key
-                found[t.index_of(p, r)] = {0, INF};
+                origins[t.index_of(p, r)] = {0, INF};
                 continue;
             }
             const Total total(p, t, r, row_max, state.row_sum[r]);
             const float beyond = total.row_max - (only_scaled(p) ? row_max * p.scale : row_max);  // of a sink logit
-            found[t.index_of(p, r)] = {row_max, std::log2(total.row_sum) + beyond * LOG2E};
+            origins[t.index_of(p, r)] = {row_max, std::log2(total.row_sum) + beyond * LOG2E};
         }
     }
 
@@ -179,19 +180,19 @@ class Recount {
     };
 
     // The origin of a row, or null if its lse suffices.
-    const Row* row(int64_t index) const { return found && concerns(p.lse[index]) ? &found[index] : nullptr; }
+    const Row* row(int64_t index) const { return origins && concerns(p.lse[index]) ? &origins[index] : nullptr; }
 
    private:
     bool concerns(float lse) const { return std::isfinite(lse) && (p.lq == 1 || std::fabs(lse) > LARGE_SCORE); }
 
     const Problem& p;
-    std::unique_ptr<Row[]> found;
+    std::unique_ptr<Row[]> origins;
 };
 
 // A chunk of keys of one head, and their gradients.
 template <class Kind>
 struct Chunk : HeadRef {
-    using Laid = Operand<const typename Kind::Element>;
+    using ConstOperand = Operand<const typename Kind::Element>;
 
     const Problem& p;
     const Gradients& g;
@@ -199,7 +200,7 @@ struct Chunk : HeadRef {
     const BackwardScratch<Kind> scratch;
     const int64_t first;
     const int size;
-    Laid keys, keys_along, values;
+    ConstOperand keys, keys_along, values;
     bool finite;
     double* d_alibi;  // of the heads of the group, or null
 
@@ -235,7 +236,7 @@ struct Chunk : HeadRef {
         OperandPacking<Kind>::pack_as_rows(p, t, p.q, p.width, scratch.query_rows);
         OperandPacking<Kind>::pack_as_rows(p, t, g.d_out, p.value_width, scratch.d_out_rows);
         std::fill(scratch.dq, scratch.dq + p.width * t.lanes(), 0.0f);
-        const Rows rows = look(t);
+        const Rows rows = prepare_rows(t);
         const Dropout dropout(p, t);
         for (int64_t at = first; at < std::min(first + size, t.end); at += BLOCK_N) {
             const Block b(p, t, at, std::min(first + size, t.end), Kind::GRAIN);
@@ -257,7 +258,7 @@ struct Chunk : HeadRef {
     }
 
    private:
-    static Laid from_row(const Laid& operand, int64_t row) {
+    static ConstOperand from_row(const ConstOperand& operand, int64_t row) {
         return {operand.data + row * operand.stride, operand.stride};
     }
 
@@ -266,13 +267,13 @@ struct Chunk : HeadRef {
         float base[BLOCK_M], shift[BLOCK_M];  // as `Origin` has them; a shift of inf: no weights
         float delta[BLOCK_M];
         bool fused[BLOCK_M / LANES];
-        bool apart[BLOCK_M];  // may hold NaN, which times the weight 0 of a masked key would be NaN: added one by one
-        bool any_apart;
+        bool nonfinite[BLOCK_M];  // may hold NaN, and NaN times the weight 0 of a masked key is NaN: added one by one
+        bool any_nonfinite;
     };
 
-    Rows look(const Tile& t) const {
+    Rows prepare_rows(const Tile& t) const {
         Rows rows;
-        rows.any_apart = false;
+        rows.any_nonfinite = false;
         std::fill(rows.fused, rows.fused + t.vecs, only_scaled(p));
         for (int r = 0; r < t.lanes(); ++r) {
             const int64_t index = t.index_of(p, r);
@@ -280,10 +281,10 @@ struct Chunk : HeadRef {
             rows.delta[r] = g.delta[index];
             // A row that sees no key has the lse of its sink, even if it holds NaN.
             const bool is_masked = p.sink_logits && lse == p.sink_logits[t.head[r]];
-            rows.apart[r] = is_masked || !std::isfinite(lse) || !std::isfinite(rows.delta[r]);
-            rows.any_apart |= rows.apart[r];
+            rows.nonfinite[r] = is_masked || !std::isfinite(lse) || !std::isfinite(rows.delta[r]);
+            rows.any_nonfinite |= rows.nonfinite[r];
             rows.base[r] = 0;
-            if (lse == -INF || ((rows.apart[r] || !finite) && has_zero_gradient(p, g, t, r))) {
+            if (lse == -INF || ((rows.nonfinite[r] || !finite) && has_zero_gradient(p, g, t, r))) {
                 rows.shift[r] = INF;
             } else if (const Recount::Row* const row = recount.row(index)) {
                 rows.base[r] = row->base;
@@ -293,7 +294,7 @@ struct Chunk : HeadRef {
                 rows.base[r] = only_scaled(p) ? 0 : lse;
                 rows.shift[r] = only_scaled(p) ? lse * LOG2E : 0;
             }
-            if (!rows.apart[r] || r >= t.count) continue;
+            if (!rows.nonfinite[r] || r >= t.count) continue;
             OperandPacking<Kind>::clear_row(scratch.query_rows, p.width, r);
             OperandPacking<Kind>::clear_row(scratch.d_out_rows, p.value_width, r);
         }
@@ -306,7 +307,7 @@ struct Chunk : HeadRef {
         const float factor = exponent_factor(p);
         multiply_rows(Kind(), t, s, p.width, from_row(keys, into), scratch.queries, scratch.weights);
         if (!only_scaled(p))
-            transform(p, t, b, s, scratch.bias, scratch.weights, p.softcap != 0 ? scratch.slope : nullptr);
+            transform(p, t, b, s, scratch.bias, scratch.weights, has_slope(p) ? scratch.slope : nullptr);
         if (b.edge) hide(p, t, b, s, scratch.allowed, -INF, scratch.weights);
         multiply_rows(Kind(), t, s, p.value_width, from_row(values, into), scratch.d_outs, scratch.d_scores);
         for (int j = s.begin; j < s.end; ++j) {
@@ -324,7 +325,7 @@ struct Chunk : HeadRef {
                     store(weights, weight);
                 }
                 store(d_scores, weight * (d_weight - load(rows.delta + n * LANES)));
-                if (!finite || rows.any_apart) {
+                if (!finite || rows.any_nonfinite) {
                     const ivec masked = from.shift == INF;
                     store(weights, masked ? vec{} : load(weights));
                     store(d_scores, masked ? vec{} : load(d_scores));
@@ -332,10 +333,10 @@ struct Chunk : HeadRef {
             }
         }
         if (b.edge) hide(p, t, b, s, scratch.allowed, 0.0f, scratch.d_scores);
-        if (b.edge && rows.any_apart) hide(p, t, b, s, scratch.allowed, 0.0f, scratch.weights);  // an lse of NaN
+        if (b.edge && rows.any_nonfinite) hide(p, t, b, s, scratch.allowed, 0.0f, scratch.weights);  // an lse of NaN
         if (g.d_bias) write_bias(t, b, s);
         if (g.d_alibi) add_alibi(t, b, s);
-        if (p.softcap != 0) {
+        if (has_slope(p)) {
             for (int j = s.begin; j < s.end; ++j) {
                 for (int n = s.first; n < s.last; ++n) {
                     float* const d_scores = scratch.d_scores + j * t.lanes() + n * LANES;
@@ -349,15 +350,15 @@ struct Chunk : HeadRef {
         const int64_t into = b.first - first;
         const float* along_keys = scratch.d_scores;
         if (OperandPacking<Kind>::PACKS) {
-            OperandPacking<Kind>::pack_keys(t, s, scratch.d_scores, scratch.pairs);
+            OperandPacking<Kind>::pack_weights(t, s, scratch.d_scores, scratch.pairs);
             along_keys = scratch.pairs;
         }
         sum_over_keys(Kind(), t, s, p.width, from_row(keys_along, into / OperandPacking<Kind>::KEYS_PER_ROW),
                       along_keys, scratch.dq);
-        if (rows.any_apart) add_apart(t, b, s, rows);
+        if (rows.any_nonfinite) add_nonfinite_rows(t, b, s, rows);
         if (OperandPacking<Kind>::PACKS) {
-            OperandPacking<Kind>::pack_rows(t, s, scratch.d_scores);
-            OperandPacking<Kind>::pack_rows(t, s, scratch.weights);
+            OperandPacking<Kind>::pack_weights_as_a(t, s, scratch.d_scores);
+            OperandPacking<Kind>::pack_weights_as_a(t, s, scratch.weights);
         }
         sum_over_rows(Kind(), t, s, p.width, scratch.d_scores, scratch.query_rows,
                       scratch.dk + into * whole_vectors(p.width));
@@ -365,15 +366,15 @@ struct Chunk : HeadRef {
                       scratch.dv + into * whole_vectors(p.value_width));
     }
 
-    // Adds the rows that are apart to the keys that they see, one by one, and makes 0 of their weights and gradients of
-    // scores.
-    void add_apart(const Tile& t, const Block& b, const Segment& s, const Rows& rows) const {
+    // Adds the nonfinite rows to the keys that they see, one by one, and sets their weights and gradients of scores to
+    // 0.
+    void add_nonfinite_rows(const Tile& t, const Block& b, const Segment& s, const Rows& rows) const {
         const auto add = [&](const View& view, int64_t width, int r, float factor, float* to) {
             const char* const row = t.row(p, view, r);
             for (int64_t d = 0; d < width; ++d) to[d] += factor * read(p.dtype, row, d);
         };
         for (int r = s.first * LANES; r < s.last * LANES; ++r) {
-            if (!rows.apart[r]) continue;
+            if (!rows.nonfinite[r]) continue;
             const bool adds = r < t.count && rows.shift[r] != INF;
             for (int j = s.begin; j < s.end; ++j) {
                 float &weight = scratch.weights[j * t.lanes() + r], &d_score = scratch.d_scores[j * t.lanes() + r];

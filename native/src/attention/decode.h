@@ -49,11 +49,11 @@ struct DecodeState {
 
 // Memory of a thread for decoding.
 struct DecodeScratch {
-    float *queries, *steps, *scores, *values, *state, *total;
+    float *queries, *q_scale, *scores, *values, *state, *total;
 
     DecodeScratch(const Problem& p, ArenaLayout& arena) {
         queries = arena(decode_rows(p) * pitch_of(p.width));
-        steps = arena(decode_rows(p));
+        q_scale = arena(decode_rows(p));
         scores = arena(decode_rows(p) * BLOCK_N);
         values = arena(BLOCK_N * p.value_width);
         state = arena(DecodeState::floats(p));
@@ -61,10 +61,10 @@ struct DecodeScratch {
     }
 };
 
-// A vector of scores: lane i stands for key first + i / ROWS and row i % ROWS. COUNT is the number of rows and ROWS the
-// next power of two; lanes without a row repeat the last one.
+// How lanes stand for (key, row) pairs in decoding: lane i is key first + i / ROWS, row i % ROWS. COUNT is the number
+// of rows and ROWS the next power of two; lanes without a row repeat the last one.
 template <int COUNT, int ROWS>
-struct Spread {
+struct DecodeLanes {
     const Problem& p;
     const Tile& t;
 
@@ -77,12 +77,12 @@ struct Spread {
         return x;
     }
 
-    float at(const Matrix& m, int r, int64_t key) const {
+    float element(const Matrix& m, int r, int64_t key) const {
         return read(m.dtype, m.data, t.batch * m.batch + t.head[r] * m.head + key * m.column);
     }
 
-    vec of(const Matrix& m, int64_t first) const {
-        return each([&](int i) { return at(m, row(i), std::min(first + i / ROWS, p.lk - 1)); });
+    vec gather(const Matrix& m, int64_t first) const {
+        return each([&](int i) { return element(m, row(i), std::min(first + i / ROWS, p.lk - 1)); });
     }
 
     struct Repeated {
@@ -90,21 +90,27 @@ struct Spread {
     };
 
     // The scale of each key.
-    vec of(const Scales& scales, int64_t first) const {
-        const float* const at = scales.data + t.batch * scales.batch + t.kv_head * scales.head + first;
-        const vec each = load_part(Dtype::f32, at, p.lk - first);
-        return shuffle(each, each, Repeated());
+    vec scales_of(const Scales& scales, int64_t first) const {
+        const float* const from = scales.data + t.batch * scales.batch + t.kv_head * scales.head + first;
+        const vec by_key = load_part(Dtype::f32, from, p.lk - first);
+        return shuffle(by_key, by_key, Repeated());
     }
+
+    // A vector of scores from key `first` on, for `transform`.
+    struct ScoreLanes {
+        const DecodeLanes& of;
+        int64_t first;
+
+        vec bias() const { return of.gather(of.p.bias, first); }
+        vec minus_alibi(vec x) const {
+            const int64_t position = of.t.position[0];
+            return x - each([&](int i) { return of.t.slope[row(i)] * (float)std::abs(position - (first + i / ROWS)); });
+        }
+    };
 
     // Never inlined: for scores that are only scaled, the loop around it stays small.
     [[gnu::noinline]] vec transform(int64_t first, vec x) const {
-        return QKV_ISA::transform(
-            p, x, [&] { return of(p.bias, first); },
-            [&](vec x) {
-                const int64_t position = t.position[0];
-                return x -
-                       each([&](int i) { return t.slope[row(i)] * (float)std::abs(position - (first + i / ROWS)); });
-            });
+        return QKV_ISA::transform(p, x, ScoreLanes{*this, first});
     }
 
     bool may_see(int64_t key) const { return QKV_ISA::may_see(p, t, 0, key); }
@@ -114,7 +120,7 @@ struct Spread {
         x = each([&](int i) { return first + i / ROWS < end && may_see(first + i / ROWS) ? 0.0f : -INF; }) == 0.0f
                 ? x
                 : set1(-INF);
-        return p.allow.data ? (of(p.allow, first) != 0.0f ? x : set1(-INF)) : x;
+        return p.allow.data ? (gather(p.allow, first) != 0.0f ? x : set1(-INF)) : x;
     }
 };
 
@@ -122,14 +128,14 @@ struct Spread {
 template <class Products, int COUNT, int ROWS>
 [[gnu::noinline]] static void add_visible_nonfinite_decode(const Problem& p, const Tile& t, const Block& b,
                                                            const DecodeScratch& scratch, const DecodeState& state) {
-    const Spread<COUNT, ROWS> spread{p, t};
+    const DecodeLanes<COUNT, ROWS> lanes{p, t};
     const int64_t pitch = pitch_of(p.value_width), bytes = p.value_width * size_of(p.dtype);
     const auto clean = [&](int j) { return (char*)scratch.values + j * bytes; };
     for (int j = 0; j < b.size; ++j) std::memcpy(clean(j), row_of(p, p.v, t, b.first + j), bytes);
     separate_nonfinite(
         p, t, b, {0, b.size, 0, t.vecs},
         [&](int j, int r) {
-            return spread.may_see(b.first + j) && (!p.allow.data || spread.at(p.allow, r, b.first + j) != 0);
+            return lanes.may_see(b.first + j) && (!p.allow.data || lanes.element(p.allow, r, b.first + j) != 0);
         },
         [&](int j, int r, int64_t d, float x) {
             state.out[r * pitch + Products::column(d)] += scratch.scores[j * ROWS + r] * x;
@@ -141,16 +147,16 @@ template <class Products, int COUNT, int ROWS>
 template <class Products, int COUNT, int ROWS>
 static void accumulate_keys_decode(const Problem& p, const Tile& t, const Dropout& dropout, int64_t begin, int64_t end,
                                    const DecodeScratch& scratch, const DecodeState& state) {
-    using Spread = QKV_ISA::Spread<COUNT, ROWS>;
+    using Lanes = DecodeLanes<COUNT, ROWS>;
     constexpr int KEYS = LANES / ROWS;  // keys of a vector
-    constexpr int AT_ONCE =
-        COUNT == 1 ? 1 : std::min(KEYS, DECODE_KEYS);  // keys read side by side: more would slow memory down
-    const Spread spread{p, t};
+    // Keys read side by side: more would slow memory down.
+    constexpr int AT_ONCE = COUNT == 1 ? 1 : std::min(KEYS, DECODE_KEYS);
+    const Lanes lanes{p, t};
     const bool is_scaled = only_scaled(p);
     const float factor = exponent_factor(p);
     const int64_t item = size_of(p.kv_dtype), key_stride = p.k.row * item;
     const bool scaled = p.k_scale.data;
-    const vec steps = Spread::each([&](int i) { return scratch.steps[Spread::row(i)]; });
+    const vec q_scale = Lanes::each([&](int i) { return scratch.q_scale[Lanes::row(i)]; });
     vec row_max = set1(-INF), sum = {};
     [[maybe_unused]] vec sums[LANES] = {};  // lanes without a row stay 0
     state.clear(p, t);
@@ -164,16 +170,16 @@ static void accumulate_keys_decode(const Problem& p, const Tile& t, const Dropou
         const char* values = row_of(p.kv_dtype, p.v, t.batch, t.kv_head, first);
         int64_t value_stride = p.v.row * item;
         vec block_max = set1(-INF);
-        typename Products::template Ahead<ROWS> ahead(p, t, first);
+        typename Products::template Prefetcher<ROWS> prefetcher(p, t, first);
         const int vecs = (b.size - from + KEYS - 1) / KEYS;
         if constexpr (Products::ON_TILES)
             Products::score(keys + from * key_stride, key_stride, b.size - from, p.width, scratch.queries,
-                            scratch.scores + from * LANES, ahead);
-        ahead.maxima(vecs);
+                            scratch.scores + from * LANES, prefetcher);
+        prefetcher.maxima(vecs);
         for (int j = from; j < b.size; j += KEYS) {
             vec x;
             if constexpr (Products::ON_TILES) {
-                x = Products::template spread<ROWS>(scratch.scores, j);
+                x = Products::template load_scores<ROWS>(scratch.scores, j);
             } else {
                 for (int i = 0; i < KEYS; i += AT_ONCE) {
                     if (j + i >= b.size) break;
@@ -188,11 +194,11 @@ static void accumulate_keys_decode(const Problem& p, const Tile& t, const Dropou
                 }
                 x = sum_each(sums);
             }
-            ahead.step();
-            if (scaled) x = x * (spread.of(p.k_scale, first + j) * steps);
+            prefetcher.step();
+            if (scaled) x = x * (lanes.scales_of(p.k_scale, first + j) * q_scale);
             x = finite_or_nan(x);
-            if (!is_scaled) x = spread.transform(first + j, x);
-            if (b.edge || j + KEYS > b.size) x = spread.hide(first + j, first + b.size, x);
+            if (!is_scaled) x = lanes.transform(first + j, x);
+            if (b.edge || j + KEYS > b.size) x = lanes.hide(first + j, first + b.size, x);
             block_max = max(x, block_max);
             store(scratch.scores + j * ROWS, x);
         }
@@ -202,17 +208,17 @@ static void accumulate_keys_decode(const Problem& p, const Tile& t, const Dropou
             sum = sum * update.rescale;
             state.scale(p, t, 0, update.rescale);
         }
-        ahead.weights(vecs);
+        prefetcher.weights(vecs);
         for (int j = from; j < b.size; j += KEYS) {
-            ahead.step();
+            prefetcher.step();
             const vec score = load(scratch.scores + j * ROWS);
             vec weight = exp2(exponents(update.origin.fused, score, factor, update.origin));
             sum = sum + weight;
-            if (p.dropout > 0) weight = weight * dropout.factors_of(first + j, ROWS, Spread::row);
+            if (p.dropout > 0) weight = weight * dropout.factors_of(first + j, ROWS, Lanes::row);
             if (scaled) {
                 // The scale of a hidden key may be NaN. A score of -inf is a hidden key unless a bias made it.
-                const ivec hidden = p.bias.data ? spread.hide(first + j, first + b.size, vec{}) != 0.0f : score == -INF;
-                weight = hidden ? weight : weight * spread.of(p.v_scale, first + j);
+                const ivec hidden = p.bias.data ? lanes.hide(first + j, first + b.size, vec{}) != 0.0f : score == -INF;
+                weight = hidden ? weight : weight * lanes.scales_of(p.v_scale, first + j);
             }
             store(scratch.scores + j * ROWS, weight);
         }
@@ -223,11 +229,11 @@ static void accumulate_keys_decode(const Problem& p, const Tile& t, const Dropou
         }
         if constexpr (Products::ON_TILES) {
             Products::template add<COUNT, ROWS>(values + from * value_stride, value_stride, b.size - from,
-                                                p.value_width, scores, state.out, ahead);
+                                                p.value_width, scores, state.out, prefetcher);
         } else {
-            const vec weight_steps = Products::template pack<ROWS>(scores, b.size - from);
+            const vec weight_scale = Products::template pack<ROWS>(scores, b.size - from);
             Products::template add<COUNT, ROWS, true>(values + from * value_stride, value_stride, b.size - from,
-                                                      p.value_width, scores, weight_steps, state.out,
+                                                      p.value_width, scores, weight_scale, state.out,
                                                       PrefetchStream{keys + BLOCK_N * key_stride, key_stride});
         }
     }

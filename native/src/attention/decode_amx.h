@@ -18,10 +18,10 @@ static inline void repeat(Work work) {
 }
 
 // Prefetches the keys and values of the next block step by step while this one is computed: few requests can be under
-// way, so memory would rest after a burst of them.
+// way, so bandwidth would drop after a burst.
 template <int ROWS>
-struct PrefetchKeys {
-    PrefetchKeys(const Problem& p, const Tile& t, int64_t first)
+struct PrefetchBlock {
+    PrefetchBlock(const Problem& p, const Tile& t, int64_t first)
         : key_stride(p.k.row * 2), value_stride(p.v.row * 2), key_bytes(p.width * 2), value_bytes(p.value_width * 2),
           keys(row_of(p, p.k, t, first) + BLOCK_N * key_stride),
           values(row_of(p, p.v, t, first) + BLOCK_N * value_stride),
@@ -60,22 +60,21 @@ struct PrefetchKeys {
 //
 // Scores are keys times queries: 16 keys and 16 rows of queries, which repeat where there are fewer.
 //
-// Of values, pairs of columns lie together, where tiles multiply pairs of keys. So they are multiplied by pairs of a
-// weight and 0, which sums the even columns, and by pairs of 0 and a weight for the odd ones; those of up to eight rows
-// share a tile. Columns of out lie likewise: sixteen even ones, then the sixteen odd ones between them.
+// A bf16 tile of values pairs neighbouring columns, but the product needs pairs of keys. So values are multiplied by
+// (weight, 0) for the even columns and by (0, weight) for the odd ones; up to eight rows share a tile. Columns of out
+// lie likewise: sixteen even ones, then the sixteen odd ones between them.
 struct OnTiles {
-    static constexpr int LEAST = AMX_DECODE_ROWS,
-                         MOST = LANES;  // one or two rows are as fast in dot products, and begin sooner
+    static constexpr int LEAST = AMX_DECODE_ROWS, MOST = LANES;  // fewer are as fast in dot products, with less set-up
     static constexpr bool ON_TILES = true;
     using Registers = TileRegisters;
     template <int ROWS>
-    using Ahead = PrefetchKeys<ROWS>;
+    using Prefetcher = PrefetchBlock<ROWS>;
 
     static constexpr int STEP = 2 * LANES, GROUP = LANES, FLOATS = LANES * LANES;  // columns, keys and floats of a tile
 
-    // Pairs of columns, (column / 2, row).
-    static void queries(const Problem& p, const Tile& t, float* to, float* steps) {
-        std::fill(steps, steps + t.count, 1.0f);
+    // Packs queries as B: (column / 2, row), two neighbouring columns a lane. bf16 needs no scale.
+    static void pack_queries(const Problem& p, const Tile& t, float* to, float* q_scale) {
+        std::fill(q_scale, q_scale + t.count, 1.0f);
         const char* rows[LANES];
         for (int r = 0; r < LANES; ++r) rows[r] = t.row(p, p.q, std::min(r % lanes_of(t.count), t.count - 1));
         rows_to_lanes(LANES, pitch_of(p.width) / 2, to, LANES, [&](int64_t r, int64_t c, int64_t) {
@@ -86,19 +85,19 @@ struct OnTiles {
     // scores[LANES * j + r] = key j times row r.
     template <int ROWS>
     static void score(const char* keys, int64_t stride, int count, int64_t width, const float* queries, float* scores,
-                      PrefetchKeys<ROWS>& ahead) {
-        ahead.scores(steps_of(count, width));
-        const auto some = [&](auto groups, int j) {
-            some_scores<groups>(keys + j * stride, stride, count - j, width, queries, scores + j * LANES, ahead);
+                      PrefetchBlock<ROWS>& prefetcher) {
+        prefetcher.scores(steps_of(count, width));
+        const auto run = [&](auto groups, int j) {
+            score_groups<groups>(keys + j * stride, stride, count - j, width, queries, scores + j * LANES, prefetcher);
         };
         int j = 0;
-        for (; j + 2 * GROUP < count; j += 3 * GROUP) some(std::integral_constant<int, 3>(), j);
-        for (; j < count; j += GROUP) some(std::integral_constant<int, 1>(), j);
+        for (; j + 2 * GROUP < count; j += 3 * GROUP) run(std::integral_constant<int, 3>(), j);
+        for (; j < count; j += GROUP) run(std::integral_constant<int, 1>(), j);
     }
 
-    // Scores from key j on, as `Spread` has them.
+    // Scores from key j on, in the lanes of `DecodeLanes`.
     template <int ROWS>
-    static vec spread(const float* scores, int j) {
+    static vec load_scores(const float* scores, int j) {
         vec x = load(scores + j * LANES);
         for (int i = 1; i < LANES / ROWS; ++i)
             x = (vec)_mm512_mask_loadu_ps((__m512)x, (__mmask16)(0xffff << i * ROWS), scores + (j + i) * LANES);
@@ -108,23 +107,24 @@ struct OnTiles {
     // Adds weights times values to rows of out.
     template <int COUNT, int ROWS>
     static void add(const char* values, int64_t stride, int count, int64_t width, const float* weights, float* out,
-                    PrefetchKeys<ROWS>& ahead) {
+                    PrefetchBlock<ROWS>& prefetcher) {
         constexpr int SPANS = ROWS > 8 ? 2 : 4;
         alignas(64) float factors[BLOCK_N / GROUP * (ROWS > 8 ? 2 : 1) * FLOATS];
-        ahead.sums(steps_of(count, width));
+        prefetcher.sums(steps_of(count, width));
         for (int64_t d = 0; d < width;) {
-            const auto some = [&](auto spans) {
-                add_some<COUNT, ROWS, decltype(spans)::value>(values + 2 * d, stride, count, width - d, d == 0, weights,
-                                                              factors, out + d, pitch_of(width), ahead);
+            const auto run = [&](auto spans) {
+                add_columns<COUNT, ROWS, decltype(spans)::value>(values + 2 * d, stride, count, width - d, d == 0,
+                                                                 weights, factors, out + d, pitch_of(width),
+                                                                 prefetcher);
                 d += spans * STEP;
             };
             const int64_t left = width - d;
             if (SPANS == 4 && left > 3 * STEP)
-                some(std::integral_constant<int, SPANS>());
+                run(std::integral_constant<int, SPANS>());
             else if (left > STEP)
-                some(std::integral_constant<int, 2>());
+                run(std::integral_constant<int, 2>());
             else
-                some(std::integral_constant<int, 1>());
+                run(std::integral_constant<int, 1>());
         }
     }
 
@@ -158,13 +158,13 @@ struct OnTiles {
     }
 
     template <int GROUPS, int ROWS>
-    static inline void some_scores(const char* keys, int64_t stride, int count, int64_t width, const float* queries,
-                                   float* scores, PrefetchKeys<ROWS>& ahead) {
+    static inline void score_groups(const char* keys, int64_t stride, int count, int64_t width, const float* queries,
+                                    float* scores, PrefetchBlock<ROWS>& prefetcher) {
         repeat<GROUPS>([](auto n) { tile_zero<n>(); });
         for (int64_t d = 0; d < width; d += STEP) {
             tile_load<7>(queries + d / 2 * LANES, 64);
             repeat<GROUPS>([&](auto n) {
-                ahead.step();
+                prefetcher.step();
                 take<3 + n>(keys + n * GROUP * stride + 2 * d, stride, count - n * GROUP, width - d);
                 tile_dot<n, 3 + n, 7>();
             });
@@ -194,25 +194,26 @@ struct OnTiles {
         }
     }
 
+    // `add` for SPANS * STEP columns. The `first` such call pairs the weights for all.
     template <int COUNT, int ROWS, int SPANS>
-    static inline void add_some(const char* values, int64_t stride, int count, int64_t left, bool first,
-                                const float* weights, float* factors, float* out, int64_t pitch,
-                                PrefetchKeys<ROWS>& ahead) {
-        constexpr bool APART = ROWS > 8;  // odd columns have tiles of their own
-        constexpr int TILES = APART ? 2 : 1, ODD = APART ? SPANS * FLOATS : FLOATS / 2;
+    static inline void add_columns(const char* values, int64_t stride, int count, int64_t left, bool first,
+                                   const float* weights, float* factors, float* out, int64_t pitch,
+                                   PrefetchBlock<ROWS>& prefetcher) {
+        constexpr bool SEPARATE = ROWS > 8;  // odd columns have tiles of their own
+        constexpr int TILES = SEPARATE ? 2 : 1, ODD = SEPARATE ? SPANS * FLOATS : FLOATS / 2;
         alignas(64) float sums[TILES * SPANS * FLOATS];
         repeat<TILES * SPANS>([](auto n) { tile_zero<n>(); });
         for (int j = 0; j < count; j += GROUP) {
-            float* const these = factors + j * TILES * LANES;
-            if (first) pair<ROWS>(weights + j * ROWS, count - j, these);
-            tile_load<4>(these, 64);
-            if (APART) tile_load<5>(these + FLOATS, 64);
+            float* const tile = factors + j * TILES * LANES;
+            if (first) pair<ROWS>(weights + j * ROWS, count - j, tile);
+            tile_load<4>(tile, 64);
+            if (SEPARATE) tile_load<5>(tile + FLOATS, 64);
             repeat<SPANS>([&](auto n) {
                 constexpr int VALUES = 6 + n % 2;
-                ahead.step();
+                prefetcher.step();
                 take<VALUES>(values + j * stride + n * 2 * STEP, stride, count - j, left - n * STEP);
                 tile_dot<n, 4, VALUES>();
-                if constexpr (APART) tile_dot<SPANS + n, 5, VALUES>();
+                if constexpr (SEPARATE) tile_dot<SPANS + n, 5, VALUES>();
             });
         }
         repeat<TILES * SPANS>([&](auto n) { tile_store<n>(sums + n * FLOATS, 64); });
@@ -224,7 +225,7 @@ struct OnTiles {
                 for (const float* sum : {even + n * FLOATS, even + n * FLOATS + ODD})
                     nonfinite += load(sum) - load(sum);
             if (any(nonfinite != 0.0f)) {
-                add_apart(values, stride, count, std::min<int64_t>(left, SPANS * STEP), weights + r, ROWS, row);
+                add_nonfinite(values, stride, count, std::min<int64_t>(left, SPANS * STEP), weights + r, ROWS, row);
                 continue;
             }
             for (int n = 0; n < SPANS; ++n) {
@@ -235,8 +236,8 @@ struct OnTiles {
     }
 
     // `add` for a row whose sums are not finite: inf or NaN times the 0 of a pair is NaN in the next column.
-    static void add_apart(const char* values, int64_t stride, int count, int64_t width, const float* weights, int rows,
-                          float* out) {
+    static void add_nonfinite(const char* values, int64_t stride, int count, int64_t width, const float* weights,
+                              int rows, float* out) {
         for (int j = 0; j < count; ++j)
             for (int64_t d = 0; d < width; d += STEP) {
                 const uvec pairs = (uvec)Halves::take(values + j * stride + 2 * d, width - d);

@@ -27,7 +27,7 @@ static constexpr int lanes_of(int count) { return count <= 2 ? count : (count <=
 // Numbers from the start of a row to that of the next, for rows of this width.
 static inline int64_t pitch_of(int64_t width) { return (width + 2 * LANES - 1) / (2 * LANES) * (2 * LANES); }
 
-// Rows that are read next. Products prefetch them line by line while they read others, so that memory never rests.
+// Rows that are read next. Products prefetch them line by line while they read others, to keep memory bandwidth busy.
 struct PrefetchStream {
     const char* rows;
     int64_t stride;
@@ -40,13 +40,15 @@ struct PrefetchStream {
 //     LEAST, MOST                    rows that they take
 //     Registers                      as those of a kind of product
 //     ON_TILES                       whether `score` takes a block of keys, not one or two, and `add` needs no `pack`
-//     queries(p, t, to, steps)       the rows of queries as `score` takes them, and the step of each row: products with
-//                                    its numbers are multiplied by that (fixed point; 1 otherwise)
+//     pack_queries(p, t, to, q_scale)
+//                                    the rows of queries as `score` takes them, and the scale of each row, which
+//                                    products with its numbers are multiplied by (fixed point; 1 otherwise)
 //     score(...)                     products of keys with all rows
-//     pack(weights, count)           weights, in place, as `add` takes them; returns the step of each lane's row
+//     pack(weights, count)           weights, in place, as `add` takes them; returns the scale of each lane's row
 //     add(...)                       adds weights times values to rows of out
 //     column(d), columns(out, d)     where column d of a row of out lies; a vector of them from d on
-//     Ahead<ROWS>                    prefetches for a block, in so many steps for each part of its work
+//     Prefetcher<ROWS>               prefetches the next block: maxima(n) and weights(n) begin a part of the work that
+//                                    calls step() n times
 //
 // They are Widened and Dots here and OnTiles in attention/decode_amx.h.
 
@@ -60,9 +62,9 @@ struct KeyByKey {
 
     // Nothing: the products prefetch.
     template <int ROWS>
-    struct Ahead {
+    struct Prefetcher {
         template <class... Any>
-        explicit Ahead(const Any&...) {}
+        explicit Prefetcher(const Any&...) {}
         void maxima(int) {}
         void weights(int) {}
         void step() {}
@@ -79,8 +81,8 @@ struct KeyByKey {
 // Both products in fp32, for keys and values of this dtype, widened in registers.
 template <Dtype DTYPE>
 struct Widened : KeyByKey {
-    static void queries(const Problem& p, const Tile& t, float* to, float* steps) {
-        std::fill(steps, steps + t.count, 1.0f);
+    static void pack_queries(const Problem& p, const Tile& t, float* to, float* q_scale) {
+        std::fill(q_scale, q_scale + t.count, 1.0f);
         for (int r = 0; r < t.count; ++r, to += pitch_of(p.width))
             for (int64_t d = 0; d < p.width; d += LANES)
                 store(to + d, load_part(p.dtype, t.row(p, p.q, r) + d * size_of(p.dtype), p.width - d));
@@ -123,37 +125,37 @@ struct Widened : KeyByKey {
         return set1(1.0f);
     }
 
-    // `APART` sums the block on its own first.
-    template <int COUNT, int ROWS, bool APART>
+    // SUM_FIRST sums the block on its own and then adds that.
+    template <int COUNT, int ROWS, bool SUM_FIRST>
     static void add(const char* values, int64_t stride, int count, int64_t width, const float* weights, vec, float* out,
                     PrefetchStream keys) {
         int64_t d = 0;
-        const auto columns = [&](auto vecs) {
+        const auto run = [&](auto vecs) {
             constexpr int VECS = decltype(vecs)::value;
             // Sums, a row of values and a weight must fit the registers.
             if constexpr (VECS == 1 || (COUNT + 1) * VECS < REGISTERS - 1)
                 for (; d + (VECS - 1) * LANES < width; d += VECS * LANES)
-                    some<COUNT, ROWS, VECS, APART>(values, stride, count, d, width, weights, out, keys);
+                    add_columns<COUNT, ROWS, VECS, SUM_FIRST>(values, stride, count, d, width, weights, out, keys);
         };
-        columns(std::integral_constant<int, 4>());
-        columns(std::integral_constant<int, 2>());
-        columns(std::integral_constant<int, 1>());
+        run(std::integral_constant<int, 4>());
+        run(std::integral_constant<int, 2>());
+        run(std::integral_constant<int, 1>());
     }
 
     static int64_t column(int64_t d) { return d; }
     static vec columns(const float* out, int64_t d) { return load(out + d); }
 
    private:
-    // `add` for VECS vectors of columns from d on.
-    template <int COUNT, int ROWS, int VECS, bool APART>
-    static inline void some(const char* values, int64_t stride, int count, int64_t d, int64_t width,
-                            const float* weights, float* out, PrefetchStream keys) {
+    // `add` for VECS vectors of columns from column d on.
+    template <int COUNT, int ROWS, int VECS, bool SUM_FIRST>
+    static inline void add_columns(const char* values, int64_t stride, int count, int64_t d, int64_t width,
+                                   const float* weights, float* out, PrefetchStream keys) {
         if (count < 1) __builtin_unreachable();  // otherwise compilers keep the sums in memory as well
         const int64_t pitch = pitch_of(width), item = size_of(DTYPE), left = width - d;
         values += d * item, out += d;
         vec acc[COUNT][VECS];
         for (int r = 0; r < COUNT; ++r)
-            for (int n = 0; n < VECS; ++n) acc[r][n] = APART ? vec{} : load(out + r * pitch + n * LANES);
+            for (int n = 0; n < VECS; ++n) acc[r][n] = SUM_FIRST ? vec{} : load(out + r * pitch + n * LANES);
         for (int j = 0; j < count; ++j, values += stride) {
             vec x[VECS];
             for (int n = 0; n < VECS; ++n) {
@@ -167,7 +169,7 @@ struct Widened : KeyByKey {
         for (int r = 0; r < COUNT; ++r) {
             for (int n = 0; n < VECS; ++n) {
                 float* const to = out + r * pitch + n * LANES;
-                store(to, APART ? load(to) + acc[r][n] : acc[r][n]);
+                store(to, SUM_FIRST ? load(to) + acc[r][n] : acc[r][n]);
             }
         }
     }
@@ -185,7 +187,7 @@ static inline vec largest(vec x) {
 // bf16 times bf16.
 struct Halves {
     static constexpr int SIZE = 2;
-    static constexpr bool IN_STEPS = false;
+    static constexpr bool FIXED_POINT = false;
 
     // A vector of pairs of numbers from `row`, of which `left` are left, and zeros.
     static __m512i take(const char* row, int64_t left) {
@@ -202,10 +204,10 @@ struct Halves {
 };
 #endif
 
-// int8 times int16 in fixed point: multiples of a step, which is a 32767th of the largest number of a row.
+// int8 times int16 in fixed point: multiples of a scale, which is a 32767th of the largest number of a row.
 struct Codes {
     static constexpr int SIZE = 1;
-    static constexpr bool IN_STEPS = true;
+    static constexpr bool FIXED_POINT = true;
     static constexpr int LARGEST = 32767;
     static constexpr int64_t MOST = LANES * (1ll << 31) / (LARGEST + 1) / 128;  // products, whose sums fit 32 bits
 
@@ -227,16 +229,16 @@ template <class Numbers>
 struct Dots : KeyByKey {
     static constexpr int STEP = 2 * LANES;
 
-    static void queries(const Problem& p, const Tile& t, float* to, float* steps) {
+    static void pack_queries(const Problem& p, const Tile& t, float* to, float* q_scale) {
         for (int r = 0; r < t.count; ++r, to += pitch_of(p.width)) {
             std::fill(to, to + pitch_of(p.width) / 2, 0.0f);
             const char* const row = t.row(p, p.q, r);
             const auto numbers = [&](int64_t d) { return load_part(p.dtype, row + 2 * d, p.width - d); };
-            vec divisor = set1(1.0f);
-            if (Numbers::IN_STEPS) divisor = step_of<1>(p.width, numbers);
-            steps[r] = divisor[0];
+            vec scale = set1(1.0f);
+            if (Numbers::FIXED_POINT) scale = fixed_point_scale<1>(p.width, numbers);
+            q_scale[r] = scale[0];
             for (int64_t d = 0; d < p.width; d += LANES)
-                _mm256_storeu_si256((__m256i*)(to + d / 2), Numbers::factors(numbers(d) / divisor));
+                _mm256_storeu_si256((__m256i*)(to + d / 2), Numbers::factors(numbers(d) / scale));
         }
     }
 
@@ -266,9 +268,10 @@ struct Dots : KeyByKey {
     // Weights of neighbouring keys become pairs: (key / 2, row).
     template <int ROWS>
     static vec pack(float* weights, int count) {
-        vec step = set1(1.0f);
-        if (Numbers::IN_STEPS) step = step_of<ROWS>(count * ROWS, [&](int64_t i) { return load(weights + i); });
-        const vec inverse = 1.0f / step;
+        vec scale = set1(1.0f);
+        if (Numbers::FIXED_POINT)
+            scale = fixed_point_scale<ROWS>(count * ROWS, [&](int64_t i) { return load(weights + i); });
+        const vec inverse = 1.0f / scale;
         alignas(32) uint16_t from[LANES];
         for (int i = 0; i < LANES; ++i) from[i] = (uint16_t)((i / 2 / ROWS * 2 + i % 2) * ROWS + i / 2 % ROWS);
         const __m256i order = _mm256_load_si256((const __m256i*)from);
@@ -276,17 +279,18 @@ struct Dots : KeyByKey {
             const __m256i factors = Numbers::factors(load(weights + i) * inverse);
             _mm256_storeu_si256((__m256i*)(weights + i / 2), _mm256_permutexvar_epi16(order, factors));
         }
-        return step;
+        return scale;
     }
 
     template <int COUNT, int ROWS, bool>
-    static void add(const char* values, int64_t stride, int count, int64_t width, const float* weights, vec steps,
-                    float* out, PrefetchStream keys) {
+    static void add(const char* values, int64_t stride, int count, int64_t width, const float* weights,
+                    vec weight_scale, float* out, PrefetchStream keys) {
         constexpr int SPANS = dot_spans(COUNT);
         int64_t d = 0;
         for (; d + SPANS * STEP <= width; d += SPANS * STEP)
-            some<COUNT, ROWS, SPANS>(values, stride, count, d, width, weights, steps, out, keys);
-        for (; d < width; d += STEP) some<COUNT, ROWS, 1>(values, stride, count, d, width, weights, steps, out, keys);
+            add_columns<COUNT, ROWS, SPANS>(values, stride, count, d, width, weights, weight_scale, out, keys);
+        for (; d < width; d += STEP)
+            add_columns<COUNT, ROWS, 1>(values, stride, count, d, width, weights, weight_scale, out, keys);
     }
 
     static int64_t column(int64_t d) { return d / STEP * STEP + d % STEP / 8 * 4 + d % 4 + (d & 4 ? LANES : 0); }
@@ -303,11 +307,11 @@ struct Dots : KeyByKey {
         static constexpr int at(int i) { return (FROM + i) / 8 * 4 + i % 4 + (i & 4 ? LANES : 0); }
     };
 
-    // The step of each row: its largest number is 32767 of them. No smaller than has an inverse. inf if a number is
-    // NaN, so that all are 0 in such steps, and products NaN. `vectors(i)` gives numbers i to i + LANES - 1; those of
-    // ROWS rows alternate.
+    // The scale of each row: its largest number is 32767 times that. At least FLT_MIN, so that it has an inverse. inf
+    // if any number is NaN: all quantised numbers are then 0, and the products 0 * inf = NaN. `vectors(i)` gives
+    // numbers i to i + LANES - 1; those of ROWS rows alternate.
     template <int ROWS, class Vectors>
-    static vec step_of(int64_t count, Vectors vectors) {
+    static vec fixed_point_scale(int64_t count, Vectors vectors) {
         vec most = {};
         for (int64_t i = 0; i < count; i += LANES) {
             const vec x = vectors(i), size = max(x, -x);
@@ -323,15 +327,15 @@ struct Dots : KeyByKey {
         pairs[1] = _mm512_unpackhi_epi16(low, high);
     }
 
-    // `add` for SPANS steps of columns from d on.
+    // `add` for SPANS * STEP columns from column d on.
     template <int COUNT, int ROWS, int SPANS>
-    static inline void some(const char* values, int64_t stride, int count, int64_t d, int64_t width,
-                            const float* weights, vec steps, float* out, PrefetchStream keys) {
+    static inline void add_columns(const char* values, int64_t stride, int count, int64_t d, int64_t width,
+                                   const float* weights, vec weight_scale, float* out, PrefetchStream keys) {
         if (count < 1) __builtin_unreachable();
         const int64_t pitch = pitch_of(width), left = width - d;
         values += Numbers::SIZE * d, out += d;
         vec acc[COUNT][2 * SPANS] = {};
-        if (!Numbers::IN_STEPS)
+        if (!Numbers::FIXED_POINT)
             for (int r = 0; r < COUNT; ++r)
                 for (int n = 0; n < 2 * SPANS; ++n) acc[r][n] = load(out + r * pitch + n * LANES);
         for (int j = 0; j < count; j += 2, values += 2 * stride) {
@@ -349,7 +353,7 @@ struct Dots : KeyByKey {
         for (int r = 0; r < COUNT; ++r)
             for (int n = 0; n < 2 * SPANS; ++n) {
                 float* const to = out + r * pitch + n * LANES;
-                store(to, Numbers::IN_STEPS ? load(to) + steps[r] * Numbers::total(acc[r][n]) : acc[r][n]);
+                store(to, Numbers::FIXED_POINT ? load(to) + weight_scale[r] * Numbers::total(acc[r][n]) : acc[r][n]);
             }
     }
 };

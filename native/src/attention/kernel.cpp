@@ -9,15 +9,18 @@
 namespace qkv {
 namespace QKV_ISA {
 
-// A strategy, the template parameter of `run`, is how a tile goes past its keys:
+// A strategy, the template parameter of `run`, is how a tile of query rows is computed:
 //
-//     Scratch            memory of a thread for it, made from a Problem and an ArenaLayout
-//     State              the running softmax of a tile (softmax/online.h)
-//     Prepared           keys and values of some heads, packed once for all tiles
-//     Registers          what a thread constructs while it multiplies
-//     prepare(p, t, scratch)                   packs the queries of a tile into scratch
-//     accumulate_keys(p, t, prepared, dropout, begin, end, scratch, state)    makes `state` that of the keys [begin,
-//     end) finish(p, t, state)                      writes output and lse
+// clang-format off
+//     Scratch                        per-thread memory, laid out from a Problem and an ArenaLayout
+//     State                          the running softmax of a tile (softmax/online.h)
+//     PackedHeads                    keys and values of some heads, packed once for all tiles
+//     Registers                      per-thread register state, constructed before and destroyed after the products
+//     pack_queries(p, t, scratch)    packs the queries of a tile into scratch
+//     accumulate_keys(p, t, packed, dropout, begin, end, scratch, state)
+//                                    resets `state` and accumulates keys [begin, end) into it
+//     finish(p, t, state)            writes output and lse
+// clang-format on
 //
 // They are Prefill, also for short queries, and Decode.
 
@@ -26,17 +29,17 @@ template <class Kind, class AnyState>
 struct Prefill {
     using Scratch = ForwardScratch<Kind, AnyState>;
     using State = AnyState;
-    using Prepared = QKV_ISA::Prepared<Kind>;
+    using PackedHeads = PackedPerHead<Kind>;
     using Registers = typename Kind::Registers;
 
-    static void prepare(const Problem& p, const Tile& t, const Scratch& scratch) {
+    static void pack_queries(const Problem& p, const Tile& t, const Scratch& scratch) {
         OperandPacking<Kind>::pack_as_lanes(p, t, p.q, p.width, scratch.packed);
     }
 
-    static void accumulate_keys(const Problem& p, const Tile& t, const Prepared& prepared, const Dropout& dropout,
+    static void accumulate_keys(const Problem& p, const Tile& t, const PackedHeads& packed, const Dropout& dropout,
                                 int64_t begin, int64_t end, const Scratch& scratch, const State& state) {
         state.clear(p, t);
-        QKV_ISA::accumulate_keys(p, t, prepared, dropout, begin, end, scratch, state);
+        QKV_ISA::accumulate_keys(p, t, packed, dropout, begin, end, scratch, state);
     }
 
     static void finish(const Problem& p, const Tile& t, const State& state) { QKV_ISA::finish(p, t, state); }
@@ -50,16 +53,16 @@ struct Decode {
     using Registers = typename Products::Registers;
 
     // Nothing: every key and value is read once.
-    struct Prepared {
-        Prepared(const Problem&, const KeyVisibility&, const HeadRange&) {}
+    struct PackedHeads {
+        PackedHeads(const Problem&, const KeyVisibility&, const HeadRange&) {}
     };
 
-    static void prepare(const Problem& p, const Tile& t, const Scratch& scratch) {
-        Products::queries(p, t, scratch.queries, scratch.steps);
+    static void pack_queries(const Problem& p, const Tile& t, const Scratch& scratch) {
+        Products::pack_queries(p, t, scratch.queries, scratch.q_scale);
     }
 
-    static void accumulate_keys(const Problem& p, const Tile& t, const Prepared&, const Dropout& dropout, int64_t begin,
-                                int64_t end, const Scratch& scratch, const State& state) {
+    static void accumulate_keys(const Problem& p, const Tile& t, const PackedHeads&, const Dropout& dropout,
+                                int64_t begin, int64_t end, const Scratch& scratch, const State& state) {
         accumulate_keys_decode<Products, COUNT, lanes_of(COUNT)>(p, t, dropout, begin, end, scratch, state);
     }
 
@@ -70,7 +73,7 @@ template <class Strategy>
 static void run(const Problem& p) {
     using Scratch = typename Strategy::Scratch;
     using State = typename Strategy::State;
-    using Prepared = typename Strategy::Prepared;
+    using PackedHeads = typename Strategy::PackedHeads;
     const int64_t tiles = tiles_of_head(p), heads = p.batch * p.kv_heads;
     const int64_t splits = (p.lk + KV_SPLIT - 1) / KV_SPLIT, floats = State::floats(p);
     const KeyVisibility visibility(p);
@@ -78,54 +81,54 @@ static void run(const Problem& p) {
     // under a causal mask they see the most.
     const auto tile_of = [&](int64_t head, int64_t i) { return Tile(p, visibility, head_at(p, head), tiles - 1 - i); };
     const auto is_seen = [&](const Tile& t, int64_t split) {
-        return shows_any(p, t, split * KV_SPLIT, (split + 1) * KV_SPLIT);
+        return may_see_any(p, t, split * KV_SPLIT, (split + 1) * KV_SPLIT);
     };
-    const auto accumulate_keys = [&](const Prepared& prepared, const Tile& t, int64_t split, const Scratch& scratch,
+    const auto accumulate_keys = [&](const PackedHeads& packed, const Tile& t, int64_t split, const Scratch& scratch,
                                      const State& state) {
         [[maybe_unused]] const typename Strategy::Registers registers;
         const int64_t begin = split * KV_SPLIT, end = std::min(t.end, begin + KV_SPLIT);
         const Dropout dropout(p, t);
-        if (!p.pages.table) return Strategy::accumulate_keys(p, t, prepared, dropout, begin, end, scratch, state);
-        Strategy::accumulate_keys(contiguous(p, t, begin, QKV_ISA::thread_scratch<PageScratch>(p)), t, prepared,
-                                  dropout, begin, end, scratch, state);
+        if (!p.pages.table) return Strategy::accumulate_keys(p, t, packed, dropout, begin, end, scratch, state);
+        Strategy::accumulate_keys(contiguous(p, t, begin, QKV_ISA::thread_scratch<PageScratch>(p)), t, packed, dropout,
+                                  begin, end, scratch, state);
     };
-    const auto attend = [&](const Prepared& prepared, const Tile& t) {
+    const auto attend = [&](const PackedHeads& packed, const Tile& t) {
         const Scratch scratch = QKV_ISA::thread_scratch<Scratch>(p);
-        Strategy::prepare(p, t, scratch);
+        Strategy::pack_queries(p, t, scratch);
         const State total(scratch.total, t), state(scratch.state, t);
         bool any = false;
         for (int64_t split = 0; split < splits; ++split) {
             if (!is_seen(t, split)) continue;
-            accumulate_keys(prepared, t, split, scratch, any ? state : total);
+            accumulate_keys(packed, t, split, scratch, any ? state : total);
             if (any) merge(p, t, total, state);  // the same bits as merging the first split with none
             any = true;
         }
         if (!any) total.clear(p, t);
         Strategy::finish(p, t, total);
     };
-    // With many heads a thread prepares and keeps its own; all threads share the heads left over.
+    // With many heads a thread packs and keeps its own; all threads share the heads left over.
     const int64_t own = heads >= OWN_HEADS * p.threads ? heads - heads % p.threads : 0, left = heads - own;
     parallel_for(own, p.threads, [&](int64_t head) {
-        const Prepared prepared(p, visibility, {head, 1, 1});
-        for (int64_t i = 0; i < tiles; ++i) attend(prepared, tile_of(head, i));
+        const PackedHeads packed(p, visibility, {head, 1, 1});
+        for (int64_t i = 0; i < tiles; ++i) attend(packed, tile_of(head, i));
     });
     if (left == 0) return;
-    const Prepared prepared(p, visibility, {own, left, p.threads});
+    const PackedHeads packed(p, visibility, {own, left, p.threads});
     const auto tile_left = [&](int64_t item) { return tile_of(own + item / tiles, item % tiles); };
     if (own > 0 || left * tiles >= SPLIT_TILES * p.threads || splits <= 1) {
-        parallel_for(left * tiles, p.threads, [&](int64_t item) { attend(prepared, tile_left(item)); });
+        parallel_for(left * tiles, p.threads, [&](int64_t item) { attend(packed, tile_left(item)); });
         return;
     }
     // Few tiles: different threads take their splits, which are merged in the same order.
     const std::unique_ptr<float[]> states(new float[left * tiles * splits * floats]);
-    const auto accumulate_apart = [&](int64_t item) {
+    const auto accumulate_split = [&](int64_t item) {
         const Tile t = tile_left(item / splits);
         if (!is_seen(t, item % splits)) return;
         const Scratch scratch = QKV_ISA::thread_scratch<Scratch>(p);
-        Strategy::prepare(p, t, scratch);
-        accumulate_keys(prepared, t, item % splits, scratch, State(&states[item * floats], t));
+        Strategy::pack_queries(p, t, scratch);
+        accumulate_keys(packed, t, item % splits, scratch, State(&states[item * floats], t));
     };
-    parallel_for(left * tiles * splits, p.threads, accumulate_apart, Sharing::runs);
+    parallel_for(left * tiles * splits, p.threads, accumulate_split, Sharing::runs);
     parallel_for(left * tiles, p.threads, [&](int64_t item) {
         const Tile t = tile_left(item);
         const Scratch scratch = QKV_ISA::thread_scratch<Scratch>(p);
@@ -217,18 +220,18 @@ void quantize(const Quantization& q) {
         for (int64_t row = 0; row < q.rows; ++row) {
             const char* const from = row_of(q.dtype, q.from, batch, head, row);
             int8_t* const to = (int8_t*)row_of(Dtype::i8, q.to, batch, head, row);
-            vec row_max = {};
+            vec abs_max = {};
             for_columns(q.width, [&](int64_t d, int64_t count) {
                 const vec x = load_part(q.dtype, from + d * item, count), size = x < 0.0f ? -x : x;
-                row_max = size > row_max ? size : (size == size ? row_max : size);  // NaN stays
+                abs_max = size > abs_max ? size : (size == size ? abs_max : size);  // NaN stays
             });
             float scale = 0;
-            for (int i = 0; i < LANES; ++i) scale = row_max[i] > scale || row_max[i] != row_max[i] ? row_max[i] : scale;
+            for (int i = 0; i < LANES; ++i) scale = abs_max[i] > scale || abs_max[i] != abs_max[i] ? abs_max[i] : scale;
             scale /= 127.0f;
             q.scale.data[batch * q.scale.batch + head * q.scale.head + row] = scale;
-            const float step = std::max(scale, std::numeric_limits<float>::min());
+            const float divisor = std::max(scale, std::numeric_limits<float>::min());
             for_columns(q.width, [&](int64_t d, int64_t count) {
-                const vec x = load_part(q.dtype, from + d * item, count) / step + ROUNDING - ROUNDING;
+                const vec x = load_part(q.dtype, from + d * item, count) / divisor + ROUNDING - ROUNDING;
                 for (int64_t i = 0; i < count; ++i) to[d + i] = x[i] == x[i] ? (int8_t)x[i] : 0;
             });
         }

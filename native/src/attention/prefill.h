@@ -85,18 +85,18 @@ template <int COUNT>
 static inline void find_block_max(const Tile& t, const Segment& s, int n, const float* scores, vec* block_max) {
     constexpr int KEYS = SUMS_AT_ONCE / COUNT;  // a single maximum would wait for itself
     const int64_t lanes = t.lanes();
-    vec found[KEYS][COUNT];
-    const auto look = [&](int64_t j, int k) {
-        for (int i = 0; i < COUNT; ++i) found[k][i] = max(load(scores + j * lanes + (n + i) * LANES), found[k][i]);
+    vec maxima[KEYS][COUNT];
+    const auto update = [&](int64_t j, int k) {
+        for (int i = 0; i < COUNT; ++i) maxima[k][i] = max(load(scores + j * lanes + (n + i) * LANES), maxima[k][i]);
     };
     for (int k = 0; k < KEYS; ++k)
-        for (int i = 0; i < COUNT; ++i) found[k][i] = block_max[i];
+        for (int i = 0; i < COUNT; ++i) maxima[k][i] = block_max[i];
     int64_t j = s.begin;
     for (; j + KEYS <= s.end; j += KEYS)
-        for (int k = 0; k < KEYS; ++k) look(j + k, k);
-    for (; j < s.end; ++j) look(j, 0);
+        for (int k = 0; k < KEYS; ++k) update(j + k, k);
+    for (; j < s.end; ++j) update(j, 0);
     for (int k = 0; k < KEYS; ++k)
-        for (int i = 0; i < COUNT; ++i) block_max[i] = max(found[k][i], block_max[i]);
+        for (int i = 0; i < COUNT; ++i) block_max[i] = max(maxima[k][i], block_max[i]);
 }
 
 // Scores become weights, which are added to `sum`; PAIRS stores them packed, two keys side by side.
@@ -107,28 +107,28 @@ static inline void exp_and_sum(const Problem& p, const Tile& t, const Segment& s
     const float factor = exponent_factor(p);
     const int64_t lanes = t.lanes();
     Origin from[COUNT];
-    vec found[COUNT];
+    vec sums[COUNT];
     for (int i = 0; i < COUNT; ++i) {
         from[i] = origins[i];
-        found[i] = sum[i];
+        sums[i] = sum[i];
     }
-    const auto next = [&](const float* at, int i) {
+    const auto add_weight = [&](const float* at, int i) {
         const vec weight = exp2(exponents(FUSED, load(at), factor, from[i]));
-        found[i] = found[i] + weight;
+        sums[i] = sums[i] + weight;
         return weight;
     };
     for (int64_t j = s.begin, end = s.end; j < end; j += STEP) {
         if (COUNT == VECS_AT_ONCE && (j - s.begin) % AMX_IDLE_KEYS == 0) Kind::keep_amx_warm();
         for (int i = 0; i < COUNT; ++i) {
             float* const at = scores + j * lanes + (n + i) * LANES;
-            const vec weight = next(at, i);
+            const vec weight = add_weight(at, i);
             if constexpr (PAIRS)
-                store(at - (j - j / 2) * lanes, Kind::of(weight, j + 1 < end ? next(at + lanes, i) : vec{}));
+                store(at - (j - j / 2) * lanes, Kind::of(weight, j + 1 < end ? add_weight(at + lanes, i) : vec{}));
             else
                 store(at, weight);
         }
     }
-    for (int i = 0; i < COUNT; ++i) sum[i] = found[i];
+    for (int i = 0; i < COUNT; ++i) sum[i] = sums[i];
 }
 
 static void drop(const Tile& t, const Block& b, const Segment& s, const Dropout& dropout, float* weights) {
@@ -141,16 +141,17 @@ static void drop(const Tile& t, const Block& b, const Segment& s, const Dropout&
 }
 
 // Adds the keys [begin, end) to the state of a tile.
-template <class Kind, class Laid, class AnyState>
-static void accumulate_keys(const Problem& p, const Tile& t, const Laid& laid, const Dropout& dropout, int64_t begin,
-                            int64_t end, const ForwardScratch<Kind, AnyState>& scratch, const AnyState& state) {
+template <class Kind, class Operands, class AnyState>
+static void accumulate_keys(const Problem& p, const Tile& t, const Operands& operands, const Dropout& dropout,
+                            int64_t begin, int64_t end, const ForwardScratch<Kind, AnyState>& scratch,
+                            const AnyState& state) {
     using F = OperandPacking<Kind>;
     const bool scaled = only_scaled(p);
     float* const scores = scratch.scores;
     for (int64_t first = begin; first < end; first += BLOCK_N) {
         const Block b(p, t, first, end, Kind::GRAIN);
         if (b.count == 0) continue;
-        const auto keys = laid.keys(p, t, first, b.size, scratch.keys);
+        const auto keys = operands.keys(p, t, first, b.size, scratch.keys);
         if (p.bias.data) gather(t, p.bias, first, b.size, scratch.bias);
         if (p.allow.data) gather(t, p.allow, first, b.size, scratch.allowed);
 
@@ -169,8 +170,8 @@ static void accumulate_keys(const Problem& p, const Tile& t, const Laid& laid, c
         }
 
         const bool nonfinite =
-            (b.edge || b.size % F::KEYS_PER_ROW != 0) && !laid.are_finite(p, t, first, b.size);  // values
-        const bool apart = !F::PACKS || nonfinite || p.dropout > 0;  // weights are needed before they are paired
+            (b.edge || b.size % F::KEYS_PER_ROW != 0) && !operands.are_finite(p, t, first, b.size);  // values
+        const bool pack_later = !F::PACKS || nonfinite || p.dropout > 0;  // weights are first needed in fp32
         update_row_max(p, t, block_max, state, origins);
         for (int n = 0; n < t.vecs; ++n) sum[n] = load(state.row_sum + n * LANES);
         for (int i = 0; i < b.count; ++i) {
@@ -179,35 +180,35 @@ static void accumulate_keys(const Problem& p, const Tile& t, const Laid& laid, c
                 constexpr int COUNT = decltype(count)::value;
                 const bool fused =
                     std::all_of(origins + n, origins + n + COUNT, [](const Origin& o) { return o.fused; });
-                const auto some = [&](auto pairs, auto at_once) {
-                    exp_and_sum<Kind, COUNT, pairs, at_once>(p, t, s, n, origins + n, scores, sum + n);
+                const auto run = [&](auto pairs, auto is_fused) {
+                    exp_and_sum<Kind, COUNT, pairs, is_fused>(p, t, s, n, origins + n, scores, sum + n);
                 };
                 using Pairs = std::bool_constant<F::PACKS>;
                 if (fused)
-                    apart ? some(std::false_type(), std::true_type()) : some(Pairs(), std::true_type());
+                    pack_later ? run(std::false_type(), std::true_type()) : run(Pairs(), std::true_type());
                 else
-                    apart ? some(std::false_type(), std::false_type()) : some(Pairs(), std::false_type());
+                    pack_later ? run(std::false_type(), std::false_type()) : run(Pairs(), std::false_type());
             });
             if (p.dropout > 0) drop(t, b, s, dropout, scores);
         }
         for (int n = 0; n < t.vecs; ++n) store(state.row_sum + n * LANES, sum[n]);
 
-        auto values = laid.values(p, t, first, b.size, scratch.values);
+        auto values = operands.values(p, t, first, b.size, scratch.values);
         if (nonfinite) values = add_visible_nonfinite(p, t, b, values, scratch, state);
         // The error of a long sum grows with its length, so each block is summed by itself. A block of several segments
         // is summed in scratch first, for the bits must not depend on how it is cut.
-        const bool by_blocks = !F::PACKS, aside = by_blocks && b.count > 1;
-        float* const sums = aside ? scratch.sums : state.out;
+        const bool by_blocks = !F::PACKS, in_scratch = by_blocks && b.count > 1;
+        float* const sums = in_scratch ? scratch.sums : state.out;
         const int64_t numbers = AnyState::numbers(p, t);
-        if (aside) std::fill(sums, sums + numbers, 0.0f);
+        if (in_scratch) std::fill(sums, sums + numbers, 0.0f);
         for (int i = 0; i < b.count; ++i) {
-            if (apart)
-                F::pack_keys(t, b.parts[i], scores, scores);
+            if (pack_later)
+                F::pack_weights(t, b.parts[i], scores, scores);
             else
-                F::pad_keys(t, b.parts[i], scores);
-            sum_over_keys(Kind(), t, b.parts[i], p.value_width, values, scores, sums, by_blocks && !aside);
+                F::pad_weights(t, b.parts[i], scores);
+            sum_over_keys(Kind(), t, b.parts[i], p.value_width, values, scores, sums, by_blocks && !in_scratch);
         }
-        if (aside)
+        if (in_scratch)
             for (int64_t n = 0; n < numbers; n += LANES) store(state.out + n, load(state.out + n) + load(sums + n));
     }
 }

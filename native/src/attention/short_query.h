@@ -183,18 +183,18 @@ static inline void multiply_rows(ShortQuery<Kind, DTYPE>, const Tile& t, const S
 template <class Kind, Dtype DTYPE>
 static inline void sum_over_keys(ShortQuery<Kind, DTYPE>, const Tile& t, const Segment& s, int64_t width,
                                  const Operand<const typename ShortQuery<Kind, DTYPE>::Element>& values,
-                                 const float* weights, float* to, bool apart) {
+                                 const float* weights, float* to, bool sum_first) {
     with_count<1, LANES>(t.count, [&](auto rows) {
         using Products = typename ShortQuery<Kind, DTYPE>::Products;
         const char* const from = (const char*)(values.data + s.begin * values.stride);
         const float* const factors = weights + OperandPacking<Kind>::steps(s.begin) * LANES;
         const int64_t step = values.stride * (int64_t)sizeof *values.data;
-        const auto add = [&](auto is_apart) {
-            Products::template add<decltype(rows)::value, LANES, decltype(is_apart)::value>(
+        const auto add = [&](auto first) {
+            Products::template add<decltype(rows)::value, LANES, decltype(first)::value>(
                 from, step, s.end - s.begin, width, factors, vec{}, to,
                 PrefetchStream{from + SHORT_PREFETCH_VALUES * step, step});
         };
-        apart ? add(std::true_type()) : add(std::false_type());
+        sum_first ? add(std::true_type()) : add(std::false_type());
     });
 }
 

@@ -8,19 +8,19 @@
 namespace qkv {
 namespace QKV_ISA {
 
-// Whether padding and documents show any key of the block that holds `key` to any row of the tile.
-static inline bool shows(const Tile& t, int64_t key) {
+// Whether padding and documents show any key of the block that holds `key` to any row (the interval may not).
+static inline bool may_see_block(const Tile& t, int64_t key) {
     if (!t.keys.parts) return true;
     const KeyVisibility::BlockSummary& part = t.keys.parts[key / BLOCK_N];
-    if (t.keys.keep && !part.some) return false;
+    if (t.keys.keep && !part.any) return false;
     if (!t.keys.documents) return true;
     for (int r = 0; r < t.count; ++r)
         if (t.document[r] >= part.low && t.document[r] <= part.high) return true;
     return false;
 }
 
-// Whether they hide no key of it from any row but by the interval of the row.
-static inline bool is_open(const Tile& t, int64_t key) {
+// Whether padding and documents hide no key of the block from any row (the interval may).
+static inline bool is_unmasked(const Tile& t, int64_t key) {
     if (!t.keys.parts) return true;
     const KeyVisibility::BlockSummary& part = t.keys.parts[key / BLOCK_N];
     if (t.keys.keep && !part.all) return false;
@@ -31,10 +31,10 @@ static inline bool is_open(const Tile& t, int64_t key) {
 }
 
 // Whether any row of the tile may see any of the keys [begin, end). `begin` lies at the start of a block.
-static inline bool shows_any(const Problem& p, const Tile& t, int64_t begin, int64_t end) {
+static inline bool may_see_any(const Problem& p, const Tile& t, int64_t begin, int64_t end) {
     end = std::min(end, t.end);
     for (int64_t key = begin; key < end; key += BLOCK_N)
-        if ((key + BLOCK_N > t.begin || key < p.sink_tokens) && shows(t, key)) return true;
+        if ((key + BLOCK_N > t.begin || key < p.sink_tokens) && may_see_block(t, key)) return true;
     return false;
 }
 
@@ -60,10 +60,10 @@ struct Block {
     // The keys [first, min(first + BLOCK_N, end)).
     Block(const Problem& p, const Tile& t, int64_t first, int64_t end, Grain grain)
         : first(first), size((int)std::min<int64_t>(BLOCK_N, end - first)), count(0) {
-        if ((first + BLOCK_N <= t.begin && first >= p.sink_tokens) || !shows(t, first)) return;
+        if ((first + BLOCK_N <= t.begin && first >= p.sink_tokens) || !may_see_block(t, first)) return;
         const bool interval =
             first + size - 1 > t.last_key[0] || (first + size > p.sink_tokens && first < t.first_key[t.count - 1]);
-        ragged = p.allow.data || !is_open(t, first);
+        ragged = p.allow.data || !is_unmasked(t, first);
         edge = interval || ragged;
         if (!interval) {
             parts[count++] = {0, size, 0, t.vecs};
@@ -111,7 +111,7 @@ static void gather(const Tile& t, const Matrix& matrix, int64_t first, int size,
     });
 }
 
-// Whether all but a dense mask shows a key to row r.
+// Whether row r may see a key, dense mask aside.
 static inline bool may_see(const Problem& p, const Tile& t, int r, int64_t key) {
     return key <= t.last_key[r] && (key >= t.first_key[r] || key < p.sink_tokens) &&
            (!t.keys.keep || t.keys.keep[key]) && (!t.keys.documents || t.keys.documents[key] == t.document[r]);

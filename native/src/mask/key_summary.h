@@ -16,7 +16,7 @@ class KeyVisibility {
    public:
     struct BlockSummary {
         int64_t low = std::numeric_limits<int64_t>::max(), high = std::numeric_limits<int64_t>::min();
-        bool some = false, all = true;
+        bool any = false, all = true;  // whether any key is kept, and whether all are
     };
 
     // Of the keys of one batch.
@@ -91,7 +91,7 @@ class KeyVisibility {
                 part.high = std::max(part.high, keys.documents[key]);
             }
             if (keys.keep) {
-                part.some |= keys.keep[key] != 0;
+                part.any |= keys.keep[key] != 0;
                 part.all &= keys.keep[key] != 0;
             }
         }

@@ -83,7 +83,7 @@ static void product_of_tiles(int64_t m, int64_t n, int64_t steps, const Tiles& a
     for (int64_t j = 0; j < n; j += 2) {
         const char *left = a.data, *const right = b.data + j * b.tile;
         char* out = c.data + j * 64;
-        const auto some = [&](auto height) {
+        const auto run = [&](auto height) {
             constexpr int M = decltype(height)::value;
             if (j + 2 <= n)
                 tile_product<ADD, M, 2>(steps, left, a, right, b, out, c);
@@ -92,8 +92,8 @@ static void product_of_tiles(int64_t m, int64_t n, int64_t steps, const Tiles& a
             left += M * a.tile;
             out += M * c.tile;
         };
-        for (int64_t i = 0; i + 2 <= m; i += 2) some(Two());
-        if (m % 2) some(One());
+        for (int64_t i = 0; i + 2 <= m; i += 2) run(Two());
+        if (m % 2) run(One());
     }
 }
 
@@ -152,18 +152,18 @@ struct OperandPacking<Amx> {
     }
 
     // Pairs of the weights of two keys, and zeros for the rest of the last AMX_K keys.
-    static void pack_keys(const Tile& t, const Segment& s, const float* weights, float* to) {
-        OperandPacking<Bf16Dot>::pack_keys(t, s, weights, to);
-        pad_keys(t, s, to);
+    static void pack_weights(const Tile& t, const Segment& s, const float* weights, float* to) {
+        OperandPacking<Bf16Dot>::pack_weights(t, s, weights, to);
+        pad_weights(t, s, to);
     }
 
-    static void pad_keys(const Tile& t, const Segment& s, float* pairs) {
+    static void pad_weights(const Tile& t, const Segment& s, float* pairs) {
         for (int64_t j = (s.end + 1) / 2; j < k_blocks_of(s.end) * TILE; ++j)
             for (int n = s.first; n < s.last; ++n) store(pairs + j * t.lanes() + n * LANES, vec{});
     }
 
-    static void pack_rows(const Tile& t, const Segment& s, float* weights) {
-        OperandPacking<Bf16Dot>::pack_rows(t, s, weights);
+    static void pack_weights_as_a(const Tile& t, const Segment& s, float* weights) {
+        OperandPacking<Bf16Dot>::pack_weights_as_a(t, s, weights);
         const int odd = s.last % 2;
         float* row = weights + s.begin * t.lanes() + s.first * LANES / 2;
         for (int j = s.begin; odd && j < s.end; ++j) {
@@ -191,9 +191,9 @@ struct OperandPacking<Amx> {
         const __m512i exponent = _mm512_set1_epi16(0x7f80);
         __mmask32 nonfinite = 0;
         for (int64_t d = 0; d < width; d += AMX_K) {
-            const __mmask32 some = width - d >= AMX_K ? ~0u : (1u << (width - d)) - 1;
+            const __mmask32 columns = width - d >= AMX_K ? ~0u : (1u << (width - d)) - 1;
             const auto take = [&](int64_t j) {
-                const __m512i x = j < count ? _mm512_maskz_loadu_epi16(some, rows + j * row + d) : __m512i{};
+                const __m512i x = j < count ? _mm512_maskz_loadu_epi16(columns, rows + j * row + d) : __m512i{};
                 nonfinite |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(x, exponent), exponent);
                 return x;
             };
@@ -218,11 +218,11 @@ struct OperandPacking<Amx> {
 
 // All values in blocks of AMX_K keys, and keys if they cannot be read in place.
 template <>
-class Prepared<Amx> : public LaidByBlock<Amx> {
+class PackedPerHead<Amx> : public PackedPerBlock<Amx> {
    public:
     using F = OperandPacking<Amx>;
 
-    Prepared(const Problem& p, const KeyVisibility& visibility, const HeadRange& heads)
+    PackedPerHead(const Problem& p, const KeyVisibility& visibility, const HeadRange& heads)
         : heads(heads), k_blocks(tiles_of_head(p) > 1 ? k_blocks_of(p.lk) : 0), in_place(p.width % AMX_K == 0),
           value_block(F::padded(p.value_width) * AMX_K), key_block(k_blocks_of(p.width) * AMX_K * AMX_K) {
         const int64_t count = heads.count * k_blocks;
@@ -242,18 +242,19 @@ class Prepared<Amx> : public LaidByBlock<Amx> {
         });
     }
 
-    Laid keys(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch) const {
-        if (in_place || !k_blocks) return LaidByBlock::keys(p, t, first, count, scratch);
+    ConstOperand keys(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch) const {
+        if (in_place || !k_blocks) return PackedPerBlock::keys(p, t, first, count, scratch);
         return {packed_keys.get() + index_of(p, t, first / AMX_K) * key_block, key_block / AMX_K};
     }
 
-    Laid values(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch) const {
-        if (!k_blocks) return LaidByBlock::values(p, t, first, count, scratch);
+    ConstOperand values(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch) const {
+        if (!k_blocks) return PackedPerBlock::values(p, t, first, count, scratch);
         return {packed_values.get() + index_of(p, t, first / AMX_K) * value_block, value_block};
     }
 
     bool are_finite(const Problem& p, const Tile& t, int64_t first, int64_t count) const {
-        if (!k_blocks) return LaidByBlock::are_finite(p, t, first, std::min(k_blocks_of(count) * AMX_K, p.lk - first));
+        if (!k_blocks)
+            return PackedPerBlock::are_finite(p, t, first, std::min(k_blocks_of(count) * AMX_K, p.lk - first));
         const char* const flags = &finite[index_of(p, t, first / AMX_K)];
         return std::all_of(flags, flags + k_blocks_of(count), [](bool flag) { return flag; });
     }

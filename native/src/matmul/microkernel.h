@@ -15,10 +15,10 @@ namespace QKV_ISA {
 
 constexpr int NV = micro_vecs(LANES);
 
-// A kind of product, the template parameter `Kind` of all that multiplies, says how numbers are multiplied:
+// A kind of product, the template parameter `Kind` of all code that multiplies:
 //
 //     Element             what A is read in: a number, or a pair of neighbours along k
-//     Registers           what a thread constructs before its products and destroys after them
+//     Registers           per-thread register state, RAII (AMX tile config)
 //     GRAIN               keys and vectors of rows that segments of a block are cut to
 //     CHAIN               steps along the width that are added one after the other; such sums are then added, for the
 //                         error of a long sum grows with its length. Micro-kernel only
@@ -81,18 +81,18 @@ static inline void for_rows(float* c, int64_t stride, Work work) {
 
 template <class Kind, Along ALONG, int ROWS, int VECS, bool ADD>
 static inline void micro(int64_t steps, const typename Kind::Element* a, const float* b, float* c, Strides s,
-                         bool apart) {
+                         bool sum_first) {
     using Element = typename Kind::Element;
     if (steps < 1) __builtin_unreachable();  // else compilers keep a second C in memory for that
     // Keys and values of the next block are prefetched: memory is slower than the product.
     if (ALONG == Along::k && !ADD)
         for (int m = 0; m < ROWS; ++m) prefetch((const char*)(a + (m + PREFETCH_ROWS) * s.a), steps * sizeof(Element));
-    const bool goes_on = ADD && !apart;
+    const bool starts_from_c = ADD && !sum_first;
     for (int64_t k = 0, end; k < steps; k = end) {
         const bool first = k == 0;
         end = ADD ? steps : std::min(k + Kind::CHAIN, steps);
         vec acc[ROWS][VECS] = {};
-        if (goes_on)
+        if (starts_from_c)
             for_rows<ROWS>(c, s.c, [&](int m, const float* at) {
                 for (int n = 0; n < VECS; ++n) acc[m][n] = load(at + n * LANES);
             });
@@ -113,7 +113,7 @@ static inline void micro(int64_t steps, const typename Kind::Element* a, const f
                 }
             }
         }
-        if (ADD ? apart : !first)
+        if (ADD ? sum_first : !first)
             for_rows<ROWS>(c, s.c, [&](int m, const float* at) {
                 for (int n = 0; n < VECS; ++n) acc[m][n] = load(at + n * LANES) + acc[m][n];
             });
@@ -125,36 +125,38 @@ static inline void micro(int64_t steps, const typename Kind::Element* a, const f
 
 template <class Kind, Along ALONG, int VECS, bool ADD>
 static inline void rows(int64_t count, int64_t steps, const typename Kind::Element* a, const float* b, float* c,
-                        Strides s, bool apart) {
+                        Strides s, bool sum_first) {
     constexpr int FULL = micro_rows(LANES, VECS);
     int64_t m = 0;
-    const auto some = [&](auto rows) {
+    const auto run = [&](auto rows) {
         constexpr int ROWS = decltype(rows)::value;
-        micro<Kind, ALONG, ROWS, VECS, ADD>(steps, ALONG == Along::k ? a + m * s.a : a + m, b, c + m * s.c, s, apart);
+        micro<Kind, ALONG, ROWS, VECS, ADD>(steps, ALONG == Along::k ? a + m * s.a : a + m, b, c + m * s.c, s,
+                                            sum_first);
         m += ROWS;
     };
-    while (m + FULL <= count) some(std::integral_constant<int, FULL>());
-    if (FULL > 8 && m + 8 <= count) some(std::integral_constant<int, 8>());
-    if (m + 4 <= count) some(std::integral_constant<int, 4>());
-    if (m + 2 <= count) some(std::integral_constant<int, 2>());
-    if (m + 1 <= count) some(std::integral_constant<int, 1>());
+    while (m + FULL <= count) run(std::integral_constant<int, FULL>());
+    if (FULL > 8 && m + 8 <= count) run(std::integral_constant<int, 8>());
+    if (m + 4 <= count) run(std::integral_constant<int, 4>());
+    if (m + 2 <= count) run(std::integral_constant<int, 2>());
+    if (m + 1 <= count) run(std::integral_constant<int, 1>());
 }
 
-// C of `count` rows and `vecs` vectors. What is added to C goes on from there, step by step, or is summed `apart`
-// first.
+// C of `count` rows and `vecs` vectors. With ADD, sums continue from C; or, if `sum_first`, start from 0 and are added
+// to C in the end.
 template <class Kind, Along ALONG, bool ADD>
 static void product(int64_t count, int vecs, int64_t steps, const typename Kind::Element* a, const float* b, float* c,
-                    Strides s, bool apart = false) {
+                    Strides s, bool sum_first = false) {
     int n = 0;
-    for (; n + NV <= vecs; n += NV) rows<Kind, ALONG, NV, ADD>(count, steps, a, b + n * LANES, c + n * LANES, s, apart);
+    for (; n + NV <= vecs; n += NV)
+        rows<Kind, ALONG, NV, ADD>(count, steps, a, b + n * LANES, c + n * LANES, s, sum_first);
     switch (vecs - n) {
         case 3:
-            rows<Kind, ALONG, (NV > 3 ? 3 : 1), ADD>(count, steps, a, b + n * LANES, c + n * LANES, s, apart);
+            rows<Kind, ALONG, (NV > 3 ? 3 : 1), ADD>(count, steps, a, b + n * LANES, c + n * LANES, s, sum_first);
             break;
         case 2:
-            rows<Kind, ALONG, (NV > 2 ? 2 : 1), ADD>(count, steps, a, b + n * LANES, c + n * LANES, s, apart);
+            rows<Kind, ALONG, (NV > 2 ? 2 : 1), ADD>(count, steps, a, b + n * LANES, c + n * LANES, s, sum_first);
             break;
-        case 1: rows<Kind, ALONG, 1, ADD>(count, steps, a, b + n * LANES, c + n * LANES, s, apart); break;
+        case 1: rows<Kind, ALONG, 1, ADD>(count, steps, a, b + n * LANES, c + n * LANES, s, sum_first); break;
         default: break;
     }
 }

@@ -19,7 +19,7 @@ struct Operand {
 };
 
 // How the operands of a kind of product lie. `width` counts numbers; `scratch` is taken where they cannot be read in
-// place, and has room for `floats` of them.
+// place, and is `floats` numbers long.
 //
 //     Element, PACKS                   of the kind; whether weights are packed, two keys side by side
 //     KEYS_PER_ROW                     keys of a row of `along_keys`
@@ -30,15 +30,15 @@ struct Operand {
 //     along_width(...)                 keys or values whose width is summed over, as an `Operand`
 //     along_keys(...)                  those that are summed over
 //     writable(along_keys, ...)        the same in memory that may be written, `scratch`
-//     clear(writable, j, d)              makes column d of key j 0
-//     pack_rows(t, s, weights)         weights, in place, as A of a sum over rows
+//     clear(writable, j, d)            makes column d of key j 0
+//     pack_weights_as_a(t, s, weights) weights, in place, as A of a sum over rows
 //
 // B, a row of vectors for each step:
 //     pack_as_lanes(...)               rows of a tile as lanes, (steps of the width, lanes)
 //     pack_as_rows(...), clear_row(...) rows of a tile as they are, (steps of the rows, whole vectors of the width);
 //                                      makes one of them 0
-//     pack_keys(t, s, weights, to)     weights as B of a sum over keys; `to` may be `weights`
-//     pad_keys(t, s, to)               what `pack_keys` does where weights are pairs already
+//     pack_weights(t, s, weights, to)  weights as B of a sum over keys; `to` may be `weights`
+//     pad_weights(t, s, to)            what is left of `pack_weights` if weights are pairs already
 template <class Kind>
 struct OperandPacking;
 
@@ -106,9 +106,9 @@ struct OperandPacking<F32> {
         return along_width(p, head, view, width, first, count, scratch);
     }
 
-    static void pack_keys(const Tile&, const Segment&, const float*, float*) {}
-    static void pad_keys(const Tile&, const Segment&, float*) {}
-    static void pack_rows(const Tile&, const Segment&, float*) {}
+    static void pack_weights(const Tile&, const Segment&, const float*, float*) {}
+    static void pad_weights(const Tile&, const Segment&, float*) {}
+    static void pack_weights_as_a(const Tile&, const Segment&, float*) {}
 
     static Operand<float> writable(const Operand<const float>& from, int64_t width, int64_t count, float* scratch) {
         if (from.data == scratch) return {scratch, from.stride};
@@ -183,8 +183,9 @@ struct OperandPacking<Bf16Dot> {
         return {(const uint32_t*)scratch, width};
     }
 
-    // Weights of two keys become one row of pairs. Row j / 2 lies before all that is still to be read.
-    static void pack_keys(const Tile& t, const Segment& s, const float* weights, float* to) {
+    // Rounds weights to bf16 and interleaves those of two neighbouring keys. In place if `to` is `weights`: row j / 2
+    // is written after rows j and j + 1 were read.
+    static void pack_weights(const Tile& t, const Segment& s, const float* weights, float* to) {
         for (int j = s.begin; j < s.end; j += 2) {
             for (int n = s.first; n < s.last; ++n) {
                 const float* row = weights + j * t.lanes() + n * LANES;
@@ -194,10 +195,10 @@ struct OperandPacking<Bf16Dot> {
         }
     }
 
-    static void pad_keys(const Tile&, const Segment&, float*) {}
+    static void pad_weights(const Tile&, const Segment&, float*) {}
 
     // A row of weights becomes half a row of pairs.
-    static void pack_rows(const Tile& t, const Segment& s, float* weights) {
+    static void pack_weights_as_a(const Tile& t, const Segment& s, float* weights) {
         for (int j = s.begin; j < s.end; ++j) {
             float* const row = weights + j * t.lanes();
             for (int n = s.first; n < s.last; ++n) {
@@ -236,17 +237,17 @@ static inline void multiply_rows(Kind, const Tile& t, const Segment& s, int64_t 
                                    to + s.begin * t.lanes() + s.first * LANES, {keys.stride, t.lanes(), t.lanes()});
 }
 
-// Adds weights times values, or gradients of scores times keys, to (width, row), from values along the keys. `apart`
-// sums a block of its own first and adds that; it is never set for kinds that pack.
+// Adds weights times values, or gradients of scores times keys, to (width, row), from values along the keys.
+// `sum_first` sums the segment on its own and then adds that; it is never set for kinds that pack.
 template <class Kind>
 static inline void sum_over_keys(Kind, const Tile& t, const Segment& s, int64_t width,
                                  const Operand<const typename Kind::Element>& values, const float* weights, float* to,
-                                 bool apart = false) {
+                                 bool sum_first = false) {
     constexpr int STEP = OperandPacking<Kind>::PACKS ? 2 : 1;
     product<Kind, Along::m, true>(width, s.last - s.first, OperandPacking<Kind>::steps(s.end - s.begin),
                                   values.data + s.begin / STEP * values.stride,
                                   weights + s.begin / STEP * t.lanes() + s.first * LANES, to + s.first * LANES,
-                                  {values.stride, t.lanes(), t.lanes()}, apart);
+                                  {values.stride, t.lanes(), t.lanes()}, sum_first);
 }
 
 // Adds transposed weights times rows to (key, whole vectors of the width).
@@ -276,16 +277,22 @@ static bool all_finite(const Problem& p, const HeadRef& head, const View& view, 
     return !any(zero != 0.0f);
 }
 
-// Keys and values as the products of the forward pass take them, packed for each block of each tile.
-template <class Kind>
-struct LaidByBlock {
-    using Laid = Operand<const typename Kind::Element>;
+// Heads of keys and values, and how many threads may pack them.
+struct HeadRange {
+    int64_t first, count;
+    int threads;
+};
 
-    Laid keys(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch) const {
+// K and V of a head as operands, packed per block.
+template <class Kind>
+struct PackedPerBlock {
+    using ConstOperand = Operand<const typename Kind::Element>;
+
+    ConstOperand keys(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch) const {
         return OperandPacking<Kind>::along_width(p, t, p.k, p.width, first, count, scratch);
     }
 
-    Laid values(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch) const {
+    ConstOperand values(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch) const {
         return OperandPacking<Kind>::along_keys(p, t, p.v, p.value_width, first, count, scratch);
     }
 
@@ -295,38 +302,32 @@ struct LaidByBlock {
     }
 };
 
-// Heads of keys and values, and how many threads may prepare them.
-struct HeadRange {
-    int64_t first, count;
-    int threads;
-};
-
-// The same, packed once for all tiles of a head where that pays. `Prepared<Kind>` is what prefill uses; a kind without
-// such packing has that of each block.
+// K and V of some heads as operands, packed once for all tiles where that pays (see PREPARE_TILES); by default, as
+// `PackedPerBlock`.
 template <class Kind>
-struct Prepared : LaidByBlock<Kind> {
-    Prepared(const Problem&, const KeyVisibility&, const HeadRange&) {}
+struct PackedPerHead : PackedPerBlock<Kind> {
+    PackedPerHead(const Problem&, const KeyVisibility&, const HeadRange&) {}
 };
 
 // fp32 rows that lie far apart are copied side by side once, if a head has many tiles: for few, fresh memory costs more
 // than a copy for each of them. The memory of one head after another is not fresh, so there fewer tiles suffice.
 template <>
-class Prepared<F32> : public LaidByBlock<F32> {
+class PackedPerHead<F32> : public PackedPerBlock<F32> {
    public:
-    Prepared(const Problem& p, const KeyVisibility&, const HeadRange& heads) : heads(heads) {
+    PackedPerHead(const Problem& p, const KeyVisibility&, const HeadRange& heads) : heads(heads) {
         const int64_t many = heads.count == 1 ? PREPARE_TILES_OWN : PREPARE_TILES;
         if (p.dtype != Dtype::f32 || tiles_of_head(p) < many || p.lk > PREPARE_KEYS * rows_of_head(p)) return;
         copy_contiguous(p, p.k, p.width, contiguous_keys);
         copy_contiguous(p, p.v, p.value_width, contiguous_values);
     }
 
-    Laid keys(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch) const {
-        if (!contiguous_keys) return LaidByBlock::keys(p, t, first, count, scratch);
+    ConstOperand keys(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch) const {
+        if (!contiguous_keys) return PackedPerBlock::keys(p, t, first, count, scratch);
         return {contiguous_keys.get() + row_of_key(p, t, first) * p.width, p.width};
     }
 
-    Laid values(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch) const {
-        if (!contiguous_values) return LaidByBlock::values(p, t, first, count, scratch);
+    ConstOperand values(const Problem& p, const Tile& t, int64_t first, int64_t count, float* scratch) const {
+        if (!contiguous_values) return PackedPerBlock::values(p, t, first, count, scratch);
         return {contiguous_values.get() + row_of_key(p, t, first) * p.value_width, p.value_width};
     }
 

@@ -25,8 +25,8 @@ struct Loop {
         begin = next.load(std::memory_order_relaxed);
         do {
             if (begin >= count) return false;
-            const int64_t some = sharing == Sharing::runs ? (count - begin) / (2 * threads) : 1;
-            end = begin + std::max<int64_t>(1, some);
+            const int64_t length = sharing == Sharing::runs ? (count - begin) / (2 * threads) : 1;
+            end = begin + std::max<int64_t>(1, length);
         } while (!next.compare_exchange_weak(begin, end, std::memory_order_relaxed));
         return true;
     }
@@ -46,10 +46,10 @@ struct Loop {
 using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
 // torch's OpenMP workers spin for a while after each parallel region; a second pool would fight them for the cores.
-// Where torch brings libgomp, its symbols are global, and this is the entry that compilers call.
+// Where torch brings libgomp, its symbols are global, and this is the one that compilers call.
 GompParallel gomp_parallel() {
-    static const GompParallel found = (GompParallel)dlsym(RTLD_DEFAULT, "GOMP_parallel");
-    return found;
+    static const GompParallel entry = (GompParallel)dlsym(RTLD_DEFAULT, "GOMP_parallel");
+    return entry;
 }
 
 // How many of so many threads, this one included, can be started. libgomp ends the process if it fails to start one, so

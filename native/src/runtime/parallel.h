@@ -5,11 +5,11 @@
 
 namespace qkv {
 
-// Whether threads take the items of a loop one by one, or in runs that become shorter: for items of like cost, each of
-// which has prefetched the memory of the next.
+// Whether threads take the items of a loop one by one, or in shrinking runs (OpenMP's guided schedule), for items of
+// similar cost that prefetch the next item's memory.
 enum class Sharing { single, runs };
 
-// A reference to what is done with an item. No std::function: a loop allocates nothing.
+// A non-owning reference to the loop body (no std::function: a loop allocates nothing).
 class Work {
    public:
     template <class Body>

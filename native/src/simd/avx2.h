@@ -1,4 +1,4 @@
-// AVX2, FMA and F16C. What an instruction set gives is said in simd/vec.h.
+// AVX2, FMA and F16C. simd/vec.h lists what an instruction set defines.
 #pragma once
 
 #include <immintrin.h>

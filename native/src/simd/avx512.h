@@ -1,4 +1,4 @@
-// AVX-512: F, BW, DQ and VL. What an instruction set gives is said in simd/vec.h.
+// AVX-512: F, BW, DQ and VL. simd/vec.h lists what an instruction set defines.
 #pragma once
 
 #include <immintrin.h>

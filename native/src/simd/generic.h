@@ -1,4 +1,4 @@
-// Vectors by the compiler's extensions alone: any processor. What an instruction set gives is said in simd/vec.h.
+// Vectors by the compiler's extensions alone: any processor. simd/vec.h lists what an instruction set defines.
 #pragma once
 
 #include "simd/padded.h"

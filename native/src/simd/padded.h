@@ -1,4 +1,4 @@
-// Parts of vectors, for instruction sets that load no part of one.
+// Parts of vectors, for instruction sets without masked loads.
 #pragma once
 
 #include <cstdint>

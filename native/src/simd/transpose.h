@@ -1,4 +1,4 @@
-// Rows become lanes, and lanes rows.
+// Transposes of rows into lanes, and back.
 #pragma once
 
 #include "simd/dtypes.h"

@@ -1,6 +1,6 @@
 // A vector of floats as wide as the instruction set, from the compiler's vector extensions.
 //
-// simd/<isa>.h, the file that bears the name of the instruction set, gives what extensions do not:
+// simd/<isa>.h, the file named after the instruction set, defines what extensions do not:
 //
 //     LANES, REGISTERS                   floats of a vector; vector registers
 //     vec, ivec, uvec                    vectors of float, int32_t, uint32_t
@@ -109,7 +109,7 @@ static inline vec sum_each(vec* a) {
     return exponent.scale(p);
 }
 
-// Prefetches so many bytes, not into the nearest cache: its few requests under way would delay what is read.
+// Prefetches `bytes` bytes into L2, not L1: L1 has few outstanding-miss slots, which demand loads need.
 static inline void prefetch(const char* from, int64_t bytes) {
     for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(from + byte, 0, 2);
 }

@@ -12,8 +12,8 @@ namespace QKV_ISA {
 static inline vec finite_or_nan(vec x) { return x + 0.0f * x; }
 
 // Whether scores of a segment are not finite, before anything has been added to them or hidden. A key that is not
-// finite makes those of all rows so, and a row those of all keys: one vector of each key and one key of each vector
-// tell.
+// finite makes those of all rows so, and a row those of all keys, so checking one vector of each key and one key of
+// each vector suffices.
 static inline bool have_nonfinite(const Tile& t, const Segment& s, const float* scores) {
     const int64_t lanes = t.lanes();
     const float* const corner = scores + s.begin * lanes + s.first * LANES;
@@ -38,7 +38,7 @@ static void spread_nan(const Tile& t, const Segment& s, float* scores) {
 }
 
 // 0 * inf is NaN, so values of masked keys that are not finite must be 0 in the product, and those of visible keys are
-// added apart. For each such column d of key j of a segment, calls add(j, r, d, value) for the rows r for which
+// added separately. For each such column d of key j of a segment, calls add(j, r, d, value) for the rows r for which
 // sees(j, r), and then clear(j, d).
 template <class Sees, class Add, class Clear>
 static inline void separate_nonfinite(const Problem& p, const Tile& t, const Block& b, const Segment& s, Sees sees,

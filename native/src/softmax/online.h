@@ -117,8 +117,8 @@ struct Total {
         : row_max(only_scaled(p) ? row_max * p.scale : row_max), share(1.0f), row_sum(row_sum) {
         if (!p.sink_logits) return;
         const float sink = p.sink_logits[t.head[r]];
-        const float block_max = this->row_max > sink ? this->row_max : sink;
-        const float base = block_max == -INF ? 0.0f : block_max;
+        const float with_sink = this->row_max > sink ? this->row_max : sink;
+        const float base = with_sink == -INF ? 0.0f : with_sink;
         share = std::exp2((this->row_max - base) * LOG2E);
         this->row_sum = row_sum * share + std::exp2((sink - base) * LOG2E);
         this->row_max = base;

@@ -20,14 +20,14 @@ struct Origin {
     vec shift;   // in units of exponents
     bool fused;  // whether all bases are 0, and exponents one multiply-add
 
-    // Exponents are 0 at `row_max`. The rounding of a shift grows with it, and a bias can make scores as large as
-    // floats are; x - base is exact for equal ones. So only scaled scores below LARGE_SCORE have a shift, and none if
-    // `exact`.
-    static Origin at(const Problem& p, vec top, bool exact) {
-        if (exact || !only_scaled(p)) return {top, vec{}, false};
-        const vec shift = top * exponent_factor(p);
+    // Exponents are 0 at `row_max`. A shift is rounded in proportion to its size, and a bias can make scores as large
+    // as floats get, while x - base is exact for equal ones. So there is a shift only for scaled-only scores below
+    // LARGE_SCORE, and never if `exact`.
+    static Origin at(const Problem& p, vec row_max, bool exact) {
+        if (exact || !only_scaled(p)) return {row_max, vec{}, false};
+        const vec shift = row_max * exponent_factor(p);
         const ivec large = (shift > LARGE_SCORE) | (shift < -LARGE_SCORE);
-        return {large ? top : vec{}, large ? vec{} : shift, !any(large)};
+        return {large ? row_max : vec{}, large ? vec{} : shift, !any(large)};
     }
 };
 
@@ -58,11 +58,15 @@ static inline vec bounded(vec bias) {
 
 static inline vec absolute(ivec distance) { return __builtin_convertvector(distance < 0 ? -distance : distance, vec); }
 
-// Scores from products, where they need more than one factor. `bias()` gives the bias and `minus_alibi(x)` subtracts
-// the penalty of ALiBi; both are called only if the problem has one. `slope`, if not null, takes the derivative of the
-// softcap, which is a number even where the score is none: a hidden key must not show.
-template <class Bias, class MinusAlibi>
-[[gnu::always_inline]] static inline vec transform(const Problem& p, vec product, Bias bias, MinusAlibi minus_alibi,
+// Whether scores are not linear in their products, so that `transform` has a slope to give.
+static inline bool has_slope(const Problem& p) { return p.softcap != 0; }
+
+// Scores from products, where they need more than one factor. `lanes` are the scores of a vector: lanes.bias() gives
+// their bias and lanes.minus_alibi(x) subtracts their penalty of ALiBi; both are called only if the problem has one.
+// `slope`, if not null, takes the derivative by the scaled product, which is finite even where the score is not: a
+// hidden key must leave no trace.
+template <class Lanes>
+[[gnu::always_inline]] static inline vec transform(const Problem& p, vec product, const Lanes& lanes,
                                                    float* slope = nullptr) {
     vec x = product * p.scale;
     if (p.softcap != 0) {
@@ -70,10 +74,22 @@ template <class Bias, class MinusAlibi>
         x = p.softcap * y;
         if (slope) store(slope, y == y ? 1.0f - y * y : vec{});
     }
-    if (p.bias.data) x = x + bounded(bias());
-    if (p.alibi) x = minus_alibi(x);
+    if (p.bias.data) x = x + bounded(lanes.bias());
+    if (p.alibi) x = lanes.minus_alibi(x);
     return x;
 }
+
+// A vector of the scores of a block, for `transform`: those at `at`, of key `key` and the rows of vector n.
+struct BlockLanes {
+    const Tile& t;
+    const float* block_bias;
+    int64_t at;
+    int n;
+    int32_t key;
+
+    vec bias() const { return load(block_bias + at); }
+    vec minus_alibi(vec x) const { return x - load(t.slope + n * LANES) * absolute(vector_of(t.position, n) - key); }
+};
 
 // The same for a segment. `bias` is the block of the bias, if there is one, and `slope` null or a block.
 static void transform(const Problem& p, const Tile& t, const Block& b, const Segment& s, const float* bias,
@@ -81,13 +97,8 @@ static void transform(const Problem& p, const Tile& t, const Block& b, const Seg
     for (int j = s.begin; j < s.end; ++j) {
         for (int n = s.first; n < s.last; ++n) {
             const int64_t at = j * t.lanes() + n * LANES;
-            const vec x = transform(
-                p, load(scores + at), [&] { return load(bias + at); },
-                [&](vec x) {
-                    return x - load(t.slope + n * LANES) * absolute(vector_of(t.position, n) - (int32_t)(b.first + j));
-                },
-                slope ? slope + at : nullptr);
-            store(scores + at, x);
+            const BlockLanes lanes = {t, bias, at, n, (int32_t)(b.first + j)};
+            store(scores + at, transform(p, load(scores + at), lanes, slope ? slope + at : nullptr));
         }
     }
 }

@@ -113,7 +113,7 @@ def lower_mask(mask: Mask, offset: int, lk: int) -> MaskMod:
 
 def lower_scores(problem: Problem) -> ScoreMod | None:
     """The ``score_mod`` of softcap, bias and ALiBi; None without any."""
-    _, softcap, bias, alibi, *_ = problem.scores
+    softcap, bias, alibi = problem.scores.softcap, problem.scores.bias, problem.scores.alibi
     offset = problem.offset
     if softcap is None and bias is None and alibi is None:
         return None

@@ -49,7 +49,8 @@ def weights_and_lse(problem: Problem) -> tuple[Tensor, Tensor]:
 
 def _scores(problem: Problem) -> Tensor:
     """Masked scores (B, H, Lq, Lk), in the accumulation dtype."""
-    scale, softcap, bias, alibi, *_ = problem.scores
+    scale, softcap = problem.scores.scale, problem.scores.softcap
+    bias, alibi = problem.scores.bias, problem.scores.alibi
     dtype = accumulation_dtype(problem.q.dtype)
     keys = problem.k.to(dtype).repeat_interleave(problem.group, dim=1)
     scores = scale * (problem.q.to(dtype) @ keys.transpose(2, 3))  # mT is not in ONNX

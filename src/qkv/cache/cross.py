@@ -153,7 +153,7 @@ _MULTIPLIER = 0x5851F42D4C957F2D
 
 
 def _can_read_values(tensor: Tensor) -> bool:
-    """Whether values can be read: not while tracing or transforming, nor from tensors without numbers."""
+    """Whether values can be read: of an exact tensor with data, outside of tracing and functorch transforms."""
     return kernels.is_exact_tensor(tensor) and not (
         tensor.is_meta or kernels.is_tracing() or torch._C._are_functorch_transforms_active()
     )

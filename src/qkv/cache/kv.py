@@ -33,7 +33,7 @@ class FullCache(Cache):
         return append_in_place(self._parts, k, v) if k.dtype is v.dtype is self._dtype else None
 
     def _check_tokens(self, k: Tensor, v: Tensor) -> int:
-        """Validates new tokens; returns the capacity of memory, if it has to be allocated."""
+        """Validates new tokens; returns how many slots to allocate, should the buffer need reallocation."""
         caller, start = type(self).__name__, self.length
         keys, values, *_ = self._parts
         check_append(caller, k, v, keys.memory if start else None, values.memory if start else None, self._dtype)

@@ -43,7 +43,7 @@ def inspect(
             found = _inspect(model)
     except CheckpointError as error:
         raise CommandError(str(error)) from error
-    sizes = [_size(choice, length, batch, NUM_BYTES[dtype.value]) for choice in _choices(found)]
+    sizes = [_sizes_row(choice, length, batch, NUM_BYTES[dtype.value]) for choice in _choices(found)]
     if as_document:
         print(json.dumps(_as_json(model, found, length, batch, dtype.value, sizes), indent=2, allow_nan=False))
     else:
@@ -95,7 +95,7 @@ def _choices(found: Inspection) -> list[Inspection]:
     return [found, *(other for other in others if other.layers != found.layers)]
 
 
-def _size(found: Inspection, length: int, batch: int, bytes_per_number: int) -> dict[str, Any]:
+def _sizes_row(found: Inspection, length: int, batch: int, bytes_per_number: int) -> dict[str, Any]:
     """Parameters and KV cache sizes of a model: one row of the table."""
     return {
         "num_kv_heads": sorted({layer.num_kv_heads for layer in found.layers}, reverse=True),

@@ -50,20 +50,20 @@ class CheckpointPlan(NamedTuple):
     @property
     def copied(self) -> list[Path]:
         """Files that are copied unchanged, relative to the folder: all except weights and hidden files."""
-        return [file for file in self._others() if not file.name.endswith(WEIGHTS)]
+        return [file for file in self._other_files() if not file.name.endswith(WEIGHTS)]
 
     @property
     def skipped_weights(self) -> list[Path]:
         """Weight files that are not part of the checkpoint, such as pickles. They are not copied."""
-        return [file for file in self._others() if file.name.endswith(WEIGHTS)]
+        return [file for file in self._other_files() if file.name.endswith(WEIGHTS)]
 
     @property
     def skipped_links(self) -> list[Path]:
         """Links to folders and dangling links. They are not copied; links to files are copied as files."""
         return [path for path in self._visible() if not (self.source.path / path).is_file()]
 
-    def _others(self) -> list[Path]:
-        """Visible files that are not part of the checkpoint."""
+    def _other_files(self) -> list[Path]:
+        """Files besides config, index and shards, hidden ones excluded."""
         written = {CONFIG, INDEX, *self.source.files}
         visible = (path for path in self._visible() if (self.source.path / path).is_file())
         return [path for path in visible if str(path) not in written]

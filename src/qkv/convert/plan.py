@@ -32,9 +32,12 @@ def plan_conversion(
 ) -> ConversionPlan:
     """Plans the conversion of the model that ``config`` and ``tensors`` describe. ``where`` names it in errors.
 
+    Args:
+        how, seed, window: as in `convert_checkpoint`.
+
     Raises:
-        CheckpointError: for a family that is not supported or cannot express the result, a ``num_kv_heads`` that does
-            not divide the model's, and a configuration that does not match the tensors.
+        CheckpointError: for a family that is not supported or cannot express the result or the window, a
+            ``num_kv_heads`` that does not divide the model's, and a configuration that does not match the tensors.
     """
     family = find_family(where, config)
     hf_config = transformers_schema.read_config(where, config, len(tensors))

@@ -66,13 +66,13 @@ def run_backward(
     return run(problem, packed)
 
 
-def _forward_shapes(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     out, lse = new_results(Call(*arguments), wants_lse=True)
     assert lse is not None
     return out, lse
 
 
-def _backward_shapes(*arguments: Any) -> tuple[Tensor, ...]:
+def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     call, (*_, wants_bias, wants_alibi) = split(arguments)
     return _new_gradients(call, wants_bias, wants_alibi)
 
@@ -138,8 +138,8 @@ def refuse_second_derivative(ctx: Any, *gradients: Tensor) -> None:
 
 _LIBRARY.impl("forward", _forward, "CPU")
 _LIBRARY.impl("backward", _backward, "CPU")
-library.register_fake("qkv::forward", _forward_shapes, lib=_LIBRARY)
-library.register_fake("qkv::backward", _backward_shapes, lib=_LIBRARY)
+library.register_fake("qkv::forward", _forward_fake, lib=_LIBRARY)
+library.register_fake("qkv::backward", _backward_fake, lib=_LIBRARY)
 library.register_autograd("qkv::forward", _differentiate, setup_context=save_for_backward, lib=_LIBRARY)
 library.register_autograd("qkv::backward", refuse_second_derivative, lib=_LIBRARY)
 

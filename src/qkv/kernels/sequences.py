@@ -92,13 +92,13 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     return gradients
 
 
-def _forward_shapes(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     out, lse = new_results(_split(arguments)[0].call, wants_lse=True)
     assert lse is not None
     return out, lse
 
 
-def _backward_shapes(*arguments: Any) -> tuple[Tensor, ...]:
+def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     return _new_gradients(_split(arguments)[0])
 
 
@@ -125,8 +125,8 @@ class _Forward(torch.autograd.Function):
 
 _LIBRARY.impl("forward_sequences", _forward, "CPU")
 _LIBRARY.impl("backward_sequences", _backward, "CPU")
-library.register_fake("qkv::forward_sequences", _forward_shapes, lib=_LIBRARY)
-library.register_fake("qkv::backward_sequences", _backward_shapes, lib=_LIBRARY)
+library.register_fake("qkv::forward_sequences", _forward_fake, lib=_LIBRARY)
+library.register_fake("qkv::backward_sequences", _backward_fake, lib=_LIBRARY)
 library.register_autograd("qkv::forward_sequences", _differentiate, setup_context=save_for_backward, lib=_LIBRARY)
 library.register_autograd("qkv::backward_sequences", refuse_second_derivative, lib=_LIBRARY)
 

@@ -187,8 +187,8 @@ class Attention(nn.Module):
 
         source_dim = embed_dim if context_dim is None else context_dim
 
-        def linear(rows: int, columns: int, bias: bool) -> nn.Linear:
-            return nn.Linear(rows, columns, bias=bias, device=device, dtype=dtype)
+        def linear(in_features: int, out_features: int, bias: bool) -> nn.Linear:
+            return nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
 
         self.q_proj = linear(embed_dim, num_heads * head_dim, bias)
         self.k_proj = linear(source_dim, num_kv_heads * head_dim, bias)
@@ -282,7 +282,7 @@ class Attention(nn.Module):
         else:
             keys = self._pack_context(queries, context, mask)
         try:
-            q = self._heads(project(self.q_proj, queries.values), self.head_dim, self.q_norm)
+            q = self._split_heads(project(self.q_proj, queries.values), self.head_dim, self.q_norm)
             k, v = self._keys(keys.values)
         except RuntimeError as error:
             self._raise_input_error(error, x, context)
@@ -340,7 +340,7 @@ class Attention(nn.Module):
             raise input_error(caller, "x", x, f"(B, L, {self.embed_dim})")
         mask = self.mask if mask is None else self.mask & require_mask(caller, mask)
         try:
-            q = self._heads(project(self.q_proj, x), self.head_dim, self.q_norm)
+            q = self._split_heads(project(self.q_proj, x), self.head_dim, self.q_norm)
             if self.context_dim is None:
                 return self._self_inputs(x, q, context, mask, cache)
             return self._cross_inputs(x, q, context, mask, cache)
@@ -417,12 +417,12 @@ class Attention(nn.Module):
 
     def _keys(self, source: Tensor) -> tuple[Tensor, Tensor]:
         """Keys (B, Hkv, Lk, head_dim) and values (B, Hkv, Lk, value_dim) of x or a context."""
-        k = self._heads(project(self.k_proj, source), self.head_dim, self.k_norm)
-        return k, self._heads(project(self.v_proj, source), self.value_dim, None)
+        k = self._split_heads(project(self.k_proj, source), self.head_dim, self.k_norm)
+        return k, self._split_heads(project(self.v_proj, source), self.value_dim, None)
 
     @staticmethod
-    def _heads(x: Tensor, width: int, norm: HeadNorm | None) -> Tensor:
-        """(B, L, heads * width) to (B, heads, L, width), as a view. In tensor parallelism, the heads of a rank."""
+    def _split_heads(x: Tensor, width: int, norm: HeadNorm | None) -> Tensor:
+        """(B, L, heads * width) to (B, heads, L, width), a view; then ``norm``. In tensor parallelism, of one rank."""
         x = x.view(*x.shape[:2], x.shape[2] // width, width).transpose(1, 2)
         return x if norm is None else norm(x)
 

@@ -48,7 +48,7 @@ class _Clock:
         self._on_progress(len(self.times) - 1)
 
     def end(self) -> None:
-        pass
+        """Required of streamers; nothing to do."""
 
 
 def use_attention(language_model: LanguageModel, implementation: str) -> None:

@@ -101,13 +101,13 @@ def _fold_norm(linear: str, norm: str, kind: str) -> tuple[tuple[str, ...], Any]
 
 
 def _fold_gain(weight: Tensor, gain: Tensor) -> Tensor:
-    """``W * g``."""
+    """``weight * gain``: a linear layer takes over the gain of the norm before it."""
     precise = torch.promote_types(weight.dtype, torch.float32)
     return (weight.to(precise) * gain.to(precise)).to(weight.dtype)
 
 
 def _fold_offset(bias: Tensor, weight: Tensor, offset: Tensor) -> Tensor:
-    """``W @ c + b``."""
+    """``weight @ offset + bias``: a linear layer takes over the offset of the norm before it."""
     precise = torch.promote_types(bias.dtype, torch.float32)
     return (bias.to(precise) + weight.to(precise) @ offset.to(precise)).to(bias.dtype)
 

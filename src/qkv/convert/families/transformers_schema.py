@@ -181,7 +181,7 @@ def _meta_model(where: str, config: Any) -> Any:
 
 
 def _decoder(config: Any) -> Any:
-    """The decoder's part of the configuration; all of it without an encoder."""
+    """The text decoder's configuration, with its number of layers, which T5 calls num_decoder_layers."""
     part = config.get_text_config(decoder=True)
     # transformers maps the key of BART, but not this one of T5.
     if config.is_encoder_decoder and hasattr(config, "num_decoder_layers"):

@@ -164,7 +164,9 @@ class _RoutedForward:
         return getattr(self.forward, "__name__", "forward")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or current_callback() is not None:
+        if torch.compiler.is_compiling():  # the compiler of torch 2.9 cannot call the bound method of `forward`
+            return self.own(*args, **kwargs) if self.own else type(self.module).forward(self.module, *args, **kwargs)
+        if current_callback() is not None:
             return self.forward(*args, **kwargs)
         with routed(_ignore):
             return self.forward(*args, **kwargs)
