@@ -102,9 +102,8 @@ class Solver(NamedTuple):
 
 @cache
 def _reasons(solver: Solver, case: Case, dtype: torch.dtype, needs_grad: bool, wants_lse: bool) -> list[str]:
-    call = solver._call(case, case.inputs(dtype))
-    if needs_grad:
-        call = {name: x.requires_grad_() if isinstance(x, Tensor) else x for name, x in call.items()}
+    inputs = {name: tensor.requires_grad_(needs_grad) for name, tensor in case.inputs(dtype).items()}
+    call = solver._call(case, inputs)
     return solver.backend.why_not(make_problem("test", **call, wants_lse=wants_lse))
 
 

@@ -213,7 +213,7 @@ class Mask:
 
     @property
     def is_pairwise(self) -> bool:
-        """Whether a tensor hides a key from some queries and not from others."""
+        """Whether a tensor other than padding hides keys, perhaps from some queries and not from others."""
         return self._has_any(PAIRWISE)
 
     @property
@@ -227,6 +227,10 @@ class Mask:
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The name of each tensor of the mask, as in error messages, and the tensor."""
         return ((f"{kind.constructor} {kind.argument}", tensor) for kind, tensor in self._present())
+
+    def positional_tensors(self) -> dict[str, Tensor]:
+        """The tensors ``(B or 1, Lk)`` that are also read at the position of the query, by field."""
+        return {kind.field: tensor for kind, tensor in self._present() if kind.is_positional}
 
     def values(self) -> tuple[Any, ...]:
         """All fields, in order: ``Mask(*mask.values()) == mask``."""
@@ -412,9 +416,7 @@ class TensorKind(NamedTuple):
     select_keys: Callable[[Tensor, int, int, int], Tensor]
     """the tensor of `Mask.select_keys`"""
     is_positional: bool = False
-    """whether what it hides depends on the position of the query"""
-    is_pairwise: bool = False
-    """whether it hides a key from some queries and not from others"""
+    """whether it is also read at the position of the query"""
 
     def of(self, mask: Mask) -> Tensor | None:
         tensor: Tensor | None = getattr(mask, self.field)
@@ -424,13 +426,13 @@ class TensorKind(NamedTuple):
 TENSORS = (
     TensorKind("keep", "padding", "keep", lambda b, h, lq, lk: (b, lk), torch.logical_and, _select),
     TensorKind("lengths", "padding", "lengths", lambda b, h, lq, lk: (b,), torch.minimum, _select_lengths),
-    TensorKind("document_ids", "documents", "ids", lambda b, h, lq, lk: (b, lk), _intersect_ids, _select, True, True),
-    TensorKind("allow", "dense", "allow", lambda b, h, lq, lk: (b, h, lq, lk), torch.logical_and, _select, False, True),
+    TensorKind("document_ids", "documents", "ids", lambda b, h, lq, lk: (b, lk), _intersect_ids, _select, True),
+    TensorKind("allow", "dense", "allow", lambda b, h, lq, lk: (b, h, lq, lk), torch.logical_and, _select),
 )
 """Every kind of tensor that a mask may have, in the order in which masks are printed."""
 
 TENSOR_FIELDS = tuple(kind.field for kind in TENSORS)
-PAIRWISE = tuple(kind.field for kind in TENSORS if kind.is_pairwise)
+PAIRWISE = tuple(kind.field for kind in TENSORS if kind.constructor != "padding")
 POSITIONAL = tuple(kind.field for kind in TENSORS if kind.is_positional)
 FIELDS = tuple(field.name for field in fields(Mask))
 

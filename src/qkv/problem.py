@@ -233,7 +233,7 @@ def _resolve_offset(caller: str, mask: Mask, scores: Scores, offset: int | None,
         raise TypeError(f"{caller}: offset must be an int, the position of the first query; got {offset!r}.")
     if isinstance(offset, int) and not -MAX_POSITION < offset < MAX_POSITION:
         raise ValueError(f"{caller}: offset must be between -2**62 and 2**62; got {offset}.")
-    if mask.document_ids is not None and (offset < 0 or offset + lq > lk):
+    if mask.positional_tensors() and (offset < 0 or offset + lq > lk):
         raise ValueError(
             f"{caller}: a documents mask of {lk} positions must cover the queries; got offset={offset} and {lq} "
             "queries."

@@ -17,7 +17,7 @@ from qkv import Mask, kernels
 from qkv.backends import native
 from qkv.cache import quantize
 from qkv.problem import make_problem
-from qkv.scores import Scores
+from qkv.scores import ScoreOptions, Scores
 
 ROOT = Path(__file__).parents[2]
 present = pytest.mark.skipif(kernels.absence() is not None, reason=str(kernels.absence()))
@@ -237,10 +237,10 @@ def test_the_operators_pass_opcheck(requires_grad: bool) -> None:
     bias, alibi, sinks = (torch.randn(*shape).requires_grad_(requires_grad) for shape in ((1, 4, 9, 9), (4,), (4,)))
     keep, ids = torch.arange(9)[None] > 1, torch.arange(9)[None] // 4
     allow, lengths, seed = torch.rand(2, 1, 9, 9) > 0.2, torch.tensor([9, 7]), torch.tensor([3])
-    no_scores = Scores(0.3, None, None, None, None, 0.0)
-    minimal = kernels.Call(q, k, v, None, None, 0, *Mask.causal().values(), *no_scores, None)
+    minimal = native.call_of(make_problem("test", q, k, v, mask=Mask.causal(), scale=0.3))
+    scores: ScoreOptions = {"softcap": 2.0, "bias": bias, "alibi": alibi, "sink_logits": sinks, "dropout": 0.25}
     mask = Mask(4, 0, 1, keep, lengths, ids, allow)
-    full = kernels.Call(q, k, v, None, None, 0, *mask.values(), *Scores(0.3, 2.0, bias, alibi, sinks, 0.25), seed)
+    full = native.call_of(make_problem("test", q, k, v, mask=mask, scale=0.3, **scores))._replace(seed=seed)
     for call in (minimal, full):
         torch.library.opcheck(torch.ops.qkv.forward.default, tuple(call))
 

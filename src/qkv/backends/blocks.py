@@ -6,7 +6,7 @@ become the batch of one smaller problem, whose keys are overlapping views. The e
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,7 +81,9 @@ def _stack(problem: Problem, plan: Plan) -> Problem:
             keys = torch.cat([sinks.expand(-1, count, *sinks.shape[2:]), keys], dim=dim + 1)
         return keys.flatten(0, 1)
 
-    keep, ids = mask.keep_keys(problem.lk), mask.document_ids
+    keep = mask.keep_keys(problem.lk)
+    positional = mask.positional_tensors()
+    by_block: dict[str, Any] = {name: windows(x.expand(batch, -1), 1) for name, x in positional.items()}
     queries: Tensor = problem.q[:, :, plan.start : plan.stop].unflatten(2, (count, plan.size))
     return problem._replace(
         q=queries.movedim(2, 1).flatten(0, 1),
@@ -91,7 +93,7 @@ def _stack(problem: Problem, plan: Plan) -> Problem:
             mask,
             keep=None if keep is None else windows(keep.expand(batch, -1), 1),
             lengths=None,
-            document_ids=None if ids is None else windows(ids.expand(batch, -1), 1),
+            **by_block,
         ),
         offset=mask.sink_tokens + plan.left,
     )

@@ -86,7 +86,7 @@ def _int64(tensor: Tensor) -> Tensor:
 
 def _matrix_of_floats(tensor: Tensor) -> Tensor:
     tensor = _without_negation(tensor)
-    return tensor if tensor.dtype in DTYPES else tensor.float()
+    return tensor if tensor.dtype in (torch.float32, torch.bfloat16, torch.float16) else tensor.float()
 
 
 def _floats(tensor: Tensor) -> Tensor:
