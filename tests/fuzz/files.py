@@ -177,7 +177,7 @@ def check(data: bytes, folder: Path) -> str:
         if str(folder) not in message or len(message) > 2000 + 3 * len(str(folder)):
             raise AssertionError("the message must name the file, and be short") from error
         return message
-    sizes = [inspect._size(choice, 4096, 1, 2) for choice in inspect._choices(found)]
+    sizes = [inspect._sizes_row(choice, 4096, 1, 2) for choice in inspect._choices(found)]
     json.dumps(inspect._as_json("", found, 4096, 1, "float32", sizes), allow_nan=False)
     inspect._print("", found, 4096, 1, "float32", sizes, Console(file=(shown := io.StringIO())))
     return shown.getvalue()
