@@ -518,3 +518,21 @@ def test_gradients_are_the_same_while_compiling(case: Case, backend: str) -> Non
             nan = theirs.isnan()
             assert torch.equal(mine.isnan(), nan)
             torch.testing.assert_close(mine[~nan], theirs[~nan])
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")
+def test_a_compiled_function_takes_another_mask_and_offset() -> None:
+    """The compiler then makes symbols of the bounds and the offset, which the backward pass needs as well."""
+    torch.compiler.reset()
+
+    def loss(q: Tensor, k: Tensor, v: Tensor, mask: Mask, offset: int) -> Tensor:
+        return qkv.attention(q, k, v, mask=mask, offset=offset, backend="sdpa").square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for mask, offset in ((Mask.band(3, 0), 0), (Mask.band(5, 1), -4)):
+        leaves = [torch.randn(2, heads, 11, 5, dtype=torch.float64) for heads in (4, 2, 2)]
+        leaves[0][1, 3, 8, 0], leaves[1][0, 0, 5, 1] = INF, -INF
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        got, want = (torch.autograd.grad(run(*leaves, mask, offset), leaves) for run in (compiled, loss))
+        for mine, theirs in zip(got, want, strict=True):
+            torch.testing.assert_close(mine, theirs, equal_nan=True)

@@ -251,7 +251,8 @@ class _AddTerms(torch.autograd.Function):
         _, _, nonfinite_out, _, q, k, v, bias, alibi, sink_logits, offset, left, right, sink_tokens, *tensors = inputs
         ctx.save_for_backward(nonfinite_out, sink_logits, *tensors)
         ctx.shapes = [None if x is None else x.shape for x in (q, k, v, bias, alibi)]
-        ctx.bounds = offset, left, right, sink_tokens
+        # A sum is a node of this graph: torch's compiler loses an offset that was computed outside of it.
+        ctx.bounds = offset + 0, left, right, sink_tokens
 
     @staticmethod
     def backward(ctx, d_out, d_lse):  # type: ignore[no-untyped-def]
