@@ -96,6 +96,7 @@ MUTANTS = [
     Mutant("rotary restarts at every chunk", "layers/attention.py", "position = cache.length", "position = 0"),
     Mutant("groups interleaved (reference)", "backends/reference.py", "keys = problem.k.to(dtype).repeat_interleave(problem.group, dim=1)", "keys = problem.k.to(dtype).repeat(1, problem.group, 1, 1)"),
     Mutant("groups interleaved (sdpa)", "backends/sdpa.py", "enable_gqa=grouped,", "enable_gqa=False,"),
+    Mutant("an offset that the compiler loses", "backends/nonfinite.py", "ctx.bounds = offset + 0,", "ctx.bounds = offset,", NONFINITE),
     Mutant("masked NaN leaks", "backends/nonfinite.py", "if _is_finite(problem):", "if True:"),
     Mutant("rows of NaN leak into the gradients of keys that they do not see", "backends/nonfinite.py", "nan_rows = nan_rows[..., None]", "nan_rows = nan_rows[..., None] & False", NONFINITE),
     Mutant("gradients of NaN swallowed", "backends/nonfinite.py", "_nan_gradients(ctx, nan_rows, sink_logits, tensors)\n        return", "[None] * 6\n        return", NONFINITE),
