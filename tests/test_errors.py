@@ -156,6 +156,11 @@ ATTENTION = [
         ValueError,
         "alibi must be on the device of q; got meta and cpu",
     ),
+    (
+        lambda: qkv.attention(Q, K, V, dropout=torch.tensor([0.1, 0.2])),
+        TypeError,
+        "attention: dropout must be a probability in [0, 1); got a tensor of shape (2,)",
+    ),
     (lambda: qkv.attention(Q, K, V, softcap=0.0), ValueError, "softcap must be a positive number or None; got 0.0"),
     (
         lambda: qkv.attention(Q[..., :0], K[..., :0], V),

@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -138,3 +139,9 @@ def test_documents_of_two_masks_intersect() -> None:
 def test_invalid_masks_raise_with_the_reason(make: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make()  # type: ignore[operator]
+
+
+def test_integers_of_numpy_are_ints() -> None:
+    mask = Mask.band(np.int64(3), np.int32(1), np.int64(2))
+    assert mask == Mask.band(3, 1, 2)
+    assert {type(bound) for bound in (mask.left, mask.right, mask.sink_tokens)} == {int}

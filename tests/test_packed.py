@@ -239,6 +239,13 @@ def test_native_operators_pass_opcheck() -> None:
         library.opcheck(torch.ops.qkv.forward_sequences.default, leaves)
 
 
+def test_sink_logits_of_minus_infinity_have_gradient_0_beside_a_sequence_without_keys(backend: str) -> None:
+    x, sinks = draw(4, HEADS, WIDTH), torch.full((HEADS,), -torch.inf).requires_grad_()
+    keys = PagedKeys.packed(*[draw(3, KV_HEADS, WIDTH)] * 2, starts([3, 0]))
+    out, _ = make_sequences("test", x, starts([3, 1]), keys, sink_logits=sinks).attend()
+    assert torch.equal(torch.autograd.grad(out.sum(), sinks)[0], torch.zeros(HEADS))
+
+
 WRONG = {
     "starts that begin later": {"starts": torch.tensor([1, 3, 7])},
     "starts that fall": {"starts": torch.tensor([0, 8, 7])},
