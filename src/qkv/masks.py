@@ -323,6 +323,28 @@ class Mask:
             {kind: kind.select_keys(tensor, start, stop, sink_tokens) for kind, tensor in self._present()}
         )
 
+    def gather_keys(self, index: Tensor, queries: tuple[int, int]) -> "Mask":
+        """The mask whose key j of row b is key ``index[b, j]`` of this one.
+
+        Args:
+            index: integer ``(B, n)``.
+            queries: first position of the queries among the keys of this mask, and one past the last.
+        """
+        if not self.has_tensors:
+            return self
+        lk = int(queries[1])
+        keep, documents, allow = self.keep_keys(lk), self.document_ids, self.allow
+        if keep is not None:
+            keep = gather_keys(keep, index)
+        if allow is not None and allow.shape[3] > 1:
+            allow = gather_keys(allow, index[:, None, None])
+        gathered = replace(self, keep=keep, lengths=None, document_ids=None, allow=allow)
+        if documents is None:
+            return gathered
+        # Positions of queries among the gathered keys may be none of theirs.
+        of_query, of_key = documents[:, queries[0] : queries[1]], gather_keys(documents, index)
+        return gathered & Mask.dense((of_query[:, :, None] == of_key[:, None])[:, None])
+
     def select_queries(self, start: int, stop: int) -> "Mask":
         """The mask restricted to the query rows ``start .. stop - 1``, whose offset is larger by ``start``."""
         if self.allow is None or self.allow.shape[2] == 1:
@@ -387,7 +409,13 @@ def _intersect_ids(a: Tensor, b: Tensor) -> Tensor:
     return intersection
 
 
-def _select(tensor: Tensor, start: int, stop: int, sink_tokens: int) -> Tensor:
+def gather_keys(tensor: Tensor, index: Tensor) -> Tensor:
+    """Entries ``index (B, ..., n)`` of the last dimension, keys, of ``(B or 1, ..., Lk)``."""
+    sizes = [max(pair) for pair in zip(tensor.shape[:-1], index.shape[:-1], strict=True)]
+    return tensor.expand(*sizes, -1).gather(-1, index.expand(*sizes, -1))
+
+
+def select_keys(tensor: Tensor, start: int, stop: int, sink_tokens: int) -> Tensor:
     """The entries ``0 .. sink_tokens - 1`` and ``start .. stop - 1`` of the last dimension, keys."""
     if tensor.shape[-1] == 1:
         return tensor
@@ -424,10 +452,10 @@ class TensorKind(NamedTuple):
 
 
 TENSORS = (
-    TensorKind("keep", "padding", "keep", lambda b, h, lq, lk: (b, lk), torch.logical_and, _select),
+    TensorKind("keep", "padding", "keep", lambda b, h, lq, lk: (b, lk), torch.logical_and, select_keys),
     TensorKind("lengths", "padding", "lengths", lambda b, h, lq, lk: (b,), torch.minimum, _select_lengths),
-    TensorKind("document_ids", "documents", "ids", lambda b, h, lq, lk: (b, lk), _intersect_ids, _select, True),
-    TensorKind("allow", "dense", "allow", lambda b, h, lq, lk: (b, h, lq, lk), torch.logical_and, _select),
+    TensorKind("document_ids", "documents", "ids", lambda b, h, lq, lk: (b, lk), _intersect_ids, select_keys, True),
+    TensorKind("allow", "dense", "allow", lambda b, h, lq, lk: (b, h, lq, lk), torch.logical_and, select_keys),
 )
 """Every kind of tensor that a mask may have, in the order in which masks are printed."""
 

@@ -1,28 +1,37 @@
 """`Cache`: the interface that layers use, and operations that all caches share."""
 
+from collections.abc import Iterable
 from copy import copy, deepcopy
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from qkv.arguments import require_count
 from qkv.cache.buffer import AppendBuffer
-from qkv.masks import Mask
+from qkv.cache.rows import Rows, padding_before, require_padding_at_the_ends
+from qkv.masks import Mask, gather_keys
 
 if TYPE_CHECKING:
     from qkv.cache.int8 import Int8Keys
 
 
 class Keys(NamedTuple):
-    """Keys and values that a cache returns, in order, and the offset of the queries appended last."""
+    """Keys and values that a cache returns, in order, and the offset of the queries appended last.
+
+    If rows differ in length, slots after the last token of a row are to be hidden, as `Cache.restrict` does.
+    """
 
     k: Tensor
     """(B, Hkv, Lk, D)"""
     v: Tensor
     """(B, Hkv, Lk, Dv)"""
-    offset: int | None
-    """position of the first appended token among these keys; None in cross-attention"""
+    offset: int | Tensor | None
+    """position of the first new column among these keys, (B,) if rows differ; None in cross-attention"""
+    lengths: Tensor | None = None
+    """(B,), number of keys of each row, the first ones; None if all are"""
 
     def options(self) -> dict[str, Any]:
         """Keywords for `qkv.attention`, beside k and v."""
@@ -50,19 +59,103 @@ class Cache:
     `append`, which may overwrite them; torch raises if a backward pass still needs them.
     """
 
+    capacity: int | None = None
+    """limit of the length; None without"""
+    sink_tokens = 0
+    """number of first tokens that are always kept"""
+
     def __init__(self, parts: int = 2) -> None:
         self._parts = tuple(AppendBuffer() for _ in range(parts))
         """buffers of keys and values, and of the scales of both in int8"""
         self._owners: tuple[Owner, ...] = ()
+        self._rows: Rows | None = None
+        """None while all rows have as many tokens, and no padding"""
 
     @property
     def length(self) -> int:
-        """Number of tokens in the cache."""
+        """Number of tokens in the cache; of the longest row, if rows differ."""
         return self._parts[0].length
 
-    def append(self, k: Tensor, v: Tensor) -> "Keys | Int8Keys":
-        """Appends keys ``(B, Hkv, L, D)`` and values ``(B, Hkv, L, Dv)``; returns all that the new queries may see."""
+    @property
+    def lengths(self) -> Tensor:
+        """``(B,)``, number of tokens of each row; ``(0,)`` for an empty cache."""
+        return self._rows_or_equal().lengths.clone()
+
+    @property
+    def columns(self) -> int:
+        """Number of columns of the inputs so far: `length`, and any padding."""
+        return self.length if self._rows is None else self._rows.columns
+
+    def append(self, k: Tensor, v: Tensor, is_token: Tensor | None = None) -> "Keys | Int8Keys":
+        """Appends tokens to each row; returns all that the new queries may see.
+
+        Args:
+            k, v: keys ``(B, Hkv, L, D)`` and values ``(B, Hkv, L, Dv)``.
+            is_token: boolean ``(B, L)``, False for padding, which is not stored; None if all are tokens.
+        """
         raise NotImplementedError
+
+    def offset(self, is_token: Tensor | None = None) -> int | Tensor:
+        """The position of the next column, ``(B,)`` if rows differ. Padding before the first token moves it back.
+
+        Raises:
+            ValueError: for padding between new tokens of a row.
+        """
+        if is_token is None:
+            return self.length if self._rows is None else self._rows.lengths
+        require_padding_at_the_ends(type(self).__name__, is_token)
+        return (self.length if self._rows is None else self._rows.lengths) - padding_before(is_token)
+
+    def split_padding(self, mask: Mask, batch: int, count: int) -> tuple[Mask, Tensor | None]:
+        """Takes from a mask which of ``count`` new columns are tokens.
+
+        Padding of the mask covers all columns, those of earlier calls included; or the new ones alone; or as many as
+        the cache has capacity. Earlier padding is remembered, since it was not stored.
+
+        Returns:
+            the mask with padding over all columns, for `restrict`, and ``is_token`` for `append`.
+
+        Raises:
+            ValueError: for padding of another length.
+        """
+        if mask.keep is None and mask.lengths is None:
+            return mask, None
+        total = self.columns + count
+        if mask.keep is not None and mask.keep.shape[1] != total:
+            mask = replace(mask, keep=self._fit(mask.keep, count))
+        keep = mask.keep_keys(total)
+        assert keep is not None
+        is_token = keep[:, self.columns :].expand(batch, count)
+        return mask, None if not torch.compiler.is_compiling() and is_token.all() else is_token
+
+    def _fit(self, keep: Tensor, count: int) -> Tensor:
+        """``keep`` over all columns, of which ``count`` are new."""
+        total = self.columns + count
+        if keep.shape[1] == count:
+            return torch.cat([keep.new_ones(keep.shape[0], self.columns), keep], dim=1)
+        if keep.shape[1] == self.capacity and total <= self.capacity:
+            return keep[:, :total]
+        capacity = "" if self.capacity is None else f", or its capacity of {self.capacity}"
+        raise ValueError(
+            f"{type(self).__name__}: the mask's padding keep must cover all {total} columns, {self.columns} of earlier "
+            f"calls and {count} new ones, or the new ones alone{capacity}; got {keep.shape[1]}."
+        )
+
+    @property
+    def _batch(self) -> int:
+        """Number of rows; 0 for an empty cache."""
+        if self._rows is not None:
+            return self._rows.lengths.shape[0]
+        memory = self._parts[0].memory
+        return 0 if memory is None or not self.length else memory.shape[0]
+
+    def _rows_or_equal(self, like: Tensor | None = None) -> Rows:
+        """The rows; if they do not differ, equal ones, as many as a tensor ``(B, ...)`` of new tokens has."""
+        if self._rows is not None:
+            return self._rows
+        tensor = like if like is not None else self._parts[0].memory
+        device = torch.device("cpu") if tensor is None else tensor.device
+        return Rows.of_equal_length(self._batch if like is None else like.shape[0], self.length, device)
 
     def admit(self, owner: Owner, mask: Mask) -> None:
         """Checks that a layer may use this cache, and records it as the owner.
@@ -93,25 +186,45 @@ class Cache:
                 f"got a call of {owner.name}. Make one cache per layer, or reset it."
             )
 
-    def crop(self, length: int) -> None:
-        """Removes all tokens after the first ``length``, for instance rejected drafts of speculative decoding.
+    def crop(self, length: int | Tensor) -> None:
+        """Removes all tokens after the first ``length`` of each row, for instance rejected drafts.
+
+        Args:
+            length: an int, or integers ``(B,)``, one for each row.
 
         Raises:
-            TypeError: for a length that is not an int.
-            ValueError: for a length below 0 or above `length`.
+            TypeError: for anything else.
+            ValueError: for a length below 0 or above those of the rows.
         """
-        self._check_crop(length)
-        self.restore(length)
+        lengths = self._check_crop(length)
+        if isinstance(length, int) and (self._rows is None or length == 0):
+            self.restore((None, length))
+            return
+        self.restore((self._rows_or_equal().crop(lengths), int(lengths.max())))
 
-    def _check_crop(self, length: int) -> None:
-        """Raises as `crop` for lengths that are not an int from 0 to `length`."""
-        caller = type(self).__name__
-        if not isinstance(length, int) or isinstance(length, bool):
-            raise TypeError(f"{caller}: length of crop must be an int; got {length!r}.")
-        if not 0 <= length <= self.length:
+    def _check_crop(self, length: int | Tensor) -> Tensor:
+        """The lengths ``(B,)`` after `crop`; raises as it does."""
+        caller, lengths = type(self).__name__, self.lengths
+        if isinstance(length, Tensor):
+            if length.dtype.is_floating_point or length.dtype is torch.bool or length.shape != lengths.shape:
+                raise TypeError(
+                    f"{caller}: length of crop must be an int, or integers ({len(lengths)},), one for each row; "
+                    f"got {length.dtype} of shape {tuple(length.shape)}."
+                )
+            cropped = length.to(lengths)
+        elif isinstance(length, int) and not isinstance(length, bool):
+            if 0 <= length <= self.length:
+                return lengths.clamp(max=length)
+            cropped = torch.full_like(lengths, length)
+        else:
+            raise TypeError(f"{caller}: length of crop must be an int, or integers (B,); got {length!r}.")
+        if not len(lengths) or ((cropped < 0) | (cropped > lengths)).any():
+            tokens = self.length if self._rows is None else lengths.tolist()
             raise ValueError(
-                f"{caller}: length of crop must be between 0 and {self.length}, the tokens in the cache; got {length}."
+                f"{caller}: length of crop must be between 0 and {tokens}, the tokens in the cache; "
+                f"got {length.tolist() if isinstance(length, Tensor) else length}."
             )
+        return cropped
 
     def select(self, rows: Tensor) -> None:
         """Reorders the batch: row i becomes the former row ``rows[i]``, as in beam search.
@@ -122,37 +235,131 @@ class Cache:
         Raises:
             ValueError: for anything else.
         """
-        memory = self._parts[0].memory
-        if memory is None:
-            return
+        if self._batch:
+            index = self._check_rows("select", rows).to(self._rows_or_equal().lengths.device)
+            self._set_rows(self._parts, self._rows, index)
+
+    def repeat(self, count: int) -> None:
+        """Repeats each row ``count`` times in succession, as for beams of one prompt.
+
+        Raises:
+            TypeError, ValueError: unless count is an int of at least 1.
+        """
+        require_count(f"{type(self).__name__}.repeat", "count", count)
+        self.select(torch.arange(self._batch).repeat_interleave(count))
+
+    def join(self, other: Self) -> None:
+        """Adds the rows of another cache of the same layer after the own ones, such as newly prefilled prompts.
+
+        Raises:
+            TypeError: for a cache of another class.
+            ValueError: for keys of another layer, shape or dtype.
+        """
+        self._require_like(other)
+        if other._batch:
+            self._combine(other, None)
+
+    def replace(self, rows: Tensor, other: Self) -> None:
+        """Replaces row ``rows[i]`` by row i of another cache of the same layer, for a text that took its place.
+
+        Args:
+            rows: integer ``(B',)``, from 0 to B - 1, each once.
+            other: a cache of B' rows.
+
+        Raises:
+            TypeError: for a cache of another class.
+            ValueError: for other rows, and keys of another layer, shape or dtype.
+        """
+        self._require_like(other)
+        rows = self._check_rows("replace", rows)
+        count = other._batch
+        if rows.shape[0] != count or rows.unique().shape[0] != count:
+            raise ValueError(
+                f"{type(self).__name__}: rows of replace must be {count} different ones, as the other cache has; "
+                f"got {rows}."
+            )
+        index = torch.arange(self._batch, device=rows.device)
+        index[rows.long()] = self._batch + torch.arange(count, device=rows.device)
+        self._combine(other, index)
+
+    def _combine(self, other: Self, index: Tensor | None) -> None:
+        """Takes rows ``index`` of this and the other cache, counted one after the other; None for all."""
+        rows = self._rows_or_equal().join(other._rows_or_equal())
+        mine = self._parts if self._batch else tuple(AppendBuffer() for _ in self._parts)
+        joined = [one.joined(two) for one, two in zip(mine, other._parts, strict=True)]
+        self._owners = self._owners or other._owners
+        self._set_rows(joined, rows, None if index is None else index.to(rows.lengths.device))
+
+    def _set_rows(self, parts: Iterable[AppendBuffer], rows: Rows | None, index: Tensor | None) -> None:
+        """Replaces the tokens by these, or by rows ``index`` of them."""
+        if index is not None:
+            parts, rows = [part.select(index) for part in parts], None if rows is None else rows.select(index)
+        self._parts, self._rows = tuple(parts), rows
+        if rows is not None and not torch.compiler.is_compiling():
+            longest = int(rows.stored.max()) if len(rows.lengths) else 0
+            for part in self._parts:
+                part.crop(longest)
+
+    def _require_like(self, other: Self) -> None:
+        """Raises unless the other cache stores keys of the same layer in the same form."""
+        caller = type(self).__name__
+        if type(other) is not type(self):
+            raise TypeError(f"{caller}: only another {caller} can join it; got {type(other).__name__}.")
+        if self._owners and other._owners and not set(self._owners) & set(other._owners):
+            raise ValueError(
+                f"{caller}: only a cache of the same layer, {self._owners[0].name}, can join it; got one of "
+                f"{other._owners[0].name}."
+            )
+        for mine, theirs in zip(self._parts, other._parts, strict=True):
+            mine.require_like(caller, theirs)
+
+    def _check_rows(self, operation: str, rows: Tensor) -> Tensor:
+        """The rows; raises ValueError unless they are integers ``(n,)`` from 0 to B - 1."""
+        batch = self._batch
         fits = isinstance(rows, Tensor) and rows.dim() == 1 and rows.dtype in (torch.int64, torch.int32)
         if not torch.compiler.is_compiling() and fits and rows.numel():
-            fits = 0 <= int(rows.min()) <= int(rows.max()) < memory.shape[0]
+            fits = 0 <= int(rows.min()) <= int(rows.max()) < batch
         if not fits:
             raise ValueError(
-                f"{type(self).__name__}: rows of select must be a 1-dimensional tensor of integers from 0 to "
-                f"{memory.shape[0] - 1}; got {rows!r}."
+                f"{type(self).__name__}: rows of {operation} must be a 1-dimensional tensor of integers from 0 to "
+                f"{batch - 1}; got {rows!r}."
             )
-        rows = rows.to(memory.device)
-        self._parts = tuple([part.select(rows) for part in self._parts])
+        return rows
 
     def reset(self) -> None:
         """Removes all tokens and the owner, for another batch or layer."""
-        self.restore(0)
+        self.restore((None, 0))
         self._owners = ()
 
     def mark(self) -> Any:
         """The state to which `restore` returns."""
-        return self.length
+        return self._rows, self._parts[0].length
 
     def restore(self, mark: Any) -> None:
         """Undoes all appends since ``mark``."""
+        self._rows, length = mark
         for part in self._parts:
-            part.crop(mark)
+            part.crop(length)
 
-    def restrict(self, mask: Mask) -> Mask:
-        """The mask restricted to the keys that the last append returned: here, all."""
-        return mask
+    def restrict(self, mask: Mask, keys: "Keys | Int8Keys", queries: int) -> Mask:
+        """A mask over all columns as one over the keys that the last append, of ``queries`` columns, returned."""
+        if keys.lengths is None:
+            return mask
+        if mask.has_tensors:
+            mask = mask.gather_keys(self._column_of_keys(keys), (self.columns - queries, self.columns))
+        return mask & Mask.padding(keys.lengths)
+
+    def restrict_bias(self, bias: Tensor | None, keys: "Keys | Int8Keys") -> Tensor | None:
+        """A bias ``(B or 1, H or 1, Lq, columns)`` as one over the keys that the last append returned."""
+        if keys.lengths is None or not isinstance(bias, Tensor) or bias.dim() == 0 or bias.shape[-1] == 1:
+            return bias
+        return gather_keys(bias[(None,) * (4 - bias.dim())], self._column_of_keys(keys)[:, None, None])
+
+    def _column_of_keys(self, keys: "Keys | Int8Keys") -> Tensor:
+        """``(B, Lk)``, the column of each key that the last append returned, if rows differ."""
+        assert self._rows is not None
+        assert keys.lengths is not None
+        return self._rows.column_of_keys(keys.k.shape[2], keys.lengths, self.sink_tokens)
 
     @property
     def nbytes(self) -> int:

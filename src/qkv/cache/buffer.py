@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from qkv import kernels
+from qkv.cache.rows import Placement
 
 
 class AppendBuffer:
@@ -69,6 +70,32 @@ class AppendBuffer:
         self._current_view = self.memory.narrow(2, self._start, self.length)
         return self._current_view
 
+    def put(self, new: Tensor, placement: Placement, length: int, capacity: int) -> Tensor:
+        """Writes new tokens ``(B, heads, L, ...)`` to slots of rows, then counts ``length`` tokens; returns all.
+
+        Tokens are in these slots afterwards; of slots after the last token of a row, the numbers mean nothing.
+        """
+        added, tokens = length - self.length, self.tensor
+        values = placement.of(new)
+        if (
+            torch.is_grad_enabled()
+            or torch._C._are_functorch_transforms_active()
+            or (tokens is not None and self.length and tokens.dtype is not new.dtype)
+        ):
+            parts = [new.new_zeros(*new.shape[:2], added, *new.shape[3:])]
+            memory = torch.cat([tokens, *parts] if tokens is not None and self.length else parts, dim=2)
+            rows = memory.transpose(1, 2).index_put((placement.rows, placement.slots), values.to(memory.dtype))
+            self._set_memory(rows.transpose(1, 2).contiguous(), length)
+        else:
+            slots = self._slots_for((*new.shape[:2], added, *new.shape[3:]), new.dtype, new.device, capacity)
+            slots.zero_()  # numbers that are not finite cost some backends time, even if hidden
+            assert self.memory is not None
+            self.memory.transpose(1, 2)[:, self._start :].index_put_((placement.rows, placement.slots), values)
+            self.length, self._current_view = length, None
+            self._cropped = max(0, self._cropped - added)
+        assert self.tensor is not None
+        return self.tensor
+
     def is_current_view(self, tensor: Tensor | None) -> bool:
         """Whether ``tensor`` is what `grow` returned last."""
         return tensor is not None and tensor is self._current_view
@@ -120,6 +147,28 @@ class AppendBuffer:
         torch.index_select(tokens, 0, rows, out=memory[:, :, : self.length])
         selected._set_memory(memory, self.length, is_writable=True)
         return selected
+
+    def joined(self, other: Self) -> "AppendBuffer":
+        """A new buffer with the rows of this one and those of the other; shorter rows end in zeros."""
+        joined = AppendBuffer()
+        pair = [tokens for tokens in (self.tensor, other.tensor) if tokens is not None]
+        length = max((tokens.shape[2] for tokens in pair), default=0)
+        if pair:
+            tokens = torch.cat([_lengthened(tokens, length) for tokens in pair])
+            joined._set_memory(tokens, length, is_writable=not torch.is_grad_enabled() and not tokens.is_inference())
+        return joined
+
+    def require_like(self, caller: str, other: Self) -> None:
+        """Raises ValueError unless the tokens of both have the same heads, width, dtype and device."""
+        mine, theirs = self.tensor, other.tensor
+        if mine is None or theirs is None:
+            return
+        if not _matches(mine[:1], theirs[:1].shape, theirs.dtype, theirs.device):
+            want, got = ((tuple(x.shape), x.dtype, x.device) for x in (mine, theirs))
+            raise ValueError(
+                f"{caller}: heads, width, dtype and device of both caches must be the same; got tokens of {want[0]} in "
+                f"{want[1]} on {want[2]} and of {got[0]} in {got[1]} on {got[2]}."
+            )
 
     def adopt(self, tensor: Tensor) -> None:
         """Replaces the tokens by ``tensor``. A slice of this memory along the tokens stays in place."""
@@ -233,6 +282,15 @@ send_by_value(AppendBuffer)
 def wants_grad(*tensors: Tensor | None) -> bool:
     """Whether results computed from the tensors need a gradient."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _lengthened(tokens: Tensor, length: int) -> Tensor:
+    """Tokens ``(B, heads, L, ...)`` followed by zeros."""
+    missing = length - tokens.shape[2]
+    if not missing:
+        return tokens
+    zeros = tokens.new_zeros(*tokens.shape[:2], missing, *tokens.shape[3:])
+    return torch.cat([tokens, zeros], dim=2)
 
 
 def _new_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -1,14 +1,19 @@
 """`CrossKVCache`: the keys and values of the context of cross-attention."""
 
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from qkv import kernels
 from qkv.cache.base import Cache, Keys, Owner, check_append
+from qkv.cache.rows import place, require_is_token
 from qkv.masks import Mask
+
+if TYPE_CHECKING:
+    from qkv.cache.int8 import Int8Keys
 
 
 class CrossKVCache(Cache):
@@ -43,8 +48,8 @@ class CrossKVCache(Cache):
             self._require(owner)
         self._owners = (owner,)
 
-    def append(self, k: Tensor, v: Tensor) -> Keys:
-        """Stores the keys ``(B, Hkv, L, D)`` and values ``(B, Hkv, L, Dv)`` of the context.
+    def append(self, k: Tensor, v: Tensor, is_token: Tensor | None = None) -> Keys:
+        """As `Cache.append`, for the tokens of the context.
 
         Raises:
             ValueError: on a second append.
@@ -55,13 +60,21 @@ class CrossKVCache(Cache):
                 "Make one cache per layer and context."
             )
         check_append("CrossKVCache", k, v, None, None, None)
-        self._fingerprint = self._context_ref = None
+        require_is_token("CrossKVCache", is_token, k)
+        self._fingerprint = self._context_ref = self._rows = None
+        count, parts = k.shape[2], zip(self._parts, (k, v), strict=True)
         try:
-            grown = [part.extend(x, k.shape[2]) for part, x in zip(self._parts, (k, v), strict=True)]
+            if is_token is None:
+                keys, values = [part.extend(x, count) for part, x in parts]
+            else:
+                rows = self._rows_or_equal(k)
+                placement, longest = place(rows.lengths, count, is_token)
+                keys, values = [part.put(x, placement, longest, longest) for part, x in parts]
+                self._rows = rows.append(count, is_token)
         except BaseException:  # as in KVCache.append
-            self.restore(0)
+            self.restore((None, 0))
             raise
-        return Keys(grown[0], grown[1], None)
+        return Keys(keys, values, None, None if self._rows is None else self._rows.lengths)
 
     def keys(self) -> Keys:
         """The stored keys and values.
@@ -72,7 +85,15 @@ class CrossKVCache(Cache):
         k, v = [part.tensor for part in self._parts]
         if k is None or v is None or not self.length:
             raise ValueError("CrossKVCache: it is empty; call the layer with a context first.")
-        return Keys(k, v, None)
+        return Keys(k, v, None, None if self._rows is None else self._rows.lengths)
+
+    def restrict(self, mask: Mask, keys: "Keys | Int8Keys", queries: int) -> Mask:
+        """A mask over all columns of the context as one over its tokens, for ``queries`` queries."""
+        if keys.lengths is None:
+            return mask
+        if mask.has_tensors:
+            mask = mask.gather_keys(self._column_of_keys(keys), (0, queries))
+        return mask & Mask.padding(keys.lengths)
 
     def remember(self, context: Tensor) -> None:
         """Records the context ``(B, L, width)`` that the keys were computed from, for `require`."""
@@ -95,9 +116,9 @@ class CrossKVCache(Cache):
                 f"CrossKVCache: its {self.length} tokens were appended without a context to compare with; "
                 "call the layer without one."
             )
-        if context.shape[1] != self.length:
+        if context.shape[1] != self.columns:
             raise ValueError(
-                f"CrossKVCache: it contains a context of {self.length} tokens; got another of {context.shape[1]}. "
+                f"CrossKVCache: it contains a context of {self.columns} tokens; got another of {context.shape[1]}. "
                 "Make one CrossKVCache per layer and context."
             )
         if torch.compiler.is_compiling():
@@ -112,22 +133,21 @@ class CrossKVCache(Cache):
         has_version = not torch.compiler.is_compiling() and not context.is_inference()
         self._context_ref = (weakref.ref(context), context._version) if has_version else None
 
-    def crop(self, length: int) -> None:
-        """Removes all tokens of the context after the first ``length``.
-
-        Raises:
-            TypeError: for a length that is not an int.
-            ValueError: for a length below 0 or above `length`.
-        """
+    def crop(self, length: int | Tensor) -> None:
+        """As `Cache.crop`. A context passed later must be as short."""
         super().crop(length)
-        if self._fingerprint is not None and length < self._fingerprint.shape[1]:
-            self._fingerprint, self._context_ref = self._fingerprint[:, :length].clone(), None
+        if self._fingerprint is not None and self.columns < self._fingerprint.shape[1]:
+            self._fingerprint, self._context_ref = self._fingerprint[:, : self.columns].clone(), None
 
     def select(self, rows: Tensor) -> None:
         """As `Cache.select`. A context passed later must have the selected rows."""
         super().select(rows)
         if self._fingerprint is not None:
             self._fingerprint, self._context_ref = self._fingerprint[rows.to(self._fingerprint.device)], None
+
+    def _combine(self, other: Self, index: Tensor | None) -> None:
+        super()._combine(other, index)
+        self._fingerprint = self._context_ref = None  # no context has these rows
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_context_ref": None}

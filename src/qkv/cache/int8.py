@@ -1,5 +1,6 @@
 """`Int8KVCache`: all keys and values so far in int8, and `quantize`."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,10 +17,12 @@ class Int8Keys(NamedTuple):
 
     k: Tensor
     v: Tensor
-    offset: int
+    offset: int | Tensor
     k_scale: Tensor
     """(B, Hkv, Lk), what each key is multiplied by, as v_scale for values"""
     v_scale: Tensor
+    lengths: Tensor | None = None
+    """(B,), number of keys of each row, the first ones; None if all are"""
 
     def options(self) -> dict[str, Any]:
         """Keywords for `qkv.attention`, beside k and v."""
@@ -46,28 +49,21 @@ class Int8KVCache(FullCache):
     def __init__(self, capacity: int | None = None) -> None:
         super().__init__(capacity, parts=4)
 
-    def append(self, k: Tensor, v: Tensor) -> Int8Keys:
-        """Appends keys ``(B, Hkv, L, D)`` and values ``(B, Hkv, L, Dv)``, and returns all so far.
+    def append(self, k: Tensor, v: Tensor, is_token: Tensor | None = None) -> Int8Keys:
+        """As `Cache.append`.
 
         Raises:
             ValueError: as `KVCache.append`, and for integers and tensors that require a gradient.
         """
-        start = self.length
-        try:
-            if self._append_in_place(k, v) is None:
-                self._append_by_torch(k, v)
-        except BaseException:  # as in KVCache.append
-            self.restore(start)
-            raise
-        return self.keys()._replace(offset=start)
+        (keys, values, k_scale, v_scale), offset = self._extend(k, v, is_token)
+        return Int8Keys(keys, values, offset, k_scale, v_scale, self._returned)
 
-    def _append_by_torch(self, k: Tensor, v: Tensor) -> None:
-        """Appends tokens for which `_append_in_place` is not eligible."""
-        if not (k.is_floating_point() and v.is_floating_point()):
-            raise ValueError(f"Int8KVCache: k and v must be floating-point; got {k.dtype}, {v.dtype}.")
-        if wants_grad(k, v):
-            raise ValueError("Int8KVCache: int8 has no gradient; call it under torch.no_grad(), or use a KVCache.")
-        capacity = self._check_tokens(k, v)
+    def _extend_equally(self, k: Tensor, v: Tensor) -> Sequence[Tensor]:
+        grown = self._append_in_place(k, v)
+        if grown is not None:
+            return grown
+        self._require_codable(k, v)
+        capacity = self._check_tokens(k, v, k.shape[2])
         for x, codes, scales in self._pairs(k, v):
             if torch.is_grad_enabled() or not _kernel_can_quantize(x):
                 for part, new in zip((codes, scales), quantize(x), strict=True):
@@ -77,6 +73,20 @@ class Int8KVCache(FullCache):
                 scale = scales.append_uninitialised(x.shape[:3], torch.float32, x.device, capacity)
                 kernels.quantize(x, code, scale)
                 torch.autograd.graph.increment_version((code, scale))  # as torch's in-place operators do
+        return [part.tensor for part in self._parts if part.tensor is not None]
+
+    def _encode(self, k: Tensor, v: Tensor) -> Sequence[Tensor]:
+        self._require_codable(k, v)
+        (k, k_scale), (v, v_scale) = quantize(k), quantize(v)
+        return k, v, k_scale, v_scale
+
+    @staticmethod
+    def _require_codable(k: Tensor, v: Tensor) -> None:
+        """Raises ValueError for tokens that int8 cannot represent."""
+        if not (k.is_floating_point() and v.is_floating_point()):
+            raise ValueError(f"Int8KVCache: k and v must be floating-point; got {k.dtype}, {v.dtype}.")
+        if wants_grad(k, v):
+            raise ValueError("Int8KVCache: int8 has no gradient; call it under torch.no_grad(), or use a KVCache.")
 
     def reserve(self, k: Tensor, v: Tensor, capacity: int) -> None:
         """Allocates memory for ``capacity`` tokens of these shapes, before the first append.
@@ -99,7 +109,7 @@ class Int8KVCache(FullCache):
         k, v, k_scale, v_scale = [part.tensor for part in self._parts]
         if k is None or v is None or k_scale is None or v_scale is None:
             raise ValueError("Int8KVCache: it is empty; append keys and values first.")
-        return Int8Keys(k, v, self.length, k_scale, v_scale)
+        return Int8Keys(k, v, self.offset(), k_scale, v_scale, self._returned)
 
     def _pairs(self, k: Tensor, v: Tensor) -> tuple[tuple[Tensor, AppendBuffer, AppendBuffer], ...]:
         """Keys and values, each with the buffers of its codes and scales."""

@@ -1,11 +1,15 @@
 """`KVCache`: all keys and values so far."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from qkv.arguments import require_int
 from qkv.cache.base import Cache, Keys, check_append
 from qkv.cache.buffer import append_in_place
+from qkv.cache.rows import padding_before, place, require_is_token
 
 MIN_CAPACITY = 16
 
@@ -28,19 +32,70 @@ class FullCache(Cache):
         self.capacity = capacity
         self._dtype: torch.dtype | None = None
 
+    def _extend(self, k: Tensor, v: Tensor, is_token: Tensor | None) -> tuple[Sequence[Tensor], int | Tensor]:
+        """`append` to each part. Returns all tokens of each, and the offset."""
+        mark, start = self.mark(), self.length
+        try:
+            if self._rows is None and is_token is None:
+                return self._extend_equally(k, v), start
+            return self._extend_rows(k, v, is_token)
+        except BaseException:  # out of memory or interrupted, with some parts grown
+            self.restore(mark)
+            raise
+
+    def _extend_equally(self, k: Tensor, v: Tensor) -> Sequence[Tensor]:
+        """Appends as many tokens to each row."""
+        raise NotImplementedError
+
+    def _extend_rows(self, k: Tensor, v: Tensor, is_token: Tensor | None) -> tuple[Sequence[Tensor], int | Tensor]:
+        """Appends tokens to rows that differ in length, or come to."""
+        require_is_token(type(self).__name__, is_token, k)
+        rows = self._rows_or_equal(k)
+        placement, grown = place(rows.lengths, k.shape[2], is_token)
+        capacity, length = self._check_tokens(k, v, grown), self.length + grown
+        parts = zip(self._parts, self._encode(k, v), strict=True)
+        tokens = [part.put(x, placement, length, capacity) for part, x in parts]
+        offset = rows.lengths if is_token is None else rows.lengths - padding_before(is_token)
+        self._rows = rows.append(k.shape[2], is_token)
+        return tokens, offset
+
+    @property
+    def _returned(self) -> Tensor | None:
+        """``(B,)``, number of keys of each row; None if all are."""
+        return None if self._rows is None else self._rows.lengths
+
+    def _require_like(self, other: Self) -> None:
+        super()._require_like(other)
+        caller = type(self).__name__
+        if self._batch and other._batch and self._dtype is not other._dtype:
+            raise ValueError(f"{caller}: both caches must have tokens of {self._dtype}; got {other._dtype}.")
+        if self.capacity is not None and other.length > self.capacity:
+            raise ValueError(
+                f"{caller}: capacity is {self.capacity} tokens; got a cache of {other.length}. Pass a larger capacity, "
+                "or None to grow."
+            )
+
+    def _combine(self, other: Self, index: Tensor | None) -> None:
+        super()._combine(other, index)
+        self._dtype = other._dtype
+
+    def _encode(self, k: Tensor, v: Tensor) -> Sequence[Tensor]:
+        """New tokens in the form of each part."""
+        raise NotImplementedError
+
     def _append_in_place(self, k: Tensor, v: Tensor) -> list[Tensor] | None:
         """`append_in_place`, if the dtype is that of the cache."""
         return append_in_place(self._parts, k, v) if k.dtype is v.dtype is self._dtype else None
 
-    def _check_tokens(self, k: Tensor, v: Tensor) -> int:
-        """Validates new tokens; returns how many slots to allocate, should the buffer need reallocation."""
+    def _check_tokens(self, k: Tensor, v: Tensor, grown: int) -> int:
+        """Validates new tokens, ``grown`` more in the longest row; returns how many slots to allocate if need be."""
         caller, start = type(self).__name__, self.length
-        keys, values, *_ = self._parts
-        check_append(caller, k, v, keys.memory if start else None, values.memory if start else None, self._dtype)
-        stop = start + k.shape[2]
+        keys, values = (part.memory if self._batch else None for part in self._parts[:2])
+        check_append(caller, k, v, keys, values, self._dtype)
+        stop = start + grown
         if self.capacity is not None and stop > self.capacity:
             raise ValueError(
-                f"{caller}: capacity is {self.capacity} tokens; got {k.shape[2]} more than the {start} in the cache. "
+                f"{caller}: capacity is {self.capacity} tokens; got {grown} more than the {start} in the cache. "
                 "Pass a larger capacity, or None to grow."
             )
         self._dtype = k.dtype
@@ -63,23 +118,27 @@ class KVCache(FullCache):
         >>> cache.append(k, k).offset
         7
 
+    Rows may differ in length: after a padded prompt, and after `crop`, `join` and `replace`.
+
     With gradients enabled, outside of ``torch.no_grad()``, appending concatenates instead, since backward needs the
     tokens of each step.
     """
 
-    def append(self, k: Tensor, v: Tensor) -> Keys:
-        """Appends keys ``(B, Hkv, L, D)`` and values ``(B, Hkv, L, Dv)``, and returns all so far.
+    def append(self, k: Tensor, v: Tensor, is_token: Tensor | None = None) -> Keys:
+        """As `Cache.append`.
 
         Raises:
             ValueError: for a batch, heads, width, dtype or device other than before, and beyond capacity.
         """
-        start = self.length
-        try:
-            grown = self._append_in_place(k, v)
-            if grown is None:
-                capacity = self._check_tokens(k, v)
-                grown = [part.extend(x, capacity) for part, x in zip(self._parts, (k, v), strict=True)]
-            return Keys(grown[0], grown[1], start)
-        except BaseException:  # out of memory or interrupted, with some parts grown
-            self.restore(start)
-            raise
+        (keys, values), offset = self._extend(k, v, is_token)
+        return Keys(keys, values, offset, self._returned)
+
+    def _extend_equally(self, k: Tensor, v: Tensor) -> Sequence[Tensor]:
+        grown = self._append_in_place(k, v)
+        if grown is None:
+            capacity = self._check_tokens(k, v, k.shape[2])
+            grown = [part.extend(x, capacity) for part, x in zip(self._parts, (k, v), strict=True)]
+        return grown
+
+    def _encode(self, k: Tensor, v: Tensor) -> Sequence[Tensor]:
+        return k, v

@@ -1,14 +1,19 @@
 """`SlidingKVCache`: the keys and values of a sliding window."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
-from qkv.arguments import require_int
+from qkv.arguments import described, require_int
 from qkv.cache.base import Cache, Keys, Owner, check_append
 from qkv.cache.buffer import AppendBuffer, append_in_place
-from qkv.masks import Mask
+from qkv.cache.rows import Rows, gather_tokens, padding_before, place, recent_tokens, require_is_token
+from qkv.masks import Mask, select_keys
+
+if TYPE_CHECKING:
+    from qkv.cache.int8 import Int8Keys
 
 
 class SlidingKVCache(Cache):
@@ -44,12 +49,11 @@ class SlidingKVCache(Cache):
         self.window = window
         self.sink_tokens = sink_tokens
         self._length = 0
-        self._returned = 0
 
     @property
     def length(self) -> int:
-        """Number of tokens appended, dropped ones included."""
-        return self._length
+        """Number of tokens appended, dropped ones included; of the longest row, if rows differ."""
+        return self._length if self._rows is None else int(self._rows.lengths.max())
 
     def admit(self, owner: Owner, mask: Mask) -> None:
         """As `Cache.admit`.
@@ -64,30 +68,67 @@ class SlidingKVCache(Cache):
             )
         super().admit(owner, mask)
 
-    def append(self, k: Tensor, v: Tensor) -> Keys:
-        """Appends keys ``(B, Hkv, L, D)`` and values ``(B, Hkv, L, Dv)``; returns the sinks and all keys in a window.
+    def append(self, k: Tensor, v: Tensor, is_token: Tensor | None = None) -> Keys:
+        """As `Cache.append`; returns the sinks and all keys in a window of a new query.
 
         Raises:
             ValueError: for a batch, heads, width, dtype or device other than before.
         """
-        keys, values = [part.memory if part.length else None for part in self._parts]
+        keys, values = [part.memory if self._batch else None for part in self._parts]
         check_append("SlidingKVCache", k, v, keys, values, None if keys is None else keys.dtype)
-        mark, new, capacity = self.mark(), k.shape[2], self._capacity
+        mark = self.mark()
         try:
-            if self._parts[0].length + new > capacity:
-                self._parts = tuple([self._recent(part.tensor) for part in self._parts])
-            before = self._parts[0].length
-            grown = append_in_place(self._parts, k, v) if before + new <= capacity else None
-            if grown is None:
-                grown = [self._extend(part, x) for part, x in zip(self._parts, (k, v), strict=True)]
-                if before + new > capacity:  # a prompt of several windows is cut
-                    self._parts = tuple([self._recent(x) for x in grown])
+            if self._rows is None and is_token is None:
+                return self._append_equally(k, v)
+            return self._append_rows(k, v, is_token)
         except BaseException:  # as in KVCache.append
             self.restore(mark)
             raise
+
+    def _append_equally(self, k: Tensor, v: Tensor) -> Keys:
+        """Appends as many tokens to each row."""
+        new, capacity = k.shape[2], self._capacity
+        if self._parts[0].length + new > capacity:
+            self._parts = tuple([self._recent(part.tensor) for part in self._parts])
+        before = self._parts[0].length
+        grown = append_in_place(self._parts, k, v) if before + new <= capacity else None
+        if grown is None:
+            grown = [self._extend(part, x) for part, x in zip(self._parts, (k, v), strict=True)]
+            if before + new > capacity:  # a prompt of several windows is cut
+                self._parts = tuple([self._recent(x) for x in grown])
         self._length += new
-        self._returned = before + new
         return Keys(grown[0], grown[1], before)
+
+    def _append_rows(self, k: Tensor, v: Tensor, is_token: Tensor | None) -> Keys:
+        """Appends tokens to rows that differ in length, or come to."""
+        require_is_token("SlidingKVCache", is_token, k)
+        new, rows = k.shape[2], self._rows_or_equal(k)
+        placement, grown = place(rows.stored, new, is_token)
+        if 0 < self._parts[0].length > self._capacity - grown:
+            rows = self._keep_recent(rows)
+            placement, grown = place(rows.stored, new, is_token)
+        length, stored = self._parts[0].length + grown, rows.stored
+        parts = zip(self._parts, (k, v), strict=True)
+        keys, values = [part.put(x, placement, length, max(self._capacity, length)) for part, x in parts]
+        offset = stored if is_token is None else stored - padding_before(is_token)
+        rows = rows.append(new, is_token)
+        self._rows = self._keep_recent(rows) if length > self._capacity else rows
+        return Keys(keys, values, offset, rows.stored)
+
+    def _rows_or_equal(self, like: Tensor | None = None) -> Rows:
+        rows = super()._rows_or_equal(like)
+        dropped = self._length - self._parts[0].length
+        return rows if rows.dropped is not None else rows._replace(dropped=torch.full_like(rows.lengths, dropped))
+
+    def _keep_recent(self, rows: Rows) -> Rows:
+        """Drops the tokens of each row that the next query does not see; returns the rows then."""
+        index, kept = recent_tokens(rows.stored, self.window, self.sink_tokens, self._parts[0].length)
+        parts = tuple(AppendBuffer() for _ in self._parts)
+        for part, old in zip(parts, self._parts, strict=True):
+            assert old.tensor is not None
+            part.extend(gather_tokens(old.tensor, index), max(self._capacity, index.shape[1]))
+        self._parts = parts
+        return rows._replace(dropped=rows.lengths - kept)
 
     @property
     def _capacity(self) -> int:
@@ -107,46 +148,66 @@ class SlidingKVCache(Cache):
             recent.extend(torch.cat([tokens[:, :, :sinks], tokens[:, :, start:]], dim=2), self._capacity)
         return recent
 
-    def crop(self, length: int) -> None:
-        """Removes all tokens after the first ``length``, for instance rejected drafts of speculative decoding.
+    def crop(self, length: int | Tensor) -> None:
+        """As `Cache.crop`.
 
         Raises:
-            TypeError: for a length that is not an int.
-            ValueError: for a length below 0 or above `length`, and if the window of the next query would contain
-                dropped keys.
+            TypeError, ValueError: as there; ValueError if the window of the next query would contain dropped keys.
         """
-        self._check_crop(length)
-        count = self._parts[0].length
-        dropped = self._length - count
-        kept = length - dropped
-        if dropped and length < self._length and kept - self.sink_tokens < self.window - 1:
-            least = min(self._length, dropped + self.sink_tokens + self.window - 1)
+        lengths, rows = self._check_crop(length), self._rows_or_equal()
+        assert rows.dropped is not None
+        kept = lengths - rows.dropped
+        too_few = (rows.dropped > 0) & (lengths < rows.lengths) & (kept - self.sink_tokens < self.window - 1)
+        if too_few.any():
+            least = torch.minimum(rows.lengths, rows.dropped + self.sink_tokens + self.window - 1)
+            want, had = (x.tolist() if self._rows is not None else int(x[0]) for x in (least, rows.lengths))
             raise ValueError(
-                f"SlidingKVCache: length of crop must be at least {least} of {self._length} tokens, or the window of "
-                f"the next query would contain dropped keys; got {length}. Crop earlier, or use a KVCache."
+                f"SlidingKVCache: length of crop must be at least {want} of {had} tokens, or the window of the "
+                f"next query would contain dropped keys; got {described(length)}. Crop earlier, or use a KVCache."
             )
+        if isinstance(length, int) and (self._rows is None or length == 0):
+            count = max(0, length - (self._length - self._parts[0].length))
+            self._rows, self._length = None, length
+        else:
+            count, self._rows = int(kept.max()), rows.crop(lengths)
         for part in self._parts:
-            part.crop(kept)
-        self._length = length
+            part.crop(count)
 
     def reset(self) -> None:
         """Removes all tokens and the owner, for another batch or layer."""
-        self.restore((self._parts, 0, 0))
+        self.restore((self._parts, 0, 0, None))
         self._owners = ()
 
     def mark(self) -> Any:
         """The state to which `restore` returns."""
-        return self._parts, self._parts[0].length, self._length
+        return self._parts, self._parts[0].length, self._length, self._rows
 
     def restore(self, mark: Any) -> None:
         """Undoes all appends since ``mark``."""
-        self._parts, count, self._length = mark
+        self._parts, count, self._length, self._rows = mark
         for part in self._parts:
             part.crop(count)
 
-    def restrict(self, mask: Mask) -> Mask:
-        """The mask restricted to the keys that the last append returned."""
-        if self._returned == self._length:
-            return mask
-        recent = self._returned - self.sink_tokens
-        return mask.select_keys(self._length - recent, self._length, self.sink_tokens)
+    def restrict(self, mask: Mask, keys: "Keys | Int8Keys", queries: int) -> Mask:
+        """A mask over all columns as one over the keys that the last append, of ``queries`` columns, returned."""
+        returned = keys.k.shape[2]
+        if self._rows is not None or returned == self._length:
+            return super().restrict(mask, keys, queries)
+        return mask.select_keys(self._length - (returned - self.sink_tokens), self._length, self.sink_tokens)
+
+    def restrict_bias(self, bias: Tensor | None, keys: "Keys | Int8Keys") -> Tensor | None:
+        """A bias ``(B or 1, H or 1, Lq, columns)`` as one over the keys that the last append returned."""
+        returned = keys.k.shape[2]
+        if self._rows is not None or returned == self._length:
+            return super().restrict_bias(bias, keys)
+        if not isinstance(bias, Tensor) or bias.dim() == 0 or bias.shape[-1] == 1:
+            return bias
+        return select_keys(bias, self._length - (returned - self.sink_tokens), self._length, self.sink_tokens)
+
+    def _require_like(self, other: Self) -> None:
+        super()._require_like(other)
+        if (self.window, self.sink_tokens) != (other.window, other.sink_tokens):
+            raise ValueError(
+                f"SlidingKVCache: both caches must have window={self.window} and sink_tokens={self.sink_tokens}; got "
+                f"{other.window} and {other.sink_tokens}."
+            )

@@ -30,6 +30,15 @@ def require_rotary(caller: str, rotary: object, head_dim: int) -> None:
         raise ValueError(f"{caller}: rotary must be for head_dim={head_dim}; got {rotary.head_dim}.")
 
 
+def require_position_bias(caller: str, position_bias: object) -> None:
+    """Raises TypeError unless ``position_bias`` is a module."""
+    if not isinstance(position_bias, nn.Module):
+        raise TypeError(
+            f"{caller}: position_bias must be a module called as position_bias(lq, lk, offset); "
+            f"got {position_bias if isinstance(position_bias, bool) else type(position_bias).__name__}."
+        )
+
+
 def require_backend(caller: str, backend: object) -> None:
     """Raises ValueError unless ``backend`` is ``auto`` or the name of a backend."""
     names = [candidate.NAME for candidate in BACKENDS]

@@ -18,6 +18,7 @@ from qkv.layers.arguments import (
     require_backend,
     require_like_weights,
     require_mask,
+    require_position_bias,
     require_rotary,
     require_vector,
 )
@@ -43,6 +44,7 @@ class _Inputs(NamedTuple):
     q: Tensor
     keys: Keys | Int8Keys
     mask: Mask
+    bias: Tensor | None
 
 
 def _restore_cache_on_error(call: Callable[_Arguments, Tensor]) -> Callable[_Arguments, Tensor]:
@@ -79,6 +81,8 @@ class Attention(nn.Module):
         context_dim: width of the second sequence that keys and values come from; self-attention if None.
         mask: which keys a query may see.
         rotary: rotates queries and keys by their position. Self-attention only.
+        position_bias: module that adds a learned bias to the scores by relative position. Called as
+            ``position_bias(lq, lk, offset)``, it returns ``(B or 1, num_heads, lq, lk)``; layers may share one.
         qk_norm: normalises each query and key to unit root mean square, with learned gains ``q_norm`` and ``k_norm``.
         bias: whether q_proj, k_proj and v_proj have a bias.
         out_bias: whether out_proj has a bias; as ``bias`` if None.
@@ -124,6 +128,7 @@ class Attention(nn.Module):
         context_dim: int | None = None,
         mask: Mask = FULL,
         rotary: RotaryEmbedding | None = None,
+        position_bias: nn.Module | None = None,
         qk_norm: bool = False,
         bias: bool = True,
         out_bias: bool | None = None,
@@ -165,6 +170,8 @@ class Attention(nn.Module):
             require_rotary(caller, rotary, head_dim)
             if context_dim is not None:
                 raise ValueError(f"{caller}: rotary has no meaning between two sequences; pass rotary or context_dim.")
+        if position_bias is not None:
+            require_position_bias(caller, position_bias)
         if scale is not None:
             require_finite(caller, "scale", scale, suffix=", or None for 1 / sqrt(head_dim)")
         if softcap is not None:
@@ -195,6 +202,7 @@ class Attention(nn.Module):
         self.v_proj = linear(source_dim, num_kv_heads * self.value_dim, bias)
         self.out_proj = linear(num_heads * self.value_dim, embed_dim, out_bias)
         self.rotary = rotary
+        self.position_bias = position_bias
         self.q_norm = HeadNorm(head_dim, eps=1e-6, device=device, dtype=dtype) if qk_norm else None
         self.k_norm = HeadNorm(head_dim, eps=1e-6, device=device, dtype=dtype) if qk_norm else None
         # None is a plain attribute: looking up a registered parameter costs a microsecond per call.
@@ -228,7 +236,14 @@ class Attention(nn.Module):
 
     @_restore_cache_on_error
     def forward(
-        self, x: Tensor, context: Tensor | None = None, *, mask: Mask | None = None, cache: Cache | None = None
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        mask: Mask | None = None,
+        bias: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """Attention with the tokens of x as queries.
 
@@ -236,34 +251,57 @@ class Attention(nn.Module):
             x: ``(B, Lq, embed_dim)``.
             context: ``(B, Lk, context_dim)``, for a layer with a context_dim; optional if ``cache`` contains it.
             mask: combined with the mask of the layer by ``&``; its tensors cover all keys, cached ones included.
-            cache: keys and values of earlier calls of this layer, to which this call appends its own. A call that fails
-                appends nothing.
+            bias: added to the scores, broadcastable to ``(B, num_heads, Lq, Lk)``, cached keys included.
+            positions: integers ``(Lq,)`` or ``(B, Lq)`` by which rotary rotates, or more dimensions if it takes them.
+                By default tokens are counted, cached ones included. Masks and biases count in any case.
+            cache: keys and values of earlier calls of this layer, to which this call appends its own, apart from
+                padding. A call that fails appends nothing.
 
         Returns:
             ``(B, Lq, embed_dim)``.
 
         Raises:
-            ValueError: for inputs of another width, dtype or device, a missing or unexpected context, and as
-                `qkv.attention` and the cache.
+            ValueError: for inputs of another width, dtype or device, a missing or unexpected context, positions
+                without rotary, and as `qkv.attention` and the cache.
             TypeError: for inputs that are not tensors, and a mask or a cache of the wrong kind.
         """
         if _is_nested(x) or _is_nested(context):
+            self._refuse_with_nested(bias=bias, positions=positions)
             return self._forward_jagged(x, context, mask, cache)
-        q, keys, mask = self._inputs(x, context, mask, cache)
-        return self._project_out(self._attend(q, keys.k, keys.v, mask=mask, **keys.options()))
+        return self._project_out(self._attend(self._inputs(x, context, mask, bias, positions, cache)))
 
     @_restore_cache_on_error
     def attention_weights(
-        self, x: Tensor, context: Tensor | None = None, *, mask: Mask | None = None, cache: Cache | None = None
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        mask: Mask | None = None,
+        bias: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
-        """The softmax weights ``(B, num_heads, Lq, Lk)`` of `forward`, which takes the same arguments."""
+        """The softmax weights ``(B, num_heads, Lq, Lk)`` of `forward`, which takes the same arguments.
+
+        With a cache whose rows differ in length, key j of a row is its j-th token, padding not counted.
+        """
         if _is_nested(x) or _is_nested(context):
             raise ValueError(
                 f"{type(self).__name__}: attention_weights takes no nested tensors; call it for each sequence, "
                 "(1, L, E), or on a padded batch with mask=Mask.padding(lengths)."
             )
-        q, keys, mask = self._inputs(x, context, mask, cache)
-        return functional.attention_weights(q, keys.k, mask=mask, **self._scores(q), **keys.options())
+        inputs = self._inputs(x, context, mask, bias, positions, cache)
+        q, keys, mask, bias = inputs if self.position_bias is None else self._add_position_bias(inputs)
+        return functional.attention_weights(q, keys.k, mask=mask, **self._scores(q, bias), **keys.options())
+
+    def _refuse_with_nested(self, **options: Tensor | None) -> None:
+        """Raises ValueError for options that nested tensors do not have."""
+        for name, value in options.items():
+            if value is not None:
+                raise ValueError(
+                    f"{type(self).__name__}: with nested tensors, {name} must be None. Call it for each sequence, or "
+                    "on x.to_padded_tensor(0.0) with mask=Mask.padding(lengths)."
+                )
 
     def _forward_jagged(self, x: Tensor, context: Tensor | None, mask: Mask | None, cache: Cache | None) -> Tensor:
         """`forward` of each sequence of a nested tensor, without projecting padding."""
@@ -289,11 +327,11 @@ class Attention(nn.Module):
             raise
         if self.rotary is not None:
             q, k = self.rotary(q, queries.offset), self.rotary(k, queries.offset)
-        if keys is queries and not mask.sink_tokens:
-            out = self._attend(q, k, v, mask=mask & queries.document_mask, offset=0)
-        else:  # each sequence has sinks of its own
-            padded = queries.pad(q), keys.pad(k), keys.pad(v)
-            out = queries.pack(self._attend(*padded, mask=mask & Mask.padding(keys.lengths), offset=0))
+        if keys is queries and not mask.sink_tokens and self.position_bias is None:
+            out = self._attend(_Inputs(q, Keys(k, v, 0), mask & queries.document_mask, None))
+        else:  # each sequence has sinks and relative positions of its own
+            padded = _Inputs(queries.pad(q), Keys(keys.pad(k), keys.pad(v), 0), mask & Mask.padding(keys.lengths), None)
+            out = queries.pack(self._attend(padded))
         return nested_like(x, self._project_out(out))
 
     def _pack_context(self, queries: PackedTokens, context: Tensor | None, mask: Mask) -> PackedTokens:
@@ -315,15 +353,18 @@ class Attention(nn.Module):
             )
         return keys
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    def _attend(self, inputs: _Inputs) -> Tensor:
         """`qkv.attention` with the options of the layer."""
-        return functional.attention(q, k, v, backend=self.backend, **self._scores(q), **options)
+        q, keys, mask, bias = inputs if self.position_bias is None else self._add_position_bias(inputs)
+        scores = self._scores(q, bias)
+        return functional.attention(q, keys.k, keys.v, mask=mask, backend=self.backend, **scores, **keys.options())
 
-    def _scores(self, q: Tensor) -> ScoreOptions:
+    def _scores(self, q: Tensor, bias: Tensor | None) -> ScoreOptions:
         """The score options of the layer, as keywords of `qkv.attention`."""
         return {
             "scale": self.scale,
             "softcap": self.softcap,
+            "bias": bias,
             "alibi": None if self._slopes is None else self._slopes.on(q.device),
             "sink_logits": self.sink_logits,
             "dropout": self.dropout if self.training else 0.0,
@@ -333,20 +374,41 @@ class Attention(nn.Module):
         """The output projection of all heads: (B, H, L, value_dim) to (B, L, embed_dim)."""
         return project(self.out_proj, out.transpose(1, 2).flatten(2))
 
-    def _inputs(self, x: Tensor, context: Tensor | None, mask: Mask | None, cache: Cache | None) -> _Inputs:
-        """Projects x and context, appends to the cache, and combines the masks."""
+    def _inputs(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        mask: Mask | None,
+        bias: Tensor | None,
+        positions: Tensor | None,
+        cache: Cache | None,
+    ) -> _Inputs:
+        """Projects x and context, appends to the cache, and combines the masks and the biases."""
         caller = type(self).__name__
         if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[2] != self.embed_dim:
             raise input_error(caller, "x", x, f"(B, L, {self.embed_dim})")
         mask = self.mask if mask is None else self.mask & require_mask(caller, mask)
+        if positions is not None and self.rotary is None:
+            raise ValueError(f"{caller}: positions rotate queries and keys, so the layer needs a rotary; got None.")
         try:
             q = self._split_heads(project(self.q_proj, x), self.head_dim, self.q_norm)
             if self.context_dim is None:
-                return self._self_inputs(x, q, context, mask, cache)
-            return self._cross_inputs(x, q, context, mask, cache)
+                self._refuse_context(context)
+                inputs = self._self_inputs(x, q, mask, bias, positions, cache)
+            else:
+                inputs = self._cross_inputs(x, q, context, mask, bias, cache)
         except RuntimeError as error:
             self._raise_input_error(error, x, context)
             raise
+        return inputs
+
+    def _add_position_bias(self, inputs: _Inputs) -> _Inputs:
+        """The inputs with the bias of `position_bias`."""
+        q, keys, _, bias = inputs
+        assert self.position_bias is not None
+        offset = 0 if keys.offset is None else keys.offset
+        of_positions = self.position_bias(q.shape[2], keys.k.shape[2], offset).to(q.dtype)
+        return inputs._replace(bias=of_positions if bias is None else bias + of_positions)
 
     def _raise_input_error(self, error: RuntimeError, x: Tensor, context: Tensor | None) -> None:
         """Raises ValueError from ``error`` if inputs and weights differ in dtype or device."""
@@ -355,27 +417,35 @@ class Attention(nn.Module):
         if context is not None:
             require_like_weights(caller, "context", context, self.k_proj, error)
 
-    def _self_inputs(self, x: Tensor, q: Tensor, context: Tensor | None, mask: Mask, cache: Cache | None) -> _Inputs:
+    def _self_inputs(
+        self,
+        x: Tensor,
+        q: Tensor,
+        mask: Mask,
+        bias: Tensor | None,
+        positions: Tensor | None,
+        cache: Cache | None,
+    ) -> _Inputs:
         """`_inputs` of self-attention, from projected queries."""
-        caller = type(self).__name__
-        self._refuse_context(context)
-        if cache is None:
-            k, v = self._keys(x)
-            if self.rotary is not None:
-                q, k = self.rotary(q), self.rotary(k)
-            return _Inputs(q, Keys(k, v, 0), mask)
-        if not isinstance(cache, Cache) or isinstance(cache, CrossKVCache):
-            raise TypeError(
-                f"{caller}: cache must be a KVCache, Int8KVCache or SlidingKVCache in self-attention; "
-                f"got {type(cache).__name__}."
-            )
-        cache.admit(self._owner, mask)
+        offset: int | Tensor = 0
+        is_token = None
+        if cache is not None:
+            if not isinstance(cache, Cache) or isinstance(cache, CrossKVCache):
+                raise TypeError(
+                    f"{type(self).__name__}: cache must be a KVCache, Int8KVCache or SlidingKVCache in self-attention; "
+                    f"got {type(cache).__name__}."
+                )
+            cache.admit(self._owner, mask)
+            mask, is_token = cache.split_padding(mask, *x.shape[:2])
+            offset = cache.offset(is_token)
         k, v = self._keys(x)
         if self.rotary is not None:
-            position = cache.length
-            q, k = self.rotary(q, position), self.rotary(k, position)
-        keys = cache.append(k, v)
-        return _Inputs(q, keys, cache.restrict(mask))
+            where: dict[str, Any] = {} if positions is None else {"positions": positions}
+            q, k = self.rotary(q, offset, **where), self.rotary(k, offset, **where)
+        if cache is None:
+            return _Inputs(q, Keys(k, v, 0), mask, bias)
+        keys = cache.append(k, v, is_token)
+        return _Inputs(q, keys, cache.restrict(mask, keys, x.shape[1]), cache.restrict_bias(bias, keys))
 
     def _refuse_context(self, context: Tensor | None) -> None:
         """Raises ValueError unless the context of self-attention is None."""
@@ -388,32 +458,41 @@ class Attention(nn.Module):
                 "Build the layer with context_dim=, or use CrossAttention. Pass a mask by keyword, mask=."
             )
 
-    def _cross_inputs(self, x: Tensor, q: Tensor, context: Tensor | None, mask: Mask, cache: Cache | None) -> _Inputs:
+    def _cross_inputs(
+        self,
+        x: Tensor,
+        q: Tensor,
+        context: Tensor | None,
+        mask: Mask,
+        bias: Tensor | None,
+        cache: Cache | None,
+    ) -> _Inputs:
         """`_inputs` of cross-attention, from projected queries."""
         caller = type(self).__name__
         if cache is not None and not isinstance(cache, CrossKVCache):
             raise TypeError(f"{caller}: cache must be a CrossKVCache in cross-attention; got {type(cache).__name__}.")
-        is_cached = cache is not None and cache.length > 0
         if context is None:
-            if cache is None or not is_cached:
+            if cache is None or not cache.length:
                 raise ValueError(
                     f"{caller}: context must be (B, Lk, {self.context_dim}) unless a cache contains it; got None."
                 )
-            cache.admit(self._owner, mask)
-            return _Inputs(q, cache.keys(), mask)
-        sizes = (context.shape[0], context.shape[2]) if isinstance(context, Tensor) and context.dim() == 3 else ()
-        if sizes != (x.shape[0], self.context_dim):
-            raise input_error(caller, "context", context, f"({x.shape[0]}, Lk, {self.context_dim})")
-        if cache is None:
-            k, v = self._keys(context)
-            return _Inputs(q, Keys(k, v, None), mask)
+        else:
+            sizes = (context.shape[0], context.shape[2]) if isinstance(context, Tensor) and context.dim() == 3 else ()
+            if sizes != (x.shape[0], self.context_dim):
+                raise input_error(caller, "context", context, f"({x.shape[0]}, Lk, {self.context_dim})")
+            if cache is None:
+                return _Inputs(q, Keys(*self._keys(context), None), mask, bias)
         cache.admit(self._owner, mask)
-        if is_cached:
-            cache.require(context)
-            return _Inputs(q, cache.keys(), mask)
-        keys = cache.append(*self._keys(context))
-        cache.remember(context)
-        return _Inputs(q, keys, mask)
+        if context is None or cache.length:
+            if context is not None:
+                cache.require(context)
+            mask, _ = cache.split_padding(mask, x.shape[0], 0)
+            keys = cache.keys()
+        else:
+            mask, is_token = cache.split_padding(mask, *context.shape[:2])
+            keys = cache.append(*self._keys(context), is_token)
+            cache.remember(context)
+        return _Inputs(q, keys, cache.restrict(mask, keys, x.shape[1]), cache.restrict_bias(bias, keys))
 
     def _keys(self, source: Tensor) -> tuple[Tensor, Tensor]:
         """Keys (B, Hkv, Lk, head_dim) and values (B, Hkv, Lk, value_dim) of x or a context."""
@@ -482,6 +561,7 @@ class Attention(nn.Module):
             "context_dim": self.context_dim,
             "mask": self.mask,
             "rotary": self.rotary,
+            "position_bias": self.position_bias,
             "qk_norm": self.q_norm is not None,
             "bias": self.q_proj.bias is not None,
             "out_bias": self.out_proj.bias is not None,
