@@ -88,7 +88,62 @@ ATTENTION = [
     (
         lambda: qkv.attention(Q, K, V, mask=Mask.causal(), offset=2.0),
         TypeError,
-        "offset must be an int, the position of the first query; got 2.0",
+        "offset must be an int, the position of the first query, or an integer tensor (B,), that of each row of the "
+        "batch; got 2.0",
+    ),
+    *(
+        (
+            lambda offset=offset: qkv.attention(Q, K, V, mask=Mask.causal(), offset=offset),
+            TypeError,
+            f"or an integer tensor (B,), that of each row of the batch; got {got}",
+        )
+        for offset, got in (
+            (torch.zeros(2), "torch.float32 of shape (2,)"),
+            (torch.zeros(2, requires_grad=True), "torch.float32 of shape (2,)"),
+            (torch.zeros(2, dtype=torch.complex64), "torch.complex64 of shape (2,)"),
+            (torch.ones(2, dtype=torch.bool), "torch.bool of shape (2,)"),
+            (True, "True"),
+            ([0, 1], "[0, 1]"),
+        )
+    ),
+    *(
+        (
+            lambda offset=offset: qkv.attention(Q, K, V, mask=Mask.causal(), offset=offset),
+            ValueError,
+            f"offset must have shape (2,), a position for each row of the batch; got shape {got}. For the same position "
+            "in all rows, pass an int.",
+        )
+        for offset, got in (
+            (torch.tensor(3), "()"),
+            (torch.tensor([3]), "(1,)"),
+            (torch.tensor([3, 3, 3]), "(3,)"),
+            (torch.tensor([[3, 3]]), "(1, 2)"),
+        )
+    ),
+    (
+        lambda: qkv.attention(Q, K, V, offset=torch.zeros(2, dtype=int).to_sparse()),
+        TypeError,
+        "offset must be a strided tensor; got torch.sparse_coo",
+    ),
+    (
+        lambda: qkv.attention(Q, K, V, offset=torch.zeros(2, dtype=int, device="meta")),
+        ValueError,
+        "offset must be on the device of q; got meta and cpu",
+    ),
+    (
+        lambda: qkv.attention(Q, K, V, offset=torch.tensor([2**30, -1])),
+        ValueError,
+        "offset must be between -2**30 and 2**30 in each row; got -1 to 1073741824",
+    ),
+    *(
+        (
+            lambda offset=offset: qkv.attention(
+                Q, K, V, mask=Mask.documents(torch.zeros(2, 7, dtype=int)), offset=torch.tensor(offset)
+            ),
+            ValueError,
+            f"documents mask of 7 positions must cover the queries; got offset={got} and 5 queries",
+        )
+        for offset, got in (([2, -1], "-1 to 2"), ([3, 0], "0 to 3"))
     ),
     (
         lambda: qkv.attention(Q, K, V, mask=BOOLEAN),

@@ -22,8 +22,8 @@ class Options(ScoreOptions, total=False):
 
     k_scale: Tensor | None
     v_scale: Tensor | None
-    mask: Mask
-    offset: int | None
+    mask: Mask | None
+    offset: int | Tensor | None
 
 
 def attention(
@@ -33,8 +33,8 @@ def attention(
     *,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
-    mask: Mask = FULL,
-    offset: int | None = None,
+    mask: Mask | None = None,
+    offset: int | Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     bias: Tensor | None = None,
@@ -54,13 +54,15 @@ def attention(
         v: ``(B, Hkv, Lk, Dv)``; Dv may differ from D.
         k_scale, v_scale: ``(B, Hkv, Lk)``, fp32, for keys and values in int8: key j is ``k_scale[j] * k[j]``. Made by
             `qkv.cache.quantize` and by `Int8KVCache`.
-        mask: which keys a query may see.
-        offset: position of the first query among the keys. Required if the mask or ``alibi`` depends on positions and
-            Lq differs from Lk; 0 if they are equal. Caches return it.
+        mask: which keys a query may see; all if None.
+        offset: position of the first query among the keys: an int, or integer ``(B,)`` for rows of different lengths,
+            where query i of row b has position ``i + offset[b]``. It may be negative. Keys past the end of a row are
+            hidden by a causal mask, or by ``Mask.padding(lengths)``. Required if the mask or ``alibi`` depends on
+            positions and Lq differs from Lk; 0 if they are equal. Caches return it.
         scale: factor of the scores, ``1 / sqrt(D)`` if None.
         softcap: replaces a score s by ``softcap * tanh(s / softcap)``.
         bias: added to the scores after softcap, broadcastable to ``(B, H, Lq, Lk)``, differentiable.
-        alibi: ``(H,)`` slopes; adds ``-slope * |i + offset - j|``.
+        alibi: ``(H,)`` slopes; adds ``-slope * |i + offset - j|``, with the offset of the row.
         sink_logits: ``(H,)``, a learned logit per head that is added to the softmax normaliser of each row, so that the
             weights of a row sum to less than 1.
         dropout: probability with which a weight is zeroed; the others are scaled by ``1 / (1 - dropout)``.
@@ -73,8 +75,10 @@ def attention(
 
     Raises:
         TypeError: for arguments of the wrong type.
-        ValueError: for shapes, dtypes, devices and numbers that do not fit together, and for a positional mask with
-            Lq != Lk and no offset.
+        ValueError: for shapes, dtypes, devices and numbers that do not fit together, for a positional mask with
+            Lq != Lk and no offset, and for offsets outside of +-2**30 in a tensor or outside of a documents mask. (On a
+            GPU, and in compiled programs without the native backend, such numbers are not read: a query outside of
+            a documents mask then sees no key.)
         BackendError: if ``backend`` cannot solve the problem.
 
     Example:
@@ -82,10 +86,13 @@ def attention(
         >>> q, k, v = torch.randn(2, 8, 5, 64), torch.randn(2, 2, 7, 64), torch.randn(2, 2, 7, 32)
         >>> qkv.attention(q, k, v, mask=qkv.Mask.causal(), offset=2).shape
         torch.Size([2, 8, 5, 32])
+        >>> rows = qkv.attention(q, k, v, mask=qkv.Mask.causal(), offset=torch.tensor([2, 0]))
+        >>> torch.equal(rows[1:], qkv.attention(q[1:], k[1:], v[1:], mask=qkv.Mask.causal(), offset=0))
+        True
 
     Source: Vaswani et al. 2017, section 3.2.1; Ainslie et al. 2023 for groups; Gemma 2 for softcap; Press et al. 2022
     for ALiBi; gpt-oss for sink logits. Matches torch's ``scaled_dot_product_attention``, which aligns causal masks
-    top-left whatever the lengths.
+    top-left whatever the lengths, and in offsets by row flash-attn's ``cache_seqlens``.
     """
     scores: ScoreOptions = {
         "scale": scale,
@@ -95,6 +102,7 @@ def attention(
         "sink_logits": sink_logits,
         "dropout": dropout,
     }
+    mask = FULL if mask is None else mask
     if backend == "auto":
         out = native.fast_path(q, k, v, k_scale, v_scale, mask, offset, scores)
         if out is not None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qkv.arguments import broadcasts, require_count, require_strided, require_tensors
@@ -15,7 +16,8 @@ from qkv.arguments import broadcasts, require_count, require_strided, require_te
 class Mask:
     """Which keys a query may see, as a frozen value that combines with ``&``.
 
-    Query row ``i`` has position ``p = i + offset``, key ``j`` position ``j``. The query sees the key if
+    Query row ``i`` has position ``p = i + offset``, or ``i + offset[b]``; key ``j`` has position ``j``. The query sees
+    the key if
 
     - ``j <= p + right``
     - ``j >= p - left`` or ``j < sink_tokens``
@@ -255,29 +257,39 @@ class Mask:
             if not (exact and broadcasts(tensor, shape)):
                 raise ValueError(f"{caller}: mask's {name} must fit {shape}; got shape {tuple(tensor.shape)}.")
 
-    def visible(self, lq: int, lk: int, offset: int = 0, *, device: torch.device | None = None) -> Tensor:
+    def visible(self, lq: int, lk: int, offset: int | Tensor = 0, *, device: torch.device | None = None) -> Tensor:
         """The mask as a dense tensor.
+
+        Args:
+            lq, lk: number of queries and of keys.
+            offset: position of the first query, or integer ``(B,)``, that of each row of the batch. A query at a
+                position that has no document sees no key.
+            device: that of the tensors of the mask or of the offset if None.
 
         Returns:
             boolean, broadcastable to ``(B, H, lq, lk)``, not broadcast in the last two dimensions.
         """
         if device is None:
-            device = next((tensor.device for _, tensor in self.tensors()), None)
-        position = torch.arange(lq, device=device)[:, None] + offset
-        key = torch.arange(lk, device=device)[None, :]
-        seen = torch.ones(lq, lk, dtype=torch.bool, device=device)
+            tensors = [offset] if isinstance(offset, Tensor) else [tensor for _, tensor in self.tensors()]
+            device = tensors[0].device if tensors else None
+        position = positions(lq, offset, device)
+        key = torch.arange(lk, device=device)
+        seen = torch.ones(1, 1, lq, lk, dtype=torch.bool, device=device)
         if self.right is not None:
-            seen = key <= position + self.right
+            seen = key <= position[:, None, :, None] + self.right
         if self.left is not None:
-            near = key >= position - self.left
+            near = key >= position[:, None, :, None] - self.left
             seen = seen & (near | (key < self.sink_tokens) if self.sink_tokens else near)
-        seen = seen[None, None]
         keep = self.keep_keys(lk)
         if keep is not None:
             seen = seen & keep[:, None, None, :]
         if self.document_ids is not None:
-            of_query = self.document_ids[:, offset : offset + lq]
-            seen = seen & (of_query[:, None, :, None] == self.document_ids[:, None, None, :])
+            has_document = (position >= 0) & (position < lk)
+            row = torch.arange(self.document_ids.shape[0], device=device)[:, None]
+            # One more column, since there may be no keys at all.
+            of_query = F.pad(self.document_ids, (0, 1))[row, position.where(has_document, lk)]
+            same = of_query[:, None, :, None] == self.document_ids[:, None, None, :]
+            seen = seen & same & has_document[:, None, :, None]
         if self.allow is not None:
             seen = seen & self.allow
         return seen
@@ -289,8 +301,10 @@ class Mask:
         within = torch.arange(lk, device=self.lengths.device) < self.lengths[:, None]
         return within if self.keep is None else within & self.keep
 
-    def key_range(self, lq: int, lk: int, offset: int) -> tuple[int, int]:
-        """First key and one past the last key that the interval shows to any query."""
+    def key_range(self, lq: int, lk: int, offset: int | Tensor) -> tuple[int, int]:
+        """First key and one past the last key that the interval shows to any query; all for offsets in a tensor."""
+        if isinstance(offset, Tensor):
+            return 0, lk  # Reading its numbers would synchronise a GPU, and break a trace.
         # Compilers decide comparisons of symbolic lengths, but not min and max.
         stop = lk
         if self.right is not None and _is_statically_true(offset + lq + self.right < lk):
@@ -300,8 +314,10 @@ class Mask:
             start = min(stop, offset - self.left)
         return start, stop
 
-    def simplified(self, lq: int, lk: int, offset: int) -> "Mask":
-        """The mask without bounds that hide nothing from these queries."""
+    def simplified(self, lq: int, lk: int, offset: int | Tensor) -> "Mask":
+        """The mask without bounds that hide nothing from these queries; unchanged for offsets in a tensor."""
+        if isinstance(offset, Tensor):
+            return self
         left, right = self.left, self.right
         if right is not None and _is_statically_true(offset + right >= lk - 1):
             right = None
@@ -358,6 +374,12 @@ class Mask:
     def _with_tensors(self, tensors: "dict[TensorKind, Tensor]") -> "Mask":
         changes: dict[str, Any] = {kind.field: tensor for kind, tensor in tensors.items()}
         return replace(self, **changes)
+
+
+def positions(lq: int, offset: int | Tensor, device: torch.device | None) -> Tensor:
+    """The positions of queries: ``(1, lq)``, or ``(B, lq)`` for offsets ``(B,)``."""
+    first = offset[:, None] if isinstance(offset, Tensor) else offset
+    return torch.arange(lq, device=device)[None] + first
 
 
 def _is_statically_true(condition: bool) -> bool:

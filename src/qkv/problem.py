@@ -6,11 +6,15 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from qkv import kernels
 from qkv.arguments import require_strided
-from qkv.masks import FULL, Mask
+from qkv.masks import FULL, Mask, positions
 from qkv.scores import ScoreOptions, Scores, make_scores
 
 MAX_POSITION = 1 << 62
+MAX_POSITION_OF_ROWS = 1 << 30
+"""bound of the numbers in an offset tensor: the kernel counts positions in 32 bits"""
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -27,8 +31,8 @@ class Problem(NamedTuple):
     """(B, Hkv, Lk), what each key is multiplied by, as v_scale for values; None unless k and v are int8"""
     v_scale: Tensor | None
     mask: Mask
-    offset: int
-    """position of the first query among the keys"""
+    offset: int | Tensor
+    """position of the first query among the keys; int64 (B,), that of each row of the batch"""
     scores: Scores
     wants_lse: bool
 
@@ -60,9 +64,9 @@ class Problem(NamedTuple):
         return self.mask.visible(self.lq, self.lk, self.offset, device=self.q.device)
 
     def distance(self) -> Tensor:
-        """``abs(i + offset - j)`` (Lq, Lk), the distance that ALiBi multiplies by its slopes."""
-        position = torch.arange(self.lq, device=self.q.device) + self.offset
-        return (position[:, None] - torch.arange(self.lk, device=self.q.device)).abs()
+        """``abs(i + offset - j)`` (B or 1, 1, Lq, Lk), the distance that ALiBi multiplies by its slopes."""
+        position = positions(self.lq, self.offset, self.q.device)
+        return (position[:, None, :, None] - torch.arange(self.lk, device=self.q.device)).abs()
 
     def dequantized(self) -> "Problem":
         """The problem with keys and values in the dtype of q, for backends without int8."""
@@ -90,8 +94,8 @@ def make_problem(
     *,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
-    mask: Mask = FULL,
-    offset: int | None = None,
+    mask: Mask | None = None,
+    offset: int | Tensor | None = None,
     wants_lse: bool = False,
     **options: Unpack[ScoreOptions],
 ) -> Problem:
@@ -111,10 +115,11 @@ def make_problem(
         _check_dtypes(caller, q, q, q)
         _check_int8(caller, "k", k, k_scale)
         _check_int8(caller, "v", v, v_scale)
+    mask = FULL if mask is None else mask
     if mask is not FULL:
         _check_mask(caller, mask, q, k)
     scores = make_scores(caller, q, k, **options)
-    offset = _resolve_offset(caller, mask, scores, offset, q.shape[2], k.shape[2])
+    offset = _resolve_offset(caller, mask, scores, offset, q, k.shape[2])
     problem = Problem(q, k, v, k_scale, v_scale, mask, offset, scores, wants_lse)
     # torch 2.9 compiles properties of a named tuple only after _replace.
     return problem._replace() if torch.compiler.is_compiling() else problem
@@ -218,8 +223,11 @@ def _check_mask(caller: str, mask: Mask, q: Tensor, k: Tensor) -> None:
     mask.require_fit(caller, batch, heads, lq, k.shape[2], q.device)
 
 
-def _resolve_offset(caller: str, mask: Mask, scores: Scores, offset: int | None, lq: int, lk: int) -> int:
-    """The offset, 0 if None. Raises if it is needed and None, or out of range."""
+def _resolve_offset(
+    caller: str, mask: Mask, scores: Scores, offset: int | Tensor | None, q: Tensor, lk: int
+) -> int | Tensor:
+    """The offset, 0 if None, int64 if a tensor. Raises if it is needed and None, or out of range."""
+    lq = q.shape[2]
     if offset is None:
         if (mask.is_positional or scores.is_positional()) and lq != lk:
             positional = repr(mask) if mask.is_positional else "alibi"
@@ -229,13 +237,48 @@ def _resolve_offset(caller: str, mask: Mask, scores: Scores, offset: int | None,
                 f"offset={lk - lq} aligns the last query with the last key (bottom-right: flash-attn, decoding)."
             )
         return 0
+    if isinstance(offset, Tensor):
+        return _check_offsets(caller, mask, offset, q, lk)
     if not isinstance(offset, (int, torch.SymInt)) or isinstance(offset, bool):
-        raise TypeError(f"{caller}: offset must be an int, the position of the first query; got {offset!r}.")
+        raise _not_an_offset(caller, repr(offset))
     if isinstance(offset, int) and not -MAX_POSITION < offset < MAX_POSITION:
         raise ValueError(f"{caller}: offset must be between -2**62 and 2**62; got {offset}.")
     if mask.positional_tensors() and (offset < 0 or offset + lq > lk):
-        raise ValueError(
-            f"{caller}: a documents mask of {lk} positions must cover the queries; got offset={offset} and {lq} "
-            "queries."
-        )
+        raise _outside_of_documents(caller, str(offset), lq, lk)
     return offset
+
+
+def _check_offsets(caller: str, mask: Mask, offset: Tensor, q: Tensor, lk: int) -> Tensor:
+    """Offsets by row of the batch, in int64. Their numbers are checked where they can be read without waiting."""
+    batch, _, lq, _ = q.shape
+    if offset.dtype.is_floating_point or offset.dtype.is_complex or offset.dtype == torch.bool:
+        raise _not_an_offset(caller, f"{offset.dtype} of shape {tuple(offset.shape)}")
+    require_strided(caller, "offset", offset)
+    if offset.shape != (batch,):
+        raise ValueError(
+            f"{caller}: offset must have shape ({batch},), a position for each row of the batch; "
+            f"got shape {tuple(offset.shape)}. For the same position in all rows, pass an int."
+        )
+    if offset.device != q.device:
+        raise ValueError(f"{caller}: offset must be on the device of q; got {offset.device} and {q.device}.")
+    offset = offset.to(torch.int64)
+    if batch and offset.is_cpu and kernels.can_read_values(offset):
+        low, high = (int(bound) for bound in offset.aminmax())
+        if not -MAX_POSITION_OF_ROWS < low <= high < MAX_POSITION_OF_ROWS:
+            raise ValueError(f"{caller}: offset must be between -2**30 and 2**30 in each row; got {low} to {high}.")
+        if mask.positional_tensors() and (low < 0 or high + lq > lk):
+            raise _outside_of_documents(caller, f"{low} to {high}", lq, lk)
+    return offset
+
+
+def _not_an_offset(caller: str, got: str) -> TypeError:
+    return TypeError(
+        f"{caller}: offset must be an int, the position of the first query, or an integer tensor (B,), that of each "
+        f"row of the batch; got {got}."
+    )
+
+
+def _outside_of_documents(caller: str, offset: str, lq: int, lk: int) -> ValueError:
+    return ValueError(
+        f"{caller}: a documents mask of {lk} positions must cover the queries; got offset={offset} and {lq} queries."
+    )

@@ -11,7 +11,8 @@ enum Status { DONE = 0, OUT_OF_MEMORY = 1, OTHER = 2 };
 
 }  // namespace qkv
 
-// Both return a Status: DONE, or OUT_OF_MEMORY, and then results are written in part or not at all.
+// Both return a Status: DONE; OUT_OF_MEMORY, and then results are written in part or not at all; or OTHER, and then
+// nothing was done, where `offsets` do not fit (abi/problem.h).
 QKV_EXPORT int qkv_forward(const void* problem);
 QKV_EXPORT int qkv_backward(const void* problem, const void* gradients);
 QKV_EXPORT void qkv_quantize(const void* quantization);

@@ -141,22 +141,25 @@ int status_of(Work work) {
 QKV_EXPORT int qkv_forward(const void* problem) {
     qkv::Problem p;
     std::memcpy(&p, problem, sizeof p);
+    if (!qkv::fits(p)) return qkv::OTHER;
     return qkv::status_of([&] { qkv::chosen()->forward(p); });
 }
 
 QKV_EXPORT int qkv_backward(const void* problem, const void* gradients) {
     qkv::Problem p;
     std::memcpy(&p, problem, sizeof p);
+    if (!qkv::fits(p)) return qkv::OTHER;
     qkv::Gradients g;
     std::memcpy(&g, gradients, sizeof g);
     return qkv::status_of([&] { qkv::chosen()->backward(p, g); });
 }
 
-// How many scores a forward pass computes, including hidden ones that are not skipped; -1 if out of memory.
+// How many scores a forward pass computes, including hidden ones that are not skipped; -1 where it cannot run.
 QKV_EXPORT int64_t qkv_count_scores(const void* problem) {
     qkv::Problem p;
     std::memcpy(&p, problem, sizeof p);
     int64_t count = -1;
+    if (!qkv::fits(p)) return count;
     qkv::status_of([&] { count = qkv::chosen()->count_scores(p); });
     return count;
 }

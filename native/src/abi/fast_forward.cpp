@@ -1,4 +1,4 @@
-// The fast path from tensors of Python to the kernel: q, k, v, an interval and padding.
+// The fast path from tensors of Python to the kernel: q, k, v, offsets, an interval and padding.
 #include <initializer_list>
 
 #include "abi/python_tensor.h"
@@ -8,11 +8,11 @@ namespace {
 
 // The tensors of a call, in the order in which Python gives them.
 struct Call {
-    dlpack::Tensor q, k, v, out, k_scale, v_scale, keep, lengths;
+    dlpack::Tensor q, k, v, out, k_scale, v_scale, offsets, keep, lengths;
 
     // Whether all could be read.
     bool look(const Interpreter& python, void* const* objects) {
-        for (dlpack::Tensor* tensor : {&q, &k, &v, &out, &k_scale, &v_scale, &keep, &lengths})
+        for (dlpack::Tensor* tensor : {&q, &k, &v, &out, &k_scale, &v_scale, &offsets, &keep, &lengths})
             if (!python.look(*objects++, *tensor)) return false;
         return true;
     }
@@ -22,7 +22,7 @@ bool scales_of(const dlpack::Tensor& tensor, const Problem& p, Scales& scales) {
     return scales_of(tensor, p.batch, p.kv_heads, scales) && tensor.shape[2] == p.lk;
 }
 
-// Fills in what a mask says of each key of a batch, or of each batch.
+// Fills in what is said of each key of a batch, or of each batch.
 template <class Number>
 bool rows_of(const dlpack::Tensor& tensor, const Problem& p, const Number*& rows, int64_t& batch) {
     if (tensor.shape[0] != 1 && tensor.shape[0] != p.batch) return false;
@@ -45,6 +45,10 @@ bool make_problem(const Call& call, Problem& p) {
     if (k.shape[3] != p.width || p.heads % p.kv_heads != 0) return false;
     if (scaled != is_given(call.k_scale) || scaled != is_given(call.v_scale)) return false;
     if (scaled && !(scales_of(call.k_scale, p, p.k_scale) && scales_of(call.v_scale, p, p.v_scale))) return false;
+    if (is_given(call.offsets))
+        if (!is(call.offsets, dlpack::INT, 64, 1) || call.offsets.shape[0] != p.batch ||
+            !rows_of(call.offsets, p, p.offsets, p.offsets_batch))
+            return false;
     if (is_given(call.keep))
         if (!is(call.keep, dlpack::BOOL, 8, 2) || !rows_of(call.keep, p, p.keep, p.keep_batch)) return false;
     if (is_given(call.lengths))
@@ -62,10 +66,10 @@ QKV_EXPORT int qkv_interpreter_size() { return (int)sizeof(qkv::Interpreter); }
 // after it may be None. Returns as qkv_forward; or OTHER, and does nothing, if the tensors are of another kind or do
 // not fit together.
 QKV_EXPORT int qkv_fast_forward(const void* interpreter, void* q, void* k, void* v, void* out, void* k_scale,
-                                void* v_scale, void* keep, void* lengths, int64_t offset, int64_t left, int64_t right,
-                                int64_t sink_tokens, float scale, int threads) {
+                                void* v_scale, void* offsets, void* keep, void* lengths, int64_t offset, int64_t left,
+                                int64_t right, int64_t sink_tokens, float scale, int threads) {
     const auto& python = *(const qkv::Interpreter*)interpreter;
-    void* const objects[] = {q, k, v, out, k_scale, v_scale, keep, lengths};
+    void* const objects[] = {q, k, v, out, k_scale, v_scale, offsets, keep, lengths};
     qkv::Call call;
     qkv::Problem p = {};
     if (!call.look(python, objects) || !qkv::make_problem(call, p)) return qkv::OTHER;

@@ -57,10 +57,13 @@ struct Problem {
     View q, k, v;
     Scales k_scale, v_scale;
 
-    // The query in row i has position i + offset and sees key j when
+    // The query in row i of batch b has position i + offset + offsets[b] and sees key j when
     // j <= position + right and (j >= position - left or j < sink_tokens) and keep[b, j] and j < lengths[b]
     // and document_ids[b, position] == document_ids[b, j] and allow[b, h, i, j].
-    int64_t offset, left, right, sink_tokens;
+    int64_t offset;
+    const int64_t* offsets;  // (batch), or null
+    int64_t offsets_batch;
+    int64_t left, right, sink_tokens;
     const uint8_t* keep;  // (batch or 1, lk), or null
     int64_t keep_batch;
     const int64_t* lengths;  // (batch or 1), or null
@@ -78,6 +81,25 @@ struct Problem {
 
     uint64_t seed;
 };
+
+constexpr int64_t LARGEST_POSITION = (int64_t)1 << 30;  // the kernel counts in 32 bits
+
+// The position of the first query of a batch.
+static inline int64_t offset_of(const Problem& p, int64_t batch) {
+    return p.offset + (p.offsets ? p.offsets[batch * p.offsets_batch] : 0);
+}
+
+// Whether the offsets of all batches are positions that the kernel can count and, where documents are read at the
+// positions of queries, positions of keys. Only tensors need the check: they may hold anything.
+static inline bool fits(const Problem& p) {
+    for (int64_t batch = 0; p.offsets && batch < p.batch; ++batch) {
+        const int64_t offset = p.offsets[batch * p.offsets_batch];
+        if (offset <= -LARGEST_POSITION || offset >= LARGEST_POSITION) return false;
+        const int64_t first = offset_of(p, batch);
+        if (p.document_ids && (first < 0 || first + p.lq > p.lk)) return false;
+    }
+    return true;
+}
 
 // Further arguments of a backward pass. Its problem has the out and lse of the forward pass.
 struct Gradients {

@@ -17,8 +17,6 @@
 namespace qkv {
 namespace {
 
-constexpr int64_t LARGEST_POSITION = (int64_t)1 << 30;  // the kernel counts in 32 bits
-
 class Packed {
    public:
     Packed(const void* problem, const void* sequences) {
@@ -132,6 +130,7 @@ class Packed {
         one.lq = queries(n);
         one.lk = s.lengths[n];
         one.offset = one.lk - one.lq;
+        one.offsets = nullptr;
         one.q = at_queries(p.q, n);
         one.out = at_queries(p.out, n);
         if (p.alibi) one.alibi = p.alibi + n * s.alibi;

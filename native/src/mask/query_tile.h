@@ -51,9 +51,10 @@ struct Tile : HeadRef {
         const int64_t first = index * BLOCK_M, members = group(p);
         count = (int)std::min<int64_t>(BLOCK_M, rows_of_head(p) - first);
         vecs = (count + LANES - 1) / LANES;
+        const int64_t offset = offset_of(p, batch);
         int64_t row = first / members, member = first % members;
         for (int r = 0; r < lanes(); ++r) {
-            const int64_t here = row + p.offset;
+            const int64_t here = row + offset;
             token[r] = (int32_t)row;
             head[r] = (int32_t)(kv_head * members + member);
             position[r] = (int32_t)here;

@@ -27,6 +27,8 @@ class Plan(NamedTuple):
     start: int
     stop: int
     """the query rows of the blocks: whole blocks, whose keys all exist and come after the sinks"""
+    first_key: int
+    """the first key of the first block, after the sinks"""
 
     @property
     def span(self) -> int:
@@ -39,6 +41,8 @@ def plan(problem: Problem) -> Plan | None:
     mask, offset = problem.mask, problem.offset
     if mask.left is None or mask.right is None or mask.allow is not None or problem.scores.bias is not None:
         return None
+    if isinstance(offset, Tensor):
+        return None  # Blocks of different rows would see keys in different arrangements.
     if problem.scores.alibi is not None and mask.sink_tokens:
         return None  # Blocks move the sinks next to the window, which changes their distance.
     if torch.compiler.is_exporting():
@@ -46,7 +50,8 @@ def plan(problem: Problem) -> Plan | None:
     size = max(MIN_BLOCK_SIZE, (mask.left + mask.right + 1) // 2)
     start = max(0, mask.sink_tokens + mask.left - offset)
     end = min(problem.lq, problem.lk - mask.right - offset)
-    plan = Plan(mask.left, mask.right, size, start, start + max(0, end - start) // size * size)
+    stop = start + max(0, end - start) // size * size
+    plan = Plan(mask.left, mask.right, size, start, stop, start + offset - mask.left)
     pays = plan.stop - start >= 2 * size and problem.lk > 2 * (mask.sink_tokens + plan.span)
     return plan if pays else None
 
@@ -69,7 +74,7 @@ def _stack(problem: Problem, plan: Plan) -> Problem:
     """The blocks as the batch of one problem."""
     mask, batch = problem.mask, problem.q.shape[0]
     count = (plan.stop - plan.start) // plan.size
-    first_key = plan.start + problem.offset - plan.left
+    first_key = plan.first_key
     num_keys = (count - 1) * plan.size + plan.span
 
     def windows(tensor: Tensor, dim: int) -> Tensor:

@@ -88,13 +88,13 @@ def _padded(tensor: Tensor) -> Tensor:
     return F.pad(tensor, (0, missing)) if missing > 0 and not tensor.is_cpu else tensor
 
 
-def lower_mask(mask: Mask, offset: int, lk: int) -> MaskMod:
+def lower_mask(mask: Mask, offset: int | Tensor, lk: int) -> MaskMod:
     """The ``mask_mod`` of the mask."""
     left, right, sink_tokens = mask.left, mask.right, mask.sink_tokens
     keep, ids, allow = mask.keep_keys(lk), mask.document_ids, mask.allow
 
     def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        position = i + offset
+        position = _position(offset, b, i)
         seen = j >= 0
         if right is not None:
             seen = seen & (j <= position + right)
@@ -103,7 +103,8 @@ def lower_mask(mask: Mask, offset: int, lk: int) -> MaskMod:
         if keep is not None:
             seen = seen & _at(keep, b, j)
         if ids is not None:
-            seen = seen & (_at(ids, b, position) == _at(ids, b, j))
+            same = _at(ids, b, position.clamp(0, lk - 1)) == _at(ids, b, j)
+            seen = seen & same & (position >= 0) & (position < lk)
         if allow is not None:
             seen = seen & _at(allow, b, h, i, j)
         return seen
@@ -128,10 +129,15 @@ def lower_scores(problem: Problem) -> ScoreMod | None:
         if bias is not None:
             score = score + _at(bias, b, h, i, j)
         if alibi is not None:
-            score = score - alibi[h].to(dtype) * (i + offset - j).abs()
+            score = score - alibi[h].to(dtype) * (_position(offset, b, i) - j).abs()
         return score
 
     return score_mod
+
+
+def _position(offset: int | Tensor, b: Tensor, i: Tensor) -> Tensor:
+    """The position of query i of row b."""
+    return i + (offset[b] if isinstance(offset, Tensor) else offset)
 
 
 def _at(tensor: Tensor, *index: Tensor) -> Tensor:
@@ -144,9 +150,9 @@ def _block_mask(problem: Problem) -> "BlockMask | None":
     mask = problem.mask
     if mask.is_full:
         return None
-    if not mask.has_tensors:
-        return _interval_block_mask(mask, problem.offset, problem.lq, problem.lk, problem.q.device)
-    return _build_block_mask(problem)
+    if mask.has_tensors or isinstance(problem.offset, Tensor):
+        return _build_block_mask(problem)
+    return _interval_block_mask(mask, problem.offset, problem.lq, problem.lk, problem.q.device)
 
 
 @functools.lru_cache(maxsize=64)
@@ -156,11 +162,12 @@ def _interval_block_mask(mask: Mask, offset: int, lq: int, lk: int, device: torc
 
 
 def _build_block_mask(problem: Problem) -> "BlockMask":
-    """Block mask of a mask with tensors."""
-    mask = problem.mask
-    batch = max(tensor.shape[0] for _, tensor in mask.tensors())
+    """Block mask of a mask with tensors, or of offsets by row."""
+    mask, offset = problem.mask, problem.offset
+    by_row = [offset] if isinstance(offset, Tensor) and mask.is_positional else []
+    batch = max(tensor.shape[0] for tensor in (*by_row, *(tensor for _, tensor in mask.tensors())))
     heads = 1 if mask.allow is None else mask.allow.shape[1]
-    mask_mod = lower_mask(mask, problem.offset, problem.lk)
+    mask_mod = lower_mask(mask, offset, problem.lk)
     find = _find_blocks(problem.q.device.type, batch * heads * problem.lq * problem.lk)
     return find(mask_mod, batch, heads, problem.lq, problem.lk, device=problem.q.device)
 

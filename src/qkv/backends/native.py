@@ -26,7 +26,7 @@ def fast_path(
     k_scale: Tensor | None,
     v_scale: Tensor | None,
     mask: Mask,
-    offset: int | None,
+    offset: int | Tensor | None,
     scores: ScoreOptions,
 ) -> Tensor | None:
     """`attention` without validation, which costs more than attention over a few tokens.
@@ -43,10 +43,13 @@ def fast_path(
         return None
     if mask is not FULL and (type(mask) is not Mask or mask.is_pairwise):
         return None
-    for extra in (k_scale, v_scale, mask.keep, mask.lengths):
+    offsets = offset if isinstance(offset, Tensor) else None
+    for extra in (k_scale, v_scale, offsets, mask.keep, mask.lengths):
         if extra is not None and (type(extra) is not Tensor or extra.requires_grad or extra.is_neg()):
             return None
-    if offset is None:
+    if offsets is not None:
+        offset = 0
+    elif offset is None:
         if mask is not FULL and mask.is_positional and q.shape[2] != k.shape[2]:
             return None
         offset = 0
@@ -57,7 +60,7 @@ def fast_path(
         scale = (q.shape[3] or 1) ** -0.5
     elif type(scale) is not float or not -math.inf < scale < math.inf:
         return None
-    tensors = (q, k, v, k_scale, v_scale, mask.keep, mask.lengths)
+    tensors = (q, k, v, k_scale, v_scale, offsets, mask.keep, mask.lengths)
     return kernels.fast_forward(*tensors, mask.left, mask.right, mask.sink_tokens, offset, scale)
 
 
@@ -85,7 +88,7 @@ def why_not(problem: Problem) -> list[str]:
         reasons.append("the kernel takes no heads of width 0")
     if problem.k_scale is not None and problem.needs_grad:
         reasons.append("the kernel has no gradients over int8 keys and values")
-    if not -MAX_POSITION < problem.offset < MAX_POSITION:
+    if not isinstance(problem.offset, Tensor) and not -MAX_POSITION < problem.offset < MAX_POSITION:
         reasons.append("the kernel counts positions in 32 bits")
     return reasons
 
@@ -102,5 +105,6 @@ def call_of(problem: Problem) -> kernels.Call:
     """The arguments of the kernel for the problem."""
     seed = torch.randint(torch.iinfo(torch.int64).max, (1,)) if problem.scores.dropout else None
     q, k, v, k_scale, v_scale, mask, offset, scores, _ = problem
-    arguments: list[Any] = [q, k, v, k_scale, v_scale, offset, *mask.values(), *scores, seed]
+    by_row = (0, offset) if isinstance(offset, Tensor) else (offset, None)
+    arguments: list[Any] = [q, k, v, k_scale, v_scale, *by_row, *mask.values(), *scores, seed]
     return kernels.Call(*arguments)

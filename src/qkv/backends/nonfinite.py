@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qkv import kernels
 from qkv.backends.result import Result, accumulation_dtype
-from qkv.masks import Mask
+from qkv.masks import Mask, positions
 from qkv.problem import Problem
 
 
@@ -42,7 +42,7 @@ def zero_nonfinite(problem: Problem) -> tuple[Problem, NonfiniteTerms | None]:
         return _zero_padded_keys(problem), None
     if problem.mask.is_full and torch.onnx.is_in_onnx_export():
         return problem, None  # Nothing is hidden, and the export should be a single node.
-    if _can_read_values(problem.q, problem.k, problem.v):
+    if kernels.can_read_values(problem.q, problem.k, problem.v):
         if _is_finite(problem):
             may_leak = problem.needs_grad and not problem.mask.is_full  # incoming gradients
             return problem, NonfiniteTerms(problem, None, None) if may_leak else None
@@ -83,16 +83,6 @@ def _add_terms(
     if nonfinite_out is None or nonfinite_lse is None:
         return out.clone(), None if lse is None else lse.clone()
     return out + nonfinite_out, None if lse is None else lse + nonfinite_lse
-
-
-def _can_read_values(*tensors: Tensor) -> bool:
-    """Whether values can be read: not while tracing or batching."""
-    return (
-        all(map(kernels.is_exact_tensor, tensors))
-        and not kernels.is_tracing()
-        and not torch._C._are_functorch_transforms_active()
-        and not any(map(torch._C._functorch.is_legacy_batchedtensor, tensors))
-    )
 
 
 def _zero_padded_keys(problem: Problem) -> Problem:
@@ -136,7 +126,7 @@ def _nonfinite_alibi_as_bias(problem: Problem) -> Problem:
         return problem
     dtype = accumulation_dtype(problem.q.dtype)
     bias = -alibi.to(dtype)[:, None, None] * problem.distance().to(dtype)
-    bias = bias[None] if scores.bias is None else scores.bias + bias
+    bias = bias if scores.bias is None else scores.bias + bias
     return problem._replace(scores=scores._replace(alibi=None, bias=bias))
 
 
@@ -176,7 +166,7 @@ class Visibility(NamedTuple):
     """Which rows see which keys, as queries linear in the lengths for intervals and padding."""
 
     mask: Mask
-    offset: int
+    offset: int | Tensor
     lq: int
     lk: int
     group: int
@@ -189,7 +179,7 @@ class Visibility(NamedTuple):
         keep = mask.keep_keys(lk)
         if keep is not None:
             flags = flags & keep[:, None, :, None]
-        position = torch.arange(self.lq, device=flags.device) + self.offset
+        position = positions(self.lq, self.offset, flags.device)
         start = torch.zeros_like(position) if mask.left is None else (position - mask.left).clamp(0, lk)
         stop = torch.full_like(position, lk) if mask.right is None else (position + mask.right + 1).clamp(0, lk)
         seen = _any_between(flags, start, stop)
@@ -203,11 +193,11 @@ class Visibility(NamedTuple):
         if self.mask.is_pairwise:
             seen = _any_of(self.pairs(flags.device).mT, flags)
         else:
-            row = torch.arange(self.lk, device=flags.device) - self.offset  # at the position of the key
+            row = positions(self.lk, -self.offset, flags.device)  # the row at the position of each key
             start = torch.zeros_like(row) if mask.right is None else (row - mask.right).clamp(0, lq)
             stop = torch.full_like(row, lq) if mask.left is None else (row + mask.left + 1).clamp(0, lq)
             if mask.sink_tokens:
-                stop = torch.where(row + self.offset < mask.sink_tokens, lq, stop)
+                stop = torch.where(torch.arange(self.lk, device=flags.device) < mask.sink_tokens, lq, stop)
             seen = _any_between(flags, start, stop)
             keep = mask.keep_keys(self.lk)
             if keep is not None:
@@ -226,9 +216,10 @@ def _any_of(pairs: Tensor, flags: Tensor) -> Tensor:
 
 
 def _any_between(flags: Tensor, start: Tensor, stop: Tensor) -> Tensor:
-    """Whether a flag (B, H, n, C) is set in each range ``start (m,)`` to ``stop (m,)``: (B, H, m, C)."""
+    """Whether a flag (B, H, n, C) is set in each range ``start`` to ``stop``, both (B or 1, m): (B, H, m, C)."""
     count = F.pad(flags.cumsum(dim=2, dtype=torch.int32), (0, 0, 1, 0))
-    return count[:, :, stop] > count[:, :, start]
+    before_stop, before_start = (count.take_along_dim(bound[:, None, :, None], dim=2) for bound in (stop, start))
+    return before_stop > before_start
 
 
 class _AddTerms(torch.autograd.Function):
@@ -249,16 +240,17 @@ class _AddTerms(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
         _, _, nonfinite_out, _, q, k, v, bias, alibi, sink_logits, offset, left, right, sink_tokens, *tensors = inputs
-        ctx.save_for_backward(nonfinite_out, sink_logits, *tensors)
+        ctx.save_for_backward(nonfinite_out, sink_logits, offset if isinstance(offset, Tensor) else None, *tensors)
         ctx.shapes = [None if x is None else x.shape for x in (q, k, v, bias, alibi)]
         # A sum is a node of this graph: torch's compiler loses an offset that was computed outside of it.
-        ctx.bounds = offset + 0, left, right, sink_tokens
+        ctx.offset = None if isinstance(offset, Tensor) else offset + 0
+        ctx.bounds = left, right, sink_tokens
 
     @staticmethod
     def backward(ctx, d_out, d_lse):  # type: ignore[no-untyped-def]
-        nonfinite_out, sink_logits, *tensors = ctx.saved_tensors
+        nonfinite_out, sink_logits, offsets, *tensors = ctx.saved_tensors
         incoming = [gradient for gradient in (d_out, d_lse) if gradient is not None]
-        if nonfinite_out is None and _can_read_values(*incoming) and all(map(_all_finite, incoming)):
+        if nonfinite_out is None and kernels.can_read_values(*incoming) and all(map(_all_finite, incoming)):
             return d_out, d_lse, *[None] * (len(ctx.needs_input_grad) - 2)
         columns = [d_out] if d_lse is None else [d_out, d_lse[..., None]]
         nan_rows = torch.stack([~column.isfinite().all(dim=-1) for column in columns]).any(dim=0)
@@ -267,7 +259,8 @@ class _AddTerms(torch.autograd.Function):
             nan_rows = nan_rows | (has_grad & ~nonfinite_out.isfinite().all(dim=-1))
         nan_rows = nan_rows[..., None]
         d_out, d_lse = d_out.masked_fill(nan_rows, 0), None if d_lse is None else d_lse.masked_fill(nan_rows[..., 0], 0)
-        nan_gradients = _nan_gradients(ctx, nan_rows, sink_logits, tensors)
+        offset = ctx.offset if offsets is None else offsets
+        nan_gradients = _nan_gradients(ctx, nan_rows, sink_logits, offset, tensors)
         return d_out, d_lse, None, None, *nan_gradients, *[None] * (len(ctx.needs_input_grad) - 4 - len(nan_gradients))
 
 
@@ -280,12 +273,11 @@ class _AddTermsWithJvp(_AddTerms):
 
 
 def _nan_gradients(
-    ctx: Any, nan_rows: Tensor, sink_logits: Tensor | None, mask_tensors: list[Tensor | None]
+    ctx: Any, nan_rows: Tensor, sink_logits: Tensor | None, offset: int | Tensor, mask_tensors: list[Tensor | None]
 ) -> list[Tensor | None]:
     """Gradients of q, k, v, bias, alibi and sink logits: NaN for all that ``nan_rows (B, H, Lq, 1)`` see, else 0."""
     q, k, v, bias, alibi = ctx.shapes
-    offset, *bounds = ctx.bounds
-    visibility = Visibility(Mask(*bounds, *mask_tensors), offset, q[2], k[2], q[1] // k[1])
+    visibility = Visibility(Mask(*ctx.bounds, *mask_tensors), offset, q[2], k[2], q[1] // k[1])
     seen = visibility.of_keys(nan_rows)
     sees = nan_rows & visibility.of_rows(torch.ones_like(seen))
 

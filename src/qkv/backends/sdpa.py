@@ -74,7 +74,9 @@ def _dense_mask_size(problem: Problem) -> int:
         return problem.num_heads * problem.lq * problem.lk
     if blocks.plan(problem) is not None or (mask.left is None and not mask.has_tensors):
         return 0
-    return max((tensor.shape[0] for _, tensor in mask.tensors()), default=1) * problem.lq * problem.lk
+    by_row = [problem.offset] if isinstance(problem.offset, Tensor) else []
+    tensors = [*by_row, *(tensor for _, tensor in mask.tensors())]
+    return max((tensor.shape[0] for tensor in tensors), default=1) * problem.lq * problem.lk
 
 
 def _has_learned_bias(problem: Problem) -> bool:
@@ -143,7 +145,7 @@ def _lower(problem: Problem) -> tuple[Tensor | None, bool]:
         return score if mask.is_full else torch.where(problem.visible(), score, -torch.inf), False
     if mask.is_full:
         return None, False
-    if mask.left is None and mask.right == 0 and not mask.has_tensors:
+    if mask.left is None and mask.right == 0 and not mask.has_tensors and not isinstance(problem.offset, Tensor):
         if problem.offset == 0:
             return None, True
         # Compilers cannot trace causal_lower_right.
@@ -162,7 +164,7 @@ def _additive_score(problem: Problem) -> Tensor | None:
     score = None if bias is None else bias.to(dtype)
     if alibi is not None:
         penalty = alibi.to(dtype)[:, None, None] * problem.distance().to(dtype)
-        score = -penalty[None] if score is None else score - penalty
+        score = -penalty if score is None else score - penalty
     return score
 
 

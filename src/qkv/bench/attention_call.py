@@ -40,8 +40,8 @@ def torch_call(q: Tensor, k: Tensor, v: Tensor, mask: Mask, offset: int) -> Prep
 
 def _is_top_left_causal(problem: Problem) -> bool:
     """Whether the mask equals torch's ``is_causal``, which is aligned top-left."""
-    mask = problem.mask
-    return mask.left is None and mask.right == 0 and problem.offset == 0 and not mask.has_tensors
+    mask, offset = problem.mask, problem.offset
+    return mask.left is None and mask.right == 0 and isinstance(offset, int) and offset == 0 and not mask.has_tensors
 
 
 def _additive(problem: Problem) -> Tensor:

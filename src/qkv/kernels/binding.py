@@ -18,11 +18,11 @@ class Library(NamedTuple):
 
     isa: str
     forward: Callable[[bytes], int]
-    """Takes a `PROBLEM`. Returns 0, or 1 if memory ran out."""
+    """Takes a `PROBLEM`. Returns 0, 1 if memory ran out, or 2 for offsets out of bounds."""
     backward: Callable[[bytes, bytes], int]
     """Takes a `PROBLEM` and its `GRADIENTS`. Returns as `forward`."""
     count_scores: Callable[[bytes], int]
-    """Takes a `PROBLEM`. Returns how many scores its forward pass computes."""
+    """Takes a `PROBLEM`. Returns how many scores its forward pass computes, -1 where it cannot run."""
     quantize: Callable[[bytes], None]
     """Takes a `QUANTIZATION`."""
     forward_sequences: Callable[[bytes, bytes], int]
@@ -30,7 +30,7 @@ class Library(NamedTuple):
     backward_sequences: Callable[[bytes, bytes, bytes], int]
     """Takes also the `GRADIENTS`. Returns as `forward_sequences`."""
     fast_forward: Callable[..., int] | None
-    """Takes q, k, v, out, then k_scale, v_scale, keep and lengths, tensors or None, then offset, left, right,
+    """Takes q, k, v, out, then k_scale, v_scale, offsets, keep and lengths, tensors or None, then offset, left, right,
     sink_tokens, scale and threads. Returns as `forward`, or 2 for tensors that it does not support. None if torch
     has no DLPack exchange functions."""
     append: Callable[..., int] | None
@@ -100,7 +100,7 @@ def _load_calls_of_tensors(path: Path) -> tuple[Callable[..., int] | None, Calla
     interpreter = _Interpreter(tensors, id(None), *(ctypes.cast(function, ctypes.c_void_p) for function in functions))
     native = ctypes.PyDLL(str(path))  # keeps the GIL, which the library releases itself
     tensor, number = ctypes.py_object, ctypes.c_int64
-    native.qkv_fast_forward.argtypes = [ctypes.c_void_p, *[tensor] * 8, *[number] * 4, ctypes.c_float, ctypes.c_int]
+    native.qkv_fast_forward.argtypes = [ctypes.c_void_p, *[tensor] * 9, *[number] * 4, ctypes.c_float, ctypes.c_int]
     native.qkv_append.argtypes = [ctypes.c_void_p, *[tensor] * 6, number, ctypes.c_int]
     there = ctypes.byref(interpreter)
     return functools.partial(native.qkv_fast_forward, there), functools.partial(native.qkv_append, there)

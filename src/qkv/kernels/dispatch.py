@@ -33,6 +33,16 @@ def is_exact_tensor(tensor: object) -> bool:
     return type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
 
 
+def can_read_values(*tensors: Tensor) -> bool:
+    """Whether the numbers in the tensors can be read: not while tracing or batching."""
+    return (
+        all(map(is_exact_tensor, tensors))
+        and not is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+        and not any(map(torch._C._functorch.is_legacy_batchedtensor, tensors))
+    )
+
+
 def is_tracing() -> bool:
     """Whether a compiler, a tracer or a dispatch mode records operators."""
     return bool(

@@ -2,7 +2,7 @@
 
 | entry point | when | overhead |
 |---|---|---|
-| `fast_forward` | q, k, v, an interval, padding and a scale; no gradient, no lse, no tracer | 3 us |
+| `fast_forward` | q, k, v, offsets, an interval, padding and a scale; no gradient, no lse, no tracer | 3 us |
 | `forward` without gradients | any `Call` of exact tensors | 10 us |
 | `forward` with gradients: `operators.Forward` | the same | 35 us |
 | ``torch.ops.qkv.forward`` | operators are being recorded | 190 us |
@@ -27,6 +27,7 @@ def fast_forward(
     v: Tensor,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
+    offsets: Tensor | None,
     keep: Tensor | None,
     lengths: Tensor | None,
     left: int | None,
@@ -45,7 +46,7 @@ def fast_forward(
     if call is None:
         return None
     out = operators.new_out(q, v)
-    tensors = (q, k, v, out, k_scale, v_scale, keep, lengths)
+    tensors = (q, k, v, out, k_scale, v_scale, offsets, keep, lengths)
     interval = (bounded(left), bounded(right), bounded(sink_tokens))
     return None if call(*tensors, offset, *interval, scale, torch.get_num_threads()) else out
 
@@ -54,6 +55,7 @@ def forward(call: Call, *, wants_lse: bool, needs_grad: bool) -> tuple[Tensor, T
     """Attention ``(B, H, Lq, Dv)`` and, if wanted, its lse ``(B, H, Lq)``, in fp32.
 
     Raises:
+        ValueError: for offsets out of bounds, which only the kernel can check in compiled programs.
         MemoryError: if scratch memory cannot be allocated.
     """
     if is_tracing():

@@ -180,7 +180,13 @@ def new_gradient(tensor: Tensor) -> Tensor:
 
 
 def check_status(status: int, call: Call) -> None:
-    """Raises MemoryError for the status of a kernel that ran out of memory."""
+    """Raises ValueError or MemoryError for the status of a kernel that failed."""
+    if status == 2:
+        raise ValueError(
+            "qkv's kernel: offset must be between -2**30 and 2**30 in each row, and between 0 and "
+            f"{call.k.shape[2] - call.q.shape[2]} beside a documents mask, which must cover the queries; "
+            f"got {call.offsets}."
+        )
     if status:
         raise MemoryError(
             f"qkv's kernel: not enough scratch memory for q {tuple(call.q.shape)} and k {tuple(call.k.shape)}; "

@@ -124,6 +124,8 @@ class Call(NamedTuple):
     """float32 (B, Hkv, Lk), as v_scale; None unless k and v are int8"""
     v_scale: Annotated[Tensor | None, SCALES]
     offset: Annotated[int, POSITION]
+    offsets: Annotated[Tensor | None, INTEGERS]
+    """integer (B,), added to ``offset``"""
 
     left: Annotated[int | None, BOUND]
     right: Annotated[int | None, BOUND]
