@@ -288,7 +288,8 @@ class Attention(nn.Module):
             self._raise_input_error(error, x, context)
             raise
         if self.rotary is not None:
-            q, k = self.rotary(q, queries.offset), self.rotary(k, queries.offset)
+            where = {"positions": queries.positions, "length": queries.lengths[queries.rows]}
+            q, k = self.rotary(q, **where), self.rotary(k, **where)
         if keys is queries and not mask.sink_tokens:
             out = self._attend(q, k, v, mask=mask & queries.document_mask, offset=0)
         else:  # each sequence has sinks of its own
