@@ -17,13 +17,18 @@ from qkv.functional import merge as merge
 from qkv.integrations.torch.accelerate import accelerate as accelerate
 from qkv.layers import Attention as Attention
 from qkv.layers import CausalAttention as CausalAttention
+from qkv.layers import ContinuousWindowPositionBias as ContinuousWindowPositionBias
 from qkv.layers import CrossAttention as CrossAttention
 from qkv.layers import GroupedQueryAttention as GroupedQueryAttention
 from qkv.layers import MultiHeadAttention as MultiHeadAttention
 from qkv.layers import MultiQueryAttention as MultiQueryAttention
+from qkv.layers import RelativePositionBias as RelativePositionBias
 from qkv.layers import RotaryEmbedding as RotaryEmbedding
+from qkv.layers import RotaryEmbedding2d as RotaryEmbedding2d
+from qkv.layers import RotaryScaling as RotaryScaling
 from qkv.layers import ScaledDotProductAttention as ScaledDotProductAttention
 from qkv.layers import SlidingWindowAttention as SlidingWindowAttention
+from qkv.layers import WindowPositionBias as WindowPositionBias
 from qkv.masks import Mask as Mask
 
 __version__ = "0.1.0"

@@ -139,8 +139,12 @@ def test_a_custom_rotary_module_restarts_in_each_sequence() -> None:
     class Own(nn.Module):
         head_dim = 4
 
-        def forward(self, x: Tensor, offset: int | Tensor = 0) -> Tensor:
-            return x * (torch.arange(x.shape[2]) + offset)[:, None]
+        def forward(
+            self, x: Tensor, offset: int = 0, *, positions: Tensor | None = None, length: Tensor | None = None
+        ) -> Tensor:
+            where = torch.arange(x.shape[2]) + offset if positions is None else positions
+            lengths = torch.tensor([x.shape[2]]) if length is None else length
+            return x * where[:, None] / lengths[:, None]
 
     layer, parts = qkv.CausalAttention(24, 6, rotary=Own()), [part.float() for part in random_parts([5, 2])]
     got = layer(jagged(parts))

@@ -166,7 +166,7 @@ class SlidingKVCache(Cache):
                 f"next query would contain dropped keys; got {described(length)}. Crop earlier, or use a KVCache."
             )
         if isinstance(length, int) and (self._rows is None or length == 0):
-            count = max(0, length - (self._length - self._parts[0].length))
+            count = length and length - (self._length - self._parts[0].length)
             self._rows, self._length = None, length
         else:
             count, self._rows = int(kept.max()), rows.crop(lengths)

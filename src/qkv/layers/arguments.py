@@ -1,6 +1,7 @@
 """Checks of the arguments of layers."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -68,6 +69,27 @@ def require_like_weights(caller: str, name: str, x: Tensor, linear: nn.Module, c
         raise ValueError(
             f"{caller}: {name} must be {weight.dtype}, as the layer's weights are{lower}; got {x.dtype}."
         ) from cause
+
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def require_integers(
+    caller: str, name: str, value: object, shapes: Sequence[tuple[int, ...]], device: torch.device, other: str = ""
+) -> None:
+    """Raises unless ``value`` is a tensor of integers, of one of the shapes, on the device.
+
+    Args:
+        other: what else is accepted, for error messages.
+    """
+    if not isinstance(value, Tensor) or value.dtype not in INTEGERS:
+        got = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{caller}: {name} must be {other}a tensor of integers; got {got}.")
+    if value.shape not in shapes:
+        known = " or ".join(str(shape) for shape in shapes)
+        raise ValueError(f"{caller}: {name} must be {other}integers of shape {known}; got {tuple(value.shape)}.")
+    if value.device != device:
+        raise ValueError(f"{caller}: {name} must be on the device of x, {device}; got {value.device}.")
 
 
 def require_vector(caller: str, name: str, value: Any, count: int, what: str) -> Numbers:

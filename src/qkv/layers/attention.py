@@ -326,7 +326,8 @@ class Attention(nn.Module):
             self._raise_input_error(error, x, context)
             raise
         if self.rotary is not None:
-            q, k = self.rotary(q, queries.offset), self.rotary(k, queries.offset)
+            where = {"positions": queries.positions, "length": queries.lengths[queries.rows]}
+            q, k = self.rotary(q, **where), self.rotary(k, **where)
         if keys is queries and not mask.sink_tokens and self.position_bias is None:
             out = self._attend(_Inputs(q, Keys(k, v, 0), mask & queries.document_mask, None))
         else:  # each sequence has sinks and relative positions of its own

@@ -26,11 +26,6 @@ class PackedTokens(NamedTuple):
         """The mask under which tokens see their own sequence."""
         return Mask.documents(self.rows[None])
 
-    @property
-    def offset(self) -> Tensor:
-        """(T,), position minus packed index of each token, as `RotaryEmbedding` takes it."""
-        return self.positions - torch.arange(len(self.rows), device=self.rows.device)
-
     def pad(self, packed: Tensor) -> Tensor:
         """``(1, heads, T, width)`` to ``(B, heads, longest, width)``."""
         _, heads, _, width = packed.shape

@@ -1,13 +1,19 @@
 """`RotaryEmbedding`: rotary position embedding of queries and keys."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qkv.arguments import require_count, require_finite, require_flag, require_positive
-from qkv.layers.arguments import require_vector
+from qkv import kernels
+from qkv.arguments import described, require_count, require_finite, require_flag, require_int, require_positive
+from qkv.layers.arguments import require_integers, require_vector
 from qkv.layers.constants import Numbers, constant
+from qkv.layers.rotary_axes import axes_of_pairs, require_sections
+from qkv.layers.rotary_config import rotary_options
+from qkv.layers.rotary_scaling import RotaryScaling, geometric
 
 
 class RotaryEmbedding(nn.Module):
@@ -20,23 +26,34 @@ class RotaryEmbedding(nn.Module):
         interleaved: pairs are ``(0, 1), (2, 3), ...`` (RoFormer, GPT-J) if True, ``(i, i + rotary_dim / 2)``
             (GPT-NeoX, Llama and nearly all checkpoints of transformers) if False.
         position_scale: factor of the positions; ``1 / s`` interpolates to s times the trained length.
-        frequencies: ``(rotary_dim / 2,)`` numbers instead of those from ``base``: for Llama 3, YaRN and others.
+        frequencies: ``(rotary_dim / 2,)`` numbers instead of those from ``base`` and ``scaling``.
+        scaling: how frequencies are changed for longer sequences: ``RotaryScaling.yarn(...)`` and others.
+        sections: for multimodal positions ``(axes, B, L)``, the number of pairs that each axis rotates, together
+            ``rotary_dim / 2``; Qwen2-VL has (time, height, width).
+        interleaved_sections: whether pairs take turns between the axes (Qwen3-VL) or each axis has a block (Qwen2-VL).
 
     The module has no state: frequencies are computed from these arguments, in fp32 on the device of x, so that casts,
     ``meta`` construction and checkpoints do not affect them.
 
     Raises:
         TypeError: for arguments of the wrong type.
-        ValueError: for a rotary_dim that is odd or larger than head_dim, and frequencies of another length or on
-            ``meta``.
+        ValueError: for a rotary_dim that is odd or larger than head_dim, sections and scalings for another one, and
+            frequencies of another length or on ``meta``.
 
     Example:
         >>> import torch, qkv
         >>> rotary = qkv.RotaryEmbedding(8)
         >>> rotary(torch.randn(1, 2, 5, 8), offset=3).shape
         torch.Size([1, 2, 5, 8])
+        >>> rows = torch.tensor([[0, 1, 2], [7, 8, 9]])  # the same as offset=torch.tensor([0, 7])
+        >>> rotary(torch.randn(2, 4, 3, 8), positions=rows).shape
+        torch.Size([2, 4, 3, 8])
 
     Source: RoFormer, section 3.2; rotation in fp32 whatever the dtype, where transformers rotates in the dtype of q.
+    Sections: Qwen2-VL, section 2.1; transformers' ``mrope_section``. The ``dynamic`` and ``longrope`` scalings depend
+    on the length. Here it is that of each row, in this call: results depend neither on other rows nor on earlier calls.
+    transformers takes the longest row of a batch, and in ``dynamic`` keeps the frequencies of the longest call until
+    one of at most ``max_position_embeddings`` tokens. Both agree on a sequence that is fed from its start.
     """
 
     def __init__(
@@ -48,9 +65,12 @@ class RotaryEmbedding(nn.Module):
         interleaved: bool = False,
         position_scale: float = 1.0,
         frequencies: Tensor | Sequence[float] | None = None,
+        scaling: RotaryScaling | None = None,
+        sections: Sequence[int] | None = None,
+        interleaved_sections: bool = False,
     ) -> None:
         super().__init__()
-        caller = "RotaryEmbedding"
+        caller = type(self).__name__
         require_count(caller, "head_dim", head_dim)
         rotary_dim = head_dim if rotary_dim is None else rotary_dim
         require_count(caller, "rotary_dim", rotary_dim, 0)
@@ -59,52 +79,190 @@ class RotaryEmbedding(nn.Module):
         require_positive(caller, "base", base)
         require_flag(caller, "interleaved", interleaved)
         require_finite(caller, "position_scale", position_scale)
+        require_flag(caller, "interleaved_sections", interleaved_sections)
         self.head_dim = head_dim
         self.base = base
         self.rotary_dim = rotary_dim
         self.interleaved = interleaved
         self.position_scale = position_scale
+        self.scaling = scaling
+        self.sections = None
+        if sections is not None:
+            self.sections = require_sections(caller, sections, rotary_dim // 2, interleaved_sections)
+        self.interleaved_sections = interleaved_sections
         self._custom: Numbers | None = None
+        if scaling is not None:
+            if not isinstance(scaling, RotaryScaling):
+                raise TypeError(
+                    f"{caller}: scaling must be a qkv.RotaryScaling or None; got {type(scaling).__name__}. "
+                    "Use RotaryScaling.yarn(...) or another of its constructors."
+                )
+            if frequencies is not None:
+                raise ValueError(f"{caller}: scaling changes the frequencies of base; pass scaling or frequencies.")
+            scaling.require_fit(caller, base, rotary_dim)
         if frequencies is not None:
             given = require_vector(caller, "frequencies", frequencies, rotary_dim // 2, "one per pair of channels")
             self._custom = given._replace(dtype=torch.float32)
 
+    @classmethod
+    def from_config(
+        cls, config: Any, layer_type: str | None = None, *, interleaved: bool | None = None
+    ) -> "RotaryEmbedding":
+        """The rotary embedding of a model of transformers.
+
+        Args:
+            config: the configuration of a text model, or the dict of its ``config.json``. Read are ``head_dim``, or
+                ``hidden_size`` and ``num_attention_heads``; ``rope_parameters``, or ``rope_scaling`` with
+                ``rope_theta`` and ``partial_rotary_factor``; ``max_position_embeddings`` and
+                ``original_max_position_embeddings``.
+            layer_type: for a model with a rotary embedding for each type of layer, the type: ``"full_attention"``, ...
+            interleaved: how channels are paired. If None, as in transformers' code for this ``model_type``, since
+                configurations do not say it; False for types unknown here.
+
+        Raises:
+            ValueError: for a configuration without rotary embeddings, an unknown ``rope_type``, a missing field, and a
+                layer_type that is missing or unknown.
+
+        Example:
+            >>> import qkv
+            >>> config = {"hidden_size": 64, "num_attention_heads": 4, "rope_theta": 5e5}
+            >>> qkv.RotaryEmbedding.from_config(config)
+            RotaryEmbedding(16, base=500000.0)
+            >>> scaled = {**config, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}
+            >>> qkv.RotaryEmbedding.from_config(scaled)
+            RotaryEmbedding(16, base=500000.0, scaling=RotaryScaling.linear(factor=4.0))
+        """
+        return cls(**rotary_options(f"{cls.__name__}.from_config", config, layer_type, interleaved))
+
     @property
     def frequencies(self) -> Tensor:
-        """``(rotary_dim / 2,)``, the angle by which each pair of channels rotates per position, on the CPU."""
+        """``(rotary_dim / 2,)``, the angle by which each pair of channels rotates per position, on the CPU.
+
+        Those of short sequences, if ``scaling`` goes by the length.
+        """
         return self._frequencies(torch.device("cpu")).clone()
 
-    def forward(self, x: Tensor, offset: int | Tensor = 0) -> Tensor:
-        """Rotates ``x (B, H, L, head_dim)``, whose token i has position ``i + offset``.
+    def forward(
+        self,
+        x: Tensor,
+        offset: int | Tensor = 0,
+        *,
+        positions: Tensor | None = None,
+        length: int | Tensor | None = None,
+    ) -> Tensor:
+        """Rotates the tokens of ``x (B, H, L, head_dim)`` by their positions.
 
         Args:
             x: queries or keys.
-            offset: one for all tokens, or integers ``(L,)``, one per token, for packed sequences.
+            offset: token i has position ``i + offset``; integers ``(B,)`` are one for each row.
+            positions: integers ``(L,)``, or ``(B, L)`` for each row, instead of an offset. With sections, multimodal
+                ones ``(axes, B, L)`` as well; fewer dimensions are the position on every axis (text).
+            length: the length of the sequence, by which ``dynamic`` and ``longrope`` scalings go; the greatest position
+                of each row + 1 if None. Integers ``(L,)`` or ``(B, L)`` are those of each token's sequence, in packed
+                ones.
 
         Raises:
-            ValueError: if the width of x is not head_dim.
+            TypeError: for an offset, positions and a length that are not integers.
+            ValueError: for those of another shape or device, an offset beside positions, and an x whose width is not
+                head_dim.
         """
-        if x.shape[-1] != self.head_dim:
-            raise ValueError(f"RotaryEmbedding: x must have width {self.head_dim}; got shape {tuple(x.shape)}.")
-        positions = torch.arange(x.shape[-2], device=x.device) + offset
-        angles = (positions.float() * self.position_scale)[:, None] * self._frequencies(x.device)
-        return rotate(x, angles.cos(), angles.sin(), interleaved=self.interleaved)
+        self._require_width(x)
+        given = positions
+        if positions is None:
+            positions = self._arange(x, offset)
+        else:
+            shapes = shapes_of_tokens(x)
+            if self.sections is not None:
+                shapes += [(len(self.sections), *shape) for shape in shapes[1:]]
+            self._require_positions(x, offset, positions, shapes)
+        frequencies = self._frequencies(x.device)
+        if self.scaling is not None and self.scaling.depends_on_length:
+            if length is None and given is None and type(offset) is int and not kernels.is_tracing():
+                length = offset + x.shape[-2]
+            frequencies = self._frequencies_by_length(frequencies, x, positions, length)
+        if positions.dim() == 3:
+            assert self.sections is not None
+            axes = constant(axes_of_pairs, self.sections, self.interleaved_sections, x.device)
+            return self._rotate(x, positions[axes].movedim(0, -1), frequencies)
+        return self._rotate(x, positions[..., None], frequencies)
+
+    def _rotate(self, x: Tensor, coordinates: Tensor, frequencies: Tensor) -> Tensor:
+        """Rotates each pair of x by its coordinate ``(..., L, 1 or rotary_dim / 2)`` times its frequency."""
+        coordinates = coordinates.float()
+        if self.position_scale != 1.0:
+            coordinates = coordinates * self.position_scale
+        angles = coordinates * frequencies
+        if angles.dim() == 3:
+            angles = angles[:, None]  # the same for all heads of a row
+        cos, sin = angles.cos(), angles.sin()
+        if self.scaling is not None and self.scaling.attention_factor != 1.0:
+            cos, sin = cos * self.scaling.attention_factor, sin * self.scaling.attention_factor
+        return rotate(x, cos, sin, interleaved=self.interleaved)
+
+    def _arange(self, x: Tensor, offset: int | Tensor) -> Tensor:
+        """``i + offset`` for token i: ``(L,)``, or ``(B, L)`` for an offset of each row."""
+        tokens = x.shape[-2]
+        if isinstance(offset, Tensor):
+            shapes = [(), (x.shape[0],)] if x.dim() == 4 else [()]
+            require_integers(type(self).__name__, "offset", offset, shapes, x.device, "an int, or ")
+            return torch.arange(tokens, device=x.device) + offset[..., None]
+        if type(offset) is not int:
+            require_int(type(self).__name__, "offset", offset, suffix=", or integers (B,)")
+        return torch.arange(offset, offset + tokens, device=x.device)
+
+    def _frequencies_by_length(
+        self, short: Tensor, x: Tensor, positions: Tensor, length: int | Tensor | None
+    ) -> Tensor:
+        """Frequencies of sequences of this length, ``(..., L or 1, rotary_dim / 2)``; ``short`` for short ones."""
+        assert self.scaling is not None
+        if length is None:
+            length = _lengths(positions)
+        elif isinstance(length, Tensor):
+            require_integers(type(self).__name__, "length", length, [(), *shapes_of_tokens(x)], x.device, "an int, or ")
+        else:
+            require_int(type(self).__name__, "length", length, suffix=", or integers (L,) or (B, L)")
+            if length <= self.scaling.max_short_length:
+                return short
+            length = torch.tensor(length, device=x.device)
+        long = self.scaling.long_frequencies(self.base, self.rotary_dim, length)
+        return torch.where(length[..., None] > self.scaling.max_short_length, long, short)
 
     def _frequencies(self, device: torch.device) -> Tensor:
         """Frequencies in fp32, regardless of the dtype of the module: bf16 represents integers up to 256 only."""
         if self._custom is not None:
             return self._custom.on(device)
-        return constant(_geometric, self.base, self.rotary_dim, device)
+        if self.scaling is not None:
+            return constant(_scaled, self.scaling, self.base, self.rotary_dim, device)
+        return constant(geometric, self.base, self.rotary_dim, device)
+
+    def _require_width(self, x: Tensor) -> None:
+        if x.shape[-1] != self.head_dim:
+            raise ValueError(f"{type(self).__name__}: x must have width {self.head_dim}; got shape {tuple(x.shape)}.")
+
+    def _require_positions(
+        self, x: Tensor, offset: int | Tensor, positions: Tensor, shapes: Sequence[tuple[int, ...]]
+    ) -> None:
+        """Raises unless positions are integers of one of the shapes, and the offset is the default."""
+        caller = type(self).__name__
+        if isinstance(offset, Tensor) or offset != 0:
+            raise ValueError(
+                f"{caller}: positions replace an offset; got offset={described(offset)} as well. Pass one of them."
+            )
+        require_integers(caller, "positions", positions, shapes, x.device)
 
     def extra_repr(self) -> str:
-        return f"{self.head_dim}, rotary_dim={self.rotary_dim}, interleaved={self.interleaved}"
-
-
-def _geometric(base: float, rotary_dim: int, device: torch.device) -> Tensor:
-    """``base ** (-2 i / rotary_dim)`` for each pair i."""
-    exponent = torch.arange(0, rotary_dim, 2, device=device, dtype=torch.float32) / rotary_dim
-    frequencies: Tensor = base**-exponent
-    return frequencies
+        options: dict[str, tuple[Any, Any]] = {
+            "base": (self.base, 10000.0),
+            "rotary_dim": (self.rotary_dim, self.head_dim),
+            "interleaved": (self.interleaved, False),
+            "position_scale": (self.position_scale, 1.0),
+            "frequencies": (None if self._custom is None else "custom", None),
+            "scaling": (self.scaling, None),
+            "sections": (self.sections, None),
+            "interleaved_sections": (self.interleaved_sections, False),
+        }
+        given = [f"{name}={value!r}" for name, (value, default) in options.items() if value != default]
+        return ", ".join([str(self.head_dim), *given])
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
@@ -126,3 +284,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
         rotated = torch.cat([first, second], dim=-1)
     rotated = rotated.to(x.dtype)
     return torch.cat([rotated, rest], dim=-1) if rest.shape[-1] else rotated
+
+
+def shapes_of_tokens(x: Tensor) -> list[tuple[int, ...]]:
+    """The shapes of one integer for each token of x: ``(L,)``, ``(B, L)`` and ``(1, L)``."""
+    rows, tokens = x.shape[0], x.shape[-2]
+    return [(tokens,), *dict.fromkeys([(rows, tokens), (1, tokens)])] if x.dim() == 4 else [(tokens,)]
+
+
+def _lengths(positions: Tensor) -> Tensor:
+    """The greatest position of each row + 1, ``(1,)`` or ``(B, 1)``; 1 for rows without tokens."""
+    if positions.dim() == 3:
+        positions = positions.amax(0)
+    return F.pad(positions.long(), (1, 0)).amax(-1, keepdim=True) + 1
+
+
+def _scaled(scaling: RotaryScaling, base: float, rotary_dim: int, device: torch.device) -> Tensor:
+    return scaling.frequencies(base, rotary_dim, device)

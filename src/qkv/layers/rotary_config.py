@@ -1,0 +1,154 @@
+"""Rotary settings of transformers' configurations, without transformers: attributes, or the dict of a config.json."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from qkv.layers.rotary_scaling import RotaryScaling
+
+INTERLEAVED = frozenset({"cohere", "cohere2", "cohere2_moe", "ernie4_5", "ernie4_5_moe", "glm", "glm4", "helium"})
+"""Model types whose code in transformers pairs neighbouring channels."""
+
+MULTIMODAL: Mapping[str, tuple[tuple[int, ...], bool]] = {
+    "qwen2_vl_text": ((16, 24, 24), False),
+    "qwen2_5_vl_text": ((16, 24, 24), False),
+    "qwen3_vl_text": ((24, 20, 20), True),
+    "qwen3_vl_moe_text": ((24, 20, 20), True),
+}
+"""For each multimodal model type, its sections where the configuration has none, and whether they are interleaved."""
+
+
+def rope_parameters(config: Any) -> dict[str | None, Mapping[str, Any] | None]:
+    """The rotary settings for each type of layer, with all defaults; under None if one holds for all layers.
+
+    None stands for layers without rotary embedding. A configuration without any gives an empty dict.
+    """
+    given = _field(config, "rope_parameters") or _field(config, "rope_scaling") or {}
+    if any(isinstance(fields, Mapping) for fields in given.values()):
+        return {kind: None if fields is None else _complete(config, fields) for kind, fields in given.items()}
+    if not given and _field(config, "rope_theta") is None:
+        return {}
+    complete = _complete(config, given)
+    local = _field(config, "rope_local_base_freq")  # Gemma 3 before rope_parameters
+    if local is None:
+        return {None: complete}
+    return {"full_attention": complete, "sliding_attention": {"rope_type": "default", "rope_theta": local}}
+
+
+def rotary_options(caller: str, config: Any, layer_type: str | None, interleaved: bool | None) -> dict[str, Any]:
+    """The arguments of `RotaryEmbedding` for a layer type of a configuration.
+
+    Raises:
+        ValueError: as `RotaryEmbedding.from_config`.
+    """
+    fields, head_dim = select_parameters(caller, config, layer_type), head_dim_of(caller, config, "hidden_size")
+    model_type = _field(config, "model_type")
+    if interleaved is None:
+        interleaved = model_type in INTERLEAVED or bool(_field(config, "rope_interleave"))
+    sections, turns = MULTIMODAL.get(model_type, (None, False))
+    sections = fields.get("mrope_section", sections)
+    if sections is not None and model_type is not None and model_type not in MULTIMODAL:
+        raise ValueError(
+            f"{caller}: mrope_section must belong to a model_type whose layout is known, {', '.join(MULTIMODAL)}; "
+            f"got {model_type!r}. Build RotaryEmbedding(..., sections=...) as the model does."
+        )
+    return {
+        "head_dim": head_dim,
+        "base": fields["rope_theta"],
+        "rotary_dim": int(head_dim * fields.get("partial_rotary_factor", 1.0)),
+        "interleaved": interleaved,
+        "scaling": _scaling(caller, config, fields),
+        "sections": sections,
+        "interleaved_sections": sections is not None and bool(fields.get("mrope_interleaved", turns)),
+    }
+
+
+def select_parameters(caller: str, config: Any, layer_type: str | None) -> Mapping[str, Any]:
+    """The settings for a layer type. Raises ValueError if it has none."""
+    by_type = rope_parameters(config)
+    if not by_type:
+        nested = " Pass its text_config." if _field(config, "text_config") is not None else ""
+        raise ValueError(
+            f"{caller}: config must have rope_parameters, rope_scaling or rope_theta; got {_name(config)} without."
+            f"{nested}"
+        )
+    fields = by_type.get(None) or by_type.get(layer_type)
+    if fields is None:
+        kinds = ", ".join(repr(kind) for kind, known in by_type.items() if known is not None)
+        raise ValueError(f"{caller}: layer_type must be one with rotary embedding, {kinds}; got {layer_type!r}.")
+    return fields
+
+
+def head_dim_of(caller: str, config: Any, *widths: str) -> int:
+    """The width of a head, from ``head_dim``, or a field of ``widths`` and the number of heads.
+
+    Raises:
+        ValueError: for a configuration without these fields.
+    """
+    head_dim, heads = _field(config, "head_dim"), _field(config, "num_attention_heads") or _field(config, "num_heads")
+    width = next(filter(None, (_field(config, name) for name in widths)), None)
+    if head_dim is None and heads and width:
+        head_dim = width // heads
+    if head_dim is None:
+        raise ValueError(
+            f"{caller}: config must have head_dim, or {widths[-1]} and num_attention_heads; "
+            f"got {_name(config)} without."
+        )
+    return int(head_dim)
+
+
+def _complete(config: Any, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The fields with those that stand outside of them, as transformers' ``standardize_rope_params`` does."""
+    fields = {name: value for name, value in given.items() if value is not None}
+    kind = fields.setdefault("rope_type", fields.pop("type", "default"))
+    fields["rope_type"] = {"mrope": "default", "su": "longrope"}.get(kind, kind)  # earlier names
+    theta, default = _field(config, "rope_theta"), _field(config, "default_theta")
+    fields.setdefault("rope_theta", theta or (default if isinstance(default, float) else 10000.0))
+    partial = _field(config, "partial_rotary_factor")
+    if partial is not None:
+        fields.setdefault("partial_rotary_factor", partial)
+    return fields
+
+
+def _scaling(caller: str, config: Any, fields: Mapping[str, Any]) -> RotaryScaling | None:
+    """The scaling that the fields name; None for the default."""
+    kind, longest = fields["rope_type"], _field(config, "max_position_embeddings")
+    trained = _field(config, "original_max_position_embeddings") or fields.get(
+        "original_max_position_embeddings", longest
+    )
+    ratio = longest / trained if longest and trained else None
+    defaults = {"factor": ratio, "original_max_position_embeddings": trained, "max_position_embeddings": longest}
+    if kind == "default":
+        return None
+    if kind not in _FIELDS:
+        raise ValueError(f"{caller}: rope_type must be one of 'default', {str(list(_FIELDS))[1:-1]}; got {kind!r}.")
+    required, optional = _FIELDS[kind]
+    arguments = {name: fields.get(name, defaults.get(name)) for name in required}
+    missing = [name for name, value in arguments.items() if value is None]
+    if missing:
+        raise ValueError(f"{caller}: rope_type {kind!r} must have {', '.join(missing)}; got {dict(fields)}.")
+    build: Any = getattr(RotaryScaling, kind)
+    scaling: RotaryScaling = build(**arguments, **{name: fields[name] for name in optional if name in fields})
+    return scaling
+
+
+_TRAINED = "original_max_position_embeddings"
+_FIELDS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "linear": (("factor",), ()),
+    "dynamic": (("factor", "max_position_embeddings"), ()),
+    "yarn": (
+        ("factor", _TRAINED),
+        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    ),
+    "longrope": (("short_factor", "long_factor", _TRAINED, "factor"), ("attention_factor",)),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", _TRAINED), ()),
+}
+"""The fields of each rope_type: those it must have, and the others that it may have."""
+
+
+def _field(config: Any, name: str) -> Any:
+    """An entry of a dict or an attribute of an object; None without."""
+    return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+
+
+def _name(config: Any) -> str:
+    return f"a {type(config).__name__} of model_type {_field(config, 'model_type')!r}"
