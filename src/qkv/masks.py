@@ -339,16 +339,16 @@ class Mask:
             {kind: kind.select_keys(tensor, start, stop, sink_tokens) for kind, tensor in self._present()}
         )
 
-    def gather_keys(self, index: Tensor, queries: tuple[int, int]) -> "Mask":
+    def gather_keys(self, index: Tensor, lk: int, queries: tuple[int, int]) -> "Mask":
         """The mask whose key j of row b is key ``index[b, j]`` of this one.
 
         Args:
             index: integer ``(B, n)``.
+            lk: number of keys of this mask.
             queries: first position of the queries among the keys of this mask, and one past the last.
         """
         if not self.has_tensors:
             return self
-        lk = int(queries[1])
         keep, documents, allow = self.keep_keys(lk), self.document_ids, self.allow
         if keep is not None:
             keep = gather_keys(keep, index)

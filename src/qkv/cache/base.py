@@ -346,7 +346,8 @@ class Cache:
         if keys.lengths is None:
             return mask
         if mask.has_tensors:
-            mask = mask.gather_keys(self._column_of_keys(keys), (self.columns - queries, self.columns))
+            columns = (self.columns - queries, self.columns)
+            mask = mask.gather_keys(self._column_of_keys(keys), self.columns, columns)
         return mask & Mask.padding(keys.lengths)
 
     def restrict_bias(self, bias: Tensor | None, keys: "Keys | Int8Keys") -> Tensor | None:

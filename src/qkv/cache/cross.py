@@ -92,7 +92,7 @@ class CrossKVCache(Cache):
         if keys.lengths is None:
             return mask
         if mask.has_tensors:
-            mask = mask.gather_keys(self._column_of_keys(keys), (0, queries))
+            mask = mask.gather_keys(self._column_of_keys(keys), self.columns, (0, queries))
         return mask & Mask.padding(keys.lengths)
 
     def remember(self, context: Tensor) -> None:

@@ -148,17 +148,22 @@ def place(lengths: Tensor, count: int, is_token: Tensor | None) -> tuple[Placeme
     return Placement(of_token, columns, slots), longest[1] - longest[0]
 
 
-def recent_tokens(stored: Tensor, window: int, sink_tokens: int, longest: int) -> tuple[Tensor, Tensor]:
-    """What the next query of a window may see besides its own key, of rows with ``stored (B,)`` tokens.
+def recent_tokens(stored: Tensor, is_full: Tensor, window: int, sink_tokens: int, slots: int) -> tuple[Tensor, Tensor]:
+    """What the next query of a window may see besides its own key, of full rows; all tokens of the others.
+
+    Args:
+        stored: ``(B,)``, number of tokens of each row, in ``slots`` slots.
+        is_full: ``(B,)``, from which rows tokens are dropped.
 
     Returns:
-        ``(B, n)``, the tokens: the sinks, then the last ones; and ``(B,)``, how many of them each row has.
+        ``(B, n)``, the tokens of each row: the sinks, then the last ones; and ``(B,)``, how many a row has.
     """
     sinks = stored.clamp(max=sink_tokens)
-    first = torch.maximum(sinks, stored - (window - 1))
-    slot = torch.arange(min(longest, sink_tokens + window - 1), device=stored.device)
+    first = torch.where(is_full, torch.maximum(sinks, stored - (window - 1)), sinks)
+    kept = sinks + stored - first
+    slot = torch.arange(slots if torch.compiler.is_compiling() else int(kept.max()), device=stored.device)
     tokens = torch.where(slot < sinks[:, None], slot, slot + (first - sinks)[:, None])
-    return tokens.clamp(max=max(longest - 1, 0)), sinks + stored - first
+    return tokens.clamp(max=slots - 1), kept
 
 
 def gather_tokens(tensor: Tensor, index: Tensor) -> Tensor:

@@ -103,16 +103,15 @@ class SlidingKVCache(Cache):
         """Appends tokens to rows that differ in length, or come to."""
         require_is_token("SlidingKVCache", is_token, k)
         new, rows = k.shape[2], self._rows_or_equal(k)
+        added = new if is_token is None else is_token.sum(1)
+        rows = self._keep_recent(rows, rows.stored + added > self._capacity)
         placement, grown = place(rows.stored, new, is_token)
-        if 0 < self._parts[0].length > self._capacity - grown:
-            rows = self._keep_recent(rows)
-            placement, grown = place(rows.stored, new, is_token)
         length, stored = self._parts[0].length + grown, rows.stored
         parts = zip(self._parts, (k, v), strict=True)
         keys, values = [part.put(x, placement, length, max(self._capacity, length)) for part, x in parts]
         offset = stored if is_token is None else stored - padding_before(is_token)
         rows = rows.append(new, is_token)
-        self._rows = self._keep_recent(rows) if length > self._capacity else rows
+        self._rows = self._keep_recent(rows, rows.stored > self._capacity)
         return Keys(keys, values, offset, rows.stored)
 
     def _rows_or_equal(self, like: Tensor | None = None) -> Rows:
@@ -120,9 +119,12 @@ class SlidingKVCache(Cache):
         dropped = self._length - self._parts[0].length
         return rows if rows.dropped is not None else rows._replace(dropped=torch.full_like(rows.lengths, dropped))
 
-    def _keep_recent(self, rows: Rows) -> Rows:
-        """Drops the tokens of each row that the next query does not see; returns the rows then."""
-        index, kept = recent_tokens(rows.stored, self.window, self.sink_tokens, self._parts[0].length)
+    def _keep_recent(self, rows: Rows, is_full: Tensor) -> Rows:
+        """Drops the tokens of full rows that the next query does not see; returns the rows then."""
+        slots = self._parts[0].length
+        if not slots or not (torch.compiler.is_compiling() or is_full.any()):
+            return rows
+        index, kept = recent_tokens(rows.stored, is_full, self.window, self.sink_tokens, slots)
         parts = tuple(AppendBuffer() for _ in self._parts)
         for part, old in zip(parts, self._parts, strict=True):
             assert old.tensor is not None

@@ -441,8 +441,8 @@ class Attention(nn.Module):
             offset = cache.offset(is_token)
         k, v = self._keys(x)
         if self.rotary is not None:
-            where: dict[str, Any] = {} if positions is None else {"positions": positions}
-            q, k = self.rotary(q, offset, **where), self.rotary(k, offset, **where)
+            where: dict[str, Any] = {"offset": offset} if positions is None else {"positions": positions}
+            q, k = self.rotary(q, **where), self.rotary(k, **where)
         if cache is None:
             return _Inputs(q, Keys(k, v, 0), mask, bias)
         keys = cache.append(k, v, is_token)
