@@ -23,6 +23,7 @@ NATIVE = "../../native/src"
 KERNEL = ("kernels/test_native.py", "cache/test_int8.py", "contract/test_grid.py")
 APPEND = ("cache/test_buffer.py",)
 NONFINITE = ("contract/test_nonfinite.py",)
+ROWS = ("layers/test_rows.py", "cache/test_rows.py")
 SEQUENCES = ("test_packed.py", "test_paged.py")
 LIBRARY = (
     *("mechanisms", "test_masks.py", "test_functional.py", "layers/test_layers.py", "layers/test_rotary.py"),
@@ -93,7 +94,7 @@ MUTANTS = [
     Mutant("causal aligned top-left in decoding", "backends/sdpa.py", "if problem.offset == 0:", "if True:"),
     Mutant("offset of the cache ignored", "cache/base.py", 'return {"offset": self.offset}', 'return {"offset": 0}'),
     Mutant("exported window decided by its example", "masks.py", "if not torch.compiler.is_exporting():", "if True:"),
-    Mutant("rotary restarts at every chunk", "layers/attention.py", "position = cache.length", "position = 0"),
+    Mutant("rotary restarts at every chunk", "layers/attention.py", "offset = cache.offset(is_token)", "offset = 0"),
     Mutant("groups interleaved (reference)", "backends/reference.py", "keys = problem.k.to(dtype).repeat_interleave(problem.group, dim=1)", "keys = problem.k.to(dtype).repeat(1, problem.group, 1, 1)"),
     Mutant("groups interleaved (sdpa)", "backends/sdpa.py", "enable_gqa=grouped,", "enable_gqa=False,"),
     Mutant("an offset that the compiler loses", "backends/nonfinite.py", "ctx.bounds = offset + 0,", "ctx.bounds = offset,", NONFINITE),
@@ -152,7 +153,7 @@ MUTANTS = [
     Mutant("gradients of unused keys not cleared", "kernels/sequences.py", "dk.zero_(), dv.zero_()", "pass"),
     Mutant("flash-attn's cache not written", "integrations/flash_attn.py", "k_cache[slots], v_cache[slots] = k, v", "pass"),
     Mutant("flash-attn's queries rotated apart without a mask", "integrations/flash_attn.py", ' * options["mask"].is_positional', ""),
-    Mutant("cross cache projects again", "layers/attention.py", "        if is_cached:\n            cache.require(context)", "        if False:\n            cache.require(context)"),
+    Mutant("cross cache projects again", "layers/attention.py", "if context is None or cache.length:", "if context is None:"),
     Mutant("rotary rotates in the opposite direction", "layers/rotary.py", "first * cos - second * sin, second * cos + first * sin", "first * cos + second * sin, second * cos - first * sin"),
     Mutant("transformers' window one wider", "integrations/transformers/masks.py", 'Mask.band(cells["sliding_window"] - 1, None)', 'Mask.band(cells["sliding_window"], None)'),
     Mutant("transformers' padding dropped", "integrations/transformers/masks.py", "if not keep.all():", "if False:"),
@@ -183,7 +184,7 @@ MUTANTS = [
     Mutant("half an update of transformers' cache kept", "integrations/transformers/cache.py", 'if new.dim() != 4:\n', 'if name == "keys" and new.dim() != 4:\n'),
     Mutant("rows copied as if contiguous", f"{NATIVE}/matmul/operands.h", "from += view.row * size_of(dtype)", "from += width * size_of(dtype)", KERNEL),
     Mutant("rows packed for all tiles overwrite those of another head", f"{NATIVE}/matmul/operands.h", "to.get() + (n * p.lk + row) * width", "to.get() + row * width", KERNEL),
-    Mutant("half an append kept", "cache/int8.py", "        except BaseException:  # as in KVCache.append\n            self.restore(start)\n", "        except BaseException:\n"),
+    Mutant("half an append kept", "cache/kv.py", "            self.restore(mark)\n            raise", "            raise"),
     Mutant("bounds overflow 64 bits", "kernels/structs.py", "min(keys, UNBOUNDED)", "keys"),
     Mutant("heads split by their number instead of width", "layers/attention.py", "q = self._split_heads(project(self.q_proj, x), self.head_dim, self.q_norm)", "q = project(self.q_proj, x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)", ("upstream/test_parallelism.py",)),
     Mutant("frequencies cached while tracing", "layers/constants.py", "if kernels.is_tracing() or torch._C._are_functorch_transforms_active():", "if False:", ("layers/test_state.py",)),
@@ -192,8 +193,14 @@ MUTANTS = [
     Mutant("a patched class of linear layers ignored", "layers/projection.py", "nn.Linear.forward is not _FORWARD", "False", ("layers/test_projection.py",)),
     Mutant("a patched weight ignored", "layers/projection.py", 'or "weight" in own', "", ("layers/test_projection.py",)),
     Mutant("a compiled linear layer ignored", "layers/projection.py", "linear._compiled_call_impl is not None", "False", ("layers/test_projection.py",)),
-    Mutant("jagged sequences see each other", "layers/attention.py", "mask=mask & queries.document_mask", "mask=mask", ("layers/test_jagged.py",)),
-    Mutant("jagged positions continue across sequences", "layers/attention.py", "self.rotary(q, queries.offset), self.rotary(k, queries.offset)", "self.rotary(q), self.rotary(k)", ("layers/test_jagged.py",)),
+    Mutant("padding in front not counted", "cache/base.py", " - padding_before(is_token)", " + 0 * padding_before(is_token)", ROWS),
+    Mutant("slots after a row's tokens seen", "cache/base.py", "return mask & Mask.padding(keys.lengths)", "return mask", ROWS),
+    Mutant("a mask by columns read by slots", "cache/rows.py", "descending=True, stable=True)\n\n    def append", "stable=True)\n\n    def append", ROWS),
+    Mutant("dropped tokens forgotten", "cache/rows.py", "slot + (self.lengths - lengths)[:, None])", "slot)", ROWS),
+    Mutant("rows trimmed for others", "cache/sliding.py", "rows = self._keep_recent(rows, rows.stored + added > self._capacity)", "rows = self._keep_recent(rows, (rows.stored + added > self._capacity).any().expand(len(rows.stored)))", ROWS),
+    Mutant("rows joined with their columns mixed up", "cache/base.py", "index[rows.long()] = self._batch + torch.arange(count", "index[rows.long()] = torch.arange(count", ROWS),
+    Mutant("jagged sequences see each other", "layers/attention.py", "mask & queries.document_mask", "mask", ("layers/test_jagged.py",)),
+    Mutant("jagged positions continue across sequences", "layers/attention.py", "self.rotary(q, **where), self.rotary(k, **where)\n        if keys is", "self.rotary(q), self.rotary(k)\n        if keys is", ("layers/test_jagged.py",)),
     Mutant("sinks of the first sequence alone", "layers/attention.py", "keys is queries and not mask.sink_tokens", "keys is queries", ("layers/test_jagged.py",)),
     Mutant("a closed outer block restored", "integrations/torch/dispatcher.py", "_innermost.set(_open_block())", "_innermost.set(block.outer)", ("integrations/torch/test_blocks.py",)),
     Mutant("a block left in another thread stays active", "integrations/torch/dispatcher.py", "block.is_open = False", "pass", ("integrations/torch/test_blocks.py",)),

@@ -101,7 +101,7 @@ def test_a_layer_that_sees_later_keys_is_refused_with_a_filled_cache(make: Calla
     written = torch.ones(1, cache.append(*torch.zeros(2, 2, 6, 0, 4)).k.shape[2] + 1, dtype=torch.bool)
     if mask.left is None:
         layer(X[:, 5:], mask=Mask.dense(written), cache=cache)
-        assert cache.length == 7
+        assert cache.columns == 7
 
 
 @each_cache

@@ -120,7 +120,7 @@ def test_a_mask_of_the_call_is_combined_with_that_of_the_layer() -> None:
 def test_normalised_queries_and_keys_have_unit_root_mean_square() -> None:
     layer = qkv.Attention(24, 6, qk_norm=True)
     torch.nn.init.constant_(layer.q_norm.weight, 2.0)
-    q = layer._inputs(X, None, None, None).q
+    q = layer._inputs(X, None, None, None, None, None).q
     torch.testing.assert_close(q.square().mean(-1).sqrt(), torch.full((2, 6, 9), 2.0), rtol=1e-3, atol=1e-3)
 
 
