@@ -22,7 +22,8 @@ class Case:
     rule: Callable[[], Rule] = Rule
     lq: int = 19
     lk: int = 19
-    offset: int = 0
+    offset: int | tuple[int, ...] = 0
+    """of all rows of the batch, or of each"""
     batch: int = B
     heads: int = H
     kv_heads: int = 2
@@ -64,7 +65,18 @@ class Case:
 
     def options(self) -> dict[str, object]:
         """The other keywords of the call."""
-        return {"mask": self.mask(), "offset": self.offset, "scale": self.scale, "softcap": self.softcap}
+        offset = self.offset if isinstance(self.offset, int) else torch.tensor(self.offset)
+        return {"mask": self.mask(), "offset": offset, "scale": self.scale, "softcap": self.softcap}
+
+    def offset_of(self, b: int) -> int:
+        """The offset of a row of the batch."""
+        return self.offset if isinstance(self.offset, int) else self.offset[b]
+
+    def distance(self) -> Tensor:
+        """How far each query is from each key, (B, 1, Lq, Lk)."""
+        first = torch.tensor([self.offset_of(b) for b in range(self.batch)])
+        position = first[:, None] + torch.arange(self.lq)
+        return (position[:, None, :, None] - torch.arange(self.lk)).abs()
 
     def scores(self, inputs: dict[str, Tensor]) -> Scores:
         alibi, sinks = inputs.get("alibi"), inputs.get("sink_logits")
@@ -329,5 +341,49 @@ SHAPES = [
     Case("width 1", width=1, value_width=1),
 ]
 
-CASES = [*MASKS, *LONG_WINDOWS, *SCORES, *SHAPES]
+ROWS = [
+    Case("rows, causal", Mask.causal, lambda: Rule(right=0), lq=5, lk=23, offset=(18, -3)),
+    Case("rows, window", lambda: Mask.causal(4), lambda: Rule(left=3, right=0), lq=2, offset=(0, 40), alibi=True),
+    Case(
+        "rows, decoding",
+        lambda: Mask.causal(4, sink_tokens=2) & Mask.padding(torch.tensor([19, 8])),
+        lambda: Rule(left=3, right=0, sink_tokens=2, keep=_lengths([19, 8], 19)),
+        lq=1,
+        offset=(18, 7),
+    ),
+    Case(
+        "rows, documents",
+        lambda: Mask.documents(torch.tensor(IDS[:1])) & Mask.band(4, None),
+        lambda: Rule(left=4, documents=[IDS[0]] * B),
+        lq=7,
+        offset=(12, 1),
+    ),
+    Case(
+        "rows, everything at once",
+        lambda: (
+            Mask.dense(ALLOW[:, :, :13])
+            & Mask.causal(9, sink_tokens=3)
+            & _keep(KEEP_LEFT)
+            & Mask.documents(torch.tensor(IDS))
+        ),
+        lambda: Rule(left=8, right=0, sink_tokens=3, keep=KEEP_LEFT, documents=IDS, allow=ALLOW[:, :, :13]),
+        lq=13,
+        offset=(6, 1),
+        softcap=2.0,
+        bias_shape=(H, 13, 1),
+        alibi=True,
+        sinks=True,
+    ),
+    Case(
+        "rows, tiles",
+        lambda: Mask.causal(6),
+        lambda: Rule(left=5, right=0),
+        lq=67,
+        lk=101,
+        heads=2,
+        offset=(34, -9),
+    ),
+]
+
+CASES = [*MASKS, *LONG_WINDOWS, *SCORES, *SHAPES, *ROWS]
 assert len({case.name for case in CASES}) == len(CASES)

@@ -1,6 +1,7 @@
 """The oracle: attention in fp64, one query at a time, straight from the formula. Shares no code with the library."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,7 +56,9 @@ class Answer:
     weights: Tensor
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, rule: Rule, offset: int = 0, scores: Scores | None = None) -> Answer:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, rule: Rule, offset: int | Sequence[int] = 0, scores: Scores | None = None
+) -> Answer:
     """The answer in fp64. Masked keys are never read, so their numbers cannot matter."""
     scores = scores or Scores()
     # numpy, whose steps over a row of keys cost a fifth of torch's.
@@ -68,17 +71,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rule: Rule, offset: int = 0, scores:
     weights = np.zeros((batch, heads, lq, lk))
     bias = None if scores.bias is None else scores.bias.detach().double().expand(batch, heads, lq, lk).numpy()
     for b in range(batch):
+        first = offset if isinstance(offset, int) else offset[b]
         for i in range(lq):
             for h in range(heads):
                 if h == 0 or rule.allow is not None:
-                    seen = rule.sees(b, h, i, lk, offset).numpy().nonzero()[0]
+                    seen = rule.sees(b, h, i, lk, first).numpy().nonzero()[0]
                 s = scale * (keys[b, h // group][seen] @ queries[b, h, i])
                 if scores.softcap is not None:
                     s = scores.softcap * np.tanh(s / scores.softcap)
                 if bias is not None:
                     s = s + bias[b, h, i, seen]
                 if scores.alibi is not None:
-                    s = s - scores.alibi[h] * abs(i + offset - seen)
+                    s = s - scores.alibi[h] * abs(i + first - seen)
                 terms = s if scores.sink_logits is None else np.append(s, scores.sink_logits[h])
                 if (terms == -math.inf).all():  # also where there are none
                     continue

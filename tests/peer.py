@@ -17,7 +17,7 @@ def visible(case: Case) -> Tensor:
     for b in range(case.batch):
         for h in range(case.heads if per_head else 1):
             for i in range(case.lq):
-                seen[b, h if per_head else slice(None), i] = rule.sees(b, h, i, case.lk, case.offset)
+                seen[b, h if per_head else slice(None), i] = rule.sees(b, h, i, case.lk, case.offset_of(b))
     return seen
 
 
@@ -42,9 +42,7 @@ def _additive(case: Case, inputs: dict[str, Tensor]) -> Tensor:
     if "bias" in inputs:
         added = added + inputs["bias"]
     if "alibi" in inputs:
-        device = added.device
-        i, j = torch.arange(case.lq, device=device)[:, None] + case.offset, torch.arange(case.lk, device=device)
-        added = added - inputs["alibi"][:, None, None] * (i - j).abs()
+        added = added - inputs["alibi"][:, None, None] * case.distance().to(added.device)
     return added
 
 
@@ -95,8 +93,7 @@ def gradient_terms(case: Case, inputs: dict[str, Tensor], upstream: Tensor) -> d
         terms["bias"] = d_scores.sum_to_size(wide["bias"][(None,) * (4 - wide["bias"].dim())].shape)
         terms["bias"] = terms["bias"].view(wide["bias"].shape)
     if "alibi" in wide:
-        i, j = torch.arange(case.lq)[:, None] + case.offset, torch.arange(case.lk)
-        terms["alibi"] = (d_scores * (i - j).abs()).sum((0, 2, 3))
+        terms["alibi"] = (d_scores * case.distance()).sum((0, 2, 3))
     if case.sinks:
         share = (wide["sink_logits"][:, None] - lse).exp()
         terms["sink_logits"] = (share[..., None] * row).sum((0, 2, 3))

@@ -96,8 +96,9 @@ class Solver(NamedTuple):
     def _call(self, case: Case, inputs: dict[str, Tensor]) -> dict[str, Any]:
         assert self.isa is None or kernels.loaded().isa == self.isa, f"not within at_work() of {self}"
         options = case.options()
-        mask = case.mask().to(self.device)
-        return {**{name: self.moved(tensor) for name, tensor in inputs.items()}, **options, "mask": mask}
+        options["mask"] = case.mask().to(self.device)
+        given = {name: value for name, value in options.items() if isinstance(value, Tensor)} | inputs
+        return options | {name: self.moved(tensor) for name, tensor in given.items()}
 
 
 @cache

@@ -272,24 +272,22 @@ class Mask:
         if device is None:
             tensors = [offset] if isinstance(offset, Tensor) else [tensor for _, tensor in self.tensors()]
             device = tensors[0].device if tensors else None
-        position = positions(lq, offset, device)
+        position = positions(lq, offset, device)[:, None, :, None]
         key = torch.arange(lk, device=device)
         seen = torch.ones(1, 1, lq, lk, dtype=torch.bool, device=device)
         if self.right is not None:
-            seen = key <= position[:, None, :, None] + self.right
+            seen = key <= position + self.right
         if self.left is not None:
-            near = key >= position[:, None, :, None] - self.left
+            near = key >= position - self.left
             seen = seen & (near | (key < self.sink_tokens) if self.sink_tokens else near)
         keep = self.keep_keys(lk)
         if keep is not None:
             seen = seen & keep[:, None, None, :]
         if self.document_ids is not None:
             has_document = (position >= 0) & (position < lk)
-            row = torch.arange(self.document_ids.shape[0], device=device)[:, None]
-            # One more column, since there may be no keys at all.
-            of_query = F.pad(self.document_ids, (0, 1))[row, position.where(has_document, lk)]
+            of_query = _documents_at(self.document_ids, position.where(has_document, lk).flatten(1))
             same = of_query[:, None, :, None] == self.document_ids[:, None, None, :]
-            seen = seen & same & has_document[:, None, :, None]
+            seen = seen & has_document & same
         if self.allow is not None:
             seen = seen & self.allow
         return seen
@@ -380,6 +378,12 @@ def positions(lq: int, offset: int | Tensor, device: torch.device | None) -> Ten
     """The positions of queries: ``(1, lq)``, or ``(B, lq)`` for offsets ``(B,)``."""
     first = offset[:, None] if isinstance(offset, Tensor) else offset
     return torch.arange(lq, device=device)[None] + first
+
+
+def _documents_at(ids: Tensor, position: Tensor) -> Tensor:
+    """The ids ``(B or 1, Lk)`` at positions ``(B or 1, Lq)`` from 0 to Lk, where none is at Lk: ``(B or 1, Lq)``."""
+    row = torch.arange(ids.shape[0], device=ids.device)[:, None]
+    return F.pad(ids, (0, 1))[row, position]
 
 
 def _is_statically_true(condition: bool) -> bool:

@@ -27,9 +27,10 @@ def hides_the_middle_key(case: Case) -> bool:
 
 def hidden_from_all(case: Case) -> Tensor:
     """Keys (B, Lk) that padding hides, or that lie outside of what the interval shows to any query."""
-    start, stop = case.mask().key_range(case.lq, case.lk, case.offset)
     hidden = torch.ones(case.batch, case.lk, dtype=torch.bool)
-    hidden[:, start:stop] = False
+    for b in range(case.batch):
+        start, stop = case.mask().key_range(case.lq, case.lk, case.offset_of(b))
+        hidden[b, start:stop] = False
     keep = case.rule().keep
     return hidden if keep is None else hidden | ~torch.tensor(keep)
 

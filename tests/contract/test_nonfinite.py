@@ -51,6 +51,12 @@ MASKS = [
     replace(SMALL, name="documents", mask=lambda: Mask.documents(torch.tensor(IDS)), rule=lambda: Rule(documents=IDS)),
     replace(SMALL, name="dense", mask=lambda: Mask.dense(ALLOW), rule=lambda: Rule(allow=ALLOW)),
 ]
+ROWS = [
+    replace(MASKS[1], name="causal, rows", lq=7, offset=(3, -2)),
+    replace(MASKS[3], name="window and sink tokens, rows", lq=7, offset=(-1, 4)),
+    replace(MASKS[7], name="documents, rows", lq=7, offset=(0, 4)),
+    replace(MASKS[2], name="every score, rows", lq=7, offset=(3, -2), bias_shape=(4, 1, 11), alibi=True, sinks=True),
+]
 LONG = replace(SMALL, batch=1, heads=2, kv_heads=1)
 SHAPES = [
     replace(SMALL, name="one query", lq=1),
@@ -83,7 +89,7 @@ SCORES = [
         "every score": {"softcap": 2.0, "bias_shape": (4, 11, 11), "alibi": True, "sinks": True},
     }.items()
 ]
-CASES = [*MASKS, *SHAPES, *SCORES]
+CASES = [*MASKS, *ROWS, *SHAPES, *SCORES]
 OF_FLEX = (MASKS[0], MASKS[2], MASKS[7])
 """a few, since FlexAttention recompiles at each call"""
 

@@ -6,10 +6,12 @@ sum gradients over all rows, hidden or not. So `zero_nonfinite` replaces non-fin
 that they do not see. DESIGN.md has the rules as a table.
 
 On a GPU, the check would force a synchronisation, and the terms cost many times as much as attention. There, keys that
-padding hides become zeros; among the others, NaN spreads as in torch's kernels.
+padding hides become zeros, and those that the interval hides are cut off or become zeros; among the others, NaN spreads
+as in torch's kernels.
 """
 
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -86,8 +88,12 @@ def _add_terms(
 
 
 def _zero_padded_keys(problem: Problem) -> Problem:
-    """The problem with 0 for keys and values that padding hides."""
-    keep = problem.mask.keep_keys(problem.lk)
+    """The problem with 0 for keys and values that padding hides, or the interval in a row with an offset of its own."""
+    mask, offset = problem.mask, problem.offset
+    keep = mask.keep_keys(problem.lk)
+    if isinstance(offset, Tensor) and (mask.left is not None or mask.right is not None):
+        shown = Visibility(replace(mask, document_ids=None, allow=None), offset, problem.lq, problem.lk, 1)
+        keep = shown.of_keys(problem.q.new_ones(problem.q.shape[0], 1, problem.lq, 1, dtype=torch.bool))[:, 0, :, 0]
     if keep is None:
         return problem
     hidden = ~keep[:, None, :, None]
@@ -218,8 +224,9 @@ def _any_of(pairs: Tensor, flags: Tensor) -> Tensor:
 def _any_between(flags: Tensor, start: Tensor, stop: Tensor) -> Tensor:
     """Whether a flag (B, H, n, C) is set in each range ``start`` to ``stop``, both (B or 1, m): (B, H, m, C)."""
     count = F.pad(flags.cumsum(dim=2, dtype=torch.int32), (0, 0, 1, 0))
-    before_stop, before_start = (count.take_along_dim(bound[:, None, :, None], dim=2) for bound in (stop, start))
-    return before_stop > before_start
+    batch = torch.arange(count.shape[0], device=count.device)[:, None]
+    before_stop, before_start = (count.transpose(1, 2)[batch, bound] for bound in (stop, start))
+    return (before_stop > before_start).transpose(1, 2)
 
 
 class _AddTerms(torch.autograd.Function):
