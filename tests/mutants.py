@@ -193,7 +193,7 @@ MUTANTS = [
     Mutant("a patched weight ignored", "layers/projection.py", 'or "weight" in own', "", ("layers/test_projection.py",)),
     Mutant("a compiled linear layer ignored", "layers/projection.py", "linear._compiled_call_impl is not None", "False", ("layers/test_projection.py",)),
     Mutant("jagged sequences see each other", "layers/attention.py", "mask=mask & queries.document_mask", "mask=mask", ("layers/test_jagged.py",)),
-    Mutant("jagged positions continue across sequences", "layers/attention.py", "self.rotary(q, queries.offset), self.rotary(k, queries.offset)", "self.rotary(q), self.rotary(k)", ("layers/test_jagged.py",)),
+    Mutant("jagged positions continue across sequences", "layers/attention.py", "self.rotary(q, **where), self.rotary(k, **where)", "self.rotary(q), self.rotary(k)", ("layers/test_jagged.py",)),
     Mutant("sinks of the first sequence alone", "layers/attention.py", "keys is queries and not mask.sink_tokens", "keys is queries", ("layers/test_jagged.py",)),
     Mutant("a closed outer block restored", "integrations/torch/dispatcher.py", "_innermost.set(_open_block())", "_innermost.set(block.outer)", ("integrations/torch/test_blocks.py",)),
     Mutant("a block left in another thread stays active", "integrations/torch/dispatcher.py", "block.is_open = False", "pass", ("integrations/torch/test_blocks.py",)),
