@@ -135,6 +135,14 @@ def test_dropout_and_autocast_have_an_effect() -> None:
         assert layer(x).dtype is torch.bfloat16
 
 
+def test_a_rotary_scaling_goes_by_the_length_of_each_sequence() -> None:
+    scaling = qkv.RotaryScaling.dynamic(4.0, max_position_embeddings=4)
+    layer = qkv.CausalAttention(24, 6, rotary=qkv.RotaryEmbedding(4, scaling=scaling))
+    parts = [part.float() for part in random_parts([9, 2, 6])]
+    for ours, part in zip(layer(jagged(parts)).unbind(), parts, strict=True):
+        torch.testing.assert_close(ours, layer(part[None])[0])
+
+
 def test_a_custom_rotary_module_restarts_in_each_sequence() -> None:
     class Own(nn.Module):
         head_dim = 4

@@ -75,21 +75,30 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def require_integers(
-    caller: str, name: str, value: object, shapes: Sequence[tuple[int, ...]], device: torch.device, other: str = ""
+    caller: str,
+    name: str,
+    value: object,
+    shapes: Sequence[tuple[int, ...]],
+    beside: Tensor,
+    *,
+    other: str = "",
+    whose: str = "x",
 ) -> None:
-    """Raises unless ``value`` is a tensor of integers, of one of the shapes, on the device.
+    """Raises unless ``value`` is a tensor of integers, of one of the shapes, on the device of another tensor.
 
     Args:
         other: what else is accepted, for error messages.
+        whose: what the other tensor is, for error messages.
     """
     if not isinstance(value, Tensor) or value.dtype not in INTEGERS:
         got = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{caller}: {name} must be {other}a tensor of integers; got {got}.")
-    if value.shape not in shapes:
-        known = " or ".join(str(shape) for shape in shapes)
+    # Sizes are compared for shapes as long alone: each comparison binds a symbolic size of an exported program.
+    if not any(len(shape) == value.dim() and shape == value.shape for shape in shapes):
+        known = " or ".join(dict.fromkeys(map(str, shapes)))
         raise ValueError(f"{caller}: {name} must be {other}integers of shape {known}; got {tuple(value.shape)}.")
-    if value.device != device:
-        raise ValueError(f"{caller}: {name} must be on the device of x, {device}; got {value.device}.")
+    if value.device != beside.device:
+        raise ValueError(f"{caller}: {name} must be on the device of {whose}, {beside.device}; got {value.device}.")
 
 
 def require_vector(caller: str, name: str, value: Any, count: int, what: str) -> Numbers:

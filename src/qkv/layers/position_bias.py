@@ -92,11 +92,12 @@ class RelativePositionBias(nn.Module):
         caller, weight = type(self).__name__, self.relative_attention_bias.weight
         require_count(caller, "lq", lq, 0)
         require_count(caller, "lk", lk, 0)
-        first = _offset_column(caller, offset, weight.device)
-        # A bias is constant along its diagonals: each distance is looked up once, and windows of them are the rows.
+        first = _offset_column(caller, offset, weight)
+        # A bias is constant along its diagonals: each distance is looked up once, and rows are windows of distances.
         distances = torch.arange(-lq, lk, device=weight.device) - first
-        by_distance = F.embedding(self._buckets(distances), weight).transpose(-1, -2)
-        return by_distance.unfold(-1, lk, 1)[..., 1:, :].flip(-2)
+        by_distance = F.embedding(self._buckets(distances), weight).transpose(-1, -2).contiguous()
+        rows, heads, count = by_distance.shape
+        return by_distance.as_strided((rows, heads, lq, lk), (heads * count, count, 1, 1), 1).flip(-2)
 
     def _buckets(self, distances: Tensor) -> Tensor:
         """The bucket of each distance ``j - i``."""
@@ -289,13 +290,14 @@ def _log_offsets(window: tuple[int, int], pretrained: tuple[int, int], device: t
     return offsets.sign() * (offsets.abs() + 1).log2() / math.log2(8)
 
 
-def _offset_column(caller: str, offset: int | Tensor, device: torch.device) -> Tensor:
+def _offset_column(caller: str, offset: int | Tensor, weight: Tensor) -> Tensor:
     """The offset of each row, ``(1 or B, 1)``."""
     if isinstance(offset, Tensor):
-        require_integers(caller, "offset", offset, [(), tuple(offset.shape[:1])], device, "an int, or ")
-        return offset.reshape(-1, 1)
+        shapes = [(), tuple(offset.shape[:1])]
+        require_integers(caller, "offset", offset, shapes, weight, other="an int, or ", whose="the weights")
+        return offset.long().reshape(-1, 1)
     require_int(caller, "offset", offset, suffix=", or integers (B,)")
-    return torch.full((1, 1), offset, device=device)
+    return torch.full((1, 1), offset, device=weight.device)
 
 
 def _require_window(caller: str, name: str, window: object) -> tuple[int, int]:

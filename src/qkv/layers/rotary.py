@@ -204,7 +204,7 @@ class RotaryEmbedding(nn.Module):
         tokens = x.shape[-2]
         if isinstance(offset, Tensor):
             shapes = [(), (x.shape[0],)] if x.dim() == 4 else [()]
-            require_integers(type(self).__name__, "offset", offset, shapes, x.device, "an int, or ")
+            require_integers(type(self).__name__, "offset", offset, shapes, x, other="an int, or ")
             return torch.arange(tokens, device=x.device) + offset[..., None]
         if type(offset) is not int:
             require_int(type(self).__name__, "offset", offset, suffix=", or integers (B,)")
@@ -218,7 +218,7 @@ class RotaryEmbedding(nn.Module):
         if length is None:
             length = _lengths(positions)
         elif isinstance(length, Tensor):
-            require_integers(type(self).__name__, "length", length, [(), *shapes_of_tokens(x)], x.device, "an int, or ")
+            require_integers(type(self).__name__, "length", length, [(), *shapes_of_tokens(x)], x, other="an int, or ")
         else:
             require_int(type(self).__name__, "length", length, suffix=", or integers (L,) or (B, L)")
             if length <= self.scaling.max_short_length:
@@ -248,7 +248,7 @@ class RotaryEmbedding(nn.Module):
             raise ValueError(
                 f"{caller}: positions replace an offset; got offset={described(offset)} as well. Pass one of them."
             )
-        require_integers(caller, "positions", positions, shapes, x.device)
+        require_integers(caller, "positions", positions, shapes, x)
 
     def extra_repr(self) -> str:
         options: dict[str, tuple[Any, Any]] = {
@@ -289,7 +289,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
 def shapes_of_tokens(x: Tensor) -> list[tuple[int, ...]]:
     """The shapes of one integer for each token of x: ``(L,)``, ``(B, L)`` and ``(1, L)``."""
     rows, tokens = x.shape[0], x.shape[-2]
-    return [(tokens,), *dict.fromkeys([(rows, tokens), (1, tokens)])] if x.dim() == 4 else [(tokens,)]
+    return [(tokens,), (rows, tokens), (1, tokens)] if x.dim() == 4 else [(tokens,)]
 
 
 def _lengths(positions: Tensor) -> Tensor:

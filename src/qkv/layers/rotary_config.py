@@ -9,29 +9,43 @@ INTERLEAVED = frozenset({"cohere", "cohere2", "cohere2_moe", "ernie4_5", "ernie4
 """Model types whose code in transformers pairs neighbouring channels."""
 
 MULTIMODAL: Mapping[str, tuple[tuple[int, ...], bool]] = {
-    "qwen2_vl_text": ((16, 24, 24), False),
-    "qwen2_5_vl_text": ((16, 24, 24), False),
-    "qwen3_vl_text": ((24, 20, 20), True),
-    "qwen3_vl_moe_text": ((24, 20, 20), True),
+    **dict.fromkeys(("qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text"), ((16, 24, 24), False)),
+    **dict.fromkeys(("qwen3_vl_text", "qwen3_vl_moe_text"), ((24, 20, 20), True)),
 }
 """For each multimodal model type, its sections where the configuration has none, and whether they are interleaved."""
 
+_TRAINED = "original_max_position_embeddings"
+_FIELDS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "linear": (("factor",), ()),
+    "dynamic": (("factor", "max_position_embeddings"), ()),
+    "yarn": (
+        ("factor", _TRAINED),
+        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    ),
+    "longrope": (("short_factor", "long_factor", _TRAINED, "factor"), ("attention_factor",)),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", _TRAINED), ()),
+}
+"""The fields of each rope_type: those it must have, and the others that it may have."""
 
-def rope_parameters(config: Any) -> dict[str | None, Mapping[str, Any] | None]:
-    """The rotary settings for each type of layer, with all defaults; under None if one holds for all layers.
 
-    None stands for layers without rotary embedding. A configuration without any gives an empty dict.
+def given_parameters(config: Any) -> dict[str | None, Any]:
+    """The rotary settings as they are given, for each type of layer; under None if one holds for all layers.
+
+    A value of None stands for layers without rotary embedding. A configuration without any gives an empty dict.
     """
     given = _field(config, "rope_parameters") or _field(config, "rope_scaling") or {}
     if any(isinstance(fields, Mapping) for fields in given.values()):
-        return {kind: None if fields is None else _complete(config, fields) for kind, fields in given.items()}
+        return dict(given)
     if not given and _field(config, "rope_theta") is None:
         return {}
-    complete = _complete(config, given)
     local = _field(config, "rope_local_base_freq")  # Gemma 3 before rope_parameters
-    if local is None:
-        return {None: complete}
-    return {"full_attention": complete, "sliding_attention": {"rope_type": "default", "rope_theta": local}}
+    return {None: given} if local is None else {"full_attention": given, "sliding_attention": {"rope_theta": local}}
+
+
+def rope_parameters(config: Any) -> dict[str | None, Mapping[str, Any] | None]:
+    """`given_parameters`, with the defaults that transformers takes."""
+    given = given_parameters(config)
+    return {kind: None if fields is None else _complete(config, fields) for kind, fields in given.items()}
 
 
 def rotary_options(caller: str, config: Any, layer_type: str | None, interleaved: bool | None) -> dict[str, Any]:
@@ -103,46 +117,38 @@ def _complete(config: Any, given: Mapping[str, Any]) -> Mapping[str, Any]:
     fields["rope_type"] = {"mrope": "default", "su": "longrope"}.get(kind, kind)  # earlier names
     theta, default = _field(config, "rope_theta"), _field(config, "default_theta")
     fields.setdefault("rope_theta", theta or (default if isinstance(default, float) else 10000.0))
-    partial = _field(config, "partial_rotary_factor")
+    partial, trained = _field(config, "partial_rotary_factor"), _field(config, _TRAINED)
     if partial is not None:
         fields.setdefault("partial_rotary_factor", partial)
+    if trained is not None:
+        fields[_TRAINED] = trained  # Phi-3 has it here, and transformers prefers it
     return fields
 
 
 def _scaling(caller: str, config: Any, fields: Mapping[str, Any]) -> RotaryScaling | None:
     """The scaling that the fields name; None for the default."""
-    kind, longest = fields["rope_type"], _field(config, "max_position_embeddings")
-    trained = _field(config, "original_max_position_embeddings") or fields.get(
-        "original_max_position_embeddings", longest
-    )
-    ratio = longest / trained if longest and trained else None
-    defaults = {"factor": ratio, "original_max_position_embeddings": trained, "max_position_embeddings": longest}
+    kind = fields["rope_type"]
     if kind == "default":
         return None
     if kind not in _FIELDS:
         raise ValueError(f"{caller}: rope_type must be one of 'default', {str(list(_FIELDS))[1:-1]}; got {kind!r}.")
+    known = {**_lengths(config, fields), **fields}
     required, optional = _FIELDS[kind]
-    arguments = {name: fields.get(name, defaults.get(name)) for name in required}
-    missing = [name for name, value in arguments.items() if value is None]
-    if missing:
+    if missing := [name for name in required if known.get(name) is None]:
         raise ValueError(f"{caller}: rope_type {kind!r} must have {', '.join(missing)}; got {dict(fields)}.")
     build: Any = getattr(RotaryScaling, kind)
-    scaling: RotaryScaling = build(**arguments, **{name: fields[name] for name in optional if name in fields})
+    scaling: RotaryScaling = build(**{name: known[name] for name in required + optional if name in known})
     return scaling
 
 
-_TRAINED = "original_max_position_embeddings"
-_FIELDS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "linear": (("factor",), ()),
-    "dynamic": (("factor", "max_position_embeddings"), ()),
-    "yarn": (
-        ("factor", _TRAINED),
-        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
-    ),
-    "longrope": (("short_factor", "long_factor", _TRAINED, "factor"), ("attention_factor",)),
-    "llama3": (("factor", "low_freq_factor", "high_freq_factor", _TRAINED), ()),
-}
-"""The fields of each rope_type: those it must have, and the others that it may have."""
+def _lengths(config: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that follow from the lengths of a configuration, as far as it has them."""
+    longest = _field(config, "max_position_embeddings")
+    trained = fields.get(_TRAINED, longest)
+    known = {"max_position_embeddings": longest, _TRAINED: trained}
+    if fields["rope_type"] in ("yarn", "longrope") and longest and trained:
+        known["factor"] = longest / trained
+    return known
 
 
 def _field(config: Any, name: str) -> Any:

@@ -179,7 +179,8 @@ class RotaryScaling:
         raise NotImplementedError
 
     def __repr__(self) -> str:
-        arguments = ", ".join(f"{field.name}={getattr(self, field.name)!r}" for field in fields(self))  # type: ignore[arg-type]
+        given = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        arguments = ", ".join(f"{name}={_short_repr(value)}" for name, value in given.items())
         return f"RotaryScaling.{type(self).__name__[1:].lower()}({arguments})"
 
 
@@ -315,6 +316,13 @@ def _divided(divisors: tuple[float, ...], base: float, rotary_dim: int, device: 
 def _mscale(factor: float, mscale: float) -> float:
     """YaRN's factor for longer contexts."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def _short_repr(value: object) -> str:
+    """The value; of many numbers, the first two and the last."""
+    if isinstance(value, tuple) and len(value) > 4:
+        return f"({value[0]!r}, {value[1]!r}, ..., {value[-1]!r})"
+    return repr(value)
 
 
 def _positive(kind: str, name: str, number: float) -> float:

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import torch
 
 from qkv.convert.errors import CheckpointError
-from qkv.convert.files.fields import CONFIG, OBJECT, ROTARY, check_fields
+from qkv.convert.files.fields import CONFIG, NULL, OBJECT, ROTARY, check_fields, either
 from qkv.convert.files.json_document import count_keys, short_repr
 from qkv.convert.files.safetensors import TensorSpec
 from qkv.integrations.transformers import grouped_decoders
+from qkv.layers.rotary_config import given_parameters
 
 OLD_NAMES = {"lm_head.weight": "embed_out.weight"}
 """Parameter names of transformers, and what older files call them: the LM head of GPT-NeoX."""
@@ -75,11 +76,9 @@ def read_config(where: str, config: Mapping[str, Any], num_tensors: int) -> Any:
 
 def check_rotary(where: str, config: Any) -> None:
     """Checks the fields of ``rope_parameters``: one dict for all layers, or one per layer type."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    kinds = set(getattr(config, "layer_types", None) or ()) & parameters.keys()
-    for fields in [parameters[kind] for kind in kinds] or [parameters]:
-        check_fields(f"{where}: rope_parameters", {"": fields}, {"": OBJECT})
-        check_fields(f"{where}: rope_parameters", fields, ROTARY)
+    for fields in given_parameters(config).values():
+        check_fields(f"{where}: rope_parameters", {"": fields}, {"": either(NULL, OBJECT)})
+        check_fields(f"{where}: rope_parameters", fields or {}, ROTARY)
 
 
 def heads(where: str, config: Any) -> Heads:

@@ -13,6 +13,7 @@ from qkv.convert.files.json_document import paused_gc, read_document
 from qkv.convert.files.safetensors import TensorSpec, read_header
 from qkv.convert.inspect.gguf import inspect_gguf
 from qkv.convert.inspect.inspection import Inspection, LayerAttention
+from qkv.layers.rotary_config import rope_parameters
 
 
 @paused_gc()
@@ -106,14 +107,12 @@ def _layer(
 
 def _rotary(config: Any, layer: int) -> str:
     """The rotary embedding of a layer in words, from transformers' ``rope_parameters``; empty without."""
-    parameters = getattr(config, "rope_parameters", None)
-    kinds = getattr(config, "layer_types", None)
-    if parameters and kinds and kinds[layer] in parameters:
-        parameters = parameters[kinds[layer]]
+    by_type, kinds = rope_parameters(config), getattr(config, "layer_types", None)
+    parameters = by_type.get(kinds[layer] if kinds else None) or by_type.get(None)
     uses = getattr(config, "no_rope_layers", None)
     if not parameters or (uses and not uses[layer]):
         return ""
-    theta, kind = parameters.get("rope_theta"), parameters.get("rope_type", "default")
+    theta, kind = parameters["rope_theta"], parameters["rope_type"]
     partial = parameters.get("partial_rotary_factor", 1.0)
     scaling = f", {kind} scaling" if kind != "default" else ""
     return f"theta {theta:g}{scaling}" + (f", {partial:g} of the width" if partial != 1 else "")
