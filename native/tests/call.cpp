@@ -78,6 +78,7 @@ std::string Case::describe() const {
     if (right != UNBOUNDED) text << " right=" << right;
     if (sink_tokens) text << " sink_tokens=" << sink_tokens;
     for (const auto& [is_set, name] : {std::pair(keep, " keep"),
+                                       {!offsets.empty(), " offsets"},
                                        {documents, " documents"},
                                        {in_runs, " in_runs"},
                                        {!lengths.empty(), " lengths"},
@@ -149,6 +150,8 @@ Call::Call(const Case& c)
         problem.v_scale = {(float*)v_scale.view.data, v_scale.view.batch, v_scale.view.head};
     }
     problem.offset = c.offset;
+    problem.offsets = data(this->c.offsets);
+    problem.offsets_batch = 1;
     problem.left = c.left;
     problem.right = c.right;
     problem.sink_tokens = c.sink_tokens;

@@ -25,6 +25,7 @@ struct Case {
     bool int8 = false;  // keys and values are, and have no gradients
     int64_t batch = 1, kv_heads = 1, group = 1, lq = 1, lk = 1, width = 16, value_width = 16;
     int64_t offset = 0, left = UNBOUNDED, right = UNBOUNDED, sink_tokens = 0;
+    std::vector<int64_t> offsets = {};  // of each batch, added to the offset
     bool keep = false, documents = false;
     bool in_runs = false;      // the keys that are kept, and those of each document, follow each other
     bool shared_rows = false;  // one row of keep and documents for all batches

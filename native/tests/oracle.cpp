@@ -78,7 +78,7 @@ Score score(const Problem& p, int64_t b, int64_t h, int64_t i, int64_t j, const 
         s.value += bias;
     }
     if (p.alibi) {
-        const double slant = (double)p.alibi[h] * std::llabs(i + p.offset - j);
+        const double slant = (double)p.alibi[h] * std::llabs(i + offset_of(p, b) - j);
         s.error += 2 * U * (std::fabs(s.value) + 2 * std::fabs(slant));
         s.value -= slant;
     }
@@ -106,7 +106,7 @@ void round(Allowed& all, Dtype dtype, double scale) {
 }  // namespace
 
 bool is_visible(const Problem& p, int64_t batch, int64_t head, int64_t query, int64_t key) {
-    const int64_t position = query + p.offset;
+    const int64_t position = query + offset_of(p, batch);
     if (key > position + p.right) return false;
     if (key < position - p.left && key >= p.sink_tokens) return false;
     if (p.keep && !p.keep[batch * p.keep_batch + key]) return false;
@@ -208,7 +208,7 @@ Expected expect(const Problem& p, const Gradients* g, const std::vector<bool>& k
                              (weight * weight_off + LEAST) * std::fabs(difference);
             want.d_bias.value[row * p.lk + j] = d_score;
             want.d_bias.error[row * p.lk + j] = d_error;
-            const double distance = std::llabs(i + p.offset - j);
+            const double distance = std::llabs(i + offset_of(p, b) - j);
             want.d_alibi.value[h] -= d_score * distance;
             want.d_alibi.error[h] += distance * (d_error + (p.lk + 8) * U * std::fabs(d_score));
             d_error = d_error * scores[n].slope + (std::fabs(d_score) + d_error) * scores[n].slope_error;

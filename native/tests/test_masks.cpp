@@ -1,4 +1,6 @@
 // What masks show, alone and together; and that hidden blocks are not computed.
+#include <limits>
+
 #include "call.h"
 #include "library.h"
 
@@ -50,6 +52,51 @@ TEST(queries_outside_of_the_keys) {
             c.right = 0;
             check(c);
         }
+}
+
+TEST(offsets_by_batch) {
+    Case c;
+    c.alibi = true;
+    for (const std::vector<int64_t>& offsets : {std::vector<int64_t>{0, -130}, {-300, 40}})
+        for (int64_t left : {(int64_t)30, UNBOUNDED}) {
+            c.offsets = offsets;
+            c.left = left;
+            c.right = 0;
+            check_all(c);
+        }
+    c.documents = true;
+    c.batch = 2;
+    c.lk = 210;
+    c.offset = 3;
+    for (bool in_runs : {false, true})
+        for (int64_t lq : {1, 6, 70}) {
+            c.in_runs = in_runs;
+            c.lq = lq;
+            c.offsets = {c.lk - lq - 3, -3};
+            check(c);
+        }
+}
+
+TEST(offsets_that_do_not_fit_are_refused) {
+    Case c;
+    c.batch = 2;
+    c.lq = 5;
+    c.lk = 50;
+    const auto refuses = [&](const std::vector<int64_t>& offsets) {
+        c.offsets = offsets;
+        const Call call(c);
+        const bool refused = qkv_forward(&call.problem) == 2;
+        require((qkv_backward(&call.problem, &call.gradients) == 2) == refused, "backward takes what forward refuses");
+        require((qkv_count_scores(&call.problem) == -1) == refused, "scores of a refused problem are counted");
+        return refused;
+    };
+    const int64_t largest = (int64_t)1 << 30;
+    require(!refuses({1 - largest, largest - 1}), "positions of 32 bits are refused");
+    for (int64_t offset : {largest, -largest, std::numeric_limits<int64_t>::max(), std::numeric_limits<int64_t>::min()})
+        require(refuses({3, offset}), "a position of more than 32 bits is taken");
+    c.documents = true;
+    require(!refuses({0, 45}), "positions of documents are refused");
+    require(refuses({46, 0}) && refuses({0, -1}), "documents are read out of bounds");
 }
 
 // Alone, and within a window, shared by all batches.

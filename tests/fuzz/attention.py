@@ -48,9 +48,9 @@ class Draw:
     mask: Mask
     visible: Tensor
     """(B, H, Lq, Lk)"""
-    offset: int | None
-    position: int
-    """That of the first query: the offset, given or implied."""
+    offset: int | Tensor | None
+    first: Tensor
+    """The position of the first query of each row of the batch: the offset, given or implied."""
     scale: float | None
     softcap: float | None
     threads: int
@@ -66,6 +66,12 @@ class Draw:
             "softcap": self.softcap,
             **self.tensors,
         }
+
+    @property
+    def distance(self) -> Tensor:
+        """How far each query is from each key, (B, 1, Lq, Lk)."""
+        position = self.first[:, None] + torch.arange(self.q.shape[2])
+        return (position[:, None, :, None] - torch.arange(self.k.shape[2])).abs()
 
     @property
     def factor(self) -> float:
@@ -106,9 +112,9 @@ def draw(seed: int) -> Draw:
     )
     q = q[:, :heads]
     v = normal(batch, kv_heads, lk, value_width)
-    mask, visible, offset, position = _mask(chance, numbers, batch, heads, lq, lk)
+    mask, visible, offset, first = _mask(chance, random.Random(~seed), numbers, batch, heads, lq, lk)
     found = Draw(
-        *(seed, q.to(dtype), k.to(dtype), v.to(dtype), mask, visible, offset, position),
+        *(seed, q.to(dtype), k.to(dtype), v.to(dtype), mask, visible, offset, first),
         scale=chance.choice((None, None, None, 0.3, 1.0, 0.0, -0.2)),
         softcap=chance.choice((None, None, None, 1.5, 30.0)),
         threads=chance.choice((1, 2)),
@@ -130,9 +136,15 @@ def draw(seed: int) -> Draw:
 
 
 def _mask(
-    chance: random.Random, numbers: torch.Generator, batch: int, heads: int, lq: int, lk: int
-) -> tuple[Mask, Tensor, int | None, int]:
-    """A mask, what it shows, the offset to give and the one that it means."""
+    chance: random.Random,
+    by_row: random.Random,
+    numbers: torch.Generator,
+    batch: int,
+    heads: int,
+    lq: int,
+    lk: int,
+) -> tuple[Mask, Tensor, int | Tensor | None, Tensor]:
+    """A mask, what it shows, the offset to give and the one of each row that it means."""
     visible = torch.ones(batch, heads, lq, lk, dtype=torch.bool)
     mask = Mask.full()
     kinds = {kind for kind in ("interval", "keep", "lengths", "documents", "dense") if chance.random() < 0.2}
@@ -144,7 +156,12 @@ def _mask(
         position = chance.randint(0, lk - lq)
     else:
         position = chance.choice((0, lk - lq, lk - lq, chance.randint(-5, lk + 3)))
-    i, j = torch.arange(lq)[:, None] + position, torch.arange(lk)
+    first = torch.full((batch,), position)
+    has_rows = by_row.random() < 0.2
+    if has_rows:
+        least, most = (0, lk - lq) if "documents" in kinds else (-5, lk + 3)
+        first = torch.tensor([by_row.randint(least, most) for _ in range(batch)])
+    i, j = (first[:, None] + torch.arange(lq))[:, None, :, None], torch.arange(lk)
     if "interval" in kinds:
         left, right = chance.choice((None, None, 0, 1, 5, 30, 70)), chance.choice((None, 0, 0, 0, 1, 5, 70))
         sinks = chance.choice((0, 0, 1, 4)) if left is not None else 0
@@ -168,13 +185,13 @@ def _mask(
         if chance.random() < 0.7:
             ids = ids.sort(dim=1).values
         mask = mask & Mask.documents(ids)
-        visible = visible & (ids[:, position : position + lq, None] == ids[:, None])[:, None]
+        visible = visible & (ids.expand(batch, -1).gather(1, i.flatten(1))[..., None] == ids[:, None])[:, None]
     if "dense" in kinds:
         shape = (chance.choice((1, batch)), chance.choice((1, heads)), chance.choice((1, lq)), lk)
         allow = torch.rand(shape, generator=numbers) < chance.choice((0.2, 0.6))
         mask, visible = mask & Mask.dense(allow), visible & allow
     implied = lq == lk and position == 0 and chance.random() < 0.5
-    return mask, visible, None if implied else position, position
+    return mask, visible, first if has_rows else None if implied else position, first
 
 
 def _bias(chance: random.Random, normal: Any, batch: int, heads: int, lq: int, lk: int) -> Tensor:
@@ -269,8 +286,7 @@ def answer(case: Draw) -> Want:
         scores = scores + bias
         error = error + 4 * inner * _finite(bias).abs()
     if "alibi" in case.tensors:
-        distance = (torch.arange(q.shape[2])[:, None] + case.position - torch.arange(k.shape[2])).abs()
-        penalty = case.tensors["alibi"].double()[:, None, None] * distance
+        penalty = case.tensors["alibi"].double()[:, None, None] * case.distance
         scores = scores - penalty
         error = error + 4 * inner * penalty
     scores = scores.masked_fill(~case.visible, -math.inf)
@@ -383,8 +399,7 @@ def want_gradients(case: Draw, want: Want, upstream: Tensor) -> dict[str, tuple[
         parts = (d_s.sum_to_size(shape), e_s.sum_to_size(shape), d_s.abs().sum_to_size(shape))
         found["bias"] = bounded(*parts, d_s.numel() // parts[0].numel(), anything)
     if "alibi" in case.tensors:
-        distance = (torch.arange(lq)[:, None] + case.position - torch.arange(lk)).abs()
-        value, error, size = (-(x * distance).sum((0, 2, 3)) for x in (d_s, -e_s, -d_s.abs()))
+        value, error, size = (-(x * case.distance).sum((0, 2, 3)) for x in (d_s, -e_s, -d_s.abs()))
         found["alibi"] = bounded(value, error, size, d_s.numel() // heads, anything)
     if "sink_logits" in case.tensors:
         share = (case.tensors["sink_logits"].double()[:, None] - want.lse).exp()

@@ -6,8 +6,8 @@
 namespace qkv {
 
 // Sequences of one call, whose queries follow each other and whose keys lie in pages. A `Problem` says the rest: its lq
-// is the number of all queries; its lk, offset, offsets and pages have no meaning; its k and v are (page, head, row,
-// column); and its lse, and delta of its `Gradients`, are (heads, all queries). The last query of each sequence stands at its
+// is the number of all queries; its lk, offsets and pages have no meaning; its k and v are (page, head, row, column);
+// and its lse, and delta of its `Gradients`, are (heads, all queries). The last query of each sequence stands at its
 // last key. Keys that are packed one after the other are those of a single page.
 struct Sequences {
     int64_t count;
