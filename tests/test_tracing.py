@@ -204,6 +204,27 @@ def test_a_jit_trace_in_training_is_saved_and_has_the_gradients(backend: str, tm
             torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-4)
 
 
+class Step(nn.Module):
+    """A few tokens of rows that stand at different positions."""
+
+    def __init__(self, backend: str) -> None:
+        super().__init__()
+        self.backend = backend
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, ids: Tensor, offset: Tensor) -> Tensor:
+        mask = Mask.causal(6) & Mask.documents(ids)
+        return qkv.attention(q, k, v, mask=mask, offset=offset, backend=self.backend)
+
+
+@each_tracer_in_time
+@pytest.mark.parametrize("backend", ["auto", "sdpa"])
+def test_a_step_traced_at_some_positions_is_taken_at_others(backend: str, tracer: str, tmp_path: Path) -> None:
+    q, k, v = torch.randn(BATCH, 4, 3, 8), torch.randn(BATCH, 2, LENGTH, 8), torch.randn(BATCH, 2, LENGTH, 8)
+    step, offset = Step(backend), torch.tensor([LENGTH - 3, 2])
+    program = TRACERS[tracer](step, (q, k, v, IDS, torch.zeros_like(offset)), tmp_path)
+    close(program(q, k, v, IDS, offset), step(q, k, v, IDS, offset))
+
+
 class Merged(nn.Module):
     """Two halves of the keys, with all that asks for the lse."""
 
