@@ -194,7 +194,7 @@ MUTANTS = [
     Mutant("heads split by their number instead of width", "layers/attention.py", "q = self._split_heads(project(self.q_proj, x), self.head_dim, self.q_norm)", "q = project(self.q_proj, x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)", ("upstream/test_parallelism.py",)),
     Mutant("frequencies cached while tracing", "layers/constants.py", "if kernels.is_tracing() or torch._C._are_functorch_transforms_active():", "if False:", ("layers/test_state.py",)),
     Mutant("frequencies cached as inference tensors", "layers/constants.py", "with torch.inference_mode(False), torch._C.DisableTorchFunction():", "if True:", ("layers/test_state.py",)),
-    Mutant("positions in the default dtype", "layers/rotary.py", "coordinates = coordinates.float()", "pass", ("layers/test_state.py",)),
+    Mutant("positions in the default dtype", "layers/rotary.py", "coordinates = coordinates.float()", "pass", ("layers/test_rotary.py",)),
     Mutant("a scaling by the longest row of the batch", "layers/rotary.py", "amax(-1, keepdim=True) + 1", "amax() + 1", ("layers/test_rotary.py",)),
     Mutant("a scaling by the sequences before", "layers/attention.py", '"length": queries.lengths[queries.rows]', '"length": None', ("layers/test_jagged.py",)),
     Mutant("an attention factor for sines alone", "layers/rotary.py", "cos * self.scaling.attention_factor, sin *", "cos, sin *", ("layers/test_rotary_models.py",)),
