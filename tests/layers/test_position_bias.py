@@ -133,7 +133,10 @@ def test_copies_pickles_casts_meta_and_empty(name: str) -> None:
     assert not list(bias.buffers())
 
 
-@pytest.mark.parametrize("name", MODULES)
+LONG = ("decoder", "few buckets", "window")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] * (name in LONG)) for name in MODULES])
 def test_compiled_and_exported_biases(name: str) -> None:
     torch._dynamo.reset()
 
