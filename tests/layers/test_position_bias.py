@@ -47,7 +47,7 @@ def test_buckets_are_those_of_t5(lq: int, lk: int, past: int, decoder: bool, buc
     bias.load_state_dict({"relative_attention_bias.weight": weight})
     got = bias(lq, lk, past)
     assert torch.equal(got, want)
-    assert got.stride(-1) == 1 or lk < 2
+    assert got.is_contiguous()
 
 
 @pytest.mark.parametrize("name", BY_DISTANCE)
@@ -133,7 +133,10 @@ def test_copies_pickles_casts_meta_and_empty(name: str) -> None:
     assert not list(bias.buffers())
 
 
-@pytest.mark.parametrize("name", MODULES)
+LONG = ("decoder", "few buckets", "window")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] * (name in LONG)) for name in MODULES])
 def test_compiled_and_exported_biases(name: str) -> None:
     torch._dynamo.reset()
 

@@ -192,15 +192,18 @@ def every_way(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(3, 2, tokens, 8), torch.tensor(STARTS), torch.randint(0, 900, (3, tokens))
 
 
-TRACED = ["plain", "dynamic", "longrope, partial", "interleaved sections"]
+TRACED = [
+    "dynamic",
+    *(pytest.param(name, marks=pytest.mark.long) for name in ("plain", "longrope, partial", "interleaved sections")),
+]
 
 
 @pytest.mark.parametrize("name", TRACED)
 def test_compiled_and_exported_calls_have_the_same_bits(name: str) -> None:
     torch._dynamo.reset()
     module, example, longer = EveryWay(ROTARIES[name]()), every_way(5), every_way(300)
-    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
-    assert torch.equal(compiled(*example), module(*example))
+    compiled, (x, offset, _) = torch.compile(module.rotary, backend="aot_eager", fullgraph=True), example
+    assert torch.equal(compiled(x, offset), module.rotary(x, offset))
     tokens = torch.export.Dim("tokens", min=2, max=500)
     dims = ({2: tokens}, None, {1: tokens})
     exported = torch.export.export(module, example, dynamic_shapes=dims, strict=False).module()
@@ -417,3 +420,27 @@ def test_calls_that_are_refused(name: str) -> None:
     call, error, message = CALLS[name]
     with pytest.raises(error, match=message):
         call()
+
+
+def test_a_layer_on_patches_of_an_image_knows_their_neighbours() -> None:
+    """Scores depend on the differences of rows and columns alone: moving the image changes nothing."""
+    layer = qkv.MultiHeadAttention(32, 4, rotary=qkv.RotaryEmbedding2d(8)).double()
+    x, grid = torch.randn(2, 6, 32, dtype=torch.float64), qkv.RotaryEmbedding2d.grid(2, 3)
+    out = layer(x, positions=grid)
+    torch.testing.assert_close(layer(x, positions=grid + torch.tensor([[4], [9]])), out, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(layer(x, positions=grid.flip(0)), out, atol=1e-4)
+    with pytest.raises(ValueError, match=r"RotaryEmbedding2d: positions must be the row and column of each token"):
+        layer(x)
+
+
+def test_a_layer_decodes_after_an_image_as_it_reads_the_whole() -> None:
+    """As Qwen2-VL: the text after an image goes on from its greatest position, not from the number of its patches."""
+    rotary = qkv.RotaryEmbedding(8, sections=(2, 1, 1))
+    layer, x = qkv.CausalAttention(32, 4, rotary=rotary).eval(), torch.randn(2, 9, 32)
+    image = torch.cat([torch.zeros(1, 6, dtype=torch.int64), qkv.RotaryEmbedding2d.grid(2, 3)])
+    positions = torch.cat([image, torch.arange(3, 6).expand(3, 3)], dim=1)[:, None].expand(3, 2, 9)
+    cache, whole = qkv.KVCache(), layer(x, positions=positions)
+    with torch.no_grad():
+        parts = [layer(x[:, :7], positions=positions[..., :7], cache=cache)]
+        parts += [layer(x[:, i : i + 1], positions=positions[..., i : i + 1], cache=cache) for i in (7, 8)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=1e-5)

@@ -97,7 +97,7 @@ class RelativePositionBias(nn.Module):
         distances = torch.arange(-lq, lk, device=weight.device) - first
         by_distance = F.embedding(self._buckets(distances), weight).transpose(-1, -2).contiguous()
         rows, heads, count = by_distance.shape
-        return by_distance.as_strided((rows, heads, lq, lk), (heads * count, count, 1, 1), 1).flip(-2)
+        return by_distance.as_strided((rows, heads, lq, lk), (heads * count, count, 1, 1), 1).flip(-2).contiguous()
 
     def _buckets(self, distances: Tensor) -> Tensor:
         """The bucket of each distance ``j - i``."""
