@@ -9,11 +9,14 @@ from torch import Tensor, nn
 
 from qkv.backends import BACKENDS
 from qkv.layers.constants import Numbers
-from qkv.masks import Mask
+from qkv.masks import FULL, Mask
+from qkv.problem import DTYPES
 
 
 def require_mask(caller: str, mask: object) -> Mask:
-    """The mask. Raises TypeError unless it is a `Mask`."""
+    """The mask, the full one for None. Raises TypeError unless it is a `Mask`."""
+    if mask is None:
+        return FULL
     if not isinstance(mask, Mask):
         remedy = "Mask.dense(allow)" if isinstance(mask, Tensor) else "Mask.causal(), Mask.padding(keep), ..."
         raise TypeError(f"{caller}: mask must be a qkv.Mask; got {type(mask).__name__}. Use {remedy}.")
@@ -46,6 +49,15 @@ def require_backend(caller: str, backend: object) -> None:
     if backend != "auto" and backend not in names:
         known = ", ".join(map(repr, names))
         raise ValueError(f"{caller}: backend must be 'auto' or one of {known}; got {backend!r}.")
+
+
+def require_dtype(caller: str, dtype: object) -> None:
+    """Raises unless ``dtype`` is one in which attention is computed, or None."""
+    known = ", ".join(map(str, DTYPES))
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{caller}: dtype must be a torch.dtype or None; got {dtype!r}.")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"{caller}: dtype must be one of {known}, or None; got {dtype}.")
 
 
 def input_error(caller: str, name: str, value: object, layout: str) -> Exception:

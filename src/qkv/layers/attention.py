@@ -2,12 +2,12 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from typing_extensions import ParamSpec, Self
+from typing_extensions import Never, ParamSpec, Self, Unpack
 
 from qkv import functional
 from qkv.arguments import require_count, require_finite, require_flag, require_positive, require_probability
@@ -16,6 +16,7 @@ from qkv.layers import torch_mha
 from qkv.layers.arguments import (
     input_error,
     require_backend,
+    require_dtype,
     require_like_weights,
     require_mask,
     require_position_bias,
@@ -23,9 +24,11 @@ from qkv.layers.arguments import (
     require_vector,
 )
 from qkv.layers.jagged import PackedTokens, nested_like, pack_jagged, require_jagged
+from qkv.layers.options import Arguments, ConversionOptions
 from qkv.layers.projection import project
 from qkv.layers.rotary import RotaryEmbedding
-from qkv.masks import FULL, Mask
+from qkv.layers.torch_arguments import answer_calls_of_torch, refuse_unknown_options
+from qkv.masks import Mask
 from qkv.scores import ScoreOptions
 
 _Arguments = ParamSpec("_Arguments")
@@ -79,12 +82,14 @@ class Attention(nn.Module):
         head_dim: width of a query and a key, ``embed_dim / num_heads`` if None.
         value_dim: width of a value, head_dim if None.
         context_dim: width of the second sequence that keys and values come from; self-attention if None.
-        mask: which keys a query may see.
+        mask: which keys a query may see; all if None.
         rotary: rotates queries and keys by their position. Self-attention only.
         position_bias: module that adds a learned bias to the scores by relative position. Called as
             ``position_bias(lq, lk, offset)``, it returns ``(B or 1, num_heads, lq, lk)``; layers may share one.
         qk_norm: normalises each query and key to unit root mean square, with learned gains ``q_norm`` and ``k_norm``.
-        bias: whether q_proj, k_proj and v_proj have a bias.
+        qk_norm_eps: added to the mean square there.
+        gate: multiplies each channel of the heads' outputs by ``sigmoid(gate_proj(x))``, before out_proj (Qwen3-Next).
+        bias: whether q_proj, k_proj, v_proj and gate_proj have a bias.
         out_bias: whether out_proj has a bias; as ``bias`` if None.
         scale: factor of the scores, ``1 / sqrt(head_dim)`` if None.
         softcap: as in `qkv.attention`.
@@ -94,8 +99,8 @@ class Attention(nn.Module):
         backend: as in `qkv.attention`.
         device, dtype: of the parameters.
 
-    Parameters are ``q_proj``, ``k_proj``, ``v_proj`` and ``out_proj``, each a ``nn.Linear``; then ``q_norm``,
-    ``k_norm`` and ``sink_logits`` if enabled. Weights are initialised Xavier-uniform, biases to 0.
+    Parameters are ``q_proj``, ``k_proj``, ``v_proj`` and ``out_proj``, each a ``nn.Linear``; then ``gate_proj``,
+    ``q_norm``, ``k_norm`` and ``sink_logits`` if enabled. Weights are initialised Xavier-uniform, biases to 0.
 
     Raises:
         TypeError: for arguments of the wrong type.
@@ -126,10 +131,12 @@ class Attention(nn.Module):
         head_dim: int | None = None,
         value_dim: int | None = None,
         context_dim: int | None = None,
-        mask: Mask = FULL,
+        mask: Mask | None = None,
         rotary: RotaryEmbedding | None = None,
         position_bias: nn.Module | None = None,
         qk_norm: bool = False,
+        qk_norm_eps: float = 1e-6,
+        gate: bool = False,
         bias: bool = True,
         out_bias: bool | None = None,
         scale: float | None = None,
@@ -140,9 +147,11 @@ class Attention(nn.Module):
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **unknown: Never,
     ) -> None:
         super().__init__()
         caller = type(self).__name__
+        refuse_unknown_options(caller, unknown, Arguments.__annotations__)
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         require_count(caller, "embed_dim", embed_dim)
         for name, count in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
@@ -162,10 +171,12 @@ class Attention(nn.Module):
                     f"got embed_dim={embed_dim} and num_heads={num_heads}."
                 )
             head_dim = embed_dim // num_heads
-        require_mask(caller, mask)
+        mask = require_mask(caller, mask)
         out_bias = bias if out_bias is None else out_bias
-        for name, flag in (("qk_norm", qk_norm), ("bias", bias), ("out_bias", out_bias), ("sink_logits", sink_logits)):
+        flags = {"qk_norm": qk_norm, "gate": gate, "bias": bias, "out_bias": out_bias, "sink_logits": sink_logits}
+        for name, flag in flags.items():
             require_flag(caller, name, flag)
+        require_positive(caller, "qk_norm_eps", qk_norm_eps)
         if rotary is not None:
             require_rotary(caller, rotary, head_dim)
             if context_dim is not None:
@@ -178,6 +189,7 @@ class Attention(nn.Module):
             require_positive(caller, "softcap", softcap, suffix=" or None")
         require_probability(caller, "dropout", dropout)
         require_backend(caller, backend)
+        require_dtype(caller, dtype)
 
         self.embed_dim = embed_dim
         self.num_heads = num_heads
@@ -186,6 +198,7 @@ class Attention(nn.Module):
         self.value_dim = head_dim if value_dim is None else value_dim
         self.context_dim = context_dim
         self.mask = mask
+        self.qk_norm_eps = qk_norm_eps
         self.scale = scale
         self.softcap = softcap
         self.dropout = dropout
@@ -201,10 +214,11 @@ class Attention(nn.Module):
         self.k_proj = linear(source_dim, num_kv_heads * head_dim, bias)
         self.v_proj = linear(source_dim, num_kv_heads * self.value_dim, bias)
         self.out_proj = linear(num_heads * self.value_dim, embed_dim, out_bias)
+        self.gate_proj = linear(embed_dim, num_heads * self.value_dim, bias) if gate else None
         self.rotary = rotary
         self.position_bias = position_bias
-        self.q_norm = HeadNorm(head_dim, eps=1e-6, device=device, dtype=dtype) if qk_norm else None
-        self.k_norm = HeadNorm(head_dim, eps=1e-6, device=device, dtype=dtype) if qk_norm else None
+        self.q_norm = HeadNorm(head_dim, eps=qk_norm_eps, device=device, dtype=dtype) if qk_norm else None
+        self.k_norm = HeadNorm(head_dim, eps=qk_norm_eps, device=device, dtype=dtype) if qk_norm else None
         # None is a plain attribute: looking up a registered parameter costs a microsecond per call.
         self.sink_logits = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype)) if sink_logits else None
         self.alibi = alibi
@@ -224,7 +238,7 @@ class Attention(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialises all parameters, as the constructor does; needed after ``to_empty``."""
-        for projection in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
+        for projection in filter(None, (self.q_proj, self.k_proj, self.v_proj, self.out_proj, self.gate_proj)):
             nn.init.xavier_uniform_(projection.weight)
             if projection.bias is not None:
                 nn.init.zeros_(projection.bias)
@@ -234,6 +248,7 @@ class Attention(nn.Module):
         if self.sink_logits is not None:
             nn.init.zeros_(self.sink_logits)
 
+    @answer_calls_of_torch
     @_restore_cache_on_error
     def forward(
         self,
@@ -268,8 +283,12 @@ class Attention(nn.Module):
         if _is_nested(x) or _is_nested(context):
             self._refuse_with_nested(bias=bias, positions=positions)
             return self._forward_jagged(x, context, mask, cache)
-        return self._project_out(self._attend(self._inputs(x, context, mask, bias, positions, cache)))
+        return self._project_out(self._attend(self._inputs(x, context, mask, bias, positions, cache)), x)
 
+    if TYPE_CHECKING:  # of `nn.Module`, it takes anything
+        __call__ = forward
+
+    @answer_calls_of_torch
     @_restore_cache_on_error
     def attention_weights(
         self,
@@ -333,7 +352,7 @@ class Attention(nn.Module):
         else:  # each sequence has sinks and relative positions of its own
             padded = _Inputs(queries.pad(q), Keys(keys.pad(k), keys.pad(v), 0), mask & Mask.padding(keys.lengths), None)
             out = queries.pack(self._attend(padded))
-        return nested_like(x, self._project_out(out))
+        return nested_like(x, self._project_out(out, queries.values))
 
     def _pack_context(self, queries: PackedTokens, context: Tensor | None, mask: Mask) -> PackedTokens:
         """The packed context of a nested tensor of queries. Raises for masks that depend on positions."""
@@ -371,9 +390,12 @@ class Attention(nn.Module):
             "dropout": self.dropout if self.training else 0.0,
         }
 
-    def _project_out(self, out: Tensor) -> Tensor:
-        """The output projection of all heads: (B, H, L, value_dim) to (B, L, embed_dim)."""
-        return project(self.out_proj, out.transpose(1, 2).flatten(2))
+    def _project_out(self, out: Tensor, x: Tensor) -> Tensor:
+        """The output projection of all heads, gated by the tokens x: (B, H, L, value_dim) to (B, L, embed_dim)."""
+        out = out.transpose(1, 2).flatten(2)
+        if self.gate_proj is not None:
+            out = out * project(self.gate_proj, x).sigmoid()
+        return project(self.out_proj, out)
 
     def _inputs(
         self,
@@ -507,7 +529,7 @@ class Attention(nn.Module):
         return x if norm is None else norm(x)
 
     @classmethod
-    def from_torch(cls, module: nn.MultiheadAttention, **options: Any) -> Self:
+    def from_torch(cls, module: nn.MultiheadAttention, **options: Unpack[ConversionOptions]) -> Self:
         """The layer with the function of ``module``, for batch-first inputs, and a copy of its weights.
 
         Args:
@@ -550,7 +572,7 @@ class Attention(nn.Module):
         """
         return torch_mha.build(self)
 
-    def options(self) -> dict[str, Any]:
+    def options(self) -> Arguments:
         """The arguments with which `Attention` builds a layer like this one, with other weights."""
         weight = self.q_proj.weight
         return {
@@ -564,6 +586,8 @@ class Attention(nn.Module):
             "rotary": self.rotary,
             "position_bias": self.position_bias,
             "qk_norm": self.q_norm is not None,
+            "qk_norm_eps": self.qk_norm_eps,
+            "gate": self.gate_proj is not None,
             "bias": self.q_proj.bias is not None,
             "out_bias": self.out_proj.bias is not None,
             "scale": self.scale,
