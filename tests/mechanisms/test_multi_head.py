@@ -116,7 +116,7 @@ def test_only_modules_of_torch_are_converted() -> None:
 
 
 def test_fewer_kv_heads_than_the_module_has_are_refused() -> None:
-    with pytest.raises(ValueError, match="num_kv_heads must be num_heads, 4; got a MultiQueryAttention with 1"):
+    with pytest.raises(ValueError, match="4 query heads on 4 KV heads; got a MultiQueryAttention with 4 on 1"):
         qkv.MultiQueryAttention.from_torch(nn.MultiheadAttention(24, 4))
 
 

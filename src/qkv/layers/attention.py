@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from typing_extensions import Never, ParamSpec, Self, Unpack
 from qkv import functional
 from qkv.arguments import require_count, require_finite, require_flag, require_positive, require_probability
 from qkv.cache import Cache, CrossKVCache, Int8Keys, Keys, Owner
-from qkv.layers import torch_mha
+from qkv.layers import torch_mha, transformers_modules
 from qkv.layers.arguments import (
     input_error,
     require_backend,
@@ -25,6 +25,7 @@ from qkv.layers.arguments import (
 )
 from qkv.layers.jagged import PackedTokens, nested_like, pack_jagged, require_jagged
 from qkv.layers.options import Arguments, ConversionOptions
+from qkv.layers.packed import unpack_state
 from qkv.layers.projection import project
 from qkv.layers.rotary import RotaryEmbedding
 from qkv.layers.torch_arguments import answer_calls_of_torch, refuse_unknown_options
@@ -101,6 +102,8 @@ class Attention(nn.Module):
 
     Parameters are ``q_proj``, ``k_proj``, ``v_proj`` and ``out_proj``, each a ``nn.Linear``; then ``gate_proj``,
     ``q_norm``, ``k_norm`` and ``sink_logits`` if enabled. Weights are initialised Xavier-uniform, biases to 0.
+    ``load_state_dict`` takes ``in_proj_weight``, ``qkv_proj`` and ``Wqkv`` (queries, then keys, then values), and
+    ``o_proj``, as well.
 
     Raises:
         TypeError: for arguments of the wrong type.
@@ -119,6 +122,9 @@ class Attention(nn.Module):
     from and to ``nn.MultiheadAttention``, which returns a tuple, takes masks with True for *ignore*, and has
     the sequence first unless ``batch_first=True``.
     """
+
+    _fixed: ClassVar[tuple[str, ...]] = ()
+    """Arguments that the constructor of a named layer does not take."""
 
     sink_logits: Tensor | None
 
@@ -538,7 +544,7 @@ class Attention(nn.Module):
             **options: options of the layer that the module does not have: ``mask``, ``window``, ...
 
         Raises:
-            ValueError: for unequal kdim and vdim, add_bias_kv, add_zero_attn, and a layer with fewer KV heads.
+            ValueError: for unequal kdim and vdim, add_bias_kv, add_zero_attn, and other numbers of heads.
 
         Example:
             >>> import torch, qkv
@@ -547,14 +553,54 @@ class Attention(nn.Module):
             >>> torch.allclose(ours(x), theirs(x, x, x)[0], atol=1e-6)
             True
         """
-        layer = cls(**{**torch_mha.options(module), **options})
-        if layer.num_kv_heads != layer.num_heads:
-            raise ValueError(
-                f"from_torch: num_kv_heads must be num_heads, {layer.num_heads}; got a {cls.__name__} with "
-                f"{layer.num_kv_heads}. Convert a MultiHeadAttention by qkv.convert.convert_layer, which pools heads."
-            )
+        layer = cls._with_heads("from_torch", torch_mha.options(module), options)
         layer.load_state_dict(torch_mha.state(module))
         return layer.train(module.training)
+
+    @classmethod
+    def from_transformers(cls, module: nn.Module, **options: Unpack[ConversionOptions]) -> Self:
+        """The layer with the function of an attention module of transformers, and a copy of its weights.
+
+        Args:
+            module: of Llama, Mistral, Qwen, Gemma, Phi, Granite, SmolLM3, StarCoder2, GPT-2, GPT-BigCode, GPT-NeoX,
+                gpt-oss, OPT, MPT, Falcon, BERT (``BertAttention``, without its norm and residual), BART and those like
+                it, or the cross-attention of T5. BART's and T5's do not tell which they are:
+                ``CrossAttention.from_transformers`` makes them cross-attention.
+            **options: options of the layer, instead of the module's: ``mask``, ``rotary``, ``backend``, ...
+
+        Masks are those that the model gives to the module, padding apart; dropout after the output projection is not
+        part of a layer.
+
+        Raises:
+            TypeError: for modules of other classes, and projections that are wrapped or quantised.
+            ValueError: for what layers do not have, and a layer with other numbers of heads.
+
+        Example:
+            >>> import torch, qkv
+            >>> from transformers import LlamaConfig, LlamaModel
+            >>> config = LlamaConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=1)
+            >>> layer = qkv.CausalAttention.from_transformers(LlamaModel(config).layers[0].self_attn)
+            >>> layer.num_kv_heads, layer.rotary
+            (2, RotaryEmbedding(8, rotary_dim=8, interleaved=False))
+        """
+        converted = transformers_modules.read(module)
+        layer = cls._with_heads("from_transformers", converted.options, options)
+        transformers_modules.require_equal(layer, converted)
+        layer.load_state_dict(converted.state)
+        return layer.train(module.training)
+
+    @classmethod
+    def _with_heads(cls, caller: str, given: dict[str, Any], options: ConversionOptions) -> Self:
+        """The layer with the options ``given`` by a module, and others. Raises ValueError for another head count."""
+        layer = cls(**{**{name: value for name, value in given.items() if name not in cls._fixed}, **options})
+        heads = given["num_heads"], given.get("num_kv_heads", given["num_heads"])
+        if (layer.num_heads, layer.num_kv_heads) != heads:
+            raise ValueError(
+                f"{caller}: the layer must have the module's {heads[0]} query heads on {heads[1]} KV heads; got a "
+                f"{cls.__name__} with {layer.num_heads} on {layer.num_kv_heads}. Convert an Attention, then pool its "
+                "heads by qkv.convert.convert_layer."
+            )
+        return layer
 
     def to_torch(self) -> nn.MultiheadAttention:
         """The batch-first ``nn.MultiheadAttention`` with the function of this layer and a copy of its weights.
@@ -571,6 +617,13 @@ class Attention(nn.Module):
             True
         """
         return torch_mha.build(self)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *reports: list[str]
+    ) -> None:
+        """As ``nn.Module``, for state dicts with packed projections too. No hook: copies of a layer would share it."""
+        unpack_state(self, state_dict, prefix, reports[-1])
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *reports)
 
     def options(self) -> Arguments:
         """The arguments with which `Attention` builds a layer like this one, with other weights."""

@@ -24,6 +24,8 @@ class ScaledDotProductAttention(Attention):
     Source: Vaswani et al. 2017, section 3.2.1.
     """
 
+    _fixed = ("num_heads", "num_kv_heads")
+
     def __init__(self, embed_dim: int, **options: Unpack[HeadOptions]) -> None:
         super().__init__(embed_dim, 1, num_kv_heads=1, **options)
 
@@ -43,6 +45,8 @@ class MultiHeadAttention(Attention):
 
     Source: Vaswani et al. 2017, section 3.2.2.
     """
+
+    _fixed = ("num_kv_heads",)
 
     def __init__(self, embed_dim: int, num_heads: int, **options: Unpack[HeadOptions]) -> None:
         super().__init__(embed_dim, num_heads, num_kv_heads=num_heads, **options)
@@ -144,6 +148,8 @@ class MultiQueryAttention(Attention):
 
     Source: Shazeer 2019, "Fast Transformer Decoding: One Write-Head is All You Need".
     """
+
+    _fixed = ("num_kv_heads",)
 
     def __init__(self, embed_dim: int, num_heads: int, **options: Unpack[HeadOptions]) -> None:
         super().__init__(embed_dim, num_heads, num_kv_heads=1, **options)
