@@ -10,7 +10,7 @@ from qkv.convert.families.layout import Layout
 from qkv.convert.families.transformers_schema import Heads
 from qkv.convert.heads.alignment import KeySymmetry, Projections, align_heads
 from qkv.convert.heads.pooling import ConversionMethod, pool_heads
-from qkv.layers import Attention
+from qkv.layers import Attention, CrossLayerAttention, DifferentialAttention
 from qkv.layers.options import Arguments
 from qkv.layers.projection import linear_projections
 
@@ -58,6 +58,11 @@ def check_layer(caller: str, layer: Attention) -> Attention:
         raise TypeError(
             f"{caller}: layer must be a qkv.Attention; got {type(layer).__name__}. "
             "Convert an nn.MultiheadAttention with qkv.MultiHeadAttention.from_torch first."
+        )
+    if isinstance(layer, (DifferentialAttention, CrossLayerAttention)):
+        raise TypeError(
+            f"{caller}: layer must have one map and keys of its own for each head; got a {type(layer).__name__}. "
+            "Build it with the heads that you want."
         )
     linear_projections(caller, layer)
     return layer

@@ -23,8 +23,8 @@ def require_mask(caller: str, mask: object) -> Mask:
     return mask
 
 
-def require_rotary(caller: str, rotary: object, head_dim: int) -> None:
-    """Raises unless ``rotary`` is a module with this head_dim, `RotaryEmbedding` or one like it."""
+def require_rotary(caller: str, rotary: object, head_dim: int, context_dim: int | None) -> None:
+    """Raises unless ``rotary`` is a module with this head_dim, `RotaryEmbedding` or one like it, in self-attention."""
     if not isinstance(rotary, nn.Module) or not hasattr(rotary, "head_dim"):
         raise TypeError(
             f"{caller}: rotary must be a qkv.RotaryEmbedding, or a module with the same head_dim and forward; "
@@ -32,6 +32,8 @@ def require_rotary(caller: str, rotary: object, head_dim: int) -> None:
         )
     if rotary.head_dim != head_dim:
         raise ValueError(f"{caller}: rotary must be for head_dim={head_dim}; got {rotary.head_dim}.")
+    if context_dim is not None:
+        raise ValueError(f"{caller}: rotary has no meaning between two sequences; pass rotary or context_dim.")
 
 
 def require_position_bias(caller: str, position_bias: object) -> None:

@@ -29,6 +29,7 @@ from qkv.layers.packed import unpack_state
 from qkv.layers.projection import project
 from qkv.layers.rotary import RotaryEmbedding
 from qkv.layers.torch_arguments import answer_calls_of_torch, refuse_unknown_options
+from qkv.layers.transformers_modules import Converted
 from qkv.masks import Mask
 from qkv.scores import ScoreOptions
 
@@ -184,9 +185,7 @@ class Attention(nn.Module):
             require_flag(caller, name, flag)
         require_positive(caller, "qk_norm_eps", qk_norm_eps)
         if rotary is not None:
-            require_rotary(caller, rotary, head_dim)
-            if context_dim is not None:
-                raise ValueError(f"{caller}: rotary has no meaning between two sequences; pass rotary or context_dim.")
+            require_rotary(caller, rotary, head_dim, context_dim)
         if position_bias is not None:
             require_position_bias(caller, position_bias)
         if scale is not None:
@@ -315,9 +314,7 @@ class Attention(nn.Module):
                 f"{type(self).__name__}: attention_weights takes no nested tensors; call it for each sequence, "
                 "(1, L, E), or on a padded batch with mask=Mask.padding(lengths)."
             )
-        inputs = self._inputs(x, context, mask, bias, positions, cache)
-        q, keys, mask, bias = inputs if self.position_bias is None else self._add_position_bias(inputs)
-        return functional.attention_weights(q, keys.k, mask=mask, **self._scores(q, bias), **keys.options())
+        return self._weights(self._inputs(x, context, mask, bias, positions, cache))
 
     def _refuse_with_nested(self, **options: Tensor | None) -> None:
         """Raises ValueError for options that nested tensors do not have."""
@@ -384,6 +381,11 @@ class Attention(nn.Module):
         q, keys, mask, bias = inputs if self.position_bias is None else self._add_position_bias(inputs)
         scores = self._scores(q, bias)
         return functional.attention(q, keys.k, keys.v, mask=mask, backend=self.backend, **scores, **keys.options())
+
+    def _weights(self, inputs: _Inputs) -> Tensor:
+        """`qkv.attention_weights` with the options of the layer."""
+        q, keys, mask, bias = inputs if self.position_bias is None else self._add_position_bias(inputs)
+        return functional.attention_weights(q, keys.k, mask=mask, **self._scores(q, bias), **keys.options())
 
     def _scores(self, q: Tensor, bias: Tensor | None) -> ScoreOptions:
         """The score options of the layer, as keywords of `qkv.attention`."""
@@ -583,7 +585,11 @@ class Attention(nn.Module):
             >>> layer.num_kv_heads, layer.rotary
             (2, RotaryEmbedding(8, rotary_dim=8, interleaved=False))
         """
-        converted = transformers_modules.read(module)
+        return cls._converted(module, transformers_modules.read(module), options)
+
+    @classmethod
+    def _converted(cls, module: nn.Module, converted: Converted, options: ConversionOptions) -> Self:
+        """The layer of a module that was read."""
         layer = cls._with_heads("from_transformers", converted.options, options)
         transformers_modules.require_equal(layer, converted)
         layer.load_state_dict(converted.state)
@@ -626,7 +632,7 @@ class Attention(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *reports)
 
     def options(self) -> Arguments:
-        """The arguments with which `Attention` builds a layer like this one, with other weights."""
+        """The arguments with which the class builds a layer like this one, with other weights; here, `Attention`."""
         weight = self.q_proj.weight
         return {
             "embed_dim": self.embed_dim,

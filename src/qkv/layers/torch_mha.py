@@ -24,6 +24,7 @@ class Layer(Protocol):
     dropout: float
     training: bool
     rotary: Any
+    position_bias: Any
     q_norm: Any
     sink_logits: Tensor | None
     q_proj: nn.Linear
@@ -150,5 +151,5 @@ def _unsupported(layer: Layer) -> list[str]:
         unsupported.append("qk_norm")
     if layer.gate_proj is not None:
         unsupported.append("gate")
-    names = ("rotary", "scale", "softcap", "sink_logits", "alibi")
+    names = ("rotary", "position_bias", "scale", "softcap", "sink_logits", "alibi")
     return unsupported + [name for name in names if getattr(layer, name) is not None]

@@ -5,8 +5,8 @@ than that, such as frequencies, is computed by functions of the module that defi
 """
 
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,7 @@ _KINDS = {
     "MT5Attention": _T5,
     "BertAttention": _Kind(("query", "key", "value"), "dense", rotates=False),
 }
+_DIFFERENTIAL = {"DiffLlamaAttention": _LLAMA}
 
 
 class Converted(NamedTuple):
@@ -80,17 +81,22 @@ class Converted(NamedTuple):
     has_position_bias: bool
 
 
-def read(module: nn.Module) -> Converted:
+def read(module: nn.Module, kinds: Mapping[str, _Kind] = _KINDS) -> Converted:
     """The arguments with which `Attention` computes what the module does, and its weights by the names of `Attention`.
+
+    Args:
+        module: an attention module.
+        kinds: the classes that are read, by name.
 
     Raises:
         TypeError: for a module of another class, and projections that are wrapped or quantised.
         ValueError: for modules that `Attention` cannot express.
     """
     name = type(module).__name__
-    kind = _KINDS.get(name) if type(module).__module__.startswith("transformers.") else None
+    kind = kinds.get(name) if type(module).__module__.startswith("transformers.") else None
     if kind is None:
-        raise TypeError(f"from_transformers: module must be a {', '.join(_KINDS)} of transformers; got {name}.")
+        remedy = " Use DifferentialAttention.from_transformers." if name in _DIFFERENTIAL else ""
+        raise TypeError(f"from_transformers: module must be a {', '.join(kinds)} of transformers; got {name}.{remedy}")
     outer: Any = module
     attention: Any = outer.self if name == "BertAttention" else outer
     owner: Any = outer.output if name == "BertAttention" else outer
@@ -138,6 +144,24 @@ def read(module: nn.Module) -> Converted:
     if slopes is not None:
         options["alibi"] = slopes
     return Converted(options, state, kind.has_position_bias)
+
+
+def read_differential(module: nn.Module) -> Converted:
+    """As `read`, for `DifferentialAttention`: head i and head ``i + num_heads / 2`` become the halves of one.
+
+    Raises:
+        TypeError: as `read`.
+    """
+    converted, theirs = read(module, _DIFFERENTIAL), cast(Any, module)
+    state, width = dict(converted.state), converted.options["head_dim"]
+    for name, rows in state.items():
+        if not name.startswith("out_proj"):
+            state[name] = rows.unflatten(0, (2, -1, width)).transpose(0, 1).flatten(0, 2)
+    state |= {name: getattr(theirs, name) for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")}
+    state["sub_norm.weight"] = torch.ones_like(theirs.lambda_q1).repeat(2)
+    halved = {name: converted.options[name] // 2 for name in ("num_heads", "num_kv_heads")}
+    own = {"head_dim": 2 * width, "lambda_init": theirs.lambda_init, "sub_norm_eps": theirs.groupnorm.eps}
+    return converted._replace(options={**converted.options, **halved, **own}, state=state)
 
 
 def require_equal(layer: Any, converted: Converted) -> None:
