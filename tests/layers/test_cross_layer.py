@@ -99,11 +99,38 @@ def test_cropped_and_selected_caches_are_read_as_they_are() -> None:
         torch.testing.assert_close(second(X[[0, 1, 0], :2], cache=cache), both(X[[0, 1, 0], :2], cache=own))
 
 
-def test_padding_and_masks_of_the_call() -> None:
+KEEP = torch.ones(2, 8, dtype=torch.bool)
+KEEP[1, :3] = False  # padding before, as generation has it
+KEEP[0, 5:] = False  # and after
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", CACHES)
+def test_rows_of_different_lengths(name: str, bias: bool) -> None:
+    make, mask = CACHES[name]
+    relative = qkv.RelativePositionBias(4, bidirectional=False) if bias else None
+    first, second, both = build(mask, position_bias=relative)
+    cache, own = make(), make()
+    with torch.no_grad():
+        parts = X[:, :8].split([5, 3], dim=1) if name.startswith("Sliding") else [X[:, :8]]
+        for part, keep in zip(parts, KEEP.split([part.shape[1] for part in parts], dim=1), strict=True):
+            first(part, mask=Mask.padding(keep), cache=cache)
+            got = second(part, mask=Mask.padding(keep), cache=cache)
+            want = both(part, mask=Mask.padding(keep), cache=own)
+            torch.testing.assert_close(got[keep], want[keep])
+        for part in X[:, 8:].split([1, 3], dim=1):
+            first(part, cache=cache)
+            torch.testing.assert_close(second(part, cache=cache), both(part, cache=own))
+    assert torch.equal(cache.lengths, torch.tensor([9, 9]))
+
+
+def test_padding_and_biases_of_the_call() -> None:
     first, second, both = build()
-    mask, cache = Mask.padding(torch.tensor([12, 5])), qkv.KVCache()
+    mask, cache, bias = Mask.padding(torch.tensor([12, 5])), qkv.KVCache(), torch.randn(12, 12)
     first(X, mask=mask, cache=cache)
-    torch.testing.assert_close(second(X, mask=mask, cache=cache), both(X, mask=mask))
+    got = second(X, mask=mask, bias=bias, cache=cache)
+    keep = mask.keep_keys(12)
+    torch.testing.assert_close(got[keep], both(X, mask=mask, bias=bias)[keep])
 
 
 @pytest.mark.filterwarnings("ignore")  # of transformers' own making
@@ -154,6 +181,8 @@ def test_wrong_caches_are_refused_and_stay_as_they_are() -> None:
         second(X, cache=cache)
     with pytest.raises(ValueError, match="context must be None in self-attention"):
         second(X, X, cache=cache)
+    with pytest.raises(ValueError, match="the mask must not show keys after the query"):
+        qkv.CrossLayerAttention(32, 4)(X[:, :1], cache=cache)
     assert cache.length == 12
     other(X, cache=cache)  # still its owner
     with pytest.raises(ValueError, match=r"x must be a plain tensor, .*; got a nested tensor\."):

@@ -140,7 +140,7 @@ def test_normalised_queries_and_keys_have_unit_root_mean_square() -> None:
     torch.nn.init.constant_(layer.q_norm.weight, 2.0)
     q = layer._inputs(X, None, None, None, None, None).q
     torch.testing.assert_close(q.square().mean(-1).sqrt(), torch.full((2, 6, 9), 2.0), rtol=1e-3, atol=1e-3)
-    small = qkv.Attention(24, 6, qk_norm=True, qk_norm_eps=1e6)._inputs(X, None, None, None).q
+    small = qkv.Attention(24, 6, qk_norm=True, qk_norm_eps=1e6)._inputs(X, None, None, None, None, None).q
     assert small.abs().max() < 1e-2
 
 

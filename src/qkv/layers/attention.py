@@ -566,9 +566,10 @@ class Attention(nn.Module):
         Args:
             module: of Llama, Mistral, Qwen, Gemma, Phi, Granite, SmolLM3, StarCoder2, GPT-2, GPT-BigCode, GPT-NeoX,
                 gpt-oss, OPT, MPT, Falcon, BERT (``BertAttention``, without its norm and residual), BART and those like
-                it, or the cross-attention of T5. BART's and T5's do not tell which they are:
-                ``CrossAttention.from_transformers`` makes them cross-attention.
-            **options: options of the layer, instead of the module's: ``mask``, ``rotary``, ``backend``, ...
+                it, and T5. BART's and T5's do not tell whether they are cross-attention:
+                ``CrossAttention.from_transformers`` makes them that.
+            **options: options of the layer, instead of the module's: ``mask``, ``rotary``, ``backend``, ... For T5's
+                self-attention after the first layer, ``position_bias`` is that of the first.
 
         Masks are those that the model gives to the module, padding apart; dropout after the output projection is not
         part of a layer.
@@ -590,9 +591,17 @@ class Attention(nn.Module):
     @classmethod
     def _converted(cls, module: nn.Module, converted: Converted, options: ConversionOptions) -> Self:
         """The layer of a module that was read."""
-        layer = cls._with_heads("from_transformers", converted.options, options)
-        transformers_modules.require_equal(layer, converted)
+        position_bias = options.get("position_bias", converted.position_bias)
+        layer = cls._with_heads("from_transformers", converted.options, {**options, "position_bias": None})
+        if converted.needs_position_bias and layer.context_dim is None and "position_bias" not in options:
+            raise ValueError(
+                "from_transformers: position_bias must be given for self-attention whose model adds that of its first "
+                f"layer; got a {type(module).__name__} without. Pass the position_bias of the first layer, or None."
+            )
         layer.load_state_dict(converted.state)
+        if position_bias is not None:
+            require_position_bias(cls.__name__, position_bias)
+            layer.position_bias = position_bias
         return layer.train(module.training)
 
     @classmethod

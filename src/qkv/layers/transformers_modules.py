@@ -1,7 +1,7 @@
 """Conversion of transformers' attention modules to the options and weights of `Attention`.
 
-Modules are recognised by their class and read by their attributes: transformers is not imported. What depends on more
-than that, such as frequencies, is computed by functions of the module that defines the class.
+Modules are recognised by their class and read by their attributes: transformers is not imported. Slopes of ALiBi are
+computed by the function of the module that defines the class, since models differ in them.
 """
 
 import sys
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qkv.layers.packed import split_by_group, split_by_kind
+from qkv.layers.position_bias import RelativePositionBias
 from qkv.layers.rotary import RotaryEmbedding
 from qkv.masks import FULL, Mask
 
@@ -78,7 +79,9 @@ class Converted(NamedTuple):
 
     options: dict[str, Any]
     state: dict[str, Tensor]
-    has_position_bias: bool
+    position_bias: RelativePositionBias | None
+    needs_position_bias: bool
+    """Whether, in self-attention, the model adds the position bias of another module."""
 
 
 def read(module: nn.Module, kinds: Mapping[str, _Kind] = _KINDS) -> Converted:
@@ -129,8 +132,7 @@ def read(module: nn.Module, kinds: Mapping[str, _Kind] = _KINDS) -> Converted:
         options["context_dim"] = state["k_proj.weight"].shape[1]
     scale = _first(attention, ("scaling", "softmax_scale", "inv_norm_factor"))
     if kind.rotates and _uses_rotary(attention):
-        options["rotary"], factor = _rotary(attention, head_dim)
-        scale *= factor
+        options["rotary"] = RotaryEmbedding.from_config(attention.config, getattr(attention, "layer_type", None))
     options["scale"] = None if scale == head_dim**-0.5 else scale
     if kind.has_softcap:
         options["softcap"] = attention.attn_logit_softcapping
@@ -143,7 +145,8 @@ def read(module: nn.Module, kinds: Mapping[str, _Kind] = _KINDS) -> Converted:
     slopes = _alibi_slopes(attention, num_heads)
     if slopes is not None:
         options["alibi"] = slopes
-    return Converted(options, state, kind.has_position_bias)
+    position_bias = _position_bias(attention)
+    return Converted(options, state, position_bias, kind.has_position_bias and position_bias is None)
 
 
 def read_differential(module: nn.Module) -> Converted:
@@ -162,15 +165,6 @@ def read_differential(module: nn.Module) -> Converted:
     halved = {name: converted.options[name] // 2 for name in ("num_heads", "num_kv_heads")}
     own = {"head_dim": 2 * width, "lambda_init": theirs.lambda_init, "sub_norm_eps": theirs.groupnorm.eps}
     return converted._replace(options={**converted.options, **halved, **own}, state=state)
-
-
-def require_equal(layer: Any, converted: Converted) -> None:
-    """Raises ValueError unless the layer that was built computes what the module does."""
-    if converted.has_position_bias and layer.context_dim is None:
-        raise ValueError(
-            "from_transformers: the module must add no position bias, which layers do not have; got the self-attention "
-            "of T5. CrossAttention.from_transformers takes its cross-attention, which adds none."
-        )
 
 
 _NUM_HEADS = ("num_heads", "n_heads", "num_attention_heads")
@@ -252,28 +246,21 @@ def _uses_rotary(attention: Any) -> bool:
     return bool(getattr(attention, "use_rope", True)) and not getattr(attention.config, "alibi", False)
 
 
-def _rotary(attention: Any, head_dim: int) -> tuple[RotaryEmbedding, float]:
-    """The rotation of a module, by the model's own class, and what it multiplies scores by."""
-    name = type(attention).__name__.removesuffix("Attention") + "RotaryEmbedding"
-    config, layer_type = attention.config, getattr(attention, "layer_type", None)
-    with torch.device("cpu"):
-        theirs = vars(sys.modules[type(attention).__module__])[name](config)
-    by_type = isinstance(theirs.rope_type, dict)
-    prefix = f"{layer_type}_" if by_type else ""
-    rope_type = theirs.rope_type[layer_type] if by_type else theirs.rope_type
-    if "dynamic" in rope_type or rope_type == "longrope":
-        raise ValueError(
-            f"from_transformers: frequencies must be the same at every length; got rope_type={rope_type!r}. "
-            "Pass rotary=, a RotaryEmbedding with those of your lengths."
-        )
-    frequencies = getattr(theirs, f"{prefix}inv_freq")
-    factor = float(getattr(theirs, f"{prefix}attention_scaling")) ** 2
-    if factor != 1.0 and 2 * len(frequencies) < head_dim:
-        raise ValueError(
-            f"from_transformers: attention_scaling must be 1 where only {2 * len(frequencies)} of {head_dim} channels "
-            f"are rotated, since it is then no factor of the scores; got {factor**0.5:g}."
-        )
-    return RotaryEmbedding(head_dim, rotary_dim=2 * len(frequencies), frequencies=frequencies), factor
+def _position_bias(attention: Any) -> RelativePositionBias | None:
+    """The position bias of a module of T5 that has the table, a copy."""
+    if not getattr(attention, "has_relative_attention_bias", False):
+        return None
+    table = attention.relative_attention_bias.weight
+    bias = RelativePositionBias(
+        attention.n_heads,
+        num_buckets=attention.relative_attention_num_buckets,
+        max_distance=attention.relative_attention_max_distance,
+        bidirectional=not attention.is_decoder,
+        device=table.device,
+        dtype=table.dtype,
+    )
+    bias.load_state_dict({"relative_attention_bias.weight": table})
+    return bias
 
 
 def _alibi_slopes(attention: Any, num_heads: int) -> list[float] | None:

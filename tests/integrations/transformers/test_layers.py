@@ -34,8 +34,9 @@ BART: dict[str, Any] = {
     "eos_token_id": 2,
     "decoder_start_token_id": 1,
 }
-T5 = {"vocab_size": 40, "d_model": 32, "d_ff": 8, "num_layers": 1, "d_kv": 6, "num_heads": 4, "pad_token_id": 0}
+T5 = {"vocab_size": 40, "d_model": 32, "d_ff": 8, "num_layers": 2, "d_kv": 6, "num_heads": 4, "pad_token_id": 0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 16}
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3["original_max_position_embeddings"] = 16
 
@@ -44,6 +45,8 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, biases": ("llama", {**LLAMA, "attention_bias": True, "head_dim": 6, "attention_dropout": 0.25}),
     "llama, llama3": ("llama", {**LLAMA, "rope_parameters": LLAMA3}),
     "llama, yarn": ("llama", {**LLAMA, "rope_parameters": YARN}),
+    "llama, dynamic": ("llama", {**LLAMA, "rope_parameters": DYNAMIC, "max_position_embeddings": 8}),
+    "phi, yarn": ("phi", {**LLAMA, "rope_parameters": {**YARN, "partial_rotary_factor": 0.5}}),
     "llama, linear": ("llama", {**LLAMA, "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
     "mistral": ("mistral", {**LLAMA, "sliding_window": 5}),
     "mistral, no window": ("mistral", {**LLAMA, "sliding_window": None}),
@@ -148,13 +151,14 @@ def calls_of(model: Any, suffix: str = "Attention") -> list[Call]:
 @pytest.mark.filterwarnings("ignore")  # of transformers' own making
 def test_a_layer_equals_the_module_in_its_model(name: str) -> None:
     family, options = CONFIGURATIONS[name]
+    bias: Any = None
     for call in calls_of(build(family, options)):
+        options = {}
         make = qkv.Attention if call.context is None else qkv.CrossAttention
         if "t5" in family and call.context is None:
-            with pytest.raises(ValueError, match=r"must add no position bias, .* got the self-attention of T5"):
-                make.from_transformers(call.module)
-            continue
-        layer = make.from_transformers(call.module)
+            options = {} if "block.0." in call.name else {"position_bias": bias}
+        layer = make.from_transformers(call.module, **options)
+        bias = layer.position_bias if layer.position_bias is not None else bias
         got = layer(call.x) if call.context is None else layer(call.x, call.context)
         if family == "bert":  # its module adds the input, and normalises
             got = call.module.output.LayerNorm(got + call.x)
@@ -225,7 +229,6 @@ def test_weights_are_copies_and_decoding_continues_the_sequence() -> None:
     torch.testing.assert_close(steps, call.want)
 
 
-DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
 REFUSED: list[tuple[str, Callable[[], object], type[Exception], str]] = [
     (
         "another class",
@@ -235,20 +238,23 @@ REFUSED: list[tuple[str, Callable[[], object], type[Exception], str]] = [
     ),
     ("torch's", lambda: nn.MultiheadAttention(8, 2), TypeError, r"of transformers; got MultiheadAttention\."),
     ("LayerNorm", lambda: module_of("phi", qk_layernorm=True), ValueError, "qk_layernorm must be off, .* no LayerNorm"),
-    (
-        "dynamic frequencies",
-        lambda: module_of("llama", rope_parameters=DYNAMIC),
-        ValueError,
-        r"the same at every length; got rope_type='dynamic'\. Pass rotary=",
-    ),
-    (
-        "scaled rotation of some channels",
-        lambda: module_of("phi", rope_parameters={**YARN, "partial_rotary_factor": 0.5}),
-        ValueError,
-        "attention_scaling must be 1 where only 4 of 8 channels are rotated",
-    ),
     ("wrapped", lambda: wrapped(module_of("llama")), TypeError, r"k_proj of the module must be an nn\.Linear; got Seq"),
 ]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_t5_after_the_first_layer_needs_its_position_bias() -> None:
+    calls = [call for call in calls_of(build(*CONFIGURATIONS["t5"])) if call.context is None]
+    first = qkv.Attention.from_transformers(calls[0].module)
+    with pytest.raises(ValueError, match=r"position_bias must be given .*; got a T5Attention without\. Pass the pos"):
+        qkv.Attention.from_transformers(calls[1].module)
+    with pytest.raises(TypeError, match="position_bias must be a module"):
+        qkv.Attention.from_transformers(calls[1].module, position_bias=True)  # type: ignore[arg-type]
+    second = qkv.Attention.from_transformers(calls[1].module, position_bias=first.position_bias)
+    assert second.position_bias is first.position_bias and second.scale == 1.0
+    assert qkv.Attention.from_transformers(calls[1].module, position_bias=None).position_bias is None
+    table = calls[0].module.relative_attention_bias.weight
+    assert first.position_bias.relative_attention_bias.weight.data_ptr() != table.data_ptr()  # type: ignore[union-attr]
 
 
 def wrapped(module: Any) -> Any:
