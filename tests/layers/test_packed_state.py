@@ -81,6 +81,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "both forms": ({"in_proj_weight": torch.zeros(44, 24), **build().state_dict()}, 'Unexpected .*"in_proj_weight"'),
     "an order that is not known": ({"c_attn.weight": torch.zeros(44, 24)}, 'Unexpected .*"c_attn.weight"'),
+    "qkv_proj of CodeGen": (
+        {"qkv_proj.weight": torch.zeros(44, 24), "out_proj.weight": torch.zeros(24, 36)},
+        'Unexpected .*"qkv_proj.weight"',
+    ),
     "another one": ({"query_key_value.weight": torch.zeros(44, 24)}, 'Unexpected .*"query_key_value.weight"'),
     "added keys": ({**packed(build(), "in_proj_{}"), "bias_k": torch.zeros(1, 1, 24)}, 'Unexpected .*"bias_k"'),
     "a part": ({"Wqkv.weight": torch.zeros(44, 24)}, 'Missing .*"q_proj.bias"'),

@@ -103,8 +103,8 @@ class Attention(nn.Module):
 
     Parameters are ``q_proj``, ``k_proj``, ``v_proj`` and ``out_proj``, each a ``nn.Linear``; then ``gate_proj``,
     ``q_norm``, ``k_norm`` and ``sink_logits`` if enabled. Weights are initialised Xavier-uniform, biases to 0.
-    ``load_state_dict`` takes ``in_proj_weight``, ``qkv_proj`` and ``Wqkv`` (queries, then keys, then values), and
-    ``o_proj``, as well.
+    ``load_state_dict`` also takes ``in_proj_weight``, ``Wqkv`` and, beside ``o_proj``, ``qkv_proj``: the rows of
+    queries, then keys, then values.
 
     Raises:
         TypeError: for arguments of the wrong type.

@@ -11,8 +11,8 @@ PACKED = {
     "in_proj_bias": "bias",
     **{f"{name}.{part}": part for name in ("qkv_proj", "Wqkv") for part in ("weight", "bias")},
 }
-"""Names of tensors that hold the rows of all queries, then all keys, then all values, wherever they are used:
-``nn.MultiheadAttention``, and the modules of Phi-3, vLLM, flash-attn, MPT and others."""
+"""Names of tensors that hold the rows of all queries, then all keys, then all values: those of
+``nn.MultiheadAttention``; qkv_proj of Phi-3 and vLLM; Wqkv of flash-attn, MPT, DBRX and ModernBERT."""
 
 RENAMED = {
     **{f"{letter}_proj_weight": f"{letter}_proj.weight" for letter in "qkv"},
@@ -24,8 +24,9 @@ RENAMED = {
 def unpack_state(layer: Any, state_dict: dict[str, Any], prefix: str, errors: list[str]) -> None:
     """Replaces packed and renamed projections in a state dict by those of `Attention`.
 
-    Not taken, since their rows are in different orders in different models: ``c_attn`` (GPT-2, GPT-BigCode, nanoGPT)
-    and ``query_key_value`` (GPT-NeoX, Falcon, ChatGLM). `Attention.from_transformers` knows the order of each.
+    Not taken, since their rows are in different orders in different models: ``c_attn`` (GPT-2, GPT-BigCode, nanoGPT),
+    ``query_key_value`` (GPT-NeoX, Falcon, ChatGLM), and ``qkv_proj`` beside an ``out_proj`` (CodeGen, MiniMax), not an
+    ``o_proj``. `Attention.from_transformers` knows the order of those classes that it reads.
 
     Args:
         layer: the `Attention` that loads it.
@@ -39,6 +40,8 @@ def unpack_state(layer: Any, state_dict: dict[str, Any], prefix: str, errors: li
         names = [f"{prefix}{letter}_proj.{part}" for letter in "qkv"]
         packed = state_dict.get(prefix + name)
         if packed is None or any(given in state_dict for given in names):
+            continue
+        if name.startswith("qkv_proj") and f"{prefix}o_proj.weight" not in state_dict:
             continue
         if packed.shape[0] != sum(sizes):
             errors.append(
