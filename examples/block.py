@@ -56,7 +56,7 @@ class Decoder(nn.Module):
         nn.init.normal_(self.embedding.weight, std=0.02)
 
     def forward(self, tokens: Tensor, caches: list[Cache] | None = None) -> Tensor:
-        """The logits ``(B, L, vocabulary)`` of tokens ``(B, L)``, which follow those in the caches, one for each block."""
+        """Logits ``(B, L, vocabulary)`` of tokens ``(B, L)``, which follow those in the caches, one for each block."""
         x = self.embedding(tokens)
         for number, block in enumerate(self.blocks):
             x = block(x, None if caches is None else caches[number])
