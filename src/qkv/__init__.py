@@ -19,6 +19,8 @@ from qkv.layers import Attention as Attention
 from qkv.layers import CausalAttention as CausalAttention
 from qkv.layers import ContinuousWindowPositionBias as ContinuousWindowPositionBias
 from qkv.layers import CrossAttention as CrossAttention
+from qkv.layers import CrossLayerAttention as CrossLayerAttention
+from qkv.layers import DifferentialAttention as DifferentialAttention
 from qkv.layers import GroupedQueryAttention as GroupedQueryAttention
 from qkv.layers import MultiHeadAttention as MultiHeadAttention
 from qkv.layers import MultiQueryAttention as MultiQueryAttention

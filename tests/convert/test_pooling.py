@@ -179,11 +179,22 @@ def test_converting_to_all_heads_keeps_the_layer():
 
 def test_a_converted_layer_keeps_every_option():
     layer = qkv.MultiHeadAttention(32, 4)
-    known = set(inspect.signature(qkv.Attention).parameters)
+    known = set(inspect.signature(qkv.Attention).parameters) - {"unknown"}
     seen = mock.patch.object(qkv.Attention, "__init__", side_effect=RuntimeError("seen"))
     with seen as init, pytest.raises(RuntimeError, match="seen"):
         convert_layer(layer, 2)
     assert {"embed_dim", "num_heads", *init.call_args.kwargs} == known
+
+
+def test_gates_stay_with_their_query_heads_and_are_not_aligned():
+    layer, x = qkv.MultiHeadAttention(32, 4, gate=True), torch.randn(1, 5, 32)
+    grouped = convert_layer(layer, 2, how="first")
+    assert torch.equal(grouped.gate_proj.weight, layer.gate_proj.weight)
+    with pytest.raises(
+        ValueError, match=r"^convert_layer: how must not be 'aligned' for a layer with gate=True, .*'mean'"
+    ):
+        convert_layer(layer, 2, how="aligned")
+    assert not torch.allclose(grouped(x), layer(x))
 
 
 def test_a_layer_of_another_kind_is_refused():

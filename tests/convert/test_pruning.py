@@ -14,7 +14,12 @@ EXACT = 1e-11
 def random_layer():
     """12 query heads on 4 KV heads, and one of everything that query heads have of their own."""
     torch.manual_seed(3)
-    per_head = {"alibi": torch.rand(12), "sink_logits": True, "mask": qkv.Mask.dense(torch.rand(12, 5, 5) < 0.8)}
+    per_head = {
+        "alibi": torch.rand(12),
+        "sink_logits": True,
+        "gate": True,
+        "mask": qkv.Mask.dense(torch.rand(12, 5, 5) < 0.8),
+    }
     layer = qkv.Attention(24, 12, num_kv_heads=4, head_dim=6, value_dim=5, **per_head).double().eval()
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.4)

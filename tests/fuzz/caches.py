@@ -99,7 +99,19 @@ class Line:
         found = self.cache.append(k, v) if isinstance(self.cache, Cache) else self.cache.update(k, v)
         if isinstance(self.cache, Cache):
             assert found.offset == (None if isinstance(self.cache, CrossKVCache) else found.k.shape[2] - k.shape[2])
+            if not isinstance(self.cache, CrossKVCache):
+                self.check_latest(found, k.shape[2])
         return self.dense(found)
+
+    def check_latest(self, found: Any, count: int) -> None:
+        """That another layer can read what the append returned, unless a prompt of several windows was cut."""
+        try:
+            latest = self.cache.latest(count)
+        except ValueError:
+            assert self.kind.window is not None and count > self.kind.window + 1
+            return
+        assert latest.offset == found.offset
+        assert all(torch.equal(got, want) for got, want in zip(latest, found, strict=True) if isinstance(got, Tensor))
 
     def dense(self, found: Any) -> list[Tensor]:
         if isinstance(self.cache, Int8KVCache):

@@ -1,5 +1,6 @@
 """Arguments that no layer can take are refused where they are given, by every layer, with a message that says which."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 import qkv
 from qkv import Mask
+from qkv.layers import torch_arguments
 
 X, CONTEXT = torch.randn(2, 5, 24), torch.randn(2, 7, 24)
 ALLOW = torch.ones(5, 5, dtype=torch.bool)
@@ -42,7 +44,6 @@ def at_construction() -> list[tuple[str, Any, type[Exception], str]]:
         ("mask", ALLOW, TypeError, mask + "Tensor. Use Mask.dense(allow)."),
         ("mask", "causal", TypeError, mask + "str. Use Mask.causal(), "),
         ("mask", lambda q, k: q >= k, TypeError, mask + "function. Use Mask.causal(), "),
-        ("mask", None, TypeError, mask + "NoneType"),
         ("mask", True, TypeError, mask + "bool"),
         ("rotary", True, TypeError, "rotary must be a qkv.RotaryEmbedding, or a module with the same head_dim"),
         ("rotary", 10000.0, TypeError, "with the same head_dim and forward; got float. Use RotaryEmbedding("),
@@ -80,10 +81,25 @@ def at_construction() -> list[tuple[str, Any, type[Exception], str]]:
     for value in (1.0, -0.1, float("nan"), 2):
         cases.append(("dropout", value, ValueError, f"dropout must be a probability in [0, 1); got {value!r}"))
     cases.append(("dropout", None, TypeError, "dropout must be a probability in [0, 1); got None"))
-    for flag in ("qk_norm", "bias", "out_bias", "sink_logits"):
+    for flag in ("qk_norm", "gate", "bias", "out_bias", "sink_logits"):
         cases.append((flag, 1, TypeError, f"{flag} must be True or False; got 1"))
         cases.append((flag, "no", TypeError, f"{flag} must be True or False; got 'no'"))
         cases.append((flag, torch.zeros(6), TypeError, f"{flag} must be True or False; got a tensor of shape (6,)"))
+    for value in ("float32", float, torch.zeros(())):
+        cases.append(("dtype", value, TypeError, f"dtype must be a torch.dtype or None; got {value!r}"))
+    for value in (torch.int32, torch.complex64, torch.float8_e5m2):
+        cases.append(("dtype", value, ValueError, "dtype must be one of torch.float32, torch.bfloat16, torch.float16,"))
+    for value in (True, "1", torch.tensor(0.5), None):
+        cases.append(("qk_norm_eps", value, TypeError, f"qk_norm_eps must be a positive number; got {value!r}"))
+    cases.append(("qk_norm_eps", 0.0, ValueError, "qk_norm_eps must be a positive number; got 0.0"))
+    of_torch = ", an argument of nn.MultiheadAttention. "
+    for name in ("kdim", "vdim"):
+        cases.append((name, 10, TypeError, f"got {name}{of_torch}Use context_dim="))
+    cases.append(("add_bias_kv", True, TypeError, f"got add_bias_kv{of_torch}Layers add no keys; sink_logits=True"))
+    cases.append(("add_zero_attn", True, TypeError, f"got add_zero_attn{of_torch}Use sink_logits=True"))
+    cases.append(("batch_first", True, TypeError, f"got batch_first{of_torch}Leave it out: inputs are (B, L, embed_"))
+    cases.append(("dropuot", 0.1, TypeError, "got an unexpected argument 'dropuot'. Did you mean dropout?"))
+    cases.append(("flavour", 0.1, TypeError, "got an unexpected argument 'flavour'. help(qkv.Attention) lists the op"))
     for backend in ("fast", None, True):
         cases.append(
             ("backend", backend, ValueError, "backend must be 'auto' or one of 'native', 'sdpa', 'flex', 'refe")
@@ -165,6 +181,46 @@ AT_CALL: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("bf16", {"x": X.bfloat16()}, ValueError, "weights are (or torch.autocast enabled); got torch.bfloat16"),
     ("meta", {"x": X.to("meta")}, ValueError, "x must be on the device of the layer's weights, cpu; got meta"),
 ]
+
+
+of_torch = ", an argument of nn.MultiheadAttention. "
+sequences = "Call layer(x) for self-attention and layer(x, context) for cross-attention"
+CALLS_OF_TORCH: list[tuple[tuple[Tensor, ...], dict[str, Any], str]] = [
+    ((X, X, X), {}, f"at most two positional arguments, x and context; got 3. {sequences}"),
+    ((X, X, X, ALLOW), {}, "got 4. "),
+    ((X, X, X), {"need_weights": False}, f"got need_weights{of_torch}Leave it out: the result is the output alone."),
+    ((), {"query": X, "key": X, "value": X}, f"got query{of_torch}{sequences}"),
+    ((X,), {"key": X, "value": X}, f"got key{of_torch}{sequences}"),
+    ((X,), {"value": X}, f"got value{of_torch}{sequences}"),
+    ((X,), {"key_padding_mask": ALLOW}, f"got key_padding_mask{of_torch}Use mask=Mask.padding(~key_padding_mask): T"),
+    ((X,), {"attn_mask": ALLOW}, f"got attn_mask{of_torch}Use mask=Mask.dense(~attn_mask): True means may attend."),
+    ((X,), {"average_attn_weights": False}, f"got average_attn_weights{of_torch}Use layer.attention_weights(x).mean("),
+    ((X,), {"is_causal": True}, f"got is_causal{of_torch}Use CausalAttention, or mask=Mask.causal()."),
+]
+
+
+@each_layer
+@pytest.mark.parametrize("method", ["forward", "attention_weights"])
+def test_calls_in_the_way_of_torch_are_answered_by_name(name: str, method: str) -> None:
+    for args, options, message in CALLS_OF_TORCH:
+        with pytest.raises(TypeError) as raised:
+            getattr(LAYERS[name](), method)(*args, **options)
+        assert str(raised.value).startswith(f"{name}: ") and message in str(raised.value), (options, raised.value)
+
+
+def test_the_answers_cover_every_argument_of_torch() -> None:
+    """So that an argument which torch adds is not forgotten."""
+    own = {"embed_dim", "num_heads", "dropout", "bias", "device", "dtype"}
+    assert set(inspect.signature(nn.MultiheadAttention).parameters) - own == set(torch_arguments.OPTIONS)
+    call = set(inspect.signature(nn.MultiheadAttention.forward).parameters) - {"self"}
+    assert call == set(torch_arguments.CALL)
+
+
+@pytest.mark.parametrize("given", [{}, {"mask": None}, {"mask": Mask.full()}])
+def test_a_mask_of_none_is_the_full_one(given: dict[str, Any]) -> None:
+    assert qkv.Attention(24, 6, **given).mask == Mask.full()
+    assert qkv.CausalAttention(24, 6, **given).mask == Mask.causal()
+    assert qkv.SlidingWindowAttention(24, 6, 4, **given).mask == Mask.sliding(4)
 
 
 @each_layer

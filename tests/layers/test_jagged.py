@@ -30,6 +30,7 @@ LAYERS: dict[str, Callable[[], qkv.Attention]] = {
     "multi-query": lambda: qkv.MultiQueryAttention(24, 6, value_dim=3),
     "grouped-query": lambda: qkv.GroupedQueryAttention(24, 6, 2, head_dim=8, bias=False),
     "alibi": lambda: qkv.CausalAttention(24, 6, alibi=torch.arange(1, 7) / 8),
+    "gate": lambda: qkv.CausalAttention(24, 6, value_dim=3, gate=True),
     "sinks, softcap, scale": lambda: qkv.CausalAttention(24, 6, sink_logits=True, softcap=3.0, scale=0.7),
 }
 LENGTHS = [[5, 2, 9], [1, 1], [4], [3, 0, 7], [0, 2], [0, 0]]

@@ -1,7 +1,7 @@
 """`Attention`: the effect of each option."""
 
 import inspect
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import qkv
+from qkv.layers.options import Arguments
 
 X = torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(0))
 
@@ -19,6 +20,7 @@ EFFECTS: dict[str, Any] = {
     "softcap": 0.5,
     "alibi": torch.ones(6),
     "sink_logits": True,
+    "gate": True,
 }
 
 WEIGHTS: dict[tuple[str, Any], dict[str, tuple[int, ...] | None]] = {
@@ -26,6 +28,7 @@ WEIGHTS: dict[tuple[str, Any], dict[str, tuple[int, ...] | None]] = {
     ("head_dim", 8): {"q_proj.weight": (48, 24), "k_proj.weight": (48, 24), "out_proj.weight": (24, 48)},
     ("value_dim", 3): {"k_proj.weight": (24, 24), "v_proj.weight": (18, 24), "out_proj.weight": (24, 18)},
     ("qk_norm", True): {"q_norm.weight": (4,), "k_norm.weight": (4,)},
+    ("gate", True): {"gate_proj.weight": (24, 24), "gate_proj.bias": (24,)},
     ("bias", True): {"q_proj.bias": (24,), "k_proj.bias": (24,), "v_proj.bias": (24,), "out_proj.bias": (24,)},
     ("bias", False): {"q_proj.bias": None, "k_proj.bias": None, "v_proj.bias": None, "out_proj.bias": None},
     ("out_bias", False): {"q_proj.bias": (24,), "out_proj.bias": None},
@@ -59,7 +62,10 @@ def by_hand(layer: qkv.Attention, x: Tensor) -> Tensor:
         )
     k, v = (part.repeat_interleave(6 // layer.num_kv_heads, dim=2) for part in (k, v))
     shares = (torch.einsum("bihd,bjhd->bhij", q, k) / q.shape[3] ** 0.5).softmax(-1)
-    return project(torch.einsum("bhij,bjhd->bihd", shares, v).flatten(2), "out")
+    out = torch.einsum("bhij,bjhd->bihd", shares, v).flatten(2)
+    if "gate_proj.weight" in weights:
+        out = out / (1 + (-project(x, "gate")).exp())
+    return project(out, "out")
 
 
 @pytest.mark.parametrize("name, value", WEIGHTS, ids=str)
@@ -76,9 +82,21 @@ def test_options_of_parameters_give_their_shapes_and_the_formula(name: str, valu
 
 
 def test_options_build_an_equal_layer() -> None:
-    assert set(qkv.Attention(24, 6).options()) == set(inspect.signature(qkv.Attention).parameters)
+    parameters = inspect.signature(qkv.Attention).parameters
+    assert set(qkv.Attention(24, 6).options()) == parameters.keys() - {"unknown"}
+    types = get_type_hints(qkv.Attention.__init__)
+    for name, annotation in get_type_hints(Arguments).items():
+        assert annotation == types[name], name
+    assert set(get_type_hints(Arguments)) == parameters.keys() - {"unknown"}
     weights = {name: value for name, value in WEIGHTS if name not in ("bias", "dtype")}
-    options = {**EFFECTS, **weights, "bias": True, "dropout": 0.25, "rotary": qkv.RotaryEmbedding(8)}
+    options = {
+        **EFFECTS,
+        **weights,
+        "bias": True,
+        "dropout": 0.25,
+        "qk_norm_eps": 0.5,
+        "rotary": qkv.RotaryEmbedding(8),
+    }
     layer = qkv.Attention(24, 6, **options).eval()
     again = qkv.Attention(**layer.options()).eval()
     again.load_state_dict(layer.state_dict())
@@ -122,6 +140,8 @@ def test_normalised_queries_and_keys_have_unit_root_mean_square() -> None:
     torch.nn.init.constant_(layer.q_norm.weight, 2.0)
     q = layer._inputs(X, None, None, None, None, None).q
     torch.testing.assert_close(q.square().mean(-1).sqrt(), torch.full((2, 6, 9), 2.0), rtol=1e-3, atol=1e-3)
+    small = qkv.Attention(24, 6, qk_norm=True, qk_norm_eps=1e6)._inputs(X, None, None, None, None, None).q
+    assert small.abs().max() < 1e-2
 
 
 def test_repr() -> None:

@@ -29,6 +29,7 @@ def build() -> qkv.Attention:
         mask=Mask.causal(),
         rotary=qkv.RotaryEmbedding(8, frequencies=SCHEDULE, position_scale=0.7),
         qk_norm=True,
+        gate=True,
         sink_logits=True,
         alibi=[1 / 3, 0.1, 0.01, 0.001],
     )

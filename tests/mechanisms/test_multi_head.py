@@ -116,7 +116,7 @@ def test_only_modules_of_torch_are_converted() -> None:
 
 
 def test_fewer_kv_heads_than_the_module_has_are_refused() -> None:
-    with pytest.raises(ValueError, match="num_kv_heads must be num_heads, 4; got a MultiQueryAttention with 1"):
+    with pytest.raises(ValueError, match="4 query heads on 4 KV heads; got a MultiQueryAttention with 4 on 1"):
         qkv.MultiQueryAttention.from_torch(nn.MultiheadAttention(24, 4))
 
 
@@ -128,6 +128,7 @@ def test_to_torch_lists_every_unsupported_option() -> None:
         mask=Mask.causal(),
         rotary=qkv.RotaryEmbedding(8),
         qk_norm=True,
+        gate=True,
         softcap=3.0,
         scale=0.5,
         sink_logits=True,
@@ -142,6 +143,7 @@ def test_to_torch_lists_every_unsupported_option() -> None:
         "bias for some",
         "rotary",
         "qk_norm",
+        "gate",
         "scale",
         "softcap",
         "sink_logits",

@@ -110,6 +110,7 @@ PUBLIC = {
     *("RotaryScaling", "RelativePositionBias", "WindowPositionBias", "ContinuousWindowPositionBias"),
     *("Attention", "ScaledDotProductAttention", "MultiHeadAttention", "CrossAttention", "CausalAttention"),
     *("SlidingWindowAttention", "MultiQueryAttention", "GroupedQueryAttention"),
+    *("DifferentialAttention", "CrossLayerAttention"),
 }
 
 

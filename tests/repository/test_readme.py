@@ -16,7 +16,7 @@ def test_every_example_runs_and_prints_the_expected_output(capsys: pytest.Captur
     for block in BLOCKS:
         exec(compile(block, "README.md", "exec"), namespace)
     printed = capsys.readouterr().out
-    for words in ("offset=7 aligns", "[7, 8, 9, 10, 11, 12, 13]", "native     chosen"):
+    for words in ("offset=7 aligns", "[7, 8, 9, 10, 11, 12, 13]", "native     chosen", "left=15, right=0"):
         assert words in printed
 
 
@@ -24,5 +24,5 @@ def test_every_mechanism_is_in_the_table_with_its_layer() -> None:
     import qkv
 
     layers = re.findall(r"\| `(\w+)`[^|]*\|$", README, flags=re.MULTILINE)
-    assert len(layers) == 7
+    assert len(layers) == 7 + 2
     assert all(issubclass(getattr(qkv, layer), qkv.Attention) for layer in layers)

@@ -45,15 +45,15 @@ def test_transformers_48307_more_ranks_than_kv_heads(ranks: int) -> None:
 
 
 def test_torchtitan_2574_projections_may_be_sharded_in_place() -> None:
-    """As torch's ``parallelize_module`` cuts them: rows of q_proj, k_proj and v_proj, columns of out_proj. A KV head
-    that is cut in two must be an error and no other answer (pytorch/torchtitan#2574).
+    """As torch's ``parallelize_module`` cuts them: rows of q_proj, k_proj, v_proj and gate_proj, columns of out_proj. A
+    KV head that is cut in two must be an error and no other answer (pytorch/torchtitan#2574).
     """
     torch.manual_seed(0)
-    layer, x = qkv.CausalAttention(24, 4, num_kv_heads=2, bias=False), torch.randn(2, 7, 24)
+    layer, x = qkv.CausalAttention(24, 4, num_kv_heads=2, gate=True, bias=False), torch.randn(2, 7, 24)
 
     def cut(rank: int, ranks: int) -> qkv.Attention:
         part = copy.deepcopy(layer)
-        for projection in (part.q_proj, part.k_proj, part.v_proj):
+        for projection in (part.q_proj, part.k_proj, part.v_proj, part.gate_proj):
             projection.weight = nn.Parameter(projection.weight.chunk(ranks)[rank])
         part.out_proj.weight = nn.Parameter(part.out_proj.weight.chunk(ranks, dim=1)[rank])
         return part

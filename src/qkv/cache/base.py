@@ -106,11 +106,29 @@ class Cache:
         require_padding_at_the_ends(type(self).__name__, is_token)
         return (self.length if self._rows is None else self._rows.lengths) - padding_before(is_token)
 
-    def split_padding(self, mask: Mask, batch: int, count: int) -> tuple[Mask, Tensor | None]:
+    def latest(self, count: int) -> "Keys | Int8Keys":
+        """What `append` returned for the last ``count`` columns, for another layer that reads these keys.
+
+        Raises:
+            ValueError: for keys that the cache has dropped.
+        """
+        raise NotImplementedError
+
+    def offset_of_latest(self, count: int) -> int | Tensor:
+        """The position of the first of the last ``count`` columns, which `offset` returned before their append."""
+        if self._rows is None:
+            return self.length - count
+        is_token = self._rows.all_columns()[:, self.columns - count :]
+        return self._rows.lengths - is_token.sum(1) - padding_before(is_token)
+
+    def split_padding(
+        self, mask: Mask, batch: int, count: int, *, is_appended: bool = False
+    ) -> tuple[Mask, Tensor | None]:
         """Takes from a mask which of ``count`` new columns are tokens.
 
         Padding of the mask covers all columns, those of earlier calls included; or the new ones alone; or as many as
-        the cache has capacity. Earlier padding is remembered, since it was not stored.
+        the cache has capacity. Earlier padding is remembered, since it was not stored. Columns that ``is_appended``
+        tells to be in the cache already are new to another layer.
 
         Returns:
             the mask with padding over all columns, for `restrict`, and ``is_token`` for `append`.
@@ -120,24 +138,25 @@ class Cache:
         """
         if mask.keep is None and mask.lengths is None:
             return mask, None
-        total = self.columns + count
+        earlier = self.columns - count if is_appended else self.columns
+        total = earlier + count
         if mask.keep is not None and mask.keep.shape[1] != total:
-            mask = replace(mask, keep=self._fit(mask.keep, count))
+            mask = replace(mask, keep=self._fit(mask.keep, earlier, count))
         keep = mask.keep_keys(total)
         assert keep is not None
-        is_token = keep[:, self.columns :].expand(batch, count)
+        is_token = keep[:, earlier:].expand(batch, count)
         return mask, None if not torch.compiler.is_compiling() and is_token.all() else is_token
 
-    def _fit(self, keep: Tensor, count: int) -> Tensor:
-        """``keep`` over all columns, of which ``count`` are new."""
-        total = self.columns + count
+    def _fit(self, keep: Tensor, earlier: int, count: int) -> Tensor:
+        """``keep`` over all columns, ``earlier`` ones and ``count`` new ones."""
+        total = earlier + count
         if keep.shape[1] == count:
-            return torch.cat([keep.new_ones(keep.shape[0], self.columns), keep], dim=1)
+            return torch.cat([keep.new_ones(keep.shape[0], earlier), keep], dim=1)
         if keep.shape[1] == self.capacity and total <= self.capacity:
             return keep[:, :total]
         capacity = "" if self.capacity is None else f", or its capacity of {self.capacity}"
         raise ValueError(
-            f"{type(self).__name__}: the mask's padding keep must cover all {total} columns, {self.columns} of earlier "
+            f"{type(self).__name__}: the mask's padding keep must cover all {total} columns, {earlier} of earlier "
             f"calls and {count} new ones, or the new ones alone{capacity}; got {keep.shape[1]}."
         )
 
@@ -170,13 +189,17 @@ class Cache:
         """
         if self.length:
             self._require(owner)
-            if (mask.right is None or mask.right > 0) and mask.allow is None:
-                raise ValueError(
-                    f"{type(self).__name__}: with {self.length} tokens in the cache, the mask must not show keys after "
-                    f"the query, which those tokens did not see; got {mask!r}. Use Mask.causal(), pass all tokens in "
-                    "one call, or use Mask.dense."
-                )
+        self.require_visible(mask, self.length)
         self._owners = (owner,)
+
+    def require_visible(self, mask: Mask, earlier: int) -> None:
+        """Raises ValueError for a mask that shows later keys, if there are ``earlier`` tokens that did not see them."""
+        if earlier and (mask.right is None or mask.right > 0) and mask.allow is None:
+            raise ValueError(
+                f"{type(self).__name__}: with {earlier} tokens in the cache, the mask must not show keys after "
+                f"the query, which those tokens did not see; got {mask!r}. Use Mask.causal(), pass all tokens in "
+                "one call, or use Mask.dense."
+            )
 
     def _require(self, owner: Owner) -> None:
         """Raises ValueError if the cache contains keys of another layer."""

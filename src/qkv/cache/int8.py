@@ -111,6 +111,10 @@ class Int8KVCache(FullCache):
             raise ValueError("Int8KVCache: it is empty; append keys and values first.")
         return Int8Keys(k, v, self.offset(), k_scale, v_scale, self._returned)
 
+    def latest(self, count: int) -> Int8Keys:
+        """What `append` returned for the last ``count`` columns."""
+        return self.keys()._replace(offset=self.offset_of_latest(count))
+
     def _pairs(self, k: Tensor, v: Tensor) -> tuple[tuple[Tensor, AppendBuffer, AppendBuffer], ...]:
         """Keys and values, each with the buffers of its codes and scales."""
         codes_k, codes_v, k_scale, v_scale = self._parts

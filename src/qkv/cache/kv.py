@@ -133,6 +133,13 @@ class KVCache(FullCache):
         (keys, values), offset = self._extend(k, v, is_token)
         return Keys(keys, values, offset, self._returned)
 
+    def latest(self, count: int) -> Keys:
+        """What `append` returned for the last ``count`` columns."""
+        k, v = [part.tensor for part in self._parts]
+        assert k is not None
+        assert v is not None
+        return Keys(k, v, self.offset_of_latest(count), self._returned)
+
     def _extend_equally(self, k: Tensor, v: Tensor) -> Sequence[Tensor]:
         grown = self._append_in_place(k, v)
         if grown is None:

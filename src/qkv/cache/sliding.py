@@ -7,7 +7,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from qkv.arguments import described, require_int
-from qkv.cache.base import Cache, Keys, Owner, check_append
+from qkv.cache.base import Cache, Keys, check_append
 from qkv.cache.buffer import AppendBuffer, append_in_place
 from qkv.cache.rows import Rows, gather_tokens, padding_before, place, recent_tokens, require_is_token
 from qkv.masks import Mask, select_keys
@@ -55,18 +55,14 @@ class SlidingKVCache(Cache):
         """Number of tokens appended, dropped ones included; of the longest row, if rows differ."""
         return self._length if self._rows is None else int(self._rows.lengths.max())
 
-    def admit(self, owner: Owner, mask: Mask) -> None:
-        """As `Cache.admit`.
-
-        Raises:
-            ValueError: as there, and for a mask that shows dropped keys.
-        """
+    def require_visible(self, mask: Mask, earlier: int) -> None:
+        """Raises ValueError as `Cache.require_visible`, and for a mask that shows dropped keys."""
         if mask.left is None or mask.left >= self.window or mask.sink_tokens > self.sink_tokens:
             raise ValueError(
                 f"SlidingKVCache(window={self.window}, sink_tokens={self.sink_tokens}) drops keys that {mask!r} shows. "
                 f"Use Mask.causal(window={self.window}, sink_tokens={self.sink_tokens}), or a KVCache."
             )
-        super().admit(owner, mask)
+        super().require_visible(mask, earlier)
 
     def append(self, k: Tensor, v: Tensor, is_token: Tensor | None = None) -> Keys:
         """As `Cache.append`; returns the sinks and all keys in a window of a new query.
@@ -131,6 +127,28 @@ class SlidingKVCache(Cache):
             part.extend(gather_tokens(old.tensor, index), max(self._capacity, index.shape[1]))
         self._parts = parts
         return rows._replace(dropped=rows.lengths - kept)
+
+    def latest(self, count: int) -> Keys:
+        """What `append` returned for the last ``count`` columns.
+
+        Raises:
+            ValueError: for a prompt of several windows, which is cut once its own layer has read it.
+        """
+        rows, offset = self._rows_or_equal(), self.offset_of_latest(count)
+        assert rows.dropped is not None
+        first = offset - rows.dropped
+        if ((rows.dropped > 0) & (first < self.sink_tokens + self.window - 1)).any():
+            raise ValueError(
+                f"SlidingKVCache: it must have all keys that the last {count} tokens see to be read by another layer; "
+                f"got {rows.stored.max()} of {self.length} tokens. Append at most {self.window + 1} at once, or use a "
+                "KVCache."
+            )
+        k, v = [part.tensor for part in self._parts]
+        assert k is not None
+        assert v is not None
+        if self._rows is None:
+            return Keys(k, v, k.shape[2] - count)
+        return Keys(k, v, first, rows.stored)
 
     @property
     def _capacity(self) -> int:

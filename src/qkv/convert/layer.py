@@ -10,8 +10,9 @@ from qkv.convert.families.layout import Layout
 from qkv.convert.families.transformers_schema import Heads
 from qkv.convert.heads.alignment import KeySymmetry, Projections, align_heads
 from qkv.convert.heads.pooling import ConversionMethod, pool_heads
-from qkv.layers import Attention
-from qkv.layers.projection import PROJECTIONS, require_linear
+from qkv.layers import Attention, CrossLayerAttention, DifferentialAttention
+from qkv.layers.options import Arguments
+from qkv.layers.projection import linear_projections
 
 LAYOUT = Layout(out="out_proj")
 """The layout of `Attention`."""
@@ -31,7 +32,7 @@ def convert_layer(
 
     Raises:
         TypeError: for a layer that is not an `Attention`, and projections other than plain ``nn.Linear``.
-        ValueError: as `pool_heads` and `align_heads`.
+        ValueError: as `pool_heads` and `align_heads`, and for ``aligned`` of a layer with a gate.
 
     Example:
         >>> import qkv
@@ -58,16 +59,20 @@ def check_layer(caller: str, layer: Attention) -> Attention:
             f"{caller}: layer must be a qkv.Attention; got {type(layer).__name__}. "
             "Convert an nn.MultiheadAttention with qkv.MultiHeadAttention.from_torch first."
         )
-    for name in PROJECTIONS:
-        require_linear(caller, name, getattr(layer, name))
+    if isinstance(layer, (DifferentialAttention, CrossLayerAttention)):
+        raise TypeError(
+            f"{caller}: layer must have one map and keys of its own for each head; got a {type(layer).__name__}. "
+            "Build it with the heads that you want."
+        )
+    linear_projections(caller, layer)
     return layer
 
 
 def state_of(layer: Attention) -> dict[str, Tensor]:
     """The state dict of an equivalent plain layer: parametrised weights are stored as the values they compute."""
-    state = {name: value for name, value in layer.state_dict().items() if not name.startswith(PROJECTIONS)}
-    for name in PROJECTIONS:
-        linear = getattr(layer, name)
+    projections = linear_projections("state_of", layer)
+    state = {name: value for name, value in layer.state_dict().items() if name.partition(".")[0] not in projections}
+    for name, linear in projections.items():
         state[f"{name}.weight"] = linear.weight.detach()
         if linear.bias is not None:
             state[f"{name}.bias"] = linear.bias.detach()
@@ -83,22 +88,36 @@ def projections_of(layer: Attention) -> tuple[Projections, Heads]:
 def rebuild(layer: Attention, state: dict[str, Tensor], query_heads: Tensor, num_kv_heads: int) -> Attention:
     """A layer with new weights and ``num_kv_heads``, and all other options of ``layer``.
 
-    Sink logits, ALiBi slopes and per-head masks are those of the ``query_heads`` (indices into the old heads).
+    Sink logits, gates, ALiBi slopes and per-head masks are those of the ``query_heads`` (indices into the old heads).
     """
     if "sink_logits" in state:
         state["sink_logits"] = state["sink_logits"][query_heads]
+    for name in ("gate_proj.weight", "gate_proj.bias"):
+        if name in state:
+            state[name] = state[name].unflatten(0, (layer.num_heads, -1))[query_heads].flatten(0, 1)
     mask = layer.mask
     if mask.allow is not None and mask.allow.dim() > 2 and mask.allow.shape[-3] > 1:
         mask = replace(mask, allow=mask.allow[..., query_heads, :, :])
     alibi = None if layer.alibi is None else layer.alibi[query_heads]
-    changes = {"num_heads": len(query_heads), "num_kv_heads": num_kv_heads, "mask": mask, "alibi": alibi}
-    new = Attention(**{**layer.options(), **changes})
+    changed: Arguments = {
+        **layer.options(),
+        "num_heads": len(query_heads),
+        "num_kv_heads": num_kv_heads,
+        "mask": mask,
+        "alibi": alibi,
+    }
+    new = Attention(**changed)
     new.load_state_dict(state)
     return new.train(layer.training)
 
 
 def _align(layer: Attention, num_kv_heads: int, gain: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
     """The layer's state with its heads aligned (an equivalent layer), and the new order of its query heads."""
+    if layer.gate_proj is not None:
+        raise ValueError(
+            "convert_layer: how must not be 'aligned' for a layer with gate=True, since values that are gated channel "
+            "by channel cannot be rotated. Use how='mean'."
+        )
     symmetry, rotary = KeySymmetry(normed=layer.q_norm is not None), layer.rotary
     if rotary is not None:
         symmetry = symmetry._replace(rotary_dim=rotary.rotary_dim, interleaved=rotary.interleaved)

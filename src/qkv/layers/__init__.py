@@ -1,6 +1,8 @@
 """The attention layers, rotary embeddings and position biases."""
 
 from qkv.layers.attention import Attention as Attention
+from qkv.layers.cross_layer import CrossLayerAttention as CrossLayerAttention
+from qkv.layers.differential import DifferentialAttention as DifferentialAttention
 from qkv.layers.named import CausalAttention as CausalAttention
 from qkv.layers.named import CrossAttention as CrossAttention
 from qkv.layers.named import GroupedQueryAttention as GroupedQueryAttention

@@ -9,19 +9,22 @@ from torch import Tensor, nn
 
 from qkv.backends import BACKENDS
 from qkv.layers.constants import Numbers
-from qkv.masks import Mask
+from qkv.masks import FULL, Mask
+from qkv.problem import DTYPES
 
 
 def require_mask(caller: str, mask: object) -> Mask:
-    """The mask. Raises TypeError unless it is a `Mask`."""
+    """The mask, the full one for None. Raises TypeError unless it is a `Mask`."""
+    if mask is None:
+        return FULL
     if not isinstance(mask, Mask):
         remedy = "Mask.dense(allow)" if isinstance(mask, Tensor) else "Mask.causal(), Mask.padding(keep), ..."
         raise TypeError(f"{caller}: mask must be a qkv.Mask; got {type(mask).__name__}. Use {remedy}.")
     return mask
 
 
-def require_rotary(caller: str, rotary: object, head_dim: int) -> None:
-    """Raises unless ``rotary`` is a module with this head_dim, `RotaryEmbedding` or one like it."""
+def require_rotary(caller: str, rotary: object, head_dim: int, context_dim: int | None) -> None:
+    """Raises unless ``rotary`` is a module with this head_dim, `RotaryEmbedding` or one like it, in self-attention."""
     if not isinstance(rotary, nn.Module) or not hasattr(rotary, "head_dim"):
         raise TypeError(
             f"{caller}: rotary must be a qkv.RotaryEmbedding, or a module with the same head_dim and forward; "
@@ -29,6 +32,8 @@ def require_rotary(caller: str, rotary: object, head_dim: int) -> None:
         )
     if rotary.head_dim != head_dim:
         raise ValueError(f"{caller}: rotary must be for head_dim={head_dim}; got {rotary.head_dim}.")
+    if context_dim is not None:
+        raise ValueError(f"{caller}: rotary has no meaning between two sequences; pass rotary or context_dim.")
 
 
 def require_position_bias(caller: str, position_bias: object) -> None:
@@ -46,6 +51,15 @@ def require_backend(caller: str, backend: object) -> None:
     if backend != "auto" and backend not in names:
         known = ", ".join(map(repr, names))
         raise ValueError(f"{caller}: backend must be 'auto' or one of {known}; got {backend!r}.")
+
+
+def require_dtype(caller: str, dtype: object) -> None:
+    """Raises unless ``dtype`` is one in which attention is computed, or None."""
+    known = ", ".join(map(str, DTYPES))
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{caller}: dtype must be a torch.dtype or None; got {dtype!r}.")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"{caller}: dtype must be one of {known}, or None; got {dtype}.")
 
 
 def input_error(caller: str, name: str, value: object, layout: str) -> Exception:

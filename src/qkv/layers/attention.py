@@ -2,20 +2,21 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from typing_extensions import ParamSpec, Self
+from typing_extensions import Never, ParamSpec, Self, Unpack
 
 from qkv import functional
 from qkv.arguments import require_count, require_finite, require_flag, require_positive, require_probability
 from qkv.cache import Cache, CrossKVCache, Int8Keys, Keys, Owner
-from qkv.layers import torch_mha
+from qkv.layers import torch_mha, transformers_modules
 from qkv.layers.arguments import (
     input_error,
     require_backend,
+    require_dtype,
     require_like_weights,
     require_mask,
     require_position_bias,
@@ -23,9 +24,13 @@ from qkv.layers.arguments import (
     require_vector,
 )
 from qkv.layers.jagged import PackedTokens, nested_like, pack_jagged, require_jagged
+from qkv.layers.options import Arguments, ConversionOptions
+from qkv.layers.packed import unpack_state
 from qkv.layers.projection import project
 from qkv.layers.rotary import RotaryEmbedding
-from qkv.masks import FULL, Mask
+from qkv.layers.torch_arguments import answer_calls_of_torch, refuse_unknown_options
+from qkv.layers.transformers_modules import Converted
+from qkv.masks import Mask
 from qkv.scores import ScoreOptions
 
 _Arguments = ParamSpec("_Arguments")
@@ -79,12 +84,14 @@ class Attention(nn.Module):
         head_dim: width of a query and a key, ``embed_dim / num_heads`` if None.
         value_dim: width of a value, head_dim if None.
         context_dim: width of the second sequence that keys and values come from; self-attention if None.
-        mask: which keys a query may see.
+        mask: which keys a query may see; all if None.
         rotary: rotates queries and keys by their position. Self-attention only.
         position_bias: module that adds a learned bias to the scores by relative position. Called as
             ``position_bias(lq, lk, offset)``, it returns ``(B or 1, num_heads, lq, lk)``; layers may share one.
         qk_norm: normalises each query and key to unit root mean square, with learned gains ``q_norm`` and ``k_norm``.
-        bias: whether q_proj, k_proj and v_proj have a bias.
+        qk_norm_eps: added to the mean square there.
+        gate: multiplies each channel of the heads' outputs by ``sigmoid(gate_proj(x))``, before out_proj (Qwen3-Next).
+        bias: whether q_proj, k_proj, v_proj and gate_proj have a bias.
         out_bias: whether out_proj has a bias; as ``bias`` if None.
         scale: factor of the scores, ``1 / sqrt(head_dim)`` if None.
         softcap: as in `qkv.attention`.
@@ -94,8 +101,10 @@ class Attention(nn.Module):
         backend: as in `qkv.attention`.
         device, dtype: of the parameters.
 
-    Parameters are ``q_proj``, ``k_proj``, ``v_proj`` and ``out_proj``, each a ``nn.Linear``; then ``q_norm``,
-    ``k_norm`` and ``sink_logits`` if enabled. Weights are initialised Xavier-uniform, biases to 0.
+    Parameters are ``q_proj``, ``k_proj``, ``v_proj`` and ``out_proj``, each a ``nn.Linear``; then ``gate_proj``,
+    ``q_norm``, ``k_norm`` and ``sink_logits`` if enabled. Weights are initialised Xavier-uniform, biases to 0.
+    ``load_state_dict`` also takes ``in_proj_weight``, ``Wqkv`` and, beside ``o_proj``, ``qkv_proj``: the rows of
+    queries, then keys, then values.
 
     Raises:
         TypeError: for arguments of the wrong type.
@@ -115,6 +124,9 @@ class Attention(nn.Module):
     the sequence first unless ``batch_first=True``.
     """
 
+    _fixed: ClassVar[tuple[str, ...]] = ()
+    """Arguments that the constructor of a named layer does not take."""
+
     sink_logits: Tensor | None
 
     def __init__(
@@ -126,10 +138,12 @@ class Attention(nn.Module):
         head_dim: int | None = None,
         value_dim: int | None = None,
         context_dim: int | None = None,
-        mask: Mask = FULL,
+        mask: Mask | None = None,
         rotary: RotaryEmbedding | None = None,
         position_bias: nn.Module | None = None,
         qk_norm: bool = False,
+        qk_norm_eps: float = 1e-6,
+        gate: bool = False,
         bias: bool = True,
         out_bias: bool | None = None,
         scale: float | None = None,
@@ -140,9 +154,11 @@ class Attention(nn.Module):
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **unknown: Never,
     ) -> None:
         super().__init__()
         caller = type(self).__name__
+        refuse_unknown_options(caller, unknown, Arguments.__annotations__)
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         require_count(caller, "embed_dim", embed_dim)
         for name, count in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
@@ -162,14 +178,14 @@ class Attention(nn.Module):
                     f"got embed_dim={embed_dim} and num_heads={num_heads}."
                 )
             head_dim = embed_dim // num_heads
-        require_mask(caller, mask)
+        mask = require_mask(caller, mask)
         out_bias = bias if out_bias is None else out_bias
-        for name, flag in (("qk_norm", qk_norm), ("bias", bias), ("out_bias", out_bias), ("sink_logits", sink_logits)):
+        flags = {"qk_norm": qk_norm, "gate": gate, "bias": bias, "out_bias": out_bias, "sink_logits": sink_logits}
+        for name, flag in flags.items():
             require_flag(caller, name, flag)
+        require_positive(caller, "qk_norm_eps", qk_norm_eps)
         if rotary is not None:
-            require_rotary(caller, rotary, head_dim)
-            if context_dim is not None:
-                raise ValueError(f"{caller}: rotary has no meaning between two sequences; pass rotary or context_dim.")
+            require_rotary(caller, rotary, head_dim, context_dim)
         if position_bias is not None:
             require_position_bias(caller, position_bias)
         if scale is not None:
@@ -178,6 +194,7 @@ class Attention(nn.Module):
             require_positive(caller, "softcap", softcap, suffix=" or None")
         require_probability(caller, "dropout", dropout)
         require_backend(caller, backend)
+        require_dtype(caller, dtype)
 
         self.embed_dim = embed_dim
         self.num_heads = num_heads
@@ -186,6 +203,7 @@ class Attention(nn.Module):
         self.value_dim = head_dim if value_dim is None else value_dim
         self.context_dim = context_dim
         self.mask = mask
+        self.qk_norm_eps = qk_norm_eps
         self.scale = scale
         self.softcap = softcap
         self.dropout = dropout
@@ -201,10 +219,11 @@ class Attention(nn.Module):
         self.k_proj = linear(source_dim, num_kv_heads * head_dim, bias)
         self.v_proj = linear(source_dim, num_kv_heads * self.value_dim, bias)
         self.out_proj = linear(num_heads * self.value_dim, embed_dim, out_bias)
+        self.gate_proj = linear(embed_dim, num_heads * self.value_dim, bias) if gate else None
         self.rotary = rotary
         self.position_bias = position_bias
-        self.q_norm = HeadNorm(head_dim, eps=1e-6, device=device, dtype=dtype) if qk_norm else None
-        self.k_norm = HeadNorm(head_dim, eps=1e-6, device=device, dtype=dtype) if qk_norm else None
+        self.q_norm = HeadNorm(head_dim, eps=qk_norm_eps, device=device, dtype=dtype) if qk_norm else None
+        self.k_norm = HeadNorm(head_dim, eps=qk_norm_eps, device=device, dtype=dtype) if qk_norm else None
         # None is a plain attribute: looking up a registered parameter costs a microsecond per call.
         self.sink_logits = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype)) if sink_logits else None
         self.alibi = alibi
@@ -224,7 +243,7 @@ class Attention(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialises all parameters, as the constructor does; needed after ``to_empty``."""
-        for projection in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
+        for projection in filter(None, (self.q_proj, self.k_proj, self.v_proj, self.out_proj, self.gate_proj)):
             nn.init.xavier_uniform_(projection.weight)
             if projection.bias is not None:
                 nn.init.zeros_(projection.bias)
@@ -234,6 +253,7 @@ class Attention(nn.Module):
         if self.sink_logits is not None:
             nn.init.zeros_(self.sink_logits)
 
+    @answer_calls_of_torch
     @_restore_cache_on_error
     def forward(
         self,
@@ -268,8 +288,12 @@ class Attention(nn.Module):
         if _is_nested(x) or _is_nested(context):
             self._refuse_with_nested(bias=bias, positions=positions)
             return self._forward_jagged(x, context, mask, cache)
-        return self._project_out(self._attend(self._inputs(x, context, mask, bias, positions, cache)))
+        return self._project_out(self._attend(self._inputs(x, context, mask, bias, positions, cache)), x)
 
+    if TYPE_CHECKING:  # of `nn.Module`, it takes anything
+        __call__ = forward
+
+    @answer_calls_of_torch
     @_restore_cache_on_error
     def attention_weights(
         self,
@@ -290,9 +314,7 @@ class Attention(nn.Module):
                 f"{type(self).__name__}: attention_weights takes no nested tensors; call it for each sequence, "
                 "(1, L, E), or on a padded batch with mask=Mask.padding(lengths)."
             )
-        inputs = self._inputs(x, context, mask, bias, positions, cache)
-        q, keys, mask, bias = inputs if self.position_bias is None else self._add_position_bias(inputs)
-        return functional.attention_weights(q, keys.k, mask=mask, **self._scores(q, bias), **keys.options())
+        return self._weights(self._inputs(x, context, mask, bias, positions, cache))
 
     def _refuse_with_nested(self, **options: Tensor | None) -> None:
         """Raises ValueError for options that nested tensors do not have."""
@@ -333,7 +355,7 @@ class Attention(nn.Module):
         else:  # each sequence has sinks and relative positions of its own
             padded = _Inputs(queries.pad(q), Keys(keys.pad(k), keys.pad(v), 0), mask & Mask.padding(keys.lengths), None)
             out = queries.pack(self._attend(padded))
-        return nested_like(x, self._project_out(out))
+        return nested_like(x, self._project_out(out, queries.values))
 
     def _pack_context(self, queries: PackedTokens, context: Tensor | None, mask: Mask) -> PackedTokens:
         """The packed context of a nested tensor of queries. Raises for masks that depend on positions."""
@@ -360,6 +382,11 @@ class Attention(nn.Module):
         scores = self._scores(q, bias)
         return functional.attention(q, keys.k, keys.v, mask=mask, backend=self.backend, **scores, **keys.options())
 
+    def _weights(self, inputs: _Inputs) -> Tensor:
+        """`qkv.attention_weights` with the options of the layer."""
+        q, keys, mask, bias = inputs if self.position_bias is None else self._add_position_bias(inputs)
+        return functional.attention_weights(q, keys.k, mask=mask, **self._scores(q, bias), **keys.options())
+
     def _scores(self, q: Tensor, bias: Tensor | None) -> ScoreOptions:
         """The score options of the layer, as keywords of `qkv.attention`."""
         return {
@@ -371,9 +398,12 @@ class Attention(nn.Module):
             "dropout": self.dropout if self.training else 0.0,
         }
 
-    def _project_out(self, out: Tensor) -> Tensor:
-        """The output projection of all heads: (B, H, L, value_dim) to (B, L, embed_dim)."""
-        return project(self.out_proj, out.transpose(1, 2).flatten(2))
+    def _project_out(self, out: Tensor, x: Tensor) -> Tensor:
+        """The output projection of all heads, gated by the tokens x: (B, H, L, value_dim) to (B, L, embed_dim)."""
+        out = out.transpose(1, 2).flatten(2)
+        if self.gate_proj is not None:
+            out = out * project(self.gate_proj, x).sigmoid()
+        return project(self.out_proj, out)
 
     def _inputs(
         self,
@@ -507,7 +537,7 @@ class Attention(nn.Module):
         return x if norm is None else norm(x)
 
     @classmethod
-    def from_torch(cls, module: nn.MultiheadAttention, **options: Any) -> Self:
+    def from_torch(cls, module: nn.MultiheadAttention, **options: Unpack[ConversionOptions]) -> Self:
         """The layer with the function of ``module``, for batch-first inputs, and a copy of its weights.
 
         Args:
@@ -516,7 +546,7 @@ class Attention(nn.Module):
             **options: options of the layer that the module does not have: ``mask``, ``window``, ...
 
         Raises:
-            ValueError: for unequal kdim and vdim, add_bias_kv, add_zero_attn, and a layer with fewer KV heads.
+            ValueError: for unequal kdim and vdim, add_bias_kv, add_zero_attn, and other numbers of heads.
 
         Example:
             >>> import torch, qkv
@@ -525,14 +555,67 @@ class Attention(nn.Module):
             >>> torch.allclose(ours(x), theirs(x, x, x)[0], atol=1e-6)
             True
         """
-        layer = cls(**{**torch_mha.options(module), **options})
-        if layer.num_kv_heads != layer.num_heads:
-            raise ValueError(
-                f"from_torch: num_kv_heads must be num_heads, {layer.num_heads}; got a {cls.__name__} with "
-                f"{layer.num_kv_heads}. Convert a MultiHeadAttention by qkv.convert.convert_layer, which pools heads."
-            )
+        layer = cls._with_heads("from_torch", torch_mha.options(module), options)
         layer.load_state_dict(torch_mha.state(module))
         return layer.train(module.training)
+
+    @classmethod
+    def from_transformers(cls, module: nn.Module, **options: Unpack[ConversionOptions]) -> Self:
+        """The layer with the function of an attention module of transformers, and a copy of its weights.
+
+        Args:
+            module: of Llama, Mistral, Qwen, Gemma, Phi, Granite, SmolLM3, StarCoder2, GPT-2, GPT-BigCode, GPT-NeoX,
+                gpt-oss, OPT, MPT, Falcon, BERT (``BertAttention``, without its norm and residual), BART and those like
+                it, and T5. BART's and T5's do not tell whether they are cross-attention:
+                ``CrossAttention.from_transformers`` makes them that.
+            **options: options of the layer, instead of the module's: ``mask``, ``rotary``, ``backend``, ... For T5's
+                self-attention after the first layer, ``position_bias`` is that of the first.
+
+        Masks are those that the model gives to the module, padding apart; dropout after the output projection is not
+        part of a layer.
+
+        Raises:
+            TypeError: for modules of other classes, and projections that are wrapped or quantised.
+            ValueError: for what layers do not have, and a layer with other numbers of heads.
+
+        Example:
+            >>> import torch, qkv
+            >>> from transformers import LlamaConfig, LlamaModel
+            >>> config = LlamaConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=1)
+            >>> layer = qkv.CausalAttention.from_transformers(LlamaModel(config).layers[0].self_attn)
+            >>> layer.num_kv_heads, layer.rotary
+            (2, RotaryEmbedding(8, rotary_dim=8, interleaved=False))
+        """
+        return cls._converted(module, transformers_modules.read(module), options)
+
+    @classmethod
+    def _converted(cls, module: nn.Module, converted: Converted, options: ConversionOptions) -> Self:
+        """The layer of a module that was read."""
+        position_bias = options.get("position_bias", converted.position_bias)
+        layer = cls._with_heads("from_transformers", converted.options, {**options, "position_bias": None})
+        if converted.needs_position_bias and layer.context_dim is None and "position_bias" not in options:
+            raise ValueError(
+                "from_transformers: position_bias must be given for self-attention whose model adds that of its first "
+                f"layer; got a {type(module).__name__} without. Pass the position_bias of the first layer, or None."
+            )
+        layer.load_state_dict(converted.state)
+        if position_bias is not None:
+            require_position_bias(cls.__name__, position_bias)
+            layer.position_bias = position_bias
+        return layer.train(module.training)
+
+    @classmethod
+    def _with_heads(cls, caller: str, given: dict[str, Any], options: ConversionOptions) -> Self:
+        """The layer with the options ``given`` by a module, and others. Raises ValueError for another head count."""
+        layer = cls(**{**{name: value for name, value in given.items() if name not in cls._fixed}, **options})
+        heads = given["num_heads"], given.get("num_kv_heads", given["num_heads"])
+        if (layer.num_heads, layer.num_kv_heads) != heads:
+            raise ValueError(
+                f"{caller}: the layer must have the module's {heads[0]} query heads on {heads[1]} KV heads; got a "
+                f"{cls.__name__} with {layer.num_heads} on {layer.num_kv_heads}. Convert an Attention, then pool its "
+                "heads by qkv.convert.convert_layer."
+            )
+        return layer
 
     def to_torch(self) -> nn.MultiheadAttention:
         """The batch-first ``nn.MultiheadAttention`` with the function of this layer and a copy of its weights.
@@ -550,8 +633,15 @@ class Attention(nn.Module):
         """
         return torch_mha.build(self)
 
-    def options(self) -> dict[str, Any]:
-        """The arguments with which `Attention` builds a layer like this one, with other weights."""
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *reports: list[str]
+    ) -> None:
+        """As ``nn.Module``, for state dicts with packed projections too. No hook: copies of a layer would share it."""
+        unpack_state(self, state_dict, prefix, reports[-1])
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *reports)
+
+    def options(self) -> Arguments:
+        """The arguments with which the class builds a layer like this one, with other weights; here, `Attention`."""
         weight = self.q_proj.weight
         return {
             "embed_dim": self.embed_dim,
@@ -564,6 +654,8 @@ class Attention(nn.Module):
             "rotary": self.rotary,
             "position_bias": self.position_bias,
             "qk_norm": self.q_norm is not None,
+            "qk_norm_eps": self.qk_norm_eps,
+            "gate": self.gate_proj is not None,
             "bias": self.q_proj.bias is not None,
             "out_bias": self.out_proj.bias is not None,
             "scale": self.scale,

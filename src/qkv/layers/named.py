@@ -1,11 +1,12 @@
 """The seven mechanisms by name. Each fixes arguments of `Attention` and adds no forward logic."""
 
-from typing import Any
+from typing_extensions import Unpack
 
 from qkv.arguments import require_flag
 from qkv.layers.arguments import require_mask
 from qkv.layers.attention import Attention
-from qkv.masks import FULL, Mask
+from qkv.layers.options import HeadOptions, LayerOptions
+from qkv.masks import Mask
 
 
 class ScaledDotProductAttention(Attention):
@@ -23,7 +24,9 @@ class ScaledDotProductAttention(Attention):
     Source: Vaswani et al. 2017, section 3.2.1.
     """
 
-    def __init__(self, embed_dim: int, **options: Any) -> None:
+    _fixed = ("num_heads", "num_kv_heads")
+
+    def __init__(self, embed_dim: int, **options: Unpack[HeadOptions]) -> None:
         super().__init__(embed_dim, 1, num_kv_heads=1, **options)
 
 
@@ -43,7 +46,9 @@ class MultiHeadAttention(Attention):
     Source: Vaswani et al. 2017, section 3.2.2.
     """
 
-    def __init__(self, embed_dim: int, num_heads: int, **options: Any) -> None:
+    _fixed = ("num_kv_heads",)
+
+    def __init__(self, embed_dim: int, num_heads: int, **options: Unpack[HeadOptions]) -> None:
         super().__init__(embed_dim, num_heads, num_kv_heads=num_heads, **options)
 
 
@@ -53,8 +58,7 @@ class CrossAttention(Attention):
     Args:
         embed_dim: width of the queries' sequence and of the output.
         num_heads: query heads.
-        context_dim: width of the second sequence; embed_dim if None.
-        **options: as in `Attention`.
+        **options: as in `Attention`; context_dim, the width of the second sequence, is embed_dim if None.
 
     Example:
         >>> import torch, qkv
@@ -65,9 +69,10 @@ class CrossAttention(Attention):
     Source: Vaswani et al. 2017, section 3.2.3, "encoder-decoder attention"; the width of its own is ours.
     """
 
-    def __init__(self, embed_dim: int, num_heads: int, *, context_dim: int | None = None, **options: Any) -> None:
-        context_dim = embed_dim if context_dim is None else context_dim
-        super().__init__(embed_dim, num_heads, context_dim=context_dim, **options)
+    def __init__(self, embed_dim: int, num_heads: int, **options: Unpack[LayerOptions]) -> None:
+        context_dim = options.get("context_dim")
+        options["context_dim"] = embed_dim if context_dim is None else context_dim
+        super().__init__(embed_dim, num_heads, **options)
 
 
 class CausalAttention(Attention):
@@ -86,9 +91,9 @@ class CausalAttention(Attention):
     Source: Vaswani et al. 2017, section 3.2.3, on the decoder.
     """
 
-    def __init__(self, embed_dim: int, num_heads: int, *, mask: Mask = FULL, **options: Any) -> None:
-        require_mask(type(self).__name__, mask)
-        super().__init__(embed_dim, num_heads, mask=Mask.causal() & mask, **options)
+    def __init__(self, embed_dim: int, num_heads: int, **options: Unpack[LayerOptions]) -> None:
+        options["mask"] = Mask.causal() & require_mask(type(self).__name__, options.get("mask"))
+        super().__init__(embed_dim, num_heads, **options)
 
 
 class SlidingWindowAttention(Attention):
@@ -120,13 +125,12 @@ class SlidingWindowAttention(Attention):
         *,
         causal: bool = False,
         sink_tokens: int = 0,
-        mask: Mask = FULL,
-        **options: Any,
+        **options: Unpack[LayerOptions],
     ) -> None:
-        require_mask(type(self).__name__, mask)
         require_flag(type(self).__name__, "causal", causal)
         windowed = Mask.causal(window, sink_tokens) if causal else Mask.sliding(window, sink_tokens)
-        super().__init__(embed_dim, num_heads, mask=windowed & mask, **options)
+        options["mask"] = windowed & require_mask(type(self).__name__, options.get("mask"))
+        super().__init__(embed_dim, num_heads, **options)
 
 
 class MultiQueryAttention(Attention):
@@ -145,7 +149,9 @@ class MultiQueryAttention(Attention):
     Source: Shazeer 2019, "Fast Transformer Decoding: One Write-Head is All You Need".
     """
 
-    def __init__(self, embed_dim: int, num_heads: int, **options: Any) -> None:
+    _fixed = ("num_kv_heads",)
+
+    def __init__(self, embed_dim: int, num_heads: int, **options: Unpack[HeadOptions]) -> None:
         super().__init__(embed_dim, num_heads, num_kv_heads=1, **options)
 
 
@@ -166,5 +172,5 @@ class GroupedQueryAttention(Attention):
     Source: Ainslie et al. 2023, section 2.2.
     """
 
-    def __init__(self, embed_dim: int, num_heads: int, num_kv_heads: int, **options: Any) -> None:
+    def __init__(self, embed_dim: int, num_heads: int, num_kv_heads: int, **options: Unpack[HeadOptions]) -> None:
         super().__init__(embed_dim, num_heads, num_kv_heads=num_kv_heads, **options)

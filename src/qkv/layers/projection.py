@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.modules import linear as torch_linear
 from torch.nn.modules import module as torch_module
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
-"""Their names in `Attention`."""
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj", "gate_proj")
+"""Their names in `Attention`; gate_proj is None in layers without a gate."""
 
 
 def project(linear: nn.Module, x: Tensor) -> Tensor:
@@ -28,13 +28,24 @@ def project(linear: nn.Module, x: Tensor) -> Tensor:
     return projected
 
 
-def require_linear(caller: str, name: str, projection: nn.Module) -> None:
-    """Raises TypeError unless a projection is ``F.linear`` of its weight and bias, which can then be copied."""
-    if not isinstance(projection, nn.Linear) or type(projection).forward is not nn.Linear.forward:
-        raise TypeError(
-            f"{caller}: {name} must be an nn.Linear with the forward of nn.Linear; got {type(projection).__name__}. "
-            "Merge adapters or remove wrappers first."
-        )
+def linear_projections(caller: str, layer: object) -> dict[str, nn.Linear]:
+    """The projections of an `Attention` by name.
+
+    Raises:
+        TypeError: unless each is ``F.linear`` of its weight and bias, which can then be copied.
+    """
+    projections: dict[str, nn.Linear] = {}
+    for name in PROJECTIONS:
+        projection = getattr(layer, name)
+        if projection is None:
+            continue
+        if not isinstance(projection, nn.Linear) or type(projection).forward is not nn.Linear.forward:
+            raise TypeError(
+                f"{caller}: {name} must be an nn.Linear with the forward of nn.Linear; "
+                f"got {type(projection).__name__}. Merge adapters or remove wrappers first."
+            )
+        projections[name] = projection
+    return projections
 
 
 def _is_unmodified(linear: nn.Linear) -> bool:

@@ -5,12 +5,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from qkv.layers.projection import PROJECTIONS, require_linear
+from qkv.layers.projection import linear_projections
 from qkv.masks import FULL, Mask
 
 
 class Layer(Protocol):
-    """What `build` reads of an `Attention`."""
+    """What `build` reads of an `Attention`, an ``nn.Module``."""
 
     embed_dim: int
     num_heads: int
@@ -24,12 +24,14 @@ class Layer(Protocol):
     dropout: float
     training: bool
     rotary: Any
+    position_bias: Any
     q_norm: Any
     sink_logits: Tensor | None
     q_proj: nn.Linear
     k_proj: nn.Linear
     v_proj: nn.Linear
     out_proj: nn.Linear
+    gate_proj: nn.Linear | None
 
     @property
     def alibi(self) -> Tensor | None: ...
@@ -91,8 +93,7 @@ def build(layer: Layer) -> nn.MultiheadAttention:
         TypeError: for a projection that is not a plain ``nn.Linear``.
         ValueError: for a layer that the module cannot express, listing every reason.
     """
-    for name in PROJECTIONS:
-        require_linear("to_torch", name, getattr(layer, name))
+    linear_projections("to_torch", layer)
     unsupported = _unsupported(layer)
     if unsupported:
         raise ValueError(f"to_torch: nn.MultiheadAttention has no {', '.join(unsupported)}.")
@@ -148,5 +149,7 @@ def _unsupported(layer: Layer) -> list[str]:
         unsupported.append("bias for some of the projections")
     if layer.q_norm is not None:
         unsupported.append("qk_norm")
-    names = ("rotary", "scale", "softcap", "sink_logits", "alibi")
+    if layer.gate_proj is not None:
+        unsupported.append("gate")
+    names = ("rotary", "position_bias", "scale", "softcap", "sink_logits", "alibi")
     return unsupported + [name for name in names if getattr(layer, name) is not None]
