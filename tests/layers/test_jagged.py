@@ -168,10 +168,10 @@ def refused() -> dict[str, tuple[Callable[[], object], type[Exception], str]]:
     layer, cross, plain = qkv.CausalAttention(24, 6), qkv.CrossAttention(24, 6), torch.randn(2, 5, 24)
     padding = Mask.padding(torch.tensor([5, 2]))
     return {
-        "a cache": (
-            lambda: layer(nested(), cache=qkv.KVCache()),
+        "a cache of a context": (
+            lambda: cross(nested(), nested(), cache=qkv.CrossKVCache()),
             ValueError,
-            r"CausalAttention: with nested tensors, .* and cache None; got a cache. Call it for each sequence, or on x",
+            r"CrossAttention: with nested tensors, .* takes no cache; got a cache of a context\. Call it for",
         ),
         "padding": (lambda: layer(nested(), mask=padding), ValueError, r"got Mask\.band\(.*\) & Mask\.padding"),
         "no mask": (lambda: layer(nested(), mask="causal"), TypeError, r"mask must be a qkv\.Mask; got str"),

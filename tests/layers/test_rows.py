@@ -92,6 +92,21 @@ def test_a_padded_prompt_and_steps_that_know_nothing_of_it(mask: Mask, make: Cal
 
 @each_cache
 @torch.no_grad()
+def test_nested_tensors_are_rows_of_their_own(mask: Mask, make: Callable[[], Any]) -> None:
+    ours, cache = layer(mask), make()
+    alone = Alone(ours, make, 3)
+    for lengths in ((5, 2, 4), (1, 3, 2)):
+        new = [
+            X[row, one.length : one.length + n] for row, (one, n) in enumerate(zip(alone.caches, lengths, strict=True))
+        ]
+        out = ours(torch.nested.nested_tensor(new, layout=torch.jagged), cache=cache)
+        for row, found in enumerate(out.unbind()):
+            torch.testing.assert_close(found, alone(row, new[row]), rtol=1e-5, atol=1e-6)
+    assert_same(ours(alone.next(2), cache=cache), alone.step(alone.next(2)))
+
+
+@each_cache
+@torch.no_grad()
 def test_every_way_to_give_padding_at_a_step(mask: Mask, make: Callable[[], Any]) -> None:
     ours, (x, keep) = layer(mask), padded("left")
     shown = torch.tensor([[True, True], [True, False], [False, True], [False, False]])
@@ -224,6 +239,17 @@ def test_padding_of_a_context_is_remembered() -> None:
     )
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_a_scaling_by_length_counts_no_padding(side: str) -> None:
+    scaling = qkv.RotaryScaling.dynamic(2.0, max_position_embeddings=6)
+    ours, cache = layer(rotary=qkv.RotaryEmbedding(8, scaling=scaling)), qkv.KVCache()
+    alone, (x, keep) = Alone(ours, qkv.KVCache), padded(side)
+    out = ours(x, mask=Mask.padding(keep), cache=cache)
+    for b, length in enumerate(LENGTHS):
+        assert_same(out[b][keep[b]], alone(b, X[b, :length]))
+
+
 @torch.no_grad()
 def test_positions_rotate_and_masks_count() -> None:
     ours = layer()
@@ -270,6 +296,10 @@ def test_padding_that_does_not_fit_is_refused_and_changes_nothing(mask: Mask, ma
             ValueError, match=rf"cover all 12 columns, 9 of earlier calls and 3 new ones.*; got {count}"
         ):
             ours(X[:, :3], mask=Mask.padding(torch.ones(4, count, dtype=torch.bool)), cache=cache)
+    with pytest.raises(
+        ValueError, match=r"lengths must count all columns, 9 of earlier calls included; got \[1, 3, 2, 3\]"
+    ):
+        ours(X[:, :3], mask=Mask.padding(torch.tensor([1, 3, 2, 3])), cache=cache)
     assert cache.lengths.tolist() == list(LENGTHS)
 
 

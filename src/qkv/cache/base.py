@@ -134,7 +134,7 @@ class Cache:
             the mask with padding over all columns, for `restrict`, and ``is_token`` for `append`.
 
         Raises:
-            ValueError: for padding of another length.
+            ValueError: for padding of another length, and for integer lengths that leave out tokens of earlier calls.
         """
         if mask.keep is None and mask.lengths is None:
             return mask, None
@@ -144,8 +144,20 @@ class Cache:
             mask = replace(mask, keep=self._fit(mask.keep, earlier, count))
         keep = mask.keep_keys(total)
         assert keep is not None
+        if mask.lengths is not None and earlier and count and not torch.compiler.is_compiling():
+            self._require_earlier(mask.lengths, earlier)
         is_token = keep[:, earlier:].expand(batch, count)
         return mask, None if not torch.compiler.is_compiling() and is_token.all() else is_token
+
+    def _require_earlier(self, lengths: Tensor, earlier: int) -> None:
+        """Raises ValueError for lengths that leave out tokens of ``earlier`` columns, as if they counted new ones."""
+        is_token = self._rows_or_equal().all_columns()[:, :earlier]
+        if (is_token & (torch.arange(earlier, device=lengths.device) >= lengths[:, None])).any():
+            raise ValueError(
+                f"{type(self).__name__}: the mask's lengths must count all columns, {earlier} of earlier calls "
+                f"included; got {lengths.tolist()}. For the new tokens alone, use Mask.padding(keep) with a boolean "
+                "(B, L)."
+            )
 
     def _fit(self, keep: Tensor, earlier: int, count: int) -> Tensor:
         """``keep`` over all columns, ``earlier`` ones and ``count`` new ones."""

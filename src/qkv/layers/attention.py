@@ -329,16 +329,22 @@ class Attention(nn.Module):
         """`forward` of each sequence of a nested tensor, without projecting padding."""
         caller = type(self).__name__
         mask = self.mask if mask is None else self.mask & require_mask(caller, mask)
-        if cache is not None or mask.has_tensors:
-            given = "a cache" if cache is not None else repr(mask)
+        if mask.has_tensors or (cache is not None and self.context_dim is not None):
+            given = repr(mask) if mask.has_tensors else "a cache of a context"
             raise ValueError(
-                f"{caller}: with nested tensors, the mask must be a band, such as Mask.causal(), and cache None; got "
-                f"{given}. Call it for each sequence, or on x.to_padded_tensor(0.0) with mask=Mask.padding(lengths)."
+                f"{caller}: with nested tensors, the mask must be a band, such as Mask.causal(), and cross-attention "
+                f"takes no cache; got {given}. Call it for each sequence, or on x.to_padded_tensor(0.0) with "
+                "mask=Mask.padding(lengths)."
             )
         require_jagged(caller, "x", x, self.embed_dim)
         queries = keys = pack_jagged(x)
         if self.context_dim is None:
             self._refuse_context(context)
+            if cache is not None:  # which drops padding
+                padded = queries.pad(queries.values[:, None]).squeeze(1)
+                keep = torch.arange(queries.longest, device=x.device) < queries.lengths[:, None]
+                out = self.forward(padded, mask=mask & Mask.padding(keep), cache=cache)
+                return nested_like(x, queries.pack(out[:, None]).squeeze(1))
         else:
             keys = self._pack_context(queries, context, mask)
         try:
@@ -472,6 +478,9 @@ class Attention(nn.Module):
         k, v = self._keys(x)
         if self.rotary is not None:
             where: dict[str, Any] = {"offset": offset} if positions is None else {"positions": positions}
+            if cache is not None and is_token is not None and getattr(self.rotary, "depends_on_length", False):
+                lengths = cache.offset() + is_token.sum(1)  # padding does not count
+                where["length"] = lengths[:, None].expand(is_token.shape)
             q, k = self.rotary(q, **where), self.rotary(k, **where)
         if cache is None:
             return _Inputs(q, Keys(k, v, 0), mask, bias)

@@ -176,7 +176,7 @@ class RotaryEmbedding(nn.Module):
                 shapes += [(len(self.sections), *shape) for shape in shapes[1:]]
             self._require_positions(x, offset, positions, shapes)
         frequencies = self._frequencies(x.device)
-        if self.scaling is not None and self.scaling.depends_on_length:
+        if self.depends_on_length:
             if length is None and given is None and type(offset) is int and not kernels.is_tracing():
                 length = offset + x.shape[-2]
             frequencies = self._frequencies_by_length(frequencies, x, positions, length)
@@ -209,6 +209,11 @@ class RotaryEmbedding(nn.Module):
         if type(offset) is not int:
             require_int(type(self).__name__, "offset", offset, suffix=", or integers (B,)")
         return torch.arange(offset, offset + tokens, device=x.device)
+
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether the length of the sequence changes frequencies, so that padding must not count."""
+        return self.scaling is not None and self.scaling.depends_on_length
 
     def _frequencies_by_length(
         self, short: Tensor, x: Tensor, positions: Tensor, length: int | Tensor | None
