@@ -360,7 +360,7 @@ def test_a_refused_select_or_crop_changes_no_cache(kind: type[qkv.KVCache] | typ
             ValueError, match="rows of select must be a 1-dimensional tensor of integers from 0 to 1; got"
         ):
             cache.select(wrong)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"length of crop must be an int; got 2\.5"):
+    with pytest.raises(TypeError, match=r"length of crop must be an int, or integers \(B,\); got 2\.5"):
         cache.crop(2.5)  # type: ignore[arg-type]
     for length in (-1, 6):
         with pytest.raises(

@@ -340,11 +340,8 @@ class Attention(nn.Module):
         queries = keys = pack_jagged(x)
         if self.context_dim is None:
             self._refuse_context(context)
-            if cache is not None:  # which drops padding
-                padded = queries.pad(queries.values[:, None]).squeeze(1)
-                keep = torch.arange(queries.longest, device=x.device) < queries.lengths[:, None]
-                out = self.forward(padded, mask=mask & Mask.padding(keep), cache=cache)
-                return nested_like(x, queries.pack(out[:, None]).squeeze(1))
+            if cache is not None:
+                return nested_like(x, self._forward_packed(queries, mask, cache))
         else:
             keys = self._pack_context(queries, context, mask)
         try:
@@ -362,6 +359,13 @@ class Attention(nn.Module):
             padded = _Inputs(queries.pad(q), Keys(keys.pad(k), keys.pad(v), 0), mask & Mask.padding(keys.lengths), None)
             out = queries.pack(self._attend(padded))
         return nested_like(x, self._project_out(out, queries.values))
+
+    def _forward_packed(self, tokens: PackedTokens, mask: Mask, cache: Cache) -> Tensor:
+        """`forward` of sequences as rows of a padded batch, whose padding the cache drops: ``(1, T, embed_dim)``."""
+        padded = tokens.pad(tokens.values[:, None]).squeeze(1)
+        keep = torch.arange(tokens.longest, device=padded.device) < tokens.lengths[:, None]
+        out = self.forward(padded, mask=mask & Mask.padding(keep), cache=cache)
+        return tokens.pack(out[:, None]).squeeze(1)
 
     def _pack_context(self, queries: PackedTokens, context: Tensor | None, mask: Mask) -> PackedTokens:
         """The packed context of a nested tensor of queries. Raises for masks that depend on positions."""
