@@ -108,11 +108,13 @@ def answer(case: Case, dtype: torch.dtype) -> Answer:
 KEEP_LEFT = [[j >= 7 for j in range(19)], [j >= 2 for j in range(19)]]
 KEEP_HOLES = [[j % 3 != 1 for j in range(19)], [False] * 19]
 IDS = [[0] * 5 + [1] * 9 + [2] * 5, [3] * 1 + [8] * 18]
+GLOBAL = [[j in (0, 7) for j in range(19)], [j == 18 for j in range(19)]]
 ALLOW = torch.rand(B, H, 19, 19, generator=torch.Generator().manual_seed(5)) < 0.4
 ALLOW_SHARED = torch.rand(1, 1, 19, 19, generator=torch.Generator().manual_seed(6)) < 0.4
 
 LONG = 197  # more than two blocks of 64, and a prime
 KEEP_LONG = [[j % 11 != 3 and j > 20 for j in range(LONG)], [j < 150 for j in range(LONG)]]
+GLOBAL_LONG = [[j in (2, 130) for j in range(LONG)], [j > 194 for j in range(LONG)]]
 IDS_LONG = [[j // 41 for j in range(LONG)], [j // 90 for j in range(LONG)]]
 
 
@@ -190,6 +192,46 @@ MASKS = [
         lambda: Mask.documents(torch.tensor(IDS)) & Mask.causal(4),
         lambda: Rule(left=3, right=0, documents=IDS),
         lq=5,
+        offset=9,
+    ),
+    Case(
+        "chunks, window and documents",
+        lambda: Mask.causal(3) & Mask.chunked(4) & Mask.documents(torch.tensor(IDS)),
+        lambda: Rule(left=2, right=0, chunk_ends=[4, 8, 12, 16], documents=IDS),
+    ),
+    Case(
+        "prefixes, left padding",
+        lambda: Mask.prefix(torch.tensor([12, 0])) & _keep(KEEP_LEFT),
+        lambda: Rule(right=0, prefix=[12, 0], keep=KEEP_LEFT),
+    ),
+    Case(
+        "prefix, decoding",
+        lambda: Mask.prefix(11) & Mask.band(2, None, sink_tokens=1),
+        lambda: Rule(left=2, right=0, sink_tokens=1, prefix=[11, 11]),
+        lq=1,
+        offset=6,
+    ),
+    Case(
+        "dilated, sinks",
+        lambda: Mask.causal(2, sink_tokens=3, dilation=5),
+        lambda: Rule(left=5, right=0, sink_tokens=3, step=5),
+    ),
+    Case(
+        "global tokens, window, holes",
+        lambda: (
+            (Mask.causal(3, sink_tokens=1) | Mask.global_tokens(torch.tensor(GLOBAL)))
+            & _keep(KEEP_HOLES)
+            & Mask.documents(torch.tensor(IDS))
+        ),
+        lambda: Rule(left=2, right=0, sink_tokens=1, is_global=GLOBAL, keep=KEEP_HOLES, documents=IDS),
+        lq=7,
+        offset=9,
+    ),
+    Case(
+        "global tokens, decoding",
+        lambda: Mask.causal(2) | Mask.global_tokens(torch.tensor(GLOBAL)),
+        lambda: Rule(left=1, right=0, is_global=GLOBAL),
+        lq=1,
         offset=9,
     ),
     Case("dense", lambda: Mask.dense(ALLOW), lambda: Rule(allow=ALLOW)),
@@ -283,6 +325,24 @@ LONG_WINDOWS = [
         heads=2,
     ),
     Case(
+        "long window, dilated",
+        lambda: Mask.sliding(6, sink_tokens=2, dilation=4),
+        lambda: Rule(left=12, right=12, sink_tokens=2, step=4),
+        lq=LONG,
+        lk=LONG,
+        heads=1,
+        kv_heads=1,
+    ),
+    Case(
+        "long chunks, holes and window",
+        lambda: Mask.band(30, 3) & Mask.chunked(70) & _keep(KEEP_LONG) & Mask.documents(torch.tensor(IDS_LONG)),
+        lambda: Rule(left=30, right=3, chunk_ends=[70, 140], keep=KEEP_LONG, documents=IDS_LONG),
+        lq=LONG,
+        lk=LONG,
+        heads=1,
+        kv_heads=1,
+    ),
+    Case(
         "long window, first rows see nothing",
         lambda: Mask.sliding(4),
         lambda: Rule(left=2, right=2),
@@ -290,6 +350,32 @@ LONG_WINDOWS = [
         lk=LONG,
         offset=-9,
         heads=2,
+    ),
+]
+
+LONG_MASKS = [
+    Case(
+        "long window, global tokens, all at once",
+        lambda: (
+            (Mask.causal(6, sink_tokens=2, dilation=2) | Mask.global_tokens(torch.tensor(GLOBAL_LONG)))
+            & _keep(KEEP_LONG)
+            & Mask.documents(torch.tensor(IDS_LONG))
+            & Mask.padding(torch.tensor([190, 197]))
+        ),
+        lambda: Rule(
+            left=10,
+            right=0,
+            sink_tokens=2,
+            step=2,
+            is_global=GLOBAL_LONG,
+            keep=_both(KEEP_LONG, _lengths([190, 197], LONG)),
+            documents=IDS_LONG,
+        ),
+        lq=130,
+        lk=LONG,
+        offset=60,
+        heads=1,
+        kv_heads=1,
     ),
 ]
 
@@ -375,6 +461,20 @@ ROWS = [
         sinks=True,
     ),
     Case(
+        "rows, prefixes and chunks",
+        lambda: Mask.prefix(torch.tensor([9, 2])) & Mask.chunked(8, start=3),
+        lambda: Rule(right=0, prefix=[9, 2], chunk_ends=[-5, 3, 11, 19, 27]),
+        lq=7,
+        offset=(6, -4),
+    ),
+    Case(
+        "rows, global tokens and dilation",
+        lambda: Mask.sliding(4, dilation=2) | Mask.global_tokens(torch.tensor(GLOBAL)),
+        lambda: Rule(left=4, right=4, step=2, is_global=GLOBAL),
+        lq=7,
+        offset=(6, 12),
+    ),
+    Case(
         "rows, tiles",
         lambda: Mask.causal(6),
         lambda: Rule(left=5, right=0),
@@ -385,5 +485,5 @@ ROWS = [
     ),
 ]
 
-CASES = [*MASKS, *LONG_WINDOWS, *SCORES, *SHAPES, *ROWS]
+CASES = [*MASKS, *LONG_WINDOWS, *LONG_MASKS, *SCORES, *SHAPES, *ROWS]
 assert len({case.name for case in CASES}) == len(CASES)

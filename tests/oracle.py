@@ -16,6 +16,10 @@ class Rule:
     left: int | None = None
     right: int | None = None
     sink_tokens: int = 0
+    prefix: list[int] | None = None
+    step: int = 1
+    chunk_ends: list[int] | None = None
+    is_global: list[list[bool]] | None = None
     keep: list[list[bool]] | None = None
     documents: list[list[int]] | None = None
     allow: Tensor | None = None
@@ -25,9 +29,17 @@ class Rule:
         p, j = i + offset, torch.arange(lk)
         seen = torch.ones(lk, dtype=torch.bool)
         if self.right is not None:
-            seen &= j <= p + self.right
+            seen &= (j <= p + self.right) | (j < (0 if self.prefix is None else self.prefix[b]))
         if self.left is not None:
             seen &= (j >= p - self.left) | (j < self.sink_tokens)
+        if self.step != 1:
+            seen &= torch.tensor([abs(p - key) in range(0, lk + abs(p) + 1, self.step) for key in range(lk)]) | (
+                j < self.sink_tokens
+            )
+        if self.chunk_ends is not None:
+            seen &= torch.tensor([all((p < end) == (key < end) for end in self.chunk_ends) for key in range(lk)])
+        if self.is_global is not None:
+            seen |= torch.tensor(self.is_global[b]) | self.is_global[b][p]
         if self.keep is not None:
             seen &= torch.tensor(self.keep[b])
         if self.documents is not None:

@@ -76,7 +76,7 @@ ATTENTION = [
     (
         lambda: qkv.attention(Q, K, V, mask=Mask.causal()),
         ValueError,
-        "Mask.band(left=None, right=0) depends on the positions of queries, so 5 queries with 7 keys need an offset; "
+        "Mask.causal() depends on the positions of queries, so 5 queries with 7 keys need an offset; "
         "got None. offset=0 aligns the first query with the first key (top-left: torch's is_causal); "
         "offset=2 aligns the last query with the last key (bottom-right: flash-attn, decoding).",
     ),
@@ -177,6 +177,16 @@ ATTENTION = [
         "documents mask of 7 positions must cover the queries; got offset=4 and 5 queries",
     ),
     (
+        lambda: qkv.attention(Q, K, V, mask=Mask.global_tokens(torch.zeros(2, 7, dtype=bool)), offset=4),
+        ValueError,
+        "global_tokens mask of 7 positions must cover the queries; got offset=4 and 5 queries",
+    ),
+    (
+        lambda: qkv.attention(Q, K, V, mask=Mask.prefix(torch.tensor([1, 2, 3])), offset=2),
+        ValueError,
+        "mask's prefix lengths must fit (2,); got shape (3,)",
+    ),
+    (
         lambda: qkv.attention(Q, K, V, mask=Mask.padding(torch.ones(2, 7, dtype=torch.bool, device="meta"))),
         ValueError,
         "mask is on meta, q on cpu; use mask.to('cpu')",
@@ -265,7 +275,7 @@ MASKS = [
     (
         lambda: Mask.causal() & BOOLEAN,
         TypeError,
-        "Mask.band(left=None, right=0) & Tensor: both must be a qkv.Mask. Use Mask.dense(allow).",
+        "Mask.causal() & Tensor: both must be a qkv.Mask. Use Mask.dense(allow).",
     ),
     (lambda: Mask.causal() & None, TypeError, "& NoneType: both must be a qkv.Mask. Use Mask.causal(), Mask.padding"),
 ]
@@ -339,12 +349,12 @@ LAYERS = [
     (
         lambda: qkv.CausalAttention(24, 6)(X, cache=qkv.SlidingKVCache(4)),
         ValueError,
-        "SlidingKVCache(window=4, sink_tokens=0) drops keys that Mask.band(left=None, right=0) shows. Use Mask.causal(window=4, sink_tokens=0), or a KVCache",
+        "SlidingKVCache(window=4, sink_tokens=0) drops keys that Mask.causal() shows. Use Mask.causal(window=4, sink_tokens=0), or a KVCache",
     ),
     (
         lambda: qkv.SlidingWindowAttention(24, 6, 5, causal=True)(X, cache=qkv.SlidingKVCache(4)),
         ValueError,
-        "drops keys that Mask.band(left=4, right=0) shows",
+        "drops keys that Mask.causal(window=5) shows",
     ),
 ]
 

@@ -2,25 +2,59 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 from oracle import Rule
+from torch import Tensor
 
 from qkv import Mask
+from qkv.masks import FIELDS
 
 LQ, LK = 7, 11
+KEEP = torch.arange(7) < torch.tensor([[5], [7]])
 
 bounds = st.none() | st.integers(0, 12)
 
 
 @st.composite
-def rules(draw: st.DrawFn) -> tuple[Mask, Rule]:
+def windows(draw: st.DrawFn) -> tuple[Mask, Rule]:
+    """A mask without tensors, and its rule."""
+    kind = draw(st.sampled_from(["band", "dilated", "prefix", "after", "before"]))
     left, right, sinks = draw(bounds), draw(bounds), draw(st.integers(0, 4))
-    mask, rule = Mask.band(left, right, sinks), Rule(left=left, right=right, sink_tokens=sinks)
+    if kind == "band":
+        mask, rule = Mask.band(left, right, sinks), Rule(left=left, right=right, sink_tokens=sinks)
+    elif kind == "dilated":
+        step = draw(st.integers(2, 4))
+        mask = Mask.band(left, right, sinks, step)
+        rule = Rule(left=left, right=right, sink_tokens=sinks, step=step)
+    elif kind == "prefix":
+        length = draw(st.integers(0, 12))
+        mask, rule = Mask.prefix(length) & Mask.band(left, None), Rule(left=left, right=0, prefix=[length, length])
+    else:
+        bound = draw(st.integers(0, 12))
+        mask, rule = ~Mask.band(None, bound), Rule(left=-bound - 1)
+        if kind == "before":
+            mask, rule = ~Mask.band(bound, None), Rule(right=-bound - 1)
+    if not mask.sink_tokens and draw(st.booleans()):
+        size, start = draw(st.integers(1, 6)), draw(st.integers(-5, 5))
+        mask, rule.chunk_ends = mask & Mask.chunked(size, start), list(range(start - 60, 60, size))
+    return mask, rule
+
+
+@st.composite
+def rules(draw: st.DrawFn) -> tuple[Mask, Rule]:
+    mask, rule = draw(windows())
+    if rule.right is None and draw(st.booleans()):
+        rule.right, rule.prefix = 0, [draw(st.integers(0, 12)) for _ in range(2)]
+        mask = mask & Mask.prefix(torch.tensor(rule.prefix))
+    if draw(st.booleans()):
+        rule.is_global = [[draw(st.integers(0, 3)) == 0 for _ in range(LK)] for _ in range(2)]
+        mask = mask | Mask.global_tokens(torch.tensor(rule.is_global))
     if draw(st.booleans()):
         rule.keep = [[draw(st.booleans()) for _ in range(LK)] for _ in range(2)]
         mask = mask & Mask.padding(torch.tensor(rule.keep))
@@ -51,12 +85,127 @@ def test_and_is_the_intersection_of_what_is_visible(
     first: tuple[Mask, Rule], second: tuple[Mask, Rule], offset: int
 ) -> None:
     (a, _), (b, _) = first, second
-    if a.left is not None and b.left is not None and a.left != b.left:
-        narrow, wide = (a, b) if a.left < b.left else (b, a)
-        assume(narrow.sink_tokens <= wide.sink_tokens)
-    both = a & b
-    want = first[0].visible(LQ, LK, offset) & second[0].visible(LQ, LK, offset)
-    assert torch.equal(*torch.broadcast_tensors(both.visible(LQ, LK, offset), want))
+    want = a.visible(LQ, LK, offset) & b.visible(LQ, LK, offset)
+    assert torch.equal(shown(lambda: a & b, offset), want.expand(2, 3, LQ, LK))
+
+
+def shown(make: Callable[[], Mask], offset: int) -> Tensor:
+    """What a combination shows; draws are rejected if it is not a mask."""
+    try:
+        mask = make()
+    except ValueError:
+        reject()
+    return mask.visible(LQ, LK, offset).expand(2, 3, LQ, LK)
+
+
+@st.composite
+def related(draw: st.DrawFn) -> tuple[Mask, Mask, Mask]:
+    """Masks of parts of which some are the same."""
+    keep = torch.rand(2, LK, generator=torch.Generator().manual_seed(draw(st.integers(0, 9)))) < 0.6
+    is_global = torch.rand(2, LK, generator=torch.Generator().manual_seed(draw(st.integers(0, 9)))) < 0.2
+    parts = [
+        *(Mask.full(), ~Mask.full(), Mask.causal(), ~Mask.causal(), Mask.band(3, None), ~Mask.band(2, None)),
+        *(Mask.causal(3), Mask.sliding(4), Mask.causal(2, dilation=2), Mask.causal(3, sink_tokens=1)),
+        *(Mask.chunked(2), Mask.chunked(4), Mask.prefix(3), Mask.prefix(torch.tensor([4, 2]))),
+        *(Mask.padding(keep), ~Mask.padding(keep), Mask.padding(torch.tensor([9, 5])), Mask.global_tokens(is_global)),
+        Mask.sliding(2) | Mask.global_tokens(is_global),
+        Mask.documents(torch.arange(LK)[None] // 3),
+        Mask.dense(keep[:, None, None]),
+    ]
+    one, two, three = (draw(st.sampled_from(parts)) for _ in range(3))
+    return one, two, three
+
+
+LAWS: dict[str, tuple[Callable[[Mask, Mask, Mask], Mask], Callable[[Tensor, Tensor, Tensor], Tensor]]] = {
+    "and": (lambda a, b, c: a & b, lambda a, b, c: a & b),
+    "or": (lambda a, b, c: a | b, lambda a, b, c: a | b),
+    "not": (lambda a, b, c: ~a, lambda a, b, c: ~a),
+    "double negation": (lambda a, b, c: ~~a, lambda a, b, c: a),
+    "De Morgan": (lambda a, b, c: ~(a & b), lambda a, b, c: ~a | ~b),
+    "De Morgan, parts inverted": (lambda a, b, c: ~a | ~b, lambda a, b, c: ~(a & b)),
+    "De Morgan of a union": (lambda a, b, c: ~(a | b), lambda a, b, c: ~a & ~b),
+    "De Morgan of a union, parts inverted": (lambda a, b, c: ~a & ~b, lambda a, b, c: ~(a | b)),
+    "absorption by or": (lambda a, b, c: a | (a & b), lambda a, b, c: a),
+    "absorption by and": (lambda a, b, c: a & (a | b), lambda a, b, c: a),
+    "distributivity": (lambda a, b, c: a & (b | c), lambda a, b, c: (a & b) | (a & c)),
+    "distributivity, multiplied out": (lambda a, b, c: (a & b) | (a & c), lambda a, b, c: a & (b | c)),
+    "distributivity of or": (lambda a, b, c: a | (b & c), lambda a, b, c: (a | b) & (a | c)),
+    "distributivity of or, multiplied out": (lambda a, b, c: (a | b) & (a | c), lambda a, b, c: a | (b & c)),
+    "associativity": (lambda a, b, c: (a & b) & c, lambda a, b, c: a & (b & c)),
+    "associativity of or": (lambda a, b, c: (a | b) | c, lambda a, b, c: a | (b | c)),
+    "excluded middle": (lambda a, b, c: a | ~a, lambda a, b, c: a | ~a),
+    "contradiction": (lambda a, b, c: a & ~a, lambda a, b, c: a & ~a),
+}
+
+
+@pytest.mark.parametrize("law", LAWS)
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+@given(related(), st.integers(0, LK - LQ))
+def test_laws_of_boolean_algebra_hold_where_the_result_is_a_mask(
+    law: str, masks: tuple[Mask, Mask, Mask], offset: int
+) -> None:
+    of_masks, of_pairs = LAWS[law]
+    want = of_pairs(*(mask.visible(LQ, LK, offset).expand(2, 3, LQ, LK) for mask in masks))
+    assert torch.equal(shown(lambda: of_masks(*masks), offset), want)
+
+
+@settings(max_examples=60, deadline=None)
+@given(windows(), windows(), st.integers(-9, LK))
+def test_masks_without_tensors_print_as_python_for_themselves(
+    first: tuple[Mask, Rule], second: tuple[Mask, Rule], offset: int
+) -> None:
+    for make in (lambda: first[0], lambda: first[0] & second[0], lambda: first[0] | second[0]):
+        seen = shown(make, offset)
+        again = eval(repr(make()))
+        assert again == make() and hash(again) == hash(make()) and repr(again) == repr(make())
+        assert torch.equal(again.visible(LQ, LK, offset).expand_as(seen), seen)
+
+
+COMBINED: list[tuple[Callable[[], Mask], str]] = [
+    (lambda: Mask.causal(3) | Mask.sliding(4), "Mask.sliding(window=4)"),
+    (lambda: Mask.causal(3) | Mask.band(1, 2), "Mask.sliding(window=4)"),
+    (lambda: Mask.causal() | ~Mask.causal(), "Mask.full()"),
+    (lambda: Mask.causal() & ~Mask.causal(), "~Mask.full()"),
+    (lambda: ~~Mask.causal(), "Mask.causal()"),
+    (lambda: ~Mask.causal() & Mask.band(5, 3), "Mask.band(left=None, right=3) & ~Mask.causal()"),
+    (lambda: Mask.causal(3, sink_tokens=4) | Mask.causal(6), "Mask.causal(window=6, sink_tokens=4)"),
+    (lambda: Mask.causal(4, dilation=2) & Mask.causal(9, dilation=3), "Mask.causal(window=2, dilation=6)"),
+    (lambda: Mask.causal(4, dilation=2) | Mask.causal(7), "Mask.causal(window=7)"),
+    (
+        lambda: Mask.band(5, 1, dilation=2),
+        "Mask.causal(window=3, dilation=2)",
+    ),
+    (lambda: Mask.sliding(4, dilation=3), "Mask.sliding(window=4, dilation=3)"),
+    (lambda: Mask.causal() & Mask.chunked(8) & Mask.chunked(4), "Mask.causal() & Mask.chunked(4)"),
+    (lambda: Mask.chunked(4, start=9) | Mask.chunked(8, start=5), "Mask.chunked(8, start=5)"),
+    (lambda: Mask.prefix(3) & Mask.causal(), "Mask.causal()"),
+    (lambda: Mask.prefix(3) | Mask.prefix(5), "Mask.prefix(5)"),
+    (lambda: Mask.prefix(3) & Mask.band(4, None), "Mask.prefix(3) & Mask.band(left=4, right=None)"),
+    (lambda: Mask.prefix(3) & Mask.prefix(torch.tensor([2, 5])), "Mask.prefix(<int64 (2,)>)"),
+    (lambda: ~Mask.padding(KEEP), "Mask.padding(<bool (2, 7)>)"),
+    (
+        lambda: Mask.padding(KEEP) & Mask.causal() | Mask.padding(KEEP) & Mask.sliding(2),
+        "Mask.band(left=None, right=1) & Mask.padding(<bool (2, 7)>)",
+    ),
+    (lambda: Mask.padding(KEEP) | ~Mask.padding(KEEP), "Mask.padding(<bool (2, 7)>)"),
+    (lambda: Mask.full() | Mask.global_tokens(KEEP), "Mask.full()"),
+    (
+        lambda: Mask.causal() & Mask.chunked(4) | Mask.global_tokens(KEEP),
+        "Mask.causal() & Mask.chunked(4) | Mask.global_tokens(<bool (2, 7)>)",
+    ),
+    (
+        lambda: (Mask.sliding(4) | Mask.global_tokens(KEEP)) & Mask.padding(KEEP),
+        "(Mask.sliding(window=4) | Mask.global_tokens(<bool (2, 7)>)) & Mask.padding(<bool (2, 7)>)",
+    ),
+    (
+        lambda: Mask.global_tokens(KEEP) & Mask.padding(KEEP),
+        "Mask.global_tokens(<bool (2, 7)>) & Mask.padding(<bool (2, 7)>)",
+    ),
+    (
+        lambda: Mask.causal() & Mask.padding(KEEP) & Mask.padding(torch.tensor([3, 4])),
+        "Mask.causal() & Mask.padding(<bool (2, 7)>) & Mask.padding(<int64 (2,)>)",
+    ),
+]
 
 
 @settings(max_examples=60, deadline=None)
@@ -71,32 +220,91 @@ def test_simplifying_and_trimming_change_no_visible_pair(stated: tuple[Mask, Rul
     assert torch.equal(trimmed.expand(2, 3, LQ, stop - start), want[..., start:stop])
 
 
-def test_shorthands_equal_bands_and_print_as_bands() -> None:
+@pytest.mark.parametrize(("make", "text"), COMBINED, ids=[text for _, text in COMBINED])
+def test_masks_print_as_what_builds_them(make: Callable[[], Mask], text: str) -> None:
+    assert repr(make()) == text
+
+
+def test_shorthands_equal_bands() -> None:
     assert Mask.causal() == Mask.band(None, 0)
     assert Mask.causal(window=4) == Mask.band(3, 0)
     assert Mask.sliding(window=4) == Mask.band(2, 2)
-    assert repr(Mask.full()) == "Mask.full()"
-    assert repr(Mask.causal(4, sink_tokens=2)) == "Mask.band(left=3, right=0, sink_tokens=2)"
-    for mask in (Mask.full(), Mask.causal(), Mask.causal(4, sink_tokens=2)):
-        assert eval(repr(mask)) == mask
-    both = Mask.causal() & Mask.padding(torch.ones(2, 7, dtype=torch.bool)) & Mask.padding(torch.tensor([3, 4]))
-    assert repr(both) == ("Mask.band(left=None, right=0) & Mask.padding(<bool (2, 7)>) & Mask.padding(<int64 (2,)>)")
+    assert Mask.causal(window=4, dilation=3) == Mask.band(9, 0, dilation=3) == Mask.band(11, 2, dilation=3)
 
 
-def test_masks_compare_and_hash_by_bounds_and_by_tensor_identity() -> None:
-    keep = torch.ones(2, 7, dtype=torch.bool)
-    assert Mask.padding(keep) == Mask.padding(keep)
-    assert Mask.padding(keep) != Mask.padding(keep.clone())
-    assert len({Mask.causal(), Mask.causal(), Mask.causal(3), Mask.padding(keep), Mask.padding(keep)}) == 3
-    assert Mask.causal() != "causal"
+def test_integers_of_an_attention_mask_are_padding() -> None:
+    keep = torch.tensor([[1, 1, 0], [0, 1, 1]])
+    for mask in (Mask.padding(keep), Mask.padding(keep.to(torch.uint8))):
+        assert torch.equal(mask.keep, keep.bool())
+        mask.keep.zero_()
+    assert keep.sum() == 4
+    assert torch.equal(Mask.global_tokens(keep).is_global, keep.bool())
+    assert Mask.padding(keep.to("meta")).keep.dtype == torch.bool  # numbers that cannot be read are not checked
 
 
-def test_masks_survive_copies_and_pickles() -> None:
-    mask = Mask.causal(4, sink_tokens=2) & Mask.padding(torch.tensor([3, 4]))
-    for again in (copy.copy(mask), copy.deepcopy(mask), pickle.loads(pickle.dumps(mask))):
+def test_every_field_is_part_of_identity_copies_and_selections() -> None:
+    flags = torch.rand(2, 9) < 0.5
+    mask = (
+        Mask.prefix(torch.tensor([3, 4])) & Mask.chunked(5, 2) & Mask.band(6, None, dilation=2)
+    ) | Mask.global_tokens(flags)
+    mask = (
+        mask
+        & Mask.padding(flags)
+        & Mask.padding(torch.tensor([8, 9]))
+        & Mask.documents(flags.int())
+        & Mask.dense(flags[:, None, None])
+    )
+    other = Mask.causal(3, sink_tokens=2)
+    both = [*zip(FIELDS, mask.values(), strict=True), *zip(FIELDS, other.values(), strict=True), ("prefix_tokens", 2)]
+    used = {name for name, value in both if value is not getattr(Mask.full(), name)}
+    assert used == set(FIELDS)
+    for again in (copy.copy(mask), copy.deepcopy(mask), pickle.loads(pickle.dumps(mask)), mask.to("cpu")):
         assert repr(again) == repr(mask)
-        assert torch.equal(again.visible(7, 7), mask.visible(7, 7))
-    assert mask.to("meta").lengths.device.type == "meta"
+        assert torch.equal(again.visible(9, 9), mask.visible(9, 9))
+    assert all(tensor.device.type == "meta" for _, tensor in mask.to("meta").tensors())
+    assert Mask(*mask.values()) == mask and len(set(map(repr, (mask, other)))) == 2
+    assert len({Mask.chunked(4), Mask.chunked(4, 1), Mask.prefix(1), Mask.prefix(2), Mask.causal(dilation=2)}) == 5
+
+
+@settings(max_examples=60, deadline=None)
+@given(rules(), st.integers(0, 3), st.integers(0, 4))
+def test_selected_keys_are_seen_as_before(stated: tuple[Mask, Rule], sinks: int, start: int) -> None:
+    """Those behind sinks. Sinks themselves move closer to the queries."""
+    mask, offset = stated[0], LK - LQ
+    if mask.sink_tokens > sinks or start < sinks:
+        reject()
+    want = mask.visible(LQ, LK, offset).expand(2, 3, LQ, LK)[..., start:]
+    selected = mask.select_keys(start, LK, sinks).visible(LQ, sinks + LK - start, offset - start + sinks)
+    assert torch.equal(selected.expand(2, 3, LQ, -1)[..., sinks:], want)
+
+
+def test_drawings_are_what_is_visible() -> None:
+    assert Mask.causal(window=2).draw(3) == "#..\n##.\n.##"
+    assert Mask.causal().draw(2, 4, offset=2) == "###.\n####"
+    assert Mask.full().draw(1, 4) == "####"
+    assert Mask.global_tokens(torch.tensor([[True, False, False]])).draw(3) == "###\n#..\n#.."
+    assert Mask.padding(torch.tensor([1, 2])).draw(1, 2) == "row 0:\n#.\nrow 1:\n##"
+    allow = torch.tensor([[[True, False]], [[False, True]]])
+    assert Mask.dense(allow).draw(1, 2) == "head 0:\n#.\nhead 1:\n.#"
+    both = Mask.dense(allow) & Mask.padding(torch.tensor([[True, True], [True, False]]))
+    assert both.draw(1, 2) == "row 0, head 0:\n#.\nrow 0, head 1:\n.#\nrow 1, head 0:\n#.\nrow 1, head 1:\n.."
+
+
+@pytest.mark.parametrize(("lq", "lk"), [(72, 72), (73, 73), (145, 300), (1, 1000)])
+def test_large_drawings_are_cells_of_at_most_80_columns(lq: int, lk: int) -> None:
+    mask = Mask.sliding(20)
+    head, *lines = mask.draw(lq, lk, offset=0).split("\n")
+    size = -(-max(lq, lk) // 72)
+    if size == 1:
+        lines = [head, *lines]
+    else:
+        assert head == f"each character is {size} x {size} pairs, + where some are visible"
+    assert max(map(len, lines)) <= 72 and len(lines) == -(-lq // size)
+    pairs = mask.visible(lq, lk)[0, 0]
+    for i, line in enumerate(lines):
+        for j, character in enumerate(line):
+            cell = pairs[i * size : (i + 1) * size, j * size : (j + 1) * size]
+            assert character == ("#" if cell.all() else "+" if cell.any() else ".")
 
 
 def test_masks_are_frozen() -> None:
@@ -123,16 +331,74 @@ def test_documents_of_two_masks_intersect() -> None:
         (lambda: Mask.band(0, -2), ValueError, r"Mask.band: right must be at least 0 .*got -2"),
         (lambda: Mask.band(3, 0, -5), ValueError, r"sink_tokens must be at least 0 .*got -5"),
         (lambda: Mask.padding(torch.ones(2, 3)), ValueError, r"boolean \(B, Lk\).*torch.float32 of shape \(2, 3\)"),
-        (lambda: Mask.padding(torch.ones(2, 3, dtype=torch.int64)), ValueError, r"got torch.int64 of shape \(2, 3\)"),
+        (
+            lambda: Mask.padding(torch.tensor([[1, 2, 0]])),
+            ValueError,
+            r"Mask.padding: keep must be boolean, or integers 0 and 1; got integers from 0 to 2\. For documents .*ids",
+        ),
+        (lambda: Mask.padding(torch.ones(2, 3, 4, dtype=torch.int64)), ValueError, r"got torch.int64 of .*\(2, 3, 4\)"),
+        (lambda: Mask.causal(2, dilation=0), ValueError, r"Mask.causal: dilation must be at least 1; got 0"),
+        (lambda: Mask.sliding(2, dilation=1.5), TypeError, r"Mask.sliding: dilation must be an int; got 1.5"),
+        (lambda: Mask.band(2, 0, dilation=-1), ValueError, r"Mask.band: dilation must be at least 1; got -1"),
+        (lambda: Mask.chunked(0), ValueError, r"Mask.chunked: size must be at least 1 \(it is a number of .*got 0"),
+        (lambda: Mask.chunked(4, start=None), TypeError, r"Mask.chunked: start must be an int; got None"),
+        (lambda: Mask.prefix(-1), ValueError, r"Mask.prefix: lengths must be at least 0, or a tensor \(B,\); got -1"),
+        (lambda: Mask.prefix(2.0), TypeError, r"Mask.prefix: lengths must be an int, or a tensor \(B,\); got 2.0"),
+        (
+            lambda: Mask.prefix(torch.ones(2)),
+            ValueError,
+            r"integers of shape \(B,\).*got torch.float32 of shape \(2,\)",
+        ),
+        (lambda: Mask.global_tokens([True]), TypeError, r"Mask.global_tokens: is_global must be a tensor; got list"),
+        (lambda: Mask.global_tokens(torch.ones(3)), ValueError, r"boolean \(B, L\).*got torch.float32 of shape \(3,\)"),
+        (lambda: Mask.global_tokens(torch.tensor([[3]])), ValueError, r"is_global must be .*got integers from 3 to 3"),
+        (lambda: Mask.causal() | 3, TypeError, r"Mask.causal\(\) \| int: both must be a qkv.Mask"),
+        (lambda: Mask.causal(2) | Mask.causal(3, dilation=2), ValueError, r"not a mask of these kinds"),
+        (
+            lambda: Mask.sliding(2) | Mask.padding(KEEP),
+            ValueError,
+            r"Mask.sliding\(window=2\) \| Mask.padding\(<bool \(2, 7\)>\): their union is not a mask of these kinds\. "
+            r"Combine dense masks: Mask.dense\(a.visible\(lq, lk\) \| b.visible\(lq, lk\)\)",
+        ),
+        (
+            lambda: ~Mask.causal(3),
+            ValueError,
+            r"~\(Mask.causal\(window=3\)\): what it hides is not a mask .*Mask.dense\(~mask.visible\(lq, lk\)\)",
+        ),
+        (lambda: ~Mask.documents(torch.ones(1, 3, dtype=torch.int64)), ValueError, r"what it hides is not a mask"),
+        (lambda: ~Mask.padding(torch.tensor([3])), ValueError, r"what it hides is not a mask"),
+        (
+            lambda: (Mask.sliding(2) | Mask.global_tokens(KEEP)) & Mask.causal(),
+            ValueError,
+            r"global tokens see all keys, .*\(a & b\) \| Mask.global_tokens\(...\), or dense masks",
+        ),
+        (
+            lambda: Mask.chunked(4) & Mask.chunked(6),
+            ValueError,
+            r"Mask.chunked\(4\) & Mask.chunked\(6\): the larger chunks do not end .*Mask.documents\(positions // 4\)",
+        ),
+        (
+            lambda: Mask.causal(4, sink_tokens=1) & Mask.chunked(8),
+            ValueError,
+            r"chunks hide sink tokens from later chunks.*Mask.documents\(positions // 8\)",
+        ),
+        (lambda: Mask.prefix(3) & Mask.sliding(4), ValueError, r"a prefix of which only keys up to the query \+ 2 are"),
+        (lambda: Mask.causal().draw(0), ValueError, r"Mask.draw: lq must be at least 1; got 0"),
+        (
+            lambda: Mask.causal().draw(2, 3),
+            ValueError,
+            r"so 2 queries with 3 keys need an offset; got None\. offset=1 al",
+        ),
+        (lambda: Mask.padding(KEEP).draw(8), ValueError, r"Mask.draw: mask's padding keep must fit \(2, 8\)"),
         (lambda: Mask.documents(torch.ones(3)), ValueError, r"integers of shape \(B, L\); got torch.float32"),
         (lambda: Mask.dense(torch.ones(3, 3)), ValueError, r"got torch.float32 of shape \(3, 3\).*bias="),
         (lambda: Mask.dense(torch.ones(3, dtype=torch.bool)), ValueError, r"got torch.bool of shape \(3,\)"),
-        (lambda: bool(Mask.causal()), TypeError, r"Mask.band\(left=None, right=0\) has no truth value.*`&`"),
-        (lambda: Mask.causal() and Mask.sliding(2), TypeError, r"combine masks with `&`, not with `and`"),
+        (lambda: bool(Mask.causal()), TypeError, r"Mask.causal\(\) has no truth value.*`&` and `\|`"),
+        (lambda: Mask.causal() and Mask.sliding(2), TypeError, r"combine masks with `&` and `\|`, not with `and`"),
         (
             lambda: Mask.causal(3, sink_tokens=4) & Mask.causal(6, sink_tokens=1),
             ValueError,
-            r"narrower window has 4 sink tokens, the wider one 1",
+            r"window with 1 sink tokens is not within the one with 4; .*not a band\. Give both the same sink_tokens",
         ),
     ],
 )

@@ -189,6 +189,29 @@ def test_a_layer_traced_on_finite_inputs_hides_nan(backend: str, tracer: str, tm
     close(program(x.masked_fill(~KEEP[..., None], torch.nan), KEEP)[KEEP], want[KEEP])
 
 
+class Positions(nn.Module):
+    """Prefixes, chunks, dilation, global tokens and integers as padding, with tensors as inputs."""
+
+    def forward(self, x: Tensor, lengths: Tensor, flags: Tensor) -> Tensor:
+        masks = (
+            Mask.prefix(lengths) & Mask.chunked(7, start=2),
+            Mask.sliding(4, dilation=2) | Mask.global_tokens(flags),
+            Mask.causal() & Mask.padding(flags),
+        )
+        return torch.stack([qkv.attention(x, x, x, mask=mask) for mask in masks])
+
+
+@pytest.mark.parametrize(
+    "tracer",
+    [pytest.param(name, marks=() if name in ("jit", "compile", "export") else pytest.mark.long) for name in TRACERS],
+)
+def test_traced_masks_of_positions_read_their_inputs(tracer: str, tmp_path: Path) -> None:
+    x, flags = torch.randn(BATCH, 2, LENGTH, 8), (torch.arange(LENGTH)[None] % torch.tensor([[4], [5]]) == 1).long()
+    given = x, torch.tensor([5, 9]), flags
+    program = TRACERS[tracer](Positions(), (x, torch.tensor([1, 1]), flags * 0 + 1), tmp_path)
+    close(program(*given), Positions()(*given))
+
+
 @pytest.mark.parametrize("backend", ["auto", "sdpa", "reference"])
 def test_a_jit_trace_in_training_is_saved_and_has_the_gradients(backend: str, tmp_path: Path) -> None:
     layer, x = Layer(backend).requires_grad_(True), torch.randn(BATCH, LENGTH, WIDTH)

@@ -77,11 +77,16 @@ std::string Case::describe() const {
     if (left != UNBOUNDED) text << " left=" << left;
     if (right != UNBOUNDED) text << " right=" << right;
     if (sink_tokens) text << " sink_tokens=" << sink_tokens;
+    if (prefix_tokens) text << " prefix_tokens=" << prefix_tokens;
+    if (dilation > 1) text << " dilation=" << dilation;
+    if (chunk) text << " chunk=" << chunk << " chunk_start=" << chunk_start;
+    if (global_every) text << " global_every=" << global_every;
     for (const auto& [is_set, name] : {std::pair(keep, " keep"),
                                        {!offsets.empty(), " offsets"},
                                        {documents, " documents"},
                                        {in_runs, " in_runs"},
                                        {!lengths.empty(), " lengths"},
+                                       {!prefix_lengths.empty(), " prefix_lengths"},
                                        {allow.has_value(), " allow"},
                                        {bias.has_value(), " bias"},
                                        {alibi, " alibi"},
@@ -121,6 +126,7 @@ Call::Call(const Case& c)
         const int64_t batch = i / c.lk, key = i % c.lk;
         if (c.keep && c.in_runs) keep.push_back(batch == 0 && key >= c.lk / 5 && key < c.lk - c.lk / 7);
         if (c.keep && !c.in_runs) keep.push_back(random() % 3 > 0);
+        if (c.global_every) is_global.push_back(key % c.global_every == 5);
         if (!c.documents) continue;
         const bool begins = key == 0 || random() % 40 == 0;
         const int64_t name = c.in_runs ? -i : (int64_t)(random() % 3);
@@ -155,9 +161,16 @@ Call::Call(const Case& c)
     problem.left = c.left;
     problem.right = c.right;
     problem.sink_tokens = c.sink_tokens;
+    problem.prefix_tokens = c.prefix_tokens;
+    problem.dilation = c.dilation;
+    problem.chunk = c.chunk;
+    problem.chunk_start = c.chunk_start;
     problem.keep = data(keep);
     problem.document_ids = data(documents);
-    problem.keep_batch = problem.document_ids_batch = c.shared_rows ? 0 : c.lk;
+    problem.is_global = data(is_global);
+    problem.keep_batch = problem.document_ids_batch = problem.is_global_batch = c.shared_rows ? 0 : c.lk;
+    problem.prefix_lengths = data(this->c.prefix_lengths);
+    problem.prefix_lengths_batch = c.prefix_lengths.size() > 1;
     problem.lengths = data(this->c.lengths);
     problem.lengths_batch = c.lengths.size() > 1;
     problem.allow = as_matrix(allow, c.allow);

@@ -26,10 +26,12 @@ struct Case {
     int64_t batch = 1, kv_heads = 1, group = 1, lq = 1, lk = 1, width = 16, value_width = 16;
     int64_t offset = 0, left = UNBOUNDED, right = UNBOUNDED, sink_tokens = 0;
     std::vector<int64_t> offsets = {};  // of each batch, added to the offset
+    int64_t prefix_tokens = 0, dilation = 1, chunk = 0, chunk_start = 0;
     bool keep = false, documents = false;
+    int64_t global_every = 0;  // position n * global_every + 5 is a global token; 0 for none
     bool in_runs = false;      // the keys that are kept, and those of each document, follow each other
     bool shared_rows = false;  // one row of keep and documents for all batches
-    std::vector<int64_t> lengths = {};
+    std::vector<int64_t> lengths = {}, prefix_lengths = {};
     std::optional<Broadcast> allow = {}, bias = {};
     Dtype bias_dtype = Dtype::f32;
     bool alibi = false, sink_logits = false, d_lse = true;
@@ -64,7 +66,7 @@ class Call {
     Tensor k_scale, v_scale;                    // (batch, kv_heads, 1, lk)
     Tensor lse, d_lse, delta, d_bias, d_alibi;  // (batch, heads, lq, 1), or (1, 1, 1, heads)
     Tensor bias, allow;
-    std::vector<uint8_t> keep;
+    std::vector<uint8_t> keep, is_global;
     std::vector<int64_t> documents;
     std::vector<float> alibi, sink_logits;
     Problem problem{};

@@ -105,10 +105,29 @@ void round(Allowed& all, Dtype dtype, double scale) {
 
 }  // namespace
 
+namespace {
+
+// The number of chunks between a position and the first chunk.
+int64_t chunk_of(const Problem& p, int64_t position) {
+    return (int64_t)std::floor((double)(position - p.chunk_start) / (double)p.chunk);
+}
+
+// Whether positions alone show the key, global tokens apart.
+bool is_near(const Problem& p, int64_t batch, int64_t position, int64_t key) {
+    const int64_t prefix = p.prefix_lengths ? p.prefix_lengths[batch * p.prefix_lengths_batch] : p.prefix_tokens;
+    if (key > position + p.right && key >= prefix) return false;
+    if (p.chunk && chunk_of(p, position) != chunk_of(p, key)) return false;
+    if (key < p.sink_tokens) return true;
+    return key >= position - p.left && (p.dilation <= 1 || std::llabs(position - key) % p.dilation == 0);
+}
+
+}  // namespace
+
 bool is_visible(const Problem& p, int64_t batch, int64_t head, int64_t query, int64_t key) {
     const int64_t position = query + offset_of(p, batch);
-    if (key > position + p.right) return false;
-    if (key < position - p.left && key >= p.sink_tokens) return false;
+    const uint8_t* const is_global = p.is_global ? p.is_global + batch * p.is_global_batch : nullptr;
+    const bool seen_globally = is_global && (is_global[position] || is_global[key]);
+    if (!seen_globally && !is_near(p, batch, position, key)) return false;
     if (p.keep && !p.keep[batch * p.keep_batch + key]) return false;
     if (p.lengths && key >= p.lengths[batch * p.lengths_batch]) return false;
     if (p.document_ids) {

@@ -136,6 +136,79 @@ TEST(documents) {
     check_in_both_forms(c);
 }
 
+TEST(chunks) {
+    for (const auto& [chunk, start] : {std::pair<int64_t, int64_t>{1, 0}, {7, 3}, {96, 0}, {100, 40}, {1000, 0}}) {
+        Case c;
+        c.chunk = chunk;
+        c.chunk_start = start;
+        check_all(c);
+        c.right = 0;
+        c.left = 60;
+        c.documents = c.in_runs = true;
+        check_all(c);
+    }
+    Case c;
+    c.lq = 66;
+    c.lk = 50;
+    c.offset = -30;
+    c.chunk = 20;
+    c.chunk_start = 7;
+    check(c);
+}
+
+TEST(prefixes) {
+    for (int64_t prefix : {1, 12, 97, 500}) {
+        Case c;
+        c.right = 0;
+        c.prefix_tokens = prefix;
+        check_all(c);
+        c.prefix_tokens = 0;
+        c.prefix_lengths = {prefix, 150};
+        c.left = 40;
+        c.sink_tokens = 3;
+        check_all(c);
+        c.prefix_lengths = {prefix};
+        c.keep = true;
+        check_all(c);
+    }
+}
+
+TEST(dilation) {
+    for (int64_t dilation : {2, 13, 100, 2147483647}) {
+        Case c;
+        c.dilation = dilation;
+        check_all(c);
+        c.left = 120;
+        c.right = 0;
+        c.sink_tokens = dilation == 13 ? 5 : 0;
+        check_all(c);
+    }
+    Case c;
+    c.lq = 66;
+    c.lk = 50;
+    c.offset = -30;
+    c.dilation = 3;
+    check(c);
+}
+
+TEST(global_tokens) {
+    for (int64_t every : {7, 90, 1000}) {
+        Case c;
+        c.global_every = every;
+        c.left = c.right = -1;  // nothing but global tokens
+        check_all(c);
+        c.left = 20;
+        c.right = 8;
+        check_in_both_forms(c);
+        c.keep = c.documents = true;
+        c.lengths = {190, 101};
+        check_in_both_forms(c);
+        c.sink_tokens = 3;
+        c.dilation = 4;
+        check_in_both_forms(c);
+    }
+}
+
 TEST(dense) {
     for (const Broadcast& broadcast : {Broadcast{},
                                        {true, false, false, false},
@@ -153,6 +226,9 @@ TEST(all_together) {
     c.left = 90;
     c.right = 5;
     c.sink_tokens = 3;
+    c.dilation = 3;
+    c.prefix_tokens = 40;
+    c.global_every = 60;
     c.keep = c.documents = true;
     c.lengths = {200, 101};
     c.in_runs = true;  // first keys are seen from far away, which no interval tells
@@ -176,6 +252,16 @@ TEST(hidden_blocks_are_not_computed) {
     require(count_scores(c) == all, "a full problem computes each score once");
     require(count_scores(c.causal()) < 0.51 * all, "a causal mask computes more than half of all scores");
     require(count_scores(c.causal(240)) < 0.14 * all, "a window of an eighth computes more than that");
+    Case chunks = c.causal();
+    chunks.chunk = 240;
+    require(count_scores(chunks) < 0.08 * all, "chunks of an eighth compute more than half of each");
+    Case prefix = c.causal();
+    prefix.prefix_tokens = 960;
+    require(count_scores(prefix) < 0.64 * all, "a prefix of a half computes more than half of the rest");
+    Case global = c;
+    global.left = global.right = 60;
+    global.global_every = 1920;  // one
+    require(count_scores(global) < 0.17 * all, "a global token computes more than its row and its column");
     c.lengths = {960};
     require(count_scores(c) == all / 2, "padding is computed");
 }

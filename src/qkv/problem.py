@@ -244,7 +244,7 @@ def _resolve_offset(
     if isinstance(offset, int) and not -MAX_POSITION < offset < MAX_POSITION:
         raise ValueError(f"{caller}: offset must be between -2**62 and 2**62; got {offset}.")
     if mask.positional_tensors() and (offset < 0 or offset + lq > lk):
-        raise _outside_of_documents(caller, str(offset), lq, lk)
+        raise _queries_not_covered(caller, mask, str(offset), lq, lk)
     return offset
 
 
@@ -267,7 +267,7 @@ def _check_offsets(caller: str, mask: Mask, offset: Tensor, q: Tensor, lk: int) 
         if not -MAX_POSITION_OF_ROWS < low <= high < MAX_POSITION_OF_ROWS:
             raise ValueError(f"{caller}: offset must be between -2**30 and 2**30 in each row; got {low} to {high}.")
         if mask.positional_tensors() and (low < 0 or high + lq > lk):
-            raise _outside_of_documents(caller, f"{low} to {high}", lq, lk)
+            raise _queries_not_covered(caller, mask, f"{low} to {high}", lq, lk)
     return offset
 
 
@@ -278,7 +278,8 @@ def _not_an_offset(caller: str, got: str) -> TypeError:
     )
 
 
-def _outside_of_documents(caller: str, offset: str, lq: int, lk: int) -> ValueError:
+def _queries_not_covered(caller: str, mask: Mask, offset: str, lq: int, lk: int) -> ValueError:
+    kind = "documents" if mask.document_ids is not None else "global_tokens"
     return ValueError(
-        f"{caller}: a documents mask of {lk} positions must cover the queries; got offset={offset} and {lq} queries."
+        f"{caller}: a {kind} mask of {lk} positions must cover the queries; got offset={offset} and {lq} queries."
     )

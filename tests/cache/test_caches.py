@@ -104,6 +104,58 @@ def test_a_layer_that_sees_later_keys_is_refused_with_a_filled_cache(make: Calla
         assert cache.columns == 7
 
 
+CHUNKS = Mask.causal() & Mask.chunked(4, start=3)
+
+
+@pytest.mark.parametrize("parts", [[1] * 13, [2, 5, 6], [9, 1, 3], [13]], ids=str)
+@pytest.mark.parametrize(
+    "mask", [CHUNKS, CHUNKS & Mask.causal(2), Mask.causal(2, dilation=3), Mask.causal(2, dilation=3) & CHUNKS], ids=repr
+)
+@torch.no_grad()
+def test_a_sliding_cache_of_a_chunk_or_a_dilated_window_suffices(mask: Mask, parts: list[int]) -> None:
+    layer, x = qkv.Attention(24, 6, mask=mask, rotary=qkv.RotaryEmbedding(4)).double(), torch.randn(2, 13, 24).double()
+    for cache in (qkv.SlidingKVCache(4), qkv.KVCache()):
+        steps = [layer(part, cache=cache) for part in x.split(parts, dim=1)]
+        torch.testing.assert_close(torch.cat(steps, dim=1), layer(x))
+        assert cache.length == 13
+
+
+@torch.no_grad()
+def test_a_sliding_cache_refuses_chunks_and_dilated_windows_that_reach_further() -> None:
+    for mask in (Mask.causal() & Mask.chunked(5), Mask.causal(3, dilation=2), Mask.causal() & Mask.prefix(2)):
+        with pytest.raises(
+            ValueError, match=r"SlidingKVCache\(window=4, sink_tokens=0\) drops keys that Mask.causal\("
+        ):
+            qkv.Attention(24, 6, mask=mask)(X, cache=qkv.SlidingKVCache(4))
+
+
+@each_cache
+@pytest.mark.parametrize("lengths", [4, torch.tensor([4, 2])], ids=str)
+@torch.no_grad()
+def test_a_prefix_must_be_given_in_one_call(make: Callable[[], Any], lengths: int | Tensor) -> None:
+    prefix = Mask.prefix(lengths)
+    cache = make()
+    mask = prefix & Mask.band(3, None) if isinstance(cache, qkv.SlidingKVCache) else prefix
+    layer = qkv.Attention(24, 6, mask=mask)
+    layer(X[:, :3], cache=cache)
+    with pytest.raises(ValueError, match=r"pass all tokens \(or the prefix\) in one call"):
+        layer(X[:, 3:], cache=cache)
+    assert cache.length == 3
+    cache.reset()
+    steps = [layer(part, cache=cache) for part in X.split([4, 1, 1], dim=1)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), layer(X), atol=0.02, rtol=0.02)  # int8 rounds
+
+
+@torch.no_grad()
+def test_whole_chunks_that_see_all_of_themselves_may_be_appended() -> None:
+    layer, cache = qkv.Attention(24, 6, mask=Mask.chunked(2)), qkv.KVCache()
+    steps = [layer(part, cache=cache) for part in X.split([4, 2], dim=1)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), layer(X))
+    layer(X[:, :1], cache=cache)
+    with pytest.raises(ValueError, match="the mask must not show keys after the query"):
+        layer(X[:, :1], cache=cache)
+
+
 @each_cache
 @torch.no_grad()
 def test_a_call_that_fails_adds_nothing(make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:

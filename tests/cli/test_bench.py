@@ -85,7 +85,7 @@ def test_json(capsys, threads):
     }
     rows = report["mechanisms"]
     assert [row["mechanism"] for row in rows] == NAMES
-    assert rows[4]["mask"] == "Mask.band(left=4, right=0)"
+    assert rows[4]["mask"] == "Mask.causal(window=5)"
     assert rows[4]["kv_bytes"] == 3 * 5 * 6 * 16 * 2
     for row in rows:
         assert row["backend"] in ("native", "sdpa")

@@ -112,7 +112,9 @@ def draw(seed: int) -> Draw:
     )
     q = q[:, :heads]
     v = normal(batch, kv_heads, lk, value_width)
-    mask, visible, offset, first = _mask(chance, random.Random(~seed), numbers, batch, heads, lq, lk)
+    mask, visible, offset, first = _mask(
+        chance, random.Random(~seed), random.Random(f"{seed}"), numbers, batch, heads, lq, lk
+    )
     found = Draw(
         *(seed, q.to(dtype), k.to(dtype), v.to(dtype), mask, visible, offset, first),
         scale=chance.choice((None, None, None, 0.3, 1.0, 0.0, -0.2)),
@@ -138,13 +140,17 @@ def draw(seed: int) -> Draw:
 def _mask(
     chance: random.Random,
     by_row: random.Random,
+    more: random.Random,
     numbers: torch.Generator,
     batch: int,
     heads: int,
     lq: int,
     lk: int,
 ) -> tuple[Mask, Tensor, int | Tensor | None, Tensor]:
-    """A mask, what it shows, the offset to give and the one of each row that it means."""
+    """A mask, what it shows, the offset to give and the one of each row that it means.
+
+    ``by_row`` and ``more`` draw the kinds that were added later, so that old seeds draw all else as before.
+    """
     visible = torch.ones(batch, heads, lq, lk, dtype=torch.bool)
     mask = Mask.full()
     kinds = {kind for kind in ("interval", "keep", "lengths", "documents", "dense") if chance.random() < 0.2}
@@ -170,6 +176,7 @@ def _mask(
             visible = visible & (j <= i + right)
         if left is not None:
             visible = visible & ((j >= i - left) | (j < sinks))
+    mask, visible = _positions(more, mask, visible, first)
     rows = chance.choice((1, batch))
     if "keep" in kinds:
         keep = torch.rand(rows, lk, generator=numbers) < chance.choice((0.3, 0.8))
@@ -192,6 +199,31 @@ def _mask(
         mask, visible = mask & Mask.dense(allow), visible & allow
     implied = lq == lk and position == 0 and chance.random() < 0.5
     return mask, visible, first if has_rows else None if implied else position, first
+
+
+def _positions(more: random.Random, mask: Mask, visible: Tensor, first: Tensor) -> tuple[Mask, Tensor]:
+    """A mask of an interval, perhaps with chunks, a prefix, dilation and global tokens."""
+    batch, _, lq, lk = visible.shape
+    i, j = (first[:, None] + torch.arange(lq))[:, None, :, None], torch.arange(lk)
+    if mask.sink_tokens == 0 and more.random() < 0.15:
+        size, start = more.choice((1, 5, 12, 40, 100)), more.randint(-9, 50)
+        mask = mask & Mask.chunked(size, start)
+        visible = visible & (
+            (i - start).div(size, rounding_mode="floor") == (j - start).div(size, rounding_mode="floor")
+        )
+    if mask.sink_tokens == 0 and more.random() < 0.15:
+        step = more.choice((2, 3, 16, 70))
+        mask, visible = mask & Mask.band(None, None, dilation=step), visible & ((i - j) % step == 0)
+    if mask.right is None and more.random() < 0.3:
+        lengths = torch.tensor([more.randint(0, lk + 2) for _ in range(more.choice((1, batch)))])
+        mask = mask & Mask.prefix(lengths if len(lengths) > 1 or more.random() < 0.5 else int(lengths))
+        visible = visible & ((j <= i) | (j < lengths[:, None, None, None]))
+    if int(first.min()) >= 0 and int(first.max()) <= lk - lq and more.random() < 0.15:
+        rarity = more.choice((2, 20, 100))
+        flags = torch.tensor([[more.randrange(rarity) == 0 for _ in range(lk)] for _ in range(more.choice((1, batch)))])
+        mask = mask | Mask.global_tokens(flags)
+        visible = visible | flags[:, None, None] | flags.expand(batch, -1).gather(1, i.flatten(1))[:, None, :, None]
+    return mask, visible
 
 
 def _bias(chance: random.Random, normal: Any, batch: int, heads: int, lq: int, lk: int) -> Tensor:

@@ -499,6 +499,30 @@ def test_hidden_scores_are_not_computed() -> None:
     assert computed(documents) < 1.02 and computed(documents & Mask.causal()) < 1.06
     assert computed(Mask.padding(torch.arange(2048)[None] % 96 < 48)) < 2.01
     assert computed(Mask.documents(torch.arange(2048)[None] // 96 % 5)) < 1.4
+    assert computed(Mask.chunked(512)) < 1.02 and computed(Mask.chunked(512) & Mask.causal()) < 1.06
+    assert computed(Mask.prefix(700)) < 1.02 and computed(Mask.prefix(torch.tensor([700]))) < 1.02
+    assert computed(Mask.causal(window=64, dilation=8)) < 8.5
+    assert computed(~Mask.causal()) < 1.02
+    few = Mask.global_tokens(torch.arange(2048)[None] < 4)
+    # A global token takes a segment of keys for all rows, and a tile of rows for all keys.
+    assert computed(few) < 14 and computed(few | Mask.sliding(window=256)) < 1.4
+
+
+@present
+@pytest.mark.parametrize(
+    "mask",
+    [
+        *(Mask.causal() & Mask.chunked(64), Mask.causal(16, dilation=4)),
+        Mask.sliding(64) | Mask.global_tokens(torch.arange(1 << 13)[None] == 0),
+    ],
+    ids=repr,
+)
+def test_the_cost_of_a_mask_is_linear_in_the_length(mask: Mask) -> None:
+    def scores(length: int) -> int:
+        q = torch.randn(1, 1, length, 8)
+        return kernels.count_scores(native.call_of(make_problem("test", q, q, q, mask=mask.select_keys(0, length))))
+
+    assert scores(1 << 13) < 4.1 * scores(1 << 11)
 
 
 @present

@@ -27,6 +27,9 @@ LAYERS: dict[str, Callable[[], qkv.Attention]] = {
         24, 6, 3, causal=True, sink_tokens=2, rotary=qkv.RotaryEmbedding(4)
     ),
     "first tokens and alibi": lambda: qkv.SlidingWindowAttention(24, 6, 2, sink_tokens=1, alibi=[0.1] * 6),
+    "dilated window": lambda: qkv.Attention(24, 6, mask=Mask.causal(3, dilation=2)),
+    "chunks": lambda: qkv.CausalAttention(24, 6, mask=Mask.chunked(3), rotary=qkv.RotaryEmbedding(4)),
+    "prefix": lambda: qkv.Attention(24, 6, mask=Mask.prefix(4)),
     "multi-query": lambda: qkv.MultiQueryAttention(24, 6, value_dim=3),
     "grouped-query": lambda: qkv.GroupedQueryAttention(24, 6, 2, head_dim=8, bias=False),
     "alibi": lambda: qkv.CausalAttention(24, 6, alibi=torch.arange(1, 7) / 8),
@@ -173,7 +176,7 @@ def refused() -> dict[str, tuple[Callable[[], object], type[Exception], str]]:
             ValueError,
             r"CrossAttention: with nested tensors, .* takes no cache; got a cache of a context\. Call it for",
         ),
-        "padding": (lambda: layer(nested(), mask=padding), ValueError, r"got Mask\.band\(.*\) & Mask\.padding"),
+        "padding": (lambda: layer(nested(), mask=padding), ValueError, r"got Mask\.causal\(\) & Mask\.padding"),
         "no mask": (lambda: layer(nested(), mask="causal"), TypeError, r"mask must be a qkv\.Mask; got str"),
         "a layer's own mask": (
             lambda: qkv.Attention(24, 6, mask=padding)(nested()),
@@ -212,7 +215,7 @@ def refused() -> dict[str, tuple[Callable[[], object], type[Exception], str]]:
         "positions in a context": (
             lambda: cross(nested(), nested(), mask=Mask.causal()),
             ValueError,
-            r"Mask\.band\(left=None, right=0\) depends on the positions of .* Call qkv\.attention for each sequence",
+            r"Mask\.causal\(\) depends on the positions of .* Call qkv\.attention for each sequence",
         ),
         "alibi over a context": (
             lambda: qkv.CrossAttention(24, 6, alibi=[1.0] * 6)(nested(), nested()),

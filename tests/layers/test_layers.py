@@ -147,4 +147,4 @@ def test_normalised_queries_and_keys_have_unit_root_mean_square() -> None:
 def test_repr() -> None:
     text = repr(qkv.SlidingWindowAttention(24, 6, 4, num_kv_heads=2))
     assert "num_heads=6, num_kv_heads=2, head_dim=4" in text
-    assert "mask=Mask.band(left=2, right=2)" in text
+    assert "mask=Mask.sliding(window=4)" in text

@@ -138,7 +138,7 @@ def test_to_torch_lists_every_unsupported_option() -> None:
     with pytest.raises(ValueError) as error:
         layer.to_torch()
     for word in (
-        "Mask.band(left=None, right=0)",
+        "Mask.causal()",
         "head_dim=8",
         "bias for some",
         "rotary",

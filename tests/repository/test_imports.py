@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "qkv"
 
 # Each level may import itself and lower levels; the lowest is first.
 ORDER = [
-    {"qkv.arguments", "qkv.masks", "qkv.scores"},
+    {"qkv.arguments", "qkv.tracing", "qkv.bands", "qkv.drawing", "qkv.masks", "qkv.scores"},
     {"qkv.problem", "qkv.kernels"},
     {"qkv.backends"},
     {"qkv.partial", "qkv.functional", "qkv.sequences", "qkv.cache"},

@@ -58,18 +58,27 @@ struct Problem {
     Scales k_scale, v_scale;
 
     // The query in row i of batch b has position i + offset + offsets[b] and sees key j when
-    // j <= position + right and (j >= position - left or j < sink_tokens) and keep[b, j] and j < lengths[b]
+    // (j <= position + right or j < prefix_tokens or j < prefix_lengths[b])
+    // and ((j >= position - left and dilation divides position - j) or j < sink_tokens)
+    // and both are in one of the chunks, which begin at chunk_start + n * chunk; there are no sink tokens then;
+    // or if is_global[b, position] or is_global[b, j]. In any case only if keep[b, j] and j < lengths[b]
     // and document_ids[b, position] == document_ids[b, j] and allow[b, h, i, j].
     int64_t offset;
     const int64_t* offsets;  // (batch), or null
     int64_t offsets_batch;
-    int64_t left, right, sink_tokens;
-    const uint8_t* keep;  // (batch or 1, lk), or null
+    int64_t left, right, sink_tokens, prefix_tokens;
+    int64_t dilation;            // less than 2^31; 0 or 1 for none
+    int64_t chunk, chunk_start;  // 0 for no chunks
+    const uint8_t* keep;         // (batch or 1, lk), or null
     int64_t keep_batch;
     const int64_t* lengths;  // (batch or 1), or null
     int64_t lengths_batch;
     const int64_t* document_ids;  // (batch or 1, lk), or null
     int64_t document_ids_batch;
+    const int64_t* prefix_lengths;  // (batch or 1), or null
+    int64_t prefix_lengths_batch;
+    const uint8_t* is_global;  // (batch or 1, lk), or null
+    int64_t is_global_batch;
     Matrix allow;
 
     float scale;
@@ -96,7 +105,7 @@ static inline bool fits(const Problem& p) {
         const int64_t offset = p.offsets[batch * p.offsets_batch];
         if (offset <= -LARGEST_POSITION || offset >= LARGEST_POSITION) return false;
         const int64_t first = offset_of(p, batch);
-        if (p.document_ids && (first < 0 || first + p.lq > p.lk)) return false;
+        if ((p.document_ids || p.is_global) && (first < 0 || first + p.lq > p.lk)) return false;
     }
     return true;
 }

@@ -8,10 +8,14 @@
 namespace qkv {
 namespace QKV_ISA {
 
-// Whether padding and documents show any key of the block that holds `key` to any row (the interval may not).
-static inline bool may_see_block(const Tile& t, int64_t key) {
+// Whether padding, documents and global tokens show any key of the block that begins with `key` to any row (the
+// interval may not).
+static inline bool may_see_block(const Problem& p, const Tile& t, int64_t key) {
     if (!t.keys.parts) return true;
     const KeyVisibility::BlockSummary& part = t.keys.parts[key / BLOCK_N];
+    if (t.keys.is_global && !part.any_global && t.end_global == 0 && key >= p.sink_tokens &&
+        (key + BLOCK_N <= t.band_begin || key >= t.band_end))
+        return false;
     if (t.keys.keep && !part.any) return false;
     if (!t.keys.documents) return true;
     for (int r = 0; r < t.count; ++r)
@@ -34,8 +38,18 @@ static inline bool is_unmasked(const Tile& t, int64_t key) {
 static inline bool may_see_any(const Problem& p, const Tile& t, int64_t begin, int64_t end) {
     end = std::min(end, t.end);
     for (int64_t key = begin; key < end; key += BLOCK_N)
-        if ((key + BLOCK_N > t.begin || key < p.sink_tokens) && may_see_block(t, key)) return true;
+        if ((key + BLOCK_N > t.begin || key < p.sink_tokens) && may_see_block(p, t, key)) return true;
     return false;
+}
+
+// Adds the rows that see any of the keys [begin, end) because they or a key are global tokens to the rows [from, to).
+static inline void add_global(const Tile& t, int64_t begin, int64_t end, int& from, int& to) {
+    const uint8_t* const keys = t.keys.is_global;
+    const bool any = std::any_of(keys + begin, keys + end, [](uint8_t is_global) { return is_global; });
+    const int first = any ? 0 : t.first_global, last = any ? t.count : t.end_global;
+    if (first == last) return;
+    from = from == to ? first : std::min(from, first);
+    to = std::max(to, last);
 }
 
 // Keys [begin, end) of a block for the vectors [first, last) of rows that see any of them.
@@ -60,10 +74,10 @@ struct Block {
     // The keys [first, min(first + BLOCK_N, end)).
     Block(const Problem& p, const Tile& t, int64_t first, int64_t end, Grain grain)
         : first(first), size((int)std::min<int64_t>(BLOCK_N, end - first)), count(0) {
-        if ((first + BLOCK_N <= t.begin && first >= p.sink_tokens) || !may_see_block(t, first)) return;
+        if ((first + BLOCK_N <= t.begin && first >= p.sink_tokens) || !may_see_block(p, t, first)) return;
         const bool interval =
             first + size - 1 > t.last_key[0] || (first + size > p.sink_tokens && first < t.first_key[t.count - 1]);
-        ragged = p.allow.data || !is_unmasked(t, first);
+        ragged = p.allow.data || p.dilation > 1 || !is_unmasked(t, first);
         edge = interval || ragged;
         if (!interval) {
             parts[count++] = {0, size, 0, t.vecs};
@@ -75,6 +89,7 @@ struct Block {
             while (from < to && t.last_key[from] < first + begin) ++from;
             if (first + begin >= p.sink_tokens)
                 while (to > from && t.first_key[to - 1] > first + stop - 1) --to;
+            if (t.keys.is_global) add_global(t, first + begin, first + stop, from, to);
             if (from == to) continue;
             const int lanes = grain.vecs * LANES;
             const Segment s = {begin, stop, from / lanes * grain.vecs,
@@ -113,7 +128,9 @@ static void gather(const Tile& t, const Matrix& matrix, int64_t first, int size,
 
 // Whether row r may see a key, dense mask aside.
 static inline bool may_see(const Problem& p, const Tile& t, int r, int64_t key) {
-    return key <= t.last_key[r] && (key >= t.first_key[r] || key < p.sink_tokens) &&
+    const bool near = key >= t.first_key[r] && (p.dilation <= 1 || key % p.dilation == t.residue[r]);
+    const bool seen = key <= t.last_key[r] && (near || key < p.sink_tokens);
+    return (seen || (t.keys.is_global && (t.is_global[r] || t.keys.is_global[key]))) &&
            (!t.keys.keep || t.keys.keep[key]) && (!t.keys.documents || t.keys.documents[key] == t.document[r]);
 }
 
@@ -134,7 +151,11 @@ static void hide(const Problem& p, const Tile& t, const Block& b, const Segment&
             const int64_t key = b.first + j;
             float* const at = scores + j * lanes + n * LANES;
             ivec seen = last_key >= (int32_t)key;
-            if (key >= p.sink_tokens) seen &= first_key <= (int32_t)key;
+            if (key >= p.sink_tokens) {
+                seen &= first_key <= (int32_t)key;
+                if (p.dilation > 1) seen &= vector_of(t.residue, n) == (int32_t)(key % p.dilation);
+            }
+            if (t.keys.is_global) seen |= t.keys.is_global[key] ? ~ivec{} : vector_of(t.is_global, n);
             if (b.ragged) {
                 if (t.keys.keep && !t.keys.keep[key]) seen = ivec{};
                 if (t.keys.documents) {

@@ -1,5 +1,5 @@
-// Which keys padding and documents show, in the form that costs least: an interval of keys for each row if they leave
-// no holes, otherwise a summary of each block of keys.
+// Which keys padding, documents and global tokens show, in the form that costs least: an interval of keys for each row
+// if they leave no holes, otherwise a summary of each block of keys.
 #pragma once
 
 #include <algorithm>
@@ -17,6 +17,7 @@ class KeyVisibility {
     struct BlockSummary {
         int64_t low = std::numeric_limits<int64_t>::max(), high = std::numeric_limits<int64_t>::min();
         bool any = false, all = true;  // whether any key is kept, and whether all are
+        bool any_global = false;
     };
 
     // Of the keys of one batch.
@@ -24,16 +25,17 @@ class KeyVisibility {
         int64_t first = 0, end;               // keys outside are hidden
         const uint8_t* keep = nullptr;        // whether each key is kept, where those that are have holes
         const int64_t* documents = nullptr;   // of each key, where some document lies in several runs
+        const uint8_t* is_global = nullptr;   // whether each position is a global token
         const int32_t* run_first = nullptr;   // first and last key of the document of each position, where all
         const int32_t* run_last = nullptr;    // documents are runs
         const BlockSummary* parts = nullptr;  // blocks, where there are holes or documents in several runs
     };
 
     explicit KeyVisibility(const Problem& p) {
-        const bool shared = p.document_ids_batch == 0 && p.keep_batch == 0;
+        const bool shared = p.document_ids_batch == 0 && p.keep_batch == 0 && p.is_global_batch == 0;
         all.resize(shared ? 1 : p.batch);
         for (Keys& keys : all) keys.end = p.lk;
-        if (!p.document_ids && !p.keep) return;
+        if (!p.document_ids && !p.keep && !p.is_global) return;
         const int64_t rows = (int64_t)all.size(), blocks = (p.lk + BLOCK_N - 1) / BLOCK_N;
         if (p.document_ids) bounds.resize(2 * rows * p.lk);
         parts.resize(rows * blocks);
@@ -41,11 +43,13 @@ class KeyVisibility {
             Keys& keys = all[row];
             const uint8_t* const keep = p.keep ? p.keep + row * p.keep_batch : nullptr;
             const int64_t* const documents = p.document_ids ? p.document_ids + row * p.document_ids_batch : nullptr;
-            // No interval says that sink tokens are seen from far away as well.
-            if (keep && (p.sink_tokens > 0 || !find_ends(keep, p.lk, keys))) keys.keep = keep;
-            if (documents && (p.sink_tokens > 0 || !find_runs(documents, p.lk, &bounds[2 * row * p.lk], keys)))
+            if (p.is_global) keys.is_global = p.is_global + row * p.is_global_batch;
+            // No interval says that sink tokens and global tokens are seen from far away as well.
+            const bool has_far_keys = p.sink_tokens > 0 || p.is_global;
+            if (keep && (has_far_keys || !find_ends(keep, p.lk, keys))) keys.keep = keep;
+            if (documents && (has_far_keys || !find_runs(documents, p.lk, &bounds[2 * row * p.lk], keys)))
                 keys.documents = documents;
-            if (keys.keep || keys.documents) find_parts(p.lk, &parts[row * blocks], keys);
+            if (keys.keep || keys.documents || keys.is_global) find_parts(p.lk, &parts[row * blocks], keys);
         }
     }
 
@@ -94,6 +98,7 @@ class KeyVisibility {
                 part.any |= keys.keep[key] != 0;
                 part.all &= keys.keep[key] != 0;
             }
+            if (keys.is_global) part.any_global |= keys.is_global[key] != 0;
         }
     }
 

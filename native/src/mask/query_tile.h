@@ -34,15 +34,26 @@ static inline char* row_of(const Problem& p, const View& view, const HeadRef& he
     return row_of(p, view, head.batch, head.kv_head, row);
 }
 
+// The remainder of a division that rounds down.
+static inline int64_t residue_of(int64_t position, int64_t size) {
+    const int64_t residue = position % size;
+    return residue < 0 ? residue + size : residue;
+}
+
 // The rows [first, first + count) of one key/value head, and the keys that they may see. Rows are (token, head) pairs,
 // tokens first.
 struct Tile : HeadRef {
     const KeyVisibility::Keys& keys;
     int64_t index;
     int count, vecs;
-    int64_t begin, end;  // of the keys that any row may see, but for the first ones that all see
-    // Lanes beyond the last row repeat it. first_key and last_key are non-decreasing over rows.
+    int64_t begin, end;            // of the keys that any row may see, but for the first ones that all see
+    int64_t band_begin, band_end;  // the same without global tokens
+    int first_global, end_global;  // the rows that are global tokens lie between; both 0 if there are none
+    // Lanes beyond the last row repeat it. first_key and last_key are non-decreasing over rows, and without global
+    // tokens.
     int32_t token[BLOCK_M], head[BLOCK_M], position[BLOCK_M], first_key[BLOCK_M], last_key[BLOCK_M];
+    int32_t residue[BLOCK_M];    // of its position, by the dilation
+    int32_t is_global[BLOCK_M];  // -1 for rows that are global tokens, otherwise 0; filled in where there are any
     float slope[BLOCK_M];
     int64_t document[BLOCK_M];
 
@@ -53,27 +64,46 @@ struct Tile : HeadRef {
         vecs = (count + LANES - 1) / LANES;
         const int64_t offset = offset_of(p, batch);
         int64_t row = first / members, member = first % members;
+        first_global = end_global = 0;
+        int64_t prefix = p.prefix_tokens;
+        if (p.prefix_lengths) prefix = p.prefix_lengths[batch * p.prefix_lengths_batch];
         for (int r = 0; r < lanes(); ++r) {
             const int64_t here = row + offset;
             token[r] = (int32_t)row;
             head[r] = (int32_t)(kv_head * members + member);
             position[r] = (int32_t)here;
-            first_key[r] = (int32_t)std::min(std::max(here - p.left, keys.first), keys.end);
-            last_key[r] = (int32_t)std::max<int64_t>(std::min(here + p.right, keys.end - 1), -1);
+            int64_t from = here - p.left, to = std::max(here + p.right, prefix - 1);
+            if (p.chunk) {
+                const int64_t chunk = here - residue_of(here - p.chunk_start, p.chunk);
+                from = std::max(from, chunk);
+                to = std::min(to, chunk + p.chunk - 1);
+            }
+            first_key[r] = (int32_t)std::min(std::max(from, keys.first), keys.end);
+            last_key[r] = (int32_t)std::max<int64_t>(std::min(to, keys.end - 1), -1);
             if (keys.run_first) {
                 first_key[r] = std::max(first_key[r], keys.run_first[here]);
                 last_key[r] = std::min(last_key[r], keys.run_last[here]);
             }
             if (p.alibi) slope[r] = p.alibi[head[r]];
             if (keys.documents) document[r] = keys.documents[here];
+            if (p.dilation > 1) residue[r] = (int32_t)residue_of(here, p.dilation);
+            if (keys.is_global) {
+                is_global[r] = keys.is_global[here] ? -1 : 0;
+                if (is_global[r] && r < count) {
+                    if (end_global == 0) first_global = r;
+                    end_global = r + 1;
+                }
+            }
             if (r + 1 < count && ++member == members) {
                 member = 0;
                 ++row;
             }
         }
-        end = last_key[count - 1] + 1;
+        band_begin = first_key[0];
+        band_end = last_key[count - 1] + 1;
+        end = keys.is_global ? keys.end : band_end;
         if (p.lengths) end = std::min(end, std::max<int64_t>(0, p.lengths[batch * p.lengths_batch]));
-        begin = std::min<int64_t>(end, first_key[0]);
+        begin = keys.is_global ? 0 : std::min(end, band_begin);
     }
 
     int lanes() const { return vecs * LANES; }

@@ -1,7 +1,8 @@
-"""A sliding window as attention of blocks of queries to the keys around each: linear in the length.
+"""Windows and chunks as attention of blocks of queries to the keys around each: linear in the length.
 
 The queries are cut into blocks of equal size. All blocks away from the ends see keys in the same arrangement, so they
-become the batch of one smaller problem, whose keys are overlapping views. The ends are two more small problems.
+become the batch of one smaller problem, whose keys are overlapping views, or views of whole chunks. The ends are two
+more small problems.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qkv.backends.result import Result
+from qkv.masks import Mask
 from qkv.problem import Problem
 
 MIN_BLOCK_SIZE = 64
@@ -23,7 +25,7 @@ class Plan(NamedTuple):
     left: int
     right: int
     size: int
-    """queries in a block; half the window keeps both hidden scores and overlapping keys few"""
+    """queries in a block: half the window, which keeps both hidden scores and overlapping keys few, or whole chunks"""
     start: int
     stop: int
     """the query rows of the blocks: whole blocks, whose keys all exist and come after the sinks"""
@@ -39,7 +41,7 @@ class Plan(NamedTuple):
 def plan(problem: Problem) -> Plan | None:
     """The blocks; None if they cannot be used, or compute at least half the scores of a dense mask."""
     mask, offset = problem.mask, problem.offset
-    if mask.left is None or mask.right is None or mask.allow is not None or problem.scores.bias is not None:
+    if mask.allow is not None or problem.scores.bias is not None or _has_far_keys(mask):
         return None
     if isinstance(offset, Tensor):
         return None  # Blocks of different rows would see keys in different arrangements.
@@ -47,13 +49,27 @@ def plan(problem: Problem) -> Plan | None:
         return None  # Blocks move the sinks next to the window, which changes their distance.
     if torch.compiler.is_exporting():
         return None  # The choice depends on lengths, which may be symbolic.
-    size = max(MIN_BLOCK_SIZE, (mask.left + mask.right + 1) // 2)
-    start = max(0, mask.sink_tokens + mask.left - offset)
-    end = min(problem.lq, problem.lk - mask.right - offset)
+    if mask.chunk is not None:
+        left = right = 0
+        size = -(-MIN_BLOCK_SIZE // mask.chunk) * mask.chunk
+        start = max(0, -offset)
+        start += (mask.chunk_start - offset - start) % mask.chunk
+    elif mask.left is not None and mask.right is not None and min(mask.left, mask.right) >= 0:
+        left, right = mask.left, mask.right
+        size = max(MIN_BLOCK_SIZE, (left + right + 1) // 2)
+        start = max(0, mask.sink_tokens + left - offset)
+    else:
+        return None
+    end = min(problem.lq, problem.lk - right - offset)
     stop = start + max(0, end - start) // size * size
-    plan = Plan(mask.left, mask.right, size, start, stop, start + offset - mask.left)
+    plan = Plan(left, right, size, start, stop, start + offset - left)
     pays = plan.stop - start >= 2 * size and problem.lk > 2 * (mask.sink_tokens + plan.span)
     return plan if pays else None
+
+
+def _has_far_keys(mask: Mask) -> bool:
+    """Whether keys other than sinks may be visible outside of the window."""
+    return bool(mask.prefix_tokens) or mask.prefix_lengths is not None or mask.is_global is not None
 
 
 def run(problem: Problem, plan: Plan, solve: Callable[[Problem], Result]) -> Result:
@@ -98,6 +114,9 @@ def _stack(problem: Problem, plan: Plan) -> Problem:
             mask,
             keep=None if keep is None else windows(keep.expand(batch, -1), 1),
             lengths=None,
+            # Blocks are whole chunks.
+            chunk=None if plan.size == mask.chunk else mask.chunk,
+            chunk_start=0,
             **by_block,
         ),
         offset=mask.sink_tokens + plan.left,

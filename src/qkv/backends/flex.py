@@ -90,16 +90,27 @@ def _padded(tensor: Tensor) -> Tensor:
 
 def lower_mask(mask: Mask, offset: int | Tensor, lk: int) -> MaskMod:
     """The ``mask_mod`` of the mask."""
-    left, right, sink_tokens = mask.left, mask.right, mask.sink_tokens
+    left, right, sink_tokens, dilation = mask.left, mask.right, mask.sink_tokens, mask.dilation
+    prefix, chunk, start = mask.prefix_tokens, mask.chunk, mask.chunk_start
+    prefixes, is_global = mask.prefix_lengths, mask.is_global
     keep, ids, allow = mask.keep_keys(lk), mask.document_ids, mask.allow
 
     def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         position = _position(offset, b, i)
         seen = j >= 0
-        if right is not None:
-            seen = seen & (j <= position + right)
         if left is not None:
-            seen = seen & ((j >= position - left) | (j < sink_tokens))
+            seen = j >= position - left
+        if dilation != 1:
+            seen = seen & ((position - j) % dilation == 0)
+        seen = seen | (j < sink_tokens)
+        if right is not None:
+            ahead = (j <= position + right) | (j < prefix)
+            seen = seen & (ahead if prefixes is None else ahead | (j < _at(prefixes, b)))
+        if chunk is not None:
+            seen = seen & ((position - start) // chunk == (j - start) // chunk)
+        if is_global is not None:
+            of_query = _at(is_global, b, position.clamp(0, lk - 1)) & (position >= 0) & (position < lk)
+            seen = seen | of_query | _at(is_global, b, j)
         if keep is not None:
             seen = seen & _at(keep, b, j)
         if ids is not None:

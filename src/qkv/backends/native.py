@@ -41,7 +41,7 @@ def fast_path(
         return None
     if not q.dim() == k.dim() == v.dim() == 4:
         return None
-    if mask is not FULL and (type(mask) is not Mask or mask.is_pairwise):
+    if mask is not FULL and (type(mask) is not Mask or mask.is_pairwise or mask.chunk or mask.prefix_tokens):
         return None
     offsets = offset if isinstance(offset, Tensor) else None
     for extra in (k_scale, v_scale, offsets, mask.keep, mask.lengths):

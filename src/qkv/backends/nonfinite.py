@@ -20,7 +20,7 @@ from torch import Tensor
 
 from qkv import kernels
 from qkv.backends.result import Result, accumulation_dtype
-from qkv.masks import Mask, positions
+from qkv.masks import NUMBERS, Mask, positions
 from qkv.problem import Problem
 
 
@@ -188,6 +188,10 @@ class Visibility(NamedTuple):
         position = positions(self.lq, self.offset, flags.device)
         start = torch.zeros_like(position) if mask.left is None else (position - mask.left).clamp(0, lk)
         stop = torch.full_like(position, lk) if mask.right is None else (position + mask.right + 1).clamp(0, lk)
+        if mask.prefix_tokens:
+            stop = stop.clamp(min=min(mask.prefix_tokens, lk))
+        if mask.chunk is not None:
+            start, stop = self._within_chunk(position, start, stop, lk)
         seen = _any_between(flags, start, stop)
         if mask.sink_tokens:
             seen = seen | _any_between(flags, torch.zeros_like(stop), stop.clamp(max=mask.sink_tokens))
@@ -200,16 +204,30 @@ class Visibility(NamedTuple):
             seen = _any_of(self.pairs(flags.device).mT, flags)
         else:
             row = positions(self.lk, -self.offset, flags.device)  # the row at the position of each key
+            key = torch.arange(self.lk, device=flags.device)
             start = torch.zeros_like(row) if mask.right is None else (row - mask.right).clamp(0, lq)
             stop = torch.full_like(row, lq) if mask.left is None else (row + mask.left + 1).clamp(0, lq)
             if mask.sink_tokens:
-                stop = torch.where(torch.arange(self.lk, device=flags.device) < mask.sink_tokens, lq, stop)
+                stop = torch.where(key < mask.sink_tokens, lq, stop)
+            if mask.prefix_tokens:
+                start = torch.where(key < mask.prefix_tokens, 0, start)
+            if mask.chunk is not None:
+                start, stop = self._within_chunk(key, start, stop, lq, key - row)
             seen = _any_between(flags, start, stop)
             keep = mask.keep_keys(self.lk)
             if keep is not None:
                 seen = seen & keep[:, None, :, None]
         per_group: Tensor = seen.unflatten(1, (-1, self.group))
         return per_group.any(dim=2)
+
+    def _within_chunk(
+        self, position: Tensor, start: Tensor, stop: Tensor, length: int, first: int | Tensor = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Ranges of queries or keys, cut to the chunk of each position. Number 0 has position ``first``."""
+        size, phase = self.mask.chunk, self.mask.chunk_start
+        assert size is not None
+        begin = position - (position - phase) % size - first
+        return torch.maximum(start, begin.clamp(0, length)), torch.minimum(stop, (begin + size).clamp(0, length))
 
     def pairs(self, device: torch.device) -> Tensor:
         """The mask as a dense tensor, broadcastable to (B, H, Lq, Lk)."""
@@ -246,12 +264,13 @@ class _AddTerms(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        _, _, nonfinite_out, _, q, k, v, bias, alibi, sink_logits, offset, left, right, sink_tokens, *tensors = inputs
+        _, _, nonfinite_out, _, q, k, v, bias, alibi, sink_logits, offset, *fields = inputs
+        tensors = fields[NUMBERS:]
         ctx.save_for_backward(nonfinite_out, sink_logits, offset if isinstance(offset, Tensor) else None, *tensors)
         ctx.shapes = [None if x is None else x.shape for x in (q, k, v, bias, alibi)]
         # A sum is a node of this graph: torch's compiler loses an offset that was computed outside of it.
         ctx.offset = None if isinstance(offset, Tensor) else offset + 0
-        ctx.bounds = left, right, sink_tokens
+        ctx.numbers = fields[:NUMBERS]
 
     @staticmethod
     def backward(ctx, d_out, d_lse):  # type: ignore[no-untyped-def]
@@ -284,7 +303,7 @@ def _nan_gradients(
 ) -> list[Tensor | None]:
     """Gradients of q, k, v, bias, alibi and sink logits: NaN for all that ``nan_rows (B, H, Lq, 1)`` see, else 0."""
     q, k, v, bias, alibi = ctx.shapes
-    visibility = Visibility(Mask(*ctx.bounds, *mask_tensors), offset, q[2], k[2], q[1] // k[1])
+    visibility = Visibility(Mask(*ctx.numbers, *mask_tensors), offset, q[2], k[2], q[1] // k[1])
     seen = visibility.of_keys(nan_rows)
     sees = nan_rows & visibility.of_rows(torch.ones_like(seen))
 

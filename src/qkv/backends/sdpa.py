@@ -72,7 +72,7 @@ def _dense_mask_size(problem: Problem) -> int:
         return 0  # dense already
     if problem.scores.alibi is not None:
         return problem.num_heads * problem.lq * problem.lk
-    if blocks.plan(problem) is not None or (mask.left is None and not mask.has_tensors):
+    if blocks.plan(problem) is not None or mask.is_full or mask.is_causal:
         return 0
     by_row = [problem.offset] if isinstance(problem.offset, Tensor) else []
     tensors = [*by_row, *(tensor for _, tensor in mask.tensors())]
@@ -145,7 +145,7 @@ def _lower(problem: Problem) -> tuple[Tensor | None, bool]:
         return score if mask.is_full else torch.where(problem.visible(), score, -torch.inf), False
     if mask.is_full:
         return None, False
-    if mask.left is None and mask.right == 0 and not mask.has_tensors and not isinstance(problem.offset, Tensor):
+    if mask.is_causal and not isinstance(problem.offset, Tensor):
         if problem.offset == 0:
             return None, True
         # Compilers cannot trace causal_lower_right.

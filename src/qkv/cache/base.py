@@ -206,11 +206,12 @@ class Cache:
 
     def require_visible(self, mask: Mask, earlier: int) -> None:
         """Raises ValueError for a mask that shows later keys, if there are ``earlier`` tokens that did not see them."""
-        if earlier and (mask.right is None or mask.right > 0) and mask.allow is None:
+        lengths = earlier if self._rows is None else self._rows.lengths.clamp(max=earlier)
+        if earlier and mask.allow is None and mask.shows_later_keys(lengths):
             raise ValueError(
                 f"{type(self).__name__}: with {earlier} tokens in the cache, the mask must not show keys after "
-                f"the query, which those tokens did not see; got {mask!r}. Use Mask.causal(), pass all tokens in "
-                "one call, or use Mask.dense."
+                f"the query, which those tokens did not see; got {mask!r}. Use Mask.causal(), pass all tokens "
+                "(or the prefix) in one call, or use Mask.dense."
             )
 
     def _require(self, owner: Owner) -> None:

@@ -23,6 +23,8 @@ class SlidingKVCache(Cache):
         window: number of keys that a query sees, its own included, as in ``Mask.causal(window=...)``.
         sink_tokens: number of first keys that are kept as well.
 
+    Chunks of up to ``window`` positions, ``Mask.causal() & Mask.chunked(window)``, are kept whole as well.
+
     Positions count among the returned keys, sinks first, so that ``Mask.causal(window, sink_tokens)`` with the returned
     offset shows the same keys as without a cache. (ALiBi does not work with sinks, whose distances change.)
 
@@ -57,7 +59,8 @@ class SlidingKVCache(Cache):
 
     def require_visible(self, mask: Mask, earlier: int) -> None:
         """Raises ValueError as `Cache.require_visible`, and for a mask that shows dropped keys."""
-        if mask.left is None or mask.left >= self.window or mask.sink_tokens > self.sink_tokens:
+        lookback = mask.lookback
+        if lookback is None or lookback >= self.window or mask.sink_tokens > self.sink_tokens:
             raise ValueError(
                 f"SlidingKVCache(window={self.window}, sink_tokens={self.sink_tokens}) drops keys that {mask!r} shows. "
                 f"Use Mask.causal(window={self.window}, sink_tokens={self.sink_tokens}), or a KVCache."
@@ -211,6 +214,11 @@ class SlidingKVCache(Cache):
     def restrict(self, mask: Mask, keys: "Keys | Int8Keys", queries: int) -> Mask:
         """A mask over all columns as one over the keys that the last append, of ``queries`` columns, returned."""
         returned = keys.k.shape[2]
+        if self._rows is not None and mask.counts_from_first_key:
+            raise ValueError(
+                f"SlidingKVCache: {mask!r} counts from the first key, of which rows of different lengths have dropped "
+                "different numbers. Use a KVCache, or rows of one length."
+            )
         if self._rows is not None or returned == self._length:
             return super().restrict(mask, keys, queries)
         return mask.select_keys(self._length - (returned - self.sink_tokens), self._length, self.sink_tokens)

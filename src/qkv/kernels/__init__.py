@@ -9,12 +9,12 @@ from qkv.kernels.binding import load as load
 from qkv.kernels.binding import loaded as loaded
 from qkv.kernels.binding import use as use
 from qkv.kernels.dispatch import can_bypass_dispatcher as can_bypass_dispatcher
-from qkv.kernels.dispatch import can_read_values as can_read_values
-from qkv.kernels.dispatch import is_exact_tensor as is_exact_tensor
-from qkv.kernels.dispatch import is_tracing as is_tracing
 from qkv.kernels.forward import count_scores as count_scores
 from qkv.kernels.forward import fast_forward as fast_forward
 from qkv.kernels.forward import forward as forward
 from qkv.kernels.sequences import Sequences as Sequences
 from qkv.kernels.sequences import forward_sequences as forward_sequences
 from qkv.kernels.structs import Call as Call
+from qkv.tracing import can_read_values as can_read_values
+from qkv.tracing import is_exact_tensor as is_exact_tensor
+from qkv.tracing import is_tracing as is_tracing

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from qkv.kernels.binding import absence
+from qkv.tracing import is_exact_tensor, is_tracing
 
 
 def can_bypass_dispatcher(*tensors: Tensor) -> bool:
@@ -26,28 +27,6 @@ def can_bypass_dispatcher(*tensors: Tensor) -> bool:
     ):
         return False
     return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
-
-
-def is_exact_tensor(tensor: object) -> bool:
-    """Whether the type is Tensor or Parameter and not a subclass, which may change what operators do."""
-    return type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
-
-
-def can_read_values(*tensors: Tensor) -> bool:
-    """Whether the numbers in the tensors can be read: not while tracing or batching."""
-    return (
-        all(map(is_exact_tensor, tensors))
-        and not is_tracing()
-        and not torch._C._are_functorch_transforms_active()
-        and not any(map(torch._C._functorch.is_legacy_batchedtensor, tensors))
-    )
-
-
-def is_tracing() -> bool:
-    """Whether a compiler, a tracer or a dispatch mode records operators."""
-    return bool(
-        torch.compiler.is_compiling() or torch._C._get_tracing_state() or torch._C._len_torch_dispatch_stack() > 0
-    )
 
 
 def can_backward_bypass_dispatcher(d_out: Tensor) -> bool:

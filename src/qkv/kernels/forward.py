@@ -17,8 +17,8 @@ from torch import Tensor
 
 from qkv.kernels import operators
 from qkv.kernels.binding import loaded
-from qkv.kernels.dispatch import is_tracing
 from qkv.kernels.structs import Call, bounded, pack
+from qkv.tracing import is_tracing
 
 
 def fast_forward(

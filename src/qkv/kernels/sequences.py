@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, library
 
 from qkv.kernels.binding import loaded
-from qkv.kernels.dispatch import can_backward_bypass_dispatcher, is_tracing
+from qkv.kernels.dispatch import can_backward_bypass_dispatcher
 from qkv.kernels.operators import (
     check_status,
     gradients_of,
@@ -19,6 +19,7 @@ from qkv.kernels.operators import (
     split,
 )
 from qkv.kernels.structs import SCHEMA, SEQUENCES, Call, address, pack
+from qkv.tracing import is_tracing
 
 
 class Sequences(NamedTuple):

@@ -14,6 +14,10 @@ UNBOUNDED = 1 << 40
 """The value of left or right for no bound."""
 
 
+LARGEST_STEP = (1 << 31) - 1
+"""Largest dilation. No two positions are that far apart."""
+
+
 class Kind(NamedTuple):
     """How arguments of one kind are passed to the kernel."""
 
@@ -104,6 +108,8 @@ PER_HEAD = Kind("Tensor?", "P", (0,), lambda tensor: (tensor.data_ptr(),), _floa
 POSITION = Kind("SymInt", "q", ())
 BOUND = Kind("SymInt?", "q", (UNBOUNDED,), prepare=bounded)
 COUNT = Kind("SymInt", "q", (), prepare=bounded)
+STEP = Kind("SymInt", "q", (), prepare=lambda keys: min(keys, LARGEST_STEP))
+SIZE = Kind("SymInt?", "q", (0,), prepare=bounded)
 NUMBER = Kind("float", "f", ())
 OPTIONAL_NUMBER = Kind("float?", "f", (0.0,))
 SEED = Kind("Tensor?", "Q", (0,), lambda seed: (int(seed.item()),))
@@ -130,12 +136,20 @@ class Call(NamedTuple):
     left: Annotated[int | None, BOUND]
     right: Annotated[int | None, BOUND]
     sink_tokens: Annotated[int, COUNT]
+    prefix_tokens: Annotated[int, COUNT]
+    dilation: Annotated[int, STEP]
+    chunk: Annotated[int | None, SIZE]
+    chunk_start: Annotated[int, COUNT]
     keep: Annotated[Tensor | None, FLAGS_OF_KEYS]
     """boolean (B or 1, Lk)"""
     lengths: Annotated[Tensor | None, INTEGERS]
     """integer (B or 1,)"""
     document_ids: Annotated[Tensor | None, INTEGERS]
     """integer (B or 1, Lk)"""
+    prefix_lengths: Annotated[Tensor | None, INTEGERS]
+    """integer (B or 1,)"""
+    is_global: Annotated[Tensor | None, FLAGS_OF_KEYS]
+    """boolean (B or 1, Lk)"""
     allow: Annotated[Tensor | None, FLAGS_OF_PAIRS]
     """boolean, broadcastable to (B, H, Lq, Lk), as bias"""
 

@@ -353,9 +353,9 @@ class Attention(nn.Module):
         if self.rotary is not None:
             where = {"positions": queries.positions, "length": queries.lengths[queries.rows]}
             q, k = self.rotary(q, **where), self.rotary(k, **where)
-        if keys is queries and not mask.sink_tokens and self.position_bias is None:
+        if keys is queries and mask.is_relative and self.position_bias is None:
             out = self._attend(_Inputs(q, Keys(k, v, 0), mask & queries.document_mask, None))
-        else:  # each sequence has sinks and relative positions of its own
+        else:  # each sequence has first tokens, chunks and relative positions of its own
             padded = _Inputs(queries.pad(q), Keys(keys.pad(k), keys.pad(v), 0), mask & Mask.padding(keys.lengths), None)
             out = queries.pack(self._attend(padded))
         return nested_like(x, self._project_out(out, queries.values))

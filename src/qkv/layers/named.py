@@ -86,7 +86,7 @@ class CausalAttention(Attention):
     Example:
         >>> import qkv
         >>> qkv.CausalAttention(64, 8).mask
-        Mask.band(left=None, right=0)
+        Mask.causal()
 
     Source: Vaswani et al. 2017, section 3.2.3, on the decoder.
     """
@@ -112,7 +112,7 @@ class SlidingWindowAttention(Attention):
     Example:
         >>> import qkv
         >>> qkv.SlidingWindowAttention(64, 8, 512).mask, qkv.SlidingWindowAttention(64, 8, 512, causal=True).mask
-        (Mask.band(left=256, right=256), Mask.band(left=511, right=0))
+        (Mask.sliding(window=512), Mask.causal(window=512))
 
     Source: Longformer, section 3.1; Mistral 7B, section 2.
     """

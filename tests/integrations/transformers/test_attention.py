@@ -261,14 +261,39 @@ def test_each_mask_function_of_transformers_becomes_the_mask_that_shows_the_same
         assert torch.equal(dense, want.visible(7, 7).expand_as(dense))
 
 
-def test_chunks_become_documents_at_any_cache_length() -> None:
+@pytest.mark.parametrize(("padding", "fields"), [([0, 2], {"document_ids"}), ([0, 0], {"chunk"}), ([1, 1], {"chunk"})])
+def test_chunks_are_recognised_at_any_cache_length(padding: list[int], fields: set[str]) -> None:
     theirs = transformers.masking_utils
-    function = theirs.chunked_causal_mask_function(3, torch.tensor([0, 2]))
+    function = theirs.chunked_causal_mask_function(3, torch.tensor(padding))
     for q_offset, kv_offset, lq, lk in ((0, 0, 9, 9), (5, 3, 2, 4), (6, 4, 1, 3)):
         mask = recognise_mask(function, range(kv_offset, kv_offset + lk))
-        assert mask is not None and mask.document_ids is not None and mask.allow is None
+        assert mask is not None and fields == {
+            name for name in ("chunk", "document_ids", "allow") if getattr(mask, name) is not None
+        }
         dense = theirs.sdpa_mask(2, lq, lk, q_offset, kv_offset, mask_function=function, allow_is_causal_skip=False)
-        assert torch.equal(mask.visible(lq, lk, q_offset - kv_offset), dense)
+        assert torch.equal(mask.visible(lq, lk, q_offset - kv_offset).expand_as(dense), dense)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "is_prefix"),
+    [
+        ([[0, 0, 0, -1, -1], [0, -1, -1, -1, -1]], True),  # PaliGemma: the image and the prompt
+        ([[-1, -1, -1, -1, -1], [4, 4, 4, 4, 4]], True),
+        ([[0, 0, 0, -1, -1], [-1, 0, 0, -1, -1]], False),  # Gemma 3: an image within the text
+        ([[0, 0, 1, -1, -1], [0, 0, 0, -1, -1]], False),
+    ],
+)
+def test_a_block_from_the_first_token_on_is_a_prefix(blocks: list[list[int]], is_prefix: bool) -> None:
+    theirs = transformers.masking_utils
+    if not hasattr(theirs, "blockwise_overlay"):  # not in the oldest release
+        return
+    function = theirs.or_masks(theirs.causal_mask_function, theirs.blockwise_overlay(torch.tensor(blocks)))
+    mask = recognise_mask(function, range(5))
+    assert (mask is not None) == is_prefix
+    dense = theirs.sdpa_mask(2, 5, 5, mask_function=function, allow_is_causal_skip=False)
+    if mask is not None:
+        assert torch.equal(mask.visible(5, 5), dense)
+    assert torch.equal(masks.make_mask(2, 5, 5, mask_function=function) == 0, dense)
 
 
 def test_an_empty_window_is_not_recognised() -> None:
@@ -296,7 +321,7 @@ def test_operations_on_a_mask_tensor_see_the_additive_mask() -> None:
         assert isinstance(lazy, MaskTensor) and lazy.shape == want.shape and lazy.dtype == dtype
         assert torch.equal(lazy + 0, want) and torch.equal(lazy[:, :, 1:], want[:, :, 1:])
         assert torch.equal(torch.where(lazy == 0, 0.0, 1.0), torch.where(want == 0, 0.0, 1.0))
-    assert "Mask.band(left=None, right=0)" in repr(lazy)
+    assert "Mask.causal()" in repr(lazy)
 
 
 def test_additive_masks_of_the_caller_are_a_bias() -> None:

@@ -132,13 +132,40 @@ def _recognise(function: MaskFunction, keys: range, *, within_documents: bool) -
     if kind == "window both ways":
         return Mask.band(cells["sliding_window"], cells["sliding_window"])
     if kind == "chunks":
-        padding = cells["left_padding"][:, None]
-        positions = torch.arange(keys.start, keys.stop, device=padding.device)
-        return None if within_documents else Mask.documents((positions - padding) // cells["chunk_size"])
+        return None if within_documents else _recognise_chunks(cells["chunk_size"], cells["left_padding"], keys)
+    if kind == "or":
+        return _recognise_prefix(cells["mask_functions"], keys)
     if kind == "packed":
         return Mask.documents(cells["packed_sequence_mask"])
     # Positions restart in each document, but distances within a document are the same as in the row.
     return _recognise(cells["mask_function"], keys, within_documents=True) if within_documents else None
+
+
+def _recognise_chunks(size: int, left_padding: Tensor, keys: range) -> Mask | None:
+    """Chunks that begin at the first real token of each row."""
+    first = left_padding.flatten()[:1]
+    if size >= 1 and bool((left_padding == first).all()):
+        return Mask.chunked(size, start=int(first) - keys.start) if len(first) else None
+    positions = torch.arange(keys.start, keys.stop, device=left_padding.device)
+    return Mask.documents((positions - left_padding[:, None]) // size)
+
+
+def _recognise_prefix(functions: Sequence[MaskFunction], keys: range) -> Mask | None:
+    """A causal mask, or pairs in the same block, where there is no block but one from the first token on."""
+    from transformers import masking_utils
+
+    if len(functions) != 2 or functions[0] is not getattr(masking_utils, "causal_mask_function", None):
+        return None
+    if _closure_kinds().get(getattr(functions[1], "__code__", None)) != "blocks":
+        return None
+    blocks = inspect.getclosurevars(functions[1]).nonlocals["block_sequence_ids"]
+    in_block = blocks >= 0
+    lengths = in_block.sum(dim=1)
+    is_first = in_block == (torch.arange(blocks.shape[1], device=blocks.device) < lengths[:, None])
+    is_one = (blocks == blocks[:, :1]) | ~in_block
+    if not bool((is_first & is_one).all()):
+        return None
+    return Mask.prefix((lengths - keys.start).clamp(min=0))
 
 
 @functools.cache
@@ -149,6 +176,8 @@ def _closure_kinds() -> dict[object, str]:
     zeros = torch.zeros(1, 1, dtype=torch.int64)
     makers: dict[str, Callable[[], Any]] = {
         "and": lambda: masking_utils.and_masks(masking_utils.causal_mask_function),
+        "or": lambda: masking_utils.or_masks(masking_utils.causal_mask_function),
+        "blocks": lambda: masking_utils.blockwise_overlay(zeros),
         "window": lambda: masking_utils.sliding_window_overlay(1),
         "window both ways": lambda: masking_utils.sliding_window_bidirectional_overlay(1),
         "chunks": lambda: masking_utils.chunked_overlay(1, zeros),

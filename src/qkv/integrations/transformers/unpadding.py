@@ -5,7 +5,7 @@ import importlib
 import inspect
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -185,8 +185,8 @@ class _Packing:
         (else distances would change), and there are any.
         """
         batch, _, rows, length = mask.shape
-        keep, interval = mask.mask.keep, Mask.band(mask.mask.left, mask.mask.right)
-        if keep is None or mask.mask != Mask.padding(keep) & interval or mask.offset != 0 or rows != length:
+        keep, interval = mask.mask.keep, replace(mask.mask, keep=None)
+        if keep is None or not interval.is_relative or mask.offset != 0 or rows != length:
             return None
         keep = keep.expand(batch, length)
         starts = keep[:, 1:] & ~keep[:, :-1]
