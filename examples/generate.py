@@ -2,7 +2,7 @@
 
     python examples/generate.py
 
-trains the decoder of `block.py` on its own source code for some seconds, and lets it continue that.
+trains the decoder of `block.py` on its own source code for half a minute, and lets it continue that.
 """
 
 from pathlib import Path
@@ -60,7 +60,7 @@ def generate(
     return tokens
 
 
-def train(model: Decoder, text: Tensor, steps: int, *, batch: int = 16, length: int = 64) -> float:
+def train(model: Decoder, text: Tensor, steps: int, *, batch: int = 8, length: int = 48) -> float:
     """Trains on random pieces of a text ``(L,)``; returns the last loss."""
     optimizer, loss = torch.optim.AdamW(model.parameters(), lr=3e-3), torch.tensor(torch.nan)
     for _ in range(steps):
@@ -73,7 +73,7 @@ def train(model: Decoder, text: Tensor, steps: int, *, batch: int = 16, length: 
     return loss.item()
 
 
-def main(steps: int = 300) -> None:
+def main(steps: int = 200) -> None:
     """Trains and prints a continuation."""
     source = Path(__file__).with_name("block.py").read_bytes()
     model = Decoder(vocabulary=256)

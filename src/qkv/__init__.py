@@ -33,4 +33,35 @@ from qkv.layers import SlidingWindowAttention as SlidingWindowAttention
 from qkv.layers import WindowPositionBias as WindowPositionBias
 from qkv.masks import Mask as Mask
 
+__all__ = [
+    "Attention",
+    "BackendError",
+    "CausalAttention",
+    "ContinuousWindowPositionBias",
+    "CrossAttention",
+    "CrossKVCache",
+    "CrossLayerAttention",
+    "DifferentialAttention",
+    "GroupedQueryAttention",
+    "Int8KVCache",
+    "KVCache",
+    "Mask",
+    "MultiHeadAttention",
+    "MultiQueryAttention",
+    "RelativePositionBias",
+    "RotaryEmbedding",
+    "RotaryEmbedding2d",
+    "RotaryScaling",
+    "ScaledDotProductAttention",
+    "SlidingKVCache",
+    "SlidingWindowAttention",
+    "WindowPositionBias",
+    "accelerate",
+    "attention",
+    "attention_weights",
+    "attention_with_lse",
+    "explain",
+    "merge",
+]
+
 __version__ = "0.1.0"

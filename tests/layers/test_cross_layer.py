@@ -124,6 +124,20 @@ def test_rows_of_different_lengths(name: str, bias: bool) -> None:
     assert torch.equal(cache.lengths, torch.tensor([9, 9]))
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors() -> None:
+    first, second, both = build()
+    cache, own = qkv.KVCache(), qkv.KVCache()
+    with torch.no_grad():
+        for lengths in ((3, 7), (2, 1), (1, 4)):
+            texts = [X[row, :length] for row, length in enumerate(lengths)]
+            x = torch.nested.as_nested_tensor(texts, layout=torch.jagged)
+            first(x, cache=cache)
+            got, want = second(x, cache=cache), both(x, cache=own)
+            torch.testing.assert_close(got.values(), want.values())
+    assert cache.lengths.tolist() == [6, 12]
+
+
 def test_padding_and_biases_of_the_call() -> None:
     first, second, both = build()
     mask, cache, bias = Mask.padding(torch.tensor([12, 5])), qkv.KVCache(), torch.randn(12, 12)
@@ -185,7 +199,7 @@ def test_wrong_caches_are_refused_and_stay_as_they_are() -> None:
         qkv.CrossLayerAttention(32, 4)(X[:, :1], cache=cache)
     assert cache.length == 12
     other(X, cache=cache)  # still its owner
-    with pytest.raises(ValueError, match=r"x must be a plain tensor, .*; got a nested tensor\."):
+    with pytest.raises(TypeError, match=r"whose keys are read; got NoneType\."):
         second(torch.nested.as_nested_tensor([X[0]], layout=torch.jagged))
 
 

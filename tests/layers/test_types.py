@@ -63,7 +63,7 @@ TYPOS = [
     ("scale=0.5, device", 'scale="0.5", device'),
     ("gate=True", "gated=True"),
     ('"bias": False', '"biases": False'),
-    ("batch_first=True)\nours", "batch_frist=True)\nours"),
+    ("batch_first=True)\nours", "batch_last=True)\nours"),
     ("window=4, causal=True).to_torch()", "window=4, cuasal=True).to_torch()"),
     (".to_torch()", ".to_pytorch()"),
     ("rotary=rotary)\ncaches", "rotary=True)\ncaches"),

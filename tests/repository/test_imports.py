@@ -1,6 +1,7 @@
 """Imports go in one direction, and importing qkv loads no optional dependency."""
 
 import ast
+import importlib
 import inspect
 import subprocess
 import sys
@@ -118,6 +119,18 @@ def test_the_public_names_are_these_and_every_one_has_a_docstring() -> None:
     import qkv
 
     public = {name for name, value in vars(qkv).items() if not name.startswith("_") and not inspect.ismodule(value)}
-    assert public == PUBLIC
+    assert public == PUBLIC == set(qkv.__all__)
     for name in public:
         assert inspect.getdoc(getattr(qkv, name)), f"qkv.{name} has no docstring"
+
+
+PACKAGES = ("qkv", "qkv.cache", "qkv.convert", "qkv.layers", "qkv.integrations.torch", "qkv.integrations.transformers")
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_lists_the_names_that_it_passes_on(package: str) -> None:
+    tree = ast.parse((SOURCE.parent.joinpath(*package.split(".")) / "__init__.py").read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    passed_on = {alias.name for node in imports for alias in node.names if alias.asname == alias.name}
+    listed = importlib.import_module(package).__all__
+    assert sorted(listed) == listed and set(listed) == passed_on

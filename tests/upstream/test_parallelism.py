@@ -63,6 +63,24 @@ def test_torchtitan_2574_projections_may_be_sharded_in_place() -> None:
         cut(0, 4)(x)
 
 
+def test_a_rank_reads_the_keys_of_its_own_heads_from_another_layer() -> None:
+    torch.manual_seed(0)
+    first, x = qkv.CausalAttention(24, 4, num_kv_heads=2, bias=False), torch.randn(2, 7, 24)
+    second = qkv.CrossLayerAttention(24, 4, num_kv_heads=2, mask=Mask.causal(), bias=False)
+    cache = qkv.KVCache()
+    first(x, cache=cache)
+    parts = []
+    for rank in range(2):
+        mine, reader, own = copy.deepcopy(first), copy.deepcopy(second), qkv.KVCache()
+        for projection in (mine.q_proj, mine.k_proj, mine.v_proj, reader.q_proj):
+            projection.weight = nn.Parameter(projection.weight.chunk(2)[rank])
+        for layer in (mine, reader):
+            layer.out_proj.weight = nn.Parameter(layer.out_proj.weight.chunk(2, dim=1)[rank])
+        mine(x, cache=own)
+        parts.append(reader(x, cache=own))
+    torch.testing.assert_close(parts[0] + parts[1], second(x, cache=cache))
+
+
 def in_pieces(x: Tensor, sizes: list[int]) -> list[tuple[int, Tensor]]:
     """Where each piece begins, and the piece."""
     return list(zip([0, *accumulate(sizes)], x.split(sizes, dim=2), strict=False))

@@ -14,4 +14,16 @@ from qkv.cache.kv import KVCache as KVCache
 from qkv.cache.rows import Rows
 from qkv.cache.sliding import SlidingKVCache as SlidingKVCache
 
+__all__ = [
+    "Cache",
+    "CrossKVCache",
+    "Int8KVCache",
+    "Int8Keys",
+    "KVCache",
+    "Keys",
+    "Owner",
+    "SlidingKVCache",
+    "quantize",
+]
+
 torch.serialization.add_safe_globals([AppendBuffer, Rows, KVCache, Int8KVCache, SlidingKVCache, CrossKVCache])

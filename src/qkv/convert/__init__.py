@@ -23,3 +23,25 @@ from qkv.convert.layer import convert_layer as convert_layer
 from qkv.convert.pruning import prune_heads as prune_heads
 from qkv.convert.pruning import prune_state_dict as prune_state_dict
 from qkv.convert.state import convert_state_dict as convert_state_dict
+
+__all__ = [
+    "Alignment",
+    "CheckpointError",
+    "CheckpointPlan",
+    "Divergence",
+    "Inspection",
+    "KeySymmetry",
+    "Projections",
+    "align_heads",
+    "convert_checkpoint",
+    "convert_layer",
+    "convert_state_dict",
+    "group_heads",
+    "inspect_checkpoint",
+    "measure_divergence",
+    "plan_checkpoint",
+    "pool_heads",
+    "prune_heads",
+    "prune_state_dict",
+    "write_checkpoint",
+]

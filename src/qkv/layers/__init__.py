@@ -16,3 +16,22 @@ from qkv.layers.position_bias import WindowPositionBias as WindowPositionBias
 from qkv.layers.rotary import RotaryEmbedding as RotaryEmbedding
 from qkv.layers.rotary_2d import RotaryEmbedding2d as RotaryEmbedding2d
 from qkv.layers.rotary_scaling import RotaryScaling as RotaryScaling
+
+__all__ = [
+    "Attention",
+    "CausalAttention",
+    "ContinuousWindowPositionBias",
+    "CrossAttention",
+    "CrossLayerAttention",
+    "DifferentialAttention",
+    "GroupedQueryAttention",
+    "MultiHeadAttention",
+    "MultiQueryAttention",
+    "RelativePositionBias",
+    "RotaryEmbedding",
+    "RotaryEmbedding2d",
+    "RotaryScaling",
+    "ScaledDotProductAttention",
+    "SlidingWindowAttention",
+    "WindowPositionBias",
+]

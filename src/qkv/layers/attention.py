@@ -597,7 +597,7 @@ class Attention(nn.Module):
             >>> config = LlamaConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=1)
             >>> layer = qkv.CausalAttention.from_transformers(LlamaModel(config).layers[0].self_attn)
             >>> layer.num_kv_heads, layer.rotary
-            (2, RotaryEmbedding(8, rotary_dim=8, interleaved=False))
+            (2, RotaryEmbedding(8))
         """
         return cls._converted(module, transformers_modules.read(module), options)
 

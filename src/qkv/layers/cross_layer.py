@@ -58,11 +58,7 @@ class CrossLayerAttention(Attention):
         cache: Cache | None,
     ) -> _Inputs:
         caller = type(self).__name__
-        if not isinstance(cache, Cache) or isinstance(cache, CrossKVCache):
-            raise TypeError(
-                f"{caller}: cache must be the KVCache, Int8KVCache or SlidingKVCache of the layer whose keys are read; "
-                f"got {type(cache).__name__}."
-            )
+        cache = self._require_cache(cache)
         count = x.shape[1]
         if cache.columns < count:
             raise ValueError(
@@ -72,22 +68,29 @@ class CrossLayerAttention(Attention):
         cache.require_visible(mask, cache.columns - count)
         mask, _ = cache.split_padding(mask, *x.shape[:2], is_appended=True)
         keys = cache.latest(count)
-        got = keys.k.shape[1], keys.k.shape[3], keys.v.shape[3]
-        if got != (self.num_kv_heads, self.head_dim, self.value_dim):
+        kv_heads, *widths = keys.k.shape[1], keys.k.shape[3], keys.v.shape[3]
+        # In tensor parallelism, both are the heads of one rank.
+        if kv_heads * self.num_heads != q.shape[1] * self.num_kv_heads or widths != [self.head_dim, self.value_dim]:
             raise ValueError(
                 f"{caller}: the keys in cache must be of {self.num_kv_heads} KV heads, head_dim={self.head_dim} and "
-                f"value_dim={self.value_dim}, as the layer's; got {got[0]}, {got[1]} and {got[2]}."
+                f"value_dim={self.value_dim}, as the layer's; got {kv_heads}, {widths[0]} and {widths[1]}."
             )
         if self.rotary is not None:
             where = {"offset": cache.offset_of_latest(count)} if positions is None else {"positions": positions}
             q = self.rotary(q, **where)
         return _Inputs(q, keys, cache.restrict(mask, keys, count), cache.restrict_bias(bias, keys))
 
-    def _forward_jagged(self, x: Tensor, context: Tensor | None, mask: Mask | None, cache: Cache | None) -> NoReturn:
-        raise ValueError(
-            f"{type(self).__name__}: x must be a plain tensor, since caches hold no nested ones; got a nested tensor. "
-            "Call it on x.to_padded_tensor(0.0) with mask=Mask.padding(lengths)."
-        )
+    def _forward_jagged(self, x: Tensor, context: Tensor | None, mask: Mask | None, cache: Cache | None) -> Tensor:
+        return super()._forward_jagged(x, context, mask, self._require_cache(cache))
+
+    def _require_cache(self, cache: object) -> Cache:
+        """The cache. Raises TypeError unless it is one of self-attention."""
+        if not isinstance(cache, Cache) or isinstance(cache, CrossKVCache):
+            raise TypeError(
+                f"{type(self).__name__}: cache must be the KVCache, Int8KVCache or SlidingKVCache of the layer whose "
+                f"keys are read; got {type(cache).__name__}."
+            )
+        return cache
 
     @classmethod
     def from_torch(cls, module: nn.MultiheadAttention, **options: Unpack[ConversionOptions]) -> NoReturn:

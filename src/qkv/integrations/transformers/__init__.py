@@ -11,6 +11,12 @@ from qkv.integrations.transformers.unpadding import unpad as unpad
 if TYPE_CHECKING:
     from qkv.integrations.transformers.cache import QKVCache as QKVCache
 
+__all__ = [
+    "QKVCache",
+    "register",
+    "unpad",
+]
+
 
 def __getattr__(name: str) -> Any:
     if name == "QKVCache":
