@@ -8,6 +8,7 @@ from qkv.backends import BackendError as BackendError
 from qkv.cache import CrossKVCache as CrossKVCache
 from qkv.cache import Int8KVCache as Int8KVCache
 from qkv.cache import KVCache as KVCache
+from qkv.cache import LatentKVCache as LatentKVCache
 from qkv.cache import SlidingKVCache as SlidingKVCache
 from qkv.functional import attention as attention
 from qkv.functional import attention_weights as attention_weights
@@ -22,6 +23,7 @@ from qkv.layers import CrossAttention as CrossAttention
 from qkv.layers import CrossLayerAttention as CrossLayerAttention
 from qkv.layers import DifferentialAttention as DifferentialAttention
 from qkv.layers import GroupedQueryAttention as GroupedQueryAttention
+from qkv.layers import LatentAttention as LatentAttention
 from qkv.layers import MultiHeadAttention as MultiHeadAttention
 from qkv.layers import MultiQueryAttention as MultiQueryAttention
 from qkv.layers import RelativePositionBias as RelativePositionBias

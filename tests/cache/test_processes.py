@@ -23,14 +23,16 @@ def caches() -> dict[str, Any]:
     ours = [qkv.KVCache(), qkv.Int8KVCache(), qkv.SlidingKVCache(4), qkv.CrossKVCache()]
     for cache in ours:
         cache.append(tokens(0, LENGTH), tokens(0, LENGTH))
+    latent = qkv.LatentKVCache()
+    latent.append(tokens(0, LENGTH)[:, :1], tokens(0, LENGTH)[:, :1])
     config = transformers.LlamaConfig(num_hidden_layers=1)
     whole = [QKVCache(config), QKVCache(config, dtype=torch.int8)]
     for cache in whole:
         cache.update(tokens(0, LENGTH), tokens(0, LENGTH), 0)
     layer = SlidingLayer(4)
     layer.update(tokens(0, LENGTH), tokens(0, LENGTH))
-    names = ["kv", "int8", "sliding", "cross", "transformers", "transformers in int8", "transformers' window"]
-    return dict(zip(names, [*ours, *whole, layer], strict=True))
+    names = ["kv", "int8", "sliding", "cross", "latent", "transformers", "transformers in int8", "transformers' window"]
+    return dict(zip(names, [*ours, latent, *whole, layer], strict=True))
 
 
 def last_keys(cache: Any, start: int) -> list[float]:
@@ -38,6 +40,8 @@ def last_keys(cache: Any, start: int) -> list[float]:
     new = tokens(start, 1), tokens(start, 1)
     if isinstance(cache, qkv.CrossKVCache):
         return [round(x * 64) for x in cache.keys().k[0, 0, :, 0].tolist()]
+    if isinstance(cache, qkv.LatentKVCache):
+        return [round(x * 64) for x in cache.append(*(x[:, :1] for x in new)).k[0, 0, :, 0].tolist()]
     if isinstance(cache, qkv.KVCache | qkv.Int8KVCache | qkv.SlidingKVCache):
         keys = cache.append(*new)
         k = keys.k.float() * keys.k_scale[..., None] if isinstance(cache, qkv.Int8KVCache) else keys.k

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qkv import CrossKVCache, Int8KVCache, KVCache, SlidingKVCache
+from qkv import CrossKVCache, Int8KVCache, KVCache, LatentKVCache, SlidingKVCache
 from qkv.cache import Cache
 from qkv.integrations.transformers.cache import AppendLayer, Int8Layer, SlidingLayer
 from qkv.integrations.transformers.lazy_tensor import Int8Tensor
@@ -34,6 +34,7 @@ class Kind(NamedTuple):
     sinks: int = 0
     is_rounded: bool = False
     capacity: int | None = None
+    heads: int = 2
 
 
 KINDS = {
@@ -43,6 +44,7 @@ KINDS = {
     "sliding": Kind(lambda: SlidingKVCache(4), window=4),
     "sliding, sinks": Kind(lambda: SlidingKVCache(3, 2), window=3, sinks=2),
     "cross": Kind(CrossKVCache),
+    "latent": Kind(LatentKVCache, heads=1),
     "transformers, appending": Kind(AppendLayer),
     "transformers, sliding": Kind(lambda: SlidingLayer(4), window=4),
     "transformers, int8": Kind(Int8Layer, is_rounded=True),
@@ -114,6 +116,9 @@ class Line:
         assert all(torch.equal(got, want) for got, want in zip(latest, found, strict=True) if isinstance(got, Tensor))
 
     def dense(self, found: Any) -> list[Tensor]:
+        if isinstance(self.cache, LatentKVCache):
+            assert torch.equal(found.v, found.k[..., :8]) and found.v.data_ptr() == found.k.data_ptr()
+            return list(found.k.split([8, 5], dim=3))
         if isinstance(self.cache, Int8KVCache):
             return [codes * scale[..., None] for codes, scale in ((found.k, found.k_scale), (found.v, found.v_scale))]
         return [x.materialize() if isinstance(x, Int8Tensor) else x for x in found[:2]]
@@ -123,7 +128,8 @@ class Line:
         if isinstance(self.cache, Int8KVCache):
             return self.dense(self.cache.keys()) if self.length else []
         if isinstance(self.cache, Cache):
-            return [part.tensor for part in self.cache._parts if part.tensor is not None]
+            parts = [part.tensor for part in self.cache._parts if part.tensor is not None]
+            return [x for part in parts for x in part.split([8, 5], dim=3)] if self.kind.heads == 1 else parts
         cached = self.dense((self.cache.keys, self.cache.values)) if self.cache.is_initialized else []
         return cached if self.length else []
 
@@ -160,7 +166,7 @@ class World:
     def __init__(self, kind: str, seed: int = 0) -> None:
         self.kind = KINDS[kind]
         self.generator = torch.Generator().manual_seed(seed)
-        self.lines = [Line(self.kind, self.kind.make(), nothing(2))]
+        self.lines = [Line(self.kind, self.kind.make(), self.nothing(2))]
         self.leaves: list[Tensor] = []
         self.losses: list[Loss] = []
         self.given: list[tuple[Tensor, Tensor]] = []
@@ -184,7 +190,8 @@ class World:
         return torch.randn(shape, generator=self.generator)
 
     def leaf(self, layout: int, count: int, width: int, batch: int) -> Tensor:
-        shapes = ((batch, 2, count, width), (batch, 2, count + 4, width), (batch, count, 2, width))
+        heads = self.kind.heads
+        shapes = ((batch, heads, count, width), (batch, heads, count + 4, width), (batch, count, heads, width))
         return self.random(*shapes[layout])
 
     @staticmethod
@@ -298,22 +305,23 @@ class World:
     def reset(self, line: Line, pick: Pick) -> None:
         self.tell(line, "reset")
         line.cache.reset()
-        line.tokens = nothing(1 + pick(3))
+        line.tokens = self.nothing(1 + pick(3))
 
     def refuse(self, line: Line, pick: Pick) -> None:
         """Tokens that do not fit."""
         if not line.length or isinstance(line.cache, CrossKVCache):
             return
         self.tell(line, "refuse")
-        batch = line.tokens[0].shape[0]
-        k, v, more = torch.zeros(batch, 2, 1, 8), torch.zeros(batch, 2, 1, 5), torch.zeros(batch + 1, 2, 1, 8)
-        wrong = [(k[..., :7], v), (k, v[..., :4]), (k[:, :1], v[:, :1]), (more, more[..., :5]), (k[0], v[0])][pick(5)]
+        batch, heads, *_ = line.tokens[0].shape
+        k, v, other = torch.zeros(batch, heads, 1, 8), torch.zeros(batch, heads, 1, 5), torch.zeros(batch, 3, 1, 8)
+        more = torch.zeros(batch + 1, heads, 1, 8)
+        pairs = [(k[..., :7], v), (k, v[..., :4]), (other, other[..., :5]), (more, more[..., :5]), (k[0], v[0])]
+        wrong = pairs[pick(5)]
         with MODES[list(MODES)[pick(2)]]():
             assert_refused(lambda: line.append(*wrong))
 
-
-def nothing(batch: int) -> list[Tensor]:
-    return [torch.zeros(batch, 2, 0, width) for width in (8, 5)]
+    def nothing(self, batch: int) -> list[Tensor]:
+        return [torch.zeros(batch, self.kind.heads, 0, width) for width in (8, 5)]
 
 
 def assert_refused(call: Callable[[], object]) -> None:

@@ -11,6 +11,7 @@ from qkv.cache.int8 import Int8Keys as Int8Keys
 from qkv.cache.int8 import Int8KVCache as Int8KVCache
 from qkv.cache.int8 import quantize as quantize
 from qkv.cache.kv import KVCache as KVCache
+from qkv.cache.latent import LatentKVCache as LatentKVCache
 from qkv.cache.rows import Rows
 from qkv.cache.sliding import SlidingKVCache as SlidingKVCache
 
@@ -21,9 +22,12 @@ __all__ = [
     "Int8Keys",
     "KVCache",
     "Keys",
+    "LatentKVCache",
     "Owner",
     "SlidingKVCache",
     "quantize",
 ]
 
-torch.serialization.add_safe_globals([AppendBuffer, Rows, KVCache, Int8KVCache, SlidingKVCache, CrossKVCache])
+torch.serialization.add_safe_globals(
+    [AppendBuffer, Rows, KVCache, Int8KVCache, SlidingKVCache, CrossKVCache, LatentKVCache]
+)

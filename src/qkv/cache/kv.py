@@ -87,11 +87,15 @@ class FullCache(Cache):
         """`append_in_place`, if the dtype is that of the cache."""
         return append_in_place(self._parts, k, v) if k.dtype is v.dtype is self._dtype else None
 
+    def _memory(self) -> tuple[Tensor | None, Tensor | None]:
+        """All slots of keys and of values."""
+        keys, values, *_ = self._parts
+        return keys.memory, values.memory
+
     def _check_tokens(self, k: Tensor, v: Tensor, grown: int) -> int:
         """Validates new tokens, ``grown`` more in the longest row; returns how many slots to allocate if need be."""
         caller, start = type(self).__name__, self.length
-        keys, values = (part.memory if self._batch else None for part in self._parts[:2])
-        check_append(caller, k, v, keys, values, self._dtype)
+        check_append(caller, k, v, *(self._memory() if self._batch else (None, None)), self._dtype)
         stop = start + grown
         if self.capacity is not None and stop > self.capacity:
             raise ValueError(

@@ -3,6 +3,7 @@
 from qkv.layers.attention import Attention as Attention
 from qkv.layers.cross_layer import CrossLayerAttention as CrossLayerAttention
 from qkv.layers.differential import DifferentialAttention as DifferentialAttention
+from qkv.layers.latent import LatentAttention as LatentAttention
 from qkv.layers.named import CausalAttention as CausalAttention
 from qkv.layers.named import CrossAttention as CrossAttention
 from qkv.layers.named import GroupedQueryAttention as GroupedQueryAttention

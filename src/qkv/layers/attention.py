@@ -11,7 +11,7 @@ from typing_extensions import Never, ParamSpec, Self, Unpack
 
 from qkv import functional
 from qkv.arguments import require_count, require_finite, require_flag, require_positive, require_probability
-from qkv.cache import Cache, CrossKVCache, Int8Keys, Keys, Owner
+from qkv.cache import Cache, CrossKVCache, Int8Keys, Keys, LatentKVCache, Owner
 from qkv.layers import torch_mha, transformers_modules
 from qkv.layers.arguments import (
     input_error,
@@ -52,7 +52,7 @@ class _Inputs(NamedTuple):
     bias: Tensor | None
 
 
-def _restore_cache_on_error(call: Callable[_Arguments, Tensor]) -> Callable[_Arguments, Tensor]:
+def restore_cache_on_error(call: Callable[_Arguments, Tensor]) -> Callable[_Arguments, Tensor]:
     """Decorates a method so that an error or interrupt leaves its ``cache`` argument as it was before the call."""
 
     @functools.wraps(call)
@@ -254,7 +254,7 @@ class Attention(nn.Module):
             nn.init.zeros_(self.sink_logits)
 
     @answer_calls_of_torch
-    @_restore_cache_on_error
+    @restore_cache_on_error
     def forward(
         self,
         x: Tensor,
@@ -294,7 +294,7 @@ class Attention(nn.Module):
         __call__ = forward
 
     @answer_calls_of_torch
-    @_restore_cache_on_error
+    @restore_cache_on_error
     def attention_weights(
         self,
         x: Tensor,
@@ -471,7 +471,7 @@ class Attention(nn.Module):
         offset: int | Tensor = 0
         is_token = None
         if cache is not None:
-            if not isinstance(cache, Cache) or isinstance(cache, CrossKVCache):
+            if not isinstance(cache, Cache) or isinstance(cache, (CrossKVCache, LatentKVCache)):
                 raise TypeError(
                     f"{type(self).__name__}: cache must be a KVCache, Int8KVCache or SlidingKVCache in self-attention; "
                     f"got {type(cache).__name__}."

@@ -39,13 +39,28 @@ def linear_projections(caller: str, layer: object) -> dict[str, nn.Linear]:
         projection = getattr(layer, name)
         if projection is None:
             continue
-        if not isinstance(projection, nn.Linear) or type(projection).forward is not nn.Linear.forward:
-            raise TypeError(
-                f"{caller}: {name} must be an nn.Linear with the forward of nn.Linear; "
-                f"got {type(projection).__name__}. Merge adapters or remove wrappers first."
-            )
-        projections[name] = projection
+        projections[name] = require_linear(caller, name, projection)
     return projections
+
+
+def plain_weight(linear: nn.Module) -> Tensor | None:
+    """The weight if ``linear(x)`` is ``x @ weight.mT`` and nothing else, as for an ``nn.Linear`` without hooks or bias.
+
+    For code that multiplies by the weight in another order.
+    """
+    if type(linear) is not nn.Linear or not _is_unmodified(linear):
+        return None
+    return linear.weight if linear.bias is None else None
+
+
+def require_linear(caller: str, name: str, projection: nn.Module) -> nn.Linear:
+    """The projection. Raises TypeError unless it is ``F.linear`` of its weight and bias, which can then be copied."""
+    if not isinstance(projection, nn.Linear) or type(projection).forward is not nn.Linear.forward:
+        raise TypeError(
+            f"{caller}: {name} must be an nn.Linear with the forward of nn.Linear; got {type(projection).__name__}. "
+            "Merge adapters or remove wrappers first."
+        )
+    return projection
 
 
 def _is_unmodified(linear: nn.Linear) -> bool:
