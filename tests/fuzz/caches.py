@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qkv import CrossKVCache, Int8KVCache, KVCache, LatentKVCache, SlidingKVCache
 from qkv.cache import Cache
-from qkv.integrations.transformers.cache import AppendLayer, Int8Layer, SlidingLayer
+from qkv.integrations.transformers.cache import AppendLayer, Int8Layer, LatentLayer, SlidingLayer
 from qkv.integrations.transformers.lazy_tensor import Int8Tensor
 
 Pick = Callable[[int], int]
@@ -46,6 +46,7 @@ KINDS = {
     "cross": Kind(CrossKVCache),
     "latent": Kind(LatentKVCache, heads=1),
     "transformers, appending": Kind(AppendLayer),
+    "transformers, latent": Kind(LatentLayer, heads=1),
     "transformers, sliding": Kind(lambda: SlidingLayer(4), window=4),
     "transformers, int8": Kind(Int8Layer, is_rounded=True),
 }

@@ -25,6 +25,12 @@ class LatentHeads(NamedTuple):
     """width of a key without the rotary key"""
     value_dim: int
 
+    @property
+    def num_heads(self) -> int:
+        """The number of heads, if ``up`` is an ``nn.Linear``."""
+        out_features: int = self.up.out_features  # type: ignore[assignment]
+        return out_features // (self.nope_dim + self.value_dim)
+
     def attend(self, q: Tensor, latents: Tensor, *, scale: float | None, **options: Any) -> Tensor:
         """`qkv.attention` over latents.
 

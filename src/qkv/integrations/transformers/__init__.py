@@ -1,4 +1,5 @@
-"""qkv in models of transformers: attention (`register`), KV caches (`QKVCache`) and unpadded batches (`unpad`).
+"""qkv in models of transformers: attention (`register`), KV caches (`QKVCache`), decoding from latents
+(`latent`) and unpadded batches (`unpad`).
 
 `QKVCache` is imported lazily, since it imports transformers.
 """
@@ -6,6 +7,7 @@
 from typing import TYPE_CHECKING, Any
 
 from qkv.integrations.transformers.attention import register as register
+from qkv.integrations.transformers.latent import latent as latent
 from qkv.integrations.transformers.unpadding import unpad as unpad
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from qkv.functional import attention, attention_weights, attention_with_lse
-from qkv.integrations.transformers.lazy_tensor import Int8Tensor
+from qkv.integrations.transformers.lazy_tensor import Int8Tensor, LatentTensor
 from qkv.integrations.transformers.masks import MaskTensor, make_mask
 from qkv.masks import FULL, Mask
 
@@ -112,6 +112,11 @@ def attend(
         "bias": bias,
         "sink_logits": s_aux,
     }
+    if isinstance(key, LatentTensor) and isinstance(value, LatentTensor):
+        if sinks is None and not output_attentions:
+            out = key.heads.attend(query, key.latents, dropout=dropout, **options)
+            return out.transpose(1, 2).contiguous(), None
+        key, value = key.heads.expand(key.latents)
     if isinstance(key, Int8Tensor) and isinstance(value, Int8Tensor):
         options |= {"k_scale": key.scale, "v_scale": value.scale}
         key, value = key.codes, value.codes

@@ -17,6 +17,7 @@ from typing_extensions import Self
 
 from qkv.cache import Int8Keys, Int8KVCache
 from qkv.cache.buffer import AppendBuffer, append_in_place, compact_copy, send_by_value, wants_grad
+from qkv.integrations.transformers.latent import beside
 from qkv.integrations.transformers.lazy_tensor import Int8Tensor
 
 
@@ -106,6 +107,35 @@ class AppendLayer(_BufferedLayer):
                 for memory, cached in ((self._keys, self.keys), (self._values, self.values))
             )
             self.keys, self.values = self._keys.tensor, self._values.tensor
+
+
+class LatentLayer(AppendLayer):
+    """The latents and rotary keys of one layer of latent attention, side by side in one memory.
+
+    transformers takes them for keys and values. Both that it gets are views of the same rows, which `latent` reads
+    without a copy.
+    """
+
+    def reserve(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocates memory for a first update with tensors like these."""
+        batch, heads, length, width = key_states.shape
+        shape = (batch, heads, 0, width + value_states.shape[3])
+        self._keys.append_uninitialised(shape, key_states.dtype, key_states.device, _capacity_for(length))
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Appends latents ``(B, 1, L, rank)`` and rotary keys ``(B, 1, L, rope_dim)``; returns all, as views."""
+        if torch.compiler.is_compiling():
+            return super().update(key_states, value_states, *args, **kwargs)
+        self._check_and_initialize(key_states, value_states)
+        cached = beside(self.keys, self.values) if _length(self.keys) else self.keys
+        rows = _append(self._keys, cached, torch.cat([key_states, value_states], dim=3))
+        self.keys, self.values = rows.split([key_states.shape[3], value_states.shape[3]], dim=3)
+        return self.keys, self.values
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorders the batch for beam search."""
+        if self.get_seq_length() > 0:
+            self.batch_select_indices(beam_idx.to(self.keys.device))
 
 
 class SlidingLayer(_BufferedLayer, DynamicSlidingWindowLayer):  # type: ignore[misc]
@@ -249,6 +279,8 @@ class QKVCache(DynamicCache):  # type: ignore[misc]
     def __init__(self, config: PreTrainedConfig, dtype: torch.dtype | None = None) -> None:
         super().__init__(config=config)
         append_layer = _append_layer_type(dtype)
+        if append_layer is AppendLayer and getattr(config.get_text_config(decoder=True), "kv_lora_rank", None):
+            append_layer = LatentLayer
         self.layers: list[CacheLayerMixin] = [_replace_layer(layer, append_layer) for layer in self.layers]
         self._has_reserved = False
 
@@ -310,15 +342,15 @@ def _append_layer_type(dtype: torch.dtype | None) -> type[DynamicLayer]:
 
 def _replace_layer(layer: CacheLayerMixin, append_layer: type[DynamicLayer]) -> CacheLayerMixin:
     """Our equivalent of a layer of transformers; other layers are returned unchanged."""
-    if type(layer) in (DynamicLayer, AppendLayer, Int8Layer):
+    if type(layer) in (DynamicLayer, AppendLayer, LatentLayer, Int8Layer):
         return append_layer()
     if type(layer) in (DynamicSlidingWindowLayer, SlidingLayer):
         return SlidingLayer(layer.sliding_window)
     return layer
 
 
-torch.serialization.add_safe_globals([QKVCache, AppendLayer, SlidingLayer, Int8Layer])
-for _kind in (AppendLayer, SlidingLayer, Int8Layer):
+torch.serialization.add_safe_globals([QKVCache, AppendLayer, LatentLayer, SlidingLayer, Int8Layer])
+for _kind in (AppendLayer, LatentLayer, SlidingLayer, Int8Layer):
     send_by_value(_kind)
 
 

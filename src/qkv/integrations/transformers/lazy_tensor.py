@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_map
 from typing_extensions import Self
 
 from qkv.cache.buffer import compact_copy
+from qkv.layers.latent_heads import LatentHeads
 
 
 class LazyTensor(torch.Tensor):
@@ -70,3 +71,35 @@ class Int8Tensor(LazyTensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Int8Tensor(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+
+class LatentTensor(LazyTensor):
+    """Keys ``(B, H, L, width)`` or values of all heads, as the latents from which they are computed."""
+
+    latents: Tensor
+    """(B, 1, L, rank + rope_dim), with the rotary key of each token"""
+    heads: LatentHeads
+    part: int
+    """0 for keys, 1 for values, as `LatentHeads.expand` returns them"""
+
+    @staticmethod
+    def __new__(cls, latents: Tensor, heads: LatentHeads, part: int) -> "LatentTensor":
+        batch, _, length, row = latents.shape
+        width = heads.value_dim if part else heads.nope_dim + row - heads.rank
+        shape = (batch, heads.num_heads, length, width)
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=latents.dtype, device=latents.device)
+        self.latents = latents
+        self.heads = heads
+        self.part = part
+        return self
+
+    def materialize(self) -> Tensor:
+        """The keys or values of all heads."""
+        return self.heads.expand(self.latents)[self.part]
+
+    def constructor_args(self) -> tuple[Any, ...]:
+        """The latents, copied out of the memory of the cache, and how heads read them."""
+        return compact_copy(self.latents), self.heads, self.part
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"LatentTensor(shape={tuple(self.shape)}, dtype={self.dtype})"

@@ -1,0 +1,121 @@
+"""`latent`: makes transformers' models with latent attention decode from latents, without expanding them."""
+
+import functools
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from qkv import kernels
+from qkv.cache.buffer import wants_grad
+from qkv.integrations.transformers.attention import NAME, register
+from qkv.integrations.transformers.lazy_tensor import LatentTensor
+from qkv.layers.latent_heads import LatentHeads
+from qkv.layers.projection import plain_weight
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_METHOD = "expand_kv"
+"""The method of transformers' modules that computes keys and values of all heads from all cached latents."""
+
+
+def latent(model: Model, *, enabled: bool = True) -> Model:
+    """Makes the attention of DeepSeek-V2, V3 and models like them read latents as they are cached.
+
+    transformers caches latents and expands all of them to keys and values of all heads at every step. With ``latent``,
+    attention is that of `LatentAttention`: absorbed for a few queries of a long text, expanded otherwise, whichever
+    takes fewer multiplications. Results are the same up to rounding. With `QKVCache`, latents and rotary keys are in
+    one memory, and are read from there; another cache is copied at each step.
+
+    transformers' own expansion is kept in training, with a quantised, hooked or adapted ``kv_b_proj``, under compilers
+    and tracers, and with other attention implementations.
+
+    Args:
+        model: a model of transformers, or a module that contains some. Modified in place, and set to
+            ``attn_implementation="qkv"``. Copies and pickles keep the change; parameters and state dict are the same.
+        enabled: False undoes an earlier ``latent(model)``, except for the attention implementation.
+
+    Returns:
+        the model.
+
+    Raises:
+        ModuleNotFoundError: if transformers is not installed.
+        TypeError: for a model that is not an ``nn.Module``.
+        ValueError: if no module of the model expands latents as DeepSeek's do.
+
+    Example:
+        >>> from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+        >>> from qkv.integrations.transformers import QKVCache, latent
+        >>> model = latent(DeepseekV3ForCausalLM(DeepseekV3Config()))  # doctest: +SKIP
+        >>> model.generate(ids, past_key_values=QKVCache(model.config))  # doctest: +SKIP
+
+    Source: DeepSeek-V2, section 2.1.2, on absorption, and appendix C.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"latent: model must be an nn.Module; got {type(model).__name__}.")
+    from transformers import PreTrainedModel
+
+    register()
+    modules = [module for module in model.modules() if hasattr(type(module), _METHOD)]
+    for module in modules:
+        module.__dict__.pop(_METHOD, None)
+    if not enabled:
+        return model
+    known = [module for module in modules if _expands_as_ours(module)]
+    if not known:
+        names = ", ".join(sorted({type(module).__name__ for module in modules})) or "none that expands latents"
+        raise ValueError(
+            "latent: model must have attention modules that expand latents as those of DeepSeek-V3 in transformers do; "
+            f"got a {type(model).__name__} with {names}."
+        )
+    for module in known:
+        module.__dict__[_METHOD] = functools.partial(_expand, module)
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and part.config._attn_implementation != NAME:
+            part.set_attn_implementation(NAME)
+    return model
+
+
+def beside(left: Tensor, right: Tensor) -> Tensor:
+    """``torch.cat([left, right], dim=3)`` of tensors ``(B, heads, L, width)``; a view if they are one in memory."""
+    width = left.shape[3] + right.shape[3]
+    if (
+        type(left) is type(right) is Tensor
+        and not (left.requires_grad or right.requires_grad)
+        and left.dtype is right.dtype
+        and left.untyped_storage().data_ptr() == right.untyped_storage().data_ptr()
+        and right.storage_offset() == left.storage_offset() + left.shape[3]
+        and left.shape[:3] == right.shape[:3]
+        and left.stride() == right.stride()
+        and left.stride(3) == 1
+        and left.stride(2) >= width
+    ):
+        return left.as_strided((*left.shape[:3], width), left.stride(), left.storage_offset())
+    return torch.cat([left, right], dim=3)
+
+
+def _heads(module: Any) -> LatentHeads:
+    return LatentHeads(module.kv_b_proj, module.kv_lora_rank, module.qk_nope_head_dim, module.v_head_dim)
+
+
+def _expand(module: Any, kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
+    """``expand_kv`` of a module, put off until the attention function knows the number of queries."""
+    weight = None if kernels.is_tracing() else plain_weight(module.kv_b_proj)
+    if weight is None or module.config._attn_implementation != NAME or wants_grad(kv_nope, k_rot, weight):
+        expanded: tuple[Tensor, Tensor] = getattr(type(module), _METHOD)(module, kv_nope, k_rot)
+        return expanded
+    latents, heads = beside(kv_nope, k_rot), _heads(module)
+    return LatentTensor(latents, heads, 0), LatentTensor(latents, heads, 1)
+
+
+@torch.no_grad()
+def _expands_as_ours(module: Any) -> bool:
+    """Whether keys and values of a module are those of `LatentHeads`, in the same order; tried on one token."""
+    weight = plain_weight(module.kv_b_proj)
+    if weight is None or weight.is_meta:
+        return False
+    heads = _heads(module)
+    kv_nope = torch.randn(1, 1, 1, heads.rank, dtype=weight.dtype, device=weight.device)
+    k_rot = kv_nope.new_ones(1, 1, 1, module.qk_rope_head_dim)
+    theirs = getattr(type(module), _METHOD)(module, kv_nope, k_rot)
+    return all(map(torch.equal, theirs, heads.expand(torch.cat([kv_nope, k_rot], dim=3))))
