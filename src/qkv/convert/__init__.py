@@ -19,6 +19,7 @@ from qkv.convert.heads.pooling import group_heads as group_heads
 from qkv.convert.heads.pooling import pool_heads as pool_heads
 from qkv.convert.inspect.checkpoint import inspect_checkpoint as inspect_checkpoint
 from qkv.convert.inspect.inspection import Inspection as Inspection
+from qkv.convert.latent import convert_to_latent as convert_to_latent
 from qkv.convert.layer import convert_layer as convert_layer
 from qkv.convert.pruning import prune_heads as prune_heads
 from qkv.convert.pruning import prune_state_dict as prune_state_dict

@@ -68,6 +68,13 @@ def check_layer(caller: str, layer: Attention) -> Attention:
     return layer
 
 
+def require_gain(caller: str, gain: object, width: int) -> None:
+    """Raises ValueError unless ``gain`` is a tensor of this width, or None."""
+    if gain is not None and not (isinstance(gain, Tensor) and gain.shape == (width,)):
+        got = f"shape {tuple(gain.shape)}" if isinstance(gain, Tensor) else repr(gain)
+        raise ValueError(f"{caller}: gain must be ({width},), one value per column; got {got}.")
+
+
 def state_of(layer: Attention) -> dict[str, Tensor]:
     """The state dict of an equivalent plain layer: parametrised weights are stored as the values they compute."""
     projections = linear_projections("state_of", layer)
@@ -122,10 +129,7 @@ def _align(layer: Attention, num_kv_heads: int, gain: Tensor | None) -> tuple[di
     if rotary is not None:
         symmetry = symmetry._replace(rotary_dim=rotary.rotary_dim, interleaved=rotary.interleaved)
     projections, heads = projections_of(layer)
-    width = layer.k_proj.in_features
-    if gain is not None and not (isinstance(gain, Tensor) and gain.shape == (width,)):
-        got = f"shape {tuple(gain.shape)}" if isinstance(gain, Tensor) else repr(gain)
-        raise ValueError(f"convert_layer: gain must be ({width},), one value per column; got {got}.")
+    require_gain("convert_layer", gain, layer.k_proj.in_features)
     alignment = align_heads(projections, layer.num_kv_heads, num_kv_heads, symmetry, gain=gain)
     state = state_of(layer)
     state |= LAYOUT.replace(state, alignment.apply(projections), heads)
