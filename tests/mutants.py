@@ -249,6 +249,15 @@ MUTANTS = [
     Mutant("a link at the output path followed", "convert/files/staging.py", "if stat.S_ISLNK(found.st_mode):", "if False:", ("convert/test_links.py",)),
     Mutant("leftovers recognised by name only", "convert/files/own_folder.py", "return own if header == expected else None", "return own", ("convert/test_links.py",)),
     Mutant("mounts emptied", "convert/files/own_folder.py", "if mount_of(folder) != mount_of(parent):", "if False:", ("convert/test_links.py",)),
+    Mutant("latents absorbed by keys of values", "layers/latent_heads.py", "out, v_up.mT", "out, k_up.mT", ("layers/test_latent.py",)),
+    Mutant("absorbed scores scaled by the width of latents", "layers/latent_heads.py", "scale=scale, **options)\n        return _by_head", "scale=None, **options)\n        return _by_head", ("layers/test_latent.py",)),
+    Mutant("the dearer form of latent attention", "layers/latent_heads.py", "(2 * self.rank - widths) < 0", "(2 * self.rank - widths) > 0", ("layers/test_latent.py",)),
+    Mutant("hooks of the projection of latents ignored", "layers/projection.py", "type(linear) is not nn.Linear or not _is_unmodified(linear)", "type(linear) is not nn.Linear", ("layers/test_latent.py",)),
+    Mutant("rotary keys cached before latents", "cache/latent.py", "torch.cat([latents, rotary_keys], dim=3)", "torch.cat([rotary_keys, latents], dim=3)", ("cache/test_states.py",)),
+    Mutant("latents without a gradient", "integrations/transformers/latent.py", " or wants_grad(kv_nope, k_rot, weight)", "", ("integrations/transformers/test_latent.py",)),
+    Mutant("columns joined that overlap or have a gap", "integrations/transformers/latent.py", "        and right.storage_offset() == left.storage_offset() + left.shape[3]\n", "", ("integrations/transformers/test_latent.py",)),
+    Mutant("rotary components conjugated", "convert/heads/latents.py", "unitary = basis.mH", "unitary = basis.mT", ("convert/test_latent.py",)),
+    Mutant("keys and values factorised out of balance", "convert/heads/latents.py", "up[:, : len(channels)] / balance", "up[:, : len(channels)]", ("convert/test_latent.py",)),
     Mutant("partial rotary ignored while heads are aligned", "convert/families/aligned_outputs.py", "KeySymmetry(rotary_dim(where, hf_config)", "KeySymmetry(pooling.heads.head_dim", ("convert/test_alignment.py",)),
 ]  # fmt: skip
 
