@@ -137,6 +137,13 @@ def test_latents_that_do_not_fit_are_refused() -> None:
         with pytest.raises(ValueError, match=f"LatentKVCache: .*{message}"):
             cache.append(k, v)
         assert cache.length == 3
+    other = qkv.LatentKVCache()
+    other.append(latents[..., :9], torch.randn(2, 1, 3, 5))
+    with pytest.raises(ValueError, match="LatentKVCache: both caches must have latents of 10; got 9"):
+        cache.join(other)
     cache.reset()
     cache.append(latents[..., :9], torch.randn(2, 1, 3, 5))  # other widths, when it is empty
     assert cache.length == 3
+    empty = qkv.LatentKVCache()
+    empty.join(other)
+    assert torch.equal(empty.append(latents[:, :, :1, :9], torch.zeros(2, 1, 1, 5)).v[:, :, :3], latents[..., :9])

@@ -11,13 +11,13 @@ import torch
 from fuzz.caches import COPIES, KINDS, MODES, Pick, assert_refused
 from torch import Tensor
 
-from qkv import CrossKVCache, Int8KVCache, SlidingKVCache
+from qkv import CrossKVCache, Int8KVCache, LatentKVCache, SlidingKVCache
 from qkv.cache import Cache
 
 NAMES = [name for name, kind in KINDS.items() if isinstance(kind.make(), Cache)]
 WIDTHS = (8, 5)
 Row = tuple[Tensor, Tensor]
-"""Keys and values of one row, ``(2, length, width)``."""
+"""Keys and values of one row, ``(heads, length, width)``."""
 
 
 class Line:
@@ -75,7 +75,7 @@ class World:
     def tokens_and_padding(self, batch: int, pick: Pick) -> tuple[list[Tensor], Tensor | None]:
         """New keys and values, and which columns are tokens: padding on the left, on the right, in holes, or none."""
         count, style = (1, 1, 2, 5, 11)[pick(5)], pick(5)
-        new = [self.random(batch, 2, count, width) for width in WIDTHS]
+        new = [self.random(batch, self.kind.heads, count, width) for width in WIDTHS]
         if style == 0:
             return new, None
         first = torch.tensor([pick(count + 1) if style in (1, 3) else 0 for _ in range(batch)])
@@ -94,7 +94,8 @@ class World:
         new, is_token = self.tokens_and_padding(batch, pick)
         real = [torch.ones(new[0].shape[2], dtype=torch.bool)] * batch if is_token is None else list(is_token)
         self.tell(line, "append", mode, [row.int().tolist() for row in real])
-        rows = line.rows if line.rows is not None else [(self.random(2, 0, 8), self.random(2, 0, 5))] * batch
+        heads = self.kind.heads
+        rows = line.rows if line.rows is not None else [(self.random(heads, 0, 8), self.random(heads, 0, 5))] * batch
         grown = [
             tuple(torch.cat([old, x[b][:, real[b]]], dim=1) for old, x in zip(rows[b], new, strict=True))
             for b in range(batch)
@@ -114,6 +115,8 @@ class World:
         """That each row has the tokens which its new queries may see, in order, at the offset returned."""
         cache = line.cache
         k, v = found[:2]
+        if isinstance(cache, LatentKVCache):
+            k, v = k.split(WIDTHS, dim=3)
         if isinstance(cache, Int8KVCache):
             k, v = k * found.k_scale[..., None], v * found.v_scale[..., None]
         for b, row in enumerate(line.rows or []):
@@ -223,15 +226,15 @@ class World:
         if not cached(line) or isinstance(line.cache, CrossKVCache):
             return
         self.tell(line, "refuse")
-        batch = len(line.rows or [])
-        k, v = torch.zeros(batch, 2, 2, 8), torch.zeros(batch, 2, 2, 5)
+        batch, heads = len(line.rows or []), self.kind.heads
+        k, v, other = (torch.zeros(batch, *shape) for shape in ((heads, 2, 8), (heads, 2, 5), (3, 2, 8)))
         flags = torch.tensor([[True, False]]).expand(batch, -1)
         wrong = [
             (k[..., :7], v, flags),
             (k, v, flags[:, :1]),
             (k, v, flags.int()),
             (k, v, flags[0]),
-            (k[:, :1], v[:, :1], flags),
+            (other, other[..., :5], flags),
         ][pick(5)]
         assert_refused(lambda: line.cache.append(*wrong))
 

@@ -178,10 +178,6 @@ def test_other_modules_of_transformers_are_refused() -> None:
     with pytest.raises(TypeError, match=r"must be the attention of a DeepSeek-V2 or V3 model .*; got Linear"):
         qkv.LatentAttention.from_transformers(nn.Linear(3, 3))
     module, _ = of_transformers("V3")
-    module.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-    with pytest.raises(ValueError, match=r"rope_type must be one of default, linear, yarn, llama3; got dynamic"):
-        qkv.LatentAttention.from_transformers(module)
-    module, _ = of_transformers("V3")
     module.kv_b_proj = nn.Sequential(module.kv_b_proj)
     with pytest.raises(TypeError, match=r"kv_b_proj must be an nn\.Linear .* got Sequential\. Merge adapters"):
         qkv.LatentAttention.from_transformers(module)
@@ -201,6 +197,47 @@ def test_chunks_with_a_cache_equal_one_call(parts: list[int], mask: Mask, form: 
     torch.testing.assert_close(layer(rows[:, 5:], cache=cache), layer(rows)[:, 5:], rtol=1e-4, atol=1e-4)
     weights = layer.attention_weights(rows[:, :1], cache=cache)
     torch.testing.assert_close(weights.sum(-1), torch.ones(3, 4, 1))
+
+
+@torch.no_grad()
+def test_each_row_of_a_padded_batch_is_the_same_text_alone(form: str) -> None:
+    layer, cache, lengths = build(), qkv.LatentKVCache(), (6, 2)
+    keep = torch.arange(6) >= 6 - torch.tensor(lengths)[:, None]
+    x = torch.full((2, 6, 48), torch.nan)
+    for row, length in enumerate(lengths):
+        x[row, 6 - length :] = X[row, :length]
+    out = layer(x, mask=Mask.padding(keep), cache=cache)
+    steps = torch.stack([X[row, length : length + 3] for row, length in enumerate(lengths)])
+    found = [out, layer(steps[:, :1], cache=cache), layer(steps[:, 1:], cache=cache)]
+    for row, length in enumerate(lengths):
+        want = layer(X[row : row + 1, : length + 3])[0]
+        got = torch.cat([found[0][row, 6 - length :], found[1][row], found[2][row]])
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert cache.lengths.tolist() == [9, 5]
+    joined, other = copy.copy(cache), qkv.LatentKVCache()
+    layer(X[:1, :4], cache=other)
+    joined.join(other)
+    joined.replace(torch.tensor([0]), other)
+    assert joined.lengths.tolist() == [4, 5, 4] and cache.lengths.tolist() == [9, 5]
+    step = torch.stack([X[0, 4], X[1, 5], X[0, 4]])[:, None]
+    want = torch.stack([layer(X[:1, :5])[0, 4:], layer(X[1:, :6])[0, 5:], layer(X[:1, :5])[0, 4:]])
+    torch.testing.assert_close(layer(step, cache=joined), want, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_bias_and_positions_of_a_call(form: str) -> None:
+    layer, positions = build(), torch.tensor([[3, 4, 5, 9, 10, 11, 12, 20, 21]])
+    bias = torch.randn(1, 4, 9, 9)
+    whole = layer(X, bias=bias, positions=positions)
+    cache = qkv.LatentKVCache()
+    parts = ((0, 5), (5, 6), (6, 9))
+    steps = [layer(X[:, i:j], bias=bias[:, :, i:j, :j], positions=positions[:, i:j], cache=cache) for i, j in parts]
+    torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer(X, positions=torch.arange(9)), layer(X))
+    assert not torch.allclose(whole, layer(X, bias=bias), atol=1e-3)
+    assert not torch.allclose(whole, layer(X, positions=positions), atol=1e-3)
+    with pytest.raises(ValueError, match="positions rotate queries and keys, so the layer needs a rotary"):
+        build(rotary=None)(X, positions=positions)
 
 
 @torch.no_grad()

@@ -1,7 +1,10 @@
 """`LatentKVCache`: the latents of multi-head latent attention."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from qkv.cache.base import Keys
 from qkv.cache.kv import FullCache
@@ -30,8 +33,12 @@ class LatentKVCache(FullCache):
         super().__init__(capacity, parts=1)
         self._rank = 0
 
-    def append(self, latents: Tensor, rotary_keys: Tensor) -> Keys:
+    def append(self, latents: Tensor, rotary_keys: Tensor, is_token: Tensor | None = None) -> Keys:
         """Appends latents ``(B, 1, L, rank)`` and rotary keys ``(B, 1, L, rope_dim)``; returns all so far.
+
+        Args:
+            latents, rotary_keys: of the new tokens.
+            is_token: as in `Cache.append`.
 
         Returns:
             Keys and values of a single head: ``(B, 1, Lk, rank + rope_dim)``, latents first, and the latents alone, a
@@ -40,21 +47,30 @@ class LatentKVCache(FullCache):
         Raises:
             ValueError: for a batch, width, dtype or device other than before, more than one head, and beyond capacity.
         """
-        (rows,), start = self._parts, self.length
         if latents.dim() == 4 and latents.shape[1] != 1:
             raise ValueError(
                 f"LatentKVCache: latents must be (B, 1, L, rank), shared by all heads; got {tuple(latents.shape)}."
             )
-        try:
-            capacity = self._check_tokens(latents, rotary_keys)
-            keys = rows.extend(torch.cat([latents, rotary_keys], dim=3), capacity)
-        except BaseException:  # as in KVCache.append
-            self.restore(start)
-            raise
+        (keys,), offset = self._extend(latents, rotary_keys, is_token)
         self._rank = latents.shape[3]
-        return Keys(keys, keys[..., : self._rank], start)
+        return Keys(keys, keys[..., : self._rank], offset, self._returned)
+
+    def _extend_equally(self, k: Tensor, v: Tensor) -> Sequence[Tensor]:
+        capacity = self._check_tokens(k, v, k.shape[2])
+        return [part.extend(rows, capacity) for part, rows in zip(self._parts, self._encode(k, v), strict=True)]
+
+    def _encode(self, k: Tensor, v: Tensor) -> Sequence[Tensor]:
+        return (torch.cat([k, v], dim=3),)
 
     def _memory(self) -> tuple[Tensor | None, Tensor | None]:
-        """As in `FullCache`, of latents and of rotary keys."""
         memory = self._parts[0].memory
         return (None, None) if memory is None else (memory[..., : self._rank], memory[..., self._rank :])
+
+    def _require_like(self, other: Self) -> None:
+        super()._require_like(other)
+        if self._batch and other._batch and self._rank != other._rank:
+            raise ValueError(f"LatentKVCache: both caches must have latents of {self._rank}; got {other._rank}.")
+
+    def _combine(self, other: Self, index: Tensor | None) -> None:
+        super()._combine(other, index)
+        self._rank = other._rank

@@ -8,7 +8,7 @@ from typing_extensions import Self
 
 from qkv import functional
 from qkv.arguments import require_count, require_finite, require_flag, require_positive, require_probability
-from qkv.cache import LatentKVCache, Owner
+from qkv.cache import Keys, LatentKVCache, Owner
 from qkv.layers import deepseek
 from qkv.layers.arguments import input_error, require_backend, require_like_weights, require_mask, require_rotary
 from qkv.layers.attention import HeadNorm, restore_cache_on_error
@@ -23,9 +23,9 @@ class _Inputs(NamedTuple):
     """The inputs of `LatentHeads.attend` in a layer."""
 
     q: Tensor
-    latents: Tensor
+    keys: Keys
     mask: Mask
-    offset: int | None
+    bias: Tensor | None
 
 
 class LatentAttention(nn.Module):
@@ -178,65 +178,96 @@ class LatentAttention(nn.Module):
                 module.reset_parameters()
 
     @restore_cache_on_error
-    def forward(self, x: Tensor, *, mask: Mask | None = None, cache: LatentKVCache | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        mask: Mask | None = None,
+        bias: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: LatentKVCache | None = None,
+    ) -> Tensor:
         """Attention with the tokens of x as queries.
 
         Args:
             x: ``(B, L, embed_dim)``.
-            mask: combined with the mask of the layer by ``&``; its tensors cover all keys, cached ones included.
-            cache: latents of earlier calls of this layer, to which this call appends its own. A call that fails appends
-                nothing.
+            mask, bias, positions: as in `Attention.forward`.
+            cache: latents of earlier calls of this layer, to which this call appends its own, apart from padding. A
+                call that fails appends nothing.
 
         Returns:
             ``(B, L, embed_dim)``.
 
         Raises:
-            ValueError: for inputs of another width, dtype or device, and as `qkv.attention` and the cache.
+            ValueError: for inputs of another width, dtype or device, positions without rotary, and as `qkv.attention`
+                and the cache.
             TypeError: for an input that is not a tensor, and a mask or a cache of the wrong kind.
         """
-        q, latents, mask, offset = self._inputs(x, mask, cache)
-        out = self._heads.attend(q, latents, mask=mask, offset=offset, backend=self.backend, **self._scores())
+        q, keys, mask, bias = self._inputs(x, mask, bias, positions, cache)
+        options = {**self._scores(bias), **keys.options()}
+        out = self._heads.attend(q, keys.k, mask=mask, backend=self.backend, **options)
         return project(self.out_proj, out.transpose(1, 2).flatten(2))
 
     @restore_cache_on_error
-    def attention_weights(self, x: Tensor, *, mask: Mask | None = None, cache: LatentKVCache | None = None) -> Tensor:
+    def attention_weights(
+        self,
+        x: Tensor,
+        *,
+        mask: Mask | None = None,
+        bias: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: LatentKVCache | None = None,
+    ) -> Tensor:
         """The softmax weights ``(B, num_heads, Lq, Lk)`` of `forward`, which takes the same arguments."""
-        q, latents, mask, offset = self._inputs(x, mask, cache)
-        k, _ = self._heads.expand(latents)
-        return functional.attention_weights(q, k, mask=mask, offset=offset, **self._scores())
+        q, keys, mask, bias = self._inputs(x, mask, bias, positions, cache)
+        k, _ = self._heads.expand(keys.k)
+        return functional.attention_weights(q, k, mask=mask, **self._scores(bias), **keys.options())
 
     @property
     def _heads(self) -> LatentHeads:
         return LatentHeads(self.kv_b_proj, self.kv_rank, self.nope_dim, self.value_dim)
 
-    def _scores(self) -> ScoreOptions:
+    def _scores(self, bias: Tensor | None) -> ScoreOptions:
         """The score options of the layer, as keywords of `qkv.attention`."""
         dropout = self.dropout if self.training else 0.0
-        return {"scale": self.scale, "softcap": self.softcap, "dropout": dropout}
+        return {"scale": self.scale, "softcap": self.softcap, "bias": bias, "dropout": dropout}
 
-    def _inputs(self, x: Tensor, mask: Mask | None, cache: LatentKVCache | None) -> _Inputs:
+    def _inputs(
+        self,
+        x: Tensor,
+        mask: Mask | None,
+        bias: Tensor | None,
+        positions: Tensor | None,
+        cache: LatentKVCache | None,
+    ) -> _Inputs:
         """Projects x, appends to the cache, and combines the masks."""
         caller = type(self).__name__
         if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[2] != self.embed_dim or x.is_nested:
             raise input_error(caller, "x", x, f"(B, L, {self.embed_dim})")
         mask = self.mask if mask is None else self.mask & require_mask(caller, mask)
+        if positions is not None and self.rotary is None:
+            raise ValueError(f"{caller}: positions rotate queries and keys, so the layer needs a rotary; got None.")
+        offset: int | Tensor = 0
+        is_token = None
         if cache is not None:
             if not isinstance(cache, LatentKVCache):
                 raise TypeError(f"{caller}: cache must be a LatentKVCache; got {type(cache).__name__}.")
             cache.admit(self._owner, mask)
-        position = 0 if cache is None else cache.length
+            mask, is_token = cache.split_padding(mask, *x.shape[:2])
+            offset = cache.offset(is_token)
+        where: dict[str, Any] = {"offset": offset} if positions is None else {"positions": positions}
         try:
-            q, latents, rotary_keys = self._queries(x, position), *self._latents(x, position)
+            q, latents, rotary_keys = self._queries(x, where), *self._latents(x, where)
         except RuntimeError as error:
             require_like_weights(caller, "x", x, self.kv_a_proj, error)
             raise
         if cache is None:
-            return _Inputs(q, torch.cat([latents, rotary_keys], dim=3), mask, 0)
-        keys = cache.append(latents, rotary_keys)
-        return _Inputs(q, keys.k, cache.restrict(mask), keys.offset)
+            return _Inputs(q, Keys(torch.cat([latents, rotary_keys], dim=3), latents, 0), mask, bias)
+        keys = cache.append(latents, rotary_keys, is_token)
+        return _Inputs(q, keys, cache.restrict(mask, keys, x.shape[1]), cache.restrict_bias(bias, keys))
 
-    def _queries(self, x: Tensor, position: int) -> Tensor:
-        """Queries ``(B, H, L, nope_dim + rope_dim)``, of which the first is at this position."""
+    def _queries(self, x: Tensor, where: dict[str, Any]) -> Tensor:
+        """Queries ``(B, H, L, nope_dim + rope_dim)``, at the positions that these arguments of rotary say."""
         if self.q_rank is None:
             q = project(self.q_proj, x)
         else:
@@ -244,13 +275,13 @@ class LatentAttention(nn.Module):
         q = split_heads(q, self.nope_dim + self.rope_dim)
         if self.rotary is None:
             return q
-        return torch.cat([q[..., : self.nope_dim], self.rotary(q[..., self.nope_dim :], position)], dim=3)
+        return torch.cat([q[..., : self.nope_dim], self.rotary(q[..., self.nope_dim :], **where)], dim=3)
 
-    def _latents(self, x: Tensor, position: int) -> tuple[Tensor, Tensor]:
-        """Latents ``(B, 1, L, kv_rank)`` and rotary keys ``(B, 1, L, rope_dim)``, the first at this position."""
+    def _latents(self, x: Tensor, where: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Latents ``(B, 1, L, kv_rank)`` and rotary keys ``(B, 1, L, rope_dim)``."""
         latents, rotary_keys = project(self.kv_a_proj, x)[:, None].split([self.kv_rank, self.rope_dim], dim=3)
         if self.rotary is not None:
-            rotary_keys = self.rotary(rotary_keys, position)
+            rotary_keys = self.rotary(rotary_keys, **where)
         return _normed(self.kv_a_norm, latents), rotary_keys
 
     @classmethod
@@ -263,7 +294,7 @@ class LatentAttention(nn.Module):
 
         Raises:
             TypeError: for other modules, and projections other than plain ``nn.Linear``.
-            ValueError: for frequencies that depend on the length of the text (dynamic, LongRoPE).
+            ValueError: as `RotaryEmbedding.from_config`.
 
         Example:
             >>> import torch, qkv
