@@ -253,7 +253,7 @@ MUTANTS = [
     Mutant("absorbed scores scaled by the width of latents", "layers/latent_heads.py", "scale=scale, **options)\n        return _by_head", "scale=None, **options)\n        return _by_head", ("layers/test_latent.py",)),
     Mutant("the dearer form of latent attention", "layers/latent_heads.py", "(2 * self.rank - widths) < 0", "(2 * self.rank - widths) > 0", ("layers/test_latent.py",)),
     Mutant("hooks of the projection of latents ignored", "layers/projection.py", "type(linear) is not nn.Linear or not _is_unmodified(linear)", "type(linear) is not nn.Linear", ("layers/test_latent.py",)),
-    Mutant("rotary keys cached before latents", "cache/latent.py", "torch.cat([latents, rotary_keys], dim=3)", "torch.cat([rotary_keys, latents], dim=3)", ("cache/test_states.py",)),
+    Mutant("rotary keys cached before latents", "cache/latent.py", "torch.cat([k, v], dim=3)", "torch.cat([v, k], dim=3)", ("cache/test_states.py",)),
     Mutant("latents without a gradient", "integrations/transformers/latent.py", " or wants_grad(kv_nope, k_rot, weight)", "", ("integrations/transformers/test_latent.py",)),
     Mutant("columns joined that overlap or have a gap", "integrations/transformers/latent.py", "        and right.storage_offset() == left.storage_offset() + left.shape[3]\n", "", ("integrations/transformers/test_latent.py",)),
     Mutant("rotary components conjugated", "convert/heads/latents.py", "unitary = basis.mH", "unitary = basis.mT", ("convert/test_latent.py",)),
