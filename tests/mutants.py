@@ -256,8 +256,8 @@ MUTANTS = [
     Mutant("rotary keys cached before latents", "cache/latent.py", "torch.cat([k, v], dim=3)", "torch.cat([v, k], dim=3)", ("cache/test_states.py",)),
     Mutant("latents without a gradient", "integrations/transformers/latent.py", " or wants_grad(kv_nope, k_rot, weight)", "", ("integrations/transformers/test_latent.py",)),
     Mutant("columns joined that overlap or have a gap", "integrations/transformers/latent.py", "        and right.storage_offset() == left.storage_offset() + left.shape[3]\n", "", ("integrations/transformers/test_latent.py",)),
-    Mutant("rotary components conjugated", "convert/heads/latents.py", "unitary = basis.mH", "unitary = basis.mT", ("convert/test_latent.py",)),
-    Mutant("keys and values factorised out of balance", "convert/heads/latents.py", "up[:, : len(channels)] / balance", "up[:, : len(channels)]", ("convert/test_latent.py",)),
+    Mutant("rotary components conjugated", "convert/heads/latents.py", "components = basis.mH @ z", "components = basis.mT @ z", ("convert/test_latent.py",)),
+    Mutant("keys and values factorised out of balance", "convert/heads/latents.py", "up[:, : k.shape[1]] / balance", "up[:, : k.shape[1]]", ("convert/test_latent.py",)),
     Mutant("partial rotary ignored while heads are aligned", "convert/families/aligned_outputs.py", "KeySymmetry(rotary_dim(where, hf_config)", "KeySymmetry(pooling.heads.head_dim", ("convert/test_alignment.py",)),
 ]  # fmt: skip
 

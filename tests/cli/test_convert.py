@@ -47,6 +47,31 @@ def test_report(capsys, tmp_path, llama):
     assert models.load(tmp_path / "out").config.num_key_value_heads == 2
 
 
+def test_report_of_latent_attention(capsys, tmp_path, llama):
+    code, captured = run(capsys, llama, tmp_path / "out", "--latent", "24", "--rope-heads", "1")
+    assert code == 0
+    lines = captured.out.splitlines()
+    assert lines[1].startswith("  multi-head attention: 8 query heads, 8 KV heads, head width 8")
+    latents = "latents of 24, rotary keys of 8, key width 16, value width 8"
+    assert lines[2].startswith(f"  becomes multi-head latent attention: 8 query heads, {latents}")
+    assert lines[3] == "  15 of 39 tensors changed, 2 other files copied"
+    rows = [line.split() for line in lines[-5:-2]]
+    assert rows[2] == ["KV", "cache", "a", "token", "1.5", "KiB", "384", "B", "25.0%"]
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    assert "multi-head latent attention: 8 query heads, latents of 24" in " ".join(capsys.readouterr().out.split())
+    code, captured = run(capsys, tmp_path / "out", tmp_path / "again", "--kv-heads", "1")
+    assert code == 1 and "latent attention has no KV heads to pool" in captured.err
+
+
+def test_the_divergence_of_latent_attention_is_that_of_rounding_at_full_rank(capsys, tmp_path):
+    source = tiny_model.save(tiny_model.llama(), tmp_path / "source")
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(tiny_model.WORDS))
+    code, captured = run(capsys, source, tmp_path / "out", "--latent", "16", "--text", text)
+    assert code == 0
+    assert "KL divergence 0.000 nats per token, same most probable token: 100.0%" in captured.out
+
+
 def test_options(capsys, tmp_path):
     source = models.save(tmp_path / "source", "mistral")
     options = ("--kv-heads", "4", "--pool", "random", "--window", "3")
@@ -105,7 +130,13 @@ def test_report_comes_before_a_comparison_that_fails(capsys, tmp_path, llama, mo
     [
         (["--kv-heads", "3"], 1, "num_kv_heads must divide the model's 8 KV heads (8, 4, 2, 1); got 3."),
         (["--kv-heads", "0"], 2, "Invalid value for '--kv-heads': it must be at least 1; got 0."),
-        ([], 2, "Missing option '--kv-heads'"),
+        ([], 2, "give either --kv-heads or --latent."),
+        (["--kv-heads", "2", "--latent", "8"], 2, "give either --kv-heads or --latent."),
+        (["--kv-heads", "2", "--rope-heads", "1"], 2, "--rope-heads belongs to --latent."),
+        (["--latent", "8", "--pool", "first"], 2, "--pool and --window belong to --kv-heads."),
+        (["--latent", "8", "--window", "5"], 2, "--pool and --window belong to --kv-heads."),
+        (["--latent", "65"], 1, "rank must be from 1 to 64, the full one; got 65."),
+        (["--latent", "8", "--rope-heads", "9"], 1, "rope_heads must be from 1 to 8, the KV heads; got 9."),
         (["--kv-heads", "2", "--pool", "median"], 2, "'median' is not one of 'mean', 'first', 'random', 'aligned'."),
         (["--kv-heads", "2", "--window", "5"], 1, "the configuration of a llama model cannot express a window"),
     ],

@@ -1,4 +1,4 @@
-"""`qkv convert`: converts a checkpoint to fewer key/value heads."""
+"""`qkv convert`: converts a checkpoint to fewer key/value heads, or to latent attention."""
 
 import sys
 import tempfile
@@ -15,7 +15,14 @@ from rich.text import Text
 from qkv.cli.divergence import describe_divergence, predict_original
 from qkv.cli.layers import describe, kv_bytes
 from qkv.cli.options import count_option
-from qkv.convert import CheckpointError, CheckpointPlan, Inspection, plan_checkpoint, write_checkpoint
+from qkv.convert import (
+    CheckpointError,
+    CheckpointPlan,
+    Inspection,
+    plan_checkpoint,
+    plan_latent_checkpoint,
+    write_checkpoint,
+)
 from qkv.convert.files.gguf import check_bounds, read_gguf
 from qkv.convert.files.safetensors import BITS, TORCH_DTYPES
 from qkv.convert.files.staging import resolve_output
@@ -41,7 +48,19 @@ def convert(
         Path, typer.Argument(help="Folder with config.json and safetensors, or a small GGUF file.", metavar="MODEL")
     ],
     out: Annotated[Path, typer.Argument(help="Folder to write.", metavar="OUT")],
-    kv_heads: Annotated[int, count_option("KV heads of the result, a divisor of the model's.", "HEADS")],
+    kv_heads: Annotated[int | None, count_option("KV heads of the result, a divisor of the model's.", "HEADS")] = None,
+    latent: Annotated[
+        int | None,
+        count_option("Makes latent attention instead, with latents of this width (Llama, Mistral, Qwen2).", "RANK"),
+    ] = None,
+    rope_heads: Annotated[
+        int | None,
+        count_option(
+            "For --latent: how many components of the keys keep their positions, of as many as the model has KV heads. "
+            "Default: all.",
+            "HEADS",
+        ),
+    ] = None,
     pool: Annotated[
         Pool,
         typer.Option(
@@ -66,14 +85,18 @@ def convert(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and report, but write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a model.")] = False,
 ) -> None:
-    """Convert a model to fewer KV heads (multi-head to grouped-query or multi-query attention).
+    """Convert a model to fewer KV heads (multi-head to grouped-query or multi-query attention), or to latent attention.
 
     Weights are streamed, so memory does not grow with the number of layers. OUT is written atomically and includes the
     tokenizer and all other files. Pooling changes what a model computes, so the result needs further training; the
     report compares the predictions of original and result, for which each is loaded in turn.
 
+    Latent attention is exact with all components and full rank. It has model types of qkv's own: call
+    qkv.integrations.transformers.latent_decoders.register() before loading OUT.
+
     A GGUF file is first dequantised to float32 by transformers, into a temporary folder.
     """
+    _check_options(kv_heads, latent, rope_heads, pool, window)
     progress, console = Progress(), Console(file=sys.stdout)
     try:
         source = expand_home(model)
@@ -82,7 +105,11 @@ def convert(
             if source.is_file():
                 source = unpack_gguf(source, Path(temporary), progress)
             with progress.step("reading configuration and headers"), quiet():
-                plan = plan_checkpoint(source, kv_heads, how=pool.value, seed=seed, window=window)
+                if latent is not None:
+                    plan = plan_latent_checkpoint(source, latent, rope_heads=rope_heads)
+                else:
+                    assert kv_heads is not None
+                    plan = plan_checkpoint(source, kv_heads, how=pool.value, seed=seed, window=window)
                 before = inspect_tensors(str(source), plan.source.config, plan.source.tensors)
                 after = inspect_tensors(str(out), plan.conversion.config, plan.tensors)
             if not dry_run:
@@ -96,6 +123,18 @@ def convert(
                     console.print(Text(line), soft_wrap=True)
     except CheckpointError as error:
         raise CommandError(str(error)) from error
+
+
+def _check_options(
+    kv_heads: int | None, latent: int | None, rope_heads: int | None, pool: Pool, window: int | None
+) -> None:
+    """Raises BadParameter unless options belong to the same kind of conversion."""
+    if (kv_heads is None) == (latent is None):
+        raise typer.BadParameter("give either --kv-heads or --latent.")
+    if latent is None and rope_heads is not None:
+        raise typer.BadParameter("--rope-heads belongs to --latent.")
+    if latent is not None and (pool is not Pool.mean or window is not None):
+        raise typer.BadParameter("--pool and --window belong to --kv-heads.")
 
 
 def unpack_gguf(file: Path, folder: Path, progress: Progress) -> Path:

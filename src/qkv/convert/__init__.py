@@ -7,6 +7,7 @@ section 2.1, use 5% of the original steps.
 from qkv.convert.checkpoint import CheckpointPlan as CheckpointPlan
 from qkv.convert.checkpoint import convert_checkpoint as convert_checkpoint
 from qkv.convert.checkpoint import plan_checkpoint as plan_checkpoint
+from qkv.convert.checkpoint import plan_latent_checkpoint as plan_latent_checkpoint
 from qkv.convert.checkpoint import write_checkpoint as write_checkpoint
 from qkv.convert.divergence import Divergence as Divergence
 from qkv.convert.divergence import measure_divergence as measure_divergence

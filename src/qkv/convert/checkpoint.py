@@ -20,7 +20,7 @@ from qkv.convert.files.own_folder import OwnFolder
 from qkv.convert.files.safetensors import TORCH_DTYPES, TensorSpec, make_header, parse_header
 from qkv.convert.files.staging import resolve_output, staged
 from qkv.convert.heads.pooling import ConversionMethod
-from qkv.convert.plan import ConversionPlan, plan_conversion
+from qkv.convert.plan import ConversionPlan, plan_conversion, plan_latent_conversion
 
 CHUNK = 1 << 22
 WEIGHTS = (*PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".tflite", ".index.json")
@@ -95,6 +95,31 @@ def plan_checkpoint(
     folder = read_folder(Path(source))
     where = str(folder.path / CONFIG)
     conversion = plan_conversion(where, folder.config, folder.tensors, num_kv_heads, how=how, seed=seed, window=window)
+    return CheckpointPlan(folder, conversion)
+
+
+@paused_gc()
+def plan_latent_checkpoint(source: Path | str, rank: int, *, rope_heads: int | None = None) -> CheckpointPlan:
+    """Plans the conversion of a folder to latent attention, for `write_checkpoint`; reads no weights.
+
+    The result has a model type of qkv's own: call ``qkv.integrations.transformers.latent_decoders.register()`` before
+    ``AutoModelForCausalLM.from_pretrained``.
+
+    Args:
+        source: as in `convert_checkpoint`, of a Llama, Mistral or Qwen2 model.
+        rank: width of the latents.
+        rope_heads: as in `convert_to_latent`. Errors are weighed by the norm before each layer.
+
+    Raises:
+        CheckpointError: as `convert_checkpoint`, and for a rank or rope_heads out of range.
+
+    Example:
+        >>> from qkv.convert import plan_latent_checkpoint, write_checkpoint
+        >>> write_checkpoint(plan_latent_checkpoint("Llama-2-7b-hf", 512, rope_heads=1), "out")  # doctest: +SKIP
+    """
+    folder = read_folder(Path(source))
+    where = str(folder.path / CONFIG)
+    conversion = plan_latent_conversion(where, folder.config, folder.tensors, rank, rope_heads=rope_heads)
     return CheckpointPlan(folder, conversion)
 
 

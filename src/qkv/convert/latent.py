@@ -4,29 +4,30 @@ import torch
 from torch import Tensor
 
 from qkv.arguments import require_count
-from qkv.convert.heads.latents import LatentFactors, factorise
+from qkv.convert.heads.latents import LatentFactors, LatentWidths, factorise
 from qkv.convert.layer import check_layer, require_gain, state_of
 from qkv.layers import Attention, LatentAttention, RotaryEmbedding
 
 
 def convert_to_latent(
-    layer: Attention, rank: int, *, rope_dim: int | None = None, gain: Tensor | None = None
+    layer: Attention, rank: int, *, rope_heads: int | None = None, gain: Tensor | None = None
 ) -> LatentAttention:
     """Latent attention with the function of a layer, up to what ``rank`` and ``rope_dim`` leave out.
 
-    A token takes ``rank + rope_dim`` numbers in a cache, instead of ``num_kv_heads * (head_dim + value_dim)``. Values,
-    and keys without positions, become a joint latent of low rank. Keys that rotary embedding rotates cannot: they are
-    kept as a rotary key that all heads share. Of its components, sorted by size, ``rope_dim / 2`` pairs are kept; keys
-    in the others lose their positions and join the latents.
+    A token takes ``rank + rope_heads * rotary_dim`` numbers in a cache, not ``num_kv_heads * (head_dim + value_dim)``.
+    Values, and keys without positions, become a joint latent of low rank. Keys that rotary embedding rotates cannot:
+    they are kept as a rotary key that all heads share. Of its components at each frequency, the ``rope_heads`` largest
+    are kept; keys in the others lose their positions and join the latents.
 
-    Exact, up to rounding, with all components (``rope_dim=None``) and full rank: the smaller of the number of inputs
-    and ``num_kv_heads * (head_dim + value_dim) - rope_dim``, with which a cache is no smaller. With less, the result
-    needs further training.
+    Exact, up to rounding, with all components (``rope_heads=None``) and full rank: the smaller of the number of inputs
+    and ``num_kv_heads * (head_dim + value_dim) - rope_heads * rotary_dim``, with which a cache is no smaller. With
+    less, the result needs further training.
 
     Args:
         layer: self-attention, not modified; the result shares no parameter with it.
         rank: width of the latents.
-        rope_dim: width of the rotary key, even; ``num_kv_heads`` times the layer's if None.
+        rope_heads: components that keep their positions, ``num_kv_heads`` if None; 1 gives a rotary key as wide as that
+            of one head.
         gain: the ``weight`` of the norm before the layer, if any, by which errors are weighed.
 
     Raises:
@@ -46,35 +47,38 @@ def convert_to_latent(
     """
     check_layer("convert_to_latent", layer)
     _check_options(layer)
-    pairs = _rotary_pairs(layer)
-    most = 2 * len(pairs) * layer.num_kv_heads
-    rope_dim = most if rope_dim is None else rope_dim
-    require_count("convert_to_latent", "rope_dim", rope_dim, least=0)
-    if rope_dim % 2 or rope_dim > most:
-        raise ValueError(
-            f"convert_to_latent: rope_dim must be even and at most {most}, the rotated channels of all KV heads; "
-            f"got {rope_dim}."
-        )
+    pairs, heads = _rotary_pairs(layer), layer.num_kv_heads
+    rope_heads = heads if rope_heads is None else rope_heads
+    require_count("convert_to_latent", "rope_heads", rope_heads, least=0)
+    if rope_heads > heads:
+        raise ValueError(f"convert_to_latent: rope_heads must be at most {heads}, the KV heads; got {rope_heads}.")
+    require_count("convert_to_latent", "rank", rank)
+    widths = LatentWidths(heads, layer.head_dim, layer.value_dim, 2 * len(pairs), rank, rope_heads)
     require_gain("convert_to_latent", gain, layer.embed_dim)
     q, k, v = _projections(layer)
+    if layer.rotary is not None and layer.rotary.scaling is not None:
+        q[:, pairs.flatten()] *= layer.rotary.scaling.attention_factor**2  # of rotated queries and of rotated keys
+    full = widths.full_rank(q.shape[2])
+    if rank > full:
+        raise ValueError(f"convert_to_latent: rank must be at most {full}, the full one; got {rank}.")
     weights = torch.ones(q.shape[2], dtype=torch.float64)
     if gain is not None:
         weights[: layer.embed_dim] = gain.detach().double().abs().clamp_min(torch.finfo(torch.float32).tiny)
-    require_count("convert_to_latent", "rank", rank)
-    full = min(q.shape[2], layer.num_kv_heads * (layer.head_dim + layer.value_dim) - rope_dim)
-    if rank > full:
-        raise ValueError(f"convert_to_latent: rank must be at most {full}, the full one; got {rank}.")
-    return _build(layer, factorise(q, k, v, pairs, weights, rank=rank, n=rope_dim // 2))
+    return _build(layer, factorise(q, k, v, pairs, weights, widths), widths)
 
 
 def _check_options(layer: Attention) -> None:
     """Raises ValueError for a layer with what latent attention does not have."""
+    scaling = getattr(layer.rotary, "scaling", None)
     has = {
         "context_dim": layer.context_dim is not None,
         "qk_norm": layer.q_norm is not None,
         "sink_logits": layer.sink_logits is not None,
         "alibi": layer.alibi is not None,
-        "a rotary other than RotaryEmbedding": type(layer.rotary) not in (type(None), RotaryEmbedding),
+        "rotary of another class": type(layer.rotary) not in (type(None), RotaryEmbedding),
+        "rotary with sections": getattr(layer.rotary, "sections", None) is not None,
+        "rotary that depends on the length": scaling is not None and scaling.depends_on_length,
+        "position_bias": layer.position_bias is not None,
     }
     found = ", ".join(name for name, given in has.items() if given)
     if found:
@@ -102,26 +106,25 @@ def _projections(layer: Attention) -> tuple[Tensor, Tensor, Tensor]:
     return rows("q_proj", layer.head_dim), rows("k_proj", layer.head_dim), rows("v_proj", layer.value_dim)
 
 
-def _build(layer: Attention, factors: LatentFactors) -> LatentAttention:
+def _build(layer: Attention, factors: LatentFactors, widths: LatentWidths) -> LatentAttention:
     """The layer with these projections, and the other options of ``layer``."""
     given, state = layer.options(), state_of(layer)
     rotary, width = layer.rotary, layer.embed_dim
     kept = ("embed_dim", "num_heads", "value_dim", "mask", "bias", "out_bias", "softcap", "dropout", "backend")
-    rope_dim = 2 * len(factors.frequency)
     new = LatentAttention(
         **{name: given[name] for name in (*kept, "device", "dtype")},
-        kv_rank=factors.up.shape[2],
-        nope_dim=factors.q.shape[1] - rope_dim,
-        rope_dim=rope_dim,
+        kv_rank=widths.rank,
+        nope_dim=widths.nope_dim,
+        rope_dim=widths.rope_dim,
         norm_eps=None,
         scale=layer.head_dim**-0.5 if layer.scale is None else layer.scale,
         rotary=None
-        if rotary is None or not rope_dim
+        if rotary is None or not widths.rope_heads
         else RotaryEmbedding(
-            rope_dim,
+            widths.rope_dim,
             interleaved=True,
             position_scale=rotary.position_scale,
-            frequencies=rotary.frequencies[factors.frequency],
+            frequencies=rotary.frequencies.repeat_interleave(widths.rope_heads),
         ),
     )
     weights = {"q_proj": factors.q.flatten(0, 1), "kv_a_proj": factors.down, "kv_b_proj": factors.up.flatten(0, 1)}

@@ -122,9 +122,10 @@ def _as_command_error(source: ModelSource, part: str) -> Iterator[None]:
 
 def _check_causal(source: ModelSource, config: Any) -> None:
     """Raises a CommandError unless the configuration is of a causal language model."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    expected = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    is_known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    expected = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__ if is_known else None
     architectures = config.architectures or [expected]
     if expected is None or config.is_encoder_decoder or expected not in architectures:
         kind = ", ".join(config.architectures or []) or config.model_type

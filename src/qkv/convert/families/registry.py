@@ -8,6 +8,7 @@ from qkv.convert.families.aligned_outputs import align_outputs
 from qkv.convert.families.encoder_decoder import ENCODER_DECODERS
 from qkv.convert.families.family import Family, Output, Pooling
 from qkv.convert.families.gpt import GPT2, GPT_BIGCODE, GPT_NEOX
+from qkv.convert.families.latent_decoder import LATENT_DECODERS
 from qkv.convert.families.llama import GEMMA, PACKED, PHI, SEPARATE, set_window, set_window_by_layers
 from qkv.convert.files.json_document import short_repr
 from qkv.convert.files.safetensors import TORCH_DTYPES, TensorSpec
@@ -29,6 +30,7 @@ FAMILIES: dict[str, Family] = {
     "gpt_bigcode": GPT_BIGCODE,
     "gpt_neox": GPT_NEOX,
     **ENCODER_DECODERS,
+    **LATENT_DECODERS,
 }
 """Families by ``model_type``."""
 

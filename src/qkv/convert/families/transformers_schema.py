@@ -14,7 +14,7 @@ from qkv.convert.errors import CheckpointError
 from qkv.convert.files.fields import CONFIG, NULL, OBJECT, ROTARY, check_fields, either
 from qkv.convert.files.json_document import count_keys, short_repr
 from qkv.convert.files.safetensors import TensorSpec
-from qkv.integrations.transformers import grouped_decoders
+from qkv.integrations.transformers import grouped_decoders, latent_decoders
 from qkv.layers.rotary_config import given_parameters
 
 OLD_NAMES = {"lm_head.weight": "embed_out.weight"}
@@ -55,6 +55,7 @@ def read_config(where: str, config: Mapping[str, Any], num_tensors: int) -> Any:
         raise CheckpointError(f"{where}: a configuration must have at most {MAX_KEYS} keys; got {keys}.")
     if config["model_type"].startswith(grouped_decoders.TYPE_PREFIX):
         grouped_decoders.register()
+        latent_decoders.register()
     for key in LAYERS:
         layers = config.get(key)
         if layers is not None and (type(layers) is not int or not 0 < layers <= num_tensors):
@@ -204,7 +205,8 @@ def _model_class(where: str, config: Any) -> Any:
     if not config.architectures:
         return auto.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     name = config.architectures[0]
-    cls = getattr(transformers, name, None) if isinstance(name, str) else None
+    module = latent_decoders if config.model_type.startswith(latent_decoders.TYPE_PREFIX) else transformers
+    cls = getattr(module, name, None) if isinstance(name, str) else None
     if not isinstance(cls, type) or getattr(cls, "config_class", None) is not type(config):
         raise CheckpointError(
             f"{where}: architectures must name a class of transformers for {config.model_type!r}; "

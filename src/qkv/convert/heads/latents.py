@@ -10,23 +10,49 @@ class LatentFactors(NamedTuple):
     """The projections of latent attention, fp64. C columns: of the input, and one more for biases."""
 
     q: Tensor
-    """(H, nope_dim + 2 n, C)"""
+    """(H, nope_dim + rope_dim, C)"""
     down: Tensor
-    """(rank + 2 n, C), the latents' rows, then the rotary keys', whose pairs of channels are neighbours"""
+    """(rank + rope_dim, C), the latents' rows, then the rotary keys', whose pairs of channels are neighbours"""
     up: Tensor
     """(H, nope_dim + value_dim, rank)"""
-    frequency: Tensor
-    """(n,), which of the layer's frequencies each pair of the rotary key has"""
 
 
-def factorise(q: Tensor, k: Tensor, v: Tensor, pairs: Tensor, weights: Tensor, *, rank: int, n: int) -> LatentFactors:
+class LatentWidths(NamedTuple):
+    """The widths of latent attention that is made of grouped heads."""
+
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+    rotary_dim: int
+    """channels of a head that rotate"""
+    rank: int
+    """of the latents"""
+    rope_heads: int
+    """components of the keys at each frequency that still rotate, at most num_kv_heads"""
+
+    @property
+    def rope_dim(self) -> int:
+        """Width of the rotary key, in whose pairs of channels each frequency comes ``rope_heads`` times in a row."""
+        return self.rope_heads * self.rotary_dim
+
+    @property
+    def nope_dim(self) -> int:
+        """Width of the part of a key that comes from latents: what never rotated, or all of it."""
+        return self.head_dim - (self.rotary_dim if self.rope_heads == self.num_kv_heads else 0)
+
+    def full_rank(self, columns: int) -> int:
+        """The rank with which latents are exact, for inputs of so many columns, one for biases included."""
+        return min(columns, self.num_kv_heads * (self.head_dim + self.value_dim) - self.rope_dim)
+
+
+def factorise(q: Tensor, k: Tensor, v: Tensor, pairs: Tensor, weights: Tensor, widths: LatentWidths) -> LatentFactors:
     """Projections of latent attention that compute what those of grouped heads do, up to what is left out.
 
     **Rotary keys.** Two channels that rotate together are one complex number, and the keys of all G heads at one
     frequency a vector z of G of them, which rotate by the same factor. So a unitary U at each frequency, applied to z
     and to queries, leaves scores as they are: ``conj(U q) @ U z = conj(q) @ z``. U is chosen by the singular vectors of
-    the projections: components are uncorrelated, for inputs that are. The n largest of all frequencies become the
-    rotary key. The others, if any, lose their rotation, which changes scores by their distance.
+    the projections: components are uncorrelated, for inputs that are. The ``rope_heads`` largest at each frequency
+    become the rotary key. The others, if any, lose their rotation, which changes scores by their distance.
 
     **Latents.** Keys that do not rotate, or no longer, and values are linear in the input. The best approximation of
     both of this rank, after scaling keys to the norm of values, is the joint singular value decomposition.
@@ -35,45 +61,41 @@ def factorise(q: Tensor, k: Tensor, v: Tensor, pairs: Tensor, weights: Tensor, *
         q, k, v: ``(H, D, C)``, ``(G, D, C)`` and ``(G, Dv, C)``, fp64: rows of the projections by head.
         pairs: ``(F, 2)``, the channels of D that rotate together, by frequency.
         weights: ``(C,)``, the root mean square of each column's input, by which errors are weighed.
-        rank: of the latents, at most ``min(C, G * (D + Dv) - 2 n)``, which is exact.
-        n: number of pairs of the rotary key; ``F * G`` is exact.
+        widths: exact with all G components and full rank.
 
-    Source: TransMLA (Meng et al. 2025), sections 4.2 and 4.3, which rotates with real orthogonal matrices and chooses
-    the same number of components at each frequency; MHA2MLA (Ji et al. 2025) for the joint decomposition.
+    Source: TransMLA (Meng et al. 2025), sections 4.2 and 4.3, which rotates with real orthogonal matrices; MHA2MLA (Ji
+    et al. 2025) for the joint decomposition.
     """
-    groups, group = len(k), len(q) // len(k)
+    group, rope_heads = len(q) // len(k), widths.rope_heads
     z, z_q = _complex(k, pairs).transpose(0, 1), _complex(q, pairs)  # (F, G, C), (H, F, C)
-    basis, size, _ = torch.linalg.svd(z * weights, full_matrices=False)
-    unitary = basis.mH
-    is_rotary = torch.zeros(size.numel(), dtype=torch.bool)
-    is_rotary[size.flatten().argsort(descending=True, stable=True)[:n]] = True
-    is_rotary = is_rotary.view(size.shape)
-    components = unitary @ z
-    frequency, component = is_rotary.nonzero(as_tuple=True)
-    rotary_keys = _interleaved(components[frequency, component])
-    of_group = unitary[frequency, component].T.repeat_interleave(group, dim=0)  # (H, n)
-    rotary_queries = _interleaved(of_group[:, :, None] * z_q[:, frequency])
+    basis, _, _ = torch.linalg.svd(z * weights, full_matrices=False)
+    components = basis.mH @ z
+    rotary_keys = _interleaved(components[:, :rope_heads].flatten(0, 1))
+    turns = basis.mH[:, :rope_heads].movedim(2, 0).repeat_interleave(group, dim=0)  # (H, F, rope_heads)
+    rotary_queries = _interleaved((turns[..., None] * z_q[:, :, None]).flatten(1, 2))
 
-    still = (basis @ (components * ~is_rotary[..., None])).transpose(0, 1)  # (G, F, C), what is left of each head
-    channels = [*pairs[~is_rotary.all(dim=1)].flatten().tolist()]
-    channels += [channel for channel in range(k.shape[1]) if channel not in pairs.flatten().tolist()]
+    still = (basis[:, :, rope_heads:] @ components[:, rope_heads:]).transpose(0, 1)  # (G, F, C)
     keys = k.clone()
     keys[:, pairs[:, 0]], keys[:, pairs[:, 1]] = still.real, still.imag
-    keys = keys[:, channels]
-
-    is_rounding = keys.norm() <= k.norm() * torch.finfo(k.dtype).eps * k.shape[2]
-    balance = torch.zeros_like(v.norm()) if is_rounding else v.norm() / keys.norm()
-    rows = torch.cat([keys * balance, v], dim=1)
-    left, sizes, right = torch.linalg.svd(rows.flatten(0, 1) * weights, full_matrices=False)
-    down = sizes[:rank, None] * right[:rank] / weights
-    up = left[:, :rank].view(groups, -1, rank).clone()
-    up[:, : len(channels)] = 0 if is_rounding else up[:, : len(channels)] / balance
+    rotating = set(pairs.flatten().tolist()) if rope_heads == len(k) else set()
+    channels = [channel for channel in range(k.shape[1]) if channel not in rotating]
+    down, up = _factorise_jointly(keys[:, channels], v, weights, widths.rank)
     return LatentFactors(
         torch.cat([q[:, channels], rotary_queries], dim=1),
         torch.cat([down, rotary_keys]),
         up.repeat_interleave(group, dim=0),
-        frequency,
     )
+
+
+def _factorise_jointly(k: Tensor, v: Tensor, weights: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """``(rank, C)`` and ``(G, D + Dv, rank)``, whose product is the best approximation of keys and values together."""
+    is_zero = k.norm() <= v.norm() * torch.finfo(k.dtype).eps * k.shape[2]
+    balance = torch.zeros_like(v.norm()) if is_zero else v.norm() / k.norm()
+    rows = torch.cat([k * balance, v], dim=1)
+    left, sizes, right = torch.linalg.svd(rows.flatten(0, 1) * weights, full_matrices=False)
+    up = left[:, :rank].view(len(k), -1, rank).clone()
+    up[:, : k.shape[1]] = 0 if is_zero else up[:, : k.shape[1]] / balance
+    return sizes[:rank, None] * right[:rank] / weights, up
 
 
 def _complex(rows: Tensor, pairs: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 from qkv.convert.families import transformers_schema
 from qkv.convert.families.family import Family
+from qkv.convert.families.latent_decoder import LATENT_DECODERS
 from qkv.convert.families.registry import find_family
 from qkv.convert.files.folder import CONFIG, read_folder
 from qkv.convert.files.json_document import paused_gc, read_document
@@ -56,6 +57,8 @@ def inspect_tensors(where: str, config: dict[str, Any], tensors: Mapping[str, Te
     own = [
         _layer(family, heads, windows[number], _rotary(hf_config, number), part) for number, part in enumerate(parts)
     ]
+    if config["model_type"] in LATENT_DECODERS:
+        own = [_latent_layer(layer, hf_config) for layer in own]
     parts = _by_layer(family.cross, tensors, len(windows))
     cross = [_layer(family, heads, None, "", part)._replace(cross=True) for part in parts]
     encoder_heads = transformers_schema.encoder_heads(hf_config)
@@ -102,6 +105,16 @@ def _layer(
         rotary,
         sum(spec.numel for spec in parts.values()),
         round(sum(spec.numel for spec in kv.values()) * share),
+    )
+
+
+def _latent_layer(layer: LayerAttention, config: Any) -> LayerAttention:
+    """A layer that caches latents, which all heads share."""
+    return layer._replace(
+        num_kv_heads=1,
+        head_dim=config.qk_nope_head_dim + config.qk_rope_head_dim,
+        value_dim=config.v_head_dim,
+        latent=(config.kv_lora_rank, config.qk_rope_head_dim),
     )
 
 

@@ -28,6 +28,13 @@ class LayerAttention(NamedTuple):
     """Of the key and value projections among them."""
     cross: bool = False
     """Whether keys and values come from an encoder."""
+    latent: tuple[int, int] | None = None
+    """Widths of the latent and the rotary key that a cache stores for all heads; None where it stores KV heads."""
+
+    @property
+    def cached_widths(self) -> tuple[int, int]:
+        """The two widths that a cache stores for each KV head, or for all."""
+        return self.latent or (self.head_dim, self.value_dim)
 
     def with_kv_heads(self, num_kv_heads: int) -> "LayerAttention":
         """The layer with another number of KV heads."""
