@@ -258,6 +258,7 @@ MUTANTS = [
     Mutant("columns joined that overlap or have a gap", "integrations/transformers/latent.py", "        and right.storage_offset() == left.storage_offset() + left.shape[3]\n", "", ("integrations/transformers/test_latent.py",)),
     Mutant("rotary components conjugated", "convert/heads/latents.py", "components = basis.mH @ z", "components = basis.mT @ z", ("convert/test_latent.py",)),
     Mutant("keys and values factorised out of balance", "convert/heads/latents.py", "up[:, : k.shape[1]] / balance", "up[:, : k.shape[1]]", ("convert/test_latent.py",)),
+    Mutant("rotary components in the order of heads", "integrations/transformers/latent_decoders.py", "repeat_interleave(repeats, dim=3)", "repeat(1, 1, 1, repeats)", ("convert/test_latent_checkpoint.py",)),
     Mutant("partial rotary ignored while heads are aligned", "convert/families/aligned_outputs.py", "KeySymmetry(rotary_dim(where, hf_config)", "KeySymmetry(pooling.heads.head_dim", ("convert/test_alignment.py",)),
 ]  # fmt: skip
 
