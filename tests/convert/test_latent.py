@@ -37,11 +37,6 @@ CASES: dict[str, tuple[dict[str, Any], int, tuple[int, int]]] = {
         (0, 16),
     ),
     "given frequencies": ({"rotary": qkv.RotaryEmbedding(8, frequencies=[1.0, 0.3, 0.3, 0.01])}, 16, (0, 16)),
-    "YaRN": (
-        {"rotary": qkv.RotaryEmbedding(8, scaling=qkv.RotaryScaling.yarn(8.0, original_max_position_embeddings=64))},
-        16,
-        (0, 16),
-    ),
     "no biases, narrow values": ({"rotary": ROTARY, "bias": False, "value_dim": 5}, 10, (0, 16)),
     "a bias of the output": ({"rotary": ROTARY, "bias": False, "out_bias": True}, 16, (0, 16)),
     "multi-head, more rows than inputs": ({"num_kv_heads": 4}, 49, (8, 0)),
@@ -68,6 +63,16 @@ def test_all_components_and_full_rank_are_exact(name: str) -> None:
     assert all(torch.equal(layer.state_dict()[name], value) for name, value in state.items())
     with pytest.raises(ValueError, match=rf"rank must be at most {rank}, the full one; got {rank + 1}"):
         convert_to_latent(layer, rank + 1)
+
+
+@torch.no_grad()
+def test_the_factor_of_rotated_queries_and_keys_is_kept() -> None:
+    """Theirs multiplies cosines, which are in fp32."""
+    yarn = qkv.RotaryScaling.yarn(8.0, original_max_position_embeddings=64)
+    layer = build(rotary=qkv.RotaryEmbedding(8, scaling=yarn))
+    want = layer(X)
+    error = (convert_to_latent(layer, 16)(X) - want).abs().max()
+    assert yarn.attention_factor > 1.1 and error <= 16 * torch.finfo(torch.float32).eps * want.abs().max()
 
 
 @pytest.mark.parametrize("rope_heads", [0, 1, 2])
@@ -143,6 +148,8 @@ INVALID: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
     ({"qk_norm": True}, {}, ValueError, "latent attention has no qk_norm; got Attention"),
     ({"sink_logits": True, "alibi": [1.0] * 4}, {}, ValueError, "latent attention has no sink_logits, alibi; got"),
     ({"rotary": DYNAMIC}, {}, ValueError, "latent attention has no rotary that depends on the length"),
+    ({"gate": True}, {}, ValueError, "latent attention has no gate; got"),
+    ({"position_bias": qkv.RelativePositionBias(4)}, {}, ValueError, "latent attention has no position_bias; got"),
     ({"context_dim": 48}, {}, ValueError, "latent attention has no context_dim"),
     ({}, {"rank": 0}, ValueError, "rank must be at least 1; got 0"),
     ({}, {"rank": 4.0}, TypeError, r"rank must be an int; got 4\.0"),

@@ -79,6 +79,7 @@ def _check_options(layer: Attention) -> None:
         "rotary with sections": getattr(layer.rotary, "sections", None) is not None,
         "rotary that depends on the length": scaling is not None and scaling.depends_on_length,
         "position_bias": layer.position_bias is not None,
+        "gate": layer.gate_proj is not None,
     }
     found = ", ".join(name for name, given in has.items() if given)
     if found:
@@ -108,29 +109,43 @@ def _projections(layer: Attention) -> tuple[Tensor, Tensor, Tensor]:
 
 def _build(layer: Attention, factors: LatentFactors, widths: LatentWidths) -> LatentAttention:
     """The layer with these projections, and the other options of ``layer``."""
-    given, state = layer.options(), state_of(layer)
-    rotary, width = layer.rotary, layer.embed_dim
-    kept = ("embed_dim", "num_heads", "value_dim", "mask", "bias", "out_bias", "softcap", "dropout", "backend")
+    state, width, has_bias = state_of(layer), layer.embed_dim, layer.q_proj.bias is not None
+    weight = state["q_proj.weight"]
     new = LatentAttention(
-        **{name: given[name] for name in (*kept, "device", "dtype")},
+        layer.embed_dim,
+        layer.num_heads,
         kv_rank=widths.rank,
         nope_dim=widths.nope_dim,
         rope_dim=widths.rope_dim,
+        value_dim=layer.value_dim,
+        mask=layer.mask,
+        rotary=_rotary_key(layer.rotary, widths),
         norm_eps=None,
+        bias=has_bias,
+        out_bias=layer.out_proj.bias is not None,
         scale=layer.head_dim**-0.5 if layer.scale is None else layer.scale,
-        rotary=None
-        if rotary is None or not widths.rope_heads
-        else RotaryEmbedding(
-            widths.rope_dim,
-            interleaved=True,
-            position_scale=rotary.position_scale,
-            frequencies=rotary.frequencies.repeat_interleave(widths.rope_heads),
-        ),
+        softcap=layer.softcap,
+        dropout=layer.dropout,
+        backend=layer.backend,
+        device=weight.device,
+        dtype=weight.dtype,
     )
     weights = {"q_proj": factors.q.flatten(0, 1), "kv_a_proj": factors.down, "kv_b_proj": factors.up.flatten(0, 1)}
     converted = {f"{name}.weight": weight[:, :width] for name, weight in weights.items()}
     converted["kv_b_proj.weight"] = weights["kv_b_proj"]
-    if given["bias"]:
+    if has_bias:
         converted |= {f"{name}.bias": weights[name][:, width] for name in ("q_proj", "kv_a_proj")}
     new.load_state_dict({**converted, **{name: x for name, x in state.items() if name.startswith("out_proj")}})
     return new.train(layer.training)
+
+
+def _rotary_key(rotary: RotaryEmbedding | None, widths: LatentWidths) -> RotaryEmbedding | None:
+    """The rotary embedding of the rotary key."""
+    if rotary is None or not widths.rope_heads:
+        return None
+    return RotaryEmbedding(
+        widths.rope_dim,
+        interleaved=True,
+        position_scale=rotary.position_scale,
+        frequencies=rotary.frequencies.repeat_interleave(widths.rope_heads),
+    )

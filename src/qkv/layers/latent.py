@@ -1,6 +1,6 @@
 """`LatentAttention`: keys and values of all heads from one latent for each token."""
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -120,7 +120,7 @@ class LatentAttention(nn.Module):
             require_count(caller, "q_rank", q_rank, suffix=", or None for a projection at once")
         require_mask(caller, mask)
         if rotary is not None:
-            require_rotary(caller, rotary, rope_dim)
+            require_rotary(caller, rotary, rope_dim, None)
         out_bias = bias if out_bias is None else out_bias
         for name, flag in (("bias", bias), ("out_bias", out_bias)):
             require_flag(caller, name, flag)
@@ -207,6 +207,9 @@ class LatentAttention(nn.Module):
         options = {**self._scores(bias), **keys.options()}
         out = self._heads.attend(q, keys.k, mask=mask, backend=self.backend, **options)
         return project(self.out_proj, out.transpose(1, 2).flatten(2))
+
+    if TYPE_CHECKING:  # of `nn.Module`, it takes anything
+        __call__ = forward
 
     @restore_cache_on_error
     def attention_weights(
