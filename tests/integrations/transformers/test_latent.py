@@ -192,7 +192,16 @@ def test_models_without_latents_are_refused() -> None:
         pytest.raises(ValueError, match="got a DeepseekV3ForCausalLM with DeepseekV3Attention"),
     ):
         latent(model)
+    state = torch.get_rng_state()
     assert latent(latent(model)) is model
+    assert torch.equal(torch.get_rng_state(), state)
+    with (
+        mock.patch.object(kind, "expand_kv", lambda *args: tuple(x.flip(1) for x in expand(*args))),
+        pytest.raises(ValueError, match="got a DeepseekV3ForCausalLM"),
+    ):
+        latent(model)
+    with pytest.raises(AssertionError, match="not expanded by transformers"), stock():  # as before the error
+        logits(model, theirs(model))
 
 
 def rows(length: int, batch: int = 2) -> tuple[Tensor, Tensor]:

@@ -57,22 +57,20 @@ def latent(model: Model, *, enabled: bool = True) -> Model:
 
     register()
     modules = [module for module in model.modules() if hasattr(type(module), _METHOD)]
-    for module in modules:
-        module.__dict__.pop(_METHOD, None)
-    if not enabled:
-        return model
-    known = [module for module in modules if _expands_as_ours(module)]
-    if not known:
+    known = [module for module in modules if enabled and _expands_as_ours(module)]
+    if enabled and not known:
         names = ", ".join(sorted({type(module).__name__ for module in modules})) or "none that expands latents"
         raise ValueError(
             "latent: model must have attention modules that expand latents as those of DeepSeek-V3 in transformers do; "
             f"got a {type(model).__name__} with {names}."
         )
+    for part in model.modules():
+        if enabled and isinstance(part, PreTrainedModel) and part.config._attn_implementation != NAME:
+            part.set_attn_implementation(NAME)
+    for module in modules:
+        module.__dict__.pop(_METHOD, None)
     for module in known:
         module.__dict__[_METHOD] = functools.partial(_expand, module)
-    for part in model.modules():
-        if isinstance(part, PreTrainedModel) and part.config._attn_implementation != NAME:
-            part.set_attn_implementation(NAME)
     return model
 
 
@@ -110,12 +108,12 @@ def _expand(module: Any, kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor
 
 @torch.no_grad()
 def _expands_as_ours(module: Any) -> bool:
-    """Whether keys and values of a module are those of `LatentHeads`, in the same order; tried on one token."""
+    """Whether keys and values of a module are those of `LatentHeads`, in the same order, for one token."""
     weight = plain_weight(module.kv_b_proj)
     if weight is None or weight.is_meta:
         return False
     heads = _heads(module)
-    kv_nope = torch.randn(1, 1, 1, heads.rank, dtype=weight.dtype, device=weight.device)
-    k_rot = kv_nope.new_ones(1, 1, 1, module.qk_rope_head_dim)
+    numbers = torch.linspace(-1, 2, heads.rank + module.qk_rope_head_dim, dtype=weight.dtype, device=weight.device)
+    kv_nope, k_rot = numbers[None, None, None].split([heads.rank, module.qk_rope_head_dim], dim=3)
     theirs = getattr(type(module), _METHOD)(module, kv_nope, k_rot)
     return all(map(torch.equal, theirs, heads.expand(torch.cat([kv_nope, k_rot], dim=3))))
