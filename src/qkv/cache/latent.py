@@ -53,6 +53,16 @@ class LatentKVCache(FullCache):
             )
         (keys,), offset = self._extend(latents, rotary_keys, is_token)
         self._rank = latents.shape[3]
+        return self._keys(keys, offset)
+
+    def latest(self, count: int) -> Keys:
+        """What `append` returned for the last ``count`` columns."""
+        keys = self._parts[0].tensor
+        assert keys is not None
+        return self._keys(keys, self.offset_of_latest(count))
+
+    def _keys(self, keys: Tensor, offset: int | Tensor) -> Keys:
+        """Rows as keys, and their latents as values."""
         return Keys(keys, keys[..., : self._rank], offset, self._returned)
 
     def _extend_equally(self, k: Tensor, v: Tensor) -> Sequence[Tensor]:

@@ -255,8 +255,8 @@ class QKVCache(DynamicCache):  # type: ignore[misc]
     """transformers' default cache with layers that append in place; pass it as ``past_key_values``.
 
     Args:
-        config: of the model. Layers with a window cache only the window; layers without keys and values, such as linear
-            attention, are transformers' own.
+        config: of the model. Layers with a window cache only the window; those of latent attention keep latents and
+            rotary keys in one memory; layers without keys and values, such as linear attention, are transformers' own.
         dtype: of keys and values in layers without a window: the model's if None, or ``torch.int8``, about half the
             size of bf16, for models on ``attn_implementation="qkv"``. (Other implementations would dequantise the cache
             at each step.) Keys and values that require grad are not quantised.
