@@ -9,6 +9,7 @@ from convert import models
 
 from qkv.convert import CheckpointError, convert_checkpoint, convert_state_dict, inspect_checkpoint
 from qkv.convert.families.encoder_decoder import ENCODER_DECODERS
+from qkv.convert.families.latent_decoder import LATENT_DECODERS
 from qkv.convert.families.registry import FAMILIES
 
 HEADS = 8
@@ -52,7 +53,7 @@ def test_converted_model_computes_with_shared_heads(tmp_path, family, how):
 
 
 def test_every_family_is_tested():
-    assert models.FAMILIES.keys() | ENCODER_DECODERS.keys() == FAMILIES.keys()
+    assert models.FAMILIES.keys() | ENCODER_DECODERS.keys() | LATENT_DECODERS.keys() == FAMILIES.keys()
 
 
 @pytest.mark.parametrize("family", sorted(models.FAMILIES.keys() - {"gpt2", "gpt_neox"}))
