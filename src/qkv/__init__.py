@@ -47,6 +47,8 @@ __all__ = [
     "GroupedQueryAttention",
     "Int8KVCache",
     "KVCache",
+    "LatentAttention",
+    "LatentKVCache",
     "Mask",
     "MultiHeadAttention",
     "MultiQueryAttention",

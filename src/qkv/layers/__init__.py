@@ -26,6 +26,7 @@ __all__ = [
     "CrossLayerAttention",
     "DifferentialAttention",
     "GroupedQueryAttention",
+    "LatentAttention",
     "MultiHeadAttention",
     "MultiQueryAttention",
     "RelativePositionBias",
