@@ -407,9 +407,7 @@ def test_state_dict_and_copies() -> None:
         assert torch.equal(twin(X), want)
         nn.init.zeros_(twin.out_proj.weight)
         assert torch.equal(layer(X), want)
-    assert "kv_rank=16, nope_dim=12, rope_dim=8, value_dim=10, q_rank=20, mask=Mask.band(left=None, right=0)" in repr(
-        layer
-    )
+    assert "kv_rank=16, nope_dim=12, rope_dim=8, value_dim=10, q_rank=20, mask=Mask.causal()" in repr(layer)
 
 
 CONSTRUCTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
