@@ -11,11 +11,13 @@ from qkv.cache.int8 import Int8Keys as Int8Keys
 from qkv.cache.int8 import Int8KVCache as Int8KVCache
 from qkv.cache.int8 import quantize as quantize
 from qkv.cache.kv import KVCache as KVCache
+from qkv.cache.model import Caches as Caches
 from qkv.cache.rows import Rows
 from qkv.cache.sliding import SlidingKVCache as SlidingKVCache
 
 __all__ = [
     "Cache",
+    "Caches",
     "CrossKVCache",
     "Int8KVCache",
     "Int8Keys",
@@ -26,4 +28,6 @@ __all__ = [
     "quantize",
 ]
 
-torch.serialization.add_safe_globals([AppendBuffer, Rows, KVCache, Int8KVCache, SlidingKVCache, CrossKVCache])
+torch.serialization.add_safe_globals(
+    [AppendBuffer, Rows, KVCache, Int8KVCache, SlidingKVCache, CrossKVCache, Caches, Owner]
+)

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from typing_extensions import Never, ParamSpec, Self, Unpack
 
 from qkv import functional
 from qkv.arguments import require_count, require_finite, require_flag, require_positive, require_probability
-from qkv.cache import Cache, CrossKVCache, Int8Keys, Keys, Owner
+from qkv.cache import Cache, Caches, CrossKVCache, Int8Keys, Int8KVCache, Keys, KVCache, Owner, SlidingKVCache
 from qkv.layers import torch_mha, transformers_modules
 from qkv.layers.arguments import (
     input_error,
@@ -52,19 +52,28 @@ class _Inputs(NamedTuple):
     bias: Tensor | None
 
 
-def _restore_cache_on_error(call: Callable[_Arguments, Tensor]) -> Callable[_Arguments, Tensor]:
-    """Decorates a method so that an error or interrupt leaves its ``cache`` argument as it was before the call."""
+def _restore_cache_on_error(
+    call: Callable[Concatenate["Attention", _Arguments], Tensor],
+) -> Callable[Concatenate["Attention", _Arguments], Tensor]:
+    """Decorates a method so that an error or interrupt leaves its ``cache`` argument as it was before the call.
+
+    Of `Caches`, the method gets that of its own layer.
+    """
 
     @functools.wraps(call)
-    def guarded(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> Tensor:
-        cache = kwargs.get("cache")
+    def guarded(self: "Attention", /, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> Tensor:
+        given = kwargs.get("cache")
+        cache = given.enter(self._owner) if isinstance(given, Caches) else given
         if not isinstance(cache, Cache):
-            return call(*args, **kwargs)
+            return call(self, *args, **kwargs)
+        kwargs["cache"] = cache
         mark = cache.mark()
         try:
-            return call(*args, **kwargs)
+            return call(self, *args, **kwargs)
         except BaseException:
             cache.restore(mark)
+            if isinstance(given, Caches):
+                given.fail(self._owner)
             raise
 
     return guarded
@@ -263,7 +272,7 @@ class Attention(nn.Module):
         mask: Mask | None = None,
         bias: Tensor | None = None,
         positions: Tensor | None = None,
-        cache: Cache | None = None,
+        cache: Cache | Caches | None = None,
     ) -> Tensor:
         """Attention with the tokens of x as queries.
 
@@ -275,7 +284,8 @@ class Attention(nn.Module):
             positions: integers ``(Lq,)`` or ``(B, Lq)`` by which rotary rotates, or more dimensions if it takes them.
                 By default tokens are counted, cached ones included. Masks and biases count in any case.
             cache: keys and values of earlier calls of this layer, to which this call appends its own, apart from
-                padding. A call that fails appends nothing.
+                padding; or the `Caches` of a model, of which the layer finds its own. A call that fails appends
+                nothing.
 
         Returns:
             ``(B, Lq, embed_dim)``.
@@ -303,7 +313,7 @@ class Attention(nn.Module):
         mask: Mask | None = None,
         bias: Tensor | None = None,
         positions: Tensor | None = None,
-        cache: Cache | None = None,
+        cache: Cache | Caches | None = None,
     ) -> Tensor:
         """The softmax weights ``(B, num_heads, Lq, Lk)`` of `forward`, which takes the same arguments.
 
@@ -316,6 +326,27 @@ class Attention(nn.Module):
             )
         return self._weights(self._inputs(x, context, mask, bias, positions, cache))
 
+    def make_cache(self, capacity: int | None = None, dtype: torch.dtype | None = None) -> Cache:
+        """The cache that the layer needs to decode, as `Caches.for_model` makes it.
+
+        A `CrossKVCache` for a layer with a context, a `SlidingKVCache` for one whose mask has a window shorter than
+        ``capacity``, and otherwise a `KVCache`, or an `Int8KVCache`. With sink tokens, a sliding cache changes the
+        distances between keys, so layers with ALiBi or a position bias get one that keeps all keys.
+
+        Args:
+            capacity: as in `KVCache`.
+            dtype: ``torch.int8`` for an `Int8KVCache`, where the cache would grow; None for the dtype of the keys.
+        """
+        if self.context_dim is not None:
+            return CrossKVCache()
+        mask = self.mask
+        has_distances = self._slopes is not None or self.position_bias is not None
+        if mask.left is not None and not (mask.sink_tokens and has_distances):
+            window = mask.left + 1
+            if capacity is None or capacity > window:
+                return SlidingKVCache(window, mask.sink_tokens)
+        return Int8KVCache(capacity) if dtype is torch.int8 else KVCache(capacity)
+
     def _refuse_with_nested(self, **options: Tensor | None) -> None:
         """Raises ValueError for options that nested tensors do not have."""
         for name, value in options.items():
@@ -325,7 +356,9 @@ class Attention(nn.Module):
                     "on x.to_padded_tensor(0.0) with mask=Mask.padding(lengths)."
                 )
 
-    def _forward_jagged(self, x: Tensor, context: Tensor | None, mask: Mask | None, cache: Cache | None) -> Tensor:
+    def _forward_jagged(
+        self, x: Tensor, context: Tensor | None, mask: Mask | None, cache: Cache | Caches | None
+    ) -> Tensor:
         """`forward` of each sequence of a nested tensor, without projecting padding."""
         caller = type(self).__name__
         mask = self.mask if mask is None else self.mask & require_mask(caller, mask)
@@ -422,7 +455,7 @@ class Attention(nn.Module):
         mask: Mask | None,
         bias: Tensor | None,
         positions: Tensor | None,
-        cache: Cache | None,
+        cache: Cache | Caches | None,
     ) -> _Inputs:
         """Projects x and context, appends to the cache, and combines the masks and the biases."""
         caller = type(self).__name__
@@ -465,7 +498,7 @@ class Attention(nn.Module):
         mask: Mask,
         bias: Tensor | None,
         positions: Tensor | None,
-        cache: Cache | None,
+        cache: Cache | Caches | None,
     ) -> _Inputs:
         """`_inputs` of self-attention, from projected queries."""
         offset: int | Tensor = 0
@@ -509,7 +542,7 @@ class Attention(nn.Module):
         context: Tensor | None,
         mask: Mask,
         bias: Tensor | None,
-        cache: Cache | None,
+        cache: Cache | Caches | None,
     ) -> _Inputs:
         """`_inputs` of cross-attention, from projected queries."""
         caller = type(self).__name__
@@ -532,6 +565,7 @@ class Attention(nn.Module):
                 cache.require(context)
             mask, _ = cache.split_padding(mask, x.shape[0], 0)
             keys = cache.keys()
+            cache.require_dtype(q)
         else:
             mask, is_token = cache.split_padding(mask, *context.shape[:2])
             keys = cache.append(*self._keys(context), is_token)
