@@ -37,6 +37,7 @@ from qkv.masks import Mask as Mask
 __all__ = [
     "Attention",
     "BackendError",
+    "Caches",
     "CausalAttention",
     "ContinuousWindowPositionBias",
     "CrossAttention",

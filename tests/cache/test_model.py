@@ -87,6 +87,8 @@ def test_each_layer_gets_the_cache_that_it_needs() -> None:
     for options in ({"alibi": [1.0] * 4}, {"position_bias": qkv.RelativePositionBias(4)}):
         layer = qkv.Attention(E, 4, mask=Mask.causal(3, sink_tokens=2), **options)  # type: ignore[arg-type]
         assert type(layer.make_cache()) is qkv.KVCache
+    chunks = Mask.causal() & Mask.chunked(4)
+    assert type(qkv.Attention(E, 4, mask=chunks).make_cache()) is qkv.KVCache
 
 
 @torch.no_grad()
@@ -472,6 +474,32 @@ def test_caches_filled_under_autocast_say_so(dtype: torch.dtype | None) -> None:
         cross(X, cache=filled_under["blocks.1.cross"])
     assert_consistent(filled_under, 6)
     model(X[:, 5:6], None, filled_without)
+
+
+@torch.no_grad()
+def test_a_layer_that_reads_the_cache_of_another() -> None:
+    torch.manual_seed(0)
+    first, second = qkv.CausalAttention(E, 4), qkv.CrossLayerAttention(E, 4, mask=Mask.causal())
+    caches, one = Caches.for_model(nn.ModuleList([first, second])), qkv.KVCache()
+    assert list(caches) == ["0"]
+    for part in X.split([5, 1, 6], dim=1):
+        want = second(first(part, cache=one), cache=one)
+        assert torch.equal(second(first(part, cache=caches), cache=caches[first]), want)
+    with pytest.raises(ValueError, match=r"got CrossLayerAttention.*reads another one's cache takes that, caches\[lay"):
+        second(X, cache=caches)
+
+
+@torch.no_grad()
+def test_nested_tensors() -> None:
+    torch.manual_seed(0)
+    layers = nn.ModuleList([qkv.CausalAttention(E, 4), qkv.Attention(E, 4, mask=Mask.causal(4))])
+    caches, texts = Caches.for_model(layers), [X[0, :7], X[1, :2]]
+    for count in (0, 3):
+        parts = [text[:count] if count else text for text in texts]
+        x = torch.nested.nested_tensor(parts, layout=torch.jagged)
+        for layer in layers:
+            x = layer(x, cache=caches)
+    assert caches.lengths.tolist() == [10, 4]
 
 
 @torch.no_grad()

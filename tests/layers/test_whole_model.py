@@ -92,13 +92,13 @@ class Model(nn.Module):
 
 
 def sequences(batch: int, length: int) -> tuple[Tensor, Tensor]:
-    """Texts in which a token follows from the two before it and from the context, with a little noise."""
+    """Texts in which a token follows from the one before it and from the context, with a little noise."""
     context = torch.randn(batch, 4, CONTEXT_DIM)
     step = (context[:, 0, 0] > 0).long() + 1
-    tokens = [torch.randint(VOCABULARY, (batch,)) for _ in range(2)]
-    for _ in range(length - 2):
+    tokens = [torch.randint(VOCABULARY, (batch,))]
+    for _ in range(length - 1):
         noise = torch.randint(VOCABULARY, (batch,)) * (torch.rand(batch) < 0.05)
-        tokens.append((tokens[-1] + step * tokens[-2] + noise) % VOCABULARY)
+        tokens.append((tokens[-1] + step + noise) % VOCABULARY)
     return torch.stack(tokens, dim=1), context
 
 
@@ -219,10 +219,11 @@ class World:
         self.texts = self.append(self.texts, [self.tokens(count) for _ in self.texts], self.caches)
 
     def single(self) -> None:
-        new = [self.tokens(1) for _ in self.texts]
-        out = self.model(torch.tensor(new), cache=self.caches)
-        self.texts = [text.longer(one) for text, one in zip(self.texts, new, strict=True)]
-        self.singles += [(one[0], text) for one, text in zip(out, self.texts, strict=True)]
+        for _ in range(self.chance.randint(1, 3)):
+            new = [self.tokens(1) for _ in self.texts]
+            out = self.model(torch.tensor(new), cache=self.caches)
+            self.texts = [text.longer(one) for text, one in zip(self.texts, new, strict=True)]
+            self.singles += [(one[0], text) for one, text in zip(out, self.texts, strict=True)]
         # What singles have cached differs in its last bits from then on.
         self.texts, self.caches = self.prompts(self.chance.randint(1, 3))
 
@@ -355,7 +356,16 @@ def decode(model: Model, seed: int, steps: int) -> None:
     world.check_singles()
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Sizes are small: more threads would wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("seed", range(2))
 @torch.no_grad()
 def test_each_row_of_a_batch_is_its_text_alone(seed: int) -> None:
     with torch.enable_grad():
@@ -368,5 +378,5 @@ def test_each_row_of_a_batch_is_its_text_alone(seed: int) -> None:
 def test_each_row_is_its_text_alone_for_500_steps() -> None:
     with torch.enable_grad():
         model, (first, last) = trained(200)
-    assert last < 0.8 * first
+    assert last < 0.5 * first
     decode(model, 100, 500)

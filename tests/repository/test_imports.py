@@ -107,8 +107,8 @@ def test_importing_qkv_registers_the_operators() -> None:
 
 PUBLIC = {
     *("attention", "attention_with_lse", "attention_weights", "merge", "explain", "BackendError", "accelerate"),
-    *("Mask", "Caches", "KVCache", "Int8KVCache", "SlidingKVCache", "CrossKVCache", "RotaryEmbedding", "RotaryEmbedding2d"),
-    *("RotaryScaling", "RelativePositionBias", "WindowPositionBias", "ContinuousWindowPositionBias"),
+    *("Mask", "KVCache", "Int8KVCache", "SlidingKVCache", "CrossKVCache", "RotaryEmbedding", "RotaryEmbedding2d"),
+    *("Caches", "RotaryScaling", "RelativePositionBias", "WindowPositionBias", "ContinuousWindowPositionBias"),
     *("Attention", "ScaledDotProductAttention", "MultiHeadAttention", "CrossAttention", "CausalAttention"),
     *("SlidingWindowAttention", "MultiQueryAttention", "GroupedQueryAttention"),
     *("DifferentialAttention", "CrossLayerAttention"),

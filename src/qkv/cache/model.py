@@ -353,9 +353,9 @@ class Caches:
 
     def _unknown(self, got: str) -> str:
         return (
-            f"Caches: the layer must be of the model that they are for, {_listed(self._caches)}; got {got}. For a "
-            "copy of that model, or after loading from a file, call bind(model); for another, Caches.for_model(model). A "
-            "layer that reads the cache of another one takes that, caches[layer]."
+            f"Caches: the layer must be of the model that they are for, {_listed(self._caches)}; got {got}. For a copy "
+            "of that model, or after loading from a file, call bind(model); for another one, Caches.for_model(model). "
+            "A layer that reads another one's cache takes that, caches[layer]."
         )
 
     def __repr__(self) -> str:

@@ -330,8 +330,8 @@ class Attention(nn.Module):
         """The cache that the layer needs to decode, as `Caches.for_model` makes it.
 
         A `CrossKVCache` for a layer with a context, a `SlidingKVCache` for one whose mask has a window shorter than
-        ``capacity``, and otherwise a `KVCache`, or an `Int8KVCache`. With sink tokens, a sliding cache changes the
-        distances between keys, so layers with ALiBi or a position bias get one that keeps all keys.
+        ``capacity``, and otherwise a `KVCache`, or an `Int8KVCache`. All keys are kept as well where a sliding cache
+        would change what is counted: by chunks and prefixes, and by ALiBi or a position bias beside sink tokens.
 
         Args:
             capacity: as in `KVCache`.
@@ -339,12 +339,11 @@ class Attention(nn.Module):
         """
         if self.context_dim is not None:
             return CrossKVCache()
-        mask = self.mask
+        mask, lookback = self.mask, self.mask.lookback
         has_distances = self._slopes is not None or self.position_bias is not None
-        if mask.left is not None and not (mask.sink_tokens and has_distances):
-            window = mask.left + 1
-            if capacity is None or capacity > window:
-                return SlidingKVCache(window, mask.sink_tokens)
+        counts_keys = mask.counts_from_first_key or (mask.sink_tokens and has_distances)
+        if lookback is not None and not counts_keys and (capacity is None or capacity > lookback + 1):
+            return SlidingKVCache(lookback + 1, mask.sink_tokens)
         return Int8KVCache(capacity) if dtype is torch.int8 else KVCache(capacity)
 
     def _refuse_with_nested(self, **options: Tensor | None) -> None:
@@ -393,7 +392,7 @@ class Attention(nn.Module):
             out = queries.pack(self._attend(padded))
         return nested_like(x, self._project_out(out, queries.values))
 
-    def _forward_packed(self, tokens: PackedTokens, mask: Mask, cache: Cache) -> Tensor:
+    def _forward_packed(self, tokens: PackedTokens, mask: Mask, cache: Cache | Caches) -> Tensor:
         """`forward` of sequences as rows of a padded batch, whose padding the cache drops: ``(1, T, embed_dim)``."""
         padded = tokens.pad(tokens.values[:, None]).squeeze(1)
         keep = torch.arange(tokens.longest, device=padded.device) < tokens.lengths[:, None]
