@@ -477,6 +477,19 @@ def test_caches_filled_under_autocast_say_so(dtype: torch.dtype | None) -> None:
 
 
 @torch.no_grad()
+def test_a_mark_undoes_calls_and_operations_on_rows() -> None:
+    model = Model()
+    want, caches = model(X, CONTEXT), filled(model, 5)
+    mark = caches.mark()
+    model(X[:, 5:], None, caches)  # further than the windows reach back
+    caches.select(torch.tensor([1, 1, 0]))
+    caches.join(filled(model, 4))
+    caches.restore(mark)
+    assert_consistent(caches, 5)
+    torch.testing.assert_close(model(X[:, 5:], None, caches), want[:, 5:], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
 def test_a_layer_that_reads_the_cache_of_another() -> None:
     torch.manual_seed(0)
     first, second = qkv.CausalAttention(E, 4), qkv.CrossLayerAttention(E, 4, mask=Mask.causal())
@@ -517,21 +530,34 @@ def test_rows_that_all_leave_make_room_for_another_batch() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.long)])
 @torch.no_grad()
-def test_a_compiled_model_decodes_from_caches(backend: str) -> None:
+def test_a_compiled_model_decodes_from_caches() -> None:
     torch._dynamo.reset()
     model = Model()
-    if backend == "eager":  # tracing takes seconds
-        model.blocks = model.blocks[::2]
+    model.blocks = model.blocks[::2]  # tracing takes seconds
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    want, caches = model(X), Caches.for_model(compiled)
+    parts = [compiled(part, cache=caches) for part in X[:, :7].split([5, 2], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), want[:, :7], rtol=1e-4, atol=1e-5)
+    assert_consistent(caches, 7)
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@torch.no_grad()
+def test_a_compiled_model_with_a_context_and_unequal_rows(backend: str) -> None:
+    torch._dynamo.reset()
+    model = Model()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     want, caches = model(X, CONTEXT), Caches.for_model(compiled)
-    for start, stop in ((0, 5), (5, 6), (6, 8)):
+    for start, stop in ((0, 5), (5, 6), (6, 7), (7, 8)):
         part = compiled(X[:, start:stop], CONTEXT if start == 0 else None, caches)
         torch.testing.assert_close(part, want[:, start:stop], rtol=1e-4, atol=1e-5)
-    caches.crop(torch.tensor([8, 7]))
-    new = torch.stack([X[0, 8:10], X[1, 7:9]])
-    torch.testing.assert_close(
-        compiled(new, None, caches), torch.stack([want[0, 8:10], want[1, 7:9]]), rtol=1e-4, atol=1e-5
-    )
-    assert caches.lengths.tolist() == [10, 9]
+    for lengths in ((8, 7), (9, 9)):
+        caches.crop(torch.tensor(lengths))
+        first, second = lengths
+        new = torch.stack([X[0, first : first + 2], X[1, second : second + 2]])
+        wanted = torch.stack([want[0, first : first + 2], want[1, second : second + 2]])
+        torch.testing.assert_close(compiled(new, None, caches), wanted, rtol=1e-4, atol=1e-5)
+    assert caches.lengths.tolist() == [11, 11]

@@ -107,7 +107,7 @@ def trained(steps: int) -> tuple[Model, tuple[float, float]]:
     """The model after training, and the loss of its first and last steps."""
     torch.manual_seed(0)
     model = Model()
-    optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=5e-3)
     losses = []
     for _ in range(steps):
         tokens, context = sequences(16, 24)
