@@ -22,6 +22,7 @@ NATIVE = "../../native/src"
 
 KERNEL = ("kernels/test_native.py", "cache/test_int8.py", "contract/test_grid.py")
 APPEND = ("cache/test_buffer.py",)
+CACHES = ("cache/test_model.py",)
 NONFINITE = ("contract/test_nonfinite.py",)
 ROWS = ("layers/test_rows.py", "cache/test_rows.py")
 SEQUENCES = ("test_packed.py", "test_paged.py")
@@ -148,6 +149,11 @@ MUTANTS = [
     Mutant("dropout while evaluating", "layers/attention.py", "self.dropout if self.training else 0.0", "self.dropout"),
     Mutant("sliding cache one key short", "cache/sliding.py", "start = max(sinks, tokens.shape[2] - (self.window - 1))", "start = max(sinks, tokens.shape[2] - (self.window - 2))"),
     Mutant("append buffer loses tokens on reallocation", "cache/buffer.py", "memory[:, :, :length] = tokens", "pass"),
+    Mutant("a failed call leaves tokens in the layers before", "cache/model_call.py", "                self._caches[name].restore(mark)\n", "                pass\n", CACHES),
+    Mutant("layers with other tokens not noticed", "cache/model_call.py", "        if columns != others:\n", "        if False:\n", CACHES),
+    Mutant("contexts cropped with the text", "cache/model.py", "if not cache.of_context and cache.columns]", "if cache.columns]", CACHES),
+    Mutant("a mark without its buffers", "cache/base.py", "self._parts, length, rows = mark", "_, length, rows = mark", CACHES),
+    Mutant("a state without the padding", "cache/state.py", "if cache._rows is None else {PADDING", "if True else {PADDING", CACHES),
     Mutant("cropped tokens restored", "cache/buffer.py", "self._start, self.length = tensor.storage_offset() // memory.stride(2), tensor.shape[2]", "pass"),
     Mutant("offset of fast-path calls dropped", "backends/native.py", "mask.sink_tokens, offset, scale)", "mask.sink_tokens, 0, scale)"),
     # Those of matmul/amx.h and attention/decode_amx.h are found only on processors with AMX.
@@ -199,7 +205,7 @@ MUTANTS = [
     Mutant("codes overwritten past torch's version counter", "cache/int8.py", "torch.autograd.graph.increment_version((code, scale))", "pass", ("cache/test_caches.py",)),
     Mutant("copies share memory", "cache/buffer.py", "        self.share()\n        twin", "        twin", ("cache/test_states.py",)),
     Mutant("inference tensors kept as memory", "cache/buffer.py", "and torch.is_inference_mode_enabled():", "and False:", ("cache/test_caches.py",)),
-    Mutant("owner of a cache not checked", "cache/base.py", "if self._owners and owner not in self._owners:", "if False:", ("cache/test_caches.py",)),
+    Mutant("owner of a cache not checked", "cache/base.py", "if self._copied_owners is None or owner not in self._copied_owners:", "if False:", ("cache/test_caches.py",)),
     Mutant("another context of the same length accepted", "cache/cross.py", "if not torch.equal(_fingerprint(context), self._fingerprint):", "if False:", ("cache/test_caches.py",)),
     Mutant("tokens of a failed call kept", "layers/attention.py", "            cache.restore(mark)\n", "", ("cache/test_caches.py",)),
     Mutant("appended past torch's version counter", "cache/buffer.py", "if torch.is_grad_enabled() or keys.memory", "if keys.memory", APPEND),

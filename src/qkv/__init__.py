@@ -5,6 +5,7 @@ query and a key, Dv width of a value, E width of a model. Tensors of heads are (
 """
 
 from qkv.backends import BackendError as BackendError
+from qkv.cache import Caches as Caches
 from qkv.cache import CrossKVCache as CrossKVCache
 from qkv.cache import Int8KVCache as Int8KVCache
 from qkv.cache import KVCache as KVCache
@@ -38,6 +39,7 @@ from qkv.masks import Mask as Mask
 __all__ = [
     "Attention",
     "BackendError",
+    "Caches",
     "CausalAttention",
     "ContinuousWindowPositionBias",
     "CrossAttention",

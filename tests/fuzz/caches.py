@@ -65,7 +65,15 @@ COPIES: dict[str, Callable[[Any], Any]] = {
     "deepcopy": copy.deepcopy,
     "pickle": lambda cache: pickle.loads(pickle.dumps(cache)),
     "torch.save": lambda cache: saved(cache, weights_only=True),
+    "state dict": lambda cache: reloaded(cache),
 }
+
+
+def reloaded(cache: Any) -> Any:
+    twin = copy.deepcopy(cache)
+    if isinstance(cache, Cache):
+        twin.load_state_dict(cache.state_dict())
+    return twin
 
 
 def saved(cache: Any, *, weights_only: bool) -> Any:

@@ -108,7 +108,7 @@ def test_importing_qkv_registers_the_operators() -> None:
 PUBLIC = {
     *("attention", "attention_with_lse", "attention_weights", "merge", "explain", "BackendError", "accelerate"),
     *("Mask", "KVCache", "Int8KVCache", "SlidingKVCache", "CrossKVCache", "LatentKVCache"),
-    *("RotaryEmbedding", "RotaryEmbedding2d"),
+    *("Caches", "RotaryEmbedding", "RotaryEmbedding2d"),
     *("RotaryScaling", "RelativePositionBias", "WindowPositionBias", "ContinuousWindowPositionBias"),
     *("Attention", "ScaledDotProductAttention", "MultiHeadAttention", "CrossAttention", "CausalAttention"),
     *("SlidingWindowAttention", "MultiQueryAttention", "GroupedQueryAttention", "LatentAttention"),

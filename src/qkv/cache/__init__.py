@@ -12,11 +12,13 @@ from qkv.cache.int8 import Int8KVCache as Int8KVCache
 from qkv.cache.int8 import quantize as quantize
 from qkv.cache.kv import KVCache as KVCache
 from qkv.cache.latent import LatentKVCache as LatentKVCache
+from qkv.cache.model import Caches as Caches
 from qkv.cache.rows import Rows
 from qkv.cache.sliding import SlidingKVCache as SlidingKVCache
 
 __all__ = [
     "Cache",
+    "Caches",
     "CrossKVCache",
     "Int8KVCache",
     "Int8Keys",
@@ -29,5 +31,5 @@ __all__ = [
 ]
 
 torch.serialization.add_safe_globals(
-    [AppendBuffer, Rows, KVCache, Int8KVCache, SlidingKVCache, CrossKVCache, LatentKVCache]
+    [AppendBuffer, Rows, KVCache, Int8KVCache, SlidingKVCache, CrossKVCache, LatentKVCache, Caches, Owner]
 )

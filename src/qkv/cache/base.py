@@ -1,9 +1,10 @@
 """`Cache`: the interface that layers use, and operations that all caches share."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from copy import copy, deepcopy
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from typing_extensions import Self
 from qkv.arguments import require_count
 from qkv.cache.buffer import AppendBuffer
 from qkv.cache.rows import Rows, padding_before, require_padding_at_the_ends
+from qkv.cache.state import load_state, state_of
 from qkv.masks import Mask, gather_keys
 
 if TYPE_CHECKING:
@@ -44,10 +46,13 @@ class Owner:
     A deep copy of a layer is another owner; a copy that shares its weights is the same.
     """
 
-    __slots__ = ("name",)
+    __slots__ = ("__weakref__", "name")
 
     def __init__(self, name: str) -> None:
         self.name = name
+
+    def __reduce__(self) -> tuple[type["Owner"], tuple[str]]:
+        return Owner, (self.name,)
 
 
 class Cache:
@@ -59,15 +64,28 @@ class Cache:
     `append`, which may overwrite them; torch raises if a backward pass still needs them.
     """
 
+    PARTS: ClassVar[tuple[str, ...]] = ("keys", "values")
+    """names of the tensors that it stores"""
+    STATE: ClassVar[tuple[str, ...]] = ()
+    """names of what `state_dict` has beside these"""
+    OPTIONAL_STATE: ClassVar[tuple[str, ...]] = ()
+    """names of what it may have"""
+    of_context: ClassVar[bool] = False
+    """whether its tokens are those of a context, and not of the queries' own text"""
     capacity: int | None = None
     """limit of the length; None without"""
     sink_tokens = 0
     """number of first tokens that are always kept"""
+    name = ""
+    """name of its layer within a model, for error messages"""
 
-    def __init__(self, parts: int = 2) -> None:
-        self._parts = tuple(AppendBuffer() for _ in range(parts))
-        """buffers of keys and values, and of the scales of both in int8"""
+    def __init__(self) -> None:
+        self._parts = tuple(AppendBuffer() for _ in self.PARTS)
         self._owners: tuple[Owner, ...] = ()
+        self._copied_owners: WeakSet[Owner] | None = None
+        """of the layers that were copied together with this cache"""
+        self._autocast: torch.dtype | None = None
+        """to which torch.autocast cast the first tokens"""
         self._rows: Rows | None = None
         """None while all rows have as many tokens, and no padding"""
 
@@ -199,10 +217,15 @@ class Cache:
             ValueError: if the cache contains keys of another layer; in self-attention also for a mask that shows later
                 keys, which the queries of earlier calls have not seen.
         """
-        if self.length:
+        earlier = self.columns if torch.compiler.is_compiling() else self.length  # lengths of rows are tensors
+        if earlier:
             self._require(owner)
-        self.require_visible(mask, self.length)
-        self._owners = (owner,)
+        self.require_visible(mask, earlier)
+        self._own(owner)
+
+    def _own(self, owner: Owner | None) -> None:
+        """Records the layer whose keys are cached; None for the next one that uses it."""
+        self._owners, self._copied_owners = () if owner is None else (owner,), None
 
     def require_visible(self, mask: Mask, earlier: int) -> None:
         """Raises ValueError for a mask that shows later keys, if there are ``earlier`` tokens that did not see them."""
@@ -216,11 +239,18 @@ class Cache:
 
     def _require(self, owner: Owner) -> None:
         """Raises ValueError if the cache contains keys of another layer."""
-        if self._owners and owner not in self._owners:
+        if not self._owners or owner in self._owners:
+            return
+        if self._copied_owners is None or owner not in self._copied_owners:
             raise ValueError(
-                f"{type(self).__name__}: its {self.length} tokens are keys of another layer, {self._owners[0].name}; "
+                f"{type(self).__name__}: its {self.length} tokens are keys of another layer, {self._owner_name}; "
                 f"got a call of {owner.name}. Make one cache per layer, or reset it."
             )
+
+    @property
+    def _owner_name(self) -> str:
+        """The layer whose keys are cached, in messages."""
+        return " ".join(filter(None, (self.name, self._owners[0].name if self._owners else "")))
 
     def crop(self, length: int | Tensor) -> None:
         """Removes all tokens after the first ``length`` of each row, for instance rejected drafts.
@@ -234,9 +264,15 @@ class Cache:
         """
         lengths = self._check_crop(length)
         if isinstance(length, int) and (self._rows is None or length == 0):
-            self.restore((None, length))
-            return
-        self.restore((self._rows_or_equal().crop(lengths), int(lengths.max())))
+            self._cut(length)
+        else:
+            self._cut(int(lengths.max()), self._rows_or_equal().crop(lengths))
+
+    def _cut(self, length: int, rows: Rows | None = None) -> None:
+        """Removes all slots after the first ``length``; rows differ as ``rows`` says."""
+        self._rows = rows
+        for part in self._parts:
+            part.crop(length)
 
     def _check_crop(self, length: int | Tensor) -> Tensor:
         """The lengths ``(B,)`` after `crop`; raises as it does."""
@@ -266,14 +302,17 @@ class Cache:
         """Reorders the batch: row i becomes the former row ``rows[i]``, as in beam search.
 
         Args:
-            rows: integer ``(B',)``, from 0 to B - 1, with or without repetition.
+            rows: integer ``(B',)``, from 0 to B - 1, with or without repetition. Without any row, the cache is empty.
 
         Raises:
             ValueError: for anything else.
         """
         if self._batch:
             index = self._check_rows("select", rows).to(self._rows_or_equal().lengths.device)
-            self._set_rows(self._parts, self._rows, index)
+            if index.shape[0]:
+                self._set_rows(self._parts, self._rows, index)
+            else:
+                self._empty()
 
     def repeat(self, count: int) -> None:
         """Repeats each row ``count`` times in succession, as for beams of one prompt.
@@ -324,6 +363,7 @@ class Cache:
         mine = self._parts if self._batch else tuple(AppendBuffer() for _ in self._parts)
         joined = [one.joined(two) for one, two in zip(mine, other._parts, strict=True)]
         self._owners = self._owners or other._owners
+        self._autocast = self._autocast if self._batch else other._autocast
         self._set_rows(joined, rows, None if index is None else index.to(rows.lengths.device))
 
     def _set_rows(self, parts: Iterable[AppendBuffer], rows: Rows | None, index: Tensor | None) -> None:
@@ -343,8 +383,8 @@ class Cache:
             raise TypeError(f"{caller}: only another {caller} can join it; got {type(other).__name__}.")
         if self._owners and other._owners and not set(self._owners) & set(other._owners):
             raise ValueError(
-                f"{caller}: only a cache of the same layer, {self._owners[0].name}, can join it; got one of "
-                f"{other._owners[0].name}."
+                f"{caller}: only a cache of the same layer, {self._owner_name}, can join it; got one of "
+                f"{other._owner_name}."
             )
         for mine, theirs in zip(self._parts, other._parts, strict=True):
             mine.require_like(caller, theirs)
@@ -364,18 +404,21 @@ class Cache:
 
     def reset(self) -> None:
         """Removes all tokens and the owner, for another batch or layer."""
-        self.restore((None, 0))
-        self._owners = ()
+        self._empty()
+        self._own(None)
+
+    def _empty(self) -> None:
+        """Removes all tokens."""
+        self._cut(0)
 
     def mark(self) -> Any:
         """The state to which `restore` returns."""
-        return self._rows, self._parts[0].length
+        return self._parts, self._parts[0].length, self._rows
 
     def restore(self, mark: Any) -> None:
-        """Undoes all appends since ``mark``."""
-        self._rows, length = mark
-        for part in self._parts:
-            part.crop(length)
+        """Undoes all since ``mark``, unless tokens from before it were removed by `crop` or `reset`."""
+        self._parts, length, rows = mark
+        self._cut(length, rows)
 
     def restrict(self, mask: Mask, keys: "Keys | Int8Keys", queries: int) -> Mask:
         """A mask over all columns as one over the keys that the last append, of ``queries`` columns, returned."""
@@ -403,6 +446,45 @@ class Cache:
         """Allocated bytes."""
         return sum(part.memory.untyped_storage().nbytes() for part in self._parts if part.memory is not None)
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tokens as tensors, which ``torch.save`` and safetensors can store; nothing for an empty cache.
+
+        These are copies: the parts, such as ``keys`` and ``values``, and what else `load_state_dict` needs.
+
+        Raises:
+            RuntimeError: for tokens that were computed with gradients.
+        """
+        return state_of(self)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Replaces the tokens by a copy of those of a `state_dict`. The next layer to use the cache becomes its owner.
+
+        Raises:
+            TypeError: for anything but tensors.
+            ValueError: for the state of a cache of another kind, window or capacity. Nothing is changed then.
+        """
+        load_state(self, state)
+
+    def __repr__(self) -> str:
+        lengths = [self.length] if self._rows is None else self._rows.lengths.tolist()
+        tokens = " to ".join(map(str, sorted({min(lengths), max(lengths)})))
+        options = ", ".join(f"{name}={value}" for name, value in self._options().items())
+        return (
+            f"{type(self).__name__}({options}): {self._batch} row{'' if self._batch == 1 else 's'} of {tokens} tokens, "
+            f"{self.nbytes:,} bytes"
+        )
+
+    def _options(self) -> dict[str, int]:
+        """Arguments of the constructor that are not at their defaults."""
+        return {} if self.capacity is None else {"capacity": self.capacity}
+
+    def _more_state(self) -> dict[str, Tensor]:
+        """What `state_dict` has beside the parts and the padding."""
+        return {}
+
+    def _load_more(self, state: Mapping[str, Tensor]) -> None:
+        """Takes ``_more_state`` from a state whose parts and padding have been loaded; raises ValueError if unfit."""
+
     def __copy__(self) -> Self:
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
@@ -412,20 +494,57 @@ class Cache:
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         twin = object.__new__(type(self))
         memo[id(self)] = twin
-        twin.__dict__.update({name: deepcopy(value, memo) for name, value in vars(self).items()})
-        # A deep copy together with the layer belongs to both, the layer and its copy.
-        twin._owners = (*self._owners, *twin._owners)
+        own = {name: value for name, value in vars(self).items() if name not in ("_owners", "_copied_owners")}
+        twin.__dict__.update({name: deepcopy(value, memo) for name, value in own.items()})
+        # A deep copy together with the layer belongs to both, the layer and its copy. Weakly: if the layer is not
+        # copied, nothing else refers to the copied owner.
+        owners = [*self._owners, *(self._copied_owners or ())]
+        twin._owners, twin._copied_owners = self._owners, WeakSet([*owners, *deepcopy(owners, memo)])
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
         """The state without owners, so that the first layer to use it becomes the owner."""
-        return {**vars(self), "_owners": ()}
+        return {**vars(self), "_owners": (), "_copied_owners": None}
+
+
+def autocast_to(x: Tensor) -> torch.dtype | None:
+    """The dtype to which torch.autocast now casts on the device of x; None without."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def autocast_reason(then: torch.dtype | None, cached: torch.dtype, x: Tensor) -> str:
+    """What torch.autocast has to do with ``x`` of another dtype than the cached tokens, for error messages.
+
+    Args:
+        then: to which it cast when the cache was filled, if it did.
+    """
+    now = autocast_to(x)
+    if then is cached and now is not then:
+        return f"The cache was filled under torch.autocast, in {then}: call the layer under it as well, or reset it."
+    if now is x.dtype and then is not now:
+        return (
+            f"torch.autocast casts to {now} now, and did not when the cache was filled: call the layer without it, or "
+            "fill the cache under it."
+        )
+    return ""
 
 
 def check_append(
-    caller: str, k: Tensor, v: Tensor, cached_k: Tensor | None, cached_v: Tensor | None, dtype: torch.dtype | None
+    caller: str,
+    k: Tensor,
+    v: Tensor,
+    cached_k: Tensor | None,
+    cached_v: Tensor | None,
+    dtype: torch.dtype | None,
+    autocast: torch.dtype | None = None,
 ) -> None:
-    """Raises ValueError unless k and v match each other and, where given, the cached ones, of tokens in ``dtype``."""
+    """Raises ValueError unless k and v match each other and, where given, the cached ones.
+
+    Args:
+        dtype: of the cached tokens.
+        autocast: to which torch.autocast cast them, if it did.
+    """
     for name, tensor in (("k", k), ("v", v)):
         if tensor.dim() != 4:
             raise ValueError(f"{caller}: {name} must be (B, Hkv, L, width); got shape {tuple(tensor.shape)}.")
@@ -444,8 +563,9 @@ def check_append(
         same_sizes = tensor.shape[:2] == cached.shape[:2] and tensor.shape[3] == cached.shape[3]
         if not same_sizes or tensor.dtype != dtype or tensor.device != cached.device:
             batch, heads, _, width = cached.shape
+            reason = autocast_reason(autocast, dtype, tensor) if dtype not in (None, tensor.dtype) else ""
             raise ValueError(
                 f"{caller}: {name} must be ({batch}, {heads}, L, {width}) in {dtype} on {cached.device}, as at the "
                 f"first append; got {tuple(tensor.shape)} in {tensor.dtype} on {tensor.device}. "
-                "Make one cache per layer and batch."
+                f"{reason or 'Make one cache per layer and batch.'}"
             )

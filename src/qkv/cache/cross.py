@@ -1,6 +1,7 @@
 """`CrossKVCache`: the keys and values of the context of cross-attention."""
 
 import weakref
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from qkv import kernels
-from qkv.cache.base import Cache, Keys, Owner, check_append
+from qkv.cache.base import Cache, Keys, Owner, autocast_reason, autocast_to, check_append
 from qkv.cache.rows import place, require_is_token
 from qkv.masks import Mask
 
@@ -33,6 +34,9 @@ class CrossKVCache(Cache):
         7
     """
 
+    OPTIONAL_STATE = ("fingerprint",)
+    of_context = True
+
     def __init__(self) -> None:
         super().__init__()
         self._fingerprint: Tensor | None = None
@@ -46,7 +50,7 @@ class CrossKVCache(Cache):
         """
         if self.length:
             self._require(owner)
-        self._owners = (owner,)
+        self._own(owner)
 
     def append(self, k: Tensor, v: Tensor, is_token: Tensor | None = None) -> Keys:
         """As `Cache.append`, for the tokens of the context.
@@ -72,8 +76,9 @@ class CrossKVCache(Cache):
                 keys, values = [part.put(x, placement, longest, longest) for part, x in parts]
                 self._rows = rows.append(count, is_token)
         except BaseException:  # as in KVCache.append
-            self.restore((None, 0))
+            self._cut(0)
             raise
+        self._autocast = autocast_to(k)
         return Keys(keys, values, None, None if self._rows is None else self._rows.lengths)
 
     def keys(self) -> Keys:
@@ -148,6 +153,22 @@ class CrossKVCache(Cache):
     def _combine(self, other: Self, index: Tensor | None) -> None:
         super()._combine(other, index)
         self._fingerprint = self._context_ref = None  # no context has these rows
+
+    def _more_state(self) -> dict[str, Tensor]:
+        return {} if self._fingerprint is None else {"fingerprint": self._fingerprint.clone()}
+
+    def _load_more(self, state: Mapping[str, Tensor]) -> None:
+        fingerprint = state.get("fingerprint")
+        self._fingerprint, self._context_ref = None if fingerprint is None else fingerprint.clone(), None
+
+    def require_dtype(self, q: Tensor) -> None:
+        """Raises ValueError for queries in another dtype than the keys, if torch.autocast is the reason."""
+        cached = self._parts[0].memory
+        if cached is None or cached.dtype is q.dtype:
+            return
+        reason = autocast_reason(self._autocast, cached.dtype, q)
+        if reason:
+            raise ValueError(f"CrossKVCache: q must be in {cached.dtype}, as the keys; got {q.dtype}. {reason}")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_context_ref": None}

@@ -1,6 +1,6 @@
 """`Int8KVCache`: all keys and values so far in int8, and `quantize`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -46,8 +46,8 @@ class Int8KVCache(FullCache):
         torch.int8
     """
 
-    def __init__(self, capacity: int | None = None) -> None:
-        super().__init__(capacity, parts=4)
+    PARTS = ("keys", "values", "key_scales", "value_scales")
+    STATE = ("dtype",)
 
     def append(self, k: Tensor, v: Tensor, is_token: Tensor | None = None) -> Int8Keys:
         """As `Cache.append`.
@@ -114,6 +114,13 @@ class Int8KVCache(FullCache):
     def latest(self, count: int) -> Int8Keys:
         """What `append` returned for the last ``count`` columns."""
         return self.keys()._replace(offset=self.offset_of_latest(count))
+
+    def _more_state(self) -> dict[str, Tensor]:
+        return {"dtype": torch.empty(0, dtype=self._dtype)}
+
+    def _load_more(self, state: Mapping[str, Tensor]) -> None:
+        super()._load_more(state)
+        self._dtype = state["dtype"].dtype
 
     def _pairs(self, k: Tensor, v: Tensor) -> tuple[tuple[Tensor, AppendBuffer, AppendBuffer], ...]:
         """Keys and values, each with the buffers of its codes and scales."""

@@ -1,13 +1,13 @@
 """`KVCache`: all keys and values so far."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
 from qkv.arguments import require_int
-from qkv.cache.base import Cache, Keys, check_append
+from qkv.cache.base import Cache, Keys, autocast_to, check_append
 from qkv.cache.buffer import append_in_place
 from qkv.cache.rows import padding_before, place, require_is_token
 
@@ -19,11 +19,10 @@ class FullCache(Cache):
 
     Args:
         capacity: number of tokens to allocate, and limit of the length; None grows without bound.
-        parts: number of buffers.
     """
 
-    def __init__(self, capacity: int | None = None, parts: int = 2) -> None:
-        super().__init__(parts)
+    def __init__(self, capacity: int | None = None) -> None:
+        super().__init__()
         caller = type(self).__name__
         if capacity is not None:
             require_int(caller, "capacity", capacity, ", or None to grow")
@@ -35,6 +34,8 @@ class FullCache(Cache):
     def _extend(self, k: Tensor, v: Tensor, is_token: Tensor | None) -> tuple[Sequence[Tensor], int | Tensor]:
         """`append` to each part. Returns all tokens of each, and the offset."""
         mark, start = self.mark(), self.length
+        if not start:
+            self._autocast = autocast_to(k)
         try:
             if self._rows is None and is_token is None:
                 return self._extend_equally(k, v), start
@@ -83,6 +84,14 @@ class FullCache(Cache):
         """New tokens in the form of each part."""
         raise NotImplementedError
 
+    def _load_more(self, state: Mapping[str, Tensor]) -> None:
+        self._dtype = self._parts[0].memory.dtype if self._parts[0].memory is not None else None
+        if self.capacity is not None and self.length > self.capacity:
+            raise ValueError(
+                f"{type(self).__name__}: the state must have at most {self.capacity} tokens, the capacity; got "
+                f"{self.length}. Pass a larger capacity, or None to grow."
+            )
+
     def _append_in_place(self, k: Tensor, v: Tensor) -> list[Tensor] | None:
         """`append_in_place`, if the dtype is that of the cache."""
         return append_in_place(self._parts, k, v) if k.dtype is v.dtype is self._dtype else None
@@ -95,7 +104,7 @@ class FullCache(Cache):
     def _check_tokens(self, k: Tensor, v: Tensor, grown: int) -> int:
         """Validates new tokens, ``grown`` more in the longest row; returns how many slots to allocate if need be."""
         caller, start = type(self).__name__, self.length
-        check_append(caller, k, v, *(self._memory() if self._batch else (None, None)), self._dtype)
+        check_append(caller, k, v, *(self._memory() if self._batch else (None, None)), self._dtype, self._autocast)
         stop = start + grown
         if self.capacity is not None and stop > self.capacity:
             raise ValueError(

@@ -1,6 +1,6 @@
 """`LatentKVCache`: the latents of multi-head latent attention."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -29,8 +29,11 @@ class LatentKVCache(FullCache):
     Source: DeepSeek-V2, section 2.1.2.
     """
 
+    PARTS = ("latents",)
+    STATE = ("rank",)
+
     def __init__(self, capacity: int | None = None) -> None:
-        super().__init__(capacity, parts=1)
+        super().__init__(capacity)
         self._rank = 0
 
     def append(self, latents: Tensor, rotary_keys: Tensor, is_token: Tensor | None = None) -> Keys:
@@ -75,6 +78,13 @@ class LatentKVCache(FullCache):
     def _memory(self) -> tuple[Tensor | None, Tensor | None]:
         memory = self._parts[0].memory
         return (None, None) if memory is None else (memory[..., : self._rank], memory[..., self._rank :])
+
+    def _more_state(self) -> dict[str, Tensor]:
+        return {"rank": torch.tensor(self._rank)}
+
+    def _load_more(self, state: Mapping[str, Tensor]) -> None:
+        super()._load_more(state)
+        self._rank = int(state["rank"])
 
     def _require_like(self, other: Self) -> None:
         super()._require_like(other)

@@ -1,5 +1,6 @@
 """`SlidingKVCache`: the keys and values of a sliding window."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from qkv.arguments import described, require_int
-from qkv.cache.base import Cache, Keys, check_append
+from qkv.cache.base import Cache, Keys, autocast_to, check_append
 from qkv.cache.buffer import AppendBuffer, append_in_place
 from qkv.cache.rows import Rows, gather_tokens, padding_before, place, recent_tokens, require_is_token
 from qkv.masks import Mask, select_keys
@@ -39,6 +40,8 @@ class SlidingKVCache(Cache):
     Source: Mistral 7B, section 2 (rolling buffer); StreamingLLM for the sinks, except that keys keep the rotary
     position at which they were computed.
     """
+
+    STATE = ("window", "sink_tokens", "dropped")
 
     def __init__(self, window: int, sink_tokens: int = 0) -> None:
         super().__init__()
@@ -74,7 +77,9 @@ class SlidingKVCache(Cache):
             ValueError: for a batch, heads, width, dtype or device other than before.
         """
         keys, values = [part.memory if self._batch else None for part in self._parts]
-        check_append("SlidingKVCache", k, v, keys, values, None if keys is None else keys.dtype)
+        check_append("SlidingKVCache", k, v, keys, values, None if keys is None else keys.dtype, self._autocast)
+        if keys is None:
+            self._autocast = autocast_to(k)
         mark = self.mark()
         try:
             if self._rows is None and is_token is None:
@@ -190,26 +195,47 @@ class SlidingKVCache(Cache):
             )
         if isinstance(length, int) and (self._rows is None or length == 0):
             count = length and length - (self._length - self._parts[0].length)
-            self._rows, self._length = None, length
+            self._length = length
+            self._cut(count)
         else:
-            count, self._rows = int(kept.max()), rows.crop(lengths)
-        for part in self._parts:
-            part.crop(count)
+            self._cut(int(kept.max()), rows.crop(lengths))
 
-    def reset(self) -> None:
-        """Removes all tokens and the owner, for another batch or layer."""
-        self.restore((self._parts, 0, 0, None))
-        self._owners = ()
+    def _empty(self) -> None:
+        super()._empty()
+        self._length = 0
 
     def mark(self) -> Any:
         """The state to which `restore` returns."""
-        return self._parts, self._parts[0].length, self._length, self._rows
+        return super().mark(), self._length
 
     def restore(self, mark: Any) -> None:
-        """Undoes all appends since ``mark``."""
-        self._parts, count, self._length, self._rows = mark
-        for part in self._parts:
-            part.crop(count)
+        """As `Cache.restore`."""
+        of_parts, self._length = mark
+        super().restore(of_parts)
+
+    def _options(self) -> dict[str, int]:
+        sinks = {"sink_tokens": self.sink_tokens} if self.sink_tokens else {}
+        return {"window": self.window, **sinks}
+
+    def _more_state(self) -> dict[str, Tensor]:
+        stored = self._parts[0].length
+        dropped = torch.tensor(self._length - stored) if self._rows is None else self._rows_or_equal().dropped
+        assert dropped is not None
+        numbers = {"window": torch.tensor(self.window), "sink_tokens": torch.tensor(self.sink_tokens)}
+        return {"dropped": dropped.clone(), **numbers}
+
+    def _load_more(self, state: Mapping[str, Tensor]) -> None:
+        had = int(state["window"]), int(state["sink_tokens"])
+        if had != (self.window, self.sink_tokens):
+            raise ValueError(
+                f"SlidingKVCache: the state must be of window={self.window} and sink_tokens={self.sink_tokens}; got "
+                f"{had[0]} and {had[1]}."
+            )
+        dropped, stored = state["dropped"], self._parts[0].length
+        if self._rows is not None:
+            self._rows = self._rows._replace(dropped=dropped.clone())
+        else:
+            self._length = stored + int(dropped)
 
     def restrict(self, mask: Mask, keys: "Keys | Int8Keys", queries: int) -> Mask:
         """A mask over all columns as one over the keys that the last append, of ``queries`` columns, returned."""

@@ -1,17 +1,27 @@
 """`Attention`: one layer for all mechanisms."""
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from typing_extensions import Never, ParamSpec, Self, Unpack
+from typing_extensions import Never, Self, Unpack
 
 from qkv import functional
 from qkv.arguments import require_count, require_finite, require_flag, require_positive, require_probability
-from qkv.cache import Cache, CrossKVCache, Int8Keys, Keys, LatentKVCache, Owner
+from qkv.cache import (
+    Cache,
+    Caches,
+    CrossKVCache,
+    Int8Keys,
+    Int8KVCache,
+    Keys,
+    KVCache,
+    LatentKVCache,
+    Owner,
+    SlidingKVCache,
+)
 from qkv.layers import torch_mha, transformers_modules
 from qkv.layers.arguments import (
     input_error,
@@ -23,6 +33,7 @@ from qkv.layers.arguments import (
     require_rotary,
     require_vector,
 )
+from qkv.layers.cached_call import restore_cache_on_error
 from qkv.layers.jagged import PackedTokens, nested_like, pack_jagged, require_jagged
 from qkv.layers.options import Arguments, ConversionOptions
 from qkv.layers.packed import unpack_state
@@ -32,8 +43,6 @@ from qkv.layers.torch_arguments import answer_calls_of_torch, refuse_unknown_opt
 from qkv.layers.transformers_modules import Converted
 from qkv.masks import Mask
 from qkv.scores import ScoreOptions
-
-_Arguments = ParamSpec("_Arguments")
 
 
 class HeadNorm(nn.RMSNorm):
@@ -50,24 +59,6 @@ class _Inputs(NamedTuple):
     keys: Keys | Int8Keys
     mask: Mask
     bias: Tensor | None
-
-
-def restore_cache_on_error(call: Callable[_Arguments, Tensor]) -> Callable[_Arguments, Tensor]:
-    """Decorates a method so that an error or interrupt leaves its ``cache`` argument as it was before the call."""
-
-    @functools.wraps(call)
-    def guarded(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> Tensor:
-        cache = kwargs.get("cache")
-        if not isinstance(cache, Cache):
-            return call(*args, **kwargs)
-        mark = cache.mark()
-        try:
-            return call(*args, **kwargs)
-        except BaseException:
-            cache.restore(mark)
-            raise
-
-    return guarded
 
 
 class Attention(nn.Module):
@@ -263,7 +254,7 @@ class Attention(nn.Module):
         mask: Mask | None = None,
         bias: Tensor | None = None,
         positions: Tensor | None = None,
-        cache: Cache | None = None,
+        cache: Cache | Caches | None = None,
     ) -> Tensor:
         """Attention with the tokens of x as queries.
 
@@ -275,7 +266,8 @@ class Attention(nn.Module):
             positions: integers ``(Lq,)`` or ``(B, Lq)`` by which rotary rotates, or more dimensions if it takes them.
                 By default tokens are counted, cached ones included. Masks and biases count in any case.
             cache: keys and values of earlier calls of this layer, to which this call appends its own, apart from
-                padding. A call that fails appends nothing.
+                padding; or the `Caches` of a model, of which the layer finds its own. A call that fails appends
+                nothing.
 
         Returns:
             ``(B, Lq, embed_dim)``.
@@ -303,7 +295,7 @@ class Attention(nn.Module):
         mask: Mask | None = None,
         bias: Tensor | None = None,
         positions: Tensor | None = None,
-        cache: Cache | None = None,
+        cache: Cache | Caches | None = None,
     ) -> Tensor:
         """The softmax weights ``(B, num_heads, Lq, Lk)`` of `forward`, which takes the same arguments.
 
@@ -316,6 +308,26 @@ class Attention(nn.Module):
             )
         return self._weights(self._inputs(x, context, mask, bias, positions, cache))
 
+    def make_cache(self, capacity: int | None = None, dtype: torch.dtype | None = None) -> Cache:
+        """The cache that the layer needs to decode, as `Caches.for_model` makes it.
+
+        A `CrossKVCache` for a layer with a context, a `SlidingKVCache` for one whose mask has a window shorter than
+        ``capacity``, and otherwise a `KVCache`, or an `Int8KVCache`. All keys are kept as well where a sliding cache
+        would change what is counted: by chunks and prefixes, and by ALiBi or a position bias beside sink tokens.
+
+        Args:
+            capacity: as in `KVCache`.
+            dtype: ``torch.int8`` for an `Int8KVCache`, where the cache would grow; None for the dtype of the keys.
+        """
+        if self.context_dim is not None:
+            return CrossKVCache()
+        mask, lookback = self.mask, self.mask.lookback
+        has_distances = self._slopes is not None or self.position_bias is not None
+        counts_keys = mask.counts_from_first_key or (mask.sink_tokens and has_distances)
+        if lookback is not None and not counts_keys and (capacity is None or capacity > lookback + 1):
+            return SlidingKVCache(lookback + 1, mask.sink_tokens)
+        return Int8KVCache(capacity) if dtype is torch.int8 else KVCache(capacity)
+
     def _refuse_with_nested(self, **options: Tensor | None) -> None:
         """Raises ValueError for options that nested tensors do not have."""
         for name, value in options.items():
@@ -325,7 +337,9 @@ class Attention(nn.Module):
                     "on x.to_padded_tensor(0.0) with mask=Mask.padding(lengths)."
                 )
 
-    def _forward_jagged(self, x: Tensor, context: Tensor | None, mask: Mask | None, cache: Cache | None) -> Tensor:
+    def _forward_jagged(
+        self, x: Tensor, context: Tensor | None, mask: Mask | None, cache: Cache | Caches | None
+    ) -> Tensor:
         """`forward` of each sequence of a nested tensor, without projecting padding."""
         caller = type(self).__name__
         mask = self.mask if mask is None else self.mask & require_mask(caller, mask)
@@ -360,7 +374,7 @@ class Attention(nn.Module):
             out = queries.pack(self._attend(padded))
         return nested_like(x, self._project_out(out, queries.values))
 
-    def _forward_packed(self, tokens: PackedTokens, mask: Mask, cache: Cache) -> Tensor:
+    def _forward_packed(self, tokens: PackedTokens, mask: Mask, cache: Cache | Caches) -> Tensor:
         """`forward` of sequences as rows of a padded batch, whose padding the cache drops: ``(1, T, embed_dim)``."""
         padded = tokens.pad(tokens.values[:, None]).squeeze(1)
         keep = torch.arange(tokens.longest, device=padded.device) < tokens.lengths[:, None]
@@ -422,7 +436,7 @@ class Attention(nn.Module):
         mask: Mask | None,
         bias: Tensor | None,
         positions: Tensor | None,
-        cache: Cache | None,
+        cache: Cache | Caches | None,
     ) -> _Inputs:
         """Projects x and context, appends to the cache, and combines the masks and the biases."""
         caller = type(self).__name__
@@ -465,7 +479,7 @@ class Attention(nn.Module):
         mask: Mask,
         bias: Tensor | None,
         positions: Tensor | None,
-        cache: Cache | None,
+        cache: Cache | Caches | None,
     ) -> _Inputs:
         """`_inputs` of self-attention, from projected queries."""
         offset: int | Tensor = 0
@@ -509,7 +523,7 @@ class Attention(nn.Module):
         context: Tensor | None,
         mask: Mask,
         bias: Tensor | None,
-        cache: Cache | None,
+        cache: Cache | Caches | None,
     ) -> _Inputs:
         """`_inputs` of cross-attention, from projected queries."""
         caller = type(self).__name__
@@ -532,6 +546,7 @@ class Attention(nn.Module):
                 cache.require(context)
             mask, _ = cache.split_padding(mask, x.shape[0], 0)
             keys = cache.keys()
+            cache.require_dtype(q)
         else:
             mask, is_token = cache.split_padding(mask, *context.shape[:2])
             keys = cache.append(*self._keys(context), is_token)

@@ -5,7 +5,7 @@ from typing import NoReturn
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from qkv.cache import Cache, CrossKVCache
+from qkv.cache import Cache, Caches, CrossKVCache
 from qkv.layers.attention import Attention, _Inputs
 from qkv.layers.options import ConversionOptions, LayerOptions
 from qkv.masks import Mask
@@ -55,7 +55,7 @@ class CrossLayerAttention(Attention):
         mask: Mask,
         bias: Tensor | None,
         positions: Tensor | None,
-        cache: Cache | None,
+        cache: Cache | Caches | None,
     ) -> _Inputs:
         caller = type(self).__name__
         cache = self._require_cache(cache)
@@ -80,7 +80,11 @@ class CrossLayerAttention(Attention):
             q = self.rotary(q, **where)
         return _Inputs(q, keys, cache.restrict(mask, keys, count), cache.restrict_bias(bias, keys))
 
-    def _forward_jagged(self, x: Tensor, context: Tensor | None, mask: Mask | None, cache: Cache | None) -> Tensor:
+    make_cache = None  # type: ignore[assignment]  # it has no keys of its own
+
+    def _forward_jagged(
+        self, x: Tensor, context: Tensor | None, mask: Mask | None, cache: Cache | Caches | None
+    ) -> Tensor:
         return super()._forward_jagged(x, context, mask, self._require_cache(cache))
 
     def _require_cache(self, cache: object) -> Cache:

@@ -8,10 +8,11 @@ from typing_extensions import Self
 
 from qkv import functional
 from qkv.arguments import require_count, require_finite, require_flag, require_positive, require_probability
-from qkv.cache import Keys, LatentKVCache, Owner
+from qkv.cache import Caches, Keys, LatentKVCache, Owner
 from qkv.layers import deepseek
 from qkv.layers.arguments import input_error, require_backend, require_like_weights, require_mask, require_rotary
-from qkv.layers.attention import HeadNorm, restore_cache_on_error
+from qkv.layers.attention import HeadNorm
+from qkv.layers.cached_call import restore_cache_on_error
 from qkv.layers.latent_heads import LatentHeads, split_heads
 from qkv.layers.projection import project
 from qkv.layers.rotary import RotaryEmbedding
@@ -185,7 +186,7 @@ class LatentAttention(nn.Module):
         mask: Mask | None = None,
         bias: Tensor | None = None,
         positions: Tensor | None = None,
-        cache: LatentKVCache | None = None,
+        cache: LatentKVCache | Caches | None = None,
     ) -> Tensor:
         """Attention with the tokens of x as queries.
 
@@ -219,12 +220,21 @@ class LatentAttention(nn.Module):
         mask: Mask | None = None,
         bias: Tensor | None = None,
         positions: Tensor | None = None,
-        cache: LatentKVCache | None = None,
+        cache: LatentKVCache | Caches | None = None,
     ) -> Tensor:
         """The softmax weights ``(B, num_heads, Lq, Lk)`` of `forward`, which takes the same arguments."""
         q, keys, mask, bias = self._inputs(x, mask, bias, positions, cache)
         k, _ = self._heads.expand(keys.k)
         return functional.attention_weights(q, k, mask=mask, **self._scores(bias), **keys.options())
+
+    def make_cache(self, capacity: int | None = None, dtype: torch.dtype | None = None) -> LatentKVCache:
+        """The cache that the layer needs to decode, as `Caches.for_model` makes it, in the dtype of the latents.
+
+        Args:
+            capacity: as in `LatentKVCache`.
+            dtype: without effect, since latents have no int8.
+        """
+        return LatentKVCache(capacity)
 
     @property
     def _heads(self) -> LatentHeads:
@@ -241,7 +251,7 @@ class LatentAttention(nn.Module):
         mask: Mask | None,
         bias: Tensor | None,
         positions: Tensor | None,
-        cache: LatentKVCache | None,
+        cache: LatentKVCache | Caches | None,
     ) -> _Inputs:
         """Projects x, appends to the cache, and combines the masks."""
         caller = type(self).__name__

@@ -1,0 +1,99 @@
+"""State dicts of caches: their tokens as tensors, for files."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from qkv.arguments import require_tensors
+from qkv.cache.buffer import AppendBuffer, compact_copy
+from qkv.cache.rows import Rows
+
+if TYPE_CHECKING:
+    from qkv.cache.base import Cache
+
+PADDING = "is_token"
+"""boolean ``(B, columns)``, which columns are tokens; present if rows differ"""
+
+
+def state_of(cache: "Cache") -> dict[str, Tensor]:
+    """The tokens of a cache as tensors, nothing for an empty one."""
+    if not cache._batch:
+        return {}
+    tokens = {name: compact_copy(part.tensor) for name, part in zip(cache.PARTS, cache._parts, strict=True)}
+    padding = {} if cache._rows is None else {PADDING: cache._rows.all_columns().clone()}
+    return {**{name: x for name, x in tokens.items() if x is not None}, **padding, **cache._more_state()}
+
+
+def load_state(cache: "Cache", state: Mapping[str, Tensor]) -> None:
+    """Replaces the tokens of a cache by a copy of those of a state, or changes nothing and raises."""
+    require_tensors(f"{type(cache).__name__}.load_state_dict", **state)
+    before = dict(vars(cache))
+    try:
+        cache.__dict__.update(vars(_emptied(cache)))
+        if state:
+            _check(cache, state)
+            cache._parts = tuple([_buffer(state[name]) for name in cache.PARTS])
+            cache._rows = _rows(state)
+            cache._load_more(state)
+            _check_rows(cache)
+    except BaseException:
+        cache.__dict__.clear()
+        cache.__dict__.update(before)
+        raise
+
+
+def _emptied(cache: "Cache") -> "Cache":
+    """A cache like this one, without tokens."""
+    twin = object.__new__(type(cache))
+    twin.__dict__.update(vars(cache))
+    twin._parts = tuple(AppendBuffer() for _ in cache.PARTS)
+    twin.reset()
+    return twin
+
+
+def _buffer(tokens: Tensor) -> AppendBuffer:
+    buffer = AppendBuffer()
+    buffer.adopt(tokens.detach().clone())
+    return buffer
+
+
+def _rows(state: Mapping[str, Tensor]) -> Rows | None:
+    is_token = state.get(PADDING)
+    return None if is_token is None else Rows(is_token.sum(1), is_token.clone())
+
+
+def _check(cache: "Cache", state: Mapping[str, Tensor]) -> None:
+    """Raises ValueError unless the state is of a cache of this class."""
+    caller = type(cache).__name__
+    want = {*cache.PARTS, *cache.STATE}
+    if not want <= set(state) or not set(state) <= want | {PADDING, *cache.OPTIONAL_STATE}:
+        raise ValueError(
+            f"{caller}: the state must have {', '.join(sorted(want))}; got {', '.join(sorted(state))}. Load the state "
+            f"of another {caller}."
+        )
+    parts = [state[name] for name in cache.PARTS]
+    sizes = parts[0].shape[:3]
+    if len(sizes) < 3 or any(part.shape[:3] != sizes or part.device != parts[0].device for part in parts):
+        raise ValueError(
+            f"{caller}: {', '.join(cache.PARTS)} of the state must be (B, heads, L, ...) on one device; got "
+            f"{', '.join(f'{tuple(part.shape)} on {part.device}' for part in parts)}."
+        )
+    is_token = state.get(PADDING)
+    if is_token is not None and (is_token.dtype is not torch.bool or is_token.shape[:1] != sizes[:1]):
+        raise ValueError(
+            f"{caller}: {PADDING} of the state must be boolean ({sizes[0]}, columns); got {is_token.dtype} "
+            f"{tuple(is_token.shape)}."
+        )
+
+
+def _check_rows(cache: "Cache") -> None:
+    """Raises ValueError unless the loaded rows have as many tokens as are stored."""
+    if cache._rows is not None:
+        stored = cache._rows.stored
+        if stored.min() < 0 or stored.max() != cache._parts[0].length:
+            raise ValueError(
+                f"{type(cache).__name__}: {PADDING} of the state must count the tokens stored, up to "
+                f"{cache._parts[0].length} in a row; got {stored.tolist()}."
+            )
