@@ -55,7 +55,9 @@ def test_equals_the_formula(options: dict[str, Any]) -> None:
     torch.testing.assert_close(layer(X.double()), by_hand(layer, X, options.get("scale", 0.5))[0])
 
 
-@pytest.mark.parametrize("make", [qkv.KVCache, lambda: qkv.SlidingKVCache(window=4), qkv.Int8KVCache], ids=["kv", "sliding", "int8"])
+@pytest.mark.parametrize(
+    "make", [qkv.KVCache, lambda: qkv.SlidingKVCache(window=4), qkv.Int8KVCache], ids=["kv", "sliding", "int8"]
+)
 def test_decoding_equals_the_whole_sequence(make: Any) -> None:
     window = isinstance(make(), qkv.SlidingKVCache)
     layer = build(mask=Mask.causal(4) if window else Mask.causal(), rotary=qkv.RotaryEmbedding(4))

@@ -12,8 +12,12 @@ from qkv.cache.int8 import Int8KVCache as Int8KVCache
 from qkv.cache.int8 import quantize as quantize
 from qkv.cache.kv import KVCache as KVCache
 from qkv.cache.latent import LatentKVCache as LatentKVCache
+from qkv.cache.paged import PagedKVCache as PagedKVCache
+from qkv.cache.pool import PagePool as PagePool
+from qkv.cache.pool import PageTable
 from qkv.cache.rows import Rows
 from qkv.cache.sliding import SlidingKVCache as SlidingKVCache
+from qkv.pages import Pages as Pages
 
 __all__ = [
     "Cache",
@@ -24,10 +28,13 @@ __all__ = [
     "Keys",
     "LatentKVCache",
     "Owner",
+    "PagePool",
+    "PagedKVCache",
+    "Pages",
     "SlidingKVCache",
     "quantize",
 ]
 
 torch.serialization.add_safe_globals(
-    [AppendBuffer, Rows, KVCache, Int8KVCache, SlidingKVCache, CrossKVCache, LatentKVCache]
+    [AppendBuffer, Rows, PageTable, KVCache, Int8KVCache, SlidingKVCache, CrossKVCache, LatentKVCache, PagedKVCache]
 )
