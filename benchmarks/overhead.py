@@ -51,7 +51,9 @@ def entry_point_cost() -> dict[str, object]:
     call = native.call_of(make_problem("overhead", q, k, k, mask=qkv.Mask.causal(), offset=15))
     learned = call._replace(q=q.clone().requires_grad_())
     functions: dict[str, Callable[[], object]] = {
-        "fast_forward": lambda: kernels.fast_forward(q, k, k, None, None, None, None, None, None, 0, 0, 15, 0.125),
+        "fast_forward": lambda: kernels.fast_forward(
+            q, k, k, None, None, None, None, None, None, None, 0, 0, 15, 0.125
+        ),
         "forward": lambda: kernels.forward(call, wants_lse=False, needs_grad=False),
         "forward, gradients": lambda: kernels.forward(learned, wants_lse=False, needs_grad=True),
         "torch.ops.qkv.forward, gradients": lambda: torch.ops.qkv.forward(*learned),

@@ -344,7 +344,7 @@ LAYERS = [
     (
         lambda: qkv.CausalAttention(24, 6)(X, cache=qkv.CrossKVCache()),
         TypeError,
-        "cache must be a KVCache, Int8KVCache or SlidingKVCache in self-attention; got CrossKVCache",
+        "cache must be a KVCache, PagedKVCache, Int8KVCache or SlidingKVCache in self-attention; got CrossKVCache",
     ),
     (
         lambda: qkv.CausalAttention(24, 6)(X, cache=qkv.SlidingKVCache(4)),

@@ -28,6 +28,7 @@ constexpr int AMX_IDLE_KEYS = 24;       // keys between two products that keep A
 
 // Operands
 constexpr int64_t FAR_STRIDE = 512;       // numbers between rows that are copied side by side: step 51
+constexpr int64_t FEW_KEYS = 32;          // keys up to which such rows are read in place: step 104
 constexpr int64_t PREPARE_TILES = 16;     // tiles from which on they are copied once for all: step 61
 constexpr int64_t PREPARE_TILES_OWN = 4;  // the same for a thread that keeps the memory: step 86
 constexpr int64_t PREPARE_KEYS = 4;       // keys for each query row up to which it pays

@@ -10,6 +10,8 @@ from qkv.cache import CrossKVCache as CrossKVCache
 from qkv.cache import Int8KVCache as Int8KVCache
 from qkv.cache import KVCache as KVCache
 from qkv.cache import LatentKVCache as LatentKVCache
+from qkv.cache import PagedKVCache as PagedKVCache
+from qkv.cache import PagePool as PagePool
 from qkv.cache import SlidingKVCache as SlidingKVCache
 from qkv.functional import attention as attention
 from qkv.functional import attention_weights as attention_weights
@@ -54,6 +56,8 @@ __all__ = [
     "Mask",
     "MultiHeadAttention",
     "MultiQueryAttention",
+    "PagePool",
+    "PagedKVCache",
     "RelativePositionBias",
     "RotaryEmbedding",
     "RotaryEmbedding2d",

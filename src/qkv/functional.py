@@ -12,6 +12,7 @@ from qkv.backends.nonfinite import add_visible_nonfinite, zero_nonfinite
 from qkv.backends.reference import weights_and_lse
 from qkv.backends.result import Result
 from qkv.masks import FULL, Mask
+from qkv.pages import Pages
 from qkv.partial import Partial, merge_stacked
 from qkv.problem import make_problem
 from qkv.scores import ScoreOptions
@@ -22,6 +23,7 @@ class Options(ScoreOptions, total=False):
 
     k_scale: Tensor | None
     v_scale: Tensor | None
+    pages: Pages | None
     mask: Mask | None
     offset: int | Tensor | None
 
@@ -33,6 +35,7 @@ def attention(
     *,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    pages: Pages | None = None,
     mask: Mask | None = None,
     offset: int | Tensor | None = None,
     scale: float | None = None,
@@ -54,6 +57,8 @@ def attention(
         v: ``(B, Hkv, Lk, Dv)``; Dv may differ from D.
         k_scale, v_scale: ``(B, Hkv, Lk)``, fp32, for keys and values in int8: key j is ``k_scale[j] * k[j]``. Made by
             `qkv.cache.quantize` and by `Int8KVCache`.
+        pages: where the keys of each row lie, if k and v are pages of a pool, ``(pages, Hkv, page_size, D or Dv)``, as
+            `PagedKVCache` returns them. The kernel reads pages in place; other backends, and gradients, gather them.
         mask: which keys a query may see; all if None.
         offset: position of the first query among the keys: an int, or integer ``(B,)`` for rows of different lengths,
             where query i of row b has position ``i + offset[b]``. It may be negative. Keys past the end of a row are
@@ -104,11 +109,13 @@ def attention(
     }
     mask = FULL if mask is None else mask
     if backend == "auto":
-        out = native.fast_path(q, k, v, k_scale, v_scale, mask, offset, scores)
+        out = native.fast_path(q, k, v, k_scale, v_scale, mask, offset, scores, pages)
         if out is not None:
             return out
-    problem = make_problem("attention", q, k, v, k_scale=k_scale, v_scale=v_scale, mask=mask, offset=offset, **scores)
-    return backends.choose("attention", problem, backend).run(problem).out
+    problem = make_problem(
+        "attention", q, k, v, k_scale=k_scale, v_scale=v_scale, pages=pages, mask=mask, offset=offset, **scores
+    )
+    return backends.solve("attention", problem, backend).out
 
 
 def attention_with_lse(
@@ -141,7 +148,7 @@ def attend(
 ) -> Partial:
     """`attention_with_lse` for a public function ``caller``, which error messages name."""
     problem = make_problem(caller, q, k, v, wants_lse=True, **options)
-    out, lse = backends.choose(caller, problem, backend).run(problem)
+    out, lse = backends.solve(caller, problem, backend)
     assert lse is not None
     return Partial(out, lse)
 
@@ -169,7 +176,7 @@ def attention_weights(q: Tensor, k: Tensor, **options: Unpack[Options]) -> Tenso
                 [0.3333, 0.3333, 0.3333]])
     """
     options["v_scale"] = options.get("k_scale")
-    problem = make_problem("attention_weights", q, k, k, **options).dequantized()
+    problem = make_problem("attention_weights", q, k, k, **options).gathered().dequantized()
     clean, nonfinite = zero_nonfinite(problem._replace(v=problem.v[..., :0]))
     weights, _ = weights_and_lse(clean)
     if nonfinite is not None and nonfinite.lse is not None:

@@ -9,6 +9,7 @@ from typing_extensions import Unpack
 from qkv import kernels
 from qkv.arguments import require_strided
 from qkv.masks import FULL, Mask, positions
+from qkv.pages import Pages
 from qkv.scores import ScoreOptions, Scores, make_scores
 
 MAX_POSITION = 1 << 62
@@ -35,6 +36,8 @@ class Problem(NamedTuple):
     """position of the first query among the keys; int64 (B,), that of each row of the batch"""
     scores: Scores
     wants_lse: bool
+    pages: Pages | None = None
+    """where keys lie, if k and v are pages of a pool, (pages, Hkv, page_size, D); only the native backend reads them"""
 
     @property
     def num_heads(self) -> int:
@@ -51,7 +54,7 @@ class Problem(NamedTuple):
 
     @property
     def lk(self) -> int:
-        return self.k.shape[2]
+        return self.k.shape[2] if self.pages is None else self.pages.length
 
     @property
     def needs_grad(self) -> bool:
@@ -75,6 +78,12 @@ class Problem(NamedTuple):
         k, v = self.k * self.k_scale[..., None], self.v * self.v_scale[..., None]
         return self._replace(k=k.to(self.q.dtype), v=v.to(self.q.dtype), k_scale=None, v_scale=None)
 
+    def gathered(self) -> "Problem":
+        """The problem with keys and values of each row side by side: a copy of those in pages."""
+        if self.pages is None:
+            return self
+        return self._replace(k=self.pages.gather(self.k), v=self.pages.gather(self.v), pages=None)
+
     def select_queries(self, start: int, stop: int) -> "Problem":
         """The problem restricted to the query rows ``start .. stop - 1``, trimmed."""
         rows = self._replace(
@@ -94,6 +103,7 @@ def make_problem(
     *,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    pages: Pages | None = None,
     mask: Mask | None = None,
     offset: int | Tensor | None = None,
     wants_lse: bool = False,
@@ -105,9 +115,12 @@ def make_problem(
         TypeError: for arguments of the wrong type.
         ValueError: for shapes, dtypes, devices and numbers that do not fit together.
     """
-    _check_tensors(caller, q, k, v)
+    keys, values = (k, v) if pages is None else _check_pages(caller, k, v, pages, k_scale)
+    _check_tensors(caller, q, keys, values)
     if not q.is_meta and torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(q.device.type)
+        if pages is not None and k.dtype is not dtype:  # rather than the whole pool, cast what is read
+            k, v, pages = pages.gather(k), pages.gather(v), None
         q, k, v = (x if x.dtype is torch.int8 else x.to(dtype) for x in (q, k, v))
     if k_scale is None and v_scale is None:
         _check_dtypes(caller, q, k, v)
@@ -117,10 +130,10 @@ def make_problem(
         _check_int8(caller, "v", v, v_scale)
     mask = FULL if mask is None else mask
     if mask is not FULL:
-        _check_mask(caller, mask, q, k)
-    scores = make_scores(caller, q, k, **options)
-    offset = _resolve_offset(caller, mask, scores, offset, q, k.shape[2])
-    problem = Problem(q, k, v, k_scale, v_scale, mask, offset, scores, wants_lse)
+        _check_mask(caller, mask, q, keys)
+    scores = make_scores(caller, q, keys, **options)
+    offset = _resolve_offset(caller, mask, scores, offset, q, keys.shape[2])
+    problem = Problem(q, k, v, k_scale, v_scale, mask, offset, scores, wants_lse, pages)
     # torch 2.9 compiles properties of a named tuple only after _replace.
     return problem._replace() if torch.compiler.is_compiling() else problem
 
@@ -184,6 +197,16 @@ def _check_tensors(caller: str, q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(
             f"{caller}: the number of heads of q must be a multiple of that of k and v; got {heads} and {kv_heads}."
         )
+
+
+def _check_pages(caller: str, k: Tensor, v: Tensor, pages: Pages, k_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Tensors of the shapes of keys and values that lie in pages, for other checks."""
+    if not isinstance(pages, Pages):
+        raise TypeError(f"{caller}: pages must be a qkv.cache.Pages or None; got {type(pages).__name__}.")
+    if k_scale is not None:
+        raise ValueError(f"{caller}: keys and values in pages must be floating-point; got k_scale for int8.")
+    pages.require_fit(caller, k, v)
+    return pages.stand_in(k), pages.stand_in(v)
 
 
 def _check_dtypes(caller: str, q: Tensor, k: Tensor, v: Tensor) -> None:

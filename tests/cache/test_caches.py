@@ -19,6 +19,7 @@ X = torch.randn(2, 6, 24, generator=torch.Generator().manual_seed(0))
 CACHES: dict[str, Callable[[], Any]] = {
     "kv": qkv.KVCache,
     "int8": qkv.Int8KVCache,
+    "paged": lambda: qkv.PagedKVCache(page_size=3),
     "sliding": lambda: qkv.SlidingKVCache(4),
 }
 each_cache = pytest.mark.parametrize("make", CACHES.values(), ids=CACHES)
@@ -98,7 +99,7 @@ def test_a_layer_that_sees_later_keys_is_refused_with_a_filled_cache(make: Calla
         layer(X[:, 5:], cache=cache)
     assert cache.length == 5
     layer(X[:, 5:], mask=Mask.causal(), cache=cache)  # a prompt that sees all of itself, and a text behind it
-    written = torch.ones(1, cache.append(*torch.zeros(2, 2, 6, 0, 4)).k.shape[2] + 1, dtype=torch.bool)
+    written = torch.ones(1, cache.append(*torch.zeros(2, 2, 6, 0, 4)).lk + 1, dtype=torch.bool)
     if mask.left is None:
         layer(X[:, 5:], mask=Mask.dense(written), cache=cache)
         assert cache.columns == 7

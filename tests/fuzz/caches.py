@@ -12,6 +12,7 @@ import copy
 import io
 import pickle
 import random
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -19,8 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qkv import CrossKVCache, Int8KVCache, KVCache, LatentKVCache, SlidingKVCache
+from qkv import CrossKVCache, Int8KVCache, KVCache, LatentKVCache, PagedKVCache, SlidingKVCache
 from qkv.cache import Cache
+from qkv.cache.pool import PagePool
 from qkv.integrations.transformers.cache import AppendLayer, Int8Layer, LatentLayer, SlidingLayer
 from qkv.integrations.transformers.lazy_tensor import Int8Tensor
 
@@ -45,6 +47,8 @@ KINDS = {
     "sliding, sinks": Kind(lambda: SlidingKVCache(3, 2), window=3, sinks=2),
     "cross": Kind(CrossKVCache),
     "latent": Kind(LatentKVCache, heads=1),
+    "paged": Kind(lambda: PagedKVCache(page_size=3)),
+    "paged, one token a page": Kind(lambda: PagedKVCache(page_size=1)),
     "transformers, appending": Kind(AppendLayer),
     "transformers, latent": Kind(LatentLayer, heads=1),
     "transformers, sliding": Kind(lambda: SlidingLayer(4), window=4),
@@ -109,7 +113,7 @@ class Line:
     def append(self, k: Tensor, v: Tensor) -> list[Tensor]:
         found = self.cache.append(k, v) if isinstance(self.cache, Cache) else self.cache.update(k, v)
         if isinstance(self.cache, Cache):
-            assert found.offset == (None if isinstance(self.cache, CrossKVCache) else found.k.shape[2] - k.shape[2])
+            assert found.offset == (None if isinstance(self.cache, CrossKVCache) else found.lk - k.shape[2])
             if not isinstance(self.cache, CrossKVCache):
                 self.check_latest(found, k.shape[2])
         return self.dense(found)
@@ -128,6 +132,8 @@ class Line:
         if isinstance(self.cache, LatentKVCache):
             assert torch.equal(found.v, found.k[..., :8]) and found.v.data_ptr() == found.k.data_ptr()
             return list(found.k.split([8, 5], dim=3))
+        if isinstance(self.cache, PagedKVCache):
+            found = found.gathered()
         if isinstance(self.cache, Int8KVCache):
             return [codes * scale[..., None] for codes, scale in ((found.k, found.k_scale), (found.v, found.v_scale))]
         return [x.materialize() if isinstance(x, Int8Tensor) else x for x in found[:2]]
@@ -135,6 +141,8 @@ class Line:
     def cached(self) -> list[Tensor]:
         """The keys and values in the cache now."""
         if isinstance(self.cache, Int8KVCache):
+            return self.dense(self.cache.keys()) if self.length else []
+        if isinstance(self.cache, PagedKVCache):
             return self.dense(self.cache.keys()) if self.length else []
         if isinstance(self.cache, Cache):
             parts = [part.tensor for part in self.cache._parts if part.tensor is not None]
@@ -182,11 +190,11 @@ class World:
         self.history: list[str] = []
 
     def step(self, operation: str, pick: Pick) -> None:
-        line = self.lines[pick(len(self.lines))]
         try:
-            getattr(self, operation)(line, pick)
+            getattr(self, operation)(self.lines[pick(len(self.lines))], pick)
             for each in self.lines:
                 each.check(each.cached())
+            check_pools([each.cache for each in self.lines])
             for now, before in self.given:
                 assert torch.equal(now, before), "a tensor that was given has changed"
         except Exception as error:
@@ -331,6 +339,22 @@ class World:
 
     def nothing(self, batch: int) -> list[Tensor]:
         return [torch.zeros(batch, self.kind.heads, 0, width) for width in (8, 5)]
+
+
+def check_pools(caches: list[Any]) -> None:
+    """That pages in use are those which rows of the caches hold, each counted once for every row."""
+    tables: dict[PagePool, list[list[int]]] = {}
+    for cache in caches:
+        if isinstance(cache, PagedKVCache):
+            lengths, size = cache.lengths.tolist(), cache.pool.page_size
+            assert [len(row) for row in cache._table.rows] == [-(-length // size) for length in lengths]
+            assert cache.nbytes == len(cache._table.pages()) * cache.pool.page_nbytes
+            tables.setdefault(cache.pool, []).extend(cache._table.rows)
+    for pool, rows in tables.items():
+        held = Counter(page for row in rows for page in row)
+        assert pool.used == len(held)
+        holders = {page: pool.holders(page) for page in range(pool.allocated) if pool.holders(page)}
+        assert holders == held, f"{holders} for {dict(held)}"
 
 
 def assert_refused(call: Callable[[], object]) -> None:

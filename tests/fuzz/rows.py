@@ -8,10 +8,10 @@ import random
 from typing import Any
 
 import torch
-from fuzz.caches import COPIES, KINDS, MODES, Pick, assert_refused
+from fuzz.caches import COPIES, KINDS, MODES, Pick, assert_refused, check_pools
 from torch import Tensor
 
-from qkv import CrossKVCache, Int8KVCache, LatentKVCache, SlidingKVCache
+from qkv import CrossKVCache, Int8KVCache, LatentKVCache, PagedKVCache, SlidingKVCache
 from qkv.cache import Cache
 
 NAMES = [name for name, kind in KINDS.items() if isinstance(kind.make(), Cache)]
@@ -56,13 +56,13 @@ class World:
         self.history: list[str] = []
 
     def step(self, operation: str, pick: Pick) -> None:
-        line = self.lines[pick(len(self.lines))]
         try:
-            getattr(self, operation)(line, pick)
+            getattr(self, operation)(self.lines[pick(len(self.lines))], pick)
             for each in self.lines:
                 if each.rows is not None:
                     assert each.cache.lengths.tolist() == each.lengths
                     assert each.cache.length == max(each.lengths)
+            check_pools([each.cache for each in self.lines])
         except Exception as error:
             raise AssertionError("; ".join(self.history)) from error
 
@@ -114,6 +114,7 @@ class World:
     def check(self, line: Line, found: Any, real: list[Tensor]) -> None:
         """That each row has the tokens which its new queries may see, in order, at the offset returned."""
         cache = line.cache
+        found = found.gathered() if isinstance(cache, PagedKVCache) else found
         k, v = found[:2]
         if isinstance(cache, LatentKVCache):
             k, v = k.split(WIDTHS, dim=3)

@@ -179,7 +179,11 @@ def test_equals_a_layer_of_gemma3n_that_reuses_keys() -> None:
 def test_wrong_caches_are_refused_and_stay_as_they_are() -> None:
     _, second, _ = build()
     cases: list[tuple[Any, type[Exception], str]] = [
-        (None, TypeError, "cache must be the KVCache, Int8KVCache or SlidingKVCache of the layer .*; got NoneType"),
+        (
+            None,
+            TypeError,
+            "cache must be the KVCache, PagedKVCache, Int8KVCache or SlidingKVCache of the layer .*; got NoneType",
+        ),
         (qkv.CrossKVCache(), TypeError, r"whose keys are read; got CrossKVCache\."),
         (qkv.KVCache(), ValueError, r"the keys of the 12 tokens of x; got one of 0\. Call the layer that they belong"),
     ]

@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "qkv"
 
 # Each level may import itself and lower levels; the lowest is first.
 ORDER = [
-    {"qkv.arguments", "qkv.tracing", "qkv.bands", "qkv.drawing", "qkv.masks", "qkv.scores"},
+    {"qkv.arguments", "qkv.tracing", "qkv.bands", "qkv.drawing", "qkv.masks", "qkv.scores", "qkv.pages"},
     {"qkv.problem", "qkv.kernels"},
     {"qkv.backends"},
     {"qkv.partial", "qkv.functional", "qkv.sequences", "qkv.cache"},
@@ -107,7 +107,7 @@ def test_importing_qkv_registers_the_operators() -> None:
 
 PUBLIC = {
     *("attention", "attention_with_lse", "attention_weights", "merge", "explain", "BackendError", "accelerate"),
-    *("Mask", "KVCache", "Int8KVCache", "SlidingKVCache", "CrossKVCache", "LatentKVCache"),
+    *("Mask", "KVCache", "Int8KVCache", "SlidingKVCache", "CrossKVCache", "LatentKVCache", "PagedKVCache", "PagePool"),
     *("Caches", "RotaryEmbedding", "RotaryEmbedding2d"),
     *("RotaryScaling", "RelativePositionBias", "WindowPositionBias", "ContinuousWindowPositionBias"),
     *("Attention", "ScaledDotProductAttention", "MultiHeadAttention", "CrossAttention", "CausalAttention"),

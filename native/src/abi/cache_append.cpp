@@ -1,6 +1,7 @@
-// Appends keys and values to the memory of a cache: as they are, or in int8.
+// Appends keys and values to the memory of a cache: as they are, in int8, or to pages.
 #include <cstring>
 #include <initializer_list>
+#include <vector>
 
 #include "abi/python_tensor.h"
 #include "runtime/parallel.h"
@@ -42,6 +43,45 @@ struct Addition {
     }
 };
 
+// New tokens of one dtype, and the pages where they go.
+struct PagedAddition {
+    Dtype dtype;
+    View from, to;
+    int64_t batch, heads, rows, width;
+    Pages pages = {};
+
+    // Whether the tensors fit together, and all pages exist that are written to; if so, it is filled in.
+    bool set(const dlpack::Tensor& tokens, const dlpack::Tensor& memory, const dlpack::Tensor& table,
+             const int64_t* starts) {
+        Dtype of_memory;
+        if (!holds_heads(tokens) || !holds_heads(memory) || !is(table, dlpack::INT, 64, 2)) return false;
+        if (!dtype_of(tokens, dtype) || !dtype_of(memory, of_memory) || of_memory != dtype) return false;
+        if (!view_of(tokens, from) || !view_of(memory, to)) return false;
+        batch = tokens.shape[0], heads = tokens.shape[1], rows = tokens.shape[2], width = tokens.shape[3];
+        if (memory.shape[1] != heads || memory.shape[3] != width || table.shape[0] != batch) return false;
+        if (table.strides[1] != 1) return false;
+        pages = {(const int64_t*)data_of(table), table.strides[0], memory.shape[2], 0, memory.shape[0]};
+        for (int64_t b = 0; b < batch; ++b) {
+            const int64_t begin = starts[b], end = begin + rows;
+            if (begin < 0 || end > pages.size * table.shape[1]) return false;
+            for (const int64_t* page = pages.entry(b, begin); page < pages.end_entry(b, begin, end); ++page)
+                if (*page < 0 || *page >= pages.count) return false;
+        }
+        return true;
+    }
+
+    void write(const int64_t* starts, int threads) const {
+        parallel_for(batch * heads, threads, [&](int64_t item) {
+            const int64_t b = item / heads, head = item % heads;
+            for (int64_t row = 0; row < rows; ++row) {
+                const int64_t key = starts[b] + row;
+                std::memmove(row_of(dtype, to, *pages.entry(b, key), head, pages.row(key)),
+                             row_of(dtype, from, b, head, row), width * size_of(dtype));
+            }
+        });
+    }
+};
+
 }  // namespace
 }  // namespace qkv
 
@@ -62,6 +102,39 @@ QKV_EXPORT int qkv_append(const void* interpreter, void* k, void* v, void* keys,
     if (additions[0].what.rows != additions[1].what.rows) return qkv::OTHER;
     return python.unlocked([&] {
         for (qkv::Addition& addition : additions) addition.write(threads);
+        return qkv::DONE;
+    });
+}
+
+// Writes tokens k and v to keys `start` and on of each batch; or starts[b] and on, if these, int64 (batch), are given.
+// keys and values are (page, head, row, column), and table, int64 (batch, entries), has the pages of each batch in
+// order. Returns as qkv_append.
+QKV_EXPORT int qkv_append_pages(const void* interpreter, void* k, void* v, void* keys, void* values, void* table,
+                                void* starts, int64_t start, int threads) {
+    const auto& python = *(const qkv::Interpreter*)interpreter;
+    void* const objects[] = {k, v, keys, values, table, starts};
+    qkv::dlpack::Tensor tensors[6];
+    for (int n = 0; n < 6; ++n)
+        if (!python.look(objects[n], tensors[n])) return qkv::OTHER;
+    const qkv::dlpack::Tensor &tokens = tensors[0], &of_batches = tensors[5];
+    if (!qkv::holds_heads(tokens)) return qkv::OTHER;
+    const int64_t* where = nullptr;
+    std::vector<int64_t> same;
+    if (!qkv::is_given(of_batches)) {
+        same.assign(tokens.shape[0], start);
+        where = same.data();
+    } else if (qkv::is(of_batches, qkv::dlpack::INT, 64, 1) && of_batches.shape[0] == tokens.shape[0] &&
+               (of_batches.strides[0] == 1 || of_batches.shape[0] == 1)) {
+        where = (const int64_t*)qkv::data_of(of_batches);
+    } else {
+        return qkv::OTHER;
+    }
+    qkv::PagedAddition additions[2];
+    for (int i = 0; i < 2; ++i)
+        if (!additions[i].set(tensors[i], tensors[2 + i], tensors[4], where)) return qkv::OTHER;
+    if (additions[0].rows != additions[1].rows) return qkv::OTHER;
+    return python.unlocked([&] {
+        for (const qkv::PagedAddition& addition : additions) addition.write(where, threads);
         return qkv::DONE;
     });
 }

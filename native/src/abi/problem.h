@@ -28,11 +28,20 @@ struct Scales {
     int64_t batch, head;
 };
 
-// Where the keys of a problem of one batch lie, if in pages: k and v are (page, head, row, column) then, and key j is
-// row (first + j) % size of the page that entry (first + j) / size of the table names.
+// Where keys lie, if in pages: k and v are (page, head, row, column) then, and key j of batch b is row
+// (first + j) % size of the page that entry (first + j) / size of its table names, which begins at table + b * batch.
 struct Pages {
     const int64_t* table;  // or null
+    int64_t batch;
     int64_t size, first;
+    int64_t count;  // of all pages there are
+
+    // The table entry of a key, and where those of keys [begin, end) end.
+    const int64_t* entry(int64_t b, int64_t key) const { return table + b * batch + (first + key) / size; }
+    const int64_t* end_entry(int64_t b, int64_t begin, int64_t end) const {
+        return begin < end ? entry(b, end - 1) + 1 : entry(b, begin);
+    }
+    int64_t row(int64_t key) const { return (first + key) % size; }
 };
 
 // A number for each query and key, (batch, head, query, key), or null. Strides count elements and are 0 where one
@@ -99,8 +108,14 @@ static inline int64_t offset_of(const Problem& p, int64_t batch) {
 }
 
 // Whether the offsets of all batches are positions that the kernel can count and, where documents are read at the
-// positions of queries, positions of keys. Only tensors need the check: they may hold anything.
+// positions of queries, positions of keys; and whether all keys lie in pages there are. Only tensors need the check:
+// they may hold anything.
 static inline bool fits(const Problem& p) {
+    for (int64_t batch = 0; p.pages.table && batch < p.batch; ++batch) {
+        const int64_t* const end = p.pages.end_entry(batch, 0, p.lk);
+        for (const int64_t* page = p.pages.entry(batch, 0); page < end; ++page)
+            if (*page < 0 || *page >= p.pages.count) return false;
+    }
     for (int64_t batch = 0; p.offsets && batch < p.batch; ++batch) {
         const int64_t offset = p.offsets[batch * p.offsets_batch];
         if (offset <= -LARGEST_POSITION || offset >= LARGEST_POSITION) return false;

@@ -89,25 +89,13 @@ class Packed {
    private:
     int64_t queries(int64_t n) const { return s.starts[n + 1] - s.starts[n]; }
 
-    const int64_t* table(int64_t n) const {
-        static const int64_t FIRST = 0;
-        return s.tables ? s.tables + n * s.entries : &FIRST;
-    }
-
-    // Entries of the table of a sequence that hold keys of it.
-    int64_t first_entry(int64_t n) const { return s.firsts[n] / s.page_size; }
-    int64_t end_entry(int64_t n) const {
-        return s.lengths[n] == 0 ? first_entry(n) : (s.firsts[n] + s.lengths[n] - 1) / s.page_size + 1;
-    }
-
+    // Whether its keys lie in the pages; for those of a table, `fits` of its problem says whether there are such pages.
     bool fits(int64_t n) const {
         const int64_t first = s.firsts[n], length = s.lengths[n];
         if (first < 0 || length < 0 || length > LARGEST_POSITION) return false;
         if (length == 0) return true;
         if (first > (s.tables ? s.entries : 1) * s.page_size - length) return false;
-        for (int64_t i = first_entry(n); i < end_entry(n); ++i)
-            if (table(n)[i] < 0 || table(n)[i] >= s.pages) return false;
-        return true;
+        return !s.tables || qkv::fits(alone(n, 1));
     }
 
     // About how long a sequence takes: its scores, plus a cost for each key and query.
@@ -137,24 +125,13 @@ class Packed {
         // Each sequence drops different weights.
         one.seed = p.seed + (uint64_t)n * 0x9e3779b97f4a7c15u;
         if (one.lk == 0) return one;
-        if (is_straight(n)) {
-            const int64_t page = table(n)[first_entry(n)], row = s.firsts[n] % s.page_size;
-            one.k = shifted(p.k, page, row);
-            one.v = shifted(p.v, page, row);
+        if (s.tables) {
+            one.pages = {s.tables + n * s.entries, 0, s.page_size, s.firsts[n], s.pages};
         } else {
-            one.pages = {table(n), s.page_size, s.firsts[n]};
+            one.k = at_keys(p.k, n);
+            one.v = at_keys(p.v, n);
         }
         return one;
-    }
-
-    // Whether its keys and values lie as they would without pages: in one, or in some that follow each other.
-    bool is_straight(int64_t n) const {
-        const int64_t first = first_entry(n), end = end_entry(n);
-        if (end - first > 1 && !(p.k.batch == s.page_size * p.k.row && p.v.batch == s.page_size * p.v.row))
-            return false;
-        for (int64_t i = first + 1; i < end; ++i)
-            if (table(n)[i] != table(n)[i - 1] + 1) return false;
-        return true;
     }
 };
 

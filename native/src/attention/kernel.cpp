@@ -181,7 +181,11 @@ void forward(const Problem& p) {
         wide.v = {values.data(), p.kv_heads * p.lk * p.value_width, p.lk * p.value_width, p.value_width};
         return forward(wide);
     }
-    if (p.pages.table && tiles_of_head(p) > 1) return forward(ContiguousProblem(p).problem);
+    if (p.pages.table) {
+        Problem plain = p;
+        if (straighten(plain)) return forward(plain);
+        if (tiles_of_head(p) > 1) return forward(ContiguousProblem(p).problem);
+    }
     prefer_huge_pages(p.out.data, p.batch * p.heads * p.lq * p.value_width * size_of(p.dtype));
     if (few) {
         return for_decode(p, [&](auto products, auto count) {

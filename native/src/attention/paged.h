@@ -1,5 +1,6 @@
-// Keys and values in pages, copied to contiguous memory: those of a split when it is accumulated, into scratch that
-// stays in the caches; or, if several tiles of rows would copy them again, those of all heads at once.
+// Keys and values in pages. Where those that are read follow each other in memory, they are read in place. Others are
+// copied to contiguous memory: those of a split when it is accumulated, into scratch that stays in the caches; or, if
+// several tiles of rows would copy them again, those of all heads at once.
 //
 // Products, and so the bits, are those of contiguous keys.
 #pragma once
@@ -12,21 +13,59 @@
 namespace qkv {
 namespace QKV_ISA {
 
+// Whether keys [begin, end) of a batch lie in memory as they would without pages.
+static bool are_straight(const Problem& p, int64_t batch, int64_t begin, int64_t end) {
+    const int64_t *page = p.pages.entry(batch, begin), *const last = p.pages.end_entry(batch, begin, end) - 1;
+    if (page < last && (p.k.batch != p.pages.size * p.k.row || p.v.batch != p.pages.size * p.v.row)) return false;
+    for (; page < last; ++page)
+        if (page[1] != page[0] + 1) return false;
+    return true;
+}
+
+// Keys or values that lie straight from `begin` on, as a view of one batch, with its strides without pages.
+static View straight(const Problem& p, const View& view, int64_t batch, int64_t begin) {
+    View of_batch = view;
+    of_batch.data = row_of(p.kv_dtype, view, *p.pages.entry(batch, begin), 0, p.pages.row(begin) - begin);
+    return of_batch;
+}
+
+// Makes a problem whose keys and values all lie straight, at equal distances between batches, one without pages.
+// Returns whether they do.
+static bool straighten(Problem& p) {
+    if (p.lk == 0) return p.pages = {}, true;
+    const int64_t first = *p.pages.entry(0, 0), step = p.batch > 1 ? *p.pages.entry(1, 0) - first : 0;
+    for (int64_t batch = 0; batch < p.batch; ++batch)
+        if (*p.pages.entry(batch, 0) != first + batch * step || !are_straight(p, batch, 0, p.lk)) return false;
+    for (View* view : {&p.k, &p.v}) {
+        const int64_t page = view->batch;
+        *view = straight(p, *view, 0, 0);
+        view->batch = step * page;
+    }
+    p.pages = {};
+    return true;
+}
+
 // Copies keys or values [begin, end) of a head.
-static void collect(const Problem& p, const View& view, int64_t width, int64_t head, int64_t begin, int64_t end,
+static void collect(const Problem& p, const View& view, int64_t width, const HeadRef& of, int64_t begin, int64_t end,
                     char* to) {
     const int64_t item = size_of(p.kv_dtype), bytes = width * item, stride = view.row * item;
-    for (int64_t key = begin, count; key < end; key += count) {
-        const int64_t entry = (p.pages.first + key) / p.pages.size, row = (p.pages.first + key) % p.pages.size;
+    const int64_t* page = p.pages.entry(of.batch, begin);
+    int64_t row = p.pages.row(begin);
+    for (int64_t key = begin, count; key < end; key += count, row = 0) {
         count = std::min(p.pages.size - row, end - key);
-        const char* from = row_of(p.kv_dtype, view, p.pages.table[entry], head, row);
+        const char* from = row_of(p.kv_dtype, view, *page++, of.kv_head, row);
+        if (stride == bytes) {
+            std::memcpy(to, from, count * bytes);
+            to += count * bytes;
+            continue;
+        }
         for (int64_t i = 0; i < count; ++i, from += stride, to += bytes) std::memcpy(to, from, bytes);
     }
 }
 
-// Contiguous rows of keys or values from `first` on at `data`, as a view of all heads or of one.
-static View view_at(const Problem& p, const void* data, int64_t width, int64_t first, int64_t head) {
-    return {(char*)data - first * width * size_of(p.kv_dtype), 0, head, width};
+// Contiguous rows of keys or values from `first` on at `data`, as a view of all batches and heads or of one.
+static View view_at(const Problem& p, const void* data, int64_t width, int64_t first, int64_t batch, int64_t head) {
+    return {(char*)data - first * width * size_of(p.kv_dtype), batch, head, width};
 }
 
 // Memory for the keys and values of a split.
@@ -39,17 +78,23 @@ struct PageScratch {
     }
 };
 
-// The problem for the split that begins with this key, with contiguous keys and values.
+// The problem for the split that begins with this key, without pages.
 static Problem contiguous(const Problem& p, const Tile& t, int64_t begin, const PageScratch& scratch) {
     // Keys before a window are not read. Products read to the end of the block of the last key that is seen.
     const int64_t from = begin < p.sink_tokens ? begin : std::max(begin, t.begin / BLOCK_N * BLOCK_N);
     const int64_t to = std::min({begin + KV_SPLIT, p.lk, (t.end + BLOCK_N - 1) / BLOCK_N * BLOCK_N});
-    collect(p, p.k, p.width, t.kv_head, from, to, (char*)scratch.keys);
-    collect(p, p.v, p.value_width, t.kv_head, from, to, (char*)scratch.values);
     Problem copy = p;
     copy.pages = {};
-    copy.k = view_at(p, scratch.keys, p.width, from, 0);
-    copy.v = view_at(p, scratch.values, p.value_width, from, 0);
+    if (are_straight(p, t.batch, from, to)) {
+        copy.k = straight(p, p.k, t.batch, from);
+        copy.v = straight(p, p.v, t.batch, from);
+        copy.k.batch = copy.v.batch = 0;
+        return copy;
+    }
+    collect(p, p.k, p.width, t, from, to, (char*)scratch.keys);
+    collect(p, p.v, p.value_width, t, from, to, (char*)scratch.values);
+    copy.k = view_at(p, scratch.keys, p.width, from, 0, 0);
+    copy.v = view_at(p, scratch.values, p.value_width, from, 0, 0);
     return copy;
 }
 
@@ -68,13 +113,14 @@ struct ContiguousProblem {
 
     static View copied(const Problem& p, const View& view, int64_t width, std::unique_ptr<char[]>& to) {
         const int64_t parts = (p.lk + COPY_ROWS - 1) / COPY_ROWS, bytes = width * size_of(p.kv_dtype);
-        to.reset(new char[p.kv_heads * p.lk * bytes]);
-        parallel_for(p.kv_heads * parts, p.threads, [&](int64_t item) {
-            const int64_t head = item / parts, begin = item % parts * COPY_ROWS;
-            collect(p, view, width, head, begin, std::min(p.lk, begin + COPY_ROWS),
-                    to.get() + (head * p.lk + begin) * bytes);
+        to.reset(new char[p.batch * p.kv_heads * p.lk * bytes]);
+        parallel_for(p.batch * p.kv_heads * parts, p.threads, [&](int64_t item) {
+            const HeadRef of = head_at(p, item / parts);
+            const int64_t begin = item % parts * COPY_ROWS;
+            collect(p, view, width, of, begin, std::min(p.lk, begin + COPY_ROWS),
+                    to.get() + (item / parts * p.lk + begin) * bytes);
         });
-        return view_at(p, to.get(), width, 0, p.lk * width);
+        return view_at(p, to.get(), width, 0, p.kv_heads * p.lk * width, p.lk * width);
     }
 };
 

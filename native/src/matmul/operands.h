@@ -79,9 +79,10 @@ struct OperandPacking<F32> {
     }
 
     // Whether rows are copied side by side. Each lies in a page of its own otherwise, and a block of keys and values in
-    // more pages than a core's TLB holds. For a vector of query rows or fewer the copy costs more than that.
+    // more pages than a core's TLB holds. For a vector of query rows or fewer, or for few keys, the copy costs more
+    // than that.
     static bool are_far(const Problem& p, const View& view, int64_t width) {
-        return view.row > FAR_STRIDE && view.row != width && rows_of_head(p) > LANES;
+        return view.row > FAR_STRIDE && view.row != width && rows_of_head(p) > LANES && p.lk > FEW_KEYS;
     }
 
     static Operand<const float> along_width(const Problem& p, const HeadRef& head, const View& view, int64_t width,

@@ -74,8 +74,23 @@ def choose(caller: str, problem: Problem, backend: str) -> Backend:
     raise ValueError(f"{caller}: backend must be 'auto' or one of {names}; got {backend!r}.")
 
 
+def solve(caller: str, problem: Problem, backend: str) -> Result:
+    """The result of the backend that `choose` returns, which raises as it does."""
+    problem = _readable(problem, backend)
+    return choose(caller, problem, backend).run(problem)
+
+
+def _readable(problem: Problem, backend: str) -> Problem:
+    """The problem, without pages unless this backend reads them in place."""
+    if problem.pages is None:
+        return problem
+    reads_pages = backend in ("auto", native.NAME) and not problem.needs_grad and not native.why_not(problem)
+    return problem if reads_pages else problem.gathered()
+
+
 def explain(problem: Problem) -> Explanation:
     """The backend that ``auto`` chooses for the problem, and every reason against each of the others."""
+    problem = problem.gathered()
     reasons = {backend.NAME: backend.why_not(problem) + backend.why_rather_not(problem) for backend in BACKENDS}
     chosen = next((name for name, against in reasons.items() if not against), None)
     return Explanation(chosen, reasons)

@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 from qkv import kernels
 from qkv.backends.result import Result
 from qkv.masks import FULL, Mask
+from qkv.pages import Pages
 from qkv.problem import Problem
 from qkv.scores import ScoreOptions, only_scale
 
@@ -28,6 +29,7 @@ def fast_path(
     mask: Mask,
     offset: int | Tensor | None,
     scores: ScoreOptions,
+    pages: Pages | None = None,
 ) -> Tensor | None:
     """`attention` without validation, which costs more than attention over a few tokens.
 
@@ -43,6 +45,8 @@ def fast_path(
         return None
     if mask is not FULL and (type(mask) is not Mask or mask.is_pairwise or mask.chunk or mask.prefix_tokens):
         return None
+    if pages is not None and not (type(pages) is Pages and type(pages.table) is Tensor and type(pages.length) is int):
+        return None
     offsets = offset if isinstance(offset, Tensor) else None
     for extra in (k_scale, v_scale, offsets, mask.keep, mask.lengths):
         if extra is not None and (type(extra) is not Tensor or extra.requires_grad or extra.is_neg()):
@@ -50,7 +54,7 @@ def fast_path(
     if offsets is not None:
         offset = 0
     elif offset is None:
-        if mask is not FULL and mask.is_positional and q.shape[2] != k.shape[2]:
+        if mask is not FULL and mask.is_positional and q.shape[2] != (k.shape[2] if pages is None else pages.length):
             return None
         offset = 0
     elif type(offset) is not int or not -MAX_POSITION < offset < MAX_POSITION:
@@ -60,7 +64,7 @@ def fast_path(
         scale = (q.shape[3] or 1) ** -0.5
     elif type(scale) is not float or not -math.inf < scale < math.inf:
         return None
-    tensors = (q, k, v, k_scale, v_scale, offsets, mask.keep, mask.lengths)
+    tensors = (q, k, v, k_scale, v_scale, pages, offsets, mask.keep, mask.lengths)
     return kernels.fast_forward(*tensors, mask.left, mask.right, mask.sink_tokens, offset, scale)
 
 
@@ -104,7 +108,7 @@ def run(problem: Problem) -> Result:
 def call_of(problem: Problem) -> kernels.Call:
     """The arguments of the kernel for the problem."""
     seed = torch.randint(torch.iinfo(torch.int64).max, (1,)) if problem.scores.dropout else None
-    q, k, v, k_scale, v_scale, mask, offset, scores, _ = problem
+    q, k, v, k_scale, v_scale, mask, offset, scores, _, pages = problem
     by_row = (0, offset) if isinstance(offset, Tensor) else (offset, None)
-    arguments: list[Any] = [q, k, v, k_scale, v_scale, *by_row, *mask.values(), *scores, seed]
+    arguments: list[Any] = [q, k, v, k_scale, v_scale, *(pages or (None, 0)), *by_row, *mask.values(), *scores, seed]
     return kernels.Call(*arguments)

@@ -13,8 +13,12 @@ from qkv.cache.int8 import quantize as quantize
 from qkv.cache.kv import KVCache as KVCache
 from qkv.cache.latent import LatentKVCache as LatentKVCache
 from qkv.cache.model import Caches as Caches
+from qkv.cache.paged import PagedKVCache as PagedKVCache
+from qkv.cache.pool import PagePool as PagePool
+from qkv.cache.pool import PageTable
 from qkv.cache.rows import Rows
 from qkv.cache.sliding import SlidingKVCache as SlidingKVCache
+from qkv.pages import Pages as Pages
 
 __all__ = [
     "Cache",
@@ -26,10 +30,16 @@ __all__ = [
     "Keys",
     "LatentKVCache",
     "Owner",
+    "PagePool",
+    "PagedKVCache",
+    "Pages",
     "SlidingKVCache",
     "quantize",
 ]
 
 torch.serialization.add_safe_globals(
-    [AppendBuffer, Rows, KVCache, Int8KVCache, SlidingKVCache, CrossKVCache, LatentKVCache, Caches, Owner]
+    [
+        *(AppendBuffer, Rows, PageTable, Owner),
+        *(KVCache, Int8KVCache, SlidingKVCache, CrossKVCache, LatentKVCache, PagedKVCache, Caches),
+    ]
 )

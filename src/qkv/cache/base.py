@@ -15,6 +15,7 @@ from qkv.cache.buffer import AppendBuffer
 from qkv.cache.rows import Rows, padding_before, require_padding_at_the_ends
 from qkv.cache.state import load_state, state_of
 from qkv.masks import Mask, gather_keys
+from qkv.pages import Pages
 
 if TYPE_CHECKING:
     from qkv.cache.int8 import Int8Keys
@@ -27,17 +28,30 @@ class Keys(NamedTuple):
     """
 
     k: Tensor
-    """(B, Hkv, Lk, D)"""
+    """(B, Hkv, Lk, D); with pages, those of a pool, (pages, Hkv, page_size, D)"""
     v: Tensor
-    """(B, Hkv, Lk, Dv)"""
+    """(B, Hkv, Lk, Dv); or in pages"""
     offset: int | Tensor | None
     """position of the first new column among these keys, (B,) if rows differ; None in cross-attention"""
     lengths: Tensor | None = None
     """(B,), number of keys of each row, the first ones; None if all are"""
+    pages: Pages | None = None
+    """where the keys of each row are, if in pages"""
+
+    @property
+    def lk(self) -> int:
+        """Lk, number of keys; of the longest row, if rows differ."""
+        return self.k.shape[2] if self.pages is None else self.pages.length
+
+    def gathered(self) -> "Keys":
+        """The same keys without pages: a copy, with gradients."""
+        if self.pages is None:
+            return self
+        return self._replace(k=self.pages.gather(self.k), v=self.pages.gather(self.v), pages=None)
 
     def options(self) -> dict[str, Any]:
         """Keywords for `qkv.attention`, beside k and v."""
-        return {"offset": self.offset}
+        return {"offset": self.offset, "pages": self.pages}
 
 
 class Owner:
@@ -439,7 +453,7 @@ class Cache:
         """``(B, Lk)``, the column of each key that the last append returned, if rows differ."""
         assert self._rows is not None
         assert keys.lengths is not None
-        return self._rows.column_of_keys(keys.k.shape[2], keys.lengths, self.sink_tokens)
+        return self._rows.column_of_keys(keys.lk, keys.lengths, self.sink_tokens)
 
     @property
     def nbytes(self) -> int:
@@ -477,6 +491,20 @@ class Cache:
     def _options(self) -> dict[str, int]:
         """Arguments of the constructor that are not at their defaults."""
         return {} if self.capacity is None else {"capacity": self.capacity}
+
+    def _tokens(self) -> Mapping[str, Tensor | None]:
+        """All tokens of each part."""
+        return {name: part.tensor for name, part in zip(self.PARTS, self._parts, strict=True)}
+
+    def _load_tokens(self, tokens: Mapping[str, Tensor]) -> None:
+        """Stores these tokens of each part in an empty cache, which may keep them."""
+        for part, name in zip(self._parts, self.PARTS, strict=True):
+            part.adopt(tokens[name])
+
+    @property
+    def _slots(self) -> int:
+        """Number of slots of the longest row that have tokens."""
+        return self._parts[0].length
 
     def _more_state(self) -> dict[str, Tensor]:
         """What `state_dict` has beside the parts and the padding."""

@@ -118,7 +118,7 @@ class AppendBuffer:
         memory, start = self.memory, self._start + length
         if (
             memory is None
-            or not (self._is_writable and _may_write(memory))
+            or not (self._is_writable and may_write(memory))
             or start + added > memory.shape[2]
             or not (length or _matches(memory, shape, dtype, device))
         ):
@@ -301,7 +301,7 @@ def _new_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-def _may_write(memory: Tensor) -> bool:
+def may_write(memory: Tensor) -> bool:
     """Whether the current mode may write to memory. Compiled code allocates inference tensors in inference mode."""
     return torch.compiler.is_compiling() or not memory.is_inference() or torch.is_inference_mode_enabled()
 

@@ -24,6 +24,11 @@ class Int8Keys(NamedTuple):
     lengths: Tensor | None = None
     """(B,), number of keys of each row, the first ones; None if all are"""
 
+    @property
+    def lk(self) -> int:
+        """Lk, number of keys; of the longest row, if rows differ."""
+        return self.k.shape[2]
+
     def options(self) -> dict[str, Any]:
         """Keywords for `qkv.attention`, beside k and v."""
         return {"offset": self.offset, "k_scale": self.k_scale, "v_scale": self.v_scale}

@@ -21,7 +21,7 @@ def state_of(cache: "Cache") -> dict[str, Tensor]:
     """The tokens of a cache as tensors, nothing for an empty one."""
     if not cache._batch:
         return {}
-    tokens = {name: compact_copy(part.tensor) for name, part in zip(cache.PARTS, cache._parts, strict=True)}
+    tokens = {name: compact_copy(tokens) for name, tokens in cache._tokens().items()}
     padding = {} if cache._rows is None else {PADDING: cache._rows.all_columns().clone()}
     return {**{name: x for name, x in tokens.items() if x is not None}, **padding, **cache._more_state()}
 
@@ -34,7 +34,7 @@ def load_state(cache: "Cache", state: Mapping[str, Tensor]) -> None:
         cache.__dict__.update(vars(_emptied(cache)))
         if state:
             _check(cache, state)
-            cache._parts = tuple([_buffer(state[name]) for name in cache.PARTS])
+            cache._load_tokens({name: state[name].detach().clone() for name in cache.PARTS})
             cache._rows = _rows(state)
             cache._load_more(state)
             _check_rows(cache)
@@ -48,15 +48,9 @@ def _emptied(cache: "Cache") -> "Cache":
     """A cache like this one, without tokens."""
     twin = object.__new__(type(cache))
     twin.__dict__.update(vars(cache))
-    twin._parts = tuple(AppendBuffer() for _ in cache.PARTS)
+    twin._parts = tuple(AppendBuffer() for _ in cache._parts)
     twin.reset()
     return twin
-
-
-def _buffer(tokens: Tensor) -> AppendBuffer:
-    buffer = AppendBuffer()
-    buffer.adopt(tokens.detach().clone())
-    return buffer
 
 
 def _rows(state: Mapping[str, Tensor]) -> Rows | None:
@@ -92,8 +86,8 @@ def _check_rows(cache: "Cache") -> None:
     """Raises ValueError unless the loaded rows have as many tokens as are stored."""
     if cache._rows is not None:
         stored = cache._rows.stored
-        if stored.min() < 0 or stored.max() != cache._parts[0].length:
+        if stored.min() < 0 or stored.max() != cache._slots:
             raise ValueError(
                 f"{type(cache).__name__}: {PADDING} of the state must count the tokens stored, up to "
-                f"{cache._parts[0].length} in a row; got {stored.tolist()}."
+                f"{cache._slots} in a row; got {stored.tolist()}."
             )

@@ -1,6 +1,7 @@
 """The compiled CPU kernel: loading it, calling it, and its operators in torch."""
 
 from qkv.kernels.append import append as append
+from qkv.kernels.append import append_pages as append_pages
 from qkv.kernels.append import quantize as quantize
 from qkv.kernels.binding import LIBRARY as LIBRARY
 from qkv.kernels.binding import Library as Library

@@ -36,6 +36,24 @@ def append(
     return write is not None and write(k, v, keys, values, k_scale, v_scale, start, _threads_for(k)) == 0
 
 
+def append_pages(
+    k: Tensor, v: Tensor, keys: Tensor, values: Tensor, table: Tensor, starts: Tensor | None, start: int
+) -> bool:
+    """Writes new tokens into pages. All tensors must satisfy `can_bypass_dispatcher`.
+
+    Args:
+        k, v: ``(B, Hkv, L, width)``.
+        keys, values: ``(pages, Hkv, page_size, width)``, in the dtype of the tokens.
+        table: int64 ``(B, entries)``, the pages of each row of the batch in order.
+        starts: int64 ``(B,)``, where in its pages the first token of each row goes; ``start`` in all if None.
+
+    Returns:
+        As `append`.
+    """
+    write = loaded().append_pages
+    return write is not None and write(k, v, keys, values, table, starts, start, _threads_for(k)) == 0
+
+
 def _threads_for(x: Tensor) -> int:
     """Number of threads with which to copy or round ``x``."""
     return torch.get_num_threads() if x.numel() >= _MIN_PARALLEL else 1

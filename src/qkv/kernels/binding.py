@@ -30,12 +30,15 @@ class Library(NamedTuple):
     backward_sequences: Callable[[bytes, bytes, bytes], int]
     """Takes also the `GRADIENTS`. Returns as `forward_sequences`."""
     fast_forward: Callable[..., int] | None
-    """Takes q, k, v, out, then k_scale, v_scale, offsets, keep and lengths, tensors or None, then offset, left, right,
-    sink_tokens, scale and threads. Returns as `forward`, or 2 for tensors that it does not support. None if torch
-    has no DLPack exchange functions."""
+    """Takes q, k, v, out, then k_scale, v_scale, block_table, offsets, keep and lengths, tensors or None, then
+    key_count, offset, left, right, sink_tokens, scale and threads. Returns as `forward`, or 2 for tensors that it does
+    not support. None if torch has no DLPack exchange functions."""
     append: Callable[..., int] | None
     """Takes k, v, the buffers of keys and of values, then k_scale and v_scale, tensors or None, then start and threads.
     Returns as `fast_forward`."""
+    append_pages: Callable[..., int] | None
+    """Takes k, v, the pages of keys and of values, block_table, starts, a tensor or None, start and threads. Returns as
+    `fast_forward`."""
 
 
 class _Interpreter(ctypes.Structure):
@@ -85,25 +88,27 @@ class _Exchange(ctypes.Structure):
     ]
 
 
-def _load_calls_of_tensors(path: Path) -> tuple[Callable[..., int] | None, Callable[..., int] | None]:
-    """`Library.fast_forward` and `Library.append`."""
+def _load_calls_of_tensors(path: Path) -> tuple[Callable[..., int] | None, ...]:
+    """`Library.fast_forward`, `Library.append` and `Library.append_pages`."""
     capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     if capsule is None:
-        return None, None
+        return None, None, None
     python = ctypes.pythonapi
     prototype = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
     tensors = prototype(("PyCapsule_GetPointer", python))(capsule, b"dlpack_exchange_api")
     exchange = _Exchange.from_address(tensors)
     if exchange.major != 1 or not exchange.look:
-        return None, None
+        return None, None, None
     functions = (python.PyEval_SaveThread, python.PyEval_RestoreThread, python.PyErr_Clear)
     interpreter = _Interpreter(tensors, id(None), *(ctypes.cast(function, ctypes.c_void_p) for function in functions))
     native = ctypes.PyDLL(str(path))  # keeps the GIL, which the library releases itself
     tensor, number = ctypes.py_object, ctypes.c_int64
-    native.qkv_fast_forward.argtypes = [ctypes.c_void_p, *[tensor] * 9, *[number] * 4, ctypes.c_float, ctypes.c_int]
+    native.qkv_fast_forward.argtypes = [ctypes.c_void_p, *[tensor] * 10, *[number] * 5, ctypes.c_float, ctypes.c_int]
     native.qkv_append.argtypes = [ctypes.c_void_p, *[tensor] * 6, number, ctypes.c_int]
+    native.qkv_append_pages.argtypes = [ctypes.c_void_p, *[tensor] * 6, number, ctypes.c_int]
     there = ctypes.byref(interpreter)
-    return functools.partial(native.qkv_fast_forward, there), functools.partial(native.qkv_append, there)
+    calls = (native.qkv_fast_forward, native.qkv_append, native.qkv_append_pages)
+    return tuple(functools.partial(call, there) for call in calls)
 
 
 LIBRARY = Path(__file__).parent / "native.so"

@@ -2,7 +2,7 @@
 
 | entry point | when | overhead |
 |---|---|---|
-| `fast_forward` | q, k, v, offsets, an interval, padding and a scale; no gradient, no lse, no tracer | 3 us |
+| `fast_forward` | q, k, v, pages, offsets, an interval, padding and a scale; no gradient, lse or tracer | 3 us |
 | `forward` without gradients | any `Call` of exact tensors | 10 us |
 | `forward` with gradients: `operators.Forward` | the same | 35 us |
 | ``torch.ops.qkv.forward`` | operators are being recorded | 190 us |
@@ -18,6 +18,7 @@ from torch import Tensor
 from qkv.kernels import operators
 from qkv.kernels.binding import loaded
 from qkv.kernels.structs import Call, bounded, pack
+from qkv.pages import Pages
 from qkv.tracing import is_tracing
 
 
@@ -27,6 +28,7 @@ def fast_forward(
     v: Tensor,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
+    pages: Pages | None,
     offsets: Tensor | None,
     keep: Tensor | None,
     lengths: Tensor | None,
@@ -46,9 +48,10 @@ def fast_forward(
     if call is None:
         return None
     out = operators.new_out(q, v)
-    tensors = (q, k, v, out, k_scale, v_scale, offsets, keep, lengths)
+    table, length = (None, 0) if pages is None else pages
+    tensors = (q, k, v, out, k_scale, v_scale, table, offsets, keep, lengths)
     interval = (bounded(left), bounded(right), bounded(sink_tokens))
-    return None if call(*tensors, offset, *interval, scale, torch.get_num_threads()) else out
+    return None if call(*tensors, length, offset, *interval, scale, torch.get_num_threads()) else out
 
 
 def forward(call: Call, *, wants_lse: bool, needs_grad: bool) -> tuple[Tensor, Tensor | None]:

@@ -181,6 +181,11 @@ def new_gradient(tensor: Tensor) -> Tensor:
 
 def check_status(status: int, call: Call) -> None:
     """Raises ValueError or MemoryError for the status of a kernel that failed."""
+    if status == 2 and call.block_table is not None:
+        raise ValueError(
+            f"qkv's kernel: the table of pages must name pages 0 to {call.k.shape[0] - 1} for all {call.key_count} "
+            f"keys, and offset be between -2**30 and 2**30; got {call.block_table} and offset {call.offsets}."
+        )
     if status == 2:
         raise ValueError(
             "qkv's kernel: offset must be between -2**30 and 2**30 in each row, and between 0 and "

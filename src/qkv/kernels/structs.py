@@ -105,6 +105,9 @@ INTEGERS = Kind("Tensor?", "Pq", (0, 0), _per_batch, _int64)
 FLAGS_OF_PAIRS = Kind("Tensor?", _MATRIX, (0,) * 6, _matrix, lambda tensor: tensor.view(torch.uint8))
 SCORES_OF_PAIRS = Kind("Tensor?", _MATRIX, (0,) * 6, _matrix, _matrix_of_floats)
 PER_HEAD = Kind("Tensor?", "P", (0,), lambda tensor: (tensor.data_ptr(),), _floats)
+TABLE_OF_PAGES = Kind("Tensor?", "", (), lambda _: ())
+"""in ``Problem.pages``, as is the number of keys"""
+KEY_COUNT = Kind("SymInt", "", (), lambda _: ())
 POSITION = Kind("SymInt", "q", ())
 BOUND = Kind("SymInt?", "q", (UNBOUNDED,), prepare=bounded)
 COUNT = Kind("SymInt", "q", (), prepare=bounded)
@@ -129,6 +132,10 @@ class Call(NamedTuple):
     k_scale: Annotated[Tensor | None, SCALES]
     """float32 (B, Hkv, Lk), as v_scale; None unless k and v are int8"""
     v_scale: Annotated[Tensor | None, SCALES]
+    block_table: Annotated[Tensor | None, TABLE_OF_PAGES]
+    """integer (B, entries), the pages of each row of the batch in order; k and v are (pages, Hkv, page_size, D) then"""
+    key_count: Annotated[int, KEY_COUNT]
+    """Lk, if keys are in pages, else 0"""
     offset: Annotated[int, POSITION]
     offsets: Annotated[Tensor | None, INTEGERS]
     """integer (B,), added to ``offset``"""
@@ -175,7 +182,7 @@ PROBLEM = struct.Struct(
     "7q"  # batch, heads, kv_heads, lq, lk, width, value_width
     "i0P"  # threads
     f"{_VIEW}P"  # out, lse
-    "P2q" + "".join(kind.layout for _, kind in _FIELDS) + "0P"  # pages: table, size, first
+    "P4q" + "".join(kind.layout for _, kind in _FIELDS) + "0P"  # pages: table, batch, size, first, count
 )
 GRADIENTS = struct.Struct(
     f"@{_VIEW}"  # d_out
@@ -206,13 +213,18 @@ def pack(call: Call, out: Tensor, lse: Tensor | None) -> tuple[bytes, list[Any]]
     """The `PROBLEM` struct of a call, and the arguments that it points to, to be kept alive."""
     batch, heads, lq, width = call.q.shape
     _, kv_heads, lk, value_width = call.v.shape
+    alive: list[Any] = []
+    pages = (0, 0, 0, 0, 0)
+    if call.block_table is not None:
+        alive.append(table := _int64(call.block_table))
+        pages = (table.data_ptr(), table.shape[1], lk, 0, call.k.shape[0])
+        lk = call.key_count
     values: list[Any] = [
         *(DTYPES[call.q.dtype], DTYPES[call.k.dtype], batch, heads, kv_heads, lq, lk, width, value_width),
         torch.get_num_threads(),
         *(*view(out), address(lse)),
-        *(0, 0, 0),  # pages
+        *pages,
     ]
-    alive: list[Any] = []
     for value, (absent, prepare, pack) in zip(call, _STEPS, strict=True):
         if value is None:
             values += absent

@@ -462,7 +462,7 @@ class Attention(nn.Module):
         q, keys, _, bias = inputs
         assert self.position_bias is not None
         offset = 0 if keys.offset is None else keys.offset
-        of_positions = self.position_bias(q.shape[2], keys.k.shape[2], offset).to(q.dtype)
+        of_positions = self.position_bias(q.shape[2], keys.lk, offset).to(q.dtype)
         return inputs._replace(bias=of_positions if bias is None else bias + of_positions)
 
     def _raise_input_error(self, error: RuntimeError, x: Tensor, context: Tensor | None) -> None:
@@ -487,8 +487,8 @@ class Attention(nn.Module):
         if cache is not None:
             if not isinstance(cache, Cache) or isinstance(cache, (CrossKVCache, LatentKVCache)):
                 raise TypeError(
-                    f"{type(self).__name__}: cache must be a KVCache, Int8KVCache or SlidingKVCache in self-attention; "
-                    f"got {type(cache).__name__}."
+                    f"{type(self).__name__}: cache must be a KVCache, PagedKVCache, Int8KVCache or SlidingKVCache in "
+                    f"self-attention; got {type(cache).__name__}."
                 )
             cache.admit(self._owner, mask)
             mask, is_token = cache.split_padding(mask, *x.shape[:2])

@@ -91,8 +91,8 @@ class CrossLayerAttention(Attention):
         """The cache. Raises TypeError unless it is one of self-attention."""
         if not isinstance(cache, Cache) or isinstance(cache, CrossKVCache):
             raise TypeError(
-                f"{type(self).__name__}: cache must be the KVCache, Int8KVCache or SlidingKVCache of the layer whose "
-                f"keys are read; got {type(cache).__name__}."
+                f"{type(self).__name__}: cache must be the KVCache, PagedKVCache, Int8KVCache or SlidingKVCache of the "
+                f"layer whose keys are read; got {type(cache).__name__}."
             )
         return cache
 

@@ -1,0 +1,237 @@
+"""`PagedKVCache`: all keys and values so far, in pages that rows and caches share."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from qkv.cache.base import Cache, Keys, autocast_to, check_append
+from qkv.cache.pool import PagePool, PageTable
+from qkv.cache.rows import Rows, padding_before, place, require_is_token
+from qkv.pages import Pages
+
+
+class PagedKVCache(Cache):
+    """A `KVCache` in pages: each row takes as many as its own length needs, and rows share those of a common prefix.
+
+    `select`, `repeat`, `join`, `replace` and ``copy.copy`` copy no tokens: the new rows hold the same pages. A row that
+    appends to a last page which others hold gets a copy of that page. Pages that no row holds any longer are free.
+
+    Args:
+        pool: a pool that caches of one layer share; a new one if None.
+        page_size: number of tokens in a page, of a new pool.
+        pages: number of pages to allocate, and limit, of a new pool; None grows without bound.
+
+    The kernel reads pages in place, or copies scattered ones into the CPU caches; its results have the bits of a
+    `KVCache`. Other backends, and gradients, gather the pages of each row. A deep copy or a pickle has a pool of its
+    own, with its own pages alone.
+
+    Example:
+        >>> import torch, qkv
+        >>> layer = qkv.CausalAttention(16, 2).eval()
+        >>> pool = qkv.PagePool(page_size=4)
+        >>> prompt = qkv.PagedKVCache(pool)
+        >>> with torch.no_grad():
+        ...     y = layer(torch.randn(1, 8, 16), cache=prompt)
+        ...     answers = qkv.PagedKVCache(pool)
+        ...     answers.join(prompt)
+        ...     answers.repeat(5)
+        ...     y = layer(torch.randn(5, 1, 16), cache=answers)
+        >>> answers.lengths.tolist(), pool.used
+        ([9, 9, 9, 9, 9], 7)
+    """
+
+    def __init__(self, pool: PagePool | None = None, *, page_size: int | None = None, pages: int | None = None) -> None:
+        super().__init__()
+        self._parts = ()
+        if pool is None:
+            pool = PagePool(16 if page_size is None else page_size, pages)
+        elif not isinstance(pool, PagePool):
+            raise TypeError(f"PagedKVCache: pool must be a qkv.PagePool or None; got {type(pool).__name__}.")
+        elif page_size is not None or pages is not None:
+            raise ValueError(
+                f"PagedKVCache: page_size and pages are those of the pool, {pool.page_size} and {pool.limit}; got "
+                f"{page_size} and {pages}. Pass either them or a pool."
+            )
+        self._table = PageTable(pool)
+        self._length = 0
+
+    @property
+    def pool(self) -> PagePool:
+        """Where the pages are."""
+        return self._table.pool
+
+    @property
+    def length(self) -> int:
+        return self._length
+
+    def append(self, k: Tensor, v: Tensor, is_token: Tensor | None = None) -> Keys:
+        """As `Cache.append`; returns the pages of the pool, with ``pages`` that says where the keys of each row are.
+
+        Raises:
+            ValueError: for a batch, heads, width, dtype or device other than before, and if the pool is full.
+        """
+        starts = None if self._rows is None else self._rows.lengths
+        if is_token is None and self._length and self._table.append_in_place(k, v, starts, self._length):
+            return self._count(k, None)
+        mark = self.mark()
+        try:
+            self._write(k, v, is_token)
+            return self._count(k, is_token)
+        except BaseException:  # as in KVCache.append
+            self.restore(mark)
+            raise
+
+    def _write(self, k: Tensor, v: Tensor, is_token: Tensor | None) -> None:
+        """Writes new tokens to pages, which rows get where they have none."""
+        caller, pool, table = type(self).__name__, self.pool, self._table
+        if not self._length:
+            self._autocast = autocast_to(k)
+        check_append(caller, k, v, *self._like(k), None if pool.k is None else pool.k.dtype, self._autocast)
+        require_is_token(caller, is_token, k)
+        rows = self._rows_or_equal(k)
+        lengths = [self._length] * k.shape[0] if self._rows is None else rows.lengths.tolist()
+        added = [k.shape[2]] * len(lengths) if is_token is None else is_token.sum(1).tolist()
+        table.make_room(caller, lengths, added, k, v)
+        starts = None if self._rows is None else rows.lengths
+        if k.shape[2] and (is_token is not None or not table.append_in_place(k, v, starts, self._length)):
+            table.put(place(rows.lengths, k.shape[2], is_token)[0], k, v)
+
+    def _like(self, k: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Tensors of the batch, heads and widths that new tokens must have; None if they may be any."""
+        pool, batch = self.pool, self._batch
+        if pool.k is None or not (batch or pool.used):
+            return None, None
+        keys, values = (x[:1].expand(batch or k.shape[0], -1, -1, -1) for x in pool.memory())
+        return keys, values
+
+    def _count(self, k: Tensor, is_token: Tensor | None) -> Keys:
+        """Counts new tokens, already written, and returns all that their queries may see."""
+        count, offset = k.shape[2], self.offset()
+        if self._rows is None and is_token is None:
+            self._length += count
+            lengths = None
+        else:
+            rows = self._rows_or_equal(k)
+            offset = rows.lengths if is_token is None else rows.lengths - padding_before(is_token)
+            self._rows = rows.append(count, is_token)
+            lengths = self._rows.lengths
+            self._length = int(lengths.max()) if len(lengths) else 0
+        return self._keys(offset, lengths)
+
+    def _keys(self, offset: int | Tensor, lengths: Tensor | None) -> Keys:
+        return Keys(*self.pool.memory(), offset, lengths, Pages(self._table.tensor, self._length))
+
+    def latest(self, count: int) -> Keys:
+        """What `append` returned for the last ``count`` columns."""
+        return self._keys(self.offset_of_latest(count), None if self._rows is None else self._rows.lengths)
+
+    def keys(self) -> Keys:
+        """All keys and values, with the offset of the next token.
+
+        Raises:
+            ValueError: before the first append.
+        """
+        if self.pool.k is None or not self._batch:
+            raise ValueError("PagedKVCache: it is empty; append keys and values first.")
+        return self._keys(self.offset(), None if self._rows is None else self._rows.lengths)
+
+    @property
+    def _batch(self) -> int:
+        if self._rows is not None:
+            return self._rows.lengths.shape[0]
+        return len(self._table.rows) if self._length else 0
+
+    def _rows_or_equal(self, like: Tensor | None = None) -> Rows:
+        if self._rows is not None:
+            return self._rows
+        tensor = self.pool.k if like is None else like
+        device = torch.device("cpu") if tensor is None else tensor.device
+        return Rows.of_equal_length(self._batch if like is None else like.shape[0], self._length, device)
+
+    def select(self, rows: Tensor) -> None:
+        if self._batch:
+            index = self._check_rows("select", rows)
+            if index.shape[0]:
+                self._set_table(self._table.select(index.tolist()), self._rows_or_equal(), index)
+            else:
+                self._empty()
+
+    def _combine(self, other: Self, index: Tensor | None) -> None:
+        mine = self._table if self._batch else PageTable(self.pool)
+        rows = self._rows_or_equal().join(other._rows_or_equal())
+        table = mine.joined(other._table, type(self).__name__, None if index is None else index.tolist())
+        self._owners = self._owners or other._owners
+        self._autocast = self._autocast if self._batch else other._autocast
+        self._set_table(table, rows, index)
+
+    def _set_table(self, table: PageTable, rows: Rows, index: Tensor | None) -> None:
+        """Replaces the pages, and counts rows ``index`` of ``rows``, or all."""
+        if index is not None:
+            rows = rows.select(index.to(rows.lengths.device))
+        lengths = rows.lengths.tolist()
+        self._table, self._length = table, max(lengths, default=0)
+        self._rows = None if self._rows is None and len(set(lengths)) == 1 and lengths[0] else rows
+
+    def _require_like(self, other: Self) -> None:
+        super()._require_like(other)
+        mine, theirs = self.pool, other.pool
+        if mine.page_size != theirs.page_size:
+            raise ValueError(
+                f"PagedKVCache: both caches must have pages of {mine.page_size} tokens; got {theirs.page_size}."
+            )
+        if mine is theirs or not mine.used or not other._batch:
+            return
+        for x, y in zip(mine.memory(), theirs.memory(), strict=True):
+            want, got = ((one.shape[1], one.shape[3], one.dtype, one.device) for one in (x, y))
+            if want != got:
+                raise ValueError(
+                    "PagedKVCache: heads, width, dtype and device of both caches must be the same; got "
+                    f"{', '.join(map(str, want))} and {', '.join(map(str, got))}."
+                )
+
+    def mark(self) -> Any:
+        return self._table, self._length, self._rows
+
+    def restore(self, mark: Any) -> None:
+        self._table, length, rows = mark
+        self._cut(length, rows)
+
+    def _cut(self, length: int, rows: Rows | None = None) -> None:
+        self._length, self._rows = length, rows
+        if rows is not None:
+            self._table.crop(rows.lengths.tolist())
+        elif length:
+            self._table.crop([length] * len(self._table.rows))
+        else:
+            self._table = PageTable(self.pool)
+
+    def _tokens(self) -> dict[str, Tensor]:
+        keys = self.keys().gathered()
+        return {"keys": keys.k, "values": keys.v}
+
+    def _load_tokens(self, tokens: Mapping[str, Tensor]) -> None:
+        self._write(tokens["keys"], tokens["values"], None)
+        self._length = tokens["keys"].shape[2]
+
+    def _load_more(self, state: Mapping[str, Tensor]) -> None:
+        self._cut(self._length, self._rows)  # shorter rows need fewer pages
+
+    @property
+    def _slots(self) -> int:
+        return self._length
+
+    def _options(self) -> dict[str, int]:
+        return {"page_size": self.pool.page_size}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pages of its rows, each counted once; `PagePool.nbytes` has the allocated ones."""
+        return len(self._table.pages()) * self.pool.page_nbytes
+
+    def __copy__(self) -> Self:
+        twin = super().__copy__()
+        twin._table = self._table.__copy__()
+        return twin

@@ -1,0 +1,474 @@
+"""`PagePool`: memory for keys and values in pages, and `PageTable`: the pages of each row of a batch."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from qkv import kernels
+from qkv.arguments import require_count
+from qkv.cache.buffer import compact_copy, may_write, send_by_value
+from qkv.cache.rows import Placement
+
+SPLIT = 480
+"""number of keys that the kernel reads in place if their pages follow each other: KV_SPLIT of native/src/sizes.h"""
+MIN_PAGES = 16
+
+
+class PagePool:
+    """Memory for keys and values of one layer, in pages that rows of several caches hold and may share.
+
+    Args:
+        page_size: number of tokens in a page.
+        pages: number of pages to allocate, and limit; None grows without bound.
+
+    A page is in use while a row of any cache holds it. With gradients enabled, appending copies memory, as in a
+    `KVCache`; a cache that shares its pool with others goes on in a pool of its own then.
+
+    Example:
+        >>> import torch, qkv
+        >>> pool = qkv.PagePool(page_size=4)
+        >>> prompt, k = qkv.PagedKVCache(pool), torch.randn(1, 2, 6, 8)
+        >>> keys = prompt.append(k, k)
+        >>> prompt.repeat(3)
+        >>> pool.used
+        2
+        >>> keys = prompt.append(k[:1, :, :1].expand(3, -1, -1, -1), k[:1, :, :1].expand(3, -1, -1, -1))
+        >>> pool.used  # the full page is shared by three rows; each has written to a last page of its own
+        4
+
+    Source: vLLM (Kwon et al. 2023), section 4.
+    """
+
+    def __init__(self, page_size: int = 16, pages: int | None = None) -> None:
+        require_count("PagePool", "page_size", page_size)
+        if pages is not None:
+            require_count("PagePool", "pages", pages, suffix=", or None to grow")
+        self.page_size = page_size
+        self.limit = pages
+        self.k: Tensor | None = None
+        """(pages, Hkv, page_size, D); in memory, the pages of a head follow each other"""
+        self.v: Tensor | None = None
+        self._is_writable = False
+        """whether memory was allocated here and is not shared"""
+        self._holders: list[int] = []
+        """number of rows that hold each page"""
+        self._run = SPLIT // math.gcd(SPLIT, page_size)
+        """number of pages in a run, the unit that is given to one row if possible: whole splits of the kernel"""
+        self._free_in_run: list[int] = []
+        self._free_runs: dict[int, None] = {}
+        self._partial_runs: dict[int, None] = {}
+        self.holds = 0
+        """number of times that pages have been held so far"""
+
+    @property
+    def used(self) -> int:
+        """Number of pages in use."""
+        return len(self._holders) - sum(self._free_in_run)
+
+    @property
+    def allocated(self) -> int:
+        """Number of pages allocated."""
+        return len(self._holders)
+
+    @property
+    def nbytes(self) -> int:
+        """Allocated bytes."""
+        return sum(x.untyped_storage().nbytes() for x in (self.k, self.v) if x is not None)
+
+    @property
+    def page_nbytes(self) -> int:
+        """Bytes of a page."""
+        return sum(x[:1].numel() * x.element_size() for x in (self.k, self.v) if x is not None)
+
+    @property
+    def has_graph(self) -> bool:
+        """Whether memory was computed with gradients."""
+        return any(x is not None and x.requires_grad for x in (self.k, self.v))
+
+    def holders(self, page: int) -> int:
+        """Number of rows that hold a page."""
+        return self._holders[page]
+
+    def hold(self, pages: Iterable[int]) -> None:
+        """Counts one more holder of each page."""
+        self.holds += 1
+        for page in pages:
+            if not self._holders[page]:
+                self._count_free(page // self._run, -1)
+            self._holders[page] += 1
+
+    def drop(self, pages: Iterable[int]) -> None:
+        """Counts one holder of each page less; frees pages without."""
+        for page in pages:
+            self._holders[page] -= 1
+            if not self._holders[page]:
+                self._count_free(page // self._run, 1)
+
+    def _count_free(self, run: int, change: int) -> None:
+        self._free_in_run[run] += change
+        free = self._free_in_run[run]
+        self._free_runs.pop(run, None)
+        self._partial_runs.pop(run, None)
+        if free:
+            (self._free_runs if free == self._run_size(run) else self._partial_runs)[run] = None
+
+    def _run_size(self, run: int) -> int:
+        """Number of pages of a run, the last of which may be shorter."""
+        return min(self._run, len(self._holders) - run * self._run)
+
+    def require_free(self, caller: str, count: int, lengths: Sequence[int]) -> None:
+        """Raises ValueError unless ``count`` pages are free, or can be allocated."""
+        if self.limit is not None and self.used + count > self.limit:
+            raise ValueError(
+                f"{caller}: the pool has {self.limit} pages of {self.page_size} tokens, {self.used} of them in use; "
+                f"got {count} more pages to write to for rows of {list(lengths)} tokens. Free rows by reset, select or "
+                "replace, or make a pool of more pages, or of pages=None to grow."
+            )
+
+    def take(self, entry: int, after: int | None) -> int:
+        """Holds a free page for entry number ``entry`` of a row, whose last page is ``after``.
+
+        If possible, it is where entries of a row lie in runs of their own, from multiples of the size of a run on.
+        """
+        following, place = None if after is None else after + 1, entry % self._run
+        if following is None or following >= len(self._holders) or self._holders[following]:
+            following = None
+        run = next(iter(self._free_runs), None)
+        if (
+            following is not None
+            and following % self._run == place
+            and (place or following // self._run in self._free_runs)
+        ):
+            page = following
+        elif run is not None and place < self._run_size(run):
+            page = run * self._run + place
+        else:
+            page = self._any() if following is None else following
+        self.hold((page,))
+        return page
+
+    def _any(self) -> int:
+        """A free page."""
+        run = next(iter(self._partial_runs or self._free_runs))
+        first = run * self._run
+        return next(page for page in range(first, first + self._run_size(run)) if not self._holders[page])
+
+    def reserve(self, k: Tensor, v: Tensor, count: int) -> None:
+        """Allocates memory if fewer than ``count`` pages are free, or while none is in use, for tokens like these."""
+        used = self.used
+        if self.k is None or not self._holders or (not used and not self._matches(k, v)):
+            pages = max(2 * count, MIN_PAGES) if self.limit is None else self.limit
+            self._holders, self._free_in_run = [], []
+            self._free_runs, self._partial_runs = {}, {}
+            self._allocate((k, v), pages)
+        elif self.limit is None and used + count > self.allocated:
+            self._allocate((self.k, self.v), max(2 * self.allocated, used + count))
+        elif self.limit is None and len(self._free_runs) < count and 2 * used >= self.allocated:
+            self._allocate((self.k, self.v), 2 * self.allocated)
+
+    def _matches(self, k: Tensor, v: Tensor) -> bool:
+        return all(
+            x is not None
+            and not x.requires_grad
+            and (x.shape[1], x.shape[3], x.dtype, x.device) == (y.shape[1], y.shape[3], y.dtype, y.device)
+            for x, y in ((self.k, k), (self.v, v))
+        )
+
+    def _allocate(self, like: tuple[Tensor | None, Tensor | None], pages: int) -> None:
+        """Memory for so many pages, the first of which are those there are."""
+        grown = [self._grown(x, pages) for x in like if x is not None]
+        self.k, self.v = grown
+        self._is_writable = not any(x.requires_grad for x in grown)
+        before = len(self._holders)
+        self._holders += [0] * (pages - before)
+        runs = -(-pages // self._run)
+        self._free_in_run += [0] * (runs - len(self._free_in_run))
+        for run in range(before // self._run, runs):
+            first = run * self._run
+            free = sum(not held for held in self._holders[first : first + self._run])
+            self._free_in_run[run] = 0
+            self._count_free(run, free)
+
+    def _grown(self, x: Tensor, pages: int) -> Tensor:
+        count = len(self._holders)
+        if count and _is_recording():
+            return torch.cat([x, x.new_zeros(pages - count, *x.shape[1:])])
+        with torch.inference_mode(False):  # memory that can be written to in every mode; zeros, since NaN cost time
+            memory = torch.zeros(x.shape[1], pages, self.page_size, x.shape[3], dtype=x.dtype, device=x.device)
+        memory = memory.transpose(0, 1)
+        if count:
+            memory[:count] = x
+        return memory
+
+    def put(self, index: tuple[Tensor, ...], k: Tensor, v: Tensor) -> None:
+        """Writes ``k`` and ``v (..., Hkv, width)`` to rows ``index`` of ``(pages, page_size, Hkv, width)``."""
+        recorded = _is_recording()
+        if not recorded:
+            self.make_writable()
+        pairs = tuple((x.transpose(1, 2), new) for x, new in zip(self.memory(), (k, v), strict=True))
+        if recorded:
+            self.k, self.v = (x.index_put(index, new.to(x.dtype)).transpose(1, 2) for x, new in pairs)
+            self._is_writable = False
+        else:
+            for x, new in pairs:
+                x.index_put_(index, new)
+
+    def copy_pages(self, pool: "PagePool", before: Sequence[int], after: Sequence[int]) -> None:
+        """Copies pages ``before`` of a pool to pages ``after`` of this one."""
+        k, v = pool.memory()
+        source, to = (torch.tensor(pages, device=k.device) for pages in (before, after))
+        self.put((to,), k[source].transpose(1, 2), v[source].transpose(1, 2))
+
+    def memory(self) -> tuple[Tensor, Tensor]:
+        """The pages of keys and of values, once there are some."""
+        assert self.k is not None
+        assert self.v is not None
+        return self.k, self.v
+
+    def can_write(self) -> bool:
+        """Whether pages may be written to as they are."""
+        return self._is_writable and self.k is not None and may_write(self.k)
+
+    def make_writable(self) -> None:
+        """Copies memory that must not be written to: of a graph, or of another pool."""
+        if not self.can_write():
+            self.k, self.v = (self._grown(x, self.allocated) for x in self.memory())
+            self._is_writable = True
+
+    def copied(self, *, keeps_graph: bool = True) -> "PagePool":
+        """Another pool with the same memory, which each copies before it writes, and without holders."""
+        twin = PagePool(self.page_size, self.limit)
+        if self.k is not None and self.v is not None:
+            self._is_writable = False
+            twin.k, twin.v = (x if keeps_graph else x.detach() for x in (self.k, self.v))
+            twin._holders, twin._free_in_run = [0] * self.allocated, []
+            for run in range(-(-self.allocated // self._run)):
+                twin._free_in_run.append(0)
+                twin._count_free(run, twin._run_size(run))
+        return twin
+
+    @classmethod
+    def of_pages(cls, page_size: int, limit: int | None, k: Tensor | None, v: Tensor | None) -> "PagePool":
+        """A pool that begins with these pages."""
+        pool = cls(page_size, limit)
+        if k is not None and v is not None:
+            pool.reserve(k, v, len(k))
+            with torch.no_grad():
+                pool.put((torch.arange(len(k), device=k.device),), k.transpose(1, 2), v.transpose(1, 2))
+        return pool
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("PagePool: a pool has neither copies nor pickles; copy the caches, each with its own pages.")
+
+
+def _is_recording() -> bool:
+    """Whether a graph or a transform may need the tokens of each step, so that memory is not overwritten."""
+    return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+
+
+class PageTable:
+    """The pages of each row of a batch, in order, which it holds in a pool while it exists.
+
+    Args:
+        pool: where the pages are.
+        rows: the pages of each row.
+    """
+
+    def __init__(self, pool: PagePool, rows: Sequence[Sequence[int]] = ()) -> None:
+        self.pool = pool
+        self.rows = [list(row) for row in rows]
+        pool.hold(page for row in self.rows for page in row)
+        self._tensor: Tensor | None = None
+        self._room, self._holds = 0, 0
+
+    def __del__(self) -> None:
+        if "rows" in self.__dict__:
+            self.pool.drop(page for row in self.rows for page in row)
+
+    @property
+    def tensor(self) -> Tensor:
+        """Integer ``(B, entries)``, with zeros after the pages of a row."""
+        if self._tensor is None:
+            entries = max(map(len, self.rows), default=0)
+            spare = entries + max(8, entries // 2)
+            with torch.inference_mode(False):
+                self._tensor = torch.tensor([row + [0] * (spare - len(row)) for row in self.rows], dtype=torch.int64)
+        return self._tensor
+
+    def pages(self) -> list[int]:
+        """All pages, each once."""
+        return list(dict.fromkeys(page for row in self.rows for page in row))
+
+    def make_room(self, caller: str, lengths: Sequence[int], added: Sequence[int], k: Tensor, v: Tensor) -> None:
+        """Gives each row pages for ``added`` tokens after its first ``lengths``, and a last page of its own.
+
+        Raises:
+            ValueError: if the pool has too few pages left, with nothing changed.
+        """
+        self._leave_graph()
+        pool, size = self.pool, self.pool.page_size
+        rows = self.rows or [[] for _ in lengths]
+        shared = self._rows_to_copy(rows, lengths, added)
+        missing = [max(0, -(-(n + more) // size) - len(row)) for row, n, more in zip(rows, lengths, added, strict=True)]
+        count = len(shared) + sum(missing)
+        if count or pool.k is None:
+            pool.require_free(caller, count, lengths)
+            pool.reserve(k, v, count)
+        self.rows = rows
+        self._copy_last(shared, k.device)
+        new = [(b, len(rows[b]) + i) for b, more in enumerate(missing) for i in range(more)]
+        for b, _ in new:
+            rows[b].append(pool.take(len(rows[b]), rows[b][-1] if rows[b] else None))
+        self._enter([*((b, len(rows[b]) - 1 - missing[b]) for b in shared), *new])
+        self._room = min((len(row) * size - n for row, n in zip(rows, lengths, strict=True)), default=0)
+        self._holds = pool.holds
+
+    def _leave_graph(self) -> None:
+        """Moves to a pool of its own before a write that would record or end a graph of the tokens of others."""
+        pool = self.pool
+        if (pool.has_graph or _is_recording()) and pool.used > len(self.pages()):
+            self.pool = pool.copied()
+            self.pool.hold(page for row in self.rows for page in row)
+            pool.drop(page for row in self.rows for page in row)
+
+    def _rows_to_copy(self, rows: list[list[int]], lengths: Sequence[int], added: Sequence[int]) -> list[int]:
+        """The rows that append to a last page which others hold as well; the last holder of one keeps it."""
+        size, found = self.pool.page_size, []
+        seen: Counter[int] = Counter()
+        for b, (row, length, more) in enumerate(zip(rows, lengths, added, strict=True)):
+            if more and length % size:
+                seen[row[-1]] += 1
+                if seen[row[-1]] < self.pool.holders(row[-1]):
+                    found.append(b)
+        return found
+
+    def _copy_last(self, shared: Sequence[int], device: torch.device) -> None:
+        """Gives these rows copies of their last pages."""
+        if not shared:
+            return
+        pool, rows = self.pool, [self.rows[b] for b in shared]
+        before = [row[-1] for row in rows]
+        after = [pool.take(len(row) - 1, row[-2] if len(row) > 1 else None) for row in rows]
+        try:
+            pool.copy_pages(pool, before, after)
+        except BaseException:
+            pool.drop(after)
+            raise
+        for row, page in zip(rows, after, strict=True):
+            row[-1] = page
+        pool.drop(before)
+
+    def _enter(self, places: list[tuple[int, int]]) -> None:
+        """Enters the pages at these places of the rows into the tensor."""
+        if not places or self._tensor is None:
+            return
+        if max(map(len, self.rows)) > self._tensor.shape[1] or len(self.rows) != self._tensor.shape[0]:
+            self._tensor = None
+            return
+        rows, entries = zip(*places, strict=True)
+        pages = torch.tensor([self.rows[b][i] for b, i in places])
+        with torch.inference_mode(False):
+            self._tensor = self._tensor.index_put((torch.tensor(rows), torch.tensor(entries)), pages)
+
+    def append_in_place(self, k: Tensor, v: Tensor, starts: Tensor | None, start: int) -> bool:
+        """Appends tokens to all rows by the kernel. Returns False, with nothing changed, where it cannot.
+
+        Args:
+            k, v: ``(B, Hkv, L, width)``.
+            starts: ``(B,)``, the length of each row; None if it is ``start`` in all.
+        """
+        pool = self.pool
+        if self._holds != pool.holds or torch.is_grad_enabled() or k.dim() != 4 or k.shape[2] > self._room:
+            return False
+        keys, values = pool.k, pool.v
+        if (
+            keys is None
+            or values is None
+            or not (pool.can_write() and kernels.can_bypass_dispatcher(k, v, keys, values))
+        ):
+            return False
+        if not kernels.append_pages(k, v, keys, values, self.tensor, starts, start):
+            return False
+        torch.autograd.graph.increment_version((keys, values))  # as torch's in-place operators do
+        self._room -= k.shape[2]
+        return True
+
+    def put(self, placement: Placement, k: Tensor, v: Tensor) -> None:
+        """Writes new tokens ``(B, Hkv, L, width)`` to slots of the rows."""
+        size = self.pool.page_size
+        rows, slots = placement.rows, placement.slots
+        pages = self.tensor.to(slots.device)[rows, slots // size]
+        self.pool.put((pages, slots % size), placement.of(k), placement.of(v))
+        self._room = 0
+
+    def crop(self, lengths: Sequence[int]) -> None:
+        """Drops pages after the first ``lengths`` tokens of each row."""
+        size = self.pool.page_size
+        for row, length in zip(self.rows, lengths, strict=True):
+            count = -(-length // size)
+            self.pool.drop(row[count:])
+            del row[count:]
+        self._room = 0
+
+    def joined(self, other: "PageTable", caller: str, index: Sequence[int] | None) -> "PageTable":
+        """Rows ``index`` of this table and the other, counted one after the other; all if None."""
+        if other.pool is not self.pool:
+            self._leave_graph()
+        theirs = other if other.pool is self.pool else other._moved(self.pool, caller)
+        rows = self.rows + theirs.rows
+        return self._with_rows(rows if index is None else [rows[i] for i in index])
+
+    def _moved(self, pool: PagePool, caller: str) -> "PageTable":
+        """A table of the same tokens in another pool, copied there."""
+        pages = self.pages()
+        if self.pool.k is None or self.pool.v is None or not pages:
+            return PageTable(pool, [[] for _ in self.rows])
+        pool.require_free(caller, len(pages), [len(row) * pool.page_size for row in self.rows])
+        pool.reserve(self.pool.k, self.pool.v, len(pages))
+        number: dict[int, int] = {}
+        for page in pages:
+            number[page] = pool.take(len(number), next(reversed(number.values()), None))
+        try:
+            pool.copy_pages(self.pool, list(number), list(number.values()))
+            return PageTable(pool, [[number[page] for page in row] for row in self.rows])
+        finally:
+            pool.drop(number.values())
+
+    def select(self, index: Sequence[int]) -> "PageTable":
+        """The rows with these indices."""
+        return self._with_rows([self.rows[i] for i in index])
+
+    def _with_rows(self, rows: Sequence[Sequence[int]]) -> "PageTable":
+        """A table of these rows of pages, detached from a graph unless gradients are enabled."""
+        cuts = self.pool.has_graph and not torch.is_grad_enabled()
+        return PageTable(self.pool.copied(keeps_graph=False) if cuts else self.pool, rows)
+
+    def __copy__(self) -> Self:
+        """A table that holds the same pages. Those of a graph, which appending would cut, come in another pool."""
+        pool = self.pool
+        return type(self)(pool.copied() if pool.has_graph else pool, self.rows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The pages of the rows alone, for deep copies and pickles, which have a pool of their own.
+
+        Raises:
+            RuntimeError: for tokens that were computed with gradients.
+        """
+        pool, pages = self.pool, self.pages()
+        number = {page: i for i, page in enumerate(pages)}
+        memory = [x if x is None or pages else x.detach() for x in (pool.k, pool.v)]
+        k, v = (None if x is None else compact_copy(x[torch.tensor(pages, device=x.device).long()]) for x in memory)
+        rows = [[number[page] for page in row] for row in self.rows]
+        return {"page_size": pool.page_size, "limit": pool.limit, "k": k, "v": v, "rows": rows}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        pool = PagePool.of_pages(state["page_size"], state["limit"], state["k"], state["v"])
+        PageTable.__init__(self, pool, state["rows"])
+
+
+send_by_value(PageTable)

@@ -1,0 +1,302 @@
+"""`PagedKVCache`: the bits of a `KVCache`, pages that rows and caches share, and full pools."""
+
+import copy
+import gc
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from fuzz.caches import check_pools
+from torch import Tensor, nn
+
+import qkv
+from qkv import Mask
+from qkv.cache import Pages
+
+SIZES = [3, 16]
+X = torch.randn(3, 60, 32, generator=torch.Generator().manual_seed(0))
+CHUNKS = [7, 1, 1, 40, 2, 1, 8]
+LAYERS: dict[str, Callable[[], qkv.Attention]] = {
+    "multi-head": lambda: qkv.CausalAttention(32, 4),
+    "multi-query": lambda: qkv.CausalAttention(32, 4, num_kv_heads=1, rotary=qkv.RotaryEmbedding(8)),
+    "grouped, wider values": lambda: qkv.CausalAttention(32, 4, num_kv_heads=2, value_dim=12),
+    "window": lambda: qkv.CausalAttention(32, 4, mask=Mask.causal(5)),
+    "window with sinks": lambda: qkv.CausalAttention(32, 4, mask=Mask.causal(5, sink_tokens=2)),
+    "alibi, softcap, sinks": lambda: qkv.CausalAttention(
+        32, 4, alibi=[0.5, 0.25, 0.1, 0.0], softcap=3.0, sink_logits=True
+    ),
+    "position bias": lambda: qkv.CausalAttention(32, 4, position_bias=qkv.RelativePositionBias(4)),
+}
+
+
+def made(name: str) -> qkv.Attention:
+    torch.manual_seed(0)
+    return LAYERS[name]().eval()
+
+
+def pair(page_size: int = 3) -> tuple[qkv.KVCache, qkv.PagedKVCache]:
+    return qkv.KVCache(), qkv.PagedKVCache(page_size=page_size)
+
+
+@pytest.mark.parametrize("page_size", SIZES)
+@pytest.mark.parametrize("name", LAYERS)
+@torch.no_grad()
+def test_chunks_have_the_bits_of_a_cache_without_pages(name: str, page_size: int) -> None:
+    layer, caches = made(name), pair(page_size)
+    for x in X.split(CHUNKS, dim=1):
+        want, got = (layer(x, cache=cache) for cache in caches)
+        assert torch.equal(got, want)
+    for cache in caches:
+        cache.crop(50)
+    want, got = (layer.attention_weights(X[:, :3], cache=cache) for cache in caches)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_rows_in_any_order_have_the_bits_of_a_cache_without_pages(dtype: torch.dtype, page_size: int) -> None:
+    """Rows of their own lengths, scattered over the pool, longer than a split of the kernel."""
+    layer, caches = made("grouped, wider values").to(dtype), pair(page_size)
+    x = torch.randn(3, 700, 32, generator=torch.Generator().manual_seed(1)).to(dtype)
+    keep = torch.arange(600) >= torch.tensor([[0], [50], [599]])
+    steps: list[Callable[[Any], Any]] = [
+        lambda cache: layer(x[:, :600], mask=Mask.padding(keep), cache=cache),
+        *[lambda cache: layer(x[:, 600:601], cache=cache)] * 3,
+        lambda cache: cache.select(torch.tensor([2, 0, 1])),
+        lambda cache: layer(x[:, 601:620], cache=cache),
+        lambda cache: cache.crop(torch.tensor([20, 500, 17])),
+        lambda cache: layer(x[:, 620:700], cache=cache),
+        lambda cache: layer(x[:, :1], mask=Mask.padding(torch.tensor([[True], [False], [True]])), cache=cache),
+        lambda cache: layer(x[:, :1], cache=cache),
+    ]
+    for step in steps:
+        want, got = (step(cache) for cache in caches)
+        assert want is None or torch.equal(got, want)
+        check_pools([caches[1]])
+
+
+MASKS: dict[str, Callable[[int, int], dict[str, Any]]] = {
+    "dense": lambda lq, lk: {"mask": Mask.dense(torch.arange(lk) % 3 != 0 * torch.ones(lq, 1))},
+    "documents": lambda lq, lk: {"mask": Mask.documents(torch.arange(lk)[None] // 4)},
+    "padding, all columns": lambda lq, lk: {"mask": Mask.padding((torch.arange(lk) > 1)[None].expand(3, -1))},
+    "bias": lambda lq, lk: {"bias": torch.linspace(-1, 1, 4 * lq * lk).view(1, 4, lq, lk)},
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+@torch.no_grad()
+def test_masks_of_tensors_and_biases_cover_the_columns(name: str) -> None:
+    layer, caches = made("multi-head"), pair()
+    for lq, lk in ((7, 7), (1, 8), (5, 13)):
+        options = MASKS[name](lq, lk)
+        want, got = (layer(X[:, lk - lq : lk], cache=cache, **options) for cache in caches)
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("backend", ["native", "sdpa", "reference"])
+@torch.no_grad()
+def test_every_backend_reads_pages(backend: str) -> None:
+    q, table = X[:, :2].view(3, 2, 4, 8).transpose(1, 2), torch.tensor([[2, 0], [1, 1], [4, 3]])
+    k, v = torch.randn(2, 5, 4, 3, 8, generator=torch.Generator().manual_seed(2))
+    options: dict[str, Any] = {"mask": Mask.causal(), "offset": torch.tensor([3, 2, 0]), "backend": backend}
+    pages = Pages(table, 5)
+    want = qkv.attention(q, pages.gather(k), pages.gather(v), **options)
+    assert torch.equal(qkv.attention(q, k, v, pages=pages, **options), want)
+    partial = qkv.attention_with_lse(q, k, v, pages=pages, **options)
+    assert torch.equal(partial.out, want)
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_gradients_are_those_of_a_cache_without_pages(mode: str) -> None:
+    found = []
+    for cache in pair():
+        layer = made("grouped, wider values").train(mode == "train")
+        layer.dropout = 0.25
+        torch.manual_seed(1)
+        x = X.clone().requires_grad_()
+        parts = [layer(part, cache=cache) for part in x[:, :12].split([7, 1, 4], dim=1)]
+        cache.repeat(2)
+        parts.append(layer(x[:, 12:14].repeat_interleave(2, 0), cache=cache))
+        sum((part.sin().sum() for part in parts), torch.zeros(())).backward()
+        assert x.grad is not None
+        gradients = [parameter.grad for parameter in layer.parameters() if parameter.grad is not None]
+        found.append([x.grad, *gradients, *parts])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_no_tokens_of_rows_are_gathered_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, cache = made("window"), qkv.PagedKVCache(page_size=3)
+    monkeypatch.setattr(Pages, "gather", None)
+    keep = torch.arange(9) >= torch.tensor([[0], [4], [8]])
+    with torch.no_grad():
+        layer(X[:, :9], mask=Mask.padding(keep), cache=cache)
+        cache.select(torch.tensor([2, 1, 1, 0]))
+        layer(X[:1, 9:10].expand(4, -1, -1), cache=cache)
+
+
+def tokens(batch: int, count: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(batch, 2, count, 8), torch.randn(batch, 2, count, 5)
+
+
+@torch.no_grad()
+def test_rows_share_full_pages_and_copy_the_last_one_when_they_write() -> None:
+    pool = qkv.PagePool(page_size=4)
+    prompt = qkv.PagedKVCache(pool)
+    prompt.append(*tokens(1, 10))
+    page = 4 * 2 * (8 + 5) * 4
+    assert (pool.used, pool.page_nbytes, prompt.nbytes) == (3, page, 3 * page)
+    answers = qkv.PagedKVCache(pool)
+    answers.join(prompt)
+    answers.repeat(4)
+    assert (pool.used, answers.nbytes) == (3, 3 * page)
+    answers.append(*tokens(4, 1))
+    assert pool.used == 2 + 1 + 4
+    twin = copy.copy(answers)
+    assert pool.used == 7
+    twin.append(*tokens(4, 1))
+    assert pool.used == 7 + 4
+    prompt.append(*tokens(1, 2))  # nobody else holds its last page any longer
+    assert pool.used == 11
+    del twin
+    assert pool.used == 7
+    answers.crop(8)
+    assert pool.used == 3
+    answers.replace(torch.tensor([1]), prompt)
+    assert pool.used == 3
+    prompt.reset()
+    assert pool.used == 3
+    answers.select(torch.tensor([0, 2]))
+    assert pool.used == 2
+    answers.reset()
+    assert pool.used == 0
+    check_pools([prompt, answers])
+
+
+@torch.no_grad()
+def test_a_table_that_is_gone_holds_no_pages() -> None:
+    pool = qkv.PagePool(page_size=2)
+    cache = qkv.PagedKVCache(pool)
+    cache.append(*tokens(3, 5))
+    for copied in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
+        assert copied.pool is not pool
+        assert copied.pool.used == 9
+        assert torch.equal(copied.keys().gathered().k, cache.keys().gathered().k)
+    del cache
+    gc.collect()
+    assert pool.used == 0
+
+
+@torch.no_grad()
+def test_a_full_pool_refuses_and_changes_nothing() -> None:
+    pool = qkv.PagePool(page_size=4, pages=6)
+    cache, other = qkv.PagedKVCache(pool), qkv.PagedKVCache(pool)
+    cache.append(*tokens(2, 7))
+    other.append(*tokens(1, 4))
+    assert (pool.used, pool.allocated) == (5, 6)
+    want, memory = cache.keys().gathered().k, pool.nbytes
+    message = (
+        r"^PagedKVCache: the pool has 6 pages of 4 tokens, 5 of them in use; got 2 more pages to write to for rows of "
+        r"\[7, 7\] tokens\. Free rows by reset, select or replace, or make a pool of more pages, or of pages=None"
+    )
+    with pytest.raises(ValueError, match=message):
+        cache.append(*tokens(2, 2))
+    cache.append(*tokens(2, 1))
+    cache.crop(7)
+    cache.repeat(2)
+    with pytest.raises(ValueError, match="5 of them in use; got 2 more pages"):
+        cache.append(*tokens(4, 1))
+    cache.select(torch.tensor([0, 2]))
+    with pytest.raises(ValueError, match="5 of them in use; got 3 more pages"):
+        other.join(filled(9))
+    assert (pool.used, pool.nbytes, other.length) == (5, memory, 4)
+    assert torch.equal(cache.keys().gathered().k, want)
+    check_pools([cache, other])
+    other.reset()
+    cache.append(*tokens(2, 4))
+
+
+def filled(count: int) -> qkv.PagedKVCache:
+    cache = qkv.PagedKVCache(page_size=4)
+    cache.append(*tokens(1, count))
+    return cache
+
+
+def test_wrong_arguments_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"^PagePool: page_size must be at least 1; got 0"):
+        qkv.PagePool(0)
+    with pytest.raises(TypeError, match=r"^PagePool: pages must be an int, or None to grow; got 2.5"):
+        qkv.PagePool(pages=2.5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^PagedKVCache: pool must be a qkv\.PagePool or None; got int"):
+        qkv.PagedKVCache(16)  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match=r"^PagedKVCache: page_size and pages are those of the pool, 4 and None; got 8"
+    ):
+        qkv.PagedKVCache(qkv.PagePool(4), page_size=8)
+    with pytest.raises(ValueError, match=r"it is empty; append keys and values first"):
+        qkv.PagedKVCache().keys()
+    with pytest.raises(TypeError, match=r"a pool has neither copies nor pickles; copy the caches"):
+        copy.deepcopy(qkv.PagePool())
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=r"both caches must have pages of 16 tokens; got 4"):
+            qkv.PagedKVCache().join(filled(3))
+        wide = qkv.PagedKVCache(page_size=4)
+        wide.append(torch.randn(1, 2, 3, 9), torch.randn(1, 2, 3, 5))
+        with pytest.raises(
+            ValueError, match=r"heads, width, dtype and device of both caches must be the same; got 2, 9"
+        ):
+            wide.join(filled(3))
+        shared = qkv.PagedKVCache(wide.pool)
+        with pytest.raises(ValueError, match=r"k must be \(1, 2, L, 9\) in torch\.float32"):
+            shared.append(*tokens(1, 1))
+    q, k = torch.randn(2, 4, 1, 8), torch.randn(5, 2, 3, 8)
+    for pages, error, message in (
+        (Pages(torch.tensor([[0, 5], [1, 2]]), 4), ValueError, r"must name pages 0 to 4 for all 4 keys"),
+        (Pages(torch.tensor([[0, -1], [1, 2]]), 4), ValueError, r"must name pages 0 to 4 for all 4 keys"),
+        (
+            Pages(torch.tensor([[0, 1], [1, 2]]), 7),
+            ValueError,
+            r"must be between 0 and 6, those of 2 pages of 3; got 7",
+        ),
+        (Pages(torch.tensor([0, 1]), 4), ValueError, r"the table of pages must be integer \(B, entries\)"),
+        (Pages(torch.tensor([[0, 1]]), 4), ValueError, r"must have the same batch; got 2, 1 and 1"),
+        (torch.tensor([[0, 1]]), TypeError, r"pages must be a qkv\.cache\.Pages or None; got Tensor"),
+    ):
+        with pytest.raises(error, match=message):
+            qkv.attention(q, k, k, pages=pages)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def test_a_pool_of_another_layer_and_an_interrupted_call() -> None:
+    layer, cache = made("multi-head"), qkv.PagedKVCache(page_size=4)
+    layer(X[:, :6], cache=cache)
+    used, want = cache.pool.used, cache.keys().gathered().k
+    with pytest.raises(ValueError, match="keep"):
+        layer(X[:, 6:20], mask=Mask.padding(torch.ones(3, 99, dtype=torch.bool)), cache=cache)
+    hook = layer.out_proj.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        layer(X[:, 6:20], cache=cache)
+    hook.remove()
+    assert (cache.length, cache.pool.used) == (6, used)
+    assert torch.equal(cache.keys().gathered().k, want)
+    check_pools([cache])
+
+
+def interrupt(module: nn.Module, inputs: Any, output: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@torch.no_grad()
+def test_rows_that_grow_together_lie_in_runs_that_the_kernel_reads_in_place() -> None:
+    cache = qkv.PagedKVCache()
+    for _ in range(1200):
+        cache.append(*tokens(2, 1))
+    run = 480 // 16
+    for row in cache._table.rows:
+        for start in range(run, len(row), run):  # the first pages may lie between those of others
+            pages = row[start : start + run]
+            assert pages == list(range(pages[0], pages[0] + len(pages)))
+    assert cache.pool.allocated <= 2 * cache.pool.used + run
