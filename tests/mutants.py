@@ -24,7 +24,7 @@ KERNEL = ("kernels/test_native.py", "cache/test_int8.py", "contract/test_grid.py
 APPEND = ("cache/test_buffer.py",)
 CACHES = ("cache/test_model.py",)
 NONFINITE = ("contract/test_nonfinite.py",)
-ROWS = ("layers/test_rows.py", "cache/test_rows.py")
+ROWS = ("layers/test_rows.py", "cache/test_states.py")
 SEQUENCES = ("test_packed.py", "test_paged.py")
 LIBRARY = (
     *("mechanisms", "test_masks.py", "test_functional.py", "layers/test_layers.py", "layers/test_rotary.py"),

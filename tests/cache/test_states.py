@@ -1,26 +1,37 @@
-"""Every cache in any order of operations and modes of gradients, against plain concatenation: `fuzz.caches`, shrunk."""
+"""Every cache in any order of operations, against tokens kept beside it: `fuzz.caches` and `fuzz.rows`, shrunk."""
+
+from typing import Any
 
 import pytest
-from fuzz.caches import KINDS, World
+from fuzz import caches, rows
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", caches.KINDS)
 def test_a_cache_equals_concatenation(kind: str) -> None:
+    play(caches.World, kind, examples=30, steps=25)
+
+
+@pytest.mark.parametrize("kind", rows.NAMES)
+def test_each_row_of_a_cache_is_a_list_of_its_tokens(kind: str) -> None:
+    play(rows.World, kind, examples=15, steps=20)
+
+
+def play(world_of: Any, kind: str, examples: int, steps: int) -> None:
     class Machine(RuleBasedStateMachine):
         @initialize(seed=st.integers(0, 2**31))
         def begin(self, seed: int) -> None:
-            self.world = World(kind, seed)
+            self.world = world_of(kind, seed)
 
-        @rule(operation=st.sampled_from(World.OPERATIONS), data=st.data())
+        @rule(operation=st.sampled_from(world_of.OPERATIONS), data=st.data())
         def step(self, operation: str, data: st.DataObject) -> None:
             self.world.step(operation, lambda n: data.draw(st.integers(0, n - 1)))
 
     how = settings(
-        max_examples=30,
-        stateful_step_count=25,
+        max_examples=examples,
+        stateful_step_count=steps,
         deadline=None,
         suppress_health_check=list(HealthCheck),
         derandomize=True,

@@ -13,7 +13,7 @@ import io
 import pickle
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -365,25 +365,26 @@ def assert_refused(call: Callable[[], object]) -> None:
     raise AssertionError("it was not refused")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def play(world_of: Any, kinds: Sequence[str], description: str | None, summary: str) -> None:
+    """Steps of random worlds, as the command line says."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     steps, world = 0, 0
     while steps < arguments.steps:
         chance = random.Random(f"{arguments.seed} {world}")
-        kind = chance.choice(list(KINDS))
+        kind = chance.choice(kinds)
         try:
-            there = World(kind, world)
+            there = world_of(kind, world)
             for _ in range(chance.randint(5, 60)):
-                there.step(chance.choice(World.OPERATIONS), chance.randrange)
+                there.step(chance.choice(world_of.OPERATIONS), chance.randrange)
                 steps += 1
         except AssertionError as error:
             raise SystemExit(f"world {world}, seed {arguments.seed}, {kind}: {error}: {error.__cause__!r}") from error
         world += 1
-    print(f"{steps} steps in {world} worlds: as plain concatenation")
+    print(f"{steps} steps in {world} worlds: {summary}")
 
 
 if __name__ == "__main__":
-    main()
+    play(World, list(KINDS), __doc__, "as plain concatenation")

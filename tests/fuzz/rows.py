@@ -3,12 +3,10 @@
 PYTHONPATH=tests python -m fuzz.rows --steps 100000 --seed 0
 """
 
-import argparse
-import random
 from typing import Any
 
 import torch
-from fuzz.caches import COPIES, KINDS, MODES, Pick, assert_refused, check_pools
+from fuzz.caches import COPIES, KINDS, MODES, Pick, assert_refused, check_pools, play
 from torch import Tensor
 
 from qkv import CrossKVCache, Int8KVCache, LatentKVCache, PagedKVCache, SlidingKVCache
@@ -245,25 +243,5 @@ def cached(line: Line) -> bool:
     return line.rows is not None and line.cache._batch > 0
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=10_000)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    steps, world = 0, 0
-    while steps < arguments.steps:
-        chance = random.Random(f"{arguments.seed} {world}")
-        kind = chance.choice(NAMES)
-        try:
-            there = World(kind, world)
-            for _ in range(chance.randint(5, 60)):
-                there.step(chance.choice(World.OPERATIONS), chance.randrange)
-                steps += 1
-        except AssertionError as error:
-            raise SystemExit(f"world {world}, seed {arguments.seed}, {kind}: {error}: {error.__cause__!r}") from error
-        world += 1
-    print(f"{steps} steps in {world} worlds: as a list of tokens for each row")
-
-
 if __name__ == "__main__":
-    main()
+    play(World, NAMES, __doc__, "as a list of tokens for each row")

@@ -33,7 +33,7 @@ from qkv.layers.arguments import (
     require_rotary,
     require_vector,
 )
-from qkv.layers.cached_call import restore_cache_on_error
+from qkv.layers.cached_call import new_tokens, restore_cache_on_error
 from qkv.layers.jagged import PackedTokens, nested_like, pack_jagged, require_jagged
 from qkv.layers.options import Arguments, ConversionOptions
 from qkv.layers.packed import unpack_state
@@ -482,23 +482,14 @@ class Attention(nn.Module):
         cache: Cache | Caches | None,
     ) -> _Inputs:
         """`_inputs` of self-attention, from projected queries."""
-        offset: int | Tensor = 0
-        is_token = None
-        if cache is not None:
-            if not isinstance(cache, Cache) or isinstance(cache, (CrossKVCache, LatentKVCache)):
-                raise TypeError(
-                    f"{type(self).__name__}: cache must be a KVCache, PagedKVCache, Int8KVCache or SlidingKVCache in "
-                    f"self-attention; got {type(cache).__name__}."
-                )
-            cache.admit(self._owner, mask)
-            mask, is_token = cache.split_padding(mask, *x.shape[:2])
-            offset = cache.offset(is_token)
+        if cache is not None and (not isinstance(cache, Cache) or isinstance(cache, (CrossKVCache, LatentKVCache))):
+            raise TypeError(
+                f"{type(self).__name__}: cache must be a KVCache, PagedKVCache, Int8KVCache or SlidingKVCache in "
+                f"self-attention; got {type(cache).__name__}."
+            )
+        mask, is_token, where = new_tokens(cache, self._owner, mask, x, self.rotary, positions)
         k, v = self._keys(x)
         if self.rotary is not None:
-            where: dict[str, Any] = {"offset": offset} if positions is None else {"positions": positions}
-            if cache is not None and is_token is not None and getattr(self.rotary, "depends_on_length", False):
-                lengths = cache.offset() + is_token.sum(1)  # padding does not count
-                where["length"] = lengths[:, None].expand(is_token.shape)
             q, k = self.rotary(q, **where), self.rotary(k, **where)
         if cache is None:
             return _Inputs(q, Keys(k, v, 0), mask, bias)

@@ -1,13 +1,14 @@
-"""`restore_cache_on_error`: a call of a layer appends all of its tokens to a cache, or none."""
+"""What layers with a cache have in common: which tokens of a call are new, and that all are appended or none."""
 
 import functools
 from collections.abc import Callable
-from typing import Concatenate, Protocol, TypeVar
+from typing import Any, Concatenate, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 from typing_extensions import ParamSpec
 
 from qkv.cache import Cache, Caches, Owner
+from qkv.masks import Mask
 
 _Arguments = ParamSpec("_Arguments")
 
@@ -44,3 +45,35 @@ def restore_cache_on_error(
             raise
 
     return guarded
+
+
+class NewTokens(NamedTuple):
+    """The tokens of a call, before they are appended to a cache."""
+
+    mask: Mask
+    """for `Cache.restrict`"""
+    is_token: Tensor | None
+    """for `Cache.append`"""
+    where: dict[str, Any]
+    """their positions, as arguments of rotary"""
+
+
+def new_tokens(
+    cache: Cache | None, owner: Owner, mask: Mask, x: Tensor, rotary: object, positions: Tensor | None
+) -> NewTokens:
+    """Admits the tokens ``x (B, L, width)`` of a layer to its cache, and finds their positions.
+
+    Raises:
+        ValueError: as `Cache.admit` and `Cache.split_padding`.
+    """
+    offset: int | Tensor = 0
+    is_token = None
+    if cache is not None:
+        cache.admit(owner, mask)
+        mask, is_token = cache.split_padding(mask, *x.shape[:2])
+        offset = cache.offset(is_token)
+    where: dict[str, Any] = {"offset": offset} if positions is None else {"positions": positions}
+    if cache is not None and is_token is not None and getattr(rotary, "depends_on_length", False):
+        lengths: Tensor = cache.offset() + is_token.sum(1)  # padding does not count
+        where["length"] = lengths[:, None].expand(is_token.shape)
+    return NewTokens(mask, is_token, where)

@@ -12,7 +12,7 @@ from qkv.cache import Caches, Keys, LatentKVCache, Owner
 from qkv.layers import deepseek
 from qkv.layers.arguments import input_error, require_backend, require_like_weights, require_mask, require_rotary
 from qkv.layers.attention import HeadNorm
-from qkv.layers.cached_call import restore_cache_on_error
+from qkv.layers.cached_call import new_tokens, restore_cache_on_error
 from qkv.layers.latent_heads import LatentHeads, split_heads
 from qkv.layers.projection import project
 from qkv.layers.rotary import RotaryEmbedding
@@ -260,15 +260,9 @@ class LatentAttention(nn.Module):
         mask = self.mask if mask is None else self.mask & require_mask(caller, mask)
         if positions is not None and self.rotary is None:
             raise ValueError(f"{caller}: positions rotate queries and keys, so the layer needs a rotary; got None.")
-        offset: int | Tensor = 0
-        is_token = None
-        if cache is not None:
-            if not isinstance(cache, LatentKVCache):
-                raise TypeError(f"{caller}: cache must be a LatentKVCache; got {type(cache).__name__}.")
-            cache.admit(self._owner, mask)
-            mask, is_token = cache.split_padding(mask, *x.shape[:2])
-            offset = cache.offset(is_token)
-        where: dict[str, Any] = {"offset": offset} if positions is None else {"positions": positions}
+        if cache is not None and not isinstance(cache, LatentKVCache):
+            raise TypeError(f"{caller}: cache must be a LatentKVCache; got {type(cache).__name__}.")
+        mask, is_token, where = new_tokens(cache, self._owner, mask, x, self.rotary, positions)
         try:
             q, latents, rotary_keys = self._queries(x, where), *self._latents(x, where)
         except RuntimeError as error:
