@@ -276,10 +276,10 @@ class Cache:
             TypeError: for anything else.
             ValueError: for a length below 0 or above those of the rows.
         """
-        lengths = self._check_crop(length)
-        if isinstance(length, int) and (self._rows is None or length == 0):
+        if type(length) is int and 0 <= length <= self.length and (self._rows is None or length == 0):
             self._cut(length)
         else:
+            lengths = self._check_crop(length)
             self._cut(int(lengths.max()), self._rows_or_equal().crop(lengths))
 
     def _cut(self, length: int, rows: Rows | None = None) -> None:
