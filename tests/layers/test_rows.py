@@ -1,6 +1,7 @@
 """Layers with caches whose rows differ in length: each row is the same text alone."""
 
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 import pytest
@@ -171,8 +172,6 @@ def test_rows_join_leave_and_are_replaced(mask: Mask, make: Callable[[], Any]) -
 
 
 def select(cache: Any, row: int) -> Any:
-    from copy import copy
-
     one = copy(cache)
     one.select(torch.tensor([row]))
     return one
@@ -301,6 +300,97 @@ def test_padding_that_does_not_fit_is_refused_and_changes_nothing(mask: Mask, ma
     ):
         ours(X[:, :3], mask=Mask.padding(torch.tensor([1, 3, 2, 3])), cache=cache)
     assert cache.lengths.tolist() == list(LENGTHS)
+
+
+@each_cache
+@torch.no_grad()
+def test_masks_and_biases_that_do_not_cover_all_columns_are_refused(mask: Mask, make: Callable[[], Any]) -> None:
+    for is_padded in (True, False):
+        ours, cache = layer(mask), make()
+        _, keep = padded("right")
+        ours(X[:, :9], mask=Mask.padding(keep) if is_padded else None, cache=cache)
+        cache.crop(cache.lengths)  # removes nothing, so columns are as before
+        for count in (9, 11, 12):
+            ids, allow = torch.zeros(4, count, dtype=torch.int64), torch.ones(4, 1, 1, count, dtype=torch.bool)
+            for wrong in (
+                {"mask": Mask.documents(ids)},
+                {"mask": Mask.dense(allow)},
+                {"bias": torch.zeros(1, 1, 1, count)},
+            ):
+                with pytest.raises(ValueError, match=rf"got shape .*{count}"):
+                    ours(X[:, 9:10], cache=cache, **wrong)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"got shape \(3, 1, 1, 10\)"):
+            ours(X[:, 9:10], cache=cache, bias=torch.zeros(3, 1, 1, 10))
+        right = {"mask": Mask.documents(torch.zeros(4, 10, dtype=torch.int64)), "bias": torch.zeros(10)}
+        ours(X[:, 9:10], cache=cache, **right)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def test_padding_of_a_context_has_all_columns() -> None:
+    ours, cache = qkv.CrossAttention(E, 4), qkv.CrossKVCache()
+    ours(X[:, :1], X[:, :5], mask=Mask.padding(torch.tensor([5, 2, 3, 4])), cache=cache)
+    for wrong in ({"bias": torch.zeros(1, 1, 1, 9)}, {"mask": Mask.dense(torch.ones(1, 9, dtype=torch.bool))}):
+        with pytest.raises(ValueError, match="9"):
+            ours(X[:, :1], cache=cache, **wrong)  # type: ignore[arg-type]
+
+
+@each_cache
+def test_the_gradient_mode_may_change_between_calls(mask: Mask, make: Callable[[], Any]) -> None:
+    ours, cache = layer(mask), make()
+    alone, (x, keep) = Alone(ours, make), padded("left")
+    with torch.inference_mode():
+        ours(x, mask=Mask.padding(keep), cache=cache)
+        for b, length in enumerate(LENGTHS):
+            alone(b, X[b, :length])
+        ours(alone.next(1), cache=cache)
+        alone.step(alone.next(1))
+    new = alone.next(2)
+    if isinstance(cache, qkv.Int8KVCache):  # which has no gradients
+        with torch.no_grad():
+            assert_same(ours(new, cache=cache), alone.step(new))
+        return
+    out = ours(new.requires_grad_(), cache=cache)
+    out.sum().backward()
+    assert_same(out.detach(), alone.step(new).detach())
+
+
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_a_cache_filled_by_compiled_code_goes_on_without() -> None:
+    torch.compiler.reset()
+    for ours, make in ((layer(), lambda: qkv.KVCache(8)), (layer(Mask.causal(4)), lambda: qkv.SlidingKVCache(4))):
+        cache, twin = make(), make()
+        keep = torch.tensor([[False, False, True, True]] * 4)
+        compiled = torch.compile(ours, backend="aot_eager")
+        compiled(X[:, :4], mask=Mask.padding(keep), cache=cache)
+        ours(X[:, :4], mask=Mask.padding(keep), cache=twin)
+        assert cache.length == twin.length == 2
+        again = make()
+        again.load_state_dict(cache.state_dict())
+        for one in (cache, again):
+            torch.testing.assert_close(ours(X[:, 4:10], cache=one), ours(X[:, 4:10], cache=copy(twin)))
+            assert one.length == 8
+
+
+@torch.no_grad()
+def test_a_layer_reads_the_keys_of_a_padded_chunk_over_a_full_window() -> None:
+    first, cache = layer(Mask.causal(4)), qkv.SlidingKVCache(4)
+    second = qkv.CrossLayerAttention(E, 4, num_kv_heads=2, mask=Mask.causal(4)).eval()
+    for part in X[:, :8].split(4, dim=1):
+        second(first(part, cache=cache), cache=cache)
+    x = X[:, 8:11]
+    mask = Mask.padding(torch.tensor([[False, False, True]] * 4))
+    found = second(first(x, mask=mask, cache=cache), mask=mask, cache=cache)
+    plain = qkv.KVCache()
+    whole = torch.cat([X[:, :8], X[:, 10:11]], dim=1)
+    want = second(first(whole, cache=plain), cache=plain)
+    torch.testing.assert_close(found[:, 2], want[:, -1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_on_meta_with_a_cache() -> None:
+    ours, cache = qkv.CausalAttention(E, 4, device="meta"), qkv.KVCache()
+    assert ours(X.to("meta"), cache=cache).is_meta
+    assert cache.length == 24
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from copy import copy, deepcopy
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeGuard
 from weakref import WeakSet
 
 import torch
@@ -102,10 +102,13 @@ class Cache:
         """to which torch.autocast cast the first tokens"""
         self._rows: Rows | None = None
         """None while all rows have as many tokens, and no padding"""
+        self._counts_slots = False
+        """whether slots may be more than the tokens of the longest row, since a compiled call cannot count those"""
 
     @property
     def length(self) -> int:
         """Number of tokens in the cache; of the longest row, if rows differ."""
+        self._settle()
         return self._parts[0].length
 
     @property
@@ -231,11 +234,27 @@ class Cache:
             ValueError: if the cache contains keys of another layer; in self-attention also for a mask that shows later
                 keys, which the queries of earlier calls have not seen.
         """
+        self._settle()
         earlier = self.columns if torch.compiler.is_compiling() else self.length  # lengths of rows are tensors
         if earlier:
             self._require(owner)
         self.require_visible(mask, earlier)
         self._own(owner)
+
+    def _settle(self) -> None:
+        """Makes up for modes of earlier calls: compiled ones count slots, those of inference leave such tensors."""
+        if self._rows is None or torch.compiler.is_compiling():
+            return
+        if self._rows.lengths.is_inference() and not torch.is_inference_mode_enabled():
+            self._rows = self._rows.clone()
+        if self._counts_slots:
+            self._counts_slots = False
+            self._crop_slots(int(self._rows.stored.max()) if self._batch else 0)
+
+    def _crop_slots(self, length: int) -> None:
+        """Removes slots after the first ``length``, which have no tokens."""
+        for part in self._parts:
+            part.crop(min(length, part.length))
 
     def _own(self, owner: Owner | None) -> None:
         """Records the layer whose keys are cached; None for the next one that uses it."""
@@ -278,8 +297,9 @@ class Cache:
         """
         if type(length) is int and 0 <= length <= self.length and (self._rows is None or length == 0):
             self._cut(length)
-        else:
-            lengths = self._check_crop(length)
+            return
+        lengths = self._check_crop(length)
+        if not torch.equal(lengths, self.lengths):
             self._cut(int(lengths.max()), self._rows_or_equal().crop(lengths))
 
     def _cut(self, length: int, rows: Rows | None = None) -> None:
@@ -301,7 +321,7 @@ class Cache:
         elif isinstance(length, int) and not isinstance(length, bool):
             if 0 <= length <= self.length:
                 return lengths.clamp(max=length)
-            cropped = torch.full_like(lengths, length)
+            cropped = lengths + 1  # out of range
         else:
             raise TypeError(f"{caller}: length of crop must be an int, or integers (B,); got {length!r}.")
         if not len(lengths) or ((cropped < 0) | (cropped > lengths)).any():
@@ -439,15 +459,33 @@ class Cache:
         if keys.lengths is None:
             return mask
         if mask.has_tensors:
+            self._require_columns(mask, keys, queries)
             columns = (self.columns - queries, self.columns)
             mask = mask.gather_keys(self._column_of_keys(keys), self.columns, columns)
         return mask & Mask.padding(keys.lengths)
 
     def restrict_bias(self, bias: Tensor | None, keys: "Keys | Int8Keys") -> Tensor | None:
         """A bias ``(B or 1, H or 1, Lq, columns)`` as one over the keys that the last append returned."""
-        if keys.lengths is None or not isinstance(bias, Tensor) or bias.dim() == 0 or bias.shape[-1] == 1:
+        if keys.lengths is None or not self._has_columns(bias, keys):
             return bias
         return gather_keys(bias[(None,) * (4 - bias.dim())], self._column_of_keys(keys)[:, None, None])
+
+    def _require_columns(self, mask: Mask, keys: "Keys | Int8Keys", queries: int) -> None:
+        """Raises ValueError unless the tensors of a mask cover all columns."""
+        batch, heads = self._batch, 1 if mask.allow is None else mask.allow.shape[1]
+        mask.require_fit(type(self).__name__, batch, heads, queries, self.columns, keys.k.device)
+
+    def _has_columns(self, bias: Tensor | None, keys: "Keys | Int8Keys") -> TypeGuard[Tensor]:
+        """Whether a bias has a number for each column. Raises ValueError if it does not fit; other types are left."""
+        if not isinstance(bias, Tensor):
+            return False
+        batch = bias.shape[0] if bias.dim() == 4 else 1
+        if not 1 <= bias.dim() <= 4 or bias.shape[-1] not in (1, self.columns) or batch not in (1, self._batch):
+            raise ValueError(
+                f"{type(self).__name__}: bias must be broadcastable to ({self._batch}, H, L, {self.columns}), over all "
+                f"columns, padding included; got shape {tuple(bias.shape)}."
+            )
+        return bias.shape[-1] > 1
 
     def _column_of_keys(self, keys: "Keys | Int8Keys") -> Tensor:
         """``(B, Lk)``, the column of each key that the last append returned, if rows differ."""
@@ -538,7 +576,7 @@ class Cache:
 def autocast_to(x: Tensor) -> torch.dtype | None:
     """The dtype to which torch.autocast now casts on the device of x; None without."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
 
 
 def autocast_reason(then: torch.dtype | None, cached: torch.dtype, x: Tensor) -> str:

@@ -97,6 +97,7 @@ class CrossKVCache(Cache):
         if keys.lengths is None:
             return mask
         if mask.has_tensors:
+            self._require_columns(mask, keys, queries)
             mask = mask.gather_keys(self._column_of_keys(keys), self.columns, (0, queries))
         return mask & Mask.padding(keys.lengths)
 

@@ -51,6 +51,7 @@ class FullCache(Cache):
     def _extend_rows(self, k: Tensor, v: Tensor, is_token: Tensor | None) -> tuple[Sequence[Tensor], int | Tensor]:
         """Appends tokens to rows that differ in length, or come to."""
         require_is_token(type(self).__name__, is_token, k)
+        self._settle()
         rows = self._rows_or_equal(k)
         placement, grown = place(rows.lengths, k.shape[2], is_token)
         capacity, length = self._check_tokens(k, v, grown), self.length + grown
@@ -58,6 +59,7 @@ class FullCache(Cache):
         tokens = [part.put(x, placement, length, capacity) for part, x in parts]
         offset = rows.lengths if is_token is None else rows.lengths - padding_before(is_token)
         self._rows = rows.append(k.shape[2], is_token)
+        self._counts_slots |= torch.compiler.is_compiling() and is_token is not None
         return tokens, offset
 
     @property

@@ -29,6 +29,11 @@ class Rows(NamedTuple):
         lengths = torch.full((batch,), length, dtype=torch.int64, device=device)
         return cls(lengths, torch.ones(batch, length, dtype=torch.bool, device=device))
 
+    def clone(self) -> "Rows":
+        """A copy, in tensors of the current mode."""
+        dropped = None if self.dropped is None else self.dropped.clone()
+        return Rows(self.lengths.clone(), self.is_token.clone(), self.later, dropped)
+
     @property
     def columns(self) -> int:
         """Number of columns."""

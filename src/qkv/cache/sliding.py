@@ -58,6 +58,7 @@ class SlidingKVCache(Cache):
     @property
     def length(self) -> int:
         """Number of tokens appended, dropped ones included; of the longest row, if rows differ."""
+        self._settle()
         return self._length if self._rows is None else int(self._rows.lengths.max())
 
     def require_visible(self, mask: Mask, earlier: int) -> None:
@@ -106,6 +107,7 @@ class SlidingKVCache(Cache):
     def _append_rows(self, k: Tensor, v: Tensor, is_token: Tensor | None) -> Keys:
         """Appends tokens to rows that differ in length, or come to."""
         require_is_token("SlidingKVCache", is_token, k)
+        self._settle()
         new, rows = k.shape[2], self._rows_or_equal(k)
         added = new if is_token is None else is_token.sum(1)
         rows = self._keep_recent(rows, rows.stored + added > self._capacity)
@@ -116,6 +118,7 @@ class SlidingKVCache(Cache):
         offset = stored if is_token is None else stored - padding_before(is_token)
         rows = rows.append(new, is_token)
         self._rows = self._keep_recent(rows, rows.stored > self._capacity)
+        self._counts_slots |= torch.compiler.is_compiling()
         return Keys(keys, values, offset, rows.stored)
 
     def _rows_or_equal(self, like: Tensor | None = None) -> Rows:
@@ -145,7 +148,9 @@ class SlidingKVCache(Cache):
         rows, offset = self._rows_or_equal(), self.offset_of_latest(count)
         assert rows.dropped is not None
         first = offset - rows.dropped
-        if ((rows.dropped > 0) & (first < self.sink_tokens + self.window - 1)).any():
+        added = rows.all_columns()[:, self.columns - count :].sum(1)
+        sees_dropped = rows.stored - added < self.sink_tokens + self.window - 1
+        if ((rows.dropped > 0) & (added > 0) & sees_dropped).any():
             raise ValueError(
                 f"SlidingKVCache: it must have all keys that the last {count} tokens see to be read by another layer; "
                 f"got {rows.stored.max()} of {self.length} tokens. Append at most {self.window + 1} at once, or use a "
@@ -183,6 +188,8 @@ class SlidingKVCache(Cache):
             TypeError, ValueError: as there; ValueError if the window of the next query would contain dropped keys.
         """
         lengths, rows = self._check_crop(length), self._rows_or_equal()
+        if torch.equal(lengths, rows.lengths) and not (isinstance(length, int) and length == 0):
+            return
         assert rows.dropped is not None
         kept = lengths - rows.dropped
         too_few = (rows.dropped > 0) & (lengths < rows.lengths) & (kept - self.sink_tokens < self.window - 1)
@@ -232,6 +239,12 @@ class SlidingKVCache(Cache):
                 f"{had[0]} and {had[1]}."
             )
         dropped, stored = state["dropped"], self._parts[0].length
+        want = () if self._rows is None else self._rows.lengths.shape
+        if dropped.dtype is not torch.int64 or dropped.shape != want or (dropped < 0).any():
+            raise ValueError(
+                f"SlidingKVCache: dropped of the state must be int64 {tuple(want)}, at least 0; got {dropped.dtype} "
+                f"{tuple(dropped.shape)}."
+            )
         if self._rows is not None:
             self._rows = self._rows._replace(dropped=dropped.clone())
         else:
@@ -247,6 +260,8 @@ class SlidingKVCache(Cache):
             )
         if self._rows is not None or returned == self._length:
             return super().restrict(mask, keys, queries)
+        if mask.has_tensors:
+            self._require_columns(mask, keys, queries)
         return mask.select_keys(self._length - (returned - self.sink_tokens), self._length, self.sink_tokens)
 
     def restrict_bias(self, bias: Tensor | None, keys: "Keys | Int8Keys") -> Tensor | None:
@@ -254,7 +269,7 @@ class SlidingKVCache(Cache):
         returned = keys.k.shape[2]
         if self._rows is not None or returned == self._length:
             return super().restrict_bias(bias, keys)
-        if not isinstance(bias, Tensor) or bias.dim() == 0 or bias.shape[-1] == 1:
+        if not self._has_columns(bias, keys):
             return bias
         return select_keys(bias, self._length - (returned - self.sink_tokens), self._length, self.sink_tokens)
 

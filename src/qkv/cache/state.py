@@ -19,6 +19,7 @@ PADDING = "is_token"
 
 def state_of(cache: "Cache") -> dict[str, Tensor]:
     """The tokens of a cache as tensors, nothing for an empty one."""
+    cache._settle()
     if not cache._batch:
         return {}
     tokens = {name: compact_copy(tokens) for name, tokens in cache._tokens().items()}
@@ -28,7 +29,12 @@ def state_of(cache: "Cache") -> dict[str, Tensor]:
 
 def load_state(cache: "Cache", state: Mapping[str, Tensor]) -> None:
     """Replaces the tokens of a cache by a copy of those of a state, or changes nothing and raises."""
-    require_tensors(f"{type(cache).__name__}.load_state_dict", **state)
+    caller = f"{type(cache).__name__}.load_state_dict"
+    if not isinstance(state, Mapping):
+        raise TypeError(
+            f"{caller}: state must be a dict of tensors, as state_dict returns; got {type(state).__name__}."
+        )
+    require_tensors(caller, **state)
     before = dict(vars(cache))
     try:
         cache.__dict__.update(vars(_emptied(cache)))
@@ -73,6 +79,11 @@ def _check(cache: "Cache", state: Mapping[str, Tensor]) -> None:
         raise ValueError(
             f"{caller}: {', '.join(cache.PARTS)} of the state must be (B, heads, L, ...) on one device; got "
             f"{', '.join(f'{tuple(part.shape)} on {part.device}' for part in parts)}."
+        )
+    if cache.PARTS[:2] == ("keys", "values") and parts[0].dtype is not parts[1].dtype:
+        raise ValueError(
+            f"{caller}: keys and values of the state must have the same dtype; got {parts[0].dtype} and "
+            f"{parts[1].dtype}."
         )
     is_token = state.get(PADDING)
     if is_token is not None and (is_token.dtype is not torch.bool or is_token.shape[:1] != sizes[:1]):
