@@ -21,7 +21,16 @@ def choose(logits: Tensor, *, temperature: float = 1.0, top_k: int | None = None
         temperature: divisor of the logits; 0 takes the most likely token.
         top_k: keeps the k most likely tokens; all if None.
         top_p: keeps the most likely tokens whose probabilities sum to at least p, of those that are left.
+
+    Raises:
+        ValueError: for a temperature below 0 or not finite, a top_k below 1, and a top_p that is not above 0.
     """
+    if not 0.0 <= temperature < float("inf"):
+        raise ValueError(f"choose: temperature must be finite and at least 0; got {temperature}.")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"choose: top_k must be at least 1, or None for all tokens; got {top_k}.")
+    if not top_p > 0.0:
+        raise ValueError(f"choose: top_p must be above 0, and 1 for all tokens; got {top_p}.")
     if temperature == 0.0:
         return logits.argmax(-1)
     ordered, tokens = (logits / temperature).sort(dim=-1, descending=True)

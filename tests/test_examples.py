@@ -80,6 +80,27 @@ def test_sampling_keeps_the_most_likely_tokens(options: dict[str, Any], kept: li
     assert torch.equal(logits, before)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -1.0}, r"temperature must be finite and at least 0; got -1\.0"),
+        ({"temperature": float("nan")}, "temperature must be finite and at least 0; got nan"),
+        ({"temperature": float("inf")}, "temperature must be finite and at least 0; got inf"),
+        ({"top_k": 0}, "top_k must be at least 1, or None for all tokens; got 0"),
+        ({"top_k": -2}, "top_k must be at least 1, or None for all tokens; got -2"),
+        ({"top_p": 0.0}, r"top_p must be above 0, and 1 for all tokens; got 0\.0"),
+        ({"top_p": float("nan")}, "top_p must be above 0, and 1 for all tokens; got nan"),
+        ({"temperature": 0.0, "top_k": 0}, "top_k must be at least 1"),
+    ],
+    ids=str,
+)
+def test_sampling_refuses_what_keeps_no_token(options: dict[str, Any], message: str) -> None:
+    from generate import choose
+
+    with pytest.raises(ValueError, match=f"^choose: {message}"):
+        choose(torch.zeros(2, 4), **options)
+
+
 def test_the_script_runs(capsys: pytest.CaptureFixture[str]) -> None:
     import generate
 

@@ -75,6 +75,22 @@ def test_the_factor_of_rotated_queries_and_keys_is_kept() -> None:
     assert yarn.attention_factor > 1.1 and error <= 16 * torch.finfo(torch.float32).eps * want.abs().max()
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_the_layer_stays_as_it_was_and_shares_nothing(dtype: torch.dtype, bias: bool) -> None:
+    """In fp64 without biases, the rows that are factorised could be the weights themselves."""
+    yarn = qkv.RotaryScaling.yarn(8.0, original_max_position_embeddings=64)
+    layer = build(rotary=qkv.RotaryEmbedding(8, scaling=yarn), bias=bias, dtype=dtype)
+    x, state = X.to(dtype), copy.deepcopy(layer.state_dict())
+    before = layer(x)
+    latent = convert_to_latent(layer, 10, gain=torch.ones(48, dtype=dtype))
+    assert torch.equal(layer(x), before)
+    assert all(torch.equal(layer.state_dict()[name], value) for name, value in state.items())
+    theirs = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
+    assert not theirs & {parameter.untyped_storage().data_ptr() for parameter in latent.parameters()}
+
+
 @pytest.mark.parametrize("rope_heads", [0, 1, 2])
 @torch.no_grad()
 def test_components_without_a_position_are_exact_where_nothing_rotates(rope_heads: int) -> None:

@@ -448,6 +448,18 @@ CALLS: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
 ]
 
 
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("call", ["forward", "attention_weights"])
+def test_nested_tensors_are_refused_with_what_to_do(call: str, cached: bool) -> None:
+    x = torch.nested.nested_tensor([X[0], X[1, :4]], layout=torch.jagged)
+    layer, cache = build(), qkv.LatentKVCache()
+    with pytest.raises(ValueError, match=r"LatentAttention: x must be .* \(B, L, 48\); got a nested tensor\.") as error:
+        getattr(layer, call)(x, cache=cache if cached else None)
+    assert "on x.to_padded_tensor(0.0) with mask=Mask.padding(lengths)" in str(error.value) and cache.length == 0
+    padded = layer(x.to_padded_tensor(0.0), mask=Mask.padding(torch.tensor([9, 4])))
+    torch.testing.assert_close(padded[1, :4], layer(X[1:, :4])[0])
+
+
 @pytest.mark.parametrize(("x", "options", "error", "message"), CALLS)
 def test_invalid_calls_are_refused(x: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"LatentAttention: {message}"):

@@ -57,7 +57,9 @@ def convert_to_latent(
     require_gain("convert_to_latent", gain, layer.embed_dim)
     q, k, v = _projections(layer)
     if layer.rotary is not None and layer.rotary.scaling is not None:
-        q[:, pairs.flatten()] *= layer.rotary.scaling.attention_factor**2  # of rotated queries and of rotated keys
+        factors = torch.ones(layer.head_dim, 1, dtype=torch.float64)
+        factors[pairs.flatten()] = layer.rotary.scaling.attention_factor**2  # of rotated queries and of rotated keys
+        q = q * factors  # not in place: in fp64 these are the weights of the layer
     full = widths.full_rank(q.shape[2])
     if rank > full:
         raise ValueError(f"convert_to_latent: rank must be at most {full}, the full one; got {rank}.")

@@ -255,7 +255,12 @@ class LatentAttention(nn.Module):
     ) -> _Inputs:
         """Projects x, appends to the cache, and combines the masks."""
         caller = type(self).__name__
-        if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[2] != self.embed_dim or x.is_nested:
+        if isinstance(x, Tensor) and x.is_nested:
+            raise ValueError(
+                f"{caller}: x must be a tensor (B, L, {self.embed_dim}); got a nested tensor. Call it for each "
+                "sequence, or on x.to_padded_tensor(0.0) with mask=Mask.padding(lengths)."
+            )
+        if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[2] != self.embed_dim:
             raise input_error(caller, "x", x, f"(B, L, {self.embed_dim})")
         mask = self.mask if mask is None else self.mask & require_mask(caller, mask)
         if positions is not None and self.rotary is None:

@@ -5,10 +5,99 @@ from typing import Any
 
 from qkv.layers.rotary_scaling import RotaryScaling
 
-INTERLEAVED = frozenset({"cohere", "cohere2", "cohere2_moe", "ernie4_5", "ernie4_5_moe", "glm", "glm4", "helium"})
-"""Model types whose code in transformers pairs neighbouring channels."""
+INTERLEAVED = frozenset(
+    {
+        "axk1",
+        "axk2",
+        "bailing_hybrid",
+        "blt_global_transformer",
+        "blt_local_decoder",
+        "blt_local_encoder",
+        "blt_patcher",
+        "cohere",
+        "cohere2",
+        "cohere2_moe",
+        "deepseek_v2",
+        "deepseek_v3",
+        "deepseek_v32",
+        "ernie4_5",
+        "ernie4_5_moe",
+        "glm",
+        "glm4",
+        "glm4_moe_lite",
+        "glm4v_text",
+        "glm_moe_dsa",
+        "glm_ocr_text",
+        "helium",
+        "llama4_text",
+        "longcat_flash",
+        "mistral4",
+        "moonshine",
+        "moonshine_streaming",
+        "openai_privacy_filter",
+        "youtu",
+    }
+)
+"""Model types whose code in transformers pairs neighbouring channels, if rope_interleave does not say otherwise."""
+
+UNMATCHED: Mapping[str, str] = {
+    "deepseek_v4": "rotates the last channels",
+    "dinov3_vit": "rotates by rows and columns",
+    "dots3_note_text": "has heads that differ by layer",
+    "efficientloftr": "rotates by rows and columns",
+    "eomt_dinov3": "rotates by rows and columns",
+    "ernie4_5_vl_moe_text": "orders the frequencies by axis",
+    "llama4_vision_model": "rotates by rows and columns",
+    "mistral_large4_text": "learns its frequencies",
+    "musicflamingo": "rotates by time",
+}
+"""Model types with rotary settings that `RotaryEmbedding` does not have, and what their code in transformers does."""
+
+PARTIAL = frozenset(
+    {
+        "bamba",
+        "diffusion_gemma_text",
+        "dots3_note_audio_encoder",
+        "glm",
+        "glm4",
+        "glm4_moe",
+        "glm4_moe_lite",
+        "glm4v_moe_text",
+        "glm4v_text",
+        "glm_image_text",
+        "glm_ocr_text",
+        "gpt_neox",
+        "gpt_neox_japanese",
+        "laguna",
+        "mellum",
+        "mimo_v2_flash",
+        "minimax_m2",
+        "minimax_m3_vl_text",
+        "moonshine",
+        "moonshine_streaming",
+        "nemotron",
+        "nemotron3_5_transcribe_asr_audio",
+        "nemotron3_diarization_audio",
+        "neomme",
+        "persimmon",
+        "phi",
+        "phi3",
+        "phi4_multimodal",
+        "qwen3_5_moe_text",
+        "qwen3_5_text",
+        "qwen3_next",
+        "qwen4_exp_text",
+        "recurrent_gemma",
+        "solar_open",
+        "stablelm",
+        "step3p5",
+        "zaya",
+    }
+)
+"""Model types whose code in transformers takes partial_rotary_factor if the rope_type is "default"."""
 
 MULTIMODAL: Mapping[str, tuple[tuple[int, ...], bool]] = {
+    **dict.fromkeys(("glm4v_text", "glm_ocr_text"), ((8, 12, 12), False)),
     **dict.fromkeys(("qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text"), ((16, 24, 24), False)),
     **dict.fromkeys(("qwen3_vl_text", "qwen3_vl_moe_text"), ((24, 20, 20), True)),
 }
@@ -54,10 +143,23 @@ def rotary_options(caller: str, config: Any, layer_type: str | None, interleaved
     Raises:
         ValueError: as `RotaryEmbedding.from_config`.
     """
-    fields, head_dim = select_parameters(caller, config, layer_type), head_dim_of(caller, config, "hidden_size")
     model_type = _field(config, "model_type")
+    if model_type in UNMATCHED:
+        raise ValueError(
+            f"{caller}: model_type must be one that RotaryEmbedding can match; got {model_type!r}, whose code in "
+            f"transformers {UNMATCHED[model_type]}. Rotate queries and keys as the model does, before qkv.attention."
+        )
+    fields, head_dim = select_parameters(caller, config, layer_type), head_dim_of(caller, config, "hidden_size")
+    partial = fields.get("partial_rotary_factor", 1.0)
+    if partial != 1 and fields["rope_type"] == "default" and model_type is not None and model_type not in PARTIAL:
+        raise ValueError(
+            f"{caller}: partial_rotary_factor must be 1 or None for model_type {model_type!r}, whose code in "
+            f"transformers is not known to take it; got {partial}. Remove it, or build RotaryEmbedding(..., "
+            "rotary_dim=...) as the model does."
+        )
     if interleaved is None:
-        interleaved = model_type in INTERLEAVED or bool(_field(config, "rope_interleave"))
+        given = _field(config, "rope_interleave")
+        interleaved = model_type in INTERLEAVED if given is None else bool(given)
     sections, turns = MULTIMODAL.get(model_type, (None, False))
     sections = fields.get("mrope_section", sections)
     if sections is not None and model_type is not None and model_type not in MULTIMODAL:
@@ -68,7 +170,7 @@ def rotary_options(caller: str, config: Any, layer_type: str | None, interleaved
     return {
         "head_dim": head_dim,
         "base": fields["rope_theta"],
-        "rotary_dim": int(head_dim * fields.get("partial_rotary_factor", 1.0)),
+        "rotary_dim": int(head_dim * partial),
         "interleaved": interleaved,
         "scaling": _scaling(caller, config, fields),
         "sections": sections,
