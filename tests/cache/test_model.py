@@ -529,6 +529,97 @@ def test_rows_that_all_leave_make_room_for_another_batch() -> None:
     assert_consistent(caches, 12)
 
 
+def in_pages(model: Model, pool: qkv.PagePool) -> Caches:
+    """Caches in pages where the model has ones without a window."""
+    made = {
+        name: qkv.PagedKVCache(pool) if type(cache) is qkv.KVCache else cache
+        for name, cache in Caches.for_model(model).items()
+    }
+    caches = Caches(made)
+    caches.bind(model)
+    return caches
+
+
+def crop_too_far(caches: Caches) -> None:
+    caches.crop(2)
+
+
+def load_without_a_window(caches: Caches) -> None:
+    state = {key: x for key, x in caches.state_dict().items() if not key.startswith(NAMES[3])}
+    caches.load_state_dict({**state, f"{NAMES[3]}.keys": X})
+
+
+def join_another_window(caches: Caches) -> None:
+    other = copy.copy(caches)
+    other._caches[NAMES[3]] = qkv.SlidingKVCache(9)
+    caches.join(other)
+
+
+def replace_by_another_window(caches: Caches) -> None:
+    other = copy.copy(caches)
+    other._caches[NAMES[3]] = qkv.SlidingKVCache(9)
+    caches.replace(torch.tensor([1, 0]), other)
+
+
+@pytest.mark.parametrize(
+    "refused", [crop_too_far, load_without_a_window, join_another_window, replace_by_another_window]
+)
+@torch.no_grad()
+def test_what_one_layer_refuses_leaves_the_pages_of_another(refused: Callable[[Caches], None]) -> None:
+    model, pool = Model(), qkv.PagePool(page_size=4)
+    caches = in_pages(model, pool)
+    for x in X.repeat(1, 2, 1)[:, :20].split([10, 10], dim=1):
+        model(x, CONTEXT, caches)
+    paged, used = caches[NAMES[0]], pool.used
+    assert isinstance(paged, qkv.PagedKVCache)
+    want = paged.keys().gathered().k
+    with pytest.raises(ValueError, match="SlidingKVCache"):
+        refused(caches)
+    model(X.flip(0), CONTEXT, in_pages(model, pool))  # another request, which takes free pages
+    other = in_pages(model, pool)
+    model(X + 1, CONTEXT, other)
+    assert torch.equal(paged.keys().gathered().k, want)
+    assert pool.used == used + other[NAMES[0]].nbytes // pool.page_nbytes
+    assert paged.pool is pool
+
+
+@torch.no_grad()
+def test_a_mark_keeps_the_pages_that_a_crop_drops() -> None:
+    cache, (k, v) = qkv.PagedKVCache(page_size=4), torch.randn(2, 2, 2, 20, 8)
+    cache.append(k, v)
+    mark = cache.mark()
+    cache.crop(3)
+    cache.append(v, k)
+    cache.restore(mark)
+    keys = cache.keys().gathered()
+    assert torch.equal(keys.k, k)
+    assert torch.equal(keys.v, v)
+    del mark
+    assert cache.pool.used == 2 * 5
+
+
+@pytest.mark.parametrize("lengths", [(1, 1), (6, 6), (9, 9), (1, 4)])
+@torch.no_grad()
+def test_rows_that_are_all_replaced_have_the_same_columns_in_all_layers(lengths: tuple[int, int]) -> None:
+    model, found = Model(), []
+    for make in (Caches.for_model, lambda model: in_pages(model, qkv.PagePool(page_size=4))):
+        caches, other = make(model), make(model)
+        model(X[:, :6], CONTEXT, caches)
+        model(X[:, : max(lengths)], CONTEXT, other)
+        other.crop(torch.tensor(lengths))
+        caches.replace(torch.tensor([1, 0]), other)
+        assert len({cache.columns for cache in caches.values() if not cache.of_context}) == 1
+        parts = [model(X[:, 6:9], None, caches)]
+        caches.join(copy.copy(caches))
+        caches.select(torch.tensor([3, 0]))
+        parts.append(model(X[:, 9:10], None, caches))
+        caches.crop(min(lengths) + 3)
+        parts.append(model(X[:, 10:11], None, caches))
+        found.append(torch.cat(parts, dim=1))
+        assert len({cache.columns for cache in caches.values() if not cache.of_context}) == 1
+    assert torch.equal(*found)
+
+
 @pytest.mark.filterwarnings("ignore")
 @torch.no_grad()
 def test_a_compiled_model_decodes_from_caches() -> None:

@@ -228,6 +228,11 @@ def filled(count: int) -> qkv.PagedKVCache:
 def test_wrong_arguments_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"^PagePool: page_size must be at least 1; got 0"):
         qkv.PagePool(0)
+    with pytest.raises(
+        ValueError, match=r"^PagePool: page_size must be at most 1048576 tokens; got 1099511627776\. Rows"
+    ):
+        qkv.PagedKVCache(page_size=2**40)
+    assert qkv.PagePool(2**20).page_size == 2**20
     with pytest.raises(TypeError, match=r"^PagePool: pages must be an int, or None to grow; got 2.5"):
         qkv.PagePool(pages=2.5)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"^PagedKVCache: pool must be a qkv\.PagePool or None; got int"):
@@ -300,3 +305,45 @@ def test_rows_that_grow_together_lie_in_runs_that_the_kernel_reads_in_place() ->
             pages = row[start : start + run]
             assert pages == list(range(pages[0], pages[0] + len(pages)))
     assert cache.pool.allocated <= 2 * cache.pool.used + run
+
+
+@torch.no_grad()
+def test_an_empty_batch_is_one_of_no_rows() -> None:
+    layer, caches = made("grouped, wider values"), pair()
+    for count in (2, 0, 1, 5):
+        for cache in caches:
+            assert layer(X[:0, :count], cache=cache).shape == (0, count, 32)
+    for cache in caches:
+        cache.crop(7)
+        cache.select(torch.tensor([], dtype=torch.int64))
+        assert (cache.length, cache.columns, cache.lengths.shape) == (7, 7, (0,))
+        assert layer(X[:0, :1], cache=pickle.loads(pickle.dumps(cache))).shape == (0, 1, 32)
+    keys = caches[1].keys().gathered()
+    assert (keys.k.shape, keys.v.shape, caches[1].pool.used) == ((0, 2, 7, 8), (0, 2, 7, 12), 0)
+    with pytest.raises(ValueError, match=r"^PagedKVCache: k must be \(0, 2, L, 8\) in torch\.float32 on cpu"):
+        layer(X[:, :1], cache=caches[1])
+    assert caches[1].length == 7
+    prompts = pair()
+    for cache in prompts:
+        layer(X[:, :4], cache=cache)
+    caches[1].join(prompts[1])
+    want, got = (layer(X[:, 4:6], cache=cache) for cache in (prompts[0], caches[1]))
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("is_token", [None, torch.tensor([[True, True, False]] * 2)])
+@torch.no_grad()
+def test_appends_are_compiled_in_parts_or_refused_by_name(is_token: Tensor | None) -> None:
+    cache, (k, v) = qkv.PagedKVCache(page_size=2), tokens(2, 3)
+
+    def append() -> int | Tensor | None:
+        return cache.append(k, v, is_token).offset
+
+    torch.compiler.reset()
+    with pytest.raises(Exception, match=r"PagedKVCache: append must run eagerly.*Compile without fullgraph, or use"):
+        torch.compile(append, fullgraph=True, backend="eager")()
+    assert (cache.length, cache.pool.used) == (0, 0)
+    torch.compiler.reset()
+    torch.compile(append, backend="eager")()
+    count = 3 if is_token is None else 2
+    assert torch.equal(cache.keys().gathered().k, k[:, :, :count])

@@ -72,7 +72,13 @@ class PagedKVCache(Cache):
 
         Raises:
             ValueError: for a batch, heads, width, dtype or device other than before, and if the pool is full.
+            NotImplementedError: in a graph of torch.compile(fullgraph=True) or torch.export.
         """
+        if torch.compiler.is_compiling():
+            raise NotImplementedError(
+                "PagedKVCache: append must run eagerly, since rows take pages by their lengths; got a call in a graph "
+                "of torch.compile(fullgraph=True) or torch.export. Compile without fullgraph, or use a KVCache."
+            )
         starts = None if self._rows is None else self._rows.lengths
         if is_token is None and self._length and self._table.append_in_place(k, v, starts, self._length):
             return self._count(k, None)
@@ -84,6 +90,8 @@ class PagedKVCache(Cache):
             self.restore(mark)
             raise
 
+    # Compiled, `place` gives slots to padding, for which rows have no pages.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _write(self, k: Tensor, v: Tensor, is_token: Tensor | None) -> None:
         """Writes new tokens to pages, which rows get where they have none."""
         caller, pool, table = type(self).__name__, self.pool, self._table
@@ -101,10 +109,10 @@ class PagedKVCache(Cache):
 
     def _like(self, k: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Tensors of the batch, heads and widths that new tokens must have; None if they may be any."""
-        pool, batch = self.pool, self._batch
-        if pool.k is None or not (batch or pool.used):
+        pool, batch = self.pool, k.shape[0] if self._is_new else self._batch
+        if pool.k is None or (self._is_new and not pool.used):
             return None, None
-        keys, values = (x[:1].expand(batch or k.shape[0], -1, -1, -1) for x in pool.memory())
+        keys, values = (x[:1].expand(batch, -1, -1, -1) for x in pool.memory())
         return keys, values
 
     def _count(self, k: Tensor, is_token: Tensor | None) -> Keys:
@@ -134,9 +142,14 @@ class PagedKVCache(Cache):
         Raises:
             ValueError: before the first append.
         """
-        if self.pool.k is None or not self._batch:
+        if self._is_new:
             raise ValueError("PagedKVCache: it is empty; append keys and values first.")
         return self._keys(self.offset(), None if self._rows is None else self._rows.lengths)
+
+    @property
+    def _is_new(self) -> bool:
+        """Whether it is before the first append; afterwards, the batch may be empty."""
+        return self._rows is None and not self._length
 
     @property
     def _batch(self) -> int:
@@ -173,7 +186,7 @@ class PagedKVCache(Cache):
             rows = rows.select(index.to(rows.lengths.device))
         lengths = rows.lengths.tolist()
         self._table, self._length = table, max(lengths, default=0)
-        self._rows = None if self._rows is None and len(set(lengths)) == 1 and lengths[0] else rows
+        self._rows = None if lengths and rows.columns and set(lengths) == {rows.columns} else rows
 
     def _require_like(self, other: Self) -> None:
         super()._require_like(other)
@@ -202,9 +215,9 @@ class PagedKVCache(Cache):
     def _cut(self, length: int, rows: Rows | None = None) -> None:
         self._length, self._rows = length, rows
         if rows is not None:
-            self._table.crop(rows.lengths.tolist())
+            self._table = self._table.crop(rows.lengths.tolist())
         elif length:
-            self._table.crop([length] * len(self._table.rows))
+            self._table = self._table.crop([length] * len(self._table.rows))
         else:
             self._table = PageTable(self.pool)
 

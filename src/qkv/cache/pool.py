@@ -17,13 +17,14 @@ from qkv.cache.rows import Placement
 SPLIT = 480
 """number of keys that the kernel reads in place if their pages follow each other: KV_SPLIT of native/src/sizes.h"""
 MIN_PAGES = 16
+MAX_PAGE_SIZE = 2**20
 
 
 class PagePool:
     """Memory for keys and values of one layer, in pages that rows of several caches hold and may share.
 
     Args:
-        page_size: number of tokens in a page.
+        page_size: number of tokens in a page, at most 2**20.
         pages: number of pages to allocate, and limit; None grows without bound.
 
     A page is in use while a row of any cache holds it. With gradients enabled, appending copies memory, as in a
@@ -46,6 +47,11 @@ class PagePool:
 
     def __init__(self, page_size: int = 16, pages: int | None = None) -> None:
         require_count("PagePool", "page_size", page_size)
+        if page_size > MAX_PAGE_SIZE:
+            raise ValueError(
+                f"PagePool: page_size must be at most {MAX_PAGE_SIZE} tokens; got {page_size}. Rows take whole pages: "
+                "use small ones, such as 16."
+            )
         if pages is not None:
             require_count("PagePool", "pages", pages, suffix=", or None to grow")
         self.page_size = page_size
@@ -274,6 +280,9 @@ def _is_recording() -> bool:
 class PageTable:
     """The pages of each row of a batch, in order, which it holds in a pool while it exists.
 
+    Appending alone changes a table, and keeps its tokens; all else makes another one, so that a cache which goes back
+    to an earlier table finds its pages.
+
     Args:
         pool: where the pages are.
         rows: the pages of each row.
@@ -297,7 +306,8 @@ class PageTable:
             entries = max(map(len, self.rows), default=0)
             spare = entries + max(8, entries // 2)
             with torch.inference_mode(False):
-                self._tensor = torch.tensor([row + [0] * (spare - len(row)) for row in self.rows], dtype=torch.int64)
+                rows = [row + [0] * (spare - len(row)) for row in self.rows]
+                self._tensor = torch.tensor(rows, dtype=torch.int64).view(len(rows), spare)
         return self._tensor
 
     def pages(self) -> list[int]:
@@ -331,10 +341,15 @@ class PageTable:
     def _leave_graph(self) -> None:
         """Moves to a pool of its own before a write that would record or end a graph of the tokens of others."""
         pool = self.pool
-        if (pool.has_graph or _is_recording()) and pool.used > len(self.pages()):
+        if self._would_change_a_graph():
             self.pool = pool.copied()
             self.pool.hold(page for row in self.rows for page in row)
             pool.drop(page for row in self.rows for page in row)
+
+    def _would_change_a_graph(self) -> bool:
+        """Whether a write would record or end a graph of the tokens of others."""
+        pool = self.pool
+        return (pool.has_graph or _is_recording()) and pool.used > len(self.pages())
 
     def _rows_to_copy(self, rows: list[list[int]], lengths: Sequence[int], added: Sequence[int]) -> list[int]:
         """The rows that append to a last page which others hold as well; the last holder of one keeps it."""
@@ -406,22 +421,25 @@ class PageTable:
         self.pool.put((pages, slots % size), placement.of(k), placement.of(v))
         self._room = 0
 
-    def crop(self, lengths: Sequence[int]) -> None:
-        """Drops pages after the first ``lengths`` tokens of each row."""
-        size = self.pool.page_size
-        for row, length in zip(self.rows, lengths, strict=True):
-            count = -(-length // size)
-            self.pool.drop(row[count:])
-            del row[count:]
+    def crop(self, lengths: Sequence[int]) -> "PageTable":
+        """The first pages of each row, for ``lengths`` tokens; this table if it has no others."""
         self._room = 0
+        counts = [-(-length // self.pool.page_size) for length in lengths]
+        pairs = list(zip(self.rows, counts, strict=True))
+        if all(len(row) <= count for row, count in pairs):
+            return self
+        cropped = PageTable(self.pool, [row[:count] for row, count in pairs])
+        cropped._tensor = self._tensor
+        return cropped
 
     def joined(self, other: "PageTable", caller: str, index: Sequence[int] | None) -> "PageTable":
         """Rows ``index`` of this table and the other, counted one after the other; all if None."""
+        mine, theirs = self, other
         if other.pool is not self.pool:
-            self._leave_graph()
-        theirs = other if other.pool is self.pool else other._moved(self.pool, caller)
-        rows = self.rows + theirs.rows
-        return self._with_rows(rows if index is None else [rows[i] for i in index])
+            mine = PageTable(self.pool.copied(), self.rows) if self._would_change_a_graph() else self
+            theirs = other._moved(mine.pool, caller)
+        rows = mine.rows + theirs.rows
+        return mine._with_rows(rows if index is None else [rows[i] for i in index])
 
     def _moved(self, pool: PagePool, caller: str) -> "PageTable":
         """A table of the same tokens in another pool, copied there."""
