@@ -72,7 +72,7 @@ class CrossKVCache(Cache):
                 keys, values = [part.extend(x, count) for part, x in parts]
             else:
                 rows = self._rows_or_equal(k)
-                placement, longest = place(rows.lengths, count, is_token)
+                placement, longest = place(rows.lengths, count, is_token, keeps_padding=torch.compiler.is_compiling())
                 keys, values = [part.put(x, placement, longest, longest) for part, x in parts]
                 self._rows = rows.append(count, is_token)
         except BaseException:  # as in KVCache.append

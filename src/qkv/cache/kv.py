@@ -53,7 +53,7 @@ class FullCache(Cache):
         require_is_token(type(self).__name__, is_token, k)
         self._settle()
         rows = self._rows_or_equal(k)
-        placement, grown = place(rows.lengths, k.shape[2], is_token)
+        placement, grown = place(rows.lengths, k.shape[2], is_token, keeps_padding=torch.compiler.is_compiling())
         capacity, length = self._check_tokens(k, v, grown), self.length + grown
         parts = zip(self._parts, self._encode(k, v), strict=True)
         tokens = [part.put(x, placement, length, capacity) for part, x in parts]

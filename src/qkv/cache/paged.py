@@ -90,8 +90,6 @@ class PagedKVCache(Cache):
             self.restore(mark)
             raise
 
-    # Compiled, `place` gives slots to padding, for which rows have no pages.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _write(self, k: Tensor, v: Tensor, is_token: Tensor | None) -> None:
         """Writes new tokens to pages, which rows get where they have none."""
         caller, pool, table = type(self).__name__, self.pool, self._table

@@ -137,13 +137,18 @@ class Placement(NamedTuple):
         return new if self.columns is None else new[self.rows, self.columns]
 
 
-def place(lengths: Tensor, count: int, is_token: Tensor | None) -> tuple[Placement, int]:
-    """The slots of ``count`` new columns in rows of these ``lengths (B,)``, and how much the longest row may grow."""
+def place(
+    lengths: Tensor, count: int, is_token: Tensor | None, *, keeps_padding: bool = False
+) -> tuple[Placement, int]:
+    """The slots of ``count`` new columns in rows of these ``lengths (B,)``, and how much the longest row may grow.
+
+    ``keeps_padding`` gives padding the slots after the tokens, so that no size depends on numbers, as compilers need.
+    """
     device = lengths.device
     rows = torch.arange(lengths.shape[0], device=device)[:, None]
     if is_token is None:
         return Placement(rows, None, lengths[:, None] + torch.arange(count, device=device)), count
-    if torch.compiler.is_compiling():  # without sizes that depend on numbers: tokens first, then padding, hidden later
+    if keeps_padding:
         columns = is_token.to(torch.int8).argsort(dim=1, descending=True, stable=True)
         return Placement(rows, columns, lengths[:, None] + torch.arange(count, device=device)), count
     of_token, columns = is_token.nonzero(as_tuple=True)

@@ -111,7 +111,7 @@ class SlidingKVCache(Cache):
         new, rows = k.shape[2], self._rows_or_equal(k)
         added = new if is_token is None else is_token.sum(1)
         rows = self._keep_recent(rows, rows.stored + added > self._capacity)
-        placement, grown = place(rows.stored, new, is_token)
+        placement, grown = place(rows.stored, new, is_token, keeps_padding=torch.compiler.is_compiling())
         length, stored = self._parts[0].length + grown, rows.stored
         parts = zip(self._parts, (k, v), strict=True)
         keys, values = [part.put(x, placement, length, max(self._capacity, length)) for part, x in parts]
