@@ -120,8 +120,9 @@ class RotaryEmbedding(nn.Module):
                 configurations do not say it; False for types unknown here.
 
         Raises:
-            ValueError: for a configuration without rotary embeddings, an unknown ``rope_type``, a missing field, and a
-                layer_type that is missing or unknown.
+            ValueError: for a configuration without rotary embeddings, an unknown ``rope_type``, a missing field, a
+                layer_type that is missing or unknown, a model type whose rotation this class does not have, and a
+                ``partial_rotary_factor`` that the model type ignores.
 
         Example:
             >>> import qkv
