@@ -13,7 +13,7 @@ from fuzz.caches import saved
 from torch import Tensor
 
 import qkv
-from qkv import Mask
+from qkv import Mask, kernels
 
 X = torch.randn(2, 6, 24, generator=torch.Generator().manual_seed(0))
 CACHES: dict[str, Callable[[], Any]] = {
@@ -326,3 +326,31 @@ def test_overwritten_views_that_a_graph_needs_are_an_error_of_torch(make: Callab
             cache.append(k, k)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             out.backward()
+
+
+@pytest.mark.parametrize("kind", ["kv", "int8", "sliding", "paged"])
+@torch.no_grad()
+def test_a_batch_of_no_rows_is_a_batch(kind: str) -> None:
+    layer = windowed()
+    makers = {
+        "kv": qkv.KVCache,
+        "int8": qkv.Int8KVCache,
+        "sliding": lambda: qkv.SlidingKVCache(4),
+        "paged": qkv.PagedKVCache,
+    }
+    cache, filled = makers[kind](), makers[kind]()
+    assert layer(X[:0, :3], cache=cache).shape == (0, 3, 24)
+    with pytest.raises(ValueError, match=r"k must be \(0, 2, L, 4\) .*, as at the first append; got \(2, 2, 1, 4\)"):
+        layer(X[:, :1], cache=cache)
+    assert cache.length == 3
+    keep = torch.ones(0, 2, dtype=torch.bool)
+    assert layer(X[:0, :2], mask=Mask.padding(keep), cache=cache).shape == (0, 2, 24)
+    layer(X[:, :5], cache=filled)
+    cache.join(filled)
+    assert torch.equal(layer(X[:, 5:], cache=cache), layer(X[:, 5:], cache=filled))
+
+
+def test_the_kernel_rounds_into_no_other_shape() -> None:
+    x, codes, scale = torch.randn(2, 2, 3, 4), torch.zeros(1, 2, 3, 4, dtype=torch.int8), torch.zeros(2, 2, 3)
+    with pytest.raises(ValueError, match=r"codes and scale must be \(2, 2, 3, 4\) and \(2, 2, 3\); got \(1, 2, 3, 4\)"):
+        kernels.quantize(x, codes, scale)

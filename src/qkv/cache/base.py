@@ -208,6 +208,11 @@ class Cache:
         )
 
     @property
+    def _is_new(self) -> bool:
+        """Whether it takes any batch, as before the first append. With tokens, the batch may have no rows."""
+        return self._rows is None and not self.length
+
+    @property
     def _batch(self) -> int:
         """Number of rows; 0 for an empty cache."""
         if self._rows is not None:

@@ -163,7 +163,8 @@ class AppendBuffer:
         mine, theirs = self.tensor, other.tensor
         if mine is None or theirs is None:
             return
-        if not _matches(mine[:1], theirs[:1].shape, theirs.dtype, theirs.device):
+        widths = [(x.shape[1], *x.shape[3:]) for x in (mine, theirs)]
+        if widths[0] != widths[1] or mine.dtype is not theirs.dtype or mine.device != theirs.device:
             want, got = ((tuple(x.shape), x.dtype, x.device) for x in (mine, theirs))
             raise ValueError(
                 f"{caller}: heads, width, dtype and device of both caches must be the same; got tokens of {want[0]} in "

@@ -106,7 +106,7 @@ class FullCache(Cache):
     def _check_tokens(self, k: Tensor, v: Tensor, grown: int) -> int:
         """Validates new tokens, ``grown`` more in the longest row; returns how many slots to allocate if need be."""
         caller, start = type(self).__name__, self.length
-        check_append(caller, k, v, *(self._memory() if self._batch else (None, None)), self._dtype, self._autocast)
+        check_append(caller, k, v, *((None, None) if self._is_new else self._memory()), self._dtype, self._autocast)
         stop = start + grown
         if self.capacity is not None and stop > self.capacity:
             raise ValueError(

@@ -145,11 +145,6 @@ class PagedKVCache(Cache):
         return self._keys(self.offset(), None if self._rows is None else self._rows.lengths)
 
     @property
-    def _is_new(self) -> bool:
-        """Whether it is before the first append; afterwards, the batch may be empty."""
-        return self._rows is None and not self._length
-
-    @property
     def _batch(self) -> int:
         if self._rows is not None:
             return self._rows.lengths.shape[0]

@@ -154,7 +154,7 @@ def place(
     of_token, columns = is_token.nonzero(as_tuple=True)
     slots = (lengths[:, None] + is_token.cumsum(1) - 1)[of_token, columns]
     grown = lengths + is_token.sum(1)
-    longest = int(lengths.max()), int(grown.max())
+    longest = [int(x.max()) if len(x) else 0 for x in (lengths, grown)]
     return Placement(of_token, columns, slots), longest[1] - longest[0]
 
 

@@ -77,7 +77,7 @@ class SlidingKVCache(Cache):
         Raises:
             ValueError: for a batch, heads, width, dtype or device other than before.
         """
-        keys, values = [part.memory if self._batch else None for part in self._parts]
+        keys, values = [None if self._is_new else part.memory for part in self._parts]
         check_append("SlidingKVCache", k, v, keys, values, None if keys is None else keys.dtype, self._autocast)
         if keys is None:
             self._autocast = autocast_to(k)

@@ -14,7 +14,15 @@ def quantize(x: Tensor, codes: Tensor, scale: Tensor) -> None:
     """Writes ``x (B, heads, L, width)`` as int8 codes and a scale per row ``(B, heads, L)``.
 
     All tensors must satisfy `can_bypass_dispatcher`.
+
+    Raises:
+        ValueError: for codes and scales of other shapes, which the kernel would write beyond.
     """
+    if codes.shape != x.shape or scale.shape != x.shape[:3]:
+        raise ValueError(
+            f"qkv's kernel: codes and scale must be {tuple(x.shape)} and {tuple(x.shape[:3])}; got "
+            f"{tuple(codes.shape)} and {tuple(scale.shape)}."
+        )
     packed = QUANTIZATION.pack(DTYPES[x.dtype], *x.shape, *view(x), *view(codes), *scales(scale), _threads_for(x))
     loaded().quantize(packed)
 
