@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from qkv.arguments import require_int, require_tensors
+from qkv.tracing import can_read_values
 
 
 class Pages(NamedTuple):
@@ -20,8 +21,17 @@ class Pages(NamedTuple):
     """Lk, number of keys of each row; of the longest, if others hide keys behind their last"""
 
     def gather(self, pool: Tensor) -> Tensor:
-        """The keys or values ``(B, Hkv, length, width)``: a copy, with gradients."""
+        """The keys or values ``(B, Hkv, length, width)``: a copy, with gradients.
+
+        Raises:
+            ValueError: for a table that names other pages; where its numbers cannot be read, torch raises.
+        """
         table = self.table[:, : -(-self.length // pool.shape[2])].to(pool.device, torch.int64)
+        if table.is_cpu and can_read_values(table) and ((table < 0) | (table >= pool.shape[0])).any():
+            raise ValueError(
+                f"attention: the table of pages must name pages 0 to {pool.shape[0] - 1} for all {self.length} keys; "
+                f"got {table}."
+            )
         table = table.where(table >= 0, pool.shape[0])  # -1 would be the last page
         return pool[table].transpose(1, 2).flatten(2, 3)[:, :, : self.length]
 

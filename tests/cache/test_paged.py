@@ -347,3 +347,11 @@ def test_appends_are_compiled_in_parts_or_refused_by_name(is_token: Tensor | Non
     torch.compile(append, backend="eager")()
     count = 3 if is_token is None else 2
     assert torch.equal(cache.keys().gathered().k, k[:, :, :count])
+
+
+@pytest.mark.parametrize("backend", ["auto", "native", "sdpa", "reference"])
+@pytest.mark.parametrize("page", [-1, 2])
+def test_a_table_that_names_other_pages_is_refused_by_every_backend(backend: str, page: int) -> None:
+    pool, pages = torch.randn(2, 2, 4, 8), qkv.cache.Pages(torch.tensor([[0, page]]), 8)
+    with pytest.raises(ValueError, match="the table of pages must name pages 0 to 1 for all 8 keys"):
+        qkv.attention(torch.randn(1, 2, 3, 8), pool, pool, pages=pages, backend=backend)
