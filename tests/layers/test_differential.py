@@ -10,7 +10,9 @@ from torch import Tensor, nn
 import qkv
 from qkv import Mask
 from qkv.convert import convert_layer, prune_heads
+from qkv.layers.cached_call import CallOptions
 
+NOTHING = CallOptions(qkv.Mask.full(), None, None, None)
 X = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0))
 
 
@@ -73,8 +75,8 @@ def test_decoding_equals_the_whole_sequence(make: Any) -> None:
 
 def test_the_halves_of_a_head_are_rotated_as_heads_of_their_own() -> None:
     layer = build(rotary=qkv.RotaryEmbedding(4))
-    q = layer._inputs(X, None, None, None, None, None).q
-    plain = build()._inputs(X, None, None, None, None, None).q
+    q = layer._inputs(X, None, NOTHING).q
+    plain = build()._inputs(X, None, NOTHING).q
     rotated = torch.cat([qkv.RotaryEmbedding(4)(part) for part in plain.chunk(2, -1)], -1)
     torch.testing.assert_close(q, rotated)
 

@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import qkv
+from qkv.layers.cached_call import CallOptions
 from qkv.layers.options import Arguments
 
+NOTHING = CallOptions(qkv.Mask.full(), None, None, None)
 X = torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(0))
 
 EFFECTS: dict[str, Any] = {
@@ -138,9 +140,9 @@ def test_a_mask_of_the_call_is_combined_with_that_of_the_layer() -> None:
 def test_normalised_queries_and_keys_have_unit_root_mean_square() -> None:
     layer = qkv.Attention(24, 6, qk_norm=True)
     torch.nn.init.constant_(layer.q_norm.weight, 2.0)
-    q = layer._inputs(X, None, None, None, None, None).q
+    q = layer._inputs(X, None, NOTHING).q
     torch.testing.assert_close(q.square().mean(-1).sqrt(), torch.full((2, 6, 9), 2.0), rtol=1e-3, atol=1e-3)
-    small = qkv.Attention(24, 6, qk_norm=True, qk_norm_eps=1e6)._inputs(X, None, None, None, None, None).q
+    small = qkv.Attention(24, 6, qk_norm=True, qk_norm_eps=1e6)._inputs(X, None, NOTHING).q
     assert small.abs().max() < 1e-2
 
 

@@ -33,7 +33,7 @@ from qkv.layers.arguments import (
     require_rotary,
     require_vector,
 )
-from qkv.layers.cached_call import new_tokens, restore_cache_on_error
+from qkv.layers.cached_call import CallOptions, call_options, new_tokens, restore_cache_on_error
 from qkv.layers.jagged import PackedTokens, nested_like, pack_jagged, require_jagged
 from qkv.layers.options import Arguments, ConversionOptions
 from qkv.layers.packed import unpack_state
@@ -280,7 +280,9 @@ class Attention(nn.Module):
         if _is_nested(x) or _is_nested(context):
             self._refuse_with_nested(bias=bias, positions=positions)
             return self._forward_jagged(x, context, mask, cache)
-        return self._project_out(self._attend(self._inputs(x, context, mask, bias, positions, cache)), x)
+        return self._project_out(
+            self._attend(self._inputs(x, context, call_options(self, mask, bias, positions, cache))), x
+        )
 
     if TYPE_CHECKING:  # of `nn.Module`, it takes anything
         __call__ = forward
@@ -306,7 +308,7 @@ class Attention(nn.Module):
                 f"{type(self).__name__}: attention_weights takes no nested tensors; call it for each sequence, "
                 "(1, L, E), or on a padded batch with mask=Mask.padding(lengths)."
             )
-        return self._weights(self._inputs(x, context, mask, bias, positions, cache))
+        return self._weights(self._inputs(x, context, call_options(self, mask, bias, positions, cache)))
 
     def make_cache(self, capacity: int | None = None, dtype: torch.dtype | None = None) -> Cache:
         """The cache that the layer needs to decode, as `Caches.for_model` makes it.
@@ -429,33 +431,20 @@ class Attention(nn.Module):
             out = out * project(self.gate_proj, x).sigmoid()
         return project(self.out_proj, out)
 
-    def _inputs(
-        self,
-        x: Tensor,
-        context: Tensor | None,
-        mask: Mask | None,
-        bias: Tensor | None,
-        positions: Tensor | None,
-        cache: Cache | Caches | None,
-    ) -> _Inputs:
-        """Projects x and context, appends to the cache, and combines the masks and the biases."""
+    def _inputs(self, x: Tensor, context: Tensor | None, options: CallOptions) -> _Inputs:
+        """Projects x and context, and appends to the cache."""
         caller = type(self).__name__
         if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[2] != self.embed_dim:
             raise input_error(caller, "x", x, f"(B, L, {self.embed_dim})")
-        mask = self.mask if mask is None else self.mask & require_mask(caller, mask)
-        if positions is not None and self.rotary is None:
-            raise ValueError(f"{caller}: positions rotate queries and keys, so the layer needs a rotary; got None.")
         try:
             q = self._split_heads(project(self.q_proj, x), self.head_dim, self.q_norm)
             if self.context_dim is None:
                 self._refuse_context(context)
-                inputs = self._self_inputs(x, q, mask, bias, positions, cache)
-            else:
-                inputs = self._cross_inputs(x, q, context, mask, bias, cache)
+                return self._self_inputs(x, q, options)
+            return self._cross_inputs(x, q, context, options)
         except RuntimeError as error:
             self._raise_input_error(error, x, context)
             raise
-        return inputs
 
     def _add_position_bias(self, inputs: _Inputs) -> _Inputs:
         """The inputs with the bias of `position_bias`."""
@@ -472,29 +461,22 @@ class Attention(nn.Module):
         if context is not None:
             require_like_weights(caller, "context", context, self.k_proj, error)
 
-    def _self_inputs(
-        self,
-        x: Tensor,
-        q: Tensor,
-        mask: Mask,
-        bias: Tensor | None,
-        positions: Tensor | None,
-        cache: Cache | Caches | None,
-    ) -> _Inputs:
+    def _self_inputs(self, x: Tensor, q: Tensor, options: CallOptions) -> _Inputs:
         """`_inputs` of self-attention, from projected queries."""
+        cache = options.cache
         if cache is not None and (not isinstance(cache, Cache) or isinstance(cache, (CrossKVCache, LatentKVCache))):
             raise TypeError(
                 f"{type(self).__name__}: cache must be a KVCache, PagedKVCache, Int8KVCache or SlidingKVCache in "
                 f"self-attention; got {type(cache).__name__}."
             )
-        mask, is_token, where = new_tokens(cache, self._owner, mask, x, self.rotary, positions)
+        mask, is_token, where = new_tokens(options, self._owner, x, self.rotary)
         k, v = self._keys(x)
         if self.rotary is not None:
             q, k = self.rotary(q, **where), self.rotary(k, **where)
         if cache is None:
-            return _Inputs(q, Keys(k, v, 0), mask, bias)
+            return _Inputs(q, Keys(k, v, 0), mask, options.bias)
         keys = cache.append(k, v, is_token)
-        return _Inputs(q, keys, cache.restrict(mask, keys, x.shape[1]), cache.restrict_bias(bias, keys))
+        return _Inputs(q, keys, cache.restrict(mask, keys, x.shape[1]), cache.restrict_bias(options.bias, keys))
 
     def _refuse_context(self, context: Tensor | None) -> None:
         """Raises ValueError unless the context of self-attention is None."""
@@ -507,16 +489,9 @@ class Attention(nn.Module):
                 "Build the layer with context_dim=, or use CrossAttention. Pass a mask by keyword, mask=."
             )
 
-    def _cross_inputs(
-        self,
-        x: Tensor,
-        q: Tensor,
-        context: Tensor | None,
-        mask: Mask,
-        bias: Tensor | None,
-        cache: Cache | Caches | None,
-    ) -> _Inputs:
+    def _cross_inputs(self, x: Tensor, q: Tensor, context: Tensor | None, options: CallOptions) -> _Inputs:
         """`_inputs` of cross-attention, from projected queries."""
+        mask, bias, _, cache = options
         caller = type(self).__name__
         if cache is not None and not isinstance(cache, CrossKVCache):
             raise TypeError(f"{caller}: cache must be a CrossKVCache in cross-attention; got {type(cache).__name__}.")

@@ -8,6 +8,7 @@ from torch import Tensor
 from typing_extensions import ParamSpec
 
 from qkv.cache import Cache, Caches, Owner
+from qkv.layers.arguments import require_mask
 from qkv.masks import Mask
 
 _Arguments = ParamSpec("_Arguments")
@@ -15,6 +16,13 @@ _Arguments = ParamSpec("_Arguments")
 
 class _Owning(Protocol):
     _owner: Owner
+
+
+class _Masked(Protocol):
+    mask: Mask
+
+    @property
+    def rotary(self) -> Any: ...
 
 
 _Layer = TypeVar("_Layer", bound=_Owning)
@@ -47,6 +55,33 @@ def restore_cache_on_error(
     return guarded
 
 
+class CallOptions(NamedTuple):
+    """The options of one call of a layer, made by `call_options`."""
+
+    mask: Mask
+    """that of the layer and of the call"""
+    bias: Tensor | None
+    positions: Tensor | None
+    cache: Any
+    """the layer checks its kind"""
+
+
+def call_options(
+    layer: "_Masked", mask: Mask | None, bias: Tensor | None, positions: Tensor | None, cache: object
+) -> CallOptions:
+    """The validated options of a call of ``layer``.
+
+    Raises:
+        TypeError: for a mask of another type.
+        ValueError: for positions without rotary.
+    """
+    caller = type(layer).__name__
+    if positions is not None and layer.rotary is None:
+        raise ValueError(f"{caller}: positions rotate queries and keys, so the layer needs a rotary; got None.")
+    combined = layer.mask if mask is None else layer.mask & require_mask(caller, mask)
+    return CallOptions(combined, bias, positions, cache)
+
+
 class NewTokens(NamedTuple):
     """The tokens of a call, before they are appended to a cache."""
 
@@ -58,14 +93,13 @@ class NewTokens(NamedTuple):
     """their positions, as arguments of rotary"""
 
 
-def new_tokens(
-    cache: Cache | None, owner: Owner, mask: Mask, x: Tensor, rotary: object, positions: Tensor | None
-) -> NewTokens:
+def new_tokens(options: CallOptions, owner: Owner, x: Tensor, rotary: object) -> NewTokens:
     """Admits the tokens ``x (B, L, width)`` of a layer to its cache, and finds their positions.
 
     Raises:
         ValueError: as `Cache.admit` and `Cache.split_padding`.
     """
+    mask, _, positions, cache = options
     offset: int | Tensor = 0
     is_token = None
     if cache is not None:

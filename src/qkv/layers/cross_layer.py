@@ -7,6 +7,7 @@ from typing_extensions import Unpack
 
 from qkv.cache import Cache, Caches, CrossKVCache
 from qkv.layers.attention import Attention, _Inputs
+from qkv.layers.cached_call import CallOptions
 from qkv.layers.options import ConversionOptions, LayerOptions
 from qkv.masks import Mask
 
@@ -48,17 +49,9 @@ class CrossLayerAttention(Attention):
         super().__init__(embed_dim, num_heads, **options)
         self.k_proj = self.v_proj = self.k_norm = None  # type: ignore[assignment]
 
-    def _self_inputs(
-        self,
-        x: Tensor,
-        q: Tensor,
-        mask: Mask,
-        bias: Tensor | None,
-        positions: Tensor | None,
-        cache: Cache | Caches | None,
-    ) -> _Inputs:
-        caller = type(self).__name__
-        cache = self._require_cache(cache)
+    def _self_inputs(self, x: Tensor, q: Tensor, options: CallOptions) -> _Inputs:
+        caller, (mask, bias, positions, _) = type(self).__name__, options
+        cache = self._require_cache(options.cache)
         count = x.shape[1]
         if cache.columns < count:
             raise ValueError(

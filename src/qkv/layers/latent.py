@@ -12,7 +12,7 @@ from qkv.cache import Caches, Keys, LatentKVCache, Owner
 from qkv.layers import deepseek
 from qkv.layers.arguments import input_error, require_backend, require_like_weights, require_mask, require_rotary
 from qkv.layers.attention import HeadNorm
-from qkv.layers.cached_call import new_tokens, restore_cache_on_error
+from qkv.layers.cached_call import CallOptions, call_options, new_tokens, restore_cache_on_error
 from qkv.layers.latent_heads import LatentHeads, split_heads
 from qkv.layers.projection import project
 from qkv.layers.rotary import RotaryEmbedding
@@ -204,7 +204,7 @@ class LatentAttention(nn.Module):
                 and the cache.
             TypeError: for an input that is not a tensor, and a mask or a cache of the wrong kind.
         """
-        q, keys, mask, bias = self._inputs(x, mask, bias, positions, cache)
+        q, keys, mask, bias = self._inputs(x, call_options(self, mask, bias, positions, cache))
         options = {**self._scores(bias), **keys.options()}
         out = self._heads.attend(q, keys.k, mask=mask, backend=self.backend, **options)
         return project(self.out_proj, out.transpose(1, 2).flatten(2))
@@ -223,7 +223,7 @@ class LatentAttention(nn.Module):
         cache: LatentKVCache | Caches | None = None,
     ) -> Tensor:
         """The softmax weights ``(B, num_heads, Lq, Lk)`` of `forward`, which takes the same arguments."""
-        q, keys, mask, bias = self._inputs(x, mask, bias, positions, cache)
+        q, keys, mask, bias = self._inputs(x, call_options(self, mask, bias, positions, cache))
         k, _ = self._heads.expand(keys.k)
         return functional.attention_weights(q, k, mask=mask, **self._scores(bias), **keys.options())
 
@@ -245,15 +245,8 @@ class LatentAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         return {"scale": self.scale, "softcap": self.softcap, "bias": bias, "dropout": dropout}
 
-    def _inputs(
-        self,
-        x: Tensor,
-        mask: Mask | None,
-        bias: Tensor | None,
-        positions: Tensor | None,
-        cache: LatentKVCache | Caches | None,
-    ) -> _Inputs:
-        """Projects x, appends to the cache, and combines the masks."""
+    def _inputs(self, x: Tensor, options: CallOptions) -> _Inputs:
+        """Projects x, and appends to the cache."""
         caller = type(self).__name__
         if isinstance(x, Tensor) and x.is_nested:
             raise ValueError(
@@ -262,12 +255,10 @@ class LatentAttention(nn.Module):
             )
         if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[2] != self.embed_dim:
             raise input_error(caller, "x", x, f"(B, L, {self.embed_dim})")
-        mask = self.mask if mask is None else self.mask & require_mask(caller, mask)
-        if positions is not None and self.rotary is None:
-            raise ValueError(f"{caller}: positions rotate queries and keys, so the layer needs a rotary; got None.")
+        bias, cache = options.bias, options.cache
         if cache is not None and not isinstance(cache, LatentKVCache):
             raise TypeError(f"{caller}: cache must be a LatentKVCache; got {type(cache).__name__}.")
-        mask, is_token, where = new_tokens(cache, self._owner, mask, x, self.rotary, positions)
+        mask, is_token, where = new_tokens(options, self._owner, x, self.rotary)
         try:
             q, latents, rotary_keys = self._queries(x, where), *self._latents(x, where)
         except RuntimeError as error:
