@@ -1,7 +1,7 @@
 """`Attention`: one layer for all mechanisms."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,6 @@ from qkv.cache import (
     Cache,
     Caches,
     CrossKVCache,
-    Int8Keys,
     Int8KVCache,
     Keys,
     KVCache,
@@ -33,7 +32,14 @@ from qkv.layers.arguments import (
     require_rotary,
     require_vector,
 )
-from qkv.layers.cached_call import CallOptions, call_options, new_tokens, restore_cache_on_error
+from qkv.layers.cached_call import (
+    CallOptions,
+    Inputs,
+    cached_inputs,
+    call_options,
+    new_tokens,
+    restore_cache_on_error,
+)
 from qkv.layers.jagged import PackedTokens, nested_like, pack_jagged, require_jagged
 from qkv.layers.options import Arguments, ConversionOptions
 from qkv.layers.packed import unpack_state
@@ -50,15 +56,6 @@ class HeadNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
-
-
-class _Inputs(NamedTuple):
-    """The inputs of `qkv.attention` in a layer."""
-
-    q: Tensor
-    keys: Keys | Int8Keys
-    mask: Mask
-    bias: Tensor | None
 
 
 class Attention(nn.Module):
@@ -370,9 +367,9 @@ class Attention(nn.Module):
             where = {"positions": queries.positions, "length": queries.lengths[queries.rows]}
             q, k = self.rotary(q, **where), self.rotary(k, **where)
         if keys is queries and mask.is_relative and self.position_bias is None:
-            out = self._attend(_Inputs(q, Keys(k, v, 0), mask & queries.document_mask, None))
+            out = self._attend(Inputs(q, Keys(k, v, 0), mask & queries.document_mask, None))
         else:  # each sequence has first tokens, chunks and relative positions of its own
-            padded = _Inputs(queries.pad(q), Keys(keys.pad(k), keys.pad(v), 0), mask & Mask.padding(keys.lengths), None)
+            padded = Inputs(queries.pad(q), Keys(keys.pad(k), keys.pad(v), 0), mask & Mask.padding(keys.lengths), None)
             out = queries.pack(self._attend(padded))
         return nested_like(x, self._project_out(out, queries.values))
 
@@ -402,13 +399,13 @@ class Attention(nn.Module):
             )
         return keys
 
-    def _attend(self, inputs: _Inputs) -> Tensor:
+    def _attend(self, inputs: Inputs) -> Tensor:
         """`qkv.attention` with the options of the layer."""
         q, keys, mask, bias = inputs if self.position_bias is None else self._add_position_bias(inputs)
         scores = self._scores(q, bias)
         return functional.attention(q, keys.k, keys.v, mask=mask, backend=self.backend, **scores, **keys.options())
 
-    def _weights(self, inputs: _Inputs) -> Tensor:
+    def _weights(self, inputs: Inputs) -> Tensor:
         """`qkv.attention_weights` with the options of the layer."""
         q, keys, mask, bias = inputs if self.position_bias is None else self._add_position_bias(inputs)
         return functional.attention_weights(q, keys.k, mask=mask, **self._scores(q, bias), **keys.options())
@@ -431,7 +428,7 @@ class Attention(nn.Module):
             out = out * project(self.gate_proj, x).sigmoid()
         return project(self.out_proj, out)
 
-    def _inputs(self, x: Tensor, context: Tensor | None, options: CallOptions) -> _Inputs:
+    def _inputs(self, x: Tensor, context: Tensor | None, options: CallOptions) -> Inputs:
         """Projects x and context, and appends to the cache."""
         caller = type(self).__name__
         if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[2] != self.embed_dim:
@@ -446,7 +443,7 @@ class Attention(nn.Module):
             self._raise_input_error(error, x, context)
             raise
 
-    def _add_position_bias(self, inputs: _Inputs) -> _Inputs:
+    def _add_position_bias(self, inputs: Inputs) -> Inputs:
         """The inputs with the bias of `position_bias`."""
         q, keys, _, bias = inputs
         assert self.position_bias is not None
@@ -461,7 +458,7 @@ class Attention(nn.Module):
         if context is not None:
             require_like_weights(caller, "context", context, self.k_proj, error)
 
-    def _self_inputs(self, x: Tensor, q: Tensor, options: CallOptions) -> _Inputs:
+    def _self_inputs(self, x: Tensor, q: Tensor, options: CallOptions) -> Inputs:
         """`_inputs` of self-attention, from projected queries."""
         cache = options.cache
         if cache is not None and (not isinstance(cache, Cache) or isinstance(cache, (CrossKVCache, LatentKVCache))):
@@ -474,9 +471,9 @@ class Attention(nn.Module):
         if self.rotary is not None:
             q, k = self.rotary(q, **where), self.rotary(k, **where)
         if cache is None:
-            return _Inputs(q, Keys(k, v, 0), mask, options.bias)
+            return Inputs(q, Keys(k, v, 0), mask, options.bias)
         keys = cache.append(k, v, is_token)
-        return _Inputs(q, keys, cache.restrict(mask, keys, x.shape[1]), cache.restrict_bias(options.bias, keys))
+        return cached_inputs(q, keys, mask, options.bias, cache)
 
     def _refuse_context(self, context: Tensor | None) -> None:
         """Raises ValueError unless the context of self-attention is None."""
@@ -489,7 +486,7 @@ class Attention(nn.Module):
                 "Build the layer with context_dim=, or use CrossAttention. Pass a mask by keyword, mask=."
             )
 
-    def _cross_inputs(self, x: Tensor, q: Tensor, context: Tensor | None, options: CallOptions) -> _Inputs:
+    def _cross_inputs(self, x: Tensor, q: Tensor, context: Tensor | None, options: CallOptions) -> Inputs:
         """`_inputs` of cross-attention, from projected queries."""
         mask, bias, _, cache = options
         caller = type(self).__name__
@@ -505,7 +502,7 @@ class Attention(nn.Module):
             if sizes != (x.shape[0], self.context_dim):
                 raise input_error(caller, "context", context, f"({x.shape[0]}, Lk, {self.context_dim})")
             if cache is None:
-                return _Inputs(q, Keys(*self._keys(context), None), mask, bias)
+                return Inputs(q, Keys(*self._keys(context), None), mask, bias)
         cache.admit(self._owner, mask)
         if context is None or cache.length:
             if context is not None:
@@ -517,7 +514,7 @@ class Attention(nn.Module):
             mask, is_token = cache.split_padding(mask, *context.shape[:2])
             keys = cache.append(*self._keys(context), is_token)
             cache.remember(context)
-        return _Inputs(q, keys, cache.restrict(mask, keys, x.shape[1]), cache.restrict_bias(bias, keys))
+        return cached_inputs(q, keys, mask, bias, cache)
 
     def _keys(self, source: Tensor) -> tuple[Tensor, Tensor]:
         """Keys (B, Hkv, Lk, head_dim) and values (B, Hkv, Lk, value_dim) of x or a context."""

@@ -7,7 +7,7 @@ from typing import Any, Concatenate, NamedTuple, Protocol, TypeVar
 from torch import Tensor
 from typing_extensions import ParamSpec
 
-from qkv.cache import Cache, Caches, Owner
+from qkv.cache import Cache, Caches, Int8Keys, Keys, Owner
 from qkv.layers.arguments import require_mask
 from qkv.masks import Mask
 
@@ -80,6 +80,20 @@ def call_options(
         raise ValueError(f"{caller}: positions rotate queries and keys, so the layer needs a rotary; got None.")
     combined = layer.mask if mask is None else layer.mask & require_mask(caller, mask)
     return CallOptions(combined, bias, positions, cache)
+
+
+class Inputs(NamedTuple):
+    """The inputs of `qkv.attention` in a layer."""
+
+    q: Tensor
+    keys: Keys | Int8Keys
+    mask: Mask
+    bias: Tensor | None
+
+
+def cached_inputs(q: Tensor, keys: Keys | Int8Keys, mask: Mask, bias: Tensor | None, cache: Cache) -> Inputs:
+    """The inputs over keys that a cache returned, from a mask and a bias over all columns."""
+    return Inputs(q, keys, cache.restrict(mask, keys, q.shape[2]), cache.restrict_bias(bias, keys))
 
 
 class NewTokens(NamedTuple):

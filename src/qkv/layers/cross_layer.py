@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from qkv.cache import Cache, Caches, CrossKVCache
-from qkv.layers.attention import Attention, _Inputs
-from qkv.layers.cached_call import CallOptions
+from qkv.layers.attention import Attention
+from qkv.layers.cached_call import CallOptions, Inputs, cached_inputs
 from qkv.layers.options import ConversionOptions, LayerOptions
 from qkv.masks import Mask
 
@@ -49,7 +49,7 @@ class CrossLayerAttention(Attention):
         super().__init__(embed_dim, num_heads, **options)
         self.k_proj = self.v_proj = self.k_norm = None  # type: ignore[assignment]
 
-    def _self_inputs(self, x: Tensor, q: Tensor, options: CallOptions) -> _Inputs:
+    def _self_inputs(self, x: Tensor, q: Tensor, options: CallOptions) -> Inputs:
         caller, (mask, bias, positions, _) = type(self).__name__, options
         cache = self._require_cache(options.cache)
         count = x.shape[1]
@@ -71,7 +71,7 @@ class CrossLayerAttention(Attention):
         if self.rotary is not None:
             where = {"offset": cache.offset_of_latest(count)} if positions is None else {"positions": positions}
             q = self.rotary(q, **where)
-        return _Inputs(q, keys, cache.restrict(mask, keys, count), cache.restrict_bias(bias, keys))
+        return cached_inputs(q, keys, mask, bias, cache)
 
     make_cache = None  # type: ignore[assignment]  # it has no keys of its own
 

@@ -9,7 +9,8 @@ from typing_extensions import Self, Unpack
 from qkv.arguments import require_finite, require_positive
 from qkv.layers import transformers_modules
 from qkv.layers.arguments import require_rotary
-from qkv.layers.attention import Attention, HeadNorm, _Inputs
+from qkv.layers.attention import Attention, HeadNorm
+from qkv.layers.cached_call import Inputs
 from qkv.layers.options import Arguments, ConversionOptions, LayerOptions
 from qkv.layers.rotary import RotaryEmbedding
 
@@ -114,12 +115,12 @@ class DifferentialAttention(Attention):
         first, second = ((q.to(dtype) * k.to(dtype)).sum().exp() for q, k in ((q1, k1), (q2, k2)))
         return first - second + self.lambda_init
 
-    def _attend(self, inputs: _Inputs) -> Tensor:
+    def _attend(self, inputs: Inputs) -> Tensor:
         first, second = (super(DifferentialAttention, self)._attend(one) for one in _halves(inputs))
         out: Tensor = self.sub_norm(first - self.difference().to(first.dtype) * second)
         return (1 - self.lambda_init) * out
 
-    def _weights(self, inputs: _Inputs) -> Tensor:
+    def _weights(self, inputs: Inputs) -> Tensor:
         first, second = (super(DifferentialAttention, self)._weights(one) for one in _halves(inputs))
         return first - self.difference().to(first.dtype) * second
 
@@ -152,7 +153,7 @@ class DifferentialAttention(Attention):
         return f"{super().extra_repr()}, lambda_init={self.lambda_init}"
 
 
-def _halves(inputs: _Inputs) -> list[_Inputs]:
+def _halves(inputs: Inputs) -> list[Inputs]:
     """The inputs of each of the two maps, which have the values in common."""
     pairs = zip(inputs.q.chunk(2, dim=-1), inputs.keys.k.chunk(2, dim=-1), strict=True)
     return [inputs._replace(q=q, keys=inputs.keys._replace(k=k)) for q, k in pairs]

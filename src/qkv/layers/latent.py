@@ -1,6 +1,6 @@
 """`LatentAttention`: keys and values of all heads from one latent for each token."""
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,21 +12,19 @@ from qkv.cache import Caches, Keys, LatentKVCache, Owner
 from qkv.layers import deepseek
 from qkv.layers.arguments import input_error, require_backend, require_like_weights, require_mask, require_rotary
 from qkv.layers.attention import HeadNorm
-from qkv.layers.cached_call import CallOptions, call_options, new_tokens, restore_cache_on_error
+from qkv.layers.cached_call import (
+    CallOptions,
+    Inputs,
+    cached_inputs,
+    call_options,
+    new_tokens,
+    restore_cache_on_error,
+)
 from qkv.layers.latent_heads import LatentHeads, split_heads
 from qkv.layers.projection import project
 from qkv.layers.rotary import RotaryEmbedding
 from qkv.masks import FULL, Mask
 from qkv.scores import ScoreOptions
-
-
-class _Inputs(NamedTuple):
-    """The inputs of `LatentHeads.attend` in a layer."""
-
-    q: Tensor
-    keys: Keys
-    mask: Mask
-    bias: Tensor | None
 
 
 class LatentAttention(nn.Module):
@@ -245,7 +243,7 @@ class LatentAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         return {"scale": self.scale, "softcap": self.softcap, "bias": bias, "dropout": dropout}
 
-    def _inputs(self, x: Tensor, options: CallOptions) -> _Inputs:
+    def _inputs(self, x: Tensor, options: CallOptions) -> Inputs:
         """Projects x, and appends to the cache."""
         caller = type(self).__name__
         if isinstance(x, Tensor) and x.is_nested:
@@ -265,9 +263,9 @@ class LatentAttention(nn.Module):
             require_like_weights(caller, "x", x, self.kv_a_proj, error)
             raise
         if cache is None:
-            return _Inputs(q, Keys(torch.cat([latents, rotary_keys], dim=3), latents, 0), mask, bias)
+            return Inputs(q, Keys(torch.cat([latents, rotary_keys], dim=3), latents, 0), mask, bias)
         keys = cache.append(latents, rotary_keys, is_token)
-        return _Inputs(q, keys, cache.restrict(mask, keys, x.shape[1]), cache.restrict_bias(bias, keys))
+        return cached_inputs(q, keys, mask, bias, cache)
 
     def _queries(self, x: Tensor, where: dict[str, Any]) -> Tensor:
         """Queries ``(B, H, L, nope_dim + rope_dim)``, at the positions that these arguments of rotary say."""

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from qkv.integrations.transformers import attention
+from qkv.integrations.transformers.model_types import register_model_type
 
 MODEL_TYPES = ("t5", "mt5", "bart", "mbart", "pegasus", "marian")
 """Supported model types. Their attention infers the number of heads from the projections' outputs."""
@@ -56,23 +57,16 @@ def __getattr__(name: str) -> Any:
 @functools.cache
 def _registered() -> dict[str, Any]:
     """Creates and registers all classes; returns them by name."""
-    from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, MODEL_MAPPING
-    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
     attention.register()
+    mappings = (MODEL_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING)
     classes = []
     for model_type in MODEL_TYPES:
         base = CONFIG_MAPPING[model_type]
         config = _config_class(base)
-        classes.append(config)
-        AutoConfig.register(config.model_type, config)
-        for mapping in (MODEL_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING):
-            classes.append(_model_class(mapping[base], config))
-            mapping.register(config, classes[-1])
-        if base in TOKENIZER_MAPPING:
-            TOKENIZER_MAPPING.register(config, TOKENIZER_MAPPING[base])
+        classes += register_model_type(base, config, mappings, functools.partial(_model_class, config_class=config))
     return {cls.__name__: cls for cls in classes}
 
 

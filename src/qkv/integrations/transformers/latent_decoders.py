@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qkv.integrations.transformers import attention
+from qkv.integrations.transformers.model_types import register_model_type
 from qkv.layers.latent_heads import LatentHeads, split_heads
 from qkv.layers.rotary import rotate
 
@@ -58,23 +59,17 @@ def __getattr__(name: str) -> Any:
 @functools.cache
 def _registered() -> dict[str, Any]:
     """Creates and registers all classes; returns them by name."""
-    from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
-    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
     attention.register()
+    mappings = (MODEL_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING)
     classes = []
     for model_type in MODEL_TYPES:
         base = CONFIG_MAPPING[model_type]
         config, layer = _config_class(base), _attention_class(MODEL_MAPPING[base])
-        AutoConfig.register(config.model_type, config)
-        classes += [config, layer]
-        for mapping in (MODEL_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
-            classes.append(_model_class(mapping[base], config, layer))
-            mapping.register(config, classes[-1])
-        if base in TOKENIZER_MAPPING:
-            TOKENIZER_MAPPING.register(config, TOKENIZER_MAPPING[base])
+        model_class = functools.partial(_model_class, config_class=config, attention_class=layer)
+        classes += [layer, *register_model_type(base, config, mappings, model_class)]
     return {cls.__name__: cls for cls in classes}
 
 
