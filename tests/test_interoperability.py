@@ -51,8 +51,12 @@ def test_compiled_to_machine_code_it_computes_the_same() -> None:
     torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), x)[0] for out in (got, want)))
 
 
-@pytest.mark.parametrize("backend", ["auto", "sdpa", "reference"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+# A dtype changes none of what is compiled, but where "auto" leaves fp64 to sdpa: each other pair takes 7 seconds.
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [("auto", torch.float32), ("sdpa", torch.float64), ("reference", torch.float32)],
+    ids=str,
+)
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_for_any_number_of_heads_and_with_one_tensor_for_two(backend: str, dtype: torch.dtype) -> None:
     def attend(q: Tensor, k: Tensor) -> Tensor:
@@ -98,7 +102,10 @@ def test_caches_under_vmap(make: Callable[[], qkv.KVCache], grad: bool) -> None:
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("cached", ["kv", "reserved", pytest.param("sliding", marks=pytest.mark.long)])
+# Of the quick tests, cache/test_model.py compiles caches that grow and roll.
+@pytest.mark.parametrize(
+    "cached", ["reserved", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("kv", "sliding"))]
+)
 @pytest.mark.filterwarnings("ignore")
 def test_decoding_steps_do_not_recompile(cached: str) -> None:
     window = 6 if cached == "sliding" else None

@@ -51,7 +51,7 @@ TEST(bits_depend_on_no_sharing_of_heads) {
             c.dtype = dtype;
             c.batch = 2;
             c.kv_heads = 13;
-            c.lq = 200;
+            c.lq = 100;
             c.lk = 490;
             c.width = width;
             c.value_width = 33;

@@ -100,10 +100,13 @@ def test_decoding_has_one_query(capsys):
     assert [(row["num_queries"], row["num_keys"]) for row in rows] == [(1, 12 if n == "cross" else 24) for n in NAMES]
 
 
-def test_backward(capsys, threads):
+def test_backward(capsys, threads, monkeypatch):
+    """Of two mechanisms: a gradient in a forked process takes half a second, for each mechanism and library."""
+    monkeypatch.setattr(bench, "mechanisms", lambda sizes: mechanisms(sizes)[3:5])
     code, captured = _bench(capsys, "--backward", "--threads", "1")
     assert code == 0
     assert "24 tokens, head_dim 8, float32, forward and backward, 1 thread\n" in captured.out
+    assert [line.split()[0] for line in captured.out.splitlines()[5:7]] == NAMES[3:5]
 
 
 @pytest.mark.parametrize("backward", [False, True])

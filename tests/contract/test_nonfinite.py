@@ -245,6 +245,7 @@ def test_nonfinite_numbers_follow_the_table(case: Case, dtype: torch.dtype, vari
     }
     for name in above:
         above[name][:, :, 1::3] = 0  # rows without a gradient from above
+    clean_runs = {}  # the same for NaN as for inf in the same place, as long as the same rows are bad
     for nonfinite in nonfinite_numbers(case, variant):
         what = (case.name, variant, nonfinite)
         given, given_above = (with_nonfinite(tensors, nonfinite, nonfinite.value) for tensors in (inputs, above))
@@ -256,8 +257,11 @@ def test_nonfinite_numbers_follow_the_table(case: Case, dtype: torch.dtype, vari
         used_given = [given_above[name].reshape(*shape, -1) for name in used]
         columns = torch.cat([column.float() for column in used_given], -1)
         bad = ~columns.isfinite().all(-1) | ((columns != 0).any(-1) & (found.nan | ~found.values.isfinite().all(-1)))
-        clean_above = {name: x.masked_fill(bad.view(*shape, *[1] * (x.dim() - 3)), 0) for name, x in above.items()}
-        clean_results, clean = run(case, variant, with_nonfinite(inputs, nonfinite, 0.5), clean_above)
+        of_clean = (nonfinite.tensor, nonfinite.where, *bad.flatten().tolist())
+        if of_clean not in clean_runs:
+            clean_above = {name: x.masked_fill(bad.view(*shape, *[1] * (x.dim() - 3)), 0) for name, x in above.items()}
+            clean_runs[of_clean] = run(case, variant, with_nonfinite(inputs, nonfinite, 0.5), clean_above)
+        clean_results, clean = clean_runs[of_clean]
 
         out = results[0].float()
         assert out[found.nan].isnan().all(), what

@@ -14,8 +14,10 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -124,6 +126,18 @@ def kill_at_each_operation(scene: Scene, stride: int) -> int:
     return at - stride
 
 
+def reports(times: int, stride: int, seed: int) -> Iterator[str]:
+    """Kills ``times`` at random and at every ``stride``-th operation, in each of three scenes."""
+    for what in ("writing", "replacing a model", "replacing a model without an exchange"):
+        can_exchange = "without" not in what
+        no_exchange = patch.object(staging, "exchange", lambda *names: False)
+        with tempfile.TemporaryDirectory() as folder, nullcontext() if can_exchange else no_exchange:
+            scene = Scene(Path(folder), "replacing" in what, can_exchange)
+            found = kill_at_random(scene, times, seed)
+            yield f"{what}: killed {times} times in {scene.seconds:.3f} s, at random; left: {found}"
+            yield f"{what}: killed at every {stride} of {kill_at_each_operation(scene, stride)} operations"
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser()
     arguments.add_argument("--times", type=int, default=50)
@@ -131,14 +145,8 @@ def main() -> None:
     arguments.add_argument("--seed", type=int, default=0)
     given = arguments.parse_args()
     torch.set_num_threads(1)
-    for what in ("writing", "replacing a model", "replacing a model without an exchange"):
-        with tempfile.TemporaryDirectory() as folder:
-            if "without" in what:
-                staging.exchange = lambda *names: False
-            scene = Scene(Path(folder), "replacing" in what, "without" not in what)
-            found = kill_at_random(scene, given.times, given.seed)
-            print(f"{what}: killed {given.times} times in {scene.seconds:.3f} s, at random; left: {found}")
-            print(f"{what}: killed at every {given.stride} of {kill_at_each_operation(scene, given.stride)} operations")
+    for line in reports(given.times, given.stride, given.seed):
+        print(line)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,6 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from convert import kill, models
@@ -24,11 +21,7 @@ def source(tmp_path_factory):
 
 def test_killed_runs_leave_a_whole_model_or_none():
     """A few kills; ``python tests/convert/kill.py`` makes many."""
-    script = Path(__file__).with_name("kill.py")
-    arguments = [sys.executable, str(script), "--times", "3", "--stride", "67"]
-    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("killed") == 6
+    assert len(list(kill.reports(times=3, stride=67, seed=0))) == 6
 
 
 def die(*arguments, **options):

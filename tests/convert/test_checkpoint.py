@@ -170,6 +170,7 @@ def test_memory_is_bounded_by_a_tensor(tmp_path):
         intermediate_size=1024,
         num_hidden_layers=2,
         vocab_size=16000,
+        tie_word_embeddings=True,
     )
     assert sum(path.stat().st_size for path in source.glob("*.safetensors")) > 100e6
     command = [sys.executable, "-c", large.CONVERT, str(source), str(tmp_path / "out"), "2"]
