@@ -23,6 +23,7 @@ NATIVE = "../../native/src"
 KERNEL = ("kernels/test_native.py", "cache/test_int8.py", "contract/test_grid.py")
 APPEND = ("cache/test_buffer.py",)
 CACHES = ("cache/test_model.py",)
+PAGED = ("cache/test_paged.py",)
 NONFINITE = ("contract/test_nonfinite.py",)
 ROWS = ("layers/test_rows.py", "cache/test_states.py")
 SEQUENCES = ("test_packed.py", "test_paged.py")
@@ -179,6 +180,17 @@ MUTANTS = [
     Mutant("one page index too many validated", f"{NATIVE}/abi/problem.h", "entry(b, end - 1) + 1 :", "entry(b, end) + 1 :", SEQUENCES),
     Mutant("left padding in pages not skipped", f"{NATIVE}/abi/problem.h", "return (first + key) % size;", "return key % size;", SEQUENCES),
     Mutant("a window in pages one block late", f"{NATIVE}/attention/paged.h", "t.begin / BLOCK_N * BLOCK_N)", "t.begin / BLOCK_N * BLOCK_N + BLOCK_N)", SEQUENCES),
+    Mutant("a shared last page written to by all that hold it", "cache/pool.py", "if seen[row[-1]] < self.pool.holders(row[-1]):", "if False:", PAGED),
+    Mutant("a page that was shared since the last step written to in place", "cache/pool.py", "if self._holds != pool.holds or torch", "if torch", PAGED),
+    Mutant("a page copied by its last holder too", "cache/pool.py", "seen[row[-1]] < self.pool.holders", "seen[row[-1]] <= self.pool.holders", PAGED),
+    Mutant("a page freed while others hold it", "cache/pool.py", "self._holders[page] -= 1", "self._holders[page] = 0", PAGED),
+    Mutant("pages of a table that is gone held", "cache/pool.py", 'if "rows" in self.__dict__:', "if False:", PAGED),
+    Mutant("pages of another row written to", "cache/pool.py", "[rows, slots // size]", "[rows.flip(0), slots // size]", PAGED),
+    Mutant("tokens one slot late in their page", "cache/pool.py", "(pages, slots % size)", "(pages, (slots + 1) % size)", PAGED),
+    Mutant("pages after a crop kept", "cache/pool.py", "cropped = PageTable(self.pool, [row[:count] for row, count in pairs])", "cropped = PageTable(self.pool, [row for row, count in pairs])", PAGED),
+    Mutant("values of a copied page left behind", "cache/pool.py", "v[source].transpose(1, 2))", "v[to].transpose(1, 2))", PAGED),
+    Mutant("room in the last pages not counted down", "cache/pool.py", "        self._room -= k.shape[2]\n", "", PAGED),
+    Mutant("a table without the pages that were added", "cache/pool.py", "        self._enter([*(", "        ([*(", PAGED),
     Mutant("gathered pages in the order of the pool", "sequences.py", "page = tables[sequence, row // page_size]", "page = tables[sequence, row // page_size].sort().values"),
     Mutant("gradients of unused keys not cleared", "kernels/sequences.py", "dk.zero_(), dv.zero_()", "pass"),
     Mutant("flash-attn's cache not written", "integrations/flash_attn.py", "k_cache[slots], v_cache[slots] = k, v", "pass"),

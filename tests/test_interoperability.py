@@ -102,7 +102,7 @@ def test_caches_under_vmap(make: Callable[[], qkv.KVCache], grad: bool) -> None:
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
 
 
-# Of the quick tests, cache/test_model.py compiles caches that grow and roll.
+# Each compilation takes a second; of the quick tests, cache/test_model.py compiles a cache that grows.
 @pytest.mark.parametrize(
     "cached", ["reserved", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("kv", "sliding"))]
 )
