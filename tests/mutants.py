@@ -181,7 +181,6 @@ MUTANTS = [
     Mutant("left padding in pages not skipped", f"{NATIVE}/abi/problem.h", "return (first + key) % size;", "return key % size;", SEQUENCES),
     Mutant("a window in pages one block late", f"{NATIVE}/attention/paged.h", "t.begin / BLOCK_N * BLOCK_N)", "t.begin / BLOCK_N * BLOCK_N + BLOCK_N)", SEQUENCES),
     Mutant("a shared last page written to by all that hold it", "cache/pool.py", "if seen[row[-1]] < self.pool.holders(row[-1]):", "if False:", PAGED),
-    Mutant("a page that was shared since the last step written to in place", "cache/pool.py", "if self._holds != pool.holds or torch", "if torch", PAGED),
     Mutant("a page copied by its last holder too", "cache/pool.py", "seen[row[-1]] < self.pool.holders", "seen[row[-1]] <= self.pool.holders", PAGED),
     Mutant("a page freed while others hold it", "cache/pool.py", "self._holders[page] -= 1", "self._holders[page] = 0", PAGED),
     Mutant("pages of a table that is gone held", "cache/pool.py", 'if "rows" in self.__dict__:', "if False:", PAGED),

@@ -1,6 +1,5 @@
 """`Solver`: a backend on a device, or the kernel with one instruction set, as run by the contract tests."""
 
-import ctypes
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -21,18 +20,6 @@ from qkv.backends import BACKENDS, Backend, flex, native
 from qkv.problem import make_problem
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-
-
-def supported_isas() -> list[str]:
-    """The instruction sets that both machine and kernel support, the best first; none without the kernel."""
-    if kernels.absence() is not None:
-        return []
-    library = ctypes.CDLL(str(kernels.LIBRARY))
-    if not hasattr(library, "qkv_supported_isas"):
-        return []  # of an older build, which kernels/test_native.py finds
-    library.qkv_supported_isas.restype = ctypes.c_char_p
-    found: bytes = library.qkv_supported_isas()
-    return found.decode().split()
 
 
 @cache
@@ -110,7 +97,11 @@ def _reasons(solver: Solver, case: Case, dtype: torch.dtype, needs_grad: bool, w
 
 SOLVERS = [
     *(Solver(backend, device) for device in DEVICES for backend in BACKENDS),
-    *(Solver(native, isa=isa) for isa in supported_isas() if isa != kernels.loaded().isa),
+    *(
+        Solver(native, isa=isa)
+        for isa in (kernels.supported_isas() if kernels.absence() is None else [])
+        if isa != kernels.loaded().isa
+    ),
 ]
 
 

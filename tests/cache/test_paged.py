@@ -177,6 +177,29 @@ def test_rows_share_full_pages_and_copy_the_last_one_when_they_write() -> None:
 
 
 @torch.no_grad()
+def test_caches_that_part_within_a_page_have_tokens_of_their_own() -> None:
+    pool = qkv.PagePool(page_size=4)
+    pairs = [(qkv.PagedKVCache(pool), qkv.KVCache())]
+
+    def append(count: int) -> None:
+        for both in pairs:
+            new = tokens(2, count)
+            for cache in both:
+                cache.append(*new)
+
+    append(9)
+    append(1)  # in place
+    pairs += [(copy.copy(paged), copy.copy(plain)) for paged, plain in pairs]
+    for _ in range(3):  # within the page that was shared, to its end, and into the next one
+        append(1)
+        for paged, plain in pairs:
+            got, want = paged.latest(1).gathered(), plain.latest(1)
+            assert torch.equal(got.k, want.k) and torch.equal(got.v, want.v)
+    assert pool.used == 2 * (2 + 2 * 2)
+    check_pools([paged for paged, _ in pairs])
+
+
+@torch.no_grad()
 def test_a_table_that_is_gone_holds_no_pages() -> None:
     pool = qkv.PagePool(page_size=2)
     cache = qkv.PagedKVCache(pool)

@@ -208,7 +208,7 @@ def test_all_heads_predict_the_same_on_the_built_in_text(capsys, tmp_path):
 
 
 def test_large_models_are_loaded_only_when_asked_to(capsys, tmp_path, monkeypatch):
-    from qkv.cli import divergence
+    from qkv.models import divergence
 
     source = tiny_model.save(tiny_model.llama(), tmp_path / "source")
     monkeypatch.setattr(divergence, "MAX_BYTES", 1000)

@@ -7,9 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from solver import supported_isas
 
-from qkv.kernels import LIBRARY
+from qkv.kernels import LIBRARY, supported_isas
 
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "native-tests"

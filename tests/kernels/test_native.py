@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from solver import SOLVERS, Solver, library, supported_isas
+from solver import SOLVERS, Solver, library
 
 import qkv
 from qkv import Mask, kernels
@@ -61,7 +61,7 @@ def test_without_the_library_everything_works_and_explain_says_why(tmp_path: Pat
 
 @present
 def test_every_instruction_set_of_the_machine_is_in_the_contract() -> None:
-    names = supported_isas()
+    names = kernels.supported_isas()
     assert names[-1] == "generic"
     assert {solver.isa or kernels.loaded().isa for solver in SOLVERS if solver.backend is native} == set(names)
     for name in names:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from qkv.models.errors import CommandError
 
-EXTRAS = ("typer", "rich", "transformers", "gguf", "accelerate")
+EXTRAS = ("typer", "rich", "transformers", "gguf", "accelerate", "packaging")
 """The packages of `pip install 'qkv[cli]'`."""
 
 

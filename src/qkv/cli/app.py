@@ -8,10 +8,11 @@ import qkv
 from qkv.cli.bench import bench
 from qkv.cli.convert import convert
 from qkv.cli.demo import demo
+from qkv.cli.doctor import doctor
 from qkv.cli.inspect import inspect
 
 app = typer.Typer(
-    help="Attention layers for PyTorch: inspect and convert models, compare and benchmark.",
+    help="Attention layers for PyTorch: inspect and convert models, compare and benchmark, check the installation.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -32,10 +33,11 @@ def options(
         bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Attention layers for PyTorch: inspect and convert models, compare and benchmark."""
+    """Attention layers for PyTorch: inspect and convert models, compare and benchmark, check the installation."""
 
 
 app.command()(demo)
 app.command()(bench)
 app.command()(inspect)
 app.command()(convert)
+app.command()(doctor)

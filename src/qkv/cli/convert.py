@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qkv.cli.divergence import describe_divergence, predict_original
 from qkv.cli.layers import describe, kv_bytes
 from qkv.cli.options import count_option
 from qkv.convert import (
@@ -27,6 +26,7 @@ from qkv.convert.files.gguf import check_bounds, read_gguf
 from qkv.convert.files.safetensors import BITS, TORCH_DTYPES
 from qkv.convert.files.staging import resolve_output
 from qkv.convert.inspect.checkpoint import inspect_tensors
+from qkv.models.divergence import describe_divergence, predict_original
 from qkv.models.errors import CommandError
 from qkv.models.kv_cache_size import readable_bytes
 from qkv.models.language_model import load, quiet

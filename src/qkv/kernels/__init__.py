@@ -8,6 +8,7 @@ from qkv.kernels.binding import Library as Library
 from qkv.kernels.binding import absence as absence
 from qkv.kernels.binding import load as load
 from qkv.kernels.binding import loaded as loaded
+from qkv.kernels.binding import supported_isas as supported_isas
 from qkv.kernels.binding import use as use
 from qkv.kernels.dispatch import can_bypass_dispatcher as can_bypass_dispatcher
 from qkv.kernels.forward import count_scores as count_scores

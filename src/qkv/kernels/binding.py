@@ -130,6 +130,17 @@ def loaded() -> Library:
     return _library
 
 
+def supported_isas() -> list[str]:
+    """The instruction sets that both the library and this machine support, the best first; none without the library."""
+    try:
+        supported = ctypes.CDLL(str(LIBRARY)).qkv_supported_isas
+    except (OSError, AttributeError):  # none, or one of another version
+        return []
+    supported.restype = ctypes.c_char_p
+    found: bytes = supported()
+    return found.decode().split()
+
+
 def absence() -> str | None:
     """Why there is no native library; None if it is loaded."""
     return _absence
