@@ -161,10 +161,14 @@ def test_masks_without_tensors_print_as_python_for_themselves(
         assert torch.equal(again.visible(LQ, LK, offset).expand_as(seen), seen)
 
 
+BEFORE = Mask.causal(7) & ~Mask.band(2, None)
+"""the keys 6 to 3 positions before the query"""
+
 COMBINED: list[tuple[Callable[[], Mask], str]] = [
     (lambda: Mask.causal(3) | Mask.sliding(4), "Mask.sliding(window=4)"),
     (lambda: Mask.causal(3) | Mask.band(1, 2), "Mask.sliding(window=4)"),
     (lambda: Mask.causal() | ~Mask.causal(), "Mask.full()"),
+    (lambda: BEFORE | Mask.sliding(4), "Mask.band(left=6, right=2)"),
     (lambda: Mask.causal() & ~Mask.causal(), "~Mask.full()"),
     (lambda: ~~Mask.causal(), "Mask.causal()"),
     (lambda: ~Mask.causal() & Mask.band(5, 3), "Mask.band(left=None, right=3) & ~Mask.causal()"),
@@ -354,6 +358,8 @@ def test_documents_of_two_masks_intersect() -> None:
         (lambda: Mask.global_tokens(torch.tensor([[3]])), ValueError, r"is_global must be .*got integers from 3 to 3"),
         (lambda: Mask.causal() | 3, TypeError, r"Mask.causal\(\) \| int: both must be a qkv.Mask"),
         (lambda: Mask.causal(2) | Mask.causal(3, dilation=2), ValueError, r"not a mask of these kinds"),
+        (lambda: BEFORE | Mask.sliding(2), ValueError, r"not a mask of these kinds"),  # a gap of one key
+        (lambda: Mask.sliding(2) | BEFORE, ValueError, r"not a mask of these kinds"),
         (
             lambda: Mask.sliding(2) | Mask.padding(KEEP),
             ValueError,

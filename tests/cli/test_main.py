@@ -29,7 +29,7 @@ def test_help_names_the_commands(capsys):
     assert "bench    Benchmark the seven mechanisms against torch's attention." in shown
     assert "inspect  Describe a model's attention and KV cache from its headers." in shown
     assert "convert  Convert a model to fewer KV heads" in shown
-    assert "doctor   Show what qkv runs on: kernel, instruction set, threads, versions." in shown
+    assert "doctor   Show what qkv runs on: kernel, instruction set, threads," in shown
 
 
 def test_help_of_demo_names_every_option(capsys):
