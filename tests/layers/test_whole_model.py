@@ -1,5 +1,6 @@
 """A trained model of 12 layers, decoded in batches by `Caches`: each row is the same text alone, whatever happens.
 
+Tokens come padded on the left, on the right or on both sides, or as nested tensors without padding.
 The model has rotary positions, groups of heads, a window in every other layer, sinks in one and a context in one.
 Products outside of attention are rounded from fp64 in decoding, since torch's depend on the number of rows. Attention
 has the same bits for queries in chunks of two or more; single queries sum in another order, and are within the budget.
@@ -44,6 +45,21 @@ class Norm(nn.Module):
         return (wide * (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt()).to(x.dtype)
 
 
+class Ragged(NamedTuple):
+    """How the tokens of a jagged tensor, packed as ``(T, width)``, belong to rows."""
+
+    offsets: Tensor
+
+    def nested(self, packed: Tensor) -> Tensor:
+        return torch.nested.nested_tensor_from_jagged(packed, self.offsets)
+
+    def padded(self, packed: Tensor) -> Tensor:
+        return self.nested(packed).to_padded_tensor(0.0)
+
+    def packed(self, padded: Tensor) -> Tensor:
+        return padded[torch.arange(padded.shape[1]) < self.offsets.diff()[:, None]]
+
+
 class Block(nn.Module):
     def __init__(self, index: int) -> None:
         super().__init__()
@@ -62,11 +78,22 @@ class Block(nn.Module):
                 setattr(layer, name, new)
 
     def forward(
-        self, x: Tensor, context: Tensor | None, mask: Mask | None, context_mask: Mask | None, cache: Caches | None
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        mask: Mask | None,
+        context_mask: Mask | None,
+        cache: Caches | None,
+        ragged: Ragged | None,
     ) -> Tensor:
-        x = x + self.attention(self.norm(x), mask=mask, cache=cache)
+        if ragged is None:
+            x = x + self.attention(self.norm(x), mask=mask, cache=cache)
+        else:
+            x = x + self.attention(ragged.nested(self.norm(x)), mask=mask, cache=cache).values()
         if self.cross is not None:
-            x = x + self.cross(self.norm(x), context, mask=context_mask, cache=cache)
+            y = self.norm(x) if ragged is None else ragged.padded(self.norm(x))  # nested queries take no cached context
+            y = self.cross(y, context, mask=context_mask, cache=cache)
+            x = x + (y if ragged is None else ragged.packed(y))
         return x + self.down(self.up(self.norm(x)).relu())
 
 
@@ -85,10 +112,12 @@ class Model(nn.Module):
         context_mask: Mask | None = None,
         cache: Caches | None = None,
     ) -> Tensor:
-        x = self.embedding(tokens)
+        ragged = Ragged(tokens.offsets()) if tokens.is_nested else None  # type: ignore[operator]
+        x = self.embedding(tokens if ragged is None else tokens.values())
         for block in self.blocks:
-            x = block(x, context, mask, context_mask, cache)
-        return self.head(self.norm(x))
+            x = block(x, context, mask, context_mask, cache, ragged)
+        out = self.head(self.norm(x))
+        return out if ragged is None else ragged.nested(out)
 
 
 def sequences(batch: int, length: int) -> tuple[Tensor, Tensor]:
@@ -197,22 +226,34 @@ class World:
         return texts, caches
 
     def append(self, texts: list[Text], more: list[list[int]], caches: Caches, **options: Any) -> list[Text]:
-        """Appends tokens to each row of a batch, padded to one length, and checks all logits."""
-        columns, side = max(2, *map(len, more)), self.chance.choice(("left", "right", "both"))
-        tokens, keep = torch.zeros(len(texts), columns, dtype=torch.int64), torch.zeros(len(texts), columns).bool()
+        """Appends tokens to each row of a batch, padded to one length or ragged, and checks all logits."""
+        grown = [text.longer(new) for text, new in zip(texts, more, strict=True)]
+        side = self.chance.choice(("left", "right", "both", "ragged"))
+        if side == "ragged" and max(map(len, more)) > 1:  # of single queries, a padded column makes a chunk
+            rows = [torch.tensor(new, dtype=torch.int64) for new in more]
+            nested = torch.nested.nested_tensor(rows, layout=torch.jagged)
+            out = self.model(nested, cache=caches, **options).unbind()
+        else:
+            out = self.padded_call(more, side, caches, **options)
+        for row, (text, new) in enumerate(zip(grown, more, strict=True)):
+            want = text.alone(self.model)[len(text.tokens) - len(new) :]
+            assert torch.equal(out[row], want), (
+                f"{side}: row {row} of {len(texts)} is off by {(out[row] - want).abs().max()}"
+            )
+        return grown
+
+    def padded_call(self, more: list[list[int]], side: str, caches: Caches, **options: Any) -> list[Tensor]:
+        """Logits of the tokens of each row, in a batch that is padded on one side or both."""
+        columns = max(2, *map(len, more))
+        tokens, keep = torch.zeros(len(more), columns, dtype=torch.int64), torch.zeros(len(more), columns).bool()
         for row, new in enumerate(more):
             spare = columns - len(new)
-            start = {"left": spare, "right": 0, "both": spare // 2}[side]
+            start = {"left": spare, "both": spare // 2}.get(side, 0)
             tokens[row, start : start + len(new)] = torch.tensor(new, dtype=torch.int64)
             keep[row, start : start + len(new)] = True
         mask = None if keep.all() and self.chance.random() < 0.5 else Mask.padding(keep)
         out = self.model(tokens, mask=mask, cache=caches, **options)
-        grown = [text.longer(new) for text, new in zip(texts, more, strict=True)]
-        for row, (text, new) in enumerate(zip(grown, more, strict=True)):
-            want = text.alone(self.model)[len(text.tokens) - len(new) :]
-            got = out[row][keep[row]]
-            assert torch.equal(got, want), f"row {row} of {len(texts)} differs by {(got - want).abs().max()}"
-        return grown
+        return [row[kept] for row, kept in zip(out, keep, strict=True)]
 
     def chunk(self) -> None:
         count = self.chance.choice((2, 3, 5))
