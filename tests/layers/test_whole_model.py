@@ -237,9 +237,7 @@ class World:
             out = self.padded_call(more, side, caches, **options)
         for row, (text, new) in enumerate(zip(grown, more, strict=True)):
             want = text.alone(self.model)[len(text.tokens) - len(new) :]
-            assert torch.equal(out[row], want), (
-                f"{side}: row {row} of {len(texts)} is off by {(out[row] - want).abs().max()}"
-            )
+            assert torch.equal(out[row], want), f"{side}: row {row} is off by {(out[row] - want).abs().max()}"
         return grown
 
     def padded_call(self, more: list[list[int]], side: str, caches: Caches, **options: Any) -> list[Tensor]:
