@@ -11,6 +11,7 @@ import pytest
 import torch
 from fuzz.caches import saved
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import qkv
 from qkv import Mask, kernels
@@ -185,6 +186,29 @@ def test_caches_of_the_wrong_kind_are_refused_by_name() -> None:
     for cache in (object(), {}, [torch.zeros(1)]):
         with pytest.raises(TypeError, match=rf"in self-attention; got {type(cache).__name__}"):
             windowed()(X, cache=cache)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("kind", ["layer", "latent", "model"])
+def test_gradient_checkpointing_does_not_append_twice(kind: str, use_reentrant: bool) -> None:
+    layer: torch.nn.Module = qkv.CausalAttention(16, 2)
+    cache: Any = qkv.KVCache()
+    if kind == "latent":
+        layer = qkv.LatentAttention(16, 2, kv_rank=8, nope_dim=8, rope_dim=0, mask=Mask.causal())
+        cache = qkv.LatentKVCache()
+    if kind == "model":
+        cache = qkv.Caches.for_model(layer)
+    x = torch.randn(1, 5, 16, requires_grad=True)
+    out = checkpoint(lambda x: layer(x, cache=cache), x, use_reentrant=use_reentrant)
+    with pytest.raises(
+        RuntimeError,
+        match=r"Attention: a call with a cache must not run in a backward pass, where gradient checkpointing repeats "
+        r"it; the cache has its tokens already\. Train without a cache, or call the layer outside of the checkpoint",
+    ):
+        out.sum().backward()
+    with torch.no_grad():
+        layer(x[:, :1], cache=cache)
+    assert cache.length == 6
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])

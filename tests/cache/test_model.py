@@ -148,6 +148,44 @@ def test_wrapped_layers_have_the_names_of_the_model() -> None:
     assert layer in Caches.for_model(layer)
 
 
+def ddp(model: Model) -> nn.Module:
+    return nn.parallel.DistributedDataParallel(model)
+
+
+def fsdp1(model: Model) -> nn.Module:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    policy = ModuleWrapPolicy({Block, qkv.Attention, qkv.CrossAttention})
+    return FullyShardedDataParallel(model, auto_wrap_policy=policy, device_id=torch.device("cpu"), use_orig_params=True)
+
+
+def fsdp2(model: Model) -> nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (1,))
+    for module in (*(block.attention for block in model.blocks), *model.blocks, model):
+        fully_shard(module, mesh=mesh)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's own making
+@pytest.mark.parametrize(
+    "wrap", [pytest.param(ddp, marks=pytest.mark.long), fsdp1, fsdp2], ids=lambda wrap: wrap.__name__
+)
+@torch.no_grad()
+def test_replicated_and_sharded_models_decode_from_caches(
+    one_process: None, wrap: Callable[[Model], nn.Module]
+) -> None:
+    want, model = Model()(X, CONTEXT), wrap(Model())
+    caches = Caches.for_model(model)
+    assert list(caches) == NAMES
+    parts = [model(x, CONTEXT if i == 0 else None, caches) for i, x in enumerate(X.split([5, 1, 6], dim=1))]
+    torch.testing.assert_close(torch.cat(parts, dim=1), want, rtol=1e-4, atol=1e-5)
+    assert_consistent(caches, 12)
+
+
 class Interruption(nn.Module):
     """Raises at the n-th call."""
 

@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -316,17 +316,6 @@ def test_a_replica_of_data_parallel_computes_the_same() -> None:
         for name, parameter in module._parameters.items():
             setattr(replica, name, None if parameter is None else parameter * 1.0)
     assert torch.equal(replicas[id(layer)](X), layer(X))
-
-
-@pytest.fixture(scope="module")
-def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A process group of this process only, initialised by a file, since a port may be in use."""
-    import torch.distributed as dist
-
-    store = tmp_path_factory.mktemp("group") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def fsdp1(layer: nn.Module, **options: Any) -> nn.Module:

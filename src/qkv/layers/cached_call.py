@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, Concatenate, NamedTuple, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 from typing_extensions import ParamSpec
 
@@ -33,7 +34,7 @@ def restore_cache_on_error(
 ) -> Callable[Concatenate[_Layer, _Arguments], Tensor]:
     """Decorates a method so that an error or interrupt leaves its ``cache`` argument as it was before the call.
 
-    Of `Caches`, the method gets that of its own layer.
+    Of `Caches`, the method gets that of its own layer. A call within a backward pass is refused with a RuntimeError.
     """
 
     @functools.wraps(call)
@@ -42,6 +43,7 @@ def restore_cache_on_error(
         cache = given.enter(self._owner) if isinstance(given, Caches) else given
         if not isinstance(cache, Cache):
             return call(self, *args, **kwargs)
+        _refuse_in_backward(type(self).__name__)
         kwargs["cache"] = cache
         mark = cache.mark()
         try:
@@ -53,6 +55,15 @@ def restore_cache_on_error(
             raise
 
     return guarded
+
+
+def _refuse_in_backward(caller: str) -> None:
+    """Raises RuntimeError where gradient checkpointing repeats a call, which would append its tokens once more."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            f"{caller}: a call with a cache must not run in a backward pass, where gradient checkpointing repeats it; "
+            "the cache has its tokens already. Train without a cache, or call the layer outside of the checkpoint."
+        )
 
 
 class CallOptions(NamedTuple):
