@@ -57,6 +57,20 @@ def test_time_and_memory_are_linear_in_the_length_forward_and_backward(options: 
     assert twice.largest < 4096**2  # nowhere a dense mask
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_dilated_window_sees_as_many_keys_further_apart(causal: bool) -> None:
+    layer = qkv.SlidingWindowAttention(16, 2, 4, causal=causal, sink_tokens=1, dilation=3)
+    seen = (layer.attention_weights(torch.randn(1, 30, 16))[0, 0, 14] > 0).nonzero().flatten().tolist()
+    assert seen == [0, *((5, 8, 11, 14) if causal else (8, 11, 14, 17, 20))]
+    if causal:
+        x, cache = torch.randn(2, 30, 16), layer.make_cache()
+        with torch.no_grad():
+            steps = [layer(part, cache=cache) for part in x.split([7, 1, 20, 2], dim=1)]
+            torch.testing.assert_close(torch.cat(steps, dim=1), layer(x), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"dilation must be at least 1; got 0"):
+        qkv.SlidingWindowAttention(16, 2, 4, dilation=0)
+
+
 def test_the_counter_detects_quadratic_cost() -> None:
     once, twice = (cost(lambda: qkv.CausalAttention(16, 2), n) for n in (512, 1024))
     assert 3.9 * once.scores <= twice.scores <= 4 * once.scores  # less what blocks around the diagonal share

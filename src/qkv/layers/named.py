@@ -107,12 +107,15 @@ class SlidingWindowAttention(Attention):
             (``Mask.causal``, Mistral).
         causal: which of the two.
         sink_tokens: number of first keys that stay visible.
+        dilation: distance between the keys of the window, as many as without.
         **options: as in `Attention`; a mask given is combined with the window.
 
     Example:
         >>> import qkv
         >>> qkv.SlidingWindowAttention(64, 8, 512).mask, qkv.SlidingWindowAttention(64, 8, 512, causal=True).mask
         (Mask.sliding(window=512), Mask.causal(window=512))
+        >>> qkv.SlidingWindowAttention(64, 8, 16, causal=True, dilation=4).mask
+        Mask.causal(window=16, dilation=4)
 
     Source: Longformer, section 3.1; Mistral 7B, section 2.
     """
@@ -125,10 +128,12 @@ class SlidingWindowAttention(Attention):
         *,
         causal: bool = False,
         sink_tokens: int = 0,
+        dilation: int = 1,
         **options: Unpack[LayerOptions],
     ) -> None:
         require_flag(type(self).__name__, "causal", causal)
-        windowed = Mask.causal(window, sink_tokens) if causal else Mask.sliding(window, sink_tokens)
+        make = Mask.causal if causal else Mask.sliding
+        windowed = make(window, sink_tokens, dilation=dilation)
         options["mask"] = windowed & require_mask(type(self).__name__, options.get("mask"))
         super().__init__(embed_dim, num_heads, **options)
 

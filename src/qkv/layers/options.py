@@ -47,6 +47,7 @@ class ConversionOptions(LayerOptions, total=False):
     window: int
     causal: bool
     sink_tokens: int
+    dilation: int
 
 
 class Arguments(LayerOptions, total=False):
