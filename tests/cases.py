@@ -343,6 +343,15 @@ LONG_WINDOWS = [
         kv_heads=1,
     ),
     Case(
+        "long chunks, within one at first",
+        lambda: Mask.causal() & Mask.chunked(7, start=3),
+        lambda: Rule(right=0, chunk_ends=[*range(3, LONG, 7)]),
+        lq=LONG,
+        lk=LONG,
+        heads=2,
+        kv_heads=1,
+    ),
+    Case(
         "long window, first rows see nothing",
         lambda: Mask.sliding(4),
         lambda: Rule(left=2, right=2),
