@@ -18,6 +18,14 @@ from qkv.integrations.transformers import attention as integration
 from qkv.integrations.transformers.cache import AppendLayer, Int8Layer, QKVCache, SlidingLayer
 from qkv.integrations.transformers.lazy_tensor import Int8Tensor
 
+SIZES: dict[str, int] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
 # The name that releases before 5.24 know.
 pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 
@@ -211,14 +219,7 @@ def test_an_int8_layer_supports_every_operation_and_is_dequantized_for_others(ch
 
 def test_a_model_reads_a_cache_in_int8() -> None:
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
+    config = transformers.LlamaConfig(**SIZES, num_hidden_layers=2)
     model = transformers.LlamaForCausalLM(config).eval()
     integration.register()
     ids = torch.randint(3, 97, (2, 12))
@@ -240,16 +241,9 @@ def test_a_model_reads_a_cache_in_int8() -> None:
 
 def test_a_model_generates_the_same_text_with_either_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
+    layer_types = ["sliding_attention", "full_attention", "sliding_attention"]
     config = transformers.Gemma3TextConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        sliding_window=5,
-        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        **SIZES, num_hidden_layers=3, head_dim=8, sliding_window=5, layer_types=layer_types
     )
     model = transformers.Gemma3ForCausalLM(config).eval()
     ids = torch.randint(3, 97, (2, 9))
