@@ -43,6 +43,10 @@ constexpr int DECODE_PREFETCH_KEYS = 16;   // keys ahead that several rows prefe
 constexpr int SHORT_PREFETCH_VALUES = 32;  // values ahead that a short query prefetches: step 97; not 16
 constexpr int dot_spans(int rows) { return rows <= 4 ? 2 : 1; }  // vectors of pairs at a time: step 36
 
+// Rotary embedding
+constexpr int ROTARY_PAIRS = 64;  // pairs of a table, a multiple of LANES
+constexpr int ROTARY_TOKENS = 8;  // tokens whose tables are made at a time, to stay in the L1 cache
+
 // Softmax
 constexpr float ROW_MAX_LAG = 8;    // exponents of 2 by which a maximum may lag behind: step 1
 constexpr float LARGE_SCORE = 256;  // scores from which on their rounding shows in weights: step 93

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "abi/problem.h"
+#include "abi/rotation.h"
 
 #define QKV_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -16,3 +17,5 @@ enum Status { DONE = 0, OUT_OF_MEMORY = 1, OTHER = 2 };
 QKV_EXPORT int qkv_forward(const void* problem);
 QKV_EXPORT int qkv_backward(const void* problem, const void* gradients);
 QKV_EXPORT void qkv_quantize(const void* quantization);
+// Returns DONE; or OTHER, and then nothing was done, where `axes` do not fit (abi/rotation.h).
+QKV_EXPORT int qkv_rotate(const void* rotation);

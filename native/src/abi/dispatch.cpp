@@ -31,6 +31,7 @@ namespace qkv {
     void backward(const Problem&, const Gradients&); \
     int64_t count_scores(const Problem&);            \
     void quantize(const Quantization&);              \
+    void rotate(const Rotation&);                    \
     }
 #include "abi/isas.def"
 #undef ISA
@@ -75,10 +76,12 @@ struct Isa {
     void (*backward)(const Problem&, const Gradients&);
     int64_t (*count_scores)(const Problem&);
     void (*quantize)(const Quantization&);
+    void (*rotate)(const Rotation&);
 };
 
 // The least first.
-#define ISA(name, ...) {#name, has_##name, name::forward, name::backward, name::count_scores, name::quantize},
+#define ISA(name, ...) \
+    {#name, has_##name, name::forward, name::backward, name::count_scores, name::quantize, name::rotate},
 const Isa IN_ORDER[] = {
 #include "abi/isas.def"
 };
@@ -118,6 +121,7 @@ QKV_EXPORT const char* qkv_supported_isas() {
 QKV_EXPORT int qkv_problem_size() { return (int)sizeof(qkv::Problem); }
 QKV_EXPORT int qkv_gradients_size() { return (int)sizeof(qkv::Gradients); }
 QKV_EXPORT int qkv_quantization_size() { return (int)sizeof(qkv::Quantization); }
+QKV_EXPORT int qkv_rotation_size() { return (int)sizeof(qkv::Rotation); }
 
 namespace qkv {
 namespace {
@@ -168,4 +172,12 @@ QKV_EXPORT void qkv_quantize(const void* quantization) {
     qkv::Quantization q;
     std::memcpy(&q, quantization, sizeof q);
     qkv::chosen()->quantize(q);
+}
+
+QKV_EXPORT int qkv_rotate(const void* rotation) {
+    qkv::Rotation r;
+    std::memcpy(&r, rotation, sizeof r);
+    if (!qkv::fits(r)) return qkv::OTHER;
+    qkv::chosen()->rotate(r);
+    return qkv::DONE;
 }
