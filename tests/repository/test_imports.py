@@ -13,7 +13,16 @@ SOURCE = Path(__file__).parents[2] / "src" / "qkv"
 
 # Each level may import itself and lower levels; the lowest is first.
 ORDER = [
-    {"qkv.arguments", "qkv.tracing", "qkv.bands", "qkv.drawing", "qkv.masks", "qkv.scores", "qkv.pages"},
+    {
+        "qkv.arguments",
+        "qkv.tracing",
+        "qkv.bands",
+        "qkv.drawing",
+        "qkv.masks",
+        "qkv.scores",
+        "qkv.pages",
+        "qkv.rotation",
+    },
     {"qkv.problem", "qkv.kernels"},
     {"qkv.backends"},
     {"qkv.partial", "qkv.functional", "qkv.sequences", "qkv.cache"},

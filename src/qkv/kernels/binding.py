@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from qkv.kernels.structs import GRADIENTS, PROBLEM, QUANTIZATION, SEQUENCES
+from qkv.kernels.structs import GRADIENTS, PROBLEM, QUANTIZATION, ROTATION, SEQUENCES
 
 
 class Library(NamedTuple):
@@ -25,6 +25,8 @@ class Library(NamedTuple):
     """Takes a `PROBLEM`. Returns how many scores its forward pass computes, -1 where it cannot run."""
     quantize: Callable[[bytes], None]
     """Takes a `QUANTIZATION`."""
+    rotate: Callable[[bytes], int]
+    """Takes a `ROTATION`. Returns 0, or 2 for axes out of bounds."""
     forward_sequences: Callable[[bytes, bytes], int]
     """Takes a `PROBLEM` and its `SEQUENCES`. Returns as `forward`, or 2 for sequences out of bounds."""
     backward_sequences: Callable[[bytes, bytes, bytes], int]
@@ -38,6 +40,10 @@ class Library(NamedTuple):
     Returns as `fast_forward`."""
     append_pages: Callable[..., int] | None
     """Takes k, v, the pages of keys and of values, block_table, starts, a tensor or None, start and threads. Returns as
+    `fast_forward`."""
+    fast_rotate: Callable[..., int] | None
+    """Takes q, k and results for both; of k, tensors or None, as are positions, offsets, axes, frequencies, cos,
+    sin; then offset, position_scale, attention_factor, pairs, second, interleaved, inverse and threads. Returns as
     `fast_forward`."""
 
 
@@ -58,7 +64,7 @@ def load(path: Path) -> Library | str:
     except OSError as error:
         return f"the compiled kernel does not load: {error}"
     sizes = {"problem": PROBLEM.size, "gradients": GRADIENTS.size, "quantization": QUANTIZATION.size}
-    sizes |= {"sequences": SEQUENCES.size, "interpreter": ctypes.sizeof(_Interpreter)}
+    sizes |= {"rotation": ROTATION.size, "sequences": SEQUENCES.size, "interpreter": ctypes.sizeof(_Interpreter)}
     known = [hasattr(native, f"qkv_{name}_size") and getattr(native, f"qkv_{name}_size")() for name in sizes]
     if known != [*sizes.values()]:
         return f"{path} is from another version of qkv and must be rebuilt"
@@ -70,6 +76,7 @@ def load(path: Path) -> Library | str:
         )
     native.qkv_forward.argtypes = native.qkv_count_scores.argtypes = [ctypes.c_char_p]
     native.qkv_quantize.argtypes, native.qkv_quantize.restype = [ctypes.c_char_p], None
+    native.qkv_rotate.argtypes = [ctypes.c_char_p]
     native.qkv_backward.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
     native.qkv_forward.restype = native.qkv_backward.restype = ctypes.c_int
     native.qkv_count_scores.restype = ctypes.c_int64
@@ -77,7 +84,7 @@ def load(path: Path) -> Library | str:
     native.qkv_backward_sequences.argtypes = [ctypes.c_char_p] * 3
     functions = (native.qkv_forward, native.qkv_backward, native.qkv_count_scores, native.qkv_quantize)
     sequences = (native.qkv_forward_sequences, native.qkv_backward_sequences)
-    return Library(isa.decode(), *functions, *sequences, *_load_calls_of_tensors(path))
+    return Library(isa.decode(), *functions, native.qkv_rotate, *sequences, *_load_calls_of_tensors(path))
 
 
 class _Exchange(ctypes.Structure):
@@ -89,16 +96,16 @@ class _Exchange(ctypes.Structure):
 
 
 def _load_calls_of_tensors(path: Path) -> tuple[Callable[..., int] | None, ...]:
-    """`Library.fast_forward`, `Library.append` and `Library.append_pages`."""
+    """`Library.fast_forward`, `Library.append`, `Library.append_pages` and `Library.fast_rotate`."""
     capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     if capsule is None:
-        return None, None, None
+        return None, None, None, None
     python = ctypes.pythonapi
     prototype = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
     tensors = prototype(("PyCapsule_GetPointer", python))(capsule, b"dlpack_exchange_api")
     exchange = _Exchange.from_address(tensors)
     if exchange.major != 1 or not exchange.look:
-        return None, None, None
+        return None, None, None, None
     functions = (python.PyEval_SaveThread, python.PyEval_RestoreThread, python.PyErr_Clear)
     interpreter = _Interpreter(tensors, id(None), *(ctypes.cast(function, ctypes.c_void_p) for function in functions))
     native = ctypes.PyDLL(str(path))  # keeps the GIL, which the library releases itself
@@ -106,8 +113,17 @@ def _load_calls_of_tensors(path: Path) -> tuple[Callable[..., int] | None, ...]:
     native.qkv_fast_forward.argtypes = [ctypes.c_void_p, *[tensor] * 10, *[number] * 5, ctypes.c_float, ctypes.c_int]
     native.qkv_append.argtypes = [ctypes.c_void_p, *[tensor] * 6, number, ctypes.c_int]
     native.qkv_append_pages.argtypes = [ctypes.c_void_p, *[tensor] * 6, number, ctypes.c_int]
+    factor, flag = ctypes.c_float, ctypes.c_int
+    native.qkv_fast_rotate.argtypes = [
+        ctypes.c_void_p,
+        *[tensor] * 10,
+        number,
+        *[factor] * 2,
+        *[number] * 2,
+        *[flag] * 3,
+    ]
     there = ctypes.byref(interpreter)
-    calls = (native.qkv_fast_forward, native.qkv_append, native.qkv_append_pages)
+    calls = (native.qkv_fast_forward, native.qkv_append, native.qkv_append_pages, native.qkv_fast_rotate)
     return tuple(functools.partial(call, there) for call in calls)
 
 

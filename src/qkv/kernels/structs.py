@@ -204,6 +204,21 @@ QUANTIZATION = struct.Struct(
     "P2q"  # scale
     "i0P"  # threads
 )
+ROTATION = struct.Struct(
+    "@2i"  # dtype, out_dtype
+    "4q"  # batch, tokens, width, pairs
+    "2q"  # heads of q and of k
+    f"{_VIEW * 4}"  # from, to
+    "2i"  # interleaved, inverse
+    "i0P"  # threads
+    "P4q"  # positions, axis_count
+    "PqPq"  # axes, offset, offsets
+    "P2q"  # frequencies
+    "2f"  # position_scale, attention_factor
+    "i0P"  # table_dtype
+    "2P4q"  # cos, sin
+    "q"  # second
+)
 
 
 _STEPS = [(kind.absent, kind.prepare, kind.pack) for _, kind in _FIELDS]

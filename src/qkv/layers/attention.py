@@ -44,7 +44,7 @@ from qkv.layers.jagged import PackedTokens, nested_like, pack_jagged, require_ja
 from qkv.layers.options import Arguments, ConversionOptions
 from qkv.layers.packed import unpack_state
 from qkv.layers.projection import project
-from qkv.layers.rotary import RotaryEmbedding
+from qkv.layers.rotary import RotaryEmbedding, rotate_both
 from qkv.layers.torch_arguments import answer_calls_of_torch, refuse_unknown_options
 from qkv.layers.transformers_modules import Converted
 from qkv.masks import Mask
@@ -365,7 +365,7 @@ class Attention(nn.Module):
             raise
         if self.rotary is not None:
             where = {"positions": queries.positions, "length": queries.lengths[queries.rows]}
-            q, k = self.rotary(q, **where), self.rotary(k, **where)
+            q, k = rotate_both(self.rotary, q, k, where)
         if keys is queries and mask.is_relative and self.position_bias is None:
             out = self._attend(Inputs(q, Keys(k, v, 0), mask & queries.document_mask, None))
         else:  # each sequence has first tokens, chunks and relative positions of its own
@@ -469,7 +469,7 @@ class Attention(nn.Module):
         mask, is_token, where = new_tokens(options, self._owner, x, self.rotary)
         k, v = self._keys(x)
         if self.rotary is not None:
-            q, k = self.rotary(q, **where), self.rotary(k, **where)
+            q, k = rotate_both(self.rotary, q, k, where)
         if cache is None:
             return Inputs(q, Keys(k, v, 0), mask, options.bias)
         keys = cache.append(k, v, is_token)

@@ -12,7 +12,7 @@ from qkv.layers.arguments import require_rotary
 from qkv.layers.attention import Attention, HeadNorm
 from qkv.layers.cached_call import Inputs
 from qkv.layers.options import Arguments, ConversionOptions, LayerOptions
-from qkv.layers.rotary import RotaryEmbedding
+from qkv.layers.rotary import RotaryEmbedding, rotate_both
 
 LAMBDAS = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
 
@@ -32,8 +32,9 @@ class RotaryHalves(nn.Module):
         self.rotary = rotary
         self.head_dim = 2 * rotary.head_dim
 
-    def forward(self, x: Tensor, *positions: Any, **options: Any) -> Tensor:
-        return torch.cat([self.rotary(part, *positions, **options) for part in x.chunk(2, dim=-1)], dim=-1)
+    def forward(self, x: Tensor, **where: Any) -> Tensor:
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat(rotate_both(self.rotary, first, second, where), dim=-1)
 
 
 class DifferentialAttention(Attention):

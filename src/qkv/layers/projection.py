@@ -63,20 +63,27 @@ def require_linear(caller: str, name: str, projection: nn.Module) -> nn.Linear:
     return projection
 
 
+def is_called_plainly(module: nn.Module) -> bool:
+    """Whether ``module(...)`` is ``type(module).forward(module, ...)``, without hooks, patches or a compiled call."""
+    kind = type(module)
+    return not (
+        kind.__call__ is not _CALL
+        or kind._call_impl is not _CALL_IMPL
+        or module._compiled_call_impl is not None
+        or "forward" in module.__dict__
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or _has_any_global_hook()
+    )
+
+
 def _is_unmodified(linear: nn.Linear) -> bool:
     """Whether neither the instance, nor the class, nor global hooks change what a call computes."""
     own, parameters = linear.__dict__, linear._parameters
-    return not (
+    return is_called_plainly(linear) and not (
         nn.Linear.forward is not _FORWARD
-        or nn.Linear.__call__ is not _CALL
-        or nn.Linear._call_impl is not _CALL_IMPL
-        or linear._compiled_call_impl is not None
-        or "forward" in own
-        or linear._forward_hooks
-        or linear._forward_pre_hooks
-        or linear._backward_hooks
-        or linear._backward_pre_hooks
-        or _has_any_global_hook()
         # Instance attributes hide parameters. Pruning, MAML and DataParallel set them.
         or "weight" in own
         or "bias" in own
