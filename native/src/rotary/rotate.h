@@ -6,6 +6,12 @@
 namespace qkv {
 namespace QKV_ISA {
 
+// A channel x and the other one of its pair, by their factors. Rounded as torch's operators do: given the same tables,
+// the bits are the same.
+[[gnu::always_inline]] static inline vec turn(vec x, const float* same, vec y, const float* other) {
+    return rounded(x * load(same)) + rounded(y * load(other));
+}
+
 // Rotates `count` pairs of a head. Of interleaved pairs, `first` and `to_first` are all channels.
 template <bool INTERLEAVED>
 [[gnu::always_inline]] static inline void rotate_pairs(Dtype dtype, Dtype out_dtype, const char* first,
@@ -14,18 +20,16 @@ template <bool INTERLEAVED>
     const int64_t item = size_of(dtype), out_item = size_of(out_dtype);
     if constexpr (INTERLEAVED) {
         for (int64_t c = 0; c < 2 * count; c += LANES) {
-            const vec x = load_part(dtype, first + c * item, 2 * count - c), other = shuffle(x, x, Across<1>());
-            store_part(out_dtype, to_first + c * out_item, x * load(table.same + c) + other * load(table.other + c),
-                       2 * count - c);
+            const vec x = load_part(dtype, first + c * item, 2 * count - c), y = shuffle(x, x, Across<1>());
+            store_part(out_dtype, to_first + c * out_item, turn(x, table.same + c, y, table.other + c), 2 * count - c);
         }
     } else {
         const float *const same = table.same + ROTARY_PAIRS, *const other = table.other + ROTARY_PAIRS;
         for (int64_t n = 0; n < count; n += LANES) {
             const vec x = load_part(dtype, first + n * item, count - n);
             const vec y = load_part(dtype, second + n * item, count - n);
-            store_part(out_dtype, to_first + n * out_item, x * load(table.same + n) + y * load(table.other + n),
-                       count - n);
-            store_part(out_dtype, to_second + n * out_item, y * load(same + n) + x * load(other + n), count - n);
+            store_part(out_dtype, to_first + n * out_item, turn(x, table.same + n, y, table.other + n), count - n);
+            store_part(out_dtype, to_second + n * out_item, turn(y, same + n, x, other + n), count - n);
         }
     }
 }
