@@ -84,7 +84,7 @@ def tables(rotation: Rotation, x: Tensor) -> tuple[Tensor, Tensor]:
 def rotate_by_tables(x: Tensor, cos: Tensor, sin: Tensor, rotation: Rotation) -> Tensor:
     """Rotates ``x (..., width)`` in fp32 or higher, by tables that broadcast to ``(..., n)``, or 2 n with halves."""
     pairs = rotation.pairs
-    rotated, rest = x[..., : 2 * pairs], x[..., 2 * pairs :]
+    rotated, rest = x.split([2 * pairs, x.shape[-1] - 2 * pairs], dim=-1)
     wide = rotated.to(torch.promote_types(x.dtype, torch.float32))
     if rotation.interleaved:
         first, second = wide[..., 0::2], wide[..., 1::2]
@@ -96,7 +96,7 @@ def rotate_by_tables(x: Tensor, cos: Tensor, sin: Tensor, rotation: Rotation) ->
         sin_1, sin_2 = -sin_2, -sin_1
     first, second = first * cos_1 - second * sin_1, second * cos_2 + first * sin_2
     if rotation.interleaved:
-        rotated = torch.stack([first, second], dim=-1).flatten(-2)
+        rotated = torch.stack([first, second], dim=-1).reshape(*first.shape[:-1], 2 * pairs)
     else:
         rotated = torch.cat([first, second], dim=-1)
     rotated = rotated.to(x.dtype)

@@ -93,7 +93,7 @@ def _fast_rotate(x: Sequence[Tensor], rotation: Rotation) -> list[Tensor] | None
         (native/src/abi/fast_rotate.cpp).
     """
     call = loaded().fast_rotate
-    if call is None or not -_LARGEST_OFFSET < rotation.offset < _LARGEST_OFFSET:
+    if call is None or len(x) > 2 or not -_LARGEST_OFFSET < rotation.offset < _LARGEST_OFFSET:
         return None
     rotated = [_new_out(one, rotation.inverse) for one in x]
     q, k = x if len(x) == 2 else (x[0], None)
@@ -123,16 +123,18 @@ def _threads_for(x: Sequence[Tensor]) -> int:
 
 def _rotate(x: Sequence[Tensor], rotation: Rotation) -> list[Tensor]:
     """`rotate` by the kernel, without torch's dispatcher and without gradients."""
+    if not 1 <= len(x) <= 2:
+        raise ValueError(f"qkv's kernel: a rotation is of one or two tensors; got {len(x)}.")
     batch, _, tokens, width = x[0].shape
     for one in x[1:]:
-        if (one.dtype, one.shape[0], *one.shape[2:]) != (x[0].dtype, batch, tokens, width):
+        if one.dtype is not x[0].dtype or (one.shape[0], *one.shape[2:]) != (batch, tokens, width):
             raise ValueError(
                 "qkv's kernel: tensors that are rotated together must differ in the number of heads alone; got "
                 f"{x[0].dtype} {tuple(x[0].shape)} and {one.dtype} {tuple(one.shape)}."
             )
     pairs = rotation.pairs
     if 2 * pairs > width:
-        raise ValueError(f"qkv's kernel: {pairs} pairs of channels must fit into heads of {width}; got fewer channels.")
+        raise ValueError(f"qkv's kernel: heads of {pairs} pairs must have at least {2 * pairs} channels; got {width}.")
     given = [_rows(one) for one in x]
     rotated = [_new_out(one, rotation.inverse) for one in x]
     heads = [one.shape[1] for one in given]
@@ -147,7 +149,9 @@ def _rotate(x: Sequence[Tensor], rotation: Rotation) -> list[Tensor]:
         *angles,
     )
     if loaded().rotate(packed):
-        raise ValueError(f"qkv's kernel: axes must be those of the positions; got {rotation.axes}.")
+        assert rotation.axes is not None and rotation.positions is not None
+        last = rotation.positions.shape[0] - 1
+        raise ValueError(f"qkv's kernel: axes must be from 0 to {last}; got {rotation.axes.tolist()}.")
     return rotated
 
 
