@@ -445,7 +445,7 @@ REFUSED: dict[str, tuple[list[Tensor], Rotation, type[Exception], str]] = {
         [torch.ones(1, 1, 2, 8)],
         by_angles(2, positions=torch.ones(3, 1, 2, dtype=torch.int64), axes=torch.tensor([0, 3])),
         ValueError,
-        r"axes must be from 0 to 2; got \[0, 3\]",
+        r"axes must be those of the positions, \(3, 1, 2\); got tensor\(\[0, 3\]\)",
     ),
     "other positions": ([torch.ones(1, 1, 2, 8)], by_angles(4, positions=torch.arange(3)), RuntimeError, "expand"),
     "other tables": (

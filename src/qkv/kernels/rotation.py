@@ -149,9 +149,11 @@ def _rotate(x: Sequence[Tensor], rotation: Rotation) -> list[Tensor]:
         *angles,
     )
     if loaded().rotate(packed):
-        assert rotation.axes is not None and rotation.positions is not None
-        last = rotation.positions.shape[0] - 1
-        raise ValueError(f"qkv's kernel: axes must be from 0 to {last}; got {rotation.axes.tolist()}.")
+        positions, axes = rotation.positions, rotation.axes
+        raise ValueError(
+            "qkv's kernel: axes must be those of the positions, "
+            f"{None if positions is None else tuple(positions.shape)}; got {axes}."
+        )
     return rotated
 
 
