@@ -25,6 +25,7 @@ APPEND = ("cache/test_buffer.py",)
 CACHES = ("cache/test_model.py",)
 PAGED = ("cache/test_paged.py",)
 NONFINITE = ("contract/test_nonfinite.py",)
+ROTARY = ("kernels/test_rotation.py",)
 ROWS = ("layers/test_rows.py", "cache/test_states.py")
 SEQUENCES = ("test_packed.py", "test_paged.py")
 LIBRARY = (
@@ -195,7 +196,7 @@ MUTANTS = [
     Mutant("flash-attn's cache not written", "integrations/flash_attn.py", "k_cache[slots], v_cache[slots] = k, v", "pass"),
     Mutant("flash-attn's queries rotated apart without a mask", "integrations/flash_attn.py", ' * options["mask"].is_positional', ""),
     Mutant("cross cache projects again", "layers/attention.py", "if context is None or cache.length:", "if context is None:"),
-    Mutant("rotary rotates in the opposite direction", "layers/rotary.py", "first * cos - second * sin, second * cos + first * sin", "first * cos + second * sin, second * cos - first * sin"),
+    Mutant("rotary rotates in the opposite direction", "rotation.py", "first * cos_1 - second * sin_1, second * cos_2 + first * sin_2", "first * cos_1 + second * sin_1, second * cos_2 - first * sin_2"),
     Mutant("transformers' window one wider", "integrations/transformers/masks.py", 'Mask.band(cells["sliding_window"] - 1, None)', 'Mask.band(cells["sliding_window"], None)'),
     Mutant("transformers' padding dropped", "integrations/transformers/masks.py", "if not keep.all():", "if False:"),
     Mutant("a tracer keeps its example's padding", "integrations/transformers/masks.py", "if kernels.is_tracing() or torch._C._are_functorch_transforms_active():", "if torch.compiler.is_compiling():", ("test_tracing.py",)),
@@ -230,15 +231,24 @@ MUTANTS = [
     Mutant("heads split by their number instead of width", "layers/attention.py", "q = self._split_heads(project(self.q_proj, x), self.head_dim, self.q_norm)", "q = project(self.q_proj, x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)", ("upstream/test_parallelism.py",)),
     Mutant("frequencies cached while tracing", "layers/constants.py", "if kernels.is_tracing() or torch._C._are_functorch_transforms_active():", "if False:", ("layers/test_state.py",)),
     Mutant("frequencies cached as inference tensors", "layers/constants.py", "with torch.inference_mode(False), torch._C.DisableTorchFunction():", "if True:", ("layers/test_state.py",)),
-    Mutant("positions in the default dtype", "layers/rotary.py", "coordinates = coordinates.float()", "pass", ("layers/test_rotary.py",)),
+    Mutant("positions in the default dtype", "rotation.py", "positions[..., None].float()", "positions[..., None]", ("layers/test_rotary_models.py", "kernels/test_rotation.py")),
+    Mutant("sines in the second and fourth quarter turn of the wrong sign", f"{NATIVE}/rotary/sin_cos.h", "((quarter + 1) & 2) << 30", "(quarter & 2) << 30", ROTARY),
+    Mutant("large angles as small ones", f"{NATIVE}/rotary/sin_cos.h", "any(~is_small)", "false", ROTARY),
+    Mutant("a gradient rotated forward", "kernels/rotation.py", "_replace(inverse=not rotation.inverse)", "_replace()", ROTARY),
+    Mutant("sines of an inverse not exchanged", f"{NATIVE}/rotary/tables.h", "cos_first, sin_second, cos_second, -sin_first", "cos_first, sin_first, cos_second, -sin_second", ROTARY),
+    Mutant("product and sum of a rotation in one rounding", f"{NATIVE}/rotary/rotate.h", "rounded(x * load(same)) +", "x * load(same) +", ROTARY),
+    Mutant("another axis read", f"{NATIVE}/abi/rotation.h", "r.axes[n] < 0 ||", "false &&", ROTARY),
+    Mutant("rows of a batch at the positions of the first one", f"{NATIVE}/abi/fast_rotate.cpp", "tensor.shape[i] == 1 ? 0 : tensor.strides[i]", "from_last > 1 ? 0 : tensor.strides[i]", ROTARY),
+    Mutant("a hooked rotary embedding passed by", "layers/rotary.py", "and is_called_plainly(rotary)", "", ROTARY),
+    Mutant("a mapped rotation by the first positions", "kernels/rotation.py", "tensor.expand(copies, *tensor.shape), 0", "tensor.expand(copies, *tensor.shape), 0; return tensor[0]", ROTARY),
     Mutant("a scaling by the longest row of the batch", "layers/rotary.py", "amax(-1, keepdim=True) + 1", "amax() + 1", ("layers/test_rotary.py",)),
     Mutant("a scaling by the sequences before", "layers/attention.py", '"length": queries.lengths[queries.rows]', '"length": None', ("layers/test_jagged.py",)),
-    Mutant("an attention factor for sines alone", "layers/rotary.py", "cos * self.scaling.attention_factor, sin *", "cos, sin *", ("layers/test_rotary_models.py",)),
-    Mutant("all axes rotate by time", "layers/rotary.py", "positions[axes].movedim(0, -1)", "positions[axes * 0].movedim(0, -1)", ("layers/test_rotary.py",)),
+    Mutant("an attention factor for sines alone", "rotation.py", "cos * rotation.attention_factor, sin *", "cos, sin *", ("layers/test_rotary_models.py",)),
+    Mutant("all axes rotate by time", "rotation.py", "positions[rotation.axes].movedim(0, -1)", "positions[rotation.axes * 0].movedim(0, -1)", ROTARY),
     Mutant("a bias of distances from key to query", "layers/position_bias.py", "distances > 0", "distances < 0", ("layers/test_position_bias.py",)),
     Mutant("a patched class of linear layers ignored", "layers/projection.py", "nn.Linear.forward is not _FORWARD", "False", ("layers/test_projection.py",)),
     Mutant("a patched weight ignored", "layers/projection.py", 'or "weight" in own', "", ("layers/test_projection.py",)),
-    Mutant("a compiled linear layer ignored", "layers/projection.py", "linear._compiled_call_impl is not None", "False", ("layers/test_projection.py",)),
+    Mutant("a compiled linear layer ignored", "layers/projection.py", "module._compiled_call_impl is not None", "False", ("layers/test_projection.py",)),
     Mutant("padding in front not counted", "cache/base.py", " - padding_before(is_token)", " + 0 * padding_before(is_token)", ROWS),
     Mutant("slots after a row's tokens seen", "cache/base.py", "return mask & Mask.padding(keys.lengths)", "return mask", ROWS),
     Mutant("a mask by columns read by slots", "cache/rows.py", "descending=True, stable=True)\n\n    def append", "stable=True)\n\n    def append", ROWS),
@@ -253,7 +263,7 @@ MUTANTS = [
     Mutant("packed groups read as kinds", "layers/transformers_modules.py", '"dense", split_by_group)', '"dense")', ("integrations/transformers/test_layers.py",)),
     Mutant("gains of Gemma without their 1", "layers/transformers_modules.py", ".weight + kind.norm_offset", ".weight", ("integrations/transformers/test_layers.py",)),
     Mutant("jagged sequences see each other", "layers/attention.py", "mask & queries.document_mask", "mask", ("layers/test_jagged.py",)),
-    Mutant("jagged positions continue across sequences", "layers/attention.py", "self.rotary(q, **where), self.rotary(k, **where)\n        if keys is", "self.rotary(q), self.rotary(k)\n        if keys is", ("layers/test_jagged.py",)),
+    Mutant("jagged positions continue across sequences", "layers/attention.py", "rotate_both(self.rotary, q, k, where)\n        if keys is", "rotate_both(self.rotary, q, k, {})\n        if keys is", ("layers/test_jagged.py",)),
     Mutant("sinks of the first sequence alone", "layers/attention.py", "keys is queries and mask.is_relative", "keys is queries", ("layers/test_jagged.py",)),
     Mutant("a closed outer block restored", "integrations/torch/dispatcher.py", "_innermost.set(_open_block())", "_innermost.set(block.outer)", ("integrations/torch/test_blocks.py",)),
     Mutant("a block left in another thread stays active", "integrations/torch/dispatcher.py", "block.is_open = False", "pass", ("integrations/torch/test_blocks.py",)),
@@ -275,7 +285,7 @@ MUTANTS = [
     Mutant("columns joined that overlap or have a gap", "integrations/transformers/latent.py", "        and right.storage_offset() == left.storage_offset() + left.shape[3]\n", "", ("integrations/transformers/test_latent.py",)),
     Mutant("rotary components conjugated", "convert/heads/latents.py", "components = basis.mH @ z", "components = basis.mT @ z", ("convert/test_latent.py",)),
     Mutant("keys and values factorised out of balance", "convert/heads/latents.py", "up[:, : k.shape[1]] / balance", "up[:, : k.shape[1]]", ("convert/test_latent.py",)),
-    Mutant("rotary components in the order of heads", "integrations/transformers/latent_decoders.py", "repeat_interleave(repeats, dim=3)", "repeat(1, 1, 1, repeats)", ("convert/test_latent_checkpoint.py",)),
+    Mutant("rotary components in the order of heads", "integrations/transformers/latent_decoders.py", "repeat_interleave(repeats, dim=2)", "repeat(1, 1, repeats)", ("convert/test_latent_checkpoint.py",)),
     Mutant("partial rotary ignored while heads are aligned", "convert/families/aligned_outputs.py", "KeySymmetry(rotary_dim(where, hf_config)", "KeySymmetry(pooling.heads.head_dim", ("convert/test_alignment.py",)),
 ]  # fmt: skip
 

@@ -25,7 +25,10 @@ has_fast_path = pytest.mark.skipif(
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(params=["torch's operators", *supported_isas()])
+NATIVE = [pytest.param(isa, id=f"native-{isa}") for isa in supported_isas()]
+
+
+@pytest.fixture(params=["torch's operators", *NATIVE])
 def way(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction set of the kernel, and its absence."""
     with kernels.use(library(request.param) if request.param in supported_isas() else "not used"):
@@ -182,7 +185,7 @@ def test_angles_of_any_size(way: str) -> None:
 
 
 @present
-@pytest.mark.parametrize("isa", supported_isas())
+@pytest.mark.parametrize("isa", NATIVE)
 def test_sines_are_within_half_a_unit_and_a_thousandth(isa: str) -> None:
     """Channels (1, 0) become (cos, sin)."""
     for size in (1, 100, 2**20, 2**30):
@@ -227,7 +230,7 @@ def test_results_lie_as_those_who_read_them_want() -> None:
 
 
 @present
-@pytest.mark.parametrize("isa", supported_isas())
+@pytest.mark.parametrize("isa", NATIVE)
 def test_a_row_has_the_bits_that_it_has_alone(isa: str) -> None:
     rotation = by_angles(20, positions=torch.randint(0, 900, (2, 130)))
     q, k = torch.randn(2, 8, 130, 48), torch.randn(2, 2, 130, 48)
@@ -459,7 +462,7 @@ REFUSED: dict[str, tuple[list[Tensor], Rotation, type[Exception], str]] = {
 
 @present
 @pytest.mark.parametrize("name", REFUSED)
-def test_the_operator_refuses_what_the_kernel_would_read_beyond(name: str) -> None:
+def test_the_native_operator_refuses_what_it_would_read_beyond(name: str) -> None:
     x, rotation, error, message = REFUSED[name]
     with pytest.raises(error, match=message):
         torch.ops.qkv.rotate(x, *rotation)
