@@ -35,8 +35,15 @@ STEPS = 16
 class ByOperators(qkv.RotaryEmbedding):
     """`qkv.RotaryEmbedding` by torch's operators, one call for queries and one for keys."""
 
-    def forward(self, x: Tensor, offset: int | Tensor = 0, **options: Tensor | None) -> Tensor:
-        return rotate_by_operators(x, self._rotation(x, offset, options.get("positions"), options.get("length")))
+    def forward(
+        self,
+        x: Tensor,
+        offset: int | Tensor = 0,
+        *,
+        positions: Tensor | None = None,
+        length: int | Tensor | None = None,
+    ) -> Tensor:
+        return rotate_by_operators(x, self._rotation(x, offset, positions, length))
 
 
 class ByHand(nn.Module):
@@ -64,7 +71,8 @@ class ByHand(nn.Module):
             k, v = torch.cat([cache[0], k], dim=2), torch.cat([cache[1], v], dim=2)
         cache[:] = [k, v]
         out = F.scaled_dot_product_attention(q, k, v, is_causal=tokens > 1, enable_gqa=True)
-        return self.out(out.transpose(1, 2).flatten(2))
+        projected: Tensor = self.out(out.transpose(1, 2).flatten(2))
+        return projected
 
 
 def layers() -> tuple[qkv.Attention, qkv.Attention, ByHand]:
@@ -82,7 +90,7 @@ def decoding(keys: int) -> dict[str, Spread]:
     ours, before, by_hand = layers()
     prompt, x = torch.randn(1, keys, WIDTH), torch.randn(1, 1, WIDTH)
 
-    def by_cache(layer: qkv.Attention) -> Callable[[], object]:
+    def by_cache(layer: qkv.Attention) -> Callable[[], Tensor]:
         cache = qkv.KVCache()
         layer(prompt, cache=cache)
 
@@ -98,7 +106,8 @@ def decoding(keys: int) -> dict[str, Spread]:
 
     def steps_by_hand() -> Tensor:
         cache = [*start]
-        return [by_hand(x, cache) for _ in range(STEPS)][-1]
+        out: list[Tensor] = [by_hand(x, cache) for _ in range(STEPS)]
+        return out[-1]
 
     return _compared({"by hand": steps_by_hand, "operators": by_cache(before), "kernel": by_cache(ours)}, STEPS)
 
@@ -128,10 +137,14 @@ def _compared(candidates: dict[str, Callable[[], Tensor]], calls: int) -> dict[s
     first, *others = [run() for run in candidates.values()]
     for other in others:
         torch.testing.assert_close(other, first, atol=1e-4, rtol=1e-4)
-    times = interleaved(candidates, clock=time.process_time if IS_SHARED else time.perf_counter)
+    measured = interleaved(candidates, clock=time.process_time if IS_SHARED else time.perf_counter)
     return {
-        name: Spread(**{key: round(value / calls, 2) for key, value in spread.items()})  # type: ignore[typeddict-item]
-        for name, spread in times.items()
+        name: Spread(
+            median_us=round(times["median_us"] / calls, 2),
+            low_us=round(times["low_us"] / calls, 2),
+            high_us=round(times["high_us"] / calls, 2),
+        )
+        for name, times in measured.items()
     }
 
 
