@@ -43,6 +43,15 @@ constexpr int DECODE_PREFETCH_KEYS = 16;   // keys ahead that several rows prefe
 constexpr int SHORT_PREFETCH_VALUES = 32;  // values ahead that a short query prefetches: step 97; not 16
 constexpr int dot_spans(int rows) { return rows <= 4 ? 2 : 1; }  // vectors of pairs at a time: step 36
 
+// Few rows through a projection
+constexpr int64_t FEW_ROWS_CHAIN = 256;                // columns of a chain of sums
+constexpr int64_t FEW_ROWS_CHUNK = 12;                 // rows of the weight that meet the same rows of x
+constexpr int64_t FEW_ROWS_AT_ONCE = 4;                // rows of x in registers, at most
+constexpr int64_t FEW_ROWS_THREAD_BYTES = 1 << 16;     // of weights for each thread
+constexpr int few_rows_weights(int lanes, int rows) {  // rows of the weight in registers beside them
+    return rows == 1 ? 6 : (rows == 2 ? 4 : (rows == 3 ? 3 : (lanes == 16 ? 4 : 2)));
+}
+
 // Softmax
 constexpr float ROW_MAX_LAG = 8;    // exponents of 2 by which a maximum may lag behind: step 1
 constexpr float LARGE_SCORE = 256;  // scores from which on their rounding shows in weights: step 93

@@ -16,3 +16,7 @@ enum Status { DONE = 0, OUT_OF_MEMORY = 1, OTHER = 2 };
 QKV_EXPORT int qkv_forward(const void* problem);
 QKV_EXPORT int qkv_backward(const void* problem, const void* gradients);
 QKV_EXPORT void qkv_quantize(const void* quantization);
+
+// Products of few rows (abi/projection.h). Returns a Status: OTHER, and does nothing, for other numbers of rows or of
+// products than the kernel takes.
+QKV_EXPORT int qkv_project(const void* projections, int count, int threads);

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from qkv.kernels.structs import GRADIENTS, PROBLEM, QUANTIZATION, SEQUENCES
+from qkv.kernels.structs import GRADIENTS, PROBLEM, PROJECTION, QUANTIZATION, SEQUENCES
 
 
 class Library(NamedTuple):
@@ -29,10 +29,15 @@ class Library(NamedTuple):
     """Takes a `PROBLEM` and its `SEQUENCES`. Returns as `forward`, or 2 for sequences out of bounds."""
     backward_sequences: Callable[[bytes, bytes, bytes], int]
     """Takes also the `GRADIENTS`. Returns as `forward_sequences`."""
+    project: Callable[[bytes, int, int], int]
+    """Takes a `PROJECTION`, or several one after the other, their number, and threads. Returns as `forward`, or 2 for
+    rows or products beyond what the kernel takes."""
     fast_forward: Callable[..., int] | None
     """Takes q, k, v, out, then k_scale, v_scale, block_table, offsets, keep and lengths, tensors or None, then
     key_count, offset, left, right, sink_tokens, scale and threads. Returns as `forward`, or 2 for tensors that it does
     not support. None if torch has no DLPack exchange functions."""
+    fast_project: Callable[..., int] | None
+    """Takes x, weight, bias, a tensor or None, out and threads. Returns as `fast_forward`."""
     append: Callable[..., int] | None
     """Takes k, v, the buffers of keys and of values, then k_scale and v_scale, tensors or None, then start and threads.
     Returns as `fast_forward`."""
@@ -58,7 +63,8 @@ def load(path: Path) -> Library | str:
     except OSError as error:
         return f"the compiled kernel does not load: {error}"
     sizes = {"problem": PROBLEM.size, "gradients": GRADIENTS.size, "quantization": QUANTIZATION.size}
-    sizes |= {"sequences": SEQUENCES.size, "interpreter": ctypes.sizeof(_Interpreter)}
+    sizes |= {"sequences": SEQUENCES.size, "projection": PROJECTION.size}
+    sizes["interpreter"] = ctypes.sizeof(_Interpreter)
     known = [hasattr(native, f"qkv_{name}_size") and getattr(native, f"qkv_{name}_size")() for name in sizes]
     if known != [*sizes.values()]:
         return f"{path} is from another version of qkv and must be rebuilt"
@@ -75,9 +81,10 @@ def load(path: Path) -> Library | str:
     native.qkv_count_scores.restype = ctypes.c_int64
     native.qkv_forward_sequences.argtypes = [ctypes.c_char_p] * 2
     native.qkv_backward_sequences.argtypes = [ctypes.c_char_p] * 3
+    native.qkv_project.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_int]
     functions = (native.qkv_forward, native.qkv_backward, native.qkv_count_scores, native.qkv_quantize)
     sequences = (native.qkv_forward_sequences, native.qkv_backward_sequences)
-    return Library(isa.decode(), *functions, *sequences, *_load_calls_of_tensors(path))
+    return Library(isa.decode(), *functions, *sequences, native.qkv_project, *_load_calls_of_tensors(path))
 
 
 class _Exchange(ctypes.Structure):
@@ -89,25 +96,26 @@ class _Exchange(ctypes.Structure):
 
 
 def _load_calls_of_tensors(path: Path) -> tuple[Callable[..., int] | None, ...]:
-    """`Library.fast_forward`, `Library.append` and `Library.append_pages`."""
+    """`Library.fast_forward`, `Library.fast_project`, `Library.append` and `Library.append_pages`."""
     capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     if capsule is None:
-        return None, None, None
+        return None, None, None, None
     python = ctypes.pythonapi
     prototype = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
     tensors = prototype(("PyCapsule_GetPointer", python))(capsule, b"dlpack_exchange_api")
     exchange = _Exchange.from_address(tensors)
     if exchange.major != 1 or not exchange.look:
-        return None, None, None
+        return None, None, None, None
     functions = (python.PyEval_SaveThread, python.PyEval_RestoreThread, python.PyErr_Clear)
     interpreter = _Interpreter(tensors, id(None), *(ctypes.cast(function, ctypes.c_void_p) for function in functions))
     native = ctypes.PyDLL(str(path))  # keeps the GIL, which the library releases itself
     tensor, number = ctypes.py_object, ctypes.c_int64
     native.qkv_fast_forward.argtypes = [ctypes.c_void_p, *[tensor] * 10, *[number] * 5, ctypes.c_float, ctypes.c_int]
+    native.qkv_fast_project.argtypes = [ctypes.c_void_p, *[tensor] * 4, ctypes.c_int]
     native.qkv_append.argtypes = [ctypes.c_void_p, *[tensor] * 6, number, ctypes.c_int]
     native.qkv_append_pages.argtypes = [ctypes.c_void_p, *[tensor] * 6, number, ctypes.c_int]
     there = ctypes.byref(interpreter)
-    calls = (native.qkv_fast_forward, native.qkv_append, native.qkv_append_pages)
+    calls = (native.qkv_fast_forward, native.qkv_fast_project, native.qkv_append, native.qkv_append_pages)
     return tuple(functools.partial(call, there) for call in calls)
 
 

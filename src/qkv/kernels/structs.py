@@ -197,6 +197,12 @@ SEQUENCES = struct.Struct(
     "2q"  # pages, page_size
     "q"  # alibi
 )
+PROJECTION = struct.Struct(
+    "@2i"  # dtype, out_dtype
+    "3q"  # rows, in_features, out_features
+    "PqPq"  # x, x_row, weight, weight_row
+    "PPq"  # bias, out, out_row
+)
 QUANTIZATION = struct.Struct(
     "@i"  # dtype
     "4q"  # batch, heads, rows, width
