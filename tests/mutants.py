@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 NATIVE = "../../native/src"
 
 KERNEL = ("kernels/test_native.py", "cache/test_int8.py", "contract/test_grid.py")
+LINEAR = ("kernels/test_linear.py",)
 APPEND = ("cache/test_buffer.py",)
 CACHES = ("cache/test_model.py",)
 PAGED = ("cache/test_paged.py",)
@@ -102,6 +103,13 @@ MUTANTS = [
     Mutant("sink forgotten in the normaliser (kernel)", f"{NATIVE}/softmax/online.h", "this->row_sum = row_sum * share + std::exp2((sink - base) * LOG2E);", "this->row_sum = row_sum * share;", KERNEL),
     Mutant("a short query starts at the weights of the block", f"{NATIVE}/attention/short_query.h", "weights + OperandPacking<Kind>::steps(s.begin) * LANES", "weights", KERNEL),
     Mutant("hidden NaN leaks in decoding", f"{NATIVE}/attention/decode.h", "write(p.dtype, clean(j), d, 0.0f);", "", KERNEL),
+    Mutant("the last columns of a projection left out (kernel)", f"{NATIVE}/matmul/few_rows.cpp", "if (left > 0) {", "if (left > 1) {", LINEAR),
+    Mutant("sums of a row by the rows beside it (kernel)", f"{NATIVE}/matmul/few_rows.cpp", "std::min(FEW_ROWS_CHAIN, p.in_features - d)", "std::min(FEW_ROWS_CHAIN * p.rows, p.in_features - d)", LINEAR),
+    Mutant("bias of the first features for all (kernel)", f"{NATIVE}/matmul/few_rows.cpp", "(const char*)p.bias + here * size_of(p.dtype)", "(const char*)p.bias + n * size_of(p.dtype)", LINEAR),
+    Mutant("rows of the weight taken for neighbours (kernel)", f"{NATIVE}/abi/fast_project.cpp", "p.weight_row = weight.strides[0];", "p.weight_row = p.in_features;", LINEAR),
+    Mutant("few rows past autocast", "layers/projection.py", ' or torch.is_autocast_enabled("cpu"):', ":", ("layers/test_projection.py",)),
+    Mutant("few rows past modes", "layers/projection.py", "torch._C._len_torch_function_stack() > 0 or", "", ("layers/test_projection.py",)),
+    Mutant("few rows past a patch of torch", "layers/projection.py", "        or F.linear is not _LINEAR\n", "", ("layers/test_projection.py",)),
     Mutant("lazy negation ignored", "kernels/dispatch.py", "and not tensor.is_neg() for tensor", "for tensor", ("cache/test_caches.py", "test_functional.py")),
     Mutant("lazy negation of gradients ignored", "kernels/operators.py", "d_out.resolve_neg()\n", "d_out\n", ("test_functional.py",)),
     Mutant("memory of caches written to under vmap", "cache/buffer.py", "            or torch._C._are_functorch_transforms_active()\n", "", ("test_interoperability.py",)),

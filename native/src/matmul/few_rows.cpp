@@ -21,6 +21,19 @@ static inline void keep_in_register([[maybe_unused]] vec& x) {
 #endif
 }
 
+// Calls work(i, address) for COUNT rows from `at` on. One address reaches three rows; without the barrier, compilers
+// keep more distances in registers than there are.
+template <int COUNT, class Work>
+[[gnu::always_inline]] static inline void for_weights(const char* at, int64_t stride, Work work) {
+    for (int i = 0; i < COUNT; ++i) {
+        work(i, at + i % 3 * stride);
+        if (i % 3 == 2 && i + 1 < COUNT) {
+            at += 3 * stride;
+            asm("" : "+r"(at));
+        }
+    }
+}
+
 // How numbers of a dtype are multiplied, SPAN columns at a time:
 //
 //     ITEM                   bytes of a number
@@ -65,7 +78,7 @@ struct Widening {
     [[gnu::always_inline]] static void add_half(const char* weight, int64_t stride, const float* x,
                                                 vec (&sums)[WEIGHTS][ROWS]) {
         vec wide[WEIGHTS];
-        for (int i = 0; i < WEIGHTS; ++i) wide[i] = load_half<HALF>(weight + i * stride);
+        for_weights<WEIGHTS>(weight, stride, [&](int i, const char* at) { wide[i] = load_half<HALF>(at); });
         for (int r = 0; r < ROWS; ++r) {
             vec row = load(x + r * FLOATS);
             keep_in_register(row);
@@ -88,7 +101,7 @@ struct PairsOfBf16 {
     [[gnu::always_inline]] static void add(const char* weight, int64_t stride, const float* x,
                                            vec (&sums)[WEIGHTS][ROWS]) {
         __m512i pairs[WEIGHTS];
-        for (int i = 0; i < WEIGHTS; ++i) pairs[i] = _mm512_loadu_si512(weight + i * stride);
+        for_weights<WEIGHTS>(weight, stride, [&](int i, const char* at) { pairs[i] = _mm512_loadu_si512(at); });
         for (int r = 0; r < ROWS; ++r) {
             vec row = load(x + r * FLOATS);
             keep_in_register(row);
@@ -128,17 +141,29 @@ static void pack_rows(const Projection& p, float* to) {
         }
 }
 
+// The weights that are read next, which are prefetched: the lines of several rows in turn, as they are read; or, where
+// rows are short and follow each other, in the order of memory.
+struct NextWeights {
+    const char* at;
+    int64_t stride;  // of rows; 0 for the order of memory
+
+    NextWeights after(int64_t rows, int64_t row_bytes) const {
+        return {at + rows * (stride ? stride : row_bytes), stride};
+    }
+};
+
 // Adds to sums (weight, row of x) a chain of products: `lines` lines of WEIGHTS rows of the weight with ROWS of `rows`
-// rows of x. The weights `ahead` bytes further are prefetched meanwhile.
+// rows of x.
 template <class Products, int WEIGHTS, int ROWS>
-static inline void add_chain(const char* weight, int64_t stride, int64_t lines, const float* x, int64_t rows,
-                             int64_t ahead, vec* sums) {
+[[gnu::noinline]] static void add_chain(const char* weight, int64_t stride, int64_t lines, const float* x, int64_t rows,
+                                        NextWeights next, vec* sums) {
     if (lines < 1) __builtin_unreachable();
     constexpr int64_t BYTES = LINE<Products> * Products::ITEM, SPANS = LINE<Products> / SPAN;
     const int64_t pitch = rows * Products::FLOATS;
+    const int64_t next_row = next.stride ? next.stride : BYTES, next_line = next.stride ? BYTES : WEIGHTS * BYTES;
     vec acc[WEIGHTS][ROWS] = {};
-    for (int64_t line = 0; line < lines; ++line) {
-        for (int i = 0; i < WEIGHTS; ++i) prefetch(weight + i * stride + ahead, BYTES);
+    for (int64_t line = 0; line < lines; ++line, next.at += next_line) {
+        for_weights<WEIGHTS>(next.at, next_row, [](int, const char* at) { prefetch(at, BYTES); });
         for (int64_t span = 0; span < SPANS; ++span, weight += BYTES / SPANS, x += pitch)
             Products::add(weight, stride, x, acc);
     }
@@ -157,19 +182,21 @@ struct RowGroups {
 // The same for `count` rows of the weight and all rows of x.
 template <class Products, int ROWS, int WEIGHTS = few_rows_weights(LANES, ROWS)>
 static void add_weights(const char* weight, int64_t stride, int64_t lines, int64_t count, const float* x,
-                        RowGroups<ROWS> groups, int64_t ahead, vec* sums) {
+                        RowGroups<ROWS> groups, NextWeights next, vec* sums) {
     constexpr int64_t FLOATS = Products::FLOATS;
     const int64_t rows = groups.rows;
+    const int64_t row_bytes = lines * LINE<Products> * Products::ITEM;
     for (; count >= WEIGHTS; count -= WEIGHTS, weight += WEIGHTS * stride, sums += WEIGHTS * rows) {
         int64_t r = 0;
         for (; r < groups.large * ROWS; r += ROWS)
-            add_chain<Products, WEIGHTS, ROWS>(weight, stride, lines, x + r * FLOATS, rows, ahead, sums + r);
+            add_chain<Products, WEIGHTS, ROWS>(weight, stride, lines, x + r * FLOATS, rows, next, sums + r);
         if constexpr (ROWS > 1)
             for (; r < rows; r += ROWS - 1)
-                add_chain<Products, WEIGHTS, ROWS - 1>(weight, stride, lines, x + r * FLOATS, rows, ahead, sums + r);
+                add_chain<Products, WEIGHTS, ROWS - 1>(weight, stride, lines, x + r * FLOATS, rows, next, sums + r);
+        next = next.after(WEIGHTS, row_bytes);
     }
     if constexpr (WEIGHTS > 1)
-        if (count > 0) add_weights<Products, ROWS, WEIGHTS / 2>(weight, stride, lines, count, x, groups, ahead, sums);
+        if (count > 0) add_weights<Products, ROWS, WEIGHTS / 2>(weight, stride, lines, count, x, groups, next, sums);
 }
 
 // Writes columns [first, first + count) of out, from their sums.
@@ -187,6 +214,15 @@ static inline void write_sums(const Projection& p, int64_t first, int64_t count,
     }
 }
 
+// What is read after the chain of columns from byte `begin` of rows of so many bytes on: the same columns of the next
+// chunk or, in long rows, columns further on.
+static NextWeights next_weights(const char* weight, int64_t stride, int64_t begin, int64_t bytes, int64_t count) {
+    const char* const chunk = weight + FEW_ROWS_CHUNK * stride;
+    if (bytes <= FEW_ROWS_SHORT && bytes == stride) return {chunk - begin + begin * count, 0};
+    const int64_t ahead = std::min(bytes, FEW_ROWS_AHEAD);
+    return {begin + ahead < bytes ? weight + ahead : chunk + ahead - bytes, stride};
+}
+
 // Columns of out [first, first + count), at most FEW_ROWS_CHUNK.
 template <class Products, int ROWS>
 static void project_chunk(const Projection& p, const float* x, int64_t first, int64_t count) {
@@ -199,15 +235,15 @@ static void project_chunk(const Projection& p, const float* x, int64_t first, in
     for (int64_t d = 0, columns; d < p.in_features; d += columns, x += columns / SPAN * pitch) {
         columns = std::min(FEW_ROWS_CHAIN, p.in_features - d);
         const char* const from = weight + d * ITEM;
-        const int64_t ahead = d + columns < p.in_features ? columns * ITEM : FEW_ROWS_CHUNK * stride - d * ITEM;
+        const NextWeights next = next_weights(from, stride, d * ITEM, p.in_features * ITEM, count);
         const int64_t lines = columns / COLUMNS, left = columns % COLUMNS;
-        if (lines > 0) add_weights<Products, ROWS>(from, stride, lines, count, x, groups, ahead, sums);
+        if (lines > 0) add_weights<Products, ROWS>(from, stride, lines, count, x, groups, next, sums);
         if (left > 0) {
             alignas(64) char padded[FEW_ROWS_CHUNK][COLUMNS * ITEM] = {};
             for (int64_t i = 0; i < count; ++i)
                 std::memcpy(padded[i], from + i * stride + lines * COLUMNS * ITEM, left * ITEM);
             add_weights<Products, ROWS>(padded[0], COLUMNS * ITEM, 1, count, x + lines * COLUMNS / SPAN * pitch, groups,
-                                        0, sums);
+                                        next, sums);
         }
     }
     write_sums(p, first, count, sums);

@@ -14,6 +14,8 @@ from qkv.kernels.dispatch import can_bypass_dispatcher as can_bypass_dispatcher
 from qkv.kernels.forward import count_scores as count_scores
 from qkv.kernels.forward import fast_forward as fast_forward
 from qkv.kernels.forward import forward as forward
+from qkv.kernels.linear import fast_linear as fast_linear
+from qkv.kernels.linear import is_faster as is_faster
 from qkv.kernels.sequences import Sequences as Sequences
 from qkv.kernels.sequences import forward_sequences as forward_sequences
 from qkv.kernels.structs import Call as Call

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn.modules import linear as torch_linear
 from torch.nn.modules import module as torch_module
 
+from qkv import kernels
+
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj", "gate_proj")
 """Their names in `Attention`; gate_proj is None in layers without a gate."""
 
@@ -17,15 +19,24 @@ def project(linear: nn.Module, x: Tensor) -> Tensor:
     """``linear(x)``.
 
     `Module.__call__` costs 2.7 us, so four of them take a fifth of a short attention. An ``nn.Linear`` without hooks,
-    patches or replaced parameters skips it; any other module is called normally.
+    patches or replaced parameters skips it; any other module is called normally. Few rows without a gradient go to the
+    kernel, where it is faster than torch.
     """
     if type(linear) is nn.Linear and not torch.compiler.is_compiling() and _is_unmodified(linear):
-        parameters = linear._parameters
-        weight = parameters["weight"]
+        weight, bias = linear._parameters["weight"], linear._parameters["bias"]
         assert weight is not None
-        return F.linear(x, weight, parameters["bias"])
-    projected: Tensor = linear(x)
-    return projected
+        projected = _by_kernel(x, weight, bias)
+        return F.linear(x, weight, bias) if projected is None else projected
+    called: Tensor = linear(x)
+    return called
+
+
+def _by_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """``F.linear`` by the kernel; None where torch is faster, or does more: for a gradient, a mode, autocast."""
+    if torch._C._len_torch_function_stack() > 0 or not kernels.is_faster(x, weight) or torch.is_autocast_enabled("cpu"):
+        return None
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    return kernels.fast_linear(x, weight, bias) if kernels.can_bypass_dispatcher(*tensors) else None
 
 
 def linear_projections(caller: str, layer: object) -> dict[str, nn.Linear]:
@@ -68,6 +79,7 @@ def _is_unmodified(linear: nn.Linear) -> bool:
     own, parameters = linear.__dict__, linear._parameters
     return not (
         nn.Linear.forward is not _FORWARD
+        or F.linear is not _LINEAR
         or nn.Linear.__call__ is not _CALL
         or nn.Linear._call_impl is not _CALL_IMPL
         or linear._compiled_call_impl is not None
@@ -90,6 +102,7 @@ def _of_torch(function: Callable[..., Any], module: Any) -> Callable[..., Any] |
     return function if getattr(function, "__globals__", None) is vars(module) else None
 
 
+_LINEAR: Any = getattr(torch._C._nn, "linear", None)
 _FORWARD = _of_torch(nn.Linear.forward, torch_linear)
 _CALL = _of_torch(nn.Linear.__call__, torch_module)
 _CALL_IMPL = _of_torch(nn.Linear._call_impl, torch_module)
