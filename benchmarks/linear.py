@@ -89,10 +89,8 @@ def main() -> None:
             for found in measure(columns, features, DTYPES[name]):
                 results.append({"dtype": name, **found})
                 shape = f"{found['rows']:>2} x {columns} x {features}"
-                print(
-                    f"{name}  {shape:<20} {found['ratio']:6.2f} {found['ratio of the call']:6.2f} {found['gb_per_s']:7.1f} GB/s",
-                    flush=True,
-                )
+                ratios = f"{found['ratio']:6.2f} {found['ratio of the call']:6.2f}"
+                print(f"{name}  {shape:<20} {ratios} {found['gb_per_s']:7.1f} GB/s", flush=True)
     machine.save("linear", {"limits": limits.larger(bounds, limits.measure(threads)), "measurements": results})
 
 
