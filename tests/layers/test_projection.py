@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 
 import qkv
 from qkv.convert import convert_layer, prune_heads
-from qkv.layers.projection import project
+from qkv.layers.projection import project, reroute
 
 NAMES = ("q_proj", "k_proj", "v_proj", "out_proj")
 X = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
@@ -176,6 +176,26 @@ def test_modified_modules_are_called(name: str) -> None:
     got = layer(X)
     torch.testing.assert_close(got, by_modules(layer, X))
     assert not torch.allclose(got, before)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.filterwarnings("ignore")  # torch's own, of quantisation
+def test_modules_that_were_rerouted_compute_what_was_changed(name: str) -> None:
+    """Whether they were changed before or after."""
+
+    def made(*changes: Callable[[qkv.Attention], Any]) -> Tensor:
+        torch.manual_seed(0)
+        layer = qkv.MultiHeadAttention(32, 4)
+        nn.init.normal_(layer.q_proj.bias)
+        for change in changes:
+            torch.manual_seed(1)
+            change(layer)
+        torch.testing.assert_close(layer(X), by_modules(layer, X))
+        return by_modules(layer, X)
+
+    want = made(CHANGES[name])
+    torch.testing.assert_close(made(reroute, CHANGES[name]), want)
+    torch.testing.assert_close(made(CHANGES[name], reroute), want)
 
 
 def test_hooks_of_a_module_are_called() -> None:

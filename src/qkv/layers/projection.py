@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn.modules import linear as torch_linear
 from torch.nn.modules import module as torch_module
 
+from qkv.layers.instance_forward import InstanceForward
+
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj", "gate_proj")
 """Their names in `Attention`; gate_proj is None in layers without a gate."""
 
@@ -20,12 +22,39 @@ def project(linear: nn.Module, x: Tensor) -> Tensor:
     patches or replaced parameters skips it; any other module is called normally.
     """
     if type(linear) is nn.Linear and not torch.compiler.is_compiling() and _is_unmodified(linear):
-        parameters = linear._parameters
-        weight = parameters["weight"]
-        assert weight is not None
-        return F.linear(x, weight, parameters["bias"])
+        return _product(linear, x)
     projected: Tensor = linear(x)
     return projected
+
+
+class ProjectedForward(InstanceForward):
+    """The forward of an ``nn.Linear`` in any model, which computes it as `project` does.
+
+    ``Module.__call__`` has run what is attached to the module before it calls this, and runs the rest after.
+    """
+
+    def call(self, x: Tensor) -> Tensor:
+        """``linear(x)`` without hooks, which are the caller's."""
+        if type(self.module) is nn.Linear and self.own is None and _computes_its_parameters(self.module):
+            return _product(self.module, x)
+        projected: Tensor = self.forward(x)
+        return projected
+
+
+def reroute(model: nn.Module) -> None:
+    """Gives each ``nn.Linear`` of a model, whatever its class, a `ProjectedForward`. Others are left alone: subclasses,
+    and those with a forward of their own, which libraries set that move or quantise weights.
+    """
+    for module in model.modules():
+        if type(module) is nn.Linear and "forward" not in module.__dict__:
+            ProjectedForward.set_on(module)
+
+
+def _product(linear: nn.Linear, x: Tensor) -> Tensor:
+    """``x @ weight.mT + bias``."""
+    weight = linear._parameters["weight"]
+    assert weight is not None
+    return F.linear(x, weight, linear._parameters["bias"])
 
 
 def linear_projections(caller: str, layer: object) -> dict[str, nn.Linear]:
@@ -65,18 +94,24 @@ def require_linear(caller: str, name: str, projection: nn.Module) -> nn.Linear:
 
 def _is_unmodified(linear: nn.Linear) -> bool:
     """Whether neither the instance, nor the class, nor global hooks change what a call computes."""
-    own, parameters = linear.__dict__, linear._parameters
-    return not (
-        nn.Linear.forward is not _FORWARD
-        or nn.Linear.__call__ is not _CALL
+    return _computes_its_parameters(linear) and not (
+        nn.Linear.__call__ is not _CALL
         or nn.Linear._call_impl is not _CALL_IMPL
         or linear._compiled_call_impl is not None
-        or "forward" in own
+        or ("forward" in linear.__dict__ and type(linear.__dict__["forward"]) is not ProjectedForward)
         or linear._forward_hooks
         or linear._forward_pre_hooks
         or linear._backward_hooks
         or linear._backward_pre_hooks
         or _has_any_global_hook()
+    )
+
+
+def _computes_its_parameters(linear: nn.Linear) -> bool:
+    """Whether the forward of the class is the product with the parameters, and nothing hides those."""
+    own, parameters = linear.__dict__, linear._parameters
+    return not (
+        nn.Linear.forward is not _FORWARD
         # Instance attributes hide parameters. Pruning, MAML and DataParallel set them.
         or "weight" in own
         or "bias" in own
