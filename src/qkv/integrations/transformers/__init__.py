@@ -7,6 +7,7 @@
 from typing import TYPE_CHECKING, Any
 
 from qkv.integrations.transformers.attention import register as register
+from qkv.integrations.transformers.attention import unregister as unregister
 from qkv.integrations.transformers.latent import latent as latent
 from qkv.integrations.transformers.unpadding import unpad as unpad
 
@@ -18,6 +19,7 @@ __all__ = [
     "latent",
     "register",
     "unpad",
+    "unregister",
 ]
 
 
