@@ -88,6 +88,7 @@ bench: $(VENV)/peers
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/models.py
 	$(BIN)/python benchmarks/layer.py
+	$(BIN)/python benchmarks/linear.py
 	$(BIN)/python benchmarks/sequences.py
 	$(BIN)/python benchmarks/paged.py
 	$(BIN)/python benchmarks/page.py

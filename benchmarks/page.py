@@ -235,6 +235,33 @@ def layer_section(folder: Path) -> list[str]:
     ]
 
 
+def linear_section(folder: Path) -> list[str]:
+    """Few rows through a linear layer."""
+    record = load(folder, "linear")
+    if record is None:
+        return []
+    by_weight: dict[tuple[str, int, int], list[Any]] = {}
+    for row in record["measurements"]:
+        by_weight.setdefault((row["dtype"], row["columns"], row["features"]), []).append(row)
+    counts = [row["rows"] for row in next(iter(by_weight.values()))]
+    rows = [
+        (
+            dtype,
+            f"{columns} x {features}",
+            *(f"{row['gb_per_s']:.1f} ({row['ratio']:.2f}, {row['ratio of the call']:.2f})" for row in found),
+        )
+        for (dtype, columns, features), found in by_weight.items()
+    ]
+    bounds: Limits = record["limits"]
+    what = (
+        "GB/s of weights, read from memory; in brackets, the time of `F.linear` relative to it. Columns are rows of x."
+    )
+    return [
+        f"## Few rows through a linear layer\n\n{machine(record)} {limits(bounds)} {what}",
+        table(["dtype", "weight", *map(str, counts)], rows, words=2),
+    ]
+
+
 def sequences_section(folder: Path) -> list[str]:
     """Packed sequences and pages."""
     record = load(folder, "sequences")
@@ -256,7 +283,7 @@ def main() -> None:
     """Writes the pages, the plots, and the list of pages in README.md."""
     sections = [
         *(kernel_section, grid_section, avx2_section, interleaved_section),
-        *(overhead_section, models_section, layer_section, sequences_section),
+        *(overhead_section, models_section, layer_section, linear_section, sequences_section),
     ]
     pages = []
     for folder in sorted({path.parent for path in machines.RESULTS.glob("*/*.json")}):

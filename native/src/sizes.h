@@ -43,6 +43,24 @@ constexpr int DECODE_PREFETCH_KEYS = 16;   // keys ahead that several rows prefe
 constexpr int SHORT_PREFETCH_VALUES = 32;  // values ahead that a short query prefetches: step 97; not 16
 constexpr int dot_spans(int rows) { return rows <= 4 ? 2 : 1; }  // vectors of pairs at a time: step 36
 
+// Few rows through a projection
+constexpr int64_t FEW_ROWS_CHAIN = 256;              // columns of a chain of sums: step 106; not 512, 1024
+constexpr int64_t FEW_ROWS_CHUNK = 6;                // rows of the weight that a thread takes: step 107; not 12, 24
+constexpr int64_t FEW_ROWS_AT_ONCE = 4;              // rows of x in registers, at most
+constexpr int64_t FEW_ROWS_AHEAD = 16 << 10;         // bytes of a row that are prefetched ahead: step 107; not 2, 4 KB
+constexpr int64_t FEW_ROWS_SHORT = 2 << 10;          // bytes up to which rows are prefetched in order: step 108
+constexpr int64_t FEW_ROWS_THREAD_BYTES = 64 << 10;  // of weights for each thread
+constexpr int few_rows_weights(int lanes, int rows) {  // rows of the weight in registers beside them: step 106
+    return rows == 1 ? 6 : (rows == 2 ? 4 : (rows == 3 ? 3 : (lanes == 16 ? 4 : 2)));
+}
+
+// Rotary embedding
+constexpr int ROTARY_PAIRS = 64;  // pairs of a table, a multiple of LANES
+constexpr int ROTARY_TOKENS = 8;  // tokens whose tables are made at a time, to stay in the L1 cache
+
+// A layer's step
+constexpr int64_t PARALLEL_STEP = 1 << 14;  // numbers of queries from which on several threads prepare heads
+
 // Softmax
 constexpr float ROW_MAX_LAG = 8;    // exponents of 2 by which a maximum may lag behind: step 1
 constexpr float LARGE_SCORE = 256;  // scores from which on their rounding shows in weights: step 93

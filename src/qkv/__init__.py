@@ -4,6 +4,8 @@ Shapes, everywhere: B batch, H query heads, Hkv key/value heads (a divisor of H)
 query and a key, Dv width of a value, E width of a model. Tensors of heads are (B, heads, length, width).
 """
 
+import typing
+
 from qkv.backends import BackendError as BackendError
 from qkv.cache import Caches as Caches
 from qkv.cache import CrossKVCache as CrossKVCache
@@ -18,7 +20,11 @@ from qkv.functional import attention_weights as attention_weights
 from qkv.functional import attention_with_lse as attention_with_lse
 from qkv.functional import explain as explain
 from qkv.functional import merge as merge
+from qkv.integrations.report import report as report
 from qkv.integrations.torch.accelerate import accelerate as accelerate
+from qkv.integrations.transformers.attention import register as register
+from qkv.integrations.transformers.attention import unregister as unregister
+from qkv.integrations.transformers.unpadding import unpad as unpad
 from qkv.layers import Attention as Attention
 from qkv.layers import CausalAttention as CausalAttention
 from qkv.layers import ContinuousWindowPositionBias as ContinuousWindowPositionBias
@@ -37,6 +43,9 @@ from qkv.layers import ScaledDotProductAttention as ScaledDotProductAttention
 from qkv.layers import SlidingWindowAttention as SlidingWindowAttention
 from qkv.layers import WindowPositionBias as WindowPositionBias
 from qkv.masks import Mask as Mask
+
+if typing.TYPE_CHECKING:
+    from qkv.integrations.transformers.cache import QKVCache as QKVCache
 
 __all__ = [
     "Attention",
@@ -58,6 +67,7 @@ __all__ = [
     "MultiQueryAttention",
     "PagePool",
     "PagedKVCache",
+    "QKVCache",
     "RelativePositionBias",
     "RotaryEmbedding",
     "RotaryEmbedding2d",
@@ -72,6 +82,23 @@ __all__ = [
     "attention_with_lse",
     "explain",
     "merge",
+    "register",
+    "report",
+    "unpad",
+    "unregister",
 ]
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> typing.Any:
+    """`QKVCache`, a subclass of transformers', which importing qkv does not import."""
+    if name == "QKVCache":
+        from qkv.integrations.transformers.cache import QKVCache
+
+        return QKVCache
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

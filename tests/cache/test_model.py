@@ -393,7 +393,11 @@ def test_refusals_leave_everything_as_it_was() -> None:
         ((nn.Linear(2, 2),), ValueError, "must contain attention layers of qkv; got Linear"),
         ((model, 1.5), TypeError, "capacity must be an int, or None to grow; got 1.5"),
         ((model, 0), ValueError, "capacity must be at least 1, or None to grow; got 0"),
-        ((model, None, torch.bfloat16), ValueError, "dtype must be torch.int8, or None .*; got torch.bfloat16"),
+        (
+            (model, None, torch.bfloat16),
+            ValueError,
+            'dtype must be torch.int8 or "int8", or None .*; got torch.bfloat16',
+        ),
     ):
         with pytest.raises(kind, match=message):
             Caches.for_model(*wrong)  # type: ignore[arg-type]

@@ -27,11 +27,32 @@ random, and large enough that attention is far from uniform. Outputs and the gra
 with an fp64 run of eager; the error may be at most twice that of eager and sdpa in fp32, plus the rounding of a sum
 over the width. Models that take an attention mask are tested with left and right padding, and compared at real tokens.
 Models that generate must give the same {tokens} greedy tokens as eager. *unpad*: tested with
-`qkv.integrations.transformers.unpad` and right padding as well; it takes effect in {unpadded} families.
+`qkv.unpad` and right padding as well; it takes effect in {unpadded} families.
 
 *padding leaks*: in this model, the output of eager for queries without visible keys (the mean of all values, where sdpa
 and qkv give 0) reaches real tokens; it was compared with an eager that gives 0.
 *error* is the largest error relative to the allowed one.
+
+## What a model gets
+
+`qkv.accelerate(model)` takes the following in one model, and `accelerate(model, enabled=False)` gives it back.
+`attn_implementation="qkv"` after `qkv.register()` takes the first two. `qkv.report(model)` says what was taken of a
+model, what not and why, and counts calls.
+
+- **Attention** of models that use the AttentionInterface. Not of models with attention of their own, nor with
+  `output_attentions` in the configuration.
+- **The cache** that a model makes itself, in `generate` and in a call with `use_cache`: layers with and without
+  windows, of latents, and of decoders in encoder-decoder models. Not one that is passed or named
+  (`cache_implementation`), and none in compiled and traced calls. Layers of linear attention, with indexers, or of a
+  model's own class stay transformers' own, beside ours in one cache.
+- **Latents** of attention as in DeepSeek-V3: read as they are cached, where a module expands them as ours does.
+- **Linear layers**: each `nn.Linear`, with its hooks. Not subclasses, quantised layers, `Conv1D`, and those with a
+  forward that a library has set.
+- **Padding**, by `unpad=True`: layers in which only attention mixes tokens; with a cache, the call that fills an empty
+  one. Not later calls, int8 and static caches, and modules that read their cache by other means than `update`.
+
+The cache of one call: `cache_implementation="qkv"` (with `cache_config={{"dtype": "int8"}}`) on any attention,
+`"dynamic"` for transformers' own. That of all models on "qkv": `register(cache="int8")`, `register(cache=False)`.
 
 ## Families that work
 

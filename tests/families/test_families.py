@@ -6,6 +6,7 @@ import pytest
 import torch
 from families import sweep
 from families.compare import judge
+from families.one_line import judge_one_line
 
 from qkv import Mask
 from qkv.integrations.transformers import attention as integration
@@ -30,6 +31,23 @@ def test_the_page_lists_enough_families() -> None:
 @pytest.mark.parametrize("family", SAMPLE, ids=sweep.short)
 def test_a_family_that_is_listed_works(family: str) -> None:
     outcome = judge(family, only=sweep.listed()[family])
+    assert outcome.works, outcome.reason
+
+
+# One of each kind of cache (windows, latents, none, two, own ones); all families only in `make test-all`.
+ONE_LINE = ("gemma2", "deepseek_v2", "bert", "t5gemma", "jamba", "glm4v")
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, marks=() if sweep.short(family) in ONE_LINE else pytest.mark.long)
+        for family in sweep.listed()
+    ],
+    ids=sweep.short,
+)
+def test_a_family_is_accelerated_by_one_line_and_given_back(family: str) -> None:
+    outcome = judge_one_line(family, only=sweep.listed()[family])
     assert outcome.works, outcome.reason
 
 

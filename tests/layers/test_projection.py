@@ -1,4 +1,7 @@
-"""`project` skips `Module.__call__` of unmodified linear layers only, for every public way to modify one."""
+"""`project` skips `Module.__call__` of unmodified linear layers only, for every public way to modify one.
+
+And torch's product, where the kernel is faster: the tests of few rows take the kernel for all that it can compute.
+"""
 
 import copy
 import functools
@@ -16,8 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 import qkv
+from qkv import kernels
 from qkv.convert import convert_layer, prune_heads
-from qkv.layers.projection import project
+from qkv.layers.projection import project, reroute
 
 NAMES = ("q_proj", "k_proj", "v_proj", "out_proj")
 X = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
@@ -176,6 +180,26 @@ def test_modified_modules_are_called(name: str) -> None:
     got = layer(X)
     torch.testing.assert_close(got, by_modules(layer, X))
     assert not torch.allclose(got, before)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.filterwarnings("ignore")  # torch's own, of quantisation
+def test_modules_that_were_rerouted_compute_what_was_changed(name: str) -> None:
+    """Whether they were changed before or after."""
+
+    def made(*changes: Callable[[qkv.Attention], Any]) -> Tensor:
+        torch.manual_seed(0)
+        layer = qkv.MultiHeadAttention(32, 4)
+        nn.init.normal_(layer.q_proj.bias)
+        for change in changes:
+            torch.manual_seed(1)
+            change(layer)
+        torch.testing.assert_close(layer(X), by_modules(layer, X))
+        return by_modules(layer, X)
+
+    want = made(CHANGES[name])
+    torch.testing.assert_close(made(reroute, CHANGES[name]), want)
+    torch.testing.assert_close(made(CHANGES[name], reroute), want)
 
 
 def test_hooks_of_a_module_are_called() -> None:
@@ -411,3 +435,233 @@ def test_from_torch_copies_effective_weights() -> None:
     parametrize.register_parametrization(theirs, "in_proj_weight", Doubled())
     parametrize.register_parametrization(theirs.out_proj, "weight", Doubled())
     torch.testing.assert_close(qkv.MultiHeadAttention.from_torch(theirs)(X), theirs(X, X, X)[0])
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """What the kernel computes, of whatever size."""
+    computed: list[Tensor] = []
+
+    def fast_linear(*tensors: Any) -> Tensor | None:
+        out = kernels.linear.fast_linear(*tensors)
+        computed.extend([] if out is None else [out])
+        return out
+
+    monkeypatch.setattr(kernels, "is_faster", lambda x, weight: True)
+    monkeypatch.setattr(kernels, "fast_linear", fast_linear)
+    return computed
+
+
+has_fast_path = pytest.mark.skipif(
+    kernels.absence() is not None or kernels.loaded().fast_project is None,
+    reason=kernels.absence() or "this torch has no DLPack exchange functions",
+)
+
+
+@has_fast_path
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.filterwarnings("ignore")  # torch's own, of quantisation
+def test_modified_modules_are_called_with_few_rows(name: str, products: list[Tensor]) -> None:
+    layer = qkv.MultiHeadAttention(32, 4)
+    x = X[0, :3]
+    with torch.no_grad():
+        torch.testing.assert_close(project(layer.q_proj, x), layer.q_proj(x))
+        assert len(products) == 1
+        CHANGES[name](layer)
+        torch.testing.assert_close(project(layer.q_proj, x), layer.q_proj(x))
+    is_plain = name == "no bias any more"
+    assert len(products) == 1 + is_plain
+
+
+def tied(linear: nn.Linear) -> nn.Linear:
+    other = nn.Linear(32, 32)
+    other.weight = linear.weight
+    return other
+
+
+def sliced(linear: nn.Linear) -> nn.Linear:
+    linear.weight = nn.Parameter(torch.randn(40, 50)[4:36, 7:39])
+    return linear
+
+
+def replaced_data(linear: nn.Linear) -> nn.Linear:
+    linear.weight.data = torch.randn(32, 32)
+    return linear
+
+
+def loaded_state(linear: nn.Linear) -> nn.Linear:
+    linear.load_state_dict(nn.Linear(32, 32).state_dict(), assign=True)
+    return linear
+
+
+def without_gradient(linear: nn.Linear) -> nn.Linear:
+    return linear.requires_grad_(False)
+
+
+PLAIN: dict[str, Callable[[nn.Linear], nn.Linear]] = {
+    "as made": lambda linear: linear,
+    "without bias": lambda _: nn.Linear(32, 32, bias=False),
+    "tied": tied,
+    "rows of a larger matrix": sliced,
+    "other data": replaced_data,
+    "loaded": loaded_state,
+    "copied": copy.deepcopy,
+    "shared": nn.Linear.share_memory,
+    "evaluated": nn.Linear.eval,
+    "bf16": nn.Linear.bfloat16,
+    "fp16": nn.Linear.half,
+    "frozen": without_gradient,
+}
+
+
+@has_fast_path
+@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("shape", [(32,), (1, 32), (16, 32), (2, 8, 32), (1, 1, 1, 32)], ids=str)
+def test_plain_layers_go_to_the_kernel(name: str, shape: tuple[int, ...], products: list[Tensor]) -> None:
+    linear = PLAIN[name](nn.Linear(32, 32))
+    x = torch.randn(shape).to(linear.weight.dtype)
+    contexts = [torch.no_grad, torch.inference_mode, *([torch.enable_grad] if name == "frozen" else [])]
+    for index, context in enumerate(contexts, start=1):
+        with context():
+            got, want = project(linear, x), linear(x)
+        torch.testing.assert_close(got, want)
+        assert len(products) == index and got.is_inference() == want.is_inference() and not got.requires_grad
+
+
+class Doubling(Tensor):
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[misc]
+        return 2 * out.as_subclass(Tensor) if func is F.linear else out
+
+
+def negated(x: Tensor) -> Tensor:
+    return torch.complex(torch.zeros_like(x), -x).conj().imag
+
+
+def of_double_precision(linear: nn.Linear, x: Tensor) -> Tensor:
+    return project(linear.double(), x.double())
+
+
+def with_transposed_weight(linear: nn.Linear, x: Tensor) -> Tensor:
+    linear.weight = nn.Parameter(linear.weight.mT)
+    return project(linear, x)
+
+
+def functional(linear: nn.Linear, x: Tensor) -> Tensor:
+    class Projected(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = linear
+
+        def forward(self, x: Tensor) -> Tensor:
+            return project(self.linear, x)
+
+    weights = {f"linear.{name}": value for name, value in linear.named_parameters()}
+    out: Tensor = torch.func.vmap(
+        lambda weights: torch.func.functional_call(Projected(), weights, (x,)), randomness="error"
+    )({name: value[None] for name, value in weights.items()})
+    return out[0]
+
+
+def with_forward_gradient(linear: nn.Linear, x: Tensor) -> Tensor:
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        out = torch.autograd.forward_ad.unpack_dual(project(linear, dual))
+        assert out.tangent is not None
+        return out.primal.clone()
+
+
+def traced(linear: nn.Linear, x: Tensor) -> Tensor:
+    linear.requires_grad_(False)
+    out: Tensor = torch.jit.trace(lambda x: project(linear, x), (x,), check_trace=False)(x)
+    return out
+
+
+def in_mode(mode: Callable[[], Any]) -> Callable[[nn.Linear, Tensor], Tensor]:
+    def call(linear: nn.Linear, x: Tensor) -> Tensor:
+        with mode():
+            return project(linear, x)
+
+    return call
+
+
+# Each is a product that torch computes, or records, and how it differs from the usual one.
+WATCHED: dict[str, Callable[[nn.Linear, Tensor], Tensor]] = {
+    "gradient of the weight": in_mode(torch.enable_grad),
+    "gradient of x": in_mode(torch.enable_grad),
+    "autocast": in_mode(lambda: torch.autocast("cpu", dtype=torch.bfloat16)),
+    "function mode": in_mode(Counted),
+    "dispatch mode": in_mode(Recorded),
+    "device": in_mode(lambda: torch.device("cpu")),
+    "functional call": functional,
+    "forward gradient": with_forward_gradient,
+    "x of a class of its own": lambda linear, x: project(linear, x.as_subclass(Doubling)) / 2,
+    "x negated": lambda linear, x: project(linear, negated(x)),
+    "x with columns apart": lambda linear, x: project(linear, x.mT.contiguous().mT),
+    "weight transposed": with_transposed_weight,
+    "fp64": of_double_precision,
+    "compiled": lambda linear, x: torch.compile(project, backend="eager")(linear, x),
+    "traced": traced,
+    "17 rows": lambda linear, x: project(linear, x.repeat(6, 1)[:17])[:3],
+}
+
+
+@has_fast_path
+@pytest.mark.parametrize("name", WATCHED)
+@pytest.mark.filterwarnings("ignore")  # torch's own, of tracing and forward mode
+def test_torch_computes_what_is_watched(name: str, products: list[Tensor]) -> None:
+    linear, x = nn.Linear(32, 32), X[0, :3].clone()
+    if name == "gradient of x":
+        linear.requires_grad_(False)
+        x.requires_grad_()
+    with torch.no_grad():
+        if name == "weight transposed":
+            want = F.linear(x, linear.weight.mT, linear.bias)
+        else:
+            want = linear(x)
+        got = WATCHED[name](linear, x)
+    assert not products
+    assert got.requires_grad == name.startswith("gradient")
+    tolerance = 0.05 if name == "autocast" else 1e-5
+    torch.testing.assert_close(got.float(), want.float(), rtol=tolerance, atol=tolerance)
+
+
+@has_fast_path
+def test_without_memory_or_with_other_widths_torch_raises(products: list[Tensor]) -> None:
+    linear = nn.Linear(32, 32)
+    with torch.no_grad():
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            project(linear, torch.randn(3, 31))
+        with pytest.raises(RuntimeError, match="must have the same dtype"):
+            project(linear, X[0].bfloat16())
+        freed = nn.Linear(32, 32)
+        freed.weight.untyped_storage().resize_(0)
+        with pytest.raises(RuntimeError, match="out of bounds for storage of size 0"):
+            project(freed, X[0])
+        assert project(linear.to("meta"), X[0].to("meta")).is_meta
+        assert project(linear, torch.randn(0, 32, device="meta")).shape == (0, 32)
+    assert not products
+
+
+@has_fast_path
+def test_patches_of_torchs_product_are_called_with_few_rows(
+    monkeypatch: pytest.MonkeyPatch, products: list[Tensor]
+) -> None:
+    linear = nn.Linear(32, 32)
+    with torch.no_grad():
+        plain = linear(X[0])
+        monkeypatch.setattr(F, "linear", doubling(F.linear))
+        assert torch.equal(project(linear, X[0]), 2 * plain)
+    assert not products
+
+
+@has_fast_path
+def test_layers_take_the_kernel_where_it_is_faster() -> None:
+    layer = qkv.CausalAttention(256, 4).bfloat16()
+    x = torch.randn(1, 1, 256, dtype=torch.bfloat16)
+    weight = layer.q_proj.weight
+    with torch.no_grad(), kernels.use(kernels.loaded()._replace(isa="avx2")):
+        assert kernels.is_faster(x, weight)
+        assert torch.equal(project(layer.q_proj, x), kernels.fast_linear(x, weight, layer.q_proj.bias))
+        torch.testing.assert_close(layer(x), layer.float()(x.float()).bfloat16(), rtol=0.05, atol=0.05)

@@ -1,7 +1,11 @@
-"""`RotaryEmbedding.from_config` and the scalings, compared with transformers: the same bits."""
+"""`RotaryEmbedding.from_config` and the scalings, compared with transformers: the same bits.
+
+Given the same sines, which are torch's here. The kernel's own differ from these in the last bit, at the same angles:
+tests/layers/test_rotation.py compares the two.
+"""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -9,7 +13,15 @@ import torch
 from torch import Tensor
 
 import qkv
+from qkv import kernels
 from qkv.layers.rotary_config import MULTIMODAL, rope_parameters
+
+
+@pytest.fixture(autouse=True)
+def torchs_sines() -> Iterator[None]:
+    with kernels.use("bits are compared with torch's"):
+        yield
+
 
 TRAINED, LONGEST = 64, 256
 DIVISORS = {"short_factor": [1.0 + 0.1 * i for i in range(8)], "long_factor": [1.5 + 0.7 * i for i in range(8)]}

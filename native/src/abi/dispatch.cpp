@@ -7,6 +7,8 @@
 #include <string>
 
 #include "abi/c_api.h"
+#include "abi/layer_step.h"
+#include "abi/projection.h"
 
 #if defined(QKV_X86)
 #include <cpuid.h>
@@ -31,6 +33,9 @@ namespace qkv {
     void backward(const Problem&, const Gradients&); \
     int64_t count_scores(const Problem&);            \
     void quantize(const Quantization&);              \
+    void project(const Projection*, int, int);       \
+    void rotate(const Rotation&);                    \
+    void layer_step(const LayerStep&);               \
     }
 #include "abi/isas.def"
 #undef ISA
@@ -75,10 +80,15 @@ struct Isa {
     void (*backward)(const Problem&, const Gradients&);
     int64_t (*count_scores)(const Problem&);
     void (*quantize)(const Quantization&);
+    void (*project)(const Projection*, int, int);
+    void (*rotate)(const Rotation&);
+    void (*layer_step)(const LayerStep&);
 };
 
 // The least first.
-#define ISA(name, ...) {#name, has_##name, name::forward, name::backward, name::count_scores, name::quantize},
+#define ISA(name, ...)                                                                  \
+    {#name,          has_##name,    name::forward, name::backward,  name::count_scores, \
+     name::quantize, name::project, name::rotate,  name::layer_step},
 const Isa IN_ORDER[] = {
 #include "abi/isas.def"
 };
@@ -118,6 +128,8 @@ QKV_EXPORT const char* qkv_supported_isas() {
 QKV_EXPORT int qkv_problem_size() { return (int)sizeof(qkv::Problem); }
 QKV_EXPORT int qkv_gradients_size() { return (int)sizeof(qkv::Gradients); }
 QKV_EXPORT int qkv_quantization_size() { return (int)sizeof(qkv::Quantization); }
+QKV_EXPORT int qkv_projection_size() { return (int)sizeof(qkv::Projection); }
+QKV_EXPORT int qkv_rotation_size() { return (int)sizeof(qkv::Rotation); }
 
 namespace qkv {
 namespace {
@@ -168,4 +180,29 @@ QKV_EXPORT void qkv_quantize(const void* quantization) {
     qkv::Quantization q;
     std::memcpy(&q, quantization, sizeof q);
     qkv::chosen()->quantize(q);
+}
+
+namespace qkv {
+
+int run_layer_step(const LayerStep& step) {
+    return status_of([&] { chosen()->layer_step(step); });
+}
+
+}  // namespace qkv
+
+QKV_EXPORT int qkv_project(const void* projections, int count, int threads) {
+    qkv::Projection products[qkv::MOST_PRODUCTS];
+    if (count < 0 || count > qkv::MOST_PRODUCTS) return qkv::OTHER;
+    std::memcpy(products, projections, count * sizeof(qkv::Projection));
+    for (int i = 0; i < count; ++i)
+        if (products[i].rows < 1 || products[i].rows > qkv::MOST_ROWS) return qkv::OTHER;
+    return qkv::status_of([&] { qkv::chosen()->project(products, count, threads); });
+}
+
+QKV_EXPORT int qkv_rotate(const void* rotation) {
+    qkv::Rotation r;
+    std::memcpy(&r, rotation, sizeof r);
+    if (!qkv::fits(r)) return qkv::OTHER;
+    qkv::chosen()->rotate(r);
+    return qkv::DONE;
 }

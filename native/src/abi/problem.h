@@ -8,7 +8,7 @@ namespace qkv {
 enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2, u8 = 3, i8 = 4 };
 
 // Bytes of a number.
-static inline int64_t size_of(Dtype dtype) {
+static constexpr int64_t size_of(Dtype dtype) {
     return dtype == Dtype::f32 ? 4 : (dtype == Dtype::u8 || dtype == Dtype::i8 ? 1 : 2);
 }
 

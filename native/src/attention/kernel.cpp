@@ -2,6 +2,7 @@
 #include "attention/backward.h"
 #include "attention/paged.h"
 #include "attention/prefill.h"
+#include "attention/quantize.h"
 #include "attention/short_query.h"
 #include "runtime/huge_pages.h"
 #include "runtime/parallel.h"
@@ -217,28 +218,12 @@ int64_t count_scores(const Problem& p) {
 }
 
 void quantize(const Quantization& q) {
-    constexpr float ROUNDING = 12582912.0f;  // Adding 1.5 * 2^23 rounds to the nearest integer.
-    const int64_t item = size_of(q.dtype);
     parallel_for(q.batch * q.heads, q.threads, [&](int64_t index) {
         const int64_t batch = index / q.heads, head = index % q.heads;
-        for (int64_t row = 0; row < q.rows; ++row) {
-            const char* const from = row_of(q.dtype, q.from, batch, head, row);
-            int8_t* const to = (int8_t*)row_of(Dtype::i8, q.to, batch, head, row);
-            vec abs_max = {};
-            for_columns(q.width, [&](int64_t d, int64_t count) {
-                const vec x = load_part(q.dtype, from + d * item, count), size = x < 0.0f ? -x : x;
-                abs_max = size > abs_max ? size : (size == size ? abs_max : size);  // NaN stays
-            });
-            float scale = 0;
-            for (int i = 0; i < LANES; ++i) scale = abs_max[i] > scale || abs_max[i] != abs_max[i] ? abs_max[i] : scale;
-            scale /= 127.0f;
-            q.scale.data[batch * q.scale.batch + head * q.scale.head + row] = scale;
-            const float divisor = std::max(scale, std::numeric_limits<float>::min());
-            for_columns(q.width, [&](int64_t d, int64_t count) {
-                const vec x = load_part(q.dtype, from + d * item, count) / divisor + ROUNDING - ROUNDING;
-                for (int64_t i = 0; i < count; ++i) to[d + i] = x[i] == x[i] ? (int8_t)x[i] : 0;
-            });
-        }
+        float* const scales = q.scale.data + batch * q.scale.batch + head * q.scale.head;
+        for (int64_t row = 0; row < q.rows; ++row)
+            scales[row] = quantize_row(q.dtype, row_of(q.dtype, q.from, batch, head, row), q.width,
+                                       (int8_t*)row_of(Dtype::i8, q.to, batch, head, row));
     });
 }
 

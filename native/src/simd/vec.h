@@ -39,6 +39,18 @@ static inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
 
 static inline vec set1(float x) { return vec{} + x; }
 
+// x, which the compiler must not merge with a sum into one multiply-add: a product is rounded first.
+[[gnu::always_inline]] static inline vec rounded(vec x) {
+#if defined(__x86_64__)
+    asm("" : "+x"(x));
+#elif defined(__aarch64__)
+    asm("" : "+w"(x));
+#else
+    asm("" : "+m"(x));
+#endif
+    return x;
+}
+
 // The larger of the two; b where a is NaN.
 static inline vec max(vec a, vec b) { return a > b ? a : b; }
 

@@ -1,8 +1,13 @@
 """The backends, in the order in which ``auto`` tries them."""
 
+import threading
+import warnings
 from types import ModuleType
 from typing import NamedTuple, Protocol, cast
 
+import torch
+
+from qkv import kernels
 from qkv.backends import flex, native, reference, sdpa
 from qkv.backends.result import Result
 from qkv.problem import Problem
@@ -77,7 +82,41 @@ def choose(caller: str, problem: Problem, backend: str) -> Backend:
 def solve(caller: str, problem: Problem, backend: str) -> Result:
     """The result of the backend that `choose` returns, which raises as it does."""
     problem = _readable(problem, backend)
-    return choose(caller, problem, backend).run(problem)
+    chosen = choose(caller, problem, backend)
+    if not kernels.is_tracing():
+        last.choice = chosen.NAME
+        last.reasons = [] if chosen.NAME == native.NAME else native.why_not(problem) + native.why_rather_not(problem)
+        if backend == "auto" and chosen.NAME != native.NAME:
+            _warn_without_kernel(caller, problem)
+    return chosen.run(problem)
+
+
+class _Last(threading.local):
+    """The choice that `solve` made last in this thread, for reports. The fast path makes none."""
+
+    choice: str | None = None
+    reasons: list[str] = []  # noqa: RUF012 (replaced, never changed)
+    """against the native backend, where another was chosen"""
+
+
+last = _Last()
+
+_has_warned = False
+
+
+def _warn_without_kernel(caller: str, problem: Problem) -> None:
+    """Warns, once in a process, of a call that the kernel would have computed if there were one."""
+    global _has_warned
+    absent = kernels.absence()
+    if _has_warned or absent is None or not problem.q.is_cpu or problem.q.dtype is torch.float64:
+        return
+    _has_warned = True
+    warnings.warn(
+        f"{caller}: qkv runs without its compiled kernel: {absent}. Calls on a CPU take torch's attention, which is "
+        "slower. Install qkv where there is a C++ compiler, or from a wheel; this is said once.",
+        RuntimeWarning,
+        stacklevel=4,
+    )
 
 
 def _readable(problem: Problem, backend: str) -> Problem:

@@ -20,6 +20,7 @@ def interleaved(
     rounds: int = 25,
     seconds_per_round: float = 0.02,
     rest_seconds: float = 0.0,
+    clock: Callable[[], float] = time.perf_counter,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Spread]:
     """The time of a call of each candidate.
@@ -30,19 +31,20 @@ def interleaved(
         seconds_per_round: approximate duration of a measurement, of at least one call.
         rest_seconds: pause before each measurement, for candidates with different thread pools, whose threads spin
             after a call and block the cores. An untimed call follows the pause.
+        clock: seconds; ``time.process_time`` with one thread, on a machine that others use as well.
         on_progress: called with the number of rounds done.
     """
-    repeats = {name: _repeats(run, seconds_per_round) for name, run in candidates.items()}
+    repeats = {name: _repeats(run, seconds_per_round, clock) for name, run in candidates.items()}
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for done in range(1, rounds + 1):
         for name, run in candidates.items():
             if rest_seconds:
                 time.sleep(rest_seconds)
                 run()
-            start = time.perf_counter()
+            start = clock()
             for _ in range(repeats[name]):
                 run()
-            times[name].append((time.perf_counter() - start) / repeats[name] * 1e6)
+            times[name].append((clock() - start) / repeats[name] * 1e6)
         on_progress(done)
     return {name: spread(values) for name, values in times.items()}
 
@@ -53,10 +55,10 @@ def spread(microseconds: list[float]) -> Spread:
     return {"median_us": round(median(microseconds), 2), "low_us": round(low, 2), "high_us": round(high, 2)}
 
 
-def _repeats(run: Callable[[], object], seconds: float) -> int:
+def _repeats(run: Callable[[], object], seconds: float, clock: Callable[[], float]) -> int:
     """Number of calls that take about ``seconds``, estimated during a warm-up."""
-    calls, start = 0, time.perf_counter()
-    while time.perf_counter() - start < 5 * seconds or calls < 2:
+    calls, start = 0, clock()
+    while clock() - start < 5 * seconds or calls < 2:
         run()
         calls += 1
     return max(1, int(calls / 5))

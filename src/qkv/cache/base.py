@@ -1,6 +1,6 @@
 """`Cache`: the interface that layers use, and operations that all caches share."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy, deepcopy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeGuard
@@ -129,6 +129,28 @@ class Cache:
             is_token: boolean ``(B, L)``, False for padding, which is not stored; None if all are tokens.
         """
         raise NotImplementedError
+
+    def claim(self, k: Sequence[int], v: Sequence[int], like: Tensor) -> "Keys | Int8Keys | None":
+        """Counts tokens of these shapes as appended, for the caller to write; returns as `append`.
+
+        Their slots, from the offset of the result on, are uninitialised, as are those after shorter rows.
+
+        Args:
+            k, v: shapes of keys ``(B, Hkv, L, D)`` and values ``(B, Hkv, L, Dv)``.
+            like: a tensor of their dtype, on their device.
+
+        Returns:
+            None, with nothing changed, for tokens that only `append` takes, or refuses.
+        """
+        return None
+
+    def _fits(self, part: AppendBuffer, shape: Sequence[int], device: torch.device) -> bool:
+        """Whether tokens of a shape may follow those of a part."""
+        memory = part.memory
+        if self._is_new or memory is None:
+            return True
+        sizes = memory.shape
+        return sizes[:2] == (*shape[:2],) and sizes[3:] == (*shape[3:],) and memory.device == device
 
     def offset(self, is_token: Tensor | None = None) -> int | Tensor:
         """The position of the next column, ``(B,)`` if rows differ. Padding before the first token moves it back.

@@ -130,6 +130,22 @@ class AppendBuffer:
             start = length
         return memory.narrow(2, start, added)
 
+    def claim(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, capacity: int) -> Tensor:
+        """Counts uninitialised slots for tokens of this shape, for the kernel to fill; returns all tokens."""
+        count, memory = shape[2], self.memory
+        if (
+            memory is None
+            or not self.length
+            or self.stop + count > memory.shape[2]
+            or (self._cropped and not (self._is_writable and may_write(memory)))
+        ):
+            self._slots_for((*shape,), dtype, device, capacity)
+            memory = self.memory
+            assert memory is not None
+        if self._cropped and not memory.is_inference():
+            torch.autograd.graph.increment_version(memory)  # for views that contain these slots
+        return self.grow(count)
+
     def crop(self, length: int) -> None:
         """Removes all tokens after the first ``length``."""
         self._cropped += self.length - length

@@ -63,6 +63,19 @@ class Int8KVCache(FullCache):
         (keys, values, k_scale, v_scale), offset = self._extend(k, v, is_token)
         return Int8Keys(keys, values, offset, k_scale, v_scale, self._returned)
 
+    def claim(self, k: Sequence[int], v: Sequence[int], like: Tensor) -> Int8Keys | None:
+        """As `Cache.claim`."""
+        claimed = self._claim(k, v, like)
+        if claimed is None:
+            return None
+        (keys, values, k_scale, v_scale), offset = claimed
+        return Int8Keys(keys, values, offset, k_scale, v_scale, self._returned)
+
+    def _shapes(
+        self, k: Sequence[int], v: Sequence[int], dtype: torch.dtype
+    ) -> list[tuple[Sequence[int], torch.dtype]]:
+        return [(k, torch.int8), (v, torch.int8), (k[:3], torch.float32), (v[:3], torch.float32)]
+
     def _extend_equally(self, k: Tensor, v: Tensor) -> Sequence[Tensor]:
         grown = self._append_in_place(k, v)
         if grown is not None:

@@ -44,6 +44,31 @@ class FullCache(Cache):
             self.restore(mark)
             raise
 
+    def _claim(self, k: Sequence[int], v: Sequence[int], like: Tensor) -> tuple[list[Tensor], int | Tensor] | None:
+        """`claim` of each part. Returns all tokens of each, and the offset."""
+        slots, rows = self._parts[0].length, self._rows
+        stop = slots + k[2]
+        if torch.is_grad_enabled() or not (self._is_new or like.dtype is self._dtype):
+            return None
+        if self.capacity is not None and stop > self.capacity:
+            return None
+        shapes = self._shapes(k, v, like.dtype)
+        if not all(self._fits(part, shape, like.device) for part, (shape, _) in zip(self._parts, shapes, strict=True)):
+            return None
+        self._dtype, capacity = like.dtype, self._capacity_for(stop)
+        pairs = zip(self._parts, shapes, strict=True)
+        tokens = [part.claim(shape, dtype, like.device, capacity) for part, (shape, dtype) in pairs]
+        if rows is None:
+            return tokens, slots
+        self._rows = rows.append(k[2], None)
+        return tokens, rows.lengths
+
+    def _shapes(
+        self, k: Sequence[int], v: Sequence[int], dtype: torch.dtype
+    ) -> list[tuple[Sequence[int], torch.dtype]]:
+        """Shape and dtype of each part of tokens."""
+        return [(k, dtype), (v, dtype)]
+
     def _extend_equally(self, k: Tensor, v: Tensor) -> Sequence[Tensor]:
         """Appends as many tokens to each row."""
         raise NotImplementedError
@@ -114,7 +139,11 @@ class FullCache(Cache):
                 "Pass a larger capacity, or None to grow."
             )
         self._dtype = k.dtype
-        return max(2 * start, stop, MIN_CAPACITY) if self.capacity is None else self.capacity
+        return self._capacity_for(stop)
+
+    def _capacity_for(self, stop: int) -> int:
+        """How many slots to allocate for ``stop`` tokens if they exceed the memory."""
+        return max(2 * self._parts[0].length, stop, MIN_CAPACITY) if self.capacity is None else self.capacity
 
 
 class KVCache(FullCache):
@@ -146,6 +175,14 @@ class KVCache(FullCache):
             ValueError: for a batch, heads, width, dtype or device other than before, and beyond capacity.
         """
         (keys, values), offset = self._extend(k, v, is_token)
+        return Keys(keys, values, offset, self._returned)
+
+    def claim(self, k: Sequence[int], v: Sequence[int], like: Tensor) -> Keys | None:
+        """As `Cache.claim`."""
+        claimed = self._claim(k, v, like)
+        if claimed is None:
+            return None
+        (keys, values), offset = claimed
         return Keys(keys, values, offset, self._returned)
 
     def latest(self, count: int) -> Keys:

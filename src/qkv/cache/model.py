@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy, deepcopy
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -70,7 +70,9 @@ class Caches:
         self._in_transaction = False
 
     @classmethod
-    def for_model(cls, model: nn.Module, capacity: int | None = None, dtype: torch.dtype | None = None) -> Self:
+    def for_model(
+        cls, model: nn.Module, capacity: int | None = None, dtype: torch.dtype | Literal["int8"] | None = None
+    ) -> Self:
         """A cache for each attention layer in a module tree, as the layer makes it by ``make_cache``.
 
         For `Attention`, that is a `SlidingKVCache` if its mask has a window, a `CrossKVCache` if it has a context, and
@@ -81,8 +83,8 @@ class Caches:
         Args:
             model: a module that contains attention layers, or is one.
             capacity: of caches that grow, as in `KVCache`.
-            dtype: None for that of the keys, or ``torch.int8``. Windows and contexts, which do not grow, stay in that
-                of the keys.
+            dtype: None for that of the keys, or ``torch.int8`` or ``"int8"``. Windows and contexts, which do not grow,
+                stay in that of the keys.
 
         Raises:
             TypeError: for a model that is not a module, and a capacity that is not an int.
@@ -92,15 +94,16 @@ class Caches:
             raise TypeError(f"Caches: model must be a module; got {type(model).__name__}.")
         if capacity is not None:
             require_count("Caches", "capacity", capacity, suffix=", or None to grow")
-        if dtype not in (None, torch.int8):
-            raise ValueError(f"Caches: dtype must be torch.int8, or None for that of the keys; got {dtype}.")
+        if dtype not in (None, torch.int8, "int8"):
+            raise ValueError(f'Caches: dtype must be torch.int8 or "int8", or None for that of the keys; got {dtype}.')
+        kept = None if dtype is None else torch.int8
         layers, _ = find_layers(model)
         if not layers:
             raise ValueError(
                 f"Caches: model must contain attention layers of qkv; got {type(model).__name__}. Modules with a "
                 "make_cache method count."
             )
-        caches = cls({name: layer.make_cache(capacity, dtype) for name, layer in layers.items()})  # type: ignore[operator]
+        caches = cls({name: layer.make_cache(capacity, kept) for name, layer in layers.items()})  # type: ignore[operator]
         caches.bind(model)
         return caches
 

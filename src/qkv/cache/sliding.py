@@ -1,6 +1,6 @@
 """`SlidingKVCache`: the keys and values of a sliding window."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -89,6 +89,28 @@ class SlidingKVCache(Cache):
         except BaseException:  # as in KVCache.append
             self.restore(mark)
             raise
+
+    def claim(self, k: Sequence[int], v: Sequence[int], like: Tensor) -> Keys | None:
+        """As `Cache.claim`; None for tokens beyond a window as well, some of which are dropped once they were read."""
+        count, memory, rows = k[2], self._parts[0].memory, self._rows
+        if torch.is_grad_enabled() or count > self.window + 1:
+            return None
+        if not self._is_new and memory is not None and memory.dtype is not like.dtype:
+            return None
+        if not all(self._fits(part, shape, like.device) for part, shape in zip(self._parts, (k, v), strict=True)):
+            return None
+        if rows is not None:
+            rows = self._keep_recent(rows, rows.stored + count > self._capacity)
+            self._rows = rows.append(count, None)
+        else:
+            if self._parts[0].length + count > self._capacity:
+                self._parts = tuple([self._recent(part.tensor) for part in self._parts])
+            self._length += count
+        slots, parts = self._parts[0].length, zip(self._parts, (k, v), strict=True)
+        keys, values = [part.claim(shape, like.dtype, like.device, self._capacity) for part, shape in parts]
+        if rows is None or self._rows is None:
+            return Keys(keys, values, slots)
+        return Keys(keys, values, rows.stored, self._rows.stored)
 
     def _append_equally(self, k: Tensor, v: Tensor) -> Keys:
         """Appends as many tokens to each row."""

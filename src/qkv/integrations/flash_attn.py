@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qkv import kernels
 from qkv.arguments import require_finite, require_int, require_probability, require_tensors
 from qkv.functional import attend
 from qkv.integrations.torch.varlen import (
@@ -20,8 +21,8 @@ from qkv.integrations.torch.varlen import (
     require_starts,
     require_table,
 )
-from qkv.layers.rotary import rotate
 from qkv.partial import Partial
+from qkv.rotation import Rotation
 from qkv.sequences import PagedKeys, make_sequences
 
 DENSE = "(batch, length, heads, width)"
@@ -432,5 +433,6 @@ def _rotate(caller: str, x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor,
         raise ValueError(
             f"{caller}: rotary_cos and rotary_sin must have position {positions.max()}; got {cos.shape[0]} positions."
         )
-    cos, sin = (table.to(torch.promote_types(x.dtype, torch.float32))[positions][:, :, None] for table in (cos, sin))
-    return rotate(x, cos, sin, interleaved=interleaved)
+    cos, sin = (table.to(torch.promote_types(x.dtype, torch.float32))[positions] for table in (cos, sin))
+    (rotated,) = kernels.rotate([x.transpose(1, 2)], Rotation(cos=cos, sin=sin, interleaved=interleaved))
+    return rotated.transpose(1, 2)

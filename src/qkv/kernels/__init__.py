@@ -14,9 +14,16 @@ from qkv.kernels.dispatch import can_bypass_dispatcher as can_bypass_dispatcher
 from qkv.kernels.forward import count_scores as count_scores
 from qkv.kernels.forward import fast_forward as fast_forward
 from qkv.kernels.forward import forward as forward
+from qkv.kernels.layer_step import layer_step as layer_step
+from qkv.kernels.linear import fast_linear as fast_linear
+from qkv.kernels.linear import has_few_rows as has_few_rows
+from qkv.kernels.linear import is_faster as is_faster
+from qkv.kernels.rotation import rotate as rotate
 from qkv.kernels.sequences import Sequences as Sequences
 from qkv.kernels.sequences import forward_sequences as forward_sequences
 from qkv.kernels.structs import Call as Call
+from qkv.kernels.structs import StepNumbers as StepNumbers
+from qkv.kernels.structs import StepTensors as StepTensors
 from qkv.tracing import can_read_values as can_read_values
 from qkv.tracing import is_exact_tensor as is_exact_tensor
 from qkv.tracing import is_tracing as is_tracing

@@ -6,11 +6,11 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from qkv.kernels.structs import GRADIENTS, PROBLEM, QUANTIZATION, SEQUENCES
+from qkv.kernels.structs import GRADIENTS, PROBLEM, PROJECTION, QUANTIZATION, ROTATION, SEQUENCES, StepTensors
 
 
 class Library(NamedTuple):
@@ -25,19 +25,32 @@ class Library(NamedTuple):
     """Takes a `PROBLEM`. Returns how many scores its forward pass computes, -1 where it cannot run."""
     quantize: Callable[[bytes], None]
     """Takes a `QUANTIZATION`."""
+    rotate: Callable[[bytes], int]
+    """Takes a `ROTATION`. Returns 0, or 2 for axes out of bounds."""
     forward_sequences: Callable[[bytes, bytes], int]
     """Takes a `PROBLEM` and its `SEQUENCES`. Returns as `forward`, or 2 for sequences out of bounds."""
     backward_sequences: Callable[[bytes, bytes, bytes], int]
     """Takes also the `GRADIENTS`. Returns as `forward_sequences`."""
+    project: Callable[[bytes, int, int], int]
+    """Takes a `PROJECTION`, or several one after the other, their number, and threads. Returns as `forward`, or 2 for
+    rows or products beyond what the kernel takes."""
     fast_forward: Callable[..., int] | None
     """Takes q, k, v, out, then k_scale, v_scale, block_table, offsets, keep and lengths, tensors or None, then
     key_count, offset, left, right, sink_tokens, scale and threads. Returns as `forward`, or 2 for tensors that it does
     not support. None if torch has no DLPack exchange functions."""
+    fast_project: Callable[..., int] | None
+    """Takes x, weight, bias, a tensor or None, out and threads. Returns as `fast_forward`."""
     append: Callable[..., int] | None
     """Takes k, v, the buffers of keys and of values, then k_scale and v_scale, tensors or None, then start and threads.
     Returns as `fast_forward`."""
     append_pages: Callable[..., int] | None
     """Takes k, v, the pages of keys and of values, block_table, starts, a tensor or None, start and threads. Returns as
+    `fast_forward`."""
+    layer_step: Callable[..., int] | None
+    """Takes an array of the `StepTensors`, then the `StepNumbers` and threads. Returns as `fast_forward`."""
+    fast_rotate: Callable[..., int] | None
+    """Takes q, k and results for both; of k, tensors or None, as are positions, offsets, axes, frequencies, cos,
+    sin; then offset, position_scale, attention_factor, pairs, second, interleaved, inverse and threads. Returns as
     `fast_forward`."""
 
 
@@ -58,7 +71,8 @@ def load(path: Path) -> Library | str:
     except OSError as error:
         return f"the compiled kernel does not load: {error}"
     sizes = {"problem": PROBLEM.size, "gradients": GRADIENTS.size, "quantization": QUANTIZATION.size}
-    sizes |= {"sequences": SEQUENCES.size, "interpreter": ctypes.sizeof(_Interpreter)}
+    sizes |= {"sequences": SEQUENCES.size, "projection": PROJECTION.size, "rotation": ROTATION.size}
+    sizes |= {"layer_step": len(StepTensors._fields), "interpreter": ctypes.sizeof(_Interpreter)}
     known = [hasattr(native, f"qkv_{name}_size") and getattr(native, f"qkv_{name}_size")() for name in sizes]
     if known != [*sizes.values()]:
         return f"{path} is from another version of qkv and must be rebuilt"
@@ -68,16 +82,11 @@ def load(path: Path) -> Library | str:
         return (
             f"QKV_ISA={os.environ.get('QKV_ISA')!r} is not an instruction set that this machine and the kernel support"
         )
-    native.qkv_forward.argtypes = native.qkv_count_scores.argtypes = [ctypes.c_char_p]
-    native.qkv_quantize.argtypes, native.qkv_quantize.restype = [ctypes.c_char_p], None
-    native.qkv_backward.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
-    native.qkv_forward.restype = native.qkv_backward.restype = ctypes.c_int
-    native.qkv_count_scores.restype = ctypes.c_int64
-    native.qkv_forward_sequences.argtypes = [ctypes.c_char_p] * 2
-    native.qkv_backward_sequences.argtypes = [ctypes.c_char_p] * 3
-    functions = (native.qkv_forward, native.qkv_backward, native.qkv_count_scores, native.qkv_quantize)
-    sequences = (native.qkv_forward_sequences, native.qkv_backward_sequences)
-    return Library(isa.decode(), *functions, *sequences, *_load_calls_of_tensors(path))
+    functions: dict[str, Any] = {}
+    for name, (types, result) in _FUNCTIONS.items():
+        functions[name] = function = native[f"qkv_{name}"]
+        function.argtypes, function.restype = types, result
+    return Library(isa.decode(), **functions, **_load_calls_of_tensors(path))
 
 
 class _Exchange(ctypes.Structure):
@@ -88,27 +97,51 @@ class _Exchange(ctypes.Structure):
     ]
 
 
-def _load_calls_of_tensors(path: Path) -> tuple[Callable[..., int] | None, ...]:
-    """`Library.fast_forward`, `Library.append` and `Library.append_pages`."""
+_STRUCT, _TENSOR, _NUMBER = ctypes.c_char_p, ctypes.py_object, ctypes.c_int64
+
+_FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
+    "forward": ([_STRUCT], ctypes.c_int),
+    "backward": ([_STRUCT] * 2, ctypes.c_int),
+    "count_scores": ([_STRUCT], ctypes.c_int64),
+    "quantize": ([_STRUCT], None),
+    "forward_sequences": ([_STRUCT] * 2, ctypes.c_int),
+    "backward_sequences": ([_STRUCT] * 3, ctypes.c_int),
+    "project": ([_STRUCT, ctypes.c_int, ctypes.c_int], ctypes.c_int),
+    "rotate": ([_STRUCT], ctypes.c_int),
+}
+"""The types of what the functions of `Library` take and return that take structs."""
+
+_CALLS_OF_TENSORS: dict[str, list[Any]] = {
+    "fast_forward": [*[_TENSOR] * 10, *[_NUMBER] * 5, ctypes.c_float, ctypes.c_int],
+    "fast_project": [*[_TENSOR] * 4, ctypes.c_int],
+    "append": [*[_TENSOR] * 6, _NUMBER, ctypes.c_int],
+    "append_pages": [*[_TENSOR] * 6, _NUMBER, ctypes.c_int],
+    "fast_rotate": [*[_TENSOR] * 10, _NUMBER, *[ctypes.c_float] * 2, *[_NUMBER] * 2, *[ctypes.c_int] * 3],
+    "layer_step": [ctypes.POINTER(_TENSOR), *[_NUMBER] * 5, ctypes.c_int, *[ctypes.c_float] * 5, ctypes.c_int],
+}
+"""The types of what the functions of `Library` take that take tensors of Python."""
+
+
+def _load_calls_of_tensors(path: Path) -> dict[str, Any]:
+    """The functions of `_CALLS_OF_TENSORS`; None for each if torch has no DLPack exchange functions."""
     capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     if capsule is None:
-        return None, None, None
+        return dict.fromkeys(_CALLS_OF_TENSORS)
     python = ctypes.pythonapi
     prototype = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
     tensors = prototype(("PyCapsule_GetPointer", python))(capsule, b"dlpack_exchange_api")
     exchange = _Exchange.from_address(tensors)
     if exchange.major != 1 or not exchange.look:
-        return None, None, None
+        return dict.fromkeys(_CALLS_OF_TENSORS)
     functions = (python.PyEval_SaveThread, python.PyEval_RestoreThread, python.PyErr_Clear)
     interpreter = _Interpreter(tensors, id(None), *(ctypes.cast(function, ctypes.c_void_p) for function in functions))
     native = ctypes.PyDLL(str(path))  # keeps the GIL, which the library releases itself
-    tensor, number = ctypes.py_object, ctypes.c_int64
-    native.qkv_fast_forward.argtypes = [ctypes.c_void_p, *[tensor] * 10, *[number] * 5, ctypes.c_float, ctypes.c_int]
-    native.qkv_append.argtypes = [ctypes.c_void_p, *[tensor] * 6, number, ctypes.c_int]
-    native.qkv_append_pages.argtypes = [ctypes.c_void_p, *[tensor] * 6, number, ctypes.c_int]
-    there = ctypes.byref(interpreter)
-    calls = (native.qkv_fast_forward, native.qkv_append, native.qkv_append_pages)
-    return tuple(functools.partial(call, there) for call in calls)
+    calls: dict[str, Any] = {}
+    for name, types in _CALLS_OF_TENSORS.items():
+        call = native[f"qkv_{name}"]
+        call.argtypes = [ctypes.c_void_p, *types]
+        calls[name] = functools.partial(call, ctypes.byref(interpreter))
+    return calls
 
 
 LIBRARY = Path(__file__).parent / "native.so"

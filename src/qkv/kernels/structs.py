@@ -197,6 +197,12 @@ SEQUENCES = struct.Struct(
     "2q"  # pages, page_size
     "q"  # alibi
 )
+PROJECTION = struct.Struct(
+    "@2i"  # dtype, out_dtype
+    "3q"  # rows, in_features, out_features
+    "PqPq"  # x, x_row, weight, weight_row
+    "PPq"  # bias, out, out_row
+)
 QUANTIZATION = struct.Struct(
     "@i"  # dtype
     "4q"  # batch, heads, rows, width
@@ -204,6 +210,80 @@ QUANTIZATION = struct.Struct(
     "P2q"  # scale
     "i0P"  # threads
 )
+ROTATION = struct.Struct(
+    "@2i"  # dtype, out_dtype
+    "4q"  # batch, tokens, width, pairs
+    "2q"  # heads of q and of k
+    f"{_VIEW * 4}"  # from, to
+    "2i"  # interleaved, inverse
+    "i0P"  # threads
+    "P4q"  # positions, axis_count
+    "PqPq"  # axes, offset, offsets
+    "P2q"  # frequencies
+    "2f"  # position_scale, attention_factor
+    "i0P"  # table_dtype
+    "2P4q"  # cos, sin
+    "q"  # second
+)
+
+
+class StepTensors(NamedTuple):
+    """The tensors of `layer_step`, in the order of native/src/abi/fast_layer_step.cpp.
+
+    All must satisfy `can_bypass_dispatcher`.
+    """
+
+    x: Tensor
+    """(B, L, in_features)"""
+    q_weight: Tensor
+    q_bias: Tensor | None
+    k_weight: Tensor
+    k_bias: Tensor | None
+    v_weight: Tensor
+    v_bias: Tensor | None
+    out_weight: Tensor
+    out_bias: Tensor | None
+    q_norm: Tensor | None
+    """(D,), gains of queries in the dtype of x, as k_norm of keys"""
+    k_norm: Tensor | None
+    frequencies: Tensor | None
+    """float32 (pairs,), by which pairs of channels rotate per position"""
+    keys: Tensor
+    """(B, Hkv, Lk, D), into which the keys of x are written, as into values (B, Hkv, Lk, Dv)"""
+    values: Tensor
+    k_scale: Tensor | None
+    """float32 (B, Hkv, Lk), if keys and values are int8, as v_scale"""
+    v_scale: Tensor | None
+    offsets: Tensor | None
+    """int64 (B,), added to ``offset``"""
+    positions: Tensor | None
+    """int64 (B,), added to ``position``"""
+    lengths: Tensor | None
+    """int64 (B,), number of keys of each row, new ones included; all if None"""
+    alibi: Tensor | None
+    """float32 (H,), as sink_logits"""
+    sink_logits: Tensor | None
+    out: Tensor
+    """(B, L, out_features), written"""
+
+
+class StepNumbers(NamedTuple):
+    """The numbers of `layer_step`."""
+
+    offset: int
+    """slot of the first new key"""
+    position: int
+    """by which the first token is rotated"""
+    left: int | None
+    right: int | None
+    sink_tokens: int
+    interleaved: bool
+    position_scale: float
+    attention_factor: float
+    norm_eps: float
+    scale: float
+    softcap: float
+    """0 for none"""
 
 
 _STEPS = [(kind.absent, kind.prepare, kind.pack) for _, kind in _FIELDS]

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Never, Self, Unpack
 
@@ -40,22 +39,17 @@ from qkv.layers.cached_call import (
     new_tokens,
     restore_cache_on_error,
 )
+from qkv.layers.head_norm import HeadNorm
 from qkv.layers.jagged import PackedTokens, nested_like, pack_jagged, require_jagged
 from qkv.layers.options import Arguments, ConversionOptions
 from qkv.layers.packed import unpack_state
 from qkv.layers.projection import project
-from qkv.layers.rotary import RotaryEmbedding
+from qkv.layers.rotary import RotaryEmbedding, rotate_both
+from qkv.layers.step import Way, layer_step, weights_of
 from qkv.layers.torch_arguments import answer_calls_of_torch, refuse_unknown_options
 from qkv.layers.transformers_modules import Converted
 from qkv.masks import Mask
 from qkv.scores import ScoreOptions
-
-
-class HeadNorm(nn.RMSNorm):
-    """``nn.RMSNorm`` in the dtype of its input, also under autocast, which does not cast gains."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class Attention(nn.Module):
@@ -277,9 +271,9 @@ class Attention(nn.Module):
         if _is_nested(x) or _is_nested(context):
             self._refuse_with_nested(bias=bias, positions=positions)
             return self._forward_jagged(x, context, mask, cache)
-        return self._project_out(
-            self._attend(self._inputs(x, context, call_options(self, mask, bias, positions, cache))), x
-        )
+        options = call_options(self, mask, bias, positions, cache)
+        out = layer_step(self, x, context, options)
+        return self._project_out(self._attend(self._inputs(x, context, options)), x) if out is None else out
 
     if TYPE_CHECKING:  # of `nn.Module`, it takes anything
         __call__ = forward
@@ -306,6 +300,31 @@ class Attention(nn.Module):
                 "(1, L, E), or on a padded batch with mask=Mask.padding(lengths)."
             )
         return self._weights(self._inputs(x, context, call_options(self, mask, bias, positions, cache)))
+
+    def explain(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        mask: Mask | None = None,
+        bias: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: Cache | Caches | None = None,
+    ) -> Way:
+        """How `forward`, which takes the same arguments, would compute a call, and why. Nothing is computed.
+
+        Few tokens without gradients take one call of the kernel; others call the projections, rotary, cache and
+        `qkv.attention` one after the other, and `qkv.explain` tells which backend that takes.
+
+        Example:
+            >>> import torch, qkv
+            >>> layer = qkv.CausalAttention(16, 2).double()
+            >>> print(layer.explain(torch.randn(1, 1, 16)))
+            composed: the kernel has no fp64
+        """
+        given = cache.enter(self._owner) if isinstance(cache, Caches) else cache
+        found = weights_of(self, x, context, call_options(self, mask, bias, positions, given))
+        return Way(False, found) if isinstance(found, str) else Way(True, "")
 
     def make_cache(self, capacity: int | None = None, dtype: torch.dtype | None = None) -> Cache:
         """The cache that the layer needs to decode, as `Caches.for_model` makes it.
@@ -365,7 +384,7 @@ class Attention(nn.Module):
             raise
         if self.rotary is not None:
             where = {"positions": queries.positions, "length": queries.lengths[queries.rows]}
-            q, k = self.rotary(q, **where), self.rotary(k, **where)
+            q, k = rotate_both(self.rotary, q, k, where)
         if keys is queries and mask.is_relative and self.position_bias is None:
             out = self._attend(Inputs(q, Keys(k, v, 0), mask & queries.document_mask, None))
         else:  # each sequence has first tokens, chunks and relative positions of its own
@@ -469,7 +488,7 @@ class Attention(nn.Module):
         mask, is_token, where = new_tokens(options, self._owner, x, self.rotary)
         k, v = self._keys(x)
         if self.rotary is not None:
-            q, k = self.rotary(q, **where), self.rotary(k, **where)
+            q, k = rotate_both(self.rotary, q, k, where)
         if cache is None:
             return Inputs(q, Keys(k, v, 0), mask, options.bias)
         keys = cache.append(k, v, is_token)

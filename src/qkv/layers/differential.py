@@ -9,10 +9,11 @@ from typing_extensions import Self, Unpack
 from qkv.arguments import require_finite, require_positive
 from qkv.layers import transformers_modules
 from qkv.layers.arguments import require_rotary
-from qkv.layers.attention import Attention, HeadNorm
+from qkv.layers.attention import Attention
 from qkv.layers.cached_call import Inputs
+from qkv.layers.head_norm import HeadNorm
 from qkv.layers.options import Arguments, ConversionOptions, LayerOptions
-from qkv.layers.rotary import RotaryEmbedding
+from qkv.layers.rotary import RotaryEmbedding, rotate_both
 
 LAMBDAS = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
 
@@ -32,8 +33,9 @@ class RotaryHalves(nn.Module):
         self.rotary = rotary
         self.head_dim = 2 * rotary.head_dim
 
-    def forward(self, x: Tensor, *positions: Any, **options: Any) -> Tensor:
-        return torch.cat([self.rotary(part, *positions, **options) for part in x.chunk(2, dim=-1)], dim=-1)
+    def forward(self, x: Tensor, **where: Any) -> Tensor:
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat(rotate_both(self.rotary, first, second, where), dim=-1)
 
 
 class DifferentialAttention(Attention):

@@ -11,7 +11,6 @@ from qkv.arguments import require_count, require_finite, require_flag, require_p
 from qkv.cache import Caches, Keys, LatentKVCache, Owner
 from qkv.layers import deepseek
 from qkv.layers.arguments import input_error, require_backend, require_like_weights, require_mask, require_rotary
-from qkv.layers.attention import HeadNorm
 from qkv.layers.cached_call import (
     CallOptions,
     Inputs,
@@ -20,9 +19,10 @@ from qkv.layers.cached_call import (
     new_tokens,
     restore_cache_on_error,
 )
+from qkv.layers.head_norm import HeadNorm
 from qkv.layers.latent_heads import LatentHeads, split_heads
 from qkv.layers.projection import project
-from qkv.layers.rotary import RotaryEmbedding
+from qkv.layers.rotary import RotaryEmbedding, rotate_both
 from qkv.masks import FULL, Mask
 from qkv.scores import ScoreOptions
 
@@ -258,7 +258,10 @@ class LatentAttention(nn.Module):
             raise TypeError(f"{caller}: cache must be a LatentKVCache; got {type(cache).__name__}.")
         mask, is_token, where = new_tokens(options, self._owner, x, self.rotary)
         try:
-            q, latents, rotary_keys = self._queries(x, where), *self._latents(x, where)
+            q, latents, rotary_keys = self._queries(x), *self._latents(x)
+            if self.rotary is not None:
+                rotated, rotary_keys = rotate_both(self.rotary, q[..., self.nope_dim :], rotary_keys, where)
+                q = torch.cat([q[..., : self.nope_dim], rotated], dim=3)
         except RuntimeError as error:
             require_like_weights(caller, "x", x, self.kv_a_proj, error)
             raise
@@ -267,22 +270,17 @@ class LatentAttention(nn.Module):
         keys = cache.append(latents, rotary_keys, is_token)
         return cached_inputs(q, keys, mask, bias, cache)
 
-    def _queries(self, x: Tensor, where: dict[str, Any]) -> Tensor:
-        """Queries ``(B, H, L, nope_dim + rope_dim)``, at the positions that these arguments of rotary say."""
+    def _queries(self, x: Tensor) -> Tensor:
+        """Queries ``(B, H, L, nope_dim + rope_dim)``, not rotated."""
         if self.q_rank is None:
             q = project(self.q_proj, x)
         else:
             q = project(self.q_b_proj, _normed(self.q_a_norm, project(self.q_a_proj, x)))
-        q = split_heads(q, self.nope_dim + self.rope_dim)
-        if self.rotary is None:
-            return q
-        return torch.cat([q[..., : self.nope_dim], self.rotary(q[..., self.nope_dim :], **where)], dim=3)
+        return split_heads(q, self.nope_dim + self.rope_dim)
 
-    def _latents(self, x: Tensor, where: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Latents ``(B, 1, L, kv_rank)`` and rotary keys ``(B, 1, L, rope_dim)``."""
+    def _latents(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents ``(B, 1, L, kv_rank)`` and rotary keys ``(B, 1, L, rope_dim)``, not rotated."""
         latents, rotary_keys = project(self.kv_a_proj, x)[:, None].split([self.kv_rank, self.rope_dim], dim=3)
-        if self.rotary is not None:
-            rotary_keys = self.rotary(rotary_keys, **where)
         return _normed(self.kv_a_norm, latents), rotary_keys
 
     @classmethod

@@ -1,31 +1,68 @@
-"""`project`: linear projections without the overhead of `Module.__call__`."""
-
-from collections.abc import Callable
-from typing import Any
+"""`project`: linear projections without the overhead of `Module.__call__`, and few rows by the kernel."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import linear as torch_linear
-from torch.nn.modules import module as torch_module
+
+from qkv import kernels
+from qkv.layers.instance_forward import InstanceForward
+from qkv.layers.plain import is_plain_linear, multiplies_its_parameters
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj", "gate_proj")
 """Their names in `Attention`; gate_proj is None in layers without a gate."""
 
 
 def project(linear: nn.Module, x: Tensor) -> Tensor:
-    """``linear(x)``.
+    """``linear(x)``, as a projection of an `Attention`.
 
     `Module.__call__` costs 2.7 us, so four of them take a fifth of a short attention. An ``nn.Linear`` without hooks,
-    patches or replaced parameters skips it; any other module is called normally.
+    patches or replaced parameters skips it; any other module is called normally. Few rows without a gradient go to the
+    kernel, as in a layer's step, and then have the bits of one.
     """
-    if type(linear) is nn.Linear and not torch.compiler.is_compiling() and _is_unmodified(linear):
-        parameters = linear._parameters
-        weight = parameters["weight"]
+    if torch.compiler.is_compiling() or not is_plain_linear(linear):
+        called: Tensor = linear(x)
+        return called
+    return _product(linear, x, by_kernel=kernels.has_few_rows(x))
+
+
+class ProjectedForward(InstanceForward):
+    """The forward of an ``nn.Linear`` in any model, by the kernel where it is faster than torch.
+
+    ``Module.__call__`` has run what is attached to the module before it calls this, and runs the rest after.
+    """
+
+    computes_the_same = True
+
+    def call(self, x: Tensor) -> Tensor:
+        """``linear(x)`` without hooks, which are the caller's."""
+        linear = self.module
+        if self.own is not None or not multiplies_its_parameters(linear):
+            called: Tensor = self.forward(x)
+            return called
+        weight = linear._parameters["weight"]
         assert weight is not None
-        return F.linear(x, weight, parameters["bias"])
-    projected: Tensor = linear(x)
-    return projected
+        return _product(linear, x, by_kernel=kernels.is_faster(x, weight))
+
+
+def reroute(model: nn.Module) -> None:
+    """Gives each ``nn.Linear`` of a model, whatever its class, a `ProjectedForward`. Others are left alone: subclasses,
+    and those with a forward of their own, which libraries set that move or quantise weights.
+    """
+    for module in model.modules():
+        if type(module) is nn.Linear and "forward" not in module.__dict__:
+            ProjectedForward.set_on(module)
+
+
+def _product(linear: nn.Linear, x: Tensor, *, by_kernel: bool) -> Tensor:
+    """``x @ weight.mT + bias``. Torch does it where there is more to do: for a gradient, a mode, autocast."""
+    weight, bias = linear._parameters["weight"], linear._parameters["bias"]
+    assert weight is not None
+    if by_kernel and not torch._C._len_torch_function_stack() and not torch.is_autocast_enabled("cpu"):
+        tensors = (x, weight) if bias is None else (x, weight, bias)
+        out = kernels.fast_linear(x, weight, bias) if kernels.can_bypass_dispatcher(*tensors) else None
+        if out is not None:
+            return out
+    return F.linear(x, weight, bias)
 
 
 def linear_projections(caller: str, layer: object) -> dict[str, nn.Linear]:
@@ -48,7 +85,7 @@ def plain_weight(linear: nn.Module) -> Tensor | None:
 
     For code that multiplies by the weight in another order.
     """
-    if type(linear) is not nn.Linear or not _is_unmodified(linear):
+    if not is_plain_linear(linear):
         return None
     return linear.weight if linear.bias is None else None
 
@@ -61,36 +98,3 @@ def require_linear(caller: str, name: str, projection: nn.Module) -> nn.Linear:
             "Merge adapters or remove wrappers first."
         )
     return projection
-
-
-def _is_unmodified(linear: nn.Linear) -> bool:
-    """Whether neither the instance, nor the class, nor global hooks change what a call computes."""
-    own, parameters = linear.__dict__, linear._parameters
-    return not (
-        nn.Linear.forward is not _FORWARD
-        or nn.Linear.__call__ is not _CALL
-        or nn.Linear._call_impl is not _CALL_IMPL
-        or linear._compiled_call_impl is not None
-        or "forward" in own
-        or linear._forward_hooks
-        or linear._forward_pre_hooks
-        or linear._backward_hooks
-        or linear._backward_pre_hooks
-        or _has_any_global_hook()
-        # Instance attributes hide parameters. Pruning, MAML and DataParallel set them.
-        or "weight" in own
-        or "bias" in own
-        or parameters.get("weight") is None
-        or "bias" not in parameters
-    )
-
-
-def _of_torch(function: Callable[..., Any], module: Any) -> Callable[..., Any] | None:
-    """The function if torch defines it in ``module``; None if it was replaced before qkv was imported."""
-    return function if getattr(function, "__globals__", None) is vars(module) else None
-
-
-_FORWARD = _of_torch(nn.Linear.forward, torch_linear)
-_CALL = _of_torch(nn.Linear.__call__, torch_module)
-_CALL_IMPL = _of_torch(nn.Linear._call_impl, torch_module)
-_has_any_global_hook: Callable[[], object] = getattr(torch_module, "_has_any_global_hook", lambda: True)

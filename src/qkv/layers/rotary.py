@@ -1,5 +1,6 @@
 """`RotaryEmbedding`: rotary position embedding of queries and keys."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,9 +12,11 @@ from qkv import kernels
 from qkv.arguments import described, require_count, require_finite, require_flag, require_int, require_positive
 from qkv.layers.arguments import require_integers, require_vector
 from qkv.layers.constants import Numbers, constant
+from qkv.layers.plain import is_called_plainly
 from qkv.layers.rotary_axes import axes_of_pairs, require_sections
 from qkv.layers.rotary_config import rotary_options
 from qkv.layers.rotary_scaling import RotaryScaling, geometric
+from qkv.rotation import Rotation, positions_of
 
 
 class RotaryEmbedding(nn.Module):
@@ -141,7 +144,7 @@ class RotaryEmbedding(nn.Module):
 
         Those of short sequences, if ``scaling`` goes by the length.
         """
-        return self._frequencies(torch.device("cpu")).clone()
+        return self.frequencies_on(torch.device("cpu")).clone()
 
     def forward(
         self,
@@ -167,62 +170,78 @@ class RotaryEmbedding(nn.Module):
             ValueError: for those of another shape or device, an offset beside positions, and an x whose width is not
                 head_dim.
         """
-        self._require_width(x)
-        given = positions
+        return self._rotated([x], offset, positions, length)[0]
+
+    def _rotated(
+        self,
+        x: list[Tensor],
+        offset: int | Tensor = 0,
+        positions: Tensor | None = None,
+        length: int | Tensor | None = None,
+    ) -> Sequence[Tensor]:
+        """Tensors of the same tokens, rotated."""
+        for one in x:
+            self._require_width(one)
+        rotation = self._rotation(x[0], offset, positions, length)
+        if x[0].dim() == 4:
+            return kernels.rotate(x, rotation)
+        rows = [one.reshape(1, math.prod(one.shape[:-2]), *one.shape[-2:]) for one in x]
+        return [row.view(one.shape) for row, one in zip(kernels.rotate(rows, rotation), x, strict=True)]
+
+    def _rotation(
+        self, x: Tensor, offset: int | Tensor, positions: Tensor | None, length: int | Tensor | None
+    ) -> Rotation:
+        """By which angles the tokens of x are rotated."""
         if positions is None:
-            positions = self._arange(x, offset)
+            first, offsets = self._offsets(x, offset)
         else:
+            first, offsets = 0, None
             shapes = shapes_of_tokens(x)
             if self.sections is not None:
                 shapes += [(len(self.sections), *shape) for shape in shapes[1:]]
             self._require_positions(x, offset, positions, shapes)
-        frequencies = self._frequencies(x.device)
-        if self.depends_on_length:
-            if length is None and given is None and type(offset) is int and not kernels.is_tracing():
-                length = offset + x.shape[-2]
-            frequencies = self._frequencies_by_length(frequencies, x, positions, length)
-        if positions.dim() == 3:
+        axes = None
+        if positions is not None and positions.dim() == 3:
             assert self.sections is not None
             axes = constant(axes_of_pairs, self.sections, self.interleaved_sections, x.device)
-            return self._rotate(x, positions[axes].movedim(0, -1), frequencies)
-        return self._rotate(x, positions[..., None], frequencies)
+        rotation = Rotation(
+            positions=positions,
+            offset=first,
+            offsets=offsets,
+            axes=axes,
+            frequencies=self.frequencies_on(x.device),
+            position_scale=self.position_scale,
+            attention_factor=self.attention_factor,
+            interleaved=self.interleaved,
+        )
+        if not self.depends_on_length:
+            return rotation
+        if length is None and positions is None and offsets is None and not kernels.is_tracing():
+            length = first + x.shape[-2]
+        return rotation._replace(frequencies=self._frequencies_by_length(rotation, x, length))
 
-    def _rotate(self, x: Tensor, coordinates: Tensor, frequencies: Tensor) -> Tensor:
-        """Rotates each pair of x by its coordinate ``(..., L, 1 or rotary_dim / 2)`` times its frequency."""
-        coordinates = coordinates.float()
-        if self.position_scale != 1.0:
-            coordinates = coordinates * self.position_scale
-        angles = coordinates * frequencies
-        if angles.dim() == 3:
-            angles = angles[:, None]  # the same for all heads of a row
-        cos, sin = angles.cos(), angles.sin()
-        if self.scaling is not None and self.scaling.attention_factor != 1.0:
-            cos, sin = cos * self.scaling.attention_factor, sin * self.scaling.attention_factor
-        return rotate(x, cos, sin, interleaved=self.interleaved)
-
-    def _arange(self, x: Tensor, offset: int | Tensor) -> Tensor:
-        """``i + offset`` for token i: ``(L,)``, or ``(B, L)`` for an offset of each row."""
-        tokens = x.shape[-2]
+    def _offsets(self, x: Tensor, offset: int | Tensor) -> tuple[int, Tensor | None]:
+        """The offset of all rows, and beside it that of each row."""
         if isinstance(offset, Tensor):
             shapes = [(), (x.shape[0],)] if x.dim() == 4 else [()]
             require_integers(type(self).__name__, "offset", offset, shapes, x, other="an int, or ")
-            return torch.arange(tokens, device=x.device) + offset[..., None]
+            return 0, offset.reshape(-1)
         if type(offset) is not int:
             require_int(type(self).__name__, "offset", offset, suffix=", or integers (B,)")
-        return torch.arange(offset, offset + tokens, device=x.device)
+        return offset, None
 
     @property
     def depends_on_length(self) -> bool:
         """Whether the length of the sequence changes frequencies, so that padding must not count."""
         return self.scaling is not None and self.scaling.depends_on_length
 
-    def _frequencies_by_length(
-        self, short: Tensor, x: Tensor, positions: Tensor, length: int | Tensor | None
-    ) -> Tensor:
-        """Frequencies of sequences of this length, ``(..., L or 1, rotary_dim / 2)``; ``short`` for short ones."""
+    def _frequencies_by_length(self, rotation: Rotation, x: Tensor, length: int | Tensor | None) -> Tensor:
+        """Frequencies of sequences of this length, ``(..., L or 1, rotary_dim / 2)``."""
         assert self.scaling is not None
+        short = rotation.frequencies
+        assert short is not None
         if length is None:
-            length = _lengths(positions)
+            length = _lengths(positions_of(rotation, x))
         elif isinstance(length, Tensor):
             require_integers(type(self).__name__, "length", length, [(), *shapes_of_tokens(x)], x, other="an int, or ")
         else:
@@ -233,7 +252,12 @@ class RotaryEmbedding(nn.Module):
         long = self.scaling.long_frequencies(self.base, self.rotary_dim, length)
         return torch.where(length[..., None] > self.scaling.max_short_length, long, short)
 
-    def _frequencies(self, device: torch.device) -> Tensor:
+    @property
+    def attention_factor(self) -> float:
+        """Factor of rotated queries and keys."""
+        return 1.0 if self.scaling is None else self.scaling.attention_factor
+
+    def frequencies_on(self, device: torch.device) -> Tensor:
         """Frequencies in fp32, regardless of the dtype of the module: bf16 represents integers up to 256 only."""
         if self._custom is not None:
             return self._custom.on(device)
@@ -271,25 +295,20 @@ class RotaryEmbedding(nn.Module):
         return ", ".join([str(self.head_dim), *given])
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
-    """Rotates the first 2 n channels of ``x (..., width)`` in pairs, in fp32, by the angles of ``cos, sin (..., n)``.
+def rotate_both(rotary: nn.Module, q: Tensor, k: Tensor, where: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """``rotary(q, **where)`` and ``rotary(k, **where)``, for queries and keys of the same tokens.
 
-    Channels are paired as in `RotaryEmbedding`; the others are unchanged.
+    In one call of the kernel, unless the module is hooked or has a ``forward`` of its own.
     """
-    half = cos.shape[-1]
-    rotated, rest = x[..., : 2 * half], x[..., 2 * half :]
-    wide = rotated.to(torch.promote_types(x.dtype, torch.float32))
-    if interleaved:
-        first, second = wide[..., 0::2], wide[..., 1::2]
-    else:
-        first, second = wide.chunk(2, dim=-1)
-    first, second = first * cos - second * sin, second * cos + first * sin
-    if interleaved:
-        rotated = torch.stack([first, second], dim=-1).flatten(-2)
-    else:
-        rotated = torch.cat([first, second], dim=-1)
-    rotated = rotated.to(x.dtype)
-    return torch.cat([rotated, rest], dim=-1) if rest.shape[-1] else rotated
+    if (
+        isinstance(rotary, RotaryEmbedding)
+        and type(rotary).forward is RotaryEmbedding.forward
+        and q.dtype is k.dtype
+        and is_called_plainly(rotary)
+    ):
+        rotated_q, rotated_k = rotary._rotated([q, k], **where)
+        return rotated_q, rotated_k
+    return rotary(q, **where), rotary(k, **where)
 
 
 def shapes_of_tokens(x: Tensor) -> list[tuple[int, ...]]:

@@ -11,6 +11,7 @@ from qkv.layers.rotary import RotaryEmbedding, shapes_of_tokens
 from qkv.layers.rotary_axes import axes_of_pairs
 from qkv.layers.rotary_config import head_dim_of, select_parameters
 from qkv.layers.rotary_scaling import geometric
+from qkv.rotation import Rotation
 
 
 class RotaryEmbedding2d(RotaryEmbedding):
@@ -25,12 +26,14 @@ class RotaryEmbedding2d(RotaryEmbedding):
         interleaved: how channels are paired, as in `RotaryEmbedding`.
         position_scale: factor of the positions.
 
-    In a layer, pass positions: ``layer(x, positions=RotaryEmbedding2d.grid(height, width))``. A token at ``(0, 0)``,
-    such as a class token, is not rotated.
+    It is called as `RotaryEmbedding`, with positions ``(2, L)``, or ``(2, B, L)`` for each row of the batch, and no
+    offset, which has no meaning in two dimensions. In a layer, pass
+    ``layer(x, positions=RotaryEmbedding2d.grid(height, width))``. A token at ``(0, 0)``, such as a class token, is not
+    rotated.
 
     Raises:
         TypeError: for arguments of the wrong type.
-        ValueError: for a head_dim that is not a multiple of 4.
+        ValueError: for a head_dim that is not a multiple of 4, and in calls without positions.
 
     Example:
         >>> import torch, qkv
@@ -101,35 +104,22 @@ class RotaryEmbedding2d(RotaryEmbedding):
         patches = torch.arange(height * width, device=device)
         return torch.stack([patches // max(width, 1), patches % max(width, 1)])
 
-    def forward(
-        self,
-        x: Tensor,
-        offset: int | Tensor = 0,
-        *,
-        positions: Tensor | None = None,
-        length: int | Tensor | None = None,
-    ) -> Tensor:
-        """Rotates the patches of ``x (B, H, L, head_dim)`` by row and column.
-
-        Args:
-            x: queries or keys.
-            offset: 0; it has no meaning in two dimensions.
-            positions: integers ``(2, L)``, or ``(2, B, L)`` for each row of the batch.
-            length: has no effect.
-
-        Raises:
-            TypeError: for positions that are not integers.
-            ValueError: without positions, for those of another shape or device, and an x whose width is not head_dim.
-        """
-        self._require_width(x)
+    def _rotation(
+        self, x: Tensor, offset: int | Tensor, positions: Tensor | None, length: int | Tensor | None
+    ) -> Rotation:
         if positions is None:
             raise ValueError(
                 f"{type(self).__name__}: positions must be the row and column of each token, (2, {x.shape[-2]}); got "
                 "None. Pass positions=RotaryEmbedding2d.grid(height, width)."
             )
         self._require_positions(x, offset, positions, [(2, *shape) for shape in shapes_of_tokens(x)])
-        axes = constant(axes_of_pairs, (self.head_dim // 4, self.head_dim // 4), False, x.device)
-        return self._rotate(x, positions[axes].movedim(0, -1), self._frequencies(x.device))
+        return Rotation(
+            positions=positions[:, None] if positions.dim() == 2 else positions,
+            axes=constant(axes_of_pairs, (self.head_dim // 4, self.head_dim // 4), False, x.device),
+            frequencies=self._frequencies(x.device),
+            position_scale=self.position_scale,
+            interleaved=self.interleaved,
+        )
 
     def _frequencies(self, device: torch.device) -> Tensor:
         return constant(_alternate if self.alternate else _repeated, self.base, self.head_dim, device)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import qkv
 from qkv import kernels
+from qkv.integrations import calls
 from qkv.integrations.torch import dispatcher
 from qkv.integrations.torch.accelerate import Report
 
@@ -212,7 +213,7 @@ def test_a_chain_of_overlapping_blocks_does_not_grow() -> None:
         other.__enter__()
         block.__exit__(None, None, None)
         block = other
-    chained, depth = dispatcher._innermost.get(), 0
+    chained, depth = calls._innermost.get(), 0
     while chained is not None:
         chained, depth = chained.outer, depth + 1
     assert depth <= 2

@@ -7,7 +7,6 @@ import pytest
 import torch
 import transformers
 from transformers.cache_utils import (
-    DYNAMIC_LAYER_TYPE_MAPPING,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -235,11 +234,11 @@ def test_a_model_reads_a_cache_in_int8() -> None:
     assert cache.layers[0].keys.codes.dtype == torch.int8
     assert 0 < (rounded - exact).norm() / exact.norm() < 0.02
     torch.testing.assert_close(logits("sdpa", QKVCache(config, dtype=torch.int8)), rounded, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match=r"must be torch\.int8 or None \(the model's dtype\); got torch\.float16"):
+    with pytest.raises(ValueError, match=r"or None for that of the model; got torch\.float16"):
         QKVCache(config, dtype=torch.float16)
 
 
-def test_a_model_generates_the_same_text_with_either_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_generates_the_same_text_with_either_cache() -> None:
     torch.manual_seed(0)
     layer_types = ["sliding_attention", "full_attention", "sliding_attention"]
     config = transformers.Gemma3TextConfig(
@@ -253,14 +252,3 @@ def test_a_model_generates_the_same_text_with_either_cache(monkeypatch: pytest.M
         want = model.generate(ids, max_new_tokens=20, do_sample=False, **options)
         got = model.generate(ids, max_new_tokens=20, do_sample=False, past_key_values=QKVCache(config), **options)
         assert torch.equal(got, want)
-
-    for kind, layer in list(DYNAMIC_LAYER_TYPE_MAPPING.items()):
-        monkeypatch.setitem(DYNAMIC_LAYER_TYPE_MAPPING, kind, layer)  # which is undone afterwards
-    with pytest.raises(ValueError, match=r"register: cache must be True, False or torch\.int8; got 'int8'"):
-        integration.register(cache="int8")
-    integration.register()
-    assert type(DynamicCache(config=config).layers[1]) is DynamicLayer
-    integration.register(cache=torch.int8)
-    assert [type(layer) for layer in DynamicCache(config=config).layers] == [SlidingLayer, Int8Layer, SlidingLayer]
-    integration.register(cache=True)
-    assert [type(layer) for layer in DynamicCache(config=config).layers] == [SlidingLayer, AppendLayer, SlidingLayer]

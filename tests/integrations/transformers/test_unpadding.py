@@ -5,6 +5,7 @@ them by families/test_families.py.
 """
 
 import copy
+import functools
 import pickle
 import threading
 from typing import Any
@@ -27,9 +28,12 @@ from integrations.transformers.unpadding import (
     tokens_seen,
 )
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, StaticCache
 from transformers.masking_utils import bidirectional_mask_function
 
+import qkv
 from qkv import kernels
+from qkv.integrations.transformers import unpadding
 from qkv.integrations.transformers.cache import QKVCache
 from qkv.integrations.transformers.masks import make_mask
 from qkv.integrations.transformers.unpadding import unpad
@@ -41,7 +45,8 @@ pytestmark = [
 
 BOTH_WAYS = {"mask_function": bidirectional_mask_function}
 NO_CACHE = {"use_cache": False}
-KINDS = [(bert, {}), (modern, {}), (llama, NO_CACHE)]
+NARROW = {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8}
+KINDS = [(bert, {}), (modern, {}), (llama, NO_CACHE), (llama, {})]
 
 
 @pytest.mark.parametrize(("make", "options"), KINDS)
@@ -106,7 +111,6 @@ RUN_PADDED = {
     "padding between tokens": (bert, holes(RIGHT), {}),
     "hidden states": (bert, RIGHT, {"output_hidden_states": True}),
     "weights": (bert, RIGHT, {"output_attentions": True}),
-    "a cache": (llama, LEFT, {}),
 }
 
 
@@ -144,18 +148,72 @@ def test_a_cross_attending_layer_of_as_many_keys() -> None:
     assert seen == [PADDED] * 6 and torch.equal(got, want)
 
 
-def test_steps_with_a_cache() -> None:
-    model = llama()
-    want, got = [], []
-    for found in (want, got):
-        cache = QKVCache(model.config)
-        with torch.no_grad():
-            found.append(hidden(model, LEFT, past_key_values=cache))
-            keep = torch.cat([LEFT, torch.ones(4, 1, dtype=torch.bool)], dim=1)
-            step = {"input_ids": IDS[:, :1], "attention_mask": keep.long(), "past_key_values": cache}
-            found.append(model(**step).last_hidden_state)
+CACHES: dict[str, tuple[Any, bool]] = {
+    "ours": (QKVCache, True),
+    "theirs": (lambda config: DynamicCache(config=config), True),
+    "int8": (lambda config: QKVCache(config, dtype=torch.int8), False),
+    "static": (lambda config: StaticCache(config=config, max_cache_len=14), False),
+}
+
+
+@pytest.mark.parametrize("make", [llama, lambda: build("gemma2", sliding_window=5, **NARROW)], ids=["full", "window"])
+@pytest.mark.parametrize("kind", CACHES)
+def test_a_prompt_is_packed_into_an_empty_cache_and_steps_read_it(kind: str, make: Any) -> None:
+    model = make()
+    make_cache, is_packed = CACHES[kind]
+    found: list[list[Tensor]] = []
+    for _ in range(2):
+        cache, keep, states = make_cache(model.config), LEFT, []
+        with torch.no_grad(), tokens_seen() as seen:
+            for ids in (IDS, IDS[:, :1], IDS[:, :2]):
+                keep = LEFT if ids is IDS else torch.cat([keep, torch.ones_like(ids, dtype=torch.bool)], dim=1)
+                inputs = {"input_ids": ids, "attention_mask": keep.long(), "past_key_values": cache}
+                states.append(model(**inputs).last_hidden_state[keep[:, -ids.shape[1] :]])
+        found.append(states)
         unpad(model)
-    assert all(map(torch.equal, got, want))
+    assert (seen[0] == PACKED) == is_packed and seen[-1] == (4, 2)
+    for want, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, atol=2e-6, rtol=2e-5)
+    assert cache.get_seq_length() == 14
+
+
+def test_a_module_that_reads_its_cache_itself_runs_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    def forward(self: Any, hidden_states: Tensor, past_key_values: Any = None, **kwargs: Any) -> Any:
+        if past_key_values is not None:
+            past_key_values.get_seq_length()
+        return actual(self, hidden_states, past_key_values=past_key_values, **kwargs)
+
+    actual = LlamaAttention.forward
+    monkeypatch.setattr(LlamaAttention, "forward", forward)
+    forward.__module__ = LlamaAttention.__module__
+    unpadding._only_appends.cache_clear()
+    model = unpad(llama())
+    with tokens_seen() as seen:
+        hidden(model, RIGHT)
+    assert seen == [PADDED] * 3
+    reasons = [by for _, by in qkv.report(model).calls if by.startswith("with padding")]
+    assert reasons == ["with padding: LlamaAttention reads its cache itself"]
+    unpadding._only_appends.cache_clear()
+
+
+def test_a_layer_that_runs_again_with_padding_appends_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return actual(self, *args, **kwargs), torch.ones(1)
+
+    model = unpad(llama())
+    layer = model.layers[0]
+    actual, cache = LlamaDecoderLayer.forward, QKVCache(model.config)
+    monkeypatch.setattr(unpadding, "_is_tokenwise", lambda module: True)
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", functools.wraps(actual)(forward))
+    states, mask = torch.randn(4, 11, 32), make_mask(4, 11, 11, attention_mask=RIGHT)
+    angles = model.rotary_emb(states, torch.arange(11)[None])
+    with tokens_seen() as seen:
+        out, _ = layer(states, attention_mask=mask, position_embeddings=angles, past_key_values=cache)
+    assert seen == [PACKED, PADDED] and out.shape == (4, 11, 32) and cache.get_seq_length() == 11
 
 
 def test_another_attention_implementation() -> None:

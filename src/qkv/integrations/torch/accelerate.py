@@ -1,107 +1,89 @@
-"""`accelerate`: torch's attention calls of unmodified models, routed to the kernel."""
+"""`accelerate`: attention, caches and linear layers of unmodified models, by qkv where it computes the same."""
 
-import sys
-from collections import Counter
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, NamedTuple, TypeVar, overload
+from inspect import isfunction
+from typing import Any, TypeVar, overload
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from qkv.integrations.torch.dispatcher import current_callback, routed
+from qkv.integrations import calls
+from qkv.integrations.calls import Call as Call
+from qkv.integrations.calls import Report as Report
+from qkv.integrations.torch.dispatcher import routed
+from qkv.integrations.transformers import models
+from qkv.integrations.transformers.latent import expand_latents, read_latents
+from qkv.integrations.transformers.rotated_forward import replace_rotary
+from qkv.integrations.transformers.unpadding import is_unpadded, packable_layers
+from qkv.integrations.transformers.unpadding import unpad as unpad_model
+from qkv.layers.instance_forward import InstanceForward
+from qkv.layers.projection import reroute
 
 Model = TypeVar("Model", bound=nn.Module)
 
+_LATENT = "_qkv_accelerate_latent"
+"""Attribute of an attention module whose latents `accelerate` put off to expand, and nobody else."""
 
-class Call(NamedTuple):
-    """The kind of an attention call, by which a `Report` counts."""
-
-    where: str
-    """module, line and function of the caller"""
-    query: tuple[int, ...]
-    key: tuple[int, ...]
-    reason: str | None
-    """why torch computed it; None if qkv did"""
-
-
-class Report:
-    """Counts of the calls that `accelerate` routed to qkv and of those that fell back to torch. ``str()`` is a table.
-
-    Attributes:
-        calls: number of calls of each kind.
-    """
-
-    def __init__(self) -> None:
-        self.calls: Counter[Call] = Counter()
-
-    @property
-    def routed(self) -> int:
-        """Number of calls that qkv computed."""
-        return sum(count for call, count in self.calls.items() if call.reason is None)
-
-    @property
-    def fallback(self) -> int:
-        """Number of calls that torch computed."""
-        return self.calls.total() - self.routed
-
-    def __str__(self) -> str:
-        if not self.calls:
-            return "No call of torch's attention on CPU. nn.MultiheadAttention makes one only with need_weights=False."
-        rows = [("calls", "where", "query", "key", "by")]
-        rows += [
-            (str(count), call.where, str(call.query), str(call.key), f"torch: {call.reason}" if call.reason else "qkv")
-            for call, count in self.calls.items()
-        ]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-        return "\n".join(lines)
-
-    def _count(self, query: Tensor, key: Tensor, reason: str | None) -> None:
-        """Counts a call, with the location of its caller."""
-        frame = sys._getframe(2)  # the caller of the operator
-        where = f"{frame.f_globals.get('__name__')}:{frame.f_lineno} {frame.f_code.co_name}"
-        self.calls[Call(where, tuple(query.shape), tuple(key.shape), reason)] += 1
+_UNPADDED = "_qkv_accelerate_unpadded"
+"""Attribute of a module whose layers `accelerate` unpadded, and nobody else."""
 
 
 @overload
 def accelerate() -> AbstractContextManager[Report]: ...
 @overload
-def accelerate(model: Model, *, enabled: bool = True) -> Model: ...
-def accelerate(model: Any = None, *, enabled: bool = True) -> Any:
-    """Routes torch's attention calls to qkv's kernel where it computes the same.
+def accelerate(model: Model, *, enabled: bool = True, unpad: bool = False) -> Model: ...
+def accelerate(model: Any = None, *, enabled: bool = True, unpad: bool = False) -> Any:
+    """Runs a model on qkv where it computes the same: attention, KV caches, linear layers.
 
-    ``with accelerate() as report:`` routes all calls of this thread (or asyncio task) in the block, and counts in
-    ``report`` the routed ones and those that fell back to torch, with reasons. ``accelerate(model)`` routes all calls
-    of a model, in any thread, until ``accelerate(model, enabled=False)``.
+    ``accelerate(model)`` takes, until ``accelerate(model, enabled=False)``, in this model alone and in any thread:
 
-    Routed are CPU calls of ``scaled_dot_product_attention``, under any name that the model has bound it to, for which
-    `attention` would choose the native kernel, and the fused inference of ``nn.MultiheadAttention`` and
-    ``nn.TransformerEncoderLayer``. All others fall back: fp64, other devices, nested tensors and other subclasses,
-    ``torch.func``, forward-mode derivatives, compiled and exported programs, shapes that broadcast, and calls that
-    torch refuses. ``nn.MultiheadAttention`` makes no such call if it returns weights (``need_weights=True``, the
-    default) and is in training or needs gradients.
+    - models of transformers, also as a part of other modules: their attention (``attn_implementation="qkv"``), and
+      `QKVCache` as the cache that they make in ``generate`` and in a call with ``use_cache``. A cache that you pass is
+      used as it is; layers of caches without an equivalent of ours stay transformers' own;
+    - calls of torch's attention in all other modules: ``scaled_dot_product_attention``, under any name that the model
+      has bound it to, for which `attention` would choose the native kernel, and the fused inference of
+      ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer``;
+    - latent attention as in DeepSeek-V3, which decodes from latents as `qkv.integrations.transformers.latent` does;
+    - the rotary embeddings of their attention modules, where they are the usual ones;
+    - each ``nn.Linear``, with its hooks. Subclasses, quantised, adapted and patched ones are called as ever.
+
+    `qkv.report` lists what was taken, what not, and why, and counts the calls of a run.
+
+    ``with accelerate() as report:`` routes calls of torch's attention of this thread (or asyncio task) in the block,
+    and counts in ``report`` those that qkv computed, in models of transformers as well, and those that fell back to
+    torch, with reasons.
+
+    Fallbacks to torch: fp64, other devices, nested tensors and other subclasses, ``torch.func``, forward-mode
+    derivatives, compiled and exported programs, shapes that broadcast, and calls that torch refuses.
+    ``nn.MultiheadAttention`` makes no such call if it returns weights (``need_weights=True``, the default) and is in
+    training or needs gradients.
 
     Results, gradients, layouts and errors are torch's, up to rounding, with these exceptions: a masked key has no
     influence even if it contains NaN or inf; dropout draws other elements from the same seed; second derivatives raise,
     which torch's unfused kernel has (``sdpa_kernel(SDPBackend.MATH)`` leaves calls to torch). With activation
     checkpointing, run backward inside the block as well.
 
-    From the first use on, CPU calls of attention that are not routed cost some microseconds more in this process. Enter
-    the first block while no other thread is inside an attention call. Call ``accelerate(model, enabled=False)`` before
-    ``torch.jit.script`` and ``nn.DataParallel``, which need the original ``forward``.
+    From the first block or module outside of transformers on, CPU calls of attention that are not routed cost some
+    microseconds more in this process. Enter the first block while no other thread is inside an attention call. Call
+    ``accelerate(model, enabled=False)`` before ``torch.jit.script`` and ``nn.DataParallel``, which need the original
+    ``forward``.
 
     Args:
-        model: a module, modified in place: the ``forward`` of its modules is wrapped. Deep copies and pickles stay
-            accelerated; modules added later are not. (A ``copy.copy`` calls its original, as with every ``forward``
-            that is set on an instance.)
-        enabled: False undoes an earlier ``accelerate(model)``.
+        model: a module, modified in place: forwards are set on modules, attention implementations in configurations;
+            types, parameters, state dict and hooks stay. Deep copies and pickles stay accelerated; modules added later
+            are not. (A ``copy.copy`` calls its original, as with every ``forward`` that is set on an instance.)
+        enabled: False undoes an earlier ``accelerate(model)``, without one nothing. What was changed since (another
+            attention implementation, another forward) stays.
+        unpad: also skips padding tokens in layers of transformers' models, as
+            `qkv.unpad` does: for encoders, and decoders in the first call of a cache.
 
     Returns:
         The model; without one, a context manager that returns a `Report`.
 
     Raises:
         TypeError: for a model that is not an ``nn.Module``.
+        ValueError: for ``unpad=True`` if no layer can be packed, as `qkv.unpad`; nothing is changed then.
 
     Example:
         >>> import torch, qkv
@@ -112,77 +94,89 @@ def accelerate(model: Any = None, *, enabled: bool = True) -> Any:
         (1, 0)
         >>> model = qkv.accelerate(model)
 
-    Source: the semantics of ``torch.nn.functional.scaled_dot_product_attention`` on CPU.
+    Source: the semantics of ``torch.nn.functional.scaled_dot_product_attention`` on CPU, and of transformers' models.
     """
     if model is None:
         return _reporting()
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate: model must be an nn.Module; got {type(model).__name__}.")
-    for module in model.modules():
-        forward = module.__dict__.get("forward")
-        if isinstance(forward, _RoutedForward):
-            if not enabled:
-                forward.restore(module)
-        elif enabled and _may_attend(module):
-            module.__dict__["forward"] = _RoutedForward(module)
+    if enabled:
+        _enable(model, unpad)
+    else:
+        _disable(model)
     return model
+
+
+def _enable(model: nn.Module, unpad: bool) -> None:
+    if unpad:
+        packable_layers("accelerate", model)  # raises before anything changes
+    through_interface: set[nn.Module] = set()
+    for root in models.roots(model):
+        models.take(root)
+        through_interface.update(root.modules())
+        for part in models.parts(root):
+            if models.why_not(part) is not None:
+                through_interface.difference_update(part.modules())
+    for module in model.modules():
+        if module in through_interface and not _calls_torchs_attention(module):
+            continue
+        if not isinstance(module.__dict__.get("forward"), _RoutedForward) and _may_attend(module):
+            _RoutedForward.set_on(module)
+    for module in through_interface:
+        replace_rotary(module)
+        if read_latents(module):
+            module.__dict__[_LATENT] = True
+    reroute(model)
+    if unpad and not is_unpadded(model):
+        unpad_model(model)
+        model.__dict__[_UNPADDED] = True
+
+
+def _disable(model: nn.Module) -> None:
+    for module in model.modules():
+        if module.__dict__.pop(_UNPADDED, False):
+            unpad_model(module, enabled=False)
+        if module.__dict__.pop(_LATENT, False):
+            expand_latents(module)
+        InstanceForward.take_back(module)
+        models.give_back(module)
 
 
 @contextmanager
 def _reporting() -> Iterator[Report]:
     report = Report()
-    with routed(report._count):
+    with routed(report.count):
         yield report
 
 
-class _RoutedForward:
+class _RoutedForward(InstanceForward):
     """The forward of a module, with calls routed: the current one of its class, or the former one of the instance."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.own: Callable[..., Any] | None = module.__dict__.get("forward")
-
-    @property
-    def forward(self) -> Callable[..., Any]:
-        """The wrapped forward."""
-        if self.own is not None:
-            return self.own
-        kind = type(self.module)
-        forward: Any = next(vars(base)["forward"] for base in kind.__mro__ if "forward" in vars(base))
-        return forward.__get__(self.module, kind)  # type: ignore[no-any-return]
-
-    @property
-    def __wrapped__(self) -> Callable[..., Any]:  # for readers of the signature
-        return self.forward
-
-    @property
-    def __code__(self) -> Any:  # for torch.export, which reads the source
-        return self.forward.__code__
-
-    @property
-    def __name__(self) -> str:
-        return getattr(self.forward, "__name__", "forward")
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # the compiler of torch 2.9 cannot call the bound method of `forward`
-            return self.own(*args, **kwargs) if self.own else type(self.module).forward(self.module, *args, **kwargs)
-        if current_callback() is not None:
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward, in a block of routed calls."""
+        if calls.current_callback() is not None:
             return self.forward(*args, **kwargs)
-        with routed(_ignore):
+        with routed(calls.TallyFor(self.module)):
             return self.forward(*args, **kwargs)
-
-    def restore(self, module: nn.Module) -> None:
-        """Undoes the wrapping of the module's forward."""
-        if self.own is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = self.own
-
-
-def _ignore(query: Tensor, key: Tensor, reason: str | None) -> None:
-    """Callback without a report."""
 
 
 def _may_attend(module: nn.Module) -> bool:
-    """Whether a call of the module may reach attention, unlike torch's own modules without children."""
-    return any(True for _ in module.children()) or not type(module).__module__.startswith("torch.nn.")
+    """Whether a call of the module may reach attention, unlike linear layers and torch's modules without children."""
+    is_leaf = not any(True for _ in module.children())
+    return not (is_leaf and (isinstance(module, nn.Linear) or type(module).__module__.startswith("torch.nn.")))
+
+
+def _calls_torchs_attention(module: nn.Module) -> bool:
+    """Whether a module in a model of transformers may call torch's attention itself, past the AttentionInterface."""
+    kind: Any = type(module)
+    package = kind.__module__.partition(".")[0]
+    if package == "torch":
+        return isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer))
+    return package != "transformers" or _names_torchs_attention(kind)
+
+
+@functools.cache
+def _names_torchs_attention(kind: Any) -> bool:
+    """Whether a method of a class does."""
+    methods = (getattr(value, "__wrapped__", value) for base in kind.__mro__ for value in vars(base).values())
+    return any("scaled_dot_product_attention" in method.__code__.co_names for method in methods if isfunction(method))

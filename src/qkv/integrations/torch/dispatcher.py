@@ -10,9 +10,8 @@ import functools
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -20,12 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, library
 
 from qkv.backends import native, sdpa
+from qkv.integrations.calls import Callback, block, current_callback
 from qkv.masks import FULL, Mask
 from qkv.problem import make_problem
 from qkv.scores import ScoreOptions
-
-Callback = Callable[[Tensor, Tensor, str | None], None]
-"""Called for each attention call with its queries, its keys, and the reason why torch computed it; None if qkv did."""
 
 _TORCH_SDPA = library.get_kernel("aten::scaled_dot_product_attention", "CPU")
 _TORCH_MHA = library.get_kernel("aten::_native_multi_head_attention", "CPU")
@@ -33,53 +30,16 @@ _TORCH_MHA = library.get_kernel("aten::_native_multi_head_attention", "CPU")
 _CAUSAL = Mask.causal()
 
 
-class _Block:
-    """A ``with routed(...)`` block, entered inside of ``outer``."""
-
-    def __init__(self, notify: Callback, outer: "_Block | None") -> None:
-        self.notify, self.outer, self.is_open = notify, outer, True
-
-
-_innermost: ContextVar[_Block | None] = ContextVar("innermost", default=None)
-"""The block entered last in this thread or task. It may be closed by now, also by another thread."""
-
 _lock = threading.Lock()
 
 
 @contextmanager
 def routed(notify: Callback) -> Iterator[None]:
-    """Context manager that routes the calls of this thread or asyncio task, and calls ``notify`` for each.
-
-    Blocks may be closed in any order and from any thread: a generator may outlive the block of its caller or be
-    collected in another thread, and a task may outlive the block that it was created in. So closing a block marks it,
-    instead of restoring the state before, and the innermost open block is in effect.
-    """
+    """Context manager that routes the calls of this thread or asyncio task, and calls ``notify`` for each."""
     with _lock:
         _override_operators()
-    block = _Block(notify, _open_block())
-    _innermost.set(block)
-    try:
+    with block(notify):
         yield
-    finally:
-        block.is_open = False
-        _innermost.set(_open_block())
-
-
-def current_callback() -> Callback | None:
-    """The callback of the innermost open block of this thread or task; None outside of all blocks."""
-    block = _open_block()
-    return None if block is None else block.notify
-
-
-def _open_block() -> _Block | None:
-    """The innermost open block of this thread or task. Drops closed ones from the chain."""
-    block = _innermost.get()
-    while block is not None and not block.is_open:
-        block = block.outer
-    if block is not None:
-        while block.outer is not None and not block.outer.is_open:
-            block.outer = block.outer.outer  # else chains of overlapping blocks would grow without bound
-    return block
 
 
 @functools.cache
@@ -111,7 +71,7 @@ def _sdpa(
     notify = current_callback()
     if notify is not None:
         out = _solve_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-        notify(query, key, out if isinstance(out, str) else None)
+        notify(sys._getframe(1), query, key, out if isinstance(out, str) else None)
         if isinstance(out, Tensor):
             return out
     fallback: Tensor = _TORCH_SDPA.call_boxed(
@@ -201,7 +161,7 @@ def _mha(
             out = "query, key and value are not the same tensor"
         else:
             out = _solve_mha(query, num_head, qkv_weight, qkv_bias, mask, mask_type)
-        notify(query, key, out if isinstance(out, str) else None)
+        notify(sys._getframe(1), query, key, out if isinstance(out, str) else None)
         if isinstance(out, Tensor):
             return F.linear(out.transpose(1, 2).flatten(2), proj_weight, proj_bias), None
     fallback: tuple[Tensor, Tensor | None] = _TORCH_MHA.call_boxed(

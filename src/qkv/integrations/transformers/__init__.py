@@ -1,5 +1,5 @@
 """qkv in models of transformers: attention (`register`), KV caches (`QKVCache`), decoding from latents
-(`latent`) and unpadded batches (`unpad`).
+(`latent`), unpadded batches (`unpad`) and rotary embedding (`apply_rotary_pos_emb`).
 
 `QKVCache` is imported lazily, since it imports transformers.
 """
@@ -7,7 +7,9 @@
 from typing import TYPE_CHECKING, Any
 
 from qkv.integrations.transformers.attention import register as register
+from qkv.integrations.transformers.attention import unregister as unregister
 from qkv.integrations.transformers.latent import latent as latent
+from qkv.integrations.transformers.rotary import apply_rotary_pos_emb as apply_rotary_pos_emb
 from qkv.integrations.transformers.unpadding import unpad as unpad
 
 if TYPE_CHECKING:
@@ -15,9 +17,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "QKVCache",
+    "apply_rotary_pos_emb",
     "latent",
     "register",
     "unpad",
+    "unregister",
 ]
 
 

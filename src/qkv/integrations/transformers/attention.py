@@ -1,11 +1,14 @@
 """`register`: qkv as an attention implementation of transformers."""
 
-from typing import Any, NamedTuple
+import sys
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from qkv import backends, kernels
 from qkv.functional import attention, attention_weights, attention_with_lse
+from qkv.integrations import calls
 from qkv.integrations.transformers.lazy_tensor import Int8Tensor, LatentTensor
 from qkv.integrations.transformers.masks import MaskTensor, make_mask
 from qkv.masks import FULL, Mask
@@ -13,40 +16,91 @@ from qkv.masks import FULL, Mask
 NAME = "qkv"
 
 
-def register(*, cache: bool | torch.dtype = False) -> None:
-    """Registers ``attn_implementation="qkv"`` with transformers: the attention function and the mask function.
+def register(*, cache: bool | torch.dtype | Literal["int8"] | None = None) -> None:
+    """Registers ``attn_implementation="qkv"`` with transformers: attention, masks, and `QKVCache` as the default cache.
 
     Then ``from_pretrained(..., attn_implementation="qkv")`` or ``model.set_attn_implementation("qkv")`` runs a model on
     `qkv.attention`. Mask functions of transformers are converted to a `Mask` instead of a dense tensor; unknown ones
     are evaluated to a dense mask. Keys and values are not repeated for groups.
 
+    Such a model makes a `QKVCache` where transformers would make a ``DynamicCache`` for it, in ``generate`` and in a
+    plain call with ``use_cache``. A cache that you pass is used as it is, as is any ``cache_implementation`` that you
+    ask for; ``cache_implementation="qkv"`` gives ours to a model on another attention. Layers of a cache that have no
+    equivalent of ours (linear attention, indexers) stay transformers' own. Other models see no difference.
+
     Args:
-        cache: True makes `QKVCache`, which appends in place, transformers' default cache for all models; ``torch.int8``
-            makes it the default in int8. False does not change the default: pass
-            ``past_key_values=QKVCache(model.config)`` to single calls.
+        cache: True for `QKVCache` as the default of models on "qkv", ``torch.int8`` or ``"int8"`` for one in int8,
+            False for transformers' own. None keeps what was chosen before, at first True.
 
     Raises:
         ModuleNotFoundError: if transformers is not installed.
         ValueError: for any other ``cache``.
 
     Example:
-        >>> from qkv.integrations.transformers import register
-        >>> register()  # doctest: +SKIP
+        >>> import qkv
+        >>> qkv.register()  # doctest: +SKIP
         >>> model.set_attn_implementation("qkv")  # doctest: +SKIP
     """
-    if cache not in (False, True, torch.int8):
-        raise ValueError(f"register: cache must be True, False or torch.int8; got {cache!r}.")
+    if not (cache is None or isinstance(cache, bool) or cache in (torch.int8, "int8")):
+        raise ValueError(f'register: cache must be True, False, torch.int8, "int8" or None; got {cache!r}.')
     from transformers import AttentionInterface, AttentionMaskInterface
+
+    from qkv.integrations.transformers import default_cache
 
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, make_mask)
-    if cache is not False:
-        from qkv.integrations.transformers.cache import use_by_default
+    default_cache.install(cache)
 
-        use_by_default(None if cache is True else cache)
+
+def unregister() -> None:
+    """Takes back `register`: transformers is as it was before.
+
+    Models that still run on "qkv" raise a KeyError at their next call: set another implementation first, or call
+    ``qkv.accelerate(model, enabled=False)``. Caches that were made stay usable.
+
+    Raises:
+        ModuleNotFoundError: if transformers is not installed.
+
+    Example:
+        >>> import qkv
+        >>> model.set_attn_implementation("sdpa")  # doctest: +SKIP
+        >>> qkv.unregister()  # doctest: +SKIP
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    from qkv.integrations.transformers import default_cache
+
+    for interface in (AttentionInterface, AttentionMaskInterface):
+        interface._global_mapping.pop(NAME, None)
+    default_cache.uninstall()
 
 
 def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *args: Any,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The attention function that transformers' models call: `compute_attention`, counted for reports.
+
+    Programs that a compiler or tracer makes of it count nothing.
+    """
+    if kernels.is_tracing():
+        return compute_attention(module, query, key, value, attention_mask, *args, **options)
+    backends.last.choice, backends.last.reasons = None, []
+    result = compute_attention(module, query, key, value, attention_mask, *args, **options)
+    reason = "; ".join(backends.last.reasons) or None
+    calls.tally(module, type(module).__name__, calls.answer(reason), query.shape, key.shape)
+    notify = calls.current_callback()
+    if notify is not None and not isinstance(notify, calls.TallyFor):
+        notify(sys._getframe(1), query, key, reason)
+    return result
+
+
+def compute_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -65,7 +119,7 @@ def attend(
     cache: object | None = None,
     **ignored: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention function that transformers' models call.
+    """Attention by `qkv.attention`, with the arguments and results of transformers' attention functions.
 
     Args:
         module: the calling layer.

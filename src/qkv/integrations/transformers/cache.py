@@ -1,13 +1,12 @@
 """`QKVCache`: a KV cache for transformers' models that appends in place."""
 
 from copy import copy, deepcopy
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedConfig
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import (
-    DYNAMIC_LAYER_TYPE_MAPPING,
     CacheLayerMixin,
     DynamicCache,
     DynamicLayer,
@@ -255,13 +254,16 @@ class QKVCache(DynamicCache):  # type: ignore[misc]
     """transformers' default cache with layers that append in place; pass it as ``past_key_values``.
 
     Args:
-        config: of the model. Layers with a window cache only the window; those of latent attention keep latents and
-            rotary keys in one memory; layers without keys and values, such as linear attention, are transformers' own.
-        dtype: of keys and values in layers without a window: the model's if None, or ``torch.int8``, about half the
-            size of bf16, for models on ``attn_implementation="qkv"``. (Other implementations would dequantise the cache
-            at each step.) Keys and values that require grad are not quantised.
+        config: of the model, or the model. Layers with a window cache only the window; those of latent attention keep
+            latents and rotary keys in one memory; layers without keys and values, such as linear attention, are
+            transformers' own.
+        dtype: of keys and values in layers without a window: the model's if None, or ``torch.int8`` or ``"int8"``,
+            about half the size of bf16, for models on ``attn_implementation="qkv"``. (Other implementations would
+            dequantise the cache at each step.) Keys and values that require grad are not quantised.
+        offloading, offload_only_non_sliding: as in ``DynamicCache``.
 
     Raises:
+        TypeError: for anything but a configuration or a model of transformers.
         ValueError: for any other dtype.
 
     Example:
@@ -270,18 +272,34 @@ class QKVCache(DynamicCache):  # type: ignore[misc]
         ...     vocab_size=99, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4
         ... )
         >>> model = transformers.LlamaForCausalLM(config)
-        >>> cache = QKVCache(config)
+        >>> cache = QKVCache(model)
         >>> tokens = model.generate(torch.ones(1, 5, dtype=torch.int64), past_key_values=cache, max_new_tokens=3)
         >>> cache.get_seq_length()
         7
     """
 
-    def __init__(self, config: PreTrainedConfig, dtype: torch.dtype | None = None) -> None:
-        super().__init__(config=config)
+    def __init__(
+        self,
+        config: PreTrainedConfig | nn.Module,
+        dtype: torch.dtype | Literal["int8"] | None = None,
+        *,
+        offloading: bool = False,
+        offload_only_non_sliding: bool = False,
+    ) -> None:
+        config = _config_of(config)
         append_layer = _append_layer_type(dtype)
-        if append_layer is AppendLayer and getattr(config.get_text_config(decoder=True), "kv_lora_rank", None):
-            append_layer = LatentLayer
-        self.layers: list[CacheLayerMixin] = [_replace_layer(layer, append_layer) for layer in self.layers]
+        super().__init__(config=config, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
+        self._replace_layers(config, append_layer)
+
+    def _replace_layers(self, config: PreTrainedConfig, append_layer: type[DynamicLayer]) -> None:
+        """Replaces transformers' layers by ours."""
+        config = _decoder_config(config)
+        configs = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
+        latent = [append_layer is AppendLayer and bool(getattr(each, "kv_lora_rank", None)) for each in configs]
+        self.layers: list[CacheLayerMixin] = [
+            _replace_layer(layer, LatentLayer if latent[index % len(latent)] else append_layer)
+            for index, layer in enumerate(self.layers)
+        ]
         self._has_reserved = False
 
     def update(
@@ -316,27 +334,56 @@ class QKVCache(DynamicCache):  # type: ignore[misc]
         return twin
 
 
-REPLACED_LAYERS = {
-    name: kind for name, kind in DYNAMIC_LAYER_TYPE_MAPPING.items() if kind in (DynamicLayer, DynamicSlidingWindowLayer)
-}
-"""The layer classes that ours replace, by transformers' name of the attention type."""
-
-
-def use_by_default(dtype: torch.dtype | None = None) -> None:
-    """Makes ``DynamicCache(config=...)`` of transformers, as in ``generate``, use our layers.
+def adopt(cache: DynamicCache, config: PreTrainedConfig, dtype: torch.dtype | Literal["int8"] | None = None) -> None:
+    """Makes a new cache of transformers a `QKVCache` in place, unless none of its layers is one that ours replace.
 
     Args:
+        cache: without tokens, made for ``config``.
+        config: of the model.
         dtype: as in `QKVCache`.
     """
     append_layer = _append_layer_type(dtype)
-    for name, kind in REPLACED_LAYERS.items():
-        DYNAMIC_LAYER_TYPE_MAPPING[name] = append_layer if kind is DynamicLayer else SlidingLayer
+    if any(is_replaced(layer) for layer in cache.layers):
+        cache.__class__ = QKVCache
+        cache._replace_layers(config, append_layer)
 
 
-def _append_layer_type(dtype: torch.dtype | None) -> type[DynamicLayer]:
+def is_replaced(layer: CacheLayerMixin) -> bool:
+    """Whether a layer of transformers' cache has an equivalent of ours."""
+    return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+def is_ours(layer: object) -> bool:
+    """Whether a layer is one of ours."""
+    return isinstance(layer, _BufferedLayer | Int8Layer)
+
+
+def _config_of(config: PreTrainedConfig | nn.Module) -> PreTrainedConfig:
+    """The configuration, of the model if it is a model, or of the only model of transformers within it."""
+    if isinstance(config, PreTrainedConfig):
+        return config
+    if isinstance(config, nn.Module):
+        for module in config.modules():
+            if isinstance(module, PreTrainedModel):
+                return module.config
+    given = f"a {type(config).__name__} without one" if isinstance(config, nn.Module) else type(config).__name__
+    raise TypeError(f"QKVCache: config must be the configuration of a model of transformers, or a model; got {given}.")
+
+
+def _decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration of the layers that cache. ``get_text_config`` copies one without parts, which takes long."""
+    return config.get_text_config(decoder=True) if config.sub_configs else config
+
+
+def asks_for(config: PreTrainedConfig, implementation: str) -> bool:
+    """Whether the layers that cache run on this attention implementation."""
+    return bool(_decoder_config(config)._attn_implementation == implementation)
+
+
+def _append_layer_type(dtype: torch.dtype | str | None) -> type[DynamicLayer]:
     """The class of layers without a window for a cache of this dtype."""
-    if dtype not in (None, torch.int8):
-        raise ValueError(f"QKVCache: dtype must be torch.int8 or None (the model's dtype); got {dtype!r}.")
+    if dtype not in (None, torch.int8, "int8"):
+        raise ValueError(f'QKVCache: dtype must be torch.int8 or "int8", or None for that of the model; got {dtype!r}.')
     return AppendLayer if dtype is None else Int8Layer
 
 

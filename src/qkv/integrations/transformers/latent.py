@@ -70,8 +70,26 @@ def latent(model: Model, *, enabled: bool = True) -> Model:
     for module in modules:
         module.__dict__.pop(_METHOD, None)
     for module in known:
-        module.__dict__[_METHOD] = functools.partial(_expand, module)
+        read_latents(module)
     return model
+
+
+def read_latents(module: nn.Module) -> bool:
+    """Puts off the expansion of latents of one module; whether that is a change, which `expand_latents` takes back."""
+    if _METHOD in module.__dict__ or not hasattr(type(module), _METHOD) or not _expands_as_ours(module):
+        return False
+    module.__dict__[_METHOD] = functools.partial(_expand, module)
+    return True
+
+
+def expand_latents(module: nn.Module) -> None:
+    """Lets a module expand its latents as transformers does."""
+    module.__dict__.pop(_METHOD, None)
+
+
+def reads_latents(module: nn.Module) -> bool:
+    """Whether the expansion of a module is put off."""
+    return _METHOD in module.__dict__
 
 
 def beside(left: Tensor, right: Tensor) -> Tensor:

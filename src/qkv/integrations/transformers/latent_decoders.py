@@ -6,15 +6,17 @@ types, so that transformers without qkv refuses them instead of loading them wro
 
 import functools
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qkv import kernels
 from qkv.integrations.transformers import attention
 from qkv.integrations.transformers.model_types import register_model_type
 from qkv.layers.latent_heads import LatentHeads, split_heads
-from qkv.layers.rotary import rotate
+from qkv.rotation import Rotation
 
 MODEL_TYPES = ("llama", "mistral", "qwen2")
 """Supported model types. Their attention layers differ in biases and windows alone."""
@@ -129,7 +131,7 @@ class LatentDecoderAttention(nn.Module):
         q_nope, q_rot = split_heads(self.q_proj(hidden_states), sum(widths)).split(widths, dim=3)
         latents = self.kv_a_proj_with_mqa(hidden_states)[:, None]
         kv_nope, k_rot = latents.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=3)
-        q_rot, k_rot = (self._rotate(x, *position_embeddings) for x in (q_rot, k_rot))
+        q_rot, k_rot = self._rotate(q_rot, k_rot, *position_embeddings)
         if past_key_values is not None:
             kv_nope, k_rot = past_key_values.update(kv_nope, k_rot, self.layer_idx)
         k, v = self.expand_kv(kv_nope, k_rot)
@@ -148,11 +150,11 @@ class LatentDecoderAttention(nn.Module):
         )
         return self.o_proj(out.flatten(2)), weights
 
-    def _rotate(self: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def _rotate(self: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Sequence[Tensor]:
         """Rotates pairs of neighbouring channels, several in a row by each angle of the model."""
-        repeats = x.shape[3] // cos.shape[2]
-        angles = (y[:, None, :, : cos.shape[2] // 2].repeat_interleave(repeats, dim=3) for y in (cos, sin))
-        return rotate(x, *angles, interleaved=True)
+        repeats = q.shape[3] // cos.shape[2]
+        cos, sin = (table[..., : cos.shape[2] // 2].repeat_interleave(repeats, dim=2) for table in (cos, sin))
+        return kernels.rotate([q, k], Rotation(cos=cos, sin=sin, interleaved=True))
 
 
 def _config_class(base: Any) -> Any:

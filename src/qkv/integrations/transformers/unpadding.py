@@ -1,8 +1,10 @@
 """`unpad`: makes the layers of transformers' models skip padding tokens."""
 
+import ast
 import functools
 import importlib
 import inspect
+import textwrap
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,8 +15,10 @@ from torch import Tensor, nn
 from torch.nn.modules import activation
 
 from qkv import kernels
+from qkv.integrations import calls
 from qkv.integrations.transformers.attention import NAME, register
 from qkv.integrations.transformers.masks import MaskTensor
+from qkv.layers.instance_forward import InstanceForward
 from qkv.masks import Mask
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -29,6 +33,9 @@ _has_any_global_hook = getattr(nn.modules.module, "_has_any_global_hook", lambda
 
 _CAPTURING = "transformers.utils.output_capturing"
 """The module of the hooks that collect ``hidden_states`` and ``attentions``."""
+
+_CACHE = "past_key_values"
+"""The argument with the cache in the layers of transformers' models."""
 
 
 def unpad(model: Model, *, enabled: bool = True) -> Model:
@@ -45,13 +52,17 @@ def unpad(model: Model, *, enabled: bool = True) -> Model:
 
     - the batch has no padding, consists of padding only, or has padding between real tokens;
     - the mask is not padding alone, padding and causal, or padding and a window;
-    - keys and values come from a cache (call decoders with ``use_cache=False``) or an encoder;
+    - keys of earlier tokens come from a cache, or keys from an encoder. The first call of an empty cache (ours in the
+      model's dtype, or transformers' default) is packed, unless an attention module reads its cache by other means than
+      ``update``;
     - it gets other arguments whose meaning is unknown;
     - ``output_hidden_states`` or ``output_attentions`` are requested;
     - it or a module in it has other hooks or patches, or is of an unknown class (an adapter, for example);
     - the model is traced, compiled or exported, or its attention implementation was changed after ``unpad``;
     - on a CPU, the compiled kernel is missing or does not support the dtype (fp64): torch's attention would need a
       dense mask over all tokens of the batch.
+
+    `qkv.report` counts the calls of layers that had padding, packed and not, with the reasons.
 
     Args:
         model: a model of transformers, or a module that contains some, such as one of sentence-transformers. Modified
@@ -78,28 +89,45 @@ def unpad(model: Model, *, enabled: bool = True) -> Model:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"unpad: model must be an nn.Module; got {_describe_type(model)}.")
-    from transformers import PreTrainedModel
-
-    register()
-    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    layers = [layer for module in models for layer in _layers(module)]
-    if enabled and not layers:
-        names = ", ".join(type(module).__name__ for module in models) or f"{type(model).__name__}, which contains none"
-        raise ValueError(
-            "unpad: model must be or contain a model of transformers whose layers take an attention_mask and mix "
-            f"tokens only in attention; got {names}."
-        )
+    layers = packable_layers("unpad", model) if enabled else []
     for module in model.modules():
         for handle in module.__dict__.pop(_HANDLES, ()):
             handle.remove()
     if enabled:
-        for layer in dict.fromkeys(layers):
+        from transformers import PreTrainedModel
+
+        register()
+        for layer in layers:
             before = layer.register_forward_pre_hook(_pack, with_kwargs=True)
             layer.__dict__[_HANDLES] = before, layer.register_forward_hook(_unpack, always_call=True)
-        for module in models:
-            if module.config._attn_implementation != NAME:
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel) and module.config._attn_implementation != NAME:
                 module.set_attn_implementation(NAME)
     return model
+
+
+def packable_layers(caller: str, model: nn.Module) -> list[nn.Module]:
+    """The layers of transformers' models in a module that `unpad` packs.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    from transformers import PreTrainedModel
+
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    layers = [layer for module in models for layer in _layers(module)]
+    if not layers:
+        names = ", ".join(type(module).__name__ for module in models) or f"{type(model).__name__}, which contains none"
+        raise ValueError(
+            f"{caller}: model must be or contain a model of transformers whose layers take an attention_mask and mix "
+            f"tokens only in attention{'' if caller == 'unpad' else ', for unpad=True'}; got {names}."
+        )
+    return list(dict.fromkeys(layers))
+
+
+def is_unpadded(model: nn.Module) -> bool:
+    """Whether `unpad` is in effect for a module or a part of it."""
+    return any(_HANDLES in module.__dict__ for module in model.modules())
 
 
 def _describe_type(value: object) -> str:
@@ -180,34 +208,45 @@ class _Packing:
     """The mask of the packed row: documents, and the interval of the original mask."""
 
     @staticmethod
-    def of(mask: MaskTensor) -> "_Packing | None":
-        """The packing for a mask; None unless it is padding and an interval, real tokens are contiguous in each row
-        (else distances would change), and there are any.
+    def of(mask: MaskTensor) -> "_Packing | str":
+        """The packing for a mask, or why there is none: it must be padding and an interval, real tokens contiguous in
+        each row (else distances would change), and there must be any.
         """
         batch, _, rows, length = mask.shape
         keep, interval = mask.mask.keep, replace(mask.mask, keep=None)
-        if keep is None or not interval.is_relative or mask.offset != 0 or rows != length:
-            return None
+        if mask.offset != 0 or rows != length:
+            return "keys of earlier tokens, in a cache that is not empty"
+        if keep is None or not interval.is_relative:
+            return f"a mask that is not padding and an interval alone: {interval!r}"
         keep = keep.expand(batch, length)
         starts = keep[:, 1:] & ~keep[:, :-1]
         if (starts.sum(dim=1) + keep[:, 0] > 1).any():
-            return None
+            return "padding between real tokens"
         indices = keep.flatten().nonzero()[:, 0]
         if len(indices) == 0:
-            return None
+            return "no real token"
         texts, shape = (indices // length)[None], (1, 1, len(indices), len(indices))
         packed = MaskTensor(Mask.documents(texts) & interval, 0, shape, mask.dtype, mask.device)
         return _Packing(batch, length, indices, packed)
 
-    def fits(self, layer: nn.Module, hidden: Tensor, given: dict[str, Any]) -> bool:
-        """Whether all arguments of a layer are known to be per token of this batch, or independent of tokens."""
-        if hidden.dim() != 3 or hidden.shape[:2] != (self.batch, self.length) or self.batch == self.length:
-            return False  # With B == L, the dimension of tokens is ambiguous.
+    def why_not(self, layer: nn.Module, hidden: Tensor, given: dict[str, Any]) -> str | None:
+        """The first argument of a layer that is not known to be per token of this batch, or independent of tokens."""
+        if hidden.dim() != 3 or hidden.shape[:2] != (self.batch, self.length):
+            return f"hidden states of shape {tuple(hidden.shape)}"
+        if self.batch == self.length:
+            return "as many rows as tokens, so that the dimension of tokens is ambiguous"
         if getattr(layer, "chunk_size_feed_forward", 0):
-            return False  # must divide the number of tokens, which changes
+            return "chunk_size_feed_forward, which must divide the number of tokens"
         kind: Any = type(layer)
         names = _signature(kind).parameters
-        return all(self._fits(name, value, is_named=name in names) for name, value in given.items())
+        for name, value in given.items():
+            if isinstance(value, _cache_type()):
+                reason = _why_not_cache(layer, name, value)
+            else:
+                reason = None if self._fits(name, value, is_named=name in names) else f"the argument {name}"
+            if reason is not None:
+                return reason
+        return None
 
     def _fits(self, name: str, value: Any, *, is_named: bool) -> bool:
         """Whether one argument is per token, or independent of tokens. ``is_named``: whether the layer declares it."""
@@ -227,6 +266,8 @@ class _Packing:
         """Selects the real tokens of an argument; other arguments are returned unchanged."""
         if isinstance(value, MaskTensor):
             return self.mask
+        if isinstance(value, _cache_type()):
+            return _PaddedRows(value, self)
         if isinstance(value, Tensor) and value.dim() > 0:
             expanded = value.expand(self.batch, self.length, *value.shape[2:])
             return expanded.flatten(0, 1).index_select(0, self.indices)[None]
@@ -237,6 +278,81 @@ class _Packing:
         padded = packed.new_zeros(self.batch * self.length, *packed.shape[2:])
         padded.index_copy_(0, self.indices, packed[0])
         return padded.view(self.batch, self.length, *packed.shape[2:])
+
+
+class _PaddedRows:
+    """An empty cache as a packed layer sees it, which does nothing with it but append.
+
+    The cache gets padded rows, as if the layer had not been packed, with 0 at padding; the layer gets its own keys and
+    values back, which are all that there are.
+    """
+
+    def __init__(self, cache: Any, packing: _Packing) -> None:
+        self.cache, self.packing = cache, packing
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Appends keys and values ``(1, heads, T, width)`` to the cache, and returns them."""
+        rows = (self.packing.unpack(states.transpose(1, 2)).transpose(1, 2) for states in (keys, values))
+        self.cache.update(*rows, *args, **kwargs)
+        return keys, values
+
+
+class _Appended:
+    """A cache to which a packed layer has appended, as the same layer sees it when it runs again with padding."""
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Returns keys and values, which are in the cache already."""
+        return keys, values
+
+
+def _why_not_cache(layer: nn.Module, name: str, cache: Any) -> str | None:
+    """Why a layer cannot be packed with this cache, which is empty; None if it can."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    from qkv.integrations.transformers.cache import AppendLayer, LatentLayer, QKVCache, SlidingLayer
+
+    if name != _CACHE or type(cache) not in (DynamicCache, QKVCache):
+        return f"a cache of type {type(cache).__name__}, as {name}"
+    # These return what an empty cache is given; an int8 layer rounds it, others have a state that padding enters.
+    appending = (DynamicLayer, DynamicSlidingWindowLayer, AppendLayer, LatentLayer, SlidingLayer)
+    for part in cache.layers:
+        if type(part) not in appending:
+            return f"a cache with layers of type {type(part).__name__}"
+    kinds: list[Any] = [type(module) for module in layer.modules()]
+    readers = [kind for kind in kinds if not _only_appends(kind)]
+    return f"{readers[0].__name__} reads its cache itself" if readers else None
+
+
+@functools.cache
+def _only_appends(kind: Any) -> bool:
+    """Whether the forward of a class does nothing with its cache but compare it with None, call its ``update`` and pass
+    it on to its own modules.
+    """
+    if str(kind.__module__).partition(".")[0] == "torch":
+        return True
+    try:
+        source = textwrap.dedent(inspect.getsource(kind.forward))
+    except (OSError, TypeError):
+        return False
+    if _CACHE.removesuffix("s") not in source:
+        return True
+    tree = ast.parse(source)
+    above = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id.startswith("past_key_value")]
+    strings = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and node.value == _CACHE]
+    return not strings and all(_is_passed_or_updated(name, above) for name in names)
+
+
+def _is_passed_or_updated(name: ast.Name, above: dict[ast.AST, ast.AST]) -> bool:
+    """Whether one mention of the cache compares it with None, calls ``update`` or passes it to the caller's modules."""
+    node = above[name]
+    if isinstance(node, ast.Compare):
+        return isinstance(node.ops[0], (ast.Is, ast.IsNot))
+    if isinstance(node, ast.Attribute):
+        call = above[node]
+        return node.attr == "update" and isinstance(call, ast.Call) and call.func is node
+    call = above[node] if isinstance(node, ast.keyword) else node
+    return isinstance(call, ast.Call) and ast.unparse(call.func).startswith("self.")
 
 
 class _Calls(threading.local):
@@ -254,17 +370,30 @@ def _pack(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     _calls.packed.pop(layer, None)
     if not any(isinstance(value, MaskTensor) and value.mask.keep is not None for value in (*args, *kwargs.values())):
         return None
-    hidden, given = _arguments(layer, args, kwargs)
-    mask = given.get("attention_mask")
-    if not isinstance(mask, MaskTensor) or type(hidden) is not Tensor or kernels.is_tracing():
+    if kernels.is_tracing():
         return None
-    if hidden.is_cpu and (kernels.absence() is not None or hidden.dtype is torch.float64):
-        return None  # torch's attention would need a dense mask over all tokens of the batch
-    packing = _packing(mask)
-    if packing is None or not packing.fits(layer, hidden, given) or not _is_unmodified(layer):
+    hidden, given = _arguments(layer, args, kwargs)
+    packing = _packing_of(layer, hidden, given)
+    answer = f"with padding: {packing}" if isinstance(packing, str) else "without padding"
+    calls.tally(layer, type(layer).__name__, answer, getattr(hidden, "shape", ()))
+    if isinstance(packing, str):
         return None
     _calls.packed[layer] = packing, args, kwargs
     return (packing.pack(hidden),), {name: packing.pack(value) for name, value in given.items()}
+
+
+def _packing_of(layer: nn.Module, hidden: Any, given: dict[str, Any]) -> _Packing | str:
+    """The packing of a call of a layer, or why it runs with padding."""
+    mask = given.get("attention_mask")
+    if not isinstance(mask, MaskTensor) or type(hidden) is not Tensor:
+        return "a mask or hidden states that are not transformers' own"
+    if hidden.is_cpu and (kernels.absence() is not None or hidden.dtype is torch.float64):
+        # torch's attention would need a dense mask over all tokens of the batch
+        return kernels.absence() or "the kernel has no fp64"
+    packing = _packing(mask)
+    if isinstance(packing, str):
+        return packing
+    return packing.why_not(layer, hidden, given) or _why_modified(layer) or packing
 
 
 def _unpack(layer: nn.Module, args: Any, output: Any) -> Any:
@@ -278,31 +407,48 @@ def _unpack(layer: nn.Module, args: Any, output: Any) -> Any:
         or hidden.shape[:2] != (1, len(packing.indices))
         or any(other is not None for other in others)
     ):
-        args, kwargs = given
-        return layer.forward(*args, **kwargs)  # Unknown outputs: run again with padding.
+        args, kwargs = given  # Unknown outputs: run again with padding.
+        args = tuple(_Appended() if isinstance(value, _cache_type()) else value for value in args)
+        kwargs = {name: _Appended() if isinstance(value, _cache_type()) else value for name, value in kwargs.items()}
+        calls.tally(layer, type(layer).__name__, "again with padding: outputs that are not one per token")
+        return layer.forward(*args, **kwargs)
     padded = packing.unpack(hidden)
     return (padded, *others) if isinstance(output, tuple) else padded
 
 
-def _packing(mask: MaskTensor) -> _Packing | None:
-    """The packing for a mask, computed once for all layers of a call."""
+def _packing(mask: MaskTensor) -> _Packing | str:
+    """The packing for a mask or why there is none, computed once for all layers of a call."""
     if "packing" not in mask.__dict__:
         mask.packing = _Packing.of(mask)
-    packing: _Packing | None = mask.packing
+    packing: _Packing | str = mask.packing
     return packing
 
 
-def _is_unmodified(layer: nn.Module) -> bool:
-    """Whether a layer and its modules have no other hooks or patches, and are all of known classes."""
+@functools.cache
+def _cache_type() -> Any:
+    """The base of transformers' caches."""
+    from transformers.cache_utils import Cache
+
+    return Cache
+
+
+def _why_modified(layer: nn.Module) -> str | None:
+    """What has been attached to or put in a layer and might mix tokens; None if nothing has."""
     if _has_any_global_hook():
-        return False
+        return "global hooks of modules"
     ignored = None if _is_capturing() else _CAPTURING
-    return all(_is_tokenwise(module) and not _is_hooked(module, ignored) for module in layer.modules())
+    for module in layer.modules():
+        if not _is_tokenwise(module):
+            return f"a module of type {type(module).__name__}"
+        if _is_hooked(module, ignored):
+            return f"hooks or another forward of a {type(module).__name__}"
+    return None
 
 
 def _is_hooked(module: nn.Module, ignored: str | None) -> bool:
     """Whether a module has a patched ``forward`` or hooks other than ours and those of the module ``ignored``."""
-    if "forward" in module.__dict__:
+    forward = module.__dict__.get("forward")
+    if "forward" in module.__dict__ and not (isinstance(forward, InstanceForward) and forward.own is None):
         return True
     for name in _HOOKS:
         for hook in getattr(module, name, {"unknown": None}).values():

@@ -1,0 +1,67 @@
+// The fast path from tensors of Python to a product of few rows.
+#include "abi/projection.h"
+#include "abi/python_tensor.h"
+
+namespace qkv {
+namespace {
+
+// Whether it is in memory of this machine, has numbers, and those of the last dimension lie next to each other.
+bool holds_rows(const dlpack::Tensor& tensor) {
+    if (tensor.device != dlpack::CPU || tensor.dimensions < 1 || !tensor.data) return false;
+    for (int i = 0; i < tensor.dimensions; ++i)
+        if (tensor.shape[i] < 1) return false;
+    const int last = tensor.dimensions - 1;
+    return tensor.shape[last] == 1 || tensor.strides[last] == 1;
+}
+
+// Whether all dimensions but the last are one dimension of rows; if so, how many, and how far apart.
+bool rows_of(const dlpack::Tensor& tensor, int64_t& rows, int64_t& stride) {
+    rows = 1, stride = 0;
+    for (int i = tensor.dimensions - 2; i >= 0; --i) {
+        if (tensor.shape[i] == 1) continue;
+        if (rows == 1)
+            stride = tensor.strides[i];
+        else if (tensor.strides[i] != rows * stride)
+            return false;
+        rows *= tensor.shape[i];
+    }
+    return true;
+}
+
+bool make_projection(const dlpack::Tensor& x, const dlpack::Tensor& weight, const dlpack::Tensor& bias,
+                     const dlpack::Tensor& out, Projection& p) {
+    if (!holds_rows(x) || !holds_rows(weight) || !holds_rows(out) || weight.dimensions != 2) return false;
+    Dtype of_weight;
+    if (!dtype_of(x, p.dtype) || !dtype_of(weight, of_weight) || !dtype_of(out, p.out_dtype)) return false;
+    if (p.dtype == Dtype::i8 || of_weight != p.dtype) return false;
+    if (p.out_dtype != p.dtype && p.out_dtype != Dtype::f32) return false;
+    p.out_features = weight.shape[0], p.in_features = weight.shape[1];
+    p.x = data_of(x), p.weight = data_of(weight), p.out = data_of(out);
+    p.weight_row = weight.strides[0];
+    if (is_given(bias)) {
+        Dtype of_bias;
+        if (!holds_rows(bias) || !dtype_of(bias, of_bias) || of_bias != p.dtype || bias.dimensions != 1) return false;
+        if (bias.shape[0] != p.out_features) return false;
+        p.bias = data_of(bias);
+    }
+    int64_t rows_of_out;
+    if (x.shape[x.dimensions - 1] != p.in_features || out.shape[out.dimensions - 1] != p.out_features) return false;
+    return rows_of(x, p.rows, p.x_row) && rows_of(out, rows_of_out, p.out_row) && rows_of_out == p.rows;
+}
+
+}  // namespace
+}  // namespace qkv
+
+// The product of few rows, the last dimension of x, with a weight, of tensors of Python, whose lock the caller has;
+// bias may be None. Returns as qkv_project; or OTHER, and does nothing, if the tensors are of another kind or do not
+// fit together.
+QKV_EXPORT int qkv_fast_project(const void* interpreter, void* x, void* weight, void* bias, void* out, int threads) {
+    const auto& python = *(const qkv::Interpreter*)interpreter;
+    qkv::dlpack::Tensor tensors[4];
+    void* const objects[] = {x, weight, bias, out};
+    for (int i = 0; i < 4; ++i)
+        if (!python.look(objects[i], tensors[i])) return qkv::OTHER;
+    qkv::Projection p = {};
+    if (!qkv::make_projection(tensors[0], tensors[1], tensors[2], tensors[3], p)) return qkv::OTHER;
+    return python.unlocked([&] { return qkv_project(&p, 1, threads); });
+}

@@ -1,0 +1,112 @@
+"""Rotary embeddings of transformers' attention modules, by qkv's rotation, in single models.
+
+An attention module calls ``apply_rotary_pos_emb`` of its file by name. So the module gets a forward of the same code
+whose globals are those of the file but for this one name; the file, and other models, do not change.
+"""
+
+import functools
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qkv import kernels
+from qkv.integrations.transformers.rotary import apply_rotary_pos_emb
+from qkv.layers.instance_forward import InstanceForward
+
+_NAME = "apply_rotary_pos_emb"
+
+Apply = Callable[..., tuple[Tensor, Tensor]]
+
+
+class RotatedForward(InstanceForward):
+    """The forward of an attention module, with qkv's rotation."""
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward of the class; as it is where someone has replaced it, or the rotation, since."""
+        forward = _rotated(type(self.module).forward) if self.own is None else None
+        return self.forward(*args, **kwargs) if forward is None else forward(self.module, *args, **kwargs)
+
+
+def replace_rotary(module: nn.Module) -> None:
+    """Gives an attention module whose rotation is the usual one a `RotatedForward`."""
+    if "forward" not in module.__dict__ and _rotated(type(module).forward) is not None:
+        RotatedForward.set_on(module)
+
+
+def rotates(module: nn.Module) -> bool:
+    """Whether a module calls a rotation, usual or not."""
+    return _NAME in getattr(getattr(type(module).forward, "__code__", None), "co_names", ())
+
+
+def _rotated(forward: Any) -> FunctionType | None:
+    """A forward with qkv's rotation; None if it does not call the usual one itself."""
+    if type(forward) is not FunctionType or _NAME not in forward.__code__.co_names:
+        return None
+    theirs = forward.__globals__.get(_NAME)
+    return None if theirs is None else _with_rotation(forward, theirs)
+
+
+@functools.lru_cache(maxsize=1024)
+def _with_rotation(forward: FunctionType, theirs: Apply) -> FunctionType | None:
+    if not _is_usual(theirs, rotary_dim=8):
+        return None
+    names = _Globals(forward.__globals__, functools.partial(_apply, theirs))
+    copied = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    copied.__kwdefaults__ = forward.__kwdefaults__
+    return copied
+
+
+class _Globals(dict[str, Any]):
+    """The globals of a file, as they are at any time, with another rotation."""
+
+    def __init__(self, theirs: dict[str, Any], apply: Apply) -> None:
+        # What Python itself looks up goes past `__missing__`.
+        super().__init__({_NAME: apply, **{name: theirs[name] for name in ("__builtins__", "__name__")}})
+        self.theirs = theirs
+
+    def __missing__(self, name: str) -> Any:
+        return self.theirs[name]
+
+
+def _apply(theirs: Apply, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Any:
+    """A model's ``apply_rotary_pos_emb``."""
+    if not _is_ours(theirs, q, k, cos, sin):
+        return theirs(q, k, cos, sin, unsqueeze_dim)
+    return apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim)
+
+
+def _is_ours(theirs: Apply, *tensors: Tensor) -> bool:
+    """Whether `apply_rotary_pos_emb` computes the same of q, k, cos and sin, in the same dtype."""
+    if kernels.is_tracing() or torch._C._are_functorch_transforms_active():
+        return False
+    q, k, cos, sin = tensors
+    if not (q.dtype is k.dtype is cos.dtype is sin.dtype and all(map(kernels.is_exact_tensor, tensors))):
+        return False
+    width, rotary_dim = q.shape[-1], cos.shape[-1]
+    if k.shape[-1] != width or rotary_dim > width:
+        return False
+    return rotary_dim == width or _is_usual(theirs, rotary_dim=4)
+
+
+@functools.lru_cache(maxsize=1024)
+@torch.no_grad()
+def _is_usual(theirs: Apply, rotary_dim: int) -> bool:
+    """Whether a rotation is that of Llama, of this many channels of 8: the same bits for some numbers."""
+    q, k = torch.linspace(-2, 3, 2 * 3 * 8).view(1, 2, 3, 8), torch.linspace(3, -1, 3 * 8).view(1, 1, 3, 8)
+    angles = torch.linspace(0, 5, 3 * rotary_dim // 2).view(1, 3, rotary_dim // 2).repeat(1, 1, 2)
+    cos, sin = angles.cos(), angles.sin()
+    try:
+        rotated = theirs(q, k, cos, sin, 1)
+        transposed = theirs(q.transpose(1, 2), k.transpose(1, 2), cos, sin, unsqueeze_dim=2)
+    except Exception:  # other arguments, or other shapes
+        return False
+    ours = apply_rotary_pos_emb(q, k, cos, sin)
+    return (
+        isinstance(rotated, tuple)
+        and len(rotated) == len(transposed) == 2
+        and all(map(torch.equal, rotated, ours))
+        and all(torch.equal(x.transpose(1, 2), y) for x, y in zip(transposed, ours, strict=True))
+    )

@@ -1,0 +1,32 @@
+"""A layer's call with few tokens, from its input to its output, by the kernel."""
+
+import ctypes
+from typing import Any
+
+import torch
+
+from qkv.kernels.binding import loaded
+from qkv.kernels.structs import StepNumbers, StepTensors, bounded
+
+_Objects: Any = ctypes.py_object * len(StepTensors._fields)
+
+
+def layer_step(tensors: StepTensors, numbers: StepNumbers) -> bool:
+    """Writes keys, values and ``out`` of new tokens.
+
+    Returns:
+        True if written. False, with nothing changed, for tensors that do not fit together or are not supported: shapes,
+        dtypes and strides are checked in C (native/src/abi/fast_layer_step.cpp).
+
+    Raises:
+        MemoryError: if scratch memory cannot be allocated.
+    """
+    call = loaded().layer_step
+    if call is None:
+        return False
+    offset, position, left, right, sink_tokens, *rest = numbers
+    interval = (bounded(left), bounded(right), bounded(sink_tokens))
+    status = call(_Objects(*tensors), offset, position, *interval, *rest, torch.get_num_threads())
+    if status == 1:
+        raise MemoryError(f"qkv's kernel: not enough scratch memory for {tuple(tensors.x.shape)} tokens; pass fewer.")
+    return status == 0

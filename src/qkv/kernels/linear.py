@@ -1,0 +1,154 @@
+"""`fast_linear` and the operator ``qkv::linear``: few rows with the weight of a linear layer."""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, library
+
+from qkv.kernels.binding import absence, loaded
+from qkv.kernels.structs import DTYPES, PROJECTION, address
+from qkv.tracing import is_exact_tensor
+
+MOST_ROWS = 16
+"""Rows that the kernel takes, as in native/src/abi/projection.h."""
+
+
+_NEVER = 1 << 62
+
+
+class _Crossovers(NamedTuple):
+    """The fewest numbers of a weight with which the kernel is faster than torch, by rows up to so many."""
+
+    f32: dict[int, int]
+    bf16: dict[int, int]
+    f16: dict[int, int]
+
+
+_AVX2 = _Crossovers(
+    f32={1: _NEVER, 8: 1 << 18, MOST_ROWS: 1 << 20},
+    bf16={1: 1 << 16, 4: 1 << 14, MOST_ROWS: 1 << 12},
+    f16={1: 1 << 19, 2: 1 << 16, 4: 1 << 14, MOST_ROWS: 1 << 12},
+)
+"""docs/log.md, step 109"""
+_AVX512 = _Crossovers(
+    f32={1: _NEVER, 4: 1 << 20, MOST_ROWS: _NEVER},
+    bf16={8: 1 << 18, MOST_ROWS: _NEVER},
+    f16={8: 1 << 19, MOST_ROWS: _NEVER},
+)
+"""Not measured: where AVX2 gains half, and torch's own kernels for these instructions have no say."""
+_FEW_COLUMNS = 256
+"""Below, torch is faster in fp32."""
+
+
+def _by_rows(crossovers: dict[int, int]) -> tuple[int, ...]:
+    """The crossover for 0 to `MOST_ROWS` rows."""
+    return (_NEVER, *(crossovers[min(most for most in crossovers if rows <= most)] for rows in range(1, MOST_ROWS + 1)))
+
+
+_FEWEST = {
+    (isa, dtype): _by_rows(fewest)
+    for isa, crossovers in {"avx2": _AVX2, "avx512": _AVX512, "avx512bf16": _AVX512, "amx": _AVX512}.items()
+    for dtype, fewest in zip((torch.float32, torch.bfloat16, torch.float16), crossovers, strict=True)
+}
+
+
+def has_few_rows(x: Tensor) -> bool:
+    """Whether ``x (..., in_features)`` is exactly a Tensor with 1 to `MOST_ROWS` rows on a CPU."""
+    return is_exact_tensor(x) and x.is_cpu and x.dim() > 0 and 0 < x.numel() <= MOST_ROWS * x.shape[-1]
+
+
+def is_faster(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernel computes ``F.linear(x, weight)`` faster than torch, if it can compute it."""
+    if not is_exact_tensor(weight) or absence() is not None or not has_few_rows(x):
+        return False
+    fewest = _FEWEST.get((loaded().isa, x.dtype))
+    if fewest is None:
+        return False
+    numbers, columns = x.numel(), x.shape[-1]
+    return weight.numel() >= fewest[numbers // columns] and (columns >= _FEW_COLUMNS or x.dtype != torch.float32)
+
+
+def fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """``F.linear`` in one call of C, which reads tensors through DLPack. They must satisfy `can_bypass_dispatcher`.
+
+    Args:
+        x: ``(..., in_features)``, 1 to `MOST_ROWS` rows in all.
+        weight: ``(out_features, in_features)``.
+        bias: ``(out_features,)``.
+
+    Returns:
+        ``(..., out_features)``; None for tensors that do not fit together or are not supported. Shapes, dtypes and
+        strides are checked in C (native/src/abi/fast_project.cpp).
+    """
+    call = loaded().fast_project
+    if call is None:
+        return None
+    x = x.contiguous()  # few rows
+    out = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    return None if call(x, weight, bias, out, torch.get_num_threads()) else out
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``qkv::linear`` on a CPU: by the kernel what it takes, by torch the rest."""
+    if not _fits(x, weight, bias):
+        return _on_any_device(x, weight, bias)
+    out_features, in_features = weight.shape
+    rows = x.reshape(-1, in_features)
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    out = x.new_empty((*x.shape[:-1], out_features))
+    dtype = DTYPES[x.dtype]
+    packed = PROJECTION.pack(
+        *(dtype, dtype, rows.shape[0], in_features, out_features),
+        *(rows.data_ptr(), rows.stride(0), weight.data_ptr(), weight.stride(0)),
+        *(address(bias), out.data_ptr(), out_features),
+    )
+    if loaded().project(packed, 1, torch.get_num_threads()):
+        raise MemoryError(f"qkv's kernel: not enough scratch memory for x {tuple(x.shape)}.")
+    return out
+
+
+def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the kernel takes the product."""
+    return (
+        absence() is None
+        and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and weight.dtype == x.dtype
+        and weight.dim() == 2
+        and weight.stride(1) == 1
+        and 0 < x.numel() <= MOST_ROWS * weight.shape[1]
+        and x.shape[-1] == weight.shape[1]
+        and weight.data_ptr() != 0
+        and (bias is None or (bias.dtype == x.dtype and bias.shape == weight.shape[:1] and bias.stride(0) == 1))
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+    x, weight, _ = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _differentiate(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of x, weight and bias, by products of torch."""
+    x, weight = ctx.saved_tensors
+    wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+    rows, d_rows = x.reshape(-1, x.shape[-1]), d_out.reshape(-1, d_out.shape[-1])
+    return (
+        d_out @ weight if wants_x else None,
+        d_rows.mT @ rows if wants_weight else None,
+        d_rows.sum(0) if wants_bias else None,
+    )
+
+
+def _on_any_device(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight, bias).contiguous()
+
+
+_LIBRARY = library.Library("qkv", "FRAGMENT")
+_LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_LIBRARY.impl("linear", _linear, "CPU")
+_LIBRARY.impl("linear", _on_any_device, "CompositeExplicitAutograd")
+for _key in ("AutocastCPU", "AutocastCUDA"):
+    _LIBRARY.impl("linear", F.linear, _key)
+library.register_fake("qkv::linear", _on_any_device, lib=_LIBRARY)
+library.register_autograd("qkv::linear", _differentiate, setup_context=_save, lib=_LIBRARY)

@@ -1,0 +1,209 @@
+"""`layer_step`: an `Attention` of few tokens as one call of the kernel, and the rule for which calls are."""
+
+import functools
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from qkv import kernels
+from qkv.cache import Int8Keys, Int8KVCache, Keys, KVCache, SlidingKVCache
+from qkv.kernels import StepNumbers, StepTensors
+from qkv.layers.cached_call import CallOptions
+from qkv.layers.head_norm import HeadNorm
+from qkv.layers.plain import is_called_plainly, is_plain_linear
+from qkv.layers.rotary import RotaryEmbedding
+from qkv.masks import Mask
+
+if TYPE_CHECKING:
+    from qkv.layers.attention import Attention
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+MAX_TOKENS = 16
+"""Tokens of a batch up to which one call is faster than its parts."""
+
+REPLACED = ("_inputs", "_self_inputs", "_keys", "_split_heads", "_attend", "_scores", "_project_out")
+"""Methods of `Attention` that a step does the work of."""
+
+CACHES = (KVCache, Int8KVCache, SlidingKVCache)
+
+PROJECTIONS = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "out_proj": "out"}
+"""Their names in `StepTensors`."""
+
+
+class Way(NamedTuple):
+    """How a layer computes a call, as `Attention.explain` tells."""
+
+    is_one_call: bool
+    """whether the kernel computes the whole layer in one call"""
+    reason: str
+    """why not; empty if it does"""
+
+    def __str__(self) -> str:
+        return "one call of the kernel" if self.is_one_call else f"composed: {self.reason}"
+
+
+class Weights(NamedTuple):
+    """What a step reads of a layer."""
+
+    projections: dict[str, Any]
+    """weights and biases, by their names in `StepTensors`"""
+    q_norm: HeadNorm | None
+    k_norm: HeadNorm | None
+    rotary: RotaryEmbedding | None
+
+
+def weights_of(layer: "Attention", x: Tensor, context: Tensor | None, options: CallOptions) -> Weights | str:
+    """What the kernel needs to take a call of the layer in one; or why the call is composed of its parts.
+
+    What is watched or replaced is called: hooks, patches, adapters, subclasses of modules and methods.
+    """
+    if kernels.is_tracing() or torch._C._len_torch_function_stack():
+        return "a compiler, a tracer or a mode of torch is active"
+    mask, bias, positions, cache = options
+    if context is not None or layer.context_dim is not None:
+        return "cross-attention"
+    if not (isinstance(x, Tensor) and x.dim() == 3 and 0 < x.shape[0] * x.shape[1] <= MAX_TOKENS):
+        return f"x has not 1 to {MAX_TOKENS} tokens"
+    if bias is not None or positions is not None:
+        return "bias or positions are given"
+    if type(mask) is not Mask or mask.keep is not None or mask.lengths is not None or mask.is_pairwise:
+        return "the mask has more than an interval"
+    if mask.chunk or mask.prefix_tokens:
+        return "the mask has chunks or a prefix"
+    if cache is not None and type(cache) not in CACHES:
+        return f"the cache is a {type(cache).__name__}"
+    if layer.backend != "auto":
+        return f"the backend is {layer.backend!r}"
+    if layer.training and layer.dropout:
+        return "weights are dropped"
+    if torch.is_autocast_enabled("cpu"):
+        return "torch.autocast casts parts of it"
+    modules: dict[str, Any] = layer._modules
+    if modules.get("gate_proj") is not None or modules.get("position_bias") is not None:
+        return "the layer has a gate or a position bias"
+    kind: Any = type(layer)
+    if not _is_attention(kind) or not layer.__dict__.keys().isdisjoint(REPLACED):
+        return "methods of the layer are not those of Attention"
+    projections: dict[str, Any] = {}
+    for name, short in PROJECTIONS.items():
+        linear = modules.get(name)
+        if not is_plain_linear(linear):
+            return f"{name} is watched, or is not an nn.Linear alone"
+        projections[f"{short}_weight"], projections[f"{short}_bias"] = linear.weight, linear.bias
+    rotary, q_norm, k_norm = modules.get("rotary"), modules.get("q_norm"), modules.get("k_norm")
+    if rotary is not None and (not _is_plain(rotary, RotaryEmbedding) or rotary.depends_on_length or rotary.sections):
+        return "rotary is watched, or goes by more than a position"
+    read = [x, *projections.values(), layer.sink_logits]
+    if q_norm is not None or k_norm is not None:
+        if not _is_plain(q_norm, HeadNorm) or not _is_plain(k_norm, HeadNorm):
+            return "q_norm or k_norm is watched or replaced"
+        if q_norm.eps is None or q_norm.eps != k_norm.eps:
+            return "q_norm and k_norm differ in eps"
+        read += q_norm.weight, k_norm.weight
+    if not kernels.can_bypass_dispatcher(*[tensor for tensor in read if tensor is not None]):
+        return kernels.absence() or "gradients, a transform or a subclass of Tensor are in use"
+    if x.dtype is torch.float64 or not x.is_cpu:
+        return f"the kernel has no {x.dtype} on {x.device.type}"
+    return Weights(projections, q_norm, k_norm, rotary)
+
+
+_FORWARDS: dict[type, Any] = {kind: kind.forward for kind in (HeadNorm, RotaryEmbedding)}
+
+
+def _is_plain(module: object, kind: type[_Module]) -> TypeGuard[_Module]:
+    """Whether a module is of this very class, and nothing changes its calls or hides its parameters."""
+    return (
+        type(module) is kind
+        and is_called_plainly(module)
+        and kind.forward is _FORWARDS[kind]
+        and module.__dict__.keys().isdisjoint(("weight", *vars(kind)))
+    )
+
+
+def layer_step(layer: "Attention", x: Tensor, context: Tensor | None, options: CallOptions) -> Tensor | None:
+    """`Attention.forward` in one call of the kernel; None, with nothing changed, for calls that it does not take."""
+    weights = weights_of(layer, x, context, options)
+    if isinstance(weights, str):
+        return None
+    mask, _, _, cache = options
+    if cache is None:
+        return _run(layer, weights, x, _no_keys(layer, x), mask, 0)
+    cache.admit(layer._owner, mask)
+    position, mark = cache.offset(), cache.mark()
+    keys = cache.claim(*_shapes(layer, x), x)
+    if keys is None:
+        return None
+    out = _run(layer, weights, x, keys, cache.restrict(mask, keys, x.shape[1]), position)
+    if out is None:
+        cache.restore(mark)
+    return out
+
+
+def _run(
+    layer: "Attention", weights: Weights, x: Tensor, keys: Keys | Int8Keys, mask: Mask, position: int | Tensor
+) -> Tensor | None:
+    """The step over keys whose last slots are new; None, with nothing written, if the kernel refuses it."""
+    x, rotary = x.contiguous(), weights.rotary
+    out = torch.empty_like(x)
+    slopes, sinks = layer._slopes, layer.sink_logits
+    offset, offsets = _split(keys.offset)
+    first, positions = _split(position)
+    tensors = StepTensors(
+        x=x,
+        **weights.projections,
+        q_norm=None if weights.q_norm is None else weights.q_norm.weight.to(x.dtype),
+        k_norm=None if weights.k_norm is None else weights.k_norm.weight.to(x.dtype),
+        frequencies=None if rotary is None else rotary.frequencies_on(x.device),
+        keys=keys.k,
+        values=keys.v,
+        k_scale=keys.k_scale if isinstance(keys, Int8Keys) else None,
+        v_scale=keys.v_scale if isinstance(keys, Int8Keys) else None,
+        offsets=offsets,
+        positions=positions,
+        lengths=mask.lengths,
+        alibi=None if slopes is None else slopes.on(x.device).float(),
+        sink_logits=None if sinks is None else sinks.float(),
+        out=out,
+    )
+    numbers = StepNumbers(
+        offset=offset,
+        position=first,
+        left=mask.left,
+        right=mask.right,
+        sink_tokens=mask.sink_tokens,
+        interleaved=rotary is not None and rotary.interleaved,
+        position_scale=1.0 if rotary is None else rotary.position_scale,
+        attention_factor=1.0 if rotary is None else rotary.attention_factor,
+        norm_eps=0.0 if weights.q_norm is None else weights.q_norm.eps or 0.0,
+        scale=layer.head_dim**-0.5 if layer.scale is None else layer.scale,
+        softcap=layer.softcap or 0.0,
+    )
+    return out if kernels.layer_step(tensors, numbers) else None
+
+
+def _split(offset: int | Tensor | None) -> tuple[int, Tensor | None]:
+    """An offset as one of all rows, and one of each."""
+    return (0, offset) if isinstance(offset, Tensor) else (offset or 0, None)
+
+
+def _no_keys(layer: "Attention", x: Tensor) -> Keys:
+    """Memory for the keys of x alone."""
+    k, v = _shapes(layer, x)
+    return Keys(x.new_empty(k), x.new_empty(v), 0)
+
+
+def _shapes(layer: "Attention", x: Tensor) -> list[tuple[int, ...]]:
+    """The shapes of the keys and values of x."""
+    batch, tokens, _ = x.shape
+    return [(batch, layer.num_kv_heads, tokens, width) for width in (layer.head_dim, layer.value_dim)]
+
+
+@functools.cache
+def _is_attention(kind: type) -> bool:
+    """Whether a class has the methods of `Attention` that a step does the work of."""
+    base = next(
+        each for each in kind.__mro__ if f"{each.__module__}.{each.__qualname__}" == "qkv.layers.attention.Attention"
+    )
+    return all(getattr(kind, name) is getattr(base, name) for name in REPLACED)
