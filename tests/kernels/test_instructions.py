@@ -118,6 +118,8 @@ def test_the_library_exports_its_own_functions_alone() -> None:
         "qkv_rotate",
         "qkv_rotation_size",
         "qkv_fast_project",
+        "qkv_layer_step",
+        "qkv_layer_step_size",
         "qkv_project",
         "qkv_projection_size",
         "qkv_quantize",

@@ -514,7 +514,8 @@ def test_calls_and_gradients_take_the_fast_path(calls: Calls, name: str) -> None
     with torch.no_grad():
         assert calls.of(lambda: kernels.rotate([q, k], rotation)) == once
     assert calls.of(lambda: kernels.rotate([q, k], rotation)) == once
-    (out, _) = kernels.rotate([q, k], rotation)
+    out, other = kernels.rotate([q, k], rotation)
+    assert out.requires_grad and not other.requires_grad
     assert calls.of(lambda: out.backward(torch.randn(out.shape))) == once
 
 
@@ -534,13 +535,14 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 @has_fast_path
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_layer_rotates_queries_and_keys_by_one_call(calls: Calls, name: str) -> None:
-    layer, x = LAYERS[name](), torch.randn(2, 5, 32)
+    layer, x = LAYERS[name](), torch.randn(2, 9, 32)
     cache = layer.make_cache()  # type: ignore[operator]
+    keep = qkv.Mask.padding(torch.ones(2, 1, dtype=torch.bool))  # or a step rotates in the one call that it takes
     with torch.no_grad():
         assert calls.of(lambda: layer(x, cache=cache)) == (1, 0)
-        assert calls.of(lambda: layer(x[:, :1], cache=cache)) == (1, 0)
+        assert calls.of(lambda: layer(x[:, :1], mask=keep, cache=cache)) == (1, 0)
     assert calls.of(lambda: layer(x).sum().backward()) == (2, 0)
-    for call in (layer, lambda x: layer(x, positions=torch.arange(5))):
+    for call in (layer, lambda x: layer(x, positions=torch.arange(9))):
         with kernels.use("the kernel is absent"):
             want = call(x)
         torch.testing.assert_close(call(x), want, atol=1e-5, rtol=1e-5)

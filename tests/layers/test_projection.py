@@ -598,7 +598,6 @@ WATCHED: dict[str, Callable[[nn.Linear, Tensor], Tensor]] = {
     "forward gradient": with_forward_gradient,
     "x of a class of its own": lambda linear, x: project(linear, x.as_subclass(Doubling)) / 2,
     "x negated": lambda linear, x: project(linear, negated(x)),
-    "x with columns apart": lambda linear, x: project(linear, x.mT.contiguous().mT),
     "weight transposed": with_transposed_weight,
     "fp64": of_double_precision,
     "compiled": lambda linear, x: torch.compile(project, backend="eager")(linear, x),

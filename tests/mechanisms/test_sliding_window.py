@@ -29,7 +29,7 @@ class Count(TorchDispatchMode):
         if "flash_attention" in func.name():
             q, k = (args[0], args[1]) if "backward" not in func.name() else (args[1], args[2])
             self.scores += q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
-        if func.name().startswith("qkv::"):
+        if func.name() in ("qkv::forward", "qkv::backward"):
             self.scores += kernels.count_scores(kernels.Call(*args[: len(kernels.Call._fields)]))
         return out
 

@@ -48,16 +48,20 @@ def rotate(x: Sequence[Tensor], rotation: Rotation) -> Sequence[Tensor]:
             return rotated
     if not _is_supported(x, rotation, tensors):
         return [rotate_by_operators(one, rotation) for one in x]
-    if len({one.requires_grad for one in x}) > 1:  # or all results would require a gradient
-        return [rotated for one in x for rotated in rotate([one], rotation)]
     if is_tracing():
         recorded: list[Tensor] = torch.ops.qkv.rotate(list(x), *rotation)
         return recorded
     if bypasses:
         return _rotate(x, rotation)
-    function = TransformedRotate if torch._C._are_functorch_transforms_active() else Rotate
-    applied: tuple[Tensor, ...] = function.apply(*rotation, *x)  # type: ignore[no-untyped-call]
-    return applied
+    applied: tuple[Tensor, ...]
+    if torch._C._are_functorch_transforms_active():
+        applied = TransformedRotate.apply(*rotation, *x)  # type: ignore[no-untyped-call]
+        return applied
+    applied = Rotate.apply(*rotation, *x)  # type: ignore[no-untyped-call]
+    # Queries alone may need a gradient. An autograd.Function marks all of its results.
+    return [
+        out if one.requires_grad or not out.requires_grad else out.detach() for one, out in zip(x, applied, strict=True)
+    ]
 
 
 def _is_supported(x: Sequence[Tensor], rotation: Rotation, tensors: list[Tensor]) -> bool:

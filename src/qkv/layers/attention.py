@@ -318,9 +318,11 @@ class Attention(nn.Module):
 
         Example:
             >>> import torch, qkv
-            >>> layer = qkv.CausalAttention(16, 2).double()
-            >>> print(layer.explain(torch.randn(1, 1, 16)))
-            composed: the kernel has no fp64
+            >>> layer, x = qkv.CausalAttention(16, 2).requires_grad_(False), torch.randn(1, 20, 16)
+            >>> print(layer.explain(x[:, :3]))
+            one call of the kernel
+            >>> print(layer.explain(x))
+            composed: x has not 1 to 16 tokens
         """
         given = cache.enter(self._owner) if isinstance(cache, Caches) else cache
         found = weights_of(self, x, context, call_options(self, mask, bias, positions, given))
