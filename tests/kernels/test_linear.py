@@ -174,7 +174,6 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
         (x, weight.bfloat16(), bias),
         (x, weight, bias.bfloat16()),
         (x, torch.randn(8, 5).mT, bias),
-        (torch.randn(MOST_ROWS + 1, 8), weight, bias),
         (torch.randn(0, 8), weight, bias),
         (torch.randn(3, 0), torch.randn(5, 0), bias),
         (x, torch.randn(1, 5, 8), bias),
@@ -247,10 +246,10 @@ def test_crossovers_are_by_rows_dtype_and_size() -> None:
         assert kernels.is_faster(torch.empty(2, 8, 1024, dtype=torch.bfloat16), weight)
         assert kernels.is_faster(torch.empty(2, 1024), weight.float())
         for x, other in (
-            (torch.empty(17, 1024, dtype=torch.bfloat16), weight),
+            (torch.empty(17, 1024), weight.float()),
             (torch.empty(0, 1024, dtype=torch.bfloat16), weight),
             (torch.empty(1, 64, dtype=torch.bfloat16), weight[:64, :64]),
-            (torch.empty(1, 1024), weight.float()),
+            (torch.empty(1, 256), weight[:256, :256].float()),
             (torch.empty(2, 64), torch.empty(16384, 64)),
             (torch.empty(2, 1024).double(), weight.double()),
             (torch.empty(1, 1024, dtype=torch.bfloat16, device="meta"), weight.to("meta")),
@@ -258,6 +257,39 @@ def test_crossovers_are_by_rows_dtype_and_size() -> None:
             (torch.empty(3, 0), torch.empty(5, 0)),
         ):
             assert not kernels.is_faster(x, other)
+        threads = torch.get_num_threads()
+        try:
+            for count in (1, 2):  # torch alone reads fp32 at the speed of memory with one thread
+                torch.set_num_threads(count)
+                assert kernels.is_faster(torch.empty(1, 1024), weight.float()) == (count > 1)
+        finally:
+            torch.set_num_threads(threads)
     for other_library in (kernels.loaded()._replace(isa="generic"), "no kernel"):
         with kernels.use(other_library):
             assert not kernels.is_faster(torch.empty(1, 1024, dtype=torch.bfloat16), weight)
+
+
+@has_fast_path
+@each_isa
+@each_dtype
+def test_many_rows_have_the_bits_of_few(isa: str, dtype: torch.dtype) -> None:
+    x, weight, bias = (torch.randn(*shape).to(dtype) for shape in ((3, 17, 40), (23, 40), (23,)))
+    with kernels.use(library(isa)):
+        whole = kernels.fast_linear(x, weight, bias)
+        assert whole is not None
+        for i in range(3):
+            for j in range(17):
+                assert torch.equal(whole[i, j : j + 1], kernels.fast_linear(x[i, j : j + 1], weight, bias))
+
+
+@has_fast_path
+def test_any_number_of_rows_goes_by_the_kernel_where_torch_has_no_product_of_the_dtype() -> None:
+    x = torch.randn(2, 30, 512)
+    for dtype in DTYPES:
+        for isa in kernels.supported_isas():
+            with kernels.use(library(isa)):
+                takes = isa == "avx2" and dtype is not torch.float32
+                assert kernels.has_few_rows(x.to(dtype)) == takes
+                assert kernels.is_faster(x.to(dtype), torch.randn(64, 512).to(dtype)) == takes
+    with kernels.use("no kernel"):
+        assert not kernels.has_few_rows(x[0, :1])

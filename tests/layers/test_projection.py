@@ -657,8 +657,8 @@ def test_patches_of_torchs_product_are_called_with_few_rows(
 
 @has_fast_path
 def test_layers_take_the_kernel_where_it_is_faster() -> None:
-    layer = qkv.CausalAttention(256, 4).bfloat16()
-    x = torch.randn(1, 1, 256, dtype=torch.bfloat16)
+    layer = qkv.CausalAttention(512, 4).bfloat16()
+    x = torch.randn(1, 1, 512, dtype=torch.bfloat16)
     weight = layer.q_proj.weight
     with torch.no_grad(), kernels.use(kernels.loaded()._replace(isa="avx2")):
         assert kernels.is_faster(x, weight)

@@ -1,4 +1,6 @@
 // The fast path from tensors of Python to a product of few rows.
+#include <algorithm>
+
 #include "abi/projection.h"
 #include "abi/python_tensor.h"
 
@@ -49,12 +51,21 @@ bool make_projection(const dlpack::Tensor& x, const dlpack::Tensor& weight, cons
     return rows_of(x, p.rows, p.x_row) && rows_of(out, rows_of_out, p.out_row) && rows_of_out == p.rows;
 }
 
+// The product of MOST_ROWS rows from this one on, or of those left.
+Projection rows_from(const Projection& p, int64_t row) {
+    Projection part = p;
+    part.rows = std::min(MOST_ROWS, p.rows - row);
+    part.x = (const char*)p.x + row * p.x_row * size_of(p.dtype);
+    part.out = (char*)p.out + row * p.out_row * size_of(p.out_dtype);
+    return part;
+}
+
 }  // namespace
 }  // namespace qkv
 
-// The product of few rows, the last dimension of x, with a weight, of tensors of Python, whose lock the caller has;
-// bias may be None. Returns as qkv_project; or OTHER, and does nothing, if the tensors are of another kind or do not
-// fit together.
+// The product of rows, the last dimension of x, MOST_ROWS at a time, with a weight, of tensors of Python, whose lock
+// the caller has; bias may be None. Returns as qkv_project; or OTHER, and does nothing, if the tensors are of another
+// kind or do not fit together.
 QKV_EXPORT int qkv_fast_project(const void* interpreter, void* x, void* weight, void* bias, void* out, int threads) {
     const auto& python = *(const qkv::Interpreter*)interpreter;
     qkv::dlpack::Tensor tensors[4];
@@ -63,5 +74,12 @@ QKV_EXPORT int qkv_fast_project(const void* interpreter, void* x, void* weight, 
         if (!python.look(objects[i], tensors[i])) return qkv::OTHER;
     qkv::Projection p = {};
     if (!qkv::make_projection(tensors[0], tensors[1], tensors[2], tensors[3], p)) return qkv::OTHER;
-    return python.unlocked([&] { return qkv_project(&p, 1, threads); });
+    return python.unlocked([&] {
+        int status = qkv::DONE;
+        for (int64_t row = 0; row < p.rows && status == qkv::DONE; row += qkv::MOST_ROWS) {
+            const qkv::Projection rows = qkv::rows_from(p, row);
+            status = qkv_project(&rows, 1, threads);
+        }
+        return status;
+    });
 }

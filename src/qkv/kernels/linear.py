@@ -11,7 +11,10 @@ from qkv.kernels.structs import DTYPES, PROJECTION, address
 from qkv.tracing import is_exact_tensor
 
 MOST_ROWS = 16
-"""Rows that the kernel takes, as in native/src/abi/projection.h."""
+"""Rows that the kernel takes at a time, as in native/src/abi/projection.h."""
+
+_TAKES_ANY_ROWS = {("avx2", torch.bfloat16), ("avx2", torch.float16)}
+"""Instruction sets and dtypes in which torch is slower whatever the rows (docs/log.md, step 111)."""
 
 
 _NEVER = 1 << 62
@@ -26,13 +29,13 @@ class _Crossovers(NamedTuple):
 
 
 _AVX2 = _Crossovers(
-    f32={1: _NEVER, 8: 1 << 18, MOST_ROWS: 1 << 20},
-    bf16={1: 1 << 16, 4: 1 << 14, MOST_ROWS: 1 << 12},
+    f32={1: 1 << 17, 8: 1 << 18, MOST_ROWS: 1 << 20},
+    bf16={1: 1 << 18, 4: 1 << 14, MOST_ROWS: 1 << 12},
     f16={1: 1 << 19, 2: 1 << 16, 4: 1 << 14, MOST_ROWS: 1 << 12},
 )
-"""docs/log.md, step 109"""
+"""docs/log.md, steps 109 and 110"""
 _AVX512 = _Crossovers(
-    f32={1: _NEVER, 4: 1 << 20, MOST_ROWS: _NEVER},
+    f32={4: 1 << 20, MOST_ROWS: _NEVER},
     bf16={8: 1 << 18, MOST_ROWS: _NEVER},
     f16={8: 1 << 19, MOST_ROWS: _NEVER},
 )
@@ -54,26 +57,34 @@ _FEWEST = {
 
 
 def has_few_rows(x: Tensor) -> bool:
-    """Whether ``x (..., in_features)`` is exactly a Tensor with 1 to `MOST_ROWS` rows on a CPU."""
-    return is_exact_tensor(x) and x.is_cpu and x.dim() > 0 and 0 < x.numel() <= MOST_ROWS * x.shape[-1]
+    """Whether ``x (..., in_features)`` is exactly a Tensor on a CPU, with 1 to `MOST_ROWS` rows.
+
+    Any number is few where torch has no fast product of the dtype.
+    """
+    if not is_exact_tensor(x) or not x.is_cpu or x.dim() == 0 or not x.numel() or absence() is not None:
+        return False
+    return x.numel() <= MOST_ROWS * x.shape[-1] or (loaded().isa, x.dtype) in _TAKES_ANY_ROWS
 
 
 def is_faster(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernel computes ``F.linear(x, weight)`` faster than torch, if it can compute it."""
-    if not is_exact_tensor(weight) or absence() is not None or not has_few_rows(x):
+    if not is_exact_tensor(weight) or not has_few_rows(x):
         return False
     fewest = _FEWEST.get((loaded().isa, x.dtype))
     if fewest is None:
         return False
     numbers, columns = x.numel(), x.shape[-1]
-    return weight.numel() >= fewest[numbers // columns] and (columns >= _FEW_COLUMNS or x.dtype != torch.float32)
+    if numbers == columns and x.dtype is torch.float32 and torch.get_num_threads() == 1:
+        return False  # torch reads at the speed of memory there, but not with several threads
+    rows = min(numbers // columns, MOST_ROWS)
+    return weight.numel() >= fewest[rows] and (columns >= _FEW_COLUMNS or x.dtype != torch.float32)
 
 
 def fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """``F.linear`` in one call of C, which reads tensors through DLPack. They must satisfy `can_bypass_dispatcher`.
 
     Args:
-        x: ``(..., in_features)``, 1 to `MOST_ROWS` rows in all.
+        x: ``(..., in_features)``, computed `MOST_ROWS` rows at a time.
         weight: ``(out_features, in_features)``.
         bias: ``(out_features,)``.
 
@@ -84,7 +95,7 @@ def fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None
     call = loaded().fast_project
     if call is None:
         return None
-    x = x.contiguous()  # few rows
+    x = x.contiguous()
     out = x.new_empty((*x.shape[:-1], weight.shape[0]))
     return None if call(x, weight, bias, out, torch.get_num_threads()) else out
 
