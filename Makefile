@@ -89,6 +89,10 @@ bench: $(VENV)/peers
 	$(BIN)/python benchmarks/models.py
 	$(BIN)/python benchmarks/layer.py
 	$(BIN)/python benchmarks/linear.py
+	$(BIN)/python benchmarks/rotary.py
+	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/one_line.py
+	$(BIN)/python benchmarks/latent.py
 	$(BIN)/python benchmarks/sequences.py
 	$(BIN)/python benchmarks/paged.py
 	$(BIN)/python benchmarks/page.py

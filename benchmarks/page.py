@@ -279,11 +279,79 @@ def sequences_section(folder: Path) -> list[str]:
     ]
 
 
+def step_section(folder: Path) -> list[str]:
+    """Whole layers."""
+    record = load(folder, "step")
+    if record is None:
+        return []
+    bounds: Limits = record["limits"]
+    read = bounds["read_gb_per_s"]
+
+    def of_steps(row: Any) -> list[str]:
+        width, heads, kv_heads = row["layer"]
+        share = "" if read is None else f"{row['gb_per_s'] / read:.0%}"
+        time = readable_time(row["times"]["step"]["median_us"])
+        return [f"{width}, {heads} on {kv_heads}", row["dtype"], time, f"{row['gb_per_s']:.1f}", share]
+
+    def beside(row: Any, what: str) -> list[str]:
+        (ours, found), *others = row["times"].items()
+        peers = (f"{name} {time['median_us'] / found['median_us']:.2f}" for name, time in others)
+        return [what, row["dtype"], ours, readable_time(found["median_us"]), "; ".join(peers)]
+
+    rows = [beside(row, f"a step of (512, 8 on 2), {row['tokens']} tokens behind it") for row in record["by_hand"]]
+    rows += [beside(row, "16 tokens of (64, 8)") for row in record["short"]]
+    rows += [beside(row, "2048 tokens of (2048, 32 on 8)") for row in record["forward"]]
+    what = "A step with 4096 tokens behind it, in GB/s of weights and cache; few MB stay in the last-level cache."
+    return [
+        f"## Whole layers\n\n{machine(record)} {limits(bounds)} {what}",
+        table(["layer", "dtype", "step", "GB/s", "of the limit"], map(of_steps, record["steps"]), words=2),
+        table(["case", "dtype", "of", "time", "times as long"], rows, words=3),
+    ]
+
+
+def one_line_section(folder: Path) -> list[str]:
+    """A model before and after `qkv.accelerate`."""
+    record = load(folder, "one_line")
+    if record is None:
+        return []
+
+    def cells(row: Any) -> list[str]:
+        theirs, ours = row["seconds"]["transformers"], row["seconds"]["accelerated"]
+        times = [readable_time(ours[part] * 1e6) for part in ("prefill", "step")]
+        ratios = [f"{theirs[part] / ours[part]:.2f}" for part in ("prefill", "step")]
+        return [row["dtype"], str(row["tokens"]), times[0], ratios[0], times[1], ratios[1]]
+
+    titles = ["dtype", "prompt", "prefill", "transformers, times as long", "step", "transformers, times as long"]
+    what = "A Llama of SmolLM2-135M's sizes with random weights."
+    return [
+        f"## `qkv.accelerate(model)`\n\n{machine(record)} {limits(record['limits'])} {what}",
+        table(titles, map(cells, record["measurements"]), words=1),
+    ]
+
+
+def paged_section(folder: Path) -> list[str]:
+    """Steps from pages."""
+    record = load(folder, "paged")
+    if record is None:
+        return []
+
+    def cells(row: Any) -> list[str]:
+        times, what = row["median_us"], f"batch {row['batch']}, {row['tokens']} tokens, {row['what']}"
+        return [what, row["dtype"], readable_time(times["contiguous"]), f"{times['paged'] / times['contiguous']:.2f}"]
+
+    titles = ["case", "dtype", "contiguous", "in pages of 16, times as long"]
+    return [
+        f"## Steps from a paged cache\n\n{machine(record)}",
+        table(titles, map(cells, record["measurements"]), words=2),
+    ]
+
+
 def main() -> None:
     """Writes the pages, the plots, and the list of pages in README.md."""
     sections = [
         *(kernel_section, grid_section, avx2_section, interleaved_section),
-        *(overhead_section, models_section, layer_section, linear_section, sequences_section),
+        *(overhead_section, models_section, one_line_section, layer_section, step_section, linear_section),
+        *(sequences_section, paged_section),
     ]
     pages = []
     for folder in sorted({path.parent for path in machines.RESULTS.glob("*/*.json")}):
