@@ -116,7 +116,7 @@ MUTANTS = [
     Mutant("a step that was refused stays counted", "layers/step.py", "        cache.restore(mark)\n", "        pass\n", STEP),
     Mutant("slots claimed under views", "cache/buffer.py", "            torch.autograd.graph.increment_version(memory)  # for views that contain these slots\n", "            pass\n", STEP),
     Mutant("slots claimed beyond the capacity", "cache/kv.py", "if self.capacity is not None and stop > self.capacity:\n            return None", "if False:\n            return None", STEP),
-    Mutant("slots after short rows left as they are", NATIVE + "/attention/layer_step.cpp", "if (i == p.lq - 1) clear_slots(p, to, width, batch, head);", "", STEP),
+    Mutant("slots after short rows left as they are", NATIVE + "/attention/layer_step.cpp", "if (i == p.lq - 1) clear_slots(p, to, scales, width, batch, head);", "", STEP),
     Mutant("a step normalises queries alone", NATIVE + "/attention/layer_step.cpp", "step.k_norm && head < p.kv_heads", "step.k_norm && head < 0", STEP),
     Mutant("few rows past autocast", "layers/projection.py", ' and not torch.is_autocast_enabled("cpu"):', ":", ("layers/test_projection.py",)),
     Mutant("few rows past modes", "layers/projection.py", " and not torch._C._len_torch_function_stack()", "", ("layers/test_projection.py",)),

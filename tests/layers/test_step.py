@@ -105,7 +105,7 @@ def test_a_sliding_cache_drops_the_same_tokens(sink_tokens: int, monkeypatch: py
     caches = [qkv.SlidingKVCache(5, sink_tokens) for _ in range(2)]
     chunks = [1, 3, 1, 6, 1, 7, 1, 1, 1, 8, 1, 1, 2, 1, 1, 1, 1, 1, 6]
     for part in x.split(chunks, dim=1):
-        assert layer.explain(part, cache=caches[0]).is_one_call
+        assert layer.explain(part, cache=caches[0]).is_one_call == (part.shape[1] <= 6)
         got = layer(part, cache=caches[0])
         with monkeypatch.context() as patch:
             patch.setattr(step, "MAX_TOKENS", 0)
@@ -137,7 +137,9 @@ def test_rows_of_unequal_length_have_the_bits_of_their_text_alone(make: Callable
         assert torch.equal(got, want)
     assert together.lengths.tolist() == (lengths + 11).tolist()
     for tensor in together.state_dict().values():
-        assert not tensor.is_floating_point() or tensor.isfinite().all()  # slots after short rows are zeros
+        assert not tensor.is_floating_point() or tensor.isfinite().all()
+    for row, length in enumerate(together._rows_or_equal().stored.tolist()):  # slots after short rows are zeros
+        assert all(not part.tensor[row, :, max(length, 5) :].any() for part in together._parts)
 
 
 @torch.no_grad()
@@ -187,6 +189,9 @@ WATCHED: dict[str, Callable[[qkv.Attention], Any]] = {
     "a gain with a gradient": lambda layer: layer.k_norm.weight.requires_grad_(True),
     "a dtype of its own": lambda layer: layer.double(),
     "a backend": lambda layer: setattr(layer, "backend", "sdpa"),
+    "a scale that is no number": lambda layer: setattr(layer, "scale", torch.tensor(0.5)),
+    "a softcap of 0": lambda layer: setattr(layer, "softcap", 0.0),
+    "a function as gate": lambda layer: setattr(layer, "gate_proj", torch.sigmoid),
 }
 
 
@@ -220,6 +225,24 @@ def test_calls_that_ask_for_more_are_composed() -> None:
     assert dropping.eval().explain(x).is_one_call
     for other in (qkv.DifferentialAttention(32, 4), qkv.Attention(32, 4, gate=True)):
         assert not other.requires_grad_(False).explain(x).is_one_call
+
+
+@torch.no_grad()
+def test_explain_changes_nothing() -> None:
+    model = nn.ModuleDict({name: qkv.CausalAttention(16, 2) for name in "ab"})
+    caches, x = qkv.Caches.for_model(model), torch.randn(1, 2, 16)
+    for _ in range(2):
+        assert model["b"].explain(x, cache=caches).is_one_call
+        for layer in model.values():
+            layer(x, cache=caches)
+    assert caches.length == 4
+    window = qkv.CausalAttention(16, 2, mask=Mask.causal(3))
+    assert window.explain(torch.randn(1, 8, 16), cache=qkv.SlidingKVCache(3)).reason == "tokens of several windows of 3"
+
+
+def test_with_gradients_enabled_a_cache_concatenates() -> None:
+    layer = qkv.CausalAttention(16, 2).requires_grad_(False)
+    assert layer.explain(torch.randn(1, 1, 16), cache=qkv.KVCache()).reason.startswith("gradients are enabled")
 
 
 @torch.no_grad()

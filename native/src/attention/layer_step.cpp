@@ -49,9 +49,11 @@ void normalise(Dtype dtype, char* x, int64_t width, const char* gains, float eps
 }
 
 // Writes zeros to the slots after the tokens of a batch that are new to all: before this call, they are uninitialised.
-void clear_slots(const Problem& p, const View& view, int64_t width, int64_t batch, int64_t head) {
-    for (int64_t slot = std::max(offset_of(p, batch) + p.lq, p.lk - p.lq); slot < p.lk; ++slot)
+void clear_slots(const Problem& p, const View& view, const Scales& scales, int64_t width, int64_t batch, int64_t head) {
+    for (int64_t slot = std::max(offset_of(p, batch) + p.lq, p.lk - p.lq); slot < p.lk; ++slot) {
         std::memset(row_of(p.kv_dtype, view, batch, head, slot), 0, width * size_of(p.kv_dtype));
+        if (scales.data) scales.data[batch * scales.batch + head * scales.head + slot] = 0;
+    }
 }
 
 // Writes keys or values of a token to its slot in the cache.
@@ -66,7 +68,7 @@ void append(const Problem& p, const View& from, const View& to, const Scales& sc
                 quantize_row(p.dtype, row, width, (int8_t*)there);
         else
             std::memcpy(there, row, width * size_of(p.dtype));
-        if (i == p.lq - 1) clear_slots(p, to, width, batch, head);
+        if (i == p.lq - 1) clear_slots(p, to, scales, width, batch, head);
     }
 }
 

@@ -344,7 +344,7 @@ class Cache:
                     f"{caller}: length of crop must be an int, or integers ({len(lengths)},), one for each row; "
                     f"got {length.dtype} of shape {tuple(length.shape)}."
                 )
-            cropped = length.to(lengths)
+            cropped = length.to(lengths, copy=True)
         elif isinstance(length, int) and not isinstance(length, bool):
             if 0 <= length <= self.length:
                 return lengths.clamp(max=length)

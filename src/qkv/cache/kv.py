@@ -55,6 +55,8 @@ class FullCache(Cache):
         shapes = self._shapes(k, v, like.dtype)
         if not all(self._fits(part, shape, like.device) for part, (shape, _) in zip(self._parts, shapes, strict=True)):
             return None
+        if self._is_new:
+            self._autocast = autocast_to(like)
         self._dtype, capacity = like.dtype, self._capacity_for(stop)
         pairs = zip(self._parts, shapes, strict=True)
         tokens = [part.claim(shape, dtype, like.device, capacity) for part, (shape, dtype) in pairs]

@@ -310,10 +310,21 @@ class Caches:
             ValueError: for a layer of another model, one that is called again before the others, and one without the
                 tokens that the others have.
         """
+        cache = self.of(owner)
+        name = self._name_of(owner)
+        assert name is not None
+        self._call.enter(name, self._shared)
+        return cache
+
+    def of(self, owner: Owner) -> Cache:
+        """The cache of a layer.
+
+        Raises:
+            ValueError: for a layer of another model.
+        """
         name = self._name_of(owner)
         if name is None:
             raise ValueError(self._unknown(owner.name))
-        self._call.enter(name, self._shared)
         return self._caches[name]
 
     def fail(self, owner: Owner) -> None:

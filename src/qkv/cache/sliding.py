@@ -99,6 +99,8 @@ class SlidingKVCache(Cache):
             return None
         if not all(self._fits(part, shape, like.device) for part, shape in zip(self._parts, (k, v), strict=True)):
             return None
+        if self._is_new:
+            self._autocast = autocast_to(like)
         if rows is not None:
             rows = self._keep_recent(rows, rows.stored + count > self._capacity)
             self._rows = rows.append(count, None)

@@ -311,7 +311,7 @@ class Attention(nn.Module):
         positions: Tensor | None = None,
         cache: Cache | Caches | None = None,
     ) -> Way:
-        """How `forward`, which takes the same arguments, would compute a call, and why. Nothing is computed.
+        """How `forward`, which takes the same arguments, would compute a call, and why. Nothing is computed or changed.
 
         Few tokens without gradients take one call of the kernel; others call the projections, rotary, cache and
         `qkv.attention` one after the other, and `qkv.explain` tells which backend that takes.
@@ -324,7 +324,7 @@ class Attention(nn.Module):
             >>> print(layer.explain(x))
             composed: x has not 1 to 16 tokens
         """
-        given = cache.enter(self._owner) if isinstance(cache, Caches) else cache
+        given = cache.of(self._owner) if isinstance(cache, Caches) else cache
         found = weights_of(self, x, context, call_options(self, mask, bias, positions, given))
         return Way(False, found) if isinstance(found, str) else Way(True, "")
 

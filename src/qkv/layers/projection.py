@@ -33,15 +33,15 @@ class ProjectedForward(InstanceForward):
 
     computes_the_same = True
 
-    def call(self, x: Tensor) -> Tensor:
-        """``linear(x)`` without hooks, which are the caller's."""
+    def call(self, input: Tensor) -> Tensor:  # as nn.Linear names it
+        """``linear(input)`` without hooks, which are the caller's."""
         linear = self.module
         if self.own is not None or not multiplies_its_parameters(linear):
-            called: Tensor = self.forward(x)
+            called: Tensor = self.forward(input)
             return called
         weight = linear._parameters["weight"]
         assert weight is not None
-        return _product(linear, x, by_kernel=kernels.is_faster(x, weight))
+        return _product(linear, input, by_kernel=kernels.is_faster(input, weight))
 
 
 def reroute(model: nn.Module) -> None:

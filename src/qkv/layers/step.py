@@ -1,6 +1,7 @@
 """`layer_step`: an `Attention` of few tokens as one call of the kernel, and the rule for which calls are."""
 
 import functools
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
@@ -25,6 +26,9 @@ MAX_TOKENS = 16
 
 REPLACED = ("_inputs", "_self_inputs", "_keys", "_split_heads", "_attend", "_scores", "_project_out")
 """Methods of `Attention` that a step does the work of."""
+
+OPTIONAL_PARTS = ("rotary", "q_norm", "k_norm", "gate_proj", "position_bias")
+"""Modules of `Attention`, or None; a callable put in their place is no module."""
 
 CACHES = (KVCache, Int8KVCache, SlidingKVCache)
 
@@ -72,15 +76,24 @@ def weights_of(layer: "Attention", x: Tensor, context: Tensor | None, options: C
         return "the mask has more than an interval"
     if mask.chunk or mask.prefix_tokens:
         return "the mask has chunks or a prefix"
-    if cache is not None and type(cache) not in CACHES:
-        return f"the cache is a {type(cache).__name__}"
+    if cache is not None:
+        if type(cache) not in CACHES:
+            return f"the cache is a {type(cache).__name__}"
+        if torch.is_grad_enabled():
+            return "gradients are enabled, and appending to a cache concatenates then"
+        if isinstance(cache, SlidingKVCache) and x.shape[1] > cache.window + 1:
+            return f"tokens of several windows of {cache.window}"
     if layer.backend != "auto":
         return f"the backend is {layer.backend!r}"
     if layer.training and layer.dropout:
         return "weights are dropped"
     if torch.is_autocast_enabled("cpu"):
         return "torch.autocast casts parts of it"
+    if not _has_usual_numbers(layer):
+        return "scale, softcap or sink_logits are not of the usual types"
     modules: dict[str, Any] = layer._modules
+    if any(layer.__dict__.get(name) is not None for name in OPTIONAL_PARTS):
+        return "a part of the layer is not a module"
     if modules.get("gate_proj") is not None or modules.get("position_bias") is not None:
         return "the layer has a gate or a position bias"
     kind: Any = type(layer)
@@ -122,6 +135,17 @@ def _is_plain(module: object, kind: type[_Module]) -> TypeGuard[_Module]:
     )
 
 
+def _has_usual_numbers(layer: "Attention") -> bool:
+    """Whether score options are as the constructor takes them. Others may have been set since: `attention` checks."""
+    scale, softcap, sinks = layer.scale, layer.softcap, layer.sink_logits
+    return (
+        (scale is None or (type(scale) in (float, int) and -math.inf < scale < math.inf))
+        and (softcap is None or (type(softcap) in (float, int) and 0 < softcap < math.inf))
+        and (sinks is None or sinks.is_floating_point())
+        and layer.embed_dim > 0
+    )
+
+
 def layer_step(layer: "Attention", x: Tensor, context: Tensor | None, options: CallOptions) -> Tensor | None:
     """`Attention.forward` in one call of the kernel; None, with nothing changed, for calls that it does not take."""
     weights = weights_of(layer, x, context, options)
@@ -146,7 +170,7 @@ def _run(
 ) -> Tensor | None:
     """The step over keys whose last slots are new; None, with nothing written, if the kernel refuses it."""
     x, rotary = x.contiguous(), weights.rotary
-    out = torch.empty_like(x)
+    out = x.new_empty(x.shape)
     slopes, sinks = layer._slopes, layer.sink_logits
     offset, offsets = _split(keys.offset)
     first, positions = _split(position)

@@ -352,3 +352,25 @@ def test_a_pipeline() -> None:
         writer = transformers.pipeline("text-generation", model=each, tokenizer=tokenizer, device="cpu")
         texts.append(writer("w5", max_new_tokens=5, do_sample=False))
     assert texts[0] == texts[1]
+
+
+def test_another_attention_in_between_does_not_stay_ours() -> None:
+    ours = qkv.accelerate(model())
+    ours.set_attn_implementation("sdpa")
+    qkv.accelerate(qkv.accelerate(ours), enabled=False)
+    assert ours.config._attn_implementation == ours.model.config._attn_implementation == "sdpa"
+
+
+def test_linear_layers_take_their_input_by_name() -> None:
+    linear = nn.Linear(8, 4)
+    want = linear(torch.ones(2, 8))
+    assert torch.equal(qkv.accelerate(linear)(input=torch.ones(2, 8)), want)
+
+
+def test_arguments_of_accelerate_are_checked() -> None:
+    with pytest.raises(TypeError, match=r"^accelerate: enabled must be True or False; got 'no'"):
+        qkv.accelerate(model(), enabled="no")  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match=r"^accelerate: unpad must be"):
+        qkv.accelerate(model(), unpad=1)  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match=r"^accelerate: enabled=False and unpad=True need a model"):
+        qkv.accelerate(enabled=False)  # type: ignore[call-overload]

@@ -8,6 +8,7 @@ from typing import Any, TypeVar, overload
 
 from torch import nn
 
+from qkv.arguments import require_flag
 from qkv.integrations import calls
 from qkv.integrations.calls import Call as Call
 from qkv.integrations.calls import Report as Report
@@ -96,7 +97,11 @@ def accelerate(model: Any = None, *, enabled: bool = True, unpad: bool = False) 
 
     Source: the semantics of ``torch.nn.functional.scaled_dot_product_attention`` on CPU, and of transformers' models.
     """
+    for name, flag in (("enabled", enabled), ("unpad", unpad)):
+        require_flag("accelerate", name, flag)
     if model is None:
+        if not enabled or unpad:
+            raise TypeError("accelerate: enabled=False and unpad=True need a model; got none. Pass it first.")
         return _reporting()
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate: model must be an nn.Module; got {type(model).__name__}.")

@@ -45,13 +45,16 @@ def take(root: Any) -> None:
     register()
     if all(why_not(part) is not None or part.config._attn_implementation == NAME for part in parts(root)):
         return
+    if _BEFORE in root.__dict__:  # its configurations are copies already
+        root.set_attn_implementation(NAME)
+        return
     before = _Before(root)
     try:
         root.set_attn_implementation(NAME)
     except Exception:
         before.put_back()
         raise
-    root.__dict__.setdefault(_BEFORE, before)
+    root.__dict__[_BEFORE] = before
 
 
 def give_back(root: Any) -> None:
