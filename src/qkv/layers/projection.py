@@ -33,7 +33,7 @@ class ProjectedForward(InstanceForward):
 
     computes_the_same = True
 
-    def call(self, input: Tensor) -> Tensor:  # as nn.Linear names it
+    def call(self, input: Tensor) -> Tensor:  # noqa: A002  as nn.Linear names it
         """``linear(input)`` without hooks, which are the caller's."""
         linear = self.module
         if self.own is not None or not multiplies_its_parameters(linear):
