@@ -70,6 +70,8 @@ def weights_of(layer: "Attention", x: Tensor, context: Tensor | None, options: C
         return "cross-attention"
     if not (isinstance(x, Tensor) and x.dim() == 3 and 0 < x.shape[0] * x.shape[1] <= MAX_TOKENS):
         return f"x has not 1 to {MAX_TOKENS} tokens"
+    if x.shape[2] != layer.embed_dim:
+        return f"x has not width {layer.embed_dim}"
     if bias is not None or positions is not None:
         return "bias or positions are given"
     if type(mask) is not Mask or mask.keep is not None or mask.lengths is not None or mask.is_pairwise:
@@ -142,7 +144,6 @@ def _has_usual_numbers(layer: "Attention") -> bool:
         (scale is None or (type(scale) in (float, int) and -math.inf < scale < math.inf))
         and (softcap is None or (type(softcap) in (float, int) and 0 < softcap < math.inf))
         and (sinks is None or sinks.is_floating_point())
-        and layer.embed_dim > 0
     )
 
 
