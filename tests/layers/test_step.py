@@ -227,6 +227,28 @@ def test_calls_that_ask_for_more_are_composed() -> None:
         assert not other.requires_grad_(False).explain(x).is_one_call
 
 
+def test_explain_refuses_what_the_layer_does() -> None:
+    layer = qkv.CausalAttention(16, 2).requires_grad_(False)
+    for x, error in (("x", TypeError), (torch.ones(3, 16), ValueError), (torch.ones(1, 3, 15), ValueError)):
+        with pytest.raises(error, match=r"^CausalAttention: x must be"):
+            layer.explain(x)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^CausalAttention: cache must be a cache of qkv or None; got str"):
+        layer.explain(torch.ones(1, 3, 16), cache="kv")  # type: ignore[arg-type]
+    nested = torch.nested.nested_tensor([torch.ones(2, 16)], layout=torch.jagged)
+    assert not layer.explain(nested).is_one_call
+
+
+@torch.no_grad()
+def test_sizes_are_those_of_the_weights() -> None:
+    layer, x = qkv.CausalAttention(16, 2), torch.randn(1, 3, 16)
+    want = layer(x)
+    for heads in (-1, 2.0, 7):
+        layer.num_kv_heads = heads  # type: ignore[assignment]
+        assert torch.equal(layer(x), want)
+    layer.head_dim = -8
+    assert not layer.explain(x).is_one_call
+
+
 @torch.no_grad()
 def test_explain_changes_nothing() -> None:
     model = nn.ModuleDict({name: qkv.CausalAttention(16, 2) for name in "ab"})

@@ -316,6 +316,9 @@ class Attention(nn.Module):
         Few tokens without gradients take one call of the kernel; others call the projections, rotary, cache and
         `qkv.attention` one after the other, and `qkv.explain` tells which backend that takes.
 
+        Raises:
+            TypeError, ValueError: for an x of another type or shape, and a mask or cache of the wrong kind.
+
         Example:
             >>> import torch, qkv
             >>> layer, x = qkv.CausalAttention(16, 2).requires_grad_(False), torch.randn(1, 20, 16)
@@ -324,6 +327,10 @@ class Attention(nn.Module):
             >>> print(layer.explain(x))
             composed: x has not 1 to 16 tokens
         """
+        if not isinstance(x, Tensor) or (not x.is_nested and (x.dim() != 3 or x.shape[2] != self.embed_dim)):
+            raise input_error(type(self).__name__, "x", x, f"(B, L, {self.embed_dim})")
+        if cache is not None and not isinstance(cache, (Cache, Caches)):
+            raise TypeError(f"{type(self).__name__}: cache must be a cache of qkv or None; got {type(cache).__name__}.")
         given = cache.of(self._owner) if isinstance(cache, Caches) else cache
         found = weights_of(self, x, context, call_options(self, mask, bias, positions, given))
         return Way(False, found) if isinstance(found, str) else Way(True, "")

@@ -68,7 +68,7 @@ def weights_of(layer: "Attention", x: Tensor, context: Tensor | None, options: C
     mask, bias, positions, cache = options
     if context is not None or layer.context_dim is not None:
         return "cross-attention"
-    if not (isinstance(x, Tensor) and x.dim() == 3 and 0 < x.shape[0] * x.shape[1] <= MAX_TOKENS):
+    if not isinstance(x, Tensor) or x.is_nested or x.dim() != 3 or not 0 < x.shape[0] * x.shape[1] <= MAX_TOKENS:
         return f"x has not 1 to {MAX_TOKENS} tokens"
     if x.shape[2] != layer.embed_dim:
         return f"x has not width {layer.embed_dim}"
@@ -92,7 +92,7 @@ def weights_of(layer: "Attention", x: Tensor, context: Tensor | None, options: C
     if torch.is_autocast_enabled("cpu"):
         return "torch.autocast casts parts of it"
     if not _has_usual_numbers(layer):
-        return "scale, softcap or sink_logits are not of the usual types"
+        return "scale, softcap, sink_logits, head_dim or value_dim are not as the constructor takes them"
     modules: dict[str, Any] = layer._modules
     if any(layer.__dict__.get(name) is not None for name in OPTIONAL_PARTS):
         return "a part of the layer is not a module"
@@ -138,12 +138,13 @@ def _is_plain(module: object, kind: type[_Module]) -> TypeGuard[_Module]:
 
 
 def _has_usual_numbers(layer: "Attention") -> bool:
-    """Whether score options are as the constructor takes them. Others may have been set since: `attention` checks."""
+    """Whether numbers are as the constructor takes them. Others may have been set since: the composed layer checks."""
     scale, softcap, sinks = layer.scale, layer.softcap, layer.sink_logits
     return (
         (scale is None or (type(scale) in (float, int) and -math.inf < scale < math.inf))
         and (softcap is None or (type(softcap) in (float, int) and 0 < softcap < math.inf))
         and (sinks is None or sinks.is_floating_point())
+        and all(type(width) is int and width > 0 for width in (layer.head_dim, layer.value_dim))
     )
 
 
@@ -154,10 +155,11 @@ def layer_step(layer: "Attention", x: Tensor, context: Tensor | None, options: C
         return None
     mask, _, _, cache = options
     if cache is None:
-        return _run(layer, weights, x, _no_keys(layer, x), mask, 0)
+        k, v = _shapes(layer, weights, x)
+        return _run(layer, weights, x, Keys(x.new_empty(k), x.new_empty(v), 0), mask, 0)
     cache.admit(layer._owner, mask)
     position, mark = cache.offset(), cache.mark()
-    keys = cache.claim(*_shapes(layer, x), x)
+    keys = cache.claim(*_shapes(layer, weights, x), x)
     if keys is None:
         return None
     out = _run(layer, weights, x, keys, cache.restrict(mask, keys, x.shape[1]), position)
@@ -213,16 +215,11 @@ def _split(offset: int | Tensor | None) -> tuple[int, Tensor | None]:
     return (0, offset) if isinstance(offset, Tensor) else (offset or 0, None)
 
 
-def _no_keys(layer: "Attention", x: Tensor) -> Keys:
-    """Memory for the keys of x alone."""
-    k, v = _shapes(layer, x)
-    return Keys(x.new_empty(k), x.new_empty(v), 0)
-
-
-def _shapes(layer: "Attention", x: Tensor) -> list[tuple[int, ...]]:
-    """The shapes of the keys and values of x."""
+def _shapes(layer: "Attention", weights: Weights, x: Tensor) -> list[tuple[int, ...]]:
+    """The shapes of the keys and values of x. In tensor parallelism, with the heads of one rank."""
     batch, tokens, _ = x.shape
-    return [(batch, layer.num_kv_heads, tokens, width) for width in (layer.head_dim, layer.value_dim)]
+    heads = weights.projections["k_weight"].shape[0] // layer.head_dim
+    return [(batch, heads, tokens, width) for width in (layer.head_dim, layer.value_dim)]
 
 
 @functools.cache
