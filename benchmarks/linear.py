@@ -1,4 +1,4 @@
-"""Few rows through a linear layer: `project` against F.linear and the layer's call, 60 shapes in fp32, bf16 and fp16.
+"""Rows through a linear layer of an accelerated model, against F.linear and the layer's own call, on 72 shapes.
 
     python benchmarks/linear.py [THREADS]     measures, prints, and writes results/PROCESSOR/linear.json
 
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from qkv import kernels
 from qkv.bench.timing import interleaved
-from qkv.layers.projection import project
+from qkv.layers.projection import ProjectedForward
 
-ROWS = (1, 2, 4, 8, 16)
+ROWS = (1, 2, 4, 8, 16, 64)
 WEIGHTS = (
     *((64, 64), (256, 256), (576, 192), (576, 576), (64, 2048), (2048, 64)),
     *((576, 1536), (1024, 1024), (2048, 2048), (4096, 1024), (4096, 4096), (16384, 2048)),
@@ -42,6 +42,7 @@ def measure(columns: int, features: int, dtype: torch.dtype) -> Iterator[dict[st
     """The times of a weight with each number of rows."""
     size = columns * features * dtype.itemsize
     layers = [nn.Linear(columns, features, bias=False, dtype=dtype) for _ in range(max(1, min(COPIES, BYTES // size)))]
+    forwards = {layer: ProjectedForward(layer) for layer in layers}
     for rows in ROWS:
         x = torch.randn(rows, columns).to(dtype)
 
@@ -49,7 +50,7 @@ def measure(columns: int, features: int, dtype: torch.dtype) -> Iterator[dict[st
             return F.linear(x, layer.weight)
 
         def by_qkv(layer: nn.Linear, x: Tensor = x) -> Tensor:
-            return project(layer, x)
+            return forwards[layer].call(x)
 
         def read(layer: nn.Linear) -> Tensor:
             return layer.weight.view(torch.int32).sum(dtype=torch.int32)
@@ -64,7 +65,7 @@ def measure(columns: int, features: int, dtype: torch.dtype) -> Iterator[dict[st
             "qkv": in_turn(by_qkv, layers),
             READING: in_turn(read, layers),
         }
-        times = interleaved(calls, rounds=9, seconds_per_round=0.004)
+        times = interleaved(calls, rounds=5, seconds_per_round=0.002)
         yield {
             "rows": rows,
             "columns": columns,
