@@ -8,12 +8,15 @@ Prints a line a bug, and exits with 1 if one survives. A sample is another one e
 import argparse
 import datetime as dt
 import random
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
+
+from qkv import kernels
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,6 +55,11 @@ class Mutant(NamedTuple):
     right: str
     wrong: str
     tests: tuple[str, ...] = LIBRARY
+
+    @property
+    def is_native(self) -> bool:
+        """Whether the kernel must be compiled again."""
+        return self.file.startswith(NATIVE)
 
 
 MUTANTS = [
@@ -327,30 +335,49 @@ sys.exit(pytest.main(sys.argv[1:]))
 """
 
 
-def build(folder: Path) -> None:
-    """Compiles the kernel of the copy into the copy."""
-    tools = Path(sys.executable).parent
-    there = f"-S {folder} -B {folder}/build -G Ninja -DCMAKE_MAKE_PROGRAM={tools}/ninja -DSKBUILD_STATE=editable"
-    for arguments in (there.split(), ["--build", f"{folder}/build"]):
-        subprocess.run([tools / "cmake", *arguments], check=True, capture_output=True)
+class Copy:
+    """The library in a folder of its own, where one bug at a time is planted. The kernel is compiled for this machine."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        ignored = shutil.ignore_patterns(".venv", ".git", "__pycache__", ".*_cache", "build*")
+        shutil.copytree(ROOT, folder, ignore=ignored)
+        isas, supported = folder / "native/src/abi/isas.def", kernels.supported_isas()
+        lines = isas.read_text().splitlines(keepends=True)
+        isas.write_text("".join(line for line in lines if line.startswith("//") or _name(line) in {*supported, None}))
+
+    def survives(self, mutant: Mutant) -> bool:
+        """Whether the tests pass with the bug in. A crash is a failure."""
+        path = self.folder / "src" / "qkv" / mutant.file
+        source = path.read_text()
+        assert mutant.right in source, f"{mutant.name}: {mutant.file} does not contain {mutant.right!r}"
+        path.write_text(source.replace(mutant.right, mutant.wrong, 1))
+        try:
+            if mutant.is_native:
+                self.compile()
+            status = self.test(mutant)
+        finally:
+            path.write_text(source)
+        assert status in (0, 1) or status < 0, f"{mutant.name}: pytest could not run its tests; it exited with {status}"
+        return status == 0
+
+    def compile(self) -> None:
+        tools, build = Path(sys.executable).parent, self.folder / "build"
+        there = f"-S {self.folder} -B {build} -G Ninja -DCMAKE_MAKE_PROGRAM={tools}/ninja -DSKBUILD_STATE=editable"
+        for arguments in (there.split(), ["--build", build]):
+            subprocess.run([tools / "cmake", *arguments], check=True, capture_output=True)
+
+    def test(self, mutant: Mutant) -> int:
+        selected = ["-m", "not (long or network or vision)", *(["-k", "native or step"] if mutant.is_native else [])]
+        tests = [f"tests/{name}" for name in mutant.tests]
+        command = [sys.executable, "-c", RUN_THERE, "-q", "-x", "-p", "no:cacheprovider", *selected, *tests]
+        return subprocess.run(command, cwd=self.folder, capture_output=True).returncode
 
 
-def survives(mutant: Mutant, folder: Path) -> bool:
-    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".venv", ".git", "__pycache__", ".*_cache", "build*"))
-    path = folder / "src" / "qkv" / mutant.file
-    source = path.read_text()
-    assert mutant.right in source, f"{mutant.name}: {mutant.file} does not contain {mutant.right!r}"
-    path.write_text(source.replace(mutant.right, mutant.wrong, 1))
-    if mutant.file.startswith(NATIVE):
-        build(folder)
-    selected = ["-m", "not (long or network or vision)"]
-    if mutant.file.startswith(NATIVE):
-        selected += ["-k", "native or step"]
-    tests = [f"tests/{name}" for name in mutant.tests]
-    command = [sys.executable, "-c", RUN_THERE, "-q", "-x", "-p", "no:cacheprovider", *selected, *tests]
-    status = subprocess.run(command, cwd=folder, capture_output=True).returncode
-    assert status in (0, 1), f"{mutant.name}: pytest could not run its tests; it exited with {status}"
-    return status == 0
+def _name(line: str) -> str | None:
+    """The instruction set of a line of isas.def; None for other lines."""
+    found = re.match(r"ISA(?:_X86)?\((\w+),", line)
+    return found and found[1]
 
 
 def main() -> int:
@@ -361,17 +388,16 @@ def main() -> int:
     mutants = [m for m in MUTANTS if not arguments.names or any(name in m.name for name in arguments.names)]
     if arguments.sample is not None:
         mutants = random.Random(dt.date.today().toordinal()).sample(mutants, min(arguments.sample, len(mutants)))
-    nothing = Mutant(
-        "nothing changed", "masks.py", "", "", tuple({name for mutant in mutants for name in mutant.tests})
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        assert survives(nothing, Path(folder) / "qkv"), "the tests fail on the library as it is"
+    mutants.sort(key=lambda mutant: mutant.is_native)  # the others run with the kernel as it is
+    every_test = tuple({name for mutant in mutants for name in mutant.tests})
     survivors = 0
-    for mutant in mutants:
-        with tempfile.TemporaryDirectory() as folder:
-            alive = survives(mutant, Path(folder) / "qkv")
-        survivors += alive
-        print(f"{'SURVIVED' if alive else 'found   '}  {mutant.name}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        copied = Copy(Path(folder) / "qkv")
+        assert copied.survives(Mutant("nothing", "masks.py", "", "", every_test)), "the tests fail without a bug"
+        for mutant in mutants:
+            alive = copied.survives(mutant)
+            survivors += alive
+            print(f"{'SURVIVED' if alive else 'found   '}  {mutant.name}", flush=True)
     return 1 if survivors else 0
 
 
