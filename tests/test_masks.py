@@ -374,6 +374,11 @@ def test_documents_of_two_masks_intersect() -> None:
         (lambda: ~Mask.documents(torch.ones(1, 3, dtype=torch.int64)), ValueError, r"what it hides is not a mask"),
         (lambda: ~Mask.padding(torch.tensor([3])), ValueError, r"what it hides is not a mask"),
         (
+            lambda: Mask.global_tokens(KEEP).gather_keys(torch.zeros(2, 3, dtype=torch.long), 7, (0, 7)),
+            ValueError,
+            r"Mask.global_tokens\(.*\) with rows of different lengths: padding has no keys, .* Pass rows of one length",
+        ),
+        (
             lambda: (Mask.sliding(2) | Mask.global_tokens(KEEP)) & Mask.causal(),
             ValueError,
             r"global tokens see all keys, .*\(a & b\) \| Mask.global_tokens\(...\), or dense masks",

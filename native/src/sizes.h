@@ -28,16 +28,16 @@ constexpr int AMX_IDLE_KEYS = 24;       // keys between two products that keep A
 
 // Operands
 constexpr int64_t FAR_STRIDE = 512;       // numbers between rows that are copied side by side: step 51
-constexpr int64_t FEW_KEYS = 32;          // keys up to which such rows are read in place: step 104
-constexpr int64_t PREPARE_TILES = 16;     // tiles from which on they are copied once for all: step 61
+constexpr int64_t FEW_KEYS = 32;          // the most keys whose rows are read in place all the same: step 104
+constexpr int64_t PREPARE_TILES = 16;     // the fewest tiles for which they are copied once for all: step 61
 constexpr int64_t PREPARE_TILES_OWN = 4;  // the same for a thread that keeps the memory: step 86
-constexpr int64_t PREPARE_KEYS = 4;       // keys for each query row up to which it pays
+constexpr int64_t PREPARE_KEYS = 4;       // the most keys for each query row with which it pays
 constexpr int64_t COPY_ROWS = 256;        // rows that a thread copies at a time
 constexpr int64_t COPY_K_BLOCKS = 16;     // blocks of AMX_K keys that a thread packs at a time
 
 // Decoding and short queries
 constexpr int DECODE_ROWS = 8;             // rows of one query that go key by key, at most: steps 2, 5, 10
-constexpr int AMX_DECODE_ROWS = 3;         // rows from which on bf16 goes by tiles: step 43
+constexpr int AMX_DECODE_ROWS = 3;         // the fewest rows of bf16 that go by tiles: step 43
 constexpr int DECODE_KEYS = 2;             // keys that several rows read side by side: steps 11, 36
 constexpr int DECODE_PREFETCH_KEYS = 16;   // keys ahead that several rows prefetch: steps 7, 26, 68
 constexpr int SHORT_PREFETCH_VALUES = 32;  // values ahead that a short query prefetches: step 97; not 16
@@ -48,7 +48,7 @@ constexpr int64_t FEW_ROWS_CHAIN = 256;              // columns of a chain of su
 constexpr int64_t FEW_ROWS_CHUNK = 6;                // rows of the weight that a thread takes: step 107; not 12, 24
 constexpr int64_t FEW_ROWS_AT_ONCE = 4;              // rows of x in registers, at most
 constexpr int64_t FEW_ROWS_AHEAD = 16 << 10;         // bytes of a row that are prefetched ahead: step 107; not 2, 4 KB
-constexpr int64_t FEW_ROWS_SHORT = 2 << 10;          // bytes up to which rows are prefetched in order: step 108
+constexpr int64_t FEW_ROWS_SHORT = 2 << 10;          // the most bytes of rows that are prefetched in order: step 108
 constexpr int64_t FEW_ROWS_THREAD_BYTES = 64 << 10;  // of weights for each thread
 constexpr int few_rows_weights(int lanes, int rows) {  // rows of the weight in registers beside them: step 106
     return rows == 1 ? 6 : (rows == 2 ? 4 : (rows == 3 ? 3 : (lanes == 16 ? 4 : 2)));
@@ -59,16 +59,16 @@ constexpr int ROTARY_PAIRS = 64;  // pairs of a table, a multiple of LANES
 constexpr int ROTARY_TOKENS = 8;  // tokens whose tables are made at a time, to stay in the L1 cache
 
 // A layer's step
-constexpr int64_t PARALLEL_STEP = 1 << 14;  // numbers of queries from which on several threads prepare heads
+constexpr int64_t PARALLEL_STEP = 1 << 14;  // the fewest numbers of queries that several threads prepare
 
 // Softmax
 constexpr float ROW_MAX_LAG = 8;    // exponents of 2 by which a maximum may lag behind: step 1
-constexpr float LARGE_SCORE = 256;  // scores from which on their rounding shows in weights: step 93
+constexpr float LARGE_SCORE = 256;  // scores from here on round so that weights show it: step 93
 
 // Threads
-constexpr int64_t OWN_HEADS = 8;          // heads for each thread from which on it prepares its own: step 86
+constexpr int64_t OWN_HEADS = 8;          // the fewest heads for each thread with which it prepares its own: step 86
 constexpr int SPLIT_TILES = 4;            // tiles for each thread below which their keys are split
 constexpr int SPIN_TRIES = 1000;          // reads of a counter before a thread yields
-constexpr int64_t SEQUENCE_OVERHEAD = 8;  // tokens that cost as much as a sequence does beside its scores
+constexpr int64_t SEQUENCE_OVERHEAD = 8;  // cost of a sequence beside its scores, in tokens
 
 }  // namespace qkv

@@ -178,7 +178,11 @@ def _written_window(left: int | None, right: int | None, sink_tokens: int, dilat
 
 
 def _intersect_near(a: Band, b: Band) -> tuple[int | None, int, int]:
-    """Left bound, sink tokens and dilation of the intersection."""
+    """Left bound, sink tokens and dilation of the intersection: all that hides keys before the right bound.
+
+    Raises:
+        ValueError: for different sink tokens, unless the window with fewer is within the other.
+    """
     if not (a.hides_near and b.hides_near):
         only = a if a.hides_near else b
         return only.left, only.sink_tokens, only.dilation

@@ -694,8 +694,8 @@ class Mask:
         """
         if self.is_global is not None:
             raise ValueError(
-                f"{self!r} with rows of different lengths: positions of padding are none of the keys, so that they "
-                "cannot be global tokens. Pass rows of one length, or call the layer without a cache."
+                f"{self!r} with rows of different lengths: padding has no keys, so it cannot contain global "
+                "tokens. Pass rows of one length, or call the layer without a cache."
             )
         if not self.has_tensors:
             return self
@@ -707,7 +707,7 @@ class Mask:
         gathered = replace(self, keep=keep, lengths=None, document_ids=None, allow=allow)
         if documents is None:
             return gathered
-        # Positions of queries among the gathered keys may be none of theirs.
+        # Queries may have no position among the gathered keys, so documents become a dense mask.
         of_query, of_key = documents[:, queries[0] : queries[1]], gather_keys(documents, index)
         return gathered & Mask.dense((of_query[:, :, None] == of_key[:, None])[:, None])
 
@@ -830,7 +830,7 @@ class TensorKind(NamedTuple):
     intersect: Callable[[Tensor, Tensor], Tensor] | None
     """the tensor of ``a & b``; None for part of the positions, which `qkv.bands` intersects"""
     unite: Callable[[Tensor, Tensor], Tensor] | None
-    """the tensor of ``a | b``; None where that is no such tensor"""
+    """the tensor of ``a | b``; None where no tensor of this kind expresses it"""
     select_keys: Callable[[Tensor, int, int, int], Tensor]
     """the tensor of `Mask.select_keys`"""
     is_positional: bool = False

@@ -18,7 +18,7 @@ class Pages(NamedTuple):
     table: Tensor
     """integer (B, entries); the first ``ceil(length / page_size)`` of each row name pages of the pool"""
     length: int
-    """Lk, number of keys of each row; of the longest, if others hide keys behind their last"""
+    """Lk, number of keys of each row; of the longest one, if rows differ and a mask hides the rest"""
 
     def gather(self, pool: Tensor) -> Tensor:
         """The keys or values ``(B, Hkv, length, width)``: a copy, with gradients.

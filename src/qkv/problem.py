@@ -119,7 +119,7 @@ def make_problem(
     _check_tensors(caller, q, keys, values)
     if not q.is_meta and torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(q.device.type)
-        if pages is not None and k.dtype is not dtype:  # rather than the whole pool, cast what is read
+        if pages is not None and k.dtype is not dtype:  # cast the keys that are read, not the whole pool
             k, v, pages = pages.gather(k), pages.gather(v), None
         q, k, v = (x if x.dtype is torch.int8 else x.to(dtype) for x in (q, k, v))
     if k_scale is None and v_scale is None:
@@ -272,7 +272,7 @@ def _resolve_offset(
 
 
 def _check_offsets(caller: str, mask: Mask, offset: Tensor, q: Tensor, lk: int) -> Tensor:
-    """Offsets by row of the batch, in int64. Their numbers are checked where they can be read without waiting."""
+    """Checks offsets by row of the batch; returns them as int64. Their values are checked only on a CPU, untraced."""
     batch, _, lq, _ = q.shape
     if offset.dtype.is_floating_point or offset.dtype.is_complex or offset.dtype == torch.bool:
         raise _not_an_offset(caller, f"{offset.dtype} of shape {tuple(offset.shape)}")

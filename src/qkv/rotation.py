@@ -1,6 +1,6 @@
-"""`Rotation`: by which angles the heads of queries and keys are rotated, and the definition of it in torch's operators.
+"""`Rotation`: the angles by which heads of queries and keys are rotated, and its definition in torch's operators.
 
-`qkv.kernels.rotate` computes it by the kernel where that can be.
+`qkv.kernels.rotate` computes it by the kernel where possible.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ class Rotation(NamedTuple):
     """Of the first 2 n channels of a head, pairs ``(x, y)`` become ``(cos x - sin y, cos y + sin x)``.
 
     The angle of pair i is ``float(position) * position_scale * frequencies[..., i]``, each product rounded to fp32; its
-    cos and sin are multiplied by ``attention_factor``. Or cos and sin are given, and their angles are not. The fields
+    cos and sin are multiplied by ``attention_factor``. Or cos and sin are given instead of angles. The fields
     are the arguments of the operator ``qkv::rotate`` after its tensors.
     """
 

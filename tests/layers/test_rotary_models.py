@@ -332,5 +332,5 @@ def test_from_config_refuses(name: str) -> None:
 
 
 def test_from_config_of_a_tower_refuses_scalings() -> None:
-    with pytest.raises(ValueError, match=r"RotaryEmbedding2d\.from_config: rope_type must be 'axial'; got 'linear'"):
+    with pytest.raises(ValueError, match=r"2d\.from_config: rope_type must be 'axial' or 'default'; got 'linear'"):
         qkv.RotaryEmbedding2d.from_config({**FLAT, "rope_scaling": {"rope_type": "linear", "factor": 2.0}})

@@ -18,8 +18,8 @@ QKV_EXPORT int qkv_forward(const void* problem);
 QKV_EXPORT int qkv_backward(const void* problem, const void* gradients);
 QKV_EXPORT void qkv_quantize(const void* quantization);
 
-// Products of few rows (abi/projection.h). Returns a Status: OTHER, and does nothing, for other numbers of rows or of
-// products than the kernel takes.
+// Products of few rows (abi/projection.h). Returns a Status: OTHER, and does nothing, for numbers of rows or products
+// that the kernel does not take.
 QKV_EXPORT int qkv_project(const void* projections, int count, int threads);
 // Returns DONE; or OTHER, and then nothing was done, where `axes` do not fit (abi/rotation.h).
 QKV_EXPORT int qkv_rotate(const void* rotation);

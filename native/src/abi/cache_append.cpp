@@ -14,7 +14,7 @@ struct Addition {
     Quantization what;
     Dtype to;
 
-    // Whether the tensors fit together; if so, it is filled in.
+    // Fills the fields in, for tokens that go to slots from `start` on. False if the tensors do not fit together.
     bool set(const dlpack::Tensor& tokens, const dlpack::Tensor& memory, const dlpack::Tensor& scales, int64_t start) {
         if (!holds_heads(tokens) || !holds_heads(memory)) return false;
         if (!dtype_of(tokens, what.dtype) || !dtype_of(memory, to) || what.dtype == Dtype::i8) return false;
@@ -50,7 +50,7 @@ struct PagedAddition {
     int64_t batch, heads, rows, width;
     Pages pages = {};
 
-    // Whether the tensors fit together, and all pages exist that are written to; if so, it is filled in.
+    // Fills the fields in. False if the tensors do not fit together, or pages that are written to do not exist.
     bool set(const dlpack::Tensor& tokens, const dlpack::Tensor& memory, const dlpack::Tensor& table,
              const int64_t* starts) {
         Dtype of_memory;

@@ -1,4 +1,4 @@
-// The fast path from tensors of Python to the kernel: q, k, v, pages, offsets, an interval and padding.
+// The fast path from Python tensors to the kernel: q, k, v, pages, offsets, an interval and padding.
 #include <initializer_list>
 
 #include "abi/python_tensor.h"
@@ -10,7 +10,7 @@ namespace {
 struct Call {
     dlpack::Tensor q, k, v, out, k_scale, v_scale, table, offsets, keep, lengths;
 
-    // Whether all could be read.
+    // False if one cannot be read.
     bool look(const Interpreter& python, void* const* objects) {
         for (dlpack::Tensor* tensor : {&q, &k, &v, &out, &k_scale, &v_scale, &table, &offsets, &keep, &lengths})
             if (!python.look(*objects++, *tensor)) return false;
@@ -22,7 +22,7 @@ bool scales_of(const dlpack::Tensor& tensor, const Problem& p, Scales& scales) {
     return scales_of(tensor, p.batch, p.kv_heads, scales) && tensor.shape[2] == p.lk;
 }
 
-// Fills in what is said of each key of a batch, or of each batch.
+// Fills in numbers of the keys (batch or 1, lk), or of the batches (batch or 1).
 template <class Number>
 bool rows_of(const dlpack::Tensor& tensor, const Problem& p, const Number*& rows, int64_t& batch) {
     if (tensor.shape[0] != 1 && tensor.shape[0] != p.batch) return false;
@@ -31,7 +31,7 @@ bool rows_of(const dlpack::Tensor& tensor, const Problem& p, const Number*& rows
     return tensor.dimensions == 1 || (tensor.shape[1] == p.lk && tensor.strides[1] == 1);
 }
 
-// Whether the tensors fit together; if so, the problem is filled in. Of keys in pages there are `key_count`.
+// Fills in the problem; keys in pages number `key_count`. False if the tensors do not fit together.
 bool make_problem(const Call& call, int64_t key_count, Problem& p) {
     const dlpack::Tensor &q = call.q, &k = call.k, &v = call.v, &out = call.out;
     if (!holds_heads(q) || !holds_heads(k) || !holds_heads(v) || !holds_heads(out)) return false;
@@ -71,7 +71,7 @@ bool make_problem(const Call& call, int64_t key_count, Problem& p) {
 
 QKV_EXPORT int qkv_interpreter_size() { return (int)sizeof(qkv::Interpreter); }
 
-// Attention of tensors of Python, whose lock the caller has. `out` has the shape and dtype of the result; the tensors
+// Attention of Python tensors. The caller holds the GIL. `out` has the shape and dtype of the result; the tensors
 // after it may be None. Returns as qkv_forward; or OTHER, and does nothing, if the tensors are of another kind or do
 // not fit together.
 QKV_EXPORT int qkv_fast_forward(const void* interpreter, void* q, void* k, void* v, void* out, void* k_scale,

@@ -1,4 +1,4 @@
-// A layer's call with few tokens, from tensors of Python.
+// A layer's call with few tokens, from Python tensors.
 #include <initializer_list>
 
 #include "abi/layer_step.h"
@@ -12,7 +12,7 @@ struct Tensors {
     dlpack::Tensor x, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, out_weight, out_bias, q_norm, k_norm,
         frequencies, keys, values, k_scale, v_scale, offsets, positions, lengths, alibi, sink_logits, out;
 
-    // Whether all could be read.
+    // False if one cannot be read.
     bool look(const Interpreter& python, void* const* objects) {
         for (dlpack::Tensor* tensor :
              {&x,        &q_weight,  &q_bias,  &k_weight,    &k_bias,      &v_weight, &v_bias,  &out_weight,
@@ -31,7 +31,7 @@ bool is_of(const dlpack::Tensor& tensor, Dtype dtype, int dimensions) {
            found == dtype;
 }
 
-// Fills in a vector of so many numbers, or null for None. Returns whether it is one.
+// Fills in a vector of `count` numbers, or null for None. False if the tensor is another one.
 template <class Number>
 bool vector_of(const dlpack::Tensor& tensor, Dtype dtype, int64_t count, const Number*& data) {
     data = nullptr;
@@ -62,7 +62,7 @@ bool projection_of(const dlpack::Tensor& weight, const dlpack::Tensor& bias, Dty
     return vector_of(bias, dtype, out_features, projection.bias);
 }
 
-// Whether the first `rows` dimensions of a tensor lie in memory as rows of one matrix, which is then filled in.
+// Fills in a tensor (batch, token, column) as the rows of one matrix. False if its strides do not allow that.
 bool rows_of(const dlpack::Tensor& tensor, Dtype dtype, void*& data, int64_t& row) {
     if (!is_of(tensor, dtype, 3) || tensor.strides[2] != 1) return false;
     const int64_t batch = tensor.shape[0], tokens = tensor.shape[1];
@@ -71,7 +71,7 @@ bool rows_of(const dlpack::Tensor& tensor, Dtype dtype, void*& data, int64_t& ro
     return batch == 1 || tokens == 1 || tensor.strides[0] == tokens * row;
 }
 
-// Whether the tensors fit together; if so, the step is filled in, apart from numbers.
+// Fills in the step, apart from numbers. False if the tensors do not fit together.
 bool make_step(const Tensors& t, LayerStep& step) {
     Problem& p = step.attention;
     if (t.x.dimensions != 3 || !dtype_of(t.x, p.dtype) || p.dtype == Dtype::i8) return false;
@@ -136,7 +136,7 @@ bool has_slots(const Problem& p) {
 // Callers compare it with the number of tensors that they give.
 QKV_EXPORT int qkv_layer_step_size() { return qkv::TENSORS; }
 
-// A step of a layer (abi/layer_step.h) from tensors of Python, whose lock the caller has. `tensors` are TENSORS objects
+// A step of a layer (abi/layer_step.h) from Python tensors. The caller holds the GIL. `tensors` are TENSORS objects
 // in the order of `Tensors`; biases and those after out_bias may be None, apart from keys, values and out. Returns as
 // qkv_forward; or OTHER, and does nothing, if the tensors are of another kind or do not fit together.
 QKV_EXPORT int qkv_layer_step(const void* interpreter, void* const* tensors, int64_t offset, int64_t position,

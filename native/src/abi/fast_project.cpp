@@ -1,4 +1,4 @@
-// The fast path from tensors of Python to a product of few rows.
+// The fast path from Python tensors to a product of few rows.
 #include <algorithm>
 
 #include "abi/projection.h"
@@ -7,7 +7,7 @@
 namespace qkv {
 namespace {
 
-// Whether it is in memory of this machine, has numbers, and those of the last dimension lie next to each other.
+// Whether the tensor is on the CPU, not empty, and contiguous along its last dimension.
 bool holds_rows(const dlpack::Tensor& tensor) {
     if (tensor.device != dlpack::CPU || tensor.dimensions < 1 || !tensor.data) return false;
     for (int i = 0; i < tensor.dimensions; ++i)
@@ -16,7 +16,7 @@ bool holds_rows(const dlpack::Tensor& tensor) {
     return tensor.shape[last] == 1 || tensor.strides[last] == 1;
 }
 
-// Whether all dimensions but the last are one dimension of rows; if so, how many, and how far apart.
+// Merges all dimensions but the last into one of rows: how many, and how far apart. False if that needs a copy.
 bool rows_of(const dlpack::Tensor& tensor, int64_t& rows, int64_t& stride) {
     rows = 1, stride = 0;
     for (int i = tensor.dimensions - 2; i >= 0; --i) {
@@ -51,7 +51,7 @@ bool make_projection(const dlpack::Tensor& x, const dlpack::Tensor& weight, cons
     return rows_of(x, p.rows, p.x_row) && rows_of(out, rows_of_out, p.out_row) && rows_of_out == p.rows;
 }
 
-// The product of MOST_ROWS rows from this one on, or of those left.
+// The product of MOST_ROWS rows from `row` on, or of those left.
 Projection rows_from(const Projection& p, int64_t row) {
     Projection part = p;
     part.rows = std::min(MOST_ROWS, p.rows - row);
@@ -63,9 +63,9 @@ Projection rows_from(const Projection& p, int64_t row) {
 }  // namespace
 }  // namespace qkv
 
-// The product of rows, the last dimension of x, MOST_ROWS at a time, with a weight, of tensors of Python, whose lock
-// the caller has; bias may be None. Returns as qkv_project; or OTHER, and does nothing, if the tensors are of another
-// kind or do not fit together.
+// out = x @ weight.mT + bias, of Python tensors: x and out have any leading dimensions, and bias may be None. Computes
+// MOST_ROWS rows at a time. The caller holds the GIL. Returns as qkv_project; or OTHER, and does nothing, if the
+// tensors are of another kind or do not fit together.
 QKV_EXPORT int qkv_fast_project(const void* interpreter, void* x, void* weight, void* bias, void* out, int threads) {
     const auto& python = *(const qkv::Interpreter*)interpreter;
     qkv::dlpack::Tensor tensors[4];

@@ -1,4 +1,4 @@
-// The fast path from tensors of Python to a rotary embedding.
+// The fast path from Python tensors to a rotary embedding.
 #include <initializer_list>
 
 #include "abi/python_tensor.h"
@@ -10,7 +10,7 @@ namespace {
 struct Call {
     dlpack::Tensor x[2], out[2], positions, offsets, axes, frequencies, cos, sin;
 
-    // Whether all could be read.
+    // False if one cannot be read.
     bool look(const Interpreter& python, void* const* objects) {
         for (dlpack::Tensor* tensor :
              {&x[0], &x[1], &out[0], &out[1], &positions, &offsets, &axes, &frequencies, &cos, &sin})
@@ -19,15 +19,15 @@ struct Call {
     }
 };
 
-// The stride of a dimension counted from the last one, 0 where there is none or one number serves all. Returns whether
-// there are so many.
+// The stride of a dimension counted from the last one, 0 if it is missing or 1. False unless it is missing, 1 or
+// `size`.
 bool stride_of(const dlpack::Tensor& tensor, int from_last, int64_t size, int64_t& stride) {
     const int i = tensor.dimensions - from_last;
     stride = i < 0 || tensor.shape[i] == 1 ? 0 : tensor.strides[i];
     return i < 0 || tensor.shape[i] == 1 || tensor.shape[i] == size;
 }
 
-// Whether it is of the dtype, has as many dimensions as are wanted, and memory.
+// Whether the tensor has this dtype, 1 to `most_dimensions` dimensions, and memory.
 bool is_vector(const dlpack::Tensor& tensor, dlpack::Code code, int bits, int most_dimensions) {
     return tensor.dimensions >= 1 && tensor.dimensions <= most_dimensions && tensor.data &&
            is(tensor, code, bits, tensor.dimensions);
@@ -81,7 +81,7 @@ bool set_tables(const Call& call, int64_t pairs, int64_t second, Rotation& r) {
            columns_of(call.sin, r, pairs + second, r.sin_batch, r.sin_token);
 }
 
-// Whether the tensors fit together; if so, the rotation is filled in.
+// Fills in the rotation. False if the tensors do not fit together.
 bool make_rotation(const Call& call, int64_t pairs, int64_t second, Rotation& r) {
     for (int i = 0; i < 2; ++i) {
         const dlpack::Tensor &x = call.x[i], &out = call.out[i];
@@ -109,9 +109,8 @@ bool make_rotation(const Call& call, int64_t pairs, int64_t second, Rotation& r)
 
 // Rotates q and, unless it is None, k (batch, heads, token, width) into tensors of their shapes and dtype. Either
 // `frequencies` is given, and perhaps positions (axes, batch, token), offsets (batch) and axes; or cos and sin (batch,
-// token, column), with the number of pairs; leading dimensions may be missing or 1 (abi/rotation.h). The caller has the
-// lock of the interpreter. Returns DONE; or OTHER, and does nothing, if the tensors are of another kind or do not fit
-// together.
+// token, column), with the number of pairs; leading dimensions may be missing or 1 (abi/rotation.h). The caller holds
+// the GIL. Returns DONE; or OTHER, and does nothing, if the tensors are of another kind or do not fit together.
 QKV_EXPORT int qkv_fast_rotate(const void* interpreter, void* q, void* k, void* q_out, void* k_out, void* positions,
                                void* offsets, void* axes, void* frequencies, void* cos, void* sin, int64_t offset,
                                float position_scale, float attention_factor, int64_t pairs, int64_t second,

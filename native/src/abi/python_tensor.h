@@ -1,4 +1,4 @@
-// Tensors of Python, read through DLPack without a Python call.
+// Python tensors, read through DLPack without a Python call.
 #pragma once
 
 #include "abi/c_api.h"
@@ -69,7 +69,7 @@ inline bool is(const dlpack::Tensor& tensor, dlpack::Code code, int bits, int di
            tensor.dimensions == dimensions;
 }
 
-// Fills in the scales of so many batches and heads. Returns whether the tensor has their shape and dtype.
+// Fills in the scales of these batches and heads. False if the tensor has another shape or dtype.
 inline bool scales_of(const dlpack::Tensor& tensor, int64_t batch, int64_t heads, Scales& scales) {
     if (!is(tensor, dlpack::FLOAT, 32, 3) || tensor.shape[0] != batch || tensor.shape[1] != heads) return false;
     scales = {(float*)data_of(tensor), tensor.strides[0], tensor.strides[1]};

@@ -54,7 +54,7 @@ class Packed {
         return worst;
     }
 
-    // Numbers (heads, all queries), and the same with those of a sequence next to each other, as its problem has them.
+    // Copies a sequence's numbers between (heads, all queries) and contiguous memory (heads, its queries).
     void gather(int64_t n, const float* from, float* to) const {
         for (int64_t h = 0; h < p.heads; ++h)
             std::copy_n(from + h * p.lq + s.starts[n], queries(n), to + h * queries(n));
@@ -64,17 +64,17 @@ class Packed {
             std::copy_n(from + h * queries(n), queries(n), to + h * p.lq + s.starts[n]);
     }
 
-    // Memory for such numbers, of all sequences; null if there is no memory.
+    // Contiguous numbers of each sequence, one sequence after the other; null if there is no memory.
     std::unique_ptr<float[]> numbers() const {
         return std::unique_ptr<float[]>(new (std::nothrow) float[std::max<int64_t>(1, p.heads * p.lq)]);
     }
 
-    // Where those of a sequence are in it.
+    // Those of sequence n.
     float* of(int64_t n, const std::unique_ptr<float[]>& numbers) const {
         return numbers ? numbers.get() + p.heads * s.starts[n] : nullptr;
     }
 
-    // Prepares memory for so many numbers, of all sequences.
+    // Asks for huge pages for a result of all sequences.
     void expect_writing(const View& view, int64_t numbers) const {
         prefer_huge_pages(view.data, numbers * size_of(p.dtype));
     }
@@ -140,8 +140,8 @@ class Packed {
 
 QKV_EXPORT int qkv_sequences_size() { return (int)sizeof(qkv::Sequences); }
 
-// Takes a Problem and its Sequences. Returns as qkv_forward; or 2, and has done nothing, where they do not lie in their
-// tensors.
+// Takes a Problem and its Sequences. Returns as qkv_forward; or OTHER, and has done nothing, where they do not lie
+// within their tensors.
 QKV_EXPORT int qkv_forward_sequences(const void* problem, const void* sequences) {
     const qkv::Packed packed(problem, sequences);
     if (!packed.fits()) return qkv::OTHER;

@@ -4,7 +4,7 @@
 //
 //     dV = P^T dO,   dS = P * (dO V^T - delta),   dK = scale dS^T Q,   dQ = scale dS K
 //
-// P is recomputed from the lse, or, if that is too inexact, from maxima and sums that are recomputed. All five products
+// P is recomputed from the lse or, where that is too inexact, from recomputed maxima and sums. All five products
 // are those of the forward pass. A thread takes a chunk of keys of one key/value head, whose gradients it keeps, past
 // all tiles of rows that see any of them; so multi-query attention fills the cores too. Chunks add to the gradients of
 // queries in order, each after the one before: the bits do not depend on the threads.
@@ -66,7 +66,7 @@ class OrderedAccumulation {
         }
     }
 
-    // Whether the tile sees the chunk, or any.
+    // Whether the tile sees the chunk; whether it sees any chunk.
     bool has(int64_t batch, int64_t tile, int64_t chunk) const { return rank(batch, tile, chunk) != NONE; }
     bool has_any(const Tile& t) const { return last[t.batch * tiles + t.index] != NONE; }
 
@@ -76,7 +76,7 @@ class OrderedAccumulation {
         return rank(t.batch, t.index, chunk) == last[t.batch * tiles + t.index];
     }
 
-    // Chunks are started in order, so the one that this waits for is at work or has given up.
+    // Chunks are started in order, so the one that this waits for is running or has given up.
     void await_turn(const Problem& p, const Tile& t, int64_t chunk) const {
         const std::atomic<int>& now = done[counter_of(p, t)];
         const int mine = rank(t.batch, t.index, chunk);

@@ -17,8 +17,8 @@ static inline void repeat(Work work) {
     repeat(work, std::make_integer_sequence<int, COUNT>());
 }
 
-// Prefetches the keys and values of the next block step by step while this one is computed: few requests can be under
-// way, so bandwidth would drop after a burst.
+// Prefetches the keys and values of the next block step by step while this one is computed: few requests can be
+// outstanding, so bandwidth would drop after a burst.
 template <int ROWS>
 struct PrefetchBlock {
     PrefetchBlock(const Problem& p, const Tile& t, int64_t first)
@@ -27,7 +27,7 @@ struct PrefetchBlock {
           values(row_of(p, p.v, t, first) + BLOCK_N * value_stride),
           count((int)std::max<int64_t>(0, std::min<int64_t>(BLOCK_N, t.end - first - BLOCK_N))) {}
 
-    // The parts of the work on a block, in the order in which they come, each in so many steps. A product of a key
+    // The parts of the work on a block in their order; each calls `step` `steps` times. A product of a key
     // costs about as much as 16 rows of its scores.
     void scores(int steps) { plan(16, steps); }
     void maxima(int steps) { plan(16 + ROWS, steps); }
@@ -50,10 +50,10 @@ struct PrefetchBlock {
 
     const int64_t key_stride, value_stride, key_bytes, value_bytes;
     const char *const keys, *const values;
-    const int count;  // keys, and as many values
-    int done = 0;     // of both
-    int due = 0;      // how many should be, in 256ths
-    int rate = 0;     // by which that moves with each step
+    const int count;  // of keys, and of values
+    int done = 0;     // keys and values prefetched
+    int due = 0;      // how many should be prefetched, times 256
+    int rate = 0;     // growth of `due` per step
 };
 
 // Both products of a block of keys of bf16, on tiles, which take keys and values as they lie in memory.
@@ -172,7 +172,7 @@ struct OnTiles {
         repeat<GROUPS>([&](auto n) { tile_store<n>(scores + n * FLOATS, 64); });
     }
 
-    // Lane i of vector r is of key i and row r, where lane i / KEYS + i % KEYS * ROWS was.
+    // Orders the lanes of row r by key: lane i is taken from lane i / KEYS + i % KEYS * ROWS.
     template <int ROWS>
     struct Keys {
         static constexpr int KEYS = LANES / ROWS;

@@ -184,7 +184,7 @@ void forward(const Problem& p) {
     }
     if (p.pages.table) {
         Problem plain = p;
-        if (straighten(plain)) return forward(plain);
+        if (drop_pages(plain)) return forward(plain);
         if (tiles_of_head(p) > 1) return forward(ContiguousProblem(p).problem);
     }
     prefer_huge_pages(p.out.data, p.batch * p.heads * p.lq * p.value_width * size_of(p.dtype));

@@ -13,8 +13,8 @@
 namespace qkv {
 namespace QKV_ISA {
 
-// Whether keys [begin, end) of a batch lie in memory as they would without pages.
-static bool are_straight(const Problem& p, int64_t batch, int64_t begin, int64_t end) {
+// Whether keys [begin, end) of a batch lie in memory as they would without pages: in consecutive pages.
+static bool are_consecutive(const Problem& p, int64_t batch, int64_t begin, int64_t end) {
     const int64_t *page = p.pages.entry(batch, begin), *const last = p.pages.end_entry(batch, begin, end) - 1;
     if (page < last && (p.k.batch != p.pages.size * p.k.row || p.v.batch != p.pages.size * p.v.row)) return false;
     for (; page < last; ++page)
@@ -22,23 +22,24 @@ static bool are_straight(const Problem& p, int64_t batch, int64_t begin, int64_t
     return true;
 }
 
-// Keys or values that lie straight from `begin` on, as a view of one batch, with its strides without pages.
-static View straight(const Problem& p, const View& view, int64_t batch, int64_t begin) {
+// Keys or values in consecutive pages from `begin` on, as a view of one batch with the strides that it has without
+// pages.
+static View without_pages(const Problem& p, const View& view, int64_t batch, int64_t begin) {
     View of_batch = view;
     of_batch.data = row_of(p.kv_dtype, view, *p.pages.entry(batch, begin), 0, p.pages.row(begin) - begin);
     return of_batch;
 }
 
-// Makes a problem whose keys and values all lie straight, at equal distances between batches, one without pages.
-// Returns whether they do.
-static bool straighten(Problem& p) {
+// Makes the problem one without pages if each batch has consecutive pages, at equal distances between batches. Returns
+// whether it has.
+static bool drop_pages(Problem& p) {
     if (p.lk == 0) return p.pages = {}, true;
     const int64_t first = *p.pages.entry(0, 0), step = p.batch > 1 ? *p.pages.entry(1, 0) - first : 0;
     for (int64_t batch = 0; batch < p.batch; ++batch)
-        if (*p.pages.entry(batch, 0) != first + batch * step || !are_straight(p, batch, 0, p.lk)) return false;
+        if (*p.pages.entry(batch, 0) != first + batch * step || !are_consecutive(p, batch, 0, p.lk)) return false;
     for (View* view : {&p.k, &p.v}) {
         const int64_t page = view->batch;
-        *view = straight(p, *view, 0, 0);
+        *view = without_pages(p, *view, 0, 0);
         view->batch = step * page;
     }
     p.pages = {};
@@ -85,9 +86,9 @@ static Problem contiguous(const Problem& p, const Tile& t, int64_t begin, const 
     const int64_t to = std::min({begin + KV_SPLIT, p.lk, (t.end + BLOCK_N - 1) / BLOCK_N * BLOCK_N});
     Problem copy = p;
     copy.pages = {};
-    if (are_straight(p, t.batch, from, to)) {
-        copy.k = straight(p, p.k, t.batch, from);
-        copy.v = straight(p, p.v, t.batch, from);
+    if (are_consecutive(p, t.batch, from, to)) {
+        copy.k = without_pages(p, p.k, t.batch, from);
+        copy.v = without_pages(p, p.v, t.batch, from);
         copy.k.batch = copy.v.batch = 0;
         return copy;
     }

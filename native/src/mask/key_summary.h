@@ -49,7 +49,7 @@ class KeyVisibility {
             if (keep && (has_far_keys || !find_ends(keep, p.lk, keys))) keys.keep = keep;
             if (documents && (has_far_keys || !find_runs(documents, p.lk, &bounds[2 * row * p.lk], keys)))
                 keys.documents = documents;
-            if (keys.keep || keys.documents || keys.is_global) find_parts(p.lk, &parts[row * blocks], keys);
+            if (keys.keep || keys.documents || keys.is_global) summarise_blocks(p.lk, &parts[row * blocks], keys);
         }
     }
 
@@ -86,7 +86,8 @@ class KeyVisibility {
         return true;
     }
 
-    static void find_parts(int64_t count, BlockSummary* parts, Keys& keys) {
+    // Summarises blocks of keys: range of documents, whether any key or all are kept, whether any is global.
+    static void summarise_blocks(int64_t count, BlockSummary* parts, Keys& keys) {
         keys.parts = parts;
         for (int64_t key = 0; key < count; ++key) {
             BlockSummary& part = parts[key / BLOCK_N];

@@ -48,6 +48,7 @@ template <Dtype DTYPE>
 struct Widening {
     static constexpr int64_t ITEM = size_of(DTYPE), FLOATS = SPAN;
 
+    // LANES of the SPAN columns: half 0 is the even ones of bf16, else the first ones; half 1 the odd or the last ones.
     template <int HALF>
     static vec load_half(const char* span) {
         if constexpr (DTYPE == Dtype::bf16) {
@@ -111,7 +112,7 @@ struct PairsOfBf16 {
 };
 #endif
 
-// Calls work with how numbers of this dtype are multiplied.
+// Calls run with how numbers of this dtype are multiplied.
 template <class Run>
 static void for_products(Dtype dtype, Run run) {
 #if defined(__AVX512BF16__)
@@ -124,13 +125,13 @@ static void for_products(Dtype dtype, Run run) {
 template <class Products>
 constexpr int64_t LINE = std::max<int64_t>(SPAN, 64 / Products::ITEM);
 
-// The rows of x as they are multiplied, span by span, with zeros up to a whole line: how many floats they take, and how
-// they are packed.
+// How many floats the packed rows of x take.
 template <class Products>
 static int64_t packed_floats(int64_t rows, int64_t columns) {
     return (columns + LINE<Products> - 1) / LINE<Products> * (LINE<Products> / SPAN) * rows * Products::FLOATS;
 }
 
+// Packs the rows of x as they are multiplied: span by span, all rows of each, with zeros up to a whole line.
 template <class Products>
 static void pack_rows(const Projection& p, float* to) {
     const float* const end = to + packed_floats<Products>(p.rows, p.in_features);
@@ -214,8 +215,8 @@ static inline void write_sums(const Projection& p, int64_t first, int64_t count,
     }
 }
 
-// What is read after the chain of columns from byte `begin` of rows of so many bytes on: the same columns of the next
-// chunk or, in long rows, columns further on.
+// What is read after the chain of columns that starts at byte `begin` of rows of `bytes` bytes: the same columns of the
+// next chunk or, in long rows, columns further on.
 static NextWeights next_weights(const char* weight, int64_t stride, int64_t begin, int64_t bytes, int64_t count) {
     const char* const chunk = weight + FEW_ROWS_CHUNK * stride;
     if (bytes <= FEW_ROWS_SHORT && bytes == stride) return {chunk - begin + begin * count, 0};
@@ -249,9 +250,9 @@ static void project_chunk(const Projection& p, const float* x, int64_t first, in
     write_sums(p, first, count, sums);
 }
 
-// Calls work with the most rows of x that are multiplied at a time.
+// Calls run with how many rows of x are multiplied at a time: as few groups as possible, all of about this size.
 template <class Run>
-static void for_row_groups(int64_t rows, Run run) {
+static void for_group_size(int64_t rows, Run run) {
     const int64_t groups = (rows + FEW_ROWS_AT_ONCE - 1) / FEW_ROWS_AT_ONCE;
     switch ((rows + groups - 1) / groups) {
         case 1: return run(std::integral_constant<int, 1>());
@@ -308,7 +309,7 @@ void FewRows::operator()(int64_t item) const {
     const Projection& p = products[i];
     const int64_t at = (item - first[i]) * FEW_ROWS_CHUNK, features = std::min(FEW_ROWS_CHUNK, p.out_features - at);
     for_products(p.dtype, [&](auto kind) {
-        for_row_groups(p.rows, [&](auto rows) {
+        for_group_size(p.rows, [&](auto rows) {
             project_chunk<decltype(kind), decltype(rows)::value>(p, packed[i], at, features);
         });
     });

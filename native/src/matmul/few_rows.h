@@ -32,7 +32,7 @@ class FewRows {
     const float* packed[MOST_PRODUCTS];
 };
 
-// All items of `FewRows`, on up to `threads` threads; products of few bytes on less.
+// All items of `FewRows`, on up to `threads` threads; small weights on fewer.
 void project(const Projection* products, int count, int threads);
 
 }  // namespace QKV_ISA

@@ -20,7 +20,7 @@ struct Loop {
     std::atomic<int64_t> next{0};
     std::atomic<bool> failed{false};
 
-    // Takes the items [begin, end), if any are left.
+    // Takes the next items [begin, end): one, or a run that shrinks with what is left. False if none are left.
     bool take(int64_t& begin, int64_t& end) {
         begin = next.load(std::memory_order_relaxed);
         do {
@@ -52,8 +52,8 @@ GompParallel gomp_parallel() {
     return entry;
 }
 
-// How many of so many threads, this one included, can be started. libgomp ends the process if it fails to start one, so
-// they are tried when this thread wants more than before; their stacks stay cached.
+// How many of `threads` threads, this one included, can be started. libgomp ends the process if it fails to start one,
+// so they are tried when this thread wants more than before; their stacks stay cached.
 int startable(int threads) {
     static thread_local int most = 1;
     if (threads <= most) return threads;

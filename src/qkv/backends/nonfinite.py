@@ -88,7 +88,7 @@ def _add_terms(
 
 
 def _zero_padded_keys(problem: Problem) -> Problem:
-    """The problem with 0 for keys and values that padding hides, or the interval in a row with an offset of its own."""
+    """The problem with 0 for keys and values that padding (with offsets by row, also the interval) hides entirely."""
     mask, offset = problem.mask, problem.offset
     keep = mask.keep_keys(problem.lk)
     if isinstance(offset, Tensor) and (mask.left is not None or mask.right is not None):

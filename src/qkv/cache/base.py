@@ -101,7 +101,7 @@ class Cache:
         self._autocast: torch.dtype | None = None
         """to which torch.autocast cast the first tokens"""
         self._rows: Rows | None = None
-        """None while all rows have as many tokens, and no padding"""
+        """None while all rows have the same number of tokens, without padding"""
         self._counts_slots = False
         """whether slots may be more than the tokens of the longest row, since a compiled call cannot count those"""
 
@@ -269,7 +269,7 @@ class Cache:
         self._own(owner)
 
     def _settle(self) -> None:
-        """Makes up for modes of earlier calls: compiled ones count slots, those of inference leave such tensors."""
+        """Undoes what compiled calls (they count slots) and inference mode (it leaves inference tensors) have left."""
         if self._rows is None or torch.compiler.is_compiling():
             return
         if self._rows.lengths.is_inference() and not torch.is_inference_mode_enabled():

@@ -131,7 +131,7 @@ class AppendBuffer:
         return memory.narrow(2, start, added)
 
     def claim(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, capacity: int) -> Tensor:
-        """Counts uninitialised slots for tokens of this shape, for the kernel to fill; returns all tokens."""
+        """Appends uninitialised slots for tokens of this shape, which the kernel fills; returns a view of all."""
         count, memory = shape[2], self.memory
         if (
             memory is None

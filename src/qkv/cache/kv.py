@@ -72,11 +72,11 @@ class FullCache(Cache):
         return [(k, dtype), (v, dtype)]
 
     def _extend_equally(self, k: Tensor, v: Tensor) -> Sequence[Tensor]:
-        """Appends as many tokens to each row."""
+        """Appends the same number of tokens to each row."""
         raise NotImplementedError
 
     def _extend_rows(self, k: Tensor, v: Tensor, is_token: Tensor | None) -> tuple[Sequence[Tensor], int | Tensor]:
-        """Appends tokens to rows that differ in length, or come to."""
+        """Appends tokens to rows that differ in length, now or afterwards."""
         require_is_token(type(self).__name__, is_token, k)
         self._settle()
         rows = self._rows_or_equal(k)

@@ -186,7 +186,7 @@ class PagePool:
         )
 
     def _allocate(self, like: tuple[Tensor | None, Tensor | None], pages: int) -> None:
-        """Memory for so many pages, the first of which are those there are."""
+        """Allocates memory for ``pages`` pages, in which the present ones come first."""
         grown = [self._grown(x, pages) for x in like if x is not None]
         self.k, self.v = grown
         self._is_writable = not any(x.requires_grad for x in grown)

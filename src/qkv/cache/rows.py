@@ -25,7 +25,7 @@ class Rows(NamedTuple):
 
     @classmethod
     def of_equal_length(cls, batch: int, length: int, device: torch.device) -> "Rows":
-        """Rows of as many tokens, without padding."""
+        """Rows of equal length, without padding."""
         lengths = torch.full((batch,), length, dtype=torch.int64, device=device)
         return cls(lengths, torch.ones(batch, length, dtype=torch.bool, device=device))
 
@@ -50,7 +50,7 @@ class Rows(NamedTuple):
         return torch.cat([self.is_token, later], dim=1) if self.later else self.is_token
 
     def column_of_tokens(self) -> Tensor:
-        """``(B, columns)``, the column of each token of a row, followed by those that are none."""
+        """``(B, columns)``, the column of each token of a row, followed by the columns of padding."""
         return self.all_columns().to(torch.int8).argsort(dim=1, descending=True, stable=True)
 
     def append(self, count: int, is_token: Tensor | None) -> "Rows":
@@ -140,9 +140,10 @@ class Placement(NamedTuple):
 def place(
     lengths: Tensor, count: int, is_token: Tensor | None, *, keeps_padding: bool = False
 ) -> tuple[Placement, int]:
-    """The slots of ``count`` new columns in rows of these ``lengths (B,)``, and how much the longest row may grow.
+    """The slots of ``count`` new columns in rows of these ``lengths (B,)``, and by how much the longest length grows.
 
-    ``keeps_padding`` gives padding the slots after the tokens, so that no size depends on numbers, as compilers need.
+    ``keeps_padding`` gives padding the slots after the tokens: then no size depends on values, as compilers need, and
+    the growth is ``count``.
     """
     device = lengths.device
     rows = torch.arange(lengths.shape[0], device=device)[:, None]

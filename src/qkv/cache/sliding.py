@@ -115,7 +115,7 @@ class SlidingKVCache(Cache):
         return Keys(keys, values, rows.stored, self._rows.stored)
 
     def _append_equally(self, k: Tensor, v: Tensor) -> Keys:
-        """Appends as many tokens to each row."""
+        """Appends the same number of tokens to each row."""
         new, capacity = k.shape[2], self._capacity
         if self._parts[0].length + new > capacity:
             self._parts = tuple([self._recent(part.tensor) for part in self._parts])
@@ -129,7 +129,7 @@ class SlidingKVCache(Cache):
         return Keys(grown[0], grown[1], before)
 
     def _append_rows(self, k: Tensor, v: Tensor, is_token: Tensor | None) -> Keys:
-        """Appends tokens to rows that differ in length, or come to."""
+        """Appends tokens to rows that differ in length, now or afterwards."""
         require_is_token("SlidingKVCache", is_token, k)
         self._settle()
         new, rows = k.shape[2], self._rows_or_equal(k)

@@ -1,4 +1,4 @@
-"""`report`: what of a model runs on qkv, what does not and why, and what its calls so far were answered by."""
+"""`report`: which parts of a model run on qkv, why others do not, and what answered its calls so far."""
 
 from collections import Counter
 from collections.abc import Iterator

@@ -7,7 +7,7 @@ from qkv.kernels.binding import loaded
 from qkv.kernels.structs import DTYPES, QUANTIZATION, scales, view
 
 _MIN_PARALLEL = 1 << 14
-"""Elements from which on several threads copy or round faster than one."""
+"""Number of elements from which several threads copy or round faster than one."""
 
 
 def quantize(x: Tensor, codes: Tensor, scale: Tensor) -> None:

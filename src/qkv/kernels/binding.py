@@ -109,7 +109,7 @@ _FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
     "project": ([_STRUCT, ctypes.c_int, ctypes.c_int], ctypes.c_int),
     "rotate": ([_STRUCT], ctypes.c_int),
 }
-"""The types of what the functions of `Library` take and return that take structs."""
+"""Argument and result types of the functions of `Library` that take structs."""
 
 _CALLS_OF_TENSORS: dict[str, list[Any]] = {
     "fast_forward": [*[_TENSOR] * 10, *[_NUMBER] * 5, ctypes.c_float, ctypes.c_int],
@@ -119,7 +119,7 @@ _CALLS_OF_TENSORS: dict[str, list[Any]] = {
     "fast_rotate": [*[_TENSOR] * 10, _NUMBER, *[ctypes.c_float] * 2, *[_NUMBER] * 2, *[ctypes.c_int] * 3],
     "layer_step": [ctypes.POINTER(_TENSOR), *[_NUMBER] * 5, ctypes.c_int, *[ctypes.c_float] * 5, ctypes.c_int],
 }
-"""The types of what the functions of `Library` take that take tensors of Python."""
+"""Argument types of the functions of `Library` that take Python tensors, after the `_Interpreter`."""
 
 
 def _load_calls_of_tensors(path: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ _NEVER = 1 << 62
 
 
 class _Crossovers(NamedTuple):
-    """The fewest numbers of a weight with which the kernel is faster than torch, by rows up to so many."""
+    """By dtype: from which size of a weight on the kernel is faster than torch, by the largest number of rows."""
 
     f32: dict[int, int]
     bf16: dict[int, int]
@@ -39,9 +39,9 @@ _AVX512 = _Crossovers(
     bf16={8: 1 << 18, MOST_ROWS: _NEVER},
     f16={8: 1 << 19, MOST_ROWS: _NEVER},
 )
-"""Not measured: where AVX2 gains half, and torch's own kernels for these instructions have no say."""
+"""Not measured: guesses on the safe side (docs/log.md, step 109)."""
 _FEW_COLUMNS = 256
-"""Below, torch is faster in fp32."""
+"""With fewer, torch is faster in fp32."""
 
 
 def _by_rows(crossovers: dict[int, int]) -> tuple[int, ...]:
@@ -59,7 +59,7 @@ _FEWEST = {
 def has_few_rows(x: Tensor) -> bool:
     """Whether ``x (..., in_features)`` is exactly a Tensor on a CPU, with 1 to `MOST_ROWS` rows.
 
-    Any number is few where torch has no fast product of the dtype.
+    Where torch has no fast product of the dtype, any number of rows counts as few.
     """
     if not is_exact_tensor(x) or not x.is_cpu or x.dim() == 0 or not x.numel() or absence() is not None:
         return False
@@ -101,7 +101,7 @@ def fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``qkv::linear`` on a CPU: by the kernel what it takes, by torch the rest."""
+    """``qkv::linear`` on a CPU: by the kernel if it takes the product, else by torch."""
     if not _fits(x, weight, bias):
         return _on_any_device(x, weight, bias)
     out_features, in_features = weight.shape

@@ -13,7 +13,7 @@ from qkv.rotation import Rotation, rotate_by_operators
 from qkv.tracing import is_exact_tensor, is_tracing
 
 _MIN_PARALLEL = 1 << 14
-"""Elements from which on several threads rotate faster than one."""
+"""Number of elements from which several threads rotate faster than one."""
 
 _LARGEST_OFFSET = 1 << 62
 
@@ -65,7 +65,7 @@ def rotate(x: Sequence[Tensor], rotation: Rotation) -> Sequence[Tensor]:
 
 
 def _is_supported(x: Sequence[Tensor], rotation: Rotation, tensors: list[Tensor]) -> bool:
-    """Whether the kernel computes a rotation, by whatever way."""
+    """Whether the kernel computes a rotation, in any of these ways."""
     if absence() is not None or not all(tensor.is_cpu for tensor in (*x, *tensors)):
         return False
     first, pairs = x[0], rotation.pairs
@@ -282,13 +282,13 @@ class TransformedRotate(Rotate):
 def _fold(
     copies: int, rotation: Rotation, dims: Sequence[int | None], x: Sequence[Tensor], x_dims: Sequence[int | None]
 ) -> tuple[Rotation, list[Tensor]]:
-    """A mapped call as one of ``copies`` times the batch, whose dimension the given ones are merged into."""
+    """A call under vmap as one call over ``copies`` times the batch: the mapped dimensions become part of the batch."""
     batch = next(
         (one.shape[0] if dim is None else one.movedim(dim, 0).shape[1] for one, dim in zip(x, x_dims, strict=True)), 1
     )
 
     def folded(tensor: Any, dim: int | None, after: int) -> Any:
-        """The tensor with one batch dimension, ``after`` others following it; any of these may be missing."""
+        """The tensor with mapped and batch dimension as one, before the last ``after`` ones; any may be missing."""
         if not isinstance(tensor, Tensor):
             return tensor
         if dim is None:

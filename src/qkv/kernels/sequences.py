@@ -147,7 +147,7 @@ def _new_gradients(sequences: Sequences) -> tuple[Tensor, ...]:
 
 
 def _pack(sequences: Sequences) -> tuple[bytes, list[Tensor | None]]:
-    """The `SEQUENCES` struct, and the tensors that it points to, to be alive alive."""
+    """The `SEQUENCES` struct, and the tensors that it points to, to be kept alive."""
     call, *tensors = sequences
     alive = [None if tensor is None else tensor.to("cpu", torch.int64).contiguous() for tensor in tensors]
     starts, firsts, lengths, tables = alive

@@ -107,7 +107,7 @@ def require_integers(
     if not isinstance(value, Tensor) or value.dtype not in INTEGERS:
         got = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{caller}: {name} must be {other}a tensor of integers; got {got}.")
-    # Sizes are compared for shapes as long alone: each comparison binds a symbolic size of an exported program.
+    # Sizes are compared only with shapes of as many dimensions: each comparison binds a symbolic size in an export.
     if not any(len(shape) == value.dim() and shape == value.shape for shape in shapes):
         known = " or ".join(dict.fromkeys(map(str, shapes)))
         raise ValueError(f"{caller}: {name} must be {other}integers of shape {known}; got {tuple(value.shape)}.")

@@ -275,7 +275,7 @@ class Attention(nn.Module):
         out = layer_step(self, x, context, options)
         return self._project_out(self._attend(self._inputs(x, context, options)), x) if out is None else out
 
-    if TYPE_CHECKING:  # of `nn.Module`, it takes anything
+    if TYPE_CHECKING:  # that of `nn.Module` takes any arguments
         __call__ = forward
 
     @answer_calls_of_torch
@@ -396,7 +396,7 @@ class Attention(nn.Module):
             q, k = rotate_both(self.rotary, q, k, where)
         if keys is queries and mask.is_relative and self.position_bias is None:
             out = self._attend(Inputs(q, Keys(k, v, 0), mask & queries.document_mask, None))
-        else:  # each sequence has first tokens, chunks and relative positions of its own
+        else:  # sinks, chunks and relative positions count in each sequence
             padded = Inputs(queries.pad(q), Keys(keys.pad(k), keys.pad(v), 0), mask & Mask.padding(keys.lengths), None)
             out = queries.pack(self._attend(padded))
         return nested_like(x, self._project_out(out, queries.values))
@@ -515,7 +515,10 @@ class Attention(nn.Module):
             )
 
     def _cross_inputs(self, x: Tensor, q: Tensor, context: Tensor | None, options: CallOptions) -> Inputs:
-        """`_inputs` of cross-attention, from projected queries."""
+        """`_inputs` of cross-attention, from projected queries.
+
+        Keys come from the context or from a filled cache; with both, the context must be the cached one.
+        """
         mask, bias, _, cache = options
         caller = type(self).__name__
         if cache is not None and not isinstance(cache, CrossKVCache):

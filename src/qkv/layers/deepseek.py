@@ -72,6 +72,6 @@ def state(module: nn.Module, layer: nn.Module) -> dict[str, Tensor]:
         for submodule, _, parameter in [name.partition(".")]
         if f"{NAMES[submodule]}.{parameter}" in given
     }
-    if "q_proj.bias" in layer.state_dict():  # theirs has none where the others do
+    if "q_proj.bias" in layer.state_dict():  # in the module, q_proj alone never has one
         converted["q_proj.bias"] = layer.get_parameter("q_proj.bias").detach()
     return converted

@@ -104,7 +104,7 @@ class DifferentialAttention(Attention):
     def reset_parameters(self) -> None:
         """As `Attention.reset_parameters`; those of lambda are drawn with standard deviation 0.1, as in the paper."""
         super().reset_parameters()
-        for name, parameter in self.named_parameters():  # none of these yet when `Attention` is constructed
+        for name, parameter in self.named_parameters():  # absent while `Attention.__init__` runs
             if name in LAMBDAS:
                 nn.init.normal_(parameter, std=0.1)
             elif name == "sub_norm.weight":

@@ -8,14 +8,14 @@ from torch import nn
 
 
 class InstanceForward:
-    """A forward in the place of a module's own: of its class, as that is now, or set on the instance before.
+    """A forward in place of a module's own: that of the class as it is now, or one set on the instance before.
 
     The module keeps its type, parameters, state dict and hooks, which ``Module.__call__`` runs around any forward.
-    Deep copies and pickles have one of their own. Subclasses define `call`.
+    Deep copies and pickles of the module have their own. Subclasses define `call`.
     """
 
     computes_the_same: ClassVar[bool] = False
-    """whether results are those of the module's own forward, so that both may be skipped for a third way"""
+    """whether results are those of the module's own forward, so that code may compute them without calling either"""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -46,7 +46,7 @@ class InstanceForward:
         return forward.__get__(self.module, kind)  # type: ignore[no-any-return]
 
     @property
-    def __wrapped__(self) -> Callable[..., Any]:  # for readers of the signature
+    def __wrapped__(self) -> Callable[..., Any]:  # for inspect.signature
         return self.forward
 
     @property

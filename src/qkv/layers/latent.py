@@ -47,7 +47,7 @@ class LatentAttention(nn.Module):
         nope_dim: width of the part of a key that comes from the latent; 0 if all of it is rotary.
         rope_dim: width of the rotary key; 0 for none.
         value_dim: width of a value, nope_dim if None.
-        q_rank: width of a latent for queries; they are projected from the input at once if None.
+        q_rank: width of a latent for queries; if None, they are projected directly from the input.
         mask: which keys a query may see.
         rotary: rotates the last ``rope_dim`` channels of queries, and rotary keys, by their position; without it, these
             have no position either.
@@ -207,7 +207,7 @@ class LatentAttention(nn.Module):
         out = self._heads.attend(q, keys.k, mask=mask, backend=self.backend, **options)
         return project(self.out_proj, out.transpose(1, 2).flatten(2))
 
-    if TYPE_CHECKING:  # of `nn.Module`, it takes anything
+    if TYPE_CHECKING:  # that of `nn.Module` takes any arguments
         __call__ = forward
 
     @restore_cache_on_error

@@ -1,4 +1,4 @@
-"""Whether calling a module computes what its class defines and nothing else, so that a shorter way may be taken."""
+"""Whether calling a module computes what its class defines and nothing else, so that the call may be bypassed."""
 
 from collections.abc import Callable
 from typing import Any, TypeGuard
@@ -29,7 +29,7 @@ def is_called_plainly(module: nn.Module) -> bool:
 
 
 def _computes_the_same(forward: object) -> bool:
-    """Whether a forward of an instance computes what that of the class does; None is none."""
+    """Whether the ``forward`` set on an instance, if any, computes what that of the class does."""
     if isinstance(forward, InstanceForward):
         return forward.computes_the_same and forward.own is None
     return forward is None

@@ -142,7 +142,7 @@ class RotaryEmbedding(nn.Module):
     def frequencies(self) -> Tensor:
         """``(rotary_dim / 2,)``, the angle by which each pair of channels rotates per position, on the CPU.
 
-        Those of short sequences, if ``scaling`` goes by the length.
+        Those of short sequences, if ``scaling`` depends on the length.
         """
         return self.frequencies_on(torch.device("cpu")).clone()
 
@@ -161,9 +161,9 @@ class RotaryEmbedding(nn.Module):
             offset: token i has position ``i + offset``; integers ``(B,)`` are one for each row.
             positions: integers ``(L,)``, or ``(B, L)`` for each row, instead of an offset. With sections, multimodal
                 ones ``(axes, B, L)`` as well; fewer dimensions are the position on every axis (text).
-            length: the length of the sequence, by which ``dynamic`` and ``longrope`` scalings go; the greatest position
-                of each row + 1 if None. Integers ``(L,)`` or ``(B, L)`` are those of each token's sequence, in packed
-                ones.
+            length: the length of the sequence, on which ``dynamic`` and ``longrope`` scalings depend; the greatest
+                position of each row + 1 if None. For packed sequences, integers ``(L,)`` or ``(B, L)``: the length of
+                each token's sequence.
 
         Raises:
             TypeError: for an offset, positions and a length that are not integers.
@@ -191,7 +191,7 @@ class RotaryEmbedding(nn.Module):
     def _rotation(
         self, x: Tensor, offset: int | Tensor, positions: Tensor | None, length: int | Tensor | None
     ) -> Rotation:
-        """By which angles the tokens of x are rotated."""
+        """The rotation of the tokens of x."""
         if positions is None:
             first, offsets = self._offsets(x, offset)
         else:
@@ -221,7 +221,7 @@ class RotaryEmbedding(nn.Module):
         return rotation._replace(frequencies=self._frequencies_by_length(rotation, x, length))
 
     def _offsets(self, x: Tensor, offset: int | Tensor) -> tuple[int, Tensor | None]:
-        """The offset of all rows, and beside it that of each row."""
+        """The offset as an int for all rows plus, if it is a tensor, one for each row."""
         if isinstance(offset, Tensor):
             shapes = [(), (x.shape[0],)] if x.dim() == 4 else [()]
             require_integers(type(self).__name__, "offset", offset, shapes, x, other="an int, or ")

@@ -68,10 +68,10 @@ class RotaryEmbedding2d(RotaryEmbedding):
         Args:
             config: the configuration of the tower, or its dict, with ``rope_parameters`` (or ``rope_theta``).
             layer_type: None; towers have one embedding for all layers.
-            interleaved: how channels are paired; as in Qwen2-VL and Pixtral, False, if None.
+            interleaved: how channels are paired; None means False, as in Qwen2-VL and Pixtral.
 
         Raises:
-            ValueError: for a configuration without these fields, and one of another ``rope_type`` than ``axial``.
+            ValueError: if these fields are missing, or ``rope_type`` is neither ``axial`` nor ``default``.
 
         Example:
             >>> import qkv
@@ -81,7 +81,7 @@ class RotaryEmbedding2d(RotaryEmbedding):
         caller = f"{cls.__name__}.from_config"
         fields = select_parameters(caller, config, layer_type)
         if fields["rope_type"] not in ("axial", "default"):
-            raise ValueError(f"{caller}: rope_type must be 'axial'; got {fields['rope_type']!r}.")
+            raise ValueError(f"{caller}: rope_type must be 'axial' or 'default'; got {fields['rope_type']!r}.")
         model_type = config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None)
         return cls(
             head_dim_of(caller, config, "embed_dim", "hidden_size"),

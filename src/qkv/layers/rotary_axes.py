@@ -38,7 +38,7 @@ def _in_blocks(sections: tuple[int, ...]) -> list[int]:
 
 
 def _in_turns(sections: tuple[int, ...]) -> list[int]:
-    """``[0, 1, 0, 1, 0]`` for sections (3, 2): the first axis has what the turns of the others leave."""
+    """``[0, 1, 0, 1, 0]`` for sections (3, 2): axes take turns, and the first one also takes the pairs left over."""
     axes = [0] * sum(sections)
     for axis in range(1, len(sections)):
         for pair in range(axis, len(axes), len(sections))[: sections[axis]]:

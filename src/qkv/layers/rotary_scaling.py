@@ -29,7 +29,7 @@ class RotaryScaling:
         torch.Size([32])
 
     Source: transformers, ``modeling_rope_utils.ROPE_INIT_FUNCTIONS``, with the same bits, except that ``dynamic`` and
-    ``longrope`` go by the length of each row and not by that of the longest in the batch (see `RotaryEmbedding`).
+    ``longrope`` use the length of each row, not that of the longest one in the batch (see `RotaryEmbedding`).
     """
 
     depends_on_length: ClassVar[bool] = False

@@ -45,14 +45,14 @@ def refuse_unknown_options(caller: str, unknown: Mapping[str, object], known: Co
 
 
 def answer_calls_of_torch(call: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """Decorates a method ``(self, x, context)``: a call in the way of ``nn.MultiheadAttention`` is answered by name."""
+    """Decorates a method ``(self, x, context)``: arguments of ``nn.MultiheadAttention`` raise by name."""
 
     @functools.wraps(call)
     def answering(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
         try:
             return call(*args, **kwargs)
         except TypeError:
-            # Calls of other kinds fail for what is in them, and keep their error.
+            # Calls without such arguments keep their error.
             caller = type(args[0]).__name__
             for name in kwargs:
                 if name in CALL:

@@ -107,7 +107,7 @@ class _Factoriser:
         return compute
 
     def _factorise(self, values: tuple[Tensor, ...]) -> LatentFactors:
-        """The factors of the projections, which are the ``sources``, weighed by the norm's gain, which is the last."""
+        """Factors of q, k and v. ``values``: tensors of ``sources``, the gain of the norm last, which weighs errors."""
         q, k, v, _ = LAYOUT.read(dict(zip(self._layer.parts, values[:-1], strict=True)), self._heads)
         q, k, v = (rows.double().view(-1, self._heads.head_dim, rows.shape[1]) for rows in (q, k, v))
         weights = torch.ones(q.shape[2], dtype=torch.float64)

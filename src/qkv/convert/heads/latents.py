@@ -41,21 +41,21 @@ class LatentWidths(NamedTuple):
         return self.head_dim - (self.rotary_dim if self.rope_heads == self.num_kv_heads else 0)
 
     def full_rank(self, columns: int) -> int:
-        """The rank with which latents are exact, for inputs of so many columns, one for biases included."""
+        """The rank with which latents are exact, for inputs of ``columns``, the one for biases included."""
         return min(columns, self.num_kv_heads * (self.head_dim + self.value_dim) - self.rope_dim)
 
 
 def factorise(q: Tensor, k: Tensor, v: Tensor, pairs: Tensor, weights: Tensor, widths: LatentWidths) -> LatentFactors:
-    """Projections of latent attention that compute what those of grouped heads do, up to what is left out.
+    """Projections of latent attention that equal those of grouped heads, except for what the widths leave out.
 
-    **Rotary keys.** Two channels that rotate together are one complex number, and the keys of all G heads at one
-    frequency a vector z of G of them, which rotate by the same factor. So a unitary U at each frequency, applied to z
-    and to queries, leaves scores as they are: ``conj(U q) @ U z = conj(q) @ z``. U is chosen by the singular vectors of
-    the projections: components are uncorrelated, for inputs that are. The ``rope_heads`` largest at each frequency
-    become the rotary key. The others, if any, lose their rotation, which changes scores by their distance.
+    **Rotary keys.** Two channels that rotate together are one complex number. At one frequency, the keys of all G heads
+    are a vector z of G such numbers, which rotate by the same factor. So a unitary U at each frequency, applied to z
+    and to queries, leaves scores unchanged: ``conj(U q) @ U z = conj(q) @ z``. U consists of the singular vectors of
+    the projections, so that uncorrelated inputs give uncorrelated components. The ``rope_heads`` largest at each
+    frequency become the rotary key. The others, if any, no longer rotate, so their scores lose the distance.
 
-    **Latents.** Keys that do not rotate, or no longer, and values are linear in the input. The best approximation of
-    both of this rank, after scaling keys to the norm of values, is the joint singular value decomposition.
+    **Latents.** Values, and keys that do not rotate, are linear in the input. The best approximation of both at a given
+    rank, after scaling keys to the norm of values, is the joint singular value decomposition.
 
     Args:
         q, k, v: ``(H, D, C)``, ``(G, D, C)`` and ``(G, Dv, C)``, fp64: rows of the projections by head.

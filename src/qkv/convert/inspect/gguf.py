@@ -47,7 +47,11 @@ def inspect_gguf(path: Path) -> Inspection:
 
 
 def _layer(path: Path, own: Mapping[str, Any], number: int, parts: Mapping[str, TensorSpec]) -> LayerAttention:
-    """Describes one layer. ``own``: the header's fields without prefix; ``parts``: the layer's attention tensors."""
+    """Describes one layer. ``own``: the header's fields without prefix; ``parts``: the layer's attention tensors.
+
+    Raises:
+        CheckpointError: if the tensors have other shapes than the header implies.
+    """
     num_heads = _count(path, own, "attention.head_count", number)
     num_kv_heads = _count(path, own, "attention.head_count_kv", number, default=num_heads)
     key_width = _count(path, own, "attention.key_length", number, _count(path, own, "embedding_length", 0) // num_heads)

@@ -47,7 +47,7 @@ def accelerate(model: Any = None, *, enabled: bool = True, unpad: bool = False) 
       ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer``;
     - latent attention as in DeepSeek-V3, which decodes from latents as `qkv.integrations.transformers.latent` does;
     - the rotary embeddings of their attention modules, where they are the usual ones;
-    - each ``nn.Linear``, with its hooks. Subclasses, quantised, adapted and patched ones are called as ever.
+    - each ``nn.Linear``, with its hooks. Subclasses, quantised, adapted and patched ones are called normally.
 
     `qkv.report` lists what was taken, what not, and why, and counts the calls of a run.
 

@@ -292,7 +292,7 @@ class QKVCache(DynamicCache):  # type: ignore[misc]
         self._replace_layers(config, append_layer)
 
     def _replace_layers(self, config: PreTrainedConfig, append_layer: type[DynamicLayer]) -> None:
-        """Replaces transformers' layers by ours."""
+        """Replaces transformers' layers by ours: ``append_layer``, or `LatentLayer` where the config has latents."""
         config = _decoder_config(config)
         configs = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
         latent = [append_layer is AppendLayer and bool(getattr(each, "kv_lora_rank", None)) for each in configs]
