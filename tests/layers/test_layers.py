@@ -10,7 +10,7 @@ from torch import Tensor
 
 import qkv
 from qkv.layers.cached_call import CallOptions
-from qkv.layers.options import Arguments
+from qkv.layers.options import Arguments, LayerOptions
 
 NOTHING = CallOptions(qkv.Mask.full(), None, None, None)
 X = torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(0))
@@ -46,6 +46,13 @@ def test_every_option_has_an_effect(name: str) -> None:
     torch.manual_seed(0)
     layer = qkv.Attention(24, 6, **{name: EFFECTS[name]})
     assert not torch.allclose(layer(X), plain(X))
+    with torch.no_grad():  # few tokens, which may take one call of the kernel
+        assert not torch.allclose(layer(X[:1]), plain(X[:1]))
+
+
+def test_no_option_is_without_such_a_test() -> None:
+    elsewhere = {"context_dim", "position_bias", "qk_norm_eps", "dropout", "backend", "device"}
+    assert {*EFFECTS, *(name for name, _ in WEIGHTS), *elsewhere} == set(get_type_hints(LayerOptions))
 
 
 def by_hand(layer: qkv.Attention, x: Tensor) -> Tensor:
