@@ -214,7 +214,7 @@ def test_numbers_that_only_the_kernel_can_check_raise_as_well() -> None:
 
     q, k, v = draw(4)
     ids = torch.arange(LK)[None] // 50
-    message = r"qkv's kernel: offset must be between -2\*\*30 and 2\*\*30 .* between 0 and 127 beside a documents mask"
+    message = r"qkv's kernel: offset must be between -2\*\*30 and 2\*\*30 .* between 0 and 127 with a documents mask"
     compiled = torch.compile(documents, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(q, k, v, ids, WITHIN), documents(q, k, v, ids, WITHIN))
     for wrong in (-1, 128, 2**30, -(2**63)):

@@ -69,6 +69,6 @@ constexpr float LARGE_SCORE = 256;  // scores from here on round so that weights
 constexpr int64_t OWN_HEADS = 8;          // the fewest heads for each thread with which it prepares its own: step 86
 constexpr int SPLIT_TILES = 4;            // tiles for each thread below which their keys are split
 constexpr int SPIN_TRIES = 1000;          // reads of a counter before a thread yields
-constexpr int64_t SEQUENCE_OVERHEAD = 8;  // cost of a sequence beside its scores, in tokens
+constexpr int64_t SEQUENCE_OVERHEAD = 8;  // cost of a sequence besides its scores, in tokens
 
 }  // namespace qkv

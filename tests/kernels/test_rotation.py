@@ -441,7 +441,7 @@ REFUSED: dict[str, tuple[list[Tensor], Rotation, type[Exception], str]] = {
         [torch.ones(1, 1, 2, 8), torch.ones(1, 1, 3, 8)],
         by_angles(4),
         ValueError,
-        r"differ in the number of heads alone; got torch\.float32 \(1, 1, 2, 8\) and torch\.float32 \(1, 1, 3, 8\)",
+        r"differ only in the number of heads; got torch\.float32 \(1, 1, 2, 8\) and torch\.float32 \(1, 1, 3, 8\)",
     ),
     "too many pairs": ([torch.ones(1, 1, 2, 8)], by_angles(5), ValueError, "at least 10 channels; got 8"),
     "three tensors": ([torch.ones(1, 1, 2, 8)] * 3, by_angles(4), ValueError, "one or two tensors; got 3"),

@@ -50,7 +50,7 @@ class Keys(NamedTuple):
         return self._replace(k=self.pages.gather(self.k), v=self.pages.gather(self.v), pages=None)
 
     def options(self) -> dict[str, Any]:
-        """Keywords for `qkv.attention`, beside k and v."""
+        """Keywords for `qkv.attention`, besides k and v."""
         return {"offset": self.offset, "pages": self.pages}
 
 
@@ -81,7 +81,7 @@ class Cache:
     PARTS: ClassVar[tuple[str, ...]] = ("keys", "values")
     """names of the tensors that it stores"""
     STATE: ClassVar[tuple[str, ...]] = ()
-    """names of what `state_dict` has beside these"""
+    """names of what `state_dict` has besides these"""
     OPTIONAL_STATE: ClassVar[tuple[str, ...]] = ()
     """names of what it may have"""
     of_context: ClassVar[bool] = False
@@ -572,7 +572,7 @@ class Cache:
         return self._parts[0].length
 
     def _more_state(self) -> dict[str, Tensor]:
-        """What `state_dict` has beside the parts and the padding."""
+        """What `state_dict` has besides the parts and the padding."""
         return {}
 
     def _load_more(self, state: Mapping[str, Tensor]) -> None:

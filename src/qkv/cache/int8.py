@@ -30,7 +30,7 @@ class Int8Keys(NamedTuple):
         return self.k.shape[2]
 
     def options(self) -> dict[str, Any]:
-        """Keywords for `qkv.attention`, beside k and v."""
+        """Keywords for `qkv.attention`, besides k and v."""
         return {"offset": self.offset, "k_scale": self.k_scale, "v_scale": self.v_scale}
 
 

@@ -189,7 +189,7 @@ def check_status(status: int, call: Call) -> None:
     if status == 2:
         raise ValueError(
             "qkv's kernel: offset must be between -2**30 and 2**30 in each row, and between 0 and "
-            f"{call.k.shape[2] - call.q.shape[2]} beside a documents mask, which must cover the queries; "
+            f"{call.k.shape[2] - call.q.shape[2]} with a documents mask, which must cover the queries; "
             f"got {call.offsets}."
         )
     if status:

@@ -136,7 +136,7 @@ def _rotate(x: Sequence[Tensor], rotation: Rotation) -> list[Tensor]:
     for one in x[1:]:
         if one.dtype is not x[0].dtype or (one.shape[0], *one.shape[2:]) != (batch, tokens, width):
             raise ValueError(
-                "qkv's kernel: tensors that are rotated together must differ in the number of heads alone; got "
+                "qkv's kernel: tensors that are rotated together must differ only in the number of heads; got "
                 f"{x[0].dtype} {tuple(x[0].shape)} and {one.dtype} {tuple(one.shape)}."
             )
     pairs = rotation.pairs

@@ -93,16 +93,16 @@ def require_integers(
     name: str,
     value: object,
     shapes: Sequence[tuple[int, ...]],
-    beside: Tensor,
+    reference: Tensor,
     *,
     other: str = "",
     whose: str = "x",
 ) -> None:
-    """Raises unless ``value`` is a tensor of integers, of one of the shapes, on the device of another tensor.
+    """Raises unless ``value`` is a tensor of integers, of one of the shapes, on the device of ``reference``.
 
     Args:
         other: what else is accepted, for error messages.
-        whose: what the other tensor is, for error messages.
+        whose: what ``reference`` is, for error messages.
     """
     if not isinstance(value, Tensor) or value.dtype not in INTEGERS:
         got = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
@@ -111,8 +111,8 @@ def require_integers(
     if not any(len(shape) == value.dim() and shape == value.shape for shape in shapes):
         known = " or ".join(dict.fromkeys(map(str, shapes)))
         raise ValueError(f"{caller}: {name} must be {other}integers of shape {known}; got {tuple(value.shape)}.")
-    if value.device != beside.device:
-        raise ValueError(f"{caller}: {name} must be on the device of {whose}, {beside.device}; got {value.device}.")
+    if value.device != reference.device:
+        raise ValueError(f"{caller}: {name} must be on the device of {whose}, {reference.device}; got {value.device}.")
 
 
 def require_vector(caller: str, name: str, value: Any, count: int, what: str) -> Numbers:

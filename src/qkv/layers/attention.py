@@ -85,7 +85,7 @@ class Attention(nn.Module):
 
     Parameters are ``q_proj``, ``k_proj``, ``v_proj`` and ``out_proj``, each a ``nn.Linear``; then ``gate_proj``,
     ``q_norm``, ``k_norm`` and ``sink_logits`` if enabled. Weights are initialised Xavier-uniform, biases to 0.
-    ``load_state_dict`` also takes ``in_proj_weight``, ``Wqkv`` and, beside ``o_proj``, ``qkv_proj``: the rows of
+    ``load_state_dict`` also takes ``in_proj_weight``, ``Wqkv`` and, with an ``o_proj``, ``qkv_proj``: the rows of
     queries, then keys, then values.
 
     Raises:
@@ -340,7 +340,7 @@ class Attention(nn.Module):
 
         A `CrossKVCache` for a layer with a context, a `SlidingKVCache` for one whose mask has a window shorter than
         ``capacity``, and otherwise a `KVCache`, or an `Int8KVCache`. All keys are kept as well where a sliding cache
-        would change what is counted: by chunks and prefixes, and by ALiBi or a position bias beside sink tokens.
+        would change what is counted: by chunks and prefixes, and by ALiBi or a position bias with sink tokens.
 
         Args:
             capacity: as in `KVCache`.

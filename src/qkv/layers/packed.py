@@ -25,7 +25,7 @@ def unpack_state(layer: Any, state_dict: dict[str, Any], prefix: str, errors: li
     """Replaces packed and renamed projections in a state dict by those of `Attention`.
 
     Not taken, since their rows are in different orders in different models: ``c_attn`` (GPT-2, GPT-BigCode, nanoGPT),
-    ``query_key_value`` (GPT-NeoX, Falcon, ChatGLM), and ``qkv_proj`` beside an ``out_proj`` (CodeGen, MiniMax), not an
+    ``query_key_value`` (GPT-NeoX, Falcon, ChatGLM), and ``qkv_proj`` with an ``out_proj`` (CodeGen, MiniMax), not an
     ``o_proj``. `Attention.from_transformers` knows the order of those classes that it reads.
 
     Args:

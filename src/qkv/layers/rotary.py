@@ -167,7 +167,7 @@ class RotaryEmbedding(nn.Module):
 
         Raises:
             TypeError: for an offset, positions and a length that are not integers.
-            ValueError: for those of another shape or device, an offset beside positions, and an x whose width is not
+            ValueError: for those of another shape or device, both offset and positions, and an x whose width is not
                 head_dim.
         """
         return self._rotated([x], offset, positions, length)[0]

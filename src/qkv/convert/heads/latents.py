@@ -71,12 +71,12 @@ def factorise(q: Tensor, k: Tensor, v: Tensor, pairs: Tensor, weights: Tensor, w
     basis, _, _ = torch.linalg.svd(z * weights, full_matrices=False)
     components = basis.mH @ z
     rotary_keys = _interleaved(components[:, :rope_heads].flatten(0, 1))
-    turns = basis.mH[:, :rope_heads].movedim(2, 0).repeat_interleave(group, dim=0)  # (H, F, rope_heads)
-    rotary_queries = _interleaved((turns[..., None] * z_q[:, :, None]).flatten(1, 2))
+    bases = basis.mH[:, :rope_heads].movedim(2, 0).repeat_interleave(group, dim=0)  # (H, F, rope_heads)
+    rotary_queries = _interleaved((bases[..., None] * z_q[:, :, None]).flatten(1, 2))
 
-    still = (basis[:, :, rope_heads:] @ components[:, rope_heads:]).transpose(0, 1)  # (G, F, C)
+    unrotated = (basis[:, :, rope_heads:] @ components[:, rope_heads:]).transpose(0, 1)  # (G, F, C)
     keys = k.clone()
-    keys[:, pairs[:, 0]], keys[:, pairs[:, 1]] = still.real, still.imag
+    keys[:, pairs[:, 0]], keys[:, pairs[:, 1]] = unrotated.real, unrotated.imag
     rotating = set(pairs.flatten().tolist()) if rope_heads == len(k) else set()
     channels = [channel for channel in range(k.shape[1]) if channel not in rotating]
     down, up = _factorise_jointly(keys[:, channels], v, weights, widths.rank)
@@ -104,5 +104,5 @@ def _complex(rows: Tensor, pairs: Tensor) -> Tensor:
 
 
 def _interleaved(numbers: Tensor) -> Tensor:
-    """(..., 2 n, C): real and imaginary parts of complex numbers (..., n, C), in turns."""
+    """(..., 2 n, C): real and imaginary parts of complex numbers (..., n, C), interleaved."""
     return torch.stack([numbers.real, numbers.imag], dim=-2).flatten(-3, -2)
