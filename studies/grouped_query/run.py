@@ -19,8 +19,10 @@ import torch
 from decoding import decoding
 from model import LanguageModel, converted
 from settings import Settings
-from text import Text, bigram_loss, encode, shakespeare
+from text import Text, bigram_loss, encode
 from training import Training, held_out_loss
+
+from qkv.models.shakespeare import works
 
 HERE = Path(__file__).parent
 MACHINE = HERE.parents[1] / "benchmarks" / "harness" / "machine.py"
@@ -89,7 +91,7 @@ def main() -> None:
     path = HERE / "results.json"
     if not parser.parse_args().report:
         settings = Settings()
-        study(settings, encode(*shakespeare(), settings.vocabulary), path)
+        study(settings, encode(*works(), settings.vocabulary), path)
     report.write(json.loads(path.read_text()), HERE)
 
 

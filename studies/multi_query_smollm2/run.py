@@ -28,12 +28,12 @@ from qkv.integrations.transformers import QKVCache
 from qkv.integrations.transformers.attention import register
 from qkv.models.default_weights import SMOLLM2_135M, cached_weights
 from qkv.models.progress import Progress
+from qkv.models.shakespeare import works
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 UPTRAIN = ROOT / "examples" / "uptrain.py"
 MACHINE = ROOT / "benchmarks" / "harness" / "machine.py"
-TEXT = ROOT / "studies" / "grouped_query" / "text.py"
 
 HELD_OUT = 60_000
 """Held-out characters; 19 times as many are trained on, since uptrain.py holds out the last 1/20."""
@@ -55,7 +55,7 @@ def study(folder: Path, minutes: float) -> dict[str, Any]:
         folders[how] = folder / how
         if qkv(["convert", str(folders[ORIGINAL]), str(folders[how]), "--kv-heads", "1", "--pool", how]):
             raise SystemExit(1)
-    train, held_out = runpy.run_path(str(TEXT))["shakespeare"]()
+    train, held_out = works()
     text = folder / "text.txt"
     text.write_text(train[: 19 * HELD_OUT] + held_out[:HELD_OUT], encoding="utf-8")
     models, length = {}, ("--minutes", str(minutes))
