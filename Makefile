@@ -4,6 +4,7 @@ PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
+INSTALL = $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS)
 PYTEST := $(BIN)/python -m pytest -q --numprocesses logical --dist worksteal
 CPP := $(wildcard native/src/*.h native/src/*/*.h native/src/*/*.cpp native/tests/*.h native/tests/*.cpp)
 
@@ -12,7 +13,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test test-all pytest check format sanitize fuzz releases mutants families bench study wheel clean
 
-demo: $(VENV)/ready
+demo: $(VENV)/cli
 	$(BIN)/qkv demo
 
 test: $(VENV)/ready
@@ -92,6 +93,7 @@ bench: $(VENV)/peers
 	$(BIN)/python benchmarks/rotary.py
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/one_line.py
+	$(BIN)/python benchmarks/llamacpp.py
 	$(BIN)/python benchmarks/latent.py
 	$(BIN)/python benchmarks/sequences.py
 	$(BIN)/python benchmarks/paged.py
@@ -108,15 +110,22 @@ wheel: $(VENV)/ready
 clean:
 	rm -rf $(VENV) dist build
 
-$(VENV)/ready: pyproject.toml constraints.txt CMakeLists.txt native/isas.cmake $(wildcard native/src/*.h native/src/*/*)
+# The command alone, without what tests and linters need.
+$(VENV)/cli: pyproject.toml constraints.txt CMakeLists.txt native/isas.cmake $(wildcard native/src/*.h native/src/*/*)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
+	$(INSTALL) --editable '.[cli]'
+	touch $@
+
+# Extras of the installed package, which is not built again for them.
+$(VENV)/ready: $(VENV)/cli
+	$(INSTALL) 'qkv[dev]'
 	touch $@
 
 $(VENV)/fuzz: $(VENV)/ready
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev,fuzz]'
+	$(INSTALL) 'qkv[fuzz]'
 	touch $@
 
+# llama.cpp is built for this machine, in some ten minutes, without what reads pictures.
 $(VENV)/peers: $(VENV)/ready
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev,bench]'
+	CMAKE_ARGS=-DLLAVA_BUILD=OFF $(INSTALL) 'qkv[bench]'
 	touch $@

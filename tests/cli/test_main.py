@@ -25,7 +25,7 @@ def test_version(capsys):
 def test_help_names_the_commands(capsys):
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
-    assert "demo     Generate with transformers' attention and with qkv's, and" in shown
+    assert "demo     Run a model of transformers on transformers and on qkv, and" in shown
     assert "bench    Benchmark the seven mechanisms against torch's attention." in shown
     assert "inspect  Describe a model's attention and KV cache from its headers." in shown
     assert "convert  Convert a model to fewer KV heads" in shown
@@ -35,7 +35,14 @@ def test_help_names_the_commands(capsys):
 def test_help_of_demo_names_every_option(capsys):
     assert main(["demo", "--help"]) == 0
     shown = capsys.readouterr().out
-    for option in ("model MODEL", "prompt TEXT", "max-new-tokens TOKENS", "length TOKENS", "window TOKENS"):
+    for option in (
+        "model MODEL",
+        "text FILE",
+        "prompt TEXT",
+        "max-new-tokens TOKENS",
+        "length TOKENS",
+        "window TOKENS",
+    ):
         assert f"--{option}" in shown
     assert "--dtype" in shown
     assert "--json" in shown
@@ -51,6 +58,7 @@ def test_help_of_demo_names_every_option(capsys):
         (["--prompt", ""], "Invalid value for '--prompt': it must not be empty; got ''."),
         (["--prompt", " \n"], r"it must not be empty; got ' \n'."),
         (["--prompt", "caf\udce9"], r"it must be text in the encoding of the terminal; got 'caf\udce9'."),
+        (["--text", "x"], "Invalid value for '--text': it needs a question on the text; give --prompt."),
         (["--dtype", "float8"], "'float8' is not one of 'float32', 'bfloat16', 'float16'."),
         (["--colour"], "No such option: --colour"),
     ],

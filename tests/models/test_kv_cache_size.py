@@ -12,10 +12,11 @@ SMOLLM2 = 30 * (LayerShape(num_heads=9, num_kv_heads=3, head_dim=64, value_dim=6
 
 def test_grouped_query_model_beside_multi_head_and_multi_query():
     # 30 layers * 4096 tokens * (64 + 64) numbers * 4 bytes = 62 914 560 bytes for each KV head; a window of 512 is 1/8.
+    # In int8, a quarter, and two scales of 4 bytes for each token, layer and KV head: 983 040 bytes for each KV head.
     assert cache_sizes(SMOLLM2, length=4096, window=512, bytes_per_number=4) == [
-        CacheSize("MHA", False, (9,), 566_231_040, 70_778_880),
-        CacheSize("GQA", True, (3,), 188_743_680, 23_592_960),
-        CacheSize("MQA", False, (1,), 62_914_560, 7_864_320),
+        CacheSize("MHA", False, (9,), 566_231_040, 70_778_880, 150_405_120),
+        CacheSize("GQA", True, (3,), 188_743_680, 23_592_960, 50_135_040),
+        CacheSize("MQA", False, (1,), 62_914_560, 7_864_320, 16_711_680),
     ]
 
 
@@ -34,6 +35,19 @@ def test_layers_keep_their_own_window_where_it_is_shorter():
     (_, own, _) = cache_sizes(layers, length=10, window=5, bytes_per_number=4)
     per_token = 2 * (8 + 8) * 4
     assert (own.num_bytes, own.window_bytes) == ((10 + 3) * per_token, (5 + 3) * per_token)
+    assert own.int8_bytes == 10 * 2 * (8 + 8 + 8) + 3 * per_token
+
+
+def test_int8_agrees_with_our_cache():
+    """Codes and scales of what `qkv.Int8KVCache` holds."""
+    import torch
+
+    import qkv
+
+    cache = qkv.Int8KVCache()
+    kept = cache.append(*torch.randn(2, 1, 2, 7, 16).unbind())
+    held = sum(tensor.nbytes for tensor in (kept.k, kept.v, kept.k_scale, kept.v_scale))
+    assert cache_sizes((LayerShape(4, 2, 16, 16, None),), length=7, window=4, bytes_per_number=2)[1].int8_bytes == held
 
 
 def test_window_longer_than_the_text_saves_nothing():

@@ -5,37 +5,51 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 import qkv
+from qkv import kernels
+from qkv.bench.machine import processor
 from qkv.cli.printing import counted, print_table
-from qkv.models.comparison import OURS, REFERENCE, ROUNDS, Comparison
-from qkv.models.generation import fastest
+from qkv.models.comparison import DECODINGS, NAMES, OURS, REFERENCE, Comparison
 from qkv.models.kv_cache_size import CacheSize, LayerShape, readable_bytes
 
-TITLES = {REFERENCE: "sdpa (transformers' attention)", OURS: "qkv"}
+
+class Measurement(NamedTuple):
+    """The results in one dtype."""
+
+    comparison: Comparison
+    texts: dict[str, str]
+    """By implementation."""
+    layers: tuple[LayerShape, ...]
+    cache_sizes: list[CacheSize]
 
 
 class DemoReport(NamedTuple):
     """The results of `qkv demo`."""
 
     model: str
-    dtype: str
+    text: str | None
+    """Name of the file that was read before the prompt."""
     prompt: str
-    layers: tuple[LayerShape, ...]
-    comparison: Comparison
-    texts: dict[str, str]
-    """By attention implementation."""
     length: int
     window: int
-    cache_sizes: list[CacheSize]
+    measurements: dict[str, Measurement]
+    """By dtype."""
+
+    @property
+    def first(self) -> Measurement:
+        """That of the first dtype, for what all have in common."""
+        return next(iter(self.measurements.values()))
 
     @property
     def prompt_tokens(self) -> int:
-        return self.comparison.runs[REFERENCE][0].prompt_tokens
+        """Tokens of text and prompt."""
+        return self.first.comparison.runs[REFERENCE].prompt_tokens
 
 
 def as_json(report: DemoReport) -> dict[str, Any]:
@@ -44,50 +58,71 @@ def as_json(report: DemoReport) -> dict[str, Any]:
 
     return {
         "versions": {"qkv": qkv.__version__, "torch": torch.__version__, "transformers": transformers_version},
+        "machine": {"processor": processor(), "threads": torch.get_num_threads(), "kernel": _isa()},
         "model": report.model,
-        "dtype": report.dtype,
         "attention": [
             {"num_layers": count, **shape._asdict(), "group_size": shape.group_size}
-            for shape, count in Counter(report.layers).items()
+            for shape, count in Counter(report.first.layers).items()
         ],
+        "text": report.text,
         "prompt": report.prompt,
         "prompt_tokens": report.prompt_tokens,
-        "identical": report.comparison.identical,
-        "first_difference": report.comparison.first_difference,
-        "generations": {name: _generation_as_json(report, name) for name in TITLES},
+        "taken": report.first.comparison.taken,
+        "measurements": {dtype: _measurement_as_json(found) for dtype, found in report.measurements.items()},
         "kv_cache": {
             "length": report.length,
             "window": report.window,
-            "sizes": [size._asdict() for size in report.cache_sizes],
+            "sizes": {
+                dtype: [size._asdict() for size in found.cache_sizes] for dtype, found in report.measurements.items()
+            },
         },
     }
 
 
-def _generation_as_json(report: DemoReport, implementation: str) -> dict[str, Any]:
-    runs = report.comparison.runs[implementation]
-    prefill, decode = fastest(runs)
+def _measurement_as_json(found: Measurement) -> dict[str, Any]:
+    comparison = found.comparison
     return {
-        "text": report.texts[implementation],
-        "tokens": list(runs[0].tokens),
-        "prefill_tokens_per_second": prefill,
-        "decode_tokens_per_second": decode,
+        "identical": comparison.identical,
+        "first_difference": comparison.first_difference,
+        "times_as_fast": {"prefill": comparison.prefill_ratio, "decode": comparison.decode_ratio},
+        "generations": {
+            name: {
+                "text": found.texts[name],
+                "tokens": list(runs.tokens),
+                "prefill_tokens_per_second": runs.prefill_rate,
+                "decode_tokens_per_second": runs.decode_rate,
+            }
+            for name, runs in comparison.runs.items()
+        },
     }
 
 
 def print_report(report: DemoReport, console: Console) -> None:
     """Prints the report as text."""
-    shapes = [_describe(shape, count) for shape, count in Counter(report.layers).items()]
-    _print_text(f"{report.model} in {report.dtype}", "\n".join(shapes), console)
-    _print_text(f"Prompt ({counted(report.prompt_tokens, 'token')})", report.prompt, console)
-    for name, title in TITLES.items():
-        _print_text(title, report.texts[name] or "(empty: the model generated no text)", console)
-    console.print(Text(verdict(report), style="green" if report.comparison.identical else "red"), soft_wrap=True)
-    console.print()
-    title = f"Tokens per second, best of {ROUNDS} interleaved runs after a warm-up"
+    shapes = [_describe(shape, count) for shape, count in Counter(report.first.layers).items()]
+    _print_text(report.model, "\n".join(shapes), console)
+    title = "Prompt" if report.text is None else f"Question on {report.text}"
+    _print_text(f"{title} ({counted(report.prompt_tokens, 'token')})", report.prompt, console)
+    for dtype, found in report.measurements.items():
+        _print_answers(dtype, found, console)
+    title = f"Tokens per second on {_machine()}, median of {DECODINGS} decodings in turns"
     print_table(title, _speed_table(report), console)
     console.print()
-    title = f"Size of the KV cache of {counted(report.length, 'token')} in {report.dtype}"
+    console.print(Text(f"qkv.accelerate(model) took: {', '.join(report.first.comparison.taken)}."), soft_wrap=True)
+    console.print()
+    window = f"a window of {report.window} in {list(report.measurements)[-1]}"
+    title = f"Size of the KV cache of {counted(report.length, 'token')}, and with {window}"
     print_table(title, _cache_table(report), console)
+
+
+def _print_answers(dtype: str, found: Measurement, console: Console) -> None:
+    """The texts of both, once where they are the same, and whether they are."""
+    identical = found.comparison.identical
+    texts = {" and ".join(NAMES): found.texts[REFERENCE]} if identical else found.texts
+    for name, text in texts.items():
+        _print_text(f"Answer of {name} in {dtype}", text or "(empty: the model generated no text)", console)
+    console.print(Text(verdict(dtype, found.comparison), style="green" if identical else "red"), soft_wrap=True)
+    console.print()
 
 
 def _print_text(title: str, text: str, console: Console) -> None:
@@ -100,14 +135,13 @@ def _print_text(title: str, text: str, console: Console) -> None:
     console.print()
 
 
-def verdict(report: DemoReport) -> str:
+def verdict(dtype: str, comparison: Comparison) -> str:
     """A sentence that says whether the texts are identical."""
-    comparison = report.comparison
     if comparison.identical:
-        count = counted(len(comparison.runs[REFERENCE][0].tokens), "token")
-        return f"The texts are identical: {count}, greedy, in {report.dtype}."
-    where = f"The texts DIFFER, from new token {(comparison.first_difference or 0) + 1} on, in {report.dtype}."
-    if report.dtype == "float32":
+        count = counted(len(comparison.runs[REFERENCE].tokens), "token")
+        return f"The texts are identical: {count}, greedy, in {dtype}."
+    where = f"The texts DIFFER, from new token {(comparison.first_difference or 0) + 1} on, in {dtype}."
+    if dtype == "float32":
         return f"{where} This is a bug: please report the model and the prompt."
     return f"{where} Rounding can flip the choice between nearly equally likely tokens; in float32 it should not."
 
@@ -126,29 +160,48 @@ def _describe(shape: LayerShape, count: int) -> str:
     )
 
 
+def _isa() -> str | None:
+    """The instruction set of the kernel; None without one."""
+    return None if kernels.absence() else kernels.loaded().isa
+
+
+def _machine() -> str:
+    return f"{counted(torch.get_num_threads(), 'thread')} of {processor() or 'this processor'}, {_isa() or 'no kernel'}"
+
+
 def _speed_table(report: DemoReport) -> Table:
-    table = Table("", box=None, pad_edge=False)
-    table.add_column("prefill", justify="right")
-    table.add_column("decoding", justify="right")
-    for name in TITLES:
-        prefill, decode = fastest(report.comparison.runs[name])
-        table.add_row(f"  {name}", f"{prefill:.1f}", "-" if decode is None else f"{decode:.1f}")
+    """In Markdown."""
+    table = Table(box=box.MARKDOWN)
+    for title in ("dtype", "run by"):
+        table.add_column(title)
+    for title in ("prefill", "times as fast", "decoding", "times as fast"):
+        table.add_column(title, justify="right")
+    for dtype, found in report.measurements.items():
+        comparison = found.comparison
+        ratios = (f"{comparison.prefill_ratio:.2f}", _number(comparison.decode_ratio, ".2f"))
+        for name, runs in comparison.runs.items():
+            prefill, decode = ratios if name == OURS else ("", "")
+            table.add_row(dtype, name, f"{runs.prefill_rate:.1f}", prefill, _number(runs.decode_rate, ".1f"), decode)
     return table
 
 
+def _number(number: float | None, digits: str) -> str:
+    return "-" if number is None else format(number, digits)
+
+
 def _cache_table(report: DemoReport) -> Table:
-    table = Table(box=None, pad_edge=False)
-    table.add_column("")
-    for title in ("KV heads", f"all {report.length}", "of MHA", f"window {report.window}", "of MHA"):
+    """In Markdown."""
+    table = Table(box=box.MARKDOWN)
+    table.add_column("", no_wrap=True)
+    for title in ("KV heads", *report.measurements, "int8", "window"):
         table.add_column(title, justify="right", no_wrap=True)
-    most = report.cache_sizes[0].num_bytes
-    for size in report.cache_sizes:
+    for sizes in zip(*(found.cache_sizes for found in report.measurements.values()), strict=True):
+        size = sizes[-1]
         table.add_row(
-            f"  {size.attention} (this model)" if size.is_model else f"  {size.attention}",
+            f"{size.attention} (this model)" if size.is_model else size.attention,
             ", ".join(map(str, size.num_kv_heads)),
-            readable_bytes(size.num_bytes),
-            f"{size.num_bytes / most:.1%}",
+            *(readable_bytes(each.num_bytes) for each in sizes),
+            readable_bytes(size.int8_bytes),
             readable_bytes(size.window_bytes),
-            f"{size.window_bytes / most:.1%}",
         )
     return table

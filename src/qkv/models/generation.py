@@ -1,9 +1,10 @@
-"""`generate`: greedy generation with timings of prefill and decoding."""
+"""`prefill` and `decode`: greedy generation in two parts, each with its timings."""
 
+import copy
 import time
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from qkv.models.errors import CommandError
@@ -11,29 +12,23 @@ from qkv.models.language_model import LanguageModel, quiet
 from qkv.models.progress import OnProgress
 
 
-class Run(NamedTuple):
-    """Tokens and timings of one generation."""
+class Prefill(NamedTuple):
+    """A prompt that a model has read."""
 
-    prompt_tokens: int
-    tokens: tuple[int, ...]
-    """The new tokens."""
-    prefill_seconds: float
-    """Time to the first new token."""
-    decode_seconds: float
-    """Time of all later tokens."""
+    seconds: float
     cache: Any
-    """transformers' cache after the generation."""
+    """transformers' cache, or qkv's, with the prompt's tokens"""
+    token: Tensor
+    """(1, 1), the first new token"""
 
-    @property
-    def prefill_rate(self) -> float:
-        """Prompt tokens per second."""
-        return self.prompt_tokens / self.prefill_seconds
 
-    @property
-    def decode_rate(self) -> float | None:
-        """New tokens per second after the first; None if there is only one."""
-        steps = len(self.tokens) - 1
-        return steps / self.decode_seconds if steps > 0 else None
+class Decoding(NamedTuple):
+    """What a model has generated after a prompt."""
+
+    tokens: tuple[int, ...]
+    """The new tokens, that of the prefill first."""
+    steps: tuple[float, ...]
+    """Seconds of each token after the first."""
 
 
 class _Clock:
@@ -45,55 +40,62 @@ class _Clock:
 
     def put(self, tokens: Tensor) -> None:
         self.times.append(time.perf_counter())
-        self._on_progress(len(self.times) - 1)
+        self._on_progress(len(self.times))
 
     def end(self) -> None:
         """Required of streamers; nothing to do."""
 
 
-def use_attention(language_model: LanguageModel, implementation: str) -> None:
-    """Switches the model to ``implementation``, such as "sdpa" or "qkv".
+@torch.no_grad()
+def prefill(language_model: LanguageModel, inputs: dict[str, Tensor]) -> Prefill:
+    """Reads a prompt in one call, into the cache that the model makes.
 
     Raises:
-        CommandError: where the model does not support it.
+        CommandError: for a model without a cache of keys and values.
     """
-    model = language_model.model
-    cause = "it keeps its own attention"
     with quiet():
-        try:
-            model.set_attn_implementation(implementation)
-        except ValueError as error:
-            cause = str(error).split(". ")[0]
-    if model.config._attn_implementation != implementation:
+        start = time.perf_counter()
+        output = language_model.model(**inputs, use_cache=True, logits_to_keep=1)
+        token = output.logits[:, -1].argmax(dim=-1, keepdim=True)
+        seconds = time.perf_counter() - start
+    cache = output.get("past_key_values")
+    if cache is None:
         raise CommandError(
-            f"--model: {language_model.name!r} does not support attn_implementation={implementation!r}: {cause}. "
+            f"--model: {language_model.name!r} makes no cache of keys and values, so it has no attention to compare. "
             "Give a model such as Llama, Mistral, Qwen or Gemma."
         )
+    return Prefill(seconds, cache, token)
 
 
-def generate(
-    language_model: LanguageModel, inputs: dict[str, Tensor], max_new_tokens: int, on_progress: OnProgress
-) -> Run:
-    """Generates greedily with the current attention. ``on_progress`` is called with the number of new tokens."""
-    clock = _Clock(on_progress)
+def decode(
+    language_model: LanguageModel,
+    inputs: dict[str, Tensor],
+    read: Prefill,
+    max_new_tokens: int,
+    on_progress: OnProgress,
+) -> Decoding:
+    """Generates greedily from a copy of the cache. ``on_progress`` is called with the number of new tokens."""
+    first = int(read.token)
+    if max_new_tokens == 1 or first in _stops(language_model.model):
+        on_progress(1)
+        return Decoding((first,), ())
+    ids, clock = torch.cat([inputs["input_ids"], read.token], dim=1), _Clock(on_progress)
     with quiet():
         output = language_model.model.generate(
-            **inputs,
-            max_new_tokens=max_new_tokens,
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=copy.deepcopy(read.cache),
+            max_new_tokens=max_new_tokens - 1,
             do_sample=False,
             num_beams=1,
             use_cache=True,
-            return_dict_in_generate=True,
             streamer=clock,
         )
-    prompt_tokens = inputs["input_ids"].shape[1]
-    start, first, *_ = clock.times
-    tokens = tuple(output.sequences[0, prompt_tokens:].tolist())
-    return Run(prompt_tokens, tokens, first - start, clock.times[-1] - first, output.past_key_values)
+    tokens = tuple(output[0, inputs["input_ids"].shape[1] :].tolist())
+    return Decoding(tokens, tuple(after - before for before, after in zip(clock.times, clock.times[1:], strict=False)))
 
 
-def fastest(runs: Iterable[Run]) -> tuple[float, float | None]:
-    """The highest prefill and decoding rates (tokens per second): other load on the machine can only lower them."""
-    runs = list(runs)
-    decode = [run.decode_rate for run in runs if run.decode_rate is not None]
-    return max(run.prefill_rate for run in runs), max(decode, default=None)
+def _stops(model: Any) -> list[int]:
+    """The tokens that end a text."""
+    stops: int | list[int] | None = model.generation_config.eos_token_id
+    return stops if isinstance(stops, list) else [] if stops is None else [stops]

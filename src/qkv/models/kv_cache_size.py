@@ -4,6 +4,9 @@ from typing import Any, NamedTuple
 
 from qkv.models.errors import CommandError
 
+SCALES = 2 * 4
+"""Bytes of the scales of a key and a value in int8, one in fp32 for each."""
+
 
 class LayerShape(NamedTuple):
     """Head counts, widths and window of one attention layer."""
@@ -33,6 +36,8 @@ class CacheSize(NamedTuple):
     num_bytes: int
     window_bytes: int
     """With a sliding window in every layer, so that the cache keeps only the window."""
+    int8_bytes: int
+    """With int8 in the layers without a window of their own, as in ``QKVCache(model, dtype="int8")``."""
 
 
 def layer_shapes(config: Any, cache: Any) -> tuple[LayerShape, ...]:
@@ -83,6 +88,7 @@ def cache_sizes(layers: tuple[LayerShape, ...], length: int, window: int, bytes_
             num_kv_heads=tuple(sorted({layer.num_kv_heads for layer in chosen}, reverse=True)),
             num_bytes=cache_bytes(chosen, length, bytes_per_number),
             window_bytes=cache_bytes(chosen, min(length, window), bytes_per_number),
+            int8_bytes=_int8_bytes(chosen, length, bytes_per_number),
         )
         for attention, chosen in choices.items()
     ]
@@ -103,6 +109,14 @@ def cache_bytes(layers: tuple[LayerShape, ...], length: int, bytes_per_number: i
         * bytes_per_number
         for layer in layers
     )
+
+
+def _int8_bytes(layers: tuple[LayerShape, ...], length: int, bytes_per_number: int) -> int:
+    """Bytes of a cache in int8; layers with a window keep their dtype."""
+    windowed = tuple(layer for layer in layers if layer.window is not None)
+    others = tuple(layer for layer in layers if layer.window is None)
+    scales = sum(length * layer.num_kv_heads * SCALES for layer in others)
+    return cache_bytes(windowed, length, bytes_per_number) + cache_bytes(others, length, 1) + scales
 
 
 def readable_bytes(num_bytes: int) -> str:

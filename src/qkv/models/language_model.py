@@ -57,6 +57,13 @@ class LanguageModel(NamedTuple):
         length: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return length
 
+    def cast(self, dtype: torch.dtype) -> None:
+        """Converts the weights in place; buffers stay as ``from_pretrained(dtype=...)`` leaves them, such as the
+        frequencies of rotary embeddings in fp32.
+        """
+        for parameter in self.model.parameters():
+            parameter.data = parameter.data.to(dtype)
+
     def decode(self, tokens: tuple[int, ...]) -> str:
         """The text of tokens, without special tokens."""
         text: str = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
