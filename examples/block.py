@@ -4,6 +4,8 @@ from block import Decoder
 logits = Decoder(vocabulary=256)(tokens)
 """
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -12,9 +14,14 @@ from qkv.cache import Cache
 
 
 class Block(nn.Module):
-    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``."""
+    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``.
 
-    def __init__(self, width: int, attention: qkv.Attention) -> None:
+    Args:
+        width: of x.
+        attention: a layer, or another module that is called as one.
+    """
+
+    def __init__(self, width: int, attention: nn.Module) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(width)
         self.attention = attention
@@ -39,16 +46,25 @@ class Decoder(nn.Module):
         num_layers: number of blocks.
         num_heads: query heads.
         num_kv_heads: heads of keys and values.
+        window: keys that a token sees, its own included; all before it if None.
     """
 
     def __init__(
-        self, vocabulary: int, *, width: int = 64, num_layers: int = 2, num_heads: int = 4, num_kv_heads: int = 2
+        self,
+        vocabulary: int,
+        *,
+        width: int = 64,
+        num_layers: int = 2,
+        num_heads: int = 4,
+        num_kv_heads: int = 2,
+        window: int | None = None,
     ) -> None:
         super().__init__()
         rotary = qkv.RotaryEmbedding(width // num_heads)
+        options: dict[str, Any] = {"num_kv_heads": num_kv_heads, "rotary": rotary, "bias": False}
 
         def attention() -> qkv.Attention:
-            return qkv.CausalAttention(width, num_heads, num_kv_heads=num_kv_heads, rotary=rotary, bias=False)
+            return qkv.CausalAttention(width, num_heads, mask=qkv.Mask.causal(window), **options)
 
         self.embedding = nn.Embedding(vocabulary, width)
         self.blocks = nn.ModuleList([Block(width, attention()) for _ in range(num_layers)])
@@ -64,4 +80,4 @@ class Decoder(nn.Module):
 
     def make_caches(self) -> list[Cache]:
         """An empty cache for each block."""
-        return [qkv.KVCache() for _ in self.blocks]
+        return [layer.make_cache() for layer in self.modules() if isinstance(layer, qkv.Attention)]

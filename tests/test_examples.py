@@ -1,5 +1,6 @@
 """The decoder of ``examples/``: caches give what the whole sequence gives, and sampling keeps to its arguments."""
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ def examples(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(str(EXAMPLES))
     torch.manual_seed(0)
     yield
-    for name in ("block", "generate"):
+    for name in ("block", "generate", "torch_attention", "train"):
         sys.modules.pop(name, None)
 
 
@@ -107,3 +108,140 @@ def test_the_script_runs(capsys: pytest.CaptureFixture[str]) -> None:
     generate.main(steps=3)
     printed = capsys.readouterr().out
     assert printed.startswith("loss 5.") and "class Block(nn.Module):\n" in printed
+
+
+TINY = ("--layers", "2", "--width", "16", "--heads", "4", "--kv-heads", "2", "--length", "24", "--batch", "4")
+
+
+def train(out: Path, *options: str) -> dict[str, Any]:
+    """Trains on the source of an example; returns the checkpoint."""
+    import train
+
+    text = ("--text", str(EXAMPLES / "block.py"))
+    train.main([str(out), *text, *TINY, "--learning-rate", "0.02", "--save-steps", "5", *options])
+    state: dict[str, Any] = torch.load(out / "checkpoint.pt", weights_only=True)
+    return state
+
+
+def bits(state: Any) -> Any:
+    """A checkpoint whose parts compare bit for bit, without times."""
+    if isinstance(state, torch.Tensor):
+        return state.numpy().tobytes()
+    if isinstance(state, dict):
+        return {name: bits(part) for name, part in state.items() if name != "seconds"}
+    return [bits(part) for part in state] if isinstance(state, (list, tuple)) else state
+
+
+@pytest.mark.parametrize(
+    "options", [("--dtype", "float32"), ("--dtype", "bfloat16"), ("--window", "6"), ("--peer", "torch")], ids=" ".join
+)
+def test_training_lowers_the_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...]) -> None:
+    history = train(tmp_path, "--steps", "40", *options)["history"]
+    (losses,) = history["train"].values()
+    assert len(losses) == 40 and sum(losses[-5:]) < sum(losses[:5]) - 5 * 1.0
+    (held_out,) = history["held_out"].values()
+    assert [step for step, _ in held_out] == list(range(5, 45, 5)) and held_out[-1][1] < held_out[0][1]
+    assert json.loads((tmp_path / "loss.json").read_text())["train"] == history["train"]
+    assert (tmp_path / "loss.svg").read_text().lstrip().startswith("<?xml")
+    assert "tokens/s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_torch_trains_the_same_model(tmp_path: Path, window: int | None, kv_heads: int) -> None:
+    options = ("--kv-heads", str(kv_heads), *(() if window is None else ("--window", str(window))))
+    history = train(tmp_path, "--steps", "3", "--compare", *options)["history"]
+    assert history["train"]["qkv"] == pytest.approx(history["train"]["torch"], rel=1e-4)
+    assert history["held_out"]["qkv"][0] == pytest.approx(history["held_out"]["torch"][0], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("where", "dtype"),
+    [
+        ("in a step", "float32"),
+        ("in a step", "bfloat16"),
+        ("in the first step", "float32"),
+        ("while saving", "float32"),
+    ],
+)
+def test_resumed_run_has_the_bits_of_an_uninterrupted_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, dtype: str
+) -> None:
+    import train as script
+
+    class Killed(BaseException):
+        pass
+
+    with monkeypatch.context() as patched:
+        if where == "while saving":
+            whole = script.torch.save
+            counter = iter([False, True])
+
+            def half(state: object, file: Any) -> None:
+                if next(counter):
+                    file.write(b"half of it")
+                    raise Killed
+                whole(state, file)
+
+            patched.setattr(script.torch, "save", half)
+        else:
+            step, last = script.Training.step, 0 if "first" in where else 7
+
+            def killed(self: Any, number: int) -> Any:
+                if number == last:
+                    raise Killed
+                return step(self, number)
+
+            patched.setattr(script.Training, "step", killed)
+        with pytest.raises(Killed):
+            train(tmp_path / "interrupted", "--steps", "8", "--save-steps", "3", "--dtype", dtype)
+    resumed = train(tmp_path / "interrupted", "--steps", "8", "--save-steps", "3", "--dtype", dtype)
+    whole_run = train(tmp_path / "whole", "--steps", "8", "--save-steps", "3", "--dtype", dtype)
+    again = train(tmp_path / "whole", "--steps", "8", "--save-steps", "3", "--dtype", dtype)
+    assert bits(resumed) == bits(whole_run) == bits(again)
+    assert not list((tmp_path / "interrupted").glob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--steps", "0"), "--steps must be finite and above 0; got 0"),
+        (("--learning-rate", "nan"), "--learning-rate must be finite and above 0; got nan"),
+        (("--learning-rate", "inf"), "--learning-rate must be finite and above 0; got inf"),
+        (("--window", "-1"), "--window must be finite and above 0; got -1"),
+        (
+            ("--width", "20"),
+            "--width must be a multiple of twice --heads, 8, since rotary embedding turns pairs; got 20",
+        ),
+        (("--kv-heads", "3"), "--kv-heads must divide --heads, 4; got 3"),
+        (("--dtype", "float16"), "invalid choice: 'float16'"),
+        (("--length", "100000"), "--text must have more than --length, 100000, bytes to train on; got "),
+        (("--length", "1000"), "--text must have more than --length, 1000, bytes to hold out; got "),
+        (("--text", "none.txt"), "--text: cannot read none.txt: No such file or directory."),
+    ],
+)
+def test_training_refuses_wrong_options(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        train(tmp_path / "out", *options)
+    assert message in f"{stopped.value} {capsys.readouterr().err}"
+    assert not (tmp_path / "out").exists()
+
+
+def test_training_resumes_with_the_same_options_only(tmp_path: Path) -> None:
+    before = bits(train(tmp_path, "--steps", "2"))
+    with pytest.raises(SystemExit, match="has a run with another --steps, --seed"):
+        train(tmp_path, "--steps", "3", "--seed", "1")
+    with pytest.raises(SystemExit, match="has a run with another --compare"):
+        train(tmp_path, "--steps", "2", "--compare")
+    assert bits(torch.load(tmp_path / "checkpoint.pt", weights_only=True)) == before
+
+
+def test_training_without_matplotlib_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    train(tmp_path, "--steps", "1")
+    assert "loss.svg is not drawn: matplotlib is not installed. Run pip install matplotlib." in capsys.readouterr().out
+    assert (tmp_path / "loss.json").exists() and not (tmp_path / "loss.svg").exists()
