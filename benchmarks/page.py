@@ -310,21 +310,66 @@ def step_section(folder: Path) -> list[str]:
 
 
 def one_line_section(folder: Path) -> list[str]:
-    """A model before and after `qkv.accelerate`."""
+    """Models before and after `qkv.accelerate`."""
     record = load(folder, "one_line")
     if record is None:
         return []
+    read = record["limits"]["read_gb_per_s"]
 
     def cells(row: Any) -> list[str]:
         theirs, ours = row["seconds"]["transformers"], row["seconds"]["accelerated"]
         times = [readable_time(ours[part] * 1e6) for part in ("prefill", "step")]
         ratios = [f"{theirs[part] / ours[part]:.2f}" for part in ("prefill", "step")]
-        return [row["dtype"], str(row["tokens"]), times[0], ratios[0], times[1], ratios[1]]
+        rate = row["step_bytes"] / ours["step"] / 1e9
+        share = "" if read is None else f"{rate / read:.0%}"
+        case = [row["model"], row["dtype"], str(row["tokens"])]
+        return [*case, times[0], ratios[0], times[1], ratios[1], f"{rate:.1f}", share]
 
-    titles = ["dtype", "prompt", "prefill", "transformers, times as long", "step", "transformers, times as long"]
-    what = "A Llama of SmolLM2-135M's sizes with random weights."
-    return [
+    def encoder_cells(row: Any) -> list[str]:
+        times = row["seconds"]
+        stock = times["transformers"]
+        ours = [f"{stock / times[kind]:.2f}" for kind in ("accelerated", "accelerated, unpadded")]
+        return [row["model"], row["dtype"], f"{row['padding']:.0%}", readable_time(stock * 1e6), *ours]
+
+    late = "transformers, times as long"
+    titles = ["model", "dtype", "prompt", "prefill", late, "step", late, "GB/s", "of the limit"]
+    what = "Random weights. A step in GB/s of weights and cache."
+    parts = [
         f"## `qkv.accelerate(model)`\n\n{machine(record)} {limits(record['limits'])} {what}",
+        table(titles, map(cells, record["measurements"]), words=2),
+    ]
+    titles = ["model", "dtype", "padding", "transformers", "times as fast", "times as fast, `unpad=True`"]
+    encoders = [table(titles, map(encoder_cells, record["encoders"]), words=2)] if record["encoders"] else []
+    return [*parts, *encoders]
+
+
+def llamacpp_section(folder: Path) -> list[str]:
+    """A model on llama.cpp and accelerated."""
+    record = load(folder, "llamacpp")
+    if record is None:
+        return []
+
+    def cells(row: Any) -> list[str]:
+        ours, peers = row["seconds"]["qkv"], [times for name, times in row["seconds"].items() if name != "qkv"]
+        found = [row["dtype"], str(row["tokens"])]
+        for part in ("prefill", "step"):
+            best = min(times[part] for times in peers)
+            found += [readable_time(ours[part] * 1e6), f"{best / ours[part]:.2f}"]
+        return [*found, f"{row['difference']:.1e}"]
+
+    version = f"llama-cpp-python {record['llama_cpp_python']}"
+    titles = [
+        "dtype",
+        "prompt",
+        "prefill",
+        "llama.cpp, times as long",
+        "step",
+        "llama.cpp, times as long",
+        "difference",
+    ]
+    what = f"{version}, the better of flash attention on and off. Difference: of logits, relative to their norm."
+    return [
+        f"## SmolLM2-135M-Instruct beside llama.cpp\n\n{machine(record)} {limits(record['limits'])} {what}",
         table(titles, map(cells, record["measurements"]), words=1),
     ]
 
@@ -350,8 +395,8 @@ def main() -> None:
     """Writes the pages, the plots, and the list of pages in README.md."""
     sections = [
         *(kernel_section, grid_section, avx2_section, interleaved_section),
-        *(overhead_section, models_section, one_line_section, layer_section, step_section, linear_section),
-        *(sequences_section, paged_section),
+        *(overhead_section, models_section, one_line_section, llamacpp_section, layer_section, step_section),
+        *(linear_section, sequences_section, paged_section),
     ]
     pages = []
     for folder in sorted({path.parent for path in machines.RESULTS.glob("*/*.json")}):
