@@ -229,6 +229,19 @@ def test_training_refuses_wrong_options(
     assert not (tmp_path / "out").exists()
 
 
+def test_training_without_the_default_text_asks_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import train as script
+
+    from qkv.models.errors import CommandError
+
+    def fail() -> None:
+        raise CommandError("no network.")
+
+    monkeypatch.setattr(script, "works", fail)
+    with pytest.raises(SystemExit, match=r"^train: no network\. Or give a file with --text\.$"):
+        script.main([str(tmp_path / "out")])
+
+
 def test_training_resumes_with_the_same_options_only(tmp_path: Path) -> None:
     before = bits(train(tmp_path, "--steps", "2"))
     with pytest.raises(SystemExit, match="has a run with another --steps, --seed"):
