@@ -59,7 +59,7 @@ def demo(
             show_default=False,
         ),
     ] = None,
-    max_new_tokens: Annotated[int, count_option("Maximum number of tokens to generate.", "TOKENS")] = 32,
+    max_new_tokens: Annotated[int, count_option("Maximum number of tokens to generate.", "TOKENS")] = 24,
     length: Annotated[int, count_option("Sequence length for the table of KV cache sizes.", "TOKENS")] = 4096,
     window: Annotated[int, count_option("Sliding window for the table of KV cache sizes.", "TOKENS")] = 512,
     dtype: Annotated[
