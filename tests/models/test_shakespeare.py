@@ -28,9 +28,7 @@ def test_works_and_those_held_out(monkeypatch, archive):
 
 def test_another_file_is_refused(archive):
     archive.write_bytes(b"another")
-    with pytest.raises(
-        CommandError, match=r"must have the SHA-256 f393d0\w+; got \w+\. Remove it to download it"
-    ):
+    with pytest.raises(CommandError, match=r"must have the SHA-256 f393d0\w+; got \w+\. Remove it to download it"):
         shakespeare.works()
 
 
