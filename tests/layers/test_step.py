@@ -9,11 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from budget import assert_within_budget
+from fuzz.caches import check_pools
 from layers.test_projection import CHANGES
+from solver import library
 from torch import Tensor, nn
 
 import qkv
-from qkv import Mask
+from qkv import Mask, kernels
 from qkv.layers import step
 
 pytestmark = pytest.mark.usefixtures("seed")
@@ -51,11 +53,18 @@ LAYERS: dict[str, Callable[[], qkv.Attention]] = {
     "softcap, alibi, sink logits, scale": lambda: qkv.CausalAttention(
         32, 4, softcap=3.0, alibi=slopes(4), sink_logits=True, scale=0.3
     ),
+    "gate": lambda: qkv.CausalAttention(48, 4, num_kv_heads=2, gate=True, rotary=qkv.RotaryEmbedding(12)),
+    "gate, odd widths": lambda: qkv.CausalAttention(21, 3, value_dim=5, gate=True, bias=False),
+    "chunks": lambda: qkv.CausalAttention(32, 4, mask=Mask.chunked(4, start=1)),
+    "prefix": lambda: qkv.Attention(32, 4, mask=Mask.prefix(3)),
+    "prefix of each row": lambda: qkv.Attention(32, 4, mask=Mask.prefix(torch.tensor([0, 5, 2], dtype=torch.int32))),
+    "dilation": lambda: qkv.CausalAttention(32, 4, mask=Mask.causal(3, sink_tokens=1, dilation=2)),
 }
 CACHES: dict[str, Callable[[], Any]] = {
     "growing": qkv.KVCache,
     "reserved": lambda: qkv.KVCache(capacity=64),
     "int8": qkv.Int8KVCache,
+    "paged": lambda: qkv.PagedKVCache(page_size=3),
 }
 CHUNKS = [5, 1, 2, 1, 4, 1, 1, 3, 1]
 """With a batch of 3, each has at most 16 tokens."""
@@ -90,7 +99,7 @@ def test_it_computes_what_its_parts_do(
         want = decode(copy.deepcopy(layer).double(), x.double(), CACHES[kind]())
     allowance = {"int8": peer.double().abs().max().item() / 127}.get(kind, 0.0)
     assert_within_budget(got, want, peer, name, allowance)
-    if layer.q_norm is None:
+    if layer.q_norm is None and layer.gate_proj is None:
         assert torch.equal(got, peer)
         for one, other in zip(cache.state_dict().values(), others.state_dict().values(), strict=True):
             assert torch.equal(one, other)
@@ -117,7 +126,9 @@ def test_a_sliding_cache_drops_the_same_tokens(sink_tokens: int, monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    "make", [qkv.KVCache, qkv.Int8KVCache, lambda: qkv.SlidingKVCache(6)], ids=["kv", "int8", "sliding"]
+    "make",
+    [qkv.KVCache, qkv.Int8KVCache, lambda: qkv.SlidingKVCache(6), lambda: qkv.PagedKVCache(page_size=4)],
+    ids=["kv", "int8", "sliding", "paged"],
 )
 @torch.no_grad()
 def test_rows_of_unequal_length_have_the_bits_of_their_text_alone(make: Callable[[], Any]) -> None:
@@ -151,6 +162,247 @@ def test_without_a_cache_it_is_the_layer_on_few_tokens(monkeypatch: pytest.Monke
         with monkeypatch.context() as patch:
             patch.setattr(step, "MAX_TOKENS", 0)
             assert torch.equal(got, layer(x))
+
+
+def composed(layer: qkv.Attention, *call: Any, **options: Any) -> Tensor:
+    """The layer by its parts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, "MAX_TOKENS", 0)
+        out: Tensor = layer(*call, **options)
+    return out
+
+
+@pytest.mark.parametrize("kind", [*CACHES, "sliding"])
+@torch.no_grad()
+def test_positions_given_by_the_caller(kind: str) -> None:
+    layer = qkv.CausalAttention(32, 4, num_kv_heads=2, mask=Mask.causal(7), rotary=qkv.RotaryEmbedding(8)).eval()
+    make = {**CACHES, "sliding": lambda: qkv.SlidingKVCache(7)}[kind]
+    cache, peer, x = make(), make(), torch.randn(3, 12, 32)
+    for given in (
+        torch.tensor([4, 0, 9]),
+        torch.tensor([[0, 7, -3], [2, 2, 2], [100000, 1, 0]]),
+        torch.tensor([[5, 1, 3]], dtype=torch.int32),
+        torch.arange(18, dtype=torch.uint8).view(3, 6)[:, ::2],
+    ):
+        part = x[:, cache.length : cache.length + 3]
+        assert layer.explain(part, positions=given, cache=cache).is_one_call
+        assert torch.equal(
+            layer(part, positions=given, cache=cache), composed(layer, part, positions=given, cache=peer)
+        )
+    assert torch.equal(layer(x[:, :3], positions=given), composed(layer, x[:, :3], positions=given))
+    assert not torch.equal(layer(x[:, :3], positions=given), layer(x[:, :3]))
+    for wrong in (torch.arange(2), torch.zeros(2, 3).long(), torch.zeros(3), torch.tensor(1), [0, 1, 2]):
+        assert layer.explain(part, positions=wrong).reason == "positions are not integers (L,) or (B, L)"
+        with pytest.raises((TypeError, ValueError), match="positions must be"):
+            layer(part, positions=wrong, cache=cache)
+    assert cache.length == 12
+    sections = qkv.CausalAttention(32, 4, rotary=qkv.RotaryEmbedding(8, sections=(2, 1, 1))).eval()
+    assert not sections.explain(part, positions=torch.zeros(3, 3, 3).long()).is_one_call
+
+
+@pytest.mark.parametrize("kind", [*CACHES, "sliding"])
+@torch.no_grad()
+def test_padding_given_at_every_step(kind: str) -> None:
+    """As `generate` passes it: the prompt padded on the left, then a mask over all columns."""
+    layer = qkv.CausalAttention(32, 4, num_kv_heads=2, mask=Mask.causal(7), rotary=qkv.RotaryEmbedding(8)).eval()
+    make = {**CACHES, "sliding": lambda: qkv.SlidingKVCache(7)}[kind]
+    cache, peer, x = make(), make(), torch.randn(3, 24, 32)
+    first = torch.arange(5) >= torch.tensor([[0], [4], [2]])
+    keep = torch.cat([first, first.new_ones(3, 19)], dim=1)
+    stop, prompt = 5, Mask.padding(first)
+    assert layer.explain(x[:, :5], mask=prompt, cache=cache).reason == "some of the new tokens are padding"
+    assert torch.equal(layer(x[:, :5], mask=prompt, cache=cache), composed(layer, x[:, :5], mask=prompt, cache=peer))
+    for count in (1, 1, 3, 1, 5, 1):
+        part, stop = x[:, stop : stop + count], stop + count
+        if count == 5:
+            keep[:, 5:7] = False  # a later call may hide tokens of earlier ones
+        for mask in (Mask.padding(keep[:, :stop]), Mask.padding(keep[:, :stop]) & Mask.padding(torch.full((3,), stop))):
+            for each in (cache, peer):
+                each.crop(each.lengths.clamp(max=stop - count - 5 + first.sum(1)))
+            assert layer.explain(part, mask=mask, cache=cache).is_one_call
+            assert torch.equal(layer(part, mask=mask, cache=cache), composed(layer, part, mask=mask, cache=peer))
+
+
+@torch.no_grad()
+def test_padding_without_a_cache() -> None:
+    layer, x = qkv.Attention(32, 4, gate=True).eval(), torch.randn(3, 4, 32)
+    lengths = torch.tensor([4, 1, 3], dtype=torch.int32)
+    keep = torch.arange(4) < lengths[:, None]
+    for mask in (Mask.padding(lengths), Mask.padding(keep), Mask.padding(lengths[:1]), Mask.padding(keep[1:2])):
+        assert layer.explain(x, mask=mask).is_one_call
+        got, peer = layer(x, mask=mask), composed(layer, x, mask=mask)
+        want = composed(copy.deepcopy(layer).double(), x.double(), mask=mask)
+        assert_within_budget(got, want, peer, repr(mask))
+    for mask in (Mask.padding(lengths[:2]), Mask.padding(keep[:, :3])):
+        with pytest.raises(ValueError, match="must fit"):
+            layer(x, mask=mask)
+
+
+CROSS: dict[str, Callable[[], qkv.Attention]] = {
+    "plain": lambda: qkv.CrossAttention(32, 4, context_dim=24),
+    "grouped, wider values, norms, gate": lambda: qkv.CrossAttention(
+        48, 4, context_dim=24, num_kv_heads=2, value_dim=9, qk_norm=True, gate=True
+    ),
+    "softcap, sink logits": lambda: qkv.CrossAttention(32, 4, context_dim=24, softcap=2.0, sink_logits=True),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CROSS)
+@torch.no_grad()
+def test_cross_attention_reads_the_cached_context(name: str, dtype: torch.dtype) -> None:
+    layer = CROSS[name]().eval().to(dtype)
+    x, context = torch.randn(3, 4, layer.embed_dim).to(dtype), torch.randn(3, 9, 24).to(dtype)
+    exact = copy.deepcopy(layer).double()
+    for mask in (Mask.full(), Mask.padding(torch.tensor([9, 1, 4])), Mask.padding(torch.rand(3, 9) > 0.4)):
+        cache, other = qkv.CrossKVCache(), qkv.CrossKVCache()
+        assert layer.explain(x, context, mask=mask, cache=cache).reason == "no cache has the context yet"
+        layer(x, context, mask=mask, cache=cache)
+        exact(x.double(), context.double(), mask=mask, cache=other)
+        before = cache.state_dict()
+        for given, part in ((None, x[:, :1]), (context, x), (context.clone(), x[:, 2:])):
+            assert layer.explain(part, given, cache=cache).is_one_call
+            got, peer = layer(part, given, cache=cache), composed(layer, part, given, cache=cache)
+            assert_within_budget(got, exact(part.double(), cache=other), peer, f"{name}, {mask}")
+            assert layer.gate_proj is not None or torch.equal(got, peer)
+            assert torch.equal(layer(part, cache=cache, mask=mask), got)
+        assert all(torch.equal(before[key], now) for key, now in cache.state_dict().items())
+
+
+@torch.no_grad()
+def test_cross_attention_refuses_what_its_parts_refuse() -> None:
+    layer, x, context = CROSS["plain"]().eval(), torch.randn(2, 3, 32), torch.randn(2, 5, 24)
+    cache = qkv.CrossKVCache()
+    layer(x, context, cache=cache)
+    want = layer(x, cache=cache)
+    for given, message in (
+        (context + 1, "contains another context"),
+        (context[:, :4], "contains a context of 5 tokens"),
+        (context[:1], r"context must be \(2, Lk, 24\)"),
+        (context[..., :3], r"context must be \(2, Lk, 24\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            layer(x, given, cache=cache)
+    with pytest.raises(ValueError, match="keys of another layer"):
+        CROSS["plain"]()(x, cache=cache)
+    with pytest.raises(ValueError, match="batch"):
+        layer(x[:1], cache=cache)
+    assert layer.explain(x, mask=Mask.causal(), cache=cache).reason.startswith("the mask or alibi depends on positions")
+    with pytest.raises(ValueError, match="offset"):
+        layer(x, mask=Mask.causal(), cache=cache)
+    calls: list[Any] = []
+    layer.k_proj.register_forward_hook(lambda *call: calls.append(call))
+    assert layer.explain(x, cache=cache).is_one_call
+    layer.q_proj.register_forward_hook(lambda *call: calls.append(call))
+    assert not layer.explain(x, cache=cache).is_one_call
+    torch.testing.assert_close(layer(x, cache=cache), want)
+    assert len(calls) == 1
+    with torch.enable_grad():  # keys of a context may have a graph
+        fresh, graph = CROSS["plain"]().requires_grad_(False), qkv.CrossKVCache()
+        fresh(x, context.requires_grad_(), cache=graph)
+        assert fresh.explain(x, cache=graph).reason.startswith("gradients")
+        fresh(x, cache=graph).sum().backward()
+    assert context.grad is not None
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 16])
+@torch.no_grad()
+def test_pages_have_the_bits_of_a_cache_without(page_size: int) -> None:
+    """Whatever happens to rows between steps: their pages are scattered, shared and copied on write."""
+    layer, x = made("rotary"), torch.randn(4, 60, 64)
+    plain, paged = qkv.KVCache(), qkv.PagedKVCache(page_size=page_size)
+    steps: list[Callable[[Any], Any]] = [
+        lambda cache: layer(x[:2, :5], cache=cache),
+        lambda cache: cache.repeat(2),
+        *[lambda cache, i=i: layer(x[:, i : i + 1], cache=cache) for i in range(5, 8)],  # type: ignore[misc]
+        lambda cache: cache.crop(torch.tensor([8, 2, 5, 0])),
+        lambda cache: layer(x[:, 8:12], cache=cache),
+        lambda cache: cache.select(torch.tensor([2, 2, 0, 3])),
+        *[lambda cache, i=i: layer(x[:, i : i + 2], cache=cache) for i in range(12, 40, 2)],  # type: ignore[misc]
+        lambda cache: cache.join(copy.deepcopy(cache)),
+        lambda cache: layer(x.repeat(2, 1, 1)[:, 40:41], cache=cache),
+        lambda cache: cache.crop(0),
+        lambda cache: layer(x[:, :4], cache=cache),
+    ]
+    twin = None
+    for number, act in enumerate(steps):
+        want, got = act(plain), act(paged)
+        assert want is None or torch.equal(got, want)
+        check_pools([paged] if twin is None else [paged, twin])
+        if number == 3:
+            twin = copy.copy(paged)
+            before = twin.keys().gathered().k.clone()
+    assert twin is not None and torch.equal(twin.keys().gathered().k, before)
+
+
+@torch.no_grad()
+def test_pages_of_a_call_that_fails_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x, pool = made("rotary"), torch.randn(2, 30, 64), qkv.PagePool(page_size=4, pages=10)
+    cache, prompt = qkv.PagedKVCache(pool), qkv.PagedKVCache(pool)
+
+    def refused(*_: Any) -> bool:
+        return False
+
+    def fail(*_: Any) -> bool:
+        raise MemoryError
+
+    for error in (None, MemoryError):
+        for length in (0, 3, 4, 6):
+            cache.reset()
+            prompt.reset()
+            if length:
+                layer(x[:, :length], cache=prompt)
+                cache.join(prompt)
+            used, tokens = pool.used, length and cache.keys().gathered().k.clone()
+            rows = copy.deepcopy(cache._table.rows)
+            with monkeypatch.context() as patch:
+                patch.setattr("qkv.kernels.layer_step", fail if error else refused)
+                patch.setattr("qkv.layers.projection.project", fail)
+                patch.setattr("qkv.layers.attention.project", fail)
+                with pytest.raises(MemoryError):
+                    layer(x[:, 6:9], cache=cache)
+            assert (pool.used, cache.length, cache._table.rows) == (used, length, rows)
+            assert not length or torch.equal(cache.keys().gathered().k, tokens)
+            check_pools([cache, prompt])
+    layer(x[:, 6:14], cache=cache)
+    with pytest.raises(ValueError, match=r"^PagedKVCache: the pool has 10 pages of 4 tokens"):
+        layer(x[:, :9], cache=cache)
+    assert cache.length == 14
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_step_leaves_graphs_of_pages_alone() -> None:
+    layer, x, cache = made("rotary"), torch.randn(2, 8, 64), qkv.PagedKVCache(page_size=4)
+    out = layer(x[:, :3], cache=cache)
+    twin = copy.copy(cache)
+    with torch.no_grad():
+        assert layer.explain(x[:, 3:4], cache=cache).is_one_call
+        want = composed(layer, x[:, 3:4], cache=twin)
+        assert torch.equal(layer(x[:, 3:4], cache=cache), want)
+        keys = cache.latest(2)
+    out.sum().backward()
+    q = torch.randn(2, 2, 4, 16, requires_grad=True)
+    out = (keys.k[:2] * q).sum()
+    with torch.no_grad():
+        layer(x[:, 4:5], cache=cache)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()
+
+
+@pytest.mark.parametrize("isa", kernels.supported_isas())
+@torch.no_grad()
+def test_every_instruction_set_is_within_budget(isa: str) -> None:
+    for name in ("rotary", "norms", "gate", "gate, odd widths", "softcap, alibi, sink logits, scale"):
+        layer, x = made(name), torch.randn(2, 11, made(name).embed_dim)
+        caches = [qkv.PagedKVCache(page_size=3), qkv.KVCache(), qkv.KVCache()]
+        peers = [layer, layer, copy.deepcopy(layer).double()]
+        for part in x.split([5, 1, 3, 2], dim=1):
+            with kernels.use(library(isa)):
+                assert layer.explain(part, cache=caches[0]).is_one_call
+                got = peers[0](part, cache=caches[0])
+            peer = composed(peers[1], part, cache=caches[1])
+            want = peers[2](part.double(), cache=caches[2])
+            assert_within_budget(got, want, peer, f"{name}, {isa}")
 
 
 @torch.no_grad()
@@ -208,10 +460,8 @@ def test_what_is_watched_or_replaced_is_called(name: str) -> None:
 def test_calls_that_ask_for_more_are_composed() -> None:
     layer, x = qkv.CausalAttention(32, 4, rotary=qkv.RotaryEmbedding(8)).requires_grad_(False), torch.randn(2, 3, 32)
     calls: dict[str, dict[str, Any]] = {
-        "bias or positions are given": {"positions": torch.arange(3)},
-        "the mask has more than an interval": {"mask": Mask.padding(torch.tensor([3, 1]))},
-        "the mask has chunks or a prefix": {"mask": Mask.chunked(2)},
-        "the cache is a PagedKVCache": {"cache": qkv.PagedKVCache()},
+        "a bias is given": {"bias": torch.zeros(3, 3)},
+        "the mask has documents, global tokens or a dense part": {"mask": Mask.documents(torch.zeros(2, 3).long())},
     }
     for reason, options in calls.items():
         assert layer.explain(x, **options).reason == reason
@@ -223,7 +473,8 @@ def test_calls_that_ask_for_more_are_composed() -> None:
     dropping = qkv.CausalAttention(32, 4, dropout=0.5).requires_grad_(False)
     assert dropping.explain(x).reason == "weights are dropped"
     assert dropping.eval().explain(x).is_one_call
-    for other in (qkv.DifferentialAttention(32, 4), qkv.Attention(32, 4, gate=True)):
+    biased = qkv.Attention(32, 4, position_bias=qkv.RelativePositionBias(4))
+    for other in (qkv.DifferentialAttention(32, 4), biased):
         assert not other.requires_grad_(False).explain(x).is_one_call
 
 

@@ -9,15 +9,17 @@ namespace {
 
 // The tensors of a call, in the order in which Python gives them.
 struct Tensors {
-    dlpack::Tensor x, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, out_weight, out_bias, q_norm, k_norm,
-        frequencies, keys, values, k_scale, v_scale, offsets, positions, lengths, alibi, sink_logits, out;
+    dlpack::Tensor x, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, gate_weight, gate_bias, out_weight,
+        out_bias, q_norm, k_norm, frequencies, keys, values, k_scale, v_scale, table, offsets, positions, keep, lengths,
+        prefix_lengths, alibi, sink_logits, out;
 
     // False if one cannot be read.
     bool look(const Interpreter& python, void* const* objects) {
         for (dlpack::Tensor* tensor :
-             {&x,        &q_weight,  &q_bias,  &k_weight,    &k_bias,      &v_weight, &v_bias,  &out_weight,
-              &out_bias, &q_norm,    &k_norm,  &frequencies, &keys,        &values,   &k_scale, &v_scale,
-              &offsets,  &positions, &lengths, &alibi,       &sink_logits, &out})
+             {&x,           &q_weight,  &q_bias,         &k_weight, &k_bias,      &v_weight, &v_bias,
+              &gate_weight, &gate_bias, &out_weight,     &out_bias, &q_norm,      &k_norm,   &frequencies,
+              &keys,        &values,    &k_scale,        &v_scale,  &table,       &offsets,  &positions,
+              &keep,        &lengths,   &prefix_lengths, &alibi,    &sink_logits, &out})
             if (!python.look(*objects++, *tensor)) return false;
         return true;
     }
@@ -41,21 +43,52 @@ bool vector_of(const dlpack::Tensor& tensor, Dtype dtype, int64_t count, const N
     return true;
 }
 
-// Integers, one for each batch, or null for None.
-bool integers_of(const dlpack::Tensor& tensor, int64_t batch, const int64_t*& data) {
+// Integers, one for each batch or one for all, and their stride; or null for None.
+bool integers_of(const dlpack::Tensor& tensor, int64_t batch, const int64_t*& data, int64_t& stride) {
     data = nullptr;
     if (!is_given(tensor)) return true;
-    if (!is(tensor, dlpack::INT, 64, 1) || tensor.shape[0] != batch || (batch > 1 && tensor.strides[0] != 1))
-        return false;
+    if (!is(tensor, dlpack::INT, 64, 1) || (tensor.shape[0] != 1 && tensor.shape[0] != batch)) return false;
     data = (const int64_t*)data_of(tensor);
+    stride = tensor.shape[0] == 1 ? 0 : tensor.strides[0];
+    return true;
+}
+
+// By which tokens are rotated: one integer for each batch, added to the offset, or one for each token.
+bool positions_of(const dlpack::Tensor& tensor, const Problem& p, Rotation& r) {
+    if (!is_given(tensor) || tensor.dimensions == 1) return integers_of(tensor, p.batch, r.offsets, r.offsets_batch);
+    if (!is(tensor, dlpack::INT, 64, 2) || (tensor.shape[0] != 1 && tensor.shape[0] != p.batch)) return false;
+    r.positions = (const int64_t*)data_of(tensor);
+    r.positions_batch = tensor.shape[0] == 1 ? 0 : tensor.strides[0], r.positions_token = tensor.strides[1];
+    r.axis_count = 1;
+    return tensor.shape[1] == p.lq;
+}
+
+// The keys that padding leaves, or null for None.
+bool keep_of(const dlpack::Tensor& tensor, Problem& p) {
+    if (!is_given(tensor)) return true;
+    if (!is(tensor, dlpack::BOOL, 8, 2) || (tensor.shape[0] != 1 && tensor.shape[0] != p.batch)) return false;
+    p.keep = (const uint8_t*)data_of(tensor);
+    p.keep_batch = tensor.shape[0] == 1 ? 0 : tensor.strides[0];
+    return tensor.shape[1] == p.lk && (p.lk == 1 || tensor.strides[1] == 1);
+}
+
+// Where the keys are: one row of memory for each batch; or in pages, of which a table names those of each batch.
+bool places_of(const dlpack::Tensor& table, const dlpack::Tensor& keys, int64_t key_count, Problem& p) {
+    p.lk = keys.shape[2];
+    if (!is_given(table)) return keys.shape[0] == p.batch;
+    if (p.kv_dtype == Dtype::i8 || !is(table, dlpack::INT, 64, 2) || table.shape[0] != p.batch) return false;
+    if (table.strides[1] != 1 || key_count < 0 || key_count > p.lk * table.shape[1]) return false;
+    p.pages = {(const int64_t*)data_of(table), table.strides[0], p.lk, 0, keys.shape[0]};
+    p.lk = key_count;
     return true;
 }
 
 bool projection_of(const dlpack::Tensor& weight, const dlpack::Tensor& bias, Dtype dtype, int64_t rows,
                    int64_t in_features, int64_t out_features, Projection& projection) {
+    projection = {};
+    if (!is_given(weight)) return true;
     if (!is_of(weight, dtype, 2) || weight.shape[0] != out_features || weight.shape[1] != in_features) return false;
     if (weight.strides[1] != 1) return false;
-    projection = {};
     projection.dtype = projection.out_dtype = dtype;
     projection.rows = rows, projection.in_features = in_features, projection.out_features = out_features;
     projection.weight = data_of(weight), projection.weight_row = weight.strides[0];
@@ -72,7 +105,7 @@ bool rows_of(const dlpack::Tensor& tensor, Dtype dtype, void*& data, int64_t& ro
 }
 
 // Fills in the step, apart from numbers. False if the tensors do not fit together.
-bool make_step(const Tensors& t, LayerStep& step) {
+bool make_step(const Tensors& t, int64_t key_count, LayerStep& step) {
     Problem& p = step.attention;
     if (t.x.dimensions != 3 || !dtype_of(t.x, p.dtype) || p.dtype == Dtype::i8) return false;
     if (!holds_heads(t.keys) || !holds_heads(t.values) || !dtype_of(t.keys, p.kv_dtype)) return false;
@@ -80,11 +113,13 @@ bool make_step(const Tensors& t, LayerStep& step) {
     const bool scaled = p.kv_dtype == Dtype::i8;
     if (!dtype_of(t.values, of_values) || of_values != p.kv_dtype || (!scaled && p.kv_dtype != p.dtype)) return false;
     p.batch = t.x.shape[0], p.lq = t.x.shape[1];
-    p.kv_heads = t.keys.shape[1], p.lk = t.keys.shape[2], p.width = t.keys.shape[3], p.value_width = t.values.shape[3];
+    p.kv_heads = t.keys.shape[1], p.width = t.keys.shape[3], p.value_width = t.values.shape[3];
     const int64_t rows = p.batch * p.lq, embed = t.x.shape[2];
-    if (rows < 1 || embed < 1 || p.lk < p.lq || t.keys.shape[0] != p.batch || t.values.shape[0] != p.batch)
+    if (rows < 1 || embed < 1 || !places_of(t.table, t.keys, key_count, p)) return false;
+    for (int i : {0, 1, 2})
+        if (t.values.shape[i] != t.keys.shape[i]) return false;
+    if (t.q_weight.dimensions != 2 || !is_given(t.out_weight) || is_given(t.k_weight) != is_given(t.v_weight))
         return false;
-    if (t.values.shape[1] != p.kv_heads || t.values.shape[2] != p.lk || t.q_weight.dimensions != 2) return false;
     p.heads = t.q_weight.shape[0] / p.width;
     if (p.heads < 1 || p.heads % p.kv_heads != 0) return false;
     if (!view_of(t.keys, p.k) || !view_of(t.values, p.v)) return false;
@@ -99,6 +134,7 @@ bool make_step(const Tensors& t, LayerStep& step) {
     } projections[] = {{t.q_weight, t.q_bias, embed, p.heads * p.width, step.q_proj},
                        {t.k_weight, t.k_bias, embed, p.kv_heads * p.width, step.k_proj},
                        {t.v_weight, t.v_bias, embed, p.kv_heads * p.value_width, step.v_proj},
+                       {t.gate_weight, t.gate_bias, embed, p.heads * p.value_width, step.gate_proj},
                        {t.out_weight, t.out_bias, p.heads * p.value_width, embed, step.out_proj}};
     void* x;
     int64_t x_row;
@@ -115,14 +151,17 @@ bool make_step(const Tensors& t, LayerStep& step) {
     Rotation& r = step.rotation;
     r.pairs = is_given(t.frequencies) ? t.frequencies.shape[0] : 0;
     if (2 * r.pairs > p.width || !vector_of(t.frequencies, Dtype::f32, r.pairs, r.frequencies)) return false;
-    p.offsets_batch = p.lengths_batch = r.offsets_batch = 1;
-    return integers_of(t.offsets, p.batch, p.offsets) && integers_of(t.positions, p.batch, r.offsets) &&
-           integers_of(t.lengths, p.batch, p.lengths) && vector_of(t.alibi, Dtype::f32, p.heads, p.alibi) &&
+    return integers_of(t.offsets, p.batch, p.offsets, p.offsets_batch) && positions_of(t.positions, p, r) &&
+           keep_of(t.keep, p) && integers_of(t.lengths, p.batch, p.lengths, p.lengths_batch) &&
+           integers_of(t.prefix_lengths, p.batch, p.prefix_lengths, p.prefix_lengths_batch) &&
+           vector_of(t.alibi, Dtype::f32, p.heads, p.alibi) &&
            vector_of(t.sink_logits, Dtype::f32, p.heads, p.sink_logits);
 }
 
-// Whether the tokens of each batch go into slots there are.
-bool has_slots(const Problem& p) {
+// Whether the tokens of each batch go into slots there are, if they are appended.
+bool has_slots(const LayerStep& step) {
+    const Problem& p = step.attention;
+    if (step.k_proj.out_features == 0) return true;
     for (int64_t batch = 0; batch < p.batch; ++batch) {
         const int64_t first = offset_of(p, batch);
         if (first < 0 || first > p.lk - p.lq) return false;
@@ -137,22 +176,26 @@ bool has_slots(const Problem& p) {
 QKV_EXPORT int qkv_layer_step_size() { return qkv::TENSORS; }
 
 // A step of a layer (abi/layer_step.h) from Python tensors. The caller holds the GIL. `tensors` are TENSORS objects
-// in the order of `Tensors`; biases and those after out_bias may be None, apart from keys, values and out. Returns as
-// qkv_forward; or OTHER, and does nothing, if the tensors are of another kind or do not fit together.
-QKV_EXPORT int qkv_layer_step(const void* interpreter, void* const* tensors, int64_t offset, int64_t position,
-                              int64_t left, int64_t right, int64_t sink_tokens, int interleaved, float position_scale,
-                              float attention_factor, float norm_eps, float scale, float softcap, int threads) {
+// in the order of `Tensors`; all but x, q_weight, out_weight, keys, values and out may be None, and k_weight with
+// v_weight for the keys of a context. Of keys in pages there are `key_count`. Returns as qkv_forward; or OTHER, and
+// does nothing, if the tensors are of another kind or do not fit together.
+QKV_EXPORT int qkv_layer_step(const void* interpreter, void* const* tensors, int64_t key_count, int64_t offset,
+                              int64_t position, int64_t left, int64_t right, int64_t sink_tokens, int64_t prefix_tokens,
+                              int64_t dilation, int64_t chunk, int64_t chunk_start, int interleaved,
+                              float position_scale, float attention_factor, float norm_eps, float scale, float softcap,
+                              int threads) {
     const auto& python = *(const qkv::Interpreter*)interpreter;
     qkv::Tensors given;
     qkv::LayerStep step = {};
-    if (!given.look(python, tensors) || !qkv::make_step(given, step)) return qkv::OTHER;
+    if (!given.look(python, tensors) || !qkv::make_step(given, key_count, step)) return qkv::OTHER;
     qkv::Problem& p = step.attention;
-    p.offset = offset, p.left = left, p.right = right, p.sink_tokens = sink_tokens;
+    p.offset = offset, p.left = left, p.right = right, p.sink_tokens = sink_tokens, p.prefix_tokens = prefix_tokens;
+    p.dilation = dilation, p.chunk = chunk, p.chunk_start = chunk_start;
     p.scale = scale, p.softcap = softcap, p.threads = threads;
     step.norm_eps = norm_eps;
     step.rotation.interleaved = interleaved;
     step.rotation.position_scale = position_scale, step.rotation.attention_factor = attention_factor;
     step.rotation.offset = position;
-    if (!qkv::fits(p) || !qkv::has_slots(p)) return qkv::OTHER;
+    if (!qkv::fits(p) || !qkv::has_slots(step)) return qkv::OTHER;
     return python.unlocked([&] { return qkv::run_layer_step(step); });
 }

@@ -9,8 +9,10 @@ namespace qkv {
 
 // out = (attention of the heads of x @ q_proj.mT over the cached keys and those of x) @ out_proj.mT. The tokens of x
 // are appended: `attention` has the memory of keys and values, these included, and its offsets are their first slots.
+// Without features, k_proj and v_proj append nothing: the keys are those of a context.
 struct LayerStep {
     Projection q_proj, k_proj, v_proj;  // of the same x; `out` is the kernel's own
+    Projection gate_proj;               // likewise: heads are multiplied by its sigmoid; without features, by nothing
     Projection out_proj;                // its x is the kernel's own
     const void *q_norm, *k_norm;        // (width), gains in the dtype of x, or null
     float norm_eps;

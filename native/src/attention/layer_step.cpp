@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "attention/quantize.h"
+#include "mask/query_tile.h"
 #include "matmul/few_rows.h"
 #include "rotary/rotate.h"
 #include "runtime/parallel.h"
@@ -20,13 +21,14 @@ namespace {
 
 // What lies between the parts of a step, in the dtype of x: (token, head, column).
 struct StepScratch {
-    float *q, *k, *v, *outputs;
+    float *q, *k, *v, *gates, *outputs;
 
     StepScratch(const Problem& p, ArenaLayout& layout) {
         const int64_t tokens = p.batch * p.lq;
         q = layout(tokens * p.heads * p.width);
         k = layout(tokens * p.kv_heads * p.width);
         v = layout(tokens * p.kv_heads * p.value_width);
+        gates = layout(tokens * p.heads * p.value_width);
         outputs = layout(tokens * p.heads * p.value_width);
     }
 };
@@ -48,6 +50,22 @@ void normalise(Dtype dtype, char* x, int64_t width, const char* gains, float eps
     });
 }
 
+// x = x * sigmoid(gates)
+void apply_gates(Dtype dtype, char* x, const char* gates, int64_t width) {
+    const int64_t item = size_of(dtype);
+    for_columns(width, [&](int64_t d, int64_t count) {
+        const vec gate = load_part(dtype, gates + d * item, count);
+        const vec part = load_part(dtype, x + d * item, count);
+        store_part(dtype, x + d * item, part / (1.0f + exp2(gate * -LOG2E)), count);
+    });
+}
+
+// Where a key or value lies.
+char* place_of(const Problem& p, const View& view, int64_t batch, int64_t head, int64_t slot) {
+    if (!p.pages.table) return row_of(p.kv_dtype, view, batch, head, slot);
+    return row_of(p.kv_dtype, view, *p.pages.entry(batch, slot), head, p.pages.row(slot));
+}
+
 // Writes zeros to the slots after the tokens of a batch that are new to all: before this call, they are uninitialised.
 void clear_slots(const Problem& p, const View& view, const Scales& scales, int64_t width, int64_t batch, int64_t head) {
     for (int64_t slot = std::max(offset_of(p, batch) + p.lq, p.lk - p.lq); slot < p.lk; ++slot) {
@@ -62,13 +80,13 @@ void append(const Problem& p, const View& from, const View& to, const Scales& sc
     const int64_t slot = offset_of(p, batch) + i;
     for (int64_t head = 0; head < p.kv_heads; ++head) {
         const char* const row = row_of(p.dtype, from, batch, head, i);
-        char* const there = row_of(p.kv_dtype, to, batch, head, slot);
+        char* const there = place_of(p, to, batch, head, slot);
         if (scales.data)
             scales.data[batch * scales.batch + head * scales.head + slot] =
                 quantize_row(p.dtype, row, width, (int8_t*)there);
         else
             std::memcpy(there, row, width * size_of(p.dtype));
-        if (i == p.lq - 1) clear_slots(p, to, scales, width, batch, head);
+        if (i == p.lq - 1 && !p.pages.table) clear_slots(p, to, scales, width, batch, head);
     }
 }
 
@@ -85,6 +103,7 @@ struct Heads {
         for (int64_t head = 0; step.k_norm && head < p.kv_heads; ++head)
             normalise(p.dtype, row_of(p.dtype, k, batch, head, i), p.width, (const char*)step.k_norm, step.norm_eps);
         if (step.rotation.pairs > 0) rotate_tokens(step.rotation, batch, i, i + 1);
+        if (step.k_proj.out_features == 0) return;
         append(p, k, p.k, p.k_scale, p.width, batch, i);
         append(p, v, p.v, p.v_scale, p.value_width, batch, i);
     }
@@ -95,20 +114,22 @@ View heads_of(const Problem& p, void* data, int64_t heads, int64_t width) {
     return {data, p.lq * heads * width, width, heads * width};
 }
 
-void set_out(Projection& projection, void* out) {
-    projection.out = out;
-    projection.out_row = projection.out_features;
-}
-
 }  // namespace
 
 void layer_step(const LayerStep& given) {
     LayerStep step = given;
     Problem& p = step.attention;
     const StepScratch scratch = thread_scratch<StepScratch>(p);
-    set_out(step.q_proj, scratch.q), set_out(step.k_proj, scratch.k), set_out(step.v_proj, scratch.v);
-    const Projection projections[] = {step.q_proj, step.k_proj, step.v_proj};
-    project(projections, 3, p.threads);
+    Projection projections[MOST_PRODUCTS];
+    int count = 0;
+    const auto add = [&](const Projection& projection, float* out) {
+        if (projection.out_features == 0) return;
+        projections[count] = projection;
+        projections[count].out = out, projections[count++].out_row = projection.out_features;
+    };
+    add(step.q_proj, scratch.q), add(step.k_proj, scratch.k), add(step.v_proj, scratch.v);
+    add(step.gate_proj, scratch.gates);
+    project(projections, count, p.threads);
 
     p.q = heads_of(p, scratch.q, p.heads, p.width);
     p.out = heads_of(p, scratch.outputs, p.heads, p.value_width);
@@ -126,6 +147,8 @@ void layer_step(const LayerStep& given) {
     forward(p);
     step.out_proj.x = scratch.outputs;
     step.out_proj.x_row = p.heads * p.value_width;
+    if (step.gate_proj.out_features > 0)
+        apply_gates(p.dtype, (char*)scratch.outputs, (const char*)scratch.gates, tokens * p.heads * p.value_width);
     project(&step.out_proj, 1, p.threads);
 }
 

@@ -1,6 +1,6 @@
 """`PagedKVCache`: all keys and values so far, in pages that rows and caches share."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -81,18 +81,52 @@ class PagedKVCache(Cache):
             )
         starts = None if self._rows is None else self._rows.lengths
         if is_token is None and self._length and self._table.append_in_place(k, v, starts, self._length):
-            return self._count(k, None)
+            return self._count(k.shape[2], None)
         mark = self.mark()
         try:
             self._write(k, v, is_token)
-            return self._count(k, is_token)
+            return self._count(k.shape[2], is_token)
         except BaseException:  # as in KVCache.append
             self.restore(mark)
             raise
 
+    def claim(self, k: Sequence[int], v: Sequence[int], like: Tensor) -> Keys | None:
+        """As `Cache.claim`; rows get pages of their own to be written to.
+
+        Raises:
+            ValueError: as `append`, if the pool is full.
+        """
+        if torch.is_grad_enabled() or not self._takes(k, v, like):
+            return None
+        if not self._length:
+            self._autocast = autocast_to(like)
+        table, mark = self._table, self.mark()
+        if not table.claim(k[2]):
+            lengths = [self._length] * k[0] if self._rows is None else self._rows.lengths.tolist()
+            stand_ins = [like.new_empty(()).expand(*shape) for shape in (k, v)]
+            try:
+                self._table = table.make_room(type(self).__name__, lengths, [k[2]] * k[0], *stand_ins)
+                self._table.claim(k[2])
+            except BaseException:  # as in KVCache.append
+                self.restore(mark)
+                raise
+        return self._count(k[2], None)
+
+    def _takes(self, k: Sequence[int], v: Sequence[int], like: Tensor) -> bool:
+        """Whether tokens of these shapes may follow those there are."""
+        pool = self.pool
+        if not self._is_new and k[0] != self._batch:
+            return False
+        if pool.k is None or (self._is_new and not pool.used):
+            return True
+        return all(
+            (x.shape[1], x.shape[3], x.dtype, x.device) == (shape[1], shape[3], like.dtype, like.device)
+            for x, shape in zip(pool.memory(), (k, v), strict=True)
+        )
+
     def _write(self, k: Tensor, v: Tensor, is_token: Tensor | None) -> None:
         """Writes new tokens to pages, which rows get where they have none."""
-        caller, pool, table = type(self).__name__, self.pool, self._table
+        caller, pool = type(self).__name__, self.pool
         if not self._length:
             self._autocast = autocast_to(k)
         check_append(caller, k, v, *self._like(k), None if pool.k is None else pool.k.dtype, self._autocast)
@@ -100,7 +134,7 @@ class PagedKVCache(Cache):
         rows = self._rows_or_equal(k)
         lengths = [self._length] * k.shape[0] if self._rows is None else rows.lengths.tolist()
         added = [k.shape[2]] * len(lengths) if is_token is None else is_token.sum(1).tolist()
-        table.make_room(caller, lengths, added, k, v)
+        self._table = table = self._table.make_room(caller, lengths, added, k, v)
         starts = None if self._rows is None else rows.lengths
         if k.shape[2] and (is_token is not None or not table.append_in_place(k, v, starts, self._length)):
             table.put(place(rows.lengths, k.shape[2], is_token)[0], k, v)
@@ -113,14 +147,14 @@ class PagedKVCache(Cache):
         keys, values = (x[:1].expand(batch, -1, -1, -1) for x in pool.memory())
         return keys, values
 
-    def _count(self, k: Tensor, is_token: Tensor | None) -> Keys:
-        """Counts new tokens, already written, and returns all that their queries may see."""
-        count, offset = k.shape[2], self.offset()
+    def _count(self, count: int, is_token: Tensor | None) -> Keys:
+        """Counts ``count`` new columns and returns all that their queries may see."""
+        offset = self.offset()
         if self._rows is None and is_token is None:
             self._length += count
             lengths = None
         else:
-            rows = self._rows_or_equal(k)
+            rows = self._rows_or_equal(is_token)
             offset = rows.lengths if is_token is None else rows.lengths - padding_before(is_token)
             self._rows = rows.append(count, is_token)
             lengths = self._rows.lengths

@@ -280,7 +280,7 @@ def _is_recording() -> bool:
 class PageTable:
     """The pages of each row of a batch, in order, which it holds in a pool while it exists.
 
-    Appending alone changes a table, and keeps its tokens; all else makes another one, so that a cache which goes back
+    New pages alone change a table, which keeps its tokens; all else makes another one, so that a cache which goes back
     to an earlier table finds its pages.
 
     Args:
@@ -314,8 +314,11 @@ class PageTable:
         """All pages, each once."""
         return list(dict.fromkeys(page for row in self.rows for page in row))
 
-    def make_room(self, caller: str, lengths: Sequence[int], added: Sequence[int], k: Tensor, v: Tensor) -> None:
+    def make_room(self, caller: str, lengths: Sequence[int], added: Sequence[int], k: Tensor, v: Tensor) -> "PageTable":
         """Gives each row pages for ``added`` tokens after its first ``lengths``, and a last page of its own.
+
+        Returns:
+            the table with these pages: another one if last pages had to be copied.
 
         Raises:
             ValueError: if the pool has too few pages left, with nothing changed.
@@ -330,13 +333,19 @@ class PageTable:
             pool.require_free(caller, count, lengths)
             pool.reserve(k, v, count)
         self.rows = rows
-        self._copy_last(shared, k.device)
+        table = self._with_own_last_pages(shared) if shared else self
+        table._grow(missing)
+        table._room = min((len(row) * size - n for row, n in zip(table.rows, lengths, strict=True)), default=0)
+        table._holds = pool.holds
+        return table
+
+    def _grow(self, missing: Sequence[int]) -> None:
+        """Gives each row so many more pages."""
+        rows = self.rows
         new = [(b, len(rows[b]) + i) for b, more in enumerate(missing) for i in range(more)]
         for b, _ in new:
-            rows[b].append(pool.take(len(rows[b]), rows[b][-1] if rows[b] else None))
-        self._enter([*((b, len(rows[b]) - 1 - missing[b]) for b in shared), *new])
-        self._room = min((len(row) * size - n for row, n in zip(rows, lengths, strict=True)), default=0)
-        self._holds = pool.holds
+            rows[b].append(self.pool.take(len(rows[b]), rows[b][-1] if rows[b] else None))
+        self._enter(new)
 
     def _leave_graph(self) -> None:
         """Moves to a pool of its own before a write that would record or end a graph of the tokens of others."""
@@ -362,21 +371,23 @@ class PageTable:
                     found.append(b)
         return found
 
-    def _copy_last(self, shared: Sequence[int], device: torch.device) -> None:
-        """Gives these rows copies of their last pages."""
-        if not shared:
-            return
-        pool, rows = self.pool, [self.rows[b] for b in shared]
-        before = [row[-1] for row in rows]
-        after = [pool.take(len(row) - 1, row[-2] if len(row) > 1 else None) for row in rows]
+    def _with_own_last_pages(self, shared: Sequence[int]) -> "PageTable":
+        """A table in which these rows have copies of their last pages."""
+        pool, rows = self.pool, [list(row) for row in self.rows]
+        before = [rows[b][-1] for b in shared]
+        after: list[int] = []
         try:
+            for b in shared:
+                row = rows[b]
+                after.append(pool.take(len(row) - 1, row[-2] if len(row) > 1 else None))
+                row[-1] = after[-1]
             pool.copy_pages(pool, before, after)
-        except BaseException:
+            table = PageTable(pool, rows)
+        finally:
             pool.drop(after)
-            raise
-        for row, page in zip(rows, after, strict=True):
-            row[-1] = page
-        pool.drop(before)
+        table._tensor = self._tensor
+        table._enter([(b, len(rows[b]) - 1) for b in shared])
+        return table
 
     def _enter(self, places: list[tuple[int, int]]) -> None:
         """Enters the pages at these places of the rows into the tensor."""
@@ -411,6 +422,16 @@ class PageTable:
             return False
         torch.autograd.graph.increment_version((keys, values))  # as torch's in-place operators do
         self._room -= k.shape[2]
+        return True
+
+    def claim(self, count: int) -> bool:
+        """Counts ``count`` tokens of each row, for the kernel to write. Returns False if pages are missing."""
+        pool = self.pool
+        if self._holds != pool.holds or count > self._room:
+            return False
+        pool.make_writable()
+        torch.autograd.graph.increment_version(pool.memory())  # as torch's in-place operators do
+        self._room -= count
         return True
 
     def put(self, placement: Placement, k: Tensor, v: Tensor) -> None:

@@ -237,10 +237,13 @@ class StepTensors(NamedTuple):
     """(B, L, in_features)"""
     q_weight: Tensor
     q_bias: Tensor | None
-    k_weight: Tensor
+    k_weight: Tensor | None
+    """None, as v_weight, for the keys of a context, to which nothing is appended"""
     k_bias: Tensor | None
-    v_weight: Tensor
+    v_weight: Tensor | None
     v_bias: Tensor | None
+    gate_weight: Tensor | None
+    gate_bias: Tensor | None
     out_weight: Tensor
     out_bias: Tensor | None
     q_norm: Tensor | None
@@ -249,17 +252,23 @@ class StepTensors(NamedTuple):
     frequencies: Tensor | None
     """float32 (pairs,), by which pairs of channels rotate per position"""
     keys: Tensor
-    """(B, Hkv, Lk, D), into which the keys of x are written, as into values (B, Hkv, Lk, Dv)"""
+    """(B, Hkv, Lk, D), into which the keys of x are written, as into values (B, Hkv, Lk, Dv); or in pages"""
     values: Tensor
     k_scale: Tensor | None
     """float32 (B, Hkv, Lk), if keys and values are int8, as v_scale"""
     v_scale: Tensor | None
+    block_table: Tensor | None
+    """int64 (B, entries), the pages of each row in order; keys and values are (pages, Hkv, page_size, D) then"""
     offsets: Tensor | None
     """int64 (B,), added to ``offset``"""
     positions: Tensor | None
-    """int64 (B,), added to ``position``"""
+    """int64 (B,), added to ``position``; or (B or 1, L), those of the tokens"""
+    keep: Tensor | None
+    """boolean (B or 1, Lk)"""
     lengths: Tensor | None
-    """int64 (B,), number of keys of each row, new ones included; all if None"""
+    """int64 (B or 1,), number of keys of each row, new ones included; all if None"""
+    prefix_lengths: Tensor | None
+    """int64 (B or 1,)"""
     alibi: Tensor | None
     """float32 (H,), as sink_logits"""
     sink_logits: Tensor | None
@@ -270,6 +279,8 @@ class StepTensors(NamedTuple):
 class StepNumbers(NamedTuple):
     """The numbers of `layer_step`."""
 
+    key_count: int
+    """Lk, if keys are in pages"""
     offset: int
     """slot of the first new key"""
     position: int
@@ -277,6 +288,11 @@ class StepNumbers(NamedTuple):
     left: int | None
     right: int | None
     sink_tokens: int
+    prefix_tokens: int
+    dilation: int
+    chunk: int
+    """0 for none"""
+    chunk_start: int
     interleaved: bool
     position_scale: float
     attention_factor: float

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from qkv import kernels
-from qkv.cache import Int8Keys, Int8KVCache, Keys, KVCache, SlidingKVCache
+from qkv.cache import CrossKVCache, Int8Keys, Int8KVCache, Keys, KVCache, PagedKVCache, SlidingKVCache
 from qkv.kernels import StepNumbers, StepTensors
+from qkv.layers.arguments import INTEGERS
 from qkv.layers.cached_call import CallOptions
 from qkv.layers.head_norm import HeadNorm
 from qkv.layers.plain import is_called_plainly, is_plain_linear
-from qkv.layers.rotary import RotaryEmbedding
+from qkv.layers.rotary import RotaryEmbedding, shapes_of_tokens
 from qkv.masks import Mask
 
 if TYPE_CHECKING:
@@ -24,16 +25,22 @@ _Module = TypeVar("_Module", bound=nn.Module)
 MAX_TOKENS = 16
 """Tokens of a batch up to which one call is faster than its parts."""
 
-REPLACED = ("_inputs", "_self_inputs", "_keys", "_split_heads", "_attend", "_scores", "_project_out")
+REPLACED = (
+    *("_inputs", "_self_inputs", "_cross_inputs", "_keys", "_split_heads"),
+    *("_attend", "_scores", "_project_out"),
+)
 """Methods of `Attention` that a step does the work of."""
 
 OPTIONAL_PARTS = ("rotary", "q_norm", "k_norm", "gate_proj", "position_bias")
 """Modules of `Attention`, or None; a callable put in their place is no module."""
 
-CACHES = (KVCache, Int8KVCache, SlidingKVCache)
+CACHES = (KVCache, Int8KVCache, SlidingKVCache, PagedKVCache)
 
-PROJECTIONS = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "out_proj": "out"}
+PROJECTIONS = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "gate_proj": "gate", "out_proj": "out"}
 """Their names in `StepTensors`."""
+
+OF_CONTEXT = ("k_proj", "v_proj")
+"""Those that are not called once a cache has the context."""
 
 
 class Way(NamedTuple):
@@ -49,13 +56,15 @@ class Way(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """What a step reads of a layer."""
+    """What a step reads of a layer, and its mask."""
 
     projections: dict[str, Any]
     """weights and biases, by their names in `StepTensors`"""
     q_norm: HeadNorm | None
     k_norm: HeadNorm | None
     rotary: RotaryEmbedding | None
+    mask: Mask
+    """with padding over all columns"""
 
 
 def weights_of(layer: "Attention", x: Tensor, context: Tensor | None, options: CallOptions) -> Weights | str:
@@ -66,25 +75,19 @@ def weights_of(layer: "Attention", x: Tensor, context: Tensor | None, options: C
     if kernels.is_tracing() or torch._C._len_torch_function_stack():
         return "a compiler, a tracer or a mode of torch is active"
     mask, bias, positions, cache = options
-    if context is not None or layer.context_dim is not None:
-        return "cross-attention"
     if not isinstance(x, Tensor) or x.is_nested or x.dim() != 3 or not 0 < x.shape[0] * x.shape[1] <= MAX_TOKENS:
         return f"x has not 1 to {MAX_TOKENS} tokens"
     if x.shape[2] != layer.embed_dim:
         return f"x has not width {layer.embed_dim}"
-    if bias is not None or positions is not None:
-        return "bias or positions are given"
-    if type(mask) is not Mask or mask.keep is not None or mask.lengths is not None or mask.is_pairwise:
-        return "the mask has more than an interval"
-    if mask.chunk or mask.prefix_tokens:
-        return "the mask has chunks or a prefix"
-    if cache is not None:
-        if type(cache) not in CACHES:
-            return f"the cache is a {type(cache).__name__}"
-        if torch.is_grad_enabled():
-            return "gradients are enabled, and appending to a cache concatenates then"
-        if isinstance(cache, SlidingKVCache) and x.shape[1] > cache.window + 1:
-            return f"tokens of several windows of {cache.window}"
+    if bias is not None:
+        return "a bias is given"
+    if type(mask) is not Mask or any(tensor is not None for tensor in (mask.document_ids, mask.is_global, mask.allow)):
+        return "the mask has documents, global tokens or a dense part"
+    if positions is not None and not _are_of_tokens(positions, x):
+        return "positions are not integers (L,) or (B, L)"
+    reason = _why_not_context(layer, x, context, options) if layer.context_dim else _why_not_cache(x, context, cache)
+    if reason:
+        return reason
     if layer.backend != "auto":
         return f"the backend is {layer.backend!r}"
     if layer.training and layer.dropout:
@@ -96,21 +99,27 @@ def weights_of(layer: "Attention", x: Tensor, context: Tensor | None, options: C
     modules: dict[str, Any] = layer._modules
     if any(layer.__dict__.get(name) is not None for name in OPTIONAL_PARTS):
         return "a part of the layer is not a module"
-    if modules.get("gate_proj") is not None or modules.get("position_bias") is not None:
-        return "the layer has a gate or a position bias"
+    if modules.get("position_bias") is not None:
+        return "the layer has a position bias"
     kind: Any = type(layer)
     if not _is_attention(kind) or not layer.__dict__.keys().isdisjoint(REPLACED):
         return "methods of the layer are not those of Attention"
     projections: dict[str, Any] = {}
     for name, short in PROJECTIONS.items():
         linear = modules.get(name)
+        if (linear is None and name == "gate_proj") or (layer.context_dim and name in OF_CONTEXT):
+            projections |= {f"{short}_weight": None, f"{short}_bias": None}
+            continue
         if not is_plain_linear(linear):
             return f"{name} is watched, or is not an nn.Linear alone"
         projections[f"{short}_weight"], projections[f"{short}_bias"] = linear.weight, linear.bias
     rotary, q_norm, k_norm = modules.get("rotary"), modules.get("q_norm"), modules.get("k_norm")
     if rotary is not None and (not _is_plain(rotary, RotaryEmbedding) or rotary.depends_on_length or rotary.sections):
         return "rotary is watched, or goes by more than a position"
-    read = [x, *projections.values(), layer.sink_logits]
+    read = [x, *projections.values(), layer.sink_logits, positions, mask.keep, mask.lengths, mask.prefix_lengths]
+    if layer.context_dim:
+        read += cache.keys()[:2]
+        rotary = None
     if q_norm is not None or k_norm is not None:
         if not _is_plain(q_norm, HeadNorm) or not _is_plain(k_norm, HeadNorm):
             return "q_norm or k_norm is watched or replaced"
@@ -121,7 +130,49 @@ def weights_of(layer: "Attention", x: Tensor, context: Tensor | None, options: C
         return kernels.absence() or "gradients, a transform or a subclass of Tensor are in use"
     if x.dtype is torch.float64 or not x.is_cpu:
         return f"the kernel has no {x.dtype} on {x.device.type}"
-    return Weights(projections, q_norm, k_norm, rotary)
+    if layer.context_dim is None and cache is not None:
+        mask, is_token = cache.split_padding(mask, *x.shape[:2])
+        if is_token is not None:
+            return "some of the new tokens are padding"
+    return Weights(projections, q_norm, k_norm, rotary, mask)
+
+
+def _are_of_tokens(positions: object, x: Tensor) -> bool:
+    """Whether these are integers, one for each token or one for each column."""
+    if type(positions) is not Tensor or positions.dtype not in INTEGERS or not positions.is_cpu:
+        return False
+    return tuple(positions.shape) in shapes_of_tokens(x[:, None])
+
+
+def _why_not_cache(x: Tensor, context: object, cache: object) -> str:
+    """Why a step of self-attention does not append to a cache; empty if it does, or there is none."""
+    if context is not None:
+        return "a context is given"
+    if cache is None:
+        return ""
+    if type(cache) not in CACHES:
+        return f"the cache is a {type(cache).__name__}"
+    if torch.is_grad_enabled():
+        return "gradients are enabled, and appending to a cache concatenates then"
+    if isinstance(cache, SlidingKVCache) and x.shape[1] > cache.window + 1:
+        return f"tokens of several windows of {cache.window}"
+    return ""
+
+
+def _why_not_context(layer: "Attention", x: Tensor, context: object, options: CallOptions) -> str:
+    """Why a step of cross-attention does not read the context that a cache has; empty if it does."""
+    cache = options.cache
+    if type(cache) is not CrossKVCache or not cache.length:
+        return "no cache has the context yet"
+    if context is not None and not (
+        isinstance(context, Tensor)
+        and context.dim() == 3
+        and (context.shape[0], context.shape[2]) == (x.shape[0], layer.context_dim)
+    ):
+        return "the context has another shape than the cached one"
+    if options.mask.is_positional or layer._slopes is not None:
+        return "the mask or alibi depends on positions, which queries do not have among the keys of a context"
+    return ""
 
 
 _FORWARDS: dict[type, Any] = {kind: kind.forward for kind in (HeadNorm, RotaryEmbedding)}
@@ -153,12 +204,20 @@ def layer_step(layer: "Attention", x: Tensor, context: Tensor | None, options: C
     weights = weights_of(layer, x, context, options)
     if isinstance(weights, str):
         return None
-    mask, _, _, cache = options
+    positions, cache, mask = options.positions, options.cache, weights.mask
+    if positions is not None:
+        positions = positions.view(-1, x.shape[1])
     if cache is None:
         k, v = _shapes(layer, weights, x)
-        return _run(layer, weights, x, Keys(x.new_empty(k), x.new_empty(v), 0), mask, 0)
-    cache.admit(layer._owner, mask)
-    position, mark = cache.offset(), cache.mark()
+        return _run(layer, weights, x, Keys(x.new_empty(k), x.new_empty(v), 0), mask, positions)
+    cache.admit(layer._owner, options.mask)
+    if layer.context_dim:
+        if context is not None:
+            cache.require(context)
+        mask, _ = cache.split_padding(mask, x.shape[0], 0)
+        keys = cache.keys()
+        return _run(layer, weights, x, keys, cache.restrict(mask, keys, x.shape[1]), 0)
+    position, mark = cache.offset() if positions is None else positions, cache.mark()
     keys = cache.claim(*_shapes(layer, weights, x), x)
     if keys is None:
         return None
@@ -169,14 +228,18 @@ def layer_step(layer: "Attention", x: Tensor, context: Tensor | None, options: C
 
 
 def _run(
-    layer: "Attention", weights: Weights, x: Tensor, keys: Keys | Int8Keys, mask: Mask, position: int | Tensor
+    layer: "Attention", weights: Weights, x: Tensor, keys: Keys | Int8Keys, mask: Mask, position: int | Tensor | None
 ) -> Tensor | None:
-    """The step over keys whose last slots are new; None, with nothing written, if the kernel refuses it."""
+    """The step over keys whose last slots are new; None, with nothing written, if the kernel refuses it.
+
+    Tokens are rotated from ``position`` on, an int or integers ``(B,)``; or by integers ``(B or 1, L)``.
+    """
     x, rotary = x.contiguous(), weights.rotary
     out = x.new_empty(x.shape)
     slopes, sinks = layer._slopes, layer.sink_logits
     offset, offsets = _split(keys.offset)
     first, positions = _split(position)
+    pages = keys.pages if isinstance(keys, Keys) else None
     tensors = StepTensors(
         x=x,
         **weights.projections,
@@ -187,19 +250,27 @@ def _run(
         values=keys.v,
         k_scale=keys.k_scale if isinstance(keys, Int8Keys) else None,
         v_scale=keys.v_scale if isinstance(keys, Int8Keys) else None,
+        block_table=None if pages is None else pages.table,
         offsets=offsets,
-        positions=positions,
-        lengths=mask.lengths,
+        positions=_int64(positions),
+        keep=mask.keep,
+        lengths=_int64(mask.lengths),
+        prefix_lengths=_int64(mask.prefix_lengths),
         alibi=None if slopes is None else slopes.on(x.device).float(),
         sink_logits=None if sinks is None else sinks.float(),
         out=out,
     )
     numbers = StepNumbers(
+        key_count=0 if pages is None else pages.length,
         offset=offset,
         position=first,
         left=mask.left,
         right=mask.right,
         sink_tokens=mask.sink_tokens,
+        prefix_tokens=mask.prefix_tokens,
+        dilation=mask.dilation,
+        chunk=mask.chunk or 0,
+        chunk_start=mask.chunk_start,
         interleaved=rotary is not None and rotary.interleaved,
         position_scale=1.0 if rotary is None else rotary.position_scale,
         attention_factor=1.0 if rotary is None else rotary.attention_factor,
@@ -213,6 +284,10 @@ def _run(
 def _split(offset: int | Tensor | None) -> tuple[int, Tensor | None]:
     """An offset as one of all rows, and one of each."""
     return (0, offset) if isinstance(offset, Tensor) else (offset or 0, None)
+
+
+def _int64(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.to(torch.int64)
 
 
 def _shapes(layer: "Attention", weights: Weights, x: Tensor) -> list[tuple[int, ...]]:
