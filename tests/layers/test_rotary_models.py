@@ -5,6 +5,7 @@ tests/layers/test_rotation.py compares the two.
 """
 
 import importlib
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -322,6 +323,36 @@ REFUSED: dict[str, tuple[Any, str | None, str]] = {
     ),
     "an odd width": ({**FLAT, "partial_rotary_factor": 0.45}, None, "rotary_dim must be even .* got 7"),
 }
+
+
+OF_ANOTHER_TYPE: dict[str, Any] = {
+    "rope_scaling": "linear",
+    "rope_parameters": [1e4],
+    "model_type": ["llama"],
+    "head_dim": "16",
+    "max_position_embeddings": "64",
+    "partial_rotary_factor": "0.5",
+    "rope_theta": "1e4",
+}
+
+
+@pytest.mark.parametrize("name", OF_ANOTHER_TYPE)
+def test_from_config_refuses_fields_of_another_type(name: str) -> None:
+    value = OF_ANOTHER_TYPE[name]
+    named = "base" if name == "rope_theta" else f"{name} of config"
+    message = rf"^RotaryEmbedding.*: {named} must be .*; got {re.escape(repr(value))}\."
+    with pytest.raises(TypeError, match=message):
+        qkv.RotaryEmbedding.from_config({**FLAT, name: value})
+
+
+def test_from_config_refuses_settings_of_another_type() -> None:
+    nested = {**FLAT, "rope_parameters": {"full_attention": {"partial_rotary_factor": "0.5"}}}
+    with pytest.raises(TypeError, match=r"partial_rotary_factor of config must be a number; got '0\.5'\."):
+        qkv.RotaryEmbedding.from_config(nested, "full_attention")
+    with pytest.raises(TypeError, match=r"from_config: rope_type of config must be a string; got \['linear'\]\."):
+        qkv.RotaryEmbedding.from_config({**FLAT, "rope_scaling": {"rope_type": ["linear"]}})
+    with pytest.raises(ValueError, match=r"^RotaryEmbedding: base must be a positive number; got 0\."):
+        qkv.RotaryEmbedding.from_config({**FLAT, "rope_theta": 0})
 
 
 @pytest.mark.parametrize("name", REFUSED)

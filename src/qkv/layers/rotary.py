@@ -126,6 +126,7 @@ class RotaryEmbedding(nn.Module):
             ValueError: for a configuration without rotary embeddings, an unknown ``rope_type``, a missing field, a
                 layer_type that is missing or unknown, a model type whose rotation this class does not have, and a
                 ``partial_rotary_factor`` that the model type ignores.
+            TypeError: for fields of another type.
 
         Example:
             >>> import qkv

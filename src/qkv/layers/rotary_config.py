@@ -116,6 +116,14 @@ _FIELDS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 """The fields of each rope_type: those it must have, and the others that it may have."""
 
+_TYPES: Mapping[str, tuple[tuple[type, ...], str]] = {
+    "model_type": ((str,), "a string"),
+    **dict.fromkeys(("rope_parameters", "rope_scaling"), ((Mapping,), "a mapping")),
+    **dict.fromkeys(("head_dim", "hidden_size", "embed_dim", "num_attention_heads", "num_heads"), ((int,), "an int")),
+    **dict.fromkeys(("max_position_embeddings", _TRAINED, "partial_rotary_factor"), ((int, float), "a number")),
+}
+"""The types of the fields that are read, and their names; any may be None or left out."""
+
 
 def given_parameters(config: Any) -> dict[str | None, Any]:
     """The rotary settings as they are given, for each type of layer; under None if one holds for all layers.
@@ -144,7 +152,7 @@ def rotary_options(caller: str, config: Any, layer_type: str | None, interleaved
         ValueError: as `RotaryEmbedding.from_config`.
     """
     model_type = _field(config, "model_type")
-    if model_type in UNMATCHED:
+    if isinstance(model_type, str) and model_type in UNMATCHED:
         raise ValueError(
             f"{caller}: model_type must be one that RotaryEmbedding can match; got {model_type!r}, whose code in "
             f"transformers {UNMATCHED[model_type]}. Rotate queries and keys as the model does, before qkv.attention."
@@ -179,7 +187,8 @@ def rotary_options(caller: str, config: Any, layer_type: str | None, interleaved
 
 
 def select_parameters(caller: str, config: Any, layer_type: str | None) -> Mapping[str, Any]:
-    """The settings for a layer type. Raises ValueError if it has none."""
+    """The settings for a layer type. Raises ValueError if it has none, TypeError for fields of another type."""
+    _require_types(caller, _TYPES, config)
     by_type = rope_parameters(config)
     if not by_type:
         nested = " Pass its text_config." if _field(config, "text_config") is not None else ""
@@ -191,7 +200,16 @@ def select_parameters(caller: str, config: Any, layer_type: str | None) -> Mappi
     if fields is None:
         kinds = ", ".join(repr(kind) for kind, known in by_type.items() if known is not None)
         raise ValueError(f"{caller}: layer_type must be one with rotary embedding, {kinds}; got {layer_type!r}.")
+    _require_types(caller, {"rope_type": ((str,), "a string"), **_TYPES}, fields)
     return fields
+
+
+def _require_types(caller: str, types: Mapping[str, tuple[tuple[type, ...], str]], fields: Any) -> None:
+    """Raises TypeError for a field of another type."""
+    for name, (kinds, what) in types.items():
+        value = _field(fields, name)
+        if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
+            raise TypeError(f"{caller}: {name} of config must be {what}; got {value!r}.")
 
 
 def head_dim_of(caller: str, config: Any, *widths: str) -> int:
@@ -216,9 +234,11 @@ def _complete(config: Any, given: Mapping[str, Any]) -> Mapping[str, Any]:
     """The fields with those that stand outside of them, as transformers' ``standardize_rope_params`` does."""
     fields = {name: value for name, value in given.items() if value is not None}
     kind = fields.setdefault("rope_type", fields.pop("type", "default"))
-    fields["rope_type"] = {"mrope": "default", "su": "longrope"}.get(kind, kind)  # earlier names
+    fields["rope_type"] = "default" if kind == "mrope" else "longrope" if kind == "su" else kind  # earlier names
     theta, default = _field(config, "rope_theta"), _field(config, "default_theta")
-    fields.setdefault("rope_theta", theta or (default if isinstance(default, float) else 10000.0))
+    if theta is None:
+        theta = default if isinstance(default, float) else 10000.0
+    fields.setdefault("rope_theta", theta)
     partial, trained = _field(config, "partial_rotary_factor"), _field(config, _TRAINED)
     if partial is not None:
         fields.setdefault("partial_rotary_factor", partial)
