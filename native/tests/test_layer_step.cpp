@@ -237,7 +237,7 @@ void check(const Kind& c) {
     require(whole.keys.k.bits() == parts.keys.k.bits() && whole.keys.v.bits() == parts.keys.v.bits(), "other keys");
     require(whole.keys.k.is_intact() && whole.keys.v.is_intact() && whole.out.is_intact(), "written beside a tensor");
     if (!c.gate) return require(whole.out.bits() == parts.out.bits(), "other bits than those of the parts");
-    // Gated heads and results are rounded to the dtype once, in both; sums of their products to f32 in each step.
+    // The sigmoid is rounded to the dtype in a step alone, heads and results in both; sums of products to f32.
     const double roundoff = 4 * format_of(c.dtype).roundoff + 2 * HEADS * VALUE_WIDTH * format_of(Dtype::f32).roundoff;
     for (int64_t b = 0; b < BATCH; ++b)
         for (int64_t i = 0; i < c.count; ++i)

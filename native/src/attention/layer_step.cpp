@@ -50,13 +50,13 @@ void normalise(Dtype dtype, char* x, int64_t width, const char* gains, float eps
     });
 }
 
-// x = x * sigmoid(gates)
-void apply_gates(Dtype dtype, char* x, const char* gates, int64_t width) {
+// x = x * sigmoid(gates), rounded after each.
+void apply_gates(Dtype dtype, char* x, char* gates, int64_t width) {
     const int64_t item = size_of(dtype);
     for_columns(width, [&](int64_t d, int64_t count) {
-        const vec gate = load_part(dtype, gates + d * item, count);
-        const vec part = load_part(dtype, x + d * item, count);
-        store_part(dtype, x + d * item, part / (1.0f + exp2(gate * -LOG2E)), count);
+        char *const gate = gates + d * item, *const part = x + d * item;
+        store_part(dtype, gate, 1.0f / (1.0f + exp2(load_part(dtype, gate, count) * -LOG2E)), count);
+        store_part(dtype, part, load_part(dtype, part, count) * load_part(dtype, gate, count), count);
     });
 }
 
@@ -148,7 +148,7 @@ void layer_step(const LayerStep& given) {
     step.out_proj.x = scratch.outputs;
     step.out_proj.x_row = p.heads * p.value_width;
     if (step.gate_proj.out_features > 0)
-        apply_gates(p.dtype, (char*)scratch.outputs, (const char*)scratch.gates, tokens * p.heads * p.value_width);
+        apply_gates(p.dtype, (char*)scratch.outputs, (char*)scratch.gates, tokens * p.heads * p.value_width);
     project(&step.out_proj, 1, p.threads);
 }
 
