@@ -370,6 +370,57 @@ def test_pages_of_a_call_that_fails_are_given_back(monkeypatch: pytest.MonkeyPat
     assert cache.length == 14
 
 
+@torch.no_grad()
+def test_caches_of_a_model_over_pages() -> None:
+    model = nn.ModuleDict({name: qkv.CausalAttention(16, 2) for name in "ab"}).eval()
+    caches = qkv.Caches({name: qkv.PagedKVCache(page_size=4) for name in "ab"})
+    caches.bind(model)
+    x = torch.randn(1, 9, 16)
+
+    def call(part: Tensor) -> Tensor:
+        return model["b"](model["a"](part, cache=caches), cache=caches)
+
+    def interrupted(count: int) -> None:
+        with caches.transaction():
+            for part in x[:, 3 : 3 + count].split(1, dim=1):
+                call(part.expand(2, -1, -1))
+            raise KeyboardInterrupt
+
+    call(x[:, :3])
+    caches.repeat(2)
+    used = [caches[name].pool.used for name in "ab"]
+    assert model["a"].explain(x[:, 3:4], cache=caches).is_one_call
+    for count in (1, 4):
+        with pytest.raises(KeyboardInterrupt):
+            interrupted(count)
+        assert caches.length == 3 and [caches[name].pool.used for name in "ab"] == used == [1, 1]
+    got = call(x[:, 3:6].expand(2, -1, -1))
+    caches.reset()
+    torch.testing.assert_close(got, call(x[:, :6].expand(2, -1, -1))[:, 3:])
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [Mask.causal() & Mask.chunked(4), Mask.causal() & Mask.chunked(4, start=3), Mask.causal(2, dilation=2)],
+    ids=str,
+)
+@torch.no_grad()
+def test_chunks_and_dilation_over_a_sliding_cache(mask: Mask) -> None:
+    layer, x = qkv.Attention(32, 4, mask=mask, rotary=qkv.RotaryEmbedding(8)).eval(), torch.randn(2, 30, 32)
+    caches = [qkv.SlidingKVCache(4) for _ in range(3)]
+    for part in x.split([1, 3, 1, 4, 1, 2, 1, 1, 5, 1, 1, 3, 1, 1, 4], dim=1):
+        assert layer.explain(part, cache=caches[0]).is_one_call
+        got = layer(part, cache=caches[0])
+        assert torch.equal(got, composed(layer, part, cache=caches[1]))
+    caches[2].append(*torch.zeros(2, 2, 4, 1, 8))
+    caches[2].crop(torch.tensor([0, 1]))
+    if mask.chunk is not None:
+        reason = "counts from the first key, of which rows of different lengths have dropped"
+        with pytest.raises(ValueError, match=reason):
+            layer(x[:, :1], cache=caches[2])
+        assert caches[2].lengths.tolist() == [0, 1]
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_step_leaves_graphs_of_pages_alone() -> None:
     layer, x, cache = made("rotary"), torch.randn(2, 8, 64), qkv.PagedKVCache(page_size=4)
