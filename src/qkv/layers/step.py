@@ -64,7 +64,7 @@ class Weights(NamedTuple):
     k_norm: HeadNorm | None
     rotary: RotaryEmbedding | None
     mask: Mask
-    """with padding over all columns"""
+    """of the call; in self-attention with padding over all columns"""
 
 
 def weights_of(layer: "Attention", x: Tensor, context: Tensor | None, options: CallOptions) -> Weights | str:
@@ -85,7 +85,8 @@ def weights_of(layer: "Attention", x: Tensor, context: Tensor | None, options: C
         return "the mask has documents, global tokens or a dense part"
     if positions is not None and not _are_of_tokens(positions, x):
         return "positions are not integers (L,) or (B, L)"
-    reason = _why_not_context(layer, x, context, options) if layer.context_dim else _why_not_cache(x, context, cache)
+    of_context = layer.context_dim is not None
+    reason = _why_not_context(layer, x, context, options) if of_context else _why_not_cache(x, context, cache)
     if reason:
         return reason
     if layer.backend != "auto":
@@ -107,7 +108,7 @@ def weights_of(layer: "Attention", x: Tensor, context: Tensor | None, options: C
     projections: dict[str, Any] = {}
     for name, short in PROJECTIONS.items():
         linear = modules.get(name)
-        if (linear is None and name == "gate_proj") or (layer.context_dim and name in OF_CONTEXT):
+        if (linear is None and name == "gate_proj") or (of_context and name in OF_CONTEXT):
             projections |= {f"{short}_weight": None, f"{short}_bias": None}
             continue
         if not is_plain_linear(linear):
@@ -117,9 +118,8 @@ def weights_of(layer: "Attention", x: Tensor, context: Tensor | None, options: C
     if rotary is not None and (not _is_plain(rotary, RotaryEmbedding) or rotary.depends_on_length or rotary.sections):
         return "rotary is watched, or goes by more than a position"
     read = [x, *projections.values(), layer.sink_logits, positions, mask.keep, mask.lengths, mask.prefix_lengths]
-    if layer.context_dim:
+    if of_context:
         read += cache.keys()[:2]
-        rotary = None
     if q_norm is not None or k_norm is not None:
         if not _is_plain(q_norm, HeadNorm) or not _is_plain(k_norm, HeadNorm):
             return "q_norm or k_norm is watched or replaced"
@@ -130,7 +130,9 @@ def weights_of(layer: "Attention", x: Tensor, context: Tensor | None, options: C
         return kernels.absence() or "gradients, a transform or a subclass of Tensor are in use"
     if x.dtype is torch.float64 or not x.is_cpu:
         return f"the kernel has no {x.dtype} on {x.device.type}"
-    if layer.context_dim is None and cache is not None:
+    if of_context:
+        return Weights(projections, q_norm, None, None, mask)
+    if cache is not None:
         mask, is_token = cache.split_padding(mask, *x.shape[:2])
         if is_token is not None:
             return "some of the new tokens are padding"
@@ -211,7 +213,7 @@ def layer_step(layer: "Attention", x: Tensor, context: Tensor | None, options: C
         k, v = _shapes(layer, weights, x)
         return _run(layer, weights, x, Keys(x.new_empty(k), x.new_empty(v), 0), mask, positions)
     cache.admit(layer._owner, options.mask)
-    if layer.context_dim:
+    if layer.context_dim is not None:
         if context is not None:
             cache.require(context)
         mask, _ = cache.split_padding(mask, x.shape[0], 0)
