@@ -225,7 +225,7 @@ MUTANTS = [
     Mutant("pages after a crop kept", "cache/pool.py", "cropped = PageTable(self.pool, [row[:count] for row, count in pairs])", "cropped = PageTable(self.pool, [row for row, count in pairs])", PAGED),
     Mutant("values of a copied page left behind", "cache/pool.py", "v[source].transpose(1, 2))", "v[to].transpose(1, 2))", PAGED),
     Mutant("room in the last pages not counted down", "cache/pool.py", "        self._room -= k.shape[2]\n", "", PAGED),
-    Mutant("a table without the pages that were added", "cache/pool.py", "        self._enter([*(", "        ([*(", PAGED),
+    Mutant("a table without the pages that were added", "cache/pool.py", "        self._enter(new)\n", "        pass\n", PAGED),
     Mutant("gathered pages in the order of the pool", "sequences.py", "page = tables[sequence, row // page_size]", "page = tables[sequence, row // page_size].sort().values"),
     Mutant("gradients of unused keys not cleared", "kernels/sequences.py", "dk.zero_(), dv.zero_()", "pass"),
     Mutant("flash-attn's cache not written", "integrations/flash_attn.py", "k_cache[slots], v_cache[slots] = k, v", "pass"),
