@@ -1,7 +1,8 @@
-// Tensors as Python hands them out, and an interpreter for them.
+// Tensors as objects of Python that the library looks at, without Python.
 #pragma once
 
-#include <initializer_list>
+#include <algorithm>
+#include <array>
 
 #include "abi/python_tensor.h"
 #include "tensor.h"
@@ -16,35 +17,46 @@ inline int look(void* object, dlpack::Tensor* tensor) {
 
 inline int taken = 0;  // how often the lock was
 
+inline void* release() { return nullptr; }
+inline void take(void*) { ++taken; }
+inline void forget() {}
+
 inline int none;
 inline const dlpack::Exchange exchange = {1, 0, nullptr, nullptr, nullptr, nullptr, look, nullptr};
-inline const Interpreter python = {&exchange, &none, [] { return (void*)nullptr; }, [](void*) { ++taken; }, [] {}};
+inline const Interpreter python = {&exchange, &none, release, take, forget};
 
 // A tensor as DLPack describes it.
 struct Object : dlpack::Tensor {
     int64_t own_shape[4], own_strides[4];
 
-    // Some of the dimensions of a tensor (batch, head, row, column).
-    explicit Object(const qkv::Tensor& of, std::initializer_list<int> which = {0, 1, 2, 3})
-        : Object(of.view.data,
-                 of.dtype == Dtype::i8 ? dlpack::INT : (of.dtype == Dtype::bf16 ? dlpack::BFLOAT : dlpack::FLOAT),
-                 format_of(of.dtype).item) {
-        const int64_t sizes[] = {of.batch, of.heads, of.rows, of.width};
-        const int64_t steps[] = {of.view.batch, of.view.head, of.view.row, 1};
-        for (int i : which) own_shape[dimensions] = sizes[i], own_strides[dimensions++] = steps[i];
+    explicit Object(const qkv::Tensor& of, int32_t dimensions = 4)
+        : Object(of, {of.batch, of.heads, of.rows, of.width}, {of.view.batch, of.view.head, of.view.row, 1},
+                 dimensions) {}
+
+    // A tensor of one head as (batch, row, column), (row, column) or (column).
+    static Object of_rows(const qkv::Tensor& of, int32_t dimensions) {
+        const int64_t shape[] = {of.batch, of.rows, of.width}, strides[] = {of.view.batch, of.view.row, 1};
+        const int32_t from = 3 - dimensions;
+        Object object(of, {}, {}, dimensions);
+        for (int32_t i = from; i < 3; ++i)
+            object.own_shape[i - from] = shape[i], object.own_strides[i - from] = strides[i];
+        return object;
     }
 
-    // Numbers (rows, columns), or (columns) if there are no rows.
-    Object(const void* numbers, dlpack::Code code, int64_t bytes, int64_t rows, int64_t columns)
-        : Object((void*)numbers, code, bytes) {
-        if (rows > 0) own_shape[dimensions] = rows, own_strides[dimensions++] = columns;
-        own_shape[dimensions] = columns, own_strides[dimensions++] = 1;
-    }
+    Object(const Object& other) : dlpack::Tensor(other) { copy(other.own_shape, other.own_strides); }
 
    private:
-    Object(void* numbers, dlpack::Code of_code, int64_t bytes) : own_shape{}, own_strides{} {
-        data = numbers, device = dlpack::CPU, device_id = 0, byte_offset = 0, lanes = 1, dimensions = 0;
-        code = of_code, bits = (uint8_t)(8 * bytes);
+    Object(const qkv::Tensor& of, const std::array<int64_t, 4>& sizes, const std::array<int64_t, 4>& steps,
+           int32_t dimensions) {
+        data = of.view.data, device = dlpack::CPU, device_id = 0, byte_offset = 0, lanes = 1;
+        this->dimensions = dimensions;
+        code = of.dtype == Dtype::i8 ? dlpack::INT : (of.dtype == Dtype::bf16 ? dlpack::BFLOAT : dlpack::FLOAT);
+        bits = (uint8_t)(8 * format_of(of.dtype).item);
+        copy(sizes.data(), steps.data());
+    }
+
+    void copy(const int64_t* sizes, const int64_t* steps) {
+        std::copy(sizes, sizes + 4, own_shape), std::copy(steps, steps + 4, own_strides);
         shape = own_shape, strides = own_strides;
     }
 };

@@ -20,7 +20,7 @@ struct Part {
         : tokens(dtype, 2, 3, rows, width, layout),
           memory(scaled ? Dtype::i8 : dtype, 2, 3, CAPACITY, width, {false, false, false, 0, 0}),
           scale(Dtype::f32, 2, 3, CAPACITY, 1, {}), token_object(tokens), memory_object(memory),
-          scale_object(scale, {0, 1, 2}) {
+          scale_object(scale, 3) {
         double number = 0;
         tokens.fill([&] { return number += 0.25; });
         memory.fill([] { return 1; });

@@ -1,4 +1,4 @@
-// A layer's call with few tokens: the bits of its parts called one after the other, wherever the keys are, and nothing
+// A layer's call with few tokens, wherever its keys are: the bits of its parts called one after the other, and nothing
 // written where it is refused.
 #include <cmath>
 #include <functional>
@@ -83,12 +83,12 @@ struct Example {
     const Layer layer;
     const Keys keys;
     const Tensor x, out;
-    std::vector<float> frequencies;
+    const Tensor frequencies;
     std::vector<int64_t> positions;
 
     explicit Example(const Kind& c)
         : c(c), layer(c.dtype), keys(c), x(c.dtype, BATCH, 1, c.count, EMBED, {}),
-          out(c.dtype, BATCH, 1, c.count, EMBED, {}) {
+          out(c.dtype, BATCH, 1, c.count, EMBED, {}), frequencies(Dtype::f32, 1, 1, 1, PAIRS, {}) {
         std::mt19937 generator(3);
         std::uniform_real_distribution<> numbers(-1, 1);
         const auto number = [&] { return numbers(generator); };
@@ -96,11 +96,19 @@ struct Example {
              {&layer.q, &layer.k, &layer.v, &layer.gate, &layer.out, &layer.q_bias, &layer.out_bias, &x})
             each->fill(number);
         keys.fill(c, number);
-        for (int64_t n = 0; n < PAIRS; ++n) frequencies.push_back((float)number());
+        frequencies.fill(number);
         for (int64_t i = 0; i < BATCH * c.count; ++i) positions.push_back((int64_t)(1000 * number()));
     }
 
     int64_t key_count() const { return c.context ? EARLIER : EARLIER + c.count; }
+
+    // Integers (batch, columns).
+    Object of_integers(const std::vector<int64_t>& numbers, int64_t columns) const {
+        Object object = Object::of_rows(x, 2);
+        object.data = (void*)numbers.data(), object.code = dlpack::INT, object.bits = 64;
+        object.own_shape[0] = BATCH, object.own_shape[1] = object.own_strides[0] = columns;
+        return object;
+    }
 
     // Keys without spare slots, as caches give them.
     Object of_keys(const Tensor& memory) const {
@@ -110,23 +118,22 @@ struct Example {
     }
 
     int run(const std::function<void(std::vector<Object>&)>& change = [](std::vector<Object>&) {}) const {
-        const auto weight = [](const Tensor& of) { return Object(of, {2, 3}); };
-        std::vector<Object> given = {Object(x, {0, 2, 3}),
+        const auto weight = [](const Tensor& of) { return Object::of_rows(of, 2); };
+        std::vector<Object> given = {Object::of_rows(x, 3),
                                      weight(layer.q),
-                                     Object(layer.q_bias, {3}),
+                                     Object::of_rows(layer.q_bias, 1),
                                      weight(layer.k),
                                      weight(layer.v),
                                      weight(layer.gate),
                                      weight(layer.out),
-                                     Object(layer.out_bias, {3}),
-                                     Object(frequencies.data(), dlpack::FLOAT, 4, 0, PAIRS),
+                                     Object::of_rows(layer.out_bias, 1),
+                                     Object::of_rows(frequencies, 1),
                                      of_keys(keys.k),
                                      of_keys(keys.v),
-                                     Object(keys.table.data(), dlpack::INT, 8, BATCH, ENTRIES),
-                                     Object(positions.data(), dlpack::INT, 8, BATCH, c.count),
-                                     Object(out, {0, 2, 3})};
+                                     of_integers(keys.table, ENTRIES),
+                                     of_integers(positions, c.count),
+                                     Object::of_rows(out, 3)};
         change(given);
-        for (Object& each : given) each.shape = each.own_shape, each.strides = each.own_strides;
         const auto maybe = [](bool is_given, Object& object) { return is_given ? (void*)&object : (void*)&none; };
         void* const tensors[] = {&given[0],
                                  &given[1],
@@ -208,7 +215,7 @@ struct Example {
         r.batch = BATCH, r.tokens = c.count, r.width = WIDTH, r.pairs = PAIRS, r.threads = 1;
         r.heads[0] = HEADS, r.heads[1] = KV_HEADS;
         r.from[0] = r.to[0] = q.view, r.from[1] = r.to[1] = k.view;
-        r.frequencies = frequencies.data(), r.position_scale = r.attention_factor = 1;
+        r.frequencies = (const float*)frequencies.view.data, r.position_scale = r.attention_factor = 1;
         if (c.positions)
             r.positions = positions.data(), r.positions_batch = c.count, r.positions_token = 1, r.axis_count = 1;
         else
