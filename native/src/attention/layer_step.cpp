@@ -3,11 +3,11 @@
 #include "abi/layer_step.h"
 
 #include <algorithm>
-#include <cmath>
 
 #include "attention/quantize.h"
 #include "matmul/few_rows.h"
-#include "rotary/rotate.h"
+#include "rowwise/rms_norm.h"
+#include "rowwise/rotate.h"
 #include "runtime/parallel.h"
 #include "sizes.h"
 
@@ -30,23 +30,6 @@ struct StepScratch {
         outputs = layout(tokens * p.heads * p.value_width);
     }
 };
-
-// x = x / sqrt(mean(x^2) + eps) * gains
-void normalise(Dtype dtype, char* x, int64_t width, const char* gains, float eps) {
-    const int64_t item = size_of(dtype);
-    vec squares = {};
-    for_columns(width, [&](int64_t d, int64_t count) {
-        const vec part = load_part(dtype, x + d * item, count);
-        squares += part * part;
-    });
-    float sum = 0;
-    for (int i = 0; i < LANES; ++i) sum += squares[i];
-    const float factor = 1.0f / std::sqrt(sum / (float)width + eps);
-    for_columns(width, [&](int64_t d, int64_t count) {
-        const vec gain = load_part(dtype, gains + d * item, count);
-        store_part(dtype, x + d * item, load_part(dtype, x + d * item, count) * factor * gain, count);
-    });
-}
 
 // Writes zeros to the slots after the tokens of a batch that are new to all: before this call, they are uninitialised.
 void clear_slots(const Problem& p, const View& view, const Scales& scales, int64_t width, int64_t batch, int64_t head) {
@@ -80,13 +63,22 @@ struct Heads {
     void prepare(int64_t token) const {
         const Problem& p = step.attention;
         const int64_t batch = token / p.lq, i = token % p.lq;
-        for (int64_t head = 0; step.q_norm && head < p.heads; ++head)
-            normalise(p.dtype, row_of(p.dtype, p.q, batch, head, i), p.width, (const char*)step.q_norm, step.norm_eps);
-        for (int64_t head = 0; step.k_norm && head < p.kv_heads; ++head)
-            normalise(p.dtype, row_of(p.dtype, k, batch, head, i), p.width, (const char*)step.k_norm, step.norm_eps);
+        if (step.q_norm) normalise(p.q, p.heads, step.q_norm, batch, i);
+        if (step.k_norm) normalise(k, p.kv_heads, step.k_norm, batch, i);
         if (step.rotation.pairs > 0) rotate_tokens(step.rotation, batch, i, i + 1);
         append(p, k, p.k, p.k_scale, p.width, batch, i);
         append(p, v, p.v, p.v_scale, p.value_width, batch, i);
+    }
+
+   private:
+    void normalise(const View& x, int64_t heads, const void* gains, int64_t batch, int64_t i) const {
+        RmsNorm norm = {};
+        norm.dtype = step.attention.dtype, norm.gain = Gain::widened, norm.width = step.attention.width;
+        norm.gains = gains, norm.eps = step.norm_eps;
+        for (int64_t head = 0; head < heads; ++head) {
+            char* const row = row_of(norm.dtype, x, batch, head, i);
+            rms_norm_row(norm, row, row);
+        }
     }
 };
 
