@@ -175,12 +175,12 @@ def _torchs_attention(model: nn.Module) -> Iterator[Part]:
 
 
 def _norms(model: nn.Module) -> Iterator[Part]:
-    norms = [module for module in model.modules() if norm_of(module) is not None]
-    taken = sum(isinstance(module.__dict__.get("forward"), NormedForward) for module in norms)
+    forwards = [module.__dict__.get("forward") for module in model.modules() if norm_of(module) is not None]
+    taken, ready = sum(isinstance(forward, NormedForward) for forward in forwards), forwards.count(None)
     if taken:
         yield Part("norms", _many(taken, "norm"), True, "RMSNorm in one call of the kernel, without a gradient")
-    if len(norms) > taken:
-        yield Part("norms", _many(len(norms) - taken, "norm"), False, "qkv.accelerate(model) takes them")
+    if ready:
+        yield Part("norms", _many(ready, "norm"), False, "qkv.accelerate(model) takes them")
 
 
 def _mlps(model: nn.Module) -> Iterator[Part]:
@@ -189,13 +189,15 @@ def _mlps(model: nn.Module) -> Iterator[Part]:
     for module in model.modules():
         if not is_gated_mlp(module):
             continue
-        mlp = mlp_of(module)
-        if not isinstance(module.__dict__.get("forward"), GatedForward):
-            reasons["qkv.accelerate(model) takes them"] += 1
-        elif isinstance(mlp, str):
-            reasons[f"composed of their parts: {mlp}"] += 1
-        else:
+        mlp, forward = mlp_of(module), module.__dict__.get("forward")
+        if isinstance(mlp, str):
+            reasons[f"called as they are: {mlp}"] += 1
+        elif isinstance(forward, GatedForward):
             taken += 1
+        elif forward is None:
+            reasons["qkv.accelerate(model) takes them"] += 1
+        else:
+            reasons["called as they are: with another forward"] += 1
     if taken:
         yield Part("MLPs", _many(taken, "MLP"), True, "1 to 16 tokens in one call of the kernel, without a gradient")
     for reason, count in reasons.items():

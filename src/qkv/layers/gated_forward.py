@@ -37,8 +37,8 @@ class GatedForward(InstanceForward):
 
 
 def replace_mlp(module: nn.Module) -> None:
-    """Gives a module whose forward is a known one a `GatedForward`."""
-    if "forward" not in module.__dict__ and is_gated_mlp(module):
+    """Gives a module that `mlp_of` reads a `GatedForward`."""
+    if "forward" not in module.__dict__ and not isinstance(mlp_of(module), str):
         GatedForward.set_on(module)
 
 

@@ -33,7 +33,7 @@ class NormedForward(InstanceForward):
 
 
 def replace_norm(module: nn.Module) -> None:
-    """Gives a module whose forward is a known one a `NormedForward`."""
+    """Gives a module that `norm_of` reads a `NormedForward`."""
     if "forward" not in module.__dict__ and norm_of(module) is not None:
         NormedForward.set_on(module)
 
@@ -119,6 +119,14 @@ def _nemotron(self: Any, hidden_states: Any) -> Any:
     return (self.weight.to(torch.float32) * hidden_states).to(input_dtype)
 
 
+def _t5(self: Any, hidden_states: Any) -> Any:
+    variance = hidden_states.to(torch.float32).pow(2).mean(-1, keepdim=True)
+    hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+    if self.weight.dtype in [torch.float16, torch.bfloat16]:
+        hidden_states = hidden_states.to(self.weight.dtype)
+    return self.weight * hidden_states
+
+
 def _rsqrt_norm(self: Any, x: Any) -> Any:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
 
@@ -154,6 +162,7 @@ def _llama4(self: Any, x: Any) -> Any:
 
 _FORMS = [
     _Form(_llama, None, "variance_epsilon", Gain.ROUNDED),
+    _Form(_t5, None, "variance_epsilon", Gain.ROUNDED),
     _Form(_olmo, None, "variance_epsilon", Gain.WIDENED),
     _Form(_nemotron, None, "variance_epsilon", Gain.WIDENED),
     _Form(_gemma, _rsqrt_norm, "eps", Gain.ONE_MORE),

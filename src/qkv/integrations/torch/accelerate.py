@@ -126,13 +126,16 @@ def _enable(model: nn.Module, unpad: bool) -> None:
         for part in models.parts(root):
             if models.why_not(part) is not None:
                 through_interface.difference_update(part.modules())
+    known: set[nn.Module] = set()  # modules that do not attend, whatever their classes
     for module in model.modules():
         replace_norm(module)
         replace_mlp(module)
-        if module in through_interface and not _calls_torchs_attention(module):
+        if isinstance(module.__dict__.get("forward"), (NormedForward, GatedForward)):
+            known.update(module.modules())
+    for module in model.modules():
+        if module in known or (module in through_interface and not _calls_torchs_attention(module)):
             continue
-        taken = isinstance(module.__dict__.get("forward"), (_RoutedForward, NormedForward, GatedForward))
-        if not taken and _may_attend(module):
+        if not isinstance(module.__dict__.get("forward"), _RoutedForward) and _may_attend(module):
             _RoutedForward.set_on(module)
     for module in through_interface:
         replace_rotary(module)
