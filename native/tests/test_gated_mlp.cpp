@@ -1,6 +1,5 @@
 // Gated MLPs of few rows: numbers against doubles, and bits by row and by threads.
 #include "abi/gated_mlp.h"
-
 #include "check.h"
 #include "rows.h"
 
@@ -66,7 +65,8 @@ void check(Dtype dtype, Activation activation, int64_t rows, int64_t width, int6
 
 TEST(gated_mlps_are_those_of_doubles) {
     for (const Dtype dtype : {Dtype::f32, Dtype::bf16, Dtype::f16})
-        for (const Activation activation : {Activation::silu, Activation::gelu, Activation::gelu_tanh, Activation::relu})
+        for (const Activation activation :
+             {Activation::silu, Activation::gelu, Activation::gelu_tanh, Activation::relu})
             for (const int64_t width : {1, 8, 21})
                 for (const int64_t features : {1, 7, 16, 35}) check(dtype, activation, 1 + width % 16, width, features);
 }

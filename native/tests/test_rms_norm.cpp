@@ -1,6 +1,5 @@
 // Norms of rows: numbers against doubles, in any order of rounding, and nothing read or written beyond rows.
 #include "abi/rms_norm.h"
-
 #include "check.h"
 #include "rows.h"
 
@@ -10,7 +9,7 @@ namespace qkv {
 namespace {
 
 RmsNorm norm_of(const Rows& x, const Rows* gains, const Rows& out, Gain gain) {
-    return {x.dtype,      gain,     x.rows, x.columns, x.at(0, 0), x.stride, gains ? gains->at(0, 0) : nullptr,
+    return {x.dtype,      gain,       x.rows, x.columns, x.at(0, 0), x.stride, gains ? gains->at(0, 0) : nullptr,
             out.at(0, 0), out.stride, 1e-3f,  2};
 }
 

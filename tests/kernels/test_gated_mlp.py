@@ -102,6 +102,17 @@ def test_activations_are_as_near_to_fp64_as_torchs(isa: str, dtype: torch.dtype,
         torch.testing.assert_close(found, BY_TORCH[activation](special), equal_nan=True, rtol=1e-5, atol=1e-30)
 
 
+@each_isa
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_activations_are_rounded_before_they_are_multiplied(isa: str, dtype: torch.dtype) -> None:
+    """As by torch's operators. Ours are 2^-22 off at most, which another rounding shows less than once in 1000."""
+    gate, up = numbers(1000, dtype=dtype, seed=0), numbers(1000, dtype=dtype, seed=1)
+    one, identity = torch.ones(1, 1, dtype=dtype), torch.eye(1000, dtype=dtype)
+    with kernels.use(library(isa)):
+        got = mlp(one, (gate[:, None], None), (up[:, None], None), (identity, None), "silu")
+    assert (got[0] != F.silu(gate) * up).sum() <= 5
+
+
 def one_by_one(x: Tensor, one: Tensor, activation: str) -> Tensor:
     """The activation of each number, as an MLP of one input whose features are the outputs."""
     count = len(x)

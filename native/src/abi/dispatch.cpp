@@ -91,10 +91,9 @@ struct Isa {
 };
 
 // The least first.
-#define ISA(name, ...)                                                                  \
-    {#name,          has_##name,    name::forward, name::backward,  name::count_scores, \
-     name::quantize, name::project, name::rotate,  name::layer_step, name::gated_mlp,    \
-     name::rms_norm},
+#define ISA(name, ...)                                                                                   \
+    {#name,         has_##name,   name::forward,    name::backward,  name::count_scores, name::quantize, \
+     name::project, name::rotate, name::layer_step, name::gated_mlp, name::rms_norm},
 const Isa IN_ORDER[] = {
 #include "abi/isas.def"
 };

@@ -74,7 +74,7 @@ def mlp_of(module: nn.Module) -> Mlp | str:
     form = _form_of(kind, kind.forward)
     if form is None:
         return "its forward is not a known one"
-    projections: list[Projection | None] = []
+    projections: list[Projection] = []
     for name in form.projections:
         linear = modules.get(name)
         if name in own or not is_plain_linear(linear):
@@ -87,12 +87,9 @@ def mlp_of(module: nn.Module) -> Mlp | str:
     else:
         activation = None if form.activation in own else _activation_of(modules.get(form.activation))
     if activation is None:
-        return f"{form.activation} is watched, or is none of {', '.join(kernels.ACTIVATIONS)}"
-    if len(projections) == 2:
-        projections.insert(1, None)
-    gate, up, down = projections
-    assert gate is not None and down is not None
-    return Mlp(gate, up, down, activation)
+        return f"{form.activation or 'F.silu'} is watched, or is none of {', '.join(kernels.ACTIVATIONS)}"
+    gate, *up, down = projections
+    return Mlp(gate, up[0] if up else None, down, activation)
 
 
 def _activation_of(module: nn.Module | None) -> str | None:
@@ -102,11 +99,11 @@ def _activation_of(module: nn.Module | None) -> str | None:
     kind: Any = type(module)
     how = _known_activation(kind, kind.forward)
     if how == "its own function":
-        act = module.__dict__.get("act")
+        act: Any = module.__dict__.get("act")
         if act is _GELU:
             return "gelu"
-        is_tanh = type(act) is functools.partial and act.func is _GELU and not act.args
-        return "gelu_tanh" if is_tanh and act.keywords == {"approximate": "tanh"} else None
+        is_partial = type(act) is functools.partial and act.func is _GELU and not act.args
+        return "gelu_tanh" if is_partial and act.keywords == {"approximate": "tanh"} else None
     if how == "gelu" and F.gelu is _GELU:
         return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.__dict__.get("approximate", ""))
     is_torchs = F.silu is _SILU if how == "silu" else F.relu is _RELU

@@ -57,7 +57,8 @@ def norm_of(module: nn.Module) -> Norm | None:
 
     Hooks are not asked for: whoever calls the forward runs them.
     """
-    kind, own = type(module), module.__dict__
+    kind: Any = type(module)
+    own = module.__dict__
     form = _form_of(kind, kind.forward, getattr(kind, "_norm", None))
     if form is None or "_norm" in own or "weight" in own:
         return None

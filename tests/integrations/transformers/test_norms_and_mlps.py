@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from budget import assert_within_budget
-from integrations.transformers.one_line import IDS, generated, model
+from integrations.transformers.one_line import generated, model
 from layers.test_projection import CHANGES, NAMES, Counted, Recorded, double
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
@@ -466,6 +466,37 @@ def sources() -> Iterator[tuple[str, ast.ClassDef]]:
                 yield path.parent.name, definition
 
 
+def of_source(text: str) -> Any:
+    names: dict[str, Any] = {}
+    exec(text, names)
+    return names["forward"]
+
+
+def test_forwards_that_differ_are_no_copies() -> None:
+    own = "import torch\ndef forward(self, x):\n    return torch.pow(x.mean(-1, keepdim=True) * self.weight, -0.5)\n"
+    known = of_source(own)
+    assert is_copy_of(of_source(own.replace("x", "hidden")), known)
+    for old, new in (
+        ("-0.5", "-0.25"),
+        ("(-1", "(1"),
+        ("True", "1"),
+        ("weight", "scale"),
+        ("self, x", "self, x=None"),
+        ("self, x", "self, *x"),
+        ("* self", "+ self"),
+        ("import torch", "import math as torch"),
+        ("def", "async def"),
+    ):
+        assert old in own and not is_copy_of(of_source(own.replace(old, new)), known), new
+    for other in (
+        functools.wraps(known)(lambda *args: known(*args)),
+        functools.partial(known),
+        None,
+        nn.Module.forward,
+    ):
+        assert not is_copy_of(other, known)
+
+
 IMPORTS = ast.parse("import torch\nimport torch.nn.functional as F\nfrom torch import nn").body
 """Bytecode depends on whether a name is imported by the file."""
 
@@ -480,7 +511,7 @@ def methods(definition: ast.ClassDef) -> dict[str, Any]:
                 argument.annotation = None
             node.returns = None
             names: dict[str, Any] = {}
-            exec(compile(ast.Module([*IMPORTS, node], []), "transformers", "exec"), names)  # noqa: S102
+            exec(compile(ast.Module([*IMPORTS, node], []), "transformers", "exec"), names)
             found[node.name] = names[node.name]
     return found
 
