@@ -136,7 +136,7 @@ MUTANTS = [
     Mutant("slots claimed under views", "cache/buffer.py", "            torch.autograd.graph.increment_version(memory)  # for views that contain these slots\n", "            pass\n", STEP),
     Mutant("slots claimed beyond the capacity", "cache/kv.py", "if self.capacity is not None and stop > self.capacity:\n            return None", "if False:\n            return None", STEP),
     Mutant("slots after short rows left as they are", NATIVE + "/attention/layer_step.cpp", "if (i == p.lq - 1) clear_slots(p, to, scales, width, batch, head);", "", STEP),
-    Mutant("a step normalises queries alone", NATIVE + "/attention/layer_step.cpp", "step.k_norm && head < p.kv_heads", "step.k_norm && head < 0", STEP),
+    Mutant("a step normalises queries alone", NATIVE + "/attention/layer_step.cpp", "if (step.k_norm) normalise(k,", "if (false) normalise(k,", STEP),
     Mutant("few rows past autocast", "kernels/dispatch.py", '        and not torch.is_autocast_enabled("cpu")\n', "", ("layers/test_projection.py", *MODULES)),
     Mutant("few rows past modes", "kernels/dispatch.py", "        and not torch._C._len_torch_function_stack()\n", "", ("layers/test_projection.py", *MODULES)),
     Mutant("few rows past a patch of torch", "layers/plain.py", "        or F.linear is not _LINEAR\n", "", ("layers/test_projection.py",)),
