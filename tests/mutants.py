@@ -25,6 +25,9 @@ NATIVE = "../../native/src"
 
 KERNEL = ("kernels/test_native.py", "cache/test_int8.py", "contract/test_grid.py")
 LINEAR = ("kernels/test_linear.py",)
+NORM = ("kernels/test_rms_norm.py",)
+MLP = ("kernels/test_gated_mlp.py",)
+MODULES = ("integrations/transformers/test_norms_and_mlps.py",)
 APPEND = ("cache/test_buffer.py",)
 CACHES = ("cache/test_model.py",)
 PAGED = ("cache/test_paged.py",)
@@ -117,6 +120,14 @@ MUTANTS = [
     Mutant("sums of a row by the rows beside it (kernel)", f"{NATIVE}/matmul/few_rows.cpp", "std::min(FEW_ROWS_CHAIN, p.in_features - d)", "std::min(FEW_ROWS_CHAIN * p.rows, p.in_features - d)", LINEAR),
     Mutant("bias of the first features for all (kernel)", f"{NATIVE}/matmul/few_rows.cpp", "(const char*)p.bias + here * size_of(p.dtype)", "(const char*)p.bias + n * size_of(p.dtype)", LINEAR),
     Mutant("rows of the weight taken for neighbours (kernel)", f"{NATIVE}/abi/fast_project.cpp", "p.weight_row = weight.strides[0];", "p.weight_row = p.in_features;", LINEAR),
+    Mutant("gains of a norm meet numbers that are not rounded (kernel)", f"{NATIVE}/rowwise/rms_norm.h", "(GAIN == Gain::rounded ? round_to(dtype, y) : y)", "y", NORM),
+    Mutant("squares of the last columns left out (kernel)", f"{NATIVE}/rowwise/rms_norm.h", "for (; d < width; d += LANES) {", "for (; d + LANES <= width; d += LANES) {", NORM),
+    Mutant("an activation that is not rounded (kernel)", f"{NATIVE}/matmul/gated_mlp.cpp", "round_to(dtype, activate<ACTIVATION>(load_part(dtype, gate + i * ITEM, part)))", "activate<ACTIVATION>(load_part(dtype, gate + i * ITEM, part))", MLP),
+    Mutant("the first half of a joined weight for both (kernel)", f"{NATIVE}/abi/fast_gated_mlp.cpp", "(const char*)both.weight + both.out_features * both.weight_row * item", "both.weight", MLP),
+    Mutant("an MLP past a hook of its projections", "layers/gated_forward.py", "not is_plain_linear(linear)", "type(linear) is not nn.Linear", MODULES),
+    Mutant("an MLP past a hook of its activation", "layers/gated_forward.py", "if module is None or not is_called_plainly(module):", "if module is None:", MODULES),
+    Mutant("a norm past a method of the instance", "layers/normed_forward.py", ' or "_norm" in own or', " or", MODULES),
+    Mutant("forwards with other constants taken for copies", "layers/known_code.py", "repr(code.co_consts), ", "", MODULES),
     Mutant("a step past a hook of rotary", "layers/step.py", "        and is_called_plainly(module)\n", "", STEP),
     Mutant("a step past methods of a subclass", "layers/step.py", "if not _is_attention(kind) or not layer", "if not layer", STEP),
     Mutant("a step past dropout", "layers/step.py", "if layer.training and layer.dropout:", "if False:", STEP),
@@ -134,9 +145,9 @@ MUTANTS = [
     Mutant("slots claimed under views", "cache/buffer.py", "            torch.autograd.graph.increment_version(memory)  # for views that contain these slots\n", "            pass\n", STEP),
     Mutant("slots claimed beyond the capacity", "cache/kv.py", "if self.capacity is not None and stop > self.capacity:\n            return None", "if False:\n            return None", STEP),
     Mutant("slots after short rows left as they are", NATIVE + "/attention/layer_step.cpp", "if (i == p.lq - 1 && !p.pages.table) clear_slots(p, to, scales, width, batch, head);", "", STEP),
-    Mutant("a step normalises queries alone", NATIVE + "/attention/layer_step.cpp", "step.k_norm && head < p.kv_heads", "step.k_norm && head < 0", STEP),
-    Mutant("few rows past autocast", "layers/projection.py", ' and not torch.is_autocast_enabled("cpu"):', ":", ("layers/test_projection.py",)),
-    Mutant("few rows past modes", "layers/projection.py", " and not torch._C._len_torch_function_stack()", "", ("layers/test_projection.py",)),
+    Mutant("a step normalises queries alone", NATIVE + "/attention/layer_step.cpp", "if (step.k_norm) normalise(k,", "if (false) normalise(k,", STEP),
+    Mutant("few rows past autocast", "kernels/dispatch.py", '        and not torch.is_autocast_enabled("cpu")\n', "", ("layers/test_projection.py", *MODULES)),
+    Mutant("few rows past modes", "kernels/dispatch.py", "        and not torch._C._len_torch_function_stack()\n", "", ("layers/test_projection.py", *MODULES)),
     Mutant("few rows past a patch of torch", "layers/plain.py", "        or F.linear is not _LINEAR\n", "", ("layers/test_projection.py",)),
     Mutant("lazy negation ignored", "kernels/dispatch.py", " or tensor.is_neg():", ":", ("cache/test_caches.py", "test_functional.py")),
     Mutant("lazy negation of gradients ignored", "kernels/operators.py", "d_out.resolve_neg()\n", "d_out\n", ("test_functional.py",)),
@@ -275,11 +286,11 @@ MUTANTS = [
     Mutant("frequencies cached while tracing", "layers/constants.py", "if kernels.is_tracing() or torch._C._are_functorch_transforms_active():", "if False:", ("layers/test_state.py",)),
     Mutant("frequencies cached as inference tensors", "layers/constants.py", "with torch.inference_mode(False), torch._C.DisableTorchFunction():", "if True:", ("layers/test_state.py",)),
     Mutant("positions in the default dtype", "rotation.py", "positions[..., None].float()", "positions[..., None]", ("layers/test_rotary_models.py", "kernels/test_rotation.py")),
-    Mutant("sines in the second and fourth quarter turn of the wrong sign", f"{NATIVE}/rotary/sin_cos.h", "((quarter + 1) & 2) << 30", "(quarter & 2) << 30", ROTARY),
-    Mutant("large angles as small ones", f"{NATIVE}/rotary/sin_cos.h", "any(~is_small)", "false", ROTARY),
+    Mutant("sines in the second and fourth quarter turn of the wrong sign", f"{NATIVE}/rowwise/sin_cos.h", "((quarter + 1) & 2) << 30", "(quarter & 2) << 30", ROTARY),
+    Mutant("large angles as small ones", f"{NATIVE}/rowwise/sin_cos.h", "any(~is_small)", "false", ROTARY),
     Mutant("a gradient rotated forward", "kernels/rotation.py", "_replace(inverse=not rotation.inverse)", "_replace()", ROTARY),
-    Mutant("sines of an inverse not exchanged", f"{NATIVE}/rotary/tables.h", "cos_first, sin_second, cos_second, -sin_first", "cos_first, sin_first, cos_second, -sin_second", ROTARY),
-    Mutant("product and sum of a rotation in one rounding", f"{NATIVE}/rotary/rotate.h", "rounded(x * load(same)) +", "x * load(same) +", ROTARY),
+    Mutant("sines of an inverse not exchanged", f"{NATIVE}/rowwise/tables.h", "cos_first, sin_second, cos_second, -sin_first", "cos_first, sin_first, cos_second, -sin_second", ROTARY),
+    Mutant("product and sum of a rotation in one rounding", f"{NATIVE}/rowwise/rotate.h", "rounded(x * load(same)) +", "x * load(same) +", ROTARY),
     Mutant("another axis read", f"{NATIVE}/abi/rotation.h", "r.axes[n] < 0 ||", "false &&", ROTARY),
     Mutant("rows of a batch at the positions of the first one", f"{NATIVE}/abi/fast_rotate.cpp", "tensor.shape[i] == 1 ? 0 : tensor.strides[i]", "from_last > 1 ? 0 : tensor.strides[i]", ROTARY),
     Mutant("a hooked rotary embedding passed by", "layers/rotary.py", "and is_called_plainly(rotary)", "", ROTARY),
@@ -377,7 +388,7 @@ class Copy:
             subprocess.run([tools / "cmake", *arguments], check=True, capture_output=True)
 
     def test(self, mutant: Mutant) -> int:
-        selected = ["-m", "not (long or network or vision)", *(["-k", "native or step"] if mutant.is_native else [])]
+        selected = ["-m", "not (long or network or vision)", *(["-k", "native"] if mutant.tests == KERNEL else [])]
         tests = [f"tests/{name}" for name in mutant.tests]
         command = [sys.executable, "-c", RUN_THERE, "-q", "-x", "-p", "no:cacheprovider", *selected, *tests]
         return subprocess.run(command, cwd=self.folder, capture_output=True).returncode

@@ -58,6 +58,13 @@ constexpr int few_rows_weights(int lanes, int rows) {  // rows of the weight in 
 constexpr int ROTARY_PAIRS = 64;  // pairs of a table, a multiple of LANES
 constexpr int ROTARY_TOKENS = 8;  // tokens whose tables are made at a time, to stay in the L1 cache
 
+// Norms
+constexpr int NORM_SUMS = 4;               // vectors of sums side by side, not to wait for one
+constexpr int64_t NORM_NUMBERS = 1 << 12;  // numbers that a thread takes at a time
+
+// A gated MLP
+constexpr int64_t GATE_NUMBERS = 1 << 12;  // numbers that a thread activates at a time
+
 // A layer's step
 constexpr int64_t PARALLEL_STEP = 1 << 14;  // the fewest numbers of queries that several threads prepare
 

@@ -27,18 +27,21 @@ def subjects(parts: Any) -> list[str]:
 def test_a_model_of_transformers_before_and_after() -> None:
     ours = model()
     before = qkv.report(ours)
-    assert subjects(before.left) == ["attention", "cache", "rotary", "linear layers", "padding"] and not before.taken
+    taken = ["attention", "cache", "rotary", "norms", "MLPs", "linear layers"]
+    assert subjects(before.left) == [*taken, "padding"] and not before.taken
     assert "attn_implementation is 'sdpa'; qkv.accelerate(model) sets 'qkv'" in str(before)
     assert "No call of attention so far" in str(before)
     generated(qkv.accelerate(ours))
     after = qkv.report(ours)
-    assert subjects(after.taken) == ["attention", "cache", "rotary", "linear layers"]
+    assert subjects(after.taken) == taken
     assert (after.routed, after.fallback) == (2 * STEPS, 0)
     assert str(after).splitlines() == [
         'attention      LlamaForCausalLM  qkv: attn_implementation="qkv"',
         "cache          LlamaForCausalLM  qkv: QKVCache in generate and with use_cache=True, unless one is given: "
         "2 AppendLayer",
         "rotary         2 modules         qkv: qkv's rotation in these modules alone",
+        "norms          5 norms           qkv: RMSNorm in one call of the kernel, without a gradient",
+        "MLPs           2 MLPs            qkv: 1 to 16 tokens in one call of the kernel, without a gradient",
         "linear layers  15 linear layers  qkv: products as in qkv's own layers",
         "padding        2 layers          not: qkv.accelerate(model, unpad=True) skips it",
         "",

@@ -13,8 +13,8 @@ LEVELS = [
     {"sizes.h", "runtime"},
     {"abi"},
     {"simd"},
-    {"mask"},
-    {"matmul", "softmax", "rotary"},
+    {"mask", "rowwise"},
+    {"matmul", "softmax"},
     {"attention"},
 ]
 

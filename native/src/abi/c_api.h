@@ -21,5 +21,8 @@ QKV_EXPORT void qkv_quantize(const void* quantization);
 // Products of few rows (abi/projection.h). Returns a Status: OTHER, and does nothing, for numbers of rows or products
 // that the kernel does not take.
 QKV_EXPORT int qkv_project(const void* projections, int count, int threads);
+// A gated MLP of few rows (abi/gated_mlp.h). Returns as qkv_project.
+QKV_EXPORT int qkv_gated_mlp(const void* mlp);
+QKV_EXPORT void qkv_rms_norm(const void* norm);  // abi/rms_norm.h
 // Returns DONE; or OTHER, and then nothing was done, where `axes` do not fit (abi/rotation.h).
 QKV_EXPORT int qkv_rotate(const void* rotation);

@@ -7,8 +7,9 @@
 #include <string>
 
 #include "abi/c_api.h"
+#include "abi/gated_mlp.h"
 #include "abi/layer_step.h"
-#include "abi/projection.h"
+#include "abi/rms_norm.h"
 
 #if defined(QKV_X86)
 #include <cpuid.h>
@@ -36,6 +37,8 @@ namespace qkv {
     void project(const Projection*, int, int);       \
     void rotate(const Rotation&);                    \
     void layer_step(const LayerStep&);               \
+    void gated_mlp(const GatedMlp&);                 \
+    void rms_norm(const RmsNorm&);                   \
     }
 #include "abi/isas.def"
 #undef ISA
@@ -83,12 +86,14 @@ struct Isa {
     void (*project)(const Projection*, int, int);
     void (*rotate)(const Rotation&);
     void (*layer_step)(const LayerStep&);
+    void (*gated_mlp)(const GatedMlp&);
+    void (*rms_norm)(const RmsNorm&);
 };
 
 // The least first.
-#define ISA(name, ...)                                                                  \
-    {#name,          has_##name,    name::forward, name::backward,  name::count_scores, \
-     name::quantize, name::project, name::rotate,  name::layer_step},
+#define ISA(name, ...)                                                                                   \
+    {#name,         has_##name,   name::forward,    name::backward,  name::count_scores, name::quantize, \
+     name::project, name::rotate, name::layer_step, name::gated_mlp, name::rms_norm},
 const Isa IN_ORDER[] = {
 #include "abi/isas.def"
 };
@@ -205,4 +210,17 @@ QKV_EXPORT int qkv_rotate(const void* rotation) {
     if (!qkv::fits(r)) return qkv::OTHER;
     qkv::chosen()->rotate(r);
     return qkv::DONE;
+}
+
+QKV_EXPORT int qkv_gated_mlp(const void* mlp) {
+    qkv::GatedMlp m;
+    std::memcpy(&m, mlp, sizeof m);
+    if (m.gate.rows < 1 || m.gate.rows > qkv::MOST_ROWS) return qkv::OTHER;
+    return qkv::status_of([&] { qkv::chosen()->gated_mlp(m); });
+}
+
+QKV_EXPORT void qkv_rms_norm(const void* norm) {
+    qkv::RmsNorm n;
+    std::memcpy(&n, norm, sizeof n);
+    qkv::chosen()->rms_norm(n);
 }

@@ -2,7 +2,7 @@
 #include <initializer_list>
 
 #include "abi/layer_step.h"
-#include "abi/python_tensor.h"
+#include "abi/python_rows.h"
 
 namespace qkv {
 namespace {
@@ -26,22 +26,6 @@ struct Tensors {
 };
 
 constexpr int TENSORS = sizeof(Tensors) / sizeof(dlpack::Tensor);
-
-bool is_of(const dlpack::Tensor& tensor, Dtype dtype, int dimensions) {
-    Dtype found;
-    return tensor.device == dlpack::CPU && tensor.dimensions == dimensions && tensor.data && dtype_of(tensor, found) &&
-           found == dtype;
-}
-
-// Fills in a vector of `count` numbers, or null for None. False if the tensor is another one.
-template <class Number>
-bool vector_of(const dlpack::Tensor& tensor, Dtype dtype, int64_t count, const Number*& data) {
-    data = nullptr;
-    if (!is_given(tensor)) return true;
-    if (!is_of(tensor, dtype, 1) || tensor.shape[0] != count || (count > 1 && tensor.strides[0] != 1)) return false;
-    data = (const Number*)data_of(tensor);
-    return true;
-}
 
 // Integers, one for each batch or one for all, and their stride; or null for None.
 bool integers_of(const dlpack::Tensor& tensor, int64_t batch, const int64_t*& data, int64_t& stride) {
@@ -81,18 +65,6 @@ bool places_of(const dlpack::Tensor& table, const dlpack::Tensor& keys, int64_t 
     p.pages = {(const int64_t*)data_of(table), table.strides[0], p.lk, 0, keys.shape[0]};
     p.lk = key_count;
     return true;
-}
-
-bool projection_of(const dlpack::Tensor& weight, const dlpack::Tensor& bias, Dtype dtype, int64_t rows,
-                   int64_t in_features, int64_t out_features, Projection& projection) {
-    projection = {};
-    if (!is_given(weight)) return true;
-    if (!is_of(weight, dtype, 2) || weight.shape[0] != out_features || weight.shape[1] != in_features) return false;
-    if (weight.strides[1] != 1) return false;
-    projection.dtype = projection.out_dtype = dtype;
-    projection.rows = rows, projection.in_features = in_features, projection.out_features = out_features;
-    projection.weight = data_of(weight), projection.weight_row = weight.strides[0];
-    return vector_of(bias, dtype, out_features, projection.bias);
 }
 
 // Fills in a tensor (batch, token, column) as the rows of one matrix. False if its strides do not allow that.
@@ -140,6 +112,7 @@ bool make_step(const Tensors& t, int64_t key_count, LayerStep& step) {
     int64_t x_row;
     if (!rows_of(t.x, p.dtype, x, x_row)) return false;
     for (const auto& [weight, bias, in, out, projection] : projections) {
+        if (!is_given(weight)) continue;
         if (!projection_of(weight, bias, p.dtype, rows, in, out, projection)) return false;
         projection.x = x, projection.x_row = x_row;
     }

@@ -1,34 +1,10 @@
 // The fast path from Python tensors to a product of few rows.
 #include <algorithm>
 
-#include "abi/projection.h"
-#include "abi/python_tensor.h"
+#include "abi/python_rows.h"
 
 namespace qkv {
 namespace {
-
-// Whether the tensor is on the CPU, not empty, and contiguous along its last dimension.
-bool holds_rows(const dlpack::Tensor& tensor) {
-    if (tensor.device != dlpack::CPU || tensor.dimensions < 1 || !tensor.data) return false;
-    for (int i = 0; i < tensor.dimensions; ++i)
-        if (tensor.shape[i] < 1) return false;
-    const int last = tensor.dimensions - 1;
-    return tensor.shape[last] == 1 || tensor.strides[last] == 1;
-}
-
-// Merges all dimensions but the last into one of rows: how many, and how far apart. False if that needs a copy.
-bool rows_of(const dlpack::Tensor& tensor, int64_t& rows, int64_t& stride) {
-    rows = 1, stride = 0;
-    for (int i = tensor.dimensions - 2; i >= 0; --i) {
-        if (tensor.shape[i] == 1) continue;
-        if (rows == 1)
-            stride = tensor.strides[i];
-        else if (tensor.strides[i] != rows * stride)
-            return false;
-        rows *= tensor.shape[i];
-    }
-    return true;
-}
 
 bool make_projection(const dlpack::Tensor& x, const dlpack::Tensor& weight, const dlpack::Tensor& bias,
                      const dlpack::Tensor& out, Projection& p) {

@@ -3,12 +3,13 @@
 #include "abi/layer_step.h"
 
 #include <algorithm>
-#include <cmath>
 
 #include "attention/quantize.h"
 #include "mask/query_tile.h"
 #include "matmul/few_rows.h"
-#include "rotary/rotate.h"
+#include "rowwise/activation.h"
+#include "rowwise/rms_norm.h"
+#include "rowwise/rotate.h"
 #include "runtime/parallel.h"
 #include "sizes.h"
 
@@ -33,29 +34,12 @@ struct StepScratch {
     }
 };
 
-// x = x / sqrt(mean(x^2) + eps) * gains
-void normalise(Dtype dtype, char* x, int64_t width, const char* gains, float eps) {
-    const int64_t item = size_of(dtype);
-    vec squares = {};
-    for_columns(width, [&](int64_t d, int64_t count) {
-        const vec part = load_part(dtype, x + d * item, count);
-        squares += part * part;
-    });
-    float sum = 0;
-    for (int i = 0; i < LANES; ++i) sum += squares[i];
-    const float factor = 1.0f / std::sqrt(sum / (float)width + eps);
-    for_columns(width, [&](int64_t d, int64_t count) {
-        const vec gain = load_part(dtype, gains + d * item, count);
-        store_part(dtype, x + d * item, load_part(dtype, x + d * item, count) * factor * gain, count);
-    });
-}
-
 // x = x * sigmoid(gates), rounded after each.
 void apply_gates(Dtype dtype, char* x, char* gates, int64_t width) {
     const int64_t item = size_of(dtype);
     for_columns(width, [&](int64_t d, int64_t count) {
         char *const gate = gates + d * item, *const part = x + d * item;
-        store_part(dtype, gate, 1.0f / (1.0f + exp2(load_part(dtype, gate, count) * -LOG2E)), count);
+        store_part(dtype, gate, 1.0f / (1.0f + exp(-load_part(dtype, gate, count))), count);
         store_part(dtype, part, load_part(dtype, part, count) * load_part(dtype, gate, count), count);
     });
 }
@@ -98,14 +82,23 @@ struct Heads {
     void prepare(int64_t token) const {
         const Problem& p = step.attention;
         const int64_t batch = token / p.lq, i = token % p.lq;
-        for (int64_t head = 0; step.q_norm && head < p.heads; ++head)
-            normalise(p.dtype, row_of(p.dtype, p.q, batch, head, i), p.width, (const char*)step.q_norm, step.norm_eps);
-        for (int64_t head = 0; step.k_norm && head < p.kv_heads; ++head)
-            normalise(p.dtype, row_of(p.dtype, k, batch, head, i), p.width, (const char*)step.k_norm, step.norm_eps);
+        if (step.q_norm) normalise(p.q, p.heads, step.q_norm, batch, i);
+        if (step.k_norm) normalise(k, p.kv_heads, step.k_norm, batch, i);
         if (step.rotation.pairs > 0) rotate_tokens(step.rotation, batch, i, i + 1);
         if (step.k_proj.out_features == 0) return;
         append(p, k, p.k, p.k_scale, p.width, batch, i);
         append(p, v, p.v, p.v_scale, p.value_width, batch, i);
+    }
+
+   private:
+    void normalise(const View& x, int64_t heads, const void* gains, int64_t batch, int64_t i) const {
+        RmsNorm norm = {};
+        norm.dtype = step.attention.dtype, norm.gain = Gain::widened, norm.width = step.attention.width;
+        norm.gains = gains, norm.eps = step.norm_eps;
+        for (int64_t head = 0; head < heads; ++head) {
+            char* const row = row_of(norm.dtype, x, batch, head, i);
+            rms_norm_row(norm, row, row);
+        }
     }
 };
 

@@ -128,17 +128,17 @@ struct ArenaLayout {
 };
 
 // The scratch memory of this thread as a `Scratch`, whose constructor takes what it needs. Kept from call to call.
-template <class Scratch>
-static Scratch thread_scratch(const Problem& p) {
+template <class Scratch, class Call>
+static Scratch thread_scratch(const Call& call) {
     static thread_local std::vector<float> memory;
     ArenaLayout count{nullptr};
-    Scratch(p, count);
+    Scratch(call, count);
     if ((int64_t)memory.size() < count.used + 16) {
         memory = std::vector<float>();  // or resize would copy it
         memory.resize(count.used + 16);
     }
     ArenaLayout arena{(float*)(((uintptr_t)memory.data() + 63) / 64 * 64)};
-    return Scratch(p, arena);
+    return Scratch(call, arena);
 }
 
 }  // namespace QKV_ISA

@@ -93,14 +93,28 @@ static inline vec load_fours(Dtype dtype, const char* data, int64_t stride) {
     }
 }
 
+// Numbers of bf16 in the lower halves of lanes, rounded to nearest even; NaN stays NaN.
+static inline uvec bits_of_bf16(vec x) {
+    const uvec bits = (uvec)x;
+    const uvec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return (ivec)(x == x) ? rounded : (bits >> 16 | 0x40);
+}
+
 // The first `count` lanes.
 static inline void store_part(Dtype dtype, void* data, vec x, int64_t count) {
     count = std::min<int64_t>(count, LANES);
     if (dtype == Dtype::f32) return store_first_f32(data, x, count);
     if (dtype == Dtype::f16) return store_first_f16(data, x, count);
-    const uvec bits = (uvec)x;
-    const uvec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    store_first_u16(data, (ivec)(x == x) ? rounded : (bits >> 16 | 0x40), count);
+    store_first_u16(data, bits_of_bf16(x), count);
+}
+
+// The numbers as they are after `store_part`, as fp32.
+static inline vec round_to(Dtype dtype, vec x) {
+    if (dtype == Dtype::f32) return x;
+    if (dtype == Dtype::bf16) return (vec)(bits_of_bf16(x) << 16);
+    uint16_t halves[LANES];
+    store_first_f16(halves, x, LANES);
+    return load_f16(halves);
 }
 
 }  // namespace QKV_ISA

@@ -15,7 +15,9 @@ from qkv.integrations.transformers.attention import NAME
 from qkv.integrations.transformers.latent import reads_latents
 from qkv.integrations.transformers.rotated_forward import RotatedForward, rotates
 from qkv.integrations.transformers.unpadding import is_unpadded, packable_layers
+from qkv.layers.gated_forward import GatedForward, is_gated_mlp, mlp_of
 from qkv.layers.instance_forward import InstanceForward
+from qkv.layers.normed_forward import NormedForward, norm_of
 from qkv.layers.projection import ProjectedForward
 
 
@@ -23,7 +25,7 @@ class Part(NamedTuple):
     """A part of a model, and what runs it."""
 
     subject: str
-    """attention, cache, latents, rotary, torch's attention, linear layers or padding"""
+    """attention, cache, latents, rotary, torch's attention, norms, MLPs, linear layers or padding"""
     name: str
     """the class of a model, or the number of modules"""
     taken: bool
@@ -106,7 +108,8 @@ def report(model: nn.Module) -> ModelReport:
     roots = models.roots(model)
     for root in roots:
         found += [*_attention(root), *_cache(root), *_latents(root), *_rotary(root)]
-    found += [*_torchs_attention(model), *_linear_layers(model), *_padding(model, roots)]
+    found += [*_torchs_attention(model), *_norms(model), *_mlps(model), *_linear_layers(model)]
+    found += _padding(model, roots)
     return ModelReport(tuple(found), calls.tallied(model.modules()))
 
 
@@ -163,12 +166,42 @@ def _latents(root: Any) -> Iterator[Part]:
 
 def _torchs_attention(model: nn.Module) -> Iterator[Part]:
     forwards = [module.__dict__.get("forward") for module in model.modules()]
-    others = (ProjectedForward, RotatedForward)
+    others = (ProjectedForward, RotatedForward, NormedForward, GatedForward)
     count = sum(isinstance(forward, InstanceForward) and not isinstance(forward, others) for forward in forwards)
     if count:
         yield Part(
             "torch's attention", _many(count, "module"), True, "calls on a CPU within these, where they are torch's"
         )
+
+
+def _norms(model: nn.Module) -> Iterator[Part]:
+    forwards = [module.__dict__.get("forward") for module in model.modules() if norm_of(module) is not None]
+    taken, ready = sum(isinstance(forward, NormedForward) for forward in forwards), forwards.count(None)
+    if taken:
+        yield Part("norms", _many(taken, "norm"), True, "RMSNorm in one call of the kernel, without a gradient")
+    if ready:
+        yield Part("norms", _many(ready, "norm"), False, "qkv.accelerate(model) takes them")
+
+
+def _mlps(model: nn.Module) -> Iterator[Part]:
+    taken = 0
+    reasons: Counter[str] = Counter()
+    for module in model.modules():
+        if not is_gated_mlp(module):
+            continue
+        mlp, forward = mlp_of(module), module.__dict__.get("forward")
+        if isinstance(mlp, str):
+            reasons[f"called as they are: {mlp}"] += 1
+        elif isinstance(forward, GatedForward):
+            taken += 1
+        elif forward is None:
+            reasons["qkv.accelerate(model) takes them"] += 1
+        else:
+            reasons["called as they are: with another forward"] += 1
+    if taken:
+        yield Part("MLPs", _many(taken, "MLP"), True, "1 to 16 tokens in one call of the kernel, without a gradient")
+    for reason, count in reasons.items():
+        yield Part("MLPs", _many(count, "MLP"), False, reason)
 
 
 def _linear_layers(model: nn.Module) -> Iterator[Part]:

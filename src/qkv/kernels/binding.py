@@ -40,6 +40,11 @@ class Library(NamedTuple):
     not support. None if torch has no DLPack exchange functions."""
     fast_project: Callable[..., int] | None
     """Takes x, weight, bias, a tensor or None, out and threads. Returns as `fast_forward`."""
+    fast_gated_mlp: Callable[..., int] | None
+    """Takes x, weight and bias of gate, up and down, biases and the weight of up tensors or None, out, the activation
+    and threads. Returns as `fast_forward`."""
+    fast_rms_norm: Callable[..., int] | None
+    """Takes x, gains, a tensor or None, out, eps, how gains are applied, and threads. Returns as `fast_forward`."""
     append: Callable[..., int] | None
     """Takes k, v, the buffers of keys and of values, then k_scale and v_scale, tensors or None, then start and threads.
     Returns as `fast_forward`."""
@@ -114,6 +119,8 @@ _FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
 _CALLS_OF_TENSORS: dict[str, list[Any]] = {
     "fast_forward": [*[_TENSOR] * 10, *[_NUMBER] * 5, ctypes.c_float, ctypes.c_int],
     "fast_project": [*[_TENSOR] * 4, ctypes.c_int],
+    "fast_gated_mlp": [*[_TENSOR] * 8, *[ctypes.c_int] * 2],
+    "fast_rms_norm": [*[_TENSOR] * 3, ctypes.c_float, *[ctypes.c_int] * 2],
     "append": [*[_TENSOR] * 6, _NUMBER, ctypes.c_int],
     "append_pages": [*[_TENSOR] * 6, _NUMBER, ctypes.c_int],
     "fast_rotate": [*[_TENSOR] * 10, _NUMBER, *[ctypes.c_float] * 2, *[_NUMBER] * 2, *[ctypes.c_int] * 3],

@@ -31,6 +31,15 @@ def can_bypass_dispatcher(*tensors: Tensor) -> bool:
     return True
 
 
+def can_bypass_functions(*tensors: Tensor) -> bool:
+    """`can_bypass_dispatcher` for what stands for functions of torch: modes that watch those, and autocast, are off."""
+    return (
+        can_bypass_dispatcher(*tensors)
+        and not torch._C._len_torch_function_stack()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
 def can_backward_bypass_dispatcher(d_out: Tensor) -> bool:
     """`can_bypass_dispatcher` for a backward pass. Second derivatives go to the operator, which refuses them.
 

@@ -40,6 +40,8 @@ _AVX512 = _Crossovers(
     f16={8: 1 << 19, MOST_ROWS: _NEVER},
 )
 """Not measured: guesses on the safe side (docs/log.md, step 109)."""
+_LARGE = 1 << 20
+"""Numbers of a weight whose product with a row takes longer than what Python saves."""
 _FEW_COLUMNS = 256
 """With fewer, torch is faster in fp32."""
 
@@ -55,6 +57,8 @@ _FEWEST = {
     for dtype, fewest in zip((torch.float32, torch.bfloat16, torch.float16), crossovers, strict=True)
 }
 
+_LEAST = {key: min(fewest) for key, fewest in _FEWEST.items()}
+
 
 def has_few_rows(x: Tensor) -> bool:
     """Whether ``x (..., in_features)`` is exactly a Tensor on a CPU, with 1 to `MOST_ROWS` rows.
@@ -68,16 +72,32 @@ def has_few_rows(x: Tensor) -> bool:
 
 def is_faster(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernel computes ``F.linear(x, weight)`` faster than torch, if it can compute it."""
-    if not is_exact_tensor(weight) or not has_few_rows(x):
+    if absence() is not None or not is_exact_tensor(weight) or not is_exact_tensor(x):
         return False
-    fewest = _FEWEST.get((loaded().isa, x.dtype))
-    if fewest is None:
+    isa, dtype, size = loaded().isa, x.dtype, weight.numel()
+    if size < _LEAST.get((isa, dtype), _NEVER) or not has_few_rows(x):  # small weights first: they are in a hurry
         return False
     numbers, columns = x.numel(), x.shape[-1]
-    if numbers == columns and x.dtype is torch.float32 and torch.get_num_threads() == 1:
+    if numbers == columns and dtype is torch.float32 and torch.get_num_threads() == 1:
         return False  # torch reads at the speed of memory there, but not with several threads
     rows = min(numbers // columns, MOST_ROWS)
-    return weight.numel() >= fewest[rows] and (columns >= _FEW_COLUMNS or x.dtype != torch.float32)
+    return size >= _FEWEST[isa, dtype][rows] and (columns >= _FEW_COLUMNS or dtype is not torch.float32)
+
+
+def gains_from_few_rows(x: Tensor, weight: Tensor) -> bool:
+    """Whether a call of the kernel that takes the place of several products with such weights is faster than torch.
+
+    It also saves what Python takes between them, so for 1 to `MOST_ROWS` rows it is where `is_faster` holds for some
+    weight; not where torch reads large weights at the speed of memory.
+    """
+    if not has_few_rows(x):
+        return False
+    numbers, columns = x.numel(), x.shape[-1]
+    fewest = _FEWEST.get((loaded().isa, x.dtype))
+    if fewest is None or numbers > MOST_ROWS * columns or fewest[numbers // columns] == _NEVER:
+        return False
+    is_like_torchs = numbers == columns and x.dtype is torch.float32 and torch.get_num_threads() == 1
+    return not is_like_torchs or weight.numel() < _LARGE
 
 
 def fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:

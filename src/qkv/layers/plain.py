@@ -35,6 +35,11 @@ def _computes_the_same(forward: object) -> bool:
     return forward is None
 
 
+def finds_parts_by_name(kind: type[nn.Module], *names: str | None) -> bool:
+    """Whether instances of a class look these names up as any module does, so that the class does not hide them."""
+    return kind.__getattr__ is _GETATTR and not any(hasattr(kind, name) for name in names if name is not None)
+
+
 def is_plain_linear(linear: object) -> TypeGuard[nn.Linear]:
     """Whether a call is ``F.linear`` of the parameters of an ``nn.Linear`` and nothing else."""
     return multiplies_its_parameters(linear) and is_called_plainly(linear)
@@ -63,6 +68,7 @@ def _of_torch(function: Callable[..., Any], module: Any) -> Callable[..., Any] |
 
 _LINEAR: Any = getattr(torch._C._nn, "linear", None)
 _FORWARD = _of_torch(nn.Linear.forward, torch_linear)
+_GETATTR = _of_torch(nn.Module.__getattr__, torch_module)
 _CALL = _of_torch(nn.Linear.__call__, torch_module)
 _CALL_IMPL = _of_torch(nn.Linear._call_impl, torch_module)
 _has_any_global_hook: Callable[[], object] = getattr(torch_module, "_has_any_global_hook", lambda: True)

@@ -57,9 +57,8 @@ def _product(linear: nn.Linear, x: Tensor, *, by_kernel: bool) -> Tensor:
     """``x @ weight.mT + bias``. Torch does it where there is more to do: for a gradient, a mode, autocast."""
     weight, bias = linear._parameters["weight"], linear._parameters["bias"]
     assert weight is not None
-    if by_kernel and not torch._C._len_torch_function_stack() and not torch.is_autocast_enabled("cpu"):
-        tensors = (x, weight) if bias is None else (x, weight, bias)
-        out = kernels.fast_linear(x, weight, bias) if kernels.can_bypass_dispatcher(*tensors) else None
+    if by_kernel and kernels.can_bypass_functions(*((x, weight) if bias is None else (x, weight, bias))):
+        out = kernels.fast_linear(x, weight, bias)
         if out is not None:
             return out
     return F.linear(x, weight, bias)

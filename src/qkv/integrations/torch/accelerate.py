@@ -1,4 +1,4 @@
-"""`accelerate`: attention, caches and linear layers of unmodified models, by qkv where it computes the same."""
+"""`accelerate`: attention, caches, norms and linear layers of unmodified models, by qkv where it computes the same."""
 
 import functools
 from collections.abc import Iterator
@@ -18,7 +18,9 @@ from qkv.integrations.transformers.latent import expand_latents, read_latents
 from qkv.integrations.transformers.rotated_forward import replace_rotary
 from qkv.integrations.transformers.unpadding import is_unpadded, packable_layers
 from qkv.integrations.transformers.unpadding import unpad as unpad_model
+from qkv.layers.gated_forward import GatedForward, replace_mlp
 from qkv.layers.instance_forward import InstanceForward
+from qkv.layers.normed_forward import NormedForward, replace_norm
 from qkv.layers.projection import reroute
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -35,7 +37,7 @@ def accelerate() -> AbstractContextManager[Report]: ...
 @overload
 def accelerate(model: Model, *, enabled: bool = True, unpad: bool = False) -> Model: ...
 def accelerate(model: Any = None, *, enabled: bool = True, unpad: bool = False) -> Any:
-    """Runs a model on qkv where it computes the same: attention, KV caches, linear layers.
+    """Runs a model on qkv where it computes the same: attention, KV caches, norms, MLPs, linear layers.
 
     ``accelerate(model)`` takes, until ``accelerate(model, enabled=False)``, in this model alone and in any thread:
 
@@ -47,6 +49,8 @@ def accelerate(model: Any = None, *, enabled: bool = True, unpad: bool = False) 
       ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer``;
     - latent attention as in DeepSeek-V3, which decodes from latents as `qkv.integrations.transformers.latent` does;
     - the rotary embeddings of their attention modules, where they are the usual ones;
+    - RMSNorm and gated MLPs with forwards as in Llama, Gemma, Phi-3 and many others, and ``nn.RMSNorm``: without a
+      gradient, a norm is one call of the kernel, and so is an MLP of 1 to 16 tokens;
     - each ``nn.Linear``, with its hooks. Subclasses, quantised, adapted and patched ones are called normally.
 
     `qkv.report` lists what was taken, what not, and why, and counts the calls of a run.
@@ -122,8 +126,14 @@ def _enable(model: nn.Module, unpad: bool) -> None:
         for part in models.parts(root):
             if models.why_not(part) is not None:
                 through_interface.difference_update(part.modules())
+    known: set[nn.Module] = set()  # modules that do not attend, whatever their classes
     for module in model.modules():
-        if module in through_interface and not _calls_torchs_attention(module):
+        replace_norm(module)
+        replace_mlp(module)
+        if isinstance(module.__dict__.get("forward"), (NormedForward, GatedForward)):
+            known.update(module.modules())
+    for module in model.modules():
+        if module in known or (module in through_interface and not _calls_torchs_attention(module)):
             continue
         if not isinstance(module.__dict__.get("forward"), _RoutedForward) and _may_attend(module):
             _RoutedForward.set_on(module)

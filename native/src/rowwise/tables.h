@@ -4,7 +4,7 @@
 #include <algorithm>
 
 #include "abi/rotation.h"
-#include "rotary/sin_cos.h"
+#include "rowwise/sin_cos.h"
 #include "simd/dtypes.h"
 #include "sizes.h"
 

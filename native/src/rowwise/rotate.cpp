@@ -1,5 +1,5 @@
 // Rotary embedding of whole tensors on several threads, compiled once for each instruction set.
-#include "rotary/rotate.h"
+#include "rowwise/rotate.h"
 
 #include "runtime/parallel.h"
 

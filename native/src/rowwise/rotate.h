@@ -1,7 +1,7 @@
 // Rotary embedding: heads of q and of k, rotated by the same angles (abi/rotation.h).
 #pragma once
 
-#include "rotary/tables.h"
+#include "rowwise/tables.h"
 
 namespace qkv {
 namespace QKV_ISA {
