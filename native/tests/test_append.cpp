@@ -1,43 +1,13 @@
 // New keys and values written into the memory of a cache, through tensors as Python hands them out.
-#include "abi/python_tensor.h"
 #include "call.h"
 #include "library.h"
+#include "objects.h"
 
 extern "C" int qkv_append(const void* interpreter, void* k, void* v, void* keys, void* values, void* k_scale,
                           void* v_scale, int64_t start, int threads);
 
 namespace qkv {
 namespace {
-
-// Objects are the tensors themselves, or what is not a tensor.
-int look(void* object, dlpack::Tensor* tensor) {
-    *tensor = *(const dlpack::Tensor*)object;
-    return tensor->lanes == 0 ? -1 : 0;
-}
-
-int taken = 0;  // how often the lock was
-
-void* release() { return nullptr; }
-void take(void*) { ++taken; }
-void forget() {}
-
-int none;
-const dlpack::Exchange exchange = {1, 0, nullptr, nullptr, nullptr, nullptr, look, nullptr};
-const Interpreter python = {&exchange, &none, release, take, forget};
-
-// A tensor as DLPack describes it.
-struct Object : dlpack::Tensor {
-    int64_t own_shape[4], own_strides[4];
-
-    explicit Object(const qkv::Tensor& of, int32_t dimensions = 4)
-        : own_shape{of.batch, of.heads, of.rows, of.width}, own_strides{of.view.batch, of.view.head, of.view.row, 1} {
-        data = of.view.data, device = dlpack::CPU, device_id = 0, byte_offset = 0, lanes = 1;
-        this->dimensions = dimensions;
-        code = of.dtype == Dtype::i8 ? dlpack::INT : (of.dtype == Dtype::bf16 ? dlpack::BFLOAT : dlpack::FLOAT);
-        bits = (uint8_t)(8 * format_of(of.dtype).item);
-        shape = own_shape, strides = own_strides;
-    }
-};
 
 constexpr int64_t CAPACITY = 7, START = 4;
 

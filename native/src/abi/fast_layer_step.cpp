@@ -2,7 +2,7 @@
 #include <initializer_list>
 
 #include "abi/layer_step.h"
-#include "abi/python_tensor.h"
+#include "abi/rotation_tensors.h"
 
 namespace qkv {
 namespace {
@@ -10,14 +10,14 @@ namespace {
 // The tensors of a call, in the order in which Python gives them.
 struct Tensors {
     dlpack::Tensor x, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, out_weight, out_bias, q_norm, k_norm,
-        frequencies, keys, values, k_scale, v_scale, offsets, positions, lengths, alibi, sink_logits, out;
+        frequencies, cos, sin, keys, values, k_scale, v_scale, offsets, positions, lengths, alibi, sink_logits, out;
 
     // False if one cannot be read.
     bool look(const Interpreter& python, void* const* objects) {
         for (dlpack::Tensor* tensor :
-             {&x,        &q_weight,  &q_bias,  &k_weight,    &k_bias,      &v_weight, &v_bias,  &out_weight,
-              &out_bias, &q_norm,    &k_norm,  &frequencies, &keys,        &values,   &k_scale, &v_scale,
-              &offsets,  &positions, &lengths, &alibi,       &sink_logits, &out})
+             {&x,        &q_weight, &q_bias,  &k_weight,    &k_bias,  &v_weight, &v_bias,      &out_weight,
+              &out_bias, &q_norm,   &k_norm,  &frequencies, &cos,     &sin,      &keys,        &values,
+              &k_scale,  &v_scale,  &offsets, &positions,   &lengths, &alibi,    &sink_logits, &out})
             if (!python.look(*objects++, *tensor)) return false;
         return true;
     }
@@ -71,6 +71,30 @@ bool rows_of(const dlpack::Tensor& tensor, Dtype dtype, void*& data, int64_t& ro
     return batch == 1 || tokens == 1 || tensor.strides[0] == tokens * row;
 }
 
+// Gains in one dtype, that of x or fp32.
+bool set_norms(const Tensors& t, LayerStep& step) {
+    const dlpack::Tensor& given = is_given(t.q_norm) ? t.q_norm : t.k_norm;
+    const int64_t width = step.attention.width;
+    step.norm_dtype = step.attention.dtype;
+    if (is_given(given) && is(given, dlpack::FLOAT, 32, 1)) step.norm_dtype = Dtype::f32;
+    return vector_of(t.q_norm, step.norm_dtype, width, step.q_norm) &&
+           vector_of(t.k_norm, step.norm_dtype, width, step.k_norm);
+}
+
+// The angles of a rotation: frequencies; or cos and sin, of which the first half of the columns is for first channels.
+bool set_rotation(const Tensors& t, LayerStep& step) {
+    Rotation& r = step.rotation;
+    const int64_t width = step.attention.width;
+    if (is_given(t.cos)) {
+        r.batch = step.attention.batch, r.tokens = step.attention.lq;
+        const int64_t columns = t.cos.dimensions > 0 ? t.cos.shape[t.cos.dimensions - 1] : 0, pairs = columns / 2;
+        return columns >= 2 && columns % 2 == 0 && columns <= width && !is_given(t.frequencies) &&
+               set_tables(t.cos, t.sin, pairs, pairs, r);
+    }
+    r.pairs = is_given(t.frequencies) ? t.frequencies.shape[0] : 0;
+    return 2 * r.pairs <= width && vector_of(t.frequencies, Dtype::f32, r.pairs, r.frequencies);
+}
+
 // Fills in the step, apart from numbers. False if the tensors do not fit together.
 bool make_step(const Tensors& t, LayerStep& step) {
     Problem& p = step.attention;
@@ -110,11 +134,8 @@ bool make_step(const Tensors& t, LayerStep& step) {
     if (t.out.dimensions != 3 || t.out.shape[0] != p.batch || t.out.shape[1] != p.lq || t.out.shape[2] != embed)
         return false;
     if (!rows_of(t.out, p.dtype, step.out_proj.out, step.out_proj.out_row)) return false;
-    if (!vector_of(t.q_norm, p.dtype, p.width, step.q_norm) || !vector_of(t.k_norm, p.dtype, p.width, step.k_norm))
-        return false;
+    if (!set_norms(t, step) || !set_rotation(t, step)) return false;
     Rotation& r = step.rotation;
-    r.pairs = is_given(t.frequencies) ? t.frequencies.shape[0] : 0;
-    if (2 * r.pairs > p.width || !vector_of(t.frequencies, Dtype::f32, r.pairs, r.frequencies)) return false;
     p.offsets_batch = p.lengths_batch = r.offsets_batch = 1;
     return integers_of(t.offsets, p.batch, p.offsets) && integers_of(t.positions, p.batch, r.offsets) &&
            integers_of(t.lengths, p.batch, p.lengths) && vector_of(t.alibi, Dtype::f32, p.heads, p.alibi) &&

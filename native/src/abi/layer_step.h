@@ -12,9 +12,10 @@ namespace qkv {
 struct LayerStep {
     Projection q_proj, k_proj, v_proj;  // of the same x; `out` is the kernel's own
     Projection out_proj;                // its x is the kernel's own
-    const void *q_norm, *k_norm;        // (width), gains in the dtype of x, or null
+    const void *q_norm, *k_norm;        // (width), gains, or null
+    Dtype norm_dtype;                   // of both gains
     float norm_eps;
-    Rotation rotation;  // without pairs, there is none; its tensors are the kernel's own
+    Rotation rotation;  // without pairs, there is none; what it rotates is the kernel's own
     Problem attention;  // its q and out are the kernel's own
 };
 

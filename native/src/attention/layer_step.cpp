@@ -32,8 +32,8 @@ struct StepScratch {
 };
 
 // x = x / sqrt(mean(x^2) + eps) * gains
-void normalise(Dtype dtype, char* x, int64_t width, const char* gains, float eps) {
-    const int64_t item = size_of(dtype);
+void normalise(Dtype dtype, char* x, int64_t width, Dtype gain_dtype, const void* gains, float eps) {
+    const int64_t item = size_of(dtype), gain_item = size_of(gain_dtype);
     vec squares = {};
     for_columns(width, [&](int64_t d, int64_t count) {
         const vec part = load_part(dtype, x + d * item, count);
@@ -43,7 +43,7 @@ void normalise(Dtype dtype, char* x, int64_t width, const char* gains, float eps
     for (int i = 0; i < LANES; ++i) sum += squares[i];
     const float factor = 1.0f / std::sqrt(sum / (float)width + eps);
     for_columns(width, [&](int64_t d, int64_t count) {
-        const vec gain = load_part(dtype, gains + d * item, count);
+        const vec gain = load_part(gain_dtype, (const char*)gains + d * gain_item, count);
         store_part(dtype, x + d * item, load_part(dtype, x + d * item, count) * factor * gain, count);
     });
 }
@@ -81,9 +81,11 @@ struct Heads {
         const Problem& p = step.attention;
         const int64_t batch = token / p.lq, i = token % p.lq;
         for (int64_t head = 0; step.q_norm && head < p.heads; ++head)
-            normalise(p.dtype, row_of(p.dtype, p.q, batch, head, i), p.width, (const char*)step.q_norm, step.norm_eps);
+            normalise(p.dtype, row_of(p.dtype, p.q, batch, head, i), p.width, step.norm_dtype, step.q_norm,
+                      step.norm_eps);
         for (int64_t head = 0; step.k_norm && head < p.kv_heads; ++head)
-            normalise(p.dtype, row_of(p.dtype, k, batch, head, i), p.width, (const char*)step.k_norm, step.norm_eps);
+            normalise(p.dtype, row_of(p.dtype, k, batch, head, i), p.width, step.norm_dtype, step.k_norm,
+                      step.norm_eps);
         if (step.rotation.pairs > 0) rotate_tokens(step.rotation, batch, i, i + 1);
         append(p, k, p.k, p.k_scale, p.width, batch, i);
         append(p, v, p.v, p.v_scale, p.value_width, batch, i);

@@ -244,10 +244,13 @@ class StepTensors(NamedTuple):
     out_weight: Tensor
     out_bias: Tensor | None
     q_norm: Tensor | None
-    """(D,), gains of queries in the dtype of x, as k_norm of keys"""
+    """(D,), gains of queries in the dtype of x or float32, as k_norm of keys"""
     k_norm: Tensor | None
     frequencies: Tensor | None
     """float32 (pairs,), by which pairs of channels rotate per position"""
+    cos: Tensor | None
+    """(B or 1, L, 2 pairs), instead of frequencies and positions, as sin: columns of first channels, then of second"""
+    sin: Tensor | None
     keys: Tensor
     """(B, Hkv, Lk, D), into which the keys of x are written, as into values (B, Hkv, Lk, Dv)"""
     values: Tensor

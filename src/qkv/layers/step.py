@@ -183,6 +183,8 @@ def _run(
         q_norm=None if weights.q_norm is None else weights.q_norm.weight.to(x.dtype),
         k_norm=None if weights.k_norm is None else weights.k_norm.weight.to(x.dtype),
         frequencies=None if rotary is None else rotary.frequencies_on(x.device),
+        cos=None,
+        sin=None,
         keys=keys.k,
         values=keys.v,
         k_scale=keys.k_scale if isinstance(keys, Int8Keys) else None,
