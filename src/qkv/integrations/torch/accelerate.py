@@ -47,6 +47,8 @@ def accelerate(model: Any = None, *, enabled: bool = True, unpad: bool = False) 
       ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer``;
     - latent attention as in DeepSeek-V3, which decodes from latents as `qkv.integrations.transformers.latent` does;
     - the rotary embeddings of their attention modules, where they are the usual ones;
+    - 1 to 16 tokens of these modules, of projections, cache and attention in one call of the kernel, where the forward
+      is a known one and nothing in it is watched or replaced;
     - each ``nn.Linear``, with its hooks. Subclasses, quantised, adapted and patched ones are called normally.
 
     `qkv.report` lists what was taken, what not, and why, and counts the calls of a run.
