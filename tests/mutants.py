@@ -35,6 +35,7 @@ NONFINITE = ("contract/test_nonfinite.py",)
 ROTARY = ("kernels/test_rotation.py",)
 ROWS = ("layers/test_rows.py", "cache/test_states.py")
 STEP = ("layers/test_step.py",)
+MODULE_STEP = ("integrations/transformers/test_attention_step.py",)
 SEQUENCES = ("test_packed.py", "test_paged.py")
 LIBRARY = (
     *("mechanisms", "test_masks.py", "test_functional.py", "layers/test_layers.py", "layers/test_rotary.py"),
@@ -246,6 +247,17 @@ MUTANTS = [
     Mutant("transformers' window one wider", "integrations/transformers/masks.py", 'Mask.band(cells["sliding_window"] - 1, None)', 'Mask.band(cells["sliding_window"], None)'),
     Mutant("transformers' padding dropped", "integrations/transformers/masks.py", "if not keep.all():", "if False:"),
     Mutant("a tracer keeps its example's padding", "integrations/transformers/masks.py", "if kernels.is_tracing() or torch._C._are_functorch_transforms_active():", "if torch.compiler.is_compiling():", ("test_tracing.py",)),
+    Mutant("a module's step past a hook", "integrations/transformers/attention_step.py", '        if not is_plain_linear(linear):\n', '        if linear is None:\n', MODULE_STEP),
+    Mutant("a module's step past another attention function", "integrations/transformers/attention_step.py", '    return interface[implementation] is attend and', '    return', MODULE_STEP),
+    Mutant("a module's step past a rotation that was replaced", "integrations/transformers/attention_step.py", 'if theirs is None or not is_usual(theirs, 8) or (width < head_dim and not is_usual(theirs, 4)):', 'if False:', MODULE_STEP),
+    Mutant("a module's step past an update of the cache", "integrations/transformers/attention_step.py", 'if any(kind.update is not update for kind, update in _UPDATES) or', 'if', MODULE_STEP),
+    Mutant("a module's step that was refused stays counted", "integrations/transformers/attention_step.py", '        if out is None:\n            step.layer.restore(mark)\n', '', MODULE_STEP),
+    Mutant("a module's step past padding", "integrations/transformers/attention_step.py", "keep=mask.keep,", "keep=None,", MODULE_STEP),
+    Mutant("a module's step without its softcap", "integrations/transformers/attention_step.py", 'softcap=step.softcap,', 'softcap=0.0,', MODULE_STEP),
+    Mutant("a module's step in the place of its gradient", "integrations/transformers/attention_step.py", '    if torch.is_grad_enabled():\n', '    if False:\n', MODULE_STEP),
+    Mutant('a forward known by its names alone', "layers/known_code.py", "*(code.co_code, code.co_names,", "*(code.co_names,", MODULE_STEP),
+    Mutant('a window one token longer after a step', "integrations/transformers/cache.py", 'offset + k[2] - self.sliding_window + 1)', 'offset + k[2] - self.sliding_window)', MODULE_STEP),
+    Mutant("the sine of a step's tables for its cosine (kernel)", NATIVE + "/abi/rotation_tensors.h", "r.cos = data_of(cos), r.sin = data_of(sin);", "r.cos = data_of(sin), r.sin = data_of(sin);", MODULE_STEP),
     Mutant("hooks within packed layers overlooked", "integrations/transformers/unpadding.py", "if _is_hooked(module, ignored):", "if False:", ("integrations/transformers/test_unpadding_layers.py",)),
     Mutant("custom modules within packed layers overlooked", "integrations/transformers/unpadding.py", "    if package != \"transformers\":\n        return False\n", "", ("integrations/transformers/test_unpadding_layers.py",)),
     Mutant("a square batch packed", "integrations/transformers/unpadding.py", "if self.batch == self.length:", "if False:", ("integrations/transformers/test_unpadding_arguments.py",)),
@@ -292,7 +304,7 @@ MUTANTS = [
     Mutant("sines of an inverse not exchanged", f"{NATIVE}/rowwise/tables.h", "cos_first, sin_second, cos_second, -sin_first", "cos_first, sin_first, cos_second, -sin_second", ROTARY),
     Mutant("product and sum of a rotation in one rounding", f"{NATIVE}/rowwise/rotate.h", "rounded(x * load(same)) +", "x * load(same) +", ROTARY),
     Mutant("another axis read", f"{NATIVE}/abi/rotation.h", "r.axes[n] < 0 ||", "false &&", ROTARY),
-    Mutant("rows of a batch at the positions of the first one", f"{NATIVE}/abi/fast_rotate.cpp", "tensor.shape[i] == 1 ? 0 : tensor.strides[i]", "from_last > 1 ? 0 : tensor.strides[i]", ROTARY),
+    Mutant("rows of a batch at the positions of the first one", f"{NATIVE}/abi/rotation_tensors.h", "tensor.shape[i] == 1 ? 0 : tensor.strides[i]", "from_last > 1 ? 0 : tensor.strides[i]", ROTARY),
     Mutant("a hooked rotary embedding passed by", "layers/rotary.py", "and is_called_plainly(rotary)", "", ROTARY),
     Mutant("a mapped rotation by the first positions", "kernels/rotation.py", "tensor.expand(copies, *tensor.shape), 0", "tensor.expand(copies, *tensor.shape), 0; return tensor[0]", ROTARY),
     Mutant("a scaling by the longest row of the batch", "layers/rotary.py", "amax(-1, keepdim=True) + 1", "amax() + 1", ("layers/test_rotary.py",)),

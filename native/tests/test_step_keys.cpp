@@ -16,7 +16,7 @@ int qkv_layer_step_size();
 int qkv_layer_step(const void* interpreter, void* const* tensors, int64_t key_count, int64_t offset, int64_t position,
                    int64_t left, int64_t right, int64_t sink_tokens, int64_t prefix_tokens, int64_t dilation,
                    int64_t chunk, int64_t chunk_start, int interleaved, float position_scale, float attention_factor,
-                   float norm_eps, float scale, float softcap, int threads);
+                   int norm_gain, float norm_eps, float scale, float softcap, int threads);
 }
 
 namespace qkv {
@@ -149,6 +149,8 @@ struct Example {
                                  &none,
                                  &none,
                                  maybe(!c.context, given[8]),
+                                 &none,
+                                 &none,
                                  &given[9],
                                  &given[10],
                                  &none,
@@ -164,7 +166,7 @@ struct Example {
                                  &given[13]};
         require(qkv_layer_step_size() == sizeof tensors / sizeof *tensors, "another number of tensors");
         return qkv_layer_step(&python, tensors, c.paged ? key_count() : 0, c.context ? 0 : EARLIER, 40, UNBOUNDED,
-                              c.context ? UNBOUNDED : 0, 0, 0, 1, 0, 0, 0, 1, 1, 0, 0.3f, 0, c.threads);
+                              c.context ? UNBOUNDED : 0, 0, 0, 1, 0, 0, 0, 1, 1, 0, 0, 0.3f, 0, c.threads);
     }
 
     // The same by parts, from keys of its own. Returns the heads that out_proj takes.

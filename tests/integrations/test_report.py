@@ -31,22 +31,24 @@ def test_a_model_of_transformers_before_and_after() -> None:
     assert subjects(before.left) == [*taken, "padding"] and not before.taken
     assert "attn_implementation is 'sdpa'; qkv.accelerate(model) sets 'qkv'" in str(before)
     assert "No call of attention so far" in str(before)
-    generated(qkv.accelerate(ours))
+    generated(qkv.accelerate(ours), IDS.clone())
     after = qkv.report(ours)
-    assert subjects(after.taken) == taken
+    assert subjects(after.taken) == [*taken[:3], "steps", *taken[3:]]
     assert (after.routed, after.fallback) == (2 * STEPS, 0)
     assert str(after).splitlines() == [
         'attention      LlamaForCausalLM  qkv: attn_implementation="qkv"',
         "cache          LlamaForCausalLM  qkv: QKVCache in generate and with use_cache=True, unless one is given: "
         "2 AppendLayer",
         "rotary         2 modules         qkv: qkv's rotation in these modules alone",
+        "steps          2 modules         qkv: few tokens in one call of the kernel, projections included",
         "norms          5 norms           qkv: RMSNorm in one call of the kernel, without a gradient",
         "MLPs           2 MLPs            qkv: 1 to 16 tokens in one call of the kernel, without a gradient",
         "linear layers  15 linear layers  qkv: products as in qkv's own layers",
         "padding        2 layers          not: qkv.accelerate(model, unpad=True) skips it",
         "",
-        "calls  where           query              key                 by",
-        "10     LlamaAttention  (2, 4, 1 to 9, 8)  (2, 2, 9 to 13, 8)  qkv",
+        "calls  where           query         key                  by",
+        "2      LlamaAttention  (2, 4, 9, 8)  (2, 2, 9, 8)         qkv: composed: hidden_states has not 1 to 16 tokens",
+        "8      LlamaAttention  (2, 4, 1, 8)  (2, 2, 10 to 13, 8)  qkv: one call of the kernel",
     ]
     assert qkv.report(copy.deepcopy(ours)).routed == 0
 
@@ -94,10 +96,10 @@ def test_a_block_counts_the_calls_of_models_on_qkv() -> None:
     with qkv.accelerate() as block:
         generated(ours)
     assert (block.routed, block.fallback) == (2 * STEPS, 0) == (qkv.report(ours).routed, 0)
-    _, row = str(block).splitlines()
-    assert "transformers.models.llama.modeling_llama:" in row and row.endswith(
-        "(2, 4, 1 to 9, 8)  (2, 2, 9 to 13, 8)  qkv"
-    )
+    _, prompt, steps = str(block).splitlines()
+    assert all("transformers.models.llama.modeling_llama:" in row for row in (prompt, steps))
+    assert prompt.split("  ")[-1] == steps.split("  ")[-1].strip() == "qkv"
+    assert "(2, 4, 9, 8)  (2, 2, 9, 8)" in prompt and "(2, 4, 1, 8)  (2, 2, 10 to 13, 8)" in steps
     with qkv.accelerate() as empty:
         pass
     assert "neither of torch's on a CPU nor of qkv's in a model of transformers" in str(empty)

@@ -110,6 +110,10 @@ def test_the_library_exports_its_own_functions_alone() -> None:
     exported = {line.split()[-1] for line in output("nm", "--dynamic", "--defined-only", LIBRARY).splitlines()}
     assert exported == {
         "qkv_append",
+        "qkv_gated_mlp",
+        "qkv_fast_gated_mlp",
+        "qkv_rms_norm",
+        "qkv_fast_rms_norm",
         "qkv_append_pages",
         "qkv_isa",
         "qkv_interpreter_size",

@@ -3,6 +3,7 @@
 
 #include "abi/layer_step.h"
 #include "abi/python_rows.h"
+#include "abi/rotation_tensors.h"
 
 namespace qkv {
 namespace {
@@ -10,16 +11,16 @@ namespace {
 // The tensors of a call, in the order in which Python gives them.
 struct Tensors {
     dlpack::Tensor x, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, gate_weight, gate_bias, out_weight,
-        out_bias, q_norm, k_norm, frequencies, keys, values, k_scale, v_scale, table, offsets, positions, keep, lengths,
-        prefix_lengths, alibi, sink_logits, out;
+        out_bias, q_norm, k_norm, frequencies, cos, sin, keys, values, k_scale, v_scale, table, offsets, positions,
+        keep, lengths, prefix_lengths, alibi, sink_logits, out;
 
     // False if one cannot be read.
     bool look(const Interpreter& python, void* const* objects) {
         for (dlpack::Tensor* tensor :
-             {&x,           &q_weight,  &q_bias,         &k_weight, &k_bias,      &v_weight, &v_bias,
-              &gate_weight, &gate_bias, &out_weight,     &out_bias, &q_norm,      &k_norm,   &frequencies,
-              &keys,        &values,    &k_scale,        &v_scale,  &table,       &offsets,  &positions,
-              &keep,        &lengths,   &prefix_lengths, &alibi,    &sink_logits, &out})
+             {&x,         &q_weight,       &q_bias,   &k_weight,    &k_bias, &v_weight,    &v_bias,    &gate_weight,
+              &gate_bias, &out_weight,     &out_bias, &q_norm,      &k_norm, &frequencies, &cos,       &sin,
+              &keys,      &values,         &k_scale,  &v_scale,     &table,  &offsets,     &positions, &keep,
+              &lengths,   &prefix_lengths, &alibi,    &sink_logits, &out})
             if (!python.look(*objects++, *tensor)) return false;
         return true;
     }
@@ -76,6 +77,20 @@ bool rows_of(const dlpack::Tensor& tensor, Dtype dtype, void*& data, int64_t& ro
     return batch == 1 || tokens == 1 || tensor.strides[0] == tokens * row;
 }
 
+// The angles of a rotation: frequencies; or cos and sin, of which the first half of the columns is for first channels.
+bool set_rotation(const Tensors& t, LayerStep& step) {
+    Rotation& r = step.rotation;
+    const int64_t width = step.attention.width;
+    if (is_given(t.cos)) {
+        r.batch = step.attention.batch, r.tokens = step.attention.lq;
+        const int64_t columns = t.cos.dimensions > 0 ? t.cos.shape[t.cos.dimensions - 1] : 0, pairs = columns / 2;
+        return columns >= 2 && columns % 2 == 0 && columns <= width && !is_given(t.frequencies) &&
+               set_tables(t.cos, t.sin, pairs, pairs, r);
+    }
+    r.pairs = is_given(t.frequencies) ? t.frequencies.shape[0] : 0;
+    return 2 * r.pairs <= width && vector_of(t.frequencies, Dtype::f32, r.pairs, r.frequencies);
+}
+
 // Fills in the step, apart from numbers. False if the tensors do not fit together.
 bool make_step(const Tensors& t, int64_t key_count, LayerStep& step) {
     Problem& p = step.attention;
@@ -121,9 +136,8 @@ bool make_step(const Tensors& t, int64_t key_count, LayerStep& step) {
     if (!rows_of(t.out, p.dtype, step.out_proj.out, step.out_proj.out_row)) return false;
     if (!vector_of(t.q_norm, p.dtype, p.width, step.q_norm) || !vector_of(t.k_norm, p.dtype, p.width, step.k_norm))
         return false;
+    if (!set_rotation(t, step)) return false;
     Rotation& r = step.rotation;
-    r.pairs = is_given(t.frequencies) ? t.frequencies.shape[0] : 0;
-    if (2 * r.pairs > p.width || !vector_of(t.frequencies, Dtype::f32, r.pairs, r.frequencies)) return false;
     return integers_of(t.offsets, p.batch, p.offsets, p.offsets_batch) && positions_of(t.positions, p, r) &&
            keep_of(t.keep, p) && integers_of(t.lengths, p.batch, p.lengths, p.lengths_batch) &&
            integers_of(t.prefix_lengths, p.batch, p.prefix_lengths, p.prefix_lengths_batch) &&
@@ -155,8 +169,8 @@ QKV_EXPORT int qkv_layer_step_size() { return qkv::TENSORS; }
 QKV_EXPORT int qkv_layer_step(const void* interpreter, void* const* tensors, int64_t key_count, int64_t offset,
                               int64_t position, int64_t left, int64_t right, int64_t sink_tokens, int64_t prefix_tokens,
                               int64_t dilation, int64_t chunk, int64_t chunk_start, int interleaved,
-                              float position_scale, float attention_factor, float norm_eps, float scale, float softcap,
-                              int threads) {
+                              float position_scale, float attention_factor, int norm_gain, float norm_eps, float scale,
+                              float softcap, int threads) {
     const auto& python = *(const qkv::Interpreter*)interpreter;
     qkv::Tensors given;
     qkv::LayerStep step = {};
@@ -165,7 +179,7 @@ QKV_EXPORT int qkv_layer_step(const void* interpreter, void* const* tensors, int
     p.offset = offset, p.left = left, p.right = right, p.sink_tokens = sink_tokens, p.prefix_tokens = prefix_tokens;
     p.dilation = dilation, p.chunk = chunk, p.chunk_start = chunk_start;
     p.scale = scale, p.softcap = softcap, p.threads = threads;
-    step.norm_eps = norm_eps;
+    step.norm_gain = (qkv::Gain)norm_gain, step.norm_eps = norm_eps;
     step.rotation.interleaved = interleaved;
     step.rotation.position_scale = position_scale, step.rotation.attention_factor = attention_factor;
     step.rotation.offset = position;

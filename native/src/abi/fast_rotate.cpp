@@ -1,7 +1,7 @@
 // The fast path from Python tensors to a rotary embedding.
 #include <initializer_list>
 
-#include "abi/python_tensor.h"
+#include "abi/rotation_tensors.h"
 
 namespace qkv {
 namespace {
@@ -18,27 +18,6 @@ struct Call {
         return true;
     }
 };
-
-// The stride of a dimension counted from the last one, 0 if it is missing or 1. False unless it is missing, 1 or
-// `size`.
-bool stride_of(const dlpack::Tensor& tensor, int from_last, int64_t size, int64_t& stride) {
-    const int i = tensor.dimensions - from_last;
-    stride = i < 0 || tensor.shape[i] == 1 ? 0 : tensor.strides[i];
-    return i < 0 || tensor.shape[i] == 1 || tensor.shape[i] == size;
-}
-
-// Whether the tensor has this dtype, 1 to `most_dimensions` dimensions, and memory.
-bool is_vector(const dlpack::Tensor& tensor, dlpack::Code code, int bits, int most_dimensions) {
-    return tensor.dimensions >= 1 && tensor.dimensions <= most_dimensions && tensor.data &&
-           is(tensor, code, bits, tensor.dimensions);
-}
-
-// Fills in a table whose last dimensions are (batch, token, column), the columns next to each other.
-bool columns_of(const dlpack::Tensor& tensor, const Rotation& r, int64_t columns, int64_t& batch, int64_t& token) {
-    const int last = tensor.dimensions - 1;
-    if (tensor.shape[last] < columns || (columns > 1 && tensor.strides[last] != 1)) return false;
-    return stride_of(tensor, 2, r.tokens, token) && stride_of(tensor, 3, r.batch, batch);
-}
 
 bool set_angles(const Call& call, Rotation& r) {
     if (!is_vector(call.frequencies, dlpack::FLOAT, 32, 3)) return false;
@@ -69,18 +48,6 @@ bool set_angles(const Call& call, Rotation& r) {
     return true;
 }
 
-bool set_tables(const Call& call, int64_t pairs, int64_t second, Rotation& r) {
-    Dtype of_sin;
-    if (!is_given(call.sin) || !dtype_of(call.cos, r.table_dtype) || !dtype_of(call.sin, of_sin)) return false;
-    if (of_sin != r.table_dtype || r.table_dtype == Dtype::i8) return false;
-    for (const dlpack::Tensor* table : {&call.cos, &call.sin})
-        if (!is_vector(*table, table->code, table->bits, 3)) return false;
-    r.pairs = pairs, r.second = second;
-    r.cos = data_of(call.cos), r.sin = data_of(call.sin);
-    return second >= 0 && columns_of(call.cos, r, pairs + second, r.cos_batch, r.cos_token) &&
-           columns_of(call.sin, r, pairs + second, r.sin_batch, r.sin_token);
-}
-
 // Fills in the rotation. False if the tensors do not fit together.
 bool make_rotation(const Call& call, int64_t pairs, int64_t second, Rotation& r) {
     for (int i = 0; i < 2; ++i) {
@@ -100,7 +67,7 @@ bool make_rotation(const Call& call, int64_t pairs, int64_t second, Rotation& r)
         r.heads[i] = x.shape[1];
         if (!view_of(x, r.from[i]) || !view_of(out, r.to[i])) return false;
     }
-    if (!(is_given(call.cos) ? set_tables(call, pairs, second, r) : set_angles(call, r))) return false;
+    if (!(is_given(call.cos) ? set_tables(call.cos, call.sin, pairs, second, r) : set_angles(call, r))) return false;
     return r.pairs >= 1 && 2 * r.pairs <= r.width && fits(r);
 }
 

@@ -3,6 +3,7 @@
 
 #include "abi/problem.h"
 #include "abi/projection.h"
+#include "abi/rms_norm.h"
 #include "abi/rotation.h"
 
 namespace qkv {
@@ -14,9 +15,10 @@ struct LayerStep {
     Projection q_proj, k_proj, v_proj;  // of the same x; `out` is the kernel's own
     Projection gate_proj;               // likewise: heads are multiplied by its sigmoid; without features, by nothing
     Projection out_proj;                // its x is the kernel's own
-    const void *q_norm, *k_norm;        // (width), gains in the dtype of x, or null
+    const void *q_norm, *k_norm;        // (width), gains, or null
+    Gain norm_gain;                     // what both gains do
     float norm_eps;
-    Rotation rotation;  // without pairs, there is none; its tensors are the kernel's own
+    Rotation rotation;  // without pairs, there is none; what it rotates is the kernel's own
     Problem attention;  // its q and out are the kernel's own
 };
 

@@ -93,7 +93,7 @@ struct Heads {
    private:
     void normalise(const View& x, int64_t heads, const void* gains, int64_t batch, int64_t i) const {
         RmsNorm norm = {};
-        norm.dtype = step.attention.dtype, norm.gain = Gain::widened, norm.width = step.attention.width;
+        norm.dtype = step.attention.dtype, norm.gain = step.norm_gain, norm.width = step.attention.width;
         norm.gains = gains, norm.eps = step.norm_eps;
         for (int64_t head = 0; head < heads; ++head) {
             char* const row = row_of(norm.dtype, x, batch, head, i);

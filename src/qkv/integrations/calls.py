@@ -13,11 +13,11 @@ from types import FrameType
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
-from torch import Tensor, nn
+from torch import nn
 
-Callback = Callable[[FrameType, Tensor, Tensor, str | None], None]
-"""Called for each attention call with the frame of its caller, its queries, its keys, and the reason why torch computed
-it; None if qkv did."""
+Callback = Callable[[FrameType, Sequence[int], Sequence[int], str | None], None]
+"""Called for each attention call with the frame of its caller, the shapes of its queries and of its keys, and the
+reason why torch computed it; None if qkv did."""
 
 
 class _Block:
@@ -108,9 +108,9 @@ class Report:
             merged.setdefault((call.where, call.reason), Calls()).add(call.query, call.key, count)
         return table((calls.row(where, answer(reason)) for (where, reason), calls in merged.items()))
 
-    def count(self, frame: FrameType, query: Tensor, key: Tensor, reason: str | None) -> None:
+    def count(self, frame: FrameType, query: Sequence[int], key: Sequence[int], reason: str | None) -> None:
         """Counts a call; a `Callback`."""
-        self.calls[Call(place(frame), tuple(query.shape), tuple(key.shape), reason)] += 1
+        self.calls[Call(place(frame), tuple(query), tuple(key), reason)] += 1
 
 
 @dataclass
@@ -140,7 +140,28 @@ def table(rows: Iterable[Sequence[str]]) -> str:
 
 def answer(reason: str | None) -> str:
     """Who answered a call, as a table says it; ``reason`` is why torch did, None if qkv did."""
-    return "qkv" if reason is None else f"torch: {reason}"
+    if reason is not None:
+        return f"torch: {reason}"
+    composed = _composed.get()
+    return "qkv" if composed is None else f"qkv: composed: {composed}"
+
+
+ONE_CALL = "qkv: one call of the kernel"
+"""As `answer`, of a module of which the kernel computed all."""
+
+
+_composed: ContextVar[str | None] = ContextVar("composed", default=None)
+"""Why the module that is being called in this thread or task is not computed in one call."""
+
+
+@contextmanager
+def because(reason: str) -> Iterator[None]:
+    """Context manager of a module's call that is composed of its parts, for a reason."""
+    token = _composed.set(reason)
+    try:
+        yield
+    finally:
+        _composed.reset(token)
 
 
 def place(frame: FrameType) -> str:
@@ -163,8 +184,8 @@ class TallyFor:
 
     module: nn.Module
 
-    def __call__(self, frame: FrameType, query: Tensor, key: Tensor, reason: str | None) -> None:
-        tally(self.module, place(frame), answer(reason), query.shape, key.shape)
+    def __call__(self, frame: FrameType, query: Sequence[int], key: Sequence[int], reason: str | None) -> None:
+        tally(self.module, place(frame), answer(reason), tuple(query), tuple(key))
 
 
 def tallied(modules: Iterable[nn.Module]) -> dict[tuple[str, str], Calls]:

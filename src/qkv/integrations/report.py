@@ -12,6 +12,7 @@ from qkv.integrations import calls
 from qkv.integrations.calls import Calls
 from qkv.integrations.transformers import models
 from qkv.integrations.transformers.attention import NAME
+from qkv.integrations.transformers.attention_forwards import form_of
 from qkv.integrations.transformers.latent import reads_latents
 from qkv.integrations.transformers.rotated_forward import RotatedForward, rotates
 from qkv.integrations.transformers.unpadding import is_unpadded, packable_layers
@@ -25,7 +26,7 @@ class Part(NamedTuple):
     """A part of a model, and what runs it."""
 
     subject: str
-    """attention, cache, latents, rotary, torch's attention, norms, MLPs, linear layers or padding"""
+    """attention, cache, latents, rotary, steps, torch's attention, norms, MLPs, linear layers or padding"""
     name: str
     """the class of a model, or the number of modules"""
     taken: bool
@@ -40,8 +41,9 @@ class ModelReport:
 
     parts: tuple[Part, ...]
     calls: dict[tuple[str, str], Calls]
-    """calls by place (class of the module, or module, line and function), and by what answered them: "qkv", or
-    "torch: " and the reason; for layers that `unpad` packs "without padding", or "with padding: " and the reason."""
+    """calls by place (class of the module, or module, line and function), and by what answered them: "qkv", and how if
+    it may compute a whole attention module of transformers; or "torch: " and the reason. For layers that `unpad` packs
+    "without padding", or "with padding: " and the reason."""
 
     @property
     def taken(self) -> tuple[Part, ...]:
@@ -56,7 +58,7 @@ class ModelReport:
     @property
     def routed(self) -> int:
         """Number of calls of attention that qkv computed."""
-        return sum(calls.count for (_, by), calls in self.calls.items() if by == "qkv")
+        return sum(calls.count for (_, by), calls in self.calls.items() if by.startswith("qkv"))
 
     @property
     def fallback(self) -> int:
@@ -107,7 +109,7 @@ def report(model: nn.Module) -> ModelReport:
     found: list[Part] = []
     roots = models.roots(model)
     for root in roots:
-        found += [*_attention(root), *_cache(root), *_latents(root), *_rotary(root)]
+        found += [*_attention(root), *_cache(root), *_latents(root), *_rotary(root), *_steps(root)]
     found += [*_torchs_attention(model), *_norms(model), *_mlps(model), *_linear_layers(model)]
     found += _padding(model, roots)
     return ModelReport(tuple(found), calls.tallied(model.modules()))
@@ -156,6 +158,17 @@ def _rotary(root: Any) -> Iterator[Part]:
     if len(rotating) > taken:
         reason = "qkv.accelerate(model) takes those whose rotation is the usual one"
         yield Part("rotary", _many(len(rotating) - taken, "module"), False, reason)
+
+
+def _steps(root: Any) -> Iterator[Part]:
+    """Attention modules that the kernel may compute in one call."""
+    forwards = [module.__dict__.get("forward") for module in root.modules()]
+    modules = [forward.module for forward in forwards if isinstance(forward, RotatedForward)]
+    known = sum(form_of(type(module).forward) is not None for module in modules)
+    if known:
+        yield Part("steps", _many(known, "module"), True, "few tokens in one call of the kernel, projections included")
+    if len(modules) > known:
+        yield Part("steps", _many(len(modules) - known, "module"), False, "their forward is none that qkv knows")
 
 
 def _latents(root: Any) -> Iterator[Part]:

@@ -124,7 +124,10 @@ _CALLS_OF_TENSORS: dict[str, list[Any]] = {
     "append": [*[_TENSOR] * 6, _NUMBER, ctypes.c_int],
     "append_pages": [*[_TENSOR] * 6, _NUMBER, ctypes.c_int],
     "fast_rotate": [*[_TENSOR] * 10, _NUMBER, *[ctypes.c_float] * 2, *[_NUMBER] * 2, *[ctypes.c_int] * 3],
-    "layer_step": [ctypes.POINTER(_TENSOR), *[_NUMBER] * 10, ctypes.c_int, *[ctypes.c_float] * 5, ctypes.c_int],
+    "layer_step": [
+        *(ctypes.POINTER(_TENSOR), *[_NUMBER] * 10, ctypes.c_int, *[ctypes.c_float] * 2),
+        *(ctypes.c_int, *[ctypes.c_float] * 3, ctypes.c_int),
+    ],
 }
 """Argument types of the functions of `Library` that take Python tensors, after the `_Interpreter`."""
 

@@ -251,6 +251,9 @@ class StepTensors(NamedTuple):
     k_norm: Tensor | None
     frequencies: Tensor | None
     """float32 (pairs,), by which pairs of channels rotate per position"""
+    cos: Tensor | None
+    """(B or 1, L, 2 pairs), instead of frequencies and positions, as sin: columns of first channels, then of second"""
+    sin: Tensor | None
     keys: Tensor
     """(B, Hkv, Lk, D), into which the keys of x are written, as into values (B, Hkv, Lk, Dv); or in pages"""
     values: Tensor
@@ -296,6 +299,8 @@ class StepNumbers(NamedTuple):
     interleaved: bool
     position_scale: float
     attention_factor: float
+    norm_gain: int
+    """what gains of norms do, a `Gain`"""
     norm_eps: float
     scale: float
     softcap: float

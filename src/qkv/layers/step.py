@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qkv import kernels
 from qkv.cache import CrossKVCache, Int8Keys, Int8KVCache, Keys, KVCache, PagedKVCache, SlidingKVCache
-from qkv.kernels import StepNumbers, StepTensors
+from qkv.kernels import Gain, StepNumbers, StepTensors
 from qkv.layers.arguments import INTEGERS
 from qkv.layers.cached_call import CallOptions
 from qkv.layers.head_norm import HeadNorm
@@ -248,6 +248,8 @@ def _run(
         q_norm=None if weights.q_norm is None else weights.q_norm.weight.to(x.dtype),
         k_norm=None if weights.k_norm is None else weights.k_norm.weight.to(x.dtype),
         frequencies=None if rotary is None else rotary.frequencies_on(x.device),
+        cos=None,
+        sin=None,
         keys=keys.k,
         values=keys.v,
         k_scale=keys.k_scale if isinstance(keys, Int8Keys) else None,
@@ -276,6 +278,7 @@ def _run(
         interleaved=rotary is not None and rotary.interleaved,
         position_scale=1.0 if rotary is None else rotary.position_scale,
         attention_factor=1.0 if rotary is None else rotary.attention_factor,
+        norm_gain=Gain.WIDENED,
         norm_eps=0.0 if weights.q_norm is None else weights.q_norm.eps or 0.0,
         scale=layer.head_dim**-0.5 if layer.scale is None else layer.scale,
         softcap=layer.softcap or 0.0,

@@ -49,6 +49,8 @@ def accelerate(model: Any = None, *, enabled: bool = True, unpad: bool = False) 
       ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer``;
     - latent attention as in DeepSeek-V3, which decodes from latents as `qkv.integrations.transformers.latent` does;
     - the rotary embeddings of their attention modules, where they are the usual ones;
+    - 1 to 16 tokens of these modules, of projections, cache and attention in one call of the kernel, where the forward
+      is a known one and nothing in it is watched or replaced;
     - RMSNorm and gated MLPs with forwards as in Llama, Gemma, Phi-3 and many others, and ``nn.RMSNorm``: without a
       gradient, a norm is one call of the kernel, and so is an MLP of 1 to 16 tokens;
     - each ``nn.Linear``, with its hooks. Subclasses, quantised, adapted and patched ones are called normally.

@@ -71,7 +71,7 @@ def _sdpa(
     notify = current_callback()
     if notify is not None:
         out = _solve_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-        notify(sys._getframe(1), query, key, out if isinstance(out, str) else None)
+        notify(sys._getframe(1), query.shape, key.shape, out if isinstance(out, str) else None)
         if isinstance(out, Tensor):
             return out
     fallback: Tensor = _TORCH_SDPA.call_boxed(
@@ -161,7 +161,7 @@ def _mha(
             out = "query, key and value are not the same tensor"
         else:
             out = _solve_mha(query, num_head, qkv_weight, qkv_bias, mask, mask_type)
-        notify(sys._getframe(1), query, key, out if isinstance(out, str) else None)
+        notify(sys._getframe(1), query.shape, key.shape, out if isinstance(out, str) else None)
         if isinstance(out, Tensor):
             return F.linear(out.transpose(1, 2).flatten(2), proj_weight, proj_bias), None
     fallback: tuple[Tensor, Tensor | None] = _TORCH_MHA.call_boxed(

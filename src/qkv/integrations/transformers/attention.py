@@ -96,7 +96,7 @@ def attend(
     calls.tally(module, type(module).__name__, calls.answer(reason), query.shape, key.shape)
     notify = calls.current_callback()
     if notify is not None and not isinstance(notify, calls.TallyFor):
-        notify(sys._getframe(1), query, key, reason)
+        notify(sys._getframe(1), query.shape, key.shape, reason)
     return result
 
 

@@ -1,5 +1,6 @@
 """`QKVCache`: a KV cache for transformers' models that appends in place."""
 
+from collections.abc import Sequence
 from copy import copy, deepcopy
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from transformers.cache_utils import (
 )
 from typing_extensions import Self
 
-from qkv.cache import Int8Keys, Int8KVCache
+from qkv.cache import Int8Keys, Int8KVCache, Keys
 from qkv.cache.buffer import AppendBuffer, append_in_place, compact_copy, send_by_value, wants_grad
 from qkv.integrations.transformers.latent import beside
 from qkv.integrations.transformers.lazy_tensor import Int8Tensor
@@ -54,6 +55,36 @@ class _BufferedLayer(DynamicLayer):  # type: ignore[misc]
         """
         tokens = {"keys": compact_copy(self.keys), "values": compact_copy(self.values)}
         return {**vars(self), **tokens, "_keys": AppendBuffer(), "_values": AppendBuffer()}
+
+    def length_before(self) -> int:
+        """The number of tokens before those that are appended next, among the keys that `update` returns."""
+        return _length(self.keys)
+
+    def mark(self) -> tuple[Any, ...]:
+        """The state to which `restore` returns after a `claim`."""
+        return self.keys, self.values, self._keys.length, self._values.length
+
+    def restore(self, mark: tuple[Any, ...]) -> None:
+        """Undoes a `claim` since ``mark``."""
+        self.keys, self.values, *lengths = mark
+        for memory, length in zip((self._keys, self._values), lengths, strict=True):
+            memory.crop(length)
+
+    def _claim(self, k: Sequence[int], v: Sequence[int], like: Tensor, capacity: int) -> tuple[Tensor, Tensor] | None:
+        """Slots for tokens of these shapes after the cached ones; returns all tokens, or None if they do not follow."""
+        if torch.is_grad_enabled() or not _length(self.keys):
+            return None
+        for memory, cached, shape in ((self._keys, self.keys, k), (self._values, self.values, v)):
+            batch, heads, _, width = cached.shape
+            if (batch, heads, width) != (shape[0], shape[1], shape[3]):
+                return None
+            if cached.dtype is not like.dtype or cached.device != like.device:
+                return None
+            memory.adopt(cached)
+        return (
+            self._keys.claim(k, like.dtype, like.device, capacity),
+            self._values.claim(v, like.dtype, like.device, capacity),
+        )
 
     def _check_and_initialize(self, key_states: Tensor, value_states: Tensor) -> None:
         """Raises a ValueError for shapes that do not match the cached tokens; initialises an empty layer."""
@@ -97,6 +128,19 @@ class AppendLayer(_BufferedLayer):
             appended = [_append(self._keys, self.keys, key_states), _append(self._values, self.values, value_states)]
         self.keys, self.values = appended
         return self.keys, self.values
+
+    def claim(self, k: Sequence[int], v: Sequence[int], like: Tensor) -> Keys | None:
+        """Counts tokens of these shapes as appended, for the kernel to write; as `qkv.cache.Cache.claim`.
+
+        Returns:
+            All keys and values; None, with nothing changed, for tokens that only `update` takes, or refuses.
+        """
+        offset = _length(self.keys)
+        claimed = self._claim(k, v, like, _capacity_for(offset + k[2]))
+        if claimed is None:
+            return None
+        self.keys, self.values = claimed
+        return Keys(*claimed, offset)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorders the batch for beam search; copies once."""
@@ -150,6 +194,27 @@ class SlidingLayer(_BufferedLayer, DynamicSlidingWindowLayer):  # type: ignore[m
         self.keys, self.values = kept_keys, kept_values
         self.cumulative_length += key_states.shape[2]
         return keys, values
+
+    def claim(self, k: Sequence[int], v: Sequence[int], like: Tensor) -> Keys | None:
+        """As `AppendLayer.claim`."""
+        offset, capacity = _length(self.keys), 2 * self.sliding_window
+        if self.record_past or offset + k[2] > capacity:
+            return None
+        claimed = self._claim(k, v, like, capacity)
+        if claimed is None:
+            return None
+        self.keys, self.values = (tokens[:, :, max(0, offset + k[2] - self.sliding_window + 1) :] for tokens in claimed)
+        self.cumulative_length += k[2]
+        return Keys(*claimed, offset)
+
+    def mark(self) -> tuple[Any, ...]:
+        """As `AppendLayer.mark`."""
+        return *super().mark(), self.cumulative_length
+
+    def restore(self, mark: tuple[Any, ...]) -> None:
+        """As `AppendLayer.restore`."""
+        *rest, self.cumulative_length = mark
+        super().restore(tuple(rest))
 
     def _roll(self, memory: AppendBuffer, cached: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
         """Cached and new tokens concatenated, and those of them in the window of the next query."""
@@ -218,6 +283,28 @@ class Int8Layer(DynamicLayer):  # type: ignore[misc]
                 self._cache.append(self.keys, self.values)
         self._set_views(self._cache.append(key_states, value_states), key_states.dtype, value_states.dtype)
         return self.keys, self.values
+
+    def claim(self, k: Sequence[int], v: Sequence[int], like: Tensor) -> Int8Keys | None:
+        """As `AppendLayer.claim`."""
+        if not self._is_quantised:
+            return None
+        claimed = self._cache.claim(k, v, like)
+        if claimed is not None:
+            self._set_views(claimed, like.dtype, like.dtype)
+        return claimed
+
+    def length_before(self) -> int:
+        """As `AppendLayer.length_before`."""
+        return self._cache.length if self._is_quantised else _length(self.keys)
+
+    def mark(self) -> tuple[Any, ...]:
+        """As `AppendLayer.mark`."""
+        return self.keys, self.values, self._cache.mark()
+
+    def restore(self, mark: tuple[Any, ...]) -> None:
+        """As `AppendLayer.restore`."""
+        self.keys, self.values, inner = mark
+        self._cache.restore(inner)
 
     def _set_views(self, cached: Int8Keys, keys_dtype: torch.dtype, values_dtype: torch.dtype) -> None:
         """Sets ``keys`` and ``values`` to views of the int8 cache."""

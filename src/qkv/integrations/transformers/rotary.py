@@ -1,9 +1,15 @@
 """`apply_rotary_pos_emb`, as transformers' function of that name, by the kernel."""
 
+import functools
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 from qkv import kernels
 from qkv.rotation import Rotation, rotate_by_tables
+
+Apply = Callable[..., tuple[Tensor, Tensor]]
 
 
 def apply_rotary_pos_emb(
@@ -50,3 +56,24 @@ def _fits(x: Tensor, table: Tensor, heads: int) -> bool:
         return False
     rows, tokens, columns = table.shape
     return rows in (1, x.shape[0]) and tokens == x.shape[3 - heads] and columns % 2 == 0 and columns <= x.shape[3]
+
+
+@functools.lru_cache(maxsize=1024)
+@torch.no_grad()
+def is_usual(theirs: Apply, rotary_dim: int) -> bool:
+    """Whether a rotation is that of Llama, of this many channels of 8: the same bits for some numbers."""
+    q, k = torch.linspace(-2, 3, 2 * 3 * 8).view(1, 2, 3, 8), torch.linspace(3, -1, 3 * 8).view(1, 1, 3, 8)
+    angles = torch.linspace(0, 5, 3 * rotary_dim // 2).view(1, 3, rotary_dim // 2).repeat(1, 1, 2)
+    cos, sin = angles.cos(), angles.sin()
+    try:
+        rotated = theirs(q, k, cos, sin, 1)
+        transposed = theirs(q.transpose(1, 2), k.transpose(1, 2), cos, sin, unsqueeze_dim=2)
+    except Exception:  # other arguments, or other shapes
+        return False
+    ours = apply_rotary_pos_emb(q, k, cos, sin)
+    return (
+        isinstance(rotated, tuple)
+        and len(rotated) == len(transposed) == 2
+        and all(map(torch.equal, rotated, ours))
+        and all(torch.equal(x.transpose(1, 2), y) for x, y in zip(transposed, ours, strict=True))
+    )

@@ -5,7 +5,6 @@ whose globals are those of the file but for this one name; the file, and other m
 """
 
 import functools
-from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
@@ -13,21 +12,28 @@ import torch
 from torch import Tensor, nn
 
 from qkv import kernels
-from qkv.integrations.transformers.rotary import apply_rotary_pos_emb
+from qkv.integrations import calls
+from qkv.integrations.transformers.rotary import Apply, apply_rotary_pos_emb, is_usual
 from qkv.layers.instance_forward import InstanceForward
 
 _NAME = "apply_rotary_pos_emb"
 
-Apply = Callable[..., tuple[Tensor, Tensor]]
-
 
 class RotatedForward(InstanceForward):
-    """The forward of an attention module, with qkv's rotation."""
+    """The forward of an attention module: of few tokens as one call of the kernel, of others with qkv's rotation."""
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of the class; as it is where someone has replaced it, or the rotation, since."""
-        forward = _rotated(type(self.module).forward) if self.own is None else None
-        return self.forward(*args, **kwargs) if forward is None else forward(self.module, *args, **kwargs)
+        if self.own is not None:
+            return self.own(*args, **kwargs)
+        from qkv.integrations.transformers.attention_step import attention_step  # which imports transformers
+
+        out = attention_step(self.module, args, kwargs)
+        if isinstance(out, Tensor):
+            return out, None
+        forward = _rotated(type(self.module).forward)
+        with calls.because(out):
+            return self.forward(*args, **kwargs) if forward is None else forward(self.module, *args, **kwargs)
 
 
 def replace_rotary(module: nn.Module) -> None:
@@ -51,7 +57,7 @@ def _rotated(forward: Any) -> FunctionType | None:
 
 @functools.lru_cache(maxsize=1024)
 def _with_rotation(forward: FunctionType, theirs: Apply) -> FunctionType | None:
-    if not _is_usual(theirs, rotary_dim=8):
+    if not is_usual(theirs, rotary_dim=8):
         return None
     names = _Globals(forward.__globals__, functools.partial(_apply, theirs))
     copied = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
@@ -88,25 +94,4 @@ def _is_ours(theirs: Apply, *tensors: Tensor) -> bool:
     width, rotary_dim = q.shape[-1], cos.shape[-1]
     if k.shape[-1] != width or rotary_dim > width:
         return False
-    return rotary_dim == width or _is_usual(theirs, rotary_dim=4)
-
-
-@functools.lru_cache(maxsize=1024)
-@torch.no_grad()
-def _is_usual(theirs: Apply, rotary_dim: int) -> bool:
-    """Whether a rotation is that of Llama, of this many channels of 8: the same bits for some numbers."""
-    q, k = torch.linspace(-2, 3, 2 * 3 * 8).view(1, 2, 3, 8), torch.linspace(3, -1, 3 * 8).view(1, 1, 3, 8)
-    angles = torch.linspace(0, 5, 3 * rotary_dim // 2).view(1, 3, rotary_dim // 2).repeat(1, 1, 2)
-    cos, sin = angles.cos(), angles.sin()
-    try:
-        rotated = theirs(q, k, cos, sin, 1)
-        transposed = theirs(q.transpose(1, 2), k.transpose(1, 2), cos, sin, unsqueeze_dim=2)
-    except Exception:  # other arguments, or other shapes
-        return False
-    ours = apply_rotary_pos_emb(q, k, cos, sin)
-    return (
-        isinstance(rotated, tuple)
-        and len(rotated) == len(transposed) == 2
-        and all(map(torch.equal, rotated, ours))
-        and all(torch.equal(x.transpose(1, 2), y) for x, y in zip(transposed, ours, strict=True))
-    )
+    return rotary_dim == width or is_usual(theirs, rotary_dim=4)

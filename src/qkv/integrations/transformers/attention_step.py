@@ -1,0 +1,345 @@
+"""`attention_step`: an attention module of transformers over few tokens as one call of the kernel, and the rule for
+which calls are: projections, norms, rotation, the cache, attention and the output projection, as `qkv.layers.step` is
+for our own layer.
+"""
+
+import inspect
+import math
+import sys
+from types import FrameType, FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from qkv import kernels
+from qkv.cache import Int8Keys, Keys
+from qkv.integrations import calls
+from qkv.integrations.transformers.attention import attend, compute_attention
+from qkv.integrations.transformers.attention_forwards import Form, form_of
+from qkv.integrations.transformers.cache import AppendLayer, Int8Layer, QKVCache, SlidingLayer
+from qkv.integrations.transformers.masks import MaskTensor
+from qkv.integrations.transformers.rotary import is_usual
+from qkv.kernels import StepNumbers, StepTensors
+from qkv.layers.normed_forward import Norm, norm_of
+from qkv.layers.plain import is_called_plainly, is_plain_linear
+from qkv.masks import FULL, Mask
+
+MAX_TOKENS = 16
+"""Tokens of a batch up to which one call is faster than its parts."""
+
+_READ = frozenset(list(inspect.signature(compute_attention).parameters)[5:-1])
+"""Keywords that the attention function reads, beside queries, keys, values and the mask."""
+
+_POSITIONAL = ("hidden_states", "position_embeddings", "attention_mask", "past_key_values")
+"""Parameters of all forms of the forward."""
+
+_PARTS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "q_norm", "k_norm", "sinks")
+"""Modules and parameters that are read; an attribute of an instance would hide them."""
+
+CacheLayer = AppendLayer | SlidingLayer | Int8Layer
+
+_UPDATES: list[tuple[Any, Any]] = [
+    (kind, kind.update) for kind in (QKVCache, DynamicCache, AppendLayer, SlidingLayer, Int8Layer)
+]
+"""Methods that a step does the work of; others may have been put in their place since."""
+
+
+class Step(NamedTuple):
+    """What the kernel needs to take a call of an attention module in one."""
+
+    weights: dict[str, Any]
+    """of the projections, by their names in `StepTensors`"""
+    norms: tuple[Norm, Norm] | None
+    tables: tuple[Tensor, Tensor] | None
+    """cos and sin"""
+    layer: CacheLayer | None
+    """of the cache; None without one"""
+    mask: Mask
+    head_dim: int
+    scale: float
+    softcap: float
+    sinks: Tensor | None
+
+
+def attention_step(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | str:
+    """The output of an attention module in one call of the kernel, counted for reports; or why the call is composed of
+    its parts, with nothing changed.
+    """
+    if len(args) > len(_POSITIONAL):
+        return "arguments are not those of the forward"
+    given = dict(zip(_POSITIONAL, args, strict=False)) | kwargs if args else kwargs
+    step = step_of(module, given)
+    return step if isinstance(step, str) else _run(module, given["hidden_states"], step)
+
+
+def step_of(module: Any, given: dict[str, Any]) -> Step | str:
+    """What the kernel needs to take a call in one; or why the call is composed of its parts.
+
+    What is watched or replaced is called: hooks, patches, adapters, subclasses of modules, attention functions.
+    """
+    if kernels.is_tracing():
+        return "a compiler or tracer is active"
+    x, cache = given.get("hidden_states"), given.get("past_key_values")
+    forward = type(module).forward
+    form = form_of(forward)
+    if form is None:
+        return "the forward is not one that qkv knows"
+    if torch._C._len_torch_function_stack():
+        return "a mode of torch is active"
+    if not isinstance(x, Tensor) or x.is_nested or x.dim() != 3 or not 0 < x.shape[0] * x.shape[1] <= MAX_TOKENS:
+        return f"hidden_states has not 1 to {MAX_TOKENS} tokens"
+    if torch.is_autocast_enabled("cpu"):
+        return "torch.autocast casts parts of it"
+    for name in given.keys() - _POSITIONAL:
+        if name in form.keywords or (name in _READ and given[name] is not None and given[name] is not False):
+            return f"{name} is given"
+    if not _reaches(forward, module.config._attn_implementation):
+        return "the attention function is not qkv's"
+    if not module.__dict__.keys().isdisjoint(_PARTS):
+        return "a part of the module is hidden by an attribute"
+    numbers = _numbers_of(module, form)
+    if isinstance(numbers, str):
+        return numbers
+    head_dim, scale, softcap, sinks = numbers
+    weights = _weights_of(module, form, head_dim)
+    if isinstance(weights, str):
+        return weights
+    norms = _norms_of(module, form)
+    if isinstance(norms, str):
+        return norms
+    tables = _tables_of(module, form, forward, head_dim, given.get("position_embeddings"))
+    if isinstance(tables, str):
+        return tables
+    read = [x, *weights.values(), sinks, *(tables or ()), *(norm.gains for norm in norms or ())]
+    if not kernels.can_bypass_dispatcher(*[tensor for tensor in read if tensor is not None]):
+        return kernels.absence() or "gradients, a transform or a subclass of Tensor are in use"
+    if x.dtype is torch.float64 or not x.is_cpu:
+        return f"the kernel has no {x.dtype} on {x.device.type}"
+    if tables is not None and not x.dtype is tables[0].dtype is tables[1].dtype:
+        return "cos and sin have another dtype"
+    layer = None if cache is None else _layer_of(cache, module.layer_idx)
+    if isinstance(layer, str):
+        return layer
+    mask = _mask_of(given.get("attention_mask"), x, layer)
+    if isinstance(mask, str):
+        return mask
+    return Step(weights, norms, tables, layer, mask, head_dim, scale, softcap, sinks)
+
+
+def _reaches(forward: FunctionType, implementation: object) -> bool:
+    """Whether the names of a forward's file lead to `attend`."""
+    interface: Any = forward.__globals__.get("ALL_ATTENTION_FUNCTIONS")
+    if type(interface) is not type(ALL_ATTENTION_FUNCTIONS) or implementation not in interface:
+        return False
+    return interface[implementation] is attend and type(interface).get_interface is _GET_INTERFACE
+
+
+_GET_INTERFACE: Any = type(ALL_ATTENTION_FUNCTIONS).get_interface
+
+
+def _numbers_of(module: Any, form: Form) -> tuple[int, float, float, Tensor | None] | str:
+    """The width of heads, the scale, the softcap, 0 for none, and sink logits."""
+    if module.training and module.attention_dropout:
+        return "weights are dropped"
+    head_dim, scale = module.head_dim, module.scaling
+    softcap = None if form.softcap is None else getattr(module, form.softcap)
+    if type(head_dim) is not int or head_dim < 1 or type(scale) is not float or not -math.inf < scale < math.inf:
+        return "head_dim or scaling are not numbers"
+    if softcap is not None and not (type(softcap) in (float, int) and 0 < softcap < math.inf):
+        return "the softcap is not a positive number"
+    sinks = None if form.sinks is None else module._parameters.get(form.sinks)
+    if form.sinks is not None and (sinks is None or not sinks.is_floating_point()):
+        return "the sink logits are not a parameter of floating-point numbers"
+    return head_dim, scale, softcap or 0.0, sinks
+
+
+def _weights_of(module: Any, form: Form, head_dim: int) -> dict[str, Any] | str:
+    """Weights and biases of the projections, by their names in `StepTensors`."""
+    names = ("qkv_proj", "o_proj") if form.is_packed else ("q_proj", "k_proj", "v_proj", "o_proj")
+    modules = module._modules
+    parameters: list[Any] = []
+    for name in names:
+        linear = modules.get(name)
+        if not is_plain_linear(linear):
+            return f"{name} is watched, or is not an nn.Linear alone"
+        own = linear._parameters
+        parameters += own["weight"], own["bias"]
+    if form.is_packed:
+        kv = module.num_key_value_heads * head_dim
+        widths = (module.config.num_attention_heads * head_dim, kv, kv)
+        weight, bias, *out = parameters
+        if weight is None or sum(widths) != weight.shape[0]:
+            return "qkv_proj is not as wide as its heads"
+        weights = weight.split(widths)
+        biases = (None, None, None) if bias is None else bias.split(widths)
+        parameters = [*(each for pair in zip(weights, biases, strict=True) for each in pair), *out]
+    return dict(zip(_WEIGHTS, parameters, strict=True))
+
+
+_WEIGHTS = [f"{name}_{kind}" for name in ("q", "k", "v", "out") for kind in ("weight", "bias")]
+
+
+def _norms_of(module: Any, form: Form) -> tuple[Norm, Norm] | str | None:
+    if not form.has_norms:
+        return None
+    norms = [_norm_of(module._modules.get(name)) for name in ("q_norm", "k_norm")]
+    q_norm, k_norm = norms
+    if q_norm is None or k_norm is None:
+        return "q_norm or k_norm is watched, or is not a norm that qkv knows"
+    if q_norm.eps != k_norm.eps or q_norm.gain is not k_norm.gain:
+        return "q_norm and k_norm differ in more than their gains"
+    return q_norm, k_norm
+
+
+def _norm_of(module: nn.Module | None) -> Norm | None:
+    norm = None if module is None or not is_called_plainly(module) else norm_of(module)
+    return None if norm is None or norm.gains is None else norm
+
+
+def _tables_of(
+    module: Any, form: Form, forward: FunctionType, head_dim: int, given: Any
+) -> tuple[Tensor, Tensor] | str | None:
+    """Cos and sin of the tokens; None for modules that do not rotate."""
+    if (form.rotary == "use_rope" and not module.use_rope) or (form.rotary == "given" and given is None):
+        return None
+    if type(given) not in (tuple, list) or len(given) != 2 or not all(map(kernels.is_exact_tensor, given)):
+        return "position_embeddings are not cos and sin"
+    cos, sin = given
+    theirs = forward.__globals__.get("apply_rotary_pos_emb")
+    width = cos.shape[-1] if cos.dim() == 3 and cos.shape == sin.shape else 0
+    if not 0 < width <= head_dim:
+        return "cos and sin are not (B or 1, L, columns)"
+    if theirs is None or not is_usual(theirs, 8) or (width < head_dim and not is_usual(theirs, 4)):
+        return "the rotation is not the usual one"
+    return cos, sin
+
+
+def _layer_of(cache: Any, index: Any) -> CacheLayer | str:
+    """The layer of a cache to which the kernel may append."""
+    if type(cache) is not QKVCache:
+        return f"the cache is a {type(cache).__name__}"
+    if torch.is_grad_enabled():
+        return "gradients are enabled, and appending to a cache concatenates then"
+    layer = cache.layers[index] if type(index) is int and 0 <= index < len(cache.layers) else None
+    if type(layer) not in (AppendLayer, SlidingLayer, Int8Layer):
+        return f"the layer of the cache is a {type(layer).__name__}"
+    if cache.offloading:
+        return "the cache is offloaded"
+    if any(kind.update is not update for kind, update in _UPDATES) or "update" in {*vars(cache), *vars(layer)}:
+        return "updates of the cache are watched or replaced"
+    return layer  # type: ignore[return-value]
+
+
+def _mask_of(attention_mask: Any, x: Tensor, layer: CacheLayer | None) -> Mask | str:
+    """The mask over the keys, where the last of them are those of x."""
+    if attention_mask is None:
+        return FULL
+    if type(attention_mask) is not MaskTensor:
+        return "the mask is not one that qkv made"
+    mask = attention_mask.mask
+    tokens = x.shape[1]
+    _, _, rows, keys = attention_mask.shape
+    if mask.is_pairwise or mask.chunk or mask.prefix_tokens:
+        return "the mask has more than an interval and padding"
+    if keys != tokens + (0 if layer is None else layer.length_before()) or rows != tokens:
+        return "the mask is one of other tokens"
+    if attention_mask.offset != keys - tokens:
+        return "the mask is one of other positions"
+    return mask
+
+
+def _run(module: Any, x: Tensor, step: Step) -> Tensor | str:
+    """The step; why not, with nothing written, if the cache or the kernel refuses it."""
+    heads, kv_heads = (step.weights[name].shape[0] // step.head_dim for name in ("q_weight", "k_weight"))
+    batch, tokens, _ = x.shape
+    shape = (batch, kv_heads, tokens, step.head_dim)
+    if step.layer is None:
+        keys: Keys | Int8Keys = Keys(x.new_empty(shape), x.new_empty(shape), 0)
+        out = _call(x, step, keys)
+    else:
+        mark = step.layer.mark()
+        try:
+            claimed = step.layer.claim(shape, shape, x)
+            if claimed is None:
+                return "the cache is empty, or moves its window"
+            keys, out = claimed, _call(x, step, claimed)
+        except BaseException:  # out of memory
+            step.layer.restore(mark)
+            raise
+        if out is None:
+            step.layer.restore(mark)
+    if out is None:
+        return "the kernel refuses these tensors"
+    _count(module, (batch, heads, tokens, step.head_dim), (batch, kv_heads, keys.k.shape[2], step.head_dim))
+    return out
+
+
+def _call(x: Tensor, step: Step, keys: Keys | Int8Keys) -> Tensor | None:
+    x = x.contiguous()
+    out = x.new_empty(x.shape)
+    mask, norms, sinks = step.mask, step.norms, step.sinks
+    cos, sin = step.tables or (None, None)
+    tensors = StepTensors(
+        x=x,
+        **step.weights,
+        gate_weight=None,
+        gate_bias=None,
+        q_norm=None if norms is None else norms[0].gains,
+        k_norm=None if norms is None else norms[1].gains,
+        frequencies=None,
+        cos=cos,
+        sin=sin,
+        keys=keys.k,
+        values=keys.v,
+        k_scale=keys.k_scale if isinstance(keys, Int8Keys) else None,
+        v_scale=keys.v_scale if isinstance(keys, Int8Keys) else None,
+        block_table=None,
+        offsets=None,
+        positions=None,
+        keep=mask.keep,
+        lengths=mask.lengths,
+        prefix_lengths=None,
+        alibi=None,
+        sink_logits=None if sinks is None else sinks.float(),
+        out=out,
+    )
+    assert isinstance(keys.offset, int)
+    numbers = StepNumbers(
+        key_count=0,
+        offset=keys.offset,
+        position=0,
+        left=mask.left,
+        right=mask.right,
+        sink_tokens=mask.sink_tokens,
+        prefix_tokens=mask.prefix_tokens,
+        dilation=mask.dilation,
+        chunk=mask.chunk or 0,
+        chunk_start=mask.chunk_start,
+        interleaved=False,
+        position_scale=1.0,
+        attention_factor=1.0,
+        norm_gain=0 if norms is None else norms[0].gain,
+        norm_eps=0.0 if norms is None else norms[0].eps,
+        scale=step.scale,
+        softcap=step.softcap,
+    )
+    return out if kernels.layer_step(tensors, numbers) else None
+
+
+def _count(module: nn.Module, query: tuple[int, ...], key: tuple[int, ...]) -> None:
+    """Counts a call for reports."""
+    calls.tally(module, type(module).__name__, calls.ONE_CALL, query, key)
+    notify = calls.current_callback()
+    if notify is not None and not isinstance(notify, calls.TallyFor):
+        notify(_caller(), query, key, None)
+
+
+def _caller() -> FrameType:
+    """The frame that called the module."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith(("qkv.", "torch.nn.")):
+        frame = frame.f_back
+    return frame
