@@ -134,11 +134,11 @@ def _enable(model: nn.Module, unpad: bool) -> None:
     others = {each for each in model.modules() if each not in through_interface or _calls_torchs_attention(each)}
     attending = set(filter(reaches_attention, others))
     for module in model.modules():
+        forward = module.__dict__.get("forward")
         if module not in others:
             _RoutedForward.take_back(module)  # set when this module alone was accelerated
-        elif not isinstance(module.__dict__.get("forward"), InstanceForward):
-            if not attending.isdisjoint(module.modules()):
-                _RoutedForward.set_on(module)
+        elif not (isinstance(forward, InstanceForward) or attending.isdisjoint(module.modules())):
+            _RoutedForward.set_on(module)
     for module in through_interface:
         replace_rotary(module)
         if read_latents(module):
