@@ -36,8 +36,8 @@ class Adapter(nn.Module):
         return out
 
 
-class Attend(nn.Module):
-    """The function of each class below."""
+class Split(nn.Module):
+    """Queries, keys and values of a module that attends, by each class below in another way."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,11 +46,13 @@ class Attend(nn.Module):
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         return self.project(x).chunk(3, dim=-1)
 
+
+class Attend(Split):
     def forward(self, x: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(*self.split(x))
 
 
-class ByAnotherName(Attend):
+class ByAnotherName(Split):
     def forward(self, x: Tensor) -> Tensor:
         return bound(*self.split(x))
 
@@ -59,12 +61,12 @@ def helper(*tensors: Tensor) -> Tensor:
     return (lambda *three: bound(*three))(*tensors)
 
 
-class ByAFunction(Attend):
+class ByAFunction(Split):
     def forward(self, x: Tensor) -> Tensor:
         return helper(*self.split(x))
 
 
-class ByAMethod(Attend):
+class ByAMethod(Split):
     def compute(self, x: Tensor) -> Tensor:
         return helper(*self.split(x))
 
@@ -75,7 +77,7 @@ class ByAMethod(Attend):
 TABLE = {"torch": helper}
 
 
-class ByATable(Attend):
+class ByATable(Split):
     def forward(self, x: Tensor) -> Tensor:
         return TABLE["torch"](*self.split(x))
 
@@ -83,11 +85,11 @@ class ByATable(Attend):
 class Processor:
     """As in diffusers."""
 
-    def __call__(self, module: Attend, x: Tensor) -> Tensor:
+    def __call__(self, module: Split, x: Tensor) -> Tensor:
         return bound(*module.split(x))
 
 
-class ByAProcessor(Attend):
+class ByAProcessor(Split):
     def __init__(self) -> None:
         super().__init__()
         self.processor = Processor()
@@ -96,7 +98,7 @@ class ByAProcessor(Attend):
         return self.processor(self, x)
 
 
-class ByAnAttribute(Attend):
+class ByAnAttribute(Split):
     def __init__(self) -> None:
         super().__init__()
         self.function = functools.partial(TABLE["torch"])
@@ -114,7 +116,7 @@ class BySuper(ByAFunction):
         return 2 * super().forward(x)
 
 
-class ByAStaticMethod(Attend):
+class ByAStaticMethod(Split):
     @staticmethod
     def compute(tensors: tuple[Tensor, ...]) -> Tensor:
         return helper(*tensors)
@@ -123,7 +125,7 @@ class ByAStaticMethod(Attend):
         return self.compute(self.split(x))
 
 
-class ByAnOperator(Attend):
+class ByAnOperator(Split):
     def forward(self, x: Tensor) -> Tensor:
         found: Tensor = torch.ops.aten.scaled_dot_product_attention(*self.split(x))
         return found
@@ -133,7 +135,7 @@ ATTENDING = [Attend, ByAnotherName, ByAFunction, ByAMethod, ByATable, ByAProcess
 
 
 @pytest.mark.parametrize("kind", [*ATTENDING, BySuper, ByAStaticMethod, ByAnOperator])
-def test_modules_that_attend(kind: type[Attend]) -> None:
+def test_modules_that_attend(kind: type[Split]) -> None:
     x, module = torch.randn(2, 3, 8), nn.Sequential(kind())
     want = module(x)
     assert reaches_attention(module[0]) and not reaches_attention(module)
