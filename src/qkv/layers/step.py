@@ -152,7 +152,7 @@ def _are_of_tokens(positions: object, x: Tensor) -> bool:
     return tuple(positions.shape) in shapes_of_tokens(x[:, None])
 
 
-def _why_not_cache(x: Tensor, context: object, cache: object) -> str:
+def _why_not_cache(x: Tensor, context: object, cache: Any) -> str:
     """Why a step of self-attention does not append to a cache; empty if it does, or there is none."""
     if context is not None:
         return "a context is given"
