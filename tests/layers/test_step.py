@@ -508,6 +508,53 @@ def test_what_is_watched_or_replaced_is_called(name: str) -> None:
     assert str(layer.explain(x)).startswith("composed: ")
 
 
+class Watched(qkv.KVCache):
+    """A cache of somebody else's."""
+
+    def append(self, *tokens: Any) -> Any:
+        SEEN.append("append")
+        return super().append(*tokens)
+
+
+SEEN: list[str] = []
+
+
+def noting(owner: Any, name: str) -> Callable[..., Any]:
+    """What an attribute calls, which notes its calls."""
+    before = getattr(owner, name)
+    return lambda *call, **options: SEEN.append(name) or before(*call, **options)
+
+
+def watched_instance(patch: pytest.MonkeyPatch) -> Any:
+    cache = qkv.KVCache()
+    patch.setattr(cache, "append", noting(cache, "append"))
+    return cache
+
+
+REPLACED: dict[str, Callable[[pytest.MonkeyPatch], Any]] = {
+    "F.linear": lambda patch: patch.setattr(F, "linear", noting(F, "linear")),
+    "F.rms_norm": lambda patch: patch.setattr(F, "rms_norm", noting(F, "rms_norm")),
+    "attention": lambda patch: patch.setattr(qkv.functional, "attention", noting(qkv.functional, "attention")),
+    "append of a class": lambda patch: patch.setattr(qkv.KVCache, "append", noting(qkv.KVCache, "append")),
+    "append of a cache": watched_instance,
+    "append of a subclass": lambda patch: Watched(),
+}
+
+
+@pytest.mark.parametrize("name", REPLACED)
+@torch.no_grad()
+def test_a_public_function_that_somebody_replaced_is_called(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = qkv.CausalAttention(32, 4, qk_norm=True).requires_grad_(False), torch.randn(1, 3, 32)
+    want = layer(x)
+    SEEN.clear()
+    with monkeypatch.context() as patch:
+        cache = REPLACED[name](patch) or qkv.KVCache()
+        assert not layer.explain(x, cache=cache).is_one_call
+        torch.testing.assert_close(layer(x, cache=cache), want)
+        assert SEEN
+    assert layer.explain(x, cache=qkv.KVCache()).is_one_call
+
+
 def test_calls_that_ask_for_more_are_composed() -> None:
     layer, x = qkv.CausalAttention(32, 4, rotary=qkv.RotaryEmbedding(8)).requires_grad_(False), torch.randn(2, 3, 32)
     calls: dict[str, dict[str, Any]] = {

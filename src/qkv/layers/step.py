@@ -5,9 +5,10 @@ import math
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qkv import kernels
+from qkv import functional, kernels
 from qkv.cache import CrossKVCache, Int8Keys, Int8KVCache, Keys, KVCache, PagedKVCache, SlidingKVCache
 from qkv.kernels import Gain, StepNumbers, StepTensors
 from qkv.layers.arguments import INTEGERS
@@ -70,7 +71,8 @@ class Weights(NamedTuple):
 def weights_of(layer: "Attention", x: Tensor, context: Tensor | None, options: CallOptions) -> Weights | str:
     """What the kernel needs to take a call of the layer in one; or why the call is composed of its parts.
 
-    What is watched or replaced is called: hooks, patches, adapters, subclasses of modules and methods.
+    What is watched or replaced is called: hooks, patches, adapters, subclasses of modules and methods, functions that
+    the composed layer looks up in a public place.
     """
     if kernels.is_tracing() or torch._C._len_torch_function_stack():
         return "a compiler, a tracer or a mode of torch is active"
@@ -89,6 +91,8 @@ def weights_of(layer: "Attention", x: Tensor, context: Tensor | None, options: C
     reason = _why_not_context(layer, x, context, options) if of_context else _why_not_cache(x, context, cache)
     if reason:
         return reason
+    if functional.attention is not _ATTENTION:
+        return "qkv.functional.attention is replaced"
     if layer.backend != "auto":
         return f"the backend is {layer.backend!r}"
     if layer.training and layer.dropout:
@@ -123,6 +127,8 @@ def weights_of(layer: "Attention", x: Tensor, context: Tensor | None, options: C
     if q_norm is not None or k_norm is not None:
         if not _is_plain(q_norm, HeadNorm) or not _is_plain(k_norm, HeadNorm):
             return "q_norm or k_norm is watched or replaced"
+        if F.rms_norm is not _RMS_NORM:
+            return "torch.nn.functional.rms_norm is replaced"
         if q_norm.eps is None or q_norm.eps != k_norm.eps:
             return "q_norm and k_norm differ in eps"
         read += q_norm.weight, k_norm.weight
@@ -146,7 +152,7 @@ def _are_of_tokens(positions: object, x: Tensor) -> bool:
     return tuple(positions.shape) in shapes_of_tokens(x[:, None])
 
 
-def _why_not_cache(x: Tensor, context: object, cache: object) -> str:
+def _why_not_cache(x: Tensor, context: object, cache: Any) -> str:
     """Why a step of self-attention does not append to a cache; empty if it does, or there is none."""
     if context is not None:
         return "a context is given"
@@ -154,6 +160,8 @@ def _why_not_cache(x: Tensor, context: object, cache: object) -> str:
         return ""
     if type(cache) not in CACHES:
         return f"the cache is a {type(cache).__name__}"
+    if "append" in vars(cache) or type(cache).append is not _APPENDS[type(cache)]:
+        return "append of the cache is replaced"
     if torch.is_grad_enabled():
         return "gradients are enabled, and appending to a cache concatenates then"
     if isinstance(cache, SlidingKVCache) and x.shape[1] > cache.window + 1:
@@ -177,6 +185,8 @@ def _why_not_context(layer: "Attention", x: Tensor, context: object, options: Ca
     return ""
 
 
+_APPENDS: dict[type, Any] = {kind: kind.append for kind in CACHES}
+_ATTENTION, _RMS_NORM = functional.attention, F.rms_norm
 _FORWARDS: dict[type, Any] = {kind: kind.forward for kind in (HeadNorm, RotaryEmbedding)}
 
 

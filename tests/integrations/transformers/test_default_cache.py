@@ -1,5 +1,6 @@
 """The cache that a model on "qkv" makes, whose choice it is, and what `register` does and `unregister` undoes."""
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -124,6 +125,54 @@ def test_unregister_leaves_transformers_as_it_was() -> None:
     other = model()
     other.set_attn_implementation("qkv")
     assert type(made(other).layers[0]) is AppendLayer  # the choice is undone as well
+
+
+def test_what_others_put_over_ours_stays_and_what_they_wrap_is_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    init, seen = DynamicCache.__init__, []
+
+    @functools.wraps(init)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        seen.append(type(args[0]))
+        init(*args, **kwargs)
+
+    monkeypatch.setattr(DynamicCache, "__init__", wrapped)
+    names = configuration_utils.ALL_CACHE_IMPLEMENTATIONS
+    monkeypatch.setattr(configuration_utils, "ALL_CACHE_IMPLEMENTATIONS", (*names, "theirs"))
+    of = qkv.accelerate(model())
+    for _ in range(2):
+        seen.clear()
+        assert type(made(of)) is type(of(IDS).past_key_values) is qkv.QKVCache and len(seen) == 2
+        assert type(DynamicCache(config=of.config)) is DynamicCache
+        qkv.unregister()
+        assert DynamicCache.__init__ is wrapped
+        rest = tuple(name for name in names if name != "qkv")
+        assert (*rest, "theirs") == configuration_utils.ALL_CACHE_IMPLEMENTATIONS
+        assert type(made(model())) is DynamicCache
+        qkv.register()
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert", "vit"])
+def test_a_model_on_qkv_says_by_name_that_it_is_not_registered(kind: str) -> None:
+    sizes = {"image_size": 8, "patch_size": 4, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 32}
+    vit = transformers.ViTModel(transformers.ViTConfig(**sizes, num_hidden_layers=1)).eval()
+    of, inputs = (vit, torch.zeros(1, 3, 8, 8)) if kind == "vit" else (model(kind), IDS)
+    with torch.no_grad():
+        want = of(inputs)[0]
+        qkv.accelerate(of)
+        qkv.unregister()
+        for _ in range(2):
+            with pytest.raises(
+                RuntimeError, match=r'"qkv": qkv must be registered; .* Call qkv\.register\(\), or take'
+            ):
+                of(inputs)
+        assert "qkv" not in AttentionInterface().valid_keys()
+        with pytest.raises(KeyError, match="another"):
+            AttentionInterface()["another"]
+        qkv.accelerate(of, enabled=False)
+        assert torch.equal(of(inputs)[0], want)
+        qkv.accelerate(of)  # registers it
+        torch.testing.assert_close(of(inputs)[0], want, atol=1e-4, rtol=1e-4)
 
 
 def test_from_config_alone_brings_the_cache() -> None:

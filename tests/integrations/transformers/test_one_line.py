@@ -137,17 +137,6 @@ def made(of: Any) -> Any:
     return generated(of).past_key_values
 
 
-def test_parts_and_wholes_in_any_order() -> None:
-    whole = model()
-    before, want = state(whole), generated(whole).sequences
-    qkv.accelerate(whole.model)
-    qkv.accelerate(whole)
-    qkv.accelerate(whole.model, enabled=False)
-    assert whole.model.config._attn_implementation == "qkv" and torch.equal(generated(whole).sequences, want)
-    qkv.accelerate(whole, enabled=False)
-    assert state(whole) == before
-
-
 class Wrapper(nn.Module):
     """A model within a module of somebody else, as adapters, sentence-transformers and trainers have it."""
 

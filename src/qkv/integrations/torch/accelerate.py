@@ -13,14 +13,14 @@ from qkv.integrations import calls
 from qkv.integrations.calls import Call as Call
 from qkv.integrations.calls import Report as Report
 from qkv.integrations.torch.dispatcher import routed
+from qkv.integrations.torch.reachable import reaches_attention
 from qkv.integrations.transformers import models
 from qkv.integrations.transformers.latent import expand_latents, read_latents
 from qkv.integrations.transformers.rotated_forward import replace_rotary
-from qkv.integrations.transformers.unpadding import is_unpadded, packable_layers
-from qkv.integrations.transformers.unpadding import unpad as unpad_model
-from qkv.layers.gated_forward import GatedForward, replace_mlp
+from qkv.integrations.transformers.unpadding import note_labels, pack_layer, packable_layers, remove_hooks
+from qkv.layers.gated_forward import replace_mlp
 from qkv.layers.instance_forward import InstanceForward
-from qkv.layers.normed_forward import NormedForward, replace_norm
+from qkv.layers.normed_forward import replace_norm
 from qkv.layers.projection import reroute
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -29,7 +29,7 @@ _LATENT = "_qkv_accelerate_latent"
 """Attribute of an attention module whose latents `accelerate` put off to expand, and nobody else."""
 
 _UNPADDED = "_qkv_accelerate_unpadded"
-"""Attribute of a module whose layers `accelerate` unpadded, and nobody else."""
+"""Attribute of a module that `accelerate` gave the hooks of `qkv.unpad`, and nobody else."""
 
 
 @overload
@@ -46,7 +46,8 @@ def accelerate(model: Any = None, *, enabled: bool = True, unpad: bool = False) 
       used as it is; layers of caches without an equivalent of ours stay transformers' own;
     - calls of torch's attention in all other modules: ``scaled_dot_product_attention``, under any name that the model
       has bound it to, for which `attention` would choose the native kernel, and the fused inference of
-      ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer``;
+      ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer``. Modules whose code calls nothing named so, such as
+      adapters around linear layers, are called normally;
     - latent attention as in DeepSeek-V3, which decodes from latents as `qkv.integrations.transformers.latent` does;
     - the rotary embeddings of their attention modules, where they are the usual ones;
     - 1 to 16 tokens of these modules, of projections, cache and attention in one call of the kernel, where the forward
@@ -76,14 +77,24 @@ def accelerate(model: Any = None, *, enabled: bool = True, unpad: bool = False) 
     ``accelerate(model, enabled=False)`` before ``torch.jit.script`` and ``nn.DataParallel``, which need the original
     ``forward``.
 
+    A model may be a part of another one, and be taken or taken back before or after that: each module is as it was told
+    last. Copies of a part, and parts taken out of a model, stay accelerated until they are taken back themselves.
+
+    A model of transformers gets copies of its configurations, as ``from_config`` makes one: change ``model.config``
+    then, not the object that the model was made from, which other models may share. ``enabled=False`` puts that object
+    back, unless ``model.config`` has been changed since: then its copy stays.
+
     Args:
         model: a module, modified in place: forwards are set on modules, attention implementations in configurations;
             types, parameters, state dict and hooks stay. Deep copies and pickles stay accelerated; modules added later
-            are not. (A ``copy.copy`` calls its original, as with every ``forward`` that is set on an instance.)
-        enabled: False undoes an earlier ``accelerate(model)``, without one nothing. What was changed since (another
-            attention implementation, another forward) stays.
-        unpad: also skips padding tokens in layers of transformers' models, as
-            `qkv.unpad` does: for encoders, and decoders in the first call of a cache.
+            are not. (A ``copy.copy`` calls its original, as with every ``forward`` that is set on an instance.) A
+            ``model.forward`` that you keep is not the model: it raises a ReferenceError once the model is deleted.
+        enabled: False undoes an earlier ``accelerate`` of this model, or of one that it is a part of; without one
+            nothing. What was changed since (another attention implementation, another forward) stays, and hooks that
+            other libraries have put over ours, such as those of the package accelerate.
+        unpad: also skips padding tokens in layers of transformers' models, as `qkv.unpad` does: for encoders, and
+            decoders in the first call of a cache. A loss is the mean over the same targets: calls with labels that are
+            predicted at padding tokens (left padding, and no prompt without labels) run with padding.
 
     Returns:
         The model; without one, a context manager that returns a `Report`.
@@ -119,44 +130,42 @@ def accelerate(model: Any = None, *, enabled: bool = True, unpad: bool = False) 
 
 
 def _enable(model: nn.Module, unpad: bool) -> None:
-    if unpad:
-        packable_layers("accelerate", model)  # raises before anything changes
+    layers = packable_layers("accelerate", model) if unpad else []  # raises before anything changes
     through_interface: set[nn.Module] = set()
-    for root in models.roots(model):
-        models.take(root)
+    for root in models.take(model):
         through_interface.update(root.modules())
         for part in models.parts(root):
             if models.why_not(part) is not None:
                 through_interface.difference_update(part.modules())
-    known: set[nn.Module] = set()  # modules that do not attend, whatever their classes
     for module in model.modules():
         replace_norm(module)
         replace_mlp(module)
-        if isinstance(module.__dict__.get("forward"), (NormedForward, GatedForward)):
-            known.update(module.modules())
+    others = {each for each in model.modules() if each not in through_interface or _calls_torchs_attention(each)}
+    attending = set(filter(reaches_attention, others))
     for module in model.modules():
-        if module in known or (module in through_interface and not _calls_torchs_attention(module)):
-            continue
-        if not isinstance(module.__dict__.get("forward"), _RoutedForward) and _may_attend(module):
+        forward = module.__dict__.get("forward")
+        if module not in others:
+            _RoutedForward.take_back(module)  # set when this module alone was accelerated
+        elif not (isinstance(forward, InstanceForward) or attending.isdisjoint(module.modules())):
             _RoutedForward.set_on(module)
     for module in through_interface:
         replace_rotary(module)
         if read_latents(module):
             module.__dict__[_LATENT] = True
     reroute(model)
-    if unpad and not is_unpadded(model):
-        unpad_model(model)
-        model.__dict__[_UNPADDED] = True
+    packed = [layer for layer in layers if pack_layer(layer)]
+    for module in (*packed, *(note_labels(model) if layers else ())):
+        module.__dict__[_UNPADDED] = True
 
 
 def _disable(model: nn.Module) -> None:
     for module in model.modules():
         if module.__dict__.pop(_UNPADDED, False):
-            unpad_model(module, enabled=False)
+            remove_hooks(module)
         if module.__dict__.pop(_LATENT, False):
             expand_latents(module)
         InstanceForward.take_back(module)
-        models.give_back(module)
+    models.give_back(model)
 
 
 @contextmanager
@@ -175,12 +184,6 @@ class _RoutedForward(InstanceForward):
             return self.forward(*args, **kwargs)
         with routed(calls.TallyFor(self.module)):
             return self.forward(*args, **kwargs)
-
-
-def _may_attend(module: nn.Module) -> bool:
-    """Whether a call of the module may reach attention, unlike linear layers and torch's modules without children."""
-    is_leaf = not any(True for _ in module.children())
-    return not (is_leaf and (isinstance(module, nn.Linear) or type(module).__module__.startswith("torch.nn.")))
 
 
 def _calls_torchs_attention(module: nn.Module) -> bool:

@@ -47,6 +47,8 @@ def register(*, cache: bool | torch.dtype | Literal["int8"] | None = None) -> No
 
     from qkv.integrations.transformers import default_cache
 
+    if isinstance(AttentionInterface._global_mapping, _Unregistered):
+        AttentionInterface._global_mapping = dict(AttentionInterface._global_mapping)
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, make_mask)
     default_cache.install(cache)
@@ -55,8 +57,10 @@ def register(*, cache: bool | torch.dtype | Literal["int8"] | None = None) -> No
 def unregister() -> None:
     """Takes back `register`: transformers is as it was before.
 
-    Models that still run on "qkv" raise a KeyError at their next call: set another implementation first, or call
-    ``qkv.accelerate(model, enabled=False)``. Caches that were made stay usable.
+    Models that still run on "qkv" raise a RuntimeError at their next call: set another implementation first, or call
+    ``qkv.accelerate(model, enabled=False)``. Caches that were made stay usable. Without it, transformers looks up the
+    attention of other models as ever, and makes their caches by one more function, until the process ends; what another
+    library has put over that function since stays.
 
     Raises:
         ModuleNotFoundError: if transformers is not installed.
@@ -70,9 +74,23 @@ def unregister() -> None:
 
     from qkv.integrations.transformers import default_cache
 
-    for interface in (AttentionInterface, AttentionMaskInterface):
-        interface._global_mapping.pop(NAME, None)
+    AttentionMaskInterface._global_mapping.pop(NAME, None)
+    if AttentionInterface._global_mapping.pop(NAME, None) is not None:
+        AttentionInterface._global_mapping = _Unregistered(AttentionInterface._global_mapping)
     default_cache.uninstall()
+
+
+class _Unregistered(dict[str, Any]):
+    """transformers' attention functions, without ours; says so to a model that still asks for it."""
+
+    def __missing__(self, name: str) -> Any:
+        if name != NAME:
+            raise KeyError(name)
+        raise RuntimeError(
+            f'attn_implementation="{NAME}": qkv must be registered; it was taken back by qkv.unregister(). Call '
+            "qkv.register(), or take the model back: qkv.accelerate(model, enabled=False), or "
+            'model.set_attn_implementation("sdpa").'
+        )
 
 
 def attend(

@@ -11,6 +11,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from contextvars import ContextVar
+from types import FrameType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -34,15 +35,29 @@ _NAMES = "ALL_CACHE_IMPLEMENTATIONS"
 """The names that ``generate(cache_implementation=...)`` admits."""
 
 
-class _Originals(NamedTuple):
-    """What `install` replaced."""
+class _Patch(NamedTuple):
+    """A method of transformers that `install` replaced."""
 
-    init: Callable[..., None]
-    prepare: Callable[..., Any]
-    names: tuple[str, ...]
+    owner: type
+    name: str
+    before: Callable[..., Any]
+    after: Callable[..., Any]
+
+    @classmethod
+    def put(cls, owner: type, name: str, after: Callable[..., Any]) -> "_Patch":
+        """Replaces a method."""
+        patch = cls(owner, name, getattr(owner, name), after)
+        setattr(owner, name, after)
+        return patch
+
+    def take_back(self) -> None:
+        """Puts the former value back, unless somebody has replaced ours since."""
+        if getattr(self.owner, self.name) is self.after:
+            setattr(self.owner, self.name, self.before)
 
 
-_originals: _Originals | None = None
+_patches: list[_Patch] = []
+"""Empty while qkv is not registered. Functions that others have wrapped stay, and do nothing then."""
 _default: Choice = True
 _requested: ContextVar[Choice | None] = ContextVar("requested", default=None)
 """What the call of ``generate`` that is making a cache asks for; None leaves it to the configuration."""
@@ -54,25 +69,25 @@ def install(choice: Choice | None) -> None:
     Args:
         choice: None for the one made before, at first True.
     """
-    global _originals, _default
+    global _default
     if choice is not None:
         _default = choice
-    if _originals is None:
-        names = getattr(configuration_utils, _NAMES, ())
-        _originals = _Originals(DynamicCache.__init__, GenerationMixin._prepare_cache_for_generation, names)
-        DynamicCache.__init__ = _adopting(DynamicCache.__init__)
-        GenerationMixin._prepare_cache_for_generation = _requesting(GenerationMixin._prepare_cache_for_generation)
-        setattr(configuration_utils, _NAMES, (*names, NAME))
+    if not _patches:
+        prepare = _requesting(GenerationMixin._prepare_cache_for_generation)
+        _patches.append(_Patch.put(DynamicCache, "__init__", _adopting(DynamicCache.__init__)))
+        _patches.append(_Patch.put(GenerationMixin, "_prepare_cache_for_generation", prepare))
+        setattr(configuration_utils, _NAMES, (*getattr(configuration_utils, _NAMES, ()), NAME))
 
 
 def uninstall() -> None:
-    """Puts back what `install` replaced."""
-    global _originals, _default
-    if _originals is not None:
-        DynamicCache.__init__ = _originals.init
-        GenerationMixin._prepare_cache_for_generation = _originals.prepare
-        setattr(configuration_utils, _NAMES, _originals.names)
-    _originals, _default = None, True
+    """Puts back what `install` replaced. What others have put over it since stays."""
+    global _default
+    if _patches:
+        names = getattr(configuration_utils, _NAMES)
+        setattr(configuration_utils, _NAMES, tuple(name for name in names if name != NAME))
+    while _patches:
+        _patches.pop().take_back()
+    _default = True
 
 
 def makes_caches(model: Any) -> bool:
@@ -86,7 +101,7 @@ def makes_caches(model: Any) -> bool:
 def why_not(model: Any) -> str | None:
     """Why the cache that a model makes is transformers'; None if it is ours, as far as its layers have equivalents."""
     requested = getattr(getattr(model, "generation_config", None), "cache_implementation", None)
-    if _originals is None:
+    if not _patches:
         return "qkv is not registered: qkv.register()"
     if model.can_generate() and not model._supports_default_dynamic_cache():
         return "it makes caches of its own"
@@ -118,12 +133,23 @@ def _adopting(init: Callable[..., None]) -> Callable[..., None]:
         # follow a change of class.
         others = (value for name, value in kwargs.items() if name != "config")
         is_plain = type(self) is DynamicCache and not (args or any(others))
-        if is_plain and isinstance(config, PreTrainedConfig) and not kernels.is_tracing():
-            caller = str(sys._getframe(1).f_globals.get("__name__"))
-            if caller.partition(".")[0] in _PACKAGES:
-                _adopt(self, config)
+        is_ours = _patches and is_plain and isinstance(config, PreTrainedConfig) and not kernels.is_tracing()
+        if is_ours and _maker(self).partition(".")[0] in _PACKAGES:
+            _adopt(self, config)
 
     return __init__
+
+
+def _maker(cache: DynamicCache) -> str:
+    """The module that calls the constructor. Others may have wrapped it too: their frames have the cache already."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and any(_is_or_starts_with(value, cache) for value in frame.f_locals.values()):
+        frame = frame.f_back
+    return "" if frame is None else str(frame.f_globals.get("__name__"))
+
+
+def _is_or_starts_with(value: object, cache: DynamicCache) -> bool:
+    return value is cache or (type(value) is tuple and len(value) > 0 and value[0] is cache)
 
 
 def _adopt(cache: DynamicCache, config: PreTrainedConfig) -> None:
@@ -138,6 +164,8 @@ def _requesting(prepare: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(prepare)
     def _prepare_cache_for_generation(self: Any, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if not _patches:
+            return prepare(self, generation_config, *args, **kwargs)
         token = _requested.set(_choice(generation_config))
         try:
             return prepare(self, generation_config, *args, **kwargs)

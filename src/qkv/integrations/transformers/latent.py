@@ -1,6 +1,5 @@
 """`latent`: makes transformers' models with latent attention decode from latents, without expanding them."""
 
-import functools
 from typing import Any, TypeVar
 
 import torch
@@ -10,6 +9,7 @@ from qkv import kernels
 from qkv.cache.buffer import wants_grad
 from qkv.integrations.transformers.attention import NAME, register
 from qkv.integrations.transformers.lazy_tensor import LatentTensor
+from qkv.layers.instance_method import InstanceMethod
 from qkv.layers.latent_heads import LatentHeads
 from qkv.layers.projection import plain_weight
 
@@ -78,7 +78,7 @@ def read_latents(module: nn.Module) -> bool:
     """Puts off the expansion of latents of one module; whether that is a change, which `expand_latents` takes back."""
     if _METHOD in module.__dict__ or not hasattr(type(module), _METHOD) or not _expands_as_ours(module):
         return False
-    module.__dict__[_METHOD] = functools.partial(_expand, module)
+    module.__dict__[_METHOD] = _Expansion(module)
     return True
 
 
@@ -114,14 +114,17 @@ def _heads(module: Any) -> LatentHeads:
     return LatentHeads(module.kv_b_proj, module.kv_lora_rank, module.qk_nope_head_dim, module.v_head_dim)
 
 
-def _expand(module: Any, kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
+class _Expansion(InstanceMethod):
     """``expand_kv`` of a module, put off until the attention function knows the number of queries."""
-    weight = None if kernels.is_tracing() else plain_weight(module.kv_b_proj)
-    if weight is None or module.config._attn_implementation != NAME or wants_grad(kv_nope, k_rot, weight):
-        expanded: tuple[Tensor, Tensor] = getattr(type(module), _METHOD)(module, kv_nope, k_rot)
-        return expanded
-    latents, heads = beside(kv_nope, k_rot), _heads(module)
-    return LatentTensor(latents, heads, 0), LatentTensor(latents, heads, 1)
+
+    def __call__(self, kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
+        module: Any = self.module
+        weight = None if kernels.is_tracing() else plain_weight(module.kv_b_proj)
+        if weight is None or module.config._attn_implementation != NAME or wants_grad(kv_nope, k_rot, weight):
+            expanded: tuple[Tensor, Tensor] = getattr(type(module), _METHOD)(module, kv_nope, k_rot)
+            return expanded
+        latents, heads = beside(kv_nope, k_rot), _heads(module)
+        return LatentTensor(latents, heads, 0), LatentTensor(latents, heads, 1)
 
 
 @torch.no_grad()

@@ -4,13 +4,14 @@ import copy
 import sys
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakValueDictionary
 
 from torch import nn
 
 from qkv.integrations.transformers.attention import NAME, register
 
-_BEFORE = "_qkv_attention_before"
-"""Attribute of a model with its configurations before `take`."""
+_TWINS = "_qkv_configurations"
+"""Attribute of a module with the `_Twin` of each of its configurations, by the name of their attribute."""
 
 
 def roots(module: nn.Module) -> list[Any]:
@@ -37,31 +38,60 @@ def parts(root: Any) -> list[Any]:
     return list({id(model.config): model for model in reversed(models)}.values())[::-1]
 
 
-def take(root: Any) -> None:
-    """Sets a model to ``attn_implementation="qkv"``, for which it makes our cache as well; `why_not` says when not.
+def take(model: nn.Module) -> list[Any]:
+    """Sets the models of transformers in a module to ``attn_implementation="qkv"``, for which they make our cache as
+    well; `why_not` says when not.
 
-    Its configurations become copies, since other models may have been made from the same ones.
+    Their configurations become copies, since other models may have been made from the same ones. Modules that share a
+    configuration share its copy, whichever of them is taken first.
+
+    Returns:
+        the `roots`.
     """
-    register()
+    found = roots(model)
+    if found:
+        register()
+    before = [(module, dict(vars(module)), dict(_twins_in(module))) for root in found for module in root.modules()]
+    try:
+        for root in found:
+            _take(root)
+    except BaseException:
+        for module, attributes, twins in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+            _twins_in(module).clear()
+            _twins_in(module).update(twins)
+        raise
+    return found
+
+
+def _take(root: Any) -> None:
     if all(why_not(part) is not None or part.config._attn_implementation == NAME for part in parts(root)):
         return
-    if _BEFORE in root.__dict__:  # its configurations are copies already
-        root.set_attn_implementation(NAME)
-        return
-    before = _Before(root)
-    try:
-        root.set_attn_implementation(NAME)
-    except Exception:
-        before.put_back()
-        raise
-    root.__dict__[_BEFORE] = before
+    taken = [(module, name, value) for module in root.modules() for name, value in _untaken(module)]
+    twins = {id(value): _twin_of(value) for value in {id(value): value for _, _, value in taken}.values()}
+    for module, name, value in taken:
+        module.__dict__.setdefault(_TWINS, {})[name] = twin = twins[id(value)]
+        module.__dict__[name] = twin.copied
+    root.set_attn_implementation(NAME)
 
 
-def give_back(root: Any) -> None:
-    """Undoes `take`: configurations that are still on "qkv" get what they had."""
-    before = root.__dict__.pop(_BEFORE, None)
-    if before is not None:
-        before.put_back()
+def _twins_in(module: nn.Module) -> "dict[str, _Twin]":
+    """The twins of a module's configurations, by the name of their attribute; empty without any."""
+    twins: dict[str, _Twin] = module.__dict__.get(_TWINS, {})
+    return twins
+
+
+def give_back(model: nn.Module) -> None:
+    """Undoes `take` for all modules of a model: they get the configurations that they had.
+
+    A copy that has been changed since, otherwise than by `take`, stays in effect, with the former attention.
+    """
+    formers: dict[_Twin, Any] = {}
+    for module in model.modules():
+        for name, twin in module.__dict__.pop(_TWINS, {}).items():
+            if module.__dict__.get(name) is twin.copied:
+                module.__dict__[name] = twin.former(formers)
 
 
 def why_not(part: Any) -> str | None:
@@ -73,44 +103,84 @@ def why_not(part: Any) -> str | None:
     return None
 
 
-class _Before:
-    """The configurations of a model, which are copied: where they were, and their attention implementations."""
+def _untaken(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The configurations of a module that are not copies made for it, by name."""
+    from transformers import PreTrainedConfig
 
-    def __init__(self, root: nn.Module) -> None:
-        from transformers import PreTrainedConfig
+    twins = _twins_in(module)
+    for name, value in list(vars(module).items()):
+        if isinstance(value, PreTrainedConfig) and not (name in twins and twins[name].copied is value):
+            yield name, value
 
-        self.places = [
-            (module, name, value)
-            for module in root.modules()
-            for name, value in vars(module).items()
-            if isinstance(value, PreTrainedConfig)
-        ]
-        memo: dict[int, Any] = {}  # one for all, since configurations contain those of parts
-        self.copies = [copy.deepcopy(value, memo) for _, _, value in self.places]
-        for (module, name, _), copied in zip(self.places, self.copies, strict=True):
-            vars(module)[name] = copied
 
-    def put_back(self) -> None:
-        """Puts configurations back; those that have been changed otherwise since stay, with the former attention."""
-        for (module, name, value), copied in zip(self.places, self.copies, strict=True):
-            is_same = copied.to_dict() == value.to_dict()
-            for now, had in zip(_with_parts(copied), _with_parts(value), strict=False):
-                if now._attn_implementation == NAME:
-                    now._attn_implementation_internal = had._attn_implementation
-                is_same = is_same and now._attn_implementation == had._attn_implementation
-            if is_same and vars(module).get(name) is copied:
-                vars(module)[name] = value
+class _Twin:
+    """A configuration and its copy, which says "qkv"; one for all modules with the configuration."""
+
+    def __init__(self, original: Any) -> None:
+        self.original = original
+        self.parts = [_twin_of(part) for part in _parts(original)]
+        within = [twin for part in self.parts for twin in part.with_parts()]
+        self.copied: Any = copy.deepcopy(original, {id(twin.original): twin.copied for twin in within})
+        self.fields = original.to_dict()
+        self._enter()
+
+    def _enter(self) -> None:
+        _twins[id(self.original)] = _twins[id(self.copied)] = self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Registers "qkv" where a pickled model is loaded, which may be another process."""
         self.__dict__.update(state)
+        self._enter()
         register()
 
+    def with_parts(self) -> "Iterator[_Twin]":
+        """The twin, and those of the configurations within."""
+        yield self
+        for part in self.parts:
+            yield from part.with_parts()
 
-def _with_parts(config: Any) -> Iterator[Any]:
-    """A configuration and those of its parts."""
-    yield config
-    for name in config.sub_configs:
-        part = getattr(config, name, None)
-        if part is not None:
-            yield from _with_parts(part)
+    @property
+    def is_changed(self) -> bool:
+        """Whether the copy has been changed since, otherwise than to "qkv"."""
+        attention = [
+            (twin.copied._attn_implementation, twin.original._attn_implementation) for twin in self.with_parts()
+        ]
+        return self.copied.to_dict() != self.fields or any(now not in (NAME, had) for now, had in attention)
+
+    def former(self, formers: "dict[_Twin, Any]") -> Any:
+        """The configuration to give back: the original, or a changed copy with the former attention.
+
+        Args:
+            formers: those that have been given back in the same call, which are shared.
+        """
+        if self not in formers:
+            memo = {id(part.copied): part.former(formers) for part in self.parts}
+            formers[self] = copy.deepcopy(self.copied, memo) if self.is_changed else self.original
+            if self.is_changed and self.copied._attn_implementation == NAME:
+                formers[self]._attn_implementation_internal = self.original._attn_implementation
+        return formers[self]
+
+
+_twins: "WeakValueDictionary[int, _Twin]" = WeakValueDictionary()
+"""By the identities of both configurations, which they keep."""
+
+
+def _twin_of(config: Any) -> _Twin:
+    """The twin with a configuration: the one of other modules, unless they would differ in more than attention."""
+    twin = _twins.get(id(config))
+    if twin is None or (config is twin.original and (twin.is_changed or config.to_dict() != twin.fields)):
+        return _Twin(config)
+    return twin
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    """The configurations within one, outermost first, without those within these."""
+    from transformers import PreTrainedConfig
+
+    for part in vars(value).values() if isinstance(value, PreTrainedConfig) else value:
+        if isinstance(part, PreTrainedConfig):
+            yield part
+        elif isinstance(part, (list, tuple)):
+            yield from _parts(part)
+        elif isinstance(part, dict):
+            yield from _parts(part.values())

@@ -6,7 +6,7 @@ import importlib
 import inspect
 import textwrap
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ from qkv.masks import Mask
 Model = TypeVar("Model", bound=nn.Module)
 
 _HANDLES = "_qkv_unpadding"
-"""Attribute of a layer with the handles of our hooks; copied and pickled with it."""
+"""Attribute of a layer, or of a model with labels, with the handles of our hooks; copied and pickled with it."""
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 """Attributes of ``nn.Module`` with hooks. A module without one of them counts as hooked."""
@@ -33,6 +33,12 @@ _has_any_global_hook = getattr(nn.modules.module, "_has_any_global_hook", lambda
 
 _CAPTURING = "transformers.utils.output_capturing"
 """The module of the hooks that collect ``hidden_states`` and ``attentions``."""
+
+_LABELS = "labels"
+"""The argument of models with the targets of their loss, (B, L) where there is one for each token."""
+
+_NO_TARGET = -100
+"""The label of tokens that a loss does not count."""
 
 _CACHE = "past_key_values"
 """The argument with the cache in the layers of transformers' models."""
@@ -56,6 +62,9 @@ def unpad(model: Model, *, enabled: bool = True) -> Model:
       model's dtype, or transformers' default) is packed, unless an attention module reads its cache by other means than
       ``update``;
     - it gets other arguments whose meaning is unknown;
+    - the model is given labels that its loss predicts at padding tokens: labels there, or of the first token after
+      left padding. With both -100, as after a prompt, it is packed. Call ``unpad`` on the model that takes the labels;
+      a loss that you compute yourself must not read padding tokens;
     - ``output_hidden_states`` or ``output_attentions`` are requested;
     - it or a module in it has other hooks or patches, or is of an unknown class (an adapter, for example);
     - the model is traced, compiled or exported, or its attention implementation was changed after ``unpad``;
@@ -91,15 +100,14 @@ def unpad(model: Model, *, enabled: bool = True) -> Model:
         raise TypeError(f"unpad: model must be an nn.Module; got {_describe_type(model)}.")
     layers = packable_layers("unpad", model) if enabled else []
     for module in model.modules():
-        for handle in module.__dict__.pop(_HANDLES, ()):
-            handle.remove()
+        remove_hooks(module)
     if enabled:
         from transformers import PreTrainedModel
 
         register()
         for layer in layers:
-            before = layer.register_forward_pre_hook(_pack, with_kwargs=True)
-            layer.__dict__[_HANDLES] = before, layer.register_forward_hook(_unpack, always_call=True)
+            pack_layer(layer)
+        note_labels(model)
         for module in model.modules():
             if isinstance(module, PreTrainedModel) and module.config._attn_implementation != NAME:
                 module.set_attn_implementation(NAME)
@@ -123,6 +131,37 @@ def packable_layers(caller: str, model: nn.Module) -> list[nn.Module]:
             f"tokens only in attention{'' if caller == 'unpad' else ', for unpad=True'}; got {names}."
         )
     return list(dict.fromkeys(layers))
+
+
+def pack_layer(layer: nn.Module) -> bool:
+    """Makes a layer skip padding tokens; whether that is a change, which `remove_hooks` takes back."""
+    return _add_hooks(layer, _pack, _unpack)
+
+
+def note_labels(model: nn.Module) -> list[nn.Module]:
+    """Makes the models of transformers in a module tell their layers what labels they are given.
+
+    Returns:
+        the models that did not do so before, which `remove_hooks` takes back.
+    """
+    from transformers import PreTrainedModel
+
+    found = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    return [part for part in found if _LABELS in _parameters(part) and _add_hooks(part, _note, _forget)]
+
+
+def _add_hooks(module: nn.Module, before: Callable[..., Any], after: Callable[..., Any]) -> bool:
+    if _HANDLES in module.__dict__:
+        return False
+    handle = module.register_forward_pre_hook(before, with_kwargs=True)
+    module.__dict__[_HANDLES] = handle, module.register_forward_hook(after, always_call=True)
+    return True
+
+
+def remove_hooks(module: nn.Module) -> None:
+    """Undoes `pack_layer`, or `note_labels`."""
+    for handle in module.__dict__.pop(_HANDLES, ()):
+        handle.remove()
 
 
 def is_unpadded(model: nn.Module) -> bool:
@@ -196,6 +235,11 @@ def _signature(kind: Any) -> inspect.Signature:
     return inspect.signature(kind.forward)
 
 
+def _parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:
+    kind: Any = type(module)
+    return _signature(kind).parameters
+
+
 @dataclass
 class _Packing:
     """The mapping between a padded batch ``(B, L)`` and a packed row ``(1, T)``."""
@@ -225,6 +269,8 @@ class _Packing:
         indices = keep.flatten().nonzero()[:, 0]
         if len(indices) == 0:
             return "no real token"
+        if any(_reads_padding(labels, keep) for labels in _calls.labels.values()):
+            return "labels at padding tokens, or of the first token after padding"
         texts, shape = (indices // length)[None], (1, 1, len(indices), len(indices))
         packed = MaskTensor(Mask.documents(texts) & interval, 0, shape, mask.dtype, mask.device)
         return _Packing(batch, length, indices, packed)
@@ -356,10 +402,11 @@ def _is_passed_or_updated(name: ast.Name, above: dict[ast.AST, ast.AST]) -> bool
 
 
 class _Calls(threading.local):
-    """Packing and original arguments of the layers that are running in this thread."""
+    """What is running in this thread: layers, with packing and original arguments, and models, with their labels."""
 
     def __init__(self) -> None:
         self.packed: dict[nn.Module, tuple[_Packing, Any, Any]] = {}
+        self.labels: dict[nn.Module, Tensor] = {}
 
 
 _calls = _Calls()
@@ -416,6 +463,32 @@ def _unpack(layer: nn.Module, args: Any, output: Any) -> Any:
     return (padded, *others) if isinstance(output, tuple) else padded
 
 
+def _note(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Pre-forward hook: notes the labels of a model."""
+    if kernels.is_tracing():
+        return
+    _calls.labels.pop(model, None)
+    given = {**dict(zip(_parameters(model), (model, *args), strict=False)), **kwargs}
+    if isinstance(given.get(_LABELS), Tensor):
+        _calls.labels[model] = given[_LABELS]
+
+
+def _forget(model: nn.Module, args: Any, output: Any) -> None:
+    """Forward hook, also called after an exception."""
+    if not kernels.is_tracing():
+        _calls.labels.pop(model, None)
+
+
+def _reads_padding(labels: Tensor, keep: Tensor) -> bool:
+    """Whether a loss with these labels reads predictions at tokens that are not kept ``(B, L)``: those of padding
+    itself, and, where the labels are those of the next token, those of the token before.
+    """
+    if labels.shape != keep.shape:  # not one for each token
+        return False
+    counts = labels.to(keep.device) != _NO_TARGET
+    return bool((counts & ~keep).any() or (counts[:, 1:] & ~keep[:, :-1]).any())
+
+
 def _packing(mask: MaskTensor) -> _Packing | str:
     """The packing for a mask or why there is none, computed once for all layers of a call."""
     if "packing" not in mask.__dict__:
@@ -453,7 +526,7 @@ def _is_hooked(module: nn.Module, ignored: str | None) -> bool:
     for name in _HOOKS:
         for hook in getattr(module, name, {"unknown": None}).values():
             is_ignored = ignored is not None and getattr(hook, "__module__", "") == ignored
-            if hook is not _pack and hook is not _unpack and not is_ignored:
+            if hook not in (_pack, _unpack, _note, _forget) and not is_ignored:
                 return True
     return False
 
