@@ -24,6 +24,7 @@ from qkv.kernels.sequences import forward_sequences as forward_sequences
 from qkv.kernels.structs import Call as Call
 from qkv.kernels.structs import StepNumbers as StepNumbers
 from qkv.kernels.structs import StepTensors as StepTensors
+from qkv.kernels.structs import schema_of as schema_of
 from qkv.tracing import can_read_values as can_read_values
 from qkv.tracing import is_exact_tensor as is_exact_tensor
 from qkv.tracing import is_tracing as is_tracing
