@@ -18,6 +18,7 @@ from qkv.kernels.layer_step import layer_step as layer_step
 from qkv.kernels.linear import fast_linear as fast_linear
 from qkv.kernels.linear import has_few_rows as has_few_rows
 from qkv.kernels.linear import is_faster as is_faster
+from qkv.kernels.linear import is_faster_in_programs as is_faster_in_programs
 from qkv.kernels.rotation import rotate as rotate
 from qkv.kernels.sequences import Sequences as Sequences
 from qkv.kernels.sequences import forward_sequences as forward_sequences
