@@ -51,9 +51,9 @@ class ProjectedForward(InstanceForward):
         linear = self.module
         is_decoding = torch.compiler.is_dynamo_compiling() and not torch.is_grad_enabled()
         if is_decoding and not torch.compiler.is_exporting() and input.dtype in (torch.bfloat16, torch.float16):
-            weight, bias = linear.weight, linear.bias
-            if self.own is None and multiplies_its_parameters(linear) and kernels.is_faster_in_programs(input, weight):
-                product: Tensor = torch.ops.qkv.linear(input, weight, bias)
+            takes = self.own is None and multiplies_its_parameters(linear)
+            if takes and kernels.is_faster_in_programs(input, linear.weight):  # type: ignore[arg-type]
+                product: Tensor = torch.ops.qkv.linear(input, linear.weight, linear.bias)
                 return product
         called: Tensor = super().in_program(input)
         return called
