@@ -7,6 +7,7 @@ import copy
 import functools
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from torch.utils._pytree import tree_map
 import qkv
 from qkv import kernels
 from qkv.convert import convert_layer, prune_heads
+from qkv.kernels import linear as linear_kernel
 from qkv.layers.projection import project, reroute
 
 NAMES = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -664,3 +666,24 @@ def test_layers_take_the_kernel_where_it_is_faster() -> None:
         assert kernels.is_faster(x, weight)
         assert torch.equal(project(layer.q_proj, x), kernels.fast_linear(x, weight, layer.q_proj.bias))
         torch.testing.assert_close(layer(x), layer.float()(x.float()).bfloat16(), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_programs_of_accelerated_layers_in_bf16_contain_the_operator_for_few_rows_of_large_weights() -> None:
+    torch.compiler.reset()
+    found: list[list[str]] = []
+
+    def record(graph: torch.fx.GraphModule, example: object) -> object:
+        found.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return graph.forward
+
+    model = qkv.accelerate(nn.Sequential(nn.Linear(576, 576, dtype=torch.bfloat16)))
+    program = torch.compile(model, backend=record, fullgraph=True, dynamic=False)
+    with mock.patch.dict(
+        linear_kernel._FEWEST, {(kernels.loaded().isa, torch.bfloat16): (linear_kernel._NEVER, *[1] * 16)}
+    ):
+        for rows in (1, 40):
+            x = torch.randn(rows, 576, dtype=torch.bfloat16)
+            torch.testing.assert_close(program(x), model(x), rtol=2e-2, atol=2e-2)
+    assert ["qkv.linear" in names for names in found] == [True, False]

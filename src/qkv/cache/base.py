@@ -12,6 +12,7 @@ from typing_extensions import Self
 
 from qkv.arguments import require_count
 from qkv.cache.buffer import AppendBuffer
+from qkv.cache.handle import Handle, require_readable
 from qkv.cache.rows import Rows, padding_before, require_padding_at_the_ends
 from qkv.cache.state import load_state, state_of
 from qkv.masks import Mask, gather_keys
@@ -102,6 +103,8 @@ class Cache:
         """to which torch.autocast cast the first tokens"""
         self._rows: Rows | None = None
         """None while all rows have the same number of tokens, without padding"""
+        self.handle = Handle.of(self)
+        """by which compiled programs find the cache"""
         self._counts_slots = False
         """whether slots may be more than the tokens of the longest row, since a compiled call cannot count those"""
 
@@ -119,6 +122,7 @@ class Cache:
     @property
     def columns(self) -> int:
         """Number of columns of the inputs so far: `length`, and any padding."""
+        require_readable()
         return self.length if self._rows is None else self._rows.columns
 
     def append(self, k: Tensor, v: Tensor, is_token: Tensor | None = None) -> "Keys | Int8Keys":
@@ -237,6 +241,7 @@ class Cache:
     @property
     def _batch(self) -> int:
         """Number of rows; 0 for an empty cache."""
+        require_readable()
         if self._rows is not None:
             return self._rows.lengths.shape[0]
         memory = self._parts[0].memory
@@ -244,6 +249,7 @@ class Cache:
 
     def _rows_or_equal(self, like: Tensor | None = None) -> Rows:
         """The rows; if they do not differ, equal ones, as many as a tensor ``(B, ...)`` of new tokens has."""
+        require_readable()
         if self._rows is not None:
             return self._rows
         tensor = like if like is not None else self._parts[0].memory
@@ -270,7 +276,10 @@ class Cache:
 
     def _settle(self) -> None:
         """Undoes what compiled calls (they count slots) and inference mode (it leaves inference tensors) have left."""
-        if self._rows is None or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            require_readable()
+            return
+        if self._rows is None:
             return
         if self._rows.lengths.is_inference() and not torch.is_inference_mode_enabled():
             self._rows = self._rows.clone()
@@ -331,6 +340,7 @@ class Cache:
 
     def _cut(self, length: int, rows: Rows | None = None) -> None:
         """Removes all slots after the first ``length``; rows differ as ``rows`` says."""
+        require_readable()
         self._rows = rows
         for part in self._parts:
             part.crop(length)
@@ -474,6 +484,7 @@ class Cache:
 
     def mark(self) -> Any:
         """The state to which `restore` returns."""
+        require_readable()
         return self._parts, self._parts[0].length, self._rows
 
     def restore(self, mark: Any) -> None:
@@ -582,13 +593,16 @@ class Cache:
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
         twin._parts = tuple([copy(part) for part in self._parts])
+        twin.handle = Handle.of(twin)
         return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         twin = object.__new__(type(self))
         memo[id(self)] = twin
-        own = {name: value for name, value in vars(self).items() if name not in ("_owners", "_copied_owners")}
+        apart = ("_owners", "_copied_owners", "handle")
+        own = {name: value for name, value in vars(self).items() if name not in apart}
         twin.__dict__.update({name: deepcopy(value, memo) for name, value in own.items()})
+        twin.handle = Handle.of(twin)
         # A deep copy together with the layer belongs to both, the layer and its copy. Weakly: if the layer is not
         # copied, nothing else refers to the copied owner.
         owners = [*self._owners, *(self._copied_owners or ())]
@@ -597,7 +611,11 @@ class Cache:
 
     def __getstate__(self) -> dict[str, Any]:
         """The state without owners, so that the first layer to use it becomes the owner."""
-        return {**vars(self), "_owners": (), "_copied_owners": None}
+        return {**vars(self), "_owners": (), "_copied_owners": None, "handle": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.handle = Handle.of(self)
 
 
 def autocast_to(x: Tensor) -> torch.dtype | None:

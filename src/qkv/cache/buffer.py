@@ -96,6 +96,19 @@ class AppendBuffer:
         assert self.tensor is not None
         return self.tensor
 
+    def write(self, new: Tensor, capacity: int) -> Tensor:
+        """`extend` in place, for compiled programs without gradients: no view is kept, which they would return."""
+        self.append_uninitialised((*new.shape,), new.dtype, new.device, capacity).copy_(new)
+        assert self.memory is not None
+        return self.memory.narrow(2, self._start, self.length)
+
+    def replace(self, tensor: Tensor | None) -> None:
+        """`adopt` for compiled programs, which cannot tell whether a tensor is a slice of memory; None for no token."""
+        if tensor is None:
+            self.crop(0)
+        elif not self.is_current_view(tensor):
+            self._set_memory(tensor, tensor.shape[2])
+
     def is_current_view(self, tensor: Tensor | None) -> bool:
         """Whether ``tensor`` is what `grow` returned last."""
         return tensor is not None and tensor is self._current_view

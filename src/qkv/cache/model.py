@@ -13,6 +13,7 @@ from typing_extensions import Self
 from qkv.arguments import require_count
 from qkv.cache.base import Cache, Owner
 from qkv.cache.cached_layers import find_layers, owner_of
+from qkv.cache.handle import Handle
 from qkv.cache.model_call import ModelCall, quoted
 
 
@@ -68,6 +69,8 @@ class Caches:
         """layers that occur at several places of the model"""
         self._call = ModelCall(self._caches)
         self._in_transaction = False
+        self.handle = Handle.of(self)
+        """by which compiled programs find the caches"""
 
     @classmethod
     def for_model(

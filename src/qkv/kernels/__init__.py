@@ -23,6 +23,7 @@ from qkv.kernels.linear import fast_linear as fast_linear
 from qkv.kernels.linear import gains_from_few_rows as gains_from_few_rows
 from qkv.kernels.linear import has_few_rows as has_few_rows
 from qkv.kernels.linear import is_faster as is_faster
+from qkv.kernels.linear import is_faster_in_programs as is_faster_in_programs
 from qkv.kernels.rms_norm import Gain as Gain
 from qkv.kernels.rms_norm import fast_rms_norm as fast_rms_norm
 from qkv.kernels.rotation import rotate as rotate
@@ -31,6 +32,7 @@ from qkv.kernels.sequences import forward_sequences as forward_sequences
 from qkv.kernels.structs import Call as Call
 from qkv.kernels.structs import StepNumbers as StepNumbers
 from qkv.kernels.structs import StepTensors as StepTensors
+from qkv.kernels.structs import schema_of as schema_of
 from qkv.tracing import can_read_values as can_read_values
 from qkv.tracing import is_exact_tensor as is_exact_tensor
 from qkv.tracing import is_tracing as is_tracing

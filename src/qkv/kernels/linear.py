@@ -100,6 +100,17 @@ def gains_from_few_rows(x: Tensor, weight: Tensor) -> bool:
     return not is_like_torchs or weight.numel() < _LARGE
 
 
+def is_faster_in_programs(x: Tensor, weight: Tensor) -> bool:
+    """`is_faster`, with one answer for all numbers of rows that the kernel takes, so that one program serves them."""
+    if not is_exact_tensor(weight) or not has_few_rows(x):
+        return False
+    fewest = _FEWEST.get((loaded().isa, x.dtype))
+    if fewest is None:
+        return False
+    most = sum(least != _NEVER for least in fewest)
+    return x.numel() <= most * x.shape[-1] and weight.numel() >= fewest[1]
+
+
 def fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """``F.linear`` in one call of C, which reads tensors through DLPack. They must satisfy `can_bypass_dispatcher`.
 

@@ -1,7 +1,7 @@
 """The structs of native/src/abi. `Call` is the table of arguments that struct and operator schema are made from."""
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import torch
@@ -175,7 +175,14 @@ class Call(NamedTuple):
 _HINTS = get_type_hints(Call, include_extras=True)
 _FIELDS: list[tuple[str, Kind]] = [(name, hint.__metadata__[0]) for name, hint in _HINTS.items()]
 
+
 SCHEMA = ", ".join(f"{kind.schema} {name}" for name, kind in _FIELDS)
+
+
+def schema_of(defaults: Mapping[str, object]) -> str:
+    """Some fields of a `Call`, in its order, as arguments with defaults in the schema of an operator."""
+    return ", ".join(f"{kind.schema} {name}={defaults[name]}" for name, kind in _FIELDS if name in defaults)
+
 
 PROBLEM = struct.Struct(
     "@2i"  # dtype, kv_dtype

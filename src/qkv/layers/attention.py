@@ -39,6 +39,7 @@ from qkv.layers.cached_call import (
     new_tokens,
     restore_cache_on_error,
 )
+from qkv.layers.cached_operator import OperatorLayer
 from qkv.layers.head_norm import HeadNorm
 from qkv.layers.jagged import PackedTokens, nested_like, pack_jagged, require_jagged
 from qkv.layers.options import Arguments, ConversionOptions
@@ -52,7 +53,7 @@ from qkv.masks import Mask
 from qkv.scores import ScoreOptions
 
 
-class Attention(nn.Module):
+class Attention(OperatorLayer):
     """Attention with learned projections: ``out_proj(concat_h softmax(scale * q_h @ k_g.mT) @ v_g)``.
 
     Three independent choices make it any of the mechanisms: where keys and values come from (``context_dim``,

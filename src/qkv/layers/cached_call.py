@@ -10,6 +10,7 @@ from typing_extensions import ParamSpec
 
 from qkv.cache import Cache, Caches, Int8Keys, Keys, Owner
 from qkv.layers.arguments import require_mask
+from qkv.layers.cached_operator import register, run_as_operator, runs_as_operator
 from qkv.masks import Mask
 
 _Arguments = ParamSpec("_Arguments")
@@ -35,11 +36,14 @@ def restore_cache_on_error(
     """Decorates a method so that an error or interrupt leaves its ``cache`` argument as it was before the call.
 
     Of `Caches`, the method gets that of its own layer. A call within a backward pass is refused with a RuntimeError.
+    In a compiled program, ``forward`` is one operator.
     """
 
     @functools.wraps(call)
     def guarded(self: _Layer, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> Tensor:
         given = kwargs.get("cache")
+        if is_forward and runs_as_operator(self, args[0] if args else kwargs.get("x"), given):
+            return run_as_operator(name, self, *args, **kwargs)
         cache = given.enter(self._owner) if isinstance(given, Caches) else given
         if not isinstance(cache, Cache):
             return call(self, *args, **kwargs)
@@ -54,6 +58,7 @@ def restore_cache_on_error(
                 given.fail(self._owner)
             raise
 
+    is_forward, name = call.__name__ == "forward", register(call.__qualname__, guarded)
     return guarded
 
 

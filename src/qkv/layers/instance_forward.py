@@ -89,10 +89,14 @@ class InstanceForward(InstanceMethod):
         """What a call computes, outside of compilers."""
         raise NotImplementedError
 
+    def in_program(self, *args: Any, **kwargs: Any) -> Any:
+        """What a compiler takes a call for: the module's own forward."""
+        # The compiler of torch 2.9 cannot call the bound method of `forward`.
+        return self.own(*args, **kwargs) if self.own else type(self.module).forward(self.module, *args, **kwargs)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # the compiler of torch 2.9 cannot call the bound method of `forward`
-            module = self.module
-            return self.own(*args, **kwargs) if self.own else type(module).forward(module, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            return self.in_program(*args, **kwargs)
         return self.forward(*args, **kwargs) if self.is_taken_back else self.call(*args, **kwargs)
 
 

@@ -19,6 +19,7 @@ from qkv.layers.cached_call import (
     new_tokens,
     restore_cache_on_error,
 )
+from qkv.layers.cached_operator import OperatorLayer
 from qkv.layers.head_norm import HeadNorm
 from qkv.layers.latent_heads import LatentHeads, split_heads
 from qkv.layers.projection import project
@@ -27,7 +28,7 @@ from qkv.masks import FULL, Mask
 from qkv.scores import ScoreOptions
 
 
-class LatentAttention(nn.Module):
+class LatentAttention(OperatorLayer):
     """Multi-head latent attention: keys and values of all heads are linear in one small latent of each token.
 
     A token x has the latent ``c = norm(W_c @ x)`` of ``kv_rank`` numbers and the rotary key ``r = rotate(W_r @ x)`` of

@@ -108,7 +108,25 @@ class AppendLayer(_BufferedLayer):
 
     transformers' own operations (reordering for beams, cropping, repeating, selecting) work unchanged: tensors that are
     still views of the buffer are appended to in place, new tensors are copied once.
+
+    Compiled programs write to memory and count the tokens; ``keys`` and ``values`` are made when somebody reads them
+    again, since each view that a program returns costs more than the write.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._has_views = True
+        """whether ``keys`` and ``values`` are set; else the tokens are those in memory"""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("keys", "values") or self.__dict__.get("_has_views", True):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        self.keys, self.values, self._has_views = self._keys.tensor, self._values.tensor, True
+        return self.__dict__[name]
+
+    def get_seq_length(self) -> int:
+        """Number of cached tokens."""
+        return super().get_seq_length() if self._has_views else self._keys.length
 
     def reserve(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocates memory for a first update with tensors like these."""
@@ -120,7 +138,7 @@ class AppendLayer(_BufferedLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Appends keys and values ``(B, Hkv, L, D)``; returns all, as views that the next update may invalidate."""
         if torch.compiler.is_compiling():
-            return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
+            return self._update_in_program(key_states, value_states)
         is_current = self._keys.is_current_view(self.keys) and self._values.is_current_view(self.values)
         appended = append_in_place((self._keys, self._values), key_states, value_states) if is_current else None
         if appended is None:
@@ -141,6 +159,20 @@ class AppendLayer(_BufferedLayer):
             return None
         self.keys, self.values = claimed
         return Keys(*claimed, offset)
+
+    def _update_in_program(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """`update` as a compiler follows it: in place, or by concatenation where a graph is recorded."""
+        if torch.is_grad_enabled() or torch.compiler.is_exporting():
+            return super().update(key_states, value_states)  # type: ignore[no-any-return]
+        if self._has_views:
+            self._check_and_initialize(key_states, value_states)
+            for memory, cached in ((self._keys, self.keys), (self._values, self.values)):
+                memory.replace(cached if _length(cached) else None)
+            del self.keys, self.values
+            self._has_views = False
+        pairs = ((self._keys, key_states), (self._values, value_states))
+        keys, values = [memory.write(new, _capacity_for(memory.length + new.shape[2])) for memory, new in pairs]
+        return keys, values
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorders the batch for beam search; copies once."""
@@ -168,7 +200,7 @@ class LatentLayer(AppendLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Appends latents ``(B, 1, L, rank)`` and rotary keys ``(B, 1, L, rope_dim)``; returns all, as views."""
         if torch.compiler.is_compiling():
-            return super().update(key_states, value_states, *args, **kwargs)
+            return DynamicLayer.update(self, key_states, value_states)  # type: ignore[no-any-return]
         self._check_and_initialize(key_states, value_states)
         cached = beside(self.keys, self.values) if _length(self.keys) else self.keys
         rows = _append(self._keys, cached, torch.cat([key_states, value_states], dim=3))

@@ -1,0 +1,69 @@
+"""`Handle`: an object as a number in a tensor, by which operators of compiled programs find it."""
+
+import itertools
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from qkv.tracing import is_tracing
+
+_OBJECTS: WeakValueDictionary[int, Any] = WeakValueDictionary()
+_NUMBERS = itertools.count()
+
+
+class Handle:
+    """The number of one object. A compiler takes the tensor for an input, so a program serves all objects of a kind.
+
+    Whoever copies or unpickles the object makes a new one for the copy.
+    """
+
+    tensor: Tensor | None
+    """int64, without dimensions; None for objects that were made while a program was recorded"""
+
+    def __init__(self) -> None:
+        self.tensor = None
+
+    @classmethod
+    def of(cls, thing: object) -> Self:
+        """A new handle of an object, which it does not keep alive."""
+        handle = cls()
+        if not is_tracing() and not torch._C._are_functorch_transforms_active():
+            number = next(_NUMBERS)
+            with torch.inference_mode(False):
+                handle.tensor = torch.tensor(number, device="cpu")
+            _OBJECTS[number] = thing
+        return handle
+
+    def __reduce__(self) -> tuple[type["Handle"], tuple[()]]:
+        return type(self), ()
+
+
+def find(handle: Tensor) -> Any:
+    """The object of a handle's tensor. Raises KeyError if it is gone."""
+    return _OBJECTS[int(handle)]
+
+
+def require_readable() -> None:
+    """Ends a compiled graph in which a layer has been called with a cache, whose state is known only after it has run.
+
+    Raises:
+        torch._dynamo.exc.Unsupported: with ``fullgraph=True``.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        from torch._dynamo.comptime import comptime
+
+        comptime(_end_graph)
+
+
+def _end_graph(context: Any) -> None:
+    """As `require_readable`, called by the compiler."""
+    graph = context._i_will_not_complain_if_bc_breaks_InstructionTranslator().output.graph
+    called = (torch.ops.qkv.cached_layer, torch.ops.qkv.cached_layer.default)
+    if any(node.target in called for node in graph.nodes):
+        context.graph_break(
+            "qkv: the state of a cache must be read or changed in a graph of its own, after the calls of layers with "
+            "it have run; got both in one graph. Do it outside of the compiled function, or compile without fullgraph."
+        )
