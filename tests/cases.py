@@ -114,6 +114,8 @@ ALLOW_SHARED = torch.rand(1, 1, 19, 19, generator=torch.Generator().manual_seed(
 
 LONG = 197  # more than two blocks of 64, and a prime
 KEEP_LONG = [[j % 11 != 3 and j > 20 for j in range(LONG)], [j < 150 for j in range(LONG)]]
+GLOBAL_ROWS = [[j == 150 for j in range(LONG)], [j == 10 for j in range(LONG)]]
+"""One row each, which sees blocks of keys without a global token."""
 GLOBAL_LONG = [[j in (2, 130) for j in range(LONG)], [j > 194 for j in range(LONG)]]
 IDS_LONG = [[j // 41 for j in range(LONG)], [j // 90 for j in range(LONG)]]
 
@@ -383,6 +385,15 @@ LONG_MASKS = [
         lq=130,
         lk=LONG,
         offset=60,
+        heads=1,
+        kv_heads=1,
+    ),
+    Case(
+        "long window, global rows",
+        lambda: Mask.sliding(4) | Mask.global_tokens(torch.tensor(GLOBAL_ROWS)),
+        lambda: Rule(left=2, right=2, is_global=GLOBAL_ROWS),
+        lq=LONG,
+        lk=LONG,
         heads=1,
         kv_heads=1,
     ),

@@ -19,7 +19,8 @@ ISAS = Path(__file__).parents[2] / "native/src/abi/isas.def"
 LEVELS = re.findall(r"^ISA(?:_X86)?\((\w+),", ISAS.read_text(), re.MULTILINE)
 """Instruction sets, each of which includes those before."""
 
-MANGLED = {name: f"3qkv{len(name)}{name}" for name in LEVELS}
+MANGLED = {name: re.compile(f"(3qkv|NS_){len(name)}{name}") for name in LEVELS}
+"""Their namespaces in symbols, where NS_ stands for qkv if that was named before."""
 
 BASELINE = re.compile(rb"(?:[\x66\xf2\xf3][\x40-\x4f]?)*\x0f(?:[\x38\x3a]|\xb8)", re.DOTALL)
 """Legacy encodings that x86-64 did not begin with: SSSE3, SSE4 and popcnt."""
@@ -36,7 +37,7 @@ def output(*command: object) -> str:
 
 
 def own_level(name: str) -> int | None:
-    return next((LEVELS.index(level) for level, mangled in MANGLED.items() if mangled in name), None)
+    return next((LEVELS.index(level) for level, mangled in MANGLED.items() if mangled.search(name)), None)
 
 
 def functions(library: Path) -> list[Function]:

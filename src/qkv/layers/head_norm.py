@@ -6,6 +6,13 @@ from torch import Tensor, nn
 from qkv import kernels
 from qkv.kernels import Gain
 
+_RMS_NORM = F.rms_norm
+
+
+def is_rms_norm_torchs() -> bool:
+    """Whether ``F.rms_norm`` is as on import. What somebody has put in its place since is called."""
+    return F.rms_norm is _RMS_NORM
+
 
 class HeadNorm(nn.RMSNorm):
     """``nn.RMSNorm`` in the dtype of its input, also under autocast, which does not cast gains.
@@ -15,7 +22,7 @@ class HeadNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         gains = self.weight.to(x.dtype)
-        if self.eps is not None and kernels.can_bypass_functions(x, gains):
+        if self.eps is not None and is_rms_norm_torchs() and kernels.can_bypass_functions(x, gains):
             out = kernels.fast_rms_norm(x, gains, self.eps, Gain.WIDENED)
             if out is not None:
                 return out

@@ -5,12 +5,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import normalization as torch_normalization
 
 from qkv import kernels
 from qkv.kernels import Gain
+from qkv.layers.head_norm import is_rms_norm_torchs
 from qkv.layers.instance_forward import InstanceForward
 from qkv.layers.known_code import is_copy_of
 from qkv.layers.plain import finds_parts_by_name
@@ -62,6 +62,8 @@ def norm_of(module: nn.Module) -> Norm | None:
     form = _form_of(kind, kind.forward, getattr(kind, "_norm", None))
     if form is None or "_norm" in own or "weight" in own:
         return None
+    if form.forward is _OF_TORCH and not is_rms_norm_torchs():
+        return None
     eps = own.get(form.eps)
     if type(eps) is not float:
         return None
@@ -88,7 +90,7 @@ class _Form(NamedTuple):
 @functools.lru_cache(maxsize=1024)
 def _form_of(kind: type[nn.Module], forward: Any, norm: Any) -> _Form | None:
     """The form of a class with these methods."""
-    if forward is _OF_TORCH and kind is nn.RMSNorm and F.rms_norm is _RMS_NORM:
+    if forward is _OF_TORCH and kind is nn.RMSNorm:
         return _Form(forward, None, "eps", Gain.WIDENED)
     for form in _FORMS:
         if is_copy_of(forward, form.forward) and (form.norm is None or is_copy_of(norm, form.norm)):
@@ -173,4 +175,3 @@ _FORMS = [
 ]
 
 _OF_TORCH: Any = nn.RMSNorm.forward if nn.RMSNorm.forward.__globals__ is vars(torch_normalization) else None
-_RMS_NORM = F.rms_norm

@@ -5,7 +5,6 @@ import math
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qkv import functional, kernels
@@ -13,7 +12,7 @@ from qkv.cache import CrossKVCache, Int8Keys, Int8KVCache, Keys, KVCache, PagedK
 from qkv.kernels import Gain, StepNumbers, StepTensors
 from qkv.layers.arguments import INTEGERS
 from qkv.layers.cached_call import CallOptions
-from qkv.layers.head_norm import HeadNorm
+from qkv.layers.head_norm import HeadNorm, is_rms_norm_torchs
 from qkv.layers.plain import is_called_plainly, is_plain_linear
 from qkv.layers.rotary import RotaryEmbedding, shapes_of_tokens
 from qkv.masks import Mask
@@ -127,7 +126,7 @@ def weights_of(layer: "Attention", x: Tensor, context: Tensor | None, options: C
     if q_norm is not None or k_norm is not None:
         if not _is_plain(q_norm, HeadNorm) or not _is_plain(k_norm, HeadNorm):
             return "q_norm or k_norm is watched or replaced"
-        if F.rms_norm is not _RMS_NORM:
+        if not is_rms_norm_torchs():
             return "torch.nn.functional.rms_norm is replaced"
         if q_norm.eps is None or q_norm.eps != k_norm.eps:
             return "q_norm and k_norm differ in eps"
@@ -186,7 +185,7 @@ def _why_not_context(layer: "Attention", x: Tensor, context: object, options: Ca
 
 
 _APPENDS: dict[type, Any] = {kind: kind.append for kind in CACHES}
-_ATTENTION, _RMS_NORM = functional.attention, F.rms_norm
+_ATTENTION = functional.attention
 _FORWARDS: dict[type, Any] = {kind: kind.forward for kind in (HeadNorm, RotaryEmbedding)}
 
 

@@ -175,7 +175,7 @@ def test_models_generate_the_same_and_report_it(computed: list[Tensor]) -> None:
     text = str(qkv.report(ours))
     assert "1 MLP " in text and "called as they are: down_proj is watched, or is not an nn.Linear alone" in text
     qkv.accelerate(ours, enabled=False)
-    ours.model.layers[0].mlp.forward = ours.model.layers[1].mlp.forward
+    ours.model.layers[1].mlp.forward = ours.model.layers[0].mlp.forward
     text = str(qkv.report(ours))
     assert "called as they are: with another forward" in text and "not: qkv.accelerate(model) takes them" in text
 
@@ -415,6 +415,12 @@ def test_patches_of_classes_and_functions_are_in_effect(
         with monkeypatch.context() as patching:
             patching.setattr(GemmaRMSNorm, name, lambda self, x: 2 * x)
             assert not torch.allclose(norm(X), plain[1])
+    of_torch = qkv.accelerate(made(NORMS["torch"]))
+    normed = of_torch(X)
+    computed.clear()
+    with monkeypatch.context() as patching:
+        patching.setattr(F, "rms_norm", lambda x, *_: 2 * x)
+        assert not torch.allclose(of_torch(X), normed)
     handle = torch_module.register_module_forward_hook(lambda module, _, out: 2 * out)
     try:
         assert not torch.allclose(mlp(X), plain[0])
