@@ -5,6 +5,7 @@
 On one thread, steps in turns. Compiling takes minutes; it is counted in graphs, not in seconds.
 """
 
+import argparse
 import copy
 import statistics
 import time
@@ -74,6 +75,7 @@ def measure(models: dict[str, Way], prompt: Tensor) -> dict[str, dict[str, float
 
 def main() -> None:
     """Measures fp32 and bf16."""
+    argparse.ArgumentParser(description="A decoding step of a small Llama under torch.compile.").parse_args()
     torch.set_num_threads(1)
     prompt = torch.randint(1000, (1, PROMPT))
     results: dict[str, Any] = {}

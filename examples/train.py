@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     train, held_out = load_text(options)
     runs = {peer: Training(peer, options, train) for peer in (PEERS if options.compare else [options.peer])}
-    options.out.mkdir(parents=True, exist_ok=True)
+    make_folder(options.out)
     checkpoint = options.out / "checkpoint.pt"
     history = resume(checkpoint, runs, options)
     while len(history["train"][options.peer]) < options.steps:
@@ -67,6 +67,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(describe(history, options), flush=True)
     write_curve(options.out, history)
     print(continuation(runs[options.peer], options))
+
+
+def make_folder(path: Path) -> None:
+    """Makes the folder of a run, unless it exists. Ends the program if it cannot."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        stop(f"out: cannot make the folder {path}: {error.strerror}.")
 
 
 class Training:

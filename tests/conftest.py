@@ -5,6 +5,7 @@ import os
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers share the cores; tests of threads set their own number
 
+import gc
 import importlib.util
 import platform
 import re
@@ -112,3 +113,12 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+@pytest.fixture
+def uncollected() -> Iterator[None]:
+    """No garbage collection: what has gone has gone with its last reference."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()

@@ -229,6 +229,15 @@ def test_training_refuses_wrong_options(
     assert not (tmp_path / "out").exists()
 
 
+def test_training_into_a_file_is_refused(tmp_path: Path) -> None:
+    taken = tmp_path / "file"
+    taken.write_text("of somebody")
+    for out in (taken, taken / "below"):
+        with pytest.raises(SystemExit, match=r"^train: out: cannot make the folder .*(File exists|Not a directory)"):
+            train(out)
+    assert taken.read_text() == "of somebody"
+
+
 def test_training_without_the_default_text_asks_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import train as script
 

@@ -130,6 +130,9 @@ def test_prompt_is_a_question_on_a_text(capsys, tmp_path, llama):
         code, captured = _demo(capsys, llama, "--text", str(path))
         assert (code, captured.out) == (1, "")
         assert f"qkv: --text: {path} must be a text in UTF-8: " in captured.err and fault in captured.err
+    text.write_text(" \n")
+    code, captured = _demo(capsys, llama, "--text", str(text))
+    assert (code, captured.err) == (1, f"qkv: --text: {text} must contain a text; got none.\n")
 
 
 def test_default_is_a_scene_of_king_lear(capsys, tmp_path):

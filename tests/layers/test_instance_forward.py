@@ -2,11 +2,10 @@
 
 import copy
 import functools
-import gc
 import itertools
 import pickle
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -31,14 +30,6 @@ class Double(InstanceForward):
 def made() -> nn.Linear:
     torch.manual_seed(0)
     return nn.Linear(8, 8)
-
-
-@pytest.fixture
-def uncollected() -> Iterator[None]:
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
 
 
 @pytest.mark.usefixtures("uncollected")

@@ -105,9 +105,12 @@ def demo(
 
 def _read(text: Path) -> str:
     try:
-        return text.read_text(encoding="utf-8").strip()
+        found = text.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise CommandError(f"--text: {text} must be a text in UTF-8: {error}.") from error
+    if not found:
+        raise CommandError(f"--text: {text} must contain a text; got none.")
+    return found
 
 
 def _torch_dtype(dtype: Dtype) -> torch.dtype:

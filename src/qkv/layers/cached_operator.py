@@ -1,8 +1,8 @@
 """``qkv::cached_layer``: a layer's call with a cache as one operator of a compiled program.
 
 How long a cache is, whether its memory must grow and whose keys it has are matters of each call. A compiler that
-followed them would compile anew for each answer. So the program has one operator, which runs the layer as ever, on
-objects that it finds by their `Handle`. What the operator must not hide are inputs of it: parameters, which a program
+followed them would compile again for each answer. So the program has one operator, which calls the layer on objects
+that it finds by their `Handle`. What the operator must not hide are inputs of it: parameters, which a program
 may have computed, and the handle of the cache, declared as written, for the order of calls.
 """
 

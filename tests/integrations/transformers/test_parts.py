@@ -3,11 +3,10 @@ last, and at the end all of them are as at the start.
 """
 
 import copy
-import gc
 import pickle
 import random
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -192,14 +191,6 @@ def test_nothing_is_taken_if_a_model_refuses(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(ValueError, match="refused"):
         qkv.accelerate(whole)
     assert state(whole) == before and list(map(id, configurations(whole))) == list(map(id, had))
-
-
-@pytest.fixture
-def uncollected() -> Iterator[None]:
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
 
 
 DEEPSEEK = {

@@ -59,7 +59,7 @@ def unregister() -> None:
 
     Models that still run on "qkv" raise a RuntimeError at their next call: set another implementation first, or call
     ``qkv.accelerate(model, enabled=False)``. Caches that were made stay usable. Without it, transformers looks up the
-    attention of other models as ever, and makes their caches by one more function, until the process ends; what another
+    attention of others as before, and makes their caches by one more function, until the process ends; what another
     library has put over that function since stays.
 
     Raises:
