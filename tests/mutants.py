@@ -256,7 +256,7 @@ MUTANTS = [
     Mutant("a module's step past a rotation that was replaced", "integrations/transformers/attention_step.py", 'if theirs is None or not is_usual(theirs, 8) or (width < head_dim and not is_usual(theirs, 4)):', 'if False:', MODULE_STEP),
     Mutant("a module's step past an update of the cache", "integrations/transformers/attention_step.py", 'if any(kind.update is not update for kind, update in _UPDATES) or', 'if', MODULE_STEP),
     Mutant("a module's step that was refused stays counted", "integrations/transformers/attention_step.py", '        if out is None:\n            step.layer.restore(mark)\n', '', MODULE_STEP),
-    Mutant("a module's step past padding", "integrations/transformers/attention_step.py", "keep=mask.keep,", "keep=None,", MODULE_STEP),
+    Mutant("a step past padding", "layers/step_call.py", "keep=mask.keep,", "keep=None,", (*MODULE_STEP, *STEP)),
     Mutant("a module's step without its softcap", "integrations/transformers/attention_step.py", 'softcap=step.softcap,', 'softcap=0.0,', MODULE_STEP),
     Mutant("a module's step in the place of its gradient", "integrations/transformers/attention_step.py", '    if torch.is_grad_enabled():\n', '    if False:\n', MODULE_STEP),
     Mutant('a forward known by its names alone', "layers/known_code.py", "*(code.co_code, code.co_names,", "*(code.co_names,", MODULE_STEP),

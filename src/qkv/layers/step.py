@@ -9,13 +9,16 @@ from torch import Tensor, nn
 
 from qkv import functional, kernels
 from qkv.cache import CrossKVCache, Int8Keys, Int8KVCache, Keys, KVCache, PagedKVCache, SlidingKVCache
-from qkv.kernels import Gain, StepNumbers, StepTensors
+from qkv.kernels import Gain
 from qkv.layers.arguments import INTEGERS
 from qkv.layers.cached_call import CallOptions
 from qkv.layers.head_norm import HeadNorm, is_rms_norm_torchs
+from qkv.layers.normed_forward import Norm
 from qkv.layers.plain import is_called_plainly, is_plain_linear
 from qkv.layers.rotary import RotaryEmbedding, shapes_of_tokens
+from qkv.layers.step_call import step_call
 from qkv.masks import Mask
+from qkv.rotation import Rotation
 
 if TYPE_CHECKING:
     from qkv.layers.attention import Attention
@@ -245,63 +248,38 @@ def _run(
 
     Tokens are rotated from ``position`` on, an int or integers ``(B,)``; or by integers ``(B or 1, L)``.
     """
-    x, rotary = x.contiguous(), weights.rotary
-    out = x.new_empty(x.shape)
-    slopes, sinks = layer._slopes, layer.sink_logits
-    offset, offsets = _split(keys.offset)
-    first, positions = _split(position)
-    pages = keys.pages if isinstance(keys, Keys) else None
-    tensors = StepTensors(
-        x=x,
-        **weights.projections,
-        q_norm=None if weights.q_norm is None else weights.q_norm.weight.to(x.dtype),
-        k_norm=None if weights.k_norm is None else weights.k_norm.weight.to(x.dtype),
-        frequencies=None if rotary is None else rotary.frequencies_on(x.device),
-        cos=None,
-        sin=None,
-        keys=keys.k,
-        values=keys.v,
-        k_scale=keys.k_scale if isinstance(keys, Int8Keys) else None,
-        v_scale=keys.v_scale if isinstance(keys, Int8Keys) else None,
-        block_table=None if pages is None else pages.table,
-        offsets=offsets,
-        positions=_int64(positions),
-        keep=mask.keep,
-        lengths=_int64(mask.lengths),
-        prefix_lengths=_int64(mask.prefix_lengths),
-        alibi=None if slopes is None else slopes.on(x.device).float(),
-        sink_logits=None if sinks is None else sinks.float(),
-        out=out,
-    )
-    numbers = StepNumbers(
-        key_count=0 if pages is None else pages.length,
-        offset=offset,
-        position=first,
-        left=mask.left,
-        right=mask.right,
-        sink_tokens=mask.sink_tokens,
-        prefix_tokens=mask.prefix_tokens,
-        dilation=mask.dilation,
-        chunk=mask.chunk or 0,
-        chunk_start=mask.chunk_start,
-        interleaved=rotary is not None and rotary.interleaved,
-        position_scale=1.0 if rotary is None else rotary.position_scale,
-        attention_factor=1.0 if rotary is None else rotary.attention_factor,
-        norm_gain=Gain.WIDENED,
-        norm_eps=0.0 if weights.q_norm is None else weights.q_norm.eps or 0.0,
+    slopes = layer._slopes
+    return step_call(
+        x,
+        weights.projections,
+        keys,
+        mask,
         scale=layer.head_dim**-0.5 if layer.scale is None else layer.scale,
+        q_norm=_norm(weights.q_norm, x.dtype),
+        k_norm=_norm(weights.k_norm, x.dtype),
+        rotation=None if weights.rotary is None else _rotation(weights.rotary, x, position),
         softcap=layer.softcap or 0.0,
+        alibi=None if slopes is None else slopes.on(x.device),
+        sink_logits=layer.sink_logits,
     )
-    return out if kernels.layer_step(tensors, numbers) else None
 
 
-def _split(offset: int | Tensor | None) -> tuple[int, Tensor | None]:
-    """An offset as one of all rows, and one of each."""
-    return (0, offset) if isinstance(offset, Tensor) else (offset or 0, None)
+def _norm(norm: HeadNorm | None, dtype: torch.dtype) -> Norm | None:
+    return None if norm is None else Norm(norm.weight.to(dtype), norm.eps or 0.0, Gain.WIDENED)
 
 
-def _int64(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.to(torch.int64)
+def _rotation(rotary: RotaryEmbedding, x: Tensor, position: int | Tensor | None) -> Rotation:
+    """By a position of all rows, one of each, or one of each token."""
+    by_token = isinstance(position, Tensor) and position.dim() == 2
+    return Rotation(
+        positions=position if by_token else None,  # type: ignore[arg-type]
+        offset=0 if isinstance(position, Tensor) else position or 0,
+        offsets=position if isinstance(position, Tensor) and not by_token else None,
+        frequencies=rotary.frequencies_on(x.device),
+        position_scale=rotary.position_scale,
+        attention_factor=rotary.attention_factor,
+        interleaved=rotary.interleaved,
+    )
 
 
 def _shapes(layer: "Attention", weights: Weights, x: Tensor) -> list[tuple[int, ...]]:

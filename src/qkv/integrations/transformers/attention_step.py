@@ -22,10 +22,11 @@ from qkv.integrations.transformers.attention_forwards import Form, form_of
 from qkv.integrations.transformers.cache import AppendLayer, Int8Layer, QKVCache, SlidingLayer
 from qkv.integrations.transformers.masks import MaskTensor
 from qkv.integrations.transformers.rotary import is_usual
-from qkv.kernels import StepNumbers, StepTensors
 from qkv.layers.normed_forward import Norm, norm_of
 from qkv.layers.plain import is_called_plainly, is_plain_linear
+from qkv.layers.step_call import step_call
 from qkv.masks import FULL, Mask
+from qkv.rotation import Rotation
 
 MAX_TOKENS = 16
 """Tokens of a batch up to which one call is faster than its parts."""
@@ -278,55 +279,19 @@ def _run(module: Any, x: Tensor, step: Step) -> Tensor | str:
 
 
 def _call(x: Tensor, step: Step, keys: Keys | Int8Keys) -> Tensor | None:
-    x = x.contiguous()
-    out = x.new_empty(x.shape)
-    mask, norms, sinks = step.mask, step.norms, step.sinks
-    cos, sin = step.tables or (None, None)
-    tensors = StepTensors(
-        x=x,
-        **step.weights,
-        gate_weight=None,
-        gate_bias=None,
-        q_norm=None if norms is None else norms[0].gains,
-        k_norm=None if norms is None else norms[1].gains,
-        frequencies=None,
-        cos=cos,
-        sin=sin,
-        keys=keys.k,
-        values=keys.v,
-        k_scale=keys.k_scale if isinstance(keys, Int8Keys) else None,
-        v_scale=keys.v_scale if isinstance(keys, Int8Keys) else None,
-        block_table=None,
-        offsets=None,
-        positions=None,
-        keep=mask.keep,
-        lengths=mask.lengths,
-        prefix_lengths=None,
-        alibi=None,
-        sink_logits=None if sinks is None else sinks.float(),
-        out=out,
-    )
-    assert isinstance(keys.offset, int)
-    numbers = StepNumbers(
-        key_count=0,
-        offset=keys.offset,
-        position=0,
-        left=mask.left,
-        right=mask.right,
-        sink_tokens=mask.sink_tokens,
-        prefix_tokens=mask.prefix_tokens,
-        dilation=mask.dilation,
-        chunk=mask.chunk or 0,
-        chunk_start=mask.chunk_start,
-        interleaved=False,
-        position_scale=1.0,
-        attention_factor=1.0,
-        norm_gain=0 if norms is None else norms[0].gain,
-        norm_eps=0.0 if norms is None else norms[0].eps,
+    q_norm, k_norm = step.norms or (None, None)
+    return step_call(
+        x,
+        step.weights,
+        keys,
+        step.mask,
         scale=step.scale,
+        q_norm=q_norm,
+        k_norm=k_norm,
+        rotation=None if step.tables is None else Rotation(cos=step.tables[0], sin=step.tables[1], halves=True),
         softcap=step.softcap,
+        sink_logits=step.sinks,
     )
-    return out if kernels.layer_step(tensors, numbers) else None
 
 
 def _count(module: nn.Module, query: tuple[int, ...], key: tuple[int, ...]) -> None:

@@ -1,0 +1,95 @@
+"""`step_call`: the kernel's call for a step, of our layer or of a module that computes the same."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkv import kernels
+from qkv.cache import Int8Keys, Keys
+from qkv.kernels import Gain, StepNumbers, StepTensors
+from qkv.layers.normed_forward import Norm
+from qkv.masks import Mask
+from qkv.rotation import Rotation
+
+
+def step_call(
+    x: Tensor,
+    weights: dict[str, Any],
+    keys: Keys | Int8Keys,
+    mask: Mask,
+    *,
+    scale: float,
+    q_norm: Norm | None = None,
+    k_norm: Norm | None = None,
+    rotation: Rotation | None = None,
+    softcap: float = 0.0,
+    alibi: Tensor | None = None,
+    sink_logits: Tensor | None = None,
+) -> Tensor | None:
+    """The output for tokens ``x (B, L, width)`` over keys whose last slots are theirs, and are written.
+
+    Args:
+        x: exactly a tensor, as all others: they must satisfy `kernels.can_bypass_dispatcher`.
+        weights: and biases, by their names in `StepTensors`; without those of keys and values, no slot is new.
+        keys: as `Cache.claim` returns them.
+        mask: over the slots: an interval, prefixes, chunks and padding.
+        scale: of scores, as softcap (0 for none), alibi and sink_logits.
+        q_norm: of the heads of queries, as k_norm of keys; with the same eps and use of gains.
+        rotation: by frequencies and a position or positions ``(B or 1, L)``; or by cos and sin with ``halves``.
+
+    Returns:
+        ``(B, L, width)``; None, with nothing written, for tensors that the kernel does not take.
+    """
+    x = x.contiguous()
+    out = x.new_empty(x.shape)
+    norm, rotation = q_norm or k_norm or Norm(None, 0.0, Gain.WIDENED), rotation or Rotation()
+    offset, offsets = (0, keys.offset) if isinstance(keys.offset, Tensor) else (keys.offset or 0, None)
+    scales: tuple[Any, Any] = (keys.k_scale, keys.v_scale) if isinstance(keys, Int8Keys) else (None, None)
+    pages = keys.pages if isinstance(keys, Keys) else None
+    tensors = StepTensors(
+        x=x,
+        **{"gate_weight": None, "gate_bias": None, **weights},
+        q_norm=None if q_norm is None else q_norm.gains,
+        k_norm=None if k_norm is None else k_norm.gains,
+        frequencies=rotation.frequencies,
+        cos=rotation.cos,
+        sin=rotation.sin,
+        keys=keys.k,
+        values=keys.v,
+        k_scale=scales[0],
+        v_scale=scales[1],
+        block_table=None if pages is None else pages.table,
+        offsets=offsets,
+        positions=_int64(rotation.offsets if rotation.positions is None else rotation.positions),
+        keep=mask.keep,
+        lengths=_int64(mask.lengths),
+        prefix_lengths=_int64(mask.prefix_lengths),
+        alibi=None if alibi is None else alibi.float(),
+        sink_logits=None if sink_logits is None else sink_logits.float(),
+        out=out,
+    )
+    numbers = StepNumbers(
+        key_count=0 if pages is None else pages.length,
+        offset=offset,
+        position=rotation.offset,
+        left=mask.left,
+        right=mask.right,
+        sink_tokens=mask.sink_tokens,
+        prefix_tokens=mask.prefix_tokens,
+        dilation=mask.dilation,
+        chunk=mask.chunk or 0,
+        chunk_start=mask.chunk_start,
+        interleaved=rotation.interleaved,
+        position_scale=rotation.position_scale,
+        attention_factor=rotation.attention_factor,
+        norm_gain=norm.gain,
+        norm_eps=norm.eps,
+        scale=scale,
+        softcap=softcap,
+    )
+    return out if kernels.layer_step(tensors, numbers) else None
+
+
+def _int64(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.to(torch.int64)
