@@ -23,7 +23,15 @@ TESTS = {
             "tests/layers/test_layers.py",
             "tests/test_masks.py",
         ),
-        *("tests/cache/test_buffer.py", "tests/test_export.py", "tests/test_tracing.py", "tests/mechanisms"),
+        *("tests/layers/test_step.py", "tests/layers/test_projection.py", "tests/layers/test_rotary.py"),
+        *(f"tests/kernels/test_{name}.py" for name in ("linear", "rotation", "rms_norm", "gated_mlp")),
+        *(
+            "tests/cache/test_buffer.py",
+            "tests/cache/test_compiled.py",
+            "tests/test_export.py",
+            "tests/test_tracing.py",
+            "tests/mechanisms",
+        ),
         *("tests/integrations/torch/test_accelerate.py", "tests/integrations/torch/test_varlen.py", "tests/upstream"),
     ],
     "transformers": [

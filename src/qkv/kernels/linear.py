@@ -77,11 +77,16 @@ def is_faster(x: Tensor, weight: Tensor) -> bool:
     isa, dtype, size = loaded().isa, x.dtype, weight.numel()
     if size < _LEAST.get((isa, dtype), _NEVER) or not has_few_rows(x):  # small weights first: they are in a hurry
         return False
+    if _is_as_fast_by_torch(x):
+        return False
     numbers, columns = x.numel(), x.shape[-1]
-    if numbers == columns and dtype is torch.float32 and torch.get_num_threads() == 1:
-        return False  # torch reads at the speed of memory there, but not with several threads
     rows = min(numbers // columns, MOST_ROWS)
     return size >= _FEWEST[isa, dtype][rows] and (columns >= _FEW_COLUMNS or dtype is not torch.float32)
+
+
+def _is_as_fast_by_torch(x: Tensor) -> bool:
+    """Whether torch reads a large weight at the speed of memory: for one row in fp32, with one thread."""
+    return x.numel() == x.shape[-1] and x.dtype is torch.float32 and torch.get_num_threads() == 1
 
 
 def gains_from_few_rows(x: Tensor, weight: Tensor) -> bool:
@@ -96,8 +101,7 @@ def gains_from_few_rows(x: Tensor, weight: Tensor) -> bool:
     fewest = _FEWEST.get((loaded().isa, x.dtype))
     if fewest is None or numbers > MOST_ROWS * columns or fewest[numbers // columns] == _NEVER:
         return False
-    is_like_torchs = numbers == columns and x.dtype is torch.float32 and torch.get_num_threads() == 1
-    return not is_like_torchs or weight.numel() < _LARGE
+    return weight.numel() < _LARGE or not _is_as_fast_by_torch(x)
 
 
 def is_faster_in_programs(x: Tensor, weight: Tensor) -> bool:
