@@ -22,6 +22,7 @@ CACHES: dict[str, Callable[[], Any]] = {
     "int8": qkv.Int8KVCache,
     "paged": lambda: qkv.PagedKVCache(page_size=3),
     "sliding": lambda: qkv.SlidingKVCache(4),
+    "sliding, int8": lambda: qkv.SlidingKVCache(4, dtype="int8"),
 }
 each_cache = pytest.mark.parametrize("make", CACHES.values(), ids=CACHES)
 
@@ -352,7 +353,7 @@ def test_overwritten_views_that_a_graph_needs_are_an_error_of_torch(make: Callab
             out.backward()
 
 
-@pytest.mark.parametrize("kind", ["kv", "int8", "sliding", "paged"])
+@pytest.mark.parametrize("kind", ["kv", "int8", "sliding", "sliding, int8", "paged"])
 @torch.no_grad()
 def test_a_batch_of_no_rows_is_a_batch(kind: str) -> None:
     layer = windowed()
@@ -360,6 +361,7 @@ def test_a_batch_of_no_rows_is_a_batch(kind: str) -> None:
         "kv": qkv.KVCache,
         "int8": qkv.Int8KVCache,
         "sliding": lambda: qkv.SlidingKVCache(4),
+        "sliding, int8": lambda: qkv.SlidingKVCache(4, dtype="int8"),
         "paged": qkv.PagedKVCache,
     }
     cache, filled = makers[kind](), makers[kind]()

@@ -1,5 +1,8 @@
 """Keys and values in int8: every backend computes with the dequantized numbers, and rounding has bounded errors."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from budget import assert_within_budget
@@ -141,12 +144,45 @@ def test_an_int8_cache_gives_the_same_output_in_any_chunking() -> None:
         assert 1e-5 < error < 0.02  # It rounds, by a part of 127.
 
 
-def test_the_cache_halves_the_bytes() -> None:
-    k = torch.randn(1, 2, 100, 64).bfloat16()
-    wide, narrow = qkv.KVCache(100), qkv.Int8KVCache(100)
-    wide.append(k, k)
-    narrow.append(k, k)
-    assert narrow.nbytes / wide.nbytes == (64 + 4) / 128
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("sink_tokens", [0, 2])
+@torch.no_grad()
+def test_a_window_has_the_bits_of_the_same_tokens_in_a_cache_that_grows(sink_tokens: int, dtype: torch.dtype) -> None:
+    growing, window = qkv.Int8KVCache(), qkv.SlidingKVCache(5, sink_tokens, dtype=torch.int8)
+    q, (k, v) = torch.randn(2, 4, 43, 16).to(dtype), torch.randn(2, 2, 2, 43, 16).to(dtype)
+    start = 0
+    for count in (3, 1, 1, 14, 1, 2, 6, 1, 1, 1, 11, 1):
+        part = slice(start, start + count)
+        whole, seen = (cache.append(k[:, :, part], v[:, :, part]) for cache in (growing, window))
+        kept = torch.arange(whole.lk)
+        kept = torch.cat([kept[:sink_tokens], kept[sink_tokens - seen.lk :]]) if seen.lk < whole.lk else kept
+        same = whole._replace(
+            **{name: getattr(whole, name)[:, :, kept] for name in ("k", "v", "k_scale", "v_scale")}, offset=seen.offset
+        )
+        assert all(
+            torch.equal(got, want) for got, want in zip(seen, same, strict=True) if isinstance(got, torch.Tensor)
+        )
+        mask = Mask.causal(5, sink_tokens)
+        got, want = (qkv.attention(q[:, :, part], x.k, x.v, mask=mask, **x.options()) for x in (seen, same))
+        assert torch.equal(got, want)
+        start += count
+    assert window.length == 43 and window.keys().lk < 12 + sink_tokens
+
+
+CACHES_OF_100: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "growing": (lambda **options: qkv.Int8KVCache(100) if options else qkv.KVCache(100), {"dtype": "int8"}),
+    "sliding": (lambda **options: qkv.SlidingKVCache(50, **options), {"dtype": "int8"}),
+}
+
+
+@pytest.mark.parametrize("kind", CACHES_OF_100)
+def test_a_cache_halves_the_bytes(kind: str) -> None:
+    k, (make, int8) = torch.randn(1, 2, 100, 64).bfloat16(), CACHES_OF_100[kind]
+    wide, narrow = make(), make(**int8)
+    with torch.no_grad():
+        wide.append(k, k)
+        narrow.append(k, k)
+    assert narrow.nbytes / wide.nbytes == (64 + 4) / 128 and wide.nbytes == 100 * 2 * 2 * 64 * 2
 
 
 def test_the_cache_crops_and_selects() -> None:
@@ -165,8 +201,12 @@ def test_the_cache_crops_and_selects() -> None:
 @torch.no_grad()
 def test_an_append_that_fails_halfway_adds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     k = torch.randn(2, 2, 5, 8)
-    for make in (qkv.KVCache, qkv.Int8KVCache):
-        for successes in range(4 if make is qkv.Int8KVCache else 2):
+    makers: list[tuple[Callable[[], Any], int]] = [
+        *((qkv.KVCache, 2), (qkv.Int8KVCache, 4)),
+        *((lambda: qkv.SlidingKVCache(9), 2), (lambda: qkv.SlidingKVCache(9, dtype="int8"), 4)),
+    ]
+    for make, parts in makers:
+        for successes in range(parts):
             cache, whole, left = make(), make(), [successes]
             cache.append(k, k)
             whole.append(k, k)
@@ -202,6 +242,10 @@ def test_wrong_input_is_named() -> None:
         qkv.attention(q, k, v)
     with pytest.raises(ValueError, match="Int8KVCache: int8 has no gradient"):
         qkv.Int8KVCache().append(q.requires_grad_(), q)
+    with pytest.raises(ValueError, match="SlidingKVCache: int8 has no gradient"):
+        qkv.SlidingKVCache(4, dtype="int8").append(q.requires_grad_(), q)
+    with pytest.raises(ValueError, match=r'^SlidingKVCache: dtype must be torch\.int8 or "int8", or None .*; got int4'):
+        qkv.SlidingKVCache(4, dtype="int4")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"must be floating-point; got torch\.int8, torch\.int8"):
         qkv.Int8KVCache().append(k, v)
     cache = qkv.Int8KVCache()

@@ -82,7 +82,7 @@ def test_each_layer_gets_the_cache_that_it_needs() -> None:
         "Int8KVCache(capacity=4)",
         "Int8KVCache(capacity=4)",  # no shorter than its window
         "CrossKVCache()",
-        "SlidingKVCache(window=3, sink_tokens=2)",
+        "SlidingKVCache(window=3, sink_tokens=2, dtype=torch.int8)",
     ]
     for options in ({"alibi": [1.0] * 4}, {"position_bias": qkv.RelativePositionBias(4)}):
         layer = qkv.Attention(E, 4, mask=Mask.causal(3, sink_tokens=2), **options)  # type: ignore[arg-type]
@@ -480,10 +480,17 @@ def test_states_that_do_not_fit_are_refused() -> None:
         return dict(cache.state_dict())
 
     kv, window, int8 = of(qkv.KVCache()), of(qkv.SlidingKVCache(4)), of(qkv.Int8KVCache())
+    codes = qkv.SlidingKVCache(4, dtype="int8")
     flags = torch.ones(1, 8, dtype=torch.bool)
     cases = [
         (qkv.KVCache(), int8, "KVCache: the state must have keys, values; got dtype, key_scales"),
         (qkv.Int8KVCache(), kv, "the state must have dtype, key_scales, keys, value_scales, values; got keys, values"),
+        (codes, window, "must have dropped, dtype, key_scales, keys, sink_tokens, value_scales, values, window; got d"),
+        (
+            qkv.SlidingKVCache(4),
+            of(copy.copy(codes)),
+            "have dropped, keys, sink_tokens, values, window; got dropped, dtype",
+        ),
         (qkv.SlidingKVCache(5), window, "state must be of window=5 and sink_tokens=0; got 4 and 0"),
         (qkv.KVCache(capacity=7), kv, "must have at most 7 tokens, the capacity; got 8"),
         (qkv.KVCache(), {**kv, "values": kv["values"][:, :, 1:]}, r"keys, values of the state must be \(B, heads, L"),

@@ -21,6 +21,7 @@ def tokens(start: int, count: int) -> torch.Tensor:
 def caches() -> dict[str, Any]:
     """Each kind of cache, with tokens 0 to 4."""
     ours = [qkv.KVCache(), qkv.Int8KVCache(), qkv.SlidingKVCache(4), qkv.CrossKVCache()]
+    ours.append(qkv.SlidingKVCache(4, dtype="int8"))
     for cache in ours:
         cache.append(tokens(0, LENGTH), tokens(0, LENGTH))
     latent = qkv.LatentKVCache()
@@ -31,7 +32,17 @@ def caches() -> dict[str, Any]:
         cache.update(tokens(0, LENGTH), tokens(0, LENGTH), 0)
     layer = SlidingLayer(4)
     layer.update(tokens(0, LENGTH), tokens(0, LENGTH))
-    names = ["kv", "int8", "sliding", "cross", "latent", "transformers", "transformers in int8", "transformers' window"]
+    names = [
+        "kv",
+        "int8",
+        "sliding",
+        "cross",
+        "sliding in int8",
+        "latent",
+        "transformers",
+        "transformers in int8",
+        "transformers' window",
+    ]
     return dict(zip(names, [*ours, latent, *whole, layer], strict=True))
 
 
@@ -42,9 +53,9 @@ def last_keys(cache: Any, start: int) -> list[float]:
         return [round(x * 64) for x in cache.keys().k[0, 0, :, 0].tolist()]
     if isinstance(cache, qkv.LatentKVCache):
         return [round(x * 64) for x in cache.append(*(x[:, :1] for x in new)).k[0, 0, :, 0].tolist()]
-    if isinstance(cache, qkv.KVCache | qkv.Int8KVCache | qkv.SlidingKVCache):
+    if isinstance(cache, qkv.KVCache | qkv.SlidingKVCache):
         keys = cache.append(*new)
-        k = keys.k.float() * keys.k_scale[..., None] if isinstance(cache, qkv.Int8KVCache) else keys.k
+        k = keys.k if keys.k_scale is None else keys.k.float() * keys.k_scale[..., None]
     else:
         k = cache.update(*new, 0)[0].clone()
     return [round(x * 64) for x in k[0, 0, :, 0].tolist()]

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from qkv import CrossKVCache, Int8KVCache, KVCache, LatentKVCache, PagedKVCache, SlidingKVCache
-from qkv.cache import Cache
+from qkv.cache import Cache, Keys
 from qkv.cache.pool import PagePool
-from qkv.integrations.transformers.cache import AppendLayer, Int8Layer, LatentLayer, SlidingLayer
+from qkv.integrations.transformers.cache import AppendLayer, Int8Layer, Int8SlidingLayer, LatentLayer, SlidingLayer
 from qkv.integrations.transformers.lazy_tensor import Int8Tensor
 
 Pick = Callable[[int], int]
@@ -45,6 +45,7 @@ KINDS = {
     "int8": Kind(Int8KVCache, is_rounded=True),
     "sliding": Kind(lambda: SlidingKVCache(4), window=4),
     "sliding, sinks": Kind(lambda: SlidingKVCache(3, 2), window=3, sinks=2),
+    "sliding, int8": Kind(lambda: SlidingKVCache(3, 2, dtype="int8"), window=3, sinks=2, is_rounded=True),
     "cross": Kind(CrossKVCache),
     "latent": Kind(LatentKVCache, heads=1),
     "paged": Kind(lambda: PagedKVCache(page_size=3)),
@@ -53,6 +54,7 @@ KINDS = {
     "transformers, latent": Kind(LatentLayer, heads=1),
     "transformers, sliding": Kind(lambda: SlidingLayer(4), window=4),
     "transformers, int8": Kind(Int8Layer, is_rounded=True),
+    "transformers, sliding, int8": Kind(lambda: Int8SlidingLayer(4), window=4, is_rounded=True),
 }
 MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "no_grad": torch.no_grad,
@@ -134,15 +136,13 @@ class Line:
             return list(found.k.split([8, 5], dim=3))
         if isinstance(self.cache, PagedKVCache):
             found = found.gathered()
-        if isinstance(self.cache, Int8KVCache):
+        if isinstance(found, Keys) and found.k_scale is not None:
             return [codes * scale[..., None] for codes, scale in ((found.k, found.k_scale), (found.v, found.v_scale))]
         return [x.materialize() if isinstance(x, Int8Tensor) else x for x in found[:2]]
 
     def cached(self) -> list[Tensor]:
         """The keys and values in the cache now."""
-        if isinstance(self.cache, Int8KVCache):
-            return self.dense(self.cache.keys()) if self.length else []
-        if isinstance(self.cache, PagedKVCache):
+        if isinstance(self.cache, PagedKVCache) or (isinstance(self.cache, Cache) and self.kind.is_rounded):
             return self.dense(self.cache.keys()) if self.length else []
         if isinstance(self.cache, Cache):
             parts = [part.tensor for part in self.cache._parts if part.tensor is not None]
@@ -243,7 +243,7 @@ class World:
         if isinstance(line.cache, CrossKVCache):
             return line.length > 0
         too_many = self.kind.capacity is not None and line.length + count > self.kind.capacity
-        return too_many or (isinstance(line.cache, Int8KVCache) and mode == "trained")
+        return too_many or (isinstance(line.cache, Cache) and self.kind.is_rounded and mode == "trained")
 
     def lose(self, line: Line, found: list[Tensor], may_refuse: bool) -> None:
         """Keeps a loss over what was returned, as attention saves it, to be differentiated later."""
@@ -287,7 +287,7 @@ class World:
             cache.crop(count)
         else:
             count = min(max(count, 0), line.length)
-            if isinstance(cache, SlidingLayer) and line.length >= 4:
+            if isinstance(cache, SlidingLayer | Int8SlidingLayer) and line.length >= 4:
                 assert_refused(lambda: cache.crop(count - line.length))
                 return
             if count == 0:  # theirs hold an empty tensor then, whose batch they compare

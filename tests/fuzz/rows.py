@@ -9,7 +9,7 @@ import torch
 from fuzz.caches import COPIES, KINDS, MODES, Pick, assert_refused, check_pools, play
 from torch import Tensor
 
-from qkv import CrossKVCache, Int8KVCache, LatentKVCache, PagedKVCache, SlidingKVCache
+from qkv import CrossKVCache, LatentKVCache, PagedKVCache, SlidingKVCache
 from qkv.cache import Cache
 
 NAMES = [name for name, kind in KINDS.items() if isinstance(kind.make(), Cache)]
@@ -116,7 +116,7 @@ class World:
         k, v = found[:2]
         if isinstance(cache, LatentKVCache):
             k, v = k.split(WIDTHS, dim=3)
-        if isinstance(cache, Int8KVCache):
+        if found.k_scale is not None:
             k, v = k * found.k_scale[..., None], v * found.v_scale[..., None]
         for b, row in enumerate(line.rows or []):
             length, added = row[0].shape[1], int(real[b].sum())

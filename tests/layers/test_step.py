@@ -66,6 +66,10 @@ CACHES: dict[str, Callable[[], Any]] = {
     "int8": qkv.Int8KVCache,
     "paged": lambda: qkv.PagedKVCache(page_size=3),
 }
+WINDOWS: dict[str, Callable[[], Any]] = {
+    "sliding": lambda: qkv.SlidingKVCache(7),
+    "sliding, int8": lambda: qkv.SlidingKVCache(7, dtype="int8"),
+}
 CHUNKS = [5, 1, 2, 1, 4, 1, 1, 3, 1]
 """With a batch of 3, each has at most 16 tokens."""
 
@@ -105,13 +109,14 @@ def test_it_computes_what_its_parts_do(
             assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("dtype", [None, "int8"])
 @pytest.mark.parametrize("sink_tokens", [0, 2])
 @torch.no_grad()
-def test_a_sliding_cache_drops_the_same_tokens(sink_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sliding_cache_drops_the_same_tokens(sink_tokens: int, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     mask = Mask.causal(5, sink_tokens=sink_tokens)
     layer = qkv.CausalAttention(32, 4, mask=mask, num_kv_heads=2, rotary=qkv.RotaryEmbedding(8)).eval()
     x = torch.randn(2, 45, 32)
-    caches = [qkv.SlidingKVCache(5, sink_tokens) for _ in range(2)]
+    caches = [qkv.SlidingKVCache(5, sink_tokens, dtype=dtype) for _ in range(2)]
     chunks = [1, 3, 1, 6, 1, 7, 1, 1, 1, 8, 1, 1, 2, 1, 1, 1, 1, 1, 6]
     for part in x.split(chunks, dim=1):
         assert layer.explain(part, cache=caches[0]).is_one_call == (part.shape[1] <= 6)
@@ -127,8 +132,11 @@ def test_a_sliding_cache_drops_the_same_tokens(sink_tokens: int, monkeypatch: py
 
 @pytest.mark.parametrize(
     "make",
-    [qkv.KVCache, qkv.Int8KVCache, lambda: qkv.SlidingKVCache(6), lambda: qkv.PagedKVCache(page_size=4)],
-    ids=["kv", "int8", "sliding", "paged"],
+    [
+        *(qkv.KVCache, qkv.Int8KVCache, lambda: qkv.SlidingKVCache(6), lambda: qkv.SlidingKVCache(6, dtype="int8")),
+        lambda: qkv.PagedKVCache(page_size=4),
+    ],
+    ids=["kv", "int8", "sliding", "sliding, int8", "paged"],
 )
 @torch.no_grad()
 def test_rows_of_unequal_length_have_the_bits_of_their_text_alone(make: Callable[[], Any]) -> None:
@@ -172,11 +180,11 @@ def composed(layer: qkv.Attention, *call: Any, **options: Any) -> Tensor:
     return out
 
 
-@pytest.mark.parametrize("kind", [*CACHES, "sliding"])
+@pytest.mark.parametrize("kind", [*CACHES, *WINDOWS])
 @torch.no_grad()
 def test_positions_given_by_the_caller(kind: str) -> None:
     layer = qkv.CausalAttention(32, 4, num_kv_heads=2, mask=Mask.causal(7), rotary=qkv.RotaryEmbedding(8)).eval()
-    make = {**CACHES, "sliding": lambda: qkv.SlidingKVCache(7)}[kind]
+    make = {**CACHES, **WINDOWS}[kind]
     cache, peer, x = make(), make(), torch.randn(3, 12, 32)
     for given in (
         torch.tensor([4, 0, 9]),
@@ -200,12 +208,12 @@ def test_positions_given_by_the_caller(kind: str) -> None:
     assert not sections.explain(part, positions=torch.zeros(3, 3, 3).long()).is_one_call
 
 
-@pytest.mark.parametrize("kind", [*CACHES, "sliding"])
+@pytest.mark.parametrize("kind", [*CACHES, *WINDOWS])
 @torch.no_grad()
 def test_padding_given_at_every_step(kind: str) -> None:
     """As `generate` passes it: the prompt padded on the left, then a mask over all columns."""
     layer = qkv.CausalAttention(32, 4, num_kv_heads=2, mask=Mask.causal(7), rotary=qkv.RotaryEmbedding(8)).eval()
-    make = {**CACHES, "sliding": lambda: qkv.SlidingKVCache(7)}[kind]
+    make = {**CACHES, **WINDOWS}[kind]
     cache, peer, x = make(), make(), torch.randn(3, 24, 32)
     first = torch.arange(5) >= torch.tensor([[0], [4], [2]])
     keep = torch.cat([first, first.new_ones(3, 19)], dim=1)

@@ -35,7 +35,7 @@ def test_layers_keep_their_own_window_where_it_is_shorter():
     (_, own, _) = cache_sizes(layers, length=10, window=5, bytes_per_number=4)
     per_token = 2 * (8 + 8) * 4
     assert (own.num_bytes, own.window_bytes) == ((10 + 3) * per_token, (5 + 3) * per_token)
-    assert own.int8_bytes == 10 * 2 * (8 + 8 + 8) + 3 * per_token
+    assert own.int8_bytes == (10 + 3) * 2 * (8 + 8 + 8)
 
 
 def test_int8_agrees_with_our_cache():

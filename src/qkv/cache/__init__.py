@@ -7,11 +7,13 @@ from qkv.cache.base import Keys as Keys
 from qkv.cache.base import Owner as Owner
 from qkv.cache.buffer import AppendBuffer
 from qkv.cache.cross import CrossKVCache as CrossKVCache
-from qkv.cache.int8 import Int8Keys as Int8Keys
-from qkv.cache.int8 import Int8KVCache as Int8KVCache
+from qkv.cache.format import Format
+from qkv.cache.int8 import Int8
 from qkv.cache.int8 import quantize as quantize
+from qkv.cache.kv import Int8KVCache as Int8KVCache
 from qkv.cache.kv import KVCache as KVCache
 from qkv.cache.latent import LatentKVCache as LatentKVCache
+from qkv.cache.latent import Latents
 from qkv.cache.model import Caches as Caches
 from qkv.cache.paged import PagedKVCache as PagedKVCache
 from qkv.cache.pool import PagePool as PagePool
@@ -25,7 +27,6 @@ __all__ = [
     "Caches",
     "CrossKVCache",
     "Int8KVCache",
-    "Int8Keys",
     "KVCache",
     "Keys",
     "LatentKVCache",
@@ -39,7 +40,7 @@ __all__ = [
 
 torch.serialization.add_safe_globals(
     [
-        *(AppendBuffer, Rows, PageTable, Owner),
+        *(AppendBuffer, Rows, PageTable, Owner, Format, Int8, Latents),
         *(KVCache, Int8KVCache, SlidingKVCache, CrossKVCache, LatentKVCache, PagedKVCache, Caches),
     ]
 )

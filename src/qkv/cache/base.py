@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy, deepcopy
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeGuard
+from typing import Any, ClassVar, NamedTuple, TypeGuard
 from weakref import WeakSet
 
 import torch
@@ -12,14 +12,12 @@ from typing_extensions import Self
 
 from qkv.arguments import require_count
 from qkv.cache.buffer import AppendBuffer
+from qkv.cache.format import PLAIN, Format
 from qkv.cache.handle import Handle, require_readable
 from qkv.cache.rows import Rows, padding_before, require_padding_at_the_ends
 from qkv.cache.state import load_state, state_of
 from qkv.masks import Mask, gather_keys
 from qkv.pages import Pages
-
-if TYPE_CHECKING:
-    from qkv.cache.int8 import Int8Keys
 
 
 class Keys(NamedTuple):
@@ -38,6 +36,21 @@ class Keys(NamedTuple):
     """(B,), number of keys of each row, the first ones; None if all are"""
     pages: Pages | None = None
     """where the keys of each row are, if in pages"""
+    k_scale: Tensor | None = None
+    """(B, Hkv, Lk), what each key is multiplied by, as v_scale for values; None unless both are in int8"""
+    v_scale: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        tokens: Sequence[Tensor],
+        offset: int | Tensor | None,
+        lengths: Tensor | None = None,
+        pages: Pages | None = None,
+    ) -> "Keys":
+        """From keys and values, and the scales of both if they are in int8."""
+        k, v, *scales = tokens
+        return cls(k, v, offset, lengths, pages, *scales)
 
     @property
     def lk(self) -> int:
@@ -52,7 +65,7 @@ class Keys(NamedTuple):
 
     def options(self) -> dict[str, Any]:
         """Keywords for `qkv.attention`, besides k and v."""
-        return {"offset": self.offset, "pages": self.pages}
+        return {"offset": self.offset, "pages": self.pages, "k_scale": self.k_scale, "v_scale": self.v_scale}
 
 
 class Owner:
@@ -79,10 +92,8 @@ class Cache:
     `append`, which may overwrite them; torch raises if a backward pass still needs them.
     """
 
-    PARTS: ClassVar[tuple[str, ...]] = ("keys", "values")
-    """names of the tensors that it stores"""
     STATE: ClassVar[tuple[str, ...]] = ()
-    """names of what `state_dict` has besides these"""
+    """names of what `state_dict` has besides the parts of the format"""
     OPTIONAL_STATE: ClassVar[tuple[str, ...]] = ()
     """names of what it may have"""
     of_context: ClassVar[bool] = False
@@ -93,9 +104,13 @@ class Cache:
     """number of first tokens that are always kept"""
     name = ""
     """name of its layer within a model, for error messages"""
+    _format: Format = PLAIN
+    """in which form tokens are stored"""
 
     def __init__(self) -> None:
-        self._parts = tuple(AppendBuffer() for _ in self.PARTS)
+        self._parts = tuple(AppendBuffer() for _ in self._format.parts)
+        self._dtype: torch.dtype | None = None
+        """of the tokens, as they were given"""
         self._owners: tuple[Owner, ...] = ()
         self._copied_owners: WeakSet[Owner] | None = None
         """of the layers that were copied together with this cache"""
@@ -125,7 +140,7 @@ class Cache:
         require_readable()
         return self.length if self._rows is None else self._rows.columns
 
-    def append(self, k: Tensor, v: Tensor, is_token: Tensor | None = None) -> "Keys | Int8Keys":
+    def append(self, k: Tensor, v: Tensor, is_token: Tensor | None = None) -> Keys:
         """Appends tokens to each row; returns all that the new queries may see.
 
         Args:
@@ -134,7 +149,7 @@ class Cache:
         """
         raise NotImplementedError
 
-    def claim(self, k: Sequence[int], v: Sequence[int], like: Tensor) -> "Keys | Int8Keys | None":
+    def claim(self, k: Sequence[int], v: Sequence[int], like: Tensor) -> Keys | None:
         """Counts tokens of these shapes as appended, for the caller to write; returns as `append`.
 
         Their slots, from the offset of the result on, are uninitialised, as are those after shorter rows.
@@ -167,13 +182,23 @@ class Cache:
         require_padding_at_the_ends(type(self).__name__, is_token)
         return (self.length if self._rows is None else self._rows.lengths) - padding_before(is_token)
 
-    def latest(self, count: int) -> "Keys | Int8Keys":
+    def latest(self, count: int) -> Keys:
         """What `append` returned for the last ``count`` columns, for another layer that reads these keys.
 
         Raises:
             ValueError: for keys that the cache has dropped.
         """
         raise NotImplementedError
+
+    def keys(self) -> Keys:
+        """All keys and values, with the offset of the next token.
+
+        Raises:
+            ValueError: for an empty cache.
+        """
+        if self._is_new:
+            raise ValueError(f"{type(self).__name__}: it is empty; append keys and values first.")
+        return self.latest(0)
 
     def offset_of_latest(self, count: int) -> int | Tensor:
         """The position of the first of the last ``count`` columns, which `offset` returned before their append."""
@@ -434,7 +459,8 @@ class Cache:
         mine = self._parts if self._batch else tuple(AppendBuffer() for _ in self._parts)
         joined = [one.joined(two) for one, two in zip(mine, other._parts, strict=True)]
         self._owners = self._owners or other._owners
-        self._autocast = self._autocast if self._batch else other._autocast
+        each = self if self._batch else other
+        self._autocast, self._dtype = each._autocast, each._dtype
         self._set_rows(joined, rows, None if index is None else index.to(rows.lengths.device))
 
     def _set_rows(self, parts: Iterable[AppendBuffer], rows: Rows | None, index: Tensor | None) -> None:
@@ -459,6 +485,14 @@ class Cache:
             )
         for mine, theirs in zip(self._parts, other._parts, strict=True):
             mine.require_like(caller, theirs)
+        if self._batch and other._batch and self._dtype is not other._dtype:
+            raise ValueError(f"{caller}: both caches must have tokens of {self._dtype}; got {other._dtype}.")
+
+    def _check_append(self, k: Tensor, v: Tensor, cached_k: Tensor | None, cached_v: Tensor | None) -> None:
+        """`check_append`, and raises ValueError for tokens that the format cannot represent."""
+        caller = type(self).__name__
+        check_append(caller, k, v, cached_k, cached_v, self._dtype, self._autocast)
+        self._format.require(caller, k, v)
 
     def _check_rows(self, operation: str, rows: Tensor) -> Tensor:
         """The rows; raises ValueError unless they are integers ``(n,)`` from 0 to B - 1."""
@@ -492,7 +526,7 @@ class Cache:
         self._parts, length, rows = mark
         self._cut(length, rows)
 
-    def restrict(self, mask: Mask, keys: "Keys | Int8Keys", queries: int) -> Mask:
+    def restrict(self, mask: Mask, keys: Keys, queries: int) -> Mask:
         """A mask over all columns as one over the keys that the last append, of ``queries`` columns, returned."""
         if keys.lengths is None:
             return mask
@@ -502,18 +536,18 @@ class Cache:
             mask = mask.gather_keys(self._column_of_keys(keys), self.columns, columns)
         return mask & Mask.padding(keys.lengths)
 
-    def restrict_bias(self, bias: Tensor | None, keys: "Keys | Int8Keys") -> Tensor | None:
+    def restrict_bias(self, bias: Tensor | None, keys: Keys) -> Tensor | None:
         """A bias ``(B or 1, H or 1, Lq, columns)`` as one over the keys that the last append returned."""
         if keys.lengths is None or not self._has_columns(bias, keys):
             return bias
         return gather_keys(bias[(None,) * (4 - bias.dim())], self._column_of_keys(keys)[:, None, None])
 
-    def _require_columns(self, mask: Mask, keys: "Keys | Int8Keys", queries: int) -> None:
+    def _require_columns(self, mask: Mask, keys: Keys, queries: int) -> None:
         """Raises ValueError unless the tensors of a mask cover all columns."""
         batch, heads = self._batch, 1 if mask.allow is None else mask.allow.shape[1]
         mask.require_fit(type(self).__name__, batch, heads, queries, self.columns, keys.k.device)
 
-    def _has_columns(self, bias: Tensor | None, keys: "Keys | Int8Keys") -> TypeGuard[Tensor]:
+    def _has_columns(self, bias: Tensor | None, keys: Keys) -> TypeGuard[Tensor]:
         """Whether a bias has a number for each column. Raises ValueError if it does not fit; other types are left."""
         if not isinstance(bias, Tensor):
             return False
@@ -525,7 +559,7 @@ class Cache:
             )
         return bias.shape[-1] > 1
 
-    def _column_of_keys(self, keys: "Keys | Int8Keys") -> Tensor:
+    def _column_of_keys(self, keys: Keys) -> Tensor:
         """``(B, Lk)``, the column of each key that the last append returned, if rows differ."""
         assert self._rows is not None
         assert keys.lengths is not None
@@ -564,17 +598,23 @@ class Cache:
             f"{self.nbytes:,} bytes"
         )
 
-    def _options(self) -> dict[str, int]:
+    def _stored(self) -> list[Tensor]:
+        """All tokens of each part, if there are some."""
+        return [part.tensor for part in self._parts if part.tensor is not None]
+
+    def _options(self) -> dict[str, Any]:
         """Arguments of the constructor that are not at their defaults."""
-        return {} if self.capacity is None else {"capacity": self.capacity}
+        capacity = {} if self.capacity is None else {"capacity": self.capacity}
+        dtype = self._format.dtype
+        return {**capacity, **({} if dtype is type(self)._format.dtype else {"dtype": dtype})}
 
     def _tokens(self) -> Mapping[str, Tensor | None]:
         """All tokens of each part."""
-        return {name: part.tensor for name, part in zip(self.PARTS, self._parts, strict=True)}
+        return {name: part.tensor for name, part in zip(self._format.parts, self._parts, strict=True)}
 
     def _load_tokens(self, tokens: Mapping[str, Tensor]) -> None:
         """Stores these tokens of each part in an empty cache, which may keep them."""
-        for part, name in zip(self._parts, self.PARTS, strict=True):
+        for part, name in zip(self._parts, self._format.parts, strict=True):
             part.adopt(tokens[name])
 
     @property

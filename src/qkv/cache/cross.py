@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +12,6 @@ from qkv import kernels
 from qkv.cache.base import Cache, Keys, Owner, autocast_reason, autocast_to, check_append
 from qkv.cache.rows import place, require_is_token
 from qkv.masks import Mask
-
-if TYPE_CHECKING:
-    from qkv.cache.int8 import Int8Keys
 
 
 class CrossKVCache(Cache):
@@ -92,7 +89,7 @@ class CrossKVCache(Cache):
             raise ValueError("CrossKVCache: it is empty; call the layer with a context first.")
         return Keys(k, v, None, None if self._rows is None else self._rows.lengths)
 
-    def restrict(self, mask: Mask, keys: "Keys | Int8Keys", queries: int) -> Mask:
+    def restrict(self, mask: Mask, keys: Keys, queries: int) -> Mask:
         """A mask over all columns of the context as one over its tokens, for ``queries`` queries."""
         if keys.lengths is None:
             return mask

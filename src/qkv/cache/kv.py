@@ -1,4 +1,4 @@
-"""`KVCache`: all keys and values so far."""
+"""`KVCache` and `Int8KVCache`: all keys and values so far."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,8 +7,9 @@ from torch import Tensor
 from typing_extensions import Self
 
 from qkv.arguments import require_int
-from qkv.cache.base import Cache, Keys, autocast_to, check_append
+from qkv.cache.base import Cache, Keys, autocast_to
 from qkv.cache.buffer import append_in_place
+from qkv.cache.int8 import INT8
 from qkv.cache.rows import padding_before, place, require_is_token
 
 MIN_CAPACITY = 16
@@ -29,7 +30,6 @@ class FullCache(Cache):
         if capacity is not None and capacity < 1:
             raise ValueError(f"{caller}: capacity must be at least 1 token, or None to grow; got {capacity}.")
         self.capacity = capacity
-        self._dtype: torch.dtype | None = None
 
     def _extend(self, k: Tensor, v: Tensor, is_token: Tensor | None) -> tuple[Sequence[Tensor], int | Tensor]:
         """`append` to each part. Returns all tokens of each, and the offset."""
@@ -52,7 +52,7 @@ class FullCache(Cache):
             return None
         if self.capacity is not None and stop > self.capacity:
             return None
-        shapes = self._shapes(k, v, like.dtype)
+        shapes = self._format.shapes(k, v, like.dtype)
         if not all(self._fits(part, shape, like.device) for part, (shape, _) in zip(self._parts, shapes, strict=True)):
             return None
         if self._is_new:
@@ -65,15 +65,9 @@ class FullCache(Cache):
         self._rows = rows.append(k[2], None)
         return tokens, rows.lengths
 
-    def _shapes(
-        self, k: Sequence[int], v: Sequence[int], dtype: torch.dtype
-    ) -> list[tuple[Sequence[int], torch.dtype]]:
-        """Shape and dtype of each part of tokens."""
-        return [(k, dtype), (v, dtype)]
-
     def _extend_equally(self, k: Tensor, v: Tensor) -> Sequence[Tensor]:
         """Appends the same number of tokens to each row."""
-        raise NotImplementedError
+        return self._format.extend(self._parts, k, v, self._check_tokens(k, v, k.shape[2]))
 
     def _extend_rows(self, k: Tensor, v: Tensor, is_token: Tensor | None) -> tuple[Sequence[Tensor], int | Tensor]:
         """Appends tokens to rows that differ in length, now or afterwards."""
@@ -82,7 +76,7 @@ class FullCache(Cache):
         rows = self._rows_or_equal(k)
         placement, grown = place(rows.lengths, k.shape[2], is_token, keeps_padding=torch.compiler.is_compiling())
         capacity, length = self._check_tokens(k, v, grown), self.length + grown
-        parts = zip(self._parts, self._encode(k, v), strict=True)
+        parts = zip(self._parts, self._format.encode(k, v), strict=True)
         tokens = [part.put(x, placement, length, capacity) for part, x in parts]
         offset = rows.lengths if is_token is None else rows.lengths - padding_before(is_token)
         self._rows = rows.append(k.shape[2], is_token)
@@ -96,34 +90,18 @@ class FullCache(Cache):
 
     def _require_like(self, other: Self) -> None:
         super()._require_like(other)
-        caller = type(self).__name__
-        if self._batch and other._batch and self._dtype is not other._dtype:
-            raise ValueError(f"{caller}: both caches must have tokens of {self._dtype}; got {other._dtype}.")
         if self.capacity is not None and other.length > self.capacity:
             raise ValueError(
-                f"{caller}: capacity is {self.capacity} tokens; got a cache of {other.length}. Pass a larger capacity, "
-                "or None to grow."
+                f"{type(self).__name__}: capacity is {self.capacity} tokens; got a cache of {other.length}. Pass a "
+                "larger capacity, or None to grow."
             )
 
-    def _combine(self, other: Self, index: Tensor | None) -> None:
-        super()._combine(other, index)
-        self._dtype = other._dtype
-
-    def _encode(self, k: Tensor, v: Tensor) -> Sequence[Tensor]:
-        """New tokens in the form of each part."""
-        raise NotImplementedError
-
     def _load_more(self, state: Mapping[str, Tensor]) -> None:
-        self._dtype = self._parts[0].memory.dtype if self._parts[0].memory is not None else None
         if self.capacity is not None and self.length > self.capacity:
             raise ValueError(
                 f"{type(self).__name__}: the state must have at most {self.capacity} tokens, the capacity; got "
                 f"{self.length}. Pass a larger capacity, or None to grow."
             )
-
-    def _append_in_place(self, k: Tensor, v: Tensor) -> list[Tensor] | None:
-        """`append_in_place`, if the dtype is that of the cache."""
-        return append_in_place(self._parts, k, v) if k.dtype is v.dtype is self._dtype else None
 
     def _memory(self) -> tuple[Tensor | None, Tensor | None]:
         """All slots of keys and of values."""
@@ -133,7 +111,7 @@ class FullCache(Cache):
     def _check_tokens(self, k: Tensor, v: Tensor, grown: int) -> int:
         """Validates new tokens, ``grown`` more in the longest row; returns how many slots to allocate if need be."""
         caller, start = type(self).__name__, self.length
-        check_append(caller, k, v, *((None, None) if self._is_new else self._memory()), self._dtype, self._autocast)
+        self._check_append(k, v, *((None, None) if self._is_new else self._memory()))
         stop = start + grown
         if self.capacity is not None and stop > self.capacity:
             raise ValueError(
@@ -176,30 +154,49 @@ class KVCache(FullCache):
         Raises:
             ValueError: for a batch, heads, width, dtype or device other than before, and beyond capacity.
         """
-        (keys, values), offset = self._extend(k, v, is_token)
-        return Keys(keys, values, offset, self._returned)
+        tokens, offset = self._extend(k, v, is_token)
+        return Keys.of(tokens, offset, self._returned)
 
     def claim(self, k: Sequence[int], v: Sequence[int], like: Tensor) -> Keys | None:
         """As `Cache.claim`."""
         claimed = self._claim(k, v, like)
-        if claimed is None:
-            return None
-        (keys, values), offset = claimed
-        return Keys(keys, values, offset, self._returned)
+        return None if claimed is None else Keys.of(*claimed, self._returned)
 
     def latest(self, count: int) -> Keys:
         """What `append` returned for the last ``count`` columns."""
-        k, v = [part.tensor for part in self._parts]
-        assert k is not None
-        assert v is not None
-        return Keys(k, v, self.offset_of_latest(count), self._returned)
+        return Keys.of(self._stored(), self.offset_of_latest(count), self._returned)
+
+    def reserve(self, k: Tensor, v: Tensor, capacity: int) -> None:
+        """Allocates memory for ``capacity`` tokens of these shapes, before the first append.
+
+        Raises:
+            ValueError: for keys and values that are not ``(B, Hkv, L, width)``.
+        """
+        self._check_append(k, v, None, None)
+        shapes = self._format.shapes(k[:, :, :0].shape, v[:, :, :0].shape, k.dtype)
+        for part, (shape, dtype) in zip(self._parts, shapes, strict=True):
+            part.append_uninitialised((*shape,), dtype, k.device, capacity)
 
     def _extend_equally(self, k: Tensor, v: Tensor) -> Sequence[Tensor]:
-        grown = self._append_in_place(k, v)
-        if grown is None:
-            capacity = self._check_tokens(k, v, k.shape[2])
-            grown = [part.extend(x, capacity) for part, x in zip(self._parts, (k, v), strict=True)]
-        return grown
+        grown = append_in_place(self._parts, k, v) if k.dtype is v.dtype is self._dtype else None
+        return super()._extend_equally(k, v) if grown is None else grown
 
-    def _encode(self, k: Tensor, v: Tensor) -> Sequence[Tensor]:
-        return k, v
+
+class Int8KVCache(KVCache):
+    """A `KVCache` in int8: half the bytes of bf16, plus a scale of 4 bytes for each key and each value.
+
+    Keys and values are rounded as by `qkv.cache.quantize`. Integers, and tensors that require a gradient, are refused.
+
+    Args:
+        capacity: as in `KVCache`.
+
+    Example:
+        >>> import torch, qkv
+        >>> layer, cache = qkv.MultiQueryAttention(64, 2, mask=qkv.Mask.causal()).eval(), qkv.Int8KVCache()
+        >>> with torch.no_grad():
+        ...     y = layer(torch.randn(1, 5, 64), cache=cache)
+        >>> cache.append(*torch.randn(2, 1, 1, 1, 32)).k.dtype
+        torch.int8
+    """
+
+    _format = INT8

@@ -7,7 +7,23 @@ from torch import Tensor
 from typing_extensions import Self
 
 from qkv.cache.base import Keys
+from qkv.cache.format import Format
 from qkv.cache.kv import FullCache
+
+
+class Latents(Format):
+    """Rows of a latent and a rotary key."""
+
+    __slots__ = ()
+
+    parts = ("latents",)
+
+    def encode(self, k: Tensor, v: Tensor) -> Sequence[Tensor]:
+        """New tokens, as each part stores them."""
+        return (torch.cat([k, v], dim=3),)
+
+
+LATENTS = Latents()
 
 
 class LatentKVCache(FullCache):
@@ -29,7 +45,7 @@ class LatentKVCache(FullCache):
     Source: DeepSeek-V2, section 2.1.2.
     """
 
-    PARTS = ("latents",)
+    _format = LATENTS
     STATE = ("rank",)
 
     def __init__(self, capacity: int | None = None) -> None:
@@ -67,13 +83,6 @@ class LatentKVCache(FullCache):
     def _keys(self, keys: Tensor, offset: int | Tensor) -> Keys:
         """Rows as keys, and their latents as values."""
         return Keys(keys, keys[..., : self._rank], offset, self._returned)
-
-    def _extend_equally(self, k: Tensor, v: Tensor) -> Sequence[Tensor]:
-        capacity = self._check_tokens(k, v, k.shape[2])
-        return [part.extend(rows, capacity) for part, rows in zip(self._parts, self._encode(k, v), strict=True)]
-
-    def _encode(self, k: Tensor, v: Tensor) -> Sequence[Tensor]:
-        return (torch.cat([k, v], dim=3),)
 
     def _memory(self) -> tuple[Tensor | None, Tensor | None]:
         memory = self._parts[0].memory

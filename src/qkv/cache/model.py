@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy, deepcopy
-from typing import Any, Literal
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,6 +14,7 @@ from qkv.arguments import require_count
 from qkv.cache.base import Cache, Owner
 from qkv.cache.cached_layers import find_layers, owner_of
 from qkv.cache.handle import Handle
+from qkv.cache.int8 import Dtype, format_of
 from qkv.cache.model_call import ModelCall, quoted
 
 
@@ -73,9 +74,7 @@ class Caches:
         """by which compiled programs find the caches"""
 
     @classmethod
-    def for_model(
-        cls, model: nn.Module, capacity: int | None = None, dtype: torch.dtype | Literal["int8"] | None = None
-    ) -> Self:
+    def for_model(cls, model: nn.Module, capacity: int | None = None, dtype: Dtype = None) -> Self:
         """A cache for each attention layer in a module tree, as the layer makes it by ``make_cache``.
 
         For `Attention`, that is a `SlidingKVCache` if its mask has a window, a `CrossKVCache` if it has a context, and
@@ -86,8 +85,7 @@ class Caches:
         Args:
             model: a module that contains attention layers, or is one.
             capacity: of caches that grow, as in `KVCache`.
-            dtype: None for that of the keys, or ``torch.int8`` or ``"int8"``. Windows and contexts, which do not grow,
-                stay in that of the keys.
+            dtype: None for that of the keys, or ``torch.int8`` or ``"int8"``. Contexts stay in that of the keys.
 
         Raises:
             TypeError: for a model that is not a module, and a capacity that is not an int.
@@ -97,9 +95,7 @@ class Caches:
             raise TypeError(f"Caches: model must be a module; got {type(model).__name__}.")
         if capacity is not None:
             require_count("Caches", "capacity", capacity, suffix=", or None to grow")
-        if dtype not in (None, torch.int8, "int8"):
-            raise ValueError(f'Caches: dtype must be torch.int8 or "int8", or None for that of the keys; got {dtype}.')
-        kept = None if dtype is None else torch.int8
+        kept = format_of("Caches", dtype).dtype
         layers, _ = find_layers(model)
         if not layers:
             raise ValueError(

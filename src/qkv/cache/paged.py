@@ -99,7 +99,7 @@ class PagedKVCache(Cache):
         if torch.is_grad_enabled() or not self._takes(k, v, like):
             return None
         if not self._length:
-            self._autocast = autocast_to(like)
+            self._autocast, self._dtype = autocast_to(like), like.dtype
         table, mark = self._table, self.mark()
         if not table.claim(k[2]):
             lengths = [self._length] * k[0] if self._rows is None else self._rows.lengths.tolist()
@@ -128,7 +128,7 @@ class PagedKVCache(Cache):
         """Writes new tokens to pages, which rows get where they have none."""
         caller, pool = type(self).__name__, self.pool
         if not self._length:
-            self._autocast = autocast_to(k)
+            self._autocast, self._dtype = autocast_to(k), k.dtype
         check_append(caller, k, v, *self._like(k), None if pool.k is None else pool.k.dtype, self._autocast)
         require_is_token(caller, is_token, k)
         rows = self._rows_or_equal(k)
@@ -168,16 +168,6 @@ class PagedKVCache(Cache):
         """What `append` returned for the last ``count`` columns."""
         return self._keys(self.offset_of_latest(count), None if self._rows is None else self._rows.lengths)
 
-    def keys(self) -> Keys:
-        """All keys and values, with the offset of the next token.
-
-        Raises:
-            ValueError: before the first append.
-        """
-        if self._is_new:
-            raise ValueError("PagedKVCache: it is empty; append keys and values first.")
-        return self._keys(self.offset(), None if self._rows is None else self._rows.lengths)
-
     @property
     def _batch(self) -> int:
         if self._rows is not None:
@@ -204,7 +194,8 @@ class PagedKVCache(Cache):
         rows = self._rows_or_equal().join(other._rows_or_equal())
         table = mine.joined(other._table, type(self).__name__, None if index is None else index.tolist())
         self._owners = self._owners or other._owners
-        self._autocast = self._autocast if self._batch else other._autocast
+        each = self if self._batch else other
+        self._autocast, self._dtype = each._autocast, each._dtype
         self._set_table(table, rows, index)
 
     def _set_table(self, table: PageTable, rows: Rows, index: Tensor | None) -> None:
@@ -263,7 +254,7 @@ class PagedKVCache(Cache):
     def _slots(self) -> int:
         return self._length
 
-    def _options(self) -> dict[str, int]:
+    def _options(self) -> dict[str, Any]:
         return {"page_size": self.pool.page_size}
 
     @property

@@ -1,20 +1,18 @@
 """`SlidingKVCache`: the keys and values of a sliding window."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
 from qkv.arguments import described, require_int
-from qkv.cache.base import Cache, Keys, autocast_to, check_append
+from qkv.cache.base import Cache, Keys, autocast_to
 from qkv.cache.buffer import AppendBuffer, append_in_place
+from qkv.cache.int8 import Dtype, format_of
 from qkv.cache.rows import Rows, gather_tokens, padding_before, place, recent_tokens, require_is_token
 from qkv.masks import Mask, select_keys
-
-if TYPE_CHECKING:
-    from qkv.cache.int8 import Int8Keys
 
 
 class SlidingKVCache(Cache):
@@ -23,6 +21,7 @@ class SlidingKVCache(Cache):
     Args:
         window: number of keys that a query sees, its own included, as in ``Mask.causal(window=...)``.
         sink_tokens: number of first keys that are kept as well.
+        dtype: None for that of the keys; or ``torch.int8`` or ``"int8"``, rounded as in an `Int8KVCache`.
 
     Chunks of up to ``window`` positions, ``Mask.causal() & Mask.chunked(window)``, are kept whole as well.
 
@@ -43,7 +42,8 @@ class SlidingKVCache(Cache):
 
     STATE = ("window", "sink_tokens", "dropped")
 
-    def __init__(self, window: int, sink_tokens: int = 0) -> None:
+    def __init__(self, window: int, sink_tokens: int = 0, *, dtype: Dtype = None) -> None:
+        self._format = format_of("SlidingKVCache", dtype)
         super().__init__()
         require_int("SlidingKVCache", "window", window)
         require_int("SlidingKVCache", "sink_tokens", sink_tokens)
@@ -75,12 +75,12 @@ class SlidingKVCache(Cache):
         """As `Cache.append`; returns the sinks and all keys in a window of a new query.
 
         Raises:
-            ValueError: for a batch, heads, width, dtype or device other than before.
+            ValueError: for a batch, heads, width, dtype or device other than before, and as `Int8KVCache`.
         """
-        keys, values = [None if self._is_new else part.memory for part in self._parts]
-        check_append("SlidingKVCache", k, v, keys, values, None if keys is None else keys.dtype, self._autocast)
+        keys, values, *_ = [None if self._is_new else part.memory for part in self._parts]
+        self._check_append(k, v, keys, values)
         if keys is None:
-            self._autocast = autocast_to(k)
+            self._autocast, self._dtype = autocast_to(k), k.dtype
         mark = self.mark()
         try:
             if self._rows is None and is_token is None:
@@ -92,15 +92,14 @@ class SlidingKVCache(Cache):
 
     def claim(self, k: Sequence[int], v: Sequence[int], like: Tensor) -> Keys | None:
         """As `Cache.claim`; None for tokens beyond a window as well, some of which are dropped once they were read."""
-        count, memory, rows = k[2], self._parts[0].memory, self._rows
-        if torch.is_grad_enabled() or count > self.window + 1:
+        count, rows = k[2], self._rows
+        if torch.is_grad_enabled() or count > self.window + 1 or not (self._is_new or like.dtype is self._dtype):
             return None
-        if not self._is_new and memory is not None and memory.dtype is not like.dtype:
-            return None
-        if not all(self._fits(part, shape, like.device) for part, shape in zip(self._parts, (k, v), strict=True)):
+        shapes = self._format.shapes(k, v, like.dtype)
+        if not all(self._fits(part, shape, like.device) for part, (shape, _) in zip(self._parts, shapes, strict=True)):
             return None
         if self._is_new:
-            self._autocast = autocast_to(like)
+            self._autocast, self._dtype = autocast_to(like), like.dtype
         if rows is not None:
             rows = self._keep_recent(rows, rows.stored + count > self._capacity)
             self._rows = rows.append(count, None)
@@ -108,11 +107,11 @@ class SlidingKVCache(Cache):
             if self._parts[0].length + count > self._capacity:
                 self._parts = tuple([self._recent(part.tensor) for part in self._parts])
             self._length += count
-        slots, parts = self._parts[0].length, zip(self._parts, (k, v), strict=True)
-        keys, values = [part.claim(shape, like.dtype, like.device, self._capacity) for part, shape in parts]
+        slots, pairs = self._parts[0].length, zip(self._parts, shapes, strict=True)
+        tokens = [part.claim(shape, dtype, like.device, self._capacity) for part, (shape, dtype) in pairs]
         if rows is None or self._rows is None:
-            return Keys(keys, values, slots)
-        return Keys(keys, values, rows.stored, self._rows.stored)
+            return Keys.of(tokens, slots)
+        return Keys.of(tokens, rows.stored, self._rows.stored)
 
     def _append_equally(self, k: Tensor, v: Tensor) -> Keys:
         """Appends the same number of tokens to each row."""
@@ -122,11 +121,11 @@ class SlidingKVCache(Cache):
         before = self._parts[0].length
         grown = append_in_place(self._parts, k, v) if before + new <= capacity else None
         if grown is None:
-            grown = [self._extend(part, x) for part, x in zip(self._parts, (k, v), strict=True)]
+            grown = self._format.extend(self._parts, k, v, max(capacity, before + new))
             if before + new > capacity:  # a prompt of several windows is cut
                 self._parts = tuple([self._recent(x) for x in grown])
         self._length += new
-        return Keys(grown[0], grown[1], before)
+        return Keys.of(grown, before)
 
     def _append_rows(self, k: Tensor, v: Tensor, is_token: Tensor | None) -> Keys:
         """Appends tokens to rows that differ in length, now or afterwards."""
@@ -137,13 +136,13 @@ class SlidingKVCache(Cache):
         rows = self._keep_recent(rows, rows.stored + added > self._capacity)
         placement, grown = place(rows.stored, new, is_token, keeps_padding=torch.compiler.is_compiling())
         length, stored = self._parts[0].length + grown, rows.stored
-        parts = zip(self._parts, (k, v), strict=True)
-        keys, values = [part.put(x, placement, length, max(self._capacity, length)) for part, x in parts]
+        parts = zip(self._parts, self._format.encode(k, v), strict=True)
+        tokens = [part.put(x, placement, length, max(self._capacity, length)) for part, x in parts]
         offset = stored if is_token is None else stored - padding_before(is_token)
         rows = rows.append(new, is_token)
         self._rows = self._keep_recent(rows, rows.stored > self._capacity)
         self._counts_slots |= torch.compiler.is_compiling()
-        return Keys(keys, values, offset, rows.stored)
+        return Keys.of(tokens, offset, rows.stored)
 
     def _rows_or_equal(self, like: Tensor | None = None) -> Rows:
         rows = super()._rows_or_equal(like)
@@ -180,21 +179,14 @@ class SlidingKVCache(Cache):
                 f"got {rows.stored.max()} of {self.length} tokens. Append at most {self.window + 1} at once, or use a "
                 "KVCache."
             )
-        k, v = [part.tensor for part in self._parts]
-        assert k is not None
-        assert v is not None
         if self._rows is None:
-            return Keys(k, v, k.shape[2] - count)
-        return Keys(k, v, first, rows.stored)
+            return Keys.of(self._stored(), self._parts[0].length - count)
+        return Keys.of(self._stored(), first, rows.stored)
 
     @property
     def _capacity(self) -> int:
         """Slots allocated: the sinks, and two windows, so that old keys are dropped only once per window."""
         return self.sink_tokens + 2 * self.window
-
-    def _extend(self, part: AppendBuffer, new: Tensor) -> Tensor:
-        """Appends ``new`` to a buffer and returns all its tokens."""
-        return part.extend(new, max(self._capacity, part.length + new.shape[2]))
 
     def _recent(self, tokens: Tensor | None) -> AppendBuffer:
         """The tokens that the next query may see besides its own: the sinks, and those in its window."""
@@ -244,9 +236,9 @@ class SlidingKVCache(Cache):
         of_parts, self._length = mark
         super().restore(of_parts)
 
-    def _options(self) -> dict[str, int]:
+    def _options(self) -> dict[str, Any]:
         sinks = {"sink_tokens": self.sink_tokens} if self.sink_tokens else {}
-        return {"window": self.window, **sinks}
+        return {"window": self.window, **sinks, **super()._options()}
 
     def _more_state(self) -> dict[str, Tensor]:
         stored = self._parts[0].length
@@ -274,7 +266,7 @@ class SlidingKVCache(Cache):
         else:
             self._length = stored + int(dropped)
 
-    def restrict(self, mask: Mask, keys: "Keys | Int8Keys", queries: int) -> Mask:
+    def restrict(self, mask: Mask, keys: Keys, queries: int) -> Mask:
         """A mask over all columns as one over the keys that the last append, of ``queries`` columns, returned."""
         returned = keys.k.shape[2]
         if self._rows is not None and mask.counts_from_first_key:
@@ -288,7 +280,7 @@ class SlidingKVCache(Cache):
             self._require_columns(mask, keys, queries)
         return mask.select_keys(self._length - (returned - self.sink_tokens), self._length, self.sink_tokens)
 
-    def restrict_bias(self, bias: Tensor | None, keys: "Keys | Int8Keys") -> Tensor | None:
+    def restrict_bias(self, bias: Tensor | None, keys: Keys) -> Tensor | None:
         """A bias ``(B or 1, H or 1, Lq, columns)`` as one over the keys that the last append returned."""
         returned = keys.k.shape[2]
         if self._rows is not None or returned == self._length:

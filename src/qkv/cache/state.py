@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 PADDING = "is_token"
 """boolean ``(B, columns)``, which columns are tokens; present if rows differ"""
+DTYPE = "dtype"
+"""without numbers, in the dtype in which tokens were given; present if they are stored in another"""
 
 
 def state_of(cache: "Cache") -> dict[str, Tensor]:
@@ -24,7 +26,8 @@ def state_of(cache: "Cache") -> dict[str, Tensor]:
         return {}
     tokens = {name: compact_copy(tokens) for name, tokens in cache._tokens().items()}
     padding = {} if cache._rows is None else {PADDING: cache._rows.all_columns().clone()}
-    return {**{name: x for name, x in tokens.items() if x is not None}, **padding, **cache._more_state()}
+    dtype = {DTYPE: torch.empty(0, dtype=cache._dtype)} if cache._format.dtype else {}
+    return {**{name: x for name, x in tokens.items() if x is not None}, **padding, **dtype, **cache._more_state()}
 
 
 def load_state(cache: "Cache", state: Mapping[str, Tensor]) -> None:
@@ -40,7 +43,9 @@ def load_state(cache: "Cache", state: Mapping[str, Tensor]) -> None:
         cache.__dict__.update(vars(_emptied(cache)))
         if state:
             _check(cache, state)
-            cache._load_tokens({name: state[name].detach().clone() for name in cache.PARTS})
+            parts = cache._format.parts
+            cache._dtype = state.get(DTYPE, state[parts[0]]).dtype
+            cache._load_tokens({name: state[name].detach().clone() for name in parts})
             cache._rows = _rows(state)
             cache._load_more(state)
             _check_rows(cache)
@@ -66,21 +71,21 @@ def _rows(state: Mapping[str, Tensor]) -> Rows | None:
 
 def _check(cache: "Cache", state: Mapping[str, Tensor]) -> None:
     """Raises ValueError unless the state is of a cache of this class."""
-    caller = type(cache).__name__
-    want = {*cache.PARTS, *cache.STATE}
+    caller, names = type(cache).__name__, cache._format.parts
+    want = {*names, *cache.STATE, *((DTYPE,) if cache._format.dtype else ())}
     if not want <= set(state) or not set(state) <= want | {PADDING, *cache.OPTIONAL_STATE}:
         raise ValueError(
             f"{caller}: the state must have {', '.join(sorted(want))}; got {', '.join(sorted(state))}. Load the state "
             f"of another {caller}."
         )
-    parts = [state[name] for name in cache.PARTS]
+    parts = [state[name] for name in names]
     sizes = parts[0].shape[:3]
     if len(sizes) < 3 or any(part.shape[:3] != sizes or part.device != parts[0].device for part in parts):
         raise ValueError(
-            f"{caller}: {', '.join(cache.PARTS)} of the state must be (B, heads, L, ...) on one device; got "
+            f"{caller}: {', '.join(names)} of the state must be (B, heads, L, ...) on one device; got "
             f"{', '.join(f'{tuple(part.shape)} on {part.device}' for part in parts)}."
         )
-    if cache.PARTS[:2] == ("keys", "values") and parts[0].dtype is not parts[1].dtype:
+    if names[:2] == ("keys", "values") and parts[0].dtype is not parts[1].dtype:
         raise ValueError(
             f"{caller}: keys and values of the state must have the same dtype; got {parts[0].dtype} and "
             f"{parts[1].dtype}."

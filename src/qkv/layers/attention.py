@@ -345,7 +345,7 @@ class Attention(OperatorLayer):
 
         Args:
             capacity: as in `KVCache`.
-            dtype: ``torch.int8`` for an `Int8KVCache`, where the cache would grow; None for the dtype of the keys.
+            dtype: ``torch.int8`` for keys in int8, those of a context apart; None for their own dtype.
         """
         if self.context_dim is not None:
             return CrossKVCache()
@@ -353,7 +353,7 @@ class Attention(OperatorLayer):
         has_distances = self._slopes is not None or self.position_bias is not None
         counts_keys = mask.counts_from_first_key or (mask.sink_tokens and has_distances)
         if lookback is not None and not counts_keys and (capacity is None or capacity > lookback + 1):
-            return SlidingKVCache(lookback + 1, mask.sink_tokens)
+            return SlidingKVCache(lookback + 1, mask.sink_tokens, dtype=dtype)
         return Int8KVCache(capacity) if dtype is torch.int8 else KVCache(capacity)
 
     def _refuse_with_nested(self, **options: Tensor | None) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import ParamSpec
 
-from qkv.cache import Cache, Caches, Int8Keys, Keys, Owner
+from qkv.cache import Cache, Caches, Keys, Owner
 from qkv.layers.arguments import require_mask
 from qkv.layers.cached_operator import register, run_as_operator, runs_as_operator
 from qkv.masks import Mask
@@ -102,12 +102,12 @@ class Inputs(NamedTuple):
     """The inputs of `qkv.attention` in a layer."""
 
     q: Tensor
-    keys: Keys | Int8Keys
+    keys: Keys
     mask: Mask
     bias: Tensor | None
 
 
-def cached_inputs(q: Tensor, keys: Keys | Int8Keys, mask: Mask, bias: Tensor | None, cache: Cache) -> Inputs:
+def cached_inputs(q: Tensor, keys: Keys, mask: Mask, bias: Tensor | None, cache: Cache) -> Inputs:
     """The inputs over keys that a cache returned, from a mask and a bias over all columns."""
     return Inputs(q, keys, cache.restrict(mask, keys, q.shape[2]), cache.restrict_bias(bias, keys))
 

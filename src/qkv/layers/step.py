@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qkv import functional, kernels
-from qkv.cache import CrossKVCache, Int8Keys, Int8KVCache, Keys, KVCache, PagedKVCache, SlidingKVCache
+from qkv.cache import CrossKVCache, Int8KVCache, Keys, KVCache, PagedKVCache, SlidingKVCache
 from qkv.kernels import Gain
 from qkv.layers.arguments import INTEGERS
 from qkv.layers.cached_call import CallOptions
@@ -242,7 +242,7 @@ def layer_step(layer: "Attention", x: Tensor, context: Tensor | None, options: C
 
 
 def _run(
-    layer: "Attention", weights: Weights, x: Tensor, keys: Keys | Int8Keys, mask: Mask, position: int | Tensor | None
+    layer: "Attention", weights: Weights, x: Tensor, keys: Keys, mask: Mask, position: int | Tensor | None
 ) -> Tensor | None:
     """The step over keys whose last slots are new; None, with nothing written, if the kernel refuses it.
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qkv import kernels
-from qkv.cache import Int8Keys, Keys
+from qkv.cache import Keys
 from qkv.kernels import Gain, StepNumbers, StepTensors
 from qkv.layers.normed_forward import Norm
 from qkv.masks import Mask
@@ -16,7 +16,7 @@ from qkv.rotation import Rotation
 def step_call(
     x: Tensor,
     weights: dict[str, Any],
-    keys: Keys | Int8Keys,
+    keys: Keys,
     mask: Mask,
     *,
     scale: float,
@@ -45,8 +45,7 @@ def step_call(
     out = x.new_empty(x.shape)
     norm, rotation = q_norm or k_norm or Norm(None, 0.0, Gain.WIDENED), rotation or Rotation()
     offset, offsets = (0, keys.offset) if isinstance(keys.offset, Tensor) else (keys.offset or 0, None)
-    scales: tuple[Any, Any] = (keys.k_scale, keys.v_scale) if isinstance(keys, Int8Keys) else (None, None)
-    pages = keys.pages if isinstance(keys, Keys) else None
+    pages = keys.pages
     tensors = StepTensors(
         x=x,
         **{"gate_weight": None, "gate_bias": None, **weights},
@@ -57,8 +56,8 @@ def step_call(
         sin=rotation.sin,
         keys=keys.k,
         values=keys.v,
-        k_scale=scales[0],
-        v_scale=scales[1],
+        k_scale=keys.k_scale,
+        v_scale=keys.v_scale,
         block_table=None if pages is None else pages.table,
         offsets=offsets,
         positions=_int64(rotation.offsets if rotation.positions is None else rotation.positions),

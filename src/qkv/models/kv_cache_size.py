@@ -37,7 +37,7 @@ class CacheSize(NamedTuple):
     window_bytes: int
     """With a sliding window in every layer, so that the cache keeps only the window."""
     int8_bytes: int
-    """With int8 in the layers without a window of their own, as in ``QKVCache(model, dtype="int8")``."""
+    """In int8, as in ``QKVCache(model, dtype="int8")``."""
 
 
 def layer_shapes(config: Any, cache: Any) -> tuple[LayerShape, ...]:
@@ -88,7 +88,7 @@ def cache_sizes(layers: tuple[LayerShape, ...], length: int, window: int, bytes_
             num_kv_heads=tuple(sorted({layer.num_kv_heads for layer in chosen}, reverse=True)),
             num_bytes=cache_bytes(chosen, length, bytes_per_number),
             window_bytes=cache_bytes(chosen, min(length, window), bytes_per_number),
-            int8_bytes=_int8_bytes(chosen, length, bytes_per_number),
+            int8_bytes=_int8_bytes(chosen, length),
         )
         for attention, chosen in choices.items()
     ]
@@ -111,12 +111,9 @@ def cache_bytes(layers: tuple[LayerShape, ...], length: int, bytes_per_number: i
     )
 
 
-def _int8_bytes(layers: tuple[LayerShape, ...], length: int, bytes_per_number: int) -> int:
-    """Bytes of a cache in int8; layers with a window keep their dtype."""
-    windowed = tuple(layer for layer in layers if layer.window is not None)
-    others = tuple(layer for layer in layers if layer.window is None)
-    scales = sum(length * layer.num_kv_heads * SCALES for layer in others)
-    return cache_bytes(windowed, length, bytes_per_number) + cache_bytes(others, length, 1) + scales
+def _int8_bytes(layers: tuple[LayerShape, ...], length: int) -> int:
+    """Bytes of a cache in int8, with a scale for each key and each value."""
+    return cache_bytes(tuple(layer._replace(head_dim=layer.head_dim + SCALES) for layer in layers), length, 1)
 
 
 def readable_bytes(num_bytes: int) -> str:

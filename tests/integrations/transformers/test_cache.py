@@ -14,7 +14,7 @@ from transformers.cache_utils import (
 
 from qkv.cache.buffer import AppendBuffer
 from qkv.integrations.transformers import attention as integration
-from qkv.integrations.transformers.cache import AppendLayer, Int8Layer, QKVCache, SlidingLayer
+from qkv.integrations.transformers.cache import AppendLayer, Int8Layer, Int8SlidingLayer, QKVCache, SlidingLayer
 from qkv.integrations.transformers.lazy_tensor import Int8Tensor
 
 SIZES: dict[str, int] = {
@@ -216,10 +216,57 @@ def test_an_int8_layer_supports_every_operation_and_is_dequantized_for_others(ch
         assert 0 < (got - want).abs().max() <= want.abs().max() / 127
 
 
-def test_a_model_reads_a_cache_in_int8() -> None:
+@pytest.mark.parametrize("length", [2, 12])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: None,
+        lambda layer: layer.reorder_cache(torch.tensor([1, 0])),
+        lambda layer: layer.batch_repeat_interleave(2),
+        lambda layer: layer.batch_select_indices(torch.tensor([1])),
+        lambda layer: layer.crop(-1) if layer.cumulative_length < 5 else None,
+        lambda layer: layer.activate_past_recording(),
+        lambda layer: layer.reset(),
+    ],
+)
+@torch.no_grad()
+def test_a_window_in_int8_is_that_of_transformers(change: Any, length: int) -> None:
+    mine, theirs = Int8SlidingLayer(5), DynamicSlidingWindowLayer(5)
+    for layer in (mine, theirs):
+        torch.manual_seed(0)
+        layer.update(*tokens(length))
+        layer.update(*tokens(1))
+        change(layer)
+    for count in (1, 3, 9, 1, 1):
+        k, v = tokens(count, theirs.keys.shape[0] if theirs.keys is not None else 2)
+        assert mine.get_mask_sizes(count) == theirs.get_mask_sizes(count)
+        for got, want in zip(mine.update(k, v), theirs.update(k, v), strict=True):
+            assert got.shape == want.shape and got.dtype == want.dtype
+            assert (got - want).abs().max() <= want.abs().max() / 127
+        assert mine.get_seq_length() == theirs.get_seq_length() and mine.keys.shape == theirs.keys.shape
+    if mine.record_past:
+        assert not isinstance(mine.keys, Int8Tensor)  # drafts may be taken back
+    else:
+        assert isinstance(mine.keys, Int8Tensor)
+        with pytest.raises(RuntimeError, match="does not track past states"):
+            mine.crop(-1)
+
+
+@torch.no_grad()
+def test_a_window_in_int8_keeps_no_prompt_in_memory() -> None:
+    layer = Int8SlidingLayer(5)
+    layer.update(*tokens(100))
+    slots = {part.memory.shape[2] for part in layer._cache._parts}
+    assert slots == {10} and layer.keys.codes.untyped_storage().nbytes() == 2 * 3 * 10 * 4
+
+
+@pytest.mark.parametrize("kind", ["LlamaForCausalLM", "MistralForCausalLM"])
+def test_a_model_reads_a_cache_in_int8(kind: str) -> None:
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(**SIZES, num_hidden_layers=2)
-    model = transformers.LlamaForCausalLM(config).eval()
+    windows = {"sliding_window": 5} if kind == "MistralForCausalLM" else {}
+    of = getattr(transformers, kind)
+    config = of.config_class(**SIZES, **windows, num_hidden_layers=2)
+    model = of(config).eval()
     integration.register()
     ids = torch.randint(3, 97, (2, 12))
 

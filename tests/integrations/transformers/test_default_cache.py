@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicCache, StaticCache
 from transformers.generation import configuration_utils
 
 import qkv
-from qkv.integrations.transformers.cache import AppendLayer, Int8Layer, SlidingLayer
+from qkv.integrations.transformers.cache import AppendLayer, Int8Layer, Int8SlidingLayer, SlidingLayer
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers' own making
 
@@ -75,6 +75,8 @@ def test_int8_by_default_and_by_call(dtype: Any, ours: Any) -> None:
     options = {"cache_implementation": "qkv", "cache_config": {"dtype": dtype}}
     assert type(made(ours, **options).layers[0]) is Int8Layer and type(made(ours).layers[0]) is AppendLayer
     assert type(qkv.QKVCache(ours, dtype=dtype).layers[0]) is Int8Layer
+    windows = transformers.MistralConfig(num_hidden_layers=1, sliding_window=5)
+    assert type(qkv.QKVCache(windows, dtype=dtype).layers[0]) is Int8SlidingLayer
     qkv.register(cache=dtype)
     assert type(made(ours).layers[0]) is type(ours(IDS).past_key_values.layers[0]) is Int8Layer
     assert type(made(model())) is DynamicCache

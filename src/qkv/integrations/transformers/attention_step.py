@@ -15,11 +15,11 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qkv import kernels
-from qkv.cache import Int8Keys, Keys
+from qkv.cache import Keys
 from qkv.integrations import calls
 from qkv.integrations.transformers.attention import attend, compute_attention
 from qkv.integrations.transformers.attention_forwards import Form, form_of
-from qkv.integrations.transformers.cache import AppendLayer, Int8Layer, QKVCache, SlidingLayer
+from qkv.integrations.transformers.cache import AppendLayer, Int8Layer, Int8SlidingLayer, QKVCache, SlidingLayer
 from qkv.integrations.transformers.masks import MaskTensor
 from qkv.integrations.transformers.rotary import is_usual
 from qkv.layers.normed_forward import Norm, norm_of
@@ -40,10 +40,10 @@ _POSITIONAL = ("hidden_states", "position_embeddings", "attention_mask", "past_k
 _PARTS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "q_norm", "k_norm", "sinks")
 """Modules and parameters that are read; an attribute of an instance would hide them."""
 
-CacheLayer = AppendLayer | SlidingLayer | Int8Layer
+CacheLayer = AppendLayer | SlidingLayer | Int8Layer | Int8SlidingLayer
 
 _UPDATES: list[tuple[Any, Any]] = [
-    (kind, kind.update) for kind in (QKVCache, DynamicCache, AppendLayer, SlidingLayer, Int8Layer)
+    (kind, kind.update) for kind in (QKVCache, DynamicCache, AppendLayer, SlidingLayer, Int8Layer, Int8SlidingLayer)
 ]
 """Methods that a step does the work of; others may have been put in their place since."""
 
@@ -225,7 +225,7 @@ def _layer_of(cache: Any, index: Any) -> CacheLayer | str:
     if torch.is_grad_enabled():
         return "gradients are enabled, and appending to a cache concatenates then"
     layer = cache.layers[index] if type(index) is int and 0 <= index < len(cache.layers) else None
-    if type(layer) not in (AppendLayer, SlidingLayer, Int8Layer):
+    if type(layer) not in (AppendLayer, SlidingLayer, Int8Layer, Int8SlidingLayer):
         return f"the layer of the cache is a {type(layer).__name__}"
     if cache.offloading:
         return "the cache is offloaded"
@@ -258,7 +258,7 @@ def _run(module: Any, x: Tensor, step: Step) -> Tensor | str:
     batch, tokens, _ = x.shape
     shape = (batch, kv_heads, tokens, step.head_dim)
     if step.layer is None:
-        keys: Keys | Int8Keys = Keys(x.new_empty(shape), x.new_empty(shape), 0)
+        keys: Keys = Keys(x.new_empty(shape), x.new_empty(shape), 0)
         out = _call(x, step, keys)
     else:
         mark = step.layer.mark()
@@ -278,7 +278,7 @@ def _run(module: Any, x: Tensor, step: Step) -> Tensor | str:
     return out
 
 
-def _call(x: Tensor, step: Step, keys: Keys | Int8Keys) -> Tensor | None:
+def _call(x: Tensor, step: Step, keys: Keys) -> Tensor | None:
     q_norm, k_norm = step.norms or (None, None)
     return step_call(
         x,

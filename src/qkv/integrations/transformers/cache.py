@@ -15,7 +15,7 @@ from transformers.cache_utils import (
 )
 from typing_extensions import Self
 
-from qkv.cache import Int8Keys, Int8KVCache, Keys
+from qkv.cache import Int8KVCache, Keys, SlidingKVCache
 from qkv.cache.buffer import AppendBuffer, append_in_place, compact_copy, send_by_value, wants_grad
 from qkv.integrations.transformers.latent import beside
 from qkv.integrations.transformers.lazy_tensor import Int8Tensor
@@ -259,10 +259,10 @@ class SlidingLayer(_BufferedLayer, DynamicSlidingWindowLayer):  # type: ignore[m
         return tokens, tokens[:, :, tokens.shape[2] - before :].clone()
 
 
-class Int8Layer(DynamicLayer):  # type: ignore[misc]
-    """All keys and values of one layer in int8, which ``attn_implementation="qkv"`` reads without dequantising.
+class _RoundedLayer(DynamicLayer):  # type: ignore[misc]
+    """Base of the layers that store keys and values in int8, in a cache of ours.
 
-    int8 has no gradient: while keys or values require grad, as in training, the layer stores them unquantised, and
+    int8 has no gradient: while keys or values require grad, as in training, a layer stores them unquantised, and
     quantises them at the first call without gradients.
     """
 
@@ -271,7 +271,10 @@ class Int8Layer(DynamicLayer):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._cache = Int8KVCache()
+        self._cache = self._new_cache()
+
+    def _new_cache(self) -> Int8KVCache | SlidingKVCache:
+        raise NotImplementedError
 
     def __copy__(self) -> Self:
         twin = object.__new__(type(self))
@@ -287,16 +290,12 @@ class Int8Layer(DynamicLayer):  # type: ignore[misc]
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if isinstance(self.keys, torch.dtype):
-            self._set_views(self._cache.keys(), self.keys, self.values)
+            self._set_views(self.keys, self.values)
 
     @property
     def _is_quantised(self) -> bool:
         """Whether the tokens are stored in int8."""
         return isinstance(self.keys, Int8Tensor)
-
-    def reserve(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocates memory for a first update with tensors like these."""
-        self._cache.reserve(key_states, value_states, _capacity_for(key_states.shape[2]))
 
     def reset(self) -> None:
         """Removes all tokens."""
@@ -304,8 +303,11 @@ class Int8Layer(DynamicLayer):  # type: ignore[misc]
         self._cache.reset()
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Appends keys and values ``(B, Hkv, L, D)``; returns all as `Int8Tensor`, which other readers dequantise."""
-        if wants_grad(key_states, value_states, self.keys, self.values):
+        """Appends keys and values ``(B, Hkv, L, D)``; returns those that the queries may see.
+
+        They are `Int8Tensor`, which other readers dequantise.
+        """
+        if self._keeps_dtype(key_states, value_states):
             return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -313,21 +315,31 @@ class Int8Layer(DynamicLayer):  # type: ignore[misc]
             self._cache.reset()
             if _length(self.keys):
                 self._cache.append(self.keys, self.values)
-        self._set_views(self._cache.append(key_states, value_states), key_states.dtype, value_states.dtype)
-        return self.keys, self.values
+        seen = self._seen(self._cache.append(key_states, value_states), key_states.shape[2])
+        self._set_views(key_states.dtype, value_states.dtype)
+        return _lazy(seen, key_states.dtype, value_states.dtype)
 
-    def claim(self, k: Sequence[int], v: Sequence[int], like: Tensor) -> Int8Keys | None:
+    def _keeps_dtype(self, key_states: Tensor, value_states: Tensor) -> bool:
+        """Whether these tokens are not rounded."""
+        return wants_grad(key_states, value_states, self.keys, self.values)
+
+    def _seen(self, cached: Keys, count: int) -> Keys:
+        """Of the keys that the cache returned, those that the ``count`` last tokens see."""
+        return cached
+
+    def claim(self, k: Sequence[int], v: Sequence[int], like: Tensor) -> Keys | None:
         """As `AppendLayer.claim`."""
         if not self._is_quantised:
             return None
         claimed = self._cache.claim(k, v, like)
-        if claimed is not None:
-            self._set_views(claimed, like.dtype, like.dtype)
-        return claimed
+        if claimed is None:
+            return None
+        self._set_views(like.dtype, like.dtype)
+        return self._seen(claimed, k[2])
 
     def length_before(self) -> int:
         """As `AppendLayer.length_before`."""
-        return self._cache.length if self._is_quantised else _length(self.keys)
+        return _length(self.keys)
 
     def mark(self) -> tuple[Any, ...]:
         """As `AppendLayer.mark`."""
@@ -338,10 +350,9 @@ class Int8Layer(DynamicLayer):  # type: ignore[misc]
         self.keys, self.values, inner = mark
         self._cache.restore(inner)
 
-    def _set_views(self, cached: Int8Keys, keys_dtype: torch.dtype, values_dtype: torch.dtype) -> None:
-        """Sets ``keys`` and ``values`` to views of the int8 cache."""
-        self.keys = Int8Tensor(cached.k, cached.k_scale, keys_dtype)
-        self.values = Int8Tensor(cached.v, cached.v_scale, values_dtype)
+    def _set_views(self, keys_dtype: torch.dtype, values_dtype: torch.dtype) -> None:
+        """Sets ``keys`` and ``values`` to views of the int8 cache, of what the next token sees besides itself."""
+        self.keys, self.values = _lazy(self._seen(self._cache.latest(0), 0), keys_dtype, values_dtype)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last ``-tokens_to_remove`` tokens."""
@@ -349,7 +360,7 @@ class Int8Layer(DynamicLayer):  # type: ignore[misc]
             super().crop(tokens_to_remove)
         else:
             self._cache.crop(max(0, self._cache.length + tokens_to_remove))
-            self._set_views(self._cache.keys(), self.keys.dtype, self.values.dtype)
+            self._set_views(self.keys.dtype, self.values.dtype)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorders the batch for beam search."""
@@ -366,7 +377,73 @@ class Int8Layer(DynamicLayer):  # type: ignore[misc]
             super().batch_select_indices(indices)
         else:
             self._cache.select(indices)
-            self._set_views(self._cache.keys(), self.keys.dtype, self.values.dtype)
+            self._set_views(self.keys.dtype, self.values.dtype)
+
+
+class Int8Layer(_RoundedLayer):
+    """All keys and values of one layer in int8, which ``attn_implementation="qkv"`` reads without dequantising."""
+
+    _cache: Int8KVCache
+
+    def _new_cache(self) -> Int8KVCache:
+        return Int8KVCache()
+
+    def reserve(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocates memory for a first update with tensors like these."""
+        self._cache.reserve(key_states, value_states, _capacity_for(key_states.shape[2]))
+
+
+class Int8SlidingLayer(_RoundedLayer, DynamicSlidingWindowLayer):  # type: ignore[misc]
+    """The keys and values in the window of the next query, in int8.
+
+    Tokens that transformers may take back, as drafts, are not rounded.
+    """
+
+    cumulative_length: int
+
+    def _new_cache(self) -> SlidingKVCache:
+        return SlidingKVCache(self.sliding_window, dtype=torch.int8)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Appends keys and values ``(B, Hkv, L, D)``; returns those in the window of any new token, as `Int8Layer`."""
+        length = self.cumulative_length + key_states.shape[2]
+        tokens = super().update(key_states, value_states, *args, **kwargs)
+        self.cumulative_length = length
+        return tokens
+
+    def _keeps_dtype(self, key_states: Tensor, value_states: Tensor) -> bool:
+        return self.record_past or super()._keeps_dtype(key_states, value_states)
+
+    def _seen(self, cached: Keys, count: int) -> Keys:
+        first = max(0, cached.lk - (self.sliding_window - 1 + count))
+        k, v, k_scale, v_scale = (
+            x if x is None else x[:, :, first:] for x in (cached.k, cached.v, cached.k_scale, cached.v_scale)
+        )
+        return Keys(k, v, cached.lk - first - count, k_scale=k_scale, v_scale=v_scale)  # type: ignore[arg-type]
+
+    def claim(self, k: Sequence[int], v: Sequence[int], like: Tensor) -> Keys | None:
+        """As `AppendLayer.claim`."""
+        claimed = None if self.record_past else super().claim(k, v, like)
+        if claimed is not None:
+            self.cumulative_length += k[2]
+        return claimed
+
+    def mark(self) -> tuple[Any, ...]:
+        """As `AppendLayer.mark`."""
+        return super().mark(), self.cumulative_length
+
+    def restore(self, mark: tuple[Any, ...]) -> None:
+        """As `AppendLayer.restore`."""
+        of_tokens, self.cumulative_length = mark
+        super().restore(of_tokens)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last ``-tokens_to_remove`` tokens, as transformers' own layer does."""
+        if self.cumulative_length >= self.sliding_window:
+            DynamicSlidingWindowLayer.crop(self, tokens_to_remove)
+        else:
+            super().crop(tokens_to_remove)
+            self.cumulative_length = _length(self.keys)
 
 
 class QKVCache(DynamicCache):  # type: ignore[misc]
@@ -376,9 +453,9 @@ class QKVCache(DynamicCache):  # type: ignore[misc]
         config: of the model, or the model. Layers with a window cache only the window; those of latent attention keep
             latents and rotary keys in one memory; layers without keys and values, such as linear attention, are
             transformers' own.
-        dtype: of keys and values in layers without a window: the model's if None, or ``torch.int8`` or ``"int8"``,
-            about half the size of bf16, for models on ``attn_implementation="qkv"``. (Other implementations would
-            dequantise the cache at each step.) Keys and values that require grad are not quantised.
+        dtype: of keys and values: the model's if None, or ``torch.int8`` or ``"int8"``, about half the size of bf16,
+            for models on ``attn_implementation="qkv"``. (Other implementations would dequantise the cache at each
+            step.) Latents, keys and values that require grad, and windows while transformers drafts, are not quantised.
         offloading, offload_only_non_sliding: as in ``DynamicCache``.
 
     Raises:
@@ -447,7 +524,8 @@ class QKVCache(DynamicCache):  # type: ignore[misc]
         """An independent copy; our layers share memory until either is written to."""
         twin = object.__new__(type(self))
         layers = [
-            copy(layer) if isinstance(layer, _BufferedLayer | Int8Layer) else deepcopy(layer) for layer in self.layers
+            copy(layer) if isinstance(layer, _BufferedLayer | _RoundedLayer) else deepcopy(layer)
+            for layer in self.layers
         ]
         twin.__dict__.update({**vars(self), "layers": layers})
         return twin
@@ -474,7 +552,7 @@ def is_replaced(layer: CacheLayerMixin) -> bool:
 
 def is_ours(layer: object) -> bool:
     """Whether a layer is one of ours."""
-    return isinstance(layer, _BufferedLayer | Int8Layer)
+    return isinstance(layer, _BufferedLayer | _RoundedLayer)
 
 
 def _config_of(config: PreTrainedConfig | nn.Module) -> PreTrainedConfig:
@@ -510,14 +588,22 @@ def _replace_layer(layer: CacheLayerMixin, append_layer: type[DynamicLayer]) -> 
     """Our equivalent of a layer of transformers; other layers are returned unchanged."""
     if type(layer) in (DynamicLayer, AppendLayer, LatentLayer, Int8Layer):
         return append_layer()
-    if type(layer) in (DynamicSlidingWindowLayer, SlidingLayer):
-        return SlidingLayer(layer.sliding_window)
+    if type(layer) in (DynamicSlidingWindowLayer, SlidingLayer, Int8SlidingLayer):
+        kind = Int8SlidingLayer if append_layer is Int8Layer else SlidingLayer
+        return kind(layer.sliding_window)
     return layer
 
 
-torch.serialization.add_safe_globals([QKVCache, AppendLayer, LatentLayer, SlidingLayer, Int8Layer])
-for _kind in (AppendLayer, LatentLayer, SlidingLayer, Int8Layer):
+torch.serialization.add_safe_globals([QKVCache, AppendLayer, LatentLayer, SlidingLayer, Int8Layer, Int8SlidingLayer])
+for _kind in (AppendLayer, LatentLayer, SlidingLayer, Int8Layer, Int8SlidingLayer):
     send_by_value(_kind)
+
+
+def _lazy(keys: Keys, keys_dtype: torch.dtype, values_dtype: torch.dtype) -> tuple[Int8Tensor, Int8Tensor]:
+    """Keys and values in int8 as tensors of these dtypes."""
+    assert keys.k_scale is not None
+    assert keys.v_scale is not None
+    return Int8Tensor(keys.k, keys.k_scale, keys_dtype), Int8Tensor(keys.v, keys.v_scale, values_dtype)
 
 
 def _length(cached: Tensor | None) -> int:
