@@ -455,7 +455,7 @@ class QKVCache(DynamicCache):  # type: ignore[misc]
             transformers' own.
         dtype: of keys and values: the model's if None, or ``torch.int8`` or ``"int8"``, about half the size of bf16,
             for models on ``attn_implementation="qkv"``. (Other implementations would dequantise the cache at each
-            step.) Latents, keys and values that require grad, and windows while transformers drafts, are not quantised.
+            step.) Keys and values that require grad are not quantised, nor windows while transformers drafts.
         offloading, offload_only_non_sliding: as in ``DynamicCache``.
 
     Raises:
