@@ -1,18 +1,23 @@
-// A layer's step, through tensors as Python hands them out: the bits of its parts, one after the other.
-#include "abi/projection.h"
-#include "abi/rotation.h"
+// A layer's step and a decoder layer, through tensors as Python hands them out: the bits of their parts, one after the
+// other.
+#include <functional>
+
+#include "abi/decoder_layer.h"
 #include "call.h"
 #include "library.h"
 #include "objects.h"
 
-extern "C" int qkv_layer_step_size();
-extern "C" int qkv_layer_step(const void* interpreter, void* const* tensors, int64_t key_count, int64_t offset,
-                              int64_t position, int64_t left, int64_t right, int64_t sink_tokens, int64_t prefix_tokens,
-                              int64_t dilation, int64_t chunk, int64_t chunk_start, int interleaved,
-                              float position_scale, float attention_factor, int norm_gain, float norm_eps, float scale,
-                              float softcap, int threads);
-extern "C" int qkv_project(const void* projections, int count, int threads);
-extern "C" int qkv_rotate(const void* rotation);
+extern "C" {
+int qkv_layer_step_size();
+int qkv_step_numbers_size();
+int qkv_layer_step(const void* interpreter, void* const* tensors, const void* numbers);
+int qkv_decoder_layer(const void* interpreter, void* const* tensors, const void* numbers, void* const* block,
+                      int activation, int norm_gain, float norm_eps);
+int qkv_project(const void* projections, int count, int threads);
+int qkv_rotate(const void* rotation);
+int qkv_gated_mlp(const void* mlp);
+void qkv_rms_norm(const void* norm);
+}
 
 namespace qkv {
 namespace {
@@ -46,7 +51,22 @@ struct Example {
         for (const Tensor* cached : {&keys, &values}) cached->fill([&] { return std::sin(number += 1); });
     }
 
+    static StepNumbers numbers() {
+        StepNumbers n = {};
+        n.offset = START, n.left = UNBOUNDED, n.dilation = 1;
+        n.position_scale = n.attention_factor = 1, n.scale = 0.3f, n.threads = 2;
+        return n;
+    }
+
     int step() const {
+        return with_tensors([](void* const* tensors) {
+            const StepNumbers n = numbers();
+            return qkv_layer_step(&python, tensors, &n);
+        });
+    }
+
+    // What a call returns for the tensors of a step.
+    int with_tensors(const std::function<int(void* const*)>& call) const {
         Object objects[] = {Object::of_rows(x, 3),    Object::of_rows(q_weight, 2), Object::of_rows(k_weight, 2),
                             Object::of_rows(bias, 1), Object::of_rows(v_weight, 2), Object::of_rows(out_weight, 2),
                             Object::of_rows(cos, 3),  Object::of_rows(sin, 3),      Object(keys),
@@ -54,8 +74,7 @@ struct Example {
         std::vector<void*> tensors(qkv_layer_step_size(), &none);
         const int places[] = {0, 1, 3, 4, 5, 9, 14, 15, 16, 17, qkv_layer_step_size() - 1};
         for (int i = 0; i < 11; ++i) tensors[places[i]] = &objects[i];
-        return qkv_layer_step(&python, tensors.data(), 0, START, 0, UNBOUNDED, 0, 0, 0, 1, 0, 0, 0, 1, 1, 0, 0, 0.3f, 0,
-                              2);
+        return call(tensors.data());
     }
 
     void project(const Rows& weight, const Rows* bias, const Tensor& from, const Tensor& to) const {
@@ -114,6 +133,138 @@ TEST(it_has_the_bits_of_its_parts) {
         for (const Tensor* written : {&one.keys, &one.values, &one.out})
             require(written->is_intact(), "something was written beside the slots");
     }
+}
+
+// What a decoder layer has around its attention; a norm may be missing.
+struct Block {
+    static constexpr int64_t FEATURES = 37;
+    const Rows gains, gate, up, down, gate_bias;
+    const bool before_attention, after_attention, before_mlp, after_mlp, joined;
+
+    Block(Dtype dtype, int norms, bool joined)
+        : gains(dtype, 1, 4, EMBED, 11), gate(dtype, 1, joined ? 2 * FEATURES : FEATURES, EMBED, 12, 1),
+          up(dtype, 1, FEATURES, EMBED, 13), down(dtype, 1, EMBED, FEATURES, 14), gate_bias(dtype, 1, 1, gate.rows, 15),
+          before_attention(norms & 1), after_attention(norms & 2), before_mlp(norms & 4), after_mlp(norms & 8),
+          joined(joined) {}
+
+    int run(const Example& e, Gain gain) const {
+        return e.with_tensors([&](void* const* tensors) {
+            std::vector<Object> norms;
+            for (int64_t i = 0; i < 4; ++i) {
+                norms.push_back(Object::of_rows(gains, 1));
+                norms.back().byte_offset = i * gains.view.row * format_of(gains.dtype).item;
+            }
+            Object weights[] = {Object::of_rows(gate, 2), Object::of_rows(gate_bias, 1), Object::of_rows(up, 2),
+                                Object::of_rows(down, 2)};
+            void* const block[] = {given(before_attention, norms[0]),
+                                   given(after_attention, norms[1]),
+                                   given(before_mlp, norms[2]),
+                                   given(after_mlp, norms[3]),
+                                   &weights[0],
+                                   &weights[1],
+                                   given(!joined, weights[2]),
+                                   &none,
+                                   &weights[3],
+                                   &none};
+            const StepNumbers n = Example::numbers();
+            return qkv_decoder_layer(&python, tensors, &n, block, 0, (int)gain, 1e-3f);
+        });
+    }
+
+    static void* given(bool is_given, Object& object) { return is_given ? &object : (void*)&none; }
+
+    // As `run`, of another example.
+    void parts(const Example& e, Gain gain) const {
+        const Example inner(e.dtype);
+        for (int64_t b = 0; b < BATCH; ++b)
+            for (int64_t i = 0; i < TOKENS; ++i) {
+                inner.x.copy_row(b, 0, i, e.x.at(b, 0, i));
+                if (before_attention) norm(0, inner.x.at(b, 0, i), gain);
+            }
+        require(inner.step() == 0, "not a step that the kernel takes");
+        const Rows normed(e.dtype, BATCH, TOKENS, EMBED, 16), added(e.dtype, BATCH, TOKENS, EMBED, 17);
+        for (int64_t b = 0; b < BATCH; ++b) {
+            for (int64_t i = 0; i < TOKENS; ++i) {
+                char* const y = inner.out.at(b, 0, i);
+                if (after_attention) norm(1, y, gain);
+                add(e.dtype, e.x.at(b, 0, i), y);
+                normed.copy_row(b, 0, i, y);
+                if (before_mlp) norm(2, normed.at(b, 0, i), gain);
+            }
+            GatedMlp mlp = {};
+            mlp.gate = product(normed.at(b, 0, 0), normed.view.row, gate, &gate_bias, nullptr, 0);
+            mlp.up = product(normed.at(b, 0, 0), normed.view.row, up, nullptr, nullptr, 0);
+            mlp.down = product(nullptr, 0, down, nullptr, added.at(b, 0, 0), added.view.row);
+            mlp.gate.out_features = FEATURES, mlp.threads = 1;
+            const int64_t item = format_of(e.dtype).item;
+            if (joined) {
+                mlp.up = mlp.gate;
+                mlp.up.weight = gate.at(0, 0, FEATURES), mlp.up.bias = gate_bias.at(0, 0, 0) + FEATURES * item;
+            }
+            require(qkv_gated_mlp(&mlp) == 0, "not an MLP that the kernel takes");
+            for (int64_t i = 0; i < TOKENS; ++i) {
+                if (after_mlp) norm(3, added.at(b, 0, i), gain);
+                add(e.dtype, added.at(b, 0, i), inner.out.at(b, 0, i));
+                e.out.copy_row(b, 0, i, inner.out.at(b, 0, i));
+                for (int64_t head = 0; head < KV_HEADS; ++head) {
+                    e.keys.copy_row(b, head, START + i, inner.keys.at(b, head, START + i));
+                    e.values.copy_row(b, head, START + i, inner.values.at(b, head, START + i));
+                }
+            }
+        }
+    }
+
+    void norm(int64_t which, char* row, Gain gain) const {
+        const RmsNorm norm = {gains.dtype, gain, 1, EMBED, row, EMBED, gains.at(0, 0, which), row, EMBED, 1e-3f, 1};
+        qkv_rms_norm(&norm);
+    }
+
+    static void add(Dtype dtype, const char* x, char* y) {
+        const int64_t item = format_of(dtype).item;
+        for (int64_t c = 0; c < EMBED; ++c)
+            encode(dtype, (float)decode(dtype, x + c * item) + (float)decode(dtype, y + c * item), y + c * item);
+    }
+
+    static Projection product(const void* x, int64_t x_row, const Rows& weight, const Rows* bias, void* out,
+                              int64_t out_row) {
+        return {weight.dtype,
+                weight.dtype,
+                TOKENS,
+                weight.width,
+                weight.rows,
+                x,
+                x_row,
+                weight.at(0, 0, 0),
+                weight.view.row,
+                bias ? bias->at(0, 0, 0) : nullptr,
+                out,
+                out_row};
+    }
+};
+
+TEST(a_decoder_layer_has_the_bits_of_its_parts) {
+    require(qkv_step_numbers_size() == sizeof(StepNumbers), "another number of numbers");
+    for (const Dtype dtype : {Dtype::f32, Dtype::bf16, Dtype::f16})
+        for (const int norms : {0, 5, 10, 15})
+            for (const Gain gain : {Gain::rounded, Gain::one_more}) {
+                const Block block(dtype, norms, norms == 15);
+                const Example one(dtype), other(dtype);
+                require(block.run(one, gain) == 0, "not a layer that the kernel takes");
+                block.parts(other, gain);
+                require(one.keys.bits() == other.keys.bits(), "other keys");
+                require(one.values.bits() == other.values.bits(), "other values");
+                require(one.out.bits() == other.out.bits(), "other outputs");
+                for (const Tensor* written : {&one.keys, &one.values, &one.out})
+                    require(written->is_intact(), "something was written beside the slots");
+            }
+}
+
+TEST(a_decoder_layer_of_parts_that_do_not_fit_is_refused) {
+    const Example e(Dtype::f32);
+    const std::string keys = e.keys.bits(), out = e.out.bits();
+    const Block other_dtype(Dtype::bf16, 5, false);
+    require(other_dtype.run(e, Gain::rounded) == 2, "norms and MLP of another dtype");
+    require(e.keys.bits() == keys && e.out.bits() == out, "something was written");
 }
 
 }  // namespace

@@ -3,8 +3,7 @@
 #include <cmath>
 #include <functional>
 
-#include "abi/projection.h"
-#include "abi/rotation.h"
+#include "abi/layer_step.h"
 #include "call.h"
 #include "library.h"
 #include "objects.h"
@@ -13,10 +12,7 @@ extern "C" {
 int qkv_project(const void* projections, int count, int threads);
 int qkv_rotate(const void* rotation);
 int qkv_layer_step_size();
-int qkv_layer_step(const void* interpreter, void* const* tensors, int64_t key_count, int64_t offset, int64_t position,
-                   int64_t left, int64_t right, int64_t sink_tokens, int64_t prefix_tokens, int64_t dilation,
-                   int64_t chunk, int64_t chunk_start, int interleaved, float position_scale, float attention_factor,
-                   int norm_gain, float norm_eps, float scale, float softcap, int threads);
+int qkv_layer_step(const void* interpreter, void* const* tensors, const void* numbers);
 }
 
 namespace qkv {
@@ -165,8 +161,11 @@ struct Example {
                                  &none,
                                  &given[13]};
         require(qkv_layer_step_size() == sizeof tensors / sizeof *tensors, "another number of tensors");
-        return qkv_layer_step(&python, tensors, c.paged ? key_count() : 0, c.context ? 0 : EARLIER, 40, UNBOUNDED,
-                              c.context ? UNBOUNDED : 0, 0, 0, 1, 0, 0, 0, 1, 1, 0, 0, 0.3f, 0, c.threads);
+        StepNumbers n = {};
+        n.key_count = c.paged ? key_count() : 0, n.offset = c.context ? 0 : EARLIER, n.position = 40;
+        n.left = UNBOUNDED, n.right = c.context ? UNBOUNDED : 0, n.dilation = 1;
+        n.position_scale = n.attention_factor = 1, n.scale = 0.3f, n.threads = c.threads;
+        return qkv_layer_step(&python, tensors, &n);
     }
 
     // The same by parts, from keys of its own. Returns the heads that out_proj takes.

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "abi/c_api.h"
+#include "abi/decoder_layer.h"
 #include "abi/gated_mlp.h"
 #include "abi/layer_step.h"
 #include "abi/rms_norm.h"
@@ -38,6 +39,7 @@ namespace qkv {
     void rotate(const Rotation&);                    \
     void layer_step(const LayerStep&);               \
     void gated_mlp(const GatedMlp&);                 \
+    void decoder_layer(const DecoderLayer&);         \
     void rms_norm(const RmsNorm&);                   \
     }
 #include "abi/isas.def"
@@ -87,13 +89,14 @@ struct Isa {
     void (*rotate)(const Rotation&);
     void (*layer_step)(const LayerStep&);
     void (*gated_mlp)(const GatedMlp&);
+    void (*decoder_layer)(const DecoderLayer&);
     void (*rms_norm)(const RmsNorm&);
 };
 
 // The least first.
-#define ISA(name, ...)                                                                                   \
-    {#name,         has_##name,   name::forward,    name::backward,  name::count_scores, name::quantize, \
-     name::project, name::rotate, name::layer_step, name::gated_mlp, name::rms_norm},
+#define ISA(name, ...)                                                                                    \
+    {#name,         has_##name,   name::forward,    name::backward,  name::count_scores,  name::quantize, \
+     name::project, name::rotate, name::layer_step, name::gated_mlp, name::decoder_layer, name::rms_norm},
 const Isa IN_ORDER[] = {
 #include "abi/isas.def"
 };
@@ -191,6 +194,10 @@ namespace qkv {
 
 int run_layer_step(const LayerStep& step) {
     return status_of([&] { chosen()->layer_step(step); });
+}
+
+int run_decoder_layer(const DecoderLayer& layer) {
+    return status_of([&] { chosen()->decoder_layer(layer); });
 }
 
 }  // namespace qkv

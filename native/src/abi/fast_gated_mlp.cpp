@@ -1,8 +1,8 @@
 // The fast path from tensors of Python to a gated MLP of few rows.
 #include <initializer_list>
 
-#include "abi/gated_mlp.h"
 #include "abi/python_rows.h"
+#include "abi/python_steps.h"
 
 namespace qkv {
 namespace {
@@ -53,6 +53,13 @@ bool make_mlp(const Tensors& t, GatedMlp& mlp) {
 }
 
 }  // namespace
+
+bool read_mlp(const Interpreter& python, void* const* tensors, GatedMlp& mlp) {
+    Tensors given;
+    mlp = {};
+    return given.look(python, tensors) && make_mlp(given, mlp);
+}
+
 }  // namespace qkv
 
 // A gated MLP (abi/gated_mlp.h) of the rows of x, written to out, of tensors of Python, whose lock the caller has.
@@ -63,9 +70,8 @@ QKV_EXPORT int qkv_fast_gated_mlp(const void* interpreter, void* x, void* gate_w
                                   int threads) {
     const auto& python = *(const qkv::Interpreter*)interpreter;
     void* const objects[] = {x, gate_weight, gate_bias, up_weight, up_bias, down_weight, down_bias, out};
-    qkv::Tensors tensors;
-    qkv::GatedMlp mlp = {};
-    if (!tensors.look(python, objects) || !qkv::make_mlp(tensors, mlp)) return qkv::OTHER;
+    qkv::GatedMlp mlp;
+    if (!qkv::read_mlp(python, objects, mlp)) return qkv::OTHER;
     mlp.activation = (qkv::Activation)activation, mlp.threads = threads;
     return python.unlocked([&] { return qkv_gated_mlp(&mlp); });
 }

@@ -1,8 +1,9 @@
 // A layer's call with few tokens, from Python tensors.
+#include <cstring>
 #include <initializer_list>
 
-#include "abi/layer_step.h"
 #include "abi/python_rows.h"
+#include "abi/python_steps.h"
 #include "abi/rotation_tensors.h"
 
 namespace qkv {
@@ -102,7 +103,7 @@ bool make_step(const Tensors& t, int64_t key_count, LayerStep& step) {
     p.batch = t.x.shape[0], p.lq = t.x.shape[1];
     p.kv_heads = t.keys.shape[1], p.width = t.keys.shape[3], p.value_width = t.values.shape[3];
     const int64_t rows = p.batch * p.lq, embed = t.x.shape[2];
-    if (rows < 1 || embed < 1 || !places_of(t.table, t.keys, key_count, p)) return false;
+    if (rows < 1 || rows > MOST_ROWS || embed < 1 || !places_of(t.table, t.keys, key_count, p)) return false;
     for (int i : {0, 1, 2})
         if (t.values.shape[i] != t.keys.shape[i]) return false;
     if (t.q_weight.dimensions != 2 || !is_given(t.out_weight) || is_given(t.k_weight) != is_given(t.v_weight))
@@ -157,32 +158,38 @@ bool has_slots(const LayerStep& step) {
 }
 
 }  // namespace
+
+bool read_step(const Interpreter& python, void* const* tensors, const void* numbers, LayerStep& step) {
+    StepNumbers n;
+    std::memcpy(&n, numbers, sizeof n);
+    Tensors given;
+    step = {};
+    if (!given.look(python, tensors) || !make_step(given, n.key_count, step)) return false;
+    Problem& p = step.attention;
+    p.offset = n.offset, p.left = n.left, p.right = n.right;
+    p.sink_tokens = n.sink_tokens, p.prefix_tokens = n.prefix_tokens;
+    p.dilation = n.dilation, p.chunk = n.chunk, p.chunk_start = n.chunk_start;
+    p.scale = n.scale, p.softcap = n.softcap, p.threads = n.threads;
+    step.norm_gain = (Gain)n.norm_gain, step.norm_eps = n.norm_eps;
+    Rotation& r = step.rotation;
+    r.interleaved = n.interleaved, r.position_scale = n.position_scale, r.attention_factor = n.attention_factor;
+    r.offset = n.position;
+    return fits(p) && has_slots(step);
+}
+
 }  // namespace qkv
 
-// Callers compare it with the number of tensors that they give.
+// Callers compare them with the tensors and numbers that they give.
 QKV_EXPORT int qkv_layer_step_size() { return qkv::TENSORS; }
+QKV_EXPORT int qkv_step_numbers_size() { return sizeof(qkv::StepNumbers); }
 
 // A step of a layer (abi/layer_step.h) from Python tensors. The caller holds the GIL. `tensors` are TENSORS objects
 // in the order of `Tensors`; all but x, q_weight, out_weight, keys, values and out may be None, and k_weight with
-// v_weight for the keys of a context. Of keys in pages there are `key_count`. Returns as qkv_forward; or OTHER, and
-// does nothing, if the tensors are of another kind or do not fit together.
-QKV_EXPORT int qkv_layer_step(const void* interpreter, void* const* tensors, int64_t key_count, int64_t offset,
-                              int64_t position, int64_t left, int64_t right, int64_t sink_tokens, int64_t prefix_tokens,
-                              int64_t dilation, int64_t chunk, int64_t chunk_start, int interleaved,
-                              float position_scale, float attention_factor, int norm_gain, float norm_eps, float scale,
-                              float softcap, int threads) {
+// v_weight for the keys of a context. `numbers` are StepNumbers. Returns as qkv_forward; or OTHER, and does nothing, if
+// the tensors are of another kind or do not fit together.
+QKV_EXPORT int qkv_layer_step(const void* interpreter, void* const* tensors, const void* numbers) {
     const auto& python = *(const qkv::Interpreter*)interpreter;
-    qkv::Tensors given;
-    qkv::LayerStep step = {};
-    if (!given.look(python, tensors) || !qkv::make_step(given, key_count, step)) return qkv::OTHER;
-    qkv::Problem& p = step.attention;
-    p.offset = offset, p.left = left, p.right = right, p.sink_tokens = sink_tokens, p.prefix_tokens = prefix_tokens;
-    p.dilation = dilation, p.chunk = chunk, p.chunk_start = chunk_start;
-    p.scale = scale, p.softcap = softcap, p.threads = threads;
-    step.norm_gain = (qkv::Gain)norm_gain, step.norm_eps = norm_eps;
-    step.rotation.interleaved = interleaved;
-    step.rotation.position_scale = position_scale, step.rotation.attention_factor = attention_factor;
-    step.rotation.offset = position;
-    if (!qkv::fits(p) || !qkv::has_slots(step)) return qkv::OTHER;
+    qkv::LayerStep step;
+    if (!qkv::read_step(python, tensors, numbers, step)) return qkv::OTHER;
     return python.unlocked([&] { return qkv::run_layer_step(step); });
 }

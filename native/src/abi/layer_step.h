@@ -22,6 +22,17 @@ struct LayerStep {
     Problem attention;  // its q and out are the kernel's own
 };
 
+// The numbers of a step. As STEP_NUMBERS of src/qkv/kernels/structs.py.
+struct StepNumbers {
+    int64_t key_count;  // of keys in pages
+    int64_t offset, position, left, right, sink_tokens, prefix_tokens, dilation, chunk, chunk_start;
+    int32_t interleaved;
+    float position_scale, attention_factor;
+    int32_t norm_gain;
+    float norm_eps, scale, softcap;
+    int32_t threads;
+};
+
 // Returns a Status: DONE or OUT_OF_MEMORY.
 int run_layer_step(const LayerStep& step);
 

@@ -13,6 +13,7 @@ from qkv.integrations.calls import Calls
 from qkv.integrations.transformers import models
 from qkv.integrations.transformers.attention import NAME
 from qkv.integrations.transformers.attention_forwards import form_of
+from qkv.integrations.transformers.decoder_forward import DecoderForward
 from qkv.integrations.transformers.latent import reads_latents
 from qkv.integrations.transformers.rotated_forward import RotatedForward, rotates
 from qkv.integrations.transformers.unpadding import is_unpadded, packable_layers
@@ -26,7 +27,7 @@ class Part(NamedTuple):
     """A part of a model, and what runs it."""
 
     subject: str
-    """attention, cache, latents, rotary, steps, torch's attention, norms, MLPs, linear layers or padding"""
+    """attention, cache, latents, rotary, steps, decoders, torch's attention, norms, MLPs, linear layers or padding"""
     name: str
     """the class of a model, or the number of modules"""
     taken: bool
@@ -110,6 +111,7 @@ def report(model: nn.Module) -> ModelReport:
     roots = models.roots(model)
     for root in roots:
         found += [*_attention(root), *_cache(root), *_latents(root), *_rotary(root), *_steps(root)]
+        found += _decoders(root)
     found += [*_torchs_attention(model), *_norms(model), *_mlps(model), *_linear_layers(model)]
     found += _padding(model, roots)
     return ModelReport(tuple(found), calls.tallied(model.modules()))
@@ -171,6 +173,13 @@ def _steps(root: Any) -> Iterator[Part]:
         yield Part("steps", _many(len(modules) - known, "module"), False, "their forward is none that qkv knows")
 
 
+def _decoders(root: Any) -> Iterator[Part]:
+    """Layers that the kernel may compute in one call, where their attention, norms and MLP are."""
+    count = sum(isinstance(module.__dict__.get("forward"), DecoderForward) for module in root.modules())
+    if count:
+        yield Part("decoders", _many(count, "layer"), True, "few tokens in one call of the kernel, norms and MLP too")
+
+
 def _latents(root: Any) -> Iterator[Part]:
     count = sum(map(reads_latents, root.modules()))
     if count:
@@ -179,7 +188,7 @@ def _latents(root: Any) -> Iterator[Part]:
 
 def _torchs_attention(model: nn.Module) -> Iterator[Part]:
     forwards = [module.__dict__.get("forward") for module in model.modules()]
-    others = (ProjectedForward, RotatedForward, NormedForward, GatedForward)
+    others = (ProjectedForward, RotatedForward, DecoderForward, NormedForward, GatedForward)
     count = sum(isinstance(forward, InstanceForward) and not isinstance(forward, others) for forward in forwards)
     if count:
         yield Part(

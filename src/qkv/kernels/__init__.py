@@ -10,6 +10,7 @@ from qkv.kernels.binding import load as load
 from qkv.kernels.binding import loaded as loaded
 from qkv.kernels.binding import supported_isas as supported_isas
 from qkv.kernels.binding import use as use
+from qkv.kernels.decoder_layer import decoder_layer as decoder_layer
 from qkv.kernels.dispatch import can_bypass_dispatcher as can_bypass_dispatcher
 from qkv.kernels.dispatch import can_bypass_functions as can_bypass_functions
 from qkv.kernels.forward import count_scores as count_scores
@@ -29,6 +30,7 @@ from qkv.kernels.rms_norm import fast_rms_norm as fast_rms_norm
 from qkv.kernels.rotation import rotate as rotate
 from qkv.kernels.sequences import Sequences as Sequences
 from qkv.kernels.sequences import forward_sequences as forward_sequences
+from qkv.kernels.structs import BlockTensors as BlockTensors
 from qkv.kernels.structs import Call as Call
 from qkv.kernels.structs import StepNumbers as StepNumbers
 from qkv.kernels.structs import StepTensors as StepTensors

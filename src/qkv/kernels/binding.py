@@ -10,7 +10,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from qkv.kernels.structs import GRADIENTS, PROBLEM, PROJECTION, QUANTIZATION, ROTATION, SEQUENCES, StepTensors
+from qkv.kernels.structs import (
+    GRADIENTS,
+    PROBLEM,
+    PROJECTION,
+    QUANTIZATION,
+    ROTATION,
+    SEQUENCES,
+    STEP_NUMBERS,
+    StepTensors,
+)
 
 
 class Library(NamedTuple):
@@ -52,7 +61,10 @@ class Library(NamedTuple):
     """Takes k, v, the pages of keys and of values, block_table, starts, a tensor or None, start and threads. Returns as
     `fast_forward`."""
     layer_step: Callable[..., int] | None
-    """Takes an array of the `StepTensors`, then the `StepNumbers` and threads. Returns as `fast_forward`."""
+    """Takes an array of the `StepTensors`, then `STEP_NUMBERS`. Returns as `fast_forward`."""
+    decoder_layer: Callable[..., int] | None
+    """Takes what `layer_step` does, then an array of the `BlockTensors`, the activation, how gains are applied, and
+    eps. Returns as `fast_forward`."""
     fast_rotate: Callable[..., int] | None
     """Takes q, k and results for both; of k, tensors or None, as are positions, offsets, axes, frequencies, cos,
     sin; then offset, position_scale, attention_factor, pairs, second, interleaved, inverse and threads. Returns as
@@ -77,7 +89,11 @@ def load(path: Path) -> Library | str:
         return f"the compiled kernel does not load: {error}"
     sizes = {"problem": PROBLEM.size, "gradients": GRADIENTS.size, "quantization": QUANTIZATION.size}
     sizes |= {"sequences": SEQUENCES.size, "projection": PROJECTION.size, "rotation": ROTATION.size}
-    sizes |= {"layer_step": len(StepTensors._fields), "interpreter": ctypes.sizeof(_Interpreter)}
+    sizes |= {
+        "layer_step": len(StepTensors._fields),
+        "step_numbers": STEP_NUMBERS.size,
+        "interpreter": ctypes.sizeof(_Interpreter),
+    }
     known = [hasattr(native, f"qkv_{name}_size") and getattr(native, f"qkv_{name}_size")() for name in sizes]
     if known != [*sizes.values()]:
         return f"{path} is from another version of qkv and must be rebuilt"
@@ -124,9 +140,10 @@ _CALLS_OF_TENSORS: dict[str, list[Any]] = {
     "append": [*[_TENSOR] * 6, _NUMBER, ctypes.c_int],
     "append_pages": [*[_TENSOR] * 6, _NUMBER, ctypes.c_int],
     "fast_rotate": [*[_TENSOR] * 10, _NUMBER, *[ctypes.c_float] * 2, *[_NUMBER] * 2, *[ctypes.c_int] * 3],
-    "layer_step": [
-        *(ctypes.POINTER(_TENSOR), *[_NUMBER] * 10, ctypes.c_int, *[ctypes.c_float] * 2),
-        *(ctypes.c_int, *[ctypes.c_float] * 3, ctypes.c_int),
+    "layer_step": [ctypes.POINTER(_TENSOR), _STRUCT],
+    "decoder_layer": [
+        *(ctypes.POINTER(_TENSOR), _STRUCT, ctypes.POINTER(_TENSOR)),
+        *(ctypes.c_int, ctypes.c_int, ctypes.c_float),
     ],
 }
 """Argument types of the functions of `Library` that take Python tensors, after the `_Interpreter`."""

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from qkv.kernels.binding import absence
-from qkv.tracing import is_exact_tensor, is_tracing
+from qkv.tracing import is_tracing
 
 
 def can_bypass_dispatcher(*tensors: Tensor) -> bool:
@@ -23,8 +24,9 @@ def can_bypass_dispatcher(*tensors: Tensor) -> bool:
     ):
         return False
     records = torch.is_grad_enabled()
-    for tensor in tensors:  # in a loop, since this is most of what a short call costs
-        if not is_exact_tensor(tensor) or tensor.layout is not torch.strided or tensor.is_neg():
+    for tensor in tensors:  # in a loop, and without `is_exact_tensor`: this is most of what a short call costs
+        kind = type(tensor)
+        if (kind is not Parameter and kind is not Tensor) or tensor.layout is not torch.strided or tensor.is_neg():
             return False
         if records and tensor.requires_grad:
             return False

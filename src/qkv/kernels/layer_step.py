@@ -3,10 +3,8 @@
 import ctypes
 from typing import Any
 
-import torch
-
 from qkv.kernels.binding import loaded
-from qkv.kernels.structs import LARGEST_STEP, StepNumbers, StepTensors, bounded
+from qkv.kernels.structs import StepNumbers, StepTensors, pack_step
 
 _Objects: Any = ctypes.py_object * len(StepTensors._fields)
 
@@ -24,10 +22,7 @@ def layer_step(tensors: StepTensors, numbers: StepNumbers) -> bool:
     call = loaded().layer_step
     if call is None:
         return False
-    key_count, offset, position, left, right, sink_tokens, prefix_tokens, dilation, chunk, chunk_start, *rest = numbers
-    band = (*map(bounded, (left, right, sink_tokens, prefix_tokens)), min(dilation, LARGEST_STEP))
-    chunks = (bounded(chunk), bounded(chunk_start))
-    status = call(_Objects(*tensors), key_count, offset, position, *band, *chunks, *rest, torch.get_num_threads())
+    status = call(_Objects(*tensors), pack_step(numbers))
     if status == 1:
         raise MemoryError(f"qkv's kernel: not enough scratch memory for {tuple(tensors.x.shape)} tokens; pass fewer.")
     return status == 0

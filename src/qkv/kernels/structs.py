@@ -314,6 +314,38 @@ class StepNumbers(NamedTuple):
     """0 for none"""
 
 
+STEP_NUMBERS = struct.Struct("=10q i 2f i 3f i")
+"""`StepNumbers`, with the threads last, for C."""
+
+
+def pack_step(numbers: StepNumbers) -> bytes:
+    """The `STEP_NUMBERS` of a step on torch's threads."""
+    key_count, offset, position, left, right, sink_tokens, prefix_tokens, dilation, chunk, chunk_start, *rest = numbers
+    band = (bounded(left), bounded(right), bounded(sink_tokens), bounded(prefix_tokens), min(dilation, LARGEST_STEP))
+    chunks = (bounded(chunk), bounded(chunk_start))
+    return STEP_NUMBERS.pack(key_count, offset, position, *band, *chunks, *rest, torch.get_num_threads())
+
+
+class BlockTensors(NamedTuple):
+    """The tensors around the attention of a `decoder_layer`, in the order of native/src/abi/fast_decoder_layer.cpp.
+
+    All must satisfy `can_bypass_dispatcher`.
+    """
+
+    before_attention: Tensor | None
+    """(width,), gains of a norm in the dtype of x, as of the three others; None for no norm"""
+    after_attention: Tensor | None
+    before_mlp: Tensor | None
+    after_mlp: Tensor | None
+    gate_weight: Tensor
+    gate_bias: Tensor | None
+    up_weight: Tensor | None
+    """None if its rows are the second half of those of gate_weight"""
+    up_bias: Tensor | None
+    down_weight: Tensor
+    down_bias: Tensor | None
+
+
 _STEPS = [(kind.absent, kind.prepare, kind.pack) for _, kind in _FIELDS]
 
 

@@ -12,7 +12,7 @@ from qkv import kernels
 from qkv.kernels import Projection
 from qkv.layers.instance_forward import InstanceForward
 from qkv.layers.known_code import is_copy_of
-from qkv.layers.plain import finds_parts_by_name, is_called_plainly, is_plain_linear
+from qkv.layers.plain import finds_parts_by_name, is_called_plainly, is_plain_linear, parameters_of
 
 
 class GatedForward(InstanceForward):
@@ -74,21 +74,18 @@ def mlp_of(module: nn.Module) -> Mlp | str:
     form = _form_of(kind, kind.forward)
     if form is None:
         return "its forward is not a known one"
-    projections: list[Projection] = []
-    for name in form.projections:
-        linear = modules.get(name)
-        if name in own or not is_plain_linear(linear):
-            return f"{name} is watched, or is not an nn.Linear alone"
-        weight = linear._parameters["weight"]
-        assert weight is not None
-        projections.append((weight, linear._parameters["bias"]))
+    linears = [None if name in own else modules.get(name) for name in form.projections]
+    parameters = parameters_of(linears)
+    if parameters is None:
+        name = next(name for name, linear in zip(form.projections, linears, strict=True) if not is_plain_linear(linear))
+        return f"{name} is watched, or is not an nn.Linear alone"
     if form.activation is None:
         activation = "silu" if F.silu is _SILU else None
     else:
         activation = None if form.activation in own else _activation_of(modules.get(form.activation))
     if activation is None:
         return f"{form.activation or 'F.silu'} is watched, or is none of {', '.join(kernels.ACTIVATIONS)}"
-    gate, *up, down = projections
+    gate, *up, down = zip(parameters[::2], parameters[1::2], strict=True)
     return Mlp(gate, up[0] if up else None, down, activation)
 
 

@@ -1,6 +1,6 @@
 """Whether calling a module computes what its class defines and nothing else, so that the call may be bypassed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -12,27 +12,40 @@ from torch.nn.modules import module as torch_module
 from qkv.layers.instance_forward import InstanceForward
 
 
-def is_called_plainly(module: nn.Module) -> bool:
-    """Whether ``module(...)`` is ``type(module).forward(module, ...)``, without hooks, patches or a compiled call."""
-    kind = type(module)
-    return not (
-        kind.__call__ is not _CALL
-        or kind._call_impl is not _CALL_IMPL
-        or module._compiled_call_impl is not None
-        or not _computes_the_same(module.__dict__.get("forward"))
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or _has_any_global_hook()
-    )
+def is_called_plainly(module: nn.Module, forward: type[InstanceForward] | None = None) -> bool:
+    """Whether ``module(...)`` is ``type(module).forward(module, ...)``, without hooks, patches or a compiled call.
+
+    Args:
+        forward: one of ours whose work the caller does, and which may be set on the module too.
+    """
+    return are_called_plainly((module,), forward)
 
 
-def _computes_the_same(forward: object) -> bool:
-    """Whether the ``forward`` set on an instance, if any, computes what that of the class does."""
-    if isinstance(forward, InstanceForward):
-        return forward.computes_the_same and forward.own is None
-    return forward is None
+def are_called_plainly(modules: Iterable[nn.Module], forward: type[InstanceForward] | None = None) -> bool:
+    """Whether each module satisfies `is_called_plainly`, in one loop: models ask it of all their parts in each step."""
+    if _has_any_global_hook():
+        return False
+    for module in modules:
+        kind, own = type(module), module.__dict__
+        if (
+            kind.__call__ is not _CALL
+            or kind._call_impl is not _CALL_IMPL
+            or own.get("_compiled_call_impl") is not None
+            or own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+        ):
+            return False
+        its = own.get("forward")
+        if its is None:
+            continue
+        # Set on the instance; one of ours computes what that of the class does, or is the one that is known.
+        if not isinstance(its, InstanceForward) or its.own is not None:
+            return False
+        if not its.computes_the_same and type(its) is not forward:
+            return False
+    return True
 
 
 def finds_parts_by_name(kind: type[nn.Module], *names: str | None) -> bool:
@@ -42,7 +55,18 @@ def finds_parts_by_name(kind: type[nn.Module], *names: str | None) -> bool:
 
 def is_plain_linear(linear: object) -> TypeGuard[nn.Linear]:
     """Whether a call is ``F.linear`` of the parameters of an ``nn.Linear`` and nothing else."""
-    return multiplies_its_parameters(linear) and is_called_plainly(linear)
+    return parameters_of((linear,)) is not None
+
+
+def parameters_of(linears: Sequence[object]) -> list[Any] | None:
+    """The weight and bias of each module, one after the other; None unless each satisfies `is_plain_linear`."""
+    found: list[Any] = []
+    for linear in linears:
+        if not multiplies_its_parameters(linear):
+            return None
+        parameters = linear._parameters
+        found += parameters["weight"], parameters["bias"]
+    return found if are_called_plainly(linears) else None  # type: ignore[arg-type]
 
 
 def multiplies_its_parameters(linear: object) -> TypeGuard[nn.Linear]:

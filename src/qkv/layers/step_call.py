@@ -1,16 +1,25 @@
 """`step_call`: the kernel's call for a step, of our layer or of a module that computes the same."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from qkv import kernels
 from qkv.cache import Keys
-from qkv.kernels import Gain, StepNumbers, StepTensors
+from qkv.kernels import BlockTensors, Gain, StepNumbers, StepTensors
+from qkv.layers.gated_forward import Mlp
 from qkv.layers.normed_forward import Norm
 from qkv.masks import Mask
 from qkv.rotation import Rotation
+
+
+class Block(NamedTuple):
+    """What a decoder layer computes around its attention, with a residual around each half."""
+
+    norms: tuple[Norm | None, ...]
+    """before and after attention, before and after the MLP; with the same eps and use of gains, and at least one"""
+    mlp: Mlp
 
 
 def step_call(
@@ -26,6 +35,7 @@ def step_call(
     softcap: float = 0.0,
     alibi: Tensor | None = None,
     sink_logits: Tensor | None = None,
+    block: Block | None = None,
 ) -> Tensor | None:
     """The output for tokens ``x (B, L, width)`` over keys whose last slots are theirs, and are written.
 
@@ -37,12 +47,13 @@ def step_call(
         scale: of scores, as softcap (0 for none), alibi and sink_logits.
         q_norm: of the heads of queries, as k_norm of keys; with the same eps and use of gains.
         rotation: by frequencies and a position or positions ``(B or 1, L)``; or by cos and sin with ``halves``.
+        block: what else is computed, for the output of a decoder layer instead of that of its attention.
 
     Returns:
         ``(B, L, width)``; None, with nothing written, for tensors that the kernel does not take.
     """
     x = x.contiguous()
-    out = x.new_empty(x.shape)
+    out = torch.empty_like(x)
     norm, rotation = q_norm or k_norm or Norm(None, 0.0, Gain.WIDENED), rotation or Rotation()
     offset, offsets = (0, keys.offset) if isinstance(keys.offset, Tensor) else (keys.offset or 0, None)
     pages = keys.pages
@@ -87,7 +98,28 @@ def step_call(
         scale=scale,
         softcap=softcap,
     )
-    return out if kernels.layer_step(tensors, numbers) else None
+    is_done = kernels.layer_step(tensors, numbers) if block is None else _decode(tensors, numbers, block)
+    return out if is_done else None
+
+
+def _decode(tensors: StepTensors, numbers: StepNumbers, block: Block) -> bool:
+    before_attention, after_attention, before_mlp, after_mlp = (norm and norm.gains for norm in block.norms)
+    (gate_weight, gate_bias), up, (down_weight, down_bias), activation = block.mlp
+    up_weight, up_bias = up or (None, None)
+    given = BlockTensors(
+        before_attention=before_attention,
+        after_attention=after_attention,
+        before_mlp=before_mlp,
+        after_mlp=after_mlp,
+        gate_weight=gate_weight,
+        gate_bias=gate_bias,
+        up_weight=up_weight,
+        up_bias=up_bias,
+        down_weight=down_weight,
+        down_bias=down_bias,
+    )
+    norm = next(norm for norm in block.norms if norm is not None)
+    return kernels.decoder_layer(tensors, numbers, given, activation, norm.gain, norm.eps)
 
 
 def _int64(tensor: Tensor | None) -> Tensor | None:

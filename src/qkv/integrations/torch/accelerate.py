@@ -15,6 +15,7 @@ from qkv.integrations.calls import Report as Report
 from qkv.integrations.torch.dispatcher import routed
 from qkv.integrations.torch.reachable import reaches_attention
 from qkv.integrations.transformers import models
+from qkv.integrations.transformers.decoder_forward import replace_decoder
 from qkv.integrations.transformers.latent import expand_latents, read_latents
 from qkv.integrations.transformers.rotated_forward import replace_rotary
 from qkv.integrations.transformers.unpadding import note_labels, pack_layer, packable_layers, remove_hooks
@@ -51,7 +52,7 @@ def accelerate(model: Any = None, *, enabled: bool = True, unpad: bool = False) 
     - latent attention as in DeepSeek-V3, which decodes from latents as `qkv.integrations.transformers.latent` does;
     - the rotary embeddings of their attention modules, where they are the usual ones;
     - 1 to 16 tokens of these modules, of projections, cache and attention in one call of the kernel, where the forward
-      is a known one and nothing in it is watched or replaced;
+      is a known one and nothing in it is watched or replaced; and of decoder layers, with norms and MLP;
     - RMSNorm and gated MLPs with forwards as in Llama, Gemma, Phi-3 and many others, and ``nn.RMSNorm``: without a
       gradient, a norm is one call of the kernel, and so is an MLP of 1 to 16 tokens;
     - each ``nn.Linear``, with its hooks. Subclasses, quantised, adapted and patched ones are called normally.
@@ -150,6 +151,7 @@ def _enable(model: nn.Module, unpad: bool) -> None:
             _RoutedForward.set_on(module)
     for module in through_interface:
         replace_rotary(module)
+        replace_decoder(module)
         if read_latents(module):
             module.__dict__[_LATENT] = True
     reroute(model)

@@ -23,8 +23,8 @@ from qkv.integrations.transformers.cache import AppendLayer, Int8Layer, Int8Slid
 from qkv.integrations.transformers.masks import MaskTensor
 from qkv.integrations.transformers.rotary import is_usual
 from qkv.layers.normed_forward import Norm, norm_of
-from qkv.layers.plain import is_called_plainly, is_plain_linear
-from qkv.layers.step_call import step_call
+from qkv.layers.plain import is_called_plainly, is_plain_linear, parameters_of
+from qkv.layers.step_call import Block, step_call
 from qkv.masks import FULL, Mask
 from qkv.rotation import Rotation
 
@@ -73,7 +73,7 @@ def attention_step(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         return "arguments are not those of the forward"
     given = dict(zip(_POSITIONAL, args, strict=False)) | kwargs if args else kwargs
     step = step_of(module, given)
-    return step if isinstance(step, str) else _run(module, given["hidden_states"], step)
+    return step if isinstance(step, str) else run_step(module, given["hidden_states"], step)
 
 
 def step_of(module: Any, given: dict[str, Any]) -> Step | str:
@@ -161,13 +161,11 @@ def _weights_of(module: Any, form: Form, head_dim: int) -> dict[str, Any] | str:
     """Weights and biases of the projections, by their names in `StepTensors`."""
     names = ("qkv_proj", "o_proj") if form.is_packed else ("q_proj", "k_proj", "v_proj", "o_proj")
     modules = module._modules
-    parameters: list[Any] = []
-    for name in names:
-        linear = modules.get(name)
-        if not is_plain_linear(linear):
-            return f"{name} is watched, or is not an nn.Linear alone"
-        own = linear._parameters
-        parameters += own["weight"], own["bias"]
+    linears = [modules.get(name) for name in names]
+    parameters = parameters_of(linears)
+    if parameters is None:
+        name = next(name for name, linear in zip(names, linears, strict=True) if not is_plain_linear(linear))
+        return f"{name} is watched, or is not an nn.Linear alone"
     if form.is_packed:
         kv = module.num_key_value_heads * head_dim
         widths = (module.config.num_attention_heads * head_dim, kv, kv)
@@ -252,21 +250,23 @@ def _mask_of(attention_mask: Any, x: Tensor, layer: CacheLayer | None) -> Mask |
     return mask
 
 
-def _run(module: Any, x: Tensor, step: Step) -> Tensor | str:
-    """The step; why not, with nothing written, if the cache or the kernel refuses it."""
+def run_step(module: Any, x: Tensor, step: Step, block: Block | None = None) -> Tensor | str:
+    """The output of an attention module, counted for reports, or of its decoder layer; why not, with nothing written,
+    if the cache or the kernel refuses it.
+    """
     heads, kv_heads = (step.weights[name].shape[0] // step.head_dim for name in ("q_weight", "k_weight"))
     batch, tokens, _ = x.shape
     shape = (batch, kv_heads, tokens, step.head_dim)
     if step.layer is None:
         keys: Keys = Keys(x.new_empty(shape), x.new_empty(shape), 0)
-        out = _call(x, step, keys)
+        out = _call(x, step, keys, block)
     else:
         mark = step.layer.mark()
         try:
             claimed = step.layer.claim(shape, shape, x)
             if claimed is None:
                 return "the cache is empty, or moves its window"
-            keys, out = claimed, _call(x, step, claimed)
+            keys, out = claimed, _call(x, step, claimed, block)
         except BaseException:  # out of memory
             step.layer.restore(mark)
             raise
@@ -278,7 +278,7 @@ def _run(module: Any, x: Tensor, step: Step) -> Tensor | str:
     return out
 
 
-def _call(x: Tensor, step: Step, keys: Keys) -> Tensor | None:
+def _call(x: Tensor, step: Step, keys: Keys, block: Block | None) -> Tensor | None:
     q_norm, k_norm = step.norms or (None, None)
     return step_call(
         x,
@@ -291,6 +291,7 @@ def _call(x: Tensor, step: Step, keys: Keys) -> Tensor | None:
         rotation=None if step.tables is None else Rotation(cos=step.tables[0], sin=step.tables[1], halves=True),
         softcap=step.softcap,
         sink_logits=step.sinks,
+        block=block,
     )
 
 

@@ -66,9 +66,11 @@ def take(model: nn.Module) -> list[Any]:
 
 
 def _take(root: Any) -> None:
-    if all(why_not(part) is not None or part.config._attn_implementation == NAME for part in parts(root)):
-        return
     taken = [(module, name, value) for module in root.modules() for name, value in _untaken(module)]
+    configs = [part.config for part in parts(root) if why_not(part) is None]
+    configs += [value for _, _, value in taken]  # of modules that were given back alone, too
+    if all(config._attn_implementation == NAME for config in configs):
+        return
     twins = {id(value): _twin_of(value) for value in {id(value): value for _, _, value in taken}.values()}
     for module, name, value in taken:
         module.__dict__.setdefault(_TWINS, {})[name] = twin = twins[id(value)]

@@ -1,0 +1,20 @@
+// Steps of layers and gated MLPs from Python tensors, for the calls that take them.
+#pragma once
+
+#include "abi/gated_mlp.h"
+#include "abi/layer_step.h"
+#include "abi/python_tensor.h"
+
+extern "C" int qkv_layer_step_size();
+
+namespace qkv {
+
+// Fills in a step of `qkv_layer_step_size()` tensors and StepNumbers, or returns false if the tensors cannot be read or
+// do not fit together (abi/fast_layer_step.cpp).
+bool read_step(const Interpreter& python, void* const* tensors, const void* numbers, LayerStep& step);
+
+// Fills in a gated MLP but for its numbers, or returns false: x, weight and bias of gate, up and down, out
+// (abi/fast_gated_mlp.cpp).
+bool read_mlp(const Interpreter& python, void* const* tensors, GatedMlp& mlp);
+
+}  // namespace qkv
