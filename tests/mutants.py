@@ -1,19 +1,22 @@
 """Plants one bug after another into a copy of the library and runs the tests on it: each must be found.
 
-    python tests/mutants.py [NAME ...] [--sample N]
+    python tests/mutants.py [NAME ...] [--sample N] [--jobs N]
 
 Prints a line a bug, and exits with 1 if one survives. A sample is another one every day.
 """
 
 import argparse
 import datetime as dt
+import os
 import random
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import NamedTuple
 
 from qkv import kernels
@@ -388,7 +391,10 @@ sys.exit(pytest.main(sys.argv[1:]))
 
 
 class Copy:
-    """The library in a folder of its own, where one bug at a time is planted. The kernel is compiled for this machine."""
+    """The library in a folder of its own, where one bug at a time is planted.
+
+    Its kernel is compiled for this machine alone, and with less optimisation, which takes half as long.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -397,6 +403,8 @@ class Copy:
         isas, supported = folder / "native/src/abi/isas.def", kernels.supported_isas()
         lines = isas.read_text().splitlines(keepends=True)
         isas.write_text("".join(line for line in lines if line.startswith("//") or _name(line) in {*supported, None}))
+        script = folder / "CMakeLists.txt"
+        script.write_text(script.read_text().replace("set(QKV_LEVEL -O3)", "set(QKV_LEVEL -O1)"))
 
     def survives(self, mutant: Mutant) -> bool:
         """Whether the tests pass with the bug in. A crash is a failure."""
@@ -435,6 +443,9 @@ def _name(line: str) -> str | None:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Plants one bug after another; the tests must find each.")
     parser.add_argument("names", nargs="*", metavar="NAME", help="plant those whose name contains it; all by default")
+    parser.add_argument(
+        "--jobs", type=int, metavar="N", default=os.cpu_count(), help="copies; by default, as many as cores"
+    )
     parser.add_argument("--sample", type=int, metavar="N", help="plant N of them")
     arguments = parser.parse_args()
     mutants = [m for m in MUTANTS if not arguments.names or any(name in m.name for name in arguments.names)]
@@ -442,15 +453,26 @@ def main() -> int:
         mutants = random.Random(dt.date.today().toordinal()).sample(mutants, min(arguments.sample, len(mutants)))
     mutants.sort(key=lambda mutant: mutant.is_native)  # the others run with the kernel as it is
     every_test = tuple({name for mutant in mutants for name in mutant.tests})
-    survivors = 0
-    with tempfile.TemporaryDirectory() as folder:
-        copied = Copy(Path(folder) / "qkv")
-        assert copied.survives(Mutant("nothing", "masks.py", "", "", every_test)), "the tests fail without a bug"
-        for mutant in mutants:
-            alive = copied.survives(mutant)
-            survivors += alive
-            print(f"{'SURVIVED' if alive else 'found   '}  {mutant.name}", flush=True)
-    return 1 if survivors else 0
+    nothing = Mutant("nothing", "masks.py", "", "", every_test)
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.jobs) as pool:
+        copies: SimpleQueue[Copy] = SimpleQueue()
+        for job in range(arguments.jobs):
+            copies.put(Copy(Path(folder) / str(job) / "qkv"))
+
+        def survives(mutant: Mutant) -> bool:
+            copied = copies.get()
+            try:
+                return copied.survives(mutant)
+            finally:
+                copies.put(copied)
+
+        results = pool.map(survives, [nothing, *mutants])
+        assert next(results), "the tests fail without a bug"
+        alive = 0
+        for mutant, survived in zip(mutants, results, strict=True):
+            alive += survived
+            print(f"{'SURVIVED' if survived else 'found   '}  {mutant.name}", flush=True)
+    return 1 if alive else 0
 
 
 if __name__ == "__main__":
