@@ -169,7 +169,6 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "a pre-hook of mlp": of("mlp", lambda mlp: mlp.register_forward_pre_hook(lambda _, args: (2 * args[0],))),
     "another eps": of("input_layernorm", lambda norm: setattr(norm, "variance_epsilon", 0.5)),
     "gains hidden by an attribute": of("input_layernorm", lambda norm: vars(norm).update(weight=norm.weight * 2)),
-    "the forward of the layer": lambda layer: setattr(layer, "forward", negated(layer.forward)),
     "a subclass of the layer": lambda layer: setattr(
         layer, "__class__", type("Mine", (type(layer),), {"forward": negated(type(layer).forward)})
     ),
@@ -250,6 +249,14 @@ def test_patches_of_classes_are_in_effect(name: str, layers: list[int], monkeypa
     PATCHES[name](monkeypatch)
     got = ours(IDS[:, :3], use_cache=False).logits
     assert not layers and not torch.allclose(got, before)
+
+
+@torch.no_grad()
+def test_a_forward_around_ours_is_called(layers: list[int]) -> None:
+    ours = qkv.accelerate(made(num_hidden_layers=1))
+    before, layer = ours(IDS[:, :3], use_cache=False).logits, ours.model.layers[0]
+    layer.forward = negated(layer.forward)
+    assert not torch.allclose(ours(IDS[:, :3], use_cache=False).logits, before) and layers == [3, 3]
 
 
 @pytest.mark.parametrize("part", ["mlp", "input_layernorm", "self_attn"])
