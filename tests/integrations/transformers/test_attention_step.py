@@ -239,7 +239,8 @@ def test_after_a_fault_the_cache_is_as_before(fault: str, kind: str, monkeypatch
         return False
 
     with monkeypatch.context() as patch:
-        patch.setattr(kernels, "layer_step", fails)
+        for call in ("layer_step", "decoder_layer"):
+            patch.setattr(kernels, call, fails)
         if fault == "no memory":
             with pytest.raises(MemoryError):
                 ours(IDS[:, :2], past_key_values=caches[0])
