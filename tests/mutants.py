@@ -54,6 +54,8 @@ class Mutant(NamedTuple):
     right: str
     wrong: str
     tests: tuple[str, ...]
+    only: str = ""
+    """pytest's ``-k``: which of them, if some take long before they come to those that find it"""
 
     @property
     def is_native(self) -> bool:
@@ -63,7 +65,7 @@ class Mutant(NamedTuple):
 
 MUTANTS = [
     Mutant("scale dropped (reference)", "backends/reference.py", "scores = scale * (", "scores = 1.0 * (", GRID),
-    Mutant("scale dropped (sdpa)", "backends/sdpa.py", "        scale=problem.scores.scale,\n", "        scale=1.0,\n", GRID),
+    Mutant("scale dropped (sdpa)", "backends/sdpa.py", "        scale=problem.scores.scale,\n", "        scale=1.0,\n", GRID, "sdpa"),
     Mutant("scale of the key length", "scores.py", 'given["scale"], q.shape[3])', 'given["scale"], k.shape[2])', FUNCTIONAL),
     Mutant("causal window one wider", "masks.py", "Mask.band((window - 1) * dilation, 0", "Mask.band(window * dilation, 0", MASKS),
     Mutant("left bound off by one", "masks.py", "seen = key >= position - self.left", "seen = key > position - self.left", MASKS),
@@ -80,26 +82,26 @@ MUTANTS = [
     Mutant("a gap between two windows taken for visible", "bands.py", "and _meets(a, b) and _meets(b, a)", "", MASKS),
     Mutant("multiples of either dilation", "bands.py", "math.lcm(a.dilation, b.dilation)", "math.gcd(a.dilation, b.dilation)", MASKS),
     Mutant("chunks of two sizes taken for the smaller", "bands.py", "return coarse.chunk % fine.chunk == 0 and", "return", MASKS),
-    Mutant("blocks of chunks begin within a chunk", "backends/blocks.py", "start += (mask.chunk_start - offset - start) % mask.chunk", "pass", GRID),
-    Mutant("global keys not among those of a block", "backends/blocks.py", "or mask.is_global is not None", "", GRID),
-    Mutant("prefix ignored (flex)", "backends/flex.py", "| (j < prefix)", "", GRID),
+    Mutant("blocks of chunks begin within a chunk", "backends/blocks.py", "start += (mask.chunk_start - offset - start) % mask.chunk", "pass", GRID, "sdpa"),
+    Mutant("global keys not among those of a block", "backends/blocks.py", "or mask.is_global is not None", "", GRID, "sdpa"),
+    Mutant("prefix ignored (flex)", "backends/flex.py", "| (j < prefix)", "", GRID, "flex"),
     Mutant("a prefix given in pieces", "masks.py", " and _is_all_true(self._band.prefix <= length)", "", ("cache/test_caches.py",)),
     Mutant("chunks of the kernel one position late", f"{NATIVE}/mask/query_tile.h", "here - residue_of(here - p.chunk_start, p.chunk)", "here + 1 - residue_of(here - p.chunk_start, p.chunk)", KERNEL),
     Mutant("remainders of negative positions negative (kernel)", f"{NATIVE}/mask/query_tile.h", "return residue < 0 ? residue + size : residue;", "return residue;", KERNEL),
     Mutant("prefix of the first row for all (kernel)", f"{NATIVE}/mask/query_tile.h", "p.prefix_lengths[batch * p.prefix_lengths_batch]", "p.prefix_lengths[0]", KERNEL),
     Mutant("global rows skip blocks outside of the window (kernel)", f"{NATIVE}/mask/key_block.h", "&& t.end_global == 0 &&", "&&", KERNEL),
     Mutant("global keys seen by the rows of the window alone (kernel)", f"{NATIVE}/mask/key_block.h", "if (t.keys.is_global) add_global(t, first + begin, first + stop, from, to);", "", KERNEL),
-    Mutant("blocks start one key late", "backends/blocks.py", "start + offset - left)", "start + offset - left + 1)", GRID),
-    Mutant("offset dropped on the way to the kernel", "backends/native.py", "else (offset, None)", "else (0, None)", GRID),
+    Mutant("blocks start one key late", "backends/blocks.py", "start + offset - left)", "start + offset - left + 1)", GRID, "sdpa"),
+    Mutant("offset dropped on the way to the kernel", "backends/native.py", "else (offset, None)", "else (0, None)", GRID, "native"),
     Mutant("the first offset for all rows (kernel)", f"{NATIVE}/abi/problem.h", "p.offsets[batch * p.offsets_batch] : 0", "p.offsets[0] : 0", KERNEL),
     Mutant("offsets by row not checked against the documents (kernel)", f"{NATIVE}/abi/problem.h", "if ((p.document_ids || p.is_global) && (first < 0 || first + p.lq > p.lk)) return false;", "(void)first;", ("test_offsets.py",)),
     Mutant("offsets by row reversed where non-finite numbers are", "backends/nonfinite.py", "positions(self.lk, -self.offset, flags.device)", "positions(self.lk, self.offset, flags.device)", NONFINITE),
-    Mutant("offsets by row taken for the first of them (flex)", "backends/flex.py", "offset[b] if", "offset[b * 0] if", GRID),
+    Mutant("offsets by row taken for the first of them (flex)", "backends/flex.py", "offset[b] if", "offset[b * 0] if", GRID, "flex"),
     Mutant("offsets by row dropped on the fast path", "backends/native.py", "v_scale, pages, offsets, mask.keep", "v_scale, pages, None, mask.keep", ("test_offsets.py",)),
-    Mutant("window one wider in the kernel", "backends/native.py", "*mask.values()", "*(mask.left if mask.left is None else mask.left + 1, *mask.values()[1:])", GRID),
-    Mutant("scale dropped in the kernel", "backends/native.py", "*scores, seed]", "1.0, *scores[1:], seed]", GRID),
-    Mutant("gradient of the lse lost in the kernel", "kernels/operators.py", "*(d_lse.data_ptr(), delta.data_ptr())", "*(0, delta.data_ptr())", GRID),
-    Mutant("gradient of the sinks of the wrong sign", "kernels/operators.py", 'gradients["sink_logits"] = -terms', 'gradients["sink_logits"] = terms', GRID),
+    Mutant("window one wider in the kernel", "backends/native.py", "*mask.values()", "*(mask.left if mask.left is None else mask.left + 1, *mask.values()[1:])", GRID, "native"),
+    Mutant("scale dropped in the kernel", "backends/native.py", "*scores, seed]", "1.0, *scores[1:], seed]", GRID, "native"),
+    Mutant("gradient of the lse lost in the kernel", "kernels/operators.py", "*(d_lse.data_ptr(), delta.data_ptr())", "*(0, delta.data_ptr())", FUNCTIONAL),
+    Mutant("gradient of the sinks of the wrong sign", "kernels/operators.py", 'gradients["sink_logits"] = -terms', 'gradients["sink_logits"] = terms', GRID, "native and gradients"),
     Mutant("groups interleaved (kernel)", f"{NATIVE}/mask/query_tile.h", "kv_head * members + member", "member * p.kv_heads + kv_head", KERNEL),
     Mutant("segments trimmed one key short", f"{NATIVE}/mask/key_block.h", "t.last_key[from] < first + begin", "t.last_key[from] <= first + begin", KERNEL),
     Mutant("documents of a block compared with the largest id only", f"{NATIVE}/mask/key_block.h", "t.document[r] >= part.low && t.document[r] <= part.high", "t.document[r] == part.high", KERNEL),
@@ -161,12 +163,12 @@ MUTANTS = [
     Mutant("softcap without its derivative", f"{NATIVE}/softmax/scores.h", "1.0f - y * y", "set1(1.0f)", KERNEL),
     Mutant("different dropout in the backward pass", f"{NATIVE}/attention/backward.h", "dropout.factors(b.first + j, n)", "dropout.factors(b.first + j + 1, n)", KERNEL),
     Mutant("order of dQ additions not awaited", f"{NATIVE}/attention/backward.h", "order.await_turn(p, t, index);", "", KERNEL),
-    Mutant("causal aligned top-left in decoding", "backends/sdpa.py", "if problem.offset == 0:", "if True:", GRID),
+    Mutant("causal aligned top-left in decoding", "backends/sdpa.py", "if problem.offset == 0:", "if True:", GRID, "sdpa"),
     Mutant("offset of the cache ignored", "cache/base.py", 'return {"offset": self.offset, ', 'return {"offset": 0, ', ("cache/test_caches.py",)),
     Mutant("exported window decided by its example", "masks.py", "if not torch.compiler.is_exporting():", "if True:", ("test_export.py",)),
     Mutant("rotary restarts at every chunk", "layers/cached_call.py", "offset = cache.offset(is_token)", "offset = 0", ("layers/test_rotary.py",)),
     Mutant("groups interleaved (reference)", "backends/reference.py", "keys = problem.k.to(dtype).repeat_interleave(problem.group, dim=1)", "keys = problem.k.to(dtype).repeat(1, problem.group, 1, 1)", GRID),
-    Mutant("groups interleaved (sdpa)", "backends/sdpa.py", "enable_gqa=grouped,", "enable_gqa=False,", GRID),
+    Mutant("groups interleaved (sdpa)", "backends/sdpa.py", "enable_gqa=grouped,", "enable_gqa=False,", GRID, "sdpa"),
     Mutant("an offset that the compiler loses", "backends/nonfinite.py", "else offset + 0", "else offset", NONFINITE),
     Mutant("masked NaN leaks", "backends/nonfinite.py", "if _is_finite(problem):", "if True:", NONFINITE),
     Mutant("rows of NaN leak into the gradients of keys that they do not see", "backends/nonfinite.py", "nan_rows = nan_rows[..., None]", "nan_rows = nan_rows[..., None] & False", NONFINITE),
@@ -179,12 +181,12 @@ MUTANTS = [
     Mutant("tensors without influence drop out of the graph", "backends/result.py", "(q, problem.k, v, *problem.scores.tensors())", "(q, problem.k, v)", NONFINITE),
     Mutant("visible NaN swallowed", "backends/nonfinite.py", "if nonfinite is None:", "if True:", NONFINITE),
     Mutant("sink forgotten in the normaliser (reference)", "backends/reference.py", "row_sum = row_sum + (sink - row_max).exp()", "row_sum = row_sum + 0 * (sink - row_max).exp()", GRID),
-    Mutant("sink forgotten in the normaliser (sdpa)", "backends/sinks.py", "out * share[..., None]", "out", GRID),
-    Mutant("sink forgotten in the lse", "backends/sinks.py", "torch.logaddexp(lse.masked_fill(empty, 0), sinks)", "lse", GRID),
+    Mutant("sink forgotten in the normaliser (sdpa)", "backends/sinks.py", "out * share[..., None]", "out", GRID, "sdpa"),
+    Mutant("sink forgotten in the lse", "backends/sinks.py", "torch.logaddexp(lse.masked_fill(empty, 0), sinks)", "lse", GRID, "sdpa"),
     Mutant("sink tokens ignore the right bound", "masks.py", "ahead = key <= position + self.right", "ahead = (key <= position + self.right) | (key < self.sink_tokens)", MASKS),
-    Mutant("gradient of the lse lost", "backends/sdpa.py", "torch.cat([out, -d_lse], dim=-1)", "torch.cat([out, 0 * d_lse], dim=-1)", GRID),
+    Mutant("gradient of the lse lost", "backends/sdpa.py", "torch.cat([out, -d_lse], dim=-1)", "torch.cat([out, 0 * d_lse], dim=-1)", FUNCTIONAL),
     Mutant("softcap dropped (reference)", "backends/reference.py", "scores = softcap * torch.tanh(scores / softcap)", "scores = scores", GRID),
-    Mutant("alibi of the wrong sign", "backends/sdpa.py", "score = -penalty if", "score = penalty if", GRID),
+    Mutant("alibi of the wrong sign", "backends/sdpa.py", "score = -penalty if", "score = penalty if", GRID, "sdpa"),
     Mutant("right bound off by one (flex)", "backends/flex.py", "ahead = (j <= position + right)", "ahead = (j < position + right)", GRID),
     Mutant("sink tokens hidden by the window (flex)", "backends/flex.py", "seen = seen | (j < sink_tokens)", "pass", GRID),
     Mutant("alibi of the wrong sign (flex)", "backends/flex.py", "score = score - alibi[h]", "score = score + alibi[h]", GRID),
@@ -428,7 +430,8 @@ class Copy:
             subprocess.run([tools / "cmake", *arguments], check=True, capture_output=True)
 
     def test(self, mutant: Mutant) -> int:
-        selected = ["-m", "not (long or network or vision)", *(["-k", "native"] if mutant.tests == KERNEL else [])]
+        only = mutant.only or ("native" if mutant.tests == KERNEL else "")
+        selected = ["-m", "not (long or network or vision)", *(["-k", only] if only else [])]
         tests = [f"tests/{name}" for name in mutant.tests]
         command = [sys.executable, "-c", RUN_THERE, "-q", "-x", "-p", "no:cacheprovider", *selected, *tests]
         return subprocess.run(command, cwd=self.folder, capture_output=True).returncode

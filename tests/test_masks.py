@@ -224,6 +224,11 @@ def test_simplifying_and_trimming_change_no_visible_pair(stated: tuple[Mask, Rul
     assert torch.equal(trimmed.expand(2, 3, LQ, stop - start), want[..., start:stop])
 
 
+def test_keys_of_a_prefix_are_kept_though_no_query_reaches_them_otherwise() -> None:
+    assert Mask.prefix(6).key_range(2, 9, 0) == (0, 6)
+    assert (Mask.prefix(6) & Mask.chunked(3)).key_range(2, 9, 0) == (0, 3)
+
+
 @pytest.mark.parametrize(("make", "text"), COMBINED, ids=[text for _, text in COMBINED])
 def test_masks_print_as_what_builds_them(make: Callable[[], Mask], text: str) -> None:
     assert repr(make()) == text
