@@ -11,7 +11,8 @@ CPP := $(wildcard native/src/*.h native/src/*/*.h native/src/*/*.cpp native/test
 # Tests start Python a hundred times, and each would recompile what is not cached.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-all pytest check format sanitize fuzz releases mutants families bench study wheel clean
+.PHONY: demo test test-all pytest native-tests check format sanitize fuzz releases mutants families bench study
+.PHONY: wheel clean
 
 demo: $(VENV)/cli
 	$(BIN)/qkv demo
@@ -19,12 +20,16 @@ demo: $(VENV)/cli
 test: $(VENV)/ready
 	$(MAKE) --no-print-directory --jobs=2 pytest check
 
-pytest: $(VENV)/ready
+pytest: $(VENV)/ready native-tests
 	$(PYTEST) -m "not (long or network or vision)"
+
+# The kernel's own tests, on all cores before any test runs.
+native-tests: $(VENV)/ready
+	$(BIN)/python tests/native_tests.py
 
 # All tests: in addition the whole grid through FlexAttention under Dynamo, the demo's default model from the registry,
 # timm and torchvision, the kernel under sanitizers, every family of transformers, and some of the planted bugs.
-test-all: check sanitize build/vision
+test-all: check sanitize build/vision native-tests
 	$(PYTEST) -m "not vision"
 	PYTHONPATH=build/vision $(BIN)/python -m pytest -q -m vision tests/integrations/torch/test_models.py
 	PYTHONPATH=tests $(BIN)/python -m families.sweep --check

@@ -79,9 +79,9 @@ struct Example {
             // The sine, its factor, the product and the sum, and the rounding of the result.
             const double bound = 5 * 0x1p-24 * 2 * 1.25 + format.roundoff * std::abs(want[i]) + format.subnormal;
             const double got = out.get(b, head, token, columns[i]);
-            require(std::abs(got - want[i]) <= bound, std::string(format.name) + ": pair " + std::to_string(pair) +
-                                                          " is " + std::to_string(got) + ", not " +
-                                                          std::to_string(want[i]));
+            if (std::abs(got - want[i]) <= bound) continue;  // a message takes longer to write than a pair to check
+            throw Failure(std::string(format.name) + ": pair " + std::to_string(pair) + " is " + std::to_string(got) +
+                          ", not " + std::to_string(want[i]));
         }
     }
 
