@@ -19,10 +19,16 @@ class Rule:
     prefix: list[int] | None = None
     step: int = 1
     chunk_ends: list[int] | None = None
-    is_global: list[list[bool]] | None = None
-    keep: list[list[bool]] | None = None
-    documents: list[list[int]] | None = None
+    is_global: Sequence[Sequence[bool]] | Tensor | None = None
+    keep: Sequence[Sequence[bool]] | Tensor | None = None
+    documents: Sequence[Sequence[int]] | Tensor | None = None
     allow: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Lists become tensors once, not for each query."""
+        for name in ("is_global", "keep", "documents"):
+            if getattr(self, name) is not None:
+                setattr(self, name, torch.as_tensor(getattr(self, name)))
 
     def sees(self, b: int, h: int, i: int, lk: int, offset: int) -> Tensor:
         """Whether the query sees each of ``lk`` keys."""
@@ -33,17 +39,16 @@ class Rule:
         if self.left is not None:
             seen &= (j >= p - self.left) | (j < self.sink_tokens)
         if self.step != 1:
-            seen &= torch.tensor([abs(p - key) in range(0, lk + abs(p) + 1, self.step) for key in range(lk)]) | (
-                j < self.sink_tokens
-            )
+            seen &= ((p - j).abs() % self.step == 0) | (j < self.sink_tokens)
         if self.chunk_ends is not None:
-            seen &= torch.tensor([all((p < end) == (key < end) for end in self.chunk_ends) for key in range(lk)])
+            ends = torch.tensor(self.chunk_ends)
+            seen &= ((p < ends) == (j[:, None] < ends)).all(1)
         if self.is_global is not None:
-            seen |= torch.tensor(self.is_global[b]) | self.is_global[b][p]
+            seen |= self.is_global[b] | self.is_global[b][p]
         if self.keep is not None:
-            seen &= torch.tensor(self.keep[b])
+            seen &= self.keep[b]
         if self.documents is not None:
-            seen &= torch.tensor(self.documents[b]) == self.documents[b][p]
+            seen &= self.documents[b] == self.documents[b][p]
         if self.allow is not None:
             where = [x if size != 1 else 0 for x, size in zip((b, h, i), self.allow.shape[:3], strict=True)]
             seen &= self.allow[tuple(where)]

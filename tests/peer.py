@@ -1,11 +1,17 @@
 """What torch itself computes for a problem, in the same dtype: the measure of how much error is allowed."""
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from cases import Case
 from torch import Tensor
+
+
+class Peer(NamedTuple):
+    out: Tensor
+    lse: Tensor
 
 
 @cache
@@ -35,6 +41,13 @@ def compute(case: Case, inputs: dict[str, Tensor]) -> Tensor:
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, scale=case.scale, enable_gqa=case.heads != case.kv_heads
     )
+
+
+@cache
+def peer(case: Case, dtype: torch.dtype) -> Peer:
+    """What torch makes of the inputs as rounded to ``dtype``."""
+    inputs = case.inputs(dtype)
+    return Peer(compute(case, inputs), formula(case, inputs)[1])
 
 
 def _additive(case: Case, inputs: dict[str, Tensor]) -> Tensor:

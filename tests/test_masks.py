@@ -53,14 +53,14 @@ def rules(draw: st.DrawFn) -> tuple[Mask, Rule]:
         rule.right, rule.prefix = 0, [draw(st.integers(0, 12)) for _ in range(2)]
         mask = mask & Mask.prefix(torch.tensor(rule.prefix))
     if draw(st.booleans()):
-        rule.is_global = [[draw(st.integers(0, 3)) == 0 for _ in range(LK)] for _ in range(2)]
-        mask = mask | Mask.global_tokens(torch.tensor(rule.is_global))
+        rule.is_global = torch.tensor([[draw(st.integers(0, 3)) == 0 for _ in range(LK)] for _ in range(2)])
+        mask = mask | Mask.global_tokens(rule.is_global)
     if draw(st.booleans()):
-        rule.keep = [[draw(st.booleans()) for _ in range(LK)] for _ in range(2)]
-        mask = mask & Mask.padding(torch.tensor(rule.keep))
+        rule.keep = torch.tensor([[draw(st.booleans()) for _ in range(LK)] for _ in range(2)])
+        mask = mask & Mask.padding(rule.keep)
     if draw(st.booleans()):
-        rule.documents = [[draw(st.integers(0, 2)) for _ in range(LK)] for _ in range(2)]
-        mask = Mask.documents(torch.tensor(rule.documents)) & mask
+        rule.documents = torch.tensor([[draw(st.integers(0, 2)) for _ in range(LK)] for _ in range(2)])
+        mask = Mask.documents(rule.documents) & mask
     if draw(st.booleans()):
         rule.allow = torch.rand(2, 3, LQ, LK, generator=torch.Generator().manual_seed(draw(st.integers(0, 99)))) < 0.5
         mask = mask & Mask.dense(rule.allow)
@@ -79,7 +79,7 @@ def test_visible_is_the_rule(stated: tuple[Mask, Rule], offset: int) -> None:
     assert torch.equal(mask.visible(LQ, LK, offset).expand(2, 3, LQ, LK), written(rule, offset))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 @given(rules(), rules(), st.integers(0, LK - LQ))
 def test_and_is_the_intersection_of_what_is_visible(
     first: tuple[Mask, Rule], second: tuple[Mask, Rule], offset: int
