@@ -12,6 +12,7 @@ import pytest
 import torch
 from cases import Case
 from torch import Tensor
+from torch._dynamo import _trace_wrapped_higher_order_op as indexing
 from torch.nn.attention import flex_attention
 
 import qkv
@@ -50,11 +51,13 @@ class Solver(NamedTuple):
     def at_work(self) -> Iterator[None]:
         """Within it, calls go to the instruction set of this solver; FlexAttention on CPU goes without Dynamo.
 
-        Tracing takes a hundred times as long as the operations; contract/test_grid.py traces once, apart.
+        Tracing takes a hundred times as long as the operations; contract/test_grid.py traces once, apart. Tensors are
+        indexed without the function that gives them gradients, which takes half of the time; there are none on CPU.
         """
         with pytest.MonkeyPatch.context() as patch:
             if self.backend is flex and self.device == "cpu":
                 patch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+                patch.setattr(indexing, "mod_index", torch.ops.aten.index.Tensor)
             if self.isa is None:
                 yield
                 return
