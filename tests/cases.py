@@ -41,26 +41,9 @@ class Case:
 
     def inputs(self, dtype: torch.dtype, *, views: bool = False) -> dict[str, Tensor]:
         """q, k, v and the tensors among the score options, in ``dtype``; the same numbers at every call."""
-        generator = torch.Generator().manual_seed(len(self.name) + 31 * self.lk + 7 * self.lq)
-
-        def draw(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-        found = {
-            "q": draw(self.batch, self.heads, self.lq, self.width),
-            "k": draw(self.batch, self.kv_heads, self.lk, self.width),
-            "v": draw(self.batch, self.kv_heads, self.lk, self.value_width),
-        }
+        found = {name: tensor.to(dtype, copy=True) for name, tensor in _numbers(self).items()}
         if views:
-            found = {name: _between_poisoned_neighbours(tensor) for name, tensor in found.items()}
-        if self.bias_shape is not None:
-            found["bias"] = draw(*self.bias_shape)
-            if self.bias_hides:
-                found["bias"][..., ::3] = -torch.inf
-        if self.alibi:
-            found["alibi"] = torch.arange(1, self.heads + 1, dtype=torch.float64).to(dtype) / 16
-        if self.sinks:
-            found["sink_logits"] = draw(self.heads)
+            found |= {name: _between_poisoned_neighbours(found[name]) for name in "qkv"}
         return found
 
     def options(self) -> dict[str, object]:
@@ -87,6 +70,30 @@ class Case:
             alibi=None if alibi is None else alibi.double().tolist(),
             sink_logits=None if sinks is None else sinks.double().tolist(),
         )
+
+
+@cache
+def _numbers(case: Case) -> dict[str, Tensor]:
+    """The inputs of the case in fp64."""
+    generator = torch.Generator().manual_seed(len(case.name) + 31 * case.lk + 7 * case.lq)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    found = {
+        "q": draw(case.batch, case.heads, case.lq, case.width),
+        "k": draw(case.batch, case.kv_heads, case.lk, case.width),
+        "v": draw(case.batch, case.kv_heads, case.lk, case.value_width),
+    }
+    if case.bias_shape is not None:
+        found["bias"] = draw(*case.bias_shape)
+        if case.bias_hides:
+            found["bias"][..., ::3] = -torch.inf
+    if case.alibi:
+        found["alibi"] = torch.arange(1, case.heads + 1, dtype=torch.float64) / 16
+    if case.sinks:
+        found["sink_logits"] = draw(case.heads)
+    return found
 
 
 def _between_poisoned_neighbours(tensor: Tensor) -> Tensor:

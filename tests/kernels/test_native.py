@@ -1,7 +1,6 @@
 """The native kernel, in addition to the contract: instruction sets, bits, threads, and calls without it."""
 
 import dataclasses
-import os
 import re
 import subprocess
 import sys
@@ -27,20 +26,18 @@ has_fast_path = pytest.mark.skipif(
 )
 
 
-def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, **environment}
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
 
 @present
 def test_an_unknown_instruction_set_is_refused_and_auto_falls_back() -> None:
-    code = (
-        "import torch, qkv; q = torch.randn(1, 2, 64, 4); found = qkv.explain(q, q, q); "
-        "print(found.chosen, found.reasons['native'])"
-    )
-    assert run(code, QKV_ISA="mmx").stdout.strip() == (
-        """sdpa ["QKV_ISA='mmx' is not an instruction set that this machine and the kernel support"]"""
-    )
+    reason = library("mmx")
+    assert reason == "QKV_ISA='mmx' is not an instruction set that this machine and the kernel support"
+    q = torch.randn(1, 2, 64, 4)
+    with kernels.use(reason):
+        found = qkv.explain(q, q, q)
+    assert found.chosen == "sdpa" and found.reasons["native"] == [reason]
 
 
 def test_without_the_library_everything_works_and_explain_says_why(tmp_path: Path) -> None:

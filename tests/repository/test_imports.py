@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from qkv.cli import EXTRAS
+
 SOURCE = Path(__file__).parents[2] / "src" / "qkv"
 
 # Each level may import itself and lower levels; the lowest is first.
@@ -100,15 +102,16 @@ def run(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
 
 
-def test_importing_qkv_loads_no_optional_dependency_and_no_compiler_and_registers_the_operators() -> None:
+def test_importing_qkv_and_its_command_loads_no_optional_dependency_and_no_compiler() -> None:
     """A process that imports qkv can load exported programs with its operators."""
-    names = ("transformers", "matplotlib", "rich", "typer", "safetensors", "gguf", "accelerate", "triton")
-    names += ("sympy", "torch._dynamo")  # a second or more
-    code = (
-        f"import torch, sys; before = set(sys.modules); import qkv; print(set({names}) & (set(sys.modules) - before))"
-    )
-    code += "; print(hasattr(torch.ops.qkv, 'forward'), hasattr(torch.ops.qkv, 'backward'))"
-    assert run(code) == "set()\nTrue True"
+    names = {*EXTRAS, "matplotlib", "safetensors", "triton"}
+    names |= {"sympy", "torch._dynamo"}  # a second or more
+    code = f"""
+import torch, sys; before = set(sys.modules)
+import qkv; print(hasattr(torch.ops.qkv, 'forward'), hasattr(torch.ops.qkv, 'backward'))
+import qkv.cli; print({names} & (set(sys.modules) - before))
+"""
+    assert run(code) == "True True\nset()"
 
 
 PUBLIC = {
