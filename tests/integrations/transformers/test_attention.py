@@ -213,7 +213,10 @@ def test_checkpointed_training_draws_the_same_dropout_again() -> None:
     assert not torch.equal(plain[0], other[0])
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2, softcap and alternating windows"])
+# Of the quick tests, test_tracing.py compiles a decoder without softcap as well.
+@pytest.mark.parametrize(
+    "name", [pytest.param("llama", marks=pytest.mark.long), "gemma2, softcap and alternating windows"]
+)
 def test_a_compiled_decoder_is_one_graph_and_gives_the_logits_of_eager(name: str) -> None:
     model, (ids, keep) = DECODERS[name]().eval(), batch("left")
     families.draw_weights(model)
