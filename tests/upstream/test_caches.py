@@ -15,9 +15,6 @@ from torch import Tensor
 import qkv
 from qkv import Mask
 
-# The name that releases of transformers before 5.24 know.
-pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
-
 
 def layer_with(mask: Mask) -> qkv.Attention:
     torch.manual_seed(0)

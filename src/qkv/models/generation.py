@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from qkv.integrations.transformers.cache_argument import cache_name, cache_of
 from qkv.models.errors import CommandError
 from qkv.models.language_model import LanguageModel, quiet
 from qkv.models.progress import OnProgress
@@ -58,7 +59,7 @@ def prefill(language_model: LanguageModel, inputs: dict[str, Tensor]) -> Prefill
         output = language_model.model(**inputs, use_cache=True, logits_to_keep=1)
         token = output.logits[:, -1].argmax(dim=-1, keepdim=True)
         seconds = time.perf_counter() - start
-    cache = output.get("past_key_values")
+    cache = cache_of(output)
     if cache is None:
         raise CommandError(
             f"--model: {language_model.name!r} makes no cache of keys and values, so it has no attention to compare. "
@@ -84,7 +85,7 @@ def decode(
         output = language_model.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=copy.deepcopy(read.cache),
+            **{cache_name(): copy.deepcopy(read.cache)},
             max_new_tokens=max_new_tokens - 1,
             do_sample=False,
             num_beams=1,

@@ -33,6 +33,7 @@ from qkv.integrations.transformers import attention_step
 from qkv.integrations.transformers.attention import attend
 from qkv.integrations.transformers.attention_forwards import _form_of_code, form_of
 from qkv.integrations.transformers.cache import AppendLayer
+from qkv.integrations.transformers.cache_argument import cache_name, wrapped
 from qkv.kernels import Gain
 from qkv.layers.normed_forward import norm_of
 
@@ -466,12 +467,14 @@ def test_a_module_alone(seen: list[int]) -> None:
     """By position and by name, with tables of other dtypes, rows and widths."""
     ours = qkv.accelerate(made(num_hidden_layers=1)).requires_grad_(False)
     module, x = ours.model.layers[0].self_attn, torch.randn(2, 3, 32)
+    form = form_of(type(module).forward)
+    assert form is not None
     cos, sin = ours.model.rotary_emb(x, torch.tensor([[0, 1, 2], [5, 6, 7]]))
     with composed():
         want = module(x, (cos, sin), None)[0]
     assert torch.equal(module(x, (cos, sin), None)[0], want)
     assert torch.equal(module(hidden_states=x, position_embeddings=[cos, sin])[0], want)
-    assert torch.equal(module(x.mT.contiguous().mT, (cos, sin), past_key_values=None)[0], want)
+    assert torch.equal(module(x.mT.contiguous().mT, (cos, sin), **{cache_name(): None})[0], want)
     assert torch.equal(module(x, (cos, sin), None, None)[0], want)
     assert seen == [3] * 4
     for tables in ((cos[:1], sin[:1]), (cos[:, :1], sin[:, :1])):
@@ -482,11 +485,11 @@ def test_a_module_alone(seen: list[int]) -> None:
     refused = [(cos[0], sin[0]), (cos, sin[..., :4]), (torch.cat([cos, cos], -1),) * 2, (cos,), None, cos]
     for tables in refused:
         given = {"hidden_states": x, "position_embeddings": tables}
-        assert "cos and sin" in attention_step.step_of(module, given)  # type: ignore[operator]
+        assert "cos and sin" in attention_step.step_of(module, form, given)  # type: ignore[operator]
     narrow = {"hidden_states": x, "position_embeddings": (cos[..., :4], sin[..., :4])}
-    assert attention_step.step_of(module, narrow) == "the rotation is not the usual one"
+    assert attention_step.step_of(module, form, narrow) == "the rotation is not the usual one"
     other = {"hidden_states": x, "position_embeddings": (cos.bfloat16(), sin.bfloat16())}
-    assert attention_step.step_of(module, other) == "cos and sin have another dtype"
+    assert attention_step.step_of(module, form, other) == "cos and sin have another dtype"
     torch.testing.assert_close(module(x, (cos.requires_grad_(), sin), None)[0], want)
     with pytest.raises(TypeError, match="positional argument"):
         module(x, (cos, sin), None, None, None)
@@ -537,9 +540,10 @@ def codes_in(code: CodeType) -> list[CodeType]:
 def test_forwards_that_differ_are_not_known() -> None:
     forward = modeling_llama.LlamaAttention.forward
     assert form_of(forward) is not None
+    code = wrapped(forward).__code__
     assert form_of(functools.partial(forward)) is None and form_of(nn.Linear.forward) is None
     for name, value in (("co_names", "q_proj"), ("co_consts", -1)):
-        constants = getattr(forward.__code__, name)
+        constants = getattr(code, name)
         other = tuple("k_proj" if each == value else each for each in constants)
         assert other != constants
-        assert _form_of_code(forward.__code__.replace(**{name: other})) is None
+        assert _form_of_code(code.replace(**{name: other})) is None

@@ -25,9 +25,6 @@ SIZES: dict[str, int] = {
     "num_key_value_heads": 2,
 }
 
-# The name that releases before 5.24 know.
-pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
-
 LENGTHS = (7, 1, 1, 1, 3, 1, 1, 12, 1, 1, 1, 40, 1)
 
 

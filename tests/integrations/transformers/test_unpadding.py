@@ -35,6 +35,7 @@ import qkv
 from qkv import kernels
 from qkv.integrations.transformers import unpadding
 from qkv.integrations.transformers.cache import QKVCache
+from qkv.integrations.transformers.cache_argument import cache_name
 from qkv.integrations.transformers.masks import make_mask
 from qkv.integrations.transformers.unpadding import unpad
 
@@ -180,10 +181,11 @@ def test_a_prompt_is_packed_into_an_empty_cache_and_steps_read_it(kind: str, mak
 def test_a_module_that_reads_its_cache_itself_runs_padded(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.models.llama.modeling_llama import LlamaAttention
 
-    def forward(self: Any, hidden_states: Tensor, past_key_values: Any = None, **kwargs: Any) -> Any:
-        if past_key_values is not None:
-            past_key_values.get_seq_length()
-        return actual(self, hidden_states, past_key_values=past_key_values, **kwargs)
+    def forward(self: Any, hidden_states: Tensor, **kwargs: Any) -> Any:
+        cache = kwargs.get(cache_name())
+        if cache is not None:
+            cache.get_seq_length()
+        return actual(self, hidden_states, **kwargs)
 
     actual = LlamaAttention.forward
     monkeypatch.setattr(LlamaAttention, "forward", forward)

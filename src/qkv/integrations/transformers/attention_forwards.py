@@ -8,16 +8,17 @@ them is recognised, and one that a release or a user has changed is not.
 import functools
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import CodeType, FunctionType
 from typing import Any, Literal, NamedTuple
 
+from qkv.integrations.transformers.cache_argument import wrapped
 from qkv.layers.known_code import compiled, essence
 
 _FORWARD = """
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-def forward(self, hidden_states, position_embeddings, attention_mask, past_key_values=None, **kwargs):
+def forward(self, hidden_states, position_embeddings, attention_mask, {cache}=None, **kwargs):
     input_shape = hidden_states.shape[:-1]
     hidden_shape = (*input_shape, -1, self.head_dim)
 
@@ -25,8 +26,8 @@ def forward(self, hidden_states, position_embeddings, attention_mask, past_key_v
 
     {rotation}
 
-    if past_key_values is not None:
-        key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
+    if {cache} is not None:
+        key_states, value_states = {cache}.update(key_states, value_states, self.layer_idx{more})
 
     attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
         self.config._attn_implementation, eager_attention_forward
@@ -48,6 +49,9 @@ def forward(self, hidden_states, position_embeddings, attention_mask, past_key_v
     attn_output = self.o_proj(attn_output)
     return attn_output, attn_weights
 """
+
+_CACHES = {"past_key_values": "", "cache": ", kwargs=kwargs"}
+"""The argument with the cache, before transformers 5.24 and since, and what ``update`` is given as well."""
 
 _ALONE = """
     query_states = self.q_proj(hidden_states).view(hidden_shape).transpose(1, 2)
@@ -92,6 +96,8 @@ RotaryOf = Literal["always", "use_rope", "given"]
 class Form(NamedTuple):
     """What a forward computes, and of which attributes of its module."""
 
+    cache: str
+    """the argument with the cache"""
     is_packed: bool
     """whether the projections of queries, keys and values are one, ``qkv_proj``"""
     has_norms: bool
@@ -123,16 +129,17 @@ _OPTIONS = ("", "softcap=self.attn_logit_softcapping,", "s_aux=self.sinks,")
 
 
 def form_of(forward: object) -> Form | None:
-    """The form of a forward of an attention module; None for any other function."""
-    if type(forward) is not FunctionType or forward.__closure__:
+    """The form of a forward of an attention module, in wrappers of transformers or not; None for any other function."""
+    if type(forward) is not FunctionType:
         return None
-    return _form_of_code(forward.__code__)
+    inner = wrapped(forward)
+    return None if inner.__closure__ else _form_of_code(inner.__code__)
 
 
 @functools.lru_cache(maxsize=1024)
 def _form_of_code(code: CodeType) -> Form | None:
     sought, names = _identity(code), {*code.co_names, *code.co_varnames}
-    for source, form in _sources(lambda part: set(re.findall(r"self\.(\w+)", part)) <= names):
+    for source, form in _sources(names):
         if _identity(compiled(source)) == sought:
             return form
     return None
@@ -143,18 +150,20 @@ def _identity(code: CodeType) -> tuple[Any, ...]:
     return essence(code), code.co_varnames
 
 
-def _sources(may_occur: Callable[[str], bool]) -> Iterator[tuple[str, Form]]:
-    """All forms whose parts may occur."""
-    for (project, parts), (rotate, rotary), dropout, window, option in itertools.product(
-        _PROJECTIONS, _ROTATIONS, _DROPOUTS, _WINDOWS, _OPTIONS
+def _sources(names: set[str]) -> Iterator[tuple[str, Form]]:
+    """All forms of a forward with these names."""
+    for (cache, more), (project, parts), (rotate, rotary), dropout, window, option in itertools.product(
+        _CACHES.items(), _PROJECTIONS, _ROTATIONS, _DROPOUTS, _WINDOWS, _OPTIONS
     ):
         options = f"{window} {option}"
-        if may_occur(f"{project} {rotate} {options}"):
+        if {cache, *re.findall(r"self\.(\w+)", f"{project} {rotate} {options}")} <= names:
             places = {"projections": project.strip(), "rotation": rotate.strip(), "dropout": dropout}
+            places |= {"cache": cache, "more": more}
             yield (
                 _FORWARD.format(**places, options=options),
                 Form(
                     **parts,
+                    cache=cache,
                     rotary=rotary,
                     softcap="attn_logit_softcapping" if "softcap" in option else None,
                     sinks="sinks" if "sinks" in option else None,

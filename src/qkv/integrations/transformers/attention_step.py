@@ -20,6 +20,7 @@ from qkv.integrations import calls
 from qkv.integrations.transformers.attention import attend, compute_attention
 from qkv.integrations.transformers.attention_forwards import Form, form_of
 from qkv.integrations.transformers.cache import AppendLayer, Int8Layer, Int8SlidingLayer, QKVCache, SlidingLayer
+from qkv.integrations.transformers.cache_argument import former_names, wrapped
 from qkv.integrations.transformers.masks import MaskTensor
 from qkv.integrations.transformers.rotary import is_usual
 from qkv.layers.normed_forward import Norm, norm_of
@@ -34,8 +35,8 @@ MAX_TOKENS = 16
 _READ = frozenset(list(inspect.signature(compute_attention).parameters)[5:-1])
 """Keywords that the attention function reads, beside queries, keys, values and the mask."""
 
-_POSITIONAL = ("hidden_states", "position_embeddings", "attention_mask", "past_key_values")
-"""Parameters of all forms of the forward."""
+_POSITIONAL = ("hidden_states", "position_embeddings", "attention_mask")
+"""Parameters of all forms of the forward; the cache, whose name differs, comes after them."""
 
 _PARTS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "q_norm", "k_norm", "sinks")
 """Modules and parameters that are read; an attribute of an instance would hide them."""
@@ -69,32 +70,35 @@ def attention_step(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     """The output of an attention module in one call of the kernel, counted for reports; or why the call is composed of
     its parts, with nothing changed.
     """
-    if len(args) > len(_POSITIONAL):
+    forward = type(module).forward
+    form = form_of(forward)
+    if form is None:
+        return "the forward is not one that qkv knows"
+    if not former_names(forward).isdisjoint(kwargs):
+        return "an argument is given by its former name"
+    if len(args) > len(_POSITIONAL) + 1:
         return "arguments are not those of the forward"
-    given = dict(zip(_POSITIONAL, args, strict=False)) | kwargs if args else kwargs
-    step = step_of(module, given)
+    given = dict(zip((*_POSITIONAL, form.cache), args, strict=False)) | kwargs if args else kwargs
+    step = step_of(module, form, given)
     return step if isinstance(step, str) else run_step(module, given["hidden_states"], step)
 
 
-def step_of(module: Any, given: dict[str, Any]) -> Step | str:
+def step_of(module: Any, form: Form, given: dict[str, Any]) -> Step | str:
     """What the kernel needs to take a call in one; or why the call is composed of its parts.
 
     What is watched or replaced is called: hooks, patches, adapters, subclasses of modules, attention functions.
     """
     if kernels.is_tracing():
         return "a compiler or tracer is active"
-    x, cache = given.get("hidden_states"), given.get("past_key_values")
-    forward = type(module).forward
-    form = form_of(forward)
-    if form is None:
-        return "the forward is not one that qkv knows"
+    x, cache = given.get("hidden_states"), given.get(form.cache)
+    forward: Any = wrapped(type(module).forward)
     if torch._C._len_torch_function_stack():
         return "a mode of torch is active"
     if not isinstance(x, Tensor) or x.is_nested or x.dim() != 3 or not 0 < x.shape[0] * x.shape[1] <= MAX_TOKENS:
         return f"hidden_states has not 1 to {MAX_TOKENS} tokens"
     if torch.is_autocast_enabled("cpu"):
         return "torch.autocast casts parts of it"
-    for name in given.keys() - _POSITIONAL:
+    for name in given.keys() - _POSITIONAL - {form.cache}:
         if name in form.keywords or (name in _READ and given[name] is not None and given[name] is not False):
             return f"{name} is given"
     if not _reaches(forward, module.config._attn_implementation):

@@ -447,7 +447,8 @@ class Int8SlidingLayer(_RoundedLayer, DynamicSlidingWindowLayer):  # type: ignor
 
 
 class QKVCache(DynamicCache):  # type: ignore[misc]
-    """transformers' default cache with layers that append in place; pass it as ``past_key_values``.
+    """transformers' default cache with layers that append in place; pass it as ``past_key_values``, which is
+    ``cache`` from transformers 5.24 on.
 
     Args:
         config: of the model, or the model. Layers with a window cache only the window; those of latent attention keep

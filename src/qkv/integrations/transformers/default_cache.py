@@ -21,6 +21,7 @@ from transformers.generation import configuration_utils
 
 from qkv import kernels
 from qkv.integrations.transformers.cache import adopt, asks_for
+from qkv.integrations.transformers.cache_argument import CACHE_NAMES
 
 NAME = "qkv"
 """The attention implementation that asks for our cache, and the ``cache_implementation`` that does."""
@@ -33,6 +34,10 @@ _PACKAGES = ("transformers", "transformers_modules")
 
 _NAMES = "ALL_CACHE_IMPLEMENTATIONS"
 """The names that ``generate(cache_implementation=...)`` admits."""
+
+
+_PREPARE = "_prepare_cache_for_generation"
+"""The method of ``generate`` that makes a cache as its arguments ask; without it, configurations alone decide."""
 
 
 class _Patch(NamedTuple):
@@ -73,9 +78,10 @@ def install(choice: Choice | None) -> None:
     if choice is not None:
         _default = choice
     if not _patches:
-        prepare = _requesting(GenerationMixin._prepare_cache_for_generation)
         _patches.append(_Patch.put(DynamicCache, "__init__", _adopting(DynamicCache.__init__)))
-        _patches.append(_Patch.put(GenerationMixin, "_prepare_cache_for_generation", prepare))
+        prepare = getattr(GenerationMixin, _PREPARE, None)
+        if prepare is not None:
+            _patches.append(_Patch.put(GenerationMixin, _PREPARE, _requesting(prepare)))
         setattr(configuration_utils, _NAMES, (*getattr(configuration_utils, _NAMES, ()), NAME))
 
 
@@ -93,7 +99,7 @@ def uninstall() -> None:
 def makes_caches(model: Any) -> bool:
     """Whether a model of transformers makes a cache where it is given none."""
     config, names = model.config, inspect.signature(model.forward).parameters
-    if not names.keys() & {"past_key_values", "cache_params"}:
+    if names.keys().isdisjoint(CACHE_NAMES):
         return False
     return bool(model.can_generate() or config.is_encoder_decoder or getattr(config, "is_decoder", True))
 
@@ -103,7 +109,7 @@ def why_not(model: Any) -> str | None:
     requested = getattr(getattr(model, "generation_config", None), "cache_implementation", None)
     if not _patches:
         return "qkv is not registered: qkv.register()"
-    if model.can_generate() and not model._supports_default_dynamic_cache():
+    if model.can_generate() and not getattr(model, "_supports_default_dynamic_cache", lambda: True)():
         return "it makes caches of its own"
     if requested not in (None, NAME):
         return f"cache_implementation={requested!r} in its generation_config"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qkv import kernels
 from qkv.integrations.transformers import attention
+from qkv.integrations.transformers.cache_argument import cache_name
 from qkv.integrations.transformers.model_types import register_model_type
 from qkv.layers.latent_heads import LatentHeads, split_heads
 from qkv.rotation import Rotation
@@ -121,23 +122,35 @@ class LatentDecoderAttention(nn.Module):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """As in transformers' layers."""
+        return self.attend(hidden_states, position_embeddings, attention_mask, cache, **kwargs)
+
+    def attend(
+        self: Any,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        latents: Any,
+        /,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention over the latents in a cache and those of new tokens."""
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         widths = [self.qk_nope_head_dim, self.qk_rope_head_dim]
         q_nope, q_rot = split_heads(self.q_proj(hidden_states), sum(widths)).split(widths, dim=3)
-        latents = self.kv_a_proj_with_mqa(hidden_states)[:, None]
-        kv_nope, k_rot = latents.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=3)
+        kv = self.kv_a_proj_with_mqa(hidden_states)[:, None]
+        kv_nope, k_rot = kv.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=3)
         q_rot, k_rot = self._rotate(q_rot, k_rot, *position_embeddings)
-        if past_key_values is not None:
-            kv_nope, k_rot = past_key_values.update(kv_nope, k_rot, self.layer_idx)
+        if latents is not None:
+            kv_nope, k_rot = latents.update(kv_nope, k_rot, self.layer_idx)
         k, v = self.expand_kv(kv_nope, k_rot)
-        eager = sys.modules[type(self).__mro__[2].__module__].eager_attention_forward
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
-        out, weights = attend(
+        eager = sys.modules[type(self).__bases__[1].__module__].eager_attention_forward
+        attention_function = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
+        out, weights = attention_function(
             self,
             torch.cat([q_nope, q_rot], dim=3),
             k,
@@ -155,6 +168,21 @@ class LatentDecoderAttention(nn.Module):
         repeats = q.shape[3] // cos.shape[2]
         cos, sin = (table[..., : cos.shape[2] // 2].repeat_interleave(repeats, dim=2) for table in (cos, sin))
         return kernels.rotate([q, k], Rotation(cos=cos, sin=sin, interleaved=True))
+
+
+class FormerLatentDecoderAttention(LatentDecoderAttention):
+    """The same with the name that the cache has before transformers 5.24."""
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As in transformers' layers."""
+        return self.attend(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
 
 
 def _config_class(base: Any) -> Any:
@@ -175,7 +203,8 @@ def _config_class(base: Any) -> Any:
 def _attention_class(model: Any) -> Any:
     """Derives our attention layer from that of a model class."""
     base = getattr(sys.modules[model.__module__], model.__name__.removesuffix("Model") + "Attention")
-    return type(CLASS_PREFIX + base.__name__, (LatentDecoderAttention, base), {})
+    mixin = LatentDecoderAttention if cache_name() == "cache" else FormerLatentDecoderAttention
+    return type(CLASS_PREFIX + base.__name__, (mixin, base), {})
 
 
 def _model_class(base: Any, config_class: Any, attention_class: Any) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from qkv import kernels
 from qkv.integrations import calls
+from qkv.integrations.transformers.cache_argument import with_wrapped, wrapped
 from qkv.integrations.transformers.rotary import Apply, apply_rotary_pos_emb, is_usual
 from qkv.layers.instance_forward import InstanceForward
 
@@ -44,25 +45,27 @@ def replace_rotary(module: nn.Module) -> None:
 
 def rotates(module: nn.Module) -> bool:
     """Whether a module calls a rotation, usual or not."""
-    return _NAME in getattr(getattr(type(module).forward, "__code__", None), "co_names", ())
+    forward: Any = type(module).forward
+    return _NAME in getattr(getattr(wrapped(forward), "__code__", None), "co_names", ())
 
 
 def _rotated(forward: Any) -> FunctionType | None:
     """A forward with qkv's rotation; None if it does not call the usual one itself."""
-    if type(forward) is not FunctionType or _NAME not in forward.__code__.co_names:
+    inner = wrapped(forward)
+    if type(inner) is not FunctionType or _NAME not in inner.__code__.co_names:
         return None
-    theirs = forward.__globals__.get(_NAME)
-    return None if theirs is None else _with_rotation(forward, theirs)
+    theirs = inner.__globals__.get(_NAME)
+    return None if theirs is None else _with_rotation(forward, inner, theirs)
 
 
 @functools.lru_cache(maxsize=1024)
-def _with_rotation(forward: FunctionType, theirs: Apply) -> FunctionType | None:
+def _with_rotation(forward: FunctionType, inner: FunctionType, theirs: Apply) -> FunctionType | None:
     if not is_usual(theirs, rotary_dim=8):
         return None
-    names = _Globals(forward.__globals__, functools.partial(_apply, theirs))
-    copied = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
-    copied.__kwdefaults__ = forward.__kwdefaults__
-    return copied
+    names = _Globals(inner.__globals__, functools.partial(_apply, theirs))
+    copied = FunctionType(inner.__code__, names, inner.__name__, inner.__defaults__, inner.__closure__)
+    copied.__kwdefaults__ = inner.__kwdefaults__
+    return with_wrapped(forward, copied)
 
 
 class _Globals(dict[str, Any]):

@@ -17,6 +17,7 @@ from torch.nn.modules import activation
 from qkv import kernels
 from qkv.integrations import calls
 from qkv.integrations.transformers.attention import NAME, register
+from qkv.integrations.transformers.cache_argument import CACHE_NAMES
 from qkv.integrations.transformers.masks import MaskTensor
 from qkv.layers.instance_forward import InstanceForward
 from qkv.masks import Mask
@@ -37,11 +38,11 @@ _CAPTURING = "transformers.utils.output_capturing"
 _LABELS = "labels"
 """The argument of models with the targets of their loss, (B, L) where there is one for each token."""
 
+_CACHES = frozenset({*CACHE_NAMES, "past_key_value"})
+"""Names of the cache in the code of layers."""
+
 _NO_TARGET = -100
 """The label of tokens that a loss does not count."""
-
-_CACHE = "past_key_values"
-"""The argument with the cache in the layers of transformers' models."""
 
 
 def unpad(model: Model, *, enabled: bool = True) -> Model:
@@ -357,7 +358,7 @@ def _why_not_cache(layer: nn.Module, name: str, cache: Any) -> str | None:
 
     from qkv.integrations.transformers.cache import AppendLayer, LatentLayer, QKVCache, SlidingLayer
 
-    if name != _CACHE or type(cache) not in (DynamicCache, QKVCache):
+    if name not in CACHE_NAMES or type(cache) not in (DynamicCache, QKVCache):
         return f"a cache of type {type(cache).__name__}, as {name}"
     # These return what an empty cache is given; an int8 layer rounds it, others have a state that padding enters.
     appending = (DynamicLayer, DynamicSlidingWindowLayer, AppendLayer, LatentLayer, SlidingLayer)
@@ -380,12 +381,15 @@ def _only_appends(kind: Any) -> bool:
         source = textwrap.dedent(inspect.getsource(kind.forward))
     except (OSError, TypeError):
         return False
-    if _CACHE.removesuffix("s") not in source:
+    if not any(name in source for name in _CACHES):
         return True
-    tree = ast.parse(source)
-    above = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
-    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id.startswith("past_key_value")]
-    strings = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and node.value == _CACHE]
+    forward = ast.parse(source).body[0]
+    if not isinstance(forward, ast.FunctionDef):
+        return False
+    forward.decorator_list.clear()  # one of them replaces a former name of the cache
+    above = {child: node for node in ast.walk(forward) for child in ast.iter_child_nodes(node)}
+    names = [node for node in ast.walk(forward) if isinstance(node, ast.Name) and node.id in _CACHES]
+    strings = [node for node in ast.walk(forward) if isinstance(node, ast.Constant) and node.value in _CACHES]
     return not strings and all(_is_passed_or_updated(name, above) for name in names)
 
 
