@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
+from qkv.integrations.transformers.cache_argument import CACHE_NAMES, wrapped
 from qkv.layers.known_code import compiled, essence
 
 _FORWARD = """
@@ -29,10 +30,15 @@ def forward(self, {parameters}):
     return hidden_states
 """
 
-_LLAMA = ("attention_mask", "position_ids", "past_key_values", "use_cache", "position_embeddings")
-_GEMMA = ("position_embeddings", "attention_mask", "position_ids", "past_key_values")
-_ARGUMENTS = (_LLAMA, _GEMMA)
-"""What forwards hand on to attention, in their order."""
+_ARGUMENTS = [
+    arguments
+    for cache in CACHE_NAMES
+    for arguments in (
+        ("attention_mask", "position_ids", cache, "use_cache", "position_embeddings"),
+        ("position_embeddings", "attention_mask", "position_ids", cache),
+    )
+]
+"""What forwards hand on to attention, in their order: as Llama and as Gemma."""
 
 
 class Form(NamedTuple):
@@ -60,13 +66,18 @@ _FORMS = [
 
 
 def form_of(forward: object) -> Form | None:
-    """The form of a forward of a decoder layer, with or without checkpointing; None for any other function."""
-    if type(forward) is FunctionType and forward.__code__ is _checkpointing_code():
-        cells = dict(zip(forward.__code__.co_freevars, forward.__closure__ or (), strict=True))
-        forward = cells["forward"].cell_contents
-    if type(forward) is not FunctionType or forward.__closure__:
-        return None
-    return _form_of_code(forward.__code__)
+    """The form of a forward of a decoder layer, in wrappers of transformers or not; None for any other function."""
+    inner = wrapped(without_checkpointing(forward))
+    return None if type(inner) is not FunctionType or inner.__closure__ else _form_of_code(inner.__code__)
+
+
+@functools.lru_cache(maxsize=1024)
+def without_checkpointing(forward: object) -> object:
+    """The forward that transformers' checkpointing calls, for calls that are not checkpointed; any other as it is."""
+    if type(forward) is not FunctionType or forward.__code__ is not _checkpointing_code():
+        return forward
+    cells = dict(zip(forward.__code__.co_freevars, forward.__closure__ or (), strict=True))
+    return cells["forward"].cell_contents
 
 
 @functools.cache

@@ -7,8 +7,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from qkv import kernels
+from qkv.integrations.transformers.attention_forwards import form_of as form_of_attention
 from qkv.integrations.transformers.attention_step import run_step, step_of
-from qkv.integrations.transformers.decoder_forwards import Form, form_of
+from qkv.integrations.transformers.cache_argument import former_names
+from qkv.integrations.transformers.decoder_forwards import Form, form_of, without_checkpointing
 from qkv.integrations.transformers.rotated_forward import RotatedForward
 from qkv.layers.gated_forward import GatedForward, mlp_of
 from qkv.layers.instance_forward import InstanceForward
@@ -25,7 +27,10 @@ def decoder_step(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     """
     if len(args) != 1 or "hidden_states" in kwargs or kernels.is_tracing():
         return None
-    x, form = args[0], form_of(type(module).forward)
+    forward = type(module).forward
+    x, form = args[0], form_of(forward)
+    if not former_names(without_checkpointing(forward)).isdisjoint(kwargs):
+        return None
     if form is None or not isinstance(x, Tensor) or not kernels.has_few_rows(x):
         return None
     if module.training and (form.dropouts or getattr(module, "gradient_checkpointing", False)):
@@ -34,7 +39,10 @@ def decoder_step(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     if block is None:
         return None
     attention: Any = module._modules["self_attn"]
-    step = step_of(attention, {**kwargs, "hidden_states": x})
+    of_attention = form_of_attention(type(attention).forward)
+    if of_attention is None:
+        return None
+    step = step_of(attention, of_attention, {**kwargs, "hidden_states": x})
     if isinstance(step, str):
         return None
     out = run_step(attention, x, step, block)

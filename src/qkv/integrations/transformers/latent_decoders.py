@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from qkv import kernels
 from qkv.integrations.transformers import attention
-from qkv.integrations.transformers.cache_argument import cache_name
 from qkv.integrations.transformers.model_types import register_model_type
 from qkv.layers.latent_heads import LatentHeads, split_heads
 from qkv.rotation import Rotation
@@ -123,21 +122,11 @@ class LatentDecoderAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         cache: Any = None,
+        *,
+        past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """As in transformers' layers."""
-        return self.attend(hidden_states, position_embeddings, attention_mask, cache, **kwargs)
-
-    def attend(
-        self: Any,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None,
-        latents: Any,
-        /,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attention over the latents in a cache and those of new tokens."""
+        """As in transformers' layers, which call a cache ``past_key_values`` before 5.24."""
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         widths = [self.qk_nope_head_dim, self.qk_rope_head_dim]
@@ -145,10 +134,11 @@ class LatentDecoderAttention(nn.Module):
         kv = self.kv_a_proj_with_mqa(hidden_states)[:, None]
         kv_nope, k_rot = kv.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=3)
         q_rot, k_rot = self._rotate(q_rot, k_rot, *position_embeddings)
+        latents = past_key_values if cache is None else cache
         if latents is not None:
             kv_nope, k_rot = latents.update(kv_nope, k_rot, self.layer_idx)
         k, v = self.expand_kv(kv_nope, k_rot)
-        eager = sys.modules[type(self).__bases__[1].__module__].eager_attention_forward
+        eager = sys.modules[type(self).__mro__[2].__module__].eager_attention_forward
         attention_function = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
         out, weights = attention_function(
             self,
@@ -170,21 +160,6 @@ class LatentDecoderAttention(nn.Module):
         return kernels.rotate([q, k], Rotation(cos=cos, sin=sin, interleaved=True))
 
 
-class FormerLatentDecoderAttention(LatentDecoderAttention):
-    """The same with the name that the cache has before transformers 5.24."""
-
-    def forward(
-        self: Any,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """As in transformers' layers."""
-        return self.attend(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
-
-
 def _config_class(base: Any) -> Any:
     """Derives our configuration class from transformers' one."""
     from huggingface_hub.dataclasses import strict
@@ -203,8 +178,7 @@ def _config_class(base: Any) -> Any:
 def _attention_class(model: Any) -> Any:
     """Derives our attention layer from that of a model class."""
     base = getattr(sys.modules[model.__module__], model.__name__.removesuffix("Model") + "Attention")
-    mixin = LatentDecoderAttention if cache_name() == "cache" else FormerLatentDecoderAttention
-    return type(CLASS_PREFIX + base.__name__, (mixin, base), {})
+    return type(CLASS_PREFIX + base.__name__, (LatentDecoderAttention, base), {})
 
 
 def _model_class(base: Any, config_class: Any, attention_class: Any) -> Any:
