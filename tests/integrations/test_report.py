@@ -33,7 +33,7 @@ def test_a_model_of_transformers_before_and_after() -> None:
     assert "No call of attention so far" in str(before)
     generated(qkv.accelerate(ours), IDS.clone())
     after = qkv.report(ours)
-    assert subjects(after.taken) == [*taken[:3], "steps", *taken[3:]]
+    assert subjects(after.taken) == [*taken[:3], "steps", "decoders", *taken[3:]]
     assert (after.routed, after.fallback) == (2 * STEPS, 0)
     assert str(after).splitlines() == [
         'attention      LlamaForCausalLM  qkv: attn_implementation="qkv"',
@@ -41,6 +41,7 @@ def test_a_model_of_transformers_before_and_after() -> None:
         "2 AppendLayer",
         "rotary         2 modules         qkv: qkv's rotation in these modules alone",
         "steps          2 modules         qkv: few tokens in one call of the kernel, projections included",
+        "decoders       2 layers          qkv: few tokens in one call of the kernel, norms and MLP too",
         "norms          5 norms           qkv: RMSNorm in one call of the kernel, without a gradient",
         "MLPs           2 MLPs            qkv: 1 to 16 tokens in one call of the kernel, without a gradient",
         "linear layers  15 linear layers  qkv: products as in qkv's own layers",

@@ -60,7 +60,7 @@ def prefill(language_model: LanguageModel, inputs: dict[str, Tensor]) -> Prefill
         token = output.logits[:, -1].argmax(dim=-1, keepdim=True)
         seconds = time.perf_counter() - start
     cache = cache_of(output)
-    if cache is None:
+    if all(getattr(layer, "keys", None) is None for layer in getattr(cache, "layers", ())):
         raise CommandError(
             f"--model: {language_model.name!r} makes no cache of keys and values, so it has no attention to compare. "
             "Give a model such as Llama, Mistral, Qwen or Gemma."
