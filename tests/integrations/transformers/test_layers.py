@@ -63,7 +63,10 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "gemma": ("gemma", {**LLAMA, "head_dim": 16}),
-    "gemma2": ("gemma2", {**LLAMA, "head_dim": 16, "sliding_window": 5, "attn_logit_softcapping": 1.5}),
+    "gemma2": (
+        "gemma2",
+        {"attn_implementation": "eager", **LLAMA, "head_dim": 16, "sliding_window": 5, "attn_logit_softcapping": 1.5},
+    ),
     "gemma3_text": (
         "gemma3_text",
         {**LLAMA, "head_dim": 16, "sliding_window": 5, "sliding_window_pattern": 2, "query_pre_attn_scalar": 9},
