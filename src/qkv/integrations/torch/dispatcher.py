@@ -125,12 +125,13 @@ def _solve_sdpa(
     out = solve(q, k, v, mask, bias, scale, dropout_p)
     if isinstance(out, str):
         return out
-    # Keep torch's layout, since callers view the result in other shapes.
+    if rank != 4:
+        out = out.reshape(*query.shape[:-1], value.shape[-1])
+    # Keep torch's layout, since callers view the result in other shapes. Which calls are fused differs by release.
     if query.is_contiguous() or not torch._fused_sdp_choice(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     ):
-        out = out.contiguous()
-        return out if rank == 4 else out.view(*query.shape[:-1], value.shape[-1])
+        return out.contiguous()
     like = torch.empty_like(query)
     return out if out.stride() == like.stride() else like.copy_(out)
 
