@@ -98,11 +98,11 @@ def step_call(
         scale=scale,
         softcap=softcap,
     )
-    is_done = kernels.layer_step(tensors, numbers) if block is None else _decode(tensors, numbers, block)
+    is_done = kernels.layer_step(tensors, numbers) if block is None else _decoder_layer(tensors, numbers, block)
     return out if is_done else None
 
 
-def _decode(tensors: StepTensors, numbers: StepNumbers, block: Block) -> bool:
+def _decoder_layer(tensors: StepTensors, numbers: StepNumbers, block: Block) -> bool:
     before_attention, after_attention, before_mlp, after_mlp = (norm and norm.gains for norm in block.norms)
     (gate_weight, gate_bias), up, (down_weight, down_bias), activation = block.mlp
     up_weight, up_bias = up or (None, None)

@@ -4,7 +4,11 @@ and the calls that are composed of them, since something watches, changes or giv
 
 import copy
 import functools
+import inspect
 import io
+import re
+import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,12 +16,23 @@ from typing import Any
 import pytest
 import torch
 from integrations.transformers.one_line import model
-from integrations.transformers.test_attention_step import IDS, KINDS, WATCHED, composed, decoded, double, twice
+from integrations.transformers.test_attention_step import (
+    IDS,
+    KINDS,
+    WATCHED,
+    composed,
+    decoded,
+    double,
+    forward_of,
+    twice,
+)
 from integrations.transformers.test_norms_and_mlps import LINEAR_CHANGES, MLP_CHANGES
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.activations import SiLUActivation
+from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.llama import modeling_llama
+from transformers.utils.deprecation import deprecate_kwarg
 
 import qkv
 from qkv import kernels
@@ -344,31 +359,6 @@ def test_hidden_states_and_attentions(layers: list[int]) -> None:
     assert not layers
 
 
-@pytest.mark.parametrize("fault", ["refused", "no memory"])
-@torch.no_grad()
-def test_after_a_fault_the_cache_is_as_before(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = qkv.accelerate(made())
-    caches = [qkv.QKVCache(ours) for _ in range(2)]
-    for cache in caches:
-        ours(IDS[:, :9], past_key_values=cache)
-
-    def fails(*call: object) -> bool:
-        if fault == "no memory":
-            raise MemoryError
-        return False
-
-    with monkeypatch.context() as patch:
-        patch.setattr(kernels, "decoder_layer", fails)
-        if fault == "no memory":
-            with pytest.raises(MemoryError):
-                ours(IDS[:, :2], past_key_values=caches[0])
-            assert caches[0].get_seq_length() == 9
-        else:
-            got = ours(IDS[:, :2], past_key_values=caches[0]).logits
-            assert torch.equal(got, ours(IDS[:, :2], past_key_values=caches[1]).logits)
-    assert torch.equal(*(ours(IDS[:, 2:3], past_key_values=cache).logits for cache in caches))
-
-
 @torch.no_grad()
 def test_caches_of_transformers_and_arguments_by_position(layers: list[int]) -> None:
     ours = qkv.accelerate(made(num_hidden_layers=1))
@@ -393,6 +383,32 @@ def test_calls_are_counted_once(layers: list[int]) -> None:
         ours(IDS[:, :3], use_cache=False)
     report = qkv.report(ours)
     assert layers == [3] and report.routed == 1 and "qkv: one call of the kernel" in str(report)
+
+
+FAMILIES = [
+    *("arcee.Arcee", "gemma.Gemma", "gemma2.Gemma2", "gemma3.Gemma3", "llama.Llama", "ministral.Ministral"),
+    *("mistral.Mistral", "olmo2.Olmo2", "olmo3.Olmo3", "phi3.Phi3", "qwen2.Qwen2", "qwen3.Qwen3", "smollm3.SmolLM3"),
+]
+STRANGERS = ["cohere.Cohere", "glm4.Glm4", "granite.Granite", "stablelm.StableLm"]
+"""Attention and MLP side by side, other names, factors, dropouts of another kind."""
+
+
+def test_families_with_a_layer_that_is_known() -> None:
+    """By the sources, which are not imported: that would take long."""
+    known = [name for name in FAMILIES + STRANGERS if _form_of_code(forward_of(name, "DecoderLayer")) is not None]
+    assert known == FAMILIES
+
+
+@pytest.mark.parametrize("kind", [modeling_llama.LlamaDecoderLayer, modeling_gemma2.Gemma2DecoderLayer])
+def test_a_layer_is_known_by_either_name_of_its_cache(kind: Any) -> None:
+    """``past_key_values`` before transformers 5.24, ``cache`` since, within a wrapper that replaces the former name."""
+    inner = wrapped(without_checkpointing(kind.forward))
+    source = textwrap.dedent(inspect.getsource(inner))
+    for name in ("cache", "past_key_values"):
+        names = dict(vars(sys.modules[kind.__module__]))
+        exec(re.sub(r"\b(past_key_values|cache)\b", name, source), names)
+        found = form_of(deprecate_kwarg("former", "1000.0", new_name=name)(names["forward"]))
+        assert found is not None and found == form_of(kind.forward)
 
 
 def test_forwards_that_differ_are_not_known() -> None:
