@@ -701,3 +701,22 @@ def test_a_compiled_model_with_a_context_and_unequal_rows(backend: str) -> None:
         wanted = torch.stack([want[0, first : first + 2], want[1, second : second + 2]])
         torch.testing.assert_close(compiled(new, None, caches), wanted, rtol=1e-4, atol=1e-5)
     assert caches.lengths.tolist() == [11, 11]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: qkv.CausalAttention(8, 2),
+        lambda: qkv.SlidingWindowAttention(8, 2, window=3, causal=True),
+        lambda: qkv.CrossAttention(8, 2),
+        lambda: qkv.LatentAttention(16, 2, kv_rank=4, nope_dim=4, rope_dim=2),
+    ],
+    ids=["growing", "sliding", "cross", "latent"],
+)
+def test_a_layer_makes_a_cache_of_a_dtype_that_there_is(make: Callable[[], Any]) -> None:
+    layer = make()
+    assert type(layer.make_cache(dtype="int8")) is type(layer.make_cache(dtype=torch.int8))
+    assert repr(layer.make_cache(dtype="int8")) == repr(layer.make_cache(dtype=torch.int8))
+    for dtype in ("int4", torch.float16, 8):
+        with pytest.raises(ValueError, match=rf'{type(layer).__name__}: dtype must be torch.int8 or "int8", or None'):
+            layer.make_cache(dtype=dtype)

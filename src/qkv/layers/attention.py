@@ -20,6 +20,7 @@ from qkv.cache import (
     Owner,
     SlidingKVCache,
 )
+from qkv.cache.int8 import Dtype, format_of
 from qkv.layers import torch_mha, transformers_modules
 from qkv.layers.arguments import (
     input_error,
@@ -336,7 +337,7 @@ class Attention(OperatorLayer):
         found = weights_of(self, x, context, call_options(self, mask, bias, positions, given))
         return Way(False, found) if isinstance(found, str) else Way(True, "")
 
-    def make_cache(self, capacity: int | None = None, dtype: torch.dtype | None = None) -> Cache:
+    def make_cache(self, capacity: int | None = None, dtype: Dtype = None) -> Cache:
         """The cache that the layer needs to decode, as `Caches.for_model` makes it.
 
         A `CrossKVCache` for a layer with a context, a `SlidingKVCache` for one whose mask has a window shorter than
@@ -345,16 +346,20 @@ class Attention(OperatorLayer):
 
         Args:
             capacity: as in `KVCache`.
-            dtype: ``torch.int8`` for keys in int8, those of a context apart; None for their own dtype.
+            dtype: ``torch.int8`` or ``"int8"`` for keys in int8, those of a context apart; None for their own dtype.
+
+        Raises:
+            ValueError: for another dtype.
         """
+        kept = format_of(type(self).__name__, dtype).dtype
         if self.context_dim is not None:
             return CrossKVCache()
         mask, lookback = self.mask, self.mask.lookback
         has_distances = self._slopes is not None or self.position_bias is not None
         counts_keys = mask.counts_from_first_key or (mask.sink_tokens and has_distances)
         if lookback is not None and not counts_keys and (capacity is None or capacity > lookback + 1):
-            return SlidingKVCache(lookback + 1, mask.sink_tokens, dtype=dtype)
-        return Int8KVCache(capacity) if dtype is torch.int8 else KVCache(capacity)
+            return SlidingKVCache(lookback + 1, mask.sink_tokens, dtype=kept)
+        return KVCache(capacity) if kept is None else Int8KVCache(capacity)
 
     def _refuse_with_nested(self, **options: Tensor | None) -> None:
         """Raises ValueError for options that nested tensors do not have."""

@@ -9,6 +9,7 @@ from typing_extensions import Self
 from qkv import functional
 from qkv.arguments import require_count, require_finite, require_flag, require_positive, require_probability
 from qkv.cache import Caches, Keys, LatentKVCache, Owner
+from qkv.cache.int8 import Dtype, format_of
 from qkv.layers import deepseek
 from qkv.layers.arguments import input_error, require_backend, require_like_weights, require_mask, require_rotary
 from qkv.layers.cached_call import (
@@ -226,13 +227,17 @@ class LatentAttention(OperatorLayer):
         k, _ = self._heads.expand(keys.k)
         return functional.attention_weights(q, k, mask=mask, **self._scores(bias), **keys.options())
 
-    def make_cache(self, capacity: int | None = None, dtype: torch.dtype | None = None) -> LatentKVCache:
+    def make_cache(self, capacity: int | None = None, dtype: Dtype = None) -> LatentKVCache:
         """The cache that the layer needs to decode, as `Caches.for_model` makes it, in the dtype of the latents.
 
         Args:
             capacity: as in `LatentKVCache`.
-            dtype: without effect, since latents have no int8.
+            dtype: as in `Attention.make_cache`; without effect, since latents have no int8.
+
+        Raises:
+            ValueError: for another dtype.
         """
+        format_of(type(self).__name__, dtype)
         return LatentKVCache(capacity)
 
     @property
