@@ -302,7 +302,7 @@ MUTANTS = [
     Mutant("memory of the caller is stored", "cache/buffer.py", "else [new], dim=2)", "else [new], dim=2) if self.length else new", ("cache/test_states.py",)),
     Mutant("cropped tokens overwritten past torch's version counter", "cache/buffer.py", " or keys._cropped or values._cropped", "", ("cache/test_states.py",)),
     Mutant("codes overwritten past torch's version counter", "cache/int8.py", "torch.autograd.graph.increment_version((code, scale))", "pass", ("cache/test_caches.py",)),
-    Mutant("windows not in int8", "layers/attention.py", "mask.sink_tokens, dtype=dtype)", "mask.sink_tokens)", CACHES),
+    Mutant("windows not in int8", "layers/attention.py", "mask.sink_tokens, dtype=kept)", "mask.sink_tokens)", CACHES),
     Mutant("the dtype of rounded tokens lost with their rows", "cache/base.py", "self._autocast, self._dtype = each._autocast, each._dtype", "self._autocast = each._autocast", ("cache/test_states.py",)),
     Mutant("transformers' window in int8 one token longer", "integrations/transformers/cache.py", "(self.sliding_window - 1 + count)", "(self.sliding_window + count)", ("integrations/transformers/test_cache.py",)),
     Mutant("drafts of a window rounded", "integrations/transformers/cache.py", "return self.record_past or super()._keeps_dtype(key_states, value_states)", "return super()._keeps_dtype(key_states, value_states)", ("integrations/transformers/test_cache.py",)),

@@ -13,7 +13,7 @@ from qkv.integrations.calls import Calls
 from qkv.integrations.transformers import models
 from qkv.integrations.transformers.attention import NAME
 from qkv.integrations.transformers.attention_forwards import form_of
-from qkv.integrations.transformers.decoder_forward import DecoderForward
+from qkv.integrations.transformers.decoder_forward import DecoderForward, is_known
 from qkv.integrations.transformers.latent import reads_latents
 from qkv.integrations.transformers.rotated_forward import RotatedForward, rotates
 from qkv.integrations.transformers.unpadding import is_unpadded, packable_layers
@@ -175,9 +175,13 @@ def _steps(root: Any) -> Iterator[Part]:
 
 def _decoders(root: Any) -> Iterator[Part]:
     """Layers that the kernel may compute in one call, where their attention, norms and MLP are."""
-    count = sum(isinstance(module.__dict__.get("forward"), DecoderForward) for module in root.modules())
-    if count:
-        yield Part("decoders", _many(count, "layer"), True, "few tokens in one call of the kernel, norms and MLP too")
+    forwards = [module.__dict__.get("forward") for module in root.modules() if is_known(module)]
+    taken = sum(isinstance(forward, DecoderForward) for forward in forwards)
+    if taken:
+        yield Part("decoders", _many(taken, "layer"), True, "few tokens in one call of the kernel, norms and MLP too")
+    elif forwards and any(rotates(module) and "forward" in vars(module) for module in root.modules()):
+        reason = "in parts: their attention, norms or MLP are none that qkv knows"
+        yield Part("decoders", _many(len(forwards), "layer"), False, reason)
 
 
 def _latents(root: Any) -> Iterator[Part]:

@@ -387,10 +387,10 @@ def test_calls_are_counted_once(layers: list[int]) -> None:
 
 FAMILIES = [
     *("arcee.Arcee", "gemma.Gemma", "gemma2.Gemma2", "gemma3.Gemma3", "llama.Llama", "ministral.Ministral"),
-    *("mistral.Mistral", "olmo2.Olmo2", "olmo3.Olmo3", "phi3.Phi3", "qwen2.Qwen2", "qwen3.Qwen3", "smollm3.SmolLM3"),
+    *("mistral.Mistral", "phi3.Phi3", "qwen2.Qwen2", "qwen3.Qwen3", "smollm3.SmolLM3"),
 ]
-STRANGERS = ["cohere.Cohere", "glm4.Glm4", "granite.Granite", "stablelm.StableLm"]
-"""Attention and MLP side by side, other names, factors, dropouts of another kind."""
+STRANGERS = ["cohere.Cohere", "olmo2.Olmo2", "glm4.Glm4", "granite.Granite", "stablelm.StableLm"]
+"""Attention and MLP side by side, norms after both, other names, factors, dropouts of another kind."""
 
 
 def test_families_with_a_layer_that_is_known() -> None:
@@ -421,3 +421,12 @@ def test_forwards_that_differ_are_not_known() -> None:
         constants = getattr(code, name)
         other = tuple("another" if each == value else each for each in constants)
         assert other != constants and _form_of_code(code.replace(**{name: other})) is None
+
+
+def test_reports_say_which_layers_are_taken() -> None:
+    """Layers of Arcee are arranged as Llama's, and their MLP has no gate."""
+    for kind, taken in (("llama", True), ("arcee", False), ("granite", None)):
+        ours = qkv.accelerate(model(kind))
+        found = [part for part in qkv.report(ours).parts if part.subject == "decoders"]
+        assert [part.taken for part in found] == ([] if taken is None else [taken])
+        assert all(("forward" in vars(layer)) == bool(taken) for layer in ours.model.layers)

@@ -151,9 +151,10 @@ def _enable(model: nn.Module, unpad: bool) -> None:
             _RoutedForward.set_on(module)
     for module in through_interface:
         replace_rotary(module)
-        replace_decoder(module)
         if read_latents(module):
             module.__dict__[_LATENT] = True
+    for module in through_interface:
+        replace_decoder(module)
     reroute(model)
     packed = [layer for layer in layers if pack_layer(layer)]
     for module in (*packed, *(note_labels(model) if layers else ())):

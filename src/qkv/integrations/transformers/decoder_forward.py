@@ -4,8 +4,12 @@ from typing import Any
 
 from torch import nn
 
+from qkv.integrations.transformers.attention_forwards import form_of as form_of_attention
 from qkv.integrations.transformers.decoder_forwards import form_of
+from qkv.integrations.transformers.rotated_forward import RotatedForward
+from qkv.layers.gated_forward import GatedForward
 from qkv.layers.instance_forward import InstanceForward
+from qkv.layers.normed_forward import NormedForward
 
 
 class DecoderForward(InstanceForward):
@@ -23,6 +27,22 @@ class DecoderForward(InstanceForward):
 
 
 def replace_decoder(module: nn.Module) -> None:
-    """Gives a decoder layer whose forward is a known one a `DecoderForward`."""
-    if "forward" not in module.__dict__ and form_of(type(module).forward) is not None:
+    """Gives a decoder layer whose forward is a known one a `DecoderForward`, if its parts have forwards of ours."""
+    if "forward" not in module.__dict__ and is_known(module) and has_known_parts(module):
         DecoderForward.set_on(module)
+
+
+def is_known(module: nn.Module) -> bool:
+    """Whether the forward of a module's class is a known one of decoder layers."""
+    return form_of(type(module).forward) is not None
+
+
+def has_known_parts(module: nn.Module) -> bool:
+    """Whether the attention, the norms and the MLP of a known layer may each be one call of the kernel."""
+    form, parts = form_of(type(module).forward), module._modules
+    attention = parts.get("self_attn")
+    if form is None or attention is None or form_of_attention(type(attention).forward) is None:
+        return False
+    forwards: dict[str, type[InstanceForward]] = {"self_attn": RotatedForward, "mlp": GatedForward}
+    forwards |= dict.fromkeys(filter(None, form.norms), NormedForward)
+    return all(name in parts and isinstance(vars(parts[name]).get("forward"), kind) for name, kind in forwards.items())

@@ -59,10 +59,9 @@ _BEFORE, _BETWEEN = "input_layernorm", "post_attention_layernorm"
 _FORMS = [
     _form(_BEFORE, None, _BETWEEN, None),
     _form(_BEFORE, None, _BETWEEN, None, dropouts=("resid_attn_dropout", "resid_mlp_dropout")),
-    _form(None, _BETWEEN, None, "post_feedforward_layernorm"),
     _form(_BEFORE, _BETWEEN, "pre_feedforward_layernorm", "post_feedforward_layernorm"),
 ]
-"""Llama, Phi-3, OLMo 2 and Gemma 2."""
+"""Llama, Phi-3 and Gemma 2."""
 
 
 def form_of(forward: object) -> Form | None:
