@@ -252,3 +252,20 @@ def test_wrong_input_is_named() -> None:
     cache.append(torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 8))
     with pytest.raises(ValueError, match=r"Int8KVCache: k must be .* in torch\.float32"):
         cache.append(torch.randn(1, 2, 3, 8).bfloat16(), torch.randn(1, 2, 3, 8).bfloat16())
+
+
+@pytest.mark.parametrize(
+    "make", [qkv.Int8KVCache, lambda: qkv.SlidingKVCache(4, dtype="int8")], ids=["growing", "sliding"]
+)
+def test_a_state_of_other_numbers_is_refused(make: Callable[[], qkv.cache.Cache]) -> None:
+    cache = make()
+    with torch.no_grad():
+        cache.append(torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 8))
+    state, before = cache.state_dict(), repr(cache)
+    both = {name: state[name].float() for name in ("keys", "values")}
+    for wrong in (both, {"keys": both["keys"]}, {"key_scales": state["key_scales"].double()}):
+        with pytest.raises(
+            ValueError, match=r"of the state must be of torch.int8, torch.int8, torch.float32, torch.float32;"
+        ):
+            cache.load_state_dict({**state, **wrong})
+        assert repr(cache) == before

@@ -85,11 +85,14 @@ def _check(cache: "Cache", state: Mapping[str, Tensor]) -> None:
             f"{caller}: {', '.join(names)} of the state must be (B, heads, L, ...) on one device; got "
             f"{', '.join(f'{tuple(part.shape)} on {part.device}' for part in parts)}."
         )
-    if names[:2] == ("keys", "values") and parts[0].dtype is not parts[1].dtype:
-        raise ValueError(
-            f"{caller}: keys and values of the state must have the same dtype; got {parts[0].dtype} and "
-            f"{parts[1].dtype}."
-        )
+    if names[:2] == ("keys", "values"):
+        found = [part.dtype for part in parts]
+        wanted = [dtype for _, dtype in cache._format.shapes(parts[0].shape, parts[1].shape, found[0])]
+        if found != wanted:
+            raise ValueError(
+                f"{caller}: {', '.join(names)} of the state must be of {', '.join(map(str, wanted))}; got "
+                f"{', '.join(map(str, found))}."
+            )
     is_token = state.get(PADDING)
     if is_token is not None and (is_token.dtype is not torch.bool or is_token.shape[:1] != sizes[:1]):
         raise ValueError(

@@ -307,13 +307,13 @@ def _count(module: nn.Module, query: tuple[int, ...], key: tuple[int, ...]) -> N
         notify(_caller(), query, key, None)
 
 
-_PASSED = ("qkv.", "torch.nn.", "transformers.modeling_layers")
-"""Modules whose frames call others' modules."""
+_FORWARDING = ("qkv.", "torch.nn.", "transformers.modeling_layers")
+"""Files whose functions hand calls on to modules."""
 
 
 def _caller() -> FrameType:
     """The frame that called the module."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith(_PASSED):
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith(_FORWARDING):
         frame = frame.f_back
     return frame
