@@ -7,6 +7,8 @@ Prints a line a bug, and exits with 1 if one survives. A sample is another one e
 
 import argparse
 import datetime as dt
+import itertools
+import json
 import os
 import random
 import re
@@ -14,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
@@ -381,47 +384,68 @@ MUTANTS = [
 ]  # fmt: skip
 
 
-# The finder of an editable install would import the original instead of the copy.
-RUN_THERE = """
-import sys
+# Forks a process for each line of arguments of pytest, and prints its status. What takes long to import, and is the same
+# with any bug, is imported once. The finder of an editable install would import the original instead of the copy.
+SERVER = """
+import json, os, sys
 sys.meta_path[:] = [finder for finder in sys.meta_path if "ScikitBuild" not in type(finder).__name__]
 sys.path.insert(0, "src")
-import os, pytest, qkv
-assert os.path.samefile(os.path.dirname(qkv.__file__), "src/qkv"), qkv.__file__
-sys.exit(pytest.main(sys.argv[1:]))
+import pytest, torch._dynamo, transformers.modeling_utils
+assert "qkv" not in sys.modules
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        for output in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+        import qkv
+        assert os.path.samefile(os.path.dirname(qkv.__file__), "src/qkv"), qkv.__file__
+        os._exit(pytest.main(json.loads(line)))
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
 class Copy:
     """The library in a folder of its own, where one bug at a time is planted.
 
-    Its kernel is compiled for this machine alone, and with less optimisation, which takes half as long.
+    Its kernel is compiled for the best instruction set of this machine and the one that all have, and with less
+    optimisation, which takes half as long.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         ignored = shutil.ignore_patterns(".venv", ".git", "__pycache__", ".*_cache", "build*")
         shutil.copytree(ROOT, folder, ignore=ignored)
-        isas, supported = folder / "native/src/abi/isas.def", kernels.supported_isas()
-        lines = isas.read_text().splitlines(keepends=True)
-        isas.write_text("".join(line for line in lines if line.startswith("//") or _name(line) in {*supported, None}))
+        isas, (best, *_, any_machines) = folder / "native/src/abi/isas.def", kernels.supported_isas()
+        lines, kept = isas.read_text().splitlines(keepends=True), {best, any_machines, None}
+        isas.write_text("".join(line for line in lines if line.startswith("//") or _name(line) in kept))
         script = folder / "CMakeLists.txt"
         script.write_text(script.read_text().replace("set(QKV_LEVEL -O3)", "set(QKV_LEVEL -O1)"))
+        self.server = subprocess.Popen(
+            [sys.executable, "-c", SERVER], cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.times = itertools.count(int(time.time()))
 
     def survives(self, mutant: Mutant) -> bool:
         """Whether the tests pass with the bug in. A crash is a failure."""
         path = self.folder / "src" / "qkv" / mutant.file
         source = path.read_text()
         assert mutant.right in source, f"{mutant.name}: {mutant.file} does not contain {mutant.right!r}"
-        path.write_text(source.replace(mutant.right, mutant.wrong, 1))
+        self.write(path, source.replace(mutant.right, mutant.wrong, 1))
         try:
             if mutant.is_native:
                 self.compile()
             status = self.test(mutant)
         finally:
-            path.write_text(source)
+            self.write(path, source)
         assert status in (0, 1) or status < 0, f"{mutant.name}: pytest could not run its tests; it exited with {status}"
         return status == 0
+
+    def write(self, path: Path, source: str) -> None:
+        """With a time of its own in seconds, by which Python tells whether bytecode is that of another version."""
+        path.write_text(source)
+        if path.suffix == ".py":
+            when = next(self.times)
+            os.utime(path, (when, when))
 
     def compile(self) -> None:
         tools, build = Path(sys.executable).parent, self.folder / "build"
@@ -433,8 +457,10 @@ class Copy:
         only = mutant.only or ("native" if mutant.tests == KERNEL else "")
         selected = ["-m", "not (long or network or vision)", *(["-k", only] if only else [])]
         tests = [f"tests/{name}" for name in mutant.tests]
-        command = [sys.executable, "-c", RUN_THERE, "-q", "-x", "-p", "no:cacheprovider", *selected, *tests]
-        return subprocess.run(command, cwd=self.folder, capture_output=True).returncode
+        assert self.server.stdin is not None and self.server.stdout is not None
+        how = ["-q", "-x", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+        print(json.dumps([*how, *selected, *tests]), file=self.server.stdin, flush=True)
+        return int(self.server.stdout.readline())
 
 
 def _name(line: str) -> str | None:
