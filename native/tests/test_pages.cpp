@@ -23,8 +23,10 @@ class PagedCall {
    public:
     PagedCall(const Call& plain, const Paging& paging)
         : c(plain.c), paging(paging), entries((paging.first + c.lk + paging.size - 1) / paging.size + 1),
-          count(c.batch * entries + 1), k(c.dtype, count, c.kv_heads, paging.size, c.width, {}),
-          v(c.dtype, count, c.kv_heads, paging.size, c.value_width, {}),
+          count(c.batch * entries + 1), k(plain.k.dtype, count, c.kv_heads, paging.size, c.width, {}),
+          v(plain.k.dtype, count, c.kv_heads, paging.size, c.value_width, {}),
+          k_scale(Dtype::f32, count, c.kv_heads, c.int8, paging.size, {}),
+          v_scale(Dtype::f32, count, c.kv_heads, c.int8, paging.size, {}),
           out(c.dtype, c.batch, plain.heads, c.lq, c.value_width, c.results),
           lse(Dtype::f32, c.batch, plain.heads, c.lq, 1, {}), table(c.batch * entries, GARBAGE),
           problem(plain.problem) {
@@ -40,9 +42,16 @@ class PagedCall {
                     const int64_t place = paging.first + j, page = table[b * entries + place / paging.size];
                     k.copy_row(page, h, place % paging.size, plain.k.at(b, h, j));
                     v.copy_row(page, h, place % paging.size, plain.v.at(b, h, j));
+                    if (!c.int8) continue;
+                    k_scale.set(page, h, 0, place % paging.size, plain.k_scale.get(b, h, 0, j));
+                    v_scale.set(page, h, 0, place % paging.size, plain.v_scale.get(b, h, 0, j));
                 }
         problem.pages = {table.data(), entries, paging.size, paging.first, count};
         problem.k = k.view, problem.v = v.view, problem.out = out.view;
+        if (c.int8) {
+            problem.k_scale = {(float*)k_scale.view.data, k_scale.view.batch, k_scale.view.head};
+            problem.v_scale = {(float*)v_scale.view.data, v_scale.view.batch, v_scale.view.head};
+        }
         problem.lse = (float*)lse.view.data;
     }
     PagedCall(const PagedCall&) = delete;
@@ -55,7 +64,7 @@ class PagedCall {
     const Case c;
     const Paging paging;
     const int64_t entries, count;  // table entries of a batch, and pages there are
-    Tensor k, v, out, lse;
+    Tensor k, v, k_scale, v_scale, out, lse;
     std::vector<int64_t> table;
     Problem problem;
 };
@@ -121,6 +130,25 @@ TEST(every_mask_and_score_reads_pages) {
             c.allow = Broadcast{false, true, false, false};
             check_pages(c, {{16}, {16, 3, true}});
         }
+}
+
+TEST(int8_in_pages_has_the_bits_of_keys_side_by_side) {
+    const std::vector<Paging> all = {{1}, {16}, {16, 5}, {17, 40}, {480}, {2000}, {16, 0, true}, {16, 7, true}};
+    for (Dtype dtype : DTYPES)
+        for (int64_t lq : {1, 5, 40})
+            for (int64_t group : {1, 3, 9})
+                for (int64_t lk : {100, 1100}) {
+                    Case c = rows_of_a_cache(dtype, lq, lk);
+                    c.int8 = true;
+                    c.group = group;
+                    c.kv_heads = group == 3 ? 1 : 2;  // with one, pages in order are read in place
+                    check_pages(c, all);
+                    c.left = 130;
+                    c.sink_tokens = 2;
+                    c.softcap = 2;
+                    c.bias = Broadcast{true, false, false, false};
+                    check_pages(c, {{16}, {16, 3, true}});
+                }
 }
 
 TEST(batches_share_pages) {

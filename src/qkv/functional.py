@@ -56,9 +56,10 @@ def attention(
         k: ``(B, Hkv, Lk, D)``, where Hkv divides H.
         v: ``(B, Hkv, Lk, Dv)``; Dv may differ from D.
         k_scale, v_scale: ``(B, Hkv, Lk)``, fp32, for keys and values in int8: key j is ``k_scale[j] * k[j]``. Made by
-            `qkv.cache.quantize` and by `Int8KVCache`.
+            `qkv.cache.quantize` and by caches in int8.
         pages: where the keys of each row lie, if k and v are pages of a pool, ``(pages, Hkv, page_size, D or Dv)``, as
-            `PagedKVCache` returns them. The kernel reads pages in place; other backends, and gradients, gather them.
+            `PagedKVCache` returns them; their scales are ``(pages, Hkv, page_size)`` then. The kernel reads pages in
+            place; other backends, and gradients, gather them.
         mask: which keys a query may see; all if None.
         offset: position of the first query among the keys: an int, or integer ``(B,)`` for rows of different lengths,
             where query i of row b has position ``i + offset[b]``. It may be negative. Keys past the end of a row are

@@ -29,7 +29,7 @@ class Problem(NamedTuple):
     v: Tensor
     """(B, Hkv, Lk, Dv)"""
     k_scale: Tensor | None
-    """(B, Hkv, Lk), what each key is multiplied by, as v_scale for values; None unless k and v are int8"""
+    """(B, Hkv, Lk), what each key is multiplied by, as v_scale for values; in pages as k; None unless k is int8"""
     v_scale: Tensor | None
     mask: Mask
     offset: int | Tensor
@@ -82,7 +82,9 @@ class Problem(NamedTuple):
         """The problem with keys and values of each row side by side: a copy of those in pages."""
         if self.pages is None:
             return self
-        return self._replace(k=self.pages.gather(self.k), v=self.pages.gather(self.v), pages=None)
+        gather = self.pages.gather
+        scales = [None if x is None else gather(x) for x in (self.k_scale, self.v_scale)]
+        return self._replace(k=gather(self.k), v=gather(self.v), k_scale=scales[0], v_scale=scales[1], pages=None)
 
     def select_queries(self, start: int, stop: int) -> "Problem":
         """The problem restricted to the query rows ``start .. stop - 1``, trimmed."""
@@ -115,11 +117,11 @@ def make_problem(
         TypeError: for arguments of the wrong type.
         ValueError: for shapes, dtypes, devices and numbers that do not fit together.
     """
-    keys, values = (k, v) if pages is None else _check_pages(caller, k, v, pages, k_scale)
+    keys, values = (k, v) if pages is None else _check_pages(caller, k, v, pages)
     _check_tensors(caller, q, keys, values)
     if not q.is_meta and torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(q.device.type)
-        if pages is not None and k.dtype is not dtype:  # cast the keys that are read, not the whole pool
+        if pages is not None and k.dtype not in (dtype, torch.int8):  # cast the keys that are read, not the whole pool
             k, v, pages = pages.gather(k), pages.gather(v), None
         q, k, v = (x if x.dtype is torch.int8 else x.to(dtype) for x in (q, k, v))
     if k_scale is None and v_scale is None:
@@ -199,12 +201,10 @@ def _check_tensors(caller: str, q: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
-def _check_pages(caller: str, k: Tensor, v: Tensor, pages: Pages, k_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+def _check_pages(caller: str, k: Tensor, v: Tensor, pages: Pages) -> tuple[Tensor, Tensor]:
     """Tensors of the shapes of keys and values that lie in pages, for other checks."""
     if not isinstance(pages, Pages):
         raise TypeError(f"{caller}: pages must be a qkv.cache.Pages or None; got {type(pages).__name__}.")
-    if k_scale is not None:
-        raise ValueError(f"{caller}: keys and values in pages must be floating-point; got k_scale for int8.")
     pages.require_fit(caller, k, v)
     return pages.stand_in(k), pages.stand_in(v)
 

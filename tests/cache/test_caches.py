@@ -21,6 +21,7 @@ CACHES: dict[str, Callable[[], Any]] = {
     "kv": qkv.KVCache,
     "int8": qkv.Int8KVCache,
     "paged": lambda: qkv.PagedKVCache(page_size=3),
+    "paged, int8": lambda: qkv.PagedKVCache(page_size=3, dtype="int8"),
     "sliding": lambda: qkv.SlidingKVCache(4),
     "sliding, int8": lambda: qkv.SlidingKVCache(4, dtype="int8"),
 }
@@ -353,18 +354,11 @@ def test_overwritten_views_that_a_graph_needs_are_an_error_of_torch(make: Callab
             out.backward()
 
 
-@pytest.mark.parametrize("kind", ["kv", "int8", "sliding", "sliding, int8", "paged"])
+@each_cache
 @torch.no_grad()
-def test_a_batch_of_no_rows_is_a_batch(kind: str) -> None:
+def test_a_batch_of_no_rows_is_a_batch(make: Callable[[], Any]) -> None:
     layer = windowed()
-    makers = {
-        "kv": qkv.KVCache,
-        "int8": qkv.Int8KVCache,
-        "sliding": lambda: qkv.SlidingKVCache(4),
-        "sliding, int8": lambda: qkv.SlidingKVCache(4, dtype="int8"),
-        "paged": qkv.PagedKVCache,
-    }
-    cache, filled = makers[kind](), makers[kind]()
+    cache, filled = make(), make()
     assert layer(X[:0, :3], cache=cache).shape == (0, 3, 24)
     with pytest.raises(ValueError, match=r"k must be \(0, 2, L, 4\) .*, as at the first append; got \(2, 2, 1, 4\)"):
         layer(X[:, :1], cache=cache)

@@ -172,6 +172,7 @@ def test_a_window_has_the_bits_of_the_same_tokens_in_a_cache_that_grows(sink_tok
 CACHES_OF_100: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "growing": (lambda **options: qkv.Int8KVCache(100) if options else qkv.KVCache(100), {"dtype": "int8"}),
     "sliding": (lambda **options: qkv.SlidingKVCache(50, **options), {"dtype": "int8"}),
+    "paged": (lambda **options: qkv.PagedKVCache(page_size=4, pages=25, **options), {"dtype": "int8"}),
 }
 
 
@@ -255,7 +256,9 @@ def test_wrong_input_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [qkv.Int8KVCache, lambda: qkv.SlidingKVCache(4, dtype="int8")], ids=["growing", "sliding"]
+    "make",
+    [qkv.Int8KVCache, lambda: qkv.SlidingKVCache(4, dtype="int8"), lambda: qkv.PagedKVCache(dtype="int8")],
+    ids=["growing", "sliding", "paged"],
 )
 def test_a_state_of_other_numbers_is_refused(make: Callable[[], qkv.cache.Cache]) -> None:
     cache = make()

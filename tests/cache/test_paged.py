@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import qkv
 from qkv import Mask
-from qkv.cache import Pages
+from qkv.cache import Keys, Pages, quantize
 
-SIZES = [3, 16]
+SIZES = [1, 7, 16]
 X = torch.randn(3, 60, 32, generator=torch.Generator().manual_seed(0))
 CHUNKS = [7, 1, 1, 40, 2, 1, 8]
 LAYERS: dict[str, Callable[[], qkv.Attention]] = {
@@ -36,15 +36,20 @@ def made(name: str) -> qkv.Attention:
     return LAYERS[name]().eval()
 
 
-def pair(page_size: int = 3) -> tuple[qkv.KVCache, qkv.PagedKVCache]:
-    return qkv.KVCache(), qkv.PagedKVCache(page_size=page_size)
+def pair(page_size: int = 3, rounded: Any = None) -> tuple[qkv.KVCache, qkv.PagedKVCache]:
+    whole = qkv.KVCache() if rounded is None else qkv.Int8KVCache()
+    return whole, qkv.PagedKVCache(page_size=page_size, dtype=rounded)
 
 
+each_format = pytest.mark.parametrize("rounded", [None, "int8"])
+
+
+@each_format
 @pytest.mark.parametrize("page_size", SIZES)
 @pytest.mark.parametrize("name", LAYERS)
 @torch.no_grad()
-def test_chunks_have_the_bits_of_a_cache_without_pages(name: str, page_size: int) -> None:
-    layer, caches = made(name), pair(page_size)
+def test_chunks_have_the_bits_of_a_cache_without_pages(name: str, page_size: int, rounded: Any) -> None:
+    layer, caches = made(name), pair(page_size, rounded)
     for x in X.split(CHUNKS, dim=1):
         want, got = (layer(x, cache=cache) for cache in caches)
         assert torch.equal(got, want)
@@ -52,14 +57,24 @@ def test_chunks_have_the_bits_of_a_cache_without_pages(name: str, page_size: int
         cache.crop(50)
     want, got = (layer.attention_weights(X[:, :3], cache=cache) for cache in caches)
     assert torch.equal(got, want)
+    assert_same_state(*caches)
 
 
+def assert_same_state(*caches: qkv.cache.Cache) -> None:
+    """That either could load what the other has saved."""
+    want, got = (cache.state_dict() for cache in caches)
+    assert want.keys() == got.keys() and all(torch.equal(want[name], got[name]) for name in want)
+
+
+@each_format
 @pytest.mark.parametrize("page_size", [1, 16, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @torch.no_grad()
-def test_rows_in_any_order_have_the_bits_of_a_cache_without_pages(dtype: torch.dtype, page_size: int) -> None:
+def test_rows_in_any_order_have_the_bits_of_a_cache_without_pages(
+    dtype: torch.dtype, page_size: int, rounded: Any
+) -> None:
     """Rows of their own lengths, scattered over the pool, longer than a split of the kernel."""
-    layer, caches = made("grouped, wider values").to(dtype), pair(page_size)
+    layer, caches = made("grouped, wider values").to(dtype), pair(page_size, rounded)
     x = torch.randn(3, 700, 32, generator=torch.Generator().manual_seed(1)).to(dtype)
     keep = torch.arange(600) >= torch.tensor([[0], [50], [599]])
     steps: list[Callable[[Any], Any]] = [
@@ -71,11 +86,25 @@ def test_rows_in_any_order_have_the_bits_of_a_cache_without_pages(dtype: torch.d
         lambda cache: layer(x[:, 620:700], cache=cache),
         lambda cache: layer(x[:, :1], mask=Mask.padding(torch.tensor([[True], [False], [True]])), cache=cache),
         lambda cache: layer(x[:, :1], cache=cache),
+        lambda cache: cache.load_state_dict(cache.state_dict()),
+        lambda cache: layer(x[:, 1:30], cache=cache),
+        lambda cache: cache.replace(torch.tensor([2, 1]), pickle.loads(pickle.dumps(head(cache, 2)))),
+        lambda cache: layer(x[:, 30:31], cache=cache),
+        lambda cache: cache.reset(),
+        lambda cache: layer(x[:2, :5], cache=cache),
     ]
     for step in steps:
         want, got = (step(cache) for cache in caches)
         assert want is None or torch.equal(got, want)
         check_pools([caches[1]])
+    assert_same_state(*caches)
+
+
+def head(cache: Any, count: int) -> Any:
+    """The first rows of a cache."""
+    rows = copy.deepcopy(cache)
+    rows.select(torch.arange(count))
+    return rows
 
 
 MASKS: dict[str, Callable[[int, int], dict[str, Any]]] = {
@@ -107,6 +136,33 @@ def test_every_backend_reads_pages(backend: str) -> None:
     assert torch.equal(qkv.attention(q, k, v, pages=pages, **options), want)
     partial = qkv.attention_with_lse(q, k, v, pages=pages, **options)
     assert torch.equal(partial.out, want)
+
+
+def heads_first(x: Tensor) -> Tensor:
+    """The same pages, of which those of a head follow each other in memory, as in a `PagePool`."""
+    return x.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+@pytest.mark.parametrize("lay_scales", [heads_first, Tensor.contiguous])
+@pytest.mark.parametrize("lay_tokens", [heads_first, Tensor.contiguous])
+@pytest.mark.parametrize("backend", ["auto", "native", "sdpa", "reference"])
+@torch.no_grad()
+def test_every_backend_reads_int8_in_pages(backend: str, lay_tokens: Any, lay_scales: Any) -> None:
+    """In order or not, wherever their scales lie."""
+    numbers = torch.Generator().manual_seed(3)
+    pairs = [quantize(torch.randn(6, 2, 7, 8, generator=numbers)) for _ in "kv"]
+    pool = [*(lay_tokens(codes) for codes, _ in pairs), *(lay_scales(scale) for _, scale in pairs)]
+    for table in ([[0, 1], [2, 3], [4, 5]], [[2, 0], [1, 1], [5, 3]]):
+        for lq, length in ((1, 14), (1, 9), (3, 9), (40, 14)):
+            q, pages = torch.randn(3, 4, lq, 8, generator=numbers), Pages(torch.tensor(table), length)
+            keys = Keys.of(pool, torch.tensor([length - lq, 3, 0]), pages=pages)
+            for amp in (False, True):
+                with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+                    got, want = (
+                        qkv.attention(q, x.k, x.v, mask=Mask.causal(), **x.options(), backend=backend)
+                        for x in (keys, keys.gathered())
+                    )
+                assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
@@ -176,10 +232,11 @@ def test_rows_share_full_pages_and_copy_the_last_one_when_they_write() -> None:
     check_pools([prompt, answers])
 
 
+@each_format
 @torch.no_grad()
-def test_caches_that_part_within_a_page_have_tokens_of_their_own() -> None:
-    pool = qkv.PagePool(page_size=4)
-    pairs = [(qkv.PagedKVCache(pool), qkv.KVCache())]
+def test_caches_that_part_within_a_page_have_tokens_of_their_own(rounded: Any) -> None:
+    pool = qkv.PagePool(page_size=4, dtype=rounded)
+    pairs = [(qkv.PagedKVCache(pool), pair(4, rounded)[0])]
 
     def append(count: int) -> None:
         for both in pairs:
@@ -193,34 +250,36 @@ def test_caches_that_part_within_a_page_have_tokens_of_their_own() -> None:
     for _ in range(3):  # within the page that was shared, to its end, and into the next one
         append(1)
         for paged, plain in pairs:
-            got, want = paged.latest(1).gathered(), plain.latest(1)
-            assert torch.equal(got.k, want.k) and torch.equal(got.v, want.v)
+            assert_same_state(paged, plain)
     assert pool.used == 2 * (2 + 2 * 2)
     check_pools([paged for paged, _ in pairs])
 
 
+@each_format
 @torch.no_grad()
-def test_a_table_that_is_gone_holds_no_pages() -> None:
-    pool = qkv.PagePool(page_size=2)
+def test_a_table_that_is_gone_holds_no_pages(rounded: Any) -> None:
+    pool = qkv.PagePool(page_size=2, dtype=rounded)
     cache = qkv.PagedKVCache(pool)
     cache.append(*tokens(3, 5))
     for copied in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
         assert copied.pool is not pool
         assert copied.pool.used == 9
-        assert torch.equal(copied.keys().gathered().k, cache.keys().gathered().k)
+        assert repr(copied) == repr(cache)
+        assert_same_state(copied, cache)
     del cache
     gc.collect()
     assert pool.used == 0
 
 
+@each_format
 @torch.no_grad()
-def test_a_full_pool_refuses_and_changes_nothing() -> None:
-    pool = qkv.PagePool(page_size=4, pages=6)
+def test_a_full_pool_refuses_and_changes_nothing(rounded: Any) -> None:
+    pool = qkv.PagePool(page_size=4, pages=6, dtype=rounded)
     cache, other = qkv.PagedKVCache(pool), qkv.PagedKVCache(pool)
     cache.append(*tokens(2, 7))
     other.append(*tokens(1, 4))
     assert (pool.used, pool.allocated) == (5, 6)
-    want, memory = cache.keys().gathered().k, pool.nbytes
+    want, memory = copy.deepcopy(cache), pool.nbytes
     message = (
         r"^PagedKVCache: the pool has 6 pages of 4 tokens, 5 of them in use; got 2 more pages to write to for rows of "
         r"\[7, 7\] tokens\. Free rows by reset, select or replace, or make a pool of more pages, or of pages=None"
@@ -233,19 +292,59 @@ def test_a_full_pool_refuses_and_changes_nothing() -> None:
     with pytest.raises(ValueError, match="5 of them in use; got 2 more pages"):
         cache.append(*tokens(4, 1))
     cache.select(torch.tensor([0, 2]))
-    with pytest.raises(ValueError, match="5 of them in use; got 3 more pages"):
-        other.join(filled(9))
+    more = filled(9, rounded)
+    for refused in (lambda: other.join(more), lambda: other.load_state_dict(more.state_dict())):
+        with pytest.raises(ValueError, match=r"^PagedKVCache: the pool has 6 .* 5 of them in use; got 3 more pages"):
+            refused()
     assert (pool.used, pool.nbytes, other.length) == (5, memory, 4)
-    assert torch.equal(cache.keys().gathered().k, want)
+    cache.crop(7)
+    assert_same_state(cache, want)
     check_pools([cache, other])
     other.reset()
-    cache.append(*tokens(2, 4))
+    cache.append(*tokens(2, 5))
 
 
-def filled(count: int) -> qkv.PagedKVCache:
-    cache = qkv.PagedKVCache(page_size=4)
+def filled(count: int, rounded: Any = None) -> qkv.PagedKVCache:
+    cache = qkv.PagedKVCache(page_size=4, dtype=rounded)
     cache.append(*tokens(1, count))
     return cache
+
+
+@each_format
+@torch.no_grad()
+def test_tokens_and_states_of_another_form_are_refused_and_change_nothing(rounded: Any) -> None:
+    cache, (k, v) = filled(6, rounded), tokens(1, 1)
+    others = [filled(6, None if rounded else "int8"), *(qkv.PagedKVCache(dtype=rounded) for _ in range(2))]
+    others[1].append(torch.randn(1, 2, 3, 9), v.expand(1, 2, 3, 5))
+    others[2].append(k.half(), v.half())
+    other_format, wide, half = (other.state_dict() for other in others)
+    want = copy.deepcopy(cache)
+    for make in (lambda: cache, lambda: qkv.PagedKVCache(cache.pool)):  # in turns: a new cache ends appends in place
+        one, used = make(), cache.pool.used
+        before = repr(one)
+        calls: list[tuple[Callable[[], Any], str]] = [
+            (lambda: one.append(k, v.half()), "k and v must agree in dtype and device"),
+            (lambda: one.append(k.half(), v.half()), r"k must be \(1, 2, L, 8\) in torch\.float32"),
+            (lambda: one.append(k.char(), v.char()), r"k must be \(1, 2, L, 8\) in torch\.float32"),
+            (lambda: one.append(k.to("meta"), v.to("meta")), r"in torch\.float32 on cpu, .*; got .* on meta"),
+            (lambda: one.load_state_dict(other_format), r"the state must have (dtype, key_scales, )?keys, .*; got"),
+            (lambda: one.load_state_dict(wide), r"k must be \(1, 2, L, 8\) .*; got \(1, 2, 3, 9\)"),
+            (lambda: one.load_state_dict(half), r"k must be \(1, 2, L, 8\) in torch\.float32"),
+        ]
+        for call, message in calls:
+            with pytest.raises(ValueError, match=f"^PagedKVCache: .*{message}"):
+                call()
+            assert (repr(one), cache.pool.used) == (before, used)
+    assert_same_state(cache, want)
+    check_pools([cache])
+
+
+@torch.no_grad()
+def test_integers_are_not_rounded_again() -> None:
+    with pytest.raises(
+        ValueError, match=r"^PagedKVCache: k and v must be floating-point; got torch\.int8, torch\.int8"
+    ):
+        qkv.PagedKVCache(dtype="int8").append(*(x.char() for x in tokens(1, 1)))
 
 
 def test_wrong_arguments_are_refused_by_name() -> None:
@@ -261,16 +360,27 @@ def test_wrong_arguments_are_refused_by_name() -> None:
     with pytest.raises(TypeError, match=r"^PagedKVCache: pool must be a qkv\.PagePool or None; got int"):
         qkv.PagedKVCache(16)  # type: ignore[arg-type]
     with pytest.raises(
-        ValueError, match=r"^PagedKVCache: page_size and pages are those of the pool, 4 and None; got 8"
+        ValueError, match=r"^PagedKVCache: page_size, pages and dtype are those of the pool, 4, None and None; got 8"
     ):
         qkv.PagedKVCache(qkv.PagePool(4), page_size=8)
+    with pytest.raises(ValueError, match=r"those of the pool, 4, None and torch.int8; got None, None and int8\. Pass"):
+        qkv.PagedKVCache(qkv.PagePool(4, dtype=torch.int8), dtype="int8")
+    for kind in (qkv.PagePool, qkv.PagedKVCache):
+        with pytest.raises(
+            ValueError, match=rf'^{kind.__name__}: dtype must be torch\.int8 or "int8", or None .*; got int4'
+        ):
+            kind(dtype="int4")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^PagedKVCache: int8 has no gradient"):
+        qkv.PagedKVCache(dtype="int8").append(*(x.requires_grad_() for x in tokens(1, 1)))
     with pytest.raises(ValueError, match=r"it is empty; append keys and values first"):
         qkv.PagedKVCache().keys()
     with pytest.raises(TypeError, match=r"a pool has neither copies nor pickles; copy the caches"):
         copy.deepcopy(qkv.PagePool())
     with torch.no_grad():
-        with pytest.raises(ValueError, match=r"both caches must have pages of 16 tokens; got 4"):
+        with pytest.raises(ValueError, match=r"both caches must have pages of 16 tokens; got pages of 4"):
             qkv.PagedKVCache().join(filled(3))
+        with pytest.raises(ValueError, match=r"must have pages of 4 tokens in torch\.int8; got pages of 4 tokens\."):
+            qkv.PagedKVCache(page_size=4, dtype="int8").join(filled(3))
         wide = qkv.PagedKVCache(page_size=4)
         wide.append(torch.randn(1, 2, 3, 9), torch.randn(1, 2, 3, 5))
         with pytest.raises(

@@ -21,7 +21,7 @@ def tokens(start: int, count: int) -> torch.Tensor:
 def caches() -> dict[str, Any]:
     """Each kind of cache, with tokens 0 to 4."""
     ours = [qkv.KVCache(), qkv.Int8KVCache(), qkv.SlidingKVCache(4), qkv.CrossKVCache()]
-    ours.append(qkv.SlidingKVCache(4, dtype="int8"))
+    ours += [qkv.SlidingKVCache(4, dtype="int8"), qkv.PagedKVCache(page_size=2), qkv.PagedKVCache(dtype="int8")]
     for cache in ours:
         cache.append(tokens(0, LENGTH), tokens(0, LENGTH))
     latent = qkv.LatentKVCache()
@@ -38,6 +38,8 @@ def caches() -> dict[str, Any]:
         "sliding",
         "cross",
         "sliding in int8",
+        "paged",
+        "paged in int8",
         "latent",
         "transformers",
         "transformers in int8",
@@ -53,8 +55,8 @@ def last_keys(cache: Any, start: int) -> list[float]:
         return [round(x * 64) for x in cache.keys().k[0, 0, :, 0].tolist()]
     if isinstance(cache, qkv.LatentKVCache):
         return [round(x * 64) for x in cache.append(*(x[:, :1] for x in new)).k[0, 0, :, 0].tolist()]
-    if isinstance(cache, qkv.KVCache | qkv.SlidingKVCache):
-        keys = cache.append(*new)
+    if isinstance(cache, qkv.KVCache | qkv.SlidingKVCache | qkv.PagedKVCache):
+        keys = cache.append(*new).gathered()
         k = keys.k if keys.k_scale is None else keys.k.float() * keys.k_scale[..., None]
     else:
         k = cache.update(*new, 0)[0].clone()

@@ -50,6 +50,7 @@ KINDS = {
     "latent": Kind(LatentKVCache, heads=1),
     "paged": Kind(lambda: PagedKVCache(page_size=3)),
     "paged, one token a page": Kind(lambda: PagedKVCache(page_size=1)),
+    "paged, int8": Kind(lambda: PagedKVCache(page_size=3, dtype="int8"), is_rounded=True),
     "transformers, appending": Kind(AppendLayer),
     "transformers, latent": Kind(LatentLayer, heads=1),
     "transformers, sliding": Kind(lambda: SlidingLayer(4), window=4),

@@ -17,6 +17,8 @@ CACHES: dict[str, tuple[Mask, Callable[[], Any]]] = {
     "kv": (Mask.causal(), qkv.KVCache),
     "capacity": (Mask.causal(), lambda: qkv.KVCache(capacity=16)),
     "int8": (Mask.causal(), qkv.Int8KVCache),
+    "paged": (Mask.causal(), lambda: qkv.PagedKVCache(page_size=3)),
+    "paged, int8": (Mask.causal(), lambda: qkv.PagedKVCache(page_size=3, dtype="int8")),
     "window": (Mask.causal(4), lambda: qkv.SlidingKVCache(4)),
     "sinks": (Mask.causal(3, sink_tokens=2), lambda: qkv.SlidingKVCache(3, 2)),
     "sinks, int8": (Mask.causal(3, sink_tokens=2), lambda: qkv.SlidingKVCache(3, 2, dtype="int8")),

@@ -1,4 +1,5 @@
-// Appends keys and values to the memory of a cache: as they are, in int8, or to pages.
+// Appends keys and values to the memory of a cache, in pages or not: as they are, or in int8.
+#include <algorithm>
 #include <cstring>
 #include <initializer_list>
 #include <vector>
@@ -43,20 +44,24 @@ struct Addition {
     }
 };
 
-// New tokens of one dtype, and the pages where they go.
+// New tokens of one dtype, and the pages where they go, as they are or in int8.
 struct PagedAddition {
-    Dtype dtype;
+    Dtype dtype, kv_dtype;
     View from, to;
+    Scales scale = {};
     int64_t batch, heads, rows, width;
     Pages pages = {};
 
     // Fills the fields in. False if the tensors do not fit together, or pages that are written to do not exist.
-    bool set(const dlpack::Tensor& tokens, const dlpack::Tensor& memory, const dlpack::Tensor& table,
-             const int64_t* starts) {
-        Dtype of_memory;
+    bool set(const dlpack::Tensor& tokens, const dlpack::Tensor& memory, const dlpack::Tensor& scales,
+             const dlpack::Tensor& table, const int64_t* starts) {
         if (!holds_heads(tokens) || !holds_heads(memory) || !is(table, dlpack::INT, 64, 2)) return false;
-        if (!dtype_of(tokens, dtype) || !dtype_of(memory, of_memory) || of_memory != dtype) return false;
+        if (!dtype_of(tokens, dtype) || !dtype_of(memory, kv_dtype) || dtype == Dtype::i8) return false;
+        if (kv_dtype != (is_given(scales) ? Dtype::i8 : dtype)) return false;
         if (!view_of(tokens, from) || !view_of(memory, to)) return false;
+        if (is_given(scales) &&
+            (!scales_of(scales, memory.shape[0], memory.shape[1], scale) || scales.shape[2] != memory.shape[2]))
+            return false;
         batch = tokens.shape[0], heads = tokens.shape[1], rows = tokens.shape[2], width = tokens.shape[3];
         if (memory.shape[1] != heads || memory.shape[3] != width || table.shape[0] != batch) return false;
         if (table.strides[1] != 1) return false;
@@ -73,12 +78,28 @@ struct PagedAddition {
     void write(const int64_t* starts, int threads) const {
         parallel_for(batch * heads, threads, [&](int64_t item) {
             const int64_t b = item / heads, head = item % heads;
-            for (int64_t row = 0; row < rows; ++row) {
-                const int64_t key = starts[b] + row;
-                std::memmove(row_of(dtype, to, *pages.entry(b, key), head, pages.row(key)),
-                             row_of(dtype, from, b, head, row), width * size_of(dtype));
+            for (int64_t row = 0, count; row < rows; row += count) {
+                const int64_t page = *pages.entry(b, starts[b] + row), place = pages.row(starts[b] + row);
+                count = std::min(pages.size - place, rows - row);
+                write(b, head, row, page, place, count);
             }
         });
+    }
+
+   private:
+    // Rows of a head that go to one page, from a place in it on.
+    void write(int64_t b, int64_t head, int64_t row, int64_t page, int64_t place, int64_t count) const {
+        char *source = row_of(dtype, from, b, head, row), *target = row_of(kv_dtype, to, page, head, place);
+        if (scale.data) {
+            Quantization q = {};
+            q.dtype = dtype, q.batch = q.heads = q.threads = 1, q.rows = count, q.width = width;
+            q.from = {source, 0, 0, from.row}, q.to = {target, 0, 0, to.row};
+            q.scale = {scale.at(page, head, place), 0, 0};
+            return qkv_quantize(&q);
+        }
+        for (int64_t i = 0; i < count; ++i)
+            std::memmove(target + i * to.row * size_of(dtype), source + i * from.row * size_of(dtype),
+                         width * size_of(dtype));
     }
 };
 
@@ -108,15 +129,15 @@ QKV_EXPORT int qkv_append(const void* interpreter, void* k, void* v, void* keys,
 
 // Writes tokens k and v to keys `start` and on of each batch; or starts[b] and on, if these, int64 (batch), are given.
 // keys and values are (page, head, row, column), and table, int64 (batch, entries), has the pages of each batch in
-// order. Returns as qkv_append.
-QKV_EXPORT int qkv_append_pages(const void* interpreter, void* k, void* v, void* keys, void* values, void* table,
-                                void* starts, int64_t start, int threads) {
+// order; rounded to int8 if these have scales, float32 (page, head, row) or None. Returns as qkv_append.
+QKV_EXPORT int qkv_append_pages(const void* interpreter, void* k, void* v, void* keys, void* values, void* k_scale,
+                                void* v_scale, void* table, void* starts, int64_t start, int threads) {
     const auto& python = *(const qkv::Interpreter*)interpreter;
-    void* const objects[] = {k, v, keys, values, table, starts};
-    qkv::dlpack::Tensor tensors[6];
-    for (int n = 0; n < 6; ++n)
+    void* const objects[] = {k, v, keys, values, k_scale, v_scale, table, starts};
+    qkv::dlpack::Tensor tensors[8];
+    for (int n = 0; n < 8; ++n)
         if (!python.look(objects[n], tensors[n])) return qkv::OTHER;
-    const qkv::dlpack::Tensor &tokens = tensors[0], &of_batches = tensors[5];
+    const qkv::dlpack::Tensor &tokens = tensors[0], &of_batches = tensors[7];
     if (!qkv::holds_heads(tokens)) return qkv::OTHER;
     const int64_t* where = nullptr;
     std::vector<int64_t> same;
@@ -131,7 +152,7 @@ QKV_EXPORT int qkv_append_pages(const void* interpreter, void* k, void* v, void*
     }
     qkv::PagedAddition additions[2];
     for (int i = 0; i < 2; ++i)
-        if (!additions[i].set(tensors[i], tensors[2 + i], tensors[4], where)) return qkv::OTHER;
+        if (!additions[i].set(tensors[i], tensors[2 + i], tensors[4 + i], tensors[6], where)) return qkv::OTHER;
     if (additions[0].rows != additions[1].rows) return qkv::OTHER;
     return python.unlocked([&] {
         for (const qkv::PagedAddition& addition : additions) addition.write(where, threads);

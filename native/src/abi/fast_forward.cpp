@@ -19,7 +19,9 @@ struct Call {
 };
 
 bool scales_of(const dlpack::Tensor& tensor, const Problem& p, Scales& scales) {
-    return scales_of(tensor, p.batch, p.kv_heads, scales) && tensor.shape[2] == p.lk;
+    const Pages& pages = p.pages;
+    return scales_of(tensor, pages.table ? pages.count : p.batch, p.kv_heads, scales) &&
+           tensor.shape[2] == (pages.table ? pages.size : p.lk);
 }
 
 // Fills in numbers of the keys (batch or 1, lk), or of the batches (batch or 1).
@@ -43,7 +45,7 @@ bool make_problem(const Call& call, int64_t key_count, Problem& p) {
     p.kv_heads = k.shape[1], p.lk = k.shape[2], p.value_width = v.shape[3];
     if (v.shape[0] != k.shape[0] || v.shape[1] != p.kv_heads || v.shape[2] != p.lk) return false;
     if (is_given(call.table)) {
-        if (scaled || !is(call.table, dlpack::INT, 64, 2) || call.table.strides[1] != 1) return false;
+        if (!is(call.table, dlpack::INT, 64, 2) || call.table.strides[1] != 1) return false;
         if (call.table.shape[0] != p.batch || key_count < 0) return false;
         p.pages = {(const int64_t*)data_of(call.table), call.table.strides[0], k.shape[2], 0, k.shape[0]};
         p.lk = key_count;

@@ -1,6 +1,7 @@
 // A layer's call with few tokens, from Python tensors.
 #include <cstring>
 #include <initializer_list>
+#include <utility>
 
 #include "abi/python_rows.h"
 #include "abi/python_steps.h"
@@ -62,7 +63,7 @@ bool keep_of(const dlpack::Tensor& tensor, Problem& p) {
 bool places_of(const dlpack::Tensor& table, const dlpack::Tensor& keys, int64_t key_count, Problem& p) {
     p.lk = keys.shape[2];
     if (!is_given(table)) return keys.shape[0] == p.batch;
-    if (p.kv_dtype == Dtype::i8 || !is(table, dlpack::INT, 64, 2) || table.shape[0] != p.batch) return false;
+    if (!is(table, dlpack::INT, 64, 2) || table.shape[0] != p.batch) return false;
     if (table.strides[1] != 1 || key_count < 0 || key_count > p.lk * table.shape[1]) return false;
     p.pages = {(const int64_t*)data_of(table), table.strides[0], p.lk, 0, keys.shape[0]};
     p.lk = key_count;
@@ -112,9 +113,10 @@ bool make_step(const Tensors& t, int64_t key_count, LayerStep& step) {
     if (p.heads < 1 || p.heads % p.kv_heads != 0) return false;
     if (!view_of(t.keys, p.k) || !view_of(t.values, p.v)) return false;
     if (scaled != is_given(t.k_scale) || scaled != is_given(t.v_scale)) return false;
-    if (scaled && !(scales_of(t.k_scale, p.batch, p.kv_heads, p.k_scale) && t.k_scale.shape[2] == p.lk &&
-                    scales_of(t.v_scale, p.batch, p.kv_heads, p.v_scale) && t.v_scale.shape[2] == p.lk))
-        return false;
+    for (const auto& [tensor, scales] : {std::pair(&t.k_scale, &p.k_scale), std::pair(&t.v_scale, &p.v_scale)})
+        if (scaled &&
+            !(scales_of(*tensor, t.keys.shape[0], p.kv_heads, *scales) && tensor->shape[2] == t.keys.shape[2]))
+            return false;
     const struct {
         const dlpack::Tensor &weight, &bias;
         int64_t in, out;

@@ -22,10 +22,12 @@ static inline char* row_of(Dtype dtype, const View& view, int64_t batch, int64_t
     return (char*)view.data + (batch * view.batch + head * view.head + row * view.row) * size_of(dtype);
 }
 
-// A factor for each key, (batch, head, row), or null. Rows lie next to each other.
+// A factor for each key, (batch, head, row), or null. Rows lie next to each other. Of keys in pages, (page, head, row).
 struct Scales {
     float* data;
     int64_t batch, head;
+
+    float* at(int64_t b, int64_t h, int64_t row) const { return data + b * batch + h * head + row; }
 };
 
 // Where keys lie, if in pages: k and v are (page, head, row, column) then, and key j of batch b is row
@@ -61,7 +63,7 @@ struct Problem {
     int threads;
     View out;
     float* lse;   // (batch, heads, lq), or null
-    Pages pages;  // for forward alone, and not for i8
+    Pages pages;  // for forward alone
 
     View q, k, v;
     Scales k_scale, v_scale;
@@ -99,6 +101,16 @@ struct Problem {
 
     uint64_t seed;
 };
+
+// Where a key of a batch lies: in which of the first dimension of k and v, and in which row.
+struct Place {
+    int64_t batch, row;
+};
+
+static inline Place place_of(const Problem& p, int64_t batch, int64_t key) {
+    if (!p.pages.table) return {batch, key};
+    return {*p.pages.entry(batch, key), p.pages.row(key)};
+}
 
 constexpr int64_t LARGEST_POSITION = (int64_t)1 << 30;  // the kernel counts in 32 bits
 

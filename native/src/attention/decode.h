@@ -91,8 +91,7 @@ struct DecodeLanes {
 
     // The scale of each key.
     vec scales_of(const Scales& scales, int64_t first) const {
-        const float* const from = scales.data + t.batch * scales.batch + t.kv_head * scales.head + first;
-        const vec by_key = load_part(Dtype::f32, from, p.lk - first);
+        const vec by_key = load_part(Dtype::f32, scales.at(t.batch, t.kv_head, first), p.lk - first);
         return shuffle(by_key, by_key, Repeated());
     }
 

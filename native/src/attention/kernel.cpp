@@ -141,15 +141,16 @@ static void run(const Problem& p) {
     });
 }
 
-// Keys or values of int8 in the dtype of queries.
+// Keys or values of int8 in the dtype of queries, without pages.
 static std::vector<char> dequantized(const Problem& p, const View& view, const Scales& scales, int64_t width) {
     const int64_t item = size_of(p.dtype);
     std::vector<char> to(p.batch * p.kv_heads * p.lk * width * item);
     parallel_for(p.batch * p.kv_heads, p.threads, [&](int64_t head) {
         const int64_t batch = head / p.kv_heads, kv_head = head % p.kv_heads;
         for (int64_t row = 0; row < p.lk; ++row) {
-            const char* const from = row_of(p.kv_dtype, view, batch, kv_head, row);
-            const float scale = scales.data[batch * scales.batch + kv_head * scales.head + row];
+            const Place place = place_of(p, batch, row);
+            const char* const from = row_of(p.kv_dtype, view, place.batch, kv_head, place.row);
+            const float scale = *scales.at(place.batch, kv_head, place.row);
             char* const wide = to.data() + (head * p.lk + row) * width * item;
             for_columns(width, [&](int64_t d, int64_t count) {
                 store_part(p.dtype, wide + d * item, load_part(p.kv_dtype, from + d, count) * scale, count);
@@ -178,6 +179,7 @@ void forward(const Problem& p) {
         Problem wide = p;
         wide.kv_dtype = p.dtype;
         wide.k_scale = wide.v_scale = {};
+        wide.pages = {};
         wide.k = {keys.data(), p.kv_heads * p.lk * p.width, p.lk * p.width, p.width};
         wide.v = {values.data(), p.kv_heads * p.lk * p.value_width, p.lk * p.value_width, p.value_width};
         return forward(wide);
@@ -220,7 +222,7 @@ int64_t count_scores(const Problem& p) {
 void quantize(const Quantization& q) {
     parallel_for(q.batch * q.heads, q.threads, [&](int64_t index) {
         const int64_t batch = index / q.heads, head = index % q.heads;
-        float* const scales = q.scale.data + batch * q.scale.batch + head * q.scale.head;
+        float* const scales = q.scale.at(batch, head, 0);
         for (int64_t row = 0; row < q.rows; ++row)
             scales[row] = quantize_row(q.dtype, row_of(q.dtype, q.from, batch, head, row), q.width,
                                        (int8_t*)row_of(Dtype::i8, q.to, batch, head, row));

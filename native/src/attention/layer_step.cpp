@@ -44,17 +44,11 @@ void apply_gates(Dtype dtype, char* x, char* gates, int64_t width) {
     });
 }
 
-// Where a key or value lies.
-char* place_of(const Problem& p, const View& view, int64_t batch, int64_t head, int64_t slot) {
-    if (!p.pages.table) return row_of(p.kv_dtype, view, batch, head, slot);
-    return row_of(p.kv_dtype, view, *p.pages.entry(batch, slot), head, p.pages.row(slot));
-}
-
 // Writes zeros to the slots after the tokens of a batch that are new to all: before this call, they are uninitialised.
 void clear_slots(const Problem& p, const View& view, const Scales& scales, int64_t width, int64_t batch, int64_t head) {
     for (int64_t slot = std::max(offset_of(p, batch) + p.lq, p.lk - p.lq); slot < p.lk; ++slot) {
         std::memset(row_of(p.kv_dtype, view, batch, head, slot), 0, width * size_of(p.kv_dtype));
-        if (scales.data) scales.data[batch * scales.batch + head * scales.head + slot] = 0;
+        if (scales.data) *scales.at(batch, head, slot) = 0;
     }
 }
 
@@ -62,12 +56,12 @@ void clear_slots(const Problem& p, const View& view, const Scales& scales, int64
 void append(const Problem& p, const View& from, const View& to, const Scales& scales, int64_t width, int64_t batch,
             int64_t i) {
     const int64_t slot = offset_of(p, batch) + i;
+    const Place place = place_of(p, batch, slot);
     for (int64_t head = 0; head < p.kv_heads; ++head) {
         const char* const row = row_of(p.dtype, from, batch, head, i);
-        char* const there = place_of(p, to, batch, head, slot);
+        char* const there = row_of(p.kv_dtype, to, place.batch, head, place.row);
         if (scales.data)
-            scales.data[batch * scales.batch + head * scales.head + slot] =
-                quantize_row(p.dtype, row, width, (int8_t*)there);
+            *scales.at(place.batch, head, place.row) = quantize_row(p.dtype, row, width, (int8_t*)there);
         else
             std::memcpy(there, row, width * size_of(p.dtype));
         if (i == p.lq - 1 && !p.pages.table) clear_slots(p, to, scales, width, batch, head);

@@ -37,7 +37,7 @@ class Keys(NamedTuple):
     pages: Pages | None = None
     """where the keys of each row are, if in pages"""
     k_scale: Tensor | None = None
-    """(B, Hkv, Lk), what each key is multiplied by, as v_scale for values; None unless both are in int8"""
+    """(B, Hkv, Lk), or in pages, what each key is multiplied by, as v_scale for values; None unless both are in int8"""
     v_scale: Tensor | None = None
 
     @classmethod
@@ -53,6 +53,11 @@ class Keys(NamedTuple):
         return cls(k, v, offset, lengths, pages, *scales)
 
     @property
+    def tokens(self) -> list[Tensor]:
+        """Keys and values, and the scales of both if they are in int8."""
+        return [x for x in (self.k, self.v, self.k_scale, self.v_scale) if x is not None]
+
+    @property
     def lk(self) -> int:
         """Lk, number of keys; of the longest row, if rows differ."""
         return self.k.shape[2] if self.pages is None else self.pages.length
@@ -61,7 +66,7 @@ class Keys(NamedTuple):
         """The same keys without pages: a copy, with gradients."""
         if self.pages is None:
             return self
-        return self._replace(k=self.pages.gather(self.k), v=self.pages.gather(self.v), pages=None)
+        return Keys.of([self.pages.gather(x) for x in self.tokens], self.offset, self.lengths)
 
     def options(self) -> dict[str, Any]:
         """Keywords for `qkv.attention`, besides k and v."""

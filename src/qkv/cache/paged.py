@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from qkv.cache.base import Cache, Keys, autocast_to, check_append
+from qkv.cache.base import Cache, Keys, autocast_to
+from qkv.cache.int8 import Dtype, format_of
 from qkv.cache.pool import PagePool, PageTable
 from qkv.cache.rows import Rows, padding_before, place, require_is_token
 from qkv.pages import Pages
@@ -23,10 +24,12 @@ class PagedKVCache(Cache):
         pool: a pool that caches of one layer share; a new one if None.
         page_size: number of tokens in a page, of a new pool.
         pages: number of pages to allocate, and limit, of a new pool; None grows without bound.
+        dtype: of a new pool: None for that of the keys; or ``torch.int8`` or ``"int8"``, rounded as in an
+            `Int8KVCache`.
 
     The kernel reads pages in place, or copies scattered ones into the CPU caches; its results have the bits of a
-    `KVCache`. Other backends, and gradients, gather the pages of each row. A deep copy or a pickle has a pool of its
-    own, with its own pages alone.
+    `KVCache`, or of an `Int8KVCache`. Other backends, and gradients, gather the pages of each row. A deep copy or a
+    pickle has a pool of its own, with its own pages alone.
 
     Example:
         >>> import torch, qkv
@@ -43,18 +46,27 @@ class PagedKVCache(Cache):
         ([9, 9, 9, 9, 9], 7)
     """
 
-    def __init__(self, pool: PagePool | None = None, *, page_size: int | None = None, pages: int | None = None) -> None:
-        super().__init__()
-        self._parts = ()
+    def __init__(
+        self,
+        pool: PagePool | None = None,
+        *,
+        page_size: int | None = None,
+        pages: int | None = None,
+        dtype: Dtype = None,
+    ) -> None:
         if pool is None:
-            pool = PagePool(16 if page_size is None else page_size, pages)
+            format_of("PagedKVCache", dtype)
+            pool = PagePool(16 if page_size is None else page_size, pages, dtype=dtype)
         elif not isinstance(pool, PagePool):
             raise TypeError(f"PagedKVCache: pool must be a qkv.PagePool or None; got {type(pool).__name__}.")
-        elif page_size is not None or pages is not None:
+        elif page_size is not None or pages is not None or dtype is not None:
             raise ValueError(
-                f"PagedKVCache: page_size and pages are those of the pool, {pool.page_size} and {pool.limit}; got "
-                f"{page_size} and {pages}. Pass either them or a pool."
+                f"PagedKVCache: page_size, pages and dtype are those of the pool, {pool.page_size}, {pool.limit} and "
+                f"{pool.format.dtype}; got {page_size}, {pages} and {dtype}. Pass either them or a pool."
             )
+        self._format = pool.format
+        super().__init__()
+        self._parts = ()
         self._table = PageTable(pool)
         self._length = 0
 
@@ -117,34 +129,34 @@ class PagedKVCache(Cache):
         pool = self.pool
         if not self._is_new and k[0] != self._batch:
             return False
-        if pool.k is None or (self._is_new and not pool.used):
-            return True
-        return all(
-            (x.shape[1], x.shape[3], x.dtype, x.device) == (shape[1], shape[3], like.dtype, like.device)
-            for x, shape in zip(pool.memory(), (k, v), strict=True)
-        )
+        return not pool.parts or (self._is_new and not pool.used) or pool.takes(k, v, like)
 
     def _write(self, k: Tensor, v: Tensor, is_token: Tensor | None) -> None:
-        """Writes new tokens to pages, which rows get where they have none."""
-        caller, pool = type(self).__name__, self.pool
+        """Writes new tokens to pages."""
+        rows = self._make_room(k, v, is_token)
+        starts = None if self._rows is None else rows.lengths
+        if k.shape[2] and (is_token is not None or not self._table.append_in_place(k, v, starts, self._length)):
+            self._table.put(place(rows.lengths, k.shape[2], is_token)[0], self._format.encode(k, v))
+
+    def _make_room(self, k: Tensor, v: Tensor, is_token: Tensor | None) -> Rows:
+        """Validates new tokens, and gives rows the pages that they lack. Returns the rows without these tokens."""
+        caller = type(self).__name__
         if not self._length:
-            self._autocast, self._dtype = autocast_to(k), k.dtype
-        check_append(caller, k, v, *self._like(k), None if pool.k is None else pool.k.dtype, self._autocast)
+            self._autocast, self._dtype = autocast_to(k), self.pool.token_dtype
+        self._check_append(k, v, *self._like(k))
         require_is_token(caller, is_token, k)
         rows = self._rows_or_equal(k)
         lengths = [self._length] * k.shape[0] if self._rows is None else rows.lengths.tolist()
         added = [k.shape[2]] * len(lengths) if is_token is None else is_token.sum(1).tolist()
-        self._table = table = self._table.make_room(caller, lengths, added, k, v)
-        starts = None if self._rows is None else rows.lengths
-        if k.shape[2] and (is_token is not None or not table.append_in_place(k, v, starts, self._length)):
-            table.put(place(rows.lengths, k.shape[2], is_token)[0], k, v)
+        self._table, self._dtype = self._table.make_room(caller, lengths, added, k, v), k.dtype
+        return rows
 
     def _like(self, k: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Tensors of the batch, heads and widths that new tokens must have; None if they may be any."""
         pool, batch = self.pool, k.shape[0] if self._is_new else self._batch
-        if pool.k is None or (self._is_new and not pool.used):
+        if not pool.parts or (self._is_new and not pool.used):
             return None, None
-        keys, values = (x[:1].expand(batch, -1, -1, -1) for x in pool.memory())
+        keys, values = (x[:1].expand(batch, -1, -1, -1) for x in pool.parts[:2])
         return keys, values
 
     def _count(self, count: int, is_token: Tensor | None) -> Keys:
@@ -162,7 +174,7 @@ class PagedKVCache(Cache):
         return self._keys(offset, lengths)
 
     def _keys(self, offset: int | Tensor, lengths: Tensor | None) -> Keys:
-        return Keys(*self.pool.memory(), offset, lengths, Pages(self._table.tensor, self._length))
+        return Keys.of(self.pool.parts, offset, lengths, Pages(self._table.tensor, self._length))
 
     def latest(self, count: int) -> Keys:
         """What `append` returned for the last ``count`` columns."""
@@ -177,8 +189,8 @@ class PagedKVCache(Cache):
     def _rows_or_equal(self, like: Tensor | None = None) -> Rows:
         if self._rows is not None:
             return self._rows
-        tensor = self.pool.k if like is None else like
-        device = torch.device("cpu") if tensor is None else tensor.device
+        tensors = self.pool.parts[:1] if like is None else (like,)
+        device = tensors[0].device if tensors else torch.device("cpu")
         return Rows.of_equal_length(self._batch if like is None else like.shape[0], self._length, device)
 
     def select(self, rows: Tensor) -> None:
@@ -209,14 +221,13 @@ class PagedKVCache(Cache):
     def _require_like(self, other: Self) -> None:
         super()._require_like(other)
         mine, theirs = self.pool, other.pool
-        if mine.page_size != theirs.page_size:
-            raise ValueError(
-                f"PagedKVCache: both caches must have pages of {mine.page_size} tokens; got {theirs.page_size}."
-            )
+        if (mine.page_size, mine.format.dtype) != (theirs.page_size, theirs.format.dtype):
+            raise ValueError(f"PagedKVCache: both caches must have {_pages_of(mine)}; got {_pages_of(theirs)}.")
         if mine is theirs or not mine.used or not other._batch:
             return
-        for x, y in zip(mine.memory(), theirs.memory(), strict=True):
-            want, got = ((one.shape[1], one.shape[3], one.dtype, one.device) for one in (x, y))
+        for x, y in zip(mine.parts[:2], theirs.parts[:2], strict=True):
+            pairs = ((x, mine.token_dtype), (y, theirs.token_dtype))
+            want, got = ((pages.shape[1], pages.shape[3], dtype, pages.device) for pages, dtype in pairs)
             if want != got:
                 raise ValueError(
                     "PagedKVCache: heads, width, dtype and device of both caches must be the same; got "
@@ -240,12 +251,14 @@ class PagedKVCache(Cache):
             self._table = PageTable(self.pool)
 
     def _tokens(self) -> dict[str, Tensor]:
-        keys = self.keys().gathered()
-        return {"keys": keys.k, "values": keys.v}
+        return dict(zip(self._format.parts, self.keys().gathered().tokens, strict=True))
 
     def _load_tokens(self, tokens: Mapping[str, Tensor]) -> None:
-        self._write(tokens["keys"], tokens["values"], None)
-        self._length = tokens["keys"].shape[2]
+        parts = [tokens[name] for name in self._format.parts]
+        k, v = (x.new_empty((), dtype=self._dtype).expand(x.shape) for x in parts[:2])  # as they were given
+        rows = self._make_room(k, v, None)
+        self._table.put(place(rows.lengths, k.shape[2], None)[0], parts)
+        self._length = k.shape[2]
 
     def _load_more(self, state: Mapping[str, Tensor]) -> None:
         self._cut(self._length, self._rows)  # shorter rows need fewer pages
@@ -255,7 +268,7 @@ class PagedKVCache(Cache):
         return self._length
 
     def _options(self) -> dict[str, Any]:
-        return {"page_size": self.pool.page_size}
+        return {"page_size": self.pool.page_size, **super()._options()}
 
     @property
     def nbytes(self) -> int:
@@ -266,3 +279,9 @@ class PagedKVCache(Cache):
         twin = super().__copy__()
         twin._table = self._table.__copy__()
         return twin
+
+
+def _pages_of(pool: PagePool) -> str:
+    """What pages of a pool are, in messages."""
+    dtype = "" if pool.format.dtype is None else f" in {pool.format.dtype}"
+    return f"pages of {pool.page_size} tokens{dtype}"

@@ -12,6 +12,7 @@ from typing_extensions import Self
 from qkv import kernels
 from qkv.arguments import require_count
 from qkv.cache.buffer import compact_copy, may_write, send_by_value
+from qkv.cache.int8 import Dtype, format_of
 from qkv.cache.rows import Placement
 
 SPLIT = 480
@@ -26,6 +27,7 @@ class PagePool:
     Args:
         page_size: number of tokens in a page, at most 2**20.
         pages: number of pages to allocate, and limit; None grows without bound.
+        dtype: None for that of the keys; or ``torch.int8`` or ``"int8"``, rounded as in an `Int8KVCache`.
 
     A page is in use while a row of any cache holds it. With gradients enabled, appending copies memory, as in a
     `KVCache`; a cache that shares its pool with others goes on in a pool of its own then.
@@ -45,7 +47,7 @@ class PagePool:
     Source: vLLM (Kwon et al. 2023), section 4.
     """
 
-    def __init__(self, page_size: int = 16, pages: int | None = None) -> None:
+    def __init__(self, page_size: int = 16, pages: int | None = None, *, dtype: Dtype = None) -> None:
         require_count("PagePool", "page_size", page_size)
         if page_size > MAX_PAGE_SIZE:
             raise ValueError(
@@ -54,11 +56,14 @@ class PagePool:
             )
         if pages is not None:
             require_count("PagePool", "pages", pages, suffix=", or None to grow")
+        self.format = format_of("PagePool", dtype)
+        """in which form tokens are stored"""
+        self.token_dtype: torch.dtype | None = None
+        """of the tokens, as they were given"""
         self.page_size = page_size
         self.limit = pages
-        self.k: Tensor | None = None
-        """(pages, Hkv, page_size, D); in memory, the pages of a head follow each other"""
-        self.v: Tensor | None = None
+        self.parts: tuple[Tensor, ...] = ()
+        """(pages, Hkv, page_size, ...), those of the format, once there are some; the pages of a head are contiguous"""
         self._is_writable = False
         """whether memory was allocated here and is not shared"""
         self._holders: list[int] = []
@@ -84,17 +89,17 @@ class PagePool:
     @property
     def nbytes(self) -> int:
         """Allocated bytes."""
-        return sum(x.untyped_storage().nbytes() for x in (self.k, self.v) if x is not None)
+        return sum(x.untyped_storage().nbytes() for x in self.parts)
 
     @property
     def page_nbytes(self) -> int:
         """Bytes of a page."""
-        return sum(x[:1].numel() * x.element_size() for x in (self.k, self.v) if x is not None)
+        return sum(x[:1].numel() * x.element_size() for x in self.parts)
 
     @property
     def has_graph(self) -> bool:
         """Whether memory was computed with gradients."""
-        return any(x is not None and x.requires_grad for x in (self.k, self.v))
+        return any(x.requires_grad for x in self.parts)
 
     def holders(self, page: int) -> int:
         """Number of rows that hold a page."""
@@ -167,29 +172,29 @@ class PagePool:
     def reserve(self, k: Tensor, v: Tensor, count: int) -> None:
         """Allocates memory if fewer than ``count`` pages are free, or while none is in use, for tokens like these."""
         used = self.used
-        if self.k is None or not self._holders or (not used and not self._matches(k, v)):
+        if not self._holders or (not used and (self.has_graph or not self.takes(k.shape, v.shape, k))):
             pages = max(2 * count, MIN_PAGES) if self.limit is None else self.limit
             self._holders, self._free_in_run = [], []
             self._free_runs, self._partial_runs = {}, {}
-            self._allocate((k, v), pages)
+            self.token_dtype = k.dtype
+            shapes = self.format.shapes(k.shape, v.shape, k.dtype)
+            self._allocate([k.new_empty((0, *shape[1:]), dtype=dtype) for shape, dtype in shapes], pages)
         elif self.limit is None and used + count > self.allocated:
-            self._allocate((self.k, self.v), max(2 * self.allocated, used + count))
+            self._allocate(self.parts, max(2 * self.allocated, used + count))
         elif self.limit is None and len(self._free_runs) < count and 2 * used >= self.allocated:
-            self._allocate((self.k, self.v), 2 * self.allocated)
+            self._allocate(self.parts, 2 * self.allocated)
 
-    def _matches(self, k: Tensor, v: Tensor) -> bool:
-        return all(
-            x is not None
-            and not x.requires_grad
-            and (x.shape[1], x.shape[3], x.dtype, x.device) == (y.shape[1], y.shape[3], y.dtype, y.device)
-            for x, y in ((self.k, k), (self.v, v))
+    def takes(self, k: Sequence[int], v: Sequence[int], like: Tensor) -> bool:
+        """Whether pages are of tokens of these shapes, and of the dtype and device of ``like``."""
+        return like.dtype is self.token_dtype and all(
+            (x.shape[1], x.shape[3:], x.device) == (shape[1], (*shape[3:],), like.device)
+            for x, (shape, _) in zip(self.parts, self.format.shapes(k, v, like.dtype), strict=True)
         )
 
-    def _allocate(self, like: tuple[Tensor | None, Tensor | None], pages: int) -> None:
+    def _allocate(self, like: Sequence[Tensor], pages: int) -> None:
         """Allocates memory for ``pages`` pages, in which the present ones come first."""
-        grown = [self._grown(x, pages) for x in like if x is not None]
-        self.k, self.v = grown
-        self._is_writable = not any(x.requires_grad for x in grown)
+        self.parts = tuple([self._grown(x, pages) for x in like])
+        self._is_writable = not self.has_graph
         before = len(self._holders)
         self._holders += [0] * (pages - before)
         runs = -(-pages // self._run)
@@ -205,20 +210,20 @@ class PagePool:
         if count and _is_recording():
             return torch.cat([x, x.new_zeros(pages - count, *x.shape[1:])])
         with torch.inference_mode(False):  # memory that can be written to in every mode; zeros, since NaN cost time
-            memory = torch.zeros(x.shape[1], pages, self.page_size, x.shape[3], dtype=x.dtype, device=x.device)
+            memory = torch.zeros(x.shape[1], pages, self.page_size, *x.shape[3:], dtype=x.dtype, device=x.device)
         memory = memory.transpose(0, 1)
         if count:
             memory[:count] = x
         return memory
 
-    def put(self, index: tuple[Tensor, ...], k: Tensor, v: Tensor) -> None:
-        """Writes ``k`` and ``v (..., Hkv, width)`` to rows ``index`` of ``(pages, page_size, Hkv, width)``."""
+    def put(self, index: tuple[Tensor, ...], tokens: Sequence[Tensor]) -> None:
+        """Writes tokens of each part, ``(..., Hkv, ...)``, to rows ``index`` of ``(pages, page_size, Hkv, ...)``."""
         recorded = _is_recording()
         if not recorded:
             self.make_writable()
-        pairs = tuple((x.transpose(1, 2), new) for x, new in zip(self.memory(), (k, v), strict=True))
+        pairs = tuple((x.transpose(1, 2), new) for x, new in zip(self.parts, tokens, strict=True))
         if recorded:
-            self.k, self.v = (x.index_put(index, new.to(x.dtype)).transpose(1, 2) for x, new in pairs)
+            self.parts = tuple([x.index_put(index, new.to(x.dtype)).transpose(1, 2) for x, new in pairs])
             self._is_writable = False
         else:
             for x, new in pairs:
@@ -226,32 +231,27 @@ class PagePool:
 
     def copy_pages(self, pool: "PagePool", before: Sequence[int], after: Sequence[int]) -> None:
         """Copies pages ``before`` of a pool to pages ``after`` of this one."""
-        k, v = pool.memory()
-        source, to = (torch.tensor(pages, device=k.device) for pages in (before, after))
-        self.put((to,), k[source].transpose(1, 2), v[source].transpose(1, 2))
-
-    def memory(self) -> tuple[Tensor, Tensor]:
-        """The pages of keys and of values, once there are some."""
-        assert self.k is not None
-        assert self.v is not None
-        return self.k, self.v
+        device = pool.parts[0].device
+        source, to = (torch.tensor(pages, device=device) for pages in (before, after))
+        self.put((to,), [x[source].transpose(1, 2) for x in pool.parts])
 
     def can_write(self) -> bool:
         """Whether pages may be written to as they are."""
-        return self._is_writable and self.k is not None and may_write(self.k)
+        return self._is_writable and all(map(may_write, self.parts))
 
     def make_writable(self) -> None:
         """Copies memory that must not be written to: of a graph, or of another pool."""
         if not self.can_write():
-            self.k, self.v = (self._grown(x, self.allocated) for x in self.memory())
+            self.parts = tuple([self._grown(x, self.allocated) for x in self.parts])
             self._is_writable = True
 
     def copied(self, *, keeps_graph: bool = True) -> "PagePool":
         """Another pool with the same memory, which each copies before it writes, and without holders."""
-        twin = PagePool(self.page_size, self.limit)
-        if self.k is not None and self.v is not None:
+        twin = PagePool(self.page_size, self.limit, dtype=self.format.dtype)
+        if self.parts:
             self._is_writable = False
-            twin.k, twin.v = (x if keeps_graph else x.detach() for x in (self.k, self.v))
+            twin.token_dtype = self.token_dtype
+            twin.parts = tuple([x if keeps_graph else x.detach() for x in self.parts])
             twin._holders, twin._free_in_run = [0] * self.allocated, []
             for run in range(-(-self.allocated // self._run)):
                 twin._free_in_run.append(0)
@@ -259,13 +259,17 @@ class PagePool:
         return twin
 
     @classmethod
-    def of_pages(cls, page_size: int, limit: int | None, k: Tensor | None, v: Tensor | None) -> "PagePool":
-        """A pool that begins with these pages."""
-        pool = cls(page_size, limit)
-        if k is not None and v is not None:
-            pool.reserve(k, v, len(k))
+    def of_pages(
+        cls, page_size: int, limit: int | None, kept: Dtype, dtype: torch.dtype | None, parts: Sequence[Tensor]
+    ) -> "PagePool":
+        """A pool that begins with these pages: ``parts`` of tokens that were given in ``dtype`` and kept as told."""
+        pool = cls(page_size, limit, dtype=kept)
+        if parts:
+            k, v = (x[:0].to(dtype) for x in parts[:2])
+            pool.reserve(k, v, len(parts[0]))
             with torch.no_grad():
-                pool.put((torch.arange(len(k), device=k.device),), k.transpose(1, 2), v.transpose(1, 2))
+                pages = torch.arange(len(parts[0]), device=k.device)
+                pool.put((pages,), [x.transpose(1, 2) for x in parts])
         return pool
 
     def __getstate__(self) -> dict[str, Any]:
@@ -329,7 +333,7 @@ class PageTable:
         shared = self._rows_to_copy(rows, lengths, added)
         missing = [max(0, -(-(n + more) // size) - len(row)) for row, n, more in zip(rows, lengths, added, strict=True)]
         count = len(shared) + sum(missing)
-        if count or pool.k is None:
+        if count or not pool.parts:
             pool.require_free(caller, count, lengths)
             pool.reserve(k, v, count)
         self.rows = rows
@@ -411,16 +415,14 @@ class PageTable:
         pool = self.pool
         if self._holds != pool.holds or torch.is_grad_enabled() or k.dim() != 4 or k.shape[2] > self._room:
             return False
-        keys, values = pool.k, pool.v
-        if (
-            keys is None
-            or values is None
-            or not (pool.can_write() and kernels.can_bypass_dispatcher(k, v, keys, values))
-        ):
+        parts = pool.parts
+        if not parts or not (pool.can_write() and kernels.can_bypass_dispatcher(k, v, *parts)):
             return False
-        if not kernels.append_pages(k, v, keys, values, self.tensor, starts, start):
+        if not k.dtype is v.dtype is pool.token_dtype:
             return False
-        torch.autograd.graph.increment_version((keys, values))  # as torch's in-place operators do
+        if not kernels.append_pages(k, v, parts, self.tensor, starts, start):
+            return False
+        torch.autograd.graph.increment_version(parts)  # as torch's in-place operators do
         self._room -= k.shape[2]
         return True
 
@@ -430,16 +432,16 @@ class PageTable:
         if self._holds != pool.holds or count > self._room:
             return False
         pool.make_writable()
-        torch.autograd.graph.increment_version(pool.memory())  # as torch's in-place operators do
+        torch.autograd.graph.increment_version(pool.parts)  # as torch's in-place operators do
         self._room -= count
         return True
 
-    def put(self, placement: Placement, k: Tensor, v: Tensor) -> None:
-        """Writes new tokens ``(B, Hkv, L, width)`` to slots of the rows."""
+    def put(self, placement: Placement, tokens: Sequence[Tensor]) -> None:
+        """Writes new tokens of each part, ``(B, Hkv, L, ...)``, to slots of the rows."""
         size = self.pool.page_size
         rows, slots = placement.rows, placement.slots
         pages = self.tensor.to(slots.device)[rows, slots // size]
-        self.pool.put((pages, slots % size), placement.of(k), placement.of(v))
+        self.pool.put((pages, slots % size), [placement.of(x) for x in tokens])
         self._room = 0
 
     def crop(self, lengths: Sequence[int]) -> "PageTable":
@@ -465,10 +467,11 @@ class PageTable:
     def _moved(self, pool: PagePool, caller: str) -> "PageTable":
         """A table of the same tokens in another pool, copied there."""
         pages = self.pages()
-        if self.pool.k is None or self.pool.v is None or not pages:
+        if self.pool.token_dtype is None or not pages:
             return PageTable(pool, [[] for _ in self.rows])
         pool.require_free(caller, len(pages), [len(row) * pool.page_size for row in self.rows])
-        pool.reserve(self.pool.k, self.pool.v, len(pages))
+        k, v = (x[:0].to(self.pool.token_dtype) for x in self.pool.parts[:2])
+        pool.reserve(k, v, len(pages))
         number: dict[int, int] = {}
         for page in pages:
             number[page] = pool.take(len(number), next(reversed(number.values()), None))
@@ -500,14 +503,13 @@ class PageTable:
         """
         pool, pages = self.pool, self.pages()
         number = {page: i for i, page in enumerate(pages)}
-        memory = [x if x is None or pages else x.detach() for x in (pool.k, pool.v)]
-        k, v = (None if x is None else compact_copy(x[torch.tensor(pages, device=x.device).long()]) for x in memory)
+        memory = [x if pages else x.detach() for x in pool.parts]
+        parts = [compact_copy(x[torch.tensor(pages, device=x.device).long()]) for x in memory]
         rows = [[number[page] for page in row] for row in self.rows]
-        return {"page_size": pool.page_size, "limit": pool.limit, "k": k, "v": v, "rows": rows}
+        return {"pool": (pool.page_size, pool.limit, pool.format.dtype, pool.token_dtype, parts), "rows": rows}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        pool = PagePool.of_pages(state["page_size"], state["limit"], state["k"], state["v"])
-        PageTable.__init__(self, pool, state["rows"])
+        PageTable.__init__(self, PagePool.of_pages(*state["pool"]), state["rows"])
 
 
 send_by_value(PageTable)

@@ -1,5 +1,7 @@
 """Cache appends by the kernel, and rounding to int8."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -45,21 +47,22 @@ def append(
 
 
 def append_pages(
-    k: Tensor, v: Tensor, keys: Tensor, values: Tensor, table: Tensor, starts: Tensor | None, start: int
+    k: Tensor, v: Tensor, parts: Sequence[Tensor], table: Tensor, starts: Tensor | None, start: int
 ) -> bool:
     """Writes new tokens into pages. All tensors must satisfy `can_bypass_dispatcher`.
 
     Args:
         k, v: ``(B, Hkv, L, width)``.
-        keys, values: ``(pages, Hkv, page_size, width)``, in the dtype of the tokens.
+        parts: keys and values ``(pages, Hkv, page_size, width)``, in the dtype of the tokens; or in int8, with float32
+            scales of both ``(pages, Hkv, page_size)``.
         table: int64 ``(B, entries)``, the pages of each row of the batch in order.
         starts: int64 ``(B,)``, where in its pages the first token of each row goes; ``start`` in all if None.
 
     Returns:
         As `append`.
     """
-    write = loaded().append_pages
-    return write is not None and write(k, v, keys, values, table, starts, start, _threads_for(k)) == 0
+    write, memory = loaded().append_pages, (*parts, None, None)[:4]
+    return write is not None and write(k, v, *memory, table, starts, start, _threads_for(k)) == 0
 
 
 def _threads_for(x: Tensor) -> int:

@@ -58,8 +58,8 @@ class Library(NamedTuple):
     """Takes k, v, the buffers of keys and of values, then k_scale and v_scale, tensors or None, then start and threads.
     Returns as `fast_forward`."""
     append_pages: Callable[..., int] | None
-    """Takes k, v, the pages of keys and of values, block_table, starts, a tensor or None, start and threads. Returns as
-    `fast_forward`."""
+    """Takes k, v, the pages of keys and of values, then k_scale and v_scale, tensors or None, then block_table, starts,
+    a tensor or None, start and threads. Returns as `fast_forward`."""
     layer_step: Callable[..., int] | None
     """Takes an array of the `StepTensors`, then `STEP_NUMBERS`. Returns as `fast_forward`."""
     decoder_layer: Callable[..., int] | None
@@ -138,7 +138,7 @@ _CALLS_OF_TENSORS: dict[str, list[Any]] = {
     "fast_gated_mlp": [*[_TENSOR] * 8, *[ctypes.c_int] * 2],
     "fast_rms_norm": [*[_TENSOR] * 3, ctypes.c_float, *[ctypes.c_int] * 2],
     "append": [*[_TENSOR] * 6, _NUMBER, ctypes.c_int],
-    "append_pages": [*[_TENSOR] * 6, _NUMBER, ctypes.c_int],
+    "append_pages": [*[_TENSOR] * 8, _NUMBER, ctypes.c_int],
     "fast_rotate": [*[_TENSOR] * 10, _NUMBER, *[ctypes.c_float] * 2, *[_NUMBER] * 2, *[ctypes.c_int] * 3],
     "layer_step": [ctypes.POINTER(_TENSOR), _STRUCT],
     "decoder_layer": [

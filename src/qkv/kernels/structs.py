@@ -133,7 +133,8 @@ class Call(NamedTuple):
     """float32 (B, Hkv, Lk), as v_scale; None unless k and v are int8"""
     v_scale: Annotated[Tensor | None, SCALES]
     block_table: Annotated[Tensor | None, TABLE_OF_PAGES]
-    """integer (B, entries), the pages of each row of the batch in order; k and v are (pages, Hkv, page_size, D) then"""
+    """integer (B, entries), the pages of each row of the batch in order; k, v and their scales are (pages, Hkv,
+    page_size, ...) then"""
     key_count: Annotated[int, KEY_COUNT]
     """Lk, if keys are in pages, else 0"""
     offset: Annotated[int, POSITION]
@@ -268,7 +269,8 @@ class StepTensors(NamedTuple):
     """float32 (B, Hkv, Lk), if keys and values are int8, as v_scale"""
     v_scale: Tensor | None
     block_table: Tensor | None
-    """int64 (B, entries), the pages of each row in order; keys and values are (pages, Hkv, page_size, D) then"""
+    """int64 (B, entries), the pages of each row in order; keys, values and their scales are (pages, Hkv, page_size,
+    ...) then"""
     offsets: Tensor | None
     """int64 (B,), added to ``offset``"""
     positions: Tensor | None
