@@ -14,24 +14,29 @@ import re
 import socket
 import sys
 from collections.abc import Generator, Iterator
+from typing import Any
 
 import pytest
-import torch
-from cases import Case
-from solver import Solver
 
 SKIPS = {
-    "needs a CUDA device": lambda: not torch.cuda.is_available(),
+    "needs a CUDA device": lambda: not _torch().cuda.is_available(),
     "the kernel is of another architecture": lambda: platform.machine() not in ("x86_64", "AMD64"),
     "limits of address space are tested on Linux": lambda: sys.platform != "linux",
     "memory is measured on Linux": lambda: sys.platform != "linux",
     "memory is measured in forked processes": lambda: not hasattr(os, "fork"),
     "this torch has no varlen_attn": lambda: importlib.util.find_spec("torch.nn.attention.varlen") is None,
-    "this torch has no DLPack exchange functions": lambda: not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"),
+    "this torch has no DLPack exchange functions": lambda: not hasattr(_torch().Tensor, "__dlpack_c_exchange_api__"),
     "needs /dev/full": lambda: sys.platform != "linux",
     "this system does not allow mounting": lambda: os.system("unshare --mount --map-root-user true 2>/dev/null") != 0,
 }
 """The reasons for which a test may be skipped, up to a colon, and where each is true. Any other skip fails."""
+
+
+def _torch() -> Any:
+    """Imported where it is used: the process that hands tests to workers starts in seconds less without it."""
+    import torch
+
+    return torch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -54,6 +59,8 @@ def pytest_collection() -> Generator[None, object, object]:
 
 def _case(item: pytest.Item) -> str:
     """The name of the case of the grid that a test takes, or nothing."""
+    from cases import Case
+
     case = _parameters(item).get("case")
     return case.name if isinstance(case, Case) else ""
 
@@ -88,6 +95,8 @@ def _refuse_unknown_skip(report: pytest.TestReport | pytest.CollectReport) -> No
 @pytest.fixture(autouse=True)
 def solver_at_work(request: pytest.FixtureRequest) -> Iterator[None]:
     """A test that takes a ``solver`` runs on its instruction set, gradients that it takes included."""
+    from solver import Solver
+
     solver = _parameters(request.node).get("solver")
     if not isinstance(solver, Solver):
         yield

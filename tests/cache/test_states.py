@@ -8,15 +8,19 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
+examples = pytest.mark.parametrize("examples", [20, pytest.param(200, marks=pytest.mark.long)])
 
+
+@examples
 @pytest.mark.parametrize("kind", caches.KINDS)
-def test_a_cache_equals_concatenation(kind: str) -> None:
-    play(caches.World, kind, examples=30, steps=25)
+def test_a_cache_equals_concatenation(kind: str, examples: int) -> None:
+    play(caches.World, kind, examples, steps=25)
 
 
+@examples
 @pytest.mark.parametrize("kind", rows.NAMES)
-def test_each_row_of_a_cache_is_a_list_of_its_tokens(kind: str) -> None:
-    play(rows.World, kind, examples=15, steps=20)
+def test_each_row_of_a_cache_is_a_list_of_its_tokens(kind: str, examples: int) -> None:
+    play(rows.World, kind, examples, steps=20)
 
 
 def play(world_of: Any, kind: str, examples: int, steps: int) -> None:
