@@ -26,7 +26,7 @@ TORCH = {
         IMPORT,
     ),
     # Where a module keeps its parts; documented attributes are slower, and may be properties of a subclass.
-    **dict.fromkeys(["_modules", "_parameters", "_call_impl", "_compiled_call_impl"], IMPORT),
+    **dict.fromkeys(["_buffers", "_modules", "_parameters", "_call_impl", "_compiled_call_impl"], IMPORT),
     **dict.fromkeys(
         ["_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"],
         "layers fail; in `unpadding`, a module without one counts as hooked and runs padded",

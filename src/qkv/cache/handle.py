@@ -46,8 +46,11 @@ def find(handle: Tensor) -> Any:
     return _OBJECTS[int(handle)]
 
 
-def require_readable() -> None:
+def require_readable(handle: Tensor | None = None) -> None:
     """Ends a compiled graph in which a layer has been called with a cache, whose state is known only after it has run.
+
+    Args:
+        handle: of the cache, where operators name each one that they write to; None for any.
 
     Raises:
         torch._dynamo.exc.Unsupported: with ``fullgraph=True``.
@@ -59,11 +62,22 @@ def require_readable() -> None:
 
 
 def _end_graph(context: Any) -> None:
-    """As `require_readable`, called by the compiler."""
+    """As `require_readable`, called by the compiler in its frame."""
     graph = context._i_will_not_complain_if_bc_breaks_InstructionTranslator().output.graph
-    called = (torch.ops.qkv.cached_layer, torch.ops.qkv.cached_layer.default)
-    if any(node.target in called for node in graph.nodes):
+    handle = context.get_local("handle")
+    if handle.is_python_constant():
+        is_written = any(node.target in _names("cached_layer") for node in graph.nodes)
+    else:
+        written = handle.as_proxy().node
+        is_written = any(node.target in _names("cached_module") and written in node.args for node in graph.nodes)
+    if is_written:
         context.graph_break(
             "qkv: the state of a cache must be read or changed in a graph of its own, after the calls of layers with "
             "it have run; got both in one graph. Do it outside of the compiled function, or compile without fullgraph."
         )
+
+
+def _names(operator: str) -> tuple[Any, Any]:
+    """What nodes of a graph call an operator."""
+    packet = getattr(torch.ops.qkv, operator)
+    return packet, packet.default

@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, library, nn
-from torch.nn.utils import stateless
 
 from qkv.cache import Cache, Caches
 from qkv.cache.handle import Handle, find
 from qkv.kernels import schema_of
+from qkv.layers.operator_forward import call_with, may_be_operator, parameters_of
 from qkv.masks import FIELDS, FULL, Mask
-from qkv.tracing import is_exact_tensor
 
 _CALLS: dict[str, Callable[..., Tensor]] = {}
 """The methods that are operators, by name."""
@@ -42,27 +41,14 @@ def register(name: str, call: Callable[..., Tensor]) -> str:
 
 
 def runs_as_operator(layer: object, x: object, cache: object) -> bool:
-    """Whether a call is to be an operator: in a program of `torch.compile`, on a CPU, without gradients and autocast.
-
-    Other calls are followed by the compiler, which sees all that they do: exported programs, graphs with gradients,
-    programs that a GPU replays.
-    """
+    """Whether a call is to be an operator: where `may_be_operator` admits it, with a cache that has a handle."""
     return (
-        torch.compiler.is_dynamo_compiling()
-        and not torch.compiler.is_exporting()
-        and isinstance(layer, OperatorLayer)
+        isinstance(layer, OperatorLayer)
         and isinstance(cache, (Cache, Caches))
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
-        and not torch._C._are_functorch_transforms_active()
-        and isinstance(x, Tensor)
-        and is_exact_tensor(x)
-        and x.is_cpu
-        and x.dim() == 3
-        and x.shape[2] == layer.embed_dim
+        and may_be_operator(x, layer)
+        and x.shape[2] == layer.embed_dim  # type: ignore[attr-defined]
         and layer.handle.tensor is not None
         and cache.handle.tensor is not None
-        and all(is_exact_tensor(parameter) for parameter in _parameters(layer))
     )
 
 
@@ -83,18 +69,9 @@ def _operator(
     positions: Tensor | None = None,
 ) -> Tensor:
     of_mask = () if mask is None else mask.values()
-    tensors = (list(_parameters(layer)), x, context, bias, positions)
+    tensors = (parameters_of(layer), x, context, bias, positions)
     out: Tensor = torch.ops.qkv.cached_layer(name, layer.handle.tensor, cache.handle.tensor, *tensors, *of_mask)
     return out
-
-
-def _parameters(module: nn.Module) -> list[Tensor]:
-    """The parameters of a module and those within it. ``Module.parameters`` takes longer than a small layer."""
-    found: list[Tensor] = [parameter for parameter in module._parameters.values() if parameter is not None]
-    for part in module._modules.values():
-        if part is not None:
-            found += _parameters(part)
-    return found
 
 
 def _cached_layer(
@@ -119,17 +96,7 @@ def _cached_layer(
         options["positions"] = positions
     if context is not None:
         options["context"] = context.detach()  # a tensor of this call alone, whose identity tells nothing
-    own = _parameters(module)
-    if all(map(_is_same, parameters, own)):
-        return call(module, x, **options).contiguous()
-    names = {id(parameter): path for path, parameter in module.named_parameters()}
-    computed = {names[id(one)]: two for one, two in zip(own, parameters, strict=True)}
-    with stateless._reparametrize_module(module, computed):
-        return call(module, x, **options).contiguous()
-
-
-def _is_same(one: Tensor, two: Tensor) -> bool:
-    return one is two or one.data_ptr() == two.data_ptr()
+    return call_with(parameters, module, lambda: call(module, x, **options))
 
 
 def _like_x(name: str, layer: Tensor, cache: Tensor, parameters: list[Tensor], x: Tensor, *others: Any) -> Tensor:

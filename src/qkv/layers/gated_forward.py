@@ -10,15 +10,22 @@ from torch import Tensor, nn
 
 from qkv import kernels
 from qkv.kernels import Projection
-from qkv.layers.instance_forward import InstanceForward
 from qkv.layers.known_code import is_copy_of
+from qkv.layers.operator_forward import OperatorForward, as_operator
 from qkv.layers.plain import finds_parts_by_name, is_called_plainly, is_plain_linear, parameters_of
 
 
-class GatedForward(InstanceForward):
+class GatedForward(OperatorForward):
     """The forward of a gated MLP, by the kernel for few rows where `mlp_of` reads it."""
 
     computes_the_same = True
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        form = _form_of(type(module), type(module).forward)  # type: ignore[arg-type]
+        if form is not None:
+            self.first_projection, *_, self.last_projection = form.projections
+            self.is_operator = True
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """The MLP of the only argument."""
@@ -27,6 +34,14 @@ class GatedForward(InstanceForward):
             if out is not None:
                 return out
         return self.forward(*args, **kwargs)
+
+    def in_program(self, *args: Any, **kwargs: Any) -> Any:
+        """An operator for few rows in 16 bits; in fp32, torch's products are as fast on one thread."""
+        if len(args) == 1 and not kwargs and self.may_be_operator(args[0]):
+            weight = self.module._modules[self.first_projection].weight  # type: ignore[union-attr]
+            if weight.dtype is not torch.float32 and kernels.is_faster_in_programs(args[0], weight):  # type: ignore[arg-type]
+                return as_operator(self, args[0])
+        return super().in_program(*args, **kwargs)
 
     def _by_kernel(self, x: Tensor) -> Tensor | None:
         """The MLP of few rows; None where its parts are faster, and where they are to compute it."""

@@ -1,5 +1,8 @@
 """Decoding by compiled models of transformers: tokens are appended in place, and a step is compiled once."""
 
+import copy
+import pickle
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,6 +40,36 @@ def llama(**options: Any) -> Any:
 
 def program_of(model: Any) -> Any:
     return torch.compile(model.forward, backend="eager")
+
+
+class Operators:
+    """A backend that runs graphs as they are, and counts our operators in each."""
+
+    def __init__(self) -> None:
+        self.found: list[Counter[str]] = []
+
+    def __call__(self, graph: Any, inputs: object) -> Any:
+        names = (str(node.target) for node in graph.graph.nodes)
+        self.found.append(Counter(name for name in names if name.startswith("qkv.")))
+        return graph.forward
+
+
+def operators_of(model: Any, **options: Any) -> tuple[Any, Operators]:
+    """A compiled forward, and the operators in its graphs."""
+    operators = Operators()
+    return torch.compile(model.forward, backend=operators, fullgraph=True, **options), operators
+
+
+def logits(run: Any, cache: Any, keep: torch.Tensor, prompt: int = 5) -> torch.Tensor:
+    """Of a prompt and of the tokens after it, one by one."""
+    stops = [prompt, *range(prompt + 1, IDS.shape[1] + 1)]
+    parts = [
+        run(
+            IDS[:, start:stop].clone(), attention_mask=keep[:, :stop].clone(), past_key_values=cache, use_cache=True
+        ).logits
+        for start, stop in zip([0, *stops], stops, strict=False)
+    ]
+    return torch.cat(parts, dim=1)
 
 
 def graphs() -> int:
@@ -127,3 +160,115 @@ def test_two_models_in_one_process() -> None:
         want = generate(model, max_new_tokens=5)
         model.forward = program_of(model)
         assert torch.equal(generate(model, max_new_tokens=5), want)
+
+
+def test_a_module_with_our_cache_is_one_operator_which_takes_padding() -> None:
+    model = llama()
+    program, operators = operators_of(model)
+    for keep in (torch.ones_like(IDS), KEEP):
+        got, want = logits(program, QKVCache(model), keep), logits(model.forward, QKVCache(model), keep)
+        torch.testing.assert_close(got[keep.bool()], want[keep.bool()], rtol=1e-4, atol=1e-5)
+    assert len(operators.found) <= 3
+    assert all(found == {"qkv.kind_of_mask": 1, "qkv.cached_module": 1} for found in operators.found)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["int8", "window", "norms", "packed", "granite"])
+def test_each_kind_of_module_and_cache(kind: str) -> None:
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "pad_token_id": 0}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "eos_token_id": None}
+    torch.manual_seed(0)
+    config: Any = {
+        "int8": lambda: transformers.LlamaConfig(**sizes, **heads),
+        "window": lambda: transformers.MistralConfig(**sizes, **heads, sliding_window=4),
+        "norms": lambda: transformers.Qwen3Config(**sizes, **heads),
+        "packed": lambda: transformers.Phi3Config(**sizes, **heads),
+        "granite": lambda: transformers.GraniteConfig(**sizes, num_attention_heads=4, attention_multiplier=0.3),
+    }[kind]()
+    model = qkv.accelerate(transformers.AutoModelForCausalLM.from_config(config).eval())
+    program, operators = operators_of(model)
+    for keep in (torch.ones_like(IDS), KEEP):
+        caches = [QKVCache(model, dtype="int8" if kind == "int8" else None) for _ in range(2)]
+        got, want = logits(program, caches[0], keep), logits(model.forward, caches[1], keep)
+        torch.testing.assert_close(got[keep.bool()], want[keep.bool()], rtol=1e-3, atol=1e-4)
+    assert len(operators.found) <= 4
+    assert all(found["qkv.cached_module"] == 2 for found in operators.found)
+
+
+@pytest.mark.long
+def test_a_gated_mlp_in_16_bits_is_one_operator() -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 1}
+    stock = transformers.GraniteForCausalLM(transformers.GraniteConfig(**sizes, num_attention_heads=4))
+    model = qkv.accelerate(stock.to(torch.bfloat16).eval())
+    program, operators = operators_of(model)
+    keep = torch.ones_like(IDS)
+    got, want = logits(program, QKVCache(model), keep), logits(model.forward, QKVCache(model), keep)
+    torch.testing.assert_close(got, want, rtol=0.02, atol=0.02)
+    assert operators.found[-1] == {"qkv.kind_of_mask": 1, "qkv.cached_module": 1, "qkv.module": 1}
+
+
+@pytest.mark.long
+def test_what_is_watched_trained_or_cached_otherwise_is_followed() -> None:
+    watched, seen = llama(), []
+    watched.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: seen.append(1))
+    trained = llama().train()
+    for model, cache in (
+        (watched, QKVCache(watched)),
+        (trained, QKVCache(trained)),
+        (llama(), transformers.DynamicCache()),
+    ):
+        program, operators = operators_of(model)
+        want = model(IDS, use_cache=False).logits
+        got = program(IDS, past_key_values=cache, use_cache=True).logits
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        assert all("qkv.cached_module" not in found for found in operators.found)
+    static = llama()
+    want = generate(static, max_new_tokens=5)
+    static.forward = program_of(static)
+    assert torch.equal(generate(static, max_new_tokens=5, cache_implementation="static"), want)
+
+
+@pytest.mark.long
+def test_parameters_that_a_program_computes() -> None:
+    model = llama()
+
+    def call(ids: torch.Tensor, cache: Any) -> torch.Tensor:
+        weights = {name: 2 * weight for name, weight in model.named_parameters()}
+        options = {"past_key_values": cache, "use_cache": True}
+        out: torch.Tensor = torch.func.functional_call(model, weights, (ids,), options).logits
+        return out
+
+    got = torch.compile(call, backend="aot_eager")(IDS, QKVCache(model))
+    torch.testing.assert_close(got, call(IDS, QKVCache(model)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.long
+def test_copies_of_models_and_caches_have_handles_of_their_own() -> None:
+    model = llama()
+    cache = QKVCache(model)
+    want = model(IDS[:, :6], use_cache=False).logits
+    model(IDS[:, :5], past_key_values=cache, use_cache=True)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        program, operators = operators_of(twin)
+        for each in (copy.copy(cache), copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
+            got = program(IDS[:, 5:6], past_key_values=each, use_cache=True).logits
+            torch.testing.assert_close(got, want[:, 5:], rtol=1e-4, atol=1e-5)
+            assert (each.get_seq_length(), cache.get_seq_length()) == (6, 5)
+        assert operators.found and all(found["qkv.cached_module"] == 1 for found in operators.found)
+
+
+@pytest.mark.long
+def test_a_length_read_after_a_call_is_the_length_after_it() -> None:
+    model = llama()
+
+    def call(ids: torch.Tensor, cache: Any) -> torch.Tensor:
+        out: torch.Tensor = model(ids, past_key_values=cache, use_cache=True).logits
+        return out + cache.get_seq_length()
+
+    caches = QKVCache(model), QKVCache(model)
+    program = torch.compile(call, backend="eager")
+    torch.testing.assert_close(program(IDS, caches[0]), call(IDS, caches[1]), rtol=1e-4, atol=1e-5)
+    torch.compiler.reset()  # which would find the program of before
+    with pytest.raises(Exception, match="the state of a cache must be read or changed in a graph of its own"):
+        torch.compile(call, backend="eager", fullgraph=True)(IDS, QKVCache(model))

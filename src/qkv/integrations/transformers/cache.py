@@ -17,6 +17,7 @@ from typing_extensions import Self
 
 from qkv.cache import Int8KVCache, Keys, SlidingKVCache
 from qkv.cache.buffer import AppendBuffer, append_in_place, compact_copy, send_by_value, wants_grad
+from qkv.cache.handle import Handle, require_readable
 from qkv.integrations.transformers.latent import beside
 from qkv.integrations.transformers.lazy_tensor import Int8Tensor
 
@@ -29,7 +30,42 @@ def _capacity_for(tokens: int) -> int:
     return tokens + max(tokens // 16, 64)
 
 
-class _BufferedLayer(DynamicLayer):  # type: ignore[misc]
+class _HandledLayer(DynamicLayer):  # type: ignore[misc]
+    """Base of our layers. Compiled programs append to them by operators, which find them by their handles."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.handle = Handle.of(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return _without_handle(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.handle = Handle.of(self)
+
+    def require_readable(self) -> None:
+        """Ends a compiled graph in which tokens have been appended to the layer."""
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and self.handle.tensor is not None:
+            require_readable(self.handle.tensor)
+
+    def get_seq_length(self) -> int:
+        """Number of tokens so far."""
+        self.require_readable()
+        return super().get_seq_length()  # type: ignore[no-any-return]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Number of keys that ``query_length`` new tokens get from `update`, and the position of the first."""
+        self.require_readable()
+        return super().get_mask_sizes(query_length)  # type: ignore[no-any-return]
+
+
+def _without_handle(thing: object) -> dict[str, Any]:
+    """The attributes of an object whose copies and pickles get handles of their own."""
+    return {name: value for name, value in vars(thing).items() if name != "handle"}
+
+
+class _BufferedLayer(_HandledLayer):
     """Base of the layers that store keys and values unquantised, each in an `AppendBuffer`.
 
     Copies are independent, as those of a `qkv.cache.Cache`.
@@ -44,7 +80,7 @@ class _BufferedLayer(DynamicLayer):  # type: ignore[misc]
 
     def __copy__(self) -> Self:
         twin = object.__new__(type(self))
-        twin.__dict__.update({**vars(self), "_keys": copy(self._keys), "_values": copy(self._values)})
+        twin.__setstate__({**vars(self), "_keys": copy(self._keys), "_values": copy(self._values)})
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
@@ -54,7 +90,7 @@ class _BufferedLayer(DynamicLayer):  # type: ignore[misc]
             RuntimeError: for tokens that require grad.
         """
         tokens = {"keys": compact_copy(self.keys), "values": compact_copy(self.values)}
-        return {**vars(self), **tokens, "_keys": AppendBuffer(), "_values": AppendBuffer()}
+        return {**_without_handle(self), **tokens, "_keys": AppendBuffer(), "_values": AppendBuffer()}
 
     def length_before(self) -> int:
         """The number of tokens before those that are appended next, among the keys that `update` returns."""
@@ -126,6 +162,7 @@ class AppendLayer(_BufferedLayer):
 
     def get_seq_length(self) -> int:
         """Number of cached tokens."""
+        self.require_readable()
         return super().get_seq_length() if self._has_views else self._keys.length
 
     def reserve(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -162,6 +199,7 @@ class AppendLayer(_BufferedLayer):
 
     def _update_in_program(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """`update` as a compiler follows it: in place, or by concatenation where a graph is recorded."""
+        self.require_readable()
         if torch.is_grad_enabled() or torch.compiler.is_exporting():
             return super().update(key_states, value_states)  # type: ignore[no-any-return]
         if self._has_views:
@@ -259,7 +297,7 @@ class SlidingLayer(_BufferedLayer, DynamicSlidingWindowLayer):  # type: ignore[m
         return tokens, tokens[:, :, tokens.shape[2] - before :].clone()
 
 
-class _RoundedLayer(DynamicLayer):  # type: ignore[misc]
+class _RoundedLayer(_HandledLayer):
     """Base of the layers that store keys and values in int8, in a cache of ours.
 
     int8 has no gradient: while keys or values require grad, as in training, a layer stores them unquantised, and
@@ -278,17 +316,17 @@ class _RoundedLayer(DynamicLayer):  # type: ignore[misc]
 
     def __copy__(self) -> Self:
         twin = object.__new__(type(self))
-        twin.__dict__.update({**vars(self), "_cache": copy(self._cache)})
+        twin.__setstate__({**vars(self), "_cache": copy(self._cache)})
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
         """As `AppendLayer`; ``keys`` and ``values`` are views of the int8 cache and rebuilt by `__setstate__`."""
         if self._is_quantised:
-            return {**vars(self), "keys": self.keys.dtype, "values": self.values.dtype}
-        return {**vars(self), "keys": compact_copy(self.keys), "values": compact_copy(self.values)}
+            return {**_without_handle(self), "keys": self.keys.dtype, "values": self.values.dtype}
+        return {**_without_handle(self), "keys": compact_copy(self.keys), "values": compact_copy(self.values)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        super().__setstate__(state)
         if isinstance(self.keys, torch.dtype):
             self._set_views(self.keys, self.values)
 
@@ -387,6 +425,11 @@ class Int8Layer(_RoundedLayer):
 
     def _new_cache(self) -> Int8KVCache:
         return Int8KVCache()
+
+    def get_seq_length(self) -> int:
+        """Number of tokens so far."""
+        self.require_readable()
+        return self._cache.length if self._is_quantised else super().get_seq_length()
 
     def reserve(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocates memory for a first update with tensors like these."""
@@ -498,6 +541,14 @@ class QKVCache(DynamicCache):  # type: ignore[misc]
             for index, layer in enumerate(self.layers)
         ]
         self._has_reserved = False
+        self.handle = Handle.of(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return _without_handle(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.handle = Handle.of(self)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -524,11 +575,8 @@ class QKVCache(DynamicCache):  # type: ignore[misc]
     def __copy__(self) -> Self:
         """An independent copy; our layers share memory until either is written to."""
         twin = object.__new__(type(self))
-        layers = [
-            copy(layer) if isinstance(layer, _BufferedLayer | _RoundedLayer) else deepcopy(layer)
-            for layer in self.layers
-        ]
-        twin.__dict__.update({**vars(self), "layers": layers})
+        layers = [copy(layer) if is_ours(layer) else deepcopy(layer) for layer in self.layers]
+        twin.__setstate__({**vars(self), "layers": layers})
         return twin
 
 
@@ -553,7 +601,7 @@ def is_replaced(layer: CacheLayerMixin) -> bool:
 
 def is_ours(layer: object) -> bool:
     """Whether a layer is one of ours."""
-    return isinstance(layer, _BufferedLayer | _RoundedLayer)
+    return isinstance(layer, _HandledLayer)
 
 
 def _config_of(config: PreTrainedConfig | nn.Module) -> PreTrainedConfig:

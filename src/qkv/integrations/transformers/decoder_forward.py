@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from qkv.integrations.transformers.attention_forwards import form_of as form_of_attention
+from qkv.integrations.transformers.cached_module import CachedForward
 from qkv.integrations.transformers.decoder_forwards import form_of
 from qkv.integrations.transformers.rotated_forward import RotatedForward
 from qkv.layers.gated_forward import GatedForward
@@ -12,8 +13,30 @@ from qkv.layers.instance_forward import InstanceForward
 from qkv.layers.normed_forward import NormedForward
 
 
-class DecoderForward(InstanceForward):
+class DecoderForward(CachedForward):
     """The forward of a decoder layer: of few tokens in one call where `decoder_step` allows it."""
+
+    positional = ("hidden_states",)
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        form = form_of_attention(type(self.attention).forward)
+        if form is not None:
+            self.is_operator, self.cache_name = True, form.cache
+
+    @property
+    def attention(self) -> Any:
+        """The attention module of the layer."""
+        return self.module._modules["self_attn"]
+
+    def output_of(self, x: Tensor, given: dict[str, Any]) -> Tensor:
+        """The output of eager code."""
+        out: Tensor = self.call(x, **given)
+        return out
+
+    def returned(self, out: Tensor) -> Tensor:
+        """The output alone."""
+        return out
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of the class, or of the instance."""

@@ -10,7 +10,7 @@ import functools
 import inspect
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,6 +84,8 @@ def make_mask(
     options |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False, "device": device}
     if kernels.is_tracing() or torch._C._are_functorch_transforms_active():
         additive: Tensor = masking_utils.eager_mask(*sizes, dtype=dtype, **options)
+        if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+            additive.qkv_kinds = {}  # type: ignore[attr-defined]
         return additive
     mask = recognise_mask(mask_function, range(kv_offset, kv_offset + kv_length))
     prepare_padding = getattr(masking_utils, "prepare_padding_mask", None)
@@ -96,6 +98,57 @@ def make_mask(
         if not keep.all():
             mask = mask & Mask.padding(keep)
     return MaskTensor(mask, int(q_offset) - kv_offset, (batch_size, 1, q_length, kv_length), dtype, device)
+
+
+class MaskKind(NamedTuple):
+    """What an additive mask shows whose last query is at the last key."""
+
+    number: int
+    """of the mask in `_masks`"""
+    hides_keys: bool
+    """whether there are keys that no query sees: padding"""
+
+
+def kind_of(additive: Tensor, window: int | None) -> tuple[MaskKind, Tensor]:
+    """The kind of a mask, and the keys ``(B, Lk)`` that some query sees.
+
+    Compiled programs compute masks, so that what they mean is known by their numbers alone.
+
+    Args:
+        additive: ``(B, 1, Lq, Lk)``.
+        window: number of keys of a causal window that it may have.
+    """
+    batch, heads, rows, keys = additive.shape
+    if heads != 1 or not additive.is_floating_point():
+        return MaskKind(0, False), torch.ones(batch, keys, dtype=torch.bool)
+    visible = additive[:, 0] == 0
+    keep = visible.any(dim=1)
+    if (visible | (additive[:, 0] <= torch.finfo(additive.dtype).min)).all():
+        for number, mask in enumerate(_masks(window)):
+            if mask is not None and (
+                (rows == 1 and mask.left is None)
+                or torch.equal(mask.visible(rows, keys, keys - rows)[0] & keep[:, None], visible)
+            ):
+                return MaskKind(number, not keep.all()), keep
+    return MaskKind(0, False), keep
+
+
+def mask_of_kind(additive: Tensor, kind: MaskKind, keep: Tensor, window: int | None) -> Tensor | None:
+    """A mask as a `MaskTensor`; None for one that shows all, itself for any other than those of `_masks`."""
+    mask = _masks(window)[kind.number]
+    if mask is None:
+        return additive
+    if kind.hides_keys:
+        mask = mask & Mask.padding(keep)
+    if mask is FULL:
+        return None
+    _, _, rows, keys = additive.shape
+    return MaskTensor(mask, keys - rows, additive.shape, additive.dtype, additive.device)
+
+
+def _masks(window: int | None) -> tuple[Mask | None, ...]:
+    """The masks that are known by their numbers; None for any other, and for a window if there is none."""
+    return None, FULL, Mask.causal(), None if window is None else Mask.causal(window=window)
 
 
 def recognise_mask(mask_function: MaskFunction, keys: range) -> Mask | None:

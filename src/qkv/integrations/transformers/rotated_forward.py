@@ -13,15 +13,39 @@ from torch import Tensor, nn
 
 from qkv import kernels
 from qkv.integrations import calls
+from qkv.integrations.transformers.attention_forwards import form_of
 from qkv.integrations.transformers.cache_argument import with_wrapped, wrapped
+from qkv.integrations.transformers.cached_module import CachedForward
 from qkv.integrations.transformers.rotary import Apply, apply_rotary_pos_emb, is_usual
-from qkv.layers.instance_forward import InstanceForward
 
 _NAME = "apply_rotary_pos_emb"
 
 
-class RotatedForward(InstanceForward):
+class RotatedForward(CachedForward):
     """The forward of an attention module: of few tokens as one call of the kernel, of others with qkv's rotation."""
+
+    positional = ("hidden_states", "position_embeddings", "attention_mask")
+    last_projection = "o_proj"
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        form = form_of(type(module).forward)
+        if form is not None:
+            self.is_operator, self.cache_name = True, form.cache
+
+    @property
+    def attention(self) -> nn.Module:
+        """The module itself."""
+        return self.module
+
+    def output_of(self, x: Tensor, given: dict[str, Any]) -> Tensor:
+        """The output of eager code."""
+        out: Tensor = self.call(hidden_states=x, **given)[0]
+        return out
+
+    def returned(self, out: Tensor) -> tuple[Tensor, None]:
+        """With the weights, which no backend of ours returns."""
+        return out, None
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of the class; as it is where someone has replaced it, or the rotation, since."""

@@ -1,0 +1,148 @@
+"""``qkv::cached_module``: a call of an attention module or decoder layer of transformers with our cache as one operator
+of a compiled program.
+
+As ``qkv::cached_layer`` is for our own layers: the operator finds module and cache by their `Handle`, and calls the
+module as eager code does. So a program does not depend on how long a cache is, and its steps are those of eager.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, library
+
+from qkv.cache.handle import find
+from qkv.integrations.transformers.masks import MaskKind, kind_of, mask_of_kind
+from qkv.layers.operator_forward import OperatorForward, call_with, parameters_of
+
+_IGNORED = frozenset(("position_ids", "use_cache", "cache_position"))
+"""Keywords that no known forward reads, and the attention function ignores."""
+
+
+class CachedForward(OperatorForward):
+    """Base of forwards, of modules with a cache, that are operators of compiled programs."""
+
+    positional: ClassVar[tuple[str, ...]]
+    """names of the arguments before the cache that an operator takes by position"""
+    cache_name = "past_key_values"
+    """of the argument with the cache"""
+
+    def in_program(self, *args: Any, **kwargs: Any) -> Any:
+        """One operator for calls with a `QKVCache` that may be one; others are followed."""
+        given = dict(zip((*self.positional, self.cache_name), args, strict=False))
+        given.update(kwargs)
+        layer = self._layer_of(given) if len(args) <= len(self.positional) + 1 else None
+        if layer is None:
+            return super().in_program(*args, **kwargs)
+        cos, sin = given.get("position_embeddings") or (None, None)
+        mask, window = given.get("attention_mask"), self.window
+        kind = keep = None
+        if mask is not None:
+            kind, keep = _kind_of(mask, window)
+        handles = (self.handle.tensor, given[self.cache_name].handle.tensor, layer.handle.tensor)
+        out: Tensor = torch.ops.qkv.cached_module(
+            *handles, parameters_of(self.module), given["hidden_states"], cos, sin, mask, kind, keep, window
+        )
+        return self.returned(out)
+
+    @property
+    def attention(self) -> Any:
+        """The attention module, which knows its layer of the cache and its window."""
+        raise NotImplementedError
+
+    def output_of(self, x: Tensor, given: dict[str, Any]) -> Tensor:
+        """The output of eager code for these arguments."""
+        raise NotImplementedError
+
+    def returned(self, out: Tensor) -> Any:
+        """What the forward returns with this output."""
+        raise NotImplementedError
+
+    @property
+    def window(self) -> int | None:
+        """Number of keys that a query sees; None for all."""
+        module = self.attention
+        window = getattr(module, "sliding_window", None) or getattr(module.config, "sliding_window", None)
+        return window if type(window) is int and window > 0 else None
+
+    def _layer_of(self, given: dict[str, Any]) -> Any:
+        """The layer of the cache to which a call appends, if the call is to be an operator; else None."""
+        from qkv.integrations.transformers.cache import QKVCache, is_ours
+
+        cache, mask, tables = (given.get(name) for name in (self.cache_name, "attention_mask", "position_embeddings"))
+        if type(cache) is not QKVCache or not self.may_be_operator(given.get("hidden_states")):
+            return None
+        if cache.offloading or cache.handle.tensor is None:
+            return None
+        read = ("hidden_states", "attention_mask", "position_embeddings", self.cache_name)
+        for name in given:
+            if name not in read and name not in _IGNORED and given[name] is not None and given[name] is not False:
+                return None
+        if not (tables is None or (type(tables) is tuple and len(tables) == 2)):
+            return None
+        if not (mask is None or (isinstance(mask, Tensor) and mask.dim() == 4)):
+            return None
+        index = self.attention.layer_idx
+        layer = cache.layers[index] if index < len(cache.layers) else None
+        return layer if is_ours(layer) and layer.handle.tensor is not None else None  # type: ignore[union-attr]
+
+
+def _kind_of(mask: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+    """The kind of a mask, found once for all modules with this window if `make_mask` made it."""
+    found: dict[int | None, tuple[Tensor, Tensor]] = getattr(mask, "qkv_kinds", {})
+    if window not in found:
+        found[window] = torch.ops.qkv.kind_of_mask(mask, window)
+    return found[window]
+
+
+def _cached_module(
+    forward: Tensor,
+    cache: Tensor,
+    layer: Tensor,
+    parameters: list[Tensor],
+    x: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    mask: Tensor | None,
+    kind: Tensor | None,
+    keep: Tensor | None,
+    window: int | None,
+) -> Tensor:
+    """``qkv::cached_module``: the output of a module for tokens ``x (B, L, width)``, which are appended."""
+    found: CachedForward = find(forward)
+    if mask is not None and kind is not None and keep is not None:
+        mask = mask_of_kind(mask, MaskKind(*kind.tolist()), keep, window)
+    given = {
+        "attention_mask": mask,
+        "position_embeddings": None if cos is None else (cos, sin),
+        found.cache_name: find(cache),
+    }
+    out: Tensor = call_with(parameters, found.module, lambda: found.output_of(x, given))
+    return out
+
+
+def _like_x(
+    forward: Tensor, cache: Tensor, layer: Tensor, parameters: list[Tensor], x: Tensor, *others: object
+) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _kind_of_mask(mask: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+    """``qkv::kind_of_mask``: `masks.kind_of`, for all modules that a program calls with a mask."""
+    kind, keep = kind_of(mask, window)
+    return torch.tensor(kind, dtype=torch.int64), keep
+
+
+def _kind_and_keys(mask: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+    return mask.new_empty(2, dtype=torch.int64), mask.new_empty((mask.shape[0], mask.shape[3]), dtype=torch.bool)
+
+
+_LIBRARY = library.Library("qkv", "FRAGMENT")
+_LIBRARY.define(
+    "cached_module(Tensor forward, Tensor cache, Tensor(a!) layer, Tensor[] parameters, Tensor x, Tensor? cos, "
+    "Tensor? sin, Tensor? mask, Tensor? kind, Tensor? keep, int? window) -> Tensor"
+)
+_LIBRARY.define("kind_of_mask(Tensor mask, int? window) -> (Tensor, Tensor)")
+_LIBRARY.impl("cached_module", _cached_module, "CPU")
+_LIBRARY.impl("kind_of_mask", _kind_of_mask, "CPU")
+library.register_fake("qkv::cached_module", _like_x, lib=_LIBRARY)
+library.register_fake("qkv::kind_of_mask", _kind_and_keys, lib=_LIBRARY)
