@@ -124,6 +124,23 @@ def test_a_sliding_cache_of_a_chunk_or_a_dilated_window_suffices(mask: Mask, par
         assert cache.length == 13
 
 
+@pytest.mark.parametrize("dtype", [None, "int8"])
+@torch.no_grad()
+def test_a_window_longer_than_the_text_takes_what_its_tokens_need(dtype: Any) -> None:
+    cache, whole = qkv.SlidingKVCache(1 << 62, dtype=dtype), qkv.Int8KVCache() if dtype else qkv.KVCache()
+    rows = copy.deepcopy(cache)
+    for length in (5, 1, 1100, 1, 2000, 1):
+        k, v = torch.randn(2, 2, 3, length, 4)
+        got, want = cache.append(k, v), whole.append(k, v)
+        assert torch.equal(got.k, want.k) and torch.equal(got.v, want.v) and got.offset == want.offset
+        is_token = torch.ones(2, length, dtype=torch.bool)
+        is_token[0, : length // 2] = False
+        rows.append(k, v, is_token)
+        for each in (cache, rows):
+            token = each.nbytes // each._parts[0].memory.shape[2]  # type: ignore[union-attr]
+            assert each.nbytes <= token * max(1024, 2 * whole.length)
+
+
 @torch.no_grad()
 def test_a_sliding_cache_refuses_chunks_and_dilated_windows_that_reach_further() -> None:
     for mask in (Mask.causal() & Mask.chunked(5), Mask.causal(3, dilation=2), Mask.causal() & Mask.prefix(2)):

@@ -12,6 +12,17 @@ from typing_extensions import Self
 from qkv import kernels
 from qkv.cache.rows import Placement
 
+MIN_SLOTS = 1024
+"""What a cache of a window allocates at least, or all of it: so most windows never move to larger memory."""
+
+
+def slots_for(tokens: int, most: int) -> int:
+    """Slots to allocate for this many tokens in memory for at most ``most``, unless one call brings more.
+
+    Memory that doubles is copied rarely, and a window that is longer than the text takes no more than its tokens need.
+    """
+    return max(tokens, min(most, max(2 * tokens, MIN_SLOTS)))
+
 
 class AppendBuffer:
     """A tensor ``(B, heads, L, ...)`` that grows along L.

@@ -29,6 +29,9 @@ class PagePool:
         pages: number of pages to allocate, and limit; None grows without bound.
         dtype: None for that of the keys; or ``torch.int8`` or ``"int8"``, rounded as in an `Int8KVCache`.
 
+    Caches with one pool, copies among them, must not be used by several threads at the same time: one would move pages
+    to larger memory while another writes. Give each thread a pool of its own.
+
     A page is in use while a row of any cache holds it. With gradients enabled, appending copies memory, as in a
     `KVCache`; a cache that shares its pool with others goes on in a pool of its own then.
 

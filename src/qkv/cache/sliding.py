@@ -9,14 +9,14 @@ from typing_extensions import Self
 
 from qkv.arguments import described, require_int
 from qkv.cache.base import Cache, Keys, autocast_to
-from qkv.cache.buffer import AppendBuffer, append_in_place
+from qkv.cache.buffer import AppendBuffer, append_in_place, slots_for
 from qkv.cache.int8 import Dtype, format_of
 from qkv.cache.rows import Rows, gather_tokens, padding_before, place, recent_tokens, require_is_token
 from qkv.masks import Mask, select_keys
 
 
 class SlidingKVCache(Cache):
-    """The last ``window`` keys and values, in memory that does not grow with the number of tokens.
+    """The last ``window`` keys and values, in memory for at most two windows, whatever the number of tokens.
 
     Args:
         window: number of keys that a query sees, its own included, as in ``Mask.causal(window=...)``.
@@ -108,7 +108,8 @@ class SlidingKVCache(Cache):
                 self._parts = tuple([self._recent(part.tensor) for part in self._parts])
             self._length += count
         slots, pairs = self._parts[0].length, zip(self._parts, shapes, strict=True)
-        tokens = [part.claim(shape, dtype, like.device, self._capacity) for part, (shape, dtype) in pairs]
+        capacity = slots_for(slots + count, self._capacity)
+        tokens = [part.claim(shape, dtype, like.device, capacity) for part, (shape, dtype) in pairs]
         if rows is None or self._rows is None:
             return Keys.of(tokens, slots)
         return Keys.of(tokens, rows.stored, self._rows.stored)
@@ -121,7 +122,7 @@ class SlidingKVCache(Cache):
         before = self._parts[0].length
         grown = append_in_place(self._parts, k, v) if before + new <= capacity else None
         if grown is None:
-            grown = self._format.extend(self._parts, k, v, max(capacity, before + new))
+            grown = self._format.extend(self._parts, k, v, slots_for(before + new, capacity))
             if before + new > capacity:  # a prompt of several windows is cut
                 self._parts = tuple([self._recent(x) for x in grown])
         self._length += new
@@ -137,7 +138,7 @@ class SlidingKVCache(Cache):
         placement, grown = place(rows.stored, new, is_token, keeps_padding=torch.compiler.is_compiling())
         length, stored = self._parts[0].length + grown, rows.stored
         parts = zip(self._parts, self._format.encode(k, v), strict=True)
-        tokens = [part.put(x, placement, length, max(self._capacity, length)) for part, x in parts]
+        tokens = [part.put(x, placement, length, slots_for(length, self._capacity)) for part, x in parts]
         offset = stored if is_token is None else stored - padding_before(is_token)
         rows = rows.append(new, is_token)
         self._rows = self._keep_recent(rows, rows.stored > self._capacity)
@@ -158,7 +159,7 @@ class SlidingKVCache(Cache):
         parts = tuple(AppendBuffer() for _ in self._parts)
         for part, old in zip(parts, self._parts, strict=True):
             assert old.tensor is not None
-            part.extend(gather_tokens(old.tensor, index), max(self._capacity, index.shape[1]))
+            part.extend(gather_tokens(old.tensor, index), slots_for(index.shape[1], self._capacity))
         self._parts = parts
         return rows._replace(dropped=rows.lengths - kept)
 
@@ -185,7 +186,7 @@ class SlidingKVCache(Cache):
 
     @property
     def _capacity(self) -> int:
-        """Slots allocated: the sinks, and two windows, so that old keys are dropped only once per window."""
+        """Most slots: the sinks, and two windows, so that old keys are dropped only once per window."""
         return self.sink_tokens + 2 * self.window
 
     def _recent(self, tokens: Tensor | None) -> AppendBuffer:
@@ -194,7 +195,8 @@ class SlidingKVCache(Cache):
         if tokens is not None:
             sinks = min(self.sink_tokens, tokens.shape[2])
             start = max(sinks, tokens.shape[2] - (self.window - 1))
-            recent.extend(torch.cat([tokens[:, :, :sinks], tokens[:, :, start:]], dim=2), self._capacity)
+            kept = torch.cat([tokens[:, :, :sinks], tokens[:, :, start:]], dim=2)
+            recent.extend(kept, slots_for(kept.shape[2], self._capacity))
         return recent
 
     def crop(self, length: int | Tensor) -> None:

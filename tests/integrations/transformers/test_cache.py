@@ -151,6 +151,33 @@ def test_a_refused_update_changes_nothing(window: int | None) -> None:
     assert_same_update(layer, theirs, *tokens(3))
 
 
+@pytest.mark.parametrize("make", [SlidingLayer, Int8SlidingLayer])
+@pytest.mark.parametrize("how", ["gradients", "drafts"])
+def test_a_refused_update_that_transformers_computes_changes_nothing(make: Any, how: str) -> None:
+    layer, theirs = make(5), DynamicSlidingWindowLayer(5)
+    for each in (layer, theirs) if how == "drafts" else ():
+        each.activate_past_recording()
+
+    def given(length: int, batch: int = 2) -> list[torch.Tensor]:
+        return [x.requires_grad_(how == "gradients") for x in tokens(length, batch)]
+
+    for length in (4, 3):
+        assert_same_update(layer, theirs, *given(length))
+        with pytest.raises(
+            ValueError, match=r"keys must be \(2, 3, L, 4\) like the cached ones; got shape \(1, 3, 1, 4\)"
+        ):
+            layer.update(*given(1, batch=1))
+    assert_same_update(layer, theirs, *given(2))
+
+
+def test_a_window_longer_than_the_text_takes_what_its_tokens_need() -> None:
+    layer, theirs = SlidingLayer(1 << 62), DynamicSlidingWindowLayer(1 << 62)
+    for length in (5, 1, 1100, 1, 2000, 1):
+        assert_same_update(layer, theirs, *tokens(length))
+        slots = layer._keys.memory.shape[2]
+        assert slots <= max(1024, 2 * layer.get_seq_length())
+
+
 def test_a_wider_dtype_is_kept_as_transformers_keeps_it() -> None:
     mine, theirs = AppendLayer(), DynamicLayer()
     k, v = tokens(4)

@@ -16,7 +16,7 @@ from transformers.cache_utils import (
 from typing_extensions import Self
 
 from qkv.cache import Int8KVCache, Keys, SlidingKVCache
-from qkv.cache.buffer import AppendBuffer, append_in_place, compact_copy, send_by_value, wants_grad
+from qkv.cache.buffer import AppendBuffer, append_in_place, compact_copy, send_by_value, slots_for, wants_grad
 from qkv.cache.handle import Handle, require_readable
 from qkv.integrations.transformers.latent import beside
 from qkv.integrations.transformers.lazy_tensor import Int8Tensor
@@ -58,6 +58,22 @@ class _HandledLayer(DynamicLayer):  # type: ignore[misc]
         """Number of keys that ``query_length`` new tokens get from `update`, and the position of the first."""
         self.require_readable()
         return super().get_mask_sizes(query_length)  # type: ignore[no-any-return]
+
+    def _check_and_initialize(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Raises a ValueError for shapes that do not match the cached tokens; initialises an empty layer."""
+        for name, cached, new in (("keys", self.keys, key_states), ("values", self.values, value_states)):
+            if new.dim() != 4:
+                raise ValueError(f"QKVCache: {name} must be (B, heads, L, width); got shape {tuple(new.shape)}.")
+            if not _length(cached):
+                continue
+            batch, heads, _, width = cached.shape
+            if new.shape != (batch, heads, new.shape[2], width):
+                raise ValueError(
+                    f"QKVCache: {name} must be ({batch}, {heads}, L, {width}) like the cached ones; got shape "
+                    f"{tuple(new.shape)}. Create a new cache for each model and batch."
+                )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
 
 
 def _without_handle(thing: object) -> dict[str, Any]:
@@ -121,22 +137,6 @@ class _BufferedLayer(_HandledLayer):
             self._keys.claim(k, like.dtype, like.device, capacity),
             self._values.claim(v, like.dtype, like.device, capacity),
         )
-
-    def _check_and_initialize(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Raises a ValueError for shapes that do not match the cached tokens; initialises an empty layer."""
-        for name, cached, new in (("keys", self.keys, key_states), ("values", self.values, value_states)):
-            if new.dim() != 4:
-                raise ValueError(f"QKVCache: {name} must be (B, heads, L, width); got shape {tuple(new.shape)}.")
-            if not _length(cached):
-                continue
-            batch, heads, _, width = cached.shape
-            if new.shape != (batch, heads, new.shape[2], width):
-                raise ValueError(
-                    f"QKVCache: {name} must be ({batch}, {heads}, L, {width}) like the cached ones; got shape "
-                    f"{tuple(new.shape)}. Create a new cache for each model and batch."
-                )
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
 
 
 class AppendLayer(_BufferedLayer):
@@ -252,13 +252,15 @@ class LatentLayer(AppendLayer):
 
 
 class SlidingLayer(_BufferedLayer, DynamicSlidingWindowLayer):  # type: ignore[misc]
-    """The keys and values in the window of the next query, in memory for two windows."""
+    """The keys and values in the window of the next query, in memory for at most two windows."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Appends keys and values ``(B, Hkv, L, D)``; returns those in the window of any new token."""
-        if torch.compiler.is_compiling() or self.record_past:
+        if torch.compiler.is_compiling():
             return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
         self._check_and_initialize(key_states, value_states)
+        if self.record_past:
+            return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
         keys, kept_keys = self._roll(self._keys, self.keys, key_states)
         values, kept_values = self._roll(self._values, self.values, value_states)
         self.keys, self.values = kept_keys, kept_values
@@ -270,7 +272,7 @@ class SlidingLayer(_BufferedLayer, DynamicSlidingWindowLayer):  # type: ignore[m
         offset, capacity = _length(self.keys), 2 * self.sliding_window
         if self.record_past or offset + k[2] > capacity:
             return None
-        claimed = self._claim(k, v, like, capacity)
+        claimed = self._claim(k, v, like, slots_for(offset + k[2], capacity))
         if claimed is None:
             return None
         self.keys, self.values = (tokens[:, :, max(0, offset + k[2] - self.sliding_window + 1) :] for tokens in claimed)
@@ -289,8 +291,9 @@ class SlidingLayer(_BufferedLayer, DynamicSlidingWindowLayer):  # type: ignore[m
     def _roll(self, memory: AppendBuffer, cached: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
         """Cached and new tokens concatenated, and those of them in the window of the next query."""
         capacity, before = 2 * self.sliding_window, self.sliding_window - 1
-        if _length(cached) + new.shape[2] <= capacity:
-            tokens = _append(memory, cached, new, capacity)
+        length = _length(cached) + new.shape[2]
+        if length <= capacity:
+            tokens = _append(memory, cached, new, slots_for(length, capacity))
             return tokens, tokens[:, :, max(0, tokens.shape[2] - before) :]
         # Cloned, so that the memory of a prompt of many windows is freed.
         tokens = torch.cat([cached, new] if _length(cached) else [new], dim=2)
@@ -346,6 +349,8 @@ class _RoundedLayer(_HandledLayer):
         They are `Int8Tensor`, which other readers dequantise.
         """
         if self._keeps_dtype(key_states, value_states):
+            if not torch.compiler.is_compiling():
+                self._check_and_initialize(key_states, value_states)
             return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
