@@ -58,7 +58,7 @@ TRANSFORMERS = {
     "_can_set_attn_implementation": "every model counts as one that can",
     "_supports_default_dynamic_cache": "every model counts as one that does",
     "_prepare_cache_for_generation": "`cache_implementation` is not heeded; the configuration alone decides",
-    "_active_collector": "counts as collecting: layers with its hooks run padded",
+    "_active_collector": "counts as capturing: layers with its hooks run padded, and in parts",
     "_global_mapping": "`register` and `unregister` fail",
     "_norm": "the norm is not taken",
 }

@@ -21,8 +21,16 @@ def is_called_plainly(module: nn.Module, forward: type[InstanceForward] | None =
     return are_called_plainly((module,), forward)
 
 
-def are_called_plainly(modules: Iterable[nn.Module], forward: type[InstanceForward] | None = None) -> bool:
-    """Whether each module satisfies `is_called_plainly`, in one loop: models ask it of all their parts in each step."""
+def are_called_plainly(
+    modules: Iterable[nn.Module],
+    forward: type[InstanceForward] | None = None,
+    is_idle: Callable[[Any], bool] = lambda hook: False,
+) -> bool:
+    """Whether each module satisfies `is_called_plainly`, in one loop: models ask it of all their parts in each step.
+
+    Args:
+        is_idle: whether a forward hook may be ignored.
+    """
     if _has_any_global_hook():
         return False
     for module in modules:
@@ -31,7 +39,7 @@ def are_called_plainly(modules: Iterable[nn.Module], forward: type[InstanceForwa
             kind.__call__ is not _CALL
             or kind._call_impl is not _CALL_IMPL
             or own.get("_compiled_call_impl") is not None
-            or own["_forward_hooks"]
+            or (own["_forward_hooks"] and not all(map(is_idle, own["_forward_hooks"].values())))
             or own["_forward_pre_hooks"]
             or own["_backward_hooks"]
             or own["_backward_pre_hooks"]

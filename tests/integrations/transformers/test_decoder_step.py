@@ -346,17 +346,22 @@ def test_dropouts_of_residuals(layers: list[int]) -> None:
 
 @torch.no_grad()
 def test_hidden_states_and_attentions(layers: list[int]) -> None:
+    """Transformers leaves its hooks on layers and attention modules, which do nothing in other calls."""
     ours = qkv.accelerate(made())
     want = ours(IDS[:, :3], use_cache=False).logits
-    layers.clear()
     out = ours(IDS[:, :3], use_cache=False, output_hidden_states=True)
     assert len(out.hidden_states) == 3 and torch.equal(out.logits, want)
     with composed(), in_parts():
         parts = ours(IDS[:, :3], use_cache=False, output_hidden_states=True)
     assert all(map(torch.equal, out.hidden_states, parts.hidden_states))
     layers.clear()
-    assert ours(IDS[:, :3], use_cache=False, output_attentions=True).attentions[1].shape == (2, 4, 3, 3)
-    assert not layers
+    for _ in range(2):
+        assert ours(IDS[:, :3], use_cache=False, output_attentions=True).attentions[1].shape == (2, 4, 3, 3)
+        assert not layers
+    assert ours.model.layers[0].self_attn._forward_hooks
+    assert torch.equal(ours(IDS[:, :3], use_cache=False).logits, want) and layers == [3, 3]
+    ours.model.layers[0].self_attn.register_forward_hook(lambda *_: None)
+    assert torch.equal(ours(IDS[:, :3], use_cache=False).logits, want) and layers == [3, 3, 3]
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qkv import kernels
 from qkv.integrations.transformers import attention as integration
-from qkv.integrations.transformers import unpadding
+from qkv.integrations.transformers import output_capturing, unpadding
 from qkv.integrations.transformers.unpadding import unpad
 
 pytestmark = [
@@ -310,8 +310,8 @@ def test_capturing_outputs_once_does_not_prevent_packing_later(what: str) -> Non
 
 # If undocumented attributes are missing, models run padded.
 HIDDEN = {
-    "transformers' collector": lambda patch: patch.setattr(unpadding, "_CAPTURING", "transformers.utils"),
-    "the module of it": lambda patch: patch.setattr(unpadding, "_CAPTURING", "transformers.elsewhere"),
+    "transformers' collector": lambda patch: patch.setattr(output_capturing, "MODULE", "transformers.utils"),
+    "the module of it": lambda patch: patch.setattr(output_capturing, "MODULE", "transformers.elsewhere"),
     "torch's global hooks": lambda patch: patch.setattr(unpadding, "_has_any_global_hook", lambda: True),
     "torch's hooks of a module": lambda patch: patch.setattr(unpadding, "_HOOKS", ("_elsewhere",)),
 }

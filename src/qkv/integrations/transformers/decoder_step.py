@@ -11,6 +11,7 @@ from qkv.integrations.transformers.attention_forwards import form_of as form_of_
 from qkv.integrations.transformers.attention_step import run_step, step_of
 from qkv.integrations.transformers.cache_argument import former_names
 from qkv.integrations.transformers.decoder_forwards import Form, form_of, without_checkpointing
+from qkv.integrations.transformers.output_capturing import is_idle
 from qkv.integrations.transformers.rotated_forward import RotatedForward
 from qkv.layers.gated_forward import GatedForward, mlp_of
 from qkv.layers.instance_forward import InstanceForward
@@ -83,4 +84,4 @@ def _are_taken(parts: dict[type[InstanceForward], list[nn.Module | None]]) -> bo
             if module is None or type(own) is not forward or own.is_taken_back or not own.is_of(module):
                 return False
             modules.append(module)
-    return are_called_plainly(modules, RotatedForward)
+    return are_called_plainly(modules, RotatedForward, is_idle)

@@ -2,7 +2,6 @@
 
 import ast
 import functools
-import importlib
 import inspect
 import textwrap
 import threading
@@ -19,6 +18,7 @@ from qkv.integrations import calls
 from qkv.integrations.transformers.attention import NAME, register
 from qkv.integrations.transformers.cache_argument import CACHE_NAMES
 from qkv.integrations.transformers.masks import MaskTensor
+from qkv.integrations.transformers.output_capturing import MODULE, is_capturing
 from qkv.layers.instance_forward import InstanceForward
 from qkv.masks import Mask
 
@@ -31,9 +31,6 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 """Attributes of ``nn.Module`` with hooks. A module without one of them counts as hooked."""
 
 _has_any_global_hook = getattr(nn.modules.module, "_has_any_global_hook", lambda: True)
-
-_CAPTURING = "transformers.utils.output_capturing"
-"""The module of the hooks that collect ``hidden_states`` and ``attentions``."""
 
 _LABELS = "labels"
 """The argument of models with the targets of their loss, (B, L) where there is one for each token."""
@@ -513,7 +510,7 @@ def _why_modified(layer: nn.Module) -> str | None:
     """What has been attached to or put in a layer and might mix tokens; None if nothing has."""
     if _has_any_global_hook():
         return "global hooks of modules"
-    ignored = None if _is_capturing() else _CAPTURING
+    ignored = None if is_capturing() else MODULE
     for module in layer.modules():
         if not _is_tokenwise(module):
             return f"a module of type {type(module).__name__}"
@@ -533,15 +530,6 @@ def _is_hooked(module: nn.Module, ignored: str | None) -> bool:
             if hook not in (_pack, _unpack, _note, _forget) and not is_ignored:
                 return True
     return False
-
-
-def _is_capturing() -> bool:
-    """Whether transformers collects hidden states or weights in this call. Its hooks stay after the first such call."""
-    try:
-        capturing = importlib.import_module(_CAPTURING)
-        return bool(capturing._active_collector.get())
-    except (ImportError, AttributeError):
-        return True
 
 
 def _arguments(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
