@@ -229,6 +229,10 @@ def test_an_append_that_fails_halfway_adds_nothing(monkeypatch: pytest.MonkeyPat
 
 
 def test_wrong_input_is_named() -> None:
+    with pytest.raises(
+        ValueError, match=r"^SlidingKVCache: both caches must store keys in .*; got one .* in torch\.int8"
+    ):
+        qkv.SlidingKVCache(4).join(qkv.SlidingKVCache(4, dtype="int8"))
     q, k, k_scale, v, v_scale = case((1, 4, 2, 1, 9, 8, 8), torch.float32)
     with pytest.raises(
         ValueError, match=r"must be float32 of shape \(1, 2, 9\); got v in torch.int8 with v_scale None"

@@ -488,6 +488,9 @@ class Cache:
                 f"{caller}: only a cache of the same layer, {self._owner_name}, can join it; got one of "
                 f"{other._owner_name}."
             )
+        if self._format.dtype is not other._format.dtype:
+            want, got = (each._format.dtype or "the dtype of their tokens" for each in (self, other))
+            raise ValueError(f"{caller}: both caches must store keys in {want}; got one that does in {got}.")
         for mine, theirs in zip(self._parts, other._parts, strict=True):
             mine.require_like(caller, theirs)
         if self._batch and other._batch and self._dtype is not other._dtype:

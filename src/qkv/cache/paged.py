@@ -221,8 +221,10 @@ class PagedKVCache(Cache):
     def _require_like(self, other: Self) -> None:
         super()._require_like(other)
         mine, theirs = self.pool, other.pool
-        if (mine.page_size, mine.format.dtype) != (theirs.page_size, theirs.format.dtype):
-            raise ValueError(f"PagedKVCache: both caches must have {_pages_of(mine)}; got {_pages_of(theirs)}.")
+        if mine.page_size != theirs.page_size:
+            raise ValueError(
+                f"PagedKVCache: both caches must have pages of {mine.page_size} tokens; got {theirs.page_size}."
+            )
         if mine is theirs or not mine.used or not other._batch:
             return
         for x, y in zip(mine.parts[:2], theirs.parts[:2], strict=True):
@@ -279,9 +281,3 @@ class PagedKVCache(Cache):
         twin = super().__copy__()
         twin._table = self._table.__copy__()
         return twin
-
-
-def _pages_of(pool: PagePool) -> str:
-    """What pages of a pool are, in messages."""
-    dtype = "" if pool.format.dtype is None else f" in {pool.format.dtype}"
-    return f"pages of {pool.page_size} tokens{dtype}"

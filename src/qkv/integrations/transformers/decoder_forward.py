@@ -31,7 +31,7 @@ class DecoderForward(CachedForward):
 
     def output_of(self, x: Tensor, given: dict[str, Any]) -> Tensor:
         """The output of eager code."""
-        out: Tensor = self.call(x, **given)
+        out: Tensor = self(x, **given)
         return out
 
     def returned(self, out: Tensor) -> Tensor:

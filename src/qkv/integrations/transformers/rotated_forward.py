@@ -40,7 +40,7 @@ class RotatedForward(CachedForward):
 
     def output_of(self, x: Tensor, given: dict[str, Any]) -> Tensor:
         """The output of eager code."""
-        out: Tensor = self.call(hidden_states=x, **given)[0]
+        out: Tensor = self(hidden_states=x, **given)[0]
         return out
 
     def returned(self, out: Tensor) -> tuple[Tensor, None]:
