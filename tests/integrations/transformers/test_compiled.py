@@ -258,7 +258,6 @@ def test_copies_of_models_and_caches_have_handles_of_their_own() -> None:
         assert operators.found and all(found["qkv.cached_module"] == 1 for found in operators.found)
 
 
-@pytest.mark.long
 def test_a_length_read_after_a_call_is_the_length_after_it() -> None:
     model = llama()
 

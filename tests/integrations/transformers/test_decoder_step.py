@@ -32,6 +32,7 @@ from transformers import DynamicCache
 from transformers.activations import SiLUActivation
 from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.llama import modeling_llama
+from transformers.utils import output_capturing
 from transformers.utils.deprecation import deprecate_kwarg
 
 import qkv
@@ -362,6 +363,14 @@ def test_hidden_states_and_attentions(layers: list[int]) -> None:
     assert torch.equal(ours(IDS[:, :3], use_cache=False).logits, want) and layers == [3, 3]
     ours.model.layers[0].self_attn.register_forward_hook(lambda *_: None)
     assert torch.equal(ours(IDS[:, :3], use_cache=False).logits, want) and layers == [3, 3, 3]
+    layer, x = ours.model.layers[1], torch.randn(1, 2, 32)
+    rotary = ours.model.rotary_emb(x, torch.arange(2)[None])
+    token = output_capturing._active_collector.set({"attentions": []})
+    layer(x, position_embeddings=rotary)
+    assert layers == [3, 3, 3]
+    output_capturing._active_collector.reset(token)
+    layer(x, position_embeddings=rotary)
+    assert layers == [3, 3, 3, 2]
 
 
 @torch.no_grad()
