@@ -305,7 +305,7 @@ MUTANTS = [
     Mutant("labels of an earlier call", "integrations/transformers/unpadding.py", "    if not kernels.is_tracing():\n        _calls.labels.pop(model, None)\n", "    pass\n", ("integrations/transformers/test_unpadding_labels.py",)),
     Mutant("a wrapper of somebody else dropped", "integrations/transformers/default_cache.py", "if getattr(self.owner, self.name) is self.after:", "if True:", ("integrations/transformers/test_default_cache.py",)),
     Mutant("additional outputs of a layer ignored", "integrations/transformers/unpadding.py", "or any(other is not None for other in others)", "", ("integrations/transformers/test_unpadding_arguments.py",)),
-    Mutant("packed weights of torch in another order", "layers/torch_mha.py", 'for name, weight in zip("qkv", weights, strict=True):\n        state_dict', 'for name, weight in zip("kqv", weights, strict=True):\n        state_dict', ("layers/test_packed_state.py",)),
+    Mutant("packed weights of torch in another order", "layers/torch_mha.py", 'for name, weight in zip("qkv", weights, strict=True):\n        state_dict', 'for name, weight in zip("kqv", weights, strict=True):\n        state_dict', ("mechanisms/test_multi_head.py",)),
     Mutant("new tokens misplaced in reallocated memory", "cache/buffer.py", "            start = length\n", "", ("cache/test_states.py",)),
     Mutant("memory of another shape reused", "cache/buffer.py", "or not (length or _matches(memory, shape, dtype, device))", "", ("cache/test_states.py",)),
     Mutant("tokens cast to the dtype of the cache", "cache/buffer.py", "memory.dtype is not new.dtype", "False", ("integrations/transformers/test_cache.py",)),

@@ -178,6 +178,7 @@ def test_a_window_longer_than_the_text_takes_what_its_tokens_need() -> None:
         assert slots <= max(1024, 2 * layer.get_seq_length())
 
 
+@torch.no_grad()
 def test_a_wider_dtype_is_kept_as_transformers_keeps_it() -> None:
     mine, theirs = AppendLayer(), DynamicLayer()
     k, v = tokens(4)
