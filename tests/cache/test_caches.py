@@ -141,6 +141,17 @@ def test_a_window_longer_than_the_text_takes_what_its_tokens_need(dtype: Any) ->
             assert each.nbytes <= token * max(1024, 2 * whole.length)
 
 
+@pytest.mark.parametrize("dtype", [None, "int8"])
+@torch.no_grad()
+def test_steps_of_a_layer_move_a_window_to_larger_memory(dtype: Any) -> None:
+    layer = qkv.CausalAttention(24, 6, num_kv_heads=2, mask=Mask.causal(5000), rotary=qkv.RotaryEmbedding(4)).eval()
+    window, whole = qkv.SlidingKVCache(5000, dtype=dtype), qkv.Int8KVCache() if dtype else qkv.KVCache()
+    for length in (1022, 1, 1, 1, 1):
+        x = torch.randn(2, length, 24)
+        assert torch.equal(layer(x, cache=window), layer(x, cache=whole))
+    assert window._parts[0].memory.shape[2] > 1024  # type: ignore[union-attr]
+
+
 @torch.no_grad()
 def test_a_sliding_cache_refuses_chunks_and_dilated_windows_that_reach_further() -> None:
     for mask in (Mask.causal() & Mask.chunked(5), Mask.causal(3, dilation=2), Mask.causal() & Mask.prefix(2)):

@@ -41,6 +41,22 @@ class Handle:
         return type(self), ()
 
 
+class Handled:
+    """Base of objects that operators find; copies, shallow, deep or from a pickle, have handles of their own."""
+
+    handle: Handle
+    """by which compiled programs find the object"""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.handle = Handle.of(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        inherited = getattr(super(), "__setstate__", self.__dict__.update)
+        inherited(state)
+        self.handle = Handle.of(self)
+
+
 def find(handle: Tensor) -> Any:
     """The object of a handle's tensor. Raises KeyError if it is gone."""
     return _OBJECTS[int(handle)]

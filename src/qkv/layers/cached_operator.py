@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, library, nn
 
 from qkv.cache import Cache, Caches
-from qkv.cache.handle import Handle, find
+from qkv.cache.handle import Handled, find
 from qkv.kernels import schema_of
 from qkv.layers.operator_forward import call_with, may_be_operator, parameters_of
 from qkv.masks import FIELDS, FULL, Mask
@@ -22,16 +22,8 @@ _CALLS: dict[str, Callable[..., Tensor]] = {}
 """The methods that are operators, by name."""
 
 
-class OperatorLayer(nn.Module):
+class OperatorLayer(Handled, nn.Module):
     """Base of layers whose calls with a cache are operators of compiled programs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.handle = Handle.of(self)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.handle = Handle.of(self)
 
 
 def register(name: str, call: Callable[..., Tensor]) -> str:

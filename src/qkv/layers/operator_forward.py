@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, library, nn
 from torch.nn.utils import stateless
 
-from qkv.cache.handle import Handle, find
+from qkv.cache.handle import Handled, find
 from qkv.layers.instance_forward import InstanceForward
 from qkv.tracing import is_exact_tensor
 
@@ -61,21 +61,13 @@ def _is_same(one: Tensor, two: Tensor) -> bool:
     return one is two or one.data_ptr() == two.data_ptr()
 
 
-class OperatorForward(InstanceForward):
+class OperatorForward(Handled, InstanceForward):
     """Base of forwards that may be operators of compiled programs, and return a tensor like their input."""
 
     last_projection: str | None = None
     """name of the linear layer that computes the result, which must be as wide as the input; None if any result is"""
     is_operator = False
     """whether the module is one that may be an operator"""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__(module)
-        self.handle = Handle.of(self)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.handle = Handle.of(self)
 
     def may_be_operator(self, x: object) -> bool:
         """Whether a call with x may be one. Its parts must have no hooks, no buffers, and the dtype of x."""

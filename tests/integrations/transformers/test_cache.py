@@ -170,12 +170,23 @@ def test_a_refused_update_that_transformers_computes_changes_nothing(make: Any, 
     assert_same_update(layer, theirs, *given(2))
 
 
-def test_a_window_longer_than_the_text_takes_what_its_tokens_need() -> None:
-    layer, theirs = SlidingLayer(1 << 62), DynamicSlidingWindowLayer(1 << 62)
-    for length in (5, 1, 1100, 1, 2000, 1):
-        assert_same_update(layer, theirs, *tokens(length))
-        slots = layer._keys.memory.shape[2]
-        assert slots <= max(1024, 2 * layer.get_seq_length())
+@pytest.mark.parametrize("make", [SlidingLayer, Int8SlidingLayer])
+@torch.no_grad()
+def test_a_window_longer_than_the_text_takes_what_its_tokens_need(make: Any) -> None:
+    layer, whole = make(1 << 62), Int8Layer() if make is Int8SlidingLayer else AppendLayer()
+    for length in (5, 1, 1015, 1, 1, 1, 1, 2000, 1):
+        k, v = tokens(length)
+        claimed = layer.claim(k.shape, v.shape, k) if length == 1 and make is SlidingLayer else None
+        if claimed is None:
+            got = layer.update(k, v)
+        else:
+            claimed.k[:, :, -1:], claimed.v[:, :, -1:] = k, v
+            got = claimed.k, claimed.v
+        for mine, theirs in zip(got, whole.update(k, v), strict=True):
+            assert mine.shape == theirs.shape and torch.equal(mine + 0, theirs + 0)
+        memory = layer._cache._parts[0].memory if make is Int8SlidingLayer else layer._keys.memory
+        assert memory.shape[2] <= max(1024, 2 * layer.get_seq_length())
+    assert layer.get_seq_length() == 3026 < memory.shape[2]
 
 
 @torch.no_grad()

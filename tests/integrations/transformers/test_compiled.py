@@ -271,3 +271,50 @@ def test_a_length_read_after_a_call_is_the_length_after_it() -> None:
     torch.compiler.reset()  # which would find the program of before
     with pytest.raises(Exception, match="the state of a cache must be read or changed in a graph of its own"):
         torch.compile(call, backend="eager", fullgraph=True)(IDS, QKVCache(model))
+
+
+@pytest.mark.long
+def test_the_programs_of_inductor() -> None:
+    """Which orders operators, frees and reuses memory, and does not merge equal operators."""
+    config = transformers.MistralConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        pad_token_id=0,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        eos_token_id=None,
+        sliding_window=4,
+    )
+    torch.manual_seed(0)
+    model = qkv.accelerate(transformers.MistralForCausalLM(config).eval())
+    program = torch.compile(model.forward, fullgraph=True)
+    for keep in (torch.ones_like(IDS), KEEP):
+        got, want = logits(program, QKVCache(model), keep), logits(model.forward, QKVCache(model), keep)
+        torch.testing.assert_close(got[keep.bool()], want[keep.bool()], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.long
+def test_a_model_that_is_given_back_is_followed() -> None:
+    model = llama()
+    want = model(IDS, use_cache=False).logits
+    for enabled, operators_in_graph in ((True, True), (False, False), (True, True)):
+        qkv.accelerate(model, enabled=enabled)
+        program, operators = operators_of(model)
+        cache = QKVCache(model) if enabled else transformers.DynamicCache()
+        got = program(IDS, past_key_values=cache, use_cache=True).logits
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        assert all(("qkv.cached_module" in found) == operators_in_graph for found in operators.found)
+
+
+@pytest.mark.long
+def test_a_refused_call_changes_nothing() -> None:
+    model = llama()
+    program, cache = program_of(model), QKVCache(model)
+    want = model(IDS, use_cache=False).logits
+    program(IDS[:, :5], past_key_values=cache, use_cache=True)
+    with pytest.raises(ValueError, match=r"keys must be \(2, 2, L, 8\) like the cached ones; got shape \(1, 2, 1, 8\)"):
+        program(IDS[:1, 5:6], past_key_values=cache, use_cache=True)
+    got = program(IDS[:, 5:6], past_key_values=cache, use_cache=True).logits
+    torch.testing.assert_close(got, want[:, 5:6], rtol=1e-4, atol=1e-5)

@@ -17,7 +17,7 @@ from typing_extensions import Self
 
 from qkv.cache import Int8KVCache, Keys, SlidingKVCache
 from qkv.cache.buffer import AppendBuffer, append_in_place, compact_copy, send_by_value, slots_for, wants_grad
-from qkv.cache.handle import Handle, require_readable
+from qkv.cache.handle import Handle, Handled, require_readable
 from qkv.integrations.transformers.latent import beside
 from qkv.integrations.transformers.lazy_tensor import Int8Tensor
 
@@ -30,19 +30,8 @@ def _capacity_for(tokens: int) -> int:
     return tokens + max(tokens // 16, 64)
 
 
-class _HandledLayer(DynamicLayer):  # type: ignore[misc]
+class _HandledLayer(Handled, DynamicLayer):  # type: ignore[misc]
     """Base of our layers. Compiled programs append to them by operators, which find them by their handles."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.handle = Handle.of(self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return _without_handle(self)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.handle = Handle.of(self)
 
     def require_readable(self) -> None:
         """Ends a compiled graph in which tokens have been appended to the layer."""
@@ -76,11 +65,6 @@ class _HandledLayer(DynamicLayer):  # type: ignore[misc]
             self.lazy_initialization(key_states, value_states)
 
 
-def _without_handle(thing: object) -> dict[str, Any]:
-    """The attributes of an object whose copies and pickles get handles of their own."""
-    return {name: value for name, value in vars(thing).items() if name != "handle"}
-
-
 class _BufferedLayer(_HandledLayer):
     """Base of the layers that store keys and values unquantised, each in an `AppendBuffer`.
 
@@ -106,7 +90,7 @@ class _BufferedLayer(_HandledLayer):
             RuntimeError: for tokens that require grad.
         """
         tokens = {"keys": compact_copy(self.keys), "values": compact_copy(self.values)}
-        return {**_without_handle(self), **tokens, "_keys": AppendBuffer(), "_values": AppendBuffer()}
+        return {**vars(self), **tokens, "_keys": AppendBuffer(), "_values": AppendBuffer()}
 
     def length_before(self) -> int:
         """The number of tokens before those that are appended next, among the keys that `update` returns."""
@@ -325,8 +309,8 @@ class _RoundedLayer(_HandledLayer):
     def __getstate__(self) -> dict[str, Any]:
         """As `AppendLayer`; ``keys`` and ``values`` are views of the int8 cache and rebuilt by `__setstate__`."""
         if self._is_quantised:
-            return {**_without_handle(self), "keys": self.keys.dtype, "values": self.values.dtype}
-        return {**_without_handle(self), "keys": compact_copy(self.keys), "values": compact_copy(self.values)}
+            return {**vars(self), "keys": self.keys.dtype, "values": self.values.dtype}
+        return {**vars(self), "keys": compact_copy(self.keys), "values": compact_copy(self.values)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -494,7 +478,7 @@ class Int8SlidingLayer(_RoundedLayer, DynamicSlidingWindowLayer):  # type: ignor
             self.cumulative_length = _length(self.keys)
 
 
-class QKVCache(DynamicCache):  # type: ignore[misc]
+class QKVCache(Handled, DynamicCache):  # type: ignore[misc]
     """transformers' default cache with layers that append in place; pass it as ``past_key_values``, which is
     ``cache`` from transformers 5.24 on.
 
@@ -546,14 +530,6 @@ class QKVCache(DynamicCache):  # type: ignore[misc]
             for index, layer in enumerate(self.layers)
         ]
         self._has_reserved = False
-        self.handle = Handle.of(self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return _without_handle(self)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.handle = Handle.of(self)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -597,6 +573,7 @@ def adopt(cache: DynamicCache, config: PreTrainedConfig, dtype: torch.dtype | Li
     if any(is_replaced(layer) for layer in cache.layers):
         cache.__class__ = QKVCache
         cache._replace_layers(config, append_layer)
+        cache.handle = Handle.of(cache)
 
 
 def is_replaced(layer: CacheLayerMixin) -> bool:

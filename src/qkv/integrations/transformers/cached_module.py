@@ -8,9 +8,10 @@ module as eager code does. So a program does not depend on how long a cache is, 
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, library
+from torch import Tensor, library, nn
 
 from qkv.cache.handle import find
+from qkv.integrations.transformers.attention_forwards import form_of
 from qkv.integrations.transformers.masks import MaskKind, kind_of, mask_of_kind
 from qkv.layers.operator_forward import OperatorForward, call_with, parameters_of
 
@@ -25,6 +26,12 @@ class CachedForward(OperatorForward):
     """names of the arguments before the cache that an operator takes by position"""
     cache_name = "past_key_values"
     """of the argument with the cache"""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        form = form_of(type(self.attention).forward)
+        if form is not None:
+            self.is_operator, self.cache_name = True, form.cache
 
     def in_program(self, *args: Any, **kwargs: Any) -> Any:
         """One operator for calls with a `QKVCache` that may be one; others are followed."""

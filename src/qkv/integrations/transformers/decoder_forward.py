@@ -18,12 +18,6 @@ class DecoderForward(CachedForward):
 
     positional = ("hidden_states",)
 
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__(module)
-        form = form_of_attention(type(self.attention).forward)
-        if form is not None:
-            self.is_operator, self.cache_name = True, form.cache
-
     @property
     def attention(self) -> Any:
         """The attention module of the layer."""

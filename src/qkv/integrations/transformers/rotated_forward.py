@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from qkv import kernels
 from qkv.integrations import calls
-from qkv.integrations.transformers.attention_forwards import form_of
 from qkv.integrations.transformers.cache_argument import with_wrapped, wrapped
 from qkv.integrations.transformers.cached_module import CachedForward
 from qkv.integrations.transformers.rotary import Apply, apply_rotary_pos_emb, is_usual
@@ -26,12 +25,6 @@ class RotatedForward(CachedForward):
 
     positional = ("hidden_states", "position_embeddings", "attention_mask")
     last_projection = "o_proj"
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__(module)
-        form = form_of(type(module).forward)
-        if form is not None:
-            self.is_operator, self.cache_name = True, form.cache
 
     @property
     def attention(self) -> nn.Module:
