@@ -13,7 +13,7 @@ from typing_extensions import Self
 from qkv.arguments import require_count
 from qkv.cache.buffer import AppendBuffer
 from qkv.cache.format import PLAIN, Format
-from qkv.cache.handle import Handle, require_readable
+from qkv.cache.handle import Handled, require_readable
 from qkv.cache.rows import Rows, padding_before, require_padding_at_the_ends
 from qkv.cache.state import load_state, state_of
 from qkv.masks import Mask, gather_keys
@@ -88,7 +88,7 @@ class Owner:
         return Owner, (self.name,)
 
 
-class Cache:
+class Cache(Handled):
     """Keys and values of earlier calls, to which `append` adds those of the current one.
 
     A cache stores copies of tensors passed to it. Copies of a cache are independent: ``copy.copy`` shares memory until
@@ -113,6 +113,7 @@ class Cache:
     """in which form tokens are stored"""
 
     def __init__(self) -> None:
+        super().__init__()
         self._parts = tuple(AppendBuffer() for _ in self._format.parts)
         self._dtype: torch.dtype | None = None
         """of the tokens, as they were given"""
@@ -123,8 +124,6 @@ class Cache:
         """to which torch.autocast cast the first tokens"""
         self._rows: Rows | None = None
         """None while all rows have the same number of tokens, without padding"""
-        self.handle = Handle.of(self)
-        """by which compiled programs find the cache"""
         self._counts_slots = False
         """whether slots may be more than the tokens of the longest row, since a compiled call cannot count those"""
 
@@ -639,9 +638,7 @@ class Cache:
 
     def __copy__(self) -> Self:
         twin = object.__new__(type(self))
-        twin.__dict__.update(self.__dict__)
-        twin._parts = tuple([copy(part) for part in self._parts])
-        twin.handle = Handle.of(twin)
+        twin.__setstate__({**vars(self), "_parts": tuple([copy(part) for part in self._parts])})
         return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -649,8 +646,7 @@ class Cache:
         memo[id(self)] = twin
         apart = ("_owners", "_copied_owners", "handle")
         own = {name: value for name, value in vars(self).items() if name not in apart}
-        twin.__dict__.update({name: deepcopy(value, memo) for name, value in own.items()})
-        twin.handle = Handle.of(twin)
+        twin.__setstate__({name: deepcopy(value, memo) for name, value in own.items()})
         # A deep copy together with the layer belongs to both, the layer and its copy. Weakly: if the layer is not
         # copied, nothing else refers to the copied owner.
         owners = [*self._owners, *(self._copied_owners or ())]
@@ -659,11 +655,7 @@ class Cache:
 
     def __getstate__(self) -> dict[str, Any]:
         """The state without owners, so that the first layer to use it becomes the owner."""
-        return {**vars(self), "_owners": (), "_copied_owners": None, "handle": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.handle = Handle.of(self)
+        return {**super().__getstate__(), "_owners": (), "_copied_owners": None}
 
 
 def autocast_to(x: Tensor) -> torch.dtype | None:

@@ -75,7 +75,7 @@ class CrossKVCache(Cache):
         except BaseException:  # as in KVCache.append
             self._cut(0)
             raise
-        self._autocast = autocast_to(k)
+        self._autocast, self._dtype = autocast_to(k), k.dtype
         return Keys(keys, values, None, None if self._rows is None else self._rows.lengths)
 
     def keys(self) -> Keys:

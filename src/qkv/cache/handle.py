@@ -51,6 +51,11 @@ class Handled:
         super().__init__(*args, **kwargs)
         self.handle = Handle.of(self)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The state without the handle, which a file must not contain: ``torch.load`` allows few types."""
+        inherited = getattr(super(), "__getstate__", self.__dict__.copy)  # object's, from Python 3.11 on
+        return {name: value for name, value in inherited().items() if name != "handle"}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         inherited = getattr(super(), "__setstate__", self.__dict__.update)
         inherited(state)

@@ -13,12 +13,12 @@ from typing_extensions import Self
 from qkv.arguments import require_count
 from qkv.cache.base import Cache, Owner
 from qkv.cache.cached_layers import find_layers, owner_of
-from qkv.cache.handle import Handle
+from qkv.cache.handle import Handled
 from qkv.cache.int8 import Dtype, format_of
 from qkv.cache.model_call import ModelCall, quoted
 
 
-class Caches:
+class Caches(Handled):
     """The caches of all attention layers of a model, made by `for_model`, as one object.
 
     Passed to each layer as ``cache=``; a layer finds its own. Operations apply to all layers, or to none if one of them
@@ -59,6 +59,7 @@ class Caches:
     """
 
     def __init__(self, caches: Mapping[str, Cache]) -> None:
+        super().__init__()
         self._caches = dict(caches)
         for name, cache in self._caches.items():
             cache.name = name
@@ -70,8 +71,6 @@ class Caches:
         """layers that occur at several places of the model"""
         self._call = ModelCall(self._caches)
         self._in_transaction = False
-        self.handle = Handle.of(self)
-        """by which compiled programs find the caches"""
 
     @classmethod
     def for_model(cls, model: nn.Module, capacity: int | None = None, dtype: Dtype = None) -> Self:

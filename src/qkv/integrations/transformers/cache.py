@@ -90,7 +90,7 @@ class _BufferedLayer(_HandledLayer):
             RuntimeError: for tokens that require grad.
         """
         tokens = {"keys": compact_copy(self.keys), "values": compact_copy(self.values)}
-        return {**vars(self), **tokens, "_keys": AppendBuffer(), "_values": AppendBuffer()}
+        return {**super().__getstate__(), **tokens, "_keys": AppendBuffer(), "_values": AppendBuffer()}
 
     def length_before(self) -> int:
         """The number of tokens before those that are appended next, among the keys that `update` returns."""
@@ -309,8 +309,8 @@ class _RoundedLayer(_HandledLayer):
     def __getstate__(self) -> dict[str, Any]:
         """As `AppendLayer`; ``keys`` and ``values`` are views of the int8 cache and rebuilt by `__setstate__`."""
         if self._is_quantised:
-            return {**vars(self), "keys": self.keys.dtype, "values": self.values.dtype}
-        return {**vars(self), "keys": compact_copy(self.keys), "values": compact_copy(self.values)}
+            return {**super().__getstate__(), "keys": self.keys.dtype, "values": self.values.dtype}
+        return {**super().__getstate__(), "keys": compact_copy(self.keys), "values": compact_copy(self.values)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
