@@ -112,7 +112,9 @@ def test_the_library_exports_its_own_functions_alone() -> None:
     assert exported == {
         "qkv_append",
         "qkv_gated_mlp",
-        "qkv_decoder_layer",
+        "qkv_block_numbers_size",
+        "qkv_block_size",
+        "qkv_decoder_layers",
         "qkv_step_numbers_size",
         "qkv_fast_gated_mlp",
         "qkv_rms_norm",

@@ -6,6 +6,7 @@
 #include "abi/python_tensor.h"
 
 extern "C" int qkv_layer_step_size();
+extern "C" int qkv_step_numbers_size();
 
 namespace qkv {
 

@@ -15,6 +15,7 @@ from qkv.integrations.transformers.attention import NAME
 from qkv.integrations.transformers.attention_forwards import form_of
 from qkv.integrations.transformers.decoder_forward import DecoderForward, is_known
 from qkv.integrations.transformers.latent import reads_latents
+from qkv.integrations.transformers.model_forward import ModelForward
 from qkv.integrations.transformers.rotated_forward import RotatedForward, rotates
 from qkv.integrations.transformers.unpadding import is_unpadded, packable_layers
 from qkv.layers.gated_forward import GatedForward, is_gated_mlp, mlp_of
@@ -192,7 +193,7 @@ def _latents(root: Any) -> Iterator[Part]:
 
 def _torchs_attention(model: nn.Module) -> Iterator[Part]:
     forwards = [module.__dict__.get("forward") for module in model.modules()]
-    others = (ProjectedForward, RotatedForward, DecoderForward, NormedForward, GatedForward)
+    others = (ProjectedForward, RotatedForward, DecoderForward, ModelForward, NormedForward, GatedForward)
     count = sum(isinstance(forward, InstanceForward) and not isinstance(forward, others) for forward in forwards)
     if count:
         yield Part(

@@ -10,7 +10,8 @@ from qkv.kernels.binding import load as load
 from qkv.kernels.binding import loaded as loaded
 from qkv.kernels.binding import supported_isas as supported_isas
 from qkv.kernels.binding import use as use
-from qkv.kernels.decoder_layer import decoder_layer as decoder_layer
+from qkv.kernels.decoder_layer import DecoderLayer as DecoderLayer
+from qkv.kernels.decoder_layer import decoder_layers as decoder_layers
 from qkv.kernels.dispatch import can_bypass_dispatcher as can_bypass_dispatcher
 from qkv.kernels.dispatch import can_bypass_functions as can_bypass_functions
 from qkv.kernels.forward import count_scores as count_scores

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from qkv.kernels.structs import (
+    BLOCK_NUMBERS,
     GRADIENTS,
     PROBLEM,
     PROJECTION,
@@ -18,6 +19,7 @@ from qkv.kernels.structs import (
     ROTATION,
     SEQUENCES,
     STEP_NUMBERS,
+    BlockTensors,
     StepTensors,
 )
 
@@ -62,9 +64,10 @@ class Library(NamedTuple):
     a tensor or None, start and threads. Returns as `fast_forward`."""
     layer_step: Callable[..., int] | None
     """Takes an array of the `StepTensors`, then `STEP_NUMBERS`. Returns as `fast_forward`."""
-    decoder_layer: Callable[..., int] | None
-    """Takes what `layer_step` does, then an array of the `BlockTensors`, the activation, how gains are applied, and
-    eps. Returns as `fast_forward`."""
+    decoder_layers: Callable[..., int] | None
+    """Takes the number of layers, then an array with the `StepTensors` and `BlockTensors` of each, and their
+    `STEP_NUMBERS` and `BLOCK_NUMBERS`. Returns the number of layers that are written, or -1 if memory for scratch is
+    lacking. None as `fast_forward`."""
     fast_rotate: Callable[..., int] | None
     """Takes q, k and results for both; of k, tensors or None, as are positions, offsets, axes, frequencies, cos,
     sin; then offset, position_scale, attention_factor, pairs, second, interleaved, inverse and threads. Returns as
@@ -92,6 +95,8 @@ def load(path: Path) -> Library | str:
     sizes |= {
         "layer_step": len(StepTensors._fields),
         "step_numbers": STEP_NUMBERS.size,
+        "block": len(BlockTensors._fields),
+        "block_numbers": BLOCK_NUMBERS.size,
         "interpreter": ctypes.sizeof(_Interpreter),
     }
     known = [hasattr(native, f"qkv_{name}_size") and getattr(native, f"qkv_{name}_size")() for name in sizes]
@@ -141,10 +146,7 @@ _CALLS_OF_TENSORS: dict[str, list[Any]] = {
     "append_pages": [*[_TENSOR] * 8, _NUMBER, ctypes.c_int],
     "fast_rotate": [*[_TENSOR] * 10, _NUMBER, *[ctypes.c_float] * 2, *[_NUMBER] * 2, *[ctypes.c_int] * 3],
     "layer_step": [ctypes.POINTER(_TENSOR), _STRUCT],
-    "decoder_layer": [
-        *(ctypes.POINTER(_TENSOR), _STRUCT, ctypes.POINTER(_TENSOR)),
-        *(ctypes.c_int, ctypes.c_int, ctypes.c_float),
-    ],
+    "decoder_layers": [ctypes.c_int, ctypes.POINTER(_TENSOR), _STRUCT],
 }
 """Argument types of the functions of `Library` that take Python tensors, after the `_Interpreter`."""
 

@@ -1,44 +1,57 @@
-"""A decoder layer's call with few tokens, from its input to its output, by the kernel."""
+"""Calls of decoder layers with few tokens, one after another, from the input of the first to the output of the last."""
 
 import ctypes
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from qkv.kernels.binding import loaded
 from qkv.kernels.gated_mlp import ACTIVATIONS
 from qkv.kernels.rms_norm import Gain
-from qkv.kernels.structs import BlockTensors, StepNumbers, StepTensors, pack_step
-
-_StepObjects: Any = ctypes.py_object * len(StepTensors._fields)
-_BlockObjects: Any = ctypes.py_object * len(BlockTensors._fields)
+from qkv.kernels.structs import BLOCK_NUMBERS, BlockTensors, StepNumbers, StepTensors, pack_step
 
 
-def decoder_layer(
-    tensors: StepTensors, numbers: StepNumbers, block: BlockTensors, activation: str, gain: Gain, eps: float
-) -> bool:
-    """Writes keys, values and ``out`` of new tokens: those of `layer_step` amid norms, an MLP and their residuals.
+class DecoderLayer(NamedTuple):
+    """What the kernel needs of a decoder layer.
 
     ``out = y + after_mlp(mlp(before_mlp(y)))``, where ``y = x + after_attention(attention(before_attention(x)))``. All
     is rounded as by `layer_step`, `fast_rms_norm`, `fast_gated_mlp` and sums of torch.
+    """
 
-    Args:
-        tensors: of the attention, with x and out of the layer.
-        numbers: of the attention.
-        block: norms and MLP.
-        activation: one of `ACTIVATIONS`.
-        gain: what the gains of the block's norms do.
-        eps: of these norms.
+    tensors: StepTensors
+    """of the attention, with x and out of the layer"""
+    numbers: StepNumbers
+    """of the attention"""
+    block: BlockTensors
+    """norms and MLP"""
+    activation: str
+    """one of `ACTIVATIONS`"""
+    gain: Gain
+    """what the gains of the block's norms do"""
+    eps: float
+    """of these norms"""
+
+
+def decoder_layers(layers: Sequence[DecoderLayer]) -> int:
+    """Writes keys, values and ``out`` of new tokens, layer after layer: one may read what an earlier one has written.
 
     Returns:
-        As `layer_step` (native/src/abi/fast_decoder_layer.cpp).
+        The number of first layers that are written: fewer than all if the next one's tensors do not fit together or
+        are not supported, as `layer_step` has it (native/src/abi/fast_decoder_layer.cpp).
 
     Raises:
         MemoryError: if scratch memory cannot be allocated.
     """
-    call = loaded().decoder_layer
+    call = loaded().decoder_layers
     if call is None:
-        return False
-    objects = _StepObjects(*tensors), pack_step(numbers), _BlockObjects(*block)
-    status = call(*objects, ACTIVATIONS[activation], gain, eps)
-    if status == 1:
-        raise MemoryError(f"qkv's kernel: not enough scratch memory for {tuple(tensors.x.shape)} tokens; pass fewer.")
-    return status == 0
+        return 0
+    objects: Any = [tensor for layer in layers for tensors in (layer.tensors, layer.block) for tensor in tensors]
+    numbers = [
+        pack_step(layer.numbers) + BLOCK_NUMBERS.pack(ACTIVATIONS[layer.activation], layer.gain, layer.eps)
+        for layer in layers
+    ]
+    written = call(len(layers), (ctypes.py_object * len(objects))(*objects), b"".join(numbers))
+    if written < 0:
+        raise MemoryError(
+            f"qkv's kernel: not enough scratch memory for {tuple(layers[0].tensors.x.shape)} tokens; pass fewer."
+        )
+    return written

@@ -329,7 +329,7 @@ def pack_step(numbers: StepNumbers) -> bytes:
 
 
 class BlockTensors(NamedTuple):
-    """The tensors around the attention of a `decoder_layer`, in the order of native/src/abi/fast_decoder_layer.cpp.
+    """The tensors around the attention of a decoder layer, in the order of native/src/abi/fast_decoder_layer.cpp.
 
     All must satisfy `can_bypass_dispatcher`.
     """
@@ -346,6 +346,10 @@ class BlockTensors(NamedTuple):
     up_bias: Tensor | None
     down_weight: Tensor
     down_bias: Tensor | None
+
+
+BLOCK_NUMBERS = struct.Struct("=2i f")
+"""The activation, what gains of norms do, and their eps, for C."""
 
 
 _STEPS = [(kind.absent, kind.prepare, kind.pack) for _, kind in _FIELDS]

@@ -1,4 +1,4 @@
-"""`step_call`: the kernel's call for a step, of our layer or of a module that computes the same."""
+"""The kernel's call for a step, of our layer or of a module that computes the same, and for decoder layers."""
 
 from typing import Any, NamedTuple
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qkv import kernels
 from qkv.cache import Keys
-from qkv.kernels import BlockTensors, Gain, StepNumbers, StepTensors
+from qkv.kernels import BlockTensors, DecoderLayer, Gain, StepNumbers, StepTensors
 from qkv.layers.gated_forward import Mlp
 from qkv.layers.normed_forward import Norm
 from qkv.masks import Mask
@@ -35,7 +35,6 @@ def step_call(
     softcap: float = 0.0,
     alibi: Tensor | None = None,
     sink_logits: Tensor | None = None,
-    block: Block | None = None,
 ) -> Tensor | None:
     """The output for tokens ``x (B, L, width)`` over keys whose last slots are theirs, and are written.
 
@@ -47,13 +46,32 @@ def step_call(
         scale: of scores, as softcap (0 for none), alibi and sink_logits.
         q_norm: of the heads of queries, as k_norm of keys; with the same eps and use of gains.
         rotation: by frequencies and a position or positions ``(B or 1, L)``; or by cos and sin with ``halves``.
-        block: what else is computed, for the output of a decoder layer instead of that of its attention.
 
     Returns:
         ``(B, L, width)``; None, with nothing written, for tensors that the kernel does not take.
     """
     x = x.contiguous()
-    out = torch.empty_like(x)
+    given = arguments(
+        *(x, torch.empty_like(x), weights, keys, mask, scale, q_norm, k_norm, rotation, softcap, alibi, sink_logits)
+    )
+    return given[0].out if kernels.layer_step(*given) else None
+
+
+def arguments(
+    x: Tensor,
+    out: Tensor,
+    weights: dict[str, Any],
+    keys: Keys,
+    mask: Mask,
+    scale: float,
+    q_norm: Norm | None = None,
+    k_norm: Norm | None = None,
+    rotation: Rotation | None = None,
+    softcap: float = 0.0,
+    alibi: Tensor | None = None,
+    sink_logits: Tensor | None = None,
+) -> tuple[StepTensors, StepNumbers]:
+    """What `kernels.layer_step` takes for the arguments of `step_call`, with x as the kernel reads it."""
     norm, rotation = q_norm or k_norm or Norm(None, 0.0, Gain.WIDENED), rotation or Rotation()
     offset, offsets = (0, keys.offset) if isinstance(keys.offset, Tensor) else (keys.offset or 0, None)
     pages = keys.pages
@@ -98,11 +116,11 @@ def step_call(
         scale=scale,
         softcap=softcap,
     )
-    is_done = kernels.layer_step(tensors, numbers) if block is None else _decoder_layer(tensors, numbers, block)
-    return out if is_done else None
+    return tensors, numbers
 
 
-def _decoder_layer(tensors: StepTensors, numbers: StepNumbers, block: Block) -> bool:
+def decoder_layer(tensors: StepTensors, numbers: StepNumbers, block: Block) -> DecoderLayer:
+    """A decoder layer with the `arguments` of its attention, whose x and out are those of the layer."""
     before_attention, after_attention, before_mlp, after_mlp = (norm and norm.gains for norm in block.norms)
     (gate_weight, gate_bias), up, (down_weight, down_bias), activation = block.mlp
     up_weight, up_bias = up or (None, None)
@@ -119,7 +137,7 @@ def _decoder_layer(tensors: StepTensors, numbers: StepNumbers, block: Block) -> 
         down_bias=down_bias,
     )
     norm = next(norm for norm in block.norms if norm is not None)
-    return kernels.decoder_layer(tensors, numbers, given, activation, norm.gain, norm.eps)
+    return DecoderLayer(tensors, numbers, given, activation, norm.gain, norm.eps)
 
 
 def _int64(tensor: Tensor | None) -> Tensor | None:

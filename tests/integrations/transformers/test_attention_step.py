@@ -29,6 +29,7 @@ from transformers.models.qwen3 import modeling_qwen3
 
 import qkv
 from qkv import QKVCache, kernels
+from qkv.cache import Keys
 from qkv.integrations.transformers import attention_step
 from qkv.integrations.transformers.attention import attend
 from qkv.integrations.transformers.attention_forwards import _form_of_code, form_of
@@ -81,17 +82,25 @@ def decoded(of: Any, cache: Any = None, ids: Tensor = IDS, **options: Any) -> Te
     return torch.cat(logits, dim=1)
 
 
+def steps_seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of tokens for which caches have made room in steps so far."""
+    tokens: list[int] = []
+    claim = attention_step.Step.claim
+
+    def counted(step: attention_step.Step, x: Tensor) -> Keys | None:
+        keys = claim(step, x)
+        if keys is not None:
+            tokens.append(x.shape[1])
+        return keys
+
+    monkeypatch.setattr(attention_step.Step, "claim", counted)
+    return tokens
+
+
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The numbers of tokens of steps so far. Products are the kernel's in steps and elsewhere, so that bits agree."""
-    tokens: list[int] = []
-    call = attention_step._call
-
-    def counted(x: Tensor, *rest: Any) -> Tensor | None:
-        tokens.append(x.shape[1])
-        return call(x, *rest)
-
-    monkeypatch.setattr(attention_step, "_call", counted)
+    tokens = steps_seen(monkeypatch)
     monkeypatch.setattr(kernels, "is_faster", lambda x, weight: kernels.has_few_rows(x))
     return tokens
 
@@ -235,13 +244,13 @@ def test_after_a_fault_the_cache_is_as_before(fault: str, kind: str, monkeypatch
     for cache in caches:
         ours(IDS[:, :9], past_key_values=cache)
 
-    def fails(*call: object) -> bool:
+    def fails(*call: object) -> int:
         if fault == "no memory":
             raise MemoryError
-        return False
+        return 0
 
     with monkeypatch.context() as patch:
-        patch.setattr(kernels, "decoder_layer", fails)
+        patch.setattr(kernels, "decoder_layers", fails)
         if fault != "refused with its layer alone":
             patch.setattr(kernels, "layer_step", fails)
         if fault == "no memory":

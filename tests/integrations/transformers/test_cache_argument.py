@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 from integrations.transformers.one_line import model
+from integrations.transformers.test_attention_step import steps_seen
 from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.utils.deprecation import deprecate_kwarg
 
 import qkv
 from qkv import kernels
-from qkv.integrations.transformers import attention_step, cache_argument
+from qkv.integrations.transformers import cache_argument
 from qkv.integrations.transformers.attention_forwards import form_of
 from qkv.integrations.transformers.cache_argument import former_names, with_wrapped, wrapped
 from qkv.integrations.transformers.rotated_forward import rotates
@@ -44,9 +45,7 @@ def test_a_forward_is_read_within_its_wrappers(attention: Any) -> None:
 def test_a_call_is_a_step_unless_an_argument_has_its_former_name(
     attention: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps: list[int] = []
-    call = attention_step._call
-    monkeypatch.setattr(attention_step, "_call", lambda x, *rest: (steps.append(x.shape[1]), call(x, *rest))[1])
+    steps = steps_seen(monkeypatch)
     want = attention(X, TABLES, None)[0]
     assert steps == [3]
     with pytest.warns(FutureWarning, match="`former` is deprecated"):

@@ -17,6 +17,7 @@ from qkv.integrations.torch.reachable import reaches_attention
 from qkv.integrations.transformers import models
 from qkv.integrations.transformers.decoder_forward import replace_decoder
 from qkv.integrations.transformers.latent import expand_latents, read_latents
+from qkv.integrations.transformers.model_forward import replace_model
 from qkv.integrations.transformers.rotated_forward import replace_rotary
 from qkv.integrations.transformers.unpadding import note_labels, pack_layer, packable_layers, remove_hooks
 from qkv.layers.gated_forward import replace_mlp
@@ -155,6 +156,8 @@ def _enable(model: nn.Module, unpad: bool) -> None:
             module.__dict__[_LATENT] = True
     for module in through_interface:
         replace_decoder(module)
+    for module in through_interface:
+        replace_model(module)
     reroute(model)
     packed = [layer for layer in layers if pack_layer(layer)]
     for module in (*packed, *(note_labels(model) if layers else ())):

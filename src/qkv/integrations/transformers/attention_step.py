@@ -25,7 +25,7 @@ from qkv.integrations.transformers.masks import MaskTensor
 from qkv.integrations.transformers.rotary import is_usual
 from qkv.layers.normed_forward import Norm, norm_of
 from qkv.layers.plain import is_called_plainly, is_plain_linear, parameters_of
-from qkv.layers.step_call import Block, step_call
+from qkv.layers.step_call import step_call
 from qkv.masks import FULL, Mask
 from qkv.rotation import Rotation
 
@@ -64,6 +64,40 @@ class Step(NamedTuple):
     scale: float
     softcap: float
     sinks: Tensor | None
+
+    def mark(self) -> tuple[Any, ...]:
+        """The state of the cache, to which `restore` returns after `claim`."""
+        return () if self.layer is None else self.layer.mark()
+
+    def restore(self, mark: tuple[Any, ...]) -> None:
+        """Undoes what `claim` has done since."""
+        if self.layer is not None:
+            self.layer.restore(mark)
+
+    def claim(self, x: Tensor) -> Keys | None:
+        """The keys and values with those of tokens ``x (B, L, width)``, which the kernel writes; None, with nothing
+        changed, if the cache refuses them.
+        """
+        batch, tokens, _ = x.shape
+        shape = (batch, self.weights["k_weight"].shape[0] // self.head_dim, tokens, self.head_dim)
+        if self.layer is None:
+            return Keys(x.new_empty(shape), x.new_empty(shape), 0)
+        return self.layer.claim(shape, shape, x)
+
+    def options(self) -> dict[str, Any]:
+        """The arguments of `step_call` beside x and keys."""
+        q_norm, k_norm = self.norms or (None, None)
+        rotation = None if self.tables is None else Rotation(cos=self.tables[0], sin=self.tables[1], halves=True)
+        return {
+            "weights": self.weights,
+            "mask": self.mask,
+            "scale": self.scale,
+            "q_norm": q_norm,
+            "k_norm": k_norm,
+            "rotation": rotation,
+            "softcap": self.softcap,
+            "sink_logits": self.sinks,
+        }
 
 
 def attention_step(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | str:
@@ -254,53 +288,31 @@ def _mask_of(attention_mask: Any, x: Tensor, layer: CacheLayer | None) -> Mask |
     return mask
 
 
-def run_step(module: Any, x: Tensor, step: Step, block: Block | None = None) -> Tensor | str:
-    """The output of an attention module, counted for reports, or of its decoder layer; why not, with nothing written,
-    if the cache or the kernel refuses it.
+def run_step(module: Any, x: Tensor, step: Step) -> Tensor | str:
+    """The output of an attention module, counted for reports; why not, with nothing written, if the cache or the kernel
+    refuses it.
     """
-    heads, kv_heads = (step.weights[name].shape[0] // step.head_dim for name in ("q_weight", "k_weight"))
-    batch, tokens, _ = x.shape
-    shape = (batch, kv_heads, tokens, step.head_dim)
-    if step.layer is None:
-        keys: Keys = Keys(x.new_empty(shape), x.new_empty(shape), 0)
-        out = _call(x, step, keys, block)
-    else:
-        mark = step.layer.mark()
-        try:
-            claimed = step.layer.claim(shape, shape, x)
-            if claimed is None:
-                return "the cache is empty, or moves its window"
-            keys, out = claimed, _call(x, step, claimed, block)
-        except BaseException:  # out of memory
-            step.layer.restore(mark)
-            raise
-        if out is None:
-            step.layer.restore(mark)
+    mark = step.mark()
+    try:
+        keys = step.claim(x)
+        out = None if keys is None else step_call(x, keys=keys, **step.options())
+    except BaseException:  # out of memory
+        step.restore(mark)
+        raise
+    if keys is None:
+        return "the cache is empty, or moves its window"
     if out is None:
+        step.restore(mark)
         return "the kernel refuses these tensors"
-    _count(module, (batch, heads, tokens, step.head_dim), (batch, kv_heads, keys.k.shape[2], step.head_dim))
+    count(module, x, step, keys)
     return out
 
 
-def _call(x: Tensor, step: Step, keys: Keys, block: Block | None) -> Tensor | None:
-    q_norm, k_norm = step.norms or (None, None)
-    return step_call(
-        x,
-        step.weights,
-        keys,
-        step.mask,
-        scale=step.scale,
-        q_norm=q_norm,
-        k_norm=k_norm,
-        rotation=None if step.tables is None else Rotation(cos=step.tables[0], sin=step.tables[1], halves=True),
-        softcap=step.softcap,
-        sink_logits=step.sinks,
-        block=block,
-    )
-
-
-def _count(module: nn.Module, query: tuple[int, ...], key: tuple[int, ...]) -> None:
-    """Counts a call for reports."""
+def count(module: nn.Module, x: Tensor, step: Step, keys: Keys) -> None:
+    """Counts a call of an attention module for reports."""
+    batch, tokens, _ = x.shape
+    query = (batch, step.weights["q_weight"].shape[0] // step.head_dim, tokens, step.head_dim)
+    key = tuple(keys.k.shape)
     calls.tally(module, type(module).__name__, calls.ONE_CALL, query, key)
     notify = calls.current_callback()
     if notify is not None and not isinstance(notify, calls.TallyFor):

@@ -34,12 +34,14 @@ class DecoderForward(CachedForward):
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of the class, or of the instance."""
-        if self.own is None:
-            from qkv.integrations.transformers.decoder_step import decoder_step  # which imports transformers
+        if self.own is None and len(args) == 1:
+            from qkv.integrations.transformers.decoder_step import layer_of, run  # which import transformers
 
-            out = decoder_step(self.module, args, kwargs)
-            if out is not None:
-                return out
+            layer = layer_of(self.module, args[0], kwargs)
+            if layer is not None:
+                written, out = run([layer], args[0])
+                if written:
+                    return out
         return self.forward(*args, **kwargs)
 
 
