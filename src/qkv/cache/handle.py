@@ -90,7 +90,8 @@ def _end_graph(context: Any) -> None:
         is_written = any(node.target in _names("cached_layer") for node in graph.nodes)
     else:
         written = handle.as_proxy().node
-        is_written = any(node.target in _names("cached_module") and written in node.args for node in graph.nodes)
+        appending = [node for node in graph.nodes if node.target in _names("cached_modules")]
+        is_written = any(written in node.all_input_nodes for node in appending)
     if is_written:
         context.graph_break(
             "qkv: the state of a cache must be read or changed in a graph of its own, after the calls of layers with "

@@ -46,11 +46,12 @@ def parameters_of(module: nn.Module) -> list[Tensor]:
     return found
 
 
-def call_with(parameters: list[Tensor], module: nn.Module, call: Callable[[], Tensor]) -> Tensor:
-    """A call with these tensors as the `parameters_of` a module, which a program may have computed."""
-    own = parameters_of(module)
+def call_with(parameters: list[Tensor], modules: list[nn.Module], call: Callable[[], Tensor]) -> Tensor:
+    """A call with these tensors, which a program may have computed, as the `parameters_of` one module after another."""
+    own = [parameter for module in modules for parameter in parameters_of(module)]
     if all(map(_is_same, parameters, own)):
         return call().contiguous()
+    module = nn.ModuleList(modules)
     names = {id(parameter): path for path, parameter in module.named_parameters()}
     computed: dict[str, Any] = {names[id(one)]: two for one, two in zip(own, parameters, strict=True)}
     with stateless._reparametrize_module(module, computed):
@@ -102,7 +103,7 @@ def as_operator(forward: OperatorForward, x: Tensor) -> Tensor:
 def _module(forward: Tensor, parameters: list[Tensor], x: Tensor) -> Tensor:
     """``qkv::module``: what a forward computes of x."""
     found: OperatorForward = find(forward)
-    return call_with(parameters, found.module, lambda: found.call(x))
+    return call_with(parameters, [found.module], lambda: found.call(x))
 
 
 def _like_x(forward: Tensor, parameters: list[Tensor], x: Tensor) -> Tensor:

@@ -1,14 +1,16 @@
-"""``qkv::cached_module``: a call of an attention module or decoder layer of transformers with our cache as one operator
-of a compiled program.
+"""``qkv::cached_modules``: a call of an attention module of transformers with our cache, or of decoder layers one after
+another, as one operator of a compiled program.
 
-As ``qkv::cached_layer`` is for our own layers: the operator finds module and cache by their `Handle`, and calls the
-module as eager code does. So a program does not depend on how long a cache is, and its steps are those of eager.
+As ``qkv::cached_layer`` is for our own layers: the operator finds modules and cache by their `Handle`, and calls them
+as eager code does. So a program does not depend on how long a cache is, and its steps are those of eager.
 """
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, library, nn
+from typing_extensions import Self
 
 from qkv.cache.handle import find
 from qkv.integrations.transformers.attention_forwards import form_of
@@ -37,27 +39,18 @@ class CachedForward(OperatorForward):
         """One operator for calls with a `QKVCache` that may be one; others are followed."""
         given = dict(zip((*self.positional, self.cache_name), args, strict=False))
         given.update(kwargs)
-        layer = self._layer_of(given) if len(args) <= len(self.positional) + 1 else None
-        if layer is None:
+        if len(args) > len(self.positional) + 1 or self.layer_of(given) is None:
             return super().in_program(*args, **kwargs)
-        cos, sin = given.get("position_embeddings") or (None, None)
-        mask, window = given.get("attention_mask"), self.window
-        kind = keep = None
-        if mask is not None:
-            kind, keep = _kind_of(mask, window)
-        handles = (self.handle.tensor, given[self.cache_name].handle.tensor, layer.handle.tensor)
-        out: Tensor = torch.ops.qkv.cached_module(
-            *handles, parameters_of(self.module), given["hidden_states"], cos, sin, mask, kind, keep, window
-        )
-        return self.returned(out)
+        return self.returned(as_operator([(self, given)]))
 
     @property
     def attention(self) -> Any:
         """The attention module, which knows its layer of the cache and its window."""
         raise NotImplementedError
 
-    def output_of(self, x: Tensor, given: dict[str, Any]) -> Tensor:
-        """The output of eager code for these arguments."""
+    @classmethod
+    def output_of(cls, calls: list[tuple[Self, dict[str, Any]]], x: Tensor) -> Tensor:
+        """The output of eager code for forwards of this kind one after another, with these arguments beside x."""
         raise NotImplementedError
 
     def returned(self, out: Tensor) -> Any:
@@ -71,7 +64,7 @@ class CachedForward(OperatorForward):
         window = getattr(module, "sliding_window", None) or getattr(module.config, "sliding_window", None)
         return window if type(window) is int and window > 0 else None
 
-    def _layer_of(self, given: dict[str, Any]) -> Any:
+    def layer_of(self, given: dict[str, Any]) -> Any:
         """The layer of the cache to which a call appends, if the call is to be an operator; else None."""
         from qkv.integrations.transformers.cache import QKVCache, is_ours
 
@@ -93,6 +86,30 @@ class CachedForward(OperatorForward):
         return layer if is_ours(layer) and layer.handle.tensor is not None else None  # type: ignore[union-attr]
 
 
+def as_operator(calls: Sequence[tuple[CachedForward, dict[str, Any]]]) -> Tensor:
+    """The output of the last of these forwards, each of which has a `layer_of` the cache and the same one, as an
+    operator.
+    """
+    first, given = calls[0]
+    layers: list[Tensor] = []
+    parameters: list[Tensor] = []
+    tables: list[Tensor | None] = []
+    masks: list[Tensor | None] = []
+    windows: list[int] = []
+    for forward, each in calls:
+        layers.append(forward.layer_of(each).handle.tensor)
+        parameters += parameters_of(forward.module)
+        tables += each.get("position_embeddings") or (None, None)
+        mask, window = each.get("attention_mask"), forward.window
+        masks += (None, None, None) if mask is None else (mask, *_kind_of(mask, window))
+        windows.append(-1 if window is None else window)
+    forwards, cache = [forward.handle.tensor for forward, _ in calls], given[first.cache_name].handle.tensor
+    out: Tensor = torch.ops.qkv.cached_modules(
+        forwards, cache, layers, parameters, given["hidden_states"], tables, masks, windows
+    )
+    return out
+
+
 def _kind_of(mask: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
     """The kind of a mask, found once for all modules with this window if `make_mask` made it."""
     found: dict[int | None, tuple[Tensor, Tensor]] = getattr(mask, "qkv_kinds", {})
@@ -101,34 +118,45 @@ def _kind_of(mask: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
     return found[window]
 
 
-def _cached_module(
-    forward: Tensor,
+def _cached_modules(
+    forwards: list[Tensor],
     cache: Tensor,
-    layer: Tensor,
+    layers: list[Tensor],
     parameters: list[Tensor],
     x: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    mask: Tensor | None,
-    kind: Tensor | None,
-    keep: Tensor | None,
-    window: int | None,
+    tables: list[Tensor | None],
+    masks: list[Tensor | None],
+    windows: list[int],
 ) -> Tensor:
-    """``qkv::cached_module``: the output of a module for tokens ``x (B, L, width)``, which are appended."""
-    found: CachedForward = find(forward)
-    if mask is not None and kind is not None and keep is not None:
-        mask = mask_of_kind(mask, MaskKind(*kind.tolist()), keep, window)
-    given = {
-        "attention_mask": mask,
-        "position_embeddings": None if cos is None else (cos, sin),
-        found.cache_name: find(cache),
-    }
-    out: Tensor = call_with(parameters, found.module, lambda: found.output_of(x, given))
-    return out
+    """``qkv::cached_modules``: the output of modules for tokens ``x (B, L, width)``, which are appended.
+
+    Args:
+        layers: of the cache, which are written to.
+        parameters: of all modules.
+        tables: cos and sin of each, or None.
+        masks: of each, with its `MaskKind` and the keys that padding leaves; or None.
+        windows: of each; -1 for none.
+    """
+    found: list[CachedForward] = [find(forward) for forward in forwards]
+    of, known = find(cache), {}
+    calls = []
+    for index, forward in enumerate(found):
+        cos, sin = tables[2 * index : 2 * index + 2]
+        mask, kind, keep = masks[3 * index : 3 * index + 3]
+        if mask is not None and kind is not None and keep is not None:
+            key = id(mask), windows[index]
+            if key not in known:
+                window = None if windows[index] < 0 else windows[index]
+                known[key] = mask_of_kind(mask, MaskKind(*kind.tolist()), keep, window)
+            mask = known[key]
+        position_embeddings = None if cos is None else (cos, sin)
+        given = {"attention_mask": mask, "position_embeddings": position_embeddings, forward.cache_name: of}
+        calls.append((forward, given))
+    return call_with(parameters, [forward.module for forward in found], lambda: type(found[0]).output_of(calls, x))
 
 
 def _like_x(
-    forward: Tensor, cache: Tensor, layer: Tensor, parameters: list[Tensor], x: Tensor, *others: object
+    forwards: list[Tensor], cache: Tensor, layers: list[Tensor], parameters: list[Tensor], x: Tensor, *others: object
 ) -> Tensor:
     return x.new_empty(x.shape)
 
@@ -145,11 +173,11 @@ def _kind_and_keys(mask: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
 
 _LIBRARY = library.Library("qkv", "FRAGMENT")
 _LIBRARY.define(
-    "cached_module(Tensor forward, Tensor cache, Tensor(a!) layer, Tensor[] parameters, Tensor x, Tensor? cos, "
-    "Tensor? sin, Tensor? mask, Tensor? kind, Tensor? keep, int? window) -> Tensor"
+    "cached_modules(Tensor[] forwards, Tensor cache, Tensor(a!)[] layers, Tensor[] parameters, Tensor x, "
+    "Tensor?[] tables, Tensor?[] masks, int[] windows) -> Tensor"
 )
 _LIBRARY.define("kind_of_mask(Tensor mask, int? window) -> (Tensor, Tensor)")
-_LIBRARY.impl("cached_module", _cached_module, "CPU")
+_LIBRARY.impl("cached_modules", _cached_modules, "CPU")
 _LIBRARY.impl("kind_of_mask", _kind_of_mask, "CPU")
-library.register_fake("qkv::cached_module", _like_x, lib=_LIBRARY)
+library.register_fake("qkv::cached_modules", _like_x, lib=_LIBRARY)
 library.register_fake("qkv::kind_of_mask", _kind_and_keys, lib=_LIBRARY)

@@ -3,6 +3,7 @@
 from typing import Any
 
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from qkv.integrations.transformers.attention_forwards import form_of as form_of_attention
 from qkv.integrations.transformers.cached_module import CachedForward
@@ -23,10 +24,15 @@ class DecoderForward(CachedForward):
         """The attention module of the layer."""
         return self.module._modules["self_attn"]
 
-    def output_of(self, x: Tensor, given: dict[str, Any]) -> Tensor:
-        """The output of eager code."""
-        out: Tensor = self(x, **given)
-        return out
+    @classmethod
+    def output_of(cls, calls: list[tuple[Self, dict[str, Any]]], x: Tensor) -> Tensor:
+        """The output of layers without hooks, or of one whose hooks the program has."""
+        from qkv.integrations.transformers.decoder_step import run_calls  # which imports transformers
+
+        if len(calls) > 1:
+            return run_calls([(forward.module, given) for forward, given in calls], x)  # type: ignore[no-any-return]
+        ((forward, given),) = calls
+        return forward(x, **given)  # type: ignore[no-any-return]
 
     def returned(self, out: Tensor) -> Tensor:
         """The output alone."""

@@ -1,22 +1,47 @@
 """`ModelForward`: the forward of a model of transformers, with all decoder layers in one call for few tokens."""
 
 from collections.abc import Sequence
+from types import FunctionType
 from typing import Any
 
+import torch
 from torch import nn
 
+from qkv.integrations.transformers.cached_module import as_operator
 from qkv.integrations.transformers.decoder_forward import DecoderForward
 from qkv.integrations.transformers.layer_loops import Call, with_layers_at_once
 from qkv.layers.instance_forward import InstanceForward
+from qkv.layers.plain import is_called_plainly
 
 
 class ModelForward(InstanceForward):
     """The forward of a model: that of its class, but that it hands on all calls of its layers at once."""
 
+    def _enter(self) -> None:
+        super()._enter()
+        self.known = type(self.module).forward
+        self.at_once = with_layers_at_once(self.known, _run)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the functions, which a pickle cannot have."""
+        return {**super().__getstate__(), "known": None, "at_once": None}
+
+    @property
+    def _current(self) -> FunctionType | None:
+        """The forward with layers at once; None where someone has replaced that of the class since, or of the model."""
+        return self.at_once if self.own is None and type(self.module).forward is self.known else None
+
     def call(self, *args: Any, **kwargs: Any) -> Any:
-        """The forward of the class; as it is where someone has replaced it since."""
-        forward = None if self.own is not None else with_layers_at_once(type(self.module).forward, _run)
+        """The forward of the class, or of the instance."""
+        forward = self._current
         return self.forward(*args, **kwargs) if forward is None else forward(self.module, *args, **kwargs)
+
+    def in_program(self, *args: Any, **kwargs: Any) -> Any:
+        """The same with one operator for the layers; exported programs have the layers themselves."""
+        forward = self._current if torch.compiler.is_dynamo_compiling() else None
+        if forward is None or torch.compiler.is_exporting():
+            return super().in_program(*args, **kwargs)
+        return forward(self.module, *args, **kwargs)
 
 
 def replace_model(module: nn.Module) -> None:
@@ -28,6 +53,28 @@ def replace_model(module: nn.Module) -> None:
 
 
 def _run(calls: Sequence[Call], x: Any) -> Any:
+    if torch.compiler.is_compiling():
+        return _run_in_program(calls, x)
     from qkv.integrations.transformers.decoder_step import run_calls  # which imports transformers
 
     return run_calls(calls, x)
+
+
+def _run_in_program(calls: Sequence[Call], x: Any) -> Any:
+    """The output of layers: of those that may be operators, and follow one another, as one."""
+    waiting: list[tuple[DecoderForward, dict[str, Any]]] = []
+    for module, given in calls:
+        forward: Any = module.forward
+        given_all = {**given, "hidden_states": x}
+        if (
+            type(forward) is DecoderForward
+            and is_called_plainly(module, DecoderForward)
+            and forward.layer_of(given_all) is not None
+        ):
+            waiting.append((forward, given_all))
+            continue
+        if waiting:
+            x = as_operator(waiting)
+            waiting = []
+        x = module(x, **given)
+    return as_operator(waiting) if waiting else x
