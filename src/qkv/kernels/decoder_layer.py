@@ -1,6 +1,7 @@
 """Calls of decoder layers with few tokens, one after another, from the input of the first to the output of the last."""
 
 import ctypes
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -45,13 +46,15 @@ def decoder_layers(layers: Sequence[DecoderLayer]) -> int:
     if call is None:
         return 0
     objects: Any = [tensor for layer in layers for tensors in (layer.tensors, layer.block) for tensor in tensors]
-    numbers = [
-        pack_step(layer.numbers) + BLOCK_NUMBERS.pack(ACTIVATIONS[layer.activation], layer.gain, layer.eps)
-        for layer in layers
-    ]
+    packed = functools.cache(_packed)  # those of all layers are mostly the same
+    numbers = [packed(layer.numbers, layer.activation, layer.gain, layer.eps) for layer in layers]
     written = call(len(layers), (ctypes.py_object * len(objects))(*objects), b"".join(numbers))
     if written < 0:
         raise MemoryError(
             f"qkv's kernel: not enough scratch memory for {tuple(layers[0].tensors.x.shape)} tokens; pass fewer."
         )
     return written
+
+
+def _packed(numbers: StepNumbers, activation: str, gain: Gain, eps: float) -> bytes:
+    return pack_step(numbers) + BLOCK_NUMBERS.pack(ACTIVATIONS[activation], gain, eps)

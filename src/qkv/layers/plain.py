@@ -31,7 +31,7 @@ def are_called_plainly(
     Args:
         is_idle: whether a forward hook may be ignored.
     """
-    if _has_any_global_hook():
+    if has_global_hooks():
         return False
     for module in modules:
         kind, own = type(module), module.__dict__
@@ -103,4 +103,5 @@ _FORWARD = _of_torch(nn.Linear.forward, torch_linear)
 _GETATTR = _of_torch(nn.Module.__getattr__, torch_module)
 _CALL = _of_torch(nn.Linear.__call__, torch_module)
 _CALL_IMPL = _of_torch(nn.Linear._call_impl, torch_module)
-_has_any_global_hook: Callable[[], object] = getattr(torch_module, "_has_any_global_hook", lambda: True)
+has_global_hooks: Callable[[], object] = getattr(torch_module, "_has_any_global_hook", lambda: True)
+"""whether a hook of all modules is set"""

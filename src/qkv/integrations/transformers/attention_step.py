@@ -49,21 +49,27 @@ _UPDATES: list[tuple[Any, Any]] = [
 """Methods that a step does the work of; others may have been put in their place since."""
 
 
-class Step(NamedTuple):
-    """What the kernel needs to take a call of an attention module in one."""
+class Parts(NamedTuple):
+    """What the kernel needs of an attention module."""
 
     weights: dict[str, Any]
     """of the projections, by their names in `StepTensors`"""
     norms: tuple[Norm, Norm] | None
+    sinks: Tensor | None
+    head_dim: int
+    scale: float
+    softcap: float
+
+
+class Step(NamedTuple):
+    """What the kernel needs to take a call of an attention module in one."""
+
+    parts: Parts
     tables: tuple[Tensor, Tensor] | None
     """cos and sin"""
     layer: CacheLayer | None
     """of the cache; None without one"""
     mask: Mask
-    head_dim: int
-    scale: float
-    softcap: float
-    sinks: Tensor | None
 
     def mark(self) -> tuple[Any, ...]:
         """The state of the cache, to which `restore` returns after `claim`."""
@@ -79,24 +85,26 @@ class Step(NamedTuple):
         changed, if the cache refuses them.
         """
         batch, tokens, _ = x.shape
-        shape = (batch, self.weights["k_weight"].shape[0] // self.head_dim, tokens, self.head_dim)
+        head_dim = self.parts.head_dim
+        shape = (batch, self.parts.weights["k_weight"].shape[0] // head_dim, tokens, head_dim)
         if self.layer is None:
             return Keys(x.new_empty(shape), x.new_empty(shape), 0)
         return self.layer.claim(shape, shape, x)
 
     def options(self) -> dict[str, Any]:
         """The arguments of `step_call` beside x and keys."""
-        q_norm, k_norm = self.norms or (None, None)
+        weights, norms, sinks, _, scale, softcap = self.parts
+        q_norm, k_norm = norms or (None, None)
         rotation = None if self.tables is None else Rotation(cos=self.tables[0], sin=self.tables[1], halves=True)
         return {
-            "weights": self.weights,
+            "weights": weights,
             "mask": self.mask,
-            "scale": self.scale,
+            "scale": scale,
             "q_norm": q_norm,
             "k_norm": k_norm,
             "rotation": rotation,
-            "softcap": self.softcap,
-            "sink_logits": self.sinks,
+            "softcap": softcap,
+            "sink_logits": sinks,
         }
 
 
@@ -117,19 +125,24 @@ def attention_step(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return step if isinstance(step, str) else run_step(module, given["hidden_states"], step)
 
 
-def step_of(module: Any, form: Form, given: dict[str, Any]) -> Step | str:
+def step_of(module: Any, form: Form, given: dict[str, Any], parts: Parts | None = None) -> Step | str:
     """What the kernel needs to take a call in one; or why the call is composed of its parts.
 
     What is watched or replaced is called: hooks, patches, adapters, subclasses of modules, attention functions.
+
+    Args:
+        parts: as `parts_of` found them, if they have not changed since.
     """
     if kernels.is_tracing():
         return "a compiler or tracer is active"
-    x, cache = given.get("hidden_states"), given.get(form.cache)
+    x = given.get("hidden_states")
     forward: Any = wrapped(type(module).forward)
     if torch._C._len_torch_function_stack():
         return "a mode of torch is active"
     if not isinstance(x, Tensor) or x.is_nested or x.dim() != 3 or not 0 < x.shape[0] * x.shape[1] <= MAX_TOKENS:
         return f"hidden_states has not 1 to {MAX_TOKENS} tokens"
+    if x.dtype is torch.float64 or not x.is_cpu:
+        return f"the kernel has no {x.dtype} on {x.device.type}"
     if torch.is_autocast_enabled("cpu"):
         return "torch.autocast casts parts of it"
     for name in given.keys() - _POSITIONAL - {form.cache}:
@@ -137,35 +150,57 @@ def step_of(module: Any, form: Form, given: dict[str, Any]) -> Step | str:
             return f"{name} is given"
     if not _reaches(forward, module.config._attn_implementation):
         return "the attention function is not qkv's"
-    if not module.__dict__.keys().isdisjoint(_PARTS):
-        return "a part of the module is hidden by an attribute"
-    numbers = _numbers_of(module, form)
-    if isinstance(numbers, str):
-        return numbers
-    head_dim, scale, softcap, sinks = numbers
-    weights = _weights_of(module, form, head_dim)
-    if isinstance(weights, str):
-        return weights
-    norms = _norms_of(module, form)
-    if isinstance(norms, str):
-        return norms
-    tables = _tables_of(module, form, forward, head_dim, given.get("position_embeddings"))
+    if parts is None:
+        found = parts_of(module, form)
+        if isinstance(found, str):
+            return found
+        parts = found
+    tables = _tables_of(module, form, forward, parts.head_dim, given.get("position_embeddings"))
     if isinstance(tables, str):
         return tables
-    read = [x, *weights.values(), sinks, *(tables or ()), *(norm.gains for norm in norms or ())]
-    if not kernels.can_bypass_dispatcher(*[tensor for tensor in read if tensor is not None]):
-        return kernels.absence() or "gradients, a transform or a subclass of Tensor are in use"
-    if x.dtype is torch.float64 or not x.is_cpu:
-        return f"the kernel has no {x.dtype} on {x.device.type}"
     if tables is not None and not x.dtype is tables[0].dtype is tables[1].dtype:
         return "cos and sin have another dtype"
+    return step_with(module, form, given, parts, tables)
+
+
+def step_with(
+    module: Any, form: Form, given: dict[str, Any], parts: Parts, tables: tuple[Tensor, Tensor] | None
+) -> Step | str:
+    """As `step_of`, of a module with the class, configuration and arguments of one for which `step_of` found these cos
+    and sin.
+    """
+    x, cache = given["hidden_states"], given.get(form.cache)
+    gains = [norm.gains for norm in parts.norms or ()]
+    read = [x, *parts.weights.values(), parts.sinks, *(tables or ()), *gains]
+    if not kernels.can_bypass_dispatcher(*[tensor for tensor in read if tensor is not None]):
+        return kernels.absence() or "gradients, a transform or a subclass of Tensor are in use"
     layer = None if cache is None else _layer_of(cache, module.layer_idx)
     if isinstance(layer, str):
         return layer
     mask = _mask_of(given.get("attention_mask"), x, layer)
     if isinstance(mask, str):
         return mask
-    return Step(weights, norms, tables, layer, mask, head_dim, scale, softcap, sinks)
+    return Step(parts, tables, layer, mask)
+
+
+def parts_of(module: Any, form: Form) -> Parts | str:
+    """What the kernel needs of a module; or why a call is composed of its parts."""
+    if not module.__dict__.keys().isdisjoint(_PARTS):
+        return "a part of the module is hidden by an attribute"
+    numbers = numbers_of(module, form)
+    if isinstance(numbers, str):
+        return numbers
+    head_dim, scale, softcap = numbers
+    sinks = None if form.sinks is None else module._parameters.get(form.sinks)
+    if form.sinks is not None and (sinks is None or not sinks.is_floating_point()):
+        return "the sink logits are not a parameter of floating-point numbers"
+    weights = _weights_of(module, form, head_dim)
+    if isinstance(weights, str):
+        return weights
+    norms = _norms_of(module, form)
+    if isinstance(norms, str):
+        return norms
+    return Parts(weights, norms, sinks, head_dim, scale, softcap)
 
 
 def _reaches(forward: FunctionType, implementation: object) -> bool:
@@ -179,8 +214,8 @@ def _reaches(forward: FunctionType, implementation: object) -> bool:
 _GET_INTERFACE: Any = type(ALL_ATTENTION_FUNCTIONS).get_interface
 
 
-def _numbers_of(module: Any, form: Form) -> tuple[int, float, float, Tensor | None] | str:
-    """The width of heads, the scale, the softcap, 0 for none, and sink logits."""
+def numbers_of(module: Any, form: Form) -> tuple[int, float, float] | str:
+    """The width of heads, the scale and the softcap, 0 for none."""
     if module.training and module.attention_dropout:
         return "weights are dropped"
     head_dim, scale = module.head_dim, module.scaling
@@ -189,10 +224,7 @@ def _numbers_of(module: Any, form: Form) -> tuple[int, float, float, Tensor | No
         return "head_dim or scaling are not numbers"
     if softcap is not None and not (type(softcap) in (float, int) and 0 < softcap < math.inf):
         return "the softcap is not a positive number"
-    sinks = None if form.sinks is None else module._parameters.get(form.sinks)
-    if form.sinks is not None and (sinks is None or not sinks.is_floating_point()):
-        return "the sink logits are not a parameter of floating-point numbers"
-    return head_dim, scale, softcap or 0.0, sinks
+    return head_dim, scale, softcap or 0.0
 
 
 def _weights_of(module: Any, form: Form, head_dim: int) -> dict[str, Any] | str:
@@ -311,7 +343,8 @@ def run_step(module: Any, x: Tensor, step: Step) -> Tensor | str:
 def count(module: nn.Module, x: Tensor, step: Step, keys: Keys) -> None:
     """Counts a call of an attention module for reports."""
     batch, tokens, _ = x.shape
-    query = (batch, step.weights["q_weight"].shape[0] // step.head_dim, tokens, step.head_dim)
+    head_dim = step.parts.head_dim
+    query = (batch, step.parts.weights["q_weight"].shape[0] // head_dim, tokens, head_dim)
     key = tuple(keys.k.shape)
     calls.tally(module, type(module).__name__, calls.ONE_CALL, query, key)
     notify = calls.current_callback()

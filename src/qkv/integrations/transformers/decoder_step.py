@@ -1,7 +1,8 @@
 """Decoder layers of transformers over few tokens, as many as follow one another in one call of the kernel, and the rule
-for which are: those whose attention, MLP and norms would each be one.
+for which calls are: those whose attention, MLP and norms would each be one.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,53 +11,74 @@ from torch import Tensor, nn
 
 from qkv import kernels
 from qkv.cache import Keys
-from qkv.integrations.transformers.attention_forwards import form_of as form_of_attention
-from qkv.integrations.transformers.attention_step import Step, count, step_of
+from qkv.integrations.transformers.attention_step import Step, count, step_of, step_with
 from qkv.integrations.transformers.cache_argument import former_names
-from qkv.integrations.transformers.decoder_forward import DecoderForward
-from qkv.integrations.transformers.decoder_forwards import Form, form_of, without_checkpointing
-from qkv.integrations.transformers.output_capturing import is_idle
-from qkv.integrations.transformers.rotated_forward import RotatedForward
-from qkv.layers.gated_forward import GatedForward, mlp_of
-from qkv.layers.instance_forward import InstanceForward
-from qkv.layers.normed_forward import NormedForward, norm_of
-from qkv.layers.plain import are_called_plainly, is_called_plainly
-from qkv.layers.step_call import Block, arguments, decoder_layer
+from qkv.integrations.transformers.decoder_forwards import without_checkpointing
+from qkv.integrations.transformers.decoder_parts import Found, found_in, is_decoder, remember, remembered
+from qkv.layers.step_call import arguments, decoder_layer
+from qkv.layers.tree_state import ClassState
 
 
 class Layer(NamedTuple):
-    """What the kernel needs of a decoder layer."""
+    """What the kernel needs to take a call of a decoder layer."""
 
-    attention: nn.Module
+    module: nn.Module
+    given: dict[str, Any]
+    """the arguments of the call, and that of its first name"""
+    found: Found
     step: Step
-    block: Block
+
+    @property
+    def attention(self) -> nn.Module:
+        """The attention module."""
+        return self.module._modules["self_attn"]  # type: ignore[return-value]
 
 
-def layer_of(module: nn.Module, x: Tensor, given: dict[str, Any]) -> Layer | None:
+def layer_of(
+    module: nn.Module, x: Tensor, given: dict[str, Any], found: Found | None = None, like: Layer | None = None
+) -> Layer | None:
     """What the kernel needs to compute ``module(x, **given)``, of a decoder layer; None if the call is composed of its
     parts.
 
     What is watched, replaced or given back is called: hooks, patches, adapters, subclasses of modules.
+
+    Args:
+        found: as `found_in` has it, if nothing has changed since.
+        like: the layer before, in the same step.
     """
-    if "hidden_states" in given or kernels.is_tracing():
+    if like is not None and found is not None and _asks_the_same(like, module, given, found):
+        given, tables = like.given, like.step.tables
+        step = step_with(module._modules["self_attn"], found.form, given, found.parts, tables)
+    else:
+        if "hidden_states" in given or kernels.is_tracing():
+            return None
+        if not former_names(without_checkpointing(type(module).forward)).isdisjoint(given):
+            return None
+        if not isinstance(x, Tensor) or not kernels.has_few_rows(x):
+            return None
+        found = found or found_in(module)
+        if found is None or not kernels.gains_from_few_rows(x, found.block.mlp.gate[0]):
+            return None
+        given = {**given, "hidden_states": x}
+        step = step_of(module._modules["self_attn"], found.form, given, found.parts)
+    if isinstance(step, str) or not kernels.can_bypass_functions(x, *found.block_tensors):
         return None
-    forward = type(module).forward
-    form = form_of(forward)
-    if not former_names(without_checkpointing(forward)).isdisjoint(given):
-        return None
-    if form is None or not isinstance(x, Tensor) or not kernels.has_few_rows(x):
-        return None
-    if module.training and (form.dropouts or getattr(module, "gradient_checkpointing", False)):
-        return None
-    block = _block_of(module, form, x)
-    if block is None:
-        return None
-    attention: Any = module._modules["self_attn"]
-    of_attention = form_of_attention(type(attention).forward)
-    if of_attention is None:
-        return None
-    step = step_of(attention, of_attention, {**given, "hidden_states": x})
-    return None if isinstance(step, str) else Layer(attention, step, block)
+    return Layer(module, given, found, step)
+
+
+def _asks_the_same(like: Layer, module: nn.Module, given: dict[str, Any], found: Found) -> bool:
+    """Whether a call gets the answers that the one of another layer got, apart from its tensors and cache."""
+    one, other = like.attention, module._modules["self_attn"]
+    return (
+        type(module) is type(like.module)
+        and type(other) is type(one)
+        and other.config is one.config
+        and found.form.rotary != "use_rope"  # by an attribute of each module
+        and found.parts.head_dim == like.found.parts.head_dim
+        and found.block.mlp.gate[0].shape == like.found.block.mlp.gate[0].shape
+        and len(given) == len(like.given) - 1
+        and all(name in like.given and like.given[name] is value for name, value in given.items())
+    )
 
 
 def run(layers: Sequence[Layer], x: Tensor) -> tuple[int, Tensor]:
@@ -71,7 +93,7 @@ def run(layers: Sequence[Layer], x: Tensor) -> tuple[int, Tensor]:
     given: list[kernels.DecoderLayer] = []
     written = 0
     try:
-        for index, (_, step, block) in enumerate(layers):
+        for index, (_, _, found, step) in enumerate(layers):
             marks.append(step.mark())
             keys = step.claim(x)
             if keys is None:
@@ -79,13 +101,13 @@ def run(layers: Sequence[Layer], x: Tensor) -> tuple[int, Tensor]:
                 break
             claimed.append(keys)
             read, out = outs[(index - 1) % 2] if index else x, outs[index % 2]
-            given.append(decoder_layer(*arguments(read, out, keys=keys, **step.options()), block))
+            given.append(decoder_layer(*arguments(read, out, keys=keys, **step.options()), found.block))
         written = kernels.decoder_layers(given) if given else 0
     finally:  # of all, if memory is lacking
-        for (_, step, _), mark in reversed(list(zip(layers, marks, strict=False))[written:]):
-            step.restore(mark)
-    for (attention, step, _), keys in zip(layers[:written], claimed, strict=False):
-        count(attention, x, step, keys)
+        for layer, mark in reversed(list(zip(layers, marks, strict=False))[written:]):
+            layer.step.restore(mark)
+    for layer, keys in zip(layers[:written], claimed, strict=False):
+        count(layer.attention, x, layer.step, keys)
     return written, outs[(written - 1) % 2] if written else x
 
 
@@ -96,10 +118,17 @@ def run_calls(calls: Sequence[tuple[nn.Module, dict[str, Any]]], x: Any) -> Any:
     at = 0
     while at < len(calls):
         layers: list[Layer] = []
+        caches: list[Any] = []
+        is_current = functools.cache(ClassState.is_current)  # asked once for all layers
         for module, given in calls[at:]:
-            layer = layer_of(module, x, given) if _is_decoder(module) else None
-            if layer is None:
-                break
+            found = remembered(module, is_current)
+            if found is None and is_decoder(module):
+                found = remember(module, found_in(module))
+            like = layers[-1] if layers else None
+            layer = None if found is None else layer_of(module, x, given, found, like)
+            if layer is None or (layer.step.layer is not None and layer.step.layer in caches):
+                break  # a cache that another layer has appended to is longer than it was when it was asked
+            caches.append(layer.step.layer)
             layers.append(layer)
         if layers:
             written, x = run(layers, x)
@@ -109,47 +138,3 @@ def run_calls(calls: Sequence[tuple[nn.Module, dict[str, Any]]], x: Any) -> Any:
             x = module(x, **given)
             at += 1
     return x
-
-
-def _is_decoder(module: nn.Module) -> bool:
-    """Whether calling a module is calling a `DecoderForward` on it and nothing else."""
-    own = module.__dict__.get("forward")
-    is_ours = type(own) is DecoderForward and own.own is None and not own.is_taken_back and own.is_of(module)
-    return is_ours and are_called_plainly((module,), DecoderForward, is_idle)
-
-
-def _block_of(module: nn.Module, form: Form, x: Tensor) -> Block | None:
-    """What a layer computes around its attention; None if that is not one call of the kernel for each part."""
-    parts = module._modules
-    if not module.__dict__.keys().isdisjoint(form.names):
-        return None
-    modules = [None if name is None else parts.get(name) for name in form.norms]
-    attention, gated = parts.get("self_attn"), parts.get("mlp")
-    given = [module for module, name in zip(modules, form.norms, strict=True) if name is not None]
-    if not _are_taken({RotatedForward: [attention], GatedForward: [gated], NormedForward: given}):
-        return None
-    for name in form.dropouts:  # none, unless it is training
-        dropout = parts.get(name)
-        if type(dropout) is not nn.Dropout or dropout.training or not is_called_plainly(dropout):
-            return None
-    mlp = mlp_of(gated)  # type: ignore[arg-type]
-    if isinstance(mlp, str) or not kernels.gains_from_few_rows(x, mlp.gate[0]):
-        return None
-    norms = [None if norm is None else norm_of(norm) for norm in modules]
-    found = [norm for norm in norms if norm is not None]
-    tensors = [norm.gains for norm in found if norm.gains is not None]
-    if len(tensors) != len(given) or any(norm[1:] != found[0][1:] for norm in found):  # eps, and what gains do
-        return None
-    return Block(tuple(norms), mlp) if kernels.can_bypass_functions(x, *tensors, *mlp.tensors) else None
-
-
-def _are_taken(parts: dict[type[InstanceForward], list[nn.Module | None]]) -> bool:
-    """Whether modules are called plainly, by forwards of ours that have not been taken back."""
-    modules: list[nn.Module] = []
-    for forward, each in parts.items():
-        for module in each:
-            own = None if module is None else module.__dict__.get("forward")
-            if module is None or type(own) is not forward or own.is_taken_back or not own.is_of(module):
-                return False
-            modules.append(module)
-    return are_called_plainly(modules, RotatedForward, is_idle)
