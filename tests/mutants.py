@@ -46,6 +46,7 @@ ROWS = ("layers/test_rows.py", "cache/test_states.py")
 STEP = ("layers/test_step.py",)
 MODULE_STEP = ("integrations/transformers/test_attention_step.py",)
 DECODER = ("integrations/transformers/test_decoder_step.py",)
+MODEL = ("integrations/transformers/test_model_forward.py",)
 SEQUENCES = ("test_packed.py", "test_paged.py")
 
 
@@ -261,13 +262,27 @@ MUTANTS = [
     Mutant("padding of a program's mask lost", "integrations/transformers/masks.py", "if kind.hides_keys:", "if False:", ("integrations/transformers/test_compiled.py",)),
     Mutant("a compiled cache concatenated", "integrations/transformers/cache.py", "if torch.is_grad_enabled() or torch.compiler.is_exporting():", "if True:", ("integrations/transformers/test_compiled.py",)),
     Mutant("a tracer keeps its example's padding", "integrations/transformers/masks.py", "if kernels.is_tracing() or torch._C._are_functorch_transforms_active():", "if torch.compiler.is_compiling():", ("test_tracing.py",)),
-    Mutant("a decoder layer past hooks of its parts", "integrations/transformers/decoder_step.py", "    return are_called_plainly(modules, RotatedForward, is_idle)\n", "    return True\n", DECODER),
+    Mutant("a decoder layer past hooks of its parts", "integrations/transformers/decoder_parts.py", "    return are_called_plainly(modules, RotatedForward, is_idle)\n", "    return True\n", DECODER),
     Mutant("a decoder layer past a hook that captures", "integrations/transformers/output_capturing.py", " == MODULE and not is_capturing()", " == MODULE", DECODER),
-    Mutant("a decoder layer past parts that were given back", "integrations/transformers/decoder_step.py", "if module is None or type(own) is not forward or own.is_taken_back or not own.is_of(module):", "if module is None:", DECODER),
-    Mutant("a decoder layer past checkpointing", "integrations/transformers/decoder_step.py", ' or getattr(module, "gradient_checkpointing", False)', "", DECODER),
-    Mutant("a decoder layer past its dropouts", "integrations/transformers/decoder_step.py", "type(dropout) is not nn.Dropout or dropout.training or not is_called_plainly(dropout)", "type(dropout) is not nn.Dropout", DECODER),
-    Mutant("the eps of the first norm for all", "integrations/transformers/decoder_step.py", " or any(norm[1:] != found[0][1:] for norm in found)", "", DECODER),
-    Mutant("a decoder layer past attributes that hide its parts", "integrations/transformers/decoder_step.py", "if not module.__dict__.keys().isdisjoint(form.names):", "if False:", DECODER),
+    Mutant("a decoder layer past parts that were given back", "integrations/transformers/decoder_parts.py", "if module is None or type(own) is not forward or own.is_taken_back or not own.is_of(module):", "if module is None:", DECODER),
+    Mutant("a decoder layer past checkpointing", "integrations/transformers/decoder_parts.py", ' or getattr(module, "gradient_checkpointing", False)', "", DECODER),
+    Mutant("a decoder layer past its dropouts", "integrations/transformers/decoder_parts.py", "type(dropout) is not nn.Dropout or dropout.training or not is_called_plainly(dropout)", "type(dropout) is not nn.Dropout", DECODER),
+    Mutant("the eps of the first norm for all", "integrations/transformers/decoder_parts.py", " or any(norm[1:] != found[0][1:] for norm in found)", "", DECODER),
+    Mutant("a remembered layer past hooks", "layers/tree_state.py", "any(chain.from_iterable(hooks)) or ", "", ("layers/test_tree_state.py",)),
+    Mutant("a remembered layer past forwards that were taken back", "layers/tree_state.py", " or any(map(_IS_TAKEN_BACK, self._forwards))", "", ("layers/test_instance_forward.py", "layers/test_tree_state.py", "integrations/transformers/test_decoder_step.py")),
+    Mutant("a remembered layer past other attributes", "layers/tree_state.py", "if owns != attributes or ", "if ", ("layers/test_tree_state.py",)),
+    Mutant("a remembered layer past another class", "layers/tree_state.py", " or [*map(type, modules)] != self.kinds", "", ("layers/test_tree_state.py",)),
+    Mutant("a remembered layer past other parameters", "layers/tree_state.py", "if (_places(parameters), _places(parts)) != self._places:", "if _places(parts) != self._places[1]:", ("layers/test_tree_state.py",)),
+    Mutant("a state that keeps what is gone", "layers/tree_state.py", "            attributes.clear()\n", "            pass\n", ("layers/test_tree_state.py",)),
+    Mutant("remembered classes never asked again", "layers/tree_state.py", "        return same and [*self._inherited()] == self._bases and _functions() == self._functions\n", "        return True\n", ("layers/test_tree_state.py",)),
+    Mutant("a remembered layer with the tensors of another", "integrations/transformers/decoder_parts.py", "*weights, sinks, q_gains, k_gains,", "*weights, sinks, k_gains, q_gains,", DECODER),
+    Mutant("a step of all layers past the arguments of each", "integrations/transformers/decoder_step.py", "        and all(name in like.given and like.given[name] is value for name, value in given.items())\n", "", DECODER),
+    Mutant("layers that share a cache at once", "integrations/transformers/decoder_step.py", "layer.step.layer in caches", "False", MODEL),
+    Mutant("layers after a refused one stay counted", "integrations/transformers/decoder_step.py", "[written:]):\n            layer.step.restore(mark)", "[len(layers):]):\n            layer.step.restore(mark)", MODEL),
+    Mutant("a loop that computes its arguments at once", "integrations/transformers/layer_loops.py", "all(_is_read(value) and x.id not in _names(value) for value in values)", "True", MODEL),
+    Mutant("a source that is not that of the code", "integrations/transformers/layer_loops.py", "return definition if _does(_code_of(definition, function)) == _does(function.__code__) else None", "return definition", MODEL),
+    Mutant("a model past a forward of its class", "integrations/transformers/model_forward.py", " and type(self.module).forward is self.known else None", " else None", MODEL),
+    Mutant("a decoder layer past attributes that hide its parts", "integrations/transformers/decoder_parts.py", "if not module.__dict__.keys().isdisjoint(form.names):", "if False:", DECODER),
     Mutant("a configuration that was given back alone stays", "integrations/transformers/models.py", "    configs += [value for _, _, value in taken]", "    configs += []", DECODER),
     Mutant("a decoder layer without its second residual (kernel)", f"{NATIVE}/attention/decoder_layer.cpp", "add(dtype, rows + t * row, out + t * out_row, width);", "add(dtype, x + t * x_row, out + t * out_row, width);", DECODER),
     Mutant("a decoder layer whose norm after attention is left out (kernel)", f"{NATIVE}/attention/decoder_layer.cpp", "if (layer.after_attention.gains) rms_norm_row(layer.after_attention, y, y);", "", DECODER),
@@ -276,8 +291,8 @@ MUTANTS = [
     Mutant("a module's step past a rotation that was replaced", "integrations/transformers/attention_step.py", 'if theirs is None or not is_usual(theirs, 8) or (width < head_dim and not is_usual(theirs, 4)):', 'if False:', MODULE_STEP),
     Mutant("a module's step past an update of the cache", "integrations/transformers/attention_step.py", 'if any(kind.update is not update for kind, update in _UPDATES) or', 'if', MODULE_STEP),
     Mutant("a module's step that was refused stays counted", "integrations/transformers/attention_step.py", '    if out is None:\n        step.restore(mark)\n', '    if out is None:\n', MODULE_STEP),
-    Mutant("a step past padding", "layers/step_call.py", "keep=mask.keep,", "keep=None,", (*MODULE_STEP, *STEP)),
-    Mutant("a module's step without its softcap", "integrations/transformers/attention_step.py", '"softcap": parts.softcap,', '"softcap": 0.0,', MODULE_STEP),
+    Mutant("a step past padding", "layers/step_call.py", "        mask.keep,\n", "        None,\n", (*MODULE_STEP, *STEP)),
+    Mutant("a module's step without its softcap", "integrations/transformers/attention_step.py", '"softcap": softcap,', '"softcap": 0.0,', MODULE_STEP),
     Mutant("a module's step in the place of its gradient", "integrations/transformers/attention_step.py", '    if torch.is_grad_enabled():\n', '    if False:\n', MODULE_STEP),
     Mutant('a forward known by its names alone', "layers/known_code.py", "*(code.co_code, code.co_names,", "*(code.co_names,", MODULE_STEP),
     Mutant('a window one token longer after a step', "integrations/transformers/cache.py", 'offset + k[2] - self.sliding_window + 1)', 'offset + k[2] - self.sliding_window)', MODULE_STEP),

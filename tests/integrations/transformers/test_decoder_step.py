@@ -224,6 +224,8 @@ def test_what_is_watched_in_attention_is_called(name: str, layers: list[int], mo
     ours = qkv.accelerate(made(num_hidden_layers=1))
     with torch.no_grad():
         cache = ours(IDS[:, :9]).past_key_values
+        ours(IDS[:, :1], past_key_values=cache)
+    assert layers.pop() == 1
     with monkeypatch.context() as patch, torch.set_grad_enabled(name == "a gradient"):
         WATCHED[name](ours.model.layers[0].self_attn, cache, patch)
         ours(IDS[:, :1], past_key_values=cache)

@@ -128,15 +128,20 @@ def remembered(module: nn.Module, is_current: Callable[[ClassState], bool]) -> F
 
 
 def remember(module: nn.Module, found: Found | None) -> Found | None:
-    """Keeps what was found in a layer, for `remembered`; returns it."""
+    """Keeps what was found in a layer, for `remembered`; returns it.
+
+    Not of layers with hooks, which are asked each time, and of those with packed projections, whose parts are views.
+    """
     _known.pop(module, None)
-    tree = None if found is None else TreeState(module)
-    parameters = None if tree is None else tree.parameters()
-    if found is None or tree is None or parameters is None:
+    if found is None or found.form.is_packed or module._forward_hooks:
+        return found
+    tree = TreeState(module)
+    parameters = tree.parameters()
+    if parameters is None:
         return found
     places = {id(tensor): place for place, tensor in enumerate(parameters) if tensor is not None}
     tensors = [len(parameters) if tensor is None else places.get(id(tensor)) for tensor in _tensors(found)]
-    if None not in tensors:  # others are parts of parameters
+    if None not in tensors:
         kinds = frozenset(tree.kinds)
         classes = _classes.get(kinds)
         if classes is None or not classes.is_current():
