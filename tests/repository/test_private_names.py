@@ -8,7 +8,7 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[2] / "src" / "qkv"
 
 _PRIVATE = re.compile(r"_[a-zA-Z]\w*")
-_PYTHONS = {"_asdict", "_fields", "_getframe", "_replace"}
+_PYTHONS = {"_asdict", "_fields", "_getframe", "_make", "_replace"}
 """Documented by Python."""
 _ENDINGS = {"_bias", "_proj_weight", "_size", "_weight"}
 """Strings that are ends of names of ours."""

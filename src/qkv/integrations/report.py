@@ -12,7 +12,7 @@ from qkv.integrations import calls
 from qkv.integrations.calls import Calls
 from qkv.integrations.transformers import models
 from qkv.integrations.transformers.attention import NAME
-from qkv.integrations.transformers.attention_forwards import form_of
+from qkv.integrations.transformers.attention_forms import form_of
 from qkv.integrations.transformers.decoder_forward import DecoderForward, is_known
 from qkv.integrations.transformers.latent import reads_latents
 from qkv.integrations.transformers.model_forward import ModelForward

@@ -34,7 +34,7 @@ class TreeState:
 
         parameters, parts, *_ = zip(*map(_LIVE, owns), strict=True)
         tensors = chain.from_iterable(map(dict.values, parameters))
-        self._modules = [ref(module, forget) for module in modules]
+        self._references = [ref(module, forget) for module in modules]
         self._tensors = [ref(tensor, forget) for tensor in tensors if tensor is not None]
         self.kinds = [*map(type, modules)]
         """the class of each module"""
@@ -47,7 +47,7 @@ class TreeState:
         if not attributes:
             return None
         try:
-            modules = [module() for module in self._modules]
+            modules = [module() for module in self._references]
             owns = [*map(vars, modules)]
             if owns != attributes or [*map(type, modules)] != self.kinds:
                 return None

@@ -28,6 +28,7 @@ from integrations.transformers.test_attention_step import (
 )
 from integrations.transformers.test_norms_and_mlps import LINEAR_CHANGES, MLP_CHANGES
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 from transformers.activations import SiLUActivation
 from transformers.models.gemma2 import modeling_gemma2
@@ -37,9 +38,11 @@ from transformers.utils.deprecation import deprecate_kwarg
 
 import qkv
 from qkv import kernels
-from qkv.integrations.transformers import decoder_step
+from qkv.integrations.transformers import decoder_parts, decoder_step
 from qkv.integrations.transformers.cache_argument import wrapped
-from qkv.integrations.transformers.decoder_forwards import _form_of_code, form_of, without_checkpointing
+from qkv.integrations.transformers.decoder_forms import _form_of_code, form_of, without_checkpointing
+from qkv.integrations.transformers.decoder_parts import found_in
+from qkv.layers.tree_state import ClassState
 
 pytestmark = [
     pytest.mark.skipif(kernels.absence() is not None, reason=str(kernels.absence())),
@@ -100,6 +103,22 @@ def test_it_has_the_bits_of_its_parts(kind: str, dtype: torch.dtype, layers: lis
         assert torch.equal(decoded(ours), got)
     text = str(qkv.report(ours))
     assert ("2 layers" in text and "few tokens in one call of the kernel, norms and MLP too" in text) == bool(layers)
+
+
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - set(OTHERS)))
+@torch.no_grad()
+def test_what_is_remembered_is_what_is_found(kind: str) -> None:
+    ours = qkv.accelerate(made(kind))
+    ours(IDS[:, :3], use_cache=False)
+    for layer in ours.model.layers:
+        remembered, found = (
+            tree_leaves(each) for each in (decoder_parts.remembered(layer, ClassState.is_current), found_in(layer))
+        )
+        assert len(remembered) == len(found) > 20
+        for one, other in zip(remembered, found, strict=True):
+            assert one.data_ptr() == other.data_ptr() if isinstance(one, Tensor) else one == other
+    twin = copy.deepcopy(ours)
+    assert not any(decoder_parts.remembered(layer, ClassState.is_current) for layer in twin.model.layers)
 
 
 @torch.no_grad()

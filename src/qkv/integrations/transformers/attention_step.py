@@ -6,6 +6,7 @@ for our own layer.
 import inspect
 import math
 import sys
+from collections.abc import Sequence
 from types import FrameType, FunctionType
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from qkv import kernels
 from qkv.cache import Keys
 from qkv.integrations import calls
 from qkv.integrations.transformers.attention import attend, compute_attention
-from qkv.integrations.transformers.attention_forwards import Form, form_of
+from qkv.integrations.transformers.attention_forms import Form, form_of
 from qkv.integrations.transformers.cache import AppendLayer, Int8Layer, Int8SlidingLayer, QKVCache, SlidingLayer
 from qkv.integrations.transformers.cache_argument import former_names, wrapped
 from qkv.integrations.transformers.masks import MaskTensor
@@ -229,19 +230,32 @@ def numbers_of(module: Any, form: Form) -> tuple[int, float, float] | str:
 
 def _weights_of(module: Any, form: Form, head_dim: int) -> dict[str, Any] | str:
     """Weights and biases of the projections, by their names in `StepTensors`."""
-    names = ("qkv_proj", "o_proj") if form.is_packed else ("q_proj", "k_proj", "v_proj", "o_proj")
+    names = projections_of(form)
     modules = module._modules
     linears = [modules.get(name) for name in names]
     parameters = parameters_of(linears)
     if parameters is None:
         name = next(name for name, linear in zip(names, linears, strict=True) if not is_plain_linear(linear))
         return f"{name} is watched, or is not an nn.Linear alone"
+    weights = weights_in(module, form, head_dim, parameters)
+    return "qkv_proj is not as wide as its heads" if weights is None else weights
+
+
+def projections_of(form: Form) -> tuple[str, ...]:
+    """Names of the linear layers."""
+    return ("qkv_proj", "o_proj") if form.is_packed else ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def weights_in(module: Any, form: Form, head_dim: int, parameters: Sequence[Any]) -> dict[str, Any] | None:
+    """Weights and biases by their names in `StepTensors`, among the parameters of `projections_of` the form; None for
+    packed ones that are not as wide as the heads.
+    """
     if form.is_packed:
         kv = module.num_key_value_heads * head_dim
         widths = (module.config.num_attention_heads * head_dim, kv, kv)
         weight, bias, *out = parameters
         if weight is None or sum(widths) != weight.shape[0]:
-            return "qkv_proj is not as wide as its heads"
+            return None
         weights = weight.split(widths)
         biases = (None, None, None) if bias is None else bias.split(widths)
         parameters = [*(each for pair in zip(weights, biases, strict=True) for each in pair), *out]

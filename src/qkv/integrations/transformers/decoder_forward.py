@@ -5,9 +5,9 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from qkv.integrations.transformers.attention_forwards import form_of as form_of_attention
+from qkv.integrations.transformers.attention_forms import form_of as form_of_attention
 from qkv.integrations.transformers.cached_module import CachedForward
-from qkv.integrations.transformers.decoder_forwards import form_of
+from qkv.integrations.transformers.decoder_forms import form_of
 from qkv.integrations.transformers.rotated_forward import RotatedForward
 from qkv.layers.gated_forward import GatedForward
 from qkv.layers.instance_forward import InstanceForward

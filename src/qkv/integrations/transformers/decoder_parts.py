@@ -7,11 +7,11 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from torch import Tensor, nn
 
-from qkv.integrations.transformers.attention_forwards import Form as AttentionForm
-from qkv.integrations.transformers.attention_forwards import form_of as form_of_attention
-from qkv.integrations.transformers.attention_step import Parts, numbers_of, parts_of
+from qkv.integrations.transformers.attention_forms import Form as AttentionForm
+from qkv.integrations.transformers.attention_forms import form_of as form_of_attention
+from qkv.integrations.transformers.attention_step import Parts, numbers_of, parts_of, projections_of, weights_in
+from qkv.integrations.transformers.decoder_forms import Form, form_of
 from qkv.integrations.transformers.decoder_forward import DecoderForward
-from qkv.integrations.transformers.decoder_forwards import Form, form_of
 from qkv.integrations.transformers.output_capturing import is_idle
 from qkv.integrations.transformers.rotated_forward import RotatedForward
 from qkv.layers.gated_forward import GatedForward, Mlp, mlp_of
@@ -99,8 +99,8 @@ class _Known(NamedTuple):
 
     tree: TreeState
     classes: ClassState
-    tensors: "itemgetter[Any]"
-    """those of `_tensors` among the parameters of the layer, after which comes None"""
+    take: "itemgetter[Any]"
+    """the `_parameters` among all parameters of the layer, after which comes None"""
     found: Found
     """without tensors"""
 
@@ -121,57 +121,70 @@ def remembered(module: nn.Module, is_current: Callable[[ClassState], bool]) -> F
     parameters = known.tree.parameters()
     if parameters is None:
         return None
-    found = known.found
-    if numbers_of(module._modules["self_attn"], found.form) != found.parts[-3:]:  # which may be computed
+    found, attention = known.found, module._modules["self_attn"]
+    if numbers_of(attention, found.form) != found.parts[-3:]:  # which may be computed
         return None
-    return _with_tensors(found, known.tensors((*parameters, None)))
+    return _with_parameters(found, attention, known.take((*parameters, None)))
 
 
 def remember(module: nn.Module, found: Found | None) -> Found | None:
-    """Keeps what was found in a layer, for `remembered`; returns it.
-
-    Not of layers with hooks, which are asked each time, and of those with packed projections, whose parts are views.
-    """
+    """Keeps what was found in a layer, for `remembered`; returns it. Layers with hooks are asked each time."""
     _known.pop(module, None)
-    if found is None or found.form.is_packed or module._forward_hooks:
+    if found is None or module._forward_hooks:
         return found
     tree = TreeState(module)
     parameters = tree.parameters()
     if parameters is None:
         return found
-    places = {id(tensor): place for place, tensor in enumerate(parameters) if tensor is not None}
-    tensors = [len(parameters) if tensor is None else places.get(id(tensor)) for tensor in _tensors(found)]
-    if None not in tensors:
-        kinds = frozenset(tree.kinds)
-        classes = _classes.get(kinds)
-        if classes is None or not classes.is_current():
-            _classes[kinds] = classes = ClassState(kinds)
-        nothing = itemgetter(*[-1] * len(tensors))((None,))
-        _known[module] = _Known(tree, classes, itemgetter(*tensors), _with_tensors(found, nothing))
+    places = {id(parameter): place for place, parameter in enumerate(parameters) if parameter is not None}
+    taken = [len(parameters) if each is None else places[id(each)] for each in _parameters(module, found)]
+    kinds = frozenset(tree.kinds)
+    classes = _classes.get(kinds)
+    if classes is None or not classes.is_current():
+        _classes[kinds] = classes = ClassState(kinds)
+    _known[module] = _Known(tree, classes, itemgetter(*taken), _without_tensors(found))
     return found
 
 
-def _tensors(found: Found) -> Iterator[Tensor | None]:
-    """The tensors in what was found, in the order in which `_with_tensors` takes them."""
+def _parameters(module: nn.Module, found: Found) -> Iterator[Tensor | None]:
+    """The parameters in what was found, in the order in which `_with_parameters` takes them."""
+    attention: Any = module._modules["self_attn"]
     parts, (norms, mlp) = found.parts, found.block
-    yield from parts.weights.values()
-    yield parts.sinks
     for norm in (*(parts.norms or (None, None)), *norms):
         yield None if norm is None else norm.gains
     for projection in (mlp.gate, mlp.up, mlp.down):
         yield from projection or (None, None)
+    yield parts.sinks
+    for name in projections_of(found.form):
+        linear = attention._modules[name]
+        yield from (linear._parameters["weight"], linear._parameters["bias"])
 
 
-def _with_tensors(found: Found, tensors: tuple[Any, ...]) -> Found:
-    """What was found, with other tensors."""
+def _with_parameters(found: Found, attention: Any, parameters: tuple[Any, ...]) -> Found | None:
+    """What was found, with these parameters."""
     form, parts, (norms, mlp) = found
-    *weights, sinks, q_gains, k_gains, a, b, c, d, gate, gate_bias, up, up_bias, down, down_bias = tensors
+    q_gains, k_gains, a, b, c, d, gate, gate_bias, up, up_bias, down, down_bias, sinks, *projections = parameters
+    weights = weights_in(attention, form, parts.head_dim, projections)
+    if weights is None:
+        return None
     heads = parts.norms
     if heads is not None:
         heads = heads[0]._replace(gains=q_gains), heads[1]._replace(gains=k_gains)
     norms = tuple([norm and Norm(gains, norm.eps, norm.gain) for norm, gains in zip(norms, (a, b, c, d), strict=True)])
     return Found(
         form,
-        Parts(dict(zip(parts.weights, weights, strict=True)), heads, sinks, *parts[-3:]),
+        Parts(weights, heads, sinks, *parts[-3:]),
         Block(norms, Mlp((gate, gate_bias), mlp.up and (up, up_bias), (down, down_bias), mlp.activation)),
+    )
+
+
+def _without_tensors(found: Found) -> Found:
+    form, parts, (norms, mlp) = found
+    nothing: Any = (None, None)
+    heads = parts.norms and (parts.norms[0]._replace(gains=None), parts.norms[1]._replace(gains=None))
+    norms = tuple([norm and norm._replace(gains=None) for norm in norms])
+    return Found(
+        form,
+        parts._replace(weights={}, norms=heads, sinks=None),
+        Block(norms, Mlp(nothing, mlp.up and nothing, nothing, mlp.activation)),
     )

@@ -13,7 +13,7 @@ from qkv import kernels
 from qkv.cache import Keys
 from qkv.integrations.transformers.attention_step import Step, count, step_of, step_with
 from qkv.integrations.transformers.cache_argument import former_names
-from qkv.integrations.transformers.decoder_forwards import without_checkpointing
+from qkv.integrations.transformers.decoder_forms import without_checkpointing
 from qkv.integrations.transformers.decoder_parts import Found, found_in, is_decoder, remember, remembered
 from qkv.layers.step_call import arguments, decoder_layer
 from qkv.layers.tree_state import ClassState
