@@ -292,7 +292,7 @@ MUTANTS = [
     Mutant("a module's step past an update of the cache", "integrations/transformers/attention_step.py", 'if any(kind.update is not update for kind, update in _UPDATES) or', 'if', MODULE_STEP),
     Mutant("a module's step that was refused stays counted", "integrations/transformers/attention_step.py", '    if out is None:\n        step.restore(mark)\n', '    if out is None:\n', MODULE_STEP),
     Mutant("a step past padding", "layers/step_call.py", "        mask.keep,\n", "        None,\n", (*MODULE_STEP, *STEP)),
-    Mutant("a module's step without its softcap", "integrations/transformers/attention_step.py", '"softcap": softcap,', '"softcap": 0.0,', MODULE_STEP),
+    Mutant("a module's step without its softcap", "integrations/transformers/attention_step.py", 'rotation, softcap, None, sinks)', 'rotation, 0.0, None, sinks)', MODULE_STEP),
     Mutant("a module's step in the place of its gradient", "integrations/transformers/attention_step.py", '    if torch.is_grad_enabled():\n', '    if False:\n', MODULE_STEP),
     Mutant('a forward known by its names alone', "layers/known_code.py", "*(code.co_code, code.co_names,", "*(code.co_names,", MODULE_STEP),
     Mutant('a window one token longer after a step', "integrations/transformers/cache.py", 'offset + k[2] - self.sliding_window + 1)', 'offset + k[2] - self.sliding_window)', MODULE_STEP),

@@ -16,7 +16,7 @@ from qkv.layers.head_norm import HeadNorm, is_rms_norm_torchs
 from qkv.layers.normed_forward import Norm
 from qkv.layers.plain import is_called_plainly, is_plain_linear
 from qkv.layers.rotary import RotaryEmbedding, shapes_of_tokens
-from qkv.layers.step_call import step_call
+from qkv.layers.step_call import Computed, step_call
 from qkv.masks import Mask
 from qkv.rotation import Rotation
 
@@ -249,10 +249,8 @@ def _run(
     Tokens are rotated from ``position`` on, an int or integers ``(B,)``; or by integers ``(B or 1, L)``.
     """
     slopes = layer._slopes
-    return step_call(
-        x,
+    computed = Computed(
         weights.projections,
-        keys,
         mask,
         scale=layer.head_dim**-0.5 if layer.scale is None else layer.scale,
         q_norm=_norm(weights.q_norm, x.dtype),
@@ -262,6 +260,7 @@ def _run(
         alibi=None if slopes is None else slopes.on(x.device),
         sink_logits=layer.sink_logits,
     )
+    return step_call(x, keys, computed)
 
 
 def _norm(norm: HeadNorm | None, dtype: torch.dtype) -> Norm | None:

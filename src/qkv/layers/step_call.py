@@ -22,56 +22,43 @@ class Block(NamedTuple):
     mlp: Mlp
 
 
-def step_call(
-    x: Tensor,
-    weights: dict[str, Any],
-    keys: Keys,
-    mask: Mask,
-    *,
-    scale: float,
-    q_norm: Norm | None = None,
-    k_norm: Norm | None = None,
-    rotation: Rotation | None = None,
-    softcap: float = 0.0,
-    alibi: Tensor | None = None,
-    sink_logits: Tensor | None = None,
-) -> Tensor | None:
+class Computed(NamedTuple):
+    """What a step computes, of which tokens and keys ever."""
+
+    weights: dict[str, Any]
+    """and biases, by their names in `StepTensors`; without those of keys and values, no slot is new"""
+    mask: Mask
+    """over the slots: an interval, prefixes, chunks and padding"""
+    scale: float
+    """of scores, as softcap (0 for none), alibi and sink_logits"""
+    q_norm: Norm | None = None
+    """of the heads of queries, as k_norm of keys; with the same eps and use of gains"""
+    k_norm: Norm | None = None
+    rotation: Rotation | None = None
+    """by frequencies and a position or positions ``(B or 1, L)``; or by cos and sin with ``halves``"""
+    softcap: float = 0.0
+    alibi: Tensor | None = None
+    sink_logits: Tensor | None = None
+
+
+def step_call(x: Tensor, keys: Keys, computed: Computed) -> Tensor | None:
     """The output for tokens ``x (B, L, width)`` over keys whose last slots are theirs, and are written.
 
     Args:
         x: exactly a tensor, as all others: they must satisfy `kernels.can_bypass_dispatcher`.
-        weights: and biases, by their names in `StepTensors`; without those of keys and values, no slot is new.
         keys: as `Cache.claim` returns them.
-        mask: over the slots: an interval, prefixes, chunks and padding.
-        scale: of scores, as softcap (0 for none), alibi and sink_logits.
-        q_norm: of the heads of queries, as k_norm of keys; with the same eps and use of gains.
-        rotation: by frequencies and a position or positions ``(B or 1, L)``; or by cos and sin with ``halves``.
 
     Returns:
         ``(B, L, width)``; None, with nothing written, for tensors that the kernel does not take.
     """
     x = x.contiguous()
-    given = arguments(
-        *(x, torch.empty_like(x), weights, keys, mask, scale, q_norm, k_norm, rotation, softcap, alibi, sink_logits)
-    )
-    return given[0].out if kernels.layer_step(*given) else None
+    out = torch.empty_like(x)
+    return out if kernels.layer_step(*arguments(x, out, keys, computed)) else None
 
 
-def arguments(
-    x: Tensor,
-    out: Tensor,
-    weights: dict[str, Any],
-    keys: Keys,
-    mask: Mask,
-    scale: float,
-    q_norm: Norm | None = None,
-    k_norm: Norm | None = None,
-    rotation: Rotation | None = None,
-    softcap: float = 0.0,
-    alibi: Tensor | None = None,
-    sink_logits: Tensor | None = None,
-) -> tuple[StepTensors, StepNumbers]:
+def arguments(x: Tensor, out: Tensor, keys: Keys, computed: Computed) -> tuple[StepTensors, StepNumbers]:
     """What `kernels.layer_step` takes for the arguments of `step_call`, with x as the kernel reads it."""
+    weights, mask, scale, q_norm, k_norm, rotation, softcap, alibi, sink_logits = computed
     norm, rotation = q_norm or k_norm or Norm(None, 0.0, Gain.WIDENED), rotation or Rotation()
     offset, offsets = (0, keys.offset) if isinstance(keys.offset, Tensor) else (keys.offset or 0, None)
     pages = keys.pages

@@ -26,7 +26,7 @@ from qkv.integrations.transformers.masks import MaskTensor
 from qkv.integrations.transformers.rotary import is_usual
 from qkv.layers.normed_forward import Norm, norm_of
 from qkv.layers.plain import is_called_plainly, is_plain_linear, parameters_of
-from qkv.layers.step_call import step_call
+from qkv.layers.step_call import Computed, step_call
 from qkv.masks import FULL, Mask
 from qkv.rotation import Rotation
 
@@ -92,21 +92,13 @@ class Step(NamedTuple):
             return Keys(x.new_empty(shape), x.new_empty(shape), 0)
         return self.layer.claim(shape, shape, x)
 
-    def options(self) -> dict[str, Any]:
-        """The arguments of `step_call` beside x and keys."""
+    @property
+    def computed(self) -> Computed:
+        """What is computed of tokens and keys."""
         weights, norms, sinks, _, scale, softcap = self.parts
         q_norm, k_norm = norms or (None, None)
         rotation = None if self.tables is None else Rotation(cos=self.tables[0], sin=self.tables[1], halves=True)
-        return {
-            "weights": weights,
-            "mask": self.mask,
-            "scale": scale,
-            "q_norm": q_norm,
-            "k_norm": k_norm,
-            "rotation": rotation,
-            "softcap": softcap,
-            "sink_logits": sinks,
-        }
+        return Computed(weights, self.mask, scale, q_norm, k_norm, rotation, softcap, None, sinks)
 
 
 def attention_step(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | str:
@@ -341,7 +333,7 @@ def run_step(module: Any, x: Tensor, step: Step) -> Tensor | str:
     mark = step.mark()
     try:
         keys = step.claim(x)
-        out = None if keys is None else step_call(x, keys=keys, **step.options())
+        out = None if keys is None else step_call(x, keys, step.computed)
     except BaseException:  # out of memory
         step.restore(mark)
         raise

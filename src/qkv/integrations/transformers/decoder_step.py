@@ -101,7 +101,7 @@ def run(layers: Sequence[Layer], x: Tensor) -> tuple[int, Tensor]:
                 break
             claimed.append(keys)
             read, out = outs[(index - 1) % 2] if index else x, outs[index % 2]
-            given.append(decoder_layer(*arguments(read, out, keys=keys, **step.options()), found.block))
+            given.append(decoder_layer(*arguments(read, out, keys, step.computed), found.block))
         written = kernels.decoder_layers(given) if given else 0
     finally:  # of all, if memory is lacking
         for layer, mark in reversed(list(zip(layers, marks, strict=False))[written:]):
