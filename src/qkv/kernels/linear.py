@@ -105,14 +105,18 @@ def gains_from_few_rows(x: Tensor, weight: Tensor) -> bool:
 
 
 def is_faster_in_programs(x: Tensor, weight: Tensor) -> bool:
-    """`is_faster`, with one answer for all numbers of rows that the kernel takes, so that one program serves them."""
+    """`is_faster`, with one answer for all numbers of rows and threads, so that one program serves them.
+
+    In fp32 it is of large weights alone, which torch reads as fast with one thread and slower with more.
+    """
     if not is_exact_tensor(weight) or not has_few_rows(x):
         return False
     fewest = _FEWEST.get((loaded().isa, x.dtype))
     if fewest is None:
         return False
     most = sum(least != _NEVER for least in fewest)
-    return x.numel() <= most * x.shape[-1] and weight.numel() >= fewest[1]
+    least = max(fewest[1], _LARGE) if x.dtype is torch.float32 else fewest[1]
+    return x.numel() <= most * x.shape[-1] and weight.numel() >= least
 
 
 def fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:

@@ -44,13 +44,13 @@ class ProjectedForward(InstanceForward):
         return _product(linear, input, by_kernel=kernels.is_faster(input, weight))
 
     def in_program(self, input: Tensor) -> Tensor:  # noqa: A002
-        """The operator ``qkv::linear`` in 16 bits without gradients, where it is faster; else the module's forward.
+        """The operator ``qkv::linear`` without gradients, where it may be faster; else the module's forward.
 
-        In fp32 the gain is small, and depends on the number of threads, which a compiler cannot ask for.
+        In fp32 it gains with large weights alone.
         """
         linear = self.module
         is_decoding = torch.compiler.is_dynamo_compiling() and not torch.is_grad_enabled()
-        if is_decoding and not torch.compiler.is_exporting() and input.dtype in (torch.bfloat16, torch.float16):
+        if is_decoding and not torch.compiler.is_exporting():
             takes = self.own is None and multiplies_its_parameters(linear)
             if takes and kernels.is_faster_in_programs(input, linear.weight):  # type: ignore[arg-type]
                 product: Tensor = torch.ops.qkv.linear(input, linear.weight, linear.bias)
