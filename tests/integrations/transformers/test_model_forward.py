@@ -528,6 +528,10 @@ class Added(nn.Module):
 
 
 HEAD = """
+import copy, logging
+import torch
+logger = logging.getLogger(__name__)
+
 class Model(Base):
     def forward(self, x, n=None, more=(1, 2, 3), **kwargs):
         \"\"\"Of more
@@ -580,6 +584,12 @@ TAKEN = {
         for layer in self.layers[:n]:
             x = layer(x, y=y)
         assert x is not None
+        return x
+    """,
+    "methods of what a file makes, and of what it imports": """
+        logger.info(torch.tensor(y), copy.copy(y))
+        for layer in self.layers[:n]:
+            x = layer(x, y=y)
         return x
     """,
     "other loops": """

@@ -11,7 +11,7 @@ import inspect
 import tokenize
 import warnings
 from collections.abc import Callable, Sequence
-from types import CellType, CodeType, FunctionType
+from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 from torch import nn
@@ -72,13 +72,19 @@ def _code_of(definition: ast.FunctionDef, function: FunctionType, *free: str) ->
     """The code of a definition in the file of a function, within one that has these names; neither is run."""
     file, names = function.__globals__, sorted(_names(definition) & function.__globals__.keys())
     # Compilers write calls of methods of what a file imports otherwise.
-    imported = [name for name in names if getattr(file[name], "__module__", None) != file.get("__name__")]
+    imported = [name for name in names if _is_imported(file[name], file)]
     module = ast.parse("".join(f"import {name}\n" for name in imported) + f"def within({', '.join(free)}): ...")
     module.body[-1].body = [definition]  # type: ignore[attr-defined]
     code = compile(ast.fix_missing_locations(module), function.__code__.co_filename, "exec", dont_inherit=True)
     for _ in range(2):
         code = next(each for each in code.co_consts if isinstance(each, CodeType))
     return code
+
+
+def _is_imported(value: object, file: dict[str, Any]) -> bool:
+    """Whether a file has a value from another; instances, such as loggers, are taken for its own."""
+    is_named = isinstance(value, ModuleType | type | FunctionType)
+    return is_named and getattr(value, "__module__", None) != file.get("__name__")
 
 
 def _does(code: CodeType) -> tuple[Any, ...]:
