@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from types import FunctionType
+from types import CellType, FunctionType
 from typing import Any
 
 import pytest
@@ -844,6 +844,8 @@ def test_wrappers(tmp_path: Path) -> None:
         functools.wraps(kind.forward)(lambda *args: kind.forward(*args)),
         functools.wraps(forward)(lambda *args: forward(*args)),
         functools.partial(kind.forward),
+        functools.wraps(forward)(functools.lru_cache(kind.forward)),
+        around(functools.lru_cache(kind.forward)),
         staticmethod(kind.forward),
         Unhashable(kind.forward),
         nn.Linear.forward,
@@ -851,6 +853,14 @@ def test_wrappers(tmp_path: Path) -> None:
         None,
     ):
         assert with_layers_at_once(other, one_by_one) is None
+
+
+def around(function: Any) -> Any:
+    """A wrapper of transformers around a function."""
+    found = modeling_llama.LlamaModel.forward
+    cells = (CellType(function),) * len(found.__code__.co_freevars)
+    made = FunctionType(found.__code__, found.__globals__, "forward", None, cells[: len(found.__closure__)])
+    return functools.update_wrapper(made, function)
 
 
 class Unhashable:

@@ -35,9 +35,8 @@ def with_layers_at_once(forward: Any, run: Run) -> FunctionType | None:
 
 
 @functools.lru_cache(maxsize=1024)
-def _with_layers_at_once(
-    forward: FunctionType, inner: FunctionType, code: CodeType, run: Run
-) -> FunctionType | None:  # notebooks that reload files give functions another code
+def _with_layers_at_once(forward: Any, inner: FunctionType, code: CodeType, run: Run) -> FunctionType | None:
+    """As above, of a function with this code, which notebooks replace where they reload a file."""
     with warnings.catch_warnings():  # of what is compiled, which Python has given before
         warnings.simplefilter("ignore")
         function = _source_of(inner)
@@ -194,6 +193,8 @@ def _within_wrappers(forward: Any, inner: FunctionType, changed: FunctionType) -
     """A forward with a function within its wrappers, which are transformers', replaced; None if others wrap it."""
     if forward is inner:
         return changed
+    if type(forward) is not FunctionType:
+        return None
     closure = dict(zip(forward.__code__.co_freevars, forward.__closure__ or (), strict=True))
     names = [name for name, cell in closure.items() if _content(cell) is forward.__wrapped__]
     if len(names) != 1 or not str(forward.__globals__.get("__name__")).startswith("transformers."):
