@@ -193,7 +193,8 @@ def _within_wrappers(forward: Any, inner: FunctionType, changed: FunctionType) -
     """A forward with a function within its wrappers, which are transformers', replaced; None if others wrap it."""
     if forward is inner:
         return changed
-    if type(forward) is not FunctionType:
+    is_function: bool = type(forward) is FunctionType
+    if not is_function:
         return None
     closure = dict(zip(forward.__code__.co_freevars, forward.__closure__ or (), strict=True))
     names = [name for name, cell in closure.items() if _content(cell) is forward.__wrapped__]
