@@ -86,8 +86,8 @@ def run(layers: Sequence[Layer], x: Tensor) -> tuple[int, Tensor]:
 
     Fewer than all where a cache or the kernel refuses the next one, of which nothing is changed.
     """
-    x = x.contiguous()
-    outs = [torch.empty_like(x) for _ in layers[:2]]  # a layer reads one and writes the other
+    first = x.contiguous()
+    outs = [torch.empty_like(first) for _ in layers[:2]]  # a layer reads one and writes the other
     marks: list[tuple[Any, ...]] = []
     claimed: list[Keys] = []
     given: list[kernels.DecoderLayer] = []
@@ -100,7 +100,7 @@ def run(layers: Sequence[Layer], x: Tensor) -> tuple[int, Tensor]:
                 marks.pop()
                 break
             claimed.append(keys)
-            read, out = outs[(index - 1) % 2] if index else x, outs[index % 2]
+            read, out = outs[(index - 1) % 2] if index else first, outs[index % 2]
             given.append(decoder_layer(*arguments(read, out, keys, step.computed), found.block))
         written = kernels.decoder_layers(given) if given else 0
     finally:  # of all, if memory is lacking
