@@ -30,7 +30,7 @@ class DecoderForward(CachedForward):
         from qkv.integrations.transformers.decoder_step import run_calls  # which imports transformers
 
         if len(calls) > 1:
-            return run_calls([(forward.module, given) for forward, given in calls], x)  # type: ignore[no-any-return]
+            return run_calls([(forward.module, given) for forward, given in calls], x, cls)  # type: ignore[no-any-return]
         ((forward, given),) = calls
         return forward(x, **given)  # type: ignore[no-any-return]
 

@@ -11,7 +11,6 @@ from qkv.integrations.transformers.attention_forms import Form as AttentionForm
 from qkv.integrations.transformers.attention_forms import form_of as form_of_attention
 from qkv.integrations.transformers.attention_step import Parts, numbers_of, parts_of, projections_of, weights_in
 from qkv.integrations.transformers.decoder_forms import Form, form_of
-from qkv.integrations.transformers.decoder_forward import DecoderForward
 from qkv.integrations.transformers.output_capturing import is_idle
 from qkv.integrations.transformers.rotated_forward import RotatedForward
 from qkv.layers.gated_forward import GatedForward, Mlp, mlp_of
@@ -50,11 +49,12 @@ def found_in(module: nn.Module) -> Found | None:
     return None if of_attention is None or not isinstance(parts, Parts) else Found(of_attention, parts, block)
 
 
-def is_decoder(module: nn.Module) -> bool:
-    """Whether calling a module is calling a `DecoderForward` on it and nothing else."""
+def is_called_by(module: nn.Module, forward: type[InstanceForward]) -> bool:
+    """Whether calling a module is calling its forward of this class, of ours, and nothing else."""
     own = module.__dict__.get("forward")
-    is_ours = type(own) is DecoderForward and own.own is None and not own.is_taken_back and own.is_of(module)
-    return is_ours and are_called_plainly((module,), DecoderForward, is_idle)
+    if type(own) is not forward or own.own is not None or own.is_taken_back or not own.is_of(module):
+        return False
+    return are_called_plainly((module,), forward, is_idle)
 
 
 def _block_of(module: nn.Module, form: Form) -> Block | None:

@@ -14,7 +14,8 @@ from qkv.cache import Keys
 from qkv.integrations.transformers.attention_step import Step, count, step_of, step_with
 from qkv.integrations.transformers.cache_argument import former_names
 from qkv.integrations.transformers.decoder_forms import without_checkpointing
-from qkv.integrations.transformers.decoder_parts import Found, found_in, is_decoder, remember, remembered
+from qkv.integrations.transformers.decoder_parts import Found, found_in, is_called_by, remember, remembered
+from qkv.layers.instance_forward import InstanceForward
 from qkv.layers.step_call import arguments, decoder_layer
 from qkv.layers.tree_state import ClassState
 
@@ -111,9 +112,12 @@ def run(layers: Sequence[Layer], x: Tensor) -> tuple[int, Tensor]:
     return written, outs[(written - 1) % 2] if written else x
 
 
-def run_calls(calls: Sequence[tuple[nn.Module, dict[str, Any]]], x: Any) -> Any:
+def run_calls(calls: Sequence[tuple[nn.Module, dict[str, Any]]], x: Any, forward: type[InstanceForward]) -> Any:
     """The output of layers, each called with that of the one before: decoder layers that follow one another in one call
     of the kernel, others as modules.
+
+    Args:
+        forward: of decoder layers, whose work is done here.
     """
     at = 0
     while at < len(calls):
@@ -122,7 +126,7 @@ def run_calls(calls: Sequence[tuple[nn.Module, dict[str, Any]]], x: Any) -> Any:
         is_current = functools.cache(ClassState.is_current)  # asked once for all layers
         for module, given in calls[at:]:
             found = remembered(module, is_current)
-            if found is None and is_decoder(module):
+            if found is None and is_called_by(module, forward):
                 found = remember(module, found_in(module))
             like = layers[-1] if layers else None
             layer = None if found is None else layer_of(module, x, given, found, like)

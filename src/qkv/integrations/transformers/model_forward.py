@@ -57,7 +57,7 @@ def _run(calls: Sequence[Call], x: Any) -> Any:
         return _run_in_program(calls, x)
     from qkv.integrations.transformers.decoder_step import run_calls  # which imports transformers
 
-    return run_calls(calls, x)
+    return run_calls(calls, x, DecoderForward)
 
 
 def _run_in_program(calls: Sequence[Call], x: Any) -> Any:
