@@ -99,6 +99,16 @@ def test_equal_attributes_are_the_same() -> None:
     assert state.parameters() is not None
 
 
+def test_a_forward_that_was_taken_back_out_of_sight_is_seen() -> None:
+    linear = qkv.accelerate(nn.Linear(3, 3))
+    state, ours = TreeState(linear), vars(linear)["forward"]
+    assert state.parameters() is not None
+    del vars(linear)["forward"]
+    qkv.accelerate(linear, enabled=False)
+    vars(linear)["forward"] = ours
+    assert state.parameters() is None
+
+
 @pytest.mark.parametrize("change", ["a parameter", "a part", "bias"])
 def test_nothing_is_kept_of_what_is_gone(change: str) -> None:
     block = Block()

@@ -10,7 +10,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -103,6 +103,19 @@ def test_it_has_the_bits_of_its_parts(kind: str, dtype: torch.dtype, layers: lis
         assert torch.equal(decoded(ours), got)
     text = str(qkv.report(ours))
     assert ("2 layers" in text and "few tokens in one call of the kernel, norms and MLP too" in text) == bool(layers)
+
+
+def test_layers_with_tables_and_masks_of_their_own(layers: list[int]) -> None:
+    types = ["sliding_attention", "full_attention", "full_attention"]
+    ours = qkv.accelerate(made("gemma3_text", num_hidden_layers=3, layer_types=types))
+    ids = IDS[:, :4]  # fewer than the window, so that all layers have as many keys
+    with torch.no_grad():
+        logits = []
+        for context in (nullcontext, in_parts):
+            cache = ours(ids[:, :1], use_cache=True).past_key_values
+            with context():
+                logits.append([ours(part, past_key_values=cache).logits for part in ids[:, 1:].split(1, dim=1)])
+    assert all(map(torch.equal, *logits)) and layers == [1] * 9
 
 
 @pytest.mark.parametrize("kind", sorted(set(KINDS) - set(OTHERS)))
