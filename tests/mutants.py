@@ -281,7 +281,7 @@ MUTANTS = [
     Mutant("layers after a refused one stay counted", "integrations/transformers/decoder_step.py", "[written:]):\n            layer.step.restore(mark)", "[len(layers):]):\n            layer.step.restore(mark)", MODEL),
     Mutant("a loop that computes its arguments at once", "integrations/transformers/layer_loops.py", "all(_is_read(value) and x not in _names(value) for value in values)", "True", MODEL),
     Mutant("a source that is not that of the code", "integrations/transformers/layer_loops.py", "return definition if _does(_code_of(definition, function)) == _does(function.__code__) else None", "return definition", MODEL),
-    Mutant("a model past a forward of its class", "integrations/transformers/model_forward.py", " and type(self.module).forward is self.known else None", " else None", MODEL),
+    Mutant("a model past a forward of its class", "integrations/transformers/model_forward.py", " or type(self.module).forward is not self.known:", ":", MODEL),
     Mutant("a decoder layer past attributes that hide its parts", "integrations/transformers/decoder_parts.py", "if not module.__dict__.keys().isdisjoint(form.names):", "if False:", DECODER),
     Mutant("layers at once of a list that loads them", "integrations/transformers/layer_loops.py", '    return type(layers) is nn.ModuleList\n', '    return True\n', MODEL),
     Mutant("a loop whose layers may be replaced in it", "integrations/transformers/layer_loops.py", 'isinstance(layers, ast.Subscript) and isinstance(layers.slice, ast.Slice) and _is_read(layers)', '_is_read(layers)', MODEL),

@@ -924,3 +924,32 @@ def test_subclasses_and_models_of_ones_own(tmp_path: Path, written: list[int]) -
             got, want = (of(IDS[:, :1], use_cache=False) for of in (mine, each))
         pair = [out if isinstance(out, Tensor) else out["last_hidden_state"] for out in (got, want)]
         assert torch.equal(*pair) and written[0] == at_most(most)
+
+
+@torch.no_grad()
+def test_code_that_is_replaced_within_a_forward_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = ours()
+    within = inspect.unwrap(modeling_llama.LlamaModel.forward)
+    want = mine(IDS[:, :3], use_cache=False).logits
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(within, "__code__", forward.__code__)
+        with pytest.raises(NotImplementedError):
+            mine(IDS[:, :3], use_cache=False)
+    assert torch.equal(mine(IDS[:, :3], use_cache=False).logits, want)
+
+
+@torch.no_grad()
+def test_layers_that_are_refused_are_asked_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine, asked = ours(num_hidden_layers=8), []
+    layer_of = decoder_step.layer_of
+    monkeypatch.setattr(decoder_step, "layer_of", lambda *call: (asked.append(call[0]), layer_of(*call))[1])
+    cache = QKVCache(mine)
+    mine(IDS[:, :3], past_key_values=cache)  # which no layer takes in one call while it is empty
+    assert len(asked) <= 3 * 8  # all at first; then each by itself, and by its own forward
+    asked.clear()
+    mine(IDS[:, :1], past_key_values=cache)
+    assert len(asked) == 8

@@ -119,12 +119,12 @@ def run_calls(calls: Sequence[tuple[nn.Module, dict[str, Any]]], x: Any, forward
     Args:
         forward: of decoder layers, whose work is done here.
     """
-    at = 0
+    at, most = 0, len(calls)
     while at < len(calls):
         layers: list[Layer] = []
         caches: list[Any] = []
         is_current = functools.cache(ClassState.is_current)  # asked once for all layers
-        for module, given in calls[at:]:
+        for module, given in calls[at : at + most]:
             found = remembered(module, is_current)
             if found is None and is_called_by(module, forward):
                 found = remember(module, found_in(module))
@@ -134,9 +134,13 @@ def run_calls(calls: Sequence[tuple[nn.Module, dict[str, Any]]], x: Any, forward
                 break  # a cache that another layer has appended to is longer than it was when it was asked
             caches.append(layer.step.layer)
             layers.append(layer)
-        if layers:
-            written, x = run(layers, x)
-            at += written
+        written, x = run(layers, x) if layers else (0, x)
+        at += written
+        if written < len(layers):  # as those after it may be refused, which must not be asked each time
+            most = 1
+        elif written == most:
+            most = 2 * most
+            continue
         if at < len(calls):  # whose next layer is another, or was refused
             module, given = calls[at]
             x = module(x, **given)

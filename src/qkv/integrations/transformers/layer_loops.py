@@ -34,6 +34,11 @@ def with_layers_at_once(forward: Any, run: Run) -> FunctionType | None:
     return _with_layers_at_once(forward, inner, inner.__code__, run)
 
 
+def code_of(forward: Any) -> CodeType | None:
+    """The code within the wrappers of a forward, which notebooks replace where they reload a file."""
+    return getattr(inspect.unwrap(forward), "__code__", None) if isinstance(forward, FunctionType) else None
+
+
 @functools.lru_cache(maxsize=1024)
 def _with_layers_at_once(forward: Any, inner: FunctionType, code: CodeType, run: Run) -> FunctionType | None:
     """As above, of a function with this code, which notebooks replace where they reload a file."""

@@ -9,7 +9,7 @@ from torch import nn
 
 from qkv.integrations.transformers.cached_module import as_operator
 from qkv.integrations.transformers.decoder_forward import DecoderForward
-from qkv.integrations.transformers.layer_loops import Call, with_layers_at_once
+from qkv.integrations.transformers.layer_loops import Call, code_of, with_layers_at_once
 from qkv.layers.instance_forward import InstanceForward
 from qkv.layers.plain import is_called_plainly
 
@@ -20,16 +20,19 @@ class ModelForward(InstanceForward):
     def _enter(self) -> None:
         super()._enter()
         self.known = type(self.module).forward
+        self.code = code_of(self.known)
         self.at_once = with_layers_at_once(self.known, _run)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the functions, which a pickle cannot have."""
-        return {**super().__getstate__(), "known": None, "at_once": None}
+        return {**super().__getstate__(), "known": None, "code": None, "at_once": None}
 
     @property
     def _current(self) -> FunctionType | None:
         """The forward with layers at once; None where someone has replaced that of the class since, or of the model."""
-        return self.at_once if self.own is None and type(self.module).forward is self.known else None
+        if self.own is not None or type(self.module).forward is not self.known:
+            return None
+        return self.at_once if code_of(self.known) is self.code else None
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of the class, or of the instance."""
