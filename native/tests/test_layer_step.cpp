@@ -11,8 +11,9 @@ extern "C" {
 int qkv_layer_step_size();
 int qkv_step_numbers_size();
 int qkv_layer_step(const void* interpreter, void* const* tensors, const void* numbers);
-int qkv_decoder_layer(const void* interpreter, void* const* tensors, const void* numbers, void* const* block,
-                      int activation, int norm_gain, float norm_eps);
+int qkv_block_size();
+int qkv_block_numbers_size();
+int qkv_decoder_layers(const void* interpreter, int count, void* const* tensors, const char* numbers);
 int qkv_project(const void* projections, int count, int threads);
 int qkv_rotate(const void* rotation);
 int qkv_gated_mlp(const void* mlp);
@@ -147,28 +148,59 @@ struct Block {
           before_attention(norms & 1), after_attention(norms & 2), before_mlp(norms & 4), after_mlp(norms & 8),
           joined(joined) {}
 
+    // Returns the number of layers that were written, 1 or 0.
     int run(const Example& e, Gain gain) const {
         return e.with_tensors([&](void* const* tensors) {
-            std::vector<Object> norms;
-            for (int64_t i = 0; i < 4; ++i) {
-                norms.push_back(Object::of_rows(gains, 1));
-                norms.back().byte_offset = i * gains.view.row * format_of(gains.dtype).item;
-            }
-            Object weights[] = {Object::of_rows(gate, 2), Object::of_rows(gate_bias, 1), Object::of_rows(up, 2),
-                                Object::of_rows(down, 2)};
-            void* const block[] = {given(before_attention, norms[0]),
-                                   given(after_attention, norms[1]),
-                                   given(before_mlp, norms[2]),
-                                   given(after_mlp, norms[3]),
-                                   &weights[0],
-                                   &weights[1],
-                                   given(!joined, weights[2]),
-                                   &none,
-                                   &weights[3],
-                                   &none};
-            const StepNumbers n = Example::numbers();
-            return qkv_decoder_layer(&python, tensors, &n, block, 0, (int)gain, 1e-3f);
+            return with_tensors([&](void* const* block) {
+                Layers layers;
+                layers.add(tensors, block, gain);
+                return layers.run();
+            });
         });
+    }
+
+    // The arguments of a call.
+    struct Layers {
+        std::vector<void*> tensors;
+        std::string numbers;
+        int count = 0;
+
+        void add(void* const* step, void* const* block, Gain gain) {
+            tensors.insert(tensors.end(), step, step + qkv_layer_step_size());
+            tensors.insert(tensors.end(), block, block + qkv_block_size());
+            const StepNumbers n = Example::numbers();
+            const struct {
+                int32_t activation, norm_gain;
+                float norm_eps;
+            } of_block = {0, (int32_t)gain, 1e-3f};
+            require(sizeof of_block == (size_t)qkv_block_numbers_size(), "another number of numbers");
+            numbers.append((const char*)&n, sizeof n).append((const char*)&of_block, sizeof of_block);
+            count++;
+        }
+
+        int run() const { return qkv_decoder_layers(&python, count, tensors.data(), numbers.data()); }
+    };
+
+    template <class Work>
+    int with_tensors(Work work) const {
+        std::vector<Object> norms;
+        for (int64_t i = 0; i < 4; ++i) {
+            norms.push_back(Object::of_rows(gains, 1));
+            norms.back().byte_offset = i * gains.view.row * format_of(gains.dtype).item;
+        }
+        Object weights[] = {Object::of_rows(gate, 2), Object::of_rows(gate_bias, 1), Object::of_rows(up, 2),
+                            Object::of_rows(down, 2)};
+        void* const block[] = {given(before_attention, norms[0]),
+                               given(after_attention, norms[1]),
+                               given(before_mlp, norms[2]),
+                               given(after_mlp, norms[3]),
+                               &weights[0],
+                               &weights[1],
+                               given(!joined, weights[2]),
+                               &none,
+                               &weights[3],
+                               &none};
+        return work(block);
     }
 
     static void* given(bool is_given, Object& object) { return is_given ? &object : (void*)&none; }
@@ -249,7 +281,7 @@ TEST(a_decoder_layer_has_the_bits_of_its_parts) {
             for (const Gain gain : {Gain::rounded, Gain::one_more}) {
                 const Block block(dtype, norms, norms == 15);
                 const Example one(dtype), other(dtype);
-                require(block.run(one, gain) == 0, "not a layer that the kernel takes");
+                require(block.run(one, gain) == 1, "not a layer that the kernel takes");
                 block.parts(other, gain);
                 require(one.keys.bits() == other.keys.bits(), "other keys");
                 require(one.values.bits() == other.values.bits(), "other values");
@@ -263,8 +295,49 @@ TEST(a_decoder_layer_of_parts_that_do_not_fit_is_refused) {
     const Example e(Dtype::f32);
     const std::string keys = e.keys.bits(), out = e.out.bits();
     const Block other_dtype(Dtype::bf16, 5, false);
-    require(other_dtype.run(e, Gain::rounded) == 2, "norms and MLP of another dtype");
+    require(other_dtype.run(e, Gain::rounded) == 0, "norms and MLP of another dtype");
     require(e.keys.bits() == keys && e.out.bits() == out, "something was written");
+}
+
+// Layers, each reading what the one before has written; the last may be one that does not fit.
+int run_at_once(const Block& block, const Example& first, const Example& second, const Block& of_second) {
+    return first.with_tensors([&](void* const* one) {
+        return second.with_tensors([&](void* const* two) {
+            return block.with_tensors([&](void* const* around_one) {
+                return of_second.with_tensors([&](void* const* around_two) {
+                    Block::Layers layers;
+                    layers.add(one, around_one, Gain::rounded);
+                    std::vector<void*> reading(two, two + qkv_layer_step_size());
+                    reading.front() = one[qkv_layer_step_size() - 1];
+                    layers.add(reading.data(), around_two, Gain::rounded);
+                    return layers.run();
+                });
+            });
+        });
+    });
+}
+
+TEST(decoder_layers_at_once_have_the_bits_of_one_after_another) {
+    for (const Dtype dtype : {Dtype::f32, Dtype::bf16, Dtype::f16}) {
+        const Block block(dtype, 15, false);
+        const Example one(dtype), two(dtype), first(dtype), second(dtype);
+        require(run_at_once(block, one, two, block) == 2, "not layers that the kernel takes");
+        require(block.run(first, Gain::rounded) == 1, "not a layer that the kernel takes");
+        for (int64_t b = 0; b < BATCH; ++b)
+            for (int64_t i = 0; i < TOKENS; ++i) second.x.copy_row(b, 0, i, first.out.at(b, 0, i));
+        require(block.run(second, Gain::rounded) == 1, "not a layer that the kernel takes");
+        require(one.out.bits() == first.out.bits() && two.out.bits() == second.out.bits(), "other outputs");
+        require(one.keys.bits() == first.keys.bits() && two.keys.bits() == second.keys.bits(), "other keys");
+    }
+}
+
+TEST(decoder_layers_before_one_that_does_not_fit_are_written) {
+    const Block block(Dtype::f32, 5, false), other_dtype(Dtype::bf16, 5, false);
+    const Example one(Dtype::f32), two(Dtype::f32), alone(Dtype::f32);
+    const std::string keys = two.keys.bits(), out = two.out.bits();
+    require(run_at_once(block, one, two, other_dtype) == 1, "norms and MLP of another dtype");
+    require(block.run(alone, Gain::rounded) == 1 && one.out.bits() == alone.out.bits(), "other outputs");
+    require(two.keys.bits() == keys && two.out.bits() == out, "something was written");
 }
 
 }  // namespace
