@@ -182,3 +182,13 @@ def test_a_native_append_that_is_interrupted_adds_nothing(monkeypatch: pytest.Mo
     found = cache.append(K, V)
     assert found.offset == 1 and torch.equal(found.k, torch.cat([K, K], dim=2))
     assert torch.equal(found.v, torch.cat([V, V], dim=2))
+
+
+@torch.no_grad()
+def test_memory_of_the_caller_is_not_written_to_after_a_crop() -> None:
+    given = torch.arange(12.0).view(1, 1, 4, 3)
+    before, buffer = given.clone(), AppendBuffer()
+    buffer.adopt(given)
+    buffer.crop(1)
+    tokens = buffer.extend(torch.zeros(1, 1, 2, 3), 8)
+    assert torch.equal(given, before) and torch.equal(tokens[:, :, :1], before[:, :, :1])
