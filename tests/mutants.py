@@ -261,6 +261,7 @@ MUTANTS = [
     Mutant("a mask of a program known by its last row", "integrations/transformers/masks.py", "(rows == 1 and mask.left is None)", "mask.left is None", ("integrations/transformers/test_compiled.py",)),
     Mutant("padding of a program's mask lost", "integrations/transformers/masks.py", "if kind.hides_keys:", "if False:", ("integrations/transformers/test_compiled.py",)),
     Mutant("a compiled cache concatenated", "integrations/transformers/cache.py", "if torch.is_grad_enabled() or torch.compiler.is_exporting():", "if True:", ("integrations/transformers/test_compiled.py",)),
+    Mutant("views that guards make taken for other tensors", "integrations/transformers/cache.py", "= self._keys.view(), self._values.view(), True", "= self._keys.tensor, self._values.tensor, True", ("integrations/transformers/test_compiled.py",)),
     Mutant("a tracer keeps its example's padding", "integrations/transformers/masks.py", "if kernels.is_tracing() or torch._C._are_functorch_transforms_active():", "if torch.compiler.is_compiling():", ("test_tracing.py",)),
     Mutant("a decoder layer past hooks of its parts", "integrations/transformers/decoder_parts.py", "    return are_called_plainly(modules, RotatedForward, is_idle)\n", "    return True\n", DECODER),
     Mutant("a decoder layer past a hook that captures", "integrations/transformers/output_capturing.py", " == MODULE and not is_capturing()", " == MODULE", DECODER),
@@ -335,10 +336,10 @@ MUTANTS = [
     Mutant("keys written before values are refused", f"{NATIVE}/abi/cache_append.cpp", "    if (additions[0].what.rows != additions[1].what.rows) return qkv::OTHER;\n", "", APPEND),
     Mutant("memory of the caller is written to", "cache/buffer.py", "is_writable: bool = False", "is_writable: bool = True", ("cache/test_buffer.py",)),
     Mutant("memory of the caller is stored", "cache/buffer.py", "else [new], dim=2)", "else [new], dim=2) if self.length else new", ("cache/test_states.py",)),
-    Mutant("cropped tokens overwritten past torch's version counter", "cache/buffer.py", " or keys._cropped or values._cropped", "", ("cache/test_states.py",)),
+    Mutant("cropped tokens overwritten past torch's version counter", "cache/buffer.py", " or keys._cropped or values._cropped", "", ("cache/test_buffer.py",)),
     Mutant("codes overwritten past torch's version counter", "cache/int8.py", "torch.autograd.graph.increment_version((code, scale))", "pass", ("cache/test_caches.py",)),
     Mutant("windows not in int8", "layers/attention.py", "mask.sink_tokens, dtype=kept)", "mask.sink_tokens)", CACHES),
-    Mutant("the dtype of rounded tokens lost with their rows", "cache/base.py", "self._autocast, self._dtype = each._autocast, each._dtype", "self._autocast = each._autocast", ("cache/test_states.py",)),
+    Mutant("the dtype of rounded tokens lost with their rows", "cache/base.py", "self._autocast, self._dtype = each._autocast, each._dtype", "self._autocast = each._autocast", ("cache/test_int8.py",)),
     Mutant("transformers' window in int8 one token longer", "integrations/transformers/cache.py", "(self.sliding_window - 1 + count)", "(self.sliding_window + count)", ("integrations/transformers/test_cache.py",)),
     Mutant("drafts of a window rounded", "integrations/transformers/cache.py", "return self.record_past or super()._keeps_dtype(key_states, value_states)", "return super()._keeps_dtype(key_states, value_states)", ("integrations/transformers/test_cache.py",)),
     Mutant("copies share memory", "cache/buffer.py", "        self.share()\n        twin", "        twin", ("cache/test_states.py",)),
@@ -423,6 +424,9 @@ import json, os, sys
 sys.meta_path[:] = [finder for finder in sys.meta_path if "ScikitBuild" not in type(finder).__name__]
 sys.path.insert(0, "src")
 import pytest, torch._dynamo, transformers.modeling_utils
+from hypothesis import Phase, settings
+settings.register_profile("found", phases=[Phase.explicit, Phase.generate])  # a failure is not made smaller
+settings.load_profile("found")
 assert "qkv" not in sys.modules
 for line in sys.stdin:
     child = os.fork()

@@ -79,6 +79,20 @@ def test_visible_is_the_rule(stated: tuple[Mask, Rule], offset: int) -> None:
     assert torch.equal(mask.visible(LQ, LK, offset).expand(2, 3, LQ, LK), written(rule, offset))
 
 
+@pytest.mark.parametrize("left", [None, 0, 1, 4])
+@pytest.mark.parametrize("right", [None, 0, 2])
+@pytest.mark.parametrize("sinks", [0, 1, 3])
+def test_bands_at_every_offset_are_the_rule_and_within_their_range(
+    left: int | None, right: int | None, sinks: int
+) -> None:
+    mask, rule = Mask.band(left, right, sinks), Rule(left=left, right=right, sink_tokens=sinks)
+    for offset in range(LK - 1):
+        want = torch.stack([rule.sees(0, 0, i, LK, offset) for i in range(2)])
+        assert torch.equal(mask.visible(2, LK, offset)[0, 0], want)
+        start, stop = mask.key_range(2, LK, offset)
+        assert not want[:, :start].any() and not want[:, stop:].any()
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 @given(rules(), rules(), st.integers(0, LK - LQ))
 def test_and_is_the_intersection_of_what_is_visible(

@@ -146,7 +146,8 @@ def test_native_appends_refuse_tensors_that_do_not_fit(name: str, scaled: bool) 
 @needs_kernel
 def test_native_appends_do_not_bypass_tracers_transforms_and_autograd() -> None:
     """Tracers, transforms and autograd see the operators."""
-    parts = [buffer_of(torch.ones(2, 3, 4, width), 9) for width in (8, 5)]
+    with torch.no_grad():
+        parts = [buffer_of(torch.ones(2, 3, 4, width), 9) for width in (8, 5)]
     assert append_in_place(parts, K, V) is None  # gradients are on: torch counts what is written
     with torch.no_grad():
         with _Recorder():
@@ -157,6 +158,18 @@ def test_native_appends_do_not_bypass_tracers_transforms_and_autograd() -> None:
         parts[1].crop(3)
         assert append_in_place(parts, K, V) is None  # keys and values would go to different places
         assert [part.length for part in parts] == [4, 3]
+
+
+@needs_kernel
+@torch.no_grad()
+def test_native_appends_do_not_write_to_slots_of_earlier_views() -> None:
+    parts = [buffer_of(torch.ones(2, 3, 4, width), 9) for width in (8, 5)]
+    for part in parts:
+        part.crop(3)
+    assert append_in_place(parts, K, V) is None
+    for part, new in zip(parts, (K, V), strict=True):
+        part.extend(new, 9)  # by torch, which counts the version
+    assert append_in_place(parts, K, V) is not None
 
 
 @needs_kernel

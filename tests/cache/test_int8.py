@@ -199,6 +199,17 @@ def test_the_cache_crops_and_selects() -> None:
         assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("make", [qkv.Int8KVCache, lambda: qkv.SlidingKVCache(9, dtype="int8")])
+def test_an_empty_cache_takes_the_dtype_of_rows_that_join(make: Callable[[], Any]) -> None:
+    k = torch.randn(2, 2, 5, 8).bfloat16()
+    cache, other = make(), make()
+    other.append(k, k)
+    cache.join(other)
+    with pytest.raises(ValueError, match="bfloat16"):
+        cache.append(k.float(), k.float())
+    assert torch.equal(cache.append(k, k).k, other.append(k, k).k)
+
+
 @torch.no_grad()
 def test_an_append_that_fails_halfway_adds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     k = torch.randn(2, 2, 5, 8)

@@ -144,6 +144,19 @@ def test_every_rotation_is_that_of_the_oracle(way: str, name: str) -> None:
                     assert torch.equal(kernels.rotate([one], rotation)[0], of_one)  # alone
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
+def test_the_default_dtype_changes_no_bit(way: str, default: torch.dtype) -> None:
+    x = torch.randn(ROWS, 2, TOKENS, 12)
+    for rotation in ROTATIONS.values():
+        (want,) = kernels.rotate([x], rotation)
+        torch.set_default_dtype(default)
+        try:
+            (got,) = kernels.rotate([x], rotation)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("name", BY_TABLES)
 def test_by_given_tables_the_kernel_has_the_bits_of_torchs_operators(way: str, name: str) -> None:
     for dtype in DTYPES:

@@ -200,6 +200,26 @@ def test_tensors_of_a_mask_and_biases_count_columns(mask: Mask, make: Callable[[
         torch.testing.assert_close(out[b : b + 1], want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("make", [make for mask, make in CACHES.values() if mask.left is None])
+@pytest.mark.parametrize("crop", [False, True])
+@torch.no_grad()
+def test_a_dense_mask_shows_no_slot_after_a_row(make: Callable[[], Any], crop: bool) -> None:
+    """Nothing else hides them in a layer that is not causal: tokens of longer rows, and those that were cropped."""
+    ours, cache, lengths = layer(Mask.full()), make(), (5, 2, 8, 3)
+    x, keep = padded("right", lengths)
+    ours(x, mask=Mask.padding(keep) & CAUSAL, cache=cache)
+    kept = (4, 2, 5, 1) if crop else lengths
+    cache.crop(torch.tensor(kept))
+    new = torch.stack([X[b, length : length + 2] for b, length in enumerate(kept)])
+    out = ours(new, mask=Mask.dense(torch.ones(1, 1, 2, cache.columns + 2).bool()), cache=cache)
+    for b, (first, length) in enumerate(zip(lengths, kept, strict=True)):
+        alone = make()
+        ours(X[b : b + 1, :first], mask=CAUSAL, cache=alone)
+        alone.crop(length)
+        want = ours(new[b : b + 1], mask=Mask.dense(torch.ones(1, 1, 2, length + 2).bool()), cache=alone)
+        torch.testing.assert_close(out[b : b + 1], want, rtol=1e-5, atol=1e-6)
+
+
 def test_gradients_through_a_cache_of_unequal_rows() -> None:
     ours, cache = layer(), qkv.KVCache()
     x, keep = padded("left")

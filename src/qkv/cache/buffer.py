@@ -43,7 +43,7 @@ class AppendBuffer:
         self._cropped = 0
         """number of slots after the tokens that earlier views may still contain, as after a crop"""
         self._current_view: Tensor | None = None
-        """what `grow` returned last, if it still contains all tokens"""
+        """what `grow` or `view` returned last, if it still contains all tokens"""
 
     @property
     def tensor(self) -> Tensor | None:
@@ -51,6 +51,11 @@ class AppendBuffer:
         if self.memory is None or self._current_view is not None:
             return self._current_view
         return self.memory.narrow(2, self._start, self.length)
+
+    def view(self) -> Tensor | None:
+        """All tokens, in the same tensor until they change; None before the first."""
+        self._current_view = self.tensor
+        return self._current_view
 
     @property
     def stop(self) -> int:
@@ -121,7 +126,7 @@ class AppendBuffer:
             self._set_memory(tensor, tensor.shape[2])
 
     def is_current_view(self, tensor: Tensor | None) -> bool:
-        """Whether ``tensor`` is what `grow` returned last."""
+        """Whether ``tensor`` is what `grow` or `view` returned last."""
         return tensor is not None and tensor is self._current_view
 
     def append_uninitialised(

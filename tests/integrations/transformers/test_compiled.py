@@ -127,6 +127,19 @@ def test_tokens_are_appended_in_place_and_found_by_eager_code() -> None:
         torch.testing.assert_close(mine.values, theirs.values, rtol=1e-4, atol=1e-5)
 
 
+def test_an_update_that_a_program_follows_appends_in_place() -> None:
+    """As for a layer that is watched, and so not one operator. Guards read ``keys``, which makes views."""
+    layer, new = AppendLayer(), torch.randn(2, 2, 1, 8)
+    update = torch.compile(layer.update, backend="eager", fullgraph=True)
+    memories = []
+    for count in (1, 2, 3):
+        keys, values = update(new, -new)
+        assert torch.equal(keys, torch.cat([new] * count, dim=2))
+        assert torch.equal(values, torch.cat([-new] * count, dim=2))
+        memories.append((keys.data_ptr(), values.data_ptr()))
+    assert len(set(memories)) == 1 and layer.get_seq_length() == 3
+
+
 @pytest.mark.long
 def test_steps_compiled_and_not_take_turns() -> None:
     model = llama()

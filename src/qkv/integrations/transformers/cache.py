@@ -141,7 +141,7 @@ class AppendLayer(_BufferedLayer):
     def __getattr__(self, name: str) -> Any:
         if name not in ("keys", "values") or self.__dict__.get("_has_views", True):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        self.keys, self.values, self._has_views = self._keys.tensor, self._values.tensor, True
+        self.keys, self.values, self._has_views = self._keys.view(), self._values.view(), True
         return self.__dict__[name]
 
     def get_seq_length(self) -> int:
