@@ -56,7 +56,7 @@ def test_compiled_to_machine_code_it_computes_the_same() -> None:
     ("backend", "dtype"),
     [
         ("auto", torch.float32),
-        ("sdpa", torch.float64),
+        pytest.param("sdpa", torch.float64, marks=pytest.mark.long),
         pytest.param("reference", torch.float32, marks=pytest.mark.long),
     ],
     ids=str,

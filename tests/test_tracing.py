@@ -87,6 +87,16 @@ each_tracer_in_time = pytest.mark.parametrize(
 )
 
 
+each_tracer_of_auto_in_time = pytest.mark.parametrize(
+    ("backend", "tracer"),
+    [
+        pytest.param(backend, tracer, marks=pytest.mark.long if tracer in SLOW or backend == "sdpa" else ())
+        for backend in ("auto", "sdpa")
+        for tracer in TRACERS
+    ],
+)
+
+
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
     torch.compiler.reset()
@@ -160,8 +170,7 @@ ALLOW = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril().triu(-2)[None, None]
 HIDES_NOTHING = (KEEP | True, LENGTHS * 0 + LENGTH, IDS * 0, ALLOW | True)
 
 
-@each_tracer_in_time
-@pytest.mark.parametrize("backend", ["auto", "sdpa"])
+@each_tracer_of_auto_in_time
 def test_a_layer_traced_with_masks_that_hide_nothing_applies_masks(backend: str, tracer: str, tmp_path: Path) -> None:
     layer, x = Layer(backend), torch.randn(BATCH, LENGTH, WIDTH)
     want = layer(x, KEEP, LENGTHS, IDS, ALLOW)
@@ -172,7 +181,7 @@ def test_a_layer_traced_with_masks_that_hide_nothing_applies_masks(backend: str,
 @pytest.mark.parametrize(
     ("backend", "tracer"),
     [
-        pytest.param(backend, tracer, marks=pytest.mark.long if (backend, tracer in SLOW) == ("sdpa", True) else ())
+        pytest.param(backend, tracer, marks=pytest.mark.long if backend == "sdpa" and tracer != "jit" else ())
         for backend in ("auto", "sdpa")
         for tracer in TRACERS
     ],
@@ -239,8 +248,7 @@ class Step(nn.Module):
         return qkv.attention(q, k, v, mask=mask, offset=offset, backend=self.backend)
 
 
-@each_tracer_in_time
-@pytest.mark.parametrize("backend", ["auto", "sdpa"])
+@each_tracer_of_auto_in_time
 def test_a_step_traced_at_some_positions_is_taken_at_others(backend: str, tracer: str, tmp_path: Path) -> None:
     q, k, v = torch.randn(BATCH, 4, 3, 8), torch.randn(BATCH, 2, LENGTH, 8), torch.randn(BATCH, 2, LENGTH, 8)
     step, offset = Step(backend), torch.tensor([LENGTH - 3, 2])

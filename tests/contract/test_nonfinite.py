@@ -476,10 +476,36 @@ def batched(call: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...])
     return tuple(x[1] for x in found)
 
 
+COMPILED = [
+    ("full", "reference"),
+    ("blank rows", "sdpa"),
+    ("window and sink tokens", "reference"),
+    ("documents", "sdpa"),
+]
+"""Cases and backends that are compiled in `make test`, each of them once or more: it takes two seconds."""
+
+
+def test_each_case_and_each_backend_is_compiled() -> None:
+    assert [name for name, _ in COMPILED] == [MASKS[n].name for n in (0, 2, 3, 7)]
+    assert {backend for _, backend in COMPILED} == {"sdpa", "reference"}
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:.*should not be instantiated")  # torch's own
-@pytest.mark.parametrize("transform", [traced, recorded, batched], ids=lambda transform: transform.__name__)
-@pytest.mark.parametrize("backend", ["sdpa", "reference"])
-@pytest.mark.parametrize("case", [MASKS[n] for n in (0, 2, 3, 7)], ids=str)
+@pytest.mark.parametrize(
+    ("case", "backend", "transform"),
+    [
+        pytest.param(
+            case,
+            backend,
+            transform,
+            id=f"{case.name}-{backend}-{transform.__name__}",
+            marks=pytest.mark.long if transform is traced and (case.name, backend) not in COMPILED else (),
+        )
+        for case in (MASKS[n] for n in (0, 2, 3, 7))
+        for backend in ("sdpa", "reference")
+        for transform in (traced, recorded, batched)
+    ],
+)
 def test_the_table_holds_while_tracing_and_batching(
     case: Case, backend: str, transform: Callable[..., tuple[Tensor, ...]]
 ) -> None:
@@ -491,20 +517,6 @@ def test_the_table_holds_while_tracing_and_batching(
 
     given = tuple(inputs.values())
     torch.testing.assert_close(transform(call, given), tuple(call(*given)), equal_nan=True)
-
-
-COMPILED = [
-    ("full", "reference"),
-    ("blank rows", "sdpa"),
-    ("window and sink tokens", "reference"),
-    ("documents", "sdpa"),
-]
-"""Cases and backends of which gradients are compiled, each of them once or more: it takes two seconds."""
-
-
-def test_each_case_and_each_backend_is_compiled() -> None:
-    assert [name for name, _ in COMPILED] == [MASKS[n].name for n in (0, 2, 3, 7)]
-    assert {backend for _, backend in COMPILED} == {"sdpa", "reference"}
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated")

@@ -320,7 +320,10 @@ def samples(name: str, dtype: torch.dtype, needs_grad: bool) -> list[Any]:
     return list(operator.sample_inputs("cpu", dtype, requires_grad=needs_grad))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float64, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, *(pytest.param(dtype, marks=pytest.mark.long) for dtype in (torch.bfloat16, torch.float64))],
+)
 @pytest.mark.filterwarnings("ignore")  # of torch.testing
 def test_sample_inputs_of_torch_give_its_results(dtype: torch.dtype) -> None:
     routed = fallback = 0
