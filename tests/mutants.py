@@ -170,7 +170,7 @@ MUTANTS = [
     Mutant("causal aligned top-left in decoding", "backends/sdpa.py", "if problem.offset == 0:", "if True:", GRID, "sdpa"),
     Mutant("offset of the cache ignored", "cache/base.py", 'return {"offset": self.offset, ', 'return {"offset": 0, ', ("cache/test_caches.py",)),
     Mutant("exported window decided by its example", "masks.py", "if not torch.compiler.is_exporting():", "if True:", ("test_export.py",)),
-    Mutant("rotary restarts at every chunk", "layers/cached_call.py", "offset = cache.offset(is_token)", "offset = 0", ("layers/test_rotary.py",)),
+    Mutant("rotary restarts at every chunk", "layers/cached_call.py", "offset = cache.offset(is_token)", "offset = 0", ("layers/test_rows.py",)),
     Mutant("groups interleaved (reference)", "backends/reference.py", "keys = problem.k.to(dtype).repeat_interleave(problem.group, dim=1)", "keys = problem.k.to(dtype).repeat(1, problem.group, 1, 1)", GRID),
     Mutant("groups interleaved (sdpa)", "backends/sdpa.py", "enable_gqa=grouped,", "enable_gqa=False,", GRID, "sdpa"),
     Mutant("an offset that the compiler loses", "backends/nonfinite.py", "else offset + 0", "else offset", NONFINITE),

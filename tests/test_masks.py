@@ -87,10 +87,23 @@ def test_bands_at_every_offset_are_the_rule_and_within_their_range(
 ) -> None:
     mask, rule = Mask.band(left, right, sinks), Rule(left=left, right=right, sink_tokens=sinks)
     for offset in range(LK - 1):
-        want = torch.stack([rule.sees(0, 0, i, LK, offset) for i in range(2)])
-        assert torch.equal(mask.visible(2, LK, offset)[0, 0], want)
-        start, stop = mask.key_range(2, LK, offset)
-        assert not want[:, :start].any() and not want[:, stop:].any()
+        assert_rule(mask, rule, offset)
+
+
+@pytest.mark.parametrize("left", [None, 0, 3])
+@pytest.mark.parametrize("length", [0, 1, 4, LK])
+def test_prefixes_at_every_offset_are_the_rule_and_within_their_range(left: int | None, length: int) -> None:
+    mask = Mask.prefix(length) & Mask.band(left, None)
+    for offset in range(LK - 1):
+        assert_rule(mask, Rule(left=left, right=0, prefix=[length]), offset)
+
+
+def assert_rule(mask: Mask, rule: Rule, offset: int) -> None:
+    """Of two queries at an offset: a mask shows what a rule does, and no key outside of its range."""
+    want = torch.stack([rule.sees(0, 0, i, LK, offset) for i in range(2)])
+    assert torch.equal(mask.visible(2, LK, offset)[0, 0], want)
+    start, stop = mask.key_range(2, LK, offset)
+    assert not want[:, :start].any() and not want[:, stop:].any()
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
