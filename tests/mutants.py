@@ -252,7 +252,7 @@ MUTANTS = [
     Mutant("flash-attn's cache not written", "integrations/flash_attn.py", "k_cache[slots], v_cache[slots] = k, v", "pass", ("integrations/test_flash_attn.py",)),
     Mutant("flash-attn's queries rotated apart without a mask", "integrations/flash_attn.py", ' * options["mask"].is_positional', "", ("integrations/test_flash_attn.py",)),
     Mutant("cross cache projects again", "layers/attention.py", "if context is None or cache.length:", "if context is None:", ("cache/test_caches.py",)),
-    Mutant("rotary rotates in the opposite direction", "rotation.py", "first * cos_1 - second * sin_1, second * cos_2 + first * sin_2", "first * cos_1 + second * sin_1, second * cos_2 - first * sin_2", ("layers/test_rotary.py",)),
+    Mutant("rotary rotates in the opposite direction", "rotation.py", "first * cos_1 - second * sin_1, second * cos_2 + first * sin_2", "first * cos_1 + second * sin_1, second * cos_2 - first * sin_2", ROTARY),
     Mutant("transformers' window one wider", "integrations/transformers/masks.py", 'Mask.band(cells["sliding_window"] - 1, None)', 'Mask.band(cells["sliding_window"], None)', ("integrations/transformers/test_attention.py",)),
     Mutant("transformers' padding dropped", "integrations/transformers/masks.py", "if not keep.all():", "if False:", ("integrations/transformers/test_attention.py",)),
     Mutant("a cache read before the calls of its graph", "cache/handle.py", "    if is_written:", "    if False:", ("cache/test_compiled.py",)),
