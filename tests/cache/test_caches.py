@@ -264,6 +264,31 @@ def test_a_full_cross_cache_refuses_another_context(mode: Any) -> None:
         qkv.CrossAttention(24, 6)(X, cache=cache)
 
 
+@each_cache
+@torch.no_grad()
+def test_a_copy_and_its_origin_grow_apart(make: Callable[[], Any]) -> None:
+    """Each as a cache that was given the same tokens alone, whichever is appended to first."""
+
+    def grown(*tokens: Tensor) -> Tensor:
+        alone = make()
+        for one in tokens:
+            found = alone.append(one, one)
+        return values_of(found)
+
+    def values_of(found: Any) -> Tensor:
+        return found.v if found.pages is None else found.pages.gather(found.v)
+
+    first, one, two, three = (torch.randn(2, 2, count, 16) for count in (3, 1, 1, 2))
+    for order in ((0, 1), (1, 0)):
+        caches = [make()]
+        caches[0].append(first, first)
+        caches.append(copy.copy(caches[0]))
+        for token, index in zip((one, two), order, strict=True):
+            assert torch.equal(values_of(caches[index].append(token, token)), grown(first, token))
+        for token, index in zip((one, two), order, strict=True):
+            assert torch.equal(values_of(caches[index].append(three, three)), grown(first, token, three))
+
+
 @torch.no_grad()
 def test_a_cross_cache_selects_and_crops_its_context() -> None:
     layer, cache, rows = qkv.CrossAttention(24, 6), qkv.CrossKVCache(), torch.tensor([1, 1, 0])

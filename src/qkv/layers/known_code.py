@@ -6,7 +6,7 @@ from typing import Any
 
 
 def is_copy_of(function: object, known: Callable[..., Any]) -> bool:
-    """Whether calling the function does what ``known`` does, up to names of arguments: bytecode, names of attributes
+    """Whether calling the function does what ``known`` does, up to names of variables: bytecode, names of attributes
     and constants are equal, and its file means the same by the modules that ``known`` names.
     """
     assert isinstance(known, FunctionType)
