@@ -2,7 +2,8 @@
 
     python tests/mutants.py [NAME ...] [--sample N] [--jobs N]
 
-Prints a line a bug, and exits with 1 if one survives. A sample is another one every day.
+Prints a line a bug, and exits with 1 if one survives. Those in code for AMX are planted where there is AMX. A sample is
+another one every day.
 """
 
 import argparse
@@ -69,9 +70,15 @@ class Mutant(NamedTuple):
         """Whether the kernel must be compiled again."""
         return self.file.startswith(NATIVE)
 
+    @property
+    def is_compiled_here(self) -> bool:
+        """Whether this machine runs the code."""
+        return "amx" not in Path(self.file).stem or "amx" in kernels.supported_isas()
+
 
 MUTANTS = [
-    Mutant("scale dropped (reference)", "backends/reference.py", "scores = scale * (", "scores = 1.0 * (", GRID),
+    Mutant("scale dropped (reference)", "backends/reference.py", "scores = scale * _product(", "scores = 1.0 * _product(", GRID),
+    Mutant("products rounded once more under autocast", "backends/reference.py", "if a.is_meta or not", "if True or not", ("test_interoperability.py",), "autocast"),
     Mutant("scale dropped (sdpa)", "backends/sdpa.py", "        scale=problem.scores.scale,\n", "        scale=1.0,\n", GRID, "sdpa"),
     Mutant("scale of the key length", "scores.py", 'given["scale"], q.shape[3])', 'given["scale"], k.shape[2])', FUNCTIONAL),
     Mutant("causal window one wider", "masks.py", "Mask.band((window - 1) * dilation, 0", "Mask.band(window * dilation, 0", MASKS),
@@ -519,6 +526,10 @@ def main() -> int:
     mutants = [m for m in MUTANTS if not arguments.names or any(name in m.name for name in arguments.names)]
     if arguments.sample is not None:
         mutants = random.Random(dt.date.today().toordinal()).sample(mutants, min(arguments.sample, len(mutants)))
+    for mutant in mutants:
+        if not mutant.is_compiled_here:
+            print(f"needs AMX {mutant.name}")
+    mutants = [mutant for mutant in mutants if mutant.is_compiled_here]
     mutants.sort(key=lambda mutant: mutant.is_native)  # the others run with the kernel as it is
     every_test = tuple({name for mutant in mutants for name in mutant.tests})
     nothing = Mutant("nothing", "masks.py", "", "", every_test)

@@ -233,6 +233,22 @@ def test_under_autocast_it_computes_in_the_lower_precision(name: str) -> None:
     out.square().sum().backward()
 
 
+@pytest.mark.parametrize("backend", ["auto", "native", "sdpa", "reference"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_rounds_what_is_given_and_nothing_else(backend: str, dtype: torch.dtype) -> None:
+    leaves = [torch.randn(2, heads, 11, 8).requires_grad_() for heads in (4, 2, 2)]
+    options = {"mask": Mask.causal(7), "softcap": None if backend == "sdpa" else 3.0}
+    for call in (qkv.attention_with_lse, lambda q, k, v, **options: (qkv.attention_weights(q, k, **options),)):
+        chosen = {"backend": backend} if call is qkv.attention_with_lse else {}
+        with torch.autocast("cpu", dtype=dtype):
+            found = call(*leaves, **options, **chosen)
+        want = call(*(x.to(dtype) for x in leaves), **options, **chosen)
+        for got, rounded in zip(found, want, strict=True):
+            assert got.dtype is rounded.dtype and torch.equal(got, rounded)
+        gradients = [torch.autograd.grad(x[0].float().square().sum(), leaves[:2]) for x in (found, want)]
+        assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+
+
 @each_layer
 def test_deep_copies_pickles_and_state_dicts_compute_the_same(name: str) -> None:
     layer, x = LAYERS[name](), torch.randn(2, 11, 24)

@@ -24,7 +24,7 @@ def run(problem: Problem) -> Result:
     if clean.scores.dropout:
         weights = torch.dropout(weights, clean.scores.dropout, train=True)
     values = clean.v.to(weights.dtype).repeat_interleave(clean.group, dim=1)
-    out = (weights @ values).to(clean.q.dtype)
+    out = _product(weights, values).to(clean.q.dtype)
     return add_visible_nonfinite(Result(out, lse if clean.wants_lse else None), nonfinite)
 
 
@@ -53,7 +53,7 @@ def _scores(problem: Problem) -> Tensor:
     bias, alibi = problem.scores.bias, problem.scores.alibi
     dtype = accumulation_dtype(problem.q.dtype)
     keys = problem.k.to(dtype).repeat_interleave(problem.group, dim=1)
-    scores = scale * (problem.q.to(dtype) @ keys.transpose(2, 3))  # mT is not in ONNX
+    scores = scale * _product(problem.q.to(dtype), keys.transpose(2, 3))  # mT is not in ONNX
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
@@ -63,3 +63,11 @@ def _scores(problem: Problem) -> Tensor:
     if not problem.mask.is_full:
         scores = scores.masked_fill(~problem.visible(), -torch.inf)
     return scores
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` in the dtype of both. Under torch.autocast, inputs have been rounded before, and are not once more."""
+    if a.is_meta or not torch.is_autocast_enabled(a.device.type):
+        return a @ b
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
