@@ -36,6 +36,7 @@ LEVEL = "-O1 -fexpensive-optimizations"
 MASKS = ("test_masks.py",)
 GRID = ("contract/test_grid.py",)
 FUNCTIONAL = ("test_functional.py",)
+LOOK = ("test_look.py",)
 KERNEL = ("kernels/test_native.py", "cache/test_int8.py", "contract/test_grid.py")
 LINEAR = ("kernels/test_linear.py",)
 NORM = ("kernels/test_rms_norm.py",)
@@ -78,6 +79,16 @@ class Mutant(NamedTuple):
 
 MUTANTS = [
     Mutant("scale dropped (reference)", "backends/reference.py", "scores = scale * _product(", "scores = 1.0 * _product(", GRID),
+    Mutant("a window cuts one key less", "look.py", "beyond = [~Mask.band(window - 1, None)", "beyond = [~Mask.band(window, None)", LOOK),
+    Mutant("sink tokens cut by a window", "look.py", "Mask.padding(~is_sink[None]) if sink_tokens else", "", LOOK),
+    Mutant("the sink logit leaves with the keys", "look.py", "scores=problem.scores._replace(sink_logits=None)))", "scores=problem.scores))", LOOK),
+    Mutant("query heads tiled over the heads of keys", "look.py", "problem.k.repeat_interleave(problem.group, dim=1)", "problem.k.repeat(1, problem.group, 1, 1)", LOOK),
+    Mutant("entropy of scores that are capped as of products", "look.py", "if not problem.scores.used():", "if True:", LOOK),
+    Mutant("rows after the first few at the positions of these", "look.py", "offset=problem.offset + start,", "offset=problem.offset,", LOOK),
+    Mutant("a map's means as sums", "look.py", "    mean /= sizes[:, None]\n", "", LOOK),
+    Mutant("top keys beyond what suffices", "look.py", "spare = (before >= coverage)", "spare = (before > 1)", LOOK),
+    Mutant("a distance from the first query", "look.py", "position - (middle + reach * mean)", "-(middle + reach * mean)", LOOK),
+    Mutant("numbers of 16 bits rounded again", "look.py", "torch.promote_types(problem.q.dtype, torch.float32)", "problem.q.dtype", LOOK),
     Mutant("products rounded once more under autocast", "backends/reference.py", "if a.is_meta or not", "if True or not", ("test_interoperability.py",), "autocast"),
     Mutant("scale dropped (sdpa)", "backends/sdpa.py", "        scale=problem.scores.scale,\n", "        scale=1.0,\n", GRID, "sdpa"),
     Mutant("scale of the key length", "scores.py", 'given["scale"], q.shape[3])', 'given["scale"], k.shape[2])', FUNCTIONAL),

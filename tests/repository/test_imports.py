@@ -28,6 +28,7 @@ ORDER = [
     {"qkv.problem", "qkv.kernels"},
     {"qkv.backends"},
     {"qkv.partial", "qkv.functional", "qkv.sequences", "qkv.cache"},
+    {"qkv.look"},
     {"qkv.layers"},
     {"qkv.integrations"},
     {"qkv.convert"},
