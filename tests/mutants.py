@@ -2,8 +2,8 @@
 
     python tests/mutants.py [NAME ...] [--sample N] [--jobs N]
 
-Prints a line a bug, and exits with 1 if one survives. Those in code for AMX are planted where there is AMX. A sample is
-another one every day.
+Prints a line a bug, and exits with 1 if one survives. Those in code for an instruction set that this machine lacks are not
+planted. A sample is another one every day.
 """
 
 import argparse
@@ -29,6 +29,8 @@ ROOT = Path(__file__).parents[1]
 
 
 NATIVE = "../../native/src"
+
+ISA_OF = {"__AVX512F__": "avx512", "__AVX512BF16__": "avx512bf16", "__AMX_BF16__": "amx"}
 
 LEVEL = "-O1 -fexpensive-optimizations"
 """of optimisation, which takes half as long as -O3 and still merges products with sums, as -O3 does"""
@@ -72,9 +74,17 @@ class Mutant(NamedTuple):
         return self.file.startswith(NATIVE)
 
     @property
-    def is_compiled_here(self) -> bool:
-        """Whether this machine runs the code."""
-        return "amx" not in Path(self.file).stem or "amx" in kernels.supported_isas()
+    def isa(self) -> str | None:
+        """The instruction set without which the code is not compiled, from the ``#if`` around it; None if none is."""
+        before = (ROOT / "src" / "qkv" / self.file).read_text().split(self.right)[0]
+        conditions: list[str] = []
+        for line in re.findall(r"^#(?:if|else|elif|endif).*", before, re.MULTILINE):
+            if not line.startswith("#if"):
+                conditions.pop()
+            if not line.startswith("#endif"):
+                conditions.append(line)
+        found = [ISA_OF[name] for line in conditions for name in ISA_OF if line == f"#if defined({name})"]
+        return found[-1] if found else None
 
 
 MUTANTS = [
@@ -537,10 +547,11 @@ def main() -> int:
     mutants = [m for m in MUTANTS if not arguments.names or any(name in m.name for name in arguments.names)]
     if arguments.sample is not None:
         mutants = random.Random(dt.date.today().toordinal()).sample(mutants, min(arguments.sample, len(mutants)))
+    has = {None, *kernels.supported_isas()}
     for mutant in mutants:
-        if not mutant.is_compiled_here:
-            print(f"needs AMX {mutant.name}")
-    mutants = [mutant for mutant in mutants if mutant.is_compiled_here]
+        if mutant.isa not in has:
+            print(f"not here  {mutant.name}: its code is for {mutant.isa}")
+    mutants = [mutant for mutant in mutants if mutant.isa in has]
     mutants.sort(key=lambda mutant: mutant.is_native)  # the others run with the kernel as it is
     every_test = tuple({name for mutant in mutants for name in mutant.tests})
     nothing = Mutant("nothing", "masks.py", "", "", every_test)
