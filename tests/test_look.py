@@ -1,6 +1,6 @@
 """`qkv.look`, compared with numbers from the weights of the oracle, over the contract grid."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -223,17 +223,32 @@ def test_rows_at_a_time_change_nothing(name: str, monkeypatch: pytest.MonkeyPatc
 ALLOW = torch.rand(2, 4, 9, 9, generator=torch.Generator().manual_seed(1)) < 0.7
 
 
+WITH: dict[str, Callable[[], dict[str, Any]]] = {
+    "nothing": dict,
+    "bias": lambda: {"bias": BIAS.clone()},
+    "slopes and sinks": lambda: {"alibi": torch.arange(4) / 8, "sink_logits": torch.ones(4)},
+    "padding": lambda: {"mask": CAUSAL & Mask.padding(torch.tensor([6, 9]))},
+    "documents": lambda: {"mask": CAUSAL & Mask.documents(torch.arange(9)[None] // 4)},
+    "dense": lambda: {"mask": Mask.dense(ALLOW.clone())},
+    "rows": lambda: {"mask": CAUSAL, "offset": torch.tensor([0, -3])},
+}
+BIAS = torch.randn(1, 4, 9, 9, generator=torch.Generator().manual_seed(2))
+
+
 @each_number
-@pytest.mark.parametrize(
-    "mode", [torch.enable_grad, torch.no_grad, torch.inference_mode], ids=lambda mode: mode.__name__
-)
-def test_numbers_have_no_gradient_and_leave_their_inputs_alone(name: str, mode: Any) -> None:
-    want = NUMBERS[name](*qkv_of(), mask=CAUSAL)
+@pytest.mark.parametrize("options", WITH)
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_numbers_have_no_gradient_and_leave_their_inputs_alone(name: str, options: str, mode: Any) -> None:
+    want = NUMBERS[name](*qkv_of(), **WITH[options]())
     with mode():
-        given = [x.requires_grad_() if mode is torch.enable_grad else x for x in qkv_of()]
-        found = NUMBERS[name](*given, mask=CAUSAL)
+        given, others = [*qkv_of()], WITH[options]()
+        tensors = [*given, *(x for x in others.values() if isinstance(x, Tensor) and x.is_floating_point())]
+        if mode is torch.enable_grad:
+            for x in tensors:
+                x.requires_grad_()
+        found = NUMBERS[name](*given, **others)
     same(found, want)
-    assert not any(x.requires_grad for x in found if x.is_floating_point()) and all(x.grad is None for x in given)
+    assert not any(x.requires_grad for x in found) and all(x.grad is None for x in tensors)
     with mode():
         assert all(torch.equal(x, y) for x, y in zip(given, qkv_of(), strict=True))
 

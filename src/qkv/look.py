@@ -7,7 +7,7 @@ are computed with in fp32. No number has a gradient.
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from qkv.functional import Options
 from qkv.masks import Mask
 from qkv.partial import Partial, merge_stacked
 from qkv.problem import Problem, make_problem
+from qkv.scores import Scores
 
 WEIGHTS_AT_ONCE = 1 << 22
 """Number of weights that are written out at once: 16 MiB in fp32."""
@@ -263,9 +264,15 @@ def received(q: Tensor, k: Tensor, **options: Unpack[Options]) -> Tensor:
     problem = _problem("received", q, k, k, options)
     # The gradient by values of width 1, one for each query head.
     with torch.inference_mode(False), torch.enable_grad():
-        own = problem._replace(q=problem.q.clone(), k=problem.k.repeat_interleave(problem.group, dim=1))
-        values = torch.zeros_like(own.k[..., :1]).requires_grad_()
-        out, _ = _solve(own._replace(v=values))
+        problem = problem._replace(
+            q=_saved(problem.q),
+            k=_saved(problem.k).repeat_interleave(problem.group, dim=1),
+            mask=Mask(*map(_saved, problem.mask.values())),
+            offset=_saved(problem.offset),
+            scores=Scores(*map(_saved, problem.scores)),
+        )
+        values = torch.zeros_like(problem.k[..., :1]).requires_grad_()
+        out, _ = _solve(problem._replace(v=values))
         (found,) = torch.autograd.grad(out.sum(), values)
     return found[..., 0]
 
@@ -351,6 +358,11 @@ def _problem(caller: str, q: Tensor, k: Tensor, v: Tensor, options: Options, *, 
     bias, alibi, sink_logits = (None if x is None else x.detach() for x in problem.scores[2:5])
     scores = problem.scores._replace(bias=bias, alibi=alibi, sink_logits=sink_logits, dropout=0.0)
     return problem._replace(q=q, k=k, v=v, scores=scores)
+
+
+def _saved(value: Any) -> Any:
+    """The value as a backward pass may save it: not as a tensor of inference mode."""
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
 def _solve(problem: Problem) -> Partial:
