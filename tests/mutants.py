@@ -67,6 +67,8 @@ class Mutant(NamedTuple):
     tests: tuple[str, ...]
     only: str = ""
     """pytest's ``-k``: which of them, if some take long before they come to those that find it"""
+    needs: str | None = None
+    """the instruction set without which the code has no effect, if it is compiled for others too"""
 
     @property
     def is_native(self) -> bool:
@@ -75,7 +77,7 @@ class Mutant(NamedTuple):
 
     @property
     def isa(self) -> str | None:
-        """The instruction set without which the code is not compiled, from the ``#if`` around it; None if none is."""
+        """The instruction set that it needs, also by the ``#if`` around its code; None for any."""
         before = (ROOT / "src" / "qkv" / self.file).read_text().split(self.right)[0]
         conditions: list[str] = []
         for line in re.findall(r"^#(?:if|else|elif|endif).*", before, re.MULTILINE):
@@ -84,7 +86,7 @@ class Mutant(NamedTuple):
             if not line.startswith("#endif"):
                 conditions.append(line)
         found = [ISA_OF[name] for line in conditions for name in ISA_OF if line == f"#if defined({name})"]
-        return found[-1] if found else None
+        return found[-1] if found else self.needs
 
 
 MUTANTS = [
@@ -243,7 +245,7 @@ MUTANTS = [
     Mutant("padding of the last packed keys not cleared", f"{NATIVE}/matmul/amx.h", "store(pairs + j * t.lanes() + n * LANES, vec{});", "(void)pairs;", KERNEL),
     Mutant("all packed values assumed finite", f"{NATIVE}/matmul/amx.h", "return !nonfinite;", "return true;", KERNEL),
     Mutant("gradients of keys beyond a segment not cleared", f"{NATIVE}/matmul/amx.h", "std::fill(rest, rest + (s.last - s.first + odd) * LANES / 2, 0.0f);", "(void)rest;", KERNEL),
-    Mutant("hidden NaN leaks beside the last key", f"{NATIVE}/attention/prefill.h", "OperandPacking<Kind>::clear(clean, j, d);\n    return", "(void)d;\n    return", KERNEL),
+    Mutant("hidden NaN leaks beside the last key", f"{NATIVE}/attention/prefill.h", "OperandPacking<Kind>::clear(clean, j, d);\n    return", "(void)d;\n    return", KERNEL, needs="avx512bf16"),
     Mutant("odd columns computed as even ones", f"{NATIVE}/attention/decode_amx.h", "(vec)_mm512_slli_epi32(even, 16)", "(vec)even", KERNEL),
     Mutant("infinity leaks into the next column", f"{NATIVE}/attention/decode_amx.h", "if (any(nonfinite != 0.0f))", "if (false)", ("kernels/test_cpp.py",)),
     Mutant("scale of values dropped (kernel)", f"{NATIVE}/attention/decode.h", "weight * lanes.scales_of(p.v_scale, first + j)", "weight", KERNEL),
