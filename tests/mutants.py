@@ -39,6 +39,7 @@ MASKS = ("test_masks.py",)
 GRID = ("contract/test_grid.py",)
 FUNCTIONAL = ("test_functional.py",)
 LOOK = ("test_look.py",)
+RECORDING = ("integrations/transformers/test_recording.py",)
 KERNEL = ("kernels/test_native.py", "cache/test_int8.py", "contract/test_grid.py")
 LINEAR = ("kernels/test_linear.py",)
 NORM = ("kernels/test_rms_norm.py",)
@@ -101,6 +102,11 @@ MUTANTS = [
     Mutant("top keys beyond what suffices", "look.py", "spare = (before >= coverage)", "spare = (before > 1)", LOOK),
     Mutant("a distance from the first query", "look.py", "position - (middle + reach * mean)", "-(middle + reach * mean)", LOOK),
     Mutant("numbers of 16 bits rounded again", "look.py", "torch.promote_types(problem.q.dtype, torch.float32)", "problem.q.dtype", LOOK),
+    Mutant("a recorded model stays on qkv", "integrations/transformers/models.py", "            vars(module).update(configs)\n", "", RECORDING),
+    Mutant("a recording past layers that are one call", "integrations/transformers/recording.py", "for module in model.modules()]", "for module in ()]", RECORDING),
+    Mutant("the mean over heads of a group", "integrations/transformers/recording.py", ".amax(2)", ".mean(2)", RECORDING),
+    Mutant("windows of encoders to one side", "integrations/transformers/recording.py", "Mask.band(w - 1, w - 1, sink_tokens) if", "w if", RECORDING),
+    Mutant("queries that lose nothing counted", "integrations/transformers/recording.py", "first = max(0, window - self.offset)", "first = 0", RECORDING),
     Mutant("products rounded once more under autocast", "backends/reference.py", "if a.is_meta or not", "if True or not", ("test_interoperability.py",), "autocast"),
     Mutant("scale dropped (sdpa)", "backends/sdpa.py", "        scale=problem.scores.scale,\n", "        scale=1.0,\n", GRID, "sdpa"),
     Mutant("scale of the key length", "scores.py", 'given["scale"], q.shape[3])', 'given["scale"], k.shape[2])', FUNCTIONAL),

@@ -1,6 +1,9 @@
 """`register`: qkv as an attention implementation of transformers."""
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -93,6 +96,22 @@ class _Unregistered(dict[str, Any]):
         )
 
 
+Observer = Callable[[nn.Module, Tensor, Tensor, Tensor, dict[str, Any]], None]
+"""Called with a module, queries, keys, values, and the other arguments of `attention`."""
+
+_observer: ContextVar[Observer | None] = ContextVar("observer", default=None)
+
+
+@contextmanager
+def observed(observer: Observer) -> Iterator[None]:
+    """Has an observer told of all calls of this thread or task, of modules that are called by their forward."""
+    token = _observer.set(observer)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
+
+
 def attend(
     module: nn.Module,
     query: Tensor,
@@ -108,6 +127,9 @@ def attend(
     """
     if kernels.is_tracing():
         return compute_attention(module, query, key, value, attention_mask, *args, **options)
+    observer = _observer.get()
+    if observer is not None:
+        options["observer"] = observer
     backends.last.choice, backends.last.reasons = None, []
     result = compute_attention(module, query, key, value, attention_mask, *args, **options)
     reason = "; ".join(backends.last.reasons) or None
@@ -135,6 +157,7 @@ def compute_attention(
     block_indices: Tensor | None = None,
     output_attentions: bool | None = False,
     cache: object | None = None,
+    observer: "Observer | None" = None,
     **ignored: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention by `qkv.attention`, with the arguments and results of transformers' attention functions.
@@ -153,6 +176,7 @@ def compute_attention(
             of heads may see; -1 for none.
         output_attentions: whether to return the weights, which requires materializing them.
         cache: transformers' paged cache, which is not supported.
+        observer: told of the call as one of `attention`, before it is made.
         **ignored: arguments for other implementations (positions, window sizes already in the mask).
 
     Returns:
@@ -185,13 +209,15 @@ def compute_attention(
         "sink_logits": s_aux,
     }
     if isinstance(key, LatentTensor) and isinstance(value, LatentTensor):
-        if sinks is None and not output_attentions:
+        if sinks is None and not output_attentions and observer is None:
             out = key.heads.attend(query, key.latents, dropout=dropout, **options)
             return out.transpose(1, 2).contiguous(), None
         key, value = key.heads.expand(key.latents)
     if isinstance(key, Int8Tensor) and isinstance(value, Int8Tensor):
         options |= {"k_scale": key.scale, "v_scale": value.scale}
         key, value = key.codes, value.codes
+    if observer is not None:
+        observer(module, query, key, value, options)
     weights = attention_weights(query, key, **options) if output_attentions else None
     if sinks is None:
         out = attention(query, key, value, dropout=dropout, **options)

@@ -3,6 +3,7 @@
 import copy
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -94,6 +95,26 @@ def give_back(model: nn.Module) -> None:
         for name, twin in module.__dict__.pop(_TWINS, {}).items():
             if module.__dict__.get(name) is twin.copied:
                 module.__dict__[name] = twin.former(formers)
+
+
+@contextmanager
+def on_qkv(model: nn.Module) -> Iterator[list[Any]]:
+    """Has the models of transformers in a module run on "qkv" meanwhile, whatever they ran on before; their `roots`."""
+    from transformers import PreTrainedConfig
+
+    before = []
+    for module in (module for root in roots(model) for module in root.modules()):
+        configs = {name: value for name, value in vars(module).items() if isinstance(value, PreTrainedConfig)}
+        before.append((module, configs, dict(_twins_in(module))))
+    try:
+        yield take(model)
+    finally:
+        for module, configs, twins in before:
+            vars(module).update(configs)
+            _twins_in(module).clear()
+            _twins_in(module).update(twins)
+            if not twins:
+                vars(module).pop(_TWINS, None)
 
 
 def why_not(part: Any) -> str | None:

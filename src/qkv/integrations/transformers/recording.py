@@ -1,0 +1,227 @@
+"""`record`: what each attention layer of a model of transformers attends to on a text, in the numbers of `qkv.look`."""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from qkv import look
+from qkv.arguments import require_count
+from qkv.integrations.transformers.attention import observed
+from qkv.integrations.transformers.models import on_qkv, parts, why_not
+from qkv.masks import Mask
+
+
+class LayerRecord(NamedTuple):
+    """What one call of an attention module attended to."""
+
+    name: str
+    """of the module within the model"""
+    mask: Mask
+    """the mask that was in effect"""
+    offset: int
+    kv_heads: int
+    is_cross: bool
+    """whether keys and values come from another sequence"""
+    cut: look.WindowCut
+    """by the windows of the recording; by none of them in cross-attention"""
+    keys_in_effect: Tensor
+    """(B, H, Lq)"""
+    distance: look.Distance
+    sinks: look.SinkShare
+    map: look.BlockMap
+    is_token: Tensor | None
+    """(B, Lq), which queries are not padding; None if all are"""
+
+    def mean(self, number: Tensor) -> Tensor:
+        """The mean of a number ``(B, H, Lq)`` over the queries, padding apart: ``(B, H)``. NaN where there are none."""
+        return _mean(number, self.is_token)
+
+    @property
+    def window(self) -> int | None:
+        """Number of keys that a query sees at most, its own and those before it; None for all."""
+        lookback = self.mask.lookback
+        return None if lookback is None else lookback + 1
+
+    def cut_by_kv_head(self, index: int, window: int) -> Tensor:
+        """The weight that window ``index``, of ``window`` keys, cuts from each KV head: ``(B, Hkv)``.
+
+        The largest among the query heads of a group, since one that needs distant keys needs those of its group; in
+        the mean over the queries that have as many keys before them.
+        """
+        first = max(0, window - self.offset)
+        is_token = None if self.is_token is None else self.is_token[:, first:]
+        by_head = _mean(self.cut.mass[index][:, :, first:], is_token).nan_to_num()
+        return by_head.unflatten(1, (self.kv_heads, -1)).amax(2)  # type: ignore[no-any-return]
+
+
+def _mean(number: Tensor, is_token: Tensor | None) -> Tensor:
+    """Over the queries that are tokens, those without a key apart."""
+    return number.nanmean(-1) if is_token is None else number.masked_fill(~is_token[:, None], torch.nan).nanmean(-1)
+
+
+class Recording(NamedTuple):
+    """What all attention layers attended to, in the order of their calls. Printed as a table."""
+
+    windows: tuple[int, ...]
+    sink_tokens: int
+    layers: tuple[LayerRecord, ...]
+
+    def cut_by_layer(self) -> Tensor:
+        """The weight that windows cut from layers, of the KV head which loses most: ``(layers, windows)``.
+
+        Configurations give a window to layers, and not to heads. NaN for cross-attention.
+        """
+        rows = [
+            [
+                float("nan") if layer.is_cross else layer.cut_by_kv_head(n, window).amax().item()
+                for n, window in enumerate(self.windows)
+            ]
+            for layer in self.layers
+        ]
+        return torch.tensor(rows).view(len(self.layers), len(self.windows))
+
+    def __str__(self) -> str:
+        sinks = f", with {self.sink_tokens} sink tokens" if self.sink_tokens else ""
+        heading = ["layer", "sees", "in effect", "distance", "sinks", *(f"cut by {window}" for window in self.windows)]
+        lines = [heading]
+        for layer, cuts in zip(self.layers, self.cut_by_layer().tolist(), strict=True):
+            spent = layer.mean(layer.sinks.first + layer.sinks.learned)
+            seen = "all keys" if layer.window is None else f"{layer.window:,} keys"
+            lines.append(
+                [
+                    layer.name,
+                    "a context" if layer.is_cross else seen,
+                    f"{layer.mean(layer.keys_in_effect).nanmean():.1f}",
+                    f"{layer.mean(layer.distance.mean).nanmean():.1f}",
+                    f"{100 * spent.nanmean():.1f}%",
+                    *("" if cut != cut else f"{100 * cut:.1f}%" for cut in cuts),
+                ]
+            )
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        rows = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]
+        note = f"cut: the weight on keys that a window hides{sinks}, of the KV head that loses most; before training"
+        return "\n".join([*rows, *([note] if self.windows else [])])
+
+
+def record(
+    model: nn.Module,
+    input_ids: Tensor | None = None,
+    *,
+    windows: Sequence[int] = (),
+    sink_tokens: int = 0,
+    blocks: int = 64,
+    **inputs: Any,
+) -> Recording:
+    """Runs a model of transformers once, and records what its attention layers attend to: `qkv.look`, layer by layer.
+
+    The model runs on ``attn_implementation="qkv"`` for this call, and is as it was afterwards. Queries and keys of a
+    layer are dropped before the next one runs, so that memory is that of one layer and of the numbers.
+
+    Args:
+        model: of any family that runs on "qkv", or a module with such a model in it, in evaluation mode.
+        input_ids: ``(B, L)``.
+        windows: numbers of keys that queries would see at most, as in `look.window_cut`. In a layer whose queries see
+            later keys as well, as many to each side, the query's own included.
+        sink_tokens: number of first keys that these windows show too; also those that are counted as sinks, of which
+            there is one at least.
+        blocks: of `look.block_map`.
+        **inputs: other arguments of the model, such as ``attention_mask`` and ``decoder_input_ids``.
+
+    Raises:
+        TypeError: for anything but a model of transformers, and windows that are not integers.
+        ValueError: for a model that is training or does not run on "qkv", a window that hides no key, and a model
+            without a layer that has heads of keys.
+
+    Example:
+        >>> from qkv.integrations.transformers import record
+        >>> print(record(model, input_ids, windows=[256, 512], sink_tokens=4))  # doctest: +SKIP
+    """
+    for window in windows:
+        require_count("record", "each of windows", window)
+    require_count("record", "sink_tokens", sink_tokens, 0)
+    found: list[LayerRecord] = []
+    with on_qkv(model) as roots:
+        if not roots:
+            raise TypeError(f"record: model must be, or contain, a model of transformers; got {type(model).__name__}.")
+        if model.training:
+            raise ValueError("record: model must be in evaluation mode, model.eval(); it is training.")
+        for part in (part for root in roots for part in parts(root)):
+            reason = why_not(part)
+            if reason is not None:
+                raise ValueError(f'record: {type(part).__name__} does not run on attn_implementation="qkv": {reason}.')
+        given = {**inputs} if input_ids is None else {"input_ids": input_ids, **inputs}
+        takes = inspect.signature(model.forward).parameters
+        given |= {name: value for name, value in (("use_cache", False), ("logits_to_keep", 1)) if name in takes}
+        with _watched(model) as (names, crossing), torch.no_grad():
+
+            def observe(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> None:
+                is_cross = id(module) in crossing
+                used = () if is_cross else windows
+                layer = names[id(module)], is_cross, (q, k, v, options), used, sink_tokens, blocks
+                found.append(_record_of(*layer))
+
+            with observed(observe):
+                model(**given)
+    if not found:
+        raise ValueError(
+            f"record: no layer of {type(model).__name__} has heads of keys that queries attend to; got none in a call."
+        )
+    return Recording(tuple(windows), sink_tokens, tuple(found))
+
+
+def _record_of(
+    name: str,
+    is_cross: bool,
+    given: tuple[Tensor, Tensor, Tensor, dict[str, Any]],
+    windows: Sequence[int],
+    sink_tokens: int,
+    blocks: int,
+) -> LayerRecord:
+    """The record of a call with queries, keys, values and other arguments of `qkv.attention`."""
+    q, k, v, options = given
+    mask, offset, lk = options["mask"], options["offset"], k.shape[2]
+    for window in windows:
+        if window >= lk:
+            raise ValueError(
+                f"record: a window of {window} cuts nothing of {lk} tokens; give a longer text or a smaller window."
+            )
+    sees_later_keys = q.shape[2] > 1 and mask.shows_later_keys(1)
+    used = [Mask.band(w - 1, w - 1, sink_tokens) if sees_later_keys else w for w in windows]
+    of_scores = {name: value for name, value in options.items() if name != "v_scale"}
+    return LayerRecord(
+        name,
+        mask,
+        offset,
+        k.shape[1],
+        is_cross,
+        look.window_cut(q, k, v, used, sink_tokens=sink_tokens, **options),
+        look.keys_in_effect(q, k, **of_scores),
+        look.distance(q, k, **of_scores),
+        look.sink_share(q, k, first=max(1, sink_tokens), **of_scores),
+        look.block_map(q, k, blocks=blocks, **of_scores),
+        mask.keep_keys(lk) if q.shape[2] == lk and not is_cross else None,
+    )
+
+
+@contextmanager
+def _watched(model: nn.Module) -> Iterator[tuple[dict[int, str], set[int]]]:
+    """Hooks on all modules, so that each is called by its forward: their names, and which attend to a context."""
+    names = {id(module): name for name, module in model.named_modules()}
+    crossing: set[int] = set()
+
+    def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        context = kwargs.get("key_value_states")
+        context = kwargs.get("encoder_hidden_states") if context is None else context
+        if context is not None:
+            crossing.add(id(module))
+
+    handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in model.modules()]
+    try:
+        yield names, crossing
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,219 @@
+"""`record`: its numbers, compared with those of weights that eager attention writes out; and a model left as it was."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from families import compare as families
+from torch import Tensor, nn
+
+import qkv
+from qkv import Mask
+from qkv.integrations.transformers.recording import Recording, record
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers' own making
+
+SIZES = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "pad_token_id": 0}
+HEADS = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8}
+BART = {
+    "vocab_size": 97,
+    "d_model": 48,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "encoder_attention_heads": 6,
+    "decoder_attention_heads": 6,
+}
+
+
+def decoder(kind: str, **options: Any) -> Callable[[], Any]:
+    return lambda: transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(kind, **{**SIZES, **HEADS, **options}), attn_implementation="eager"
+    )
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": decoder("llama"),
+    "mistral": decoder("mistral", sliding_window=7),
+    "qwen3": decoder("qwen3"),
+    "gemma2": decoder("gemma2", sliding_window=7, query_pre_attn_scalar=8),
+    "gpt_oss": decoder("gpt_oss", sliding_window=7, num_local_experts=2, num_experts_per_tok=1),
+    "gpt2": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=97, n_embd=48, n_layer=2, n_head=6, attn_implementation="eager")
+    ),
+    "gpt_neox": decoder("gpt_neox"),
+    "deepseek_v3": decoder(
+        "deepseek_v3", num_key_value_heads=6, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8,
+        v_head_dim=8, first_k_dense_replace=2,
+    ),
+    "bert": lambda: transformers.BertModel(
+        transformers.BertConfig(**SIZES, num_attention_heads=6, attn_implementation="eager")
+    ),
+    "bart": lambda: transformers.BartModel(transformers.BartConfig(**BART, attn_implementation="eager")),
+}  # fmt: skip
+IDS = torch.randint(3, 96, (2, 23), generator=torch.Generator().manual_seed(0))
+KEEP = torch.ones_like(IDS)
+KEEP[1, :6] = 0
+WINDOWS, SINKS = (4, 9), 2
+
+
+def build(name: str) -> Any:
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    families.draw_weights(model)
+    return model
+
+
+def weights_of(model: Any, **inputs: Any) -> list[Tensor]:
+    """As eager attention writes them out, in the order of its calls."""
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        out = model(**inputs, output_attentions=True, use_cache=False)
+    if "encoder_attentions" not in out:
+        return list(out.attentions)
+    both = zip(out.decoder_attentions, out.cross_attentions, strict=True)
+    return [*out.encoder_attentions, *(weights for pair in both for weights in pair)]
+
+
+def inputs_of(name: str, keep: Tensor | None = None) -> dict[str, Any]:
+    given: dict[str, Any] = {"input_ids": IDS}
+    if keep is not None:
+        given["attention_mask"] = keep
+    return {**given, "decoder_input_ids": IDS[:, :17]} if name == "bart" else given
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_numbers_are_those_of_the_weights_of_eager(name: str, padded: bool) -> None:
+    model, inputs = build(name), inputs_of(name, KEEP if padded else None)
+    found = record(model, windows=WINDOWS, sink_tokens=SINKS, blocks=5, **inputs)
+    expected = weights_of(model, **inputs)
+    assert len(found.layers) == len(expected)
+    for layer, eager in zip(found.layers, expected, strict=True):
+        p, lq, lk = eager.double(), *eager.shape[2:]
+        tokens = torch.ones(2, lq, dtype=torch.bool) if layer.is_token is None else layer.is_token
+        assert torch.equal(tokens, KEEP.bool()) if padded and lq == lk == 23 else tokens.all()
+        i, j = torch.arange(lq)[:, None], torch.arange(lk)
+        sees_later = bool((p[:, :, 0, 1:] > 0).any())
+        assert layer.is_cross == (lq != lk)
+        for n, window in enumerate(WINDOWS if lq == lk else ()):
+            hidden = ((i - j >= window) | (sees_later & (j - i >= window))) & (j >= SINKS)
+            check(layer.cut.mass[n], (p * hidden).sum(-1), tokens)
+        assert layer.cut.mass.shape[0] == (2 if lq == lk else 0)
+        total = p.sum(-1)
+        entropy = torch.special.entr(p / total[..., None]).sum(-1)
+        check(layer.keys_in_effect, entropy.exp(), tokens)
+        check(layer.distance.mean, (p * (i - j)).sum(-1) / total, tokens)
+        check(layer.sinks.first, p[..., :SINKS].sum(-1), tokens)
+        check(layer.sinks.learned, 1 - total, tokens)
+        if not padded:
+            of_queries, of_keys = (torch.arange(n) * 5 // n for n in (lq, lk))
+            means = [[p[:, :, of_queries == a][..., of_keys == b].sum(-1).mean(-1) for b in range(5)] for a in range(5)]
+            for a in range(5):
+                for b in range(5):
+                    torch.testing.assert_close(layer.map.mean[:, :, a, b].double(), means[a][b], rtol=1e-4, atol=1e-5)
+
+
+def check(got: Tensor, want: Tensor, tokens: Tensor) -> None:
+    keep = tokens[:, None].expand(got.shape)
+    torch.testing.assert_close(got.double()[keep], want[keep], rtol=1e-3, atol=1e-4)
+
+
+def test_masks_are_those_in_effect() -> None:
+    """Whatever a configuration says: Qwen2 has two switches that leave a window out."""
+    assert [layer.window for layer in record(build("mistral"), IDS).layers] == [7, 7]
+    assert [layer.window for layer in record(build("gemma2"), IDS).layers] == [7, None]
+    options = {"sliding_window": 7, "max_window_layers": 1}
+    for uses, want in ((False, [None, None]), (True, [None, 7])):
+        model = decoder("qwen2", use_sliding_window=uses, **options)().eval()
+        assert [layer.window for layer in record(model, IDS).layers] == want
+    layers = record(build("bart"), **inputs_of("bart")).layers
+    assert [layer.is_cross for layer in layers] == [False, False, False, True, False, True]
+    assert layers[2].mask == Mask.causal()
+    assert layers[0].name == "encoder.layers.0.self_attn" and layers[3].name == "decoder.layers.0.encoder_attn"
+
+
+def test_a_layer_loses_what_its_neediest_head_of_keys_loses() -> None:
+    model = build("llama")
+    found, p = record(model, IDS, windows=WINDOWS), weights_of(model, input_ids=IDS)
+    for n, window in enumerate(WINDOWS):
+        hidden = (torch.arange(23)[:, None] - torch.arange(23)) >= window
+        for index, layer in enumerate(found.layers):
+            by_head = (p[index] * hidden).sum(-1)[..., window:].mean(-1)
+            want = by_head.view(2, 2, 3).amax(2)
+            torch.testing.assert_close(layer.cut_by_kv_head(n, window), want, rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(found.cut_by_layer()[index, n], want.max(), rtol=1e-3, atol=1e-5)
+
+
+def state(model: nn.Module) -> list[object]:
+    """What a model is, apart from its tensors."""
+    hooks = [[*module._forward_hooks, *module._forward_pre_hooks] for module in model.modules()]
+    return [
+        [(name, id(value)) for module in model.modules() for name, value in vars(module).items()],
+        [module.config.to_dict() for module in model.modules() if hasattr(module, "config")],
+        [module.config._attn_implementation for module in model.modules() if hasattr(module, "config")],
+        hooks,
+    ]
+
+
+@pytest.mark.parametrize("how", ["eager", "sdpa", "qkv", "accelerated", "wrapped"])
+def test_a_model_is_as_it_was(how: str) -> None:
+    model: Any = build("llama")
+    if how == "accelerated":
+        qkv.accelerate(model)
+    elif how != "wrapped":
+        qkv.register()
+        model.set_attn_implementation(how)
+    root = nn.ModuleDict({"model": model}) if how == "wrapped" else model
+    run: Any = root["model"] if how == "wrapped" else root
+    with torch.no_grad():
+        want = model(IDS).logits
+        before = state(root)
+        found = record(run, IDS, windows=WINDOWS)
+        assert state(root) == before
+        with pytest.raises(ValueError, match="a window of 23 cuts nothing of 23 tokens"):
+            record(run, IDS, windows=[4, 23])
+        assert state(root) == before
+        assert torch.equal(model(IDS).logits, want)
+        # Fewer tokens than the kernel takes in one call for a whole layer.
+        assert len(record(run, IDS[:, :3]).layers) == len(found.layers) == 2
+
+
+def test_recordings_are_printed_as_tables() -> None:
+    text = str(record(build("gemma2"), IDS, windows=[4], sink_tokens=2))
+    lines = text.splitlines()
+    assert lines[0].split() == ["layer", "sees", "in", "effect", "distance", "sinks", "cut", "by", "4"]
+    assert lines[1].startswith("model.layers.0.self_attn    7 keys") and lines[2].split()[1:3] == ["all", "keys"]
+    assert lines[3].startswith("cut: the weight on keys that a window hides, with 2 sink tokens, of the KV head")
+    assert all(len(line) <= 120 for line in lines)
+    assert "a context" in str(record(build("bart"), windows=[4], **inputs_of("bart")))
+
+
+def test_calls_that_are_refused() -> None:
+    model = build("llama")
+    for call, error, message in (
+        (lambda: record(nn.Linear(3, 3), IDS), TypeError, "must be, or contain, a model of transformers; got Linear"),
+        (lambda: record(model, IDS, windows=[0]), ValueError, "each of windows must be at least 1; got 0"),
+        (lambda: record(model, IDS, windows=["4"]), TypeError, "each of windows must be an int"),
+        (lambda: record(model, IDS, sink_tokens=-1), ValueError, "sink_tokens must be at least 0"),
+        (lambda: record(copy.deepcopy(model).train(), IDS), ValueError, "must be in evaluation mode"),
+        (lambda: record(model, IDS, blocks=0), ValueError, "blocks must be at least 1"),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+    mamba = transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=97, hidden_size=48, num_hidden_layers=1))
+    with pytest.raises(ValueError, match="MambaForCausalLM"):
+        record(mamba.eval(), IDS)
+
+
+def test_a_recording_holds_numbers_alone() -> None:
+    found = record(build("llama"), IDS, windows=WINDOWS)
+    assert isinstance(found, Recording)
+    assert copy.deepcopy(found).cut_by_layer().equal(found.cut_by_layer())
+    for layer in found.layers:
+        for x in (*layer.cut, layer.keys_in_effect, *layer.distance, *layer.sinks, layer.map.mean):
+            assert x.dtype is torch.float32 and not x.requires_grad
