@@ -95,7 +95,7 @@ MUTANTS = [
     Mutant("a window cuts one key less", "look.py", "beyond = [~Mask.band(window - 1, None)", "beyond = [~Mask.band(window, None)", LOOK),
     Mutant("sink tokens cut by a window", "look.py", "Mask.padding(~is_sink[None]) if sink_tokens else", "", LOOK),
     Mutant("the sink logit leaves with the keys", "look.py", "scores=problem.scores._replace(sink_logits=None)))", "scores=problem.scores))", LOOK),
-    Mutant("query heads tiled over the heads of keys", "look.py", "problem.k.repeat_interleave(problem.group, dim=1)", "problem.k.repeat(1, problem.group, 1, 1)", LOOK),
+    Mutant("query heads tiled over the heads of keys", "look.py", "_saved(problem.k).repeat_interleave(problem.group, dim=1)", "_saved(problem.k).repeat(1, problem.group, 1, 1)", LOOK),
     Mutant("entropy of scores that are capped as of products", "look.py", "if not problem.scores.used():", "if True:", LOOK),
     Mutant("rows after the first few at the positions of these", "look.py", "offset=problem.offset + start,", "offset=problem.offset,", LOOK),
     Mutant("a map's means as sums", "look.py", "    mean /= sizes[:, None]\n", "", LOOK),
