@@ -125,6 +125,7 @@ GLOBAL_ROWS = [[j == 150 for j in range(LONG)], [j == 10 for j in range(LONG)]]
 """One row each, which sees blocks of keys without a global token."""
 GLOBAL_LONG = [[j in (2, 130) for j in range(LONG)], [j > 194 for j in range(LONG)]]
 IDS_LONG = [[j // 41 for j in range(LONG)], [j // 90 for j in range(LONG)]]
+IDS_IN_TURNS = [[j // 41 % 2 for j in range(LONG)], [j // 5 % 3 for j in range(LONG)]]
 
 
 def _keep(rows: list[list[bool]]) -> Mask:
@@ -372,6 +373,24 @@ LONG_WINDOWS = [
 ]
 
 LONG_MASKS = [
+    Case(
+        "blocks of keys, whose largest score comes late",
+        Mask.causal,
+        lambda: Rule(right=0),
+        lq=31,
+        lk=401,
+        offset=370,
+        heads=4,
+        alibi=True,
+    ),
+    Case(
+        "documents in turns",
+        lambda: Mask.documents(torch.tensor(IDS_IN_TURNS)),
+        lambda: Rule(documents=IDS_IN_TURNS),
+        lq=LONG,
+        lk=LONG,
+        heads=2,
+    ),
     Case(
         "long window, global tokens, all at once",
         lambda: (
