@@ -256,7 +256,7 @@ MUTANTS = [
     Mutant("infinity leaks into the next column", f"{NATIVE}/attention/decode_amx.h", "if (any(nonfinite != 0.0f))", "if (false)", ("kernels/test_cpp.py",)),
     Mutant("scale of values dropped (kernel)", f"{NATIVE}/attention/decode.h", "weight * lanes.scales_of(p.v_scale, first + j)", "weight", KERNEL),
     Mutant("scale of keys dropped (kernel)", f"{NATIVE}/attention/decode.h", "(lanes.scales_of(p.k_scale, first + j) * q_scale)", "q_scale", KERNEL),
-    Mutant("scale of queries dropped (kernel)", f"{NATIVE}/attention/decode.h", "(lanes.scales_of(p.k_scale, first + j) * q_scale)", "lanes.scales_of(p.k_scale, first + j)", KERNEL),
+    Mutant("scale of queries dropped (kernel)", f"{NATIVE}/attention/decode.h", "(lanes.scales_of(p.k_scale, first + j) * q_scale)", "lanes.scales_of(p.k_scale, first + j)", KERNEL, needs="avx512"),
     Mutant("a visible NaN swallowed by the fixed-point scale", f"{NATIVE}/attention/decode_dot.h", "max(size == size ? size : set1(INF), most)", "max(size, most)", KERNEL),
     Mutant("lengths ignored on the fast path", f"{NATIVE}/abi/fast_forward.cpp", "if (is_given(call.lengths))", "if (false)", KERNEL),
     Mutant("one row of padding for all batches on the fast path", f"{NATIVE}/abi/fast_forward.cpp", "tensor.shape[0] == 1 ? 0 : tensor.strides[0]", "0", KERNEL),
