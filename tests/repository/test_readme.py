@@ -16,7 +16,14 @@ def test_every_example_runs_and_prints_the_expected_output(capsys: pytest.Captur
     for block in BLOCKS:
         exec(compile(block, "README.md", "exec"), namespace)
     printed = capsys.readouterr().out
-    for words in ("offset=7 aligns", "[7, 8, 9, 10, 11, 12, 13]", "native     chosen", "Mask.causal(window=4)"):
+    for words in (
+        "torch.Size([2, 1, 8, 2048])",
+        "cut by 16",
+        "offset=7 aligns",
+        "[7, 8, 9, 10, 11, 12, 13]",
+        "native     chosen",
+        "Mask.causal(window=4)",
+    ):
         assert words in printed
 
 
