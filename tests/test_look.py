@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import CASES, Case, answer
@@ -384,3 +385,26 @@ def test_windows_may_be_masks() -> None:
         (mass,), _ = look.window_cut(q, k, v, [window])
         torch.testing.assert_close(mass, (p * ~window.visible(9, 9)).sum(-1), rtol=1e-5, atol=1e-6)
     assert look.window_cut(q, k, v, []).mass.shape == (0, 2, 4, 9)
+    assert torch.equal(look.window_cut(q, k, v, [np.int64(3)]).mass, look.window_cut(q, k, v, [3]).mass)
+
+
+def test_changes_do_not_depend_on_the_size_of_values() -> None:
+    q, k, v = qkv_of()
+    want = look.window_cut(q, k, v, [3], mask=CAUSAL).change
+    for size in (1e-30, 1e-20, 1e20, 1e30):
+        torch.testing.assert_close(look.window_cut(q, k, v * size, [3], mask=CAUSAL).change, want, rtol=1e-4, atol=1e-5)
+    assert not look.window_cut(q, k, 0 * v, [3], mask=CAUSAL).change.any()
+
+
+def test_no_more_keys_are_in_effect_than_there_are() -> None:
+    q, k = torch.full((1, 1, 4, 8), 100.0), torch.full((1, 1, 4096, 8), 100.0)
+    torch.testing.assert_close(look.keys_in_effect(q, k, scale=1.0), torch.full((1, 1, 4), 4096.0))
+
+
+def test_the_least_share_of_a_sink_logit_is_exact() -> None:
+    q, k, _ = qkv_of()
+    share = look.sink_share(q, k, sink_logits=torch.full((4,), -20.0)).learned
+    lse = qkv.attention_with_lse(q.double(), k.double(), k.double()).lse
+    torch.testing.assert_close(share.double(), (-20 - lse).exp(), rtol=1e-4, atol=0)
+    nothing = look.sink_share(q, k, mask=CAUSAL, offset=-20, sink_logits=torch.full((4,), -torch.inf))
+    assert not nothing.learned.any()

@@ -5,6 +5,7 @@ memory linear in the length. Others need the weights, which are written out for 
 are computed with in fp32. No number has a gradient.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -86,7 +87,8 @@ def window_cut(
         windows: each the number of keys that a query would see at most, its own and those before it, as `Mask.causal`
             counts them; or a mask.
         sink_tokens: number of first keys that a window given by its number shows as well.
-        **options: the keywords of `qkv.attention`; dropout has no effect. ``mask`` is the one without the windows.
+        **options: the keywords of `qkv.attention` except ``backend``; dropout has no effect. ``mask`` is the one
+            without the windows.
 
     Raises:
         TypeError, ValueError: as `qkv.attention`, and for windows that are neither counts nor masks.
@@ -107,6 +109,7 @@ def window_cut(
     for window in windows:
         if not isinstance(window, Mask):
             require_count("window_cut", "each of windows", window, 1, ", or a mask")
+    windows = [window if isinstance(window, Mask) else int(window) for window in windows]  # those of numpy too
     problem = _problem("window_cut", q, k, v, options)
     numbers = sorted({window for window in windows if isinstance(window, int)})
     found: dict[int | Mask, tuple[Tensor, Tensor]] = {}
@@ -131,11 +134,12 @@ def keys_in_effect(q: Tensor, k: Tensor, **options: Unpack[Options]) -> Tensor:
 
     Args:
         q, k: as in `qkv.attention`.
-        **options: the keywords of `qkv.attention`; dropout has no effect. Sink logits neither: p sums to 1 over the
-            keys.
+        **options: the keywords of `qkv.attention` except ``backend``; dropout has no effect. Sink logits neither:
+            p sums to 1 over the keys.
 
     Returns:
-        ``(B, H, Lq)``; 0 for a query that sees no key.
+        ``(B, H, Lq)``; 0 for a query that sees no key. Its logarithm may be off by a rounding of the largest score: the
+        number by a thousandth, for scores in the thousands.
 
     Raises:
         TypeError, ValueError: as `qkv.attention`.
@@ -154,7 +158,7 @@ def keys_in_effect(q: Tensor, k: Tensor, **options: Unpack[Options]) -> Tensor:
     if not problem.scores.used():  # scores are products, and so is their mean
         out, lse = _solve(problem._replace(v=problem.k))
         entropy = lse - problem.scores.scale * (problem.q * out).sum(-1)
-        return entropy.clamp(min=0).exp().masked_fill(lse == -torch.inf, 0)
+        return entropy.clamp(0, math.log(max(problem.lk, 1))).exp().masked_fill(lse == -torch.inf, 0)
 
     def of_rows(part: Problem) -> Tensor:
         weights, lse = weights_and_lse(part)
@@ -169,7 +173,7 @@ def distance(q: Tensor, k: Tensor, **options: Unpack[Options]) -> Distance:
 
     Args:
         q, k: as in `qkv.attention`.
-        **options: the keywords of `qkv.attention`; dropout has no effect. Sink logits neither.
+        **options: the keywords of `qkv.attention` except ``backend``; dropout has no effect. Sink logits neither.
 
     Returns:
         Mean and standard deviation; NaN for a query that sees no key.
@@ -208,7 +212,7 @@ def block_map(q: Tensor, k: Tensor, *, blocks: int = 64, maxima: bool = False, *
             ``i * blocks // n``.
         maxima: whether the largest weight of each block is found too, for which all weights are written out, a few rows
             at a time.
-        **options: the keywords of `qkv.attention`; dropout has no effect.
+        **options: the keywords of `qkv.attention` except ``backend``; dropout has no effect.
 
     Raises:
         TypeError, ValueError: as `qkv.attention`.
@@ -246,7 +250,7 @@ def received(q: Tensor, k: Tensor, **options: Unpack[Options]) -> Tensor:
 
     Args:
         q, k: as in `qkv.attention`.
-        **options: the keywords of `qkv.attention`; dropout has no effect.
+        **options: the keywords of `qkv.attention` except ``backend``; dropout has no effect.
 
     Returns:
         ``(B, H, Lk)``, by query head.
@@ -283,7 +287,7 @@ def sink_share(q: Tensor, k: Tensor, *, first: int = 1, **options: Unpack[Option
     Args:
         q, k: as in `qkv.attention`.
         first: how many first keys.
-        **options: the keywords of `qkv.attention`; dropout has no effect.
+        **options: the keywords of `qkv.attention` except ``backend``; dropout has no effect.
 
     Raises:
         TypeError, ValueError: as `qkv.attention`.
@@ -299,12 +303,14 @@ def sink_share(q: Tensor, k: Tensor, *, first: int = 1, **options: Unpack[Option
     """
     require_count("sink_share", "first", first, 0)
     problem = _problem("sink_share", q, k, k, options)
-    values = torch.ones(problem.lk, 2, dtype=problem.q.dtype, device=problem.q.device)
-    values[first:, 0] = 0
-    of_first, of_all = _solve(problem._replace(v=_as_values(values, problem)))[0].unbind(-1)
-    if problem.scores.sink_logits is None:
-        return SinkShare(of_first, torch.zeros_like(of_all))
-    return SinkShare(of_first, 1 - of_all)
+    values = torch.ones(problem.lk, 1, dtype=problem.q.dtype, device=problem.q.device)
+    values[first:] = 0
+    out, lse = _solve(problem._replace(v=_as_values(values, problem)))
+    sink_logits = problem.scores.sink_logits
+    if sink_logits is None:
+        return SinkShare(out[..., 0], torch.zeros_like(lse))
+    learned = (sink_logits[:, None] - lse).exp().masked_fill(lse == -torch.inf, 0)
+    return SinkShare(out[..., 0], learned.to(lse.dtype))
 
 
 def top_keys(q: Tensor, k: Tensor, *, coverage: float = 0.9, most: int = 32, **options: Unpack[Options]) -> TopKeys:
@@ -314,7 +320,7 @@ def top_keys(q: Tensor, k: Tensor, *, coverage: float = 0.9, most: int = 32, **o
         q, k: as in `qkv.attention`.
         coverage: the weight that suffices, less than 1.
         most: how many keys there are at most; fewer for fewer keys.
-        **options: the keywords of `qkv.attention`; dropout has no effect.
+        **options: the keywords of `qkv.attention` except ``backend``; dropout has no effect.
 
     Raises:
         TypeError, ValueError: as `qkv.attention`.
@@ -434,8 +440,9 @@ def _cut_of(kept: Partial, lost: Partial) -> tuple[Tensor, Tensor]:
     lse = torch.logaddexp(kept.lse, lost.lse)
     mass = (lost.lse - lse).exp().masked_fill(lse == -torch.inf, 0)
     moved = mass[..., None] * (kept.out - lost.out)
-    change = moved.norm(dim=-1) / (kept.out - moved).norm(dim=-1)
-    return mass, change.masked_fill(mass == 0, 0)
+    # In fp64, whose squares of fp32 neither overflow nor vanish.
+    way, old = (x.norm(dim=-1, dtype=torch.float64) for x in (moved, kept.out - moved))
+    return mass, (way / old).masked_fill(way == 0, 0).to(mass.dtype)
 
 
 def _as_values(columns: Tensor, problem: Problem) -> Tensor:

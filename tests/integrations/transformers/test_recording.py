@@ -149,6 +149,39 @@ def test_a_layer_loses_what_its_neediest_head_of_keys_loses() -> None:
             torch.testing.assert_close(found.cut_by_layer()[index, n], want.max(), rtol=1e-3, atol=1e-5)
 
 
+def test_padding_on_either_side_is_not_among_the_queries_that_lose() -> None:
+    model, row = build("llama"), IDS[:1, :17]
+    want = record(model, row, windows=WINDOWS).cut_by_layer()
+    padding, ones = torch.zeros(1, 12, dtype=torch.long), torch.ones_like(row)
+    for order in (1, -1):
+        ids, keep = (torch.cat([pad, one][::order], dim=1) for pad, one in ((padding, row), (padding, ones)))
+        found = record(model, ids, attention_mask=keep, windows=WINDOWS).cut_by_layer()
+        torch.testing.assert_close(found, want, rtol=1e-3, atol=1e-4)
+
+
+def test_what_is_asked_of_the_model_is_given() -> None:
+    """Logits of all tokens for labels, and all queries of a model whose body leaves some out for a few logits."""
+    assert len(record(build("qwen3"), IDS, labels=IDS).layers) == 2
+    options = {"vocab_size_per_layer_input": 97, "hidden_size_per_layer_input": 8, "global_head_dim": 8}
+    kinds = ["sliding_attention", "full_attention"] * 2
+    shared = {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": kinds, "sliding_window": 7}
+    model = decoder("gemma4_text", **options, **shared)().eval()
+    found, p = record(model, IDS, windows=[4]), weights_of(model, input_ids=IDS)
+    back = torch.arange(23)[:, None] - torch.arange(23)
+    for layer, weights in zip(found.layers, p, strict=True):
+        torch.testing.assert_close(layer.cut.mass[0], (weights * (back >= 4)).sum(-1), rtol=1e-3, atol=1e-4)
+    assert [layer.window for layer in found.layers[:2]] == [7, None]
+    assert "a dense mask" in str(found)  # a slice of the mask of all queries
+
+
+def test_attention_to_another_sequence_is_known_by_any_name() -> None:
+    options = {"num_hidden_layers": 3, "cross_attention_layers": [1], "rope_scaling": {"rope_type": "default"}}
+    config = transformers.models.mllama.configuration_mllama.MllamaTextConfig(**SIZES | options, **HEADS)
+    model = transformers.models.mllama.modeling_mllama.MllamaForCausalLM(config).eval()
+    layers = record(model, IDS, cross_attention_states=torch.randn(2, 5, 48), windows=[9]).layers
+    assert [layer.is_cross for layer in layers] == [False, True, False]
+
+
 def state(model: nn.Module) -> list[object]:
     """What a model is, apart from its tensors."""
     hooks = [[*module._forward_hooks, *module._forward_pre_hooks] for module in model.modules()]
@@ -198,6 +231,10 @@ def test_calls_that_are_refused() -> None:
     for call, error, message in (
         (lambda: record(nn.Linear(3, 3), IDS), TypeError, "must be, or contain, a model of transformers; got Linear"),
         (lambda: record(model, IDS, windows=[0]), ValueError, "each of windows must be at least 1; got 0"),
+        (lambda: record("model", IDS), TypeError, "must be, or contain, a model of transformers; got str"),
+        (lambda: record(model, IDS, windows=5), TypeError, "windows must be a sequence of counts; got int"),
+        (lambda: record(model, IDS, windows=iter([5])), TypeError, "windows must be a sequence of counts"),
+        (lambda: record(torch.compile(model, backend="eager"), IDS), ValueError, "and not be compiled"),
         (lambda: record(model, IDS, windows=["4"]), TypeError, "each of windows must be an int"),
         (lambda: record(model, IDS, sink_tokens=-1), ValueError, "sink_tokens must be at least 0"),
         (lambda: record(copy.deepcopy(model).train(), IDS), ValueError, "must be in evaluation mode"),

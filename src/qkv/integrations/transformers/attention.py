@@ -217,7 +217,7 @@ def compute_attention(
         options |= {"k_scale": key.scale, "v_scale": value.scale}
         key, value = key.codes, value.codes
     if observer is not None:
-        observer(module, query, key, value, options)
+        observer(module, query, key, value, options if sinks is None else {**options, "sinks": sinks})
     weights = attention_weights(query, key, **options) if output_attentions else None
     if sinks is None:
         out = attention(query, key, value, dropout=dropout, **options)

@@ -34,7 +34,7 @@ class LayerRecord(NamedTuple):
     sinks: look.SinkShare
     map: look.BlockMap
     is_token: Tensor | None
-    """(B, Lq), which queries are not padding; None if all are"""
+    """(B, Lq), which queries are not padding; None if all are, and where the mask does not tell"""
 
     def mean(self, number: Tensor) -> Tensor:
         """The mean of a number ``(B, H, Lq)`` over the queries, padding apart: ``(B, H)``. NaN where there are none."""
@@ -42,7 +42,7 @@ class LayerRecord(NamedTuple):
 
     @property
     def window(self) -> int | None:
-        """Number of keys that a query sees at most, its own and those before it; None for all."""
+        """Number of keys that a query sees at most, its own and those before it; None for all, or a dense mask's."""
         lookback = self.mask.lookback
         return None if lookback is None else lookback + 1
 
@@ -52,10 +52,12 @@ class LayerRecord(NamedTuple):
         The largest among the query heads of a group, since one that needs distant keys needs those of its group; in
         the mean over the queries that have as many keys before them.
         """
-        first = max(0, window - self.offset)
-        is_token = None if self.is_token is None else self.is_token[:, first:]
-        by_head = _mean(self.cut.mass[index][:, :, first:], is_token).nan_to_num()
-        return by_head.unflatten(1, (self.kv_heads, -1)).amax(2)  # type: ignore[no-any-return]
+        mass, is_token = self.cut.mass[index], self.is_token
+        if is_token is None:
+            is_token = torch.ones(len(mass), mass.shape[2], dtype=torch.bool, device=mass.device)
+        has_as_many = is_token & (is_token.cumsum(1) + self.offset > window)
+        by_head = _mean(mass, has_as_many).nan_to_num().unflatten(1, (self.kv_heads, -1))
+        return by_head.amax(2)  # type: ignore[no-any-return]
 
 
 def _mean(number: Tensor, is_token: Tensor | None) -> Tensor:
@@ -90,7 +92,8 @@ class Recording(NamedTuple):
         lines = [heading]
         for layer, cuts in zip(self.layers, self.cut_by_layer().tolist(), strict=True):
             spent = layer.mean(layer.sinks.first + layer.sinks.learned)
-            seen = "all keys" if layer.window is None else f"{layer.window:,} keys"
+            rest = "all keys" if layer.mask.allow is None else "a dense mask"
+            seen = rest if layer.window is None else f"{layer.window:,} keys"
             lines.append(
                 [
                     layer.name,
@@ -119,7 +122,8 @@ def record(
     """Runs a model of transformers once, and records what its attention layers attend to: `qkv.look`, layer by layer.
 
     The model runs on ``attn_implementation="qkv"`` for this call, and is as it was afterwards. Queries and keys of a
-    layer are dropped before the next one runs, so that memory is that of one layer and of the numbers.
+    layer are dropped before the next one runs, so that memory is that of one layer and of the numbers. One thread at a
+    time may record a model. Windows and sinks are counted in columns, so that padding on the left counts.
 
     Args:
         model: of any family that runs on "qkv", or a module with such a model in it, in evaluation mode.
@@ -140,9 +144,14 @@ def record(
         >>> from qkv.integrations.transformers import record
         >>> print(record(model, input_ids, windows=[256, 512], sink_tokens=4))  # doctest: +SKIP
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"record: model must be, or contain, a model of transformers; got {type(model).__name__}.")
+    if not isinstance(windows, Sequence):
+        raise TypeError(f"record: windows must be a sequence of counts; got {type(windows).__name__}.")
     for window in windows:
         require_count("record", "each of windows", window)
     require_count("record", "sink_tokens", sink_tokens, 0)
+    require_count("record", "blocks", blocks)
     found: list[LayerRecord] = []
     with on_qkv(model) as roots:
         if not roots:
@@ -154,21 +163,22 @@ def record(
             if reason is not None:
                 raise ValueError(f'record: {type(part).__name__} does not run on attn_implementation="qkv": {reason}.')
         given = {**inputs} if input_ids is None else {"input_ids": input_ids, **inputs}
-        takes = inspect.signature(model.forward).parameters
-        given |= {name: value for name, value in (("use_cache", False), ("logits_to_keep", 1)) if name in takes}
+        given = _without_what_is_not_recorded(model, given)
         with _watched(model) as (names, crossing), torch.no_grad():
 
             def observe(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> None:
-                is_cross = id(module) in crossing
+                name, mask = names[id(module)], options["mask"]
+                lengths_differ = q.shape[2] != k.shape[2] and not options["offset"] and not mask.is_positional
+                is_cross = id(module) in crossing or "cross" in name.rpartition(".")[2] or lengths_differ
                 used = () if is_cross else windows
-                layer = names[id(module)], is_cross, (q, k, v, options), used, sink_tokens, blocks
-                found.append(_record_of(*layer))
+                found.append(_record_of(name, is_cross, (q, k, v, options), used, sink_tokens, blocks))
 
             with observed(observe):
                 model(**given)
     if not found:
         raise ValueError(
-            f"record: no layer of {type(model).__name__} has heads of keys that queries attend to; got none in a call."
+            f"record: a layer of {type(model).__name__} must have heads of keys that queries attend to, and not be "
+            "compiled; got no call of one."
         )
     return Recording(tuple(windows), sink_tokens, tuple(found))
 
@@ -183,6 +193,8 @@ def _record_of(
 ) -> LayerRecord:
     """The record of a call with queries, keys, values and other arguments of `qkv.attention`."""
     q, k, v, options = given
+    if "sinks" in options:
+        raise ValueError(f"record: {name} has a sink logit for each query, of which there are no numbers.")
     mask, offset, lk = options["mask"], options["offset"], k.shape[2]
     for window in windows:
         if window >= lk:
@@ -205,6 +217,18 @@ def _record_of(
         look.block_map(q, k, blocks=blocks, **of_scores),
         mask.keep_keys(lk) if q.shape[2] == lk and not is_cross else None,
     )
+
+
+def _without_what_is_not_recorded(model: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call, without a cache and the logits of a text, unless they are asked for."""
+    takes = inspect.signature(model.forward).parameters
+    given = {"use_cache": False, **given} if "use_cache" in takes else given
+    body = getattr(model, "base_model", model)
+    # The body of a few models leaves out queries by it.
+    leaves_out = body is model or "logits_to_keep" in inspect.signature(body.forward).parameters
+    if "logits_to_keep" in takes and "labels" not in given and not leaves_out:
+        given = {"logits_to_keep": 1, **given}
+    return given
 
 
 @contextmanager
