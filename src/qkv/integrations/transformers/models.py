@@ -52,16 +52,12 @@ def take(model: nn.Module) -> list[Any]:
     found = roots(model)
     if found:
         register()
-    before = [(module, dict(vars(module)), dict(_twins_in(module))) for root in found for module in root.modules()]
+    before = _configurations(found)
     try:
         for root in found:
             _take(root)
     except BaseException:
-        for module, attributes, twins in before:
-            vars(module).clear()
-            vars(module).update(attributes)
-            _twins_in(module).clear()
-            _twins_in(module).update(twins)
+        _put_back(before)
         raise
     return found
 
@@ -100,21 +96,39 @@ def give_back(model: nn.Module) -> None:
 @contextmanager
 def on_qkv(model: nn.Module) -> Iterator[list[Any]]:
     """Has the models of transformers in a module run on "qkv" meanwhile, whatever they ran on before; their `roots`."""
-    from transformers import PreTrainedConfig
-
-    before = []
-    for module in (module for root in roots(model) for module in root.modules()):
-        configs = {name: value for name, value in vars(module).items() if isinstance(value, PreTrainedConfig)}
-        before.append((module, configs, dict(_twins_in(module))))
+    before = _configurations(roots(model))
     try:
         yield take(model)
     finally:
-        for module, configs, twins in before:
-            vars(module).update(configs)
-            _twins_in(module).clear()
-            _twins_in(module).update(twins)
-            if not twins:
-                vars(module).pop(_TWINS, None)
+        _put_back(before)
+
+
+_Configurations = list[tuple[nn.Module, dict[str, Any], dict[str, "_Twin"]]]
+"""Of modules: the attributes that are configurations, and the twins of these."""
+
+
+def _configurations(found: list[Any]) -> _Configurations:
+    """Those of all modules in models, as they are."""
+    from transformers import PreTrainedConfig
+
+    modules = [module for root in found for module in root.modules()]
+    return [
+        (
+            module,
+            {name: value for name, value in vars(module).items() if isinstance(value, PreTrainedConfig)},
+            dict(_twins_in(module)),
+        )
+        for module in modules
+    ]
+
+
+def _put_back(before: _Configurations) -> None:
+    for module, configs, twins in before:
+        vars(module).update(configs)
+        _twins_in(module).clear()
+        _twins_in(module).update(twins)
+        if not twins:
+            vars(module).pop(_TWINS, None)
 
 
 def why_not(part: Any) -> str | None:

@@ -26,8 +26,9 @@ class LayerRecord(NamedTuple):
     kv_heads: int
     is_cross: bool
     """whether keys and values come from another sequence"""
+    windows: tuple[int, ...]
+    """those of the recording; none in cross-attention"""
     cut: look.WindowCut
-    """by the windows of the recording; by none of them in cross-attention"""
     keys_in_effect: Tensor
     """(B, H, Lq)"""
     distance: look.Distance
@@ -38,7 +39,9 @@ class LayerRecord(NamedTuple):
 
     def mean(self, number: Tensor) -> Tensor:
         """The mean of a number ``(B, H, Lq)`` over the queries, padding apart: ``(B, H)``. NaN where there are none."""
-        return _mean(number, self.is_token)
+        if self.is_token is not None:
+            number = number.masked_fill(~self.is_token[:, None], torch.nan)
+        return number.nanmean(-1)
 
     @property
     def window(self) -> int | None:
@@ -46,23 +49,20 @@ class LayerRecord(NamedTuple):
         lookback = self.mask.lookback
         return None if lookback is None else lookback + 1
 
-    def cut_by_kv_head(self, index: int, window: int) -> Tensor:
-        """The weight that window ``index``, of ``window`` keys, cuts from each KV head: ``(B, Hkv)``.
+    def cut_by_kv_head(self) -> Tensor:
+        """The weight that each window cuts from each KV head: ``(windows, B, Hkv)``.
 
         The largest among the query heads of a group, since one that needs distant keys needs those of its group; in
         the mean over the queries that have as many keys before them.
         """
-        mass, is_token = self.cut.mass[index], self.is_token
+        mass, is_token = self.cut.mass, self.is_token
         if is_token is None:
-            is_token = torch.ones(len(mass), mass.shape[2], dtype=torch.bool, device=mass.device)
-        has_as_many = is_token & (is_token.cumsum(1) + self.offset > window)
-        by_head = _mean(mass, has_as_many).nan_to_num().unflatten(1, (self.kv_heads, -1))
-        return by_head.amax(2)  # type: ignore[no-any-return]
-
-
-def _mean(number: Tensor, is_token: Tensor | None) -> Tensor:
-    """Over the queries that are tokens, those without a key apart."""
-    return number.nanmean(-1) if is_token is None else number.masked_fill(~is_token[:, None], torch.nan).nanmean(-1)
+            is_token = torch.ones(mass.shape[1], mass.shape[3], dtype=torch.bool, device=mass.device)
+        number = is_token.cumsum(1) + self.offset
+        windows = torch.tensor(self.windows, dtype=number.dtype, device=mass.device)
+        loses = is_token & (number > windows[:, None, None])  # (windows, B, Lq)
+        by_head = mass.masked_fill(~loses[:, :, None], torch.nan).nanmean(-1).nan_to_num()
+        return by_head.unflatten(2, (self.kv_heads, -1)).amax(3)  # type: ignore[no-any-return]
 
 
 class Recording(NamedTuple):
@@ -77,14 +77,11 @@ class Recording(NamedTuple):
 
         Configurations give a window to layers, and not to heads. NaN for cross-attention.
         """
-        rows = [
-            [
-                float("nan") if layer.is_cross else layer.cut_by_kv_head(n, window).amax().item()
-                for n, window in enumerate(self.windows)
-            ]
-            for layer in self.layers
-        ]
-        return torch.tensor(rows).view(len(self.layers), len(self.windows))
+        found = torch.full((len(self.layers), len(self.windows)), torch.nan)
+        for row, layer in zip(found, self.layers, strict=True):
+            if not layer.is_cross:
+                row.copy_(layer.cut_by_kv_head().amax((1, 2)))
+        return found
 
     def __str__(self) -> str:
         sinks = f", with {self.sink_tokens} sink tokens" if self.sink_tokens else ""
@@ -170,7 +167,7 @@ def record(
                 name, mask = names[id(module)], options["mask"]
                 lengths_differ = q.shape[2] != k.shape[2] and not options["offset"] and not mask.is_positional
                 is_cross = id(module) in crossing or "cross" in name.rpartition(".")[2] or lengths_differ
-                used = () if is_cross else windows
+                used = () if is_cross else tuple(windows)
                 found.append(_record_of(name, is_cross, (q, k, v, options), used, sink_tokens, blocks))
 
             with observed(observe):
@@ -187,7 +184,7 @@ def _record_of(
     name: str,
     is_cross: bool,
     given: tuple[Tensor, Tensor, Tensor, dict[str, Any]],
-    windows: Sequence[int],
+    windows: tuple[int, ...],
     sink_tokens: int,
     blocks: int,
 ) -> LayerRecord:
@@ -210,6 +207,7 @@ def _record_of(
         offset,
         k.shape[1],
         is_cross,
+        windows,
         look.window_cut(q, k, v, used, sink_tokens=sink_tokens, **options),
         look.keys_in_effect(q, k, **of_scores),
         look.distance(q, k, **of_scores),
