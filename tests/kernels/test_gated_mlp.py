@@ -99,7 +99,8 @@ def test_activations_are_as_near_to_fp64_as_torchs(isa: str, dtype: torch.dtype,
             got[small], BY_TORCH[activation](x[small].double()), BY_TORCH[activation](x[small]), activation
         )
         found = torch.cat([one_by_one(number[None], one, activation) for number in special])
-        torch.testing.assert_close(found, BY_TORCH[activation](special), equal_nan=True, rtol=1e-5, atol=1e-30)
+        want = BY_TORCH[activation](special.double()).to(dtype)  # in fp32, torch's gelu of inf is NaN on some CPUs
+        torch.testing.assert_close(found, want, equal_nan=True, rtol=1e-5, atol=1e-30)
 
 
 @each_isa

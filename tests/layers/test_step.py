@@ -459,17 +459,19 @@ def test_a_step_leaves_graphs_of_pages_alone() -> None:
 @pytest.mark.parametrize("isa", kernels.supported_isas())
 @torch.no_grad()
 def test_every_instruction_set_is_within_budget(isa: str) -> None:
+    """Over the steps of a text together: in one of them, of few numbers, a peer may be right by luck."""
     for name in ("rotary", "norms", "gate", "gate, odd widths", "softcap, alibi, sink logits, scale"):
         layer, x = made(name), torch.randn(2, 11, made(name).embed_dim)
         caches = [qkv.PagedKVCache(page_size=3), qkv.KVCache(), qkv.KVCache()]
-        peers = [layer, layer, copy.deepcopy(layer).double()]
+        in_fp64, steps = copy.deepcopy(layer).double(), []
         for part in x.split([5, 1, 3, 2], dim=1):
             with kernels.use(library(isa)):
                 assert layer.explain(part, cache=caches[0]).is_one_call
-                got = peers[0](part, cache=caches[0])
-            peer = composed(peers[1], part, cache=caches[1])
-            want = peers[2](part.double(), cache=caches[2])
-            assert_within_budget(got, want, peer, f"{name}, {isa}")
+                got = layer(part, cache=caches[0])
+            want = in_fp64(part.double(), cache=caches[1])
+            steps.append((got, want, composed(layer, part, cache=caches[2])))
+        got, want, peer = (torch.cat(parts, dim=1) for parts in zip(*steps, strict=True))
+        assert_within_budget(got, want, peer, f"{name}, {isa}")
 
 
 @torch.no_grad()
