@@ -1,4 +1,5 @@
-// Runs all tests, or those whose names contain the first argument, on the instruction set that the library chooses.
+// Runs all tests, or those whose names contain one of the arguments, on the instruction set that the library chooses.
+#include <algorithm>
 #include <cstdio>
 
 #include "check.h"
@@ -15,9 +16,13 @@ int main(int count, char** arguments) {
         std::puts("the library is of another version than these tests: rebuild it");
         return 1;
     }
+    const auto is_selected = [&](const qkv::Test& test) {
+        const auto names_it = [&](const char* part) { return test.name.find(part) != std::string::npos; };
+        return count == 1 || std::any_of(arguments + 1, arguments + count, names_it);
+    };
     int passed = 0, failed = 0;
     for (const qkv::Test& test : qkv::tests()) {
-        if (count > 1 && test.name.find(arguments[1]) == std::string::npos) continue;
+        if (!is_selected(test)) continue;
         try {
             test.run();
             ++passed;
