@@ -105,7 +105,7 @@ MUTANTS = [
     Mutant("padding on the left counted as keys before", "integrations/transformers/recording.py", "number = is_token.cumsum(1) + self.offset", "number = torch.ones_like(is_token).cumsum(1) + self.offset", RECORDING),
     Mutant("a few logits of a model that leaves out queries", "integrations/transformers/recording.py", "and not leaves_out", "", RECORDING),
     Mutant("a recorded model stays on qkv", "integrations/transformers/models.py", "        vars(module).update(configs)\n", "", RECORDING),
-    Mutant("a recording past layers that are one call", "integrations/transformers/recording.py", "for module in model.modules()]", "for module in ()]", RECORDING),
+    Mutant("a recording past layers that are one call", "integrations/transformers/watching.py", "for module in model.modules()]", "for module in ()]", RECORDING),
     Mutant("the mean over heads of a group", "integrations/transformers/recording.py", ".amax(3)", ".mean(3)", RECORDING),
     Mutant("windows of encoders to one side", "integrations/transformers/recording.py", "Mask.band(w - 1, w - 1, sink_tokens) if", "w if", RECORDING),
     Mutant("queries that lose nothing counted", "integrations/transformers/recording.py", "is_token & (number > windows[:, None, None])", "is_token.expand(len(windows), -1, -1)", RECORDING),

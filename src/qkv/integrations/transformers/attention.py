@@ -96,8 +96,8 @@ class _Unregistered(dict[str, Any]):
         )
 
 
-Observer = Callable[[nn.Module, Tensor, Tensor, Tensor, dict[str, Any]], None]
-"""Called with a module, queries, keys, values, and the other arguments of `attention`."""
+Observer = Callable[[nn.Module, Tensor, Tensor, Tensor, dict[str, Any]], Mask | None]
+"""Called with a module, queries, keys, values, and the other arguments of `attention`; may return another mask."""
 
 _observer: ContextVar[Observer | None] = ContextVar("observer", default=None)
 
@@ -176,7 +176,7 @@ def compute_attention(
             of heads may see; -1 for none.
         output_attentions: whether to return the weights, which requires materializing them.
         cache: transformers' paged cache, which is not supported.
-        observer: told of the call as one of `attention`, before it is made.
+        observer: told of the call as one of `attention`, before it is made; may change its mask.
         **ignored: arguments for other implementations (positions, window sizes already in the mask).
 
     Returns:
@@ -217,7 +217,8 @@ def compute_attention(
         options |= {"k_scale": key.scale, "v_scale": value.scale}
         key, value = key.codes, value.codes
     if observer is not None:
-        observer(module, query, key, value, options if sinks is None else {**options, "sinks": sinks})
+        changed = observer(module, query, key, value, options if sinks is None else {**options, "sinks": sinks})
+        options["mask"] = mask if changed is None else changed
     weights = attention_weights(query, key, **options) if output_attentions else None
     if sinks is None:
         out = attention(query, key, value, dropout=dropout, **options)

@@ -1,8 +1,7 @@
 """`record`: what each attention layer of a model of transformers attends to on a text, in the numbers of `qkv.look`."""
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from qkv import look
 from qkv.arguments import require_count
 from qkv.integrations.transformers.attention import observed
-from qkv.integrations.transformers.models import on_qkv, parts, why_not
+from qkv.integrations.transformers.watching import watched
 from qkv.masks import Mask
 
 
@@ -141,8 +140,6 @@ def record(
         >>> from qkv.integrations.transformers import record
         >>> print(record(model, input_ids, windows=[256, 512], sink_tokens=4))  # doctest: +SKIP
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"record: model must be, or contain, a model of transformers; got {type(model).__name__}.")
     if not isinstance(windows, Sequence):
         raise TypeError(f"record: windows must be a sequence of counts; got {type(windows).__name__}.")
     for window in windows:
@@ -150,28 +147,18 @@ def record(
     require_count("record", "sink_tokens", sink_tokens, 0)
     require_count("record", "blocks", blocks)
     found: list[LayerRecord] = []
-    with on_qkv(model) as roots:
-        if not roots:
-            raise TypeError(f"record: model must be, or contain, a model of transformers; got {type(model).__name__}.")
-        if model.training:
-            raise ValueError("record: model must be in evaluation mode, model.eval(); it is training.")
-        for part in (part for root in roots for part in parts(root)):
-            reason = why_not(part)
-            if reason is not None:
-                raise ValueError(f'record: {type(part).__name__} does not run on attn_implementation="qkv": {reason}.')
+    with watched("record", model) as known:
         given = {**inputs} if input_ids is None else {"input_ids": input_ids, **inputs}
         given = _without_what_is_not_recorded(model, given)
-        with _watched(model) as (names, crossing), torch.no_grad():
 
-            def observe(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> None:
-                name, mask = names[id(module)], options["mask"]
-                lengths_differ = q.shape[2] != k.shape[2] and not options["offset"] and not mask.is_positional
-                is_cross = id(module) in crossing or "cross" in name.rpartition(".")[2] or lengths_differ
-                used = () if is_cross else tuple(windows)
-                found.append(_record_of(name, is_cross, (q, k, v, options), used, sink_tokens, blocks))
+        def observe(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> None:
+            is_cross = known.is_cross(module, q, k, options)
+            used = () if is_cross else tuple(windows)
+            name = known.names[id(module)]
+            found.append(_record_of(name, is_cross, (q, k, v, options), used, sink_tokens, blocks))
 
-            with observed(observe):
-                model(**given)
+        with observed(observe):
+            model(**given)
     if not found:
         raise ValueError(
             f"record: a layer of {type(model).__name__} must have heads of keys that queries attend to, and not be "
@@ -227,23 +214,3 @@ def _without_what_is_not_recorded(model: Any, given: dict[str, Any]) -> dict[str
     if "logits_to_keep" in takes and "labels" not in given and not leaves_out:
         given = {"logits_to_keep": 1, **given}
     return given
-
-
-@contextmanager
-def _watched(model: nn.Module) -> Iterator[tuple[dict[int, str], set[int]]]:
-    """Hooks on all modules, so that each is called by its forward: their names, and which attend to a context."""
-    names = {id(module): name for name, module in model.named_modules()}
-    crossing: set[int] = set()
-
-    def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        context = kwargs.get("key_value_states")
-        context = kwargs.get("encoder_hidden_states") if context is None else context
-        if context is not None:
-            crossing.add(id(module))
-
-    handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in model.modules()]
-    try:
-        yield names, crossing
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -1,0 +1,66 @@
+"""`watched`: a model of transformers, on "qkv" meanwhile, whose modules are all called by their forward."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from qkv.integrations.transformers.models import on_qkv, parts, why_not
+
+
+class Watched(NamedTuple):
+    """What is known of the modules of a model."""
+
+    names: dict[int, str]
+    """by the ids of modules"""
+    crossing: set[int]
+    """ids of the modules that were handed a context, found while the model runs"""
+
+    def is_cross(self, module: nn.Module, q: Tensor, k: Tensor, options: dict[str, Any]) -> bool:
+        """Whether a call of attention attends to another sequence."""
+        lengths_differ = q.shape[2] != k.shape[2] and not options["offset"] and not options["mask"].is_positional
+        named = "cross" in self.names[id(module)].rpartition(".")[2]
+        return id(module) in self.crossing or named or lengths_differ
+
+
+@contextmanager
+def watched(caller: str, model: nn.Module) -> Iterator[Watched]:
+    """Has a model run on "qkv" meanwhile, without gradients, and as it was afterwards.
+
+    Hooks on all modules keep programs of several modules from being run instead of them, so that
+    `attention.observed` is told of each call.
+
+    Raises:
+        TypeError: for anything but a module with a model of transformers.
+        ValueError: for a model that is training or does not run on "qkv".
+    """
+    roots_wanted = f"{caller}: model must be, or contain, a model of transformers; got {type(model).__name__}."
+    if not isinstance(model, nn.Module):
+        raise TypeError(roots_wanted)
+    with on_qkv(model) as roots:
+        if not roots:
+            raise TypeError(roots_wanted)
+        if model.training:
+            raise ValueError(f"{caller}: model must be in evaluation mode, model.eval(); it is training.")
+        for part in (part for root in roots for part in parts(root)):
+            reason = why_not(part)
+            if reason is not None:
+                name = type(part).__name__
+                raise ValueError(f'{caller}: {name} does not run on attn_implementation="qkv": {reason}.')
+        found = Watched({id(module): name for name, module in model.named_modules()}, set())
+
+        def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            context = kwargs.get("key_value_states")
+            context = kwargs.get("encoder_hidden_states") if context is None else context
+            if context is not None:
+                found.crossing.add(id(module))
+
+        handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in model.modules()]
+        try:
+            with torch.no_grad():
+                yield found
+        finally:
+            for handle in handles:
+                handle.remove()
