@@ -159,11 +159,8 @@ def record(
 
         with observed(observe):
             model(**given)
-    if not found:
-        raise ValueError(
-            f"record: a layer of {type(model).__name__} must have heads of keys that queries attend to, and not be "
-            "compiled; got no call of one."
-        )
+        if not found:
+            raise known.no_calls("record")
     return Recording(tuple(windows), sink_tokens, tuple(found))
 
 

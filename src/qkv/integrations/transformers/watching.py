@@ -13,6 +13,7 @@ from qkv.integrations.transformers.models import on_qkv, parts, why_not
 class Watched(NamedTuple):
     """What is known of the modules of a model."""
 
+    model: nn.Module
     names: dict[int, str]
     """by the ids of modules"""
     crossing: set[int]
@@ -23,6 +24,13 @@ class Watched(NamedTuple):
         lengths_differ = q.shape[2] != k.shape[2] and not options["offset"] and not options["mask"].is_positional
         named = "cross" in self.names[id(module)].rpartition(".")[2]
         return id(module) in self.crossing or named or lengths_differ
+
+    def no_calls(self, caller: str) -> ValueError:
+        """The error of a model that did not call attention."""
+        return ValueError(
+            f"{caller}: a layer of {type(self.model).__name__} must have heads of keys that queries attend to, and not "
+            "be compiled; got no call of one."
+        )
 
 
 @contextmanager
@@ -49,7 +57,7 @@ def watched(caller: str, model: nn.Module) -> Iterator[Watched]:
             if reason is not None:
                 name = type(part).__name__
                 raise ValueError(f'{caller}: {name} does not run on attn_implementation="qkv": {reason}.')
-        found = Watched({id(module): name for name, module in model.named_modules()}, set())
+        found = Watched(model, {id(module): name for name, module in model.named_modules()}, set())
 
         def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             context = kwargs.get("key_value_states")

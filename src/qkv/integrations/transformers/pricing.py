@@ -1,0 +1,261 @@
+"""`price`: what a model of transformers would lose on a text, if some of its layers had a window or fewer KV heads."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from qkv.arguments import require_count
+from qkv.integrations.transformers.attention import observed
+from qkv.integrations.transformers.watching import Watched, watched
+from qkv.masks import Mask
+
+ROWS_AT_ONCE = 256
+"""Tokens whose logits are computed at once: 50 MB in fp32 for a vocabulary of 50,000."""
+
+
+class Together(NamedTuple):
+    """The loss with several layers changed at once."""
+
+    layers: tuple[int, ...]
+    """indices into `Price.layers`, in order of their position"""
+    loss: Tensor
+    """(B, L - 1)"""
+
+
+class Price(NamedTuple):
+    """What a change of layers costs on a text, in nats by predicted token: all tokens but the first.
+
+    Tokens that are padding, or predicted from padding, are NaN.
+    """
+
+    change: str
+    """what a layer would have, such as ``a window of 256 tokens``"""
+    layers: tuple[str, ...]
+    """names of the attention modules, in the order of their calls"""
+    loss: Tensor
+    """(B, L - 1), of the model as it is"""
+    increase: Tensor
+    """(layers, B, L - 1), of the loss, if this layer alone were changed"""
+    together: tuple[Together, ...]
+    """with the cheapest layers changed at once"""
+
+    @property
+    def by_layer(self) -> Tensor:
+        """(layers,), the mean increase."""
+        return self.increase.flatten(1).nanmean(1)
+
+    @property
+    def cheapest(self) -> tuple[int, ...]:
+        """The layers by their mean increase, the smallest first."""
+        return tuple(self.by_layer.argsort(stable=True).tolist())
+
+
+def price(
+    model: nn.Module,
+    input_ids: Tensor,
+    *,
+    window: int,
+    sink_tokens: int = 0,
+    together: Sequence[int] = (),
+    on_progress: Callable[[int], None] | None = None,
+    **inputs: Any,
+) -> Price:
+    """The loss on a text if one layer of a causal language model had a window, for each layer; then for several.
+
+    With ``p`` the model's probabilities, the loss of token t is ``-log p(token t | tokens before)``. Layer l sees, for
+    its price, what it would see with the window, and all others see what they do now. What lies below layer l is not
+    computed again, so that all prices of n layers take the time of ``n / 2`` passes; models whose layers hand more to
+    each other than their output are computed as a whole. It is the price before training, which lowers it.
+
+    Args:
+        model: a causal language model of transformers, of any family that runs on "qkv", in evaluation mode.
+        input_ids: ``(B, L)``.
+        window: number of keys that a query would see at most, its own and those before it, as `Mask.causal` counts.
+        sink_tokens: number of first keys that the window shows too.
+        together: numbers of layers. For each k of them, the loss with the k cheapest layers changed.
+        on_progress: called with the number of losses found so far, of as many as there are layers and numbers in
+            ``together``.
+        **inputs: other arguments of the model, such as ``attention_mask``.
+
+    Raises:
+        TypeError: for anything but a model of transformers.
+        ValueError: for a model that is training, does not run on "qkv" or is no causal language model, a text that is
+            no longer than the window, and more layers together than there are.
+
+    Example:
+        >>> from qkv.integrations.transformers import price
+        >>> price(model, input_ids, window=256, sink_tokens=4).by_layer  # doctest: +SKIP
+    """
+    require_count("price", "window", window)
+    require_count("price", "sink_tokens", sink_tokens, 0)
+    for number in together:
+        require_count("price", "each of together", number, 0)
+    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
+        raise ValueError("price: input_ids must be a tensor (B, L).")
+    if window >= input_ids.shape[1]:
+        raise ValueError(
+            f"price: a window of {window} cuts nothing of {input_ids.shape[1]} tokens; give a longer text or a smaller "
+            "window."
+        )
+    change = f"a window of {window:,} tokens" + (f" and {sink_tokens} sink tokens" if sink_tokens else "")
+    shown = Mask.causal(window, sink_tokens=sink_tokens)
+    with watched("price", model) as known:
+        stack = _Stack(_Text(model, input_ids, inputs), known)
+        for number in together:
+            if number > len(stack.layers):
+                raise ValueError(f"price: together must be at most {len(stack.layers)}, the layers; got {number}.")
+        done = 0
+
+        def loss(chosen: Sequence[int]) -> Tensor:
+            nonlocal done
+            changed = {id(stack.layers[index]) for index in chosen}
+
+            def narrow(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Mask | None:
+                return _narrowed(shown, q, k, options) if id(module) in changed else None
+
+            with observed(narrow):
+                found = stack.loss_from(min(chosen)) if chosen else stack.loss
+            done += 1
+            if on_progress is not None:
+                on_progress(done)
+            return found
+
+        increase = torch.stack([loss([index]) - stack.loss for index in range(len(stack.layers))])
+        names = tuple(known.names[id(layer)] for layer in stack.layers)
+        alone = Price(change, names, stack.loss, increase, ())
+        cheapest = [tuple(sorted(alone.cheapest[:number])) for number in together]
+        return alone._replace(together=tuple(Together(chosen, loss(chosen)) for chosen in cheapest))
+
+
+def _sees_later_keys(q: Tensor, k: Tensor, options: dict[str, Any]) -> bool:
+    mask: Mask = options["mask"]
+    if mask.allow is None:
+        return mask.shows_later_keys(1)
+    seen = mask.visible(q.shape[2], k.shape[2], options["offset"], device=q.device)
+    return bool(seen.triu(options["offset"] + 1).any())
+
+
+def _narrowed(window: Mask, q: Tensor, k: Tensor, options: dict[str, Any]) -> Mask:
+    """The mask of a call, with a window as well."""
+    mask, offset = options["mask"], options["offset"]
+    try:
+        return mask & window  # type: ignore[no-any-return]
+    except ValueError:  # not a mask that we have
+        lengths = q.shape[2], k.shape[2]
+        seen = (each.visible(*lengths, offset, device=q.device) for each in (mask, window))
+        return Mask.dense(next(seen) & next(seen))
+
+
+class _Text:
+    """A text on a model, and its loss."""
+
+    def __init__(self, model: Any, input_ids: Tensor, inputs: dict[str, Any]) -> None:
+        self.model, self.input_ids, self.inputs = model, input_ids, {"use_cache": False, **inputs}
+        self.body = getattr(model, "base_model", model)
+        if self.body is model:
+            raise ValueError(f"price: model must be a causal language model, with a head; got {type(model).__name__}.")
+        keep = inputs.get("attention_mask")
+        self.is_predicted = torch.ones_like(input_ids[:, 1:], dtype=torch.bool)
+        if isinstance(keep, Tensor) and keep.dim() == 2:
+            self.is_predicted = keep[:, 1:].bool() & keep[:, :-1].bool()
+
+    def loss(self) -> Tensor:
+        """(B, L - 1). The model's own head is applied to a few tokens at a time."""
+        outputs: list[Any] = []
+        run_body = self.body.forward
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            outputs.append(run_body(*args, **kwargs))
+            return of_tokens(-1, None)
+
+        def of_tokens(start: int, stop: int | None) -> Any:
+            return type(outputs[0])(last_hidden_state=outputs[0].last_hidden_state[:, start:stop])
+
+        with _forward_as(run, self.body):
+            self.model(input_ids=self.input_ids, **self.inputs)
+        found = []
+        for start in range(0, self.input_ids.shape[1] - 1, ROWS_AT_ONCE):
+            following = self.input_ids[:, start + 1 : start + 1 + ROWS_AT_ONCE]
+            few = of_tokens(start, start + following.shape[1])
+            with _forward_as(lambda *_, few=few, **__: few, self.body):
+                logits = self.model(input_ids=following, use_cache=False).logits.float()
+            found.append(F.cross_entropy(logits.mT, following, reduction="none"))
+        return torch.cat(found, dim=1).masked_fill(~self.is_predicted, torch.nan)
+
+
+class _Stack:
+    """The layers of a model, with their outputs on a text: those below a changed one are not computed again."""
+
+    layers: list[nn.Module]
+    """attention modules, in the order of their calls"""
+
+    def __init__(self, text: _Text, known: Watched) -> None:
+        self.text = text
+        lists = [module for module in text.model.modules() if isinstance(module, nn.ModuleList)]
+        within = {id(part) for outer in lists for part in outer.modules() if part is not outer}
+        blocks = [block for blocks in lists if id(blocks) not in within for block in blocks]
+        called: dict[nn.Module, int] = {}
+        outputs: list[Any] = []
+        self._blocks: list[nn.Module] = []
+
+        def keep(block: nn.Module, args: Any, output: Any) -> None:
+            self._blocks.append(block)
+            outputs.append(_copied(output))
+
+        def observe(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> None:
+            if known.is_cross(module, q, k, options) or _sees_later_keys(q, k, options):
+                name = known.names[id(module)]
+                raise ValueError(f"price: model must be causal; {name} attends to more than earlier tokens.")
+            called.setdefault(module, len(self._blocks))
+
+        handles = [block.register_forward_hook(keep) for block in blocks]
+        try:
+            with observed(observe):
+                self.loss = text.loss()
+        finally:
+            for handle in handles:
+                handle.remove()
+        if not called:
+            raise known.no_calls("price")
+        self.layers, self._block_of, self._outputs = list(called), list(called.values()), outputs
+        if not self._can_skip():
+            self._block_of, self._outputs = [0] * len(called), []
+
+    def _can_skip(self) -> bool:
+        """Whether layers need nothing of those below but their output: found out at the last one."""
+        if len(set(self._blocks)) != len(self._blocks):
+            return False
+        try:
+            return torch.equal(self.loss_from(-1).nan_to_num(), self.loss.nan_to_num())
+        except (LookupError, AttributeError, TypeError):  # what a layer below has not handed on
+            return False
+
+    def loss_from(self, layer: int) -> Tensor:
+        """The loss, with all computed again from the block of this layer on."""
+        below = self._block_of[layer]
+        with ExitStack() as replaced:
+            for block, output in zip(self._blocks[:below], self._outputs, strict=False):
+                replaced.enter_context(_forward_as(lambda *_, output=output, **__: _copied(output), block))
+            return self.text.loss()
+
+
+@contextmanager
+def _forward_as(forward: Callable[..., Any], module: nn.Module) -> Iterator[None]:
+    """Replaces the forward of one module meanwhile."""
+    before = {name: value for name, value in vars(module).items() if name == "forward"}
+    vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        del vars(module)["forward"]
+        vars(module).update(before)
+
+
+def _copied(output: Any) -> Any:
+    """The output of a block, whose tensors are not those that the model goes on with."""
+    return tree_map_only(Tensor, torch.clone, output)

@@ -1,0 +1,173 @@
+"""`price`: losses, compared with those of eager attention under masks written out; and a model left as it was."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from families.compare import draw_weights
+from families.small import MODELS, build, decoder
+from torch import Tensor, nn
+
+import qkv
+from qkv.integrations.transformers.pricing import Price, price
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers' own making
+
+DECODERS = [name for name in MODELS if name not in ("bert", "bart")]
+IDS = torch.randint(3, 96, (2, 23), generator=torch.Generator().manual_seed(0))
+KEEP = torch.ones_like(IDS)
+KEEP[1, :6] = 0
+WINDOW, SINKS = 5, 2
+
+
+@contextmanager
+def windowed(layers: list[nn.Module], window: int, sinks: int) -> Iterator[None]:
+    """Adds a window to the masks that eager attention is handed."""
+
+    def narrow(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        mask = kwargs["attention_mask"]
+        query, key = (torch.arange(n) for n in mask.shape[2:])
+        hidden = (key <= query[:, None] - window) & (key >= sinks)
+        return args, {**kwargs, "attention_mask": mask.masked_fill(hidden, torch.finfo(mask.dtype).min)}
+
+    handles = [layer.register_forward_pre_hook(narrow, with_kwargs=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def eager_loss(model: Any, layers: list[nn.Module], window: int = WINDOW, sinks: int = SINKS, **inputs: Any) -> Tensor:
+    """In fp64."""
+    model.set_attn_implementation("eager")
+    with windowed(layers, window, sinks), torch.no_grad():
+        logits = model(IDS, use_cache=False, **inputs).logits[:, :-1].double()
+    loss = F.cross_entropy(logits.mT, IDS[:, 1:], reduction="none")
+    keep = inputs.get("attention_mask", torch.ones_like(IDS)).bool()
+    return loss.masked_fill(~(keep[:, 1:] & keep[:, :-1]), torch.nan)
+
+
+def assert_near(got: Tensor, want: Tensor) -> None:
+    """Losses of fp32, of 20 to 60 products each way."""
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-4, equal_nan=True)
+
+
+def assert_prices(model: Any, found: Price, **inputs: Any) -> None:
+    layers = [model.get_submodule(name) for name in found.layers]
+    want = eager_loss(model, [], **inputs)
+    assert_near(found.loss, want)
+    for layer, increase in zip(layers, found.increase, strict=True):
+        loss = eager_loss(model, [layer], **inputs)
+        assert (loss - want).nan_to_num().abs().max() > 1e-2, "a window that changes nothing tests nothing"
+        assert_near(increase, loss - want)
+    for some in found.together:
+        assert_near(some.loss, eager_loss(model, [layers[index] for index in some.layers], **inputs))
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_prices_are_those_of_masks_written_out(name: str, padded: bool) -> None:
+    model = build(name)
+    inputs = {"attention_mask": KEEP} if padded else {}
+    found = price(model, IDS, window=WINDOW, sink_tokens=SINKS, together=[0, 1, 2], **inputs)
+    assert_prices(model, found, **inputs)
+    cheapest = found.by_layer.argsort().tolist()
+    assert found.cheapest == tuple(cheapest)
+    assert [some.layers for some in found.together] == [(), (cheapest[0],), (0, 1)]
+    assert not found.increase[..., : WINDOW - 1].nan_to_num().any(), "nothing is hidden from these"
+
+
+def test_layers_that_share_keys_are_computed_as_a_whole() -> None:
+    options = {"vocab_size_per_layer_input": 97, "hidden_size_per_layer_input": 8, "global_head_dim": 8}
+    kinds = ["sliding_attention", "full_attention"] * 2
+    shared = {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": kinds, "sliding_window": 9}
+    model = decoder("gemma4_text", **options, **shared)().eval()
+    draw_weights(model)
+    assert_prices(model, price(model, IDS, window=WINDOW, sink_tokens=SINKS, together=[3]))
+
+
+def test_what_is_below_a_changed_layer_is_computed_once() -> None:
+    model = decoder("llama", num_hidden_layers=5)().eval()
+    calls = [0] * 5
+
+    def count(index: int) -> Any:
+        def hook(*_: Any) -> None:
+            calls[index] += 1
+
+        return hook
+
+    for index, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_hook(count(index))
+    found: list[int] = []
+    price(model, IDS, window=WINDOW, together=[0], on_progress=found.append)
+    assert calls == [2, 3, 4, 5, 7]  # once as they are, the last twice, to see that layers need outputs alone
+    assert found == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_window_beyond_the_one_of_a_layer_costs_nothing() -> None:
+    found = price(build("mistral"), IDS, window=7)
+    assert torch.equal(found.increase, torch.zeros_like(found.increase))
+
+
+def test_the_model_is_as_it_was() -> None:
+    model = build("llama")
+    model.lm_head.forward = forward = model.lm_head.forward
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    weights = copy.deepcopy(model.state_dict())
+    want = model(IDS).logits
+    price(model, IDS, window=WINDOW)
+    with pytest.raises(ValueError, match="together must be at most 2"):
+        price(model, IDS, window=WINDOW, together=[3])
+    after = {name: dict(vars(module)) for name, module in model.named_modules()}
+    assert after == before
+    assert model.lm_head.forward is forward
+    torch.testing.assert_close(model.state_dict(), weights, rtol=0, atol=0)
+    assert torch.equal(model(IDS).logits, want)
+
+
+@pytest.mark.parametrize("how", ["accelerated", "with gradients", "bf16", "inference mode"])
+def test_models_in_any_state(how: str) -> None:
+    model = build("qwen3")
+    want = price(model, IDS, window=WINDOW)
+    if how == "accelerated":
+        qkv.accelerate(model)
+    if how == "bf16":
+        model = model.bfloat16()
+    with torch.inference_mode(how == "inference mode"):
+        found = price(model, IDS, window=WINDOW)
+    assert not found.loss.requires_grad
+    tolerance = 0.2 if how == "bf16" else 2e-5
+    torch.testing.assert_close(found.increase, want.increase, rtol=0, atol=tolerance)
+
+
+def test_calls_that_are_refused() -> None:
+    model, encoder, both, compiled = build("llama"), build("bert"), build("bart"), build("llama")
+    for layer in compiled.model.layers:
+        layer.compile(backend="eager")
+    another = "model must be, or contain, a model of transformers; got Linear"
+    refused: list[tuple[Any, type[Exception], str]] = [
+        (
+            lambda: price(nn.Linear(2, 2), IDS, window=4),
+            TypeError,
+            another,
+        ),
+        (lambda: price(model.train(), IDS, window=4), ValueError, "in evaluation mode"),
+        (lambda: price(model.eval(), IDS, window=23), ValueError, "a window of 23 cuts nothing of 23 tokens"),
+        (lambda: price(model, IDS, window=0), ValueError, "window must be at least 1"),
+        (lambda: price(model, IDS, window="4"), TypeError, "window must be an int"),
+        (lambda: price(model, IDS, window=4, sink_tokens=-1), ValueError, "sink_tokens must be at least 0"),
+        (lambda: price(model, IDS, window=4, together=[3]), ValueError, "together must be at most 2"),
+        (lambda: price(model, IDS[0], window=4), ValueError, r"input_ids must be a tensor \(B, L\)"),
+        (lambda: price(model.model, IDS, window=4), ValueError, "must be a causal language model, with a head"),
+        (lambda: price(compiled, IDS, window=4), ValueError, "and not be compiled; got no call of one"),
+        (lambda: price(encoder, IDS, window=4), ValueError, "must be a causal language model, with a head"),
+        (lambda: price(both, IDS, window=4), ValueError, "must be a causal language model, with a head"),
+    ]
+    for call, kind, message in refused:
+        with pytest.raises(kind, match=message):
+            call()
