@@ -39,7 +39,8 @@ MASKS = ("test_masks.py",)
 GRID = ("contract/test_grid.py",)
 FUNCTIONAL = ("test_functional.py",)
 LOOK = ("test_look.py",)
-RECORDING = ("integrations/transformers/test_recording.py",)
+RECORDING = ("analysis/test_recording.py",)
+PRICING = ("analysis/test_pricing.py",)
 KERNEL = ("kernels/test_native.py", "cache/test_int8.py", "contract/test_grid.py")
 LINEAR = ("kernels/test_linear.py",)
 NORM = ("kernels/test_rms_norm.py",)
@@ -102,13 +103,22 @@ MUTANTS = [
     Mutant("top keys beyond what suffices", "look.py", "spare = (before >= coverage)", "spare = (before > 1)", LOOK),
     Mutant("a distance from the first query", "look.py", "position - (middle + reach * mean)", "-(middle + reach * mean)", LOOK),
     Mutant("numbers of 16 bits rounded again", "look.py", "torch.promote_types(problem.q.dtype, torch.float32)", "problem.q.dtype", LOOK),
-    Mutant("padding on the left counted as keys before", "integrations/transformers/recording.py", "number = is_token.cumsum(1) + self.offset", "number = torch.ones_like(is_token).cumsum(1) + self.offset", RECORDING),
-    Mutant("a few logits of a model that leaves out queries", "integrations/transformers/recording.py", "and not leaves_out", "", RECORDING),
+    Mutant("padding on the left counted as keys before", "analysis/recording.py", "number = is_token.cumsum(1) + self.offset", "number = torch.ones_like(is_token).cumsum(1) + self.offset", RECORDING),
+    Mutant("a few logits of a model that leaves out queries", "analysis/recording.py", "and not leaves_out", "", RECORDING),
     Mutant("a recorded model stays on qkv", "integrations/transformers/models.py", "        vars(module).update(configs)\n", "", RECORDING),
     Mutant("a recording past layers that are one call", "integrations/transformers/watching.py", "for module in model.modules()]", "for module in ()]", RECORDING),
-    Mutant("the mean over heads of a group", "integrations/transformers/recording.py", ".amax(3)", ".mean(3)", RECORDING),
-    Mutant("windows of encoders to one side", "integrations/transformers/recording.py", "Mask.band(w - 1, w - 1, sink_tokens) if", "w if", RECORDING),
-    Mutant("queries that lose nothing counted", "integrations/transformers/recording.py", "is_token & (number > windows[:, None, None])", "is_token.expand(len(windows), -1, -1)", RECORDING),
+    Mutant("the mean over heads of a group", "analysis/recording.py", ".amax(3)", ".mean(3)", RECORDING),
+    Mutant("windows of encoders to one side", "analysis/recording.py", "Mask.band(w - 1, w - 1, sink_tokens) if", "w if", RECORDING),
+    Mutant("queries that lose nothing counted", "analysis/recording.py", "is_token & (number > windows[:, None, None])", "is_token.expand(len(windows), -1, -1)", RECORDING),
+    Mutant("the price of a window one token wider", "analysis/changes.py", "Mask.causal(window, sink", "Mask.causal(window + 1, sink", PRICING),
+    Mutant("the price of a window instead of a layer's own mask", "analysis/changes.py", "return mask & self._mask  #", "return self._mask  #", PRICING),
+    Mutant("a priced layer keeps its pooled heads", "analysis/changes.py", "self._model.set_submodule(name, layer)", "pass", PRICING),
+    Mutant("buffers of a pooled layer without values", "analysis/changes.py", "if key not in saved:", "if False:", PRICING),
+    Mutant("losses predicted from padding counted", "analysis/pricing.py", "keep[:, 1:].bool() & keep[:, :-1].bool()", "keep[:, 1:].bool()", PRICING),
+    Mutant("a loss of the token before", "analysis/pricing.py", "self.input_ids[:, start + 1 : start + 1 + ROWS_AT_ONCE]", "self.input_ids[:, start : start + ROWS_AT_ONCE][:, : self.input_ids.shape[1] - 1 - start]", PRICING),
+    Mutant("layers below skipped that hand on keys", "analysis/pricing.py", "if not self._can_skip():", "if False:", PRICING),
+    Mutant("the dearest layers together", "analysis/pricing.py", "self.by_layer.argsort(stable=True)", "self.by_layer.argsort(stable=True, descending=True)", PRICING),
+    Mutant("the last layers together run on the outputs of unchanged ones", "analysis/pricing.py", "stack.loss_from(min(chosen))", "stack.loss_from(max(chosen))", PRICING),
     Mutant("products rounded once more under autocast", "backends/reference.py", "if a.is_meta or not", "if True or not", ("test_interoperability.py",), "autocast"),
     Mutant("scale dropped (sdpa)", "backends/sdpa.py", "        scale=problem.scores.scale,\n", "        scale=1.0,\n", GRID, "sdpa"),
     Mutant("scale of the key length", "scores.py", 'given["scale"], q.shape[3])', 'given["scale"], k.shape[2])', FUNCTIONAL),

@@ -32,6 +32,7 @@ ORDER = [
     {"qkv.layers"},
     {"qkv.integrations"},
     {"qkv.convert"},
+    {"qkv.analysis"},
     {"qkv.models"},
     {"qkv.bench"},
     {"qkv.cli"},

@@ -1,6 +1,5 @@
 """qkv in models of transformers: attention (`register`), KV caches (`QKVCache`), decoding from latents
-(`latent`), unpadded batches (`unpad`), rotary embedding (`apply_rotary_pos_emb`) what layers attend to
-(`record`), and what a window would cost them (`price`).
+(`latent`), unpadded batches (`unpad`) and rotary embedding (`apply_rotary_pos_emb`).
 
 `QKVCache` is imported lazily, since it imports transformers.
 """
@@ -10,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 from qkv.integrations.transformers.attention import register as register
 from qkv.integrations.transformers.attention import unregister as unregister
 from qkv.integrations.transformers.latent import latent as latent
-from qkv.integrations.transformers.pricing import price as price
-from qkv.integrations.transformers.recording import record as record
 from qkv.integrations.transformers.rotary import apply_rotary_pos_emb as apply_rotary_pos_emb
 from qkv.integrations.transformers.unpadding import unpad as unpad
 
@@ -22,8 +19,6 @@ __all__ = [
     "QKVCache",
     "apply_rotary_pos_emb",
     "latent",
-    "price",
-    "record",
     "register",
     "unpad",
     "unregister",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import qkv
 from qkv import Mask
-from qkv.integrations.transformers.recording import Recording, record
+from qkv.analysis.recording import Recording, record
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers' own making
 

@@ -137,7 +137,7 @@ def record(
             without a layer that has heads of keys.
 
     Example:
-        >>> from qkv.integrations.transformers import record
+        >>> from qkv.analysis import record
         >>> print(record(model, input_ids, windows=[256, 512], sink_tokens=4))  # doctest: +SKIP
     """
     if not isinstance(windows, Sequence):

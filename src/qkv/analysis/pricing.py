@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from qkv.analysis.changes import Change, FewerHeads, Window
 from qkv.arguments import require_count
+from qkv.convert.heads.pooling import ConversionMethod
 from qkv.integrations.transformers.attention import observed
 from qkv.integrations.transformers.watching import Watched, watched
 from qkv.masks import Mask
@@ -59,16 +61,18 @@ def price(
     model: nn.Module,
     input_ids: Tensor,
     *,
-    window: int,
+    window: int | None = None,
     sink_tokens: int = 0,
+    kv_heads: int | None = None,
+    pooling: ConversionMethod = "mean",
     together: Sequence[int] = (),
     on_progress: Callable[[int], None] | None = None,
     **inputs: Any,
 ) -> Price:
-    """The loss on a text if one layer of a causal language model had a window, for each layer; then for several.
+    """The loss on a text if one layer of a causal language model had a window or fewer KV heads, layer by layer.
 
-    With ``p`` the model's probabilities, the loss of token t is ``-log p(token t | tokens before)``. Layer l sees, for
-    its price, what it would see with the window, and all others see what they do now. What lies below layer l is not
+    With ``p`` the model's probabilities, the loss of token t is ``-log p(token t | tokens before)``. For the price of a
+    layer it alone is changed, and then several at once, the cheapest first. What lies below a changed layer is not
     computed again, so that all prices of n layers take the time of ``n / 2`` passes; models whose layers hand more to
     each other than their output are computed as a whole. It is the price before training, which lowers it.
 
@@ -77,6 +81,8 @@ def price(
         input_ids: ``(B, L)``.
         window: number of keys that a query would see at most, its own and those before it, as `Mask.causal` counts.
         sink_tokens: number of first keys that the window shows too.
+        kv_heads: instead of a window, a number of KV heads that divides the model's, in a family that `convert` knows.
+        pooling: for ``kv_heads``: how heads are pooled, as in `convert_layer`.
         together: numbers of layers. For each k of them, the loss with the k cheapest layers changed.
         on_progress: called with the number of losses found so far, of as many as there are layers and numbers in
             ``together``.
@@ -84,52 +90,63 @@ def price(
 
     Raises:
         TypeError: for anything but a model of transformers.
-        ValueError: for a model that is training, does not run on "qkv" or is no causal language model, a text that is
-            no longer than the window, and more layers together than there are.
+        ValueError: for a model that is training, does not run on "qkv" or is not a causal language model, both or
+            neither of window and kv_heads, a text that is no longer than the window, and more layers together than
+            there are.
+        CheckpointError: for KV heads that the model cannot have, and families that `convert` does not know.
 
     Example:
-        >>> from qkv.integrations.transformers import price
+        >>> from qkv.analysis import price
         >>> price(model, input_ids, window=256, sink_tokens=4).by_layer  # doctest: +SKIP
     """
-    require_count("price", "window", window)
-    require_count("price", "sink_tokens", sink_tokens, 0)
     for number in together:
         require_count("price", "each of together", number, 0)
     if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
         raise ValueError("price: input_ids must be a tensor (B, L).")
-    if window >= input_ids.shape[1]:
-        raise ValueError(
-            f"price: a window of {window} cuts nothing of {input_ids.shape[1]} tokens; give a longer text or a smaller "
-            "window."
-        )
-    change = f"a window of {window:,} tokens" + (f" and {sink_tokens} sink tokens" if sink_tokens else "")
-    shown = Mask.causal(window, sink_tokens=sink_tokens)
     with watched("price", model) as known:
+        change = _change(model, input_ids, window, sink_tokens, kv_heads, pooling)
         stack = _Stack(_Text(model, input_ids, inputs), known)
+        names = tuple(known.names[id(layer)] for layer in stack.layers)
         for number in together:
-            if number > len(stack.layers):
-                raise ValueError(f"price: together must be at most {len(stack.layers)}, the layers; got {number}.")
+            if number > len(names):
+                raise ValueError(f"price: together must be at most {len(names)}, the layers; got {number}.")
         done = 0
 
         def loss(chosen: Sequence[int]) -> Tensor:
             nonlocal done
-            changed = {id(stack.layers[index]) for index in chosen}
-
-            def narrow(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Mask | None:
-                return _narrowed(shown, q, k, options) if id(module) in changed else None
-
-            with observed(narrow):
+            with change.of({names[index]: stack.layers[index] for index in chosen}):
                 found = stack.loss_from(min(chosen)) if chosen else stack.loss
             done += 1
             if on_progress is not None:
                 on_progress(done)
             return found
 
-        increase = torch.stack([loss([index]) - stack.loss for index in range(len(stack.layers))])
-        names = tuple(known.names[id(layer)] for layer in stack.layers)
-        alone = Price(change, names, stack.loss, increase, ())
+        increase = torch.stack([loss([index]) - stack.loss for index in range(len(names))])
+        alone = Price(str(change), names, stack.loss, increase, ())
         cheapest = [tuple(sorted(alone.cheapest[:number])) for number in together]
         return alone._replace(together=tuple(Together(chosen, loss(chosen)) for chosen in cheapest))
+
+
+def _change(
+    model: Any, input_ids: Tensor, window: int | None, sink_tokens: int, kv_heads: int | None, how: ConversionMethod
+) -> Change:
+    """The change that the arguments of `price` describe."""
+    if (window is None) == (kv_heads is None):
+        raise ValueError(f"price: give either window or kv_heads; got {window!r} and {kv_heads!r}.")
+    if kv_heads is not None:
+        require_count("price", "kv_heads", kv_heads)
+        if sink_tokens:
+            raise ValueError(f"price: sink_tokens belong to a window; got {sink_tokens} with kv_heads={kv_heads}.")
+        return FewerHeads(model, kv_heads, how)
+    assert window is not None
+    require_count("price", "window", window)
+    require_count("price", "sink_tokens", sink_tokens, 0)
+    if window >= input_ids.shape[1]:
+        raise ValueError(
+            f"price: a window of {window} cuts nothing of {input_ids.shape[1]} tokens; give a longer text or a smaller "
+            "window."
+        )
+    return Window(window, sink_tokens)
 
 
 def _sees_later_keys(q: Tensor, k: Tensor, options: dict[str, Any]) -> bool:
@@ -138,17 +155,6 @@ def _sees_later_keys(q: Tensor, k: Tensor, options: dict[str, Any]) -> bool:
         return mask.shows_later_keys(1)
     seen = mask.visible(q.shape[2], k.shape[2], options["offset"], device=q.device)
     return bool(seen.triu(options["offset"] + 1).any())
-
-
-def _narrowed(window: Mask, q: Tensor, k: Tensor, options: dict[str, Any]) -> Mask:
-    """The mask of a call, with a window as well."""
-    mask, offset = options["mask"], options["offset"]
-    try:
-        return mask & window  # type: ignore[no-any-return]
-    except ValueError:  # not a mask that we have
-        lengths = q.shape[2], k.shape[2]
-        seen = (each.visible(*lengths, offset, device=q.device) for each in (mask, window))
-        return Mask.dense(next(seen) & next(seen))
 
 
 class _Text:

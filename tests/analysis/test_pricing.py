@@ -13,7 +13,8 @@ from families.small import MODELS, build, decoder
 from torch import Tensor, nn
 
 import qkv
-from qkv.integrations.transformers.pricing import Price, price
+from qkv.analysis.pricing import Price, price
+from qkv.convert import CheckpointError
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers' own making
 
@@ -80,6 +81,49 @@ def test_prices_are_those_of_masks_written_out(name: str, padded: bool) -> None:
     assert found.cheapest == tuple(cheapest)
     assert [some.layers for some in found.together] == [(), (cheapest[0],), (0, 1)]
     assert not found.increase[..., : WINDOW - 1].nan_to_num().any(), "nothing is hidden from these"
+
+
+@contextmanager
+def shared_heads(layers: list[nn.Module], kv_heads: int) -> Iterator[None]:
+    """Gives the KV heads of each group the mean of their weights."""
+    parameters = [p for layer in layers for linear in (layer.k_proj, layer.v_proj) for p in linear.parameters()]
+    before = [parameter.clone() for parameter in parameters]
+    for parameter in parameters:
+        groups = parameter.data.unflatten(0, (kv_heads, -1, 8))
+        groups.copy_(groups.mean(1, keepdim=True).expand_as(groups))
+    try:
+        yield
+    finally:
+        for parameter, value in zip(parameters, before, strict=True):
+            parameter.data.copy_(value)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gemma2"])
+def test_prices_of_fewer_heads_are_those_of_weights_that_groups_share(name: str) -> None:
+    model = build(name)
+    found = price(model, IDS, kv_heads=1, together=[2])
+    assert found.change == "1 KV head by mean pooling"
+    layers = [model.get_submodule(name) for name in found.layers]
+    want = eager_loss(model, [])
+    for layer, increase in zip(layers, found.increase, strict=True):
+        with shared_heads([layer], 1):
+            loss = eager_loss(model, [])
+        assert (loss - want).abs().max() > 1e-2
+        assert_near(increase, loss - want)
+    with shared_heads(layers, 1):
+        assert_near(found.together[0].loss, eager_loss(model, []))
+    assert torch.equal(price(model, IDS, kv_heads=2).increase, torch.zeros(2, 2, 22))
+
+
+def test_heads_that_are_alike_when_turned_cost_nothing_aligned() -> None:
+    model = build("llama")
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        turn = torch.linalg.qr(torch.randn(8, 8))[0]
+        k, v = attention.k_proj.weight.data, attention.v_proj.weight.data
+        k[8:], v[8:] = k[:8], turn @ v[:8]
+    assert price(model, IDS, kv_heads=1, pooling="aligned").increase.abs().max() < 1e-3
+    assert price(model, IDS, kv_heads=1).increase.abs().max() > 1e-2
 
 
 def test_layers_that_share_keys_are_computed_as_a_whole() -> None:
@@ -162,6 +206,12 @@ def test_calls_that_are_refused() -> None:
         (lambda: price(model, IDS, window="4"), TypeError, "window must be an int"),
         (lambda: price(model, IDS, window=4, sink_tokens=-1), ValueError, "sink_tokens must be at least 0"),
         (lambda: price(model, IDS, window=4, together=[3]), ValueError, "together must be at most 2"),
+        (lambda: price(model, IDS), ValueError, "give either window or kv_heads; got None and None"),
+        (lambda: price(model, IDS, window=4, kv_heads=1), ValueError, "give either window or kv_heads; got 4 and 1"),
+        (lambda: price(model, IDS, kv_heads=1, sink_tokens=4), ValueError, "sink_tokens belong to a window; got 4"),
+        (lambda: price(model, IDS, kv_heads=4), CheckpointError, r"must divide the model's 2 KV heads \(2, 1\); got 4"),
+        (lambda: price(build("gpt2"), IDS, kv_heads=1), ValueError, "gpt2 becomes gpt_bigcode with fewer KV heads"),
+        (lambda: price(build("deepseek_v3"), IDS, kv_heads=1), CheckpointError, "model_type must be one of llama"),
         (lambda: price(model, IDS[0], window=4), ValueError, r"input_ids must be a tensor \(B, L\)"),
         (lambda: price(model.model, IDS, window=4), ValueError, "must be a causal language model, with a head"),
         (lambda: price(compiled, IDS, window=4), ValueError, "and not be compiled; got no call of one"),

@@ -1,0 +1,10 @@
+"""What models of transformers attend to on a text (`record`), and what changes would cost them (`price`)."""
+
+from qkv.analysis.pricing import Price as Price
+from qkv.analysis.pricing import Together as Together
+from qkv.analysis.pricing import price as price
+from qkv.analysis.recording import LayerRecord as LayerRecord
+from qkv.analysis.recording import Recording as Recording
+from qkv.analysis.recording import record as record
+
+__all__ = ["LayerRecord", "Price", "Recording", "Together", "price", "record"]

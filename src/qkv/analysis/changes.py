@@ -1,0 +1,98 @@
+"""Changes of attention layers in a model of transformers, while they are tried out: windows and fewer KV heads."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qkv.convert.heads.pooling import ConversionMethod
+from qkv.convert.state import convert_state_dict
+from qkv.integrations.transformers.attention import NAME, observed
+from qkv.masks import Mask
+
+
+class Change(ABC):
+    """What a layer would have; its ``str`` names that."""
+
+    @abstractmethod
+    def of(self, layers: Mapping[str, nn.Module]) -> AbstractContextManager[None]:
+        """The context in which attention modules, given by name, are changed."""
+
+
+class Window(Change):
+    """A window in addition to the mask of each layer."""
+
+    def __init__(self, window: int, sink_tokens: int) -> None:
+        self._mask = Mask.causal(window, sink_tokens=sink_tokens)
+        sinks = f" and {sink_tokens} sink tokens" if sink_tokens else ""
+        self._name = f"a window of {window:,} tokens{sinks}"
+
+    def __str__(self) -> str:
+        return self._name
+
+    @contextmanager
+    def of(self, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+        changed = {id(layer) for layer in layers.values()}
+
+        def narrow(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Mask | None:
+            return self._narrowed(q, k, options) if id(module) in changed else None
+
+        with observed(narrow):
+            yield
+
+    def _narrowed(self, q: Tensor, k: Tensor, options: dict[str, Any]) -> Mask:
+        mask, offset = options["mask"], options["offset"]
+        try:
+            return mask & self._mask  # type: ignore[no-any-return]
+        except ValueError:  # not a mask that we have
+            lengths = q.shape[2], k.shape[2]
+            seen, shown = (each.visible(*lengths, offset, device=q.device) for each in (mask, self._mask))
+            return Mask.dense(seen & shown)
+
+
+class FewerHeads(Change):
+    """Fewer KV heads: modules of the same class, with the weights that a conversion of the model would have."""
+
+    def __init__(self, model: Any, kv_heads: int, how: ConversionMethod) -> None:
+        self._model = model
+        config = model.config.to_dict()
+        converted = convert_state_dict(model.state_dict(), config, kv_heads, how=how)
+        if converted.config["model_type"] != config["model_type"]:
+            raise ValueError(
+                f"price: {config['model_type']} becomes {converted.config['model_type']} with fewer KV heads, whose "
+                "layers do not fit into it. Convert it, and compare the whole: qkv convert --kv-heads."
+            )
+        self._weights = converted.state_dict
+        with torch.device("meta"):
+            self._pooled = type(model)(type(model.config)(**converted.config))
+        self._pooled.eval()
+        self._pooled.config._attn_implementation = NAME
+        noun = "head" if kv_heads == 1 else "heads"
+        self._name = f"{kv_heads} KV {noun} by {how} pooling"
+
+    def __str__(self) -> str:
+        return self._name
+
+    @contextmanager
+    def of(self, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+        try:
+            for name, layer in layers.items():
+                self._model.set_submodule(name, self._made(name, layer))
+            yield
+        finally:
+            for name, layer in layers.items():
+                self._model.set_submodule(name, layer)
+
+    def _made(self, name: str, layer: nn.Module) -> nn.Module:
+        """The module with the pooled weights, and the other buffers of the one that it replaces."""
+        made: nn.Module = self._pooled.get_submodule(name)
+        made.load_state_dict({key: self._weights[f"{name}.{key}"] for key in made.state_dict()}, assign=True)
+        saved = made.state_dict().keys()
+        for key, buffer in layer.named_buffers():
+            if key not in saved:
+                parent, _, last = key.rpartition(".")
+                vars(made.get_submodule(parent))["_buffers"][last] = buffer
+        return made
