@@ -113,7 +113,6 @@ MUTANTS = [
     Mutant("the price of a window one token wider", "analysis/changes.py", "Mask.causal(window, sink", "Mask.causal(window + 1, sink", PRICING),
     Mutant("the price of a window instead of a layer's own mask", "analysis/changes.py", "return mask & self._mask  #", "return self._mask  #", PRICING),
     Mutant("a priced layer keeps its pooled heads", "analysis/changes.py", "self._model.set_submodule(name, layer)", "pass", PRICING),
-    Mutant("buffers of a pooled layer without values", "analysis/changes.py", "if key not in saved:", "if False:", PRICING),
     Mutant("losses predicted from padding counted", "analysis/pricing.py", "keep[:, 1:].bool() & keep[:, :-1].bool()", "keep[:, 1:].bool()", PRICING),
     Mutant("a loss of the token before", "analysis/pricing.py", "self.input_ids[:, start + 1 : start + 1 + ROWS_AT_ONCE]", "self.input_ids[:, start : start + ROWS_AT_ONCE][:, : self.input_ids.shape[1] - 1 - start]", PRICING),
     Mutant("layers below skipped that hand on keys", "analysis/pricing.py", "if not self._can_skip():", "if False:", PRICING),

@@ -79,20 +79,15 @@ class FewerHeads(Change):
     @contextmanager
     def of(self, layers: Mapping[str, nn.Module]) -> Iterator[None]:
         try:
-            for name, layer in layers.items():
-                self._model.set_submodule(name, self._made(name, layer))
+            for name in layers:
+                self._model.set_submodule(name, self._made(name))
             yield
         finally:
             for name, layer in layers.items():
                 self._model.set_submodule(name, layer)
 
-    def _made(self, name: str, layer: nn.Module) -> nn.Module:
-        """The module with the pooled weights, and the other buffers of the one that it replaces."""
+    def _made(self, name: str) -> nn.Module:
+        """The module with the pooled weights."""
         made: nn.Module = self._pooled.get_submodule(name)
         made.load_state_dict({key: self._weights[f"{name}.{key}"] for key in made.state_dict()}, assign=True)
-        saved = made.state_dict().keys()
-        for key, buffer in layer.named_buffers():
-            if key not in saved:
-                parent, _, last = key.rpartition(".")
-                vars(made.get_submodule(parent))["_buffers"][last] = buffer
         return made
