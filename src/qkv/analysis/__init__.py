@@ -6,5 +6,8 @@ from qkv.analysis.pricing import price as price
 from qkv.analysis.recording import LayerRecord as LayerRecord
 from qkv.analysis.recording import Recording as Recording
 from qkv.analysis.recording import record as record
+from qkv.analysis.seen import CostlyToken as CostlyToken
+from qkv.analysis.seen import Saving as Saving
+from qkv.analysis.seen import Seen as Seen
 
-__all__ = ["LayerRecord", "Price", "Recording", "Together", "price", "record"]
+__all__ = ["CostlyToken", "LayerRecord", "Price", "Recording", "Saving", "Seen", "Together", "price", "record"]

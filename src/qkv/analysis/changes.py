@@ -17,6 +17,10 @@ from qkv.masks import Mask
 class Change(ABC):
     """What a layer would have; its ``str`` names that."""
 
+    window: int | None = None
+    sink_tokens: int = 0
+    kv_heads: int | None = None
+
     @abstractmethod
     def of(self, layers: Mapping[str, nn.Module]) -> AbstractContextManager[None]:
         """The context in which attention modules, given by name, are changed."""
@@ -26,12 +30,12 @@ class Window(Change):
     """A window in addition to the mask of each layer."""
 
     def __init__(self, window: int, sink_tokens: int) -> None:
+        self.window, self.sink_tokens = window, sink_tokens
         self._mask = Mask.causal(window, sink_tokens=sink_tokens)
-        sinks = f" and {sink_tokens} sink tokens" if sink_tokens else ""
-        self._name = f"a window of {window:,} tokens{sinks}"
 
     def __str__(self) -> str:
-        return self._name
+        sinks = f" and {self.sink_tokens} sink tokens" if self.sink_tokens else ""
+        return f"a window of {self.window:,} tokens{sinks}"
 
     @contextmanager
     def of(self, layers: Mapping[str, nn.Module]) -> Iterator[None]:
@@ -70,11 +74,11 @@ class FewerHeads(Change):
             self._pooled = type(model)(type(model.config)(**converted.config))
         self._pooled.eval()
         self._pooled.config._attn_implementation = NAME
-        noun = "head" if kv_heads == 1 else "heads"
-        self._name = f"{kv_heads} KV {noun} by {how} pooling"
+        self.kv_heads, self._how = kv_heads, how
 
     def __str__(self) -> str:
-        return self._name
+        noun = "head" if self.kv_heads == 1 else "heads"
+        return f"{self.kv_heads} KV {noun} by {self._how} pooling"
 
     @contextmanager
     def of(self, layers: Mapping[str, nn.Module]) -> Iterator[None]:

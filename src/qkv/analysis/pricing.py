@@ -37,6 +37,9 @@ class Price(NamedTuple):
 
     change: str
     """what a layer would have, such as ``a window of 256 tokens``"""
+    window: int | None
+    sink_tokens: int
+    kv_heads: int | None
     layers: tuple[str, ...]
     """names of the attention modules, in the order of their calls"""
     loss: Tensor
@@ -122,7 +125,8 @@ def price(
             return found
 
         increase = torch.stack([loss([index]) - stack.loss for index in range(len(names))])
-        alone = Price(str(change), names, stack.loss, increase, ())
+        of = change.window, change.sink_tokens, change.kv_heads
+        alone = Price(str(change), *of, names, stack.loss, increase, ())
         cheapest = [tuple(sorted(alone.cheapest[:number])) for number in together]
         return alone._replace(together=tuple(Together(chosen, loss(chosen)) for chosen in cheapest))
 

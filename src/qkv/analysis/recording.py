@@ -22,7 +22,10 @@ class LayerRecord(NamedTuple):
     mask: Mask
     """the mask that was in effect"""
     offset: int
+    heads: int
     kv_heads: int
+    head_dim: int
+    value_dim: int
     is_cross: bool
     """whether keys and values come from another sequence"""
     windows: tuple[int, ...]
@@ -189,7 +192,10 @@ def _record_of(
         name,
         mask,
         offset,
+        q.shape[1],
         k.shape[1],
+        q.shape[3],
+        v.shape[3],
         is_cross,
         windows,
         look.window_cut(q, k, v, used, sink_tokens=sink_tokens, **options),

@@ -13,8 +13,8 @@ import qkv
 from qkv.bench.mechanisms import LIBRARIES, Mechanism, Sizes, mechanisms
 from qkv.bench.peak_memory import peak_memory
 from qkv.bench.timing import Spread, interleaved
-from qkv.cli.bench_report import BenchReport, Row, as_json, print_report
 from qkv.cli.options import Dtype, count_option
+from qkv.cli.reports.bench import BenchReport, Row, as_json, print_report
 from qkv.models.progress import Progress, offset_progress
 
 

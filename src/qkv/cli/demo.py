@@ -9,8 +9,8 @@ import torch
 import typer
 from rich.console import Console
 
-from qkv.cli.demo_report import DemoReport, Measurement, as_json, print_report
 from qkv.cli.options import Dtype, count_option
+from qkv.cli.reports.demo import DemoReport, Measurement, as_json, print_report
 from qkv.models.comparison import NAMES, REFERENCE, Comparison, compare
 from qkv.models.default_weights import SMOLLM2_135M, cached_weights
 from qkv.models.errors import CommandError

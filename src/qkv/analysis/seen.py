@@ -1,0 +1,163 @@
+"""`Seen`: what a model attends to on a text, what changes would cost it, and which layers could have a window."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qkv.analysis.pricing import Price
+from qkv.analysis.recording import Recording
+
+COSTLY = 20
+"""Number of tokens in a document."""
+
+
+class Saving(NamedTuple):
+    """What a change of some layers costs and saves."""
+
+    price: Price
+    layers: tuple[int, ...]
+    """indices into the layers of the recording"""
+    increase: float
+    """of the mean loss, in nats a token"""
+    cache_bytes: int
+    """of keys and values of the text, in all layers"""
+
+
+class CostlyToken(NamedTuple):
+    """A token whose loss a change increases."""
+
+    index: int
+    loss: float
+    """before the change"""
+    increase: float
+
+
+class Seen(NamedTuple):
+    """What was found of a model on a text of one row."""
+
+    model: str
+    text: str
+    """its name"""
+    tokens: tuple[str, ...]
+    """each as it reads"""
+    tokens_left_out: int
+    """of the text, beyond those"""
+    bytes_per_number: int
+    """of keys and values in the cache"""
+    recording: Recording
+    prices: tuple[Price, ...]
+
+    def cache_bytes(self, changed: Mapping[int, Price]) -> int:
+        """Bytes of the keys and values of the text, in all layers, some of which are changed as priced."""
+        total = 0
+        for index, layer in enumerate(self.recording.layers):
+            price = changed.get(index)
+            heads, length = layer.kv_heads, len(self.tokens)
+            if layer.window is not None:
+                length = min(length, layer.window)
+            if price is not None and price.window is not None:
+                length = min(length, price.window + price.sink_tokens)
+            if price is not None and price.kv_heads is not None:
+                heads = price.kv_heads
+            total += length * heads * (layer.head_dim + layer.value_dim)
+        return total * self.bytes_per_number
+
+    def savings(self, price: Price) -> list[Saving]:
+        """One for each number of layers that were changed together."""
+        return [
+            Saving(
+                price,
+                some.layers,
+                (some.loss - price.loss).nanmean().item(),
+                self.cache_bytes(dict.fromkeys(some.layers, price)),
+            )
+            for some in price.together
+        ]
+
+    def proposal(self, most: float) -> Saving | None:
+        """The windows that save most, of those whose loss increases by at most ``most`` nats; None if none saves."""
+        possible = [
+            saving
+            for price in self.prices
+            if price.window is not None
+            for saving in self.savings(price)
+            if saving.increase <= most and saving.cache_bytes < self.cache_bytes({})
+        ]
+        return min(possible, key=lambda saving: (saving.cache_bytes, saving.increase), default=None)
+
+    def costly(self, price: Price, count: int) -> list[CostlyToken]:
+        """The tokens whose loss increases most with the most layers changed together, or all in turn."""
+        increase = (price.together[-1].loss - price.loss if price.together else price.increase.mean(0))[0]
+        found = increase.nan_to_num(-torch.inf).topk(min(count, len(increase)))
+        pairs = zip(found.indices.tolist(), found.values.tolist(), strict=True)
+        return [CostlyToken(at + 1, price.loss[0, at].item(), more) for at, more in pairs if more > 0]
+
+    def as_json(self, most: float) -> dict[str, Any]:
+        """A document for `json.dumps`, with the proposal that ``qkv convert --like`` takes. None stands for NaN."""
+        recording, proposal = self.recording, self.proposal(most)
+        cuts = [None if layer.is_cross else layer.cut_by_kv_head()[:, 0] for layer in recording.layers]
+        return {
+            "model": self.model,
+            "text": self.text,
+            "tokens": len(self.tokens),
+            "tokens_left_out": self.tokens_left_out,
+            "cache_bytes": self.cache_bytes({}),
+            "windows": list(recording.windows),
+            "sink_tokens": recording.sink_tokens,
+            "layers": [
+                {
+                    "name": layer.name,
+                    "mask": str(layer.mask),
+                    "window": layer.window,
+                    "is_cross": layer.is_cross,
+                    "heads": layer.heads,
+                    "kv_heads": layer.kv_heads,
+                    "keys_in_effect": _numbers(layer.mean(layer.keys_in_effect)[0]),
+                    "distance": _numbers(layer.mean(layer.distance.mean)[0]),
+                    "sinks": _numbers(layer.mean(layer.sinks.first + layer.sinks.learned)[0]),
+                    "cut_by_kv_head": None if cut is None else [_numbers(row) for row in cut],
+                }
+                for layer, cut in zip(recording.layers, cuts, strict=True)
+            ],
+            "prices": [self._price_as_json(price) for price in self.prices],
+            "proposal": None
+            if proposal is None
+            else {
+                "window": proposal.price.window,
+                "sink_tokens": proposal.price.sink_tokens,
+                "layers": list(proposal.layers),
+                "increase": proposal.increase,
+                "cache_bytes": proposal.cache_bytes,
+            },
+        }
+
+    def _price_as_json(self, price: Price) -> dict[str, Any]:
+        return {
+            "change": price.change,
+            "window": price.window,
+            "sink_tokens": price.sink_tokens,
+            "kv_heads": price.kv_heads,
+            "loss": price.loss.nanmean().item(),
+            "increase_by_layer": _numbers(price.by_layer),
+            "together": [
+                {"layers": list(saving.layers), "increase": saving.increase, "cache_bytes": saving.cache_bytes}
+                for saving in self.savings(price)
+            ],
+            "costly_tokens": [
+                {
+                    "token": token.index,
+                    "reads": self.tokens[token.index],
+                    "loss": token.loss,
+                    "increase": token.increase,
+                }
+                for token in self.costly(price, COSTLY)
+            ],
+        }
+
+
+def _numbers(values: Tensor) -> list[float | None]:
+    """Finite numbers; None for others, which JSON does not have."""
+    return [value if math.isfinite(value) else None for value in values.tolist()]
