@@ -29,7 +29,7 @@ class Saving(NamedTuple):
 class CostlyToken(NamedTuple):
     """A token whose loss a change increases."""
 
-    index: int
+    position: int
     loss: float
     """before the change"""
     increase: float
