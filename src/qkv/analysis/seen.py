@@ -148,8 +148,8 @@ class Seen(NamedTuple):
             ],
             "costly_tokens": [
                 {
-                    "token": token.index,
-                    "reads": self.tokens[token.index],
+                    "position": token.position,
+                    "token": self.tokens[token.position],
                     "loss": token.loss,
                     "increase": token.increase,
                 }
