@@ -126,10 +126,13 @@ def test_prompt_is_a_question_on_a_text(capsys, tmp_path, llama):
     report = _report(capsys, llama, "--text", str(text), "--dtype", "float32")
     assert (report["text"], report["prompt"], report["prompt_tokens"]) == ("text.txt", PROMPT, 9)
     text.write_bytes(b"\xff")
-    for path, fault in ((text, "can't decode byte 0xff"), (tmp_path / "none.txt", "No such file")):
+    missing = tmp_path / "none.txt"
+    for path, fault in (
+        (text, f"{text} must be UTF-8; got invalid start byte at byte 0"),
+        (missing, f"cannot read {missing}: No such file or directory"),
+    ):
         code, captured = _demo(capsys, llama, "--text", str(path))
-        assert (code, captured.out) == (1, "")
-        assert f"qkv: --text: {path} must be a text in UTF-8: " in captured.err and fault in captured.err
+        assert (code, captured.out, captured.err) == (1, "", f"qkv: --text: {fault}.\n")
     text.write_text(" \n")
     code, captured = _demo(capsys, llama, "--text", str(text))
     assert (code, captured.err) == (1, f"qkv: --text: {text} must contain a text; got none.\n")

@@ -1,7 +1,8 @@
 """`Seen`: what a model attends to on a text, what changes would cost it, and which layers could have a window."""
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ class Saving(NamedTuple):
 
     price: Price
     layers: tuple[int, ...]
-    """indices into the layers of the recording"""
+    """their numbers in the model"""
     increase: float
     """of the mean loss, in nats a token"""
     cache_bytes: int
@@ -50,11 +51,11 @@ class Seen(NamedTuple):
     recording: Recording
     prices: tuple[Price, ...]
 
-    def cache_bytes(self, changed: Mapping[int, Price]) -> int:
-        """Bytes of the keys and values of the text, in all layers, some of which are changed as priced."""
+    def cache_bytes(self, changed: Mapping[str, Price]) -> int:
+        """Bytes of the keys and values of the text, in all layers, some of which, by name, are changed as priced."""
         total = 0
-        for index, layer in enumerate(self.recording.layers):
-            price = changed.get(index)
+        for layer in self.recording.layers:
+            price = changed.get(layer.name)
             heads, length = layer.kv_heads, len(self.tokens)
             if layer.window is not None:
                 length = min(length, layer.window)
@@ -67,12 +68,13 @@ class Seen(NamedTuple):
 
     def savings(self, price: Price) -> list[Saving]:
         """One for each number of layers that were changed together."""
+        numbers = [int(label) if label.isdecimal() else index for index, label in enumerate(labels(price.layers))]
         return [
             Saving(
                 price,
-                some.layers,
+                tuple(numbers[index] for index in some.layers),
                 (some.loss - price.loss).nanmean().item(),
-                self.cache_bytes(dict.fromkeys(some.layers, price)),
+                self.cache_bytes({price.layers[index]: price for index in some.layers}),
             )
             for some in price.together
         ]
@@ -156,6 +158,21 @@ class Seen(NamedTuple):
                 for token in self.costly(price, COSTLY)
             ],
         }
+
+
+def labels(names: Sequence[str]) -> list[str]:
+    """Short names of layers: their numbers, where they differ in these alone.
+
+    Example:
+        >>> labels(["model.layers.0.self_attn", "model.layers.1.self_attn"])
+        ['0', '1']
+    """
+    parts = [re.fullmatch(r"(.*?)(\d+)(.*)", name) for name in names]
+    around = {(part[1], part[3]) for part in parts if part}
+    numbers = [part[2] for part in parts if part]
+    if len(around) == 1 and len(set(numbers)) == len(names):
+        return numbers
+    return [name.removeprefix("model.") for name in names]
 
 
 def _numbers(values: Tensor) -> list[float | None]:

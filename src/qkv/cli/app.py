@@ -10,9 +10,10 @@ from qkv.cli.convert import convert
 from qkv.cli.demo import demo
 from qkv.cli.doctor import doctor
 from qkv.cli.inspect import inspect
+from qkv.cli.see import see
 
 app = typer.Typer(
-    help="Attention layers for PyTorch: inspect and convert models, compare and benchmark, check the installation.",
+    help="Attention layers for PyTorch: see, inspect and convert models, compare, benchmark, check the installation.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -33,11 +34,12 @@ def options(
         bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Attention layers for PyTorch: inspect and convert models, compare and benchmark, check the installation."""
+    """Attention layers for PyTorch: see, inspect and convert models, compare, benchmark, check the installation."""
 
 
 app.command()(demo)
 app.command()(bench)
 app.command()(inspect)
+app.command()(see)
 app.command()(convert)
 app.command()(doctor)

@@ -13,14 +13,12 @@ from qkv.cli.options import Dtype, count_option
 from qkv.cli.reports.demo import DemoReport, Measurement, as_json, print_report
 from qkv.models.comparison import NAMES, REFERENCE, Comparison, compare
 from qkv.models.default_weights import SMOLLM2_135M, cached_weights
-from qkv.models.errors import CommandError
 from qkv.models.kv_cache_size import cache_sizes, layer_shapes
 from qkv.models.language_model import LanguageModel, load
 from qkv.models.progress import Progress
 from qkv.models.source import find_model, gguf_source
+from qkv.models.text import KING_LEAR, read_text
 
-TEXT = Path(__file__).parents[1] / "models" / "king_lear.txt"
-"""About 3200 tokens; public domain."""
 QUESTION = "What is this scene about?"
 
 
@@ -76,9 +74,9 @@ def demo(
     """
     if text is not None and prompt is None:
         raise typer.BadParameter("it needs a question on the text; give --prompt.", param_hint="'--text'")
-    text = TEXT if prompt is None else text
+    text = KING_LEAR if prompt is None else text
     question = QUESTION if prompt is None else prompt
-    whole_prompt = question if text is None else f"{_read(text)}\n\n{question}"
+    whole_prompt = question if text is None else f"{read_text(text).strip()}\n\n{question}"
     dtypes = [Dtype.float32, Dtype.bfloat16] if dtype is None else [dtype]
     progress = Progress()
     source = gguf_source(cached_weights(SMOLLM2_135M, progress)) if model is None else find_model(model)
@@ -101,16 +99,6 @@ def demo(
         print_report(report, Console(file=sys.stdout))
     if not all(found.comparison.identical for name, found in measurements.items() if name == "float32"):
         raise typer.Exit(1)
-
-
-def _read(text: Path) -> str:
-    try:
-        found = text.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CommandError(f"--text: {text} must be a text in UTF-8: {error}.") from error
-    if not found:
-        raise CommandError(f"--text: {text} must contain a text; got none.")
-    return found
 
 
 def _torch_dtype(dtype: Dtype) -> torch.dtype:

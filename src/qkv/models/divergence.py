@@ -13,7 +13,8 @@ from qkv.models.errors import CommandError
 from qkv.models.kv_cache_size import readable_bytes
 from qkv.models.language_model import load, quiet
 from qkv.models.progress import Progress
-from qkv.models.source import ModelSource, expand_home
+from qkv.models.source import ModelSource
+from qkv.models.text import read_text
 
 MAX_TOKENS = 512
 MAX_CHARACTERS = 32 * MAX_TOKENS
@@ -72,7 +73,7 @@ def predict_original(source: Folder, dtype: torch.dtype, file: Path | None, prog
         CommandError: where ``file`` is given, and it cannot be read or the model cannot be loaded.
     """
     if file is not None:
-        return _predict(source.path, dtype, _read(file), progress)
+        return _predict(source.path, dtype, Sample(str(file), read_text(file, MAX_CHARACTERS)), progress)
     num_bytes = sum(spec.num_bytes for spec in source.tensors.values())
     if not any((source.path / name).is_file() for name in TOKENIZERS):
         return "the model has no tokenizer"
@@ -117,14 +118,3 @@ def _predict(folder: Path, dtype: torch.dtype, sample: Sample, progress: Progres
                 f"model's vocabulary has {vocabulary} tokens."
             )
         return Predictions(sample.name, token_ids, predict(loaded.model, token_ids))
-
-
-def _read(file: Path) -> Sample:
-    """The beginning of a text file."""
-    try:
-        with expand_home(file).open(encoding="utf-8") as opened:
-            return Sample(str(file), opened.read(MAX_CHARACTERS))
-    except OSError as error:
-        raise CommandError(f"--text: cannot read {file}: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise CommandError(f"--text: {file} must be UTF-8; got {error.reason} at byte {error.start}.") from error

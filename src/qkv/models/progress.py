@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, ProgressColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
-Unit = Literal["bytes", "tokens", "calls", "rounds"]
+Unit = Literal["bytes", "tokens", "calls", "rounds", "passes"]
 OnProgress = Callable[[int], None]
 """Called with the units done so far."""
 

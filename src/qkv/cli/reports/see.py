@@ -1,0 +1,180 @@
+"""The reports of `qkv see` as text."""
+
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from qkv.analysis import Price, Recording, Saving, Seen
+from qkv.analysis.seen import labels
+from qkv.bench.mechanisms import Mechanism, Sizes, mechanisms
+from qkv.cli.printing import counted, print_table
+from qkv.models.kv_cache_size import readable_bytes
+
+PICTURED = Sizes(1, 8, 4, 2, 64, 3, torch.bfloat16, decode=False, backward=False)
+COUNTED = PICTURED._replace(length=4096, num_heads=8, window=512)
+BAR = 24
+"""Most characters of a bar."""
+COSTLY = 10
+"""Number of tokens that are listed."""
+BEFORE = 48
+"""Characters before such a token."""
+TOKEN = 20
+"""Most characters of it."""
+SENTENCES = {
+    "scaled dot-product": "One head: weights softmax(q k / sqrt(d)) over all keys.",
+    "multi-head": "Several heads, each with keys and values of its own.",
+    "cross": "Keys and values come from another sequence, here half as long.",
+    "causal": "A token sees itself and those before it.",
+    "sliding-window": "A token sees the latest ones alone; layers pass on the rest.",
+    "multi-query": "All query heads share the keys and values of one head.",
+    "grouped-query": "Groups of query heads share keys and values.",
+}
+
+
+def print_mechanisms(console: Console) -> None:
+    """Prints the seven mechanisms: which keys each query sees, and what that costs."""
+    title = f"Who sees whom: a line a query, a column a key, of {PICTURED.length} tokens"
+    console.print(Text(title, style="bold"), soft_wrap=True)
+    for small, large in zip(mechanisms(PICTURED), mechanisms(COUNTED), strict=True):
+        console.print()
+        picture = small.mask.draw(small.num_queries, small.num_keys, offset=small.offset).splitlines()
+        words = [small.name, SENTENCES[small.name], *_costs(large)]
+        for row in range(max(len(picture), len(words))):
+            left = picture[row] if row < len(picture) else ""
+            right = words[row] if row < len(words) else ""
+            line = Text(f"  {left.ljust(PICTURED.length)}   " if right else f"  {left}")
+            console.print(line.append(right, style="bold" if row == 0 else ""), soft_wrap=True)
+    console.print()
+    console.print(Text("qkv see MODEL --text FILE shows what the layers of a model attend to."), soft_wrap=True)
+
+
+def _costs(mechanism: Mechanism) -> list[str]:
+    lengths = mechanism.num_queries, mechanism.num_keys
+    scores = int(mechanism.mask.visible(*lengths, mechanism.offset).sum()) * mechanism.num_heads
+    window = "" if mechanism.window is None else f", a window of {mechanism.window}"
+    heads = f"{counted(mechanism.num_heads, 'query head')} on {counted(mechanism.num_kv_heads, 'KV head')}"
+    return [
+        f"{COUNTED.length:,} tokens, {heads}{window}:",
+        f"{scores:,} scores, {readable_bytes(mechanism.kv_bytes())} of keys and values",
+    ]
+
+
+def print_seen(seen: Seen, most: float, console: Console) -> None:
+    """Prints what was found of a model; ``most`` nats is what the proposal may cost."""
+    cut = f" (the first; {seen.tokens_left_out:,} left out)" if seen.tokens_left_out else ""
+    console.print(
+        Text(f"{seen.model} on {seen.text}: {counted(len(seen.tokens), 'token')}{cut}", style="bold"), soft_wrap=True
+    )
+    for sizes, count in Counter(
+        (layer.heads, layer.kv_heads, layer.head_dim) for layer in seen.recording.layers
+    ).items():
+        shape = f"{counted(sizes[0], 'query head')} on {counted(sizes[1], 'KV head')} of width {sizes[2]}"
+        console.print(Text(f"{counted(count, 'layer')} of {shape}"), soft_wrap=True)
+    console.print(Text(f"{readable_bytes(seen.cache_bytes({}))} of keys and values"), soft_wrap=True)
+    console.print()
+    print_table("What layers attend to, in the mean over queries and heads", _layers(seen.recording), console)
+    if seen.recording.windows:
+        sinks = f" (it shows {counted(seen.recording.sink_tokens, 'sink token')})" if seen.recording.sink_tokens else ""
+        console.print(Text(f"cut: the weight on keys that a window hides{sinks},"), soft_wrap=True)
+        console.print(Text("of the KV head that loses most in a layer; before training"), soft_wrap=True)
+    for price in seen.prices:
+        _print_price(seen, price, console)
+    if seen.prices:
+        console.print()
+        for line in _proposal(seen, most):
+            console.print(Text(line), soft_wrap=True)
+
+
+def _layers(recording: Recording) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("layer", justify="right", no_wrap=True)
+    for title in ("sees", "in effect", "distance", "on sinks", *(f"cut by {window:,}" for window in recording.windows)):
+        table.add_column(title, justify="right", no_wrap=True)
+    rows = zip(labels([layer.name for layer in recording.layers]), recording.rows(), strict=True)
+    for label, row in rows:
+        table.add_row(label, *row)
+    return table
+
+
+def _print_price(seen: Seen, price: Price, console: Console) -> None:
+    loss, names = price.loss.nanmean().item(), labels(price.layers)
+    table = Table(box=None, pad_edge=False)
+    for title in ("layer", "nats a token"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    costs = price.by_layer.tolist()
+    most = max(map(abs, costs))
+    for name, cost in zip(names, costs, strict=True):
+        bar = round(BAR * abs(cost) / most) if most > 0 else 0
+        table.add_row(name, f"{cost:+.4f}", ("#" if cost > 0 else "-") * bar)
+    console.print()
+    print_table(f"If one layer had {price.change}: loss {loss:.3f}, before training", table, console)
+    table = Table(box=None, pad_edge=False)
+    for title in ("layers", "nats a token", "keys and values", "of now"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("which", overflow="fold")
+    now = seen.cache_bytes({})
+    for saving in seen.savings(price):
+        table.add_row(
+            str(len(saving.layers)),
+            f"{saving.increase:+.4f}",
+            readable_bytes(saving.cache_bytes),
+            f"{saving.cache_bytes / now:.0%}",
+            ranges(saving.layers),
+        )
+    console.print()
+    print_table("If the cheapest had it together", table, console)
+    costly = seen.costly(price, COSTLY)
+    if costly:
+        console.print()
+        console.print(Text("Tokens that pay most for that, in nats, after what stands before them", style="bold"))
+        for token in costly:
+            before = _one_line("".join(seen.tokens[max(0, token.position - BEFORE) : token.position]))[-BEFORE:]
+            words = f"{before}[{_one_line(seen.tokens[token.position])[:TOKEN]}]"
+            console.print(Text(f"  {token.increase:+6.2f}  {words}"), soft_wrap=True)
+
+
+def _one_line(text: str) -> str:
+    """Text whose line ends and control characters are escaped."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Sorted numbers as ``--layers`` of `qkv convert` takes them.
+
+    Example:
+        >>> ranges([0, 2, 5, 6, 7])
+        '0,2,5-7'
+    """
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and number == found[-1][-1] + 1:
+            found[-1].append(number)
+        else:
+            found.append([number])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in found)
+
+
+def _proposal(seen: Seen, most: float) -> list[str]:
+    proposal: Saving | None = seen.proposal(most)
+    if proposal is None:
+        if all(price.window is None for price in seen.prices):
+            return []
+        return [f"No window of these saves memory for {most:g} nats a token or less; see --most."]
+    now = seen.cache_bytes({})
+    saved = f"{readable_bytes(now)} to {readable_bytes(proposal.cache_bytes)} ({proposal.cache_bytes / now:.0%})"
+    where = f"{len(proposal.layers)} of {len(seen.recording.layers)} layers, {ranges(proposal.layers)}"
+    how = (
+        "Configurations of transformers have no sink tokens; qkv.SlidingKVCache has them."
+        if proposal.price.sink_tokens
+        else "With --json, qkv convert MODEL OUT --like REPORT.json writes that."
+    )
+    return [
+        f"For {most:g} nats a token or less: {proposal.price.change} in {where}.",
+        f"Keys and values: {saved}. Loss: {proposal.increase:+.4f}, before training.",
+        how,
+    ]

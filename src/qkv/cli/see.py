@@ -1,0 +1,155 @@
+"""`qkv see`: what a model attends to on a text, and what windows or fewer KV heads would cost it."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from qkv.analysis import Price, Recording, Seen, price, record
+from qkv.cli.convert import Pool
+from qkv.cli.options import Dtype, count_option
+from qkv.cli.reports.see import print_mechanisms, print_seen
+from qkv.convert import CheckpointError
+from qkv.models.errors import CommandError
+from qkv.models.language_model import LanguageModel, load, quiet
+from qkv.models.progress import Progress
+from qkv.models.source import find_model
+from qkv.models.text import KING_LEAR, read_text
+
+CHARACTERS = 32
+"""that are read of a text for each token"""
+TOGETHER = 8
+"""Numbers of layers, at most, that are changed together."""
+
+
+def see(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="Folder written by save_pretrained, GGUF file, or name of a model on the Hugging Face Hub. Without "
+            "one, the seven mechanisms are shown.",
+            metavar="MODEL",
+            show_default=False,
+        ),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="Text in UTF-8. Default: a scene of King Lear.", metavar="FILE", show_default=False),
+    ] = None,
+    tokens: Annotated[int, count_option("Most tokens of the text that are read.", "TOKENS")] = 4096,
+    window: Annotated[
+        list[int] | None,
+        typer.Option(help="Number of keys that a query would see at most; may be given several times.", metavar="KEYS"),
+    ] = None,
+    sinks: Annotated[int, typer.Option(help="First keys that a window shows as well.", metavar="KEYS", min=0)] = 0,
+    kv_heads: Annotated[
+        list[int] | None,
+        typer.Option(help="For --measure: number of KV heads; may be given several times.", metavar="HEADS"),
+    ] = None,
+    pool: Annotated[Pool, typer.Option(help="For --kv-heads: how heads are pooled.")] = Pool.mean,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure the loss with each layer changed, and with several.")
+    ] = False,
+    most: Annotated[
+        float, typer.Option(help="Increase of the loss that the proposal may cost.", metavar="NATS", min=0)
+    ] = 0.01,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of the model.")] = Dtype.float32,
+    as_document: Annotated[bool, typer.Option("--json", help="Print only a JSON document on standard output.")] = False,
+) -> None:
+    """Show what a model of transformers attends to on a text, and what a window or fewer KV heads would cost it.
+
+    For each layer: the keys that it sees, the number of keys in effect, how far back they are, the weight on the first
+    tokens, and the weight that a window would cut. With --measure, the loss if one layer had the window or the heads,
+    for each; then with the cheapest layers together, the tokens that pay, and the bytes that it saves. All of it before
+    training, on this text alone. What --json prints is what qkv convert --like takes.
+    """
+    if model is None:
+        if text or window or kv_heads or measure or as_document:
+            raise typer.BadParameter("options need a MODEL; without one, the seven mechanisms are shown.")
+        print_mechanisms(Console(file=sys.stdout))
+        return
+    windows, heads = _distinct("--window", window), _distinct("--kv-heads", kv_heads)
+    if heads and not measure:
+        raise typer.BadParameter("--kv-heads needs --measure.")
+    if measure and not (windows or heads):
+        raise typer.BadParameter("--measure needs --window or --kv-heads.")
+    progress = Progress()
+    language_model = load(find_model(model), getattr(torch, dtype.value), progress)
+    path = KING_LEAR if text is None else text
+    token_ids, left_out = _tokenised(language_model, read_text(path, CHARACTERS * tokens), tokens)
+    length = token_ids.shape[1]
+    for number in windows:
+        if number >= length:
+            raise CommandError(
+                f"--window {number} cuts nothing of {length} tokens; give a longer text or a smaller window."
+            )
+    try:
+        with progress.step("recording attention"), quiet():
+            recording = record(language_model.model, token_ids, windows=windows, sink_tokens=sinks)
+        prices = _prices(language_model, token_ids, recording, windows, sinks, heads, pool, progress) if measure else ()
+    except (CheckpointError, TypeError, ValueError) as error:
+        raise CommandError(str(error)) from error
+    pieces = tuple(language_model.tokenizer.decode([token]) for token in token_ids[0].tolist())
+    number_size = getattr(torch, dtype.value).itemsize
+    seen = Seen(language_model.name, path.name, pieces, left_out, number_size, recording, prices)
+    if as_document:
+        print(json.dumps(seen.as_json(most), indent=2, allow_nan=False))
+    else:
+        print_seen(seen, most, Console(file=sys.stdout))
+
+
+def _distinct(option: str, numbers: list[int] | None) -> list[int]:
+    """The numbers of an option, in order."""
+    found = numbers or []
+    for number in found:
+        if number < 1:
+            raise typer.BadParameter(f"it must be at least 1; got {number}.", param_hint=option)
+    return sorted(set(found))
+
+
+def _prices(
+    language_model: LanguageModel,
+    token_ids: torch.Tensor,
+    recording: Recording,
+    windows: list[int],
+    sinks: int,
+    heads: list[int],
+    pool: Pool,
+    progress: Progress,
+) -> tuple[Price, ...]:
+    layers = len(recording.layers)
+    some = sorted({-(-layers * part // TOGETHER) for part in range(1, TOGETHER + 1)})
+    changes: list[tuple[str, dict[str, Any]]] = [
+        *((f"a window of {number}", {"window": number, "sink_tokens": sinks, "together": some}) for number in windows),
+        *(
+            (f"KV heads: {number}", {"kv_heads": number, "pooling": pool.value, "together": [layers]})
+            for number in heads
+        ),
+    ]
+    found = []
+    for name, change in changes:
+        total = layers + len(change["together"])
+        with progress.step(f"measuring {name}", total, "passes") as on_progress, quiet():
+            found.append(price(language_model.model, token_ids, on_progress=on_progress, **change))
+    return tuple(found)
+
+
+def _tokenised(language_model: LanguageModel, text: str, most: int) -> tuple[torch.Tensor, int]:
+    """The tokens of a text ``(1, L)``, at most so many, and the number of those left out."""
+    with quiet():
+        token_ids: torch.Tensor = language_model.tokenizer(text, return_tensors="pt").input_ids
+    count = token_ids.shape[1]
+    kept = min(count, most, language_model.context_length or count)
+    if kept < 2:
+        raise CommandError(f"--text: the text must have at least two tokens; got {kept}. Give a longer text.")
+    vocabulary = language_model.model.get_input_embeddings().num_embeddings
+    if token_ids.max() >= vocabulary:
+        raise CommandError(
+            f"the tokenizer of {language_model.name} belongs to another model: it gives token {token_ids.max()}, but "
+            f"the model's vocabulary has {vocabulary} tokens."
+        )
+    return token_ids[:, :kept], count - kept

@@ -1,0 +1,161 @@
+"""`qkv see`: its document, compared with `record` and `price`; its report, and wrong input."""
+
+import json
+import random
+import re
+
+import pytest
+import torch
+from cli import tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, MambaConfig
+
+from qkv.analysis import price, record
+from qkv.cli import main
+
+NAMES = ["scaled dot-product", "multi-head", "cross", "causal", "sliding-window", "multi-query", "grouped-query"]
+WORDS = random.Random(0).choices(tiny_model.WORDS, k=60)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return tiny_model.save(tiny_model.llama(num_hidden_layers=5), tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(" ".join(WORDS))
+    return str(path)
+
+
+def _see(capsys, *arguments):
+    code = main(["see", *arguments])
+    return code, capsys.readouterr()
+
+
+def _report(capsys, *arguments):
+    code, captured = _see(capsys, *arguments, "--json")
+    assert code == 0, captured.err
+    return json.loads(captured.out)
+
+
+def test_without_a_model_the_seven_mechanisms_are_shown(capsys):
+    code, captured = _see(capsys)
+    assert code == 0 and captured.err == ""
+    blocks = captured.out.split("\n\n")[1:8]
+    names = [re.sub("^[#. ]*", "", block.splitlines()[0]) for block in blocks]
+    assert names == NAMES
+    pictures = [[line[2:10].strip() for line in block.splitlines()] for block in blocks]
+    assert pictures[3] == ["#" * (i + 1) + "." * (7 - i) for i in range(8)]
+    assert pictures[4] == ["".join("#" if i - 3 < j <= i else "." for j in range(8)) for i in range(8)]
+    assert pictures[2] == ["####"] * 8
+    assert f"{8 * sum(min(i + 1, 512) for i in range(4096)):,} scores, 1.0 MiB" in blocks[4]
+    assert max(map(len, captured.out.splitlines())) <= 80
+
+
+def test_the_document_has_the_numbers_of_record_and_price(capsys, llama, text):
+    arguments = ("--window", "9", "--window", "4", "--sinks", "2", "--kv-heads", "1", "--measure", "--most", "9")
+    found = _report(capsys, llama, "--text", text, *arguments)
+    model = AutoModelForCausalLM.from_pretrained(llama).eval()
+    ids = AutoTokenizer.from_pretrained(llama)(" ".join(WORDS), return_tensors="pt").input_ids
+    want = record(model, ids, windows=[4, 9], sink_tokens=2)
+    assert (found["text"], found["tokens"], found["tokens_left_out"]) == ("words.txt", 60, 0)
+    assert found["windows"] == [4, 9] and found["sink_tokens"] == 2
+    for layer, expected in zip(found["layers"], want.layers, strict=True):
+        assert (layer["name"], layer["window"], layer["kv_heads"]) == (expected.name, None, 2)
+        torch.testing.assert_close(torch.tensor(layer["cut_by_kv_head"]), expected.cut_by_kv_head()[:, 0])
+        torch.testing.assert_close(torch.tensor(layer["keys_in_effect"]), expected.keys_in_effect[0].mean(-1))
+    assert [each["change"] for each in found["prices"]] == [
+        "a window of 4 tokens and 2 sink tokens",
+        "a window of 9 tokens and 2 sink tokens",
+        "1 KV head by mean pooling",
+    ]
+    expected = price(model, ids, window=9, sink_tokens=2, together=[1, 2, 3, 4, 5])
+    measured = found["prices"][1]
+    torch.testing.assert_close(torch.tensor(measured["increase_by_layer"]), expected.by_layer)
+    assert measured["loss"] == pytest.approx(expected.loss.mean().item())
+    assert [tuple(some["layers"]) for some in measured["together"]] == [some.layers for some in expected.together]
+    a_token = 2 * 16 * 4
+    assert found["cache_bytes"] == 5 * 60 * a_token
+    assert [some["cache_bytes"] for some in measured["together"]] == [
+        ((5 - k) * 60 + k * 11) * a_token for k in range(1, 6)
+    ]
+    assert found["prices"][2]["together"][0]["cache_bytes"] == 5 * 60 * a_token // 2
+    proposal = found["proposal"]
+    assert (proposal["window"], proposal["sink_tokens"], proposal["layers"]) == (4, 2, [0, 1, 2, 3, 4])
+    token = measured["costly_tokens"][0]
+    increase = (expected.together[-1].loss - expected.loss)[0]
+    assert token["position"] == increase.argmax() + 1
+    assert token["increase"] == pytest.approx(increase.max().item(), abs=1e-6)
+    assert token["token"] == WORDS[token["position"]]
+
+
+def test_the_report_says_it_in_words(capsys, llama, text):
+    code, captured = _see(capsys, llama, "--text", text, "--tokens", "40", "--window", "9", "--measure", "--most", "9")
+    assert code == 0
+    lines = captured.out.splitlines()
+    assert lines[0] == f"{llama} on words.txt: 40 tokens (the first; 20 left out)"
+    assert lines[1:3] == ["5 layers of 6 query heads on 2 KV heads of width 8", "25.0 KiB of keys and values"]
+    assert next(line.split()[:3] for line in lines if line.startswith("    0 ")) == ["0", "all", "keys"]
+    assert "If one layer had a window of 9 tokens: loss 2." in captured.out
+    assert "For 9 nats a token or less: a window of 9 tokens in 5 of 5 layers, 0-4." in lines
+    assert "With --json, qkv convert MODEL OUT --like REPORT.json writes that." in lines
+    assert max(map(len, lines[1:])) <= 80
+    _, captured = _see(capsys, llama, "--text", text, "--window", "9", "--measure", "--most", "0", "--sinks", "1")
+    assert "for 0 nats a token or less; see --most." in captured.out or "qkv.SlidingKVCache has them." in captured.out
+
+
+def test_a_window_beyond_the_one_of_a_model_saves_nothing(capsys, text, tmp_path):
+    config = tiny_model.llama(num_hidden_layers=2).to_dict() | {"sliding_window": 7, "model_type": "mistral"}
+    from transformers import MistralConfig
+
+    model = tiny_model.save(MistralConfig(**config), tmp_path)
+    found = _report(capsys, model, "--text", text, "--window", "9", "--measure")
+    assert [layer["window"] for layer in found["layers"]] == [7, 7]
+    assert found["cache_bytes"] == 2 * 7 * 2 * 16 * 4
+    assert found["proposal"] is None
+    _, captured = _see(capsys, model, "--text", text, "--window", "9", "--measure")
+    assert "No window of these saves memory for 0.01 nats a token or less; see --most." in captured.out
+
+
+def test_letters_of_tokens_that_would_move_the_cursor_are_escaped(capsys, llama, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(WORDS) + "\x1b[2J ‮ </script>")
+    code, captured = _see(capsys, llama, "--text", str(path), "--window", "9", "--measure")
+    assert code == 0 and "\x1b" not in captured.out and "‮" not in captured.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["{llama}", "--text", "{text}", "--window", "60"], 1, "--window 60 cuts nothing of 60 tokens"),
+        (["{llama}", "--text", "{text}", "--window", "0"], 2, "it must be at least 1; got 0"),
+        (["{llama}", "--text", "{text}", "--measure"], 2, "--measure needs --window or --kv-heads"),
+        (["{llama}", "--text", "{text}", "--kv-heads", "1"], 2, "--kv-heads needs --measure"),
+        (["{llama}", "--text", "{text}", "--kv-heads", "4", "--measure"], 1, "divide the model's 2 KV heads (2, 1)"),
+        (["{llama}", "--text", "none.txt"], 1, "--text: cannot read none.txt: No such file or directory"),
+        (["{llama}", "--text", "{empty}"], 1, "must contain a text; got none"),
+        (["{llama}", "--text", "{bytes}"], 1, "must be UTF-8; got invalid start byte at byte 0"),
+        (["{llama}", "--text", "{text}", "--tokens", "1"], 1, "the text must have at least two tokens; got 1"),
+        (["none", "--text", "{text}", "--bogus"], 2, "No such option"),
+        (["{mamba}", "--text", "{text}"], 1, "must have heads of keys that queries attend to"),
+        (["{bert}", "--text", "{text}"], 1, "must be a causal language model; got Bert"),
+        (["--window", "4"], 2, "options need a MODEL"),
+    ],
+)  # fmt: skip
+def test_wrong_input(capsys, tmp_path, llama, text, arguments, code, message):
+    files = {"llama": llama, "text": text}
+    for name, content in {"empty": b" \n", "bytes": b"\xff"}.items():
+        (tmp_path / name).write_bytes(content)
+        files[name] = str(tmp_path / name)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 15}
+    if "{mamba}" in arguments:
+        files["mamba"] = tiny_model.save(MambaConfig(**sizes), tmp_path / "mamba")
+    if "{bert}" in arguments:
+        (tmp_path / "bert").mkdir()
+        BertConfig(**sizes, architectures=["BertModel"]).save_pretrained(tmp_path / "bert")
+        files["bert"] = str(tmp_path / "bert")
+    found, captured = _see(capsys, *(argument.format(**files) for argument in arguments))
+    assert found == code
+    assert message in " ".join(captured.err.replace("│", " ").split())
+    assert captured.out == "" and "Traceback" not in captured.err
