@@ -9,7 +9,7 @@ import torch
 from cli import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, MambaConfig
 
-from qkv.analysis import price, record
+from qkv.analysis import losses, price, record
 from qkv.cli import main
 
 NAMES = ["scaled dot-product", "multi-head", "cross", "causal", "sliding-window", "multi-query", "grouped-query"]
@@ -103,6 +103,25 @@ def test_the_report_says_it_in_words(capsys, llama, text):
     assert max(map(len, lines[1:])) <= 80
     _, captured = _see(capsys, llama, "--text", text, "--window", "9", "--measure", "--most", "0", "--sinks", "1")
     assert "for 0 nats a token or less; see --most." in captured.out or "qkv.SlidingKVCache has them." in captured.out
+
+
+def test_another_model_is_compared_on_the_text(capsys, llama, text, tmp_path):
+    other = AutoModelForCausalLM.from_pretrained(llama)
+    torch.nn.init.normal_(other.model.layers[1].self_attn.v_proj.weight)
+    other.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(llama).save_pretrained(tmp_path)
+    found = _report(capsys, llama, "--text", text, "--against", str(tmp_path))["against"]
+    ids = AutoTokenizer.from_pretrained(llama)(" ".join(WORDS), return_tensors="pt").input_ids
+    before, after = (losses(model.eval(), ids) for model in (AutoModelForCausalLM.from_pretrained(llama), other))
+    assert (found["model"], found["loss_before"]) == (str(tmp_path), pytest.approx(before.mean().item()))
+    assert found["loss"] == pytest.approx(after.mean().item())
+    assert found["costly_tokens"][0]["position"] == (after - before).argmax() + 1
+    _, captured = _see(capsys, llama, "--text", text, "--against", str(tmp_path))
+    assert f"Against {tmp_path}: loss {before.mean():.4f} to {after.mean():.4f}" in captured.out
+    assert "Tokens that it predicts worse, in nats" in captured.out
+    small = tiny_model.save(tiny_model.llama(vocab_size=12), tmp_path / "small")
+    code, captured = _see(capsys, llama, "--text", text, "--against", small)
+    assert code == 1 and "--against" in captured.err and "it has 12, and the text has token 14" in captured.err
 
 
 def test_a_window_beyond_the_one_of_a_model_saves_nothing(capsys, text, tmp_path):

@@ -104,11 +104,10 @@ def price(
     """
     for number in together:
         require_count("price", "each of together", number, 0)
-    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
-        raise ValueError("price: input_ids must be a tensor (B, L).")
     with watched("price", model) as known:
-        change = _change(model, input_ids, window, sink_tokens, kv_heads, pooling)
-        stack = _Stack(_Text(model, input_ids, inputs), known)
+        text = _Text("price", model, input_ids, inputs)
+        change = _change(text, window, sink_tokens, kv_heads, pooling)
+        stack = _Stack(text, known)
         names = tuple(known.names[id(layer)] for layer in stack.layers)
         for number in together:
             if number > len(names):
@@ -131,9 +130,26 @@ def price(
         return alone._replace(together=tuple(Together(chosen, loss(chosen)) for chosen in cheapest))
 
 
-def _change(
-    model: Any, input_ids: Tensor, window: int | None, sink_tokens: int, kv_heads: int | None, how: ConversionMethod
-) -> Change:
+def losses(model: nn.Module, input_ids: Tensor, **inputs: Any) -> Tensor:
+    """The loss of each token of a text but the first, in nats, as `price` has it: ``(B, L - 1)``.
+
+    The logits of all tokens are never in memory together.
+
+    Args:
+        model, input_ids, **inputs: as in `price`.
+
+    Raises:
+        TypeError, ValueError: as `price`, for the model and the text.
+
+    Example:
+        >>> from qkv.analysis import losses
+        >>> losses(model, input_ids).mean().exp()  # the perplexity  # doctest: +SKIP
+    """
+    with watched("losses", model):
+        return _Text("losses", model, input_ids, inputs).loss()
+
+
+def _change(text: "_Text", window: int | None, sink_tokens: int, kv_heads: int | None, how: ConversionMethod) -> Change:
     """The change that the arguments of `price` describe."""
     if (window is None) == (kv_heads is None):
         raise ValueError(f"price: give either window or kv_heads; got {window!r} and {kv_heads!r}.")
@@ -141,14 +157,14 @@ def _change(
         require_count("price", "kv_heads", kv_heads)
         if sink_tokens:
             raise ValueError(f"price: sink_tokens belong to a window; got {sink_tokens} with kv_heads={kv_heads}.")
-        return FewerHeads(model, kv_heads, how)
+        return FewerHeads(text.model, kv_heads, how)
     assert window is not None
     require_count("price", "window", window)
     require_count("price", "sink_tokens", sink_tokens, 0)
-    if window >= input_ids.shape[1]:
+    length = text.input_ids.shape[1]
+    if window >= length:
         raise ValueError(
-            f"price: a window of {window} cuts nothing of {input_ids.shape[1]} tokens; give a longer text or a smaller "
-            "window."
+            f"price: a window of {window} cuts nothing of {length} tokens; give a longer text or a smaller window."
         )
     return Window(window, sink_tokens)
 
@@ -164,11 +180,15 @@ def _sees_later_keys(q: Tensor, k: Tensor, options: dict[str, Any]) -> bool:
 class _Text:
     """A text on a model, and its loss."""
 
-    def __init__(self, model: Any, input_ids: Tensor, inputs: dict[str, Any]) -> None:
+    def __init__(self, caller: str, model: Any, input_ids: Tensor, inputs: dict[str, Any]) -> None:
+        if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.shape[1] < 2:
+            raise ValueError(f"{caller}: input_ids must be a tensor (B, L) of two tokens or more.")
         self.model, self.input_ids, self.inputs = model, input_ids, {"use_cache": False, **inputs}
         self.body = getattr(model, "base_model", model)
         if self.body is model:
-            raise ValueError(f"price: model must be a causal language model, with a head; got {type(model).__name__}.")
+            raise ValueError(
+                f"{caller}: model must be a causal language model, with a head; got {type(model).__name__}."
+            )
         keep = inputs.get("attention_mask")
         self.is_predicted = torch.ones_like(input_ids[:, 1:], dtype=torch.bool)
         if isinstance(keep, Tensor) and keep.dim() == 2:

@@ -36,6 +36,20 @@ class CostlyToken(NamedTuple):
     increase: float
 
 
+class Against(NamedTuple):
+    """Another model on the same text."""
+
+    model: str
+    before: Tensor
+    """(1, L - 1), the losses of the first"""
+    loss: Tensor
+    """(1, L - 1), its own"""
+
+    def costly(self, count: int) -> list[CostlyToken]:
+        """The tokens whose loss is higher in the other model, by most."""
+        return _costly(self.before, self.loss - self.before, count)
+
+
 class Seen(NamedTuple):
     """What was found of a model on a text of one row."""
 
@@ -50,6 +64,7 @@ class Seen(NamedTuple):
     """of keys and values in the cache"""
     recording: Recording
     prices: tuple[Price, ...]
+    against: Against | None = None
 
     def cache_bytes(self, changed: Mapping[str, Price]) -> int:
         """Bytes of the keys and values of the text, in all layers, some of which, by name, are changed as priced."""
@@ -92,10 +107,8 @@ class Seen(NamedTuple):
 
     def costly(self, price: Price, count: int) -> list[CostlyToken]:
         """The tokens whose loss increases most with the most layers changed together, or all in turn."""
-        increase = (price.together[-1].loss - price.loss if price.together else price.increase.mean(0))[0]
-        found = increase.nan_to_num(-torch.inf).topk(min(count, len(increase)))
-        pairs = zip(found.indices.tolist(), found.values.tolist(), strict=True)
-        return [CostlyToken(at + 1, price.loss[0, at].item(), more) for at, more in pairs if more > 0]
+        together = price.together[-1].loss - price.loss if price.together else price.increase.mean(0)
+        return _costly(price.loss, together, count)
 
     def as_json(self, most: float) -> dict[str, Any]:
         """A document for `json.dumps`, with the proposal that ``qkv convert --like`` takes. None stands for NaN."""
@@ -125,6 +138,7 @@ class Seen(NamedTuple):
                 for layer, cut in zip(recording.layers, cuts, strict=True)
             ],
             "prices": [self._price_as_json(price) for price in self.prices],
+            "against": None if self.against is None else self._against_as_json(self.against),
             "proposal": None
             if proposal is None
             else {
@@ -148,16 +162,34 @@ class Seen(NamedTuple):
                 {"layers": list(saving.layers), "increase": saving.increase, "cache_bytes": saving.cache_bytes}
                 for saving in self.savings(price)
             ],
-            "costly_tokens": [
-                {
-                    "position": token.position,
-                    "token": self.tokens[token.position],
-                    "loss": token.loss,
-                    "increase": token.increase,
-                }
-                for token in self.costly(price, COSTLY)
-            ],
+            "costly_tokens": self._tokens_as_json(self.costly(price, COSTLY)),
         }
+
+    def _against_as_json(self, against: Against) -> dict[str, Any]:
+        return {
+            "model": against.model,
+            "loss_before": against.before.nanmean().item(),
+            "loss": against.loss.nanmean().item(),
+            "costly_tokens": self._tokens_as_json(against.costly(COSTLY)),
+        }
+
+    def _tokens_as_json(self, tokens: list[CostlyToken]) -> list[dict[str, Any]]:
+        return [
+            {
+                "position": token.position,
+                "token": self.tokens[token.position],
+                "loss": token.loss,
+                "increase": token.increase,
+            }
+            for token in tokens
+        ]
+
+
+def _costly(loss: Tensor, increase: Tensor, count: int) -> list[CostlyToken]:
+    """The tokens of the largest increase, of those that increase."""
+    found = increase[0].nan_to_num(-torch.inf).topk(min(count, increase.shape[1]))
+    pairs = zip(found.indices.tolist(), found.values.tolist(), strict=True)
+    return [CostlyToken(at + 1, loss[0, at].item(), more) for at, more in pairs if more > 0]
 
 
 def labels(names: Sequence[str]) -> list[str]:

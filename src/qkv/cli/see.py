@@ -9,15 +9,16 @@ import torch
 import typer
 from rich.console import Console
 
-from qkv.analysis import Price, Recording, Seen, price, record
+from qkv.analysis import Against, Price, Recording, Seen, losses, price, record
 from qkv.cli.convert import Pool
 from qkv.cli.options import Dtype, count_option
 from qkv.cli.reports.see import print_mechanisms, print_seen
 from qkv.convert import CheckpointError
+from qkv.models.default_weights import SMOLLM2_135M, cached_weights
 from qkv.models.errors import CommandError
 from qkv.models.language_model import LanguageModel, load, quiet
 from qkv.models.progress import Progress
-from qkv.models.source import find_model
+from qkv.models.source import ModelSource, find_model, gguf_source
 from qkv.models.text import KING_LEAR, read_text
 
 CHARACTERS = 32
@@ -30,8 +31,8 @@ def see(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="Folder written by save_pretrained, GGUF file, or name of a model on the Hugging Face Hub. Without "
-            "one, the seven mechanisms are shown.",
+            help="Folder written by save_pretrained, GGUF file, name of a model on the Hugging Face Hub, or 'demo' for "
+            "that of qkv demo. Without one, the seven mechanisms are shown.",
             metavar="MODEL",
             show_default=False,
         ),
@@ -54,6 +55,14 @@ def see(
     measure: Annotated[
         bool, typer.Option("--measure", help="Measure the loss with each layer changed, and with several.")
     ] = False,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="Another model with the same tokens, such as a converted one: compares the losses on the text.",
+            metavar="MODEL",
+            show_default=False,
+        ),
+    ] = None,
     most: Annotated[
         float, typer.Option(help="Increase of the loss that the proposal may cost.", metavar="NATS", min=0)
     ] = 0.01,
@@ -68,7 +77,7 @@ def see(
     training, on this text alone. What --json prints is what qkv convert --like takes.
     """
     if model is None:
-        if text or window or kv_heads or measure or as_document:
+        if text or window or kv_heads or measure or against or as_document:
             raise typer.BadParameter("options need a MODEL; without one, the seven mechanisms are shown.")
         print_mechanisms(Console(file=sys.stdout))
         return
@@ -78,7 +87,8 @@ def see(
     if measure and not (windows or heads):
         raise typer.BadParameter("--measure needs --window or --kv-heads.")
     progress = Progress()
-    language_model = load(find_model(model), getattr(torch, dtype.value), progress)
+    torch_dtype = getattr(torch, dtype.value)
+    language_model = load(_source(model, progress), torch_dtype, progress)
     path = KING_LEAR if text is None else text
     token_ids, left_out = _tokenised(language_model, read_text(path, CHARACTERS * tokens), tokens)
     length = token_ids.shape[1]
@@ -91,15 +101,38 @@ def see(
         with progress.step("recording attention"), quiet():
             recording = record(language_model.model, token_ids, windows=windows, sink_tokens=sinks)
         prices = _prices(language_model, token_ids, recording, windows, sinks, heads, pool, progress) if measure else ()
+        other = None if against is None else _against(language_model, token_ids, against, torch_dtype, progress)
     except (CheckpointError, TypeError, ValueError) as error:
         raise CommandError(str(error)) from error
     pieces = tuple(language_model.tokenizer.decode([token]) for token in token_ids[0].tolist())
-    number_size = getattr(torch, dtype.value).itemsize
-    seen = Seen(language_model.name, path.name, pieces, left_out, number_size, recording, prices)
+    seen = Seen(language_model.name, path.name, pieces, left_out, torch_dtype.itemsize, recording, prices, other)
     if as_document:
         print(json.dumps(seen.as_json(most), indent=2, allow_nan=False))
     else:
         print_seen(seen, most, Console(file=sys.stdout))
+
+
+def _source(model: str, progress: Progress) -> ModelSource:
+    """The model of `qkv demo` by its name, unless there is a file or folder of this name; else as `find_model`."""
+    if model == "demo" and not Path(model).exists():
+        return gguf_source(cached_weights(SMOLLM2_135M, progress))
+    return find_model(model)
+
+
+def _against(
+    language_model: LanguageModel, token_ids: torch.Tensor, other: str, dtype: torch.dtype, progress: Progress
+) -> Against:
+    with progress.step("predicting the text"), quiet():
+        before = losses(language_model.model, token_ids)
+    loaded = load(_source(other, progress), dtype, progress)
+    vocabulary = loaded.model.get_input_embeddings().num_embeddings
+    if token_ids.max() >= vocabulary:
+        raise CommandError(
+            f"--against: {loaded.name} must have the tokens of {language_model.name}; it has {vocabulary}, and the "
+            f"text has token {token_ids.max()}."
+        )
+    with progress.step("predicting the text with the other model"), quiet():
+        return Against(loaded.name, before, losses(loaded.model, token_ids))
 
 
 def _distinct(option: str, numbers: list[int] | None) -> list[int]:

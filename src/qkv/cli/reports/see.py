@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qkv.analysis import Price, Recording, Saving, Seen
+from qkv.analysis import CostlyToken, Price, Recording, Saving, Seen
 from qkv.analysis.seen import labels
 from qkv.bench.mechanisms import Mechanism, Sizes, mechanisms
 from qkv.cli.printing import counted, print_table
@@ -83,6 +83,12 @@ def print_seen(seen: Seen, most: float, console: Console) -> None:
         console.print(Text("of the KV head that loses most in a layer; before training"), soft_wrap=True)
     for price in seen.prices:
         _print_price(seen, price, console)
+    if seen.against is not None:
+        before, after = (loss.nanmean().item() for loss in (seen.against.before, seen.against.loss))
+        console.print()
+        title = f"Against {seen.against.model}: loss {before:.4f} to {after:.4f} ({after - before:+.4f})"
+        console.print(Text(title, style="bold"), soft_wrap=True)
+        _print_tokens("Tokens that it predicts worse", seen, seen.against.costly(COSTLY), console)
     if seen.prices:
         console.print()
         for line in _proposal(seen, most):
@@ -128,10 +134,13 @@ def _print_price(seen: Seen, price: Price, console: Console) -> None:
         )
     console.print()
     print_table("If the cheapest had it together", table, console)
-    costly = seen.costly(price, COSTLY)
+    _print_tokens("Tokens that pay most for that", seen, seen.costly(price, COSTLY), console)
+
+
+def _print_tokens(title: str, seen: Seen, costly: list[CostlyToken], console: Console) -> None:
     if costly:
         console.print()
-        console.print(Text("Tokens that pay most for that, in nats, after what stands before them", style="bold"))
+        console.print(Text(f"{title}, in nats, after what stands before them", style="bold"))
         for token in costly:
             before = _one_line("".join(seen.tokens[max(0, token.position - BEFORE) : token.position]))[-BEFORE:]
             words = f"{before}[{_one_line(seen.tokens[token.position])[:TOKEN]}]"
