@@ -211,6 +211,20 @@ def test_windows_that_are_refused(tmp_path, family, changes, window, layers, mes
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("layers", "first"), [([0, 1, 2], 0), ([1, 2], 1), ([2], 2), ([0, 2], 2), ([0, 1], 3), ([0], 3)]
+)
+def test_qwen_has_windows_at_its_end_without_layer_types_too(tmp_path, layers, first):
+    """As far as one number tells them, which is what transformers reads where the list is missing."""
+    source = models.save(tmp_path / "source", "qwen2")
+    convert_checkpoint(source, tmp_path / "out", window=4, layers=layers)
+    file = tmp_path / "out" / "config.json"
+    config = {name: value for name, value in json.loads(file.read_text()).items() if name != "layer_types"}
+    file.write_text(json.dumps(config))
+    found = inspect_checkpoint(tmp_path / "out").layers
+    assert [layer.window for layer in found] == [4 if layer >= first else None for layer in range(3)]
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_what_a_configuration_leaves_out_is_that_of_its_own_type(tmp_path, family):
     """A Ministral model has 8 KV heads and 131072 positions by default, and no default for the width of a head."""
@@ -233,6 +247,17 @@ def test_what_a_configuration_leaves_out_is_that_of_its_own_type(tmp_path, famil
     assert (new.config.model_type, new.config.num_key_value_heads, new.config.head_dim) == ("ministral", 4, 16)
     assert new.config.max_position_embeddings == 2048
     assert close(models.logits(new), models.logits(with_masks(old, [None, 4, None])))
+
+
+def test_a_mistral_file_with_layer_types_is_read_as_transformers_reads_it(tmp_path):
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    source = models.save(tmp_path / "source", "mistral")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"layer_types": kinds}))
+    for out, layers, windows in (("some", [0, 1], [3, 3, None]), ("all", None, [3, 3, 3])):
+        convert_checkpoint(source, tmp_path / out, window=3, layers=layers)
+        want = models.logits(with_masks(models.load(source), windows))
+        assert close(models.logits(models.load(tmp_path / out)), want)
 
 
 def test_scaled_rotary_embedding_stays(tmp_path):
@@ -301,17 +326,43 @@ def test_other_heads_keep_theirs(tmp_path, head):
     assert loaded.config.architectures == [f"Ministral{head}"]
 
 
-def test_tokenizer_of_an_older_llama_is_not_taken_for_one_that_needs_mending(tmp_path):
-    """Transformers says so of the tokenizers of Mistral's types that versions before 5 wrote."""
-    from cli import tiny_model
-    from transformers import AutoTokenizer
+@pytest.mark.parametrize("version", [{"transformers_version": "4.40.0"}, {}])
+def test_tokenizer_of_an_older_llama_is_not_taken_for_one_that_needs_mending(tmp_path, version):
+    """Transformers says so of large tokenizers of Mistral's types from before version 5."""
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers.models import WordLevel
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    source = tmp_path / "source"
-    tiny_model.save(tiny_model.llama(), source)
+    source, out = models.save(tmp_path / "source", "llama", **PLAIN), tmp_path / "out"
+    words = Tokenizer(WordLevel({f"w{number}": number for number in range(100_001)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(source)
     config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps(config | {"transformers_version": "4.40.0"}))
-    convert_checkpoint(source, tmp_path / "out", window=4)
-    before, after = (AutoTokenizer.from_pretrained(folder) for folder in (source, tmp_path / "out"))
-    assert type(before) is type(after) and not hasattr(after, "fix_mistral_regex")
-    text = " ".join(tiny_model.WORDS)
-    assert before(text).input_ids == after(text).input_ids
+    del config["transformers_version"]
+    (source / "config.json").write_text(json.dumps(config | version))
+    convert_checkpoint(source, out, window=4)
+    before, after = (AutoTokenizer.from_pretrained(folder) for folder in (source, out))
+    assert type(before) is type(after)
+    assert before("w3 w100000 w7").input_ids == after("w3 w100000 w7").input_ids == [3, 100_000, 7]
+    assert not hasattr(after._tokenizer, "fix_mistral_regex")
+    converted = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(converted | {"transformers_version": "4.40.0"}))
+    assert hasattr(AutoTokenizer.from_pretrained(out)._tokenizer, "fix_mistral_regex")
+
+
+def test_layers_pass_their_window_on_to_attention_that_makes_its_own_masks(converted):
+    """Such as FlashAttention."""
+    from transformers import AttentionInterface
+
+    case, folder = converted
+    seen = []
+
+    def attend(module, query, key, value, mask, **options):
+        seen.append(options.get("sliding_window"))
+        return query.transpose(1, 2), None
+
+    AttentionInterface.register("records_windows", attend)
+    model = models.load(folder / "out")
+    model.set_attn_implementation("records_windows")
+    models.logits(model)
+    assert seen == case.windows

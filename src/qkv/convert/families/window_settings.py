@@ -12,8 +12,9 @@ CLASS_PREFIXES = {"llama": "Llama", "mistral": "Mistral"}
 
 
 def set_window(config: dict[str, Any], window: int) -> dict[str, Any]:
-    """Sets the window of models with one for all layers."""
-    return {**config, "sliding_window": window}
+    """Sets the window of models with one for all layers; with ``layer_types``, Mistral would be read as Ministral."""
+    kept = {name: value for name, value in config.items() if name != "layer_types"}
+    return {**kept, "sliding_window": window}
 
 
 def set_layer_types(config: dict[str, Any], hf_config: Any, windows: list[int | None]) -> dict[str, Any]:
@@ -68,8 +69,9 @@ def become_ministral(config: dict[str, Any], hf_config: Any, windows: list[int |
         "model_type": "ministral",
         "architectures": classes or None,
     }
-    if hf_config.model_type == "llama" and "transformers_version" in config:
-        # Of Mistral's types with a version before 5, transformers says that their tokenizer needs mending.
+    if hf_config.model_type == "llama":
+        # Of large tokenizers of Mistral's types before version 5, or without one, transformers says that they need
+        # mending.
         new["transformers_version"] = transformers.__version__
     # Settings that the file left to the defaults of its type, where those of the other type differ.
     old, found = hf_config.to_dict(), transformers.MinistralConfig.from_dict(new).to_dict()
