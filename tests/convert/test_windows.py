@@ -181,6 +181,7 @@ def test_other_families_are_refused_with_those_that_can(family):
         ("llama", {}, 4, None, "gets windows as a ministral model, which has no biases; got attention_bias"),
         ("llama", {**PLAIN, "mlp_bias": True}, 4, [0], "which has no biases; got mlp_bias"),
         ("gemma3_text", {}, 5, [1], r"layer 1 has none. Give some of layers 0, 2"),
+        ("gemma3_text", {"layer_types": ["full_attention"] * 3}, 5, [1], r"layer 1 has none\.$"),
         ("gemma3_text", {"use_bidirectional_attention": True}, 2, [0, 2], "use_bidirectional_attention cannot be set"),
         ("gemma2", {}, 4, [1], "layers 0, 2 have one of 5 already, got 4 for others. .* or layers 0, 2 as well"),
         ("ministral", {}, 4, [0, 1], "layer 2 has one of 5 already, got 4 for others. .* or layer 2 as well"),

@@ -66,10 +66,10 @@ def with_windows(
     turned = [layer for layer in range(len(old)) if _rotation(hf_config, layer) != _rotation(converted, layer)]
     if turned:
         windowed = [layer for layer, own in enumerate(old) if own]
+        others = f" Give some of {name_layers(windowed)}." if windowed else ""
         raise CheckpointError(
             f"{where}: layers with a window have a rotary embedding of their own in a {hf_config.model_type} model, so "
-            f"layers must have had one; {name_layers(turned)} {_has(turned)} none. "
-            f"Give some of {name_layers(windowed)}."
+            f"layers must have had one; {name_layers(turned)} {_has(turned)} none." + others
         )
     return result
 
