@@ -49,6 +49,7 @@ MODULES = ("integrations/transformers/test_norms_and_mlps.py",)
 APPEND = ("cache/test_buffer.py",)
 CACHES = ("cache/test_model.py",)
 PAGED = ("cache/test_paged.py",)
+WINDOWS = ("convert/test_windows.py",)
 NONFINITE = ("contract/test_nonfinite.py",)
 ROTARY = ("kernels/test_rotation.py",)
 ROWS = ("layers/test_rows.py", "cache/test_states.py")
@@ -464,6 +465,22 @@ MUTANTS = [
     Mutant("keys and values factorised out of balance", "convert/heads/latents.py", "up[:, : k.shape[1]] / balance", "up[:, : k.shape[1]]", ("convert/test_latent.py",)),
     Mutant("rotary components in the order of heads", "integrations/transformers/latent_decoders.py", "repeat_interleave(repeats, dim=2)", "repeat(1, 1, repeats)", ("convert/test_latent_checkpoint.py",)),
     Mutant("partial rotary ignored while heads are aligned", "convert/families/aligned_outputs.py", "KeySymmetry(rotary_dim(where, hf_config)", "KeySymmetry(pooling.heads.head_dim", ("convert/test_alignment.py",)),
+    Mutant("a window one key short in the configuration", "convert/families/window_settings.py", '"sliding_window": next(filter(None, windows))}', '"sliding_window": next(filter(None, windows)) - 1}', WINDOWS),
+    Mutant("windows in the other layers", "convert/families/window_settings.py", '"full_attention" if window is None', '"full_attention" if window is not None', WINDOWS),
+    Mutant("Qwen's switch of windows forgotten", "convert/families/window_settings.py", '{**new, "use_sliding_window": True, "max', '{**new, "max', WINDOWS),
+    Mutant("SmolLM3's switch of windows forgotten", "convert/families/window_settings.py", 'windows), "use_sliding_window": True}', 'windows)}', WINDOWS),
+    Mutant("layers from which on Qwen has windows miscounted", "convert/families/window_settings.py", '"max_window_layers": last_full + 1}', '"max_window_layers": last_full}', WINDOWS),
+    Mutant("biases of a Llama with windows dropped", "convert/families/window_settings.py", "    if biases:", "    if False:", WINDOWS),
+    Mutant("defaults of Llama left to Ministral", "convert/families/window_settings.py", "if old[name] != found[name]}", "if False}", WINDOWS),
+    Mutant("layer_types of a Mistral with one window kept", "convert/families/window_settings.py", ' if name != "layer_types"}\n    return {**kept', '}\n    return {**kept', WINDOWS),
+    Mutant("an old version kept in a configuration of another type", "convert/families/window_settings.py", 'new["transformers_version"] = transformers.__version__', "pass", WINDOWS),
+    Mutant("windows widened", "convert/families/windows.py", "if own is not None and own < window}", "if own is not None and own > 10 * window}", WINDOWS),
+    Mutant("windows of layers that are not named dropped", "convert/families/windows.py", "window if layer in set(chosen) else own for", "window if layer in set(chosen) else None for", WINDOWS),
+    Mutant("rotary embedding changed with the kind of a layer", "convert/families/windows.py", "    if turned:", "    if False:", WINDOWS),
+    Mutant("layers named twice", "convert/families/windows.py", "    if len(set(layers)) < len(layers):", "    if False:", WINDOWS),
+    Mutant("ranges of layers without their last", "cli/convert.py", "range(first, last + 1)", "range(first, max(last, first + 1))", ("cli/test_convert.py",)),
+    Mutant("layers of a report ignored", "cli/convert.py", 'return proposal["window"], proposal["layers"]', 'return proposal["window"], None', ("cli/test_convert.py",)),
+    Mutant("sink tokens of a report ignored", "cli/convert.py", 'proposal.get("sink_tokens", 0))', "0)", ("cli/test_convert.py",)),
 ]  # fmt: skip
 
 

@@ -36,7 +36,7 @@ TESTS = {
     ],
     "transformers": [
         *("tests/integrations/transformers", "tests/test_tracing.py", "tests/families", "tests/upstream"),
-        *("tests/convert/test_families.py", "tests/convert/test_encoder_decoder.py"),
+        *(f"tests/convert/test_{name}.py" for name in ("families", "encoder_decoder", "windows")),
     ],
 }
 """What runs on another release of each."""

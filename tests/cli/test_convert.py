@@ -55,6 +55,7 @@ def test_report_of_latent_attention(capsys, tmp_path, llama):
     latents = "latents of 24, rotary keys of 8, key width 16, value width 8"
     assert lines[2].startswith(f"  becomes multi-head latent attention: 8 query heads, {latents}")
     assert lines[3] == "  15 of 39 tensors changed, 2 other files copied"
+    assert lines[4] == "  model type llama becomes qkv_latent_llama"
     rows = [line.split() for line in lines[-5:-2]]
     assert rows[2] == ["KV", "cache", "a", "token", "1.5", "KiB", "384", "B", "25.0%"]
     assert main(["inspect", str(tmp_path / "out")]) == 0
@@ -80,6 +81,105 @@ def test_options(capsys, tmp_path):
     a, b, c = (models.digest(tmp_path / out)["model.safetensors"] for out in "abc")
     assert (a == b, a == c) == (True, False)
     assert json.loads((tmp_path / "a" / "config.json").read_text())["sliding_window"] == 3
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """Five layers with windows nowhere."""
+    config = tiny_model.llama(num_hidden_layers=5)
+    return tiny_model.save(config, tmp_path_factory.mktemp("plain") / "source")
+
+
+def test_report_of_windows(capsys, tmp_path, plain):
+    code, captured = run(capsys, plain, tmp_path / "out", "--window", "8", "--layers", "0,2-3")
+    assert code == 0
+    lines = captured.out.splitlines()
+    attention = "grouped-query attention: 6 query heads, 2 KV heads, head width 8"
+    assert lines[1].startswith(f"  {attention}, no window, ")
+    assert lines[2].startswith(f"  becomes 3 layers (0, 2-3) of {attention}, a window of 8, ")
+    assert lines[3].startswith(f"  becomes 2 layers (1, 4) of {attention}, no window, ")
+    assert lines[4].startswith("  0 of ") and lines[4].endswith(" other files copied")
+    assert lines[5] == "  model type llama becomes ministral"
+    rows = [line.split() for line in lines]
+    # 32 numbers of a key and a value in each layer, of 4 bytes each: all 4096 tokens in 2 layers, 8 in 3.
+    assert ["KV", "cache", "a", "token", "640", "B", "640", "B", "100.0%"] in rows
+    assert ["KV", "cache", "of", "4096", "tokens", "2.5", "MiB", "1.0", "MiB", "40.1%"] in rows
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith(f"  3 layers (0, 2-3) of {attention}, a window of 8, ")
+    assert lines[2].startswith(f"  2 layers (1, 4) of {attention}, no window, ")
+
+
+def test_the_model_with_windows_is_the_one_that_is_compared(capsys, tmp_path, plain):
+    from transformers import AutoTokenizer
+
+    text = tmp_path / "text.txt"
+    text.write_text("attention is a weighted sum of the values " * 30)
+    code, captured = run(capsys, plain, tmp_path / "out", "--window", "2", "--text", text)
+    assert (code, "cuts nothing" in captured.out) == (0, False)
+    token_ids = AutoTokenizer.from_pretrained(plain)(text.read_text(), return_tensors="pt").input_ids[:, :64]
+    before, after = (loss(folder, token_ids) for folder in (plain, tmp_path / "out"))
+    assert abs(before - after) > 0.001
+    assert f"    loss {before:.3f} -> {after:.3f} nats per token" in captured.out.splitlines()
+    code, captured = run(capsys, plain, tmp_path / "wide", "--window", "64", "--text", text)
+    assert captured.out.splitlines()[-2:] == [
+        "    KL divergence 0.000 nats per token, same most probable token: 100.0%",
+        "    a window of 64 cuts nothing of 64 tokens",
+    ]
+    assert "cuts nothing" not in run(capsys, plain, tmp_path / "narrow", "--window", "63", "--text", text)[1].out
+
+
+def test_windows_like_a_report(capsys, tmp_path, plain):
+    report = tmp_path / "report.json"
+    report.write_text(
+        json.dumps({"model": "any", "proposal": {"window": 8, "sink_tokens": 0, "layers": [3, 1], "k": 2}})
+    )
+    assert run(capsys, plain, tmp_path / "like", "--like", report)[0] == 0
+    assert run(capsys, plain, tmp_path / "given", "--window", "8", "--layers", "1,3", "--sink-tokens", "0")[0] == 0
+    assert models.digest(tmp_path / "like") == models.digest(tmp_path / "given")
+    kinds = json.loads((tmp_path / "like" / "config.json").read_text())["layer_types"]
+    assert [layer for layer, kind in enumerate(kinds) if kind == "sliding_attention"] == [1, 3]
+    assert run(capsys, plain, tmp_path / "both", "--like", report, "--kv-heads", "1")[0] == 0
+    assert models.load(tmp_path / "both").config.num_key_value_heads == 1
+
+
+@pytest.mark.parametrize(
+    ("report", "message"),
+    [
+        (None, "report.json is missing."),
+        ("[1]", "report.json must be a JSON object"),
+        ("{", "report.json"),
+        ({}, "must have a proposal with window and layers. It has one after"),
+        ({"proposal": None}, "qkv see MODEL --text FILE --window W --measure --json "),
+        ({"proposal": {"window": 8}}, "must have a proposal with window and layers."),
+        ({"proposal": {"window": 0, "layers": [1]}}, "window must be an integer >= 1; got 0"),
+        (
+            {"proposal": {"window": 8, "layers": "1"}},
+            "layers must be a list whose items are each an integer >= 0; got '1'",
+        ),
+        ({"proposal": {"window": 8, "layers": [1.0]}}, "layers must be a list whose items are each an integer >= 0"),
+        (
+            {"proposal": {"window": 8, "layers": []}},
+            "layers must be one or more of 0 to 4, since the model has 5; got [].",
+        ),
+        (
+            {"proposal": {"window": 8, "layers": [5]}},
+            "layers must be one or more of 0 to 4, since the model has 5; got [5].",
+        ),
+        (
+            {"proposal": {"window": 8, "sink_tokens": 4, "layers": [1]}},
+            "a configuration of transformers has windows without sink tokens; got 4.",
+        ),
+    ],
+)
+def test_reports_that_are_refused(capsys, tmp_path, plain, report, message):
+    file = tmp_path / "report.json"
+    if report is not None:
+        file.write_text(report if isinstance(report, str) else json.dumps(report))
+    code, captured = run(capsys, plain, tmp_path / "out", "--like", file)
+    assert (code, captured.out, "Traceback" in captured.err) == (1, "", False)
+    assert (message in captured.err and "report.json" in captured.err) or "since the model has" in message
+    assert not (tmp_path / "out").exists()
 
 
 def test_dry_run_writes_nothing(capsys, tmp_path, llama):
@@ -130,15 +230,52 @@ def test_report_comes_before_a_comparison_that_fails(capsys, tmp_path, llama, mo
     [
         (["--kv-heads", "3"], 1, "num_kv_heads must divide the model's 8 KV heads (8, 4, 2, 1); got 3."),
         (["--kv-heads", "0"], 2, "Invalid value for '--kv-heads': it must be at least 1; got 0."),
-        ([], 2, "give either --kv-heads or --latent."),
+        ([], 2, "give --kv-heads, --latent, --window or --like."),
         (["--kv-heads", "2", "--latent", "8"], 2, "give either --kv-heads or --latent."),
         (["--kv-heads", "2", "--rope-heads", "1"], 2, "--rope-heads belongs to --latent."),
-        (["--latent", "8", "--pool", "first"], 2, "--pool and --window belong to --kv-heads."),
-        (["--latent", "8", "--window", "5"], 2, "--pool and --window belong to --kv-heads."),
+        (["--latent", "8", "--pool", "first"], 2, "--pool belongs to --kv-heads."),
+        (["--window", "8", "--pool", "first"], 2, "--pool belongs to --kv-heads."),
+        (["--latent", "8", "--window", "5"], 2, "--window and --like do not go with --latent."),
+        (["--latent", "8", "--like", "r.json"], 2, "--window and --like do not go with --latent."),
+        (["--window", "8", "--like", "r.json"], 2, "--like gives window and layers; give either it or --window and"),
+        (["--layers", "1", "--like", "r.json"], 2, "--like gives window and layers; give either it or --window and"),
+        (["--kv-heads", "2", "--layers", "1"], 2, "--layers belongs to --window."),
+        (["--kv-heads", "2", "--sink-tokens", "1"], 2, "--sink-tokens belongs to --window."),
+        (
+            ["--window", "8", "--sink-tokens", "4"],
+            1,
+            "qkv: --sink-tokens: a configuration of transformers has windows ",
+        ),
+        (["--window", "8", "--sink-tokens", "4"], 1, "with qkv.SlidingKVCache(window, sink_tokens)."),
+        (["--window", "8", "--sink-tokens", "-1"], 2, "Invalid value for '--sink-tokens'"),
+        (["--window", "0"], 2, "Invalid value for '--window': it must be at least 1; got 0."),
+        (["--window", "1"], 1, "window must be an integer, at least 2 "),
+        (
+            ["--window", "8", "--layers", "2-1"],
+            2,
+            "--layers: it must be like 0,2,5-9, with ranges that ascend; got '2-1'.",
+        ),
+        (
+            ["--window", "8", "--layers", "0,,2"],
+            2,
+            "--layers: it must be like 0,2,5-9, with ranges that ascend; got ''.",
+        ),
+        (
+            ["--window", "8", "--layers", "-1"],
+            2,
+            "--layers: it must be like 0,2,5-9, with ranges that ascend; got '-1'.",
+        ),
+        (
+            ["--window", "8", "--layers", "0-99999"],
+            2,
+            "--layers: it must be like 0,2,5-9, with ranges that ascend; got ",
+        ),
+        (["--window", "8", "--layers", "0,3"], 1, "must be one or more of 0 to 2, since the model has 3; got [0, 3]."),
+        (["--window", "8", "--layers", "0-1,1"], 1, "layers must differ; got layer 1 more than once."),
         (["--latent", "65"], 1, "rank must be from 1 to 64, the full one; got 65."),
         (["--latent", "8", "--rope-heads", "9"], 1, "rope_heads must be from 1 to 8, the KV heads; got 9."),
         (["--kv-heads", "2", "--pool", "median"], 2, "'median' is not one of 'mean', 'first', 'random', 'aligned'."),
-        (["--kv-heads", "2", "--window", "5"], 1, "the configuration of a llama model cannot express a window"),
+        (["--kv-heads", "2", "--window", "5"], 1, "a ministral model, which has no biases; got attention_bias."),
     ],
 )
 def test_invalid_conversions_are_refused(capsys, tmp_path, llama, arguments, code, message):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from convert import models
 
-from qkv.cli import inspect, main
+from qkv.cli import main
 from qkv.convert.files import safetensors
 
 
@@ -95,7 +95,12 @@ def test_json_agrees_with_the_model(capsys, tmp_path, family):
 def test_different_layers_are_listed_separately(capsys, tmp_path):
     found = document(capsys, models.save(tmp_path, "gemma3_text"))
     assert [(layer["num_layers"], layer["window"]) for layer in found["layers"]] == [(2, 5), (1, None)]
+    assert [layer["numbers"] for layer in found["layers"]] == [[0, 2], [1]]
     assert {layer["qk_norm"] for layer in found["layers"]} == {True}
+    assert main(["inspect", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("  2 layers (0, 2) of multi-head attention: ") and ", a window of 5, " in lines[1]
+    assert lines[2].startswith("  1 layer (1) of multi-head attention: ") and ", no window, " in lines[2]
 
 
 @pytest.mark.parametrize(("family", "heads"), [("llama", 2), ("phi3", 2), ("qwen3", 1), ("gpt_bigcode", 1)])
@@ -175,8 +180,9 @@ def test_contradictory_folder_is_refused(capsys, tmp_path):
 
 
 def test_description_of_an_unusual_layer():
+    from qkv.cli.layers import describe
     from qkv.convert.inspect.inspection import LayerAttention
 
     layer = LayerAttention(4, 1, 8, 6, 7, False, True, "", 10, 5)
     expected = "multi-query attention: 4 query heads, 1 KV head, key width 8, value width 6, a window of 7, no biases, "
-    assert inspect.describe(layer) == expected + "not rotary, normalised queries and keys"
+    assert describe(layer) == expected + "not rotary, normalised queries and keys"

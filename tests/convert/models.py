@@ -13,6 +13,12 @@ LLAMA = {**SIZES, **HEADS, "intermediate_size": 48, "max_position_embeddings": 6
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {**LLAMA, "attention_bias": True},
     "mistral": {**LLAMA, "sliding_window": 5},
+    "ministral": {
+        **LLAMA,
+        "head_dim": 8,
+        "sliding_window": 5,
+        "layer_types": ["full_attention"] * 2 + ["sliding_attention"],
+    },
     "qwen2": LLAMA,
     "qwen3": {**LLAMA, "head_dim": 12},
     "gemma": {**LLAMA, "head_dim": 16},

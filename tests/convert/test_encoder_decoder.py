@@ -393,7 +393,7 @@ def test_alignment_is_refused(tmp_path, name):
 
 
 def test_a_window_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="a qkv_t5 model cannot express a window"):
+    with pytest.raises(CheckpointError, match="a t5 model cannot express a window"):
         convert_checkpoint(save(tmp_path / "source", "t5"), tmp_path / "out", 2, window=3)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from convert import models
 
-from qkv.convert import CheckpointError, convert_checkpoint, convert_state_dict, inspect_checkpoint
+from qkv.convert import CheckpointError, convert_checkpoint, convert_state_dict
 from qkv.convert.families.encoder_decoder import ENCODER_DECODERS
 from qkv.convert.families.latent_decoder import LATENT_DECODERS
 from qkv.convert.families.registry import FAMILIES
@@ -66,30 +66,6 @@ def test_converting_to_all_heads_keeps_every_byte(tmp_path, family):
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert json.loads((source / "config.json").read_text()) == json.loads((tmp_path / "out/config.json").read_text())
-
-
-@pytest.mark.parametrize("family", ["mistral", "phi3", "qwen2", "qwen3", "starcoder2"])
-def test_window(tmp_path, family):
-    source = models.save(tmp_path / "source", family)
-    convert_checkpoint(source, tmp_path / "out", 4, window=3)
-    model = models.load(tmp_path / "out")
-    assert [layer.window for layer in inspect_checkpoint(tmp_path / "out").layers] == [3, 3, 3]
-    # Three layers of 3 keys see 6 tokens back: the 8th last no longer reaches the last.
-    ids = models.IDS.clone()
-    with torch.no_grad():
-        last = model(ids).logits[0, -1]
-        ids[0, -8] = 20
-        assert torch.equal(model(ids).logits[0, -1], last)
-        ids[0, -7] = 20
-        assert not torch.equal(model(ids).logits[0, -1], last)
-
-
-def test_window_that_a_family_cannot_express_is_refused(tmp_path):
-    source = models.save(tmp_path / "source", "llama")
-    with pytest.raises(
-        CheckpointError, match=r"a llama model cannot express .* mistral, qwen2, qwen3, phi3, starcoder2 "
-    ):
-        convert_checkpoint(source, tmp_path / "out", 4, window=3)
 
 
 @pytest.mark.parametrize(

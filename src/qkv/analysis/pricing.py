@@ -214,7 +214,8 @@ class _Text:
             few = of_tokens(start, start + following.shape[1])
             with _forward_as(lambda *_, few=few, **__: few, self.body):
                 logits = self.model(input_ids=following, use_cache=False).logits.float()
-            found.append(F.cross_entropy(logits.mT, following, reduction="none"))
+            few_losses = F.cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="none")
+            found.append(few_losses.view_as(following))
         return torch.cat(found, dim=1).masked_fill(~self.is_predicted, torch.nan)
 
 

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 import qkv
-from qkv.cli.layers import describe, kv_bytes
+from qkv.cli.layers import LENGTH, by_kind, describe_kinds, kv_bytes
 from qkv.cli.options import Dtype, count_option
 from qkv.cli.printing import counted, print_table
 from qkv.convert import CheckpointError, Inspection, inspect_checkpoint
@@ -27,7 +26,7 @@ NUM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 def inspect(
     model: Annotated[str, typer.Argument(help="Folder, safetensors or GGUF file, or Hub name.", metavar="MODEL")],
-    length: Annotated[int, count_option("Sequence length for the size of the KV cache.", "TOKENS")] = 4096,
+    length: Annotated[int, count_option("Sequence length for the size of the KV cache.", "TOKENS")] = LENGTH,
     batch: Annotated[int, count_option("Batch size for the size of the KV cache.", "SEQUENCES")] = 1,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of the KV cache.")] = Dtype.bfloat16,
     as_document: Annotated[bool, typer.Option("--json", help="Print only a JSON document on standard output.")] = False,
@@ -122,7 +121,10 @@ def _as_json(
 
 
 def _layers_as_json(layers: tuple[LayerAttention, ...]) -> list[dict[str, Any]]:
-    return [{"num_layers": number, **layer._asdict()} for layer, number in Counter(layers).items()]
+    return [
+        {"num_layers": len(numbers), "numbers": numbers, **layer._asdict()}
+        for layer, numbers in by_kind(layers).items()
+    ]
 
 
 def _print(
@@ -138,8 +140,8 @@ def _print(
     console.print(Text(title, style="bold"), soft_wrap=True)
     in_decoder = " in the decoder" if found.encoder else ""
     for where, layers in ((" in the encoder", found.encoder), (in_decoder, found.layers)):
-        for layer, number in Counter(layers).items():
-            console.print(Text(f"  {counted(number, 'layer')}{where} of {describe(layer)}"), soft_wrap=True)
+        for line in describe_kinds(layers, where):
+            console.print(Text(f"  {line}"), soft_wrap=True)
     console.print()
     sequences = f"{counted(batch, 'sequence')} of {length} tokens"
     if found.encoder:

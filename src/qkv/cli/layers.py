@@ -1,9 +1,35 @@
 """The layers of a model in words, and the bytes of their KV cache: what `qkv inspect` and `qkv convert` print."""
 
+from collections.abc import Sequence
+
 from qkv.cli.printing import counted
 from qkv.convert import Inspection
+from qkv.convert.families.windows import as_ranges
 from qkv.convert.inspect.inspection import LayerAttention
 from qkv.models.kv_cache_size import LayerShape, cache_bytes
+
+LENGTH = 4096
+"""Tokens for whose KV cache bytes are given by default."""
+
+
+def by_kind(layers: Sequence[LayerAttention]) -> dict[LayerAttention, list[int]]:
+    """The numbers of the layers of each kind. Cross-attention is numbered on its own."""
+    numbers: dict[LayerAttention, list[int]] = {}
+    for cross in (False, True):
+        for number, layer in enumerate(one for one in layers if one.cross is cross):
+            numbers.setdefault(layer, []).append(number)
+    return numbers
+
+
+def describe_kinds(layers: Sequence[LayerAttention], where: str = "") -> list[str]:
+    """Each kind of layer in words, with their number, and where kinds differ by layer also which they are."""
+    kinds = by_kind(layers)
+    lines = []
+    for layer, numbers in kinds.items():
+        alone = sum(other.cross is layer.cross for other in kinds) == 1
+        which = "" if alone else f" ({as_ranges(numbers)})"
+        lines.append(f"{counted(len(numbers), 'layer')}{which}{where} of {describe(layer)}")
+    return lines
 
 
 def describe(layer: LayerAttention) -> str:

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -85,7 +85,13 @@ class CheckpointPlan(NamedTuple):
 
 @paused_gc()
 def plan_checkpoint(
-    source: Path | str, num_kv_heads: int, *, how: ConversionMethod = "mean", seed: int = 0, window: int | None = None
+    source: Path | str,
+    num_kv_heads: int | None = None,
+    *,
+    how: ConversionMethod = "mean",
+    seed: int = 0,
+    window: int | None = None,
+    layers: Sequence[int] | None = None,
 ) -> CheckpointPlan:
     """Plans `convert_checkpoint` from configuration and headers; reads no weights. Same arguments.
 
@@ -94,7 +100,9 @@ def plan_checkpoint(
     """
     folder = read_folder(Path(source))
     where = str(folder.path / CONFIG)
-    conversion = plan_conversion(where, folder.config, folder.tensors, num_kv_heads, how=how, seed=seed, window=window)
+    conversion = plan_conversion(
+        where, folder.config, folder.tensors, num_kv_heads, how=how, seed=seed, window=window, layers=layers
+    )
     return CheckpointPlan(folder, conversion)
 
 
@@ -126,14 +134,15 @@ def plan_latent_checkpoint(source: Path | str, rank: int, *, rope_heads: int | N
 def convert_checkpoint(
     source: Path | str,
     out: Path | str,
-    num_kv_heads: int,
+    num_kv_heads: int | None = None,
     *,
     how: ConversionMethod = "mean",
     seed: int = 0,
     window: int | None = None,
+    layers: Sequence[int] | None = None,
     overwrite: bool = False,
 ) -> CheckpointPlan:
-    """Writes the model in ``source`` to ``out`` with its keys and values pooled to ``num_kv_heads``.
+    """Writes the model in ``source`` to ``out`` with keys and values pooled to ``num_kv_heads``, windows, or both.
 
     Weights are streamed: memory holds one tensor, or the attention of one layer where heads are aligned. Shards keep
     their names. Unchanged tensors are copied byte for byte, as are generation settings, tokenizer and other files.
@@ -145,9 +154,7 @@ def convert_checkpoint(
     Args:
         source: a folder with a ``config.json`` and safetensors, as ``save_pretrained`` writes it.
         out: a folder that does not exist.
-        num_kv_heads: a divisor of the model's.
-        how, seed: as in `convert_state_dict`.
-        window: sets a sliding window of this many keys in every layer, where the configuration can express it.
+        num_kv_heads, how, seed, window, layers: as in `convert_state_dict`.
         overwrite: replace ``out`` if it is a model or an empty folder.
 
     Returns:
@@ -160,10 +167,11 @@ def convert_checkpoint(
     Example:
         >>> from qkv.convert import convert_checkpoint
         >>> convert_checkpoint("Llama-2-7b-hf", "Llama-2-7b-gqa", num_kv_heads=8)  # doctest: +SKIP
+        >>> convert_checkpoint("SmolLM2-135M", "windowed", window=256, layers=[0, 1, 4])  # doctest: +SKIP
 
     Source: Ainslie et al. 2023, section 2.1.
     """
-    plan = plan_checkpoint(source, num_kv_heads, how=how, seed=seed, window=window)
+    plan = plan_checkpoint(source, num_kv_heads, how=how, seed=seed, window=window, layers=layers)
     write_checkpoint(plan, out, overwrite=overwrite)
     return plan
 

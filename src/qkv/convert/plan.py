@@ -1,13 +1,15 @@
 """`plan_conversion`: the tensors and the configuration of a conversion, from configuration and headers alone."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from qkv.convert.errors import CheckpointError
 from qkv.convert.families import transformers_schema
-from qkv.convert.families.family import Family, Output, Pooling
+from qkv.convert.families.family import Output, Pooling
 from qkv.convert.families.latent_decoder import LATENT_DECODERS, configure, latent_outputs
-from qkv.convert.families.registry import FAMILIES, convert_tensors, find_family
+from qkv.convert.families.registry import convert_tensors, find_family
+from qkv.convert.families.windows import require_windows, with_windows
+from qkv.convert.files.json_document import short_repr
 from qkv.convert.files.safetensors import TensorSpec
 from qkv.convert.heads.latents import LatentWidths
 from qkv.convert.heads.pooling import ConversionMethod, divisors
@@ -27,25 +29,35 @@ def plan_conversion(
     where: str,
     config: dict[str, Any],
     tensors: Mapping[str, TensorSpec],
-    num_kv_heads: int,
+    num_kv_heads: int | None,
     *,
     how: ConversionMethod = "mean",
     seed: int = 0,
     window: int | None = None,
+    layers: Sequence[int] | None = None,
 ) -> ConversionPlan:
     """Plans the conversion of the model that ``config`` and ``tensors`` describe. ``where`` names it in errors.
 
     Args:
-        how, seed, window: as in `convert_checkpoint`.
+        num_kv_heads, how, seed, window, layers: as in `convert_checkpoint`.
 
     Raises:
-        CheckpointError: for a family that is not supported or cannot express the result or the window, a
-            ``num_kv_heads`` that does not divide the model's, and a configuration that does not match the tensors.
+        CheckpointError: for a family that is not supported or cannot express the result or the windows, a
+            ``num_kv_heads`` that does not divide the model's, layers that do not exist, and a configuration that does
+            not match the tensors.
     """
+    if window is None and (num_kv_heads is None or layers is not None):
+        raise CheckpointError(
+            f"{where}: a conversion needs num_kv_heads, window or both, and layers belong to a window; "
+            f"got num_kv_heads={num_kv_heads}, window=None, layers={short_repr(layers)}."
+        )
     family = find_family(where, config)
+    if window is not None:
+        require_windows(where, family, config["model_type"])
     hf_config = transformers_schema.read_config(where, config, len(tensors))
     transformers_schema.check_tensors(where, hf_config, tensors)
     heads = transformers_schema.heads(where, hf_config)
+    num_kv_heads = heads.num_kv_heads if num_kv_heads is None else num_kv_heads
     if config["model_type"] in LATENT_DECODERS:
         raise CheckpointError(f"{where}: latent attention has no KV heads to pool. Convert the model it was made of.")
     if num_kv_heads < 1 or heads.num_kv_heads % num_kv_heads:
@@ -61,15 +73,13 @@ def plan_conversion(
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from error
     if window is not None:
-        new = _with_window(where, family, new, window)
+        new = with_windows(where, family, new, window, layers, len(tensors))
     specs = {name: output.spec for name, output in outputs.items()}
     result = f"the result of converting {where}"
     converted = transformers_schema.read_config(result, new, len(specs))
     transformers_schema.check_tensors(result, converted, specs)
     if transformers_schema.heads(result, converted) != heads._replace(num_kv_heads=num_kv_heads):
         raise AssertionError(f"{result}: transformers reads {transformers_schema.heads(result, converted)} from it")
-    if window is not None and set(transformers_schema.windows(converted)) != {window}:
-        raise AssertionError(f"{result}: transformers reads windows {transformers_schema.windows(converted)} from it")
     return ConversionPlan(new, outputs)
 
 
@@ -112,16 +122,3 @@ def plan_latent_conversion(
     result, specs = f"the result of converting {where}", {name: output.spec for name, output in outputs.items()}
     transformers_schema.check_tensors(result, transformers_schema.read_config(result, new, len(specs)), specs)
     return ConversionPlan(new, outputs)
-
-
-def _with_window(where: str, family: Family, config: dict[str, Any], window: int) -> dict[str, Any]:
-    """The configuration with a sliding window in every layer; raises where it cannot express one."""
-    if family.set_window is None:
-        supported = ", ".join(name for name, other in FAMILIES.items() if other.set_window is not None)
-        raise CheckpointError(
-            f"{where}: the configuration of a {config['model_type']} model cannot express a window in every layer; "
-            f"those of {supported} can."
-        )
-    if window < 1:
-        raise CheckpointError(f"{where}: window must be at least 1 (the query's own key); got {window}.")
-    return family.set_window(config, window)

@@ -1,6 +1,6 @@
 """`convert_state_dict`: the conversion of a model in memory."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -22,27 +22,32 @@ class ConvertedModel(NamedTuple):
 def convert_state_dict(
     state_dict: Mapping[str, Tensor],
     config: Mapping[str, Any],
-    num_kv_heads: int,
+    num_kv_heads: int | None = None,
     *,
     how: ConversionMethod = "mean",
     seed: int = 0,
     window: int | None = None,
+    layers: Sequence[int] | None = None,
 ) -> ConvertedModel:
-    """Pools the keys and values of a transformers model to ``num_kv_heads``.
+    """Pools the keys and values of a transformers model to ``num_kv_heads``, sets windows, or both.
 
     Args:
         state_dict: all tensors of the model.
         config: ``model.config.to_dict()``, including ``model_type``.
-        num_kv_heads: a divisor of the model's.
+        num_kv_heads: a divisor of the model's; None keeps them.
         how: as in `pool_heads`; or ``aligned``: the mean of heads that `align_heads` has reordered and rotated first.
         seed: for ``random``; each tensor has its own draws.
-        window: sets a sliding window of this many keys in every layer, where the configuration can express it.
+        window: sets a sliding window: a query sees this many keys at most, its own included. One that is there can
+            only be narrowed.
+        layers: the layers that get the window, from 0; None for all.
 
     Returns:
-        State dict and configuration for ``AutoConfig.for_model(**config)``.
+        State dict and configuration for ``AutoConfig.for_model(**config)``. With windows, a Llama model becomes a
+        Ministral model, which computes the same, and so does a Mistral model whose layers differ.
 
     Raises:
-        CheckpointError: for a model family that is not supported, and a configuration that does not match the tensors.
+        CheckpointError: for a model family that is not supported, a configuration that does not match the tensors, and
+            windows that a configuration of the family cannot express.
 
     Example:
         >>> from qkv.convert import convert_state_dict
@@ -51,7 +56,7 @@ def convert_state_dict(
         >>> smaller.load_state_dict(converted.state_dict)  # doctest: +SKIP
     """
     plan = plan_conversion(
-        "config", dict(config), specs_of(state_dict), num_kv_heads, how=how, seed=seed, window=window
+        "config", dict(config), specs_of(state_dict), num_kv_heads, how=how, seed=seed, window=window, layers=layers
     )
     values = {}
     for name, output in plan.outputs.items():

@@ -1,7 +1,6 @@
 """The reports of `qkv see` as text."""
 
 from collections import Counter
-from collections.abc import Iterable
 
 import torch
 from rich.console import Console
@@ -12,6 +11,7 @@ from qkv.analysis import CostlyToken, Price, Recording, Saving, Seen
 from qkv.analysis.seen import labels
 from qkv.bench.mechanisms import Mechanism, Sizes, mechanisms
 from qkv.cli.printing import counted, print_table
+from qkv.convert.families.windows import as_ranges
 from qkv.models.kv_cache_size import readable_bytes
 
 PICTURED = Sizes(1, 8, 4, 2, 64, 3, torch.bfloat16, decode=False, backward=False)
@@ -130,7 +130,7 @@ def _print_price(seen: Seen, price: Price, console: Console) -> None:
             f"{saving.increase:+.4f}",
             readable_bytes(saving.cache_bytes),
             f"{saving.cache_bytes / now:.0%}",
-            ranges(saving.layers),
+            as_ranges(saving.layers),
         )
     console.print()
     print_table("If the cheapest had it together", table, console)
@@ -152,22 +152,6 @@ def _one_line(text: str) -> str:
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
-def ranges(numbers: Iterable[int]) -> str:
-    """Sorted numbers as ``--layers`` of `qkv convert` takes them.
-
-    Example:
-        >>> ranges([0, 2, 5, 6, 7])
-        '0,2,5-7'
-    """
-    found: list[list[int]] = []
-    for number in numbers:
-        if found and number == found[-1][-1] + 1:
-            found[-1].append(number)
-        else:
-            found.append([number])
-    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in found)
-
-
 def _proposal(seen: Seen, most: float) -> list[str]:
     proposal: Saving | None = seen.proposal(most)
     if proposal is None:
@@ -176,7 +160,7 @@ def _proposal(seen: Seen, most: float) -> list[str]:
         return [f"No window of these saves memory for {most:g} nats a token or less; see --most."]
     now = seen.cache_bytes({})
     saved = f"{readable_bytes(now)} to {readable_bytes(proposal.cache_bytes)} ({proposal.cache_bytes / now:.0%})"
-    where = f"{len(proposal.layers)} of {len(seen.recording.layers)} layers, {ranges(proposal.layers)}"
+    where = f"{len(proposal.layers)} of {len(seen.recording.layers)} layers, {as_ranges(proposal.layers)}"
     how = (
         "Configurations of transformers have no sink tokens; qkv.SlidingKVCache has them."
         if proposal.price.sink_tokens

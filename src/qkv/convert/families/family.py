@@ -72,7 +72,10 @@ class Family(NamedTuple):
     configure: Callable[[dict[str, Any], Any, Pooling], dict[str, Any]]
     """The new configuration, from the old ``config.json`` and transformers' configuration object."""
     set_window: Callable[[dict[str, Any], int], dict[str, Any]] | None = None
-    """The configuration with a sliding window in every layer; None where it cannot express one."""
+    """The configuration with a sliding window in every layer; None where ``set_windows`` does it, or none can."""
+    set_windows: Callable[[dict[str, Any], Any, list[int | None]], dict[str, Any]] | None = None
+    """The configuration with the window of each layer, one number or None, from the old ``config.json`` and
+    transformers' configuration object; None where layers cannot differ."""
     layout: Layout | None = None
     """The layout of the projections; None where heads cannot be aligned or pruned."""
     cross: re.Pattern[str] | None = None

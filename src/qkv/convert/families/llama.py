@@ -38,17 +38,6 @@ def _configure(config: dict[str, Any], hf_config: Any, pooling: Pooling) -> dict
     return {**config, "num_key_value_heads": pooling.num_kv_heads}
 
 
-def set_window(config: dict[str, Any], window: int) -> dict[str, Any]:
-    """Sets the window of models with one for all layers."""
-    return {**config, "sliding_window": window}
-
-
-def set_window_by_layers(config: dict[str, Any], window: int) -> dict[str, Any]:
-    """Sets the window of Qwen in all layers: without ``layer_types``, those from ``max_window_layers`` on use it."""
-    kept = {key: value for key, value in config.items() if key != "layer_types"}
-    return {**kept, "use_sliding_window": True, "sliding_window": window, "max_window_layers": 0}
-
-
 SELF_ATTENTION = re.compile(r"(?:model\.)?layers\.(\d{1,9})\.self_attn\.(.+)")
 SEPARATE = Family(
     SELF_ATTENTION,

@@ -9,22 +9,31 @@ from qkv.convert.families.encoder_decoder import ENCODER_DECODERS
 from qkv.convert.families.family import Family, Output, Pooling
 from qkv.convert.families.gpt import GPT2, GPT_BIGCODE, GPT_NEOX
 from qkv.convert.families.latent_decoder import LATENT_DECODERS
-from qkv.convert.families.llama import GEMMA, PACKED, PHI, SEPARATE, set_window, set_window_by_layers
+from qkv.convert.families.llama import GEMMA, PACKED, PHI, SEPARATE
+from qkv.convert.families.window_settings import (
+    become_ministral,
+    set_layer_types,
+    set_layer_types_of_gemma3,
+    set_layer_types_of_qwen,
+    set_layer_types_of_smollm3,
+    set_window,
+)
 from qkv.convert.files.json_document import short_repr
 from qkv.convert.files.safetensors import TORCH_DTYPES, TensorSpec
 
 FAMILIES: dict[str, Family] = {
-    "llama": SEPARATE,
-    "mistral": SEPARATE._replace(set_window=set_window),
-    "qwen2": SEPARATE._replace(set_window=set_window_by_layers),
-    "qwen3": SEPARATE._replace(set_window=set_window_by_layers),
+    "llama": SEPARATE._replace(set_windows=become_ministral),
+    "mistral": SEPARATE._replace(set_window=set_window, set_windows=become_ministral),
+    "ministral": SEPARATE._replace(set_windows=set_layer_types),
+    "qwen2": SEPARATE._replace(set_windows=set_layer_types_of_qwen),
+    "qwen3": SEPARATE._replace(set_windows=set_layer_types_of_qwen),
     "gemma": GEMMA,
-    "gemma2": GEMMA,
-    "gemma3_text": GEMMA,
+    "gemma2": GEMMA._replace(set_windows=set_layer_types),
+    "gemma3_text": GEMMA._replace(set_windows=set_layer_types_of_gemma3),
     "phi3": PACKED._replace(set_window=set_window),
     "phi": PHI,
     "granite": SEPARATE,
-    "smollm3": SEPARATE,
+    "smollm3": SEPARATE._replace(set_windows=set_layer_types_of_smollm3),
     "starcoder2": SEPARATE._replace(set_window=set_window),
     "gpt2": GPT2,
     "gpt_bigcode": GPT_BIGCODE,
