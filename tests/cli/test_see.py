@@ -124,6 +124,25 @@ def test_another_model_is_compared_on_the_text(capsys, llama, text, tmp_path):
     assert code == 1 and "--against" in captured.err and "it has 12, and the text has token 14" in captured.err
 
 
+def test_a_proposal_is_converted_and_costs_what_the_report_says(capsys, llama, text, tmp_path):
+    arguments = ("--text", text, "--window", "9", "--measure")
+    increases = [some["increase"] for some in _report(capsys, llama, *arguments)["prices"][0]["together"]]
+    found = _report(capsys, llama, *arguments, "--most", str(sorted(increases)[2]))  # as if three were allowed
+    report, out = tmp_path / "report.json", str(tmp_path / "out")
+    report.write_text(json.dumps(found))
+    assert main(["convert", llama, out, "--like", str(report)]) == 0
+    capsys.readouterr()
+    assert _report(capsys, out, "--text", text)["cache_bytes"] == found["proposal"]["cache_bytes"]
+    loss = _report(capsys, llama, "--text", text, "--against", out)["against"]
+    assert loss["loss"] - loss["loss_before"] == pytest.approx(found["proposal"]["increase"], abs=1e-5)
+    windows = [layer["window"] for layer in _report(capsys, out, "--text", text)["layers"]]
+    assert [index for index, window in enumerate(windows) if window == 9] == found["proposal"]["layers"]
+    model = AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager").eval()
+    ids = AutoTokenizer.from_pretrained(out)(" ".join(WORDS), return_tensors="pt").input_ids
+    logits = model(ids).logits[0, :-1].log_softmax(-1)
+    assert loss["loss"] == pytest.approx(-logits.gather(1, ids[0, 1:, None]).mean().item(), abs=1e-5)
+
+
 def test_a_window_beyond_the_one_of_a_model_saves_nothing(capsys, text, tmp_path):
     config = tiny_model.llama(num_hidden_layers=2).to_dict() | {"sliding_window": 7, "model_type": "mistral"}
     from transformers import MistralConfig
