@@ -115,7 +115,7 @@ MUTANTS = [
     Mutant("the price of a window instead of a layer's own mask", "analysis/changes.py", "return mask & self._mask  #", "return self._mask  #", PRICING),
     Mutant("a priced layer keeps its pooled heads", "analysis/changes.py", "self._model.set_submodule(name, layer)", "pass", PRICING),
     Mutant("losses predicted from padding counted", "analysis/pricing.py", "keep[:, 1:].bool() & keep[:, :-1].bool()", "keep[:, 1:].bool()", PRICING),
-    Mutant("a loss of the token before", "analysis/pricing.py", "self.input_ids[:, start + 1 : start + 1 + ROWS_AT_ONCE]", "self.input_ids[:, start : start + ROWS_AT_ONCE][:, : self.input_ids.shape[1] - 1 - start]", PRICING),
+    Mutant("a loss of the token before", "analysis/pricing.py", "self.input_ids[:, start + 1 : start + 1 + step]", "self.input_ids[:, start : start + step][:, : self.input_ids.shape[1] - 1 - start]", PRICING),
     Mutant("layers below skipped that hand on keys", "analysis/pricing.py", "if not self._can_skip():", "if False:", PRICING),
     Mutant("the dearest layers together", "analysis/pricing.py", "self.by_layer.argsort(stable=True)", "self.by_layer.argsort(stable=True, descending=True)", PRICING),
     Mutant("the last layers together run on the outputs of unchanged ones", "analysis/pricing.py", "stack.loss_from(min(chosen))", "stack.loss_from(max(chosen))", PRICING),

@@ -13,7 +13,8 @@ from families.small import MODELS, build, decoder
 from torch import Tensor, nn
 
 import qkv
-from qkv.analysis.pricing import ROWS_AT_ONCE, Price, losses, price
+from qkv.analysis import pricing
+from qkv.analysis.pricing import Price, losses, price
 from qkv.convert import CheckpointError
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers' own making
@@ -154,11 +155,12 @@ def test_what_is_below_a_changed_layer_is_computed_once() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
-def test_losses_of_many_tokens_are_those_of_all_logits(name: str) -> None:
-    model = build(name)
-    ids = torch.randint(3, 96, (1, 2 * ROWS_AT_ONCE + 2), generator=torch.Generator().manual_seed(1))
+def test_losses_of_many_tokens_are_those_of_all_logits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, some = build(name), 8
+    monkeypatch.setattr(pricing, "LOGITS_AT_ONCE", 2 * some * 97 + 96)
+    ids = torch.randint(3, 96, (2, 2 * some + 2), generator=torch.Generator().manual_seed(1))
     want = F.cross_entropy(model(ids).logits[:, :-1].double().mT, ids[:, 1:], reduction="none")
-    for length in (2, ROWS_AT_ONCE, ROWS_AT_ONCE + 1, ROWS_AT_ONCE + 2, ids.shape[1]):
+    for length in (2, some, some + 1, some + 2, ids.shape[1]):
         assert_near(losses(model, ids[:, :length]), want[:, : length - 1])
     with pytest.raises(ValueError, match=r"losses: input_ids must be a tensor \(B, L\) of two tokens or more"):
         losses(model, ids[:, :1])

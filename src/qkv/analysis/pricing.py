@@ -16,8 +16,8 @@ from qkv.integrations.transformers.attention import observed
 from qkv.integrations.transformers.watching import Watched, watched
 from qkv.masks import Mask
 
-ROWS_AT_ONCE = 256
-"""Tokens whose logits are computed at once: 50 MB in fp32 for a vocabulary of 50,000."""
+LOGITS_AT_ONCE = 1 << 22
+"""Number of logits that are computed at once: 16 MiB in fp32, which allocators keep for the next ones."""
 
 
 class Together(NamedTuple):
@@ -189,6 +189,8 @@ class _Text:
             raise ValueError(
                 f"{caller}: model must be a causal language model, with a head; got {type(model).__name__}."
             )
+        words = len(input_ids) * self.model.config.get_text_config().vocab_size
+        self.tokens_at_once = max(1, LOGITS_AT_ONCE // words)
         keep = inputs.get("attention_mask")
         self.is_predicted = torch.ones_like(input_ids[:, 1:], dtype=torch.bool)
         if isinstance(keep, Tensor) and keep.dim() == 2:
@@ -209,8 +211,9 @@ class _Text:
         with _forward_as(run, self.body):
             self.model(input_ids=self.input_ids, **self.inputs)
         found = []
-        for start in range(0, self.input_ids.shape[1] - 1, ROWS_AT_ONCE):
-            following = self.input_ids[:, start + 1 : start + 1 + ROWS_AT_ONCE]
+        step = self.tokens_at_once
+        for start in range(0, self.input_ids.shape[1] - 1, step):
+            following = self.input_ids[:, start + 1 : start + 1 + step]
             few = of_tokens(start, start + following.shape[1])
             with _forward_as(lambda *_, few=few, **__: few, self.body):
                 logits = self.model(input_ids=following, use_cache=False).logits.float()
