@@ -1,0 +1,48 @@
+"""`check_output` and `write_output`: a file that a command writes, whole or not at all."""
+
+import os
+import tempfile
+from pathlib import Path
+
+from qkv.models.errors import CommandError
+
+
+def check_output(file: Path, overwrite: bool) -> None:
+    """Raises a CommandError where `write_output` could not write a file: before the work that makes it."""
+    if file.is_dir():
+        raise CommandError(f"--out: {file} must be a file; it is a folder. Give a name within it.")
+    if not overwrite and (file.exists() or file.is_symlink()):
+        raise CommandError(f"--out: {file} exists; give another name, or --overwrite.")
+    if not file.parent.is_dir():
+        raise CommandError(f"--out: the folder {file.parent} does not exist; make it first.")
+    if not os.access(file.parent, os.W_OK | os.X_OK):
+        raise CommandError(f"--out: the folder {file.parent} must be writable.")
+
+
+def write_output(file: Path, text: str, overwrite: bool) -> None:
+    """Writes a text in UTF-8, which stands under its name when it is complete. A link is replaced, not followed.
+
+    Raises:
+        CommandError: as `check_output`, whatever has happened since.
+    """
+    check_output(file, overwrite)
+    descriptor, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as opened:
+            opened.write(text)
+            opened.flush()
+            os.fsync(opened.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(name, 0o666 & ~mask)  # as open() makes files; mkstemp's are the owner's alone
+        if overwrite:
+            os.replace(name, file)
+            return
+        try:
+            os.link(name, file)  # Unlike a rename, it fails where the file has been made since.
+        except FileExistsError as error:
+            raise CommandError(f"--out: {file} exists; give another name, or --overwrite.") from error
+        except OSError:  # a file system without links
+            os.replace(name, file)
+    finally:
+        Path(name).unlink(missing_ok=True)
