@@ -27,6 +27,7 @@ def write_output(file: Path, text: str, overwrite: bool) -> None:
     """
     check_output(file, overwrite)
     descriptor, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+    made = Path(name)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as opened:
             opened.write(text)
@@ -34,15 +35,12 @@ def write_output(file: Path, text: str, overwrite: bool) -> None:
             os.fsync(opened.fileno())
         mask = os.umask(0)
         os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)  # as open() makes files; mkstemp's are the owner's alone
-        if overwrite:
-            os.replace(name, file)
-            return
-        try:
-            os.link(name, file)  # Unlike a rename, it fails where the file has been made since.
-        except FileExistsError as error:
-            raise CommandError(f"--out: {file} exists; give another name, or --overwrite.") from error
-        except OSError:  # a file system without links
-            os.replace(name, file)
+        made.chmod(0o666 & ~mask)  # as open() makes files; those of mkstemp are the owner's alone
+        if not overwrite:
+            try:
+                file.touch(exist_ok=False)  # takes the name, unless someone has since
+            except FileExistsError as error:
+                raise CommandError(f"--out: {file} exists; give another name, or --overwrite.") from error
+        made.replace(file)
     finally:
-        Path(name).unlink(missing_ok=True)
+        made.unlink(missing_ok=True)
