@@ -464,6 +464,7 @@ MUTANTS = [
     Mutant("rotary components conjugated", "convert/heads/latents.py", "components = basis.mH @ z", "components = basis.mT @ z", ("convert/test_latent.py",)),
     Mutant("keys and values factorised out of balance", "convert/heads/latents.py", "up[:, : k.shape[1]] / balance", "up[:, : k.shape[1]]", ("convert/test_latent.py",)),
     Mutant("rotary components in the order of heads", "integrations/transformers/latent_decoders.py", "repeat_interleave(repeats, dim=2)", "repeat(1, 1, repeats)", ("convert/test_latent_checkpoint.py",)),
+    Mutant("agreement that grows with a head", "convert/heads/alignment.py", "(size[:, None] * size).clamp_min", "size.clamp_min", ("convert/test_alignment.py",)),
     Mutant("partial rotary ignored while heads are aligned", "convert/families/aligned_outputs.py", "KeySymmetry(rotary_dim(where, hf_config)", "KeySymmetry(pooling.heads.head_dim", ("convert/test_alignment.py",)),
     Mutant("a window one key short in the configuration", "convert/families/window_settings.py", '"sliding_window": next(filter(None, windows))}', '"sliding_window": next(filter(None, windows)) - 1}', WINDOWS),
     Mutant("windows in the other layers", "convert/families/window_settings.py", '"full_attention" if window is None', '"full_attention" if window is not None', WINDOWS),

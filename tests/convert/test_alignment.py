@@ -16,6 +16,7 @@ from qkv.convert import (
     convert_checkpoint,
     convert_layer,
     convert_state_dict,
+    head_agreement,
 )
 
 HEADS, GROUPS = 8, 2
@@ -157,6 +158,33 @@ def test_aligned_heads_deviate_less_than_unaligned_neighbours(symmetry, options,
     neighbours = torch.arange(HEADS).view(groups, -1)
     unaligned, aligned = (deviation(p.k, gain, neighbours) + deviation(p.v, gain, neighbours) for p in (before, after))
     assert aligned < unaligned
+
+
+@pytest.mark.parametrize(("symmetry", "options"), FREEDOMS)
+def test_agreement_is_the_cosine_after_the_best_turn(symmetry, options):
+    layer = random_layer(3, **options)
+    found = head_agreement(projections(layer), 3, symmetry)
+    k, v = (part.view(3, width, -1) for part, width in zip(projections(layer)[1:3], (6, 5), strict=True))
+
+    def cosine(a, b):
+        return (a * b).sum() / (a.norm() * b.norm())
+
+    for heads, got, turns in (
+        (k, found.keys, key_rotations(500, 6, symmetry)),
+        (v, found.values, key_rotations(500, 5, KeySymmetry())),
+    ):
+        assert torch.equal(got, got.T) and torch.equal(got.diagonal(), torch.ones(3).double())
+        for i, j in ((0, 1), (0, 2), (1, 2)):
+            tried = torch.stack([cosine(turn @ heads[i], heads[j]) for turn in turns])
+            assert tried.max() <= got[i, j] + 1e-9 and tried.max() >= got[i, j] - 0.4
+            assert got[i, j] >= cosine(heads[i], heads[j]) - 1e-9
+    if symmetry.normed:
+        assert found.keys[0, 1] == pytest.approx(cosine(k[0], k[1]).item())
+    turned = torch.cat([k[0], 3 * key_rotations(1, 6, symmetry)[0] @ k[0], k[2]])
+    planted = head_agreement(projections(layer)._replace(k=turned), 3, symmetry).keys
+    assert planted[0, 1] == pytest.approx(1) and planted[0, 2] < 0.99
+    with pytest.raises(ValueError, match="head_agreement: keys and values must be finite"):
+        head_agreement(projections(layer)._replace(v=turned.new_full((15, 24), torch.nan)), 3, symmetry)
 
 
 def test_equal_heads_are_not_changed():

@@ -13,9 +13,11 @@ from qkv.convert.divergence import Divergence as Divergence
 from qkv.convert.divergence import measure_divergence as measure_divergence
 from qkv.convert.errors import CheckpointError as CheckpointError
 from qkv.convert.heads.alignment import Alignment as Alignment
+from qkv.convert.heads.alignment import HeadAgreement as HeadAgreement
 from qkv.convert.heads.alignment import KeySymmetry as KeySymmetry
 from qkv.convert.heads.alignment import Projections as Projections
 from qkv.convert.heads.alignment import align_heads as align_heads
+from qkv.convert.heads.alignment import head_agreement as head_agreement
 from qkv.convert.heads.pooling import group_heads as group_heads
 from qkv.convert.heads.pooling import pool_heads as pool_heads
 from qkv.convert.inspect.checkpoint import inspect_checkpoint as inspect_checkpoint
@@ -31,6 +33,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointPlan",
     "Divergence",
+    "HeadAgreement",
     "Inspection",
     "KeySymmetry",
     "Projections",
@@ -40,6 +43,7 @@ __all__ = [
     "convert_state_dict",
     "convert_to_latent",
     "group_heads",
+    "head_agreement",
     "inspect_checkpoint",
     "measure_divergence",
     "plan_checkpoint",

@@ -143,21 +143,8 @@ def align_heads(
             f"align_heads: new_kv_heads must divide num_kv_heads={num_kv_heads} "
             f"({', '.join(map(str, divisors(num_kv_heads)))}); got {new_kv_heads}."
         )
-    q, k, v, out = projections
-    if any(size % num_kv_heads for size in (len(q), len(k), len(v), out.shape[1])):
-        raise ValueError(
-            f"align_heads: the rows of q, k, v and out.T must be multiples of the {num_kv_heads} KV heads; "
-            f"got shapes {', '.join(str(tuple(weight.shape)) for weight in projections)}."
-        )
-    if gain is not None and gain.shape not in ((k.shape[1],), (k.shape[1] - 1,)):
-        raise ValueError(
-            f"align_heads: gain must have one value for each of the {k.shape[1]} columns of k (without a bias column); "
-            f"got shape {tuple(gain.shape)}."
-        )
     projects: tuple[Project, ...] = (symmetry.project, project_orthogonal)
-    grams = [_gram(_rows(weight, gain, num_kv_heads)) for weight in (k, v)]
-    if not all(gram.isfinite().all() for gram in grams):
-        raise ValueError("align_heads: keys and values must be finite; got NaN or infinity.")
+    grams = _grams("align_heads", projections, num_kv_heads, gain)
     keys, values = (_agreement_of_pairs(gram, project) for gram, project in zip(grams, projects, strict=True))
     contiguous = torch.arange(num_kv_heads).view(new_kv_heads, -1)
     candidates: list[tuple[float, Tensor, list[Tensor]]] = []
@@ -166,6 +153,54 @@ def align_heads(
         candidates.append((sum(a for a, _ in aligned), groups.flatten(), [r for _, r in aligned]))
     _, order, (key_rotations, value_rotations) = max(candidates, key=lambda candidate: candidate[0])
     return Alignment(order.to(key_rotations.device), key_rotations, value_rotations)
+
+
+class HeadAgreement(NamedTuple):
+    """How alike KV heads are once one is turned towards the other, from -1 to 1; 1 on the diagonal."""
+
+    keys: Tensor
+    """``(Hkv, Hkv)``"""
+    values: Tensor
+    """``(Hkv, Hkv)``"""
+
+
+def head_agreement(
+    projections: Projections, num_kv_heads: int, symmetry: KeySymmetry, *, gain: Tensor | None = None
+) -> HeadAgreement:
+    """How well each pair of KV heads would agree if they were aligned, before they are pooled.
+
+    With ``K_i`` the rows of head i, columns scaled by ``gain``, and R the best rotation that `symmetry` allows::
+
+        keys[i, j] = max_R <R K_i, K_j> / (|K_i| |K_j|)
+
+    For values, R is any orthogonal matrix. The mean of two heads that agree by a loses ``(1 - a) / 2`` of their
+    squares, where they are of the same size.
+
+    Args:
+        projections, num_kv_heads, symmetry, gain: as in `align_heads`.
+
+    Raises:
+        ValueError: as `align_heads`.
+
+    Example:
+        >>> import torch
+        >>> from qkv.convert import KeySymmetry, Projections, head_agreement
+        >>> k = torch.randn(8, 32)
+        >>> twice = torch.cat([k, -k])  # the second head is the first one, turned by half a circle
+        >>> found = head_agreement(Projections(twice, twice, twice, twice.T), 2, KeySymmetry())
+        >>> found.keys.round(decimals=3)
+        tensor([[1., 1.],
+                [1., 1.]])
+
+    Source: Jin et al. 2024, section 3.2, on weights instead of activations.
+    """
+    agreements = []
+    grams = _grams("head_agreement", projections, num_kv_heads, gain)
+    for gram, project in zip(grams, (symmetry.project, project_orthogonal), strict=True):
+        size = gram.diagonal().diagonal().sum(-1).sqrt()  # the norm of each head
+        found = _agreement_of_pairs(gram, project) / (size[:, None] * size).clamp_min(torch.finfo(gram.dtype).tiny)
+        agreements.append(found.fill_diagonal_(1))
+    return HeadAgreement(*agreements)
 
 
 def project_orthogonal(matrix: Tensor) -> Tensor:
@@ -193,6 +228,25 @@ def _gram(heads: Tensor) -> Tensor:
     """``(n, n, D, D)``: inner products of the rows of each pair of heads."""
     rows, (count, width) = heads.flatten(0, 1), heads.shape[:2]
     return (rows @ rows.mT).view(count, width, count, width).transpose(1, 2)
+
+
+def _grams(caller: str, projections: Projections, num_kv_heads: int, gain: Tensor | None) -> list[Tensor]:
+    """Of keys and of values, checked."""
+    q, k, v, out = projections
+    if any(size % num_kv_heads for size in (len(q), len(k), len(v), out.shape[1])):
+        raise ValueError(
+            f"{caller}: the rows of q, k, v and out.T must be multiples of the {num_kv_heads} KV heads; "
+            f"got shapes {', '.join(str(tuple(weight.shape)) for weight in projections)}."
+        )
+    if gain is not None and gain.shape not in ((k.shape[1],), (k.shape[1] - 1,)):
+        raise ValueError(
+            f"{caller}: gain must have one value for each of the {k.shape[1]} columns of k (without a bias column); "
+            f"got shape {tuple(gain.shape)}."
+        )
+    grams = [_gram(_rows(weight, gain, num_kv_heads)) for weight in (k, v)]
+    if not all(gram.isfinite().all() for gram in grams):
+        raise ValueError(f"{caller}: keys and values must be finite; got NaN or infinity.")
+    return grams
 
 
 def _agreement_of_pairs(gram: Tensor, project: Project) -> Tensor:
