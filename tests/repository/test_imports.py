@@ -28,7 +28,7 @@ ORDER = [
     {"qkv.problem", "qkv.kernels"},
     {"qkv.backends"},
     {"qkv.partial", "qkv.functional", "qkv.sequences", "qkv.cache"},
-    {"qkv.look"},
+    {"qkv.look", "qkv.layer_record"},
     {"qkv.layers"},
     {"qkv.integrations"},
     {"qkv.convert"},

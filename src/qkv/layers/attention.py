@@ -21,6 +21,7 @@ from qkv.cache import (
     SlidingKVCache,
 )
 from qkv.cache.int8 import Dtype, format_of
+from qkv.layer_record import LayerRecord, record_call
 from qkv.layers import torch_mha, transformers_modules
 from qkv.layers.arguments import (
     input_error,
@@ -302,6 +303,46 @@ class Attention(OperatorLayer):
                 "(1, L, E), or on a padded batch with mask=Mask.padding(lengths)."
             )
         return self._weights(self._inputs(x, context, call_options(self, mask, bias, positions, cache)))
+
+    @torch.no_grad()
+    def record(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        windows: Sequence[int] = (),
+        sink_tokens: int = 0,
+        blocks: int = 64,
+        mask: Mask | None = None,
+        bias: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> LayerRecord:
+        """What `forward` attends to, in the numbers of `qkv.look`, in memory linear in the length.
+
+        Args:
+            x, context, mask, bias, positions: as in `forward`.
+            windows: numbers of keys that queries would see at most, their own and those before, as in
+                `look.window_cut`; as many to each side where queries see later keys. Without effect with a context.
+            sink_tokens: number of first keys that these windows show too; also those that are counted as sinks, of
+                which there is one at least.
+            blocks: of `look.block_map`.
+
+        Raises:
+            TypeError, ValueError: as `forward`, and for windows that are not counts, or hide nothing.
+
+        Example:
+            >>> import torch, qkv
+            >>> found = qkv.CausalAttention(16, 2).record(torch.randn(1, 40, 16), windows=[8])
+            >>> found.cut.mass.shape, found.window
+            (torch.Size([1, 1, 2, 40]), None)
+        """
+        if _is_nested(x) or _is_nested(context):
+            raise ValueError(f"{type(self).__name__}: record takes no nested tensors; call it for each sequence.")
+        given = self._inputs(x, context, call_options(self, mask, bias, positions, None))
+        q, keys, mask, bias = given if self.position_bias is None else self._add_position_bias(given)
+        options = {"mask": mask, **self._scores(q, bias), **keys.options()}
+        is_cross = context is not None
+        return record_call(type(self).__name__, is_cross, (q, keys.k, keys.v, options), windows, sink_tokens, blocks)
 
     def explain(
         self,

@@ -122,6 +122,14 @@ class DifferentialAttention(Attention):
         out: Tensor = self.sub_norm(first - self.difference().to(first.dtype) * second)
         return (1 - self.lambda_init) * out
 
+    def record(self, *args: Any, **options: Any) -> Any:
+        """Not of this layer, whose output is the difference of two maps.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(f"{type(self).__name__}: record is of layers with one map of weights; this layer has two.")
+
     def _weights(self, inputs: Inputs) -> Tensor:
         first, second = (super(DifferentialAttention, self)._weights(one) for one in _halves(inputs))
         return first - self.difference().to(first.dtype) * second

@@ -1,5 +1,6 @@
 """`LatentAttention`: keys and values of all heads from one latent for each token."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +11,7 @@ from qkv import functional
 from qkv.arguments import require_count, require_finite, require_flag, require_positive, require_probability
 from qkv.cache import Caches, Keys, LatentKVCache, Owner
 from qkv.cache.int8 import Dtype, format_of
+from qkv.layer_record import LayerRecord, record_call
 from qkv.layers import deepseek
 from qkv.layers.arguments import input_error, require_backend, require_like_weights, require_mask, require_rotary
 from qkv.layers.cached_call import (
@@ -226,6 +228,24 @@ class LatentAttention(OperatorLayer):
         q, keys, mask, bias = self._inputs(x, call_options(self, mask, bias, positions, cache))
         k, _ = self._heads.expand(keys.k)
         return functional.attention_weights(q, k, mask=mask, **self._scores(bias), **keys.options())
+
+    @torch.no_grad()
+    def record(
+        self,
+        x: Tensor,
+        *,
+        windows: Sequence[int] = (),
+        sink_tokens: int = 0,
+        blocks: int = 64,
+        mask: Mask | None = None,
+        bias: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> LayerRecord:
+        """What `forward` attends to, as `Attention.record`: each head has keys of its own, made of the latents."""
+        q, keys, mask, bias = self._inputs(x, call_options(self, mask, bias, positions, None))
+        k, v = self._heads.expand(keys.k)
+        options = {"mask": mask, **self._scores(bias), **keys.options()}
+        return record_call(type(self).__name__, False, (q, k, v, options), windows, sink_tokens, blocks)
 
     def make_cache(self, capacity: int | None = None, dtype: Dtype = None) -> LatentKVCache:
         """The cache that the layer needs to decode, as `Caches.for_model` makes it, in the dtype of the latents.

@@ -1,0 +1,118 @@
+"""`LayerRecord`: what one call of an attention layer attends to, in the numbers of `qkv.look`."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qkv import look
+from qkv.arguments import require_count
+from qkv.masks import Mask
+
+
+class LayerRecord(NamedTuple):
+    """What one call of an attention module attended to."""
+
+    name: str
+    """of the module within the model"""
+    mask: Mask
+    """the mask that was in effect"""
+    offset: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    is_cross: bool
+    """whether keys and values come from another sequence"""
+    windows: tuple[int, ...]
+    """those of the recording; none in cross-attention"""
+    cut: look.WindowCut
+    keys_in_effect: Tensor
+    """(B, H, Lq)"""
+    distance: look.Distance
+    sinks: look.SinkShare
+    map: look.BlockMap
+    is_token: Tensor | None
+    """(B, Lq), which queries are not padding; None if all are, and where the mask does not tell"""
+
+    def mean(self, number: Tensor) -> Tensor:
+        """The mean of a number ``(B, H, Lq)`` over the queries, padding apart: ``(B, H)``. NaN where there are none."""
+        if self.is_token is not None:
+            number = number.masked_fill(~self.is_token[:, None], torch.nan)
+        return number.nanmean(-1)
+
+    @property
+    def window(self) -> int | None:
+        """Number of keys that a query sees at most, its own and those before it; None for all, or a dense mask's."""
+        lookback = self.mask.lookback
+        return None if lookback is None else lookback + 1
+
+    def cut_by_kv_head(self) -> Tensor:
+        """The weight that each window cuts from each KV head: ``(windows, B, Hkv)``.
+
+        The largest among the query heads of a group, since one that needs distant keys needs those of its group; in
+        the mean over the queries that have as many keys before them.
+        """
+        mass, is_token = self.cut.mass, self.is_token
+        if is_token is None:
+            is_token = torch.ones(mass.shape[1], mass.shape[3], dtype=torch.bool, device=mass.device)
+        number = is_token.cumsum(1) + self.offset
+        windows = torch.tensor(self.windows, dtype=number.dtype, device=mass.device)
+        loses = is_token & (number > windows[:, None, None])  # (windows, B, Lq)
+        by_head = mass.masked_fill(~loses[:, :, None], torch.nan).nanmean(-1).nan_to_num()
+        return by_head.unflatten(2, (self.kv_heads, -1)).amax(3)  # type: ignore[no-any-return]
+
+
+def check_options(windows: Sequence[int], sink_tokens: int, blocks: int) -> None:
+    """Raises a TypeError or ValueError unless they can be those of a record."""
+    if not isinstance(windows, Sequence):
+        raise TypeError(f"record: windows must be a sequence of counts; got {type(windows).__name__}.")
+    for window in windows:
+        require_count("record", "each of windows", window)
+    require_count("record", "sink_tokens", sink_tokens, 0)
+    require_count("record", "blocks", blocks)
+
+
+def record_call(
+    name: str,
+    is_cross: bool,
+    given: tuple[Tensor, Tensor, Tensor, dict[str, Any]],
+    windows: Sequence[int],
+    sink_tokens: int,
+    blocks: int,
+) -> LayerRecord:
+    """The record of a call with queries, keys, values and other arguments of `qkv.attention`.
+
+    Raises:
+        TypeError, ValueError: for windows that are not counts, or hide nothing.
+    """
+    check_options(windows, sink_tokens, blocks)
+    q, k, v, options = given
+    windows = () if is_cross else tuple(windows)
+    mask, offset, lk = options["mask"], options["offset"], k.shape[2]
+    for window in windows:
+        if window >= lk:
+            raise ValueError(
+                f"record: a window of {window} cuts nothing of {lk} tokens; give a longer text or a smaller window."
+            )
+    sees_later_keys = q.shape[2] > 1 and mask.shows_later_keys(1)
+    used = [Mask.band(w - 1, w - 1, sink_tokens) if sees_later_keys else w for w in windows]
+    of_scores = {name: value for name, value in options.items() if name != "v_scale"}
+    return LayerRecord(
+        name,
+        mask,
+        offset,
+        q.shape[1],
+        k.shape[1],
+        q.shape[3],
+        v.shape[3],
+        is_cross,
+        windows,
+        look.window_cut(q, k, v, used, sink_tokens=sink_tokens, **options),
+        look.keys_in_effect(q, k, **of_scores),
+        look.distance(q, k, **of_scores),
+        look.sink_share(q, k, first=max(1, sink_tokens), **of_scores),
+        look.block_map(q, k, blocks=blocks, **of_scores),
+        mask.keep_keys(lk) if q.shape[2] == lk and not is_cross else None,
+    )
