@@ -51,11 +51,10 @@ class LayerRecord(NamedTuple):
         lookback = self.mask.lookback
         return None if lookback is None else lookback + 1
 
-    def cut_by_kv_head(self) -> Tensor:
-        """The weight that each window cuts from each KV head: ``(windows, B, Hkv)``.
+    def cut_by_head(self) -> Tensor:
+        """The weight that each window cuts from each query head: ``(windows, B, H)``.
 
-        The largest among the query heads of a group, since one that needs distant keys needs those of its group; in
-        the mean over the queries that have as many keys before them.
+        In the mean over the queries that have as many keys before them; 0 where there are none.
         """
         mass, is_token = self.cut.mass, self.is_token
         if is_token is None:
@@ -63,8 +62,14 @@ class LayerRecord(NamedTuple):
         number = is_token.cumsum(1) + self.offset
         windows = torch.tensor(self.windows, dtype=number.dtype, device=mass.device)
         loses = is_token & (number > windows[:, None, None])  # (windows, B, Lq)
-        by_head = mass.masked_fill(~loses[:, :, None], torch.nan).nanmean(-1).nan_to_num()
-        return by_head.unflatten(2, (self.kv_heads, -1)).amax(3)  # type: ignore[no-any-return]
+        return mass.masked_fill(~loses[:, :, None], torch.nan).nanmean(-1).nan_to_num()
+
+    def cut_by_kv_head(self) -> Tensor:
+        """The weight that each window cuts from each KV head: ``(windows, B, Hkv)``.
+
+        The largest among the query heads of a group, since one that needs distant keys needs those of its group.
+        """
+        return self.cut_by_head().unflatten(2, (self.kv_heads, -1)).amax(3)  # type: ignore[no-any-return]
 
 
 class Recording(NamedTuple):
