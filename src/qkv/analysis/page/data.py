@@ -22,8 +22,6 @@ def data_of(seen: Seen, even: Sequence[Tensor]) -> dict[str, Any]:
     index: dict[str, int] = {}  # of each map, in the order in which they are found
     layers = [_layer(layer, one, index) for layer, one in zip(seen.recording.layers, even, strict=True)]
     return {
-        "model": seen.model,
-        "text": seen.text,
         "tokens": list(seen.tokens),
         "windows": list(seen.recording.windows),
         "sink_tokens": seen.recording.sink_tokens,
@@ -111,7 +109,6 @@ def _price(seen: Seen, price: Price) -> dict[str, Any]:
             {
                 "layers": list(saving.layers),
                 "increase": rounded(saving.increase),
-                "cache_bytes": saving.cache_bytes,
                 "tokens": codes.signed((some.loss - price.loss)[0]),
             }
             for saving, some in zip(seen.savings(price), price.together, strict=True)

@@ -29,7 +29,8 @@
 
   // Numbers as words.
   const isNumber = (number) => number !== null && Number.isFinite(number);
-  const nats = (number) => (isNumber(number) ? (number < 0 ? "" : "+") + number.toFixed(4) : "no number");
+  const nats = (number, digits = 3) => (isNumber(number) ? (number < 0 ? "" : "+") + number.toFixed(digits) : "no number");
+  const unsigned = (number) => (isNumber(number) ? number.toFixed(3) : "no number");
   const plain = (number) => (isNumber(number) ? number.toFixed(1) : "no number");
   const percent = (number) => (isNumber(number) ? (100 * number).toFixed(1) + "%" : "no number");
   const counted = (number, noun) => `${number} ${noun}${number === 1 ? "" : "s"}`;
@@ -57,10 +58,11 @@
   const changes = data.prices.flatMap((price) => {
     const loss = () => signed(price.loss);
     const together = price.together.filter((some) => some.layers.length).map((some) => ({
-      name: `${price.change} in ${counted(some.layers.length, "layer")} together`, loss, increase: () => signed(some.tokens),
+      name: `${price.change} in ${counted(some.layers.length, "layer")} together`, loss, mean: some.increase,
+      increase: () => signed(some.tokens),
     }));
     const alone = price.alone.map((codes, layer) => ({
-      name: `${price.change} in layer ${layer} alone`, loss, increase: () => signed(codes),
+      name: `${price.change} in layer ${layer} alone`, loss, mean: price.by_layer[layer], increase: () => signed(codes),
     }));
     return [...together.reverse(), ...alone];
   });
@@ -77,11 +79,9 @@
     spans[token].classList.add("current");
     if (scrolls) spans[token].scrollIntoView({ block: "nearest" });
     const says = token === 0 ? "nothing predicts it" :
-      `loss ${plain4(shown.loss[token - 1])}, ${nats(shown.increase[token - 1])} if changed, before training`;
+      `loss ${unsigned(shown.loss[token - 1])}, ${nats(shown.increase[token - 1])} if changed, before training`;
     find("token").replaceChildren(`Token ${token}, `, piece("q", marked(data.tokens[token])), `: ${says}`);
   };
-  const plain4 = (number) => (isNumber(number) ? number.toFixed(4) : "no number");
-
   const showChange = (change) => {
     shown = { loss: change.loss(), increase: change.increase() };
     const finite = Array.from(shown.increase).filter(Number.isFinite);
@@ -96,18 +96,17 @@
       span.style.backgroundColor = strength < 0.02 ? "" : `rgb(${increase > 0 ? "213 94 0" : "0 114 178"} / ${strength.toFixed(3)})`;
       span.classList.toggle("costly", costly.has(index - 1));
     });
-    const sum = finite.reduce((total, increase) => total + increase, 0);
     const positive = order.reduce((total, at) => total + shown.increase[at], 0);
     const part = positive > 0 ? dearest.reduce((total, at) => total + shown.increase[at], 0) / positive : 0;
     find("tokens-say").textContent =
       `Shows the increase of each token's loss, before training, as background: orange for more, blue for less, by the square root, ` +
-      `up to ${plain4(most)} nats. The mean is ${nats(finite.length ? sum / finite.length : NaN)} nats a token; the ` +
+      `up to ${unsigned(most)} nats. The mean is ${nats(change.mean, 4)} nats a token; the ` +
       `${counted(dearest.length, "token")} underlined ${dearest.length === 1 ? "makes" : "make"} up ${percent(part)} of all increases.`;
     find("costly").replaceChildren(...dearest.map((at) => {
       const index = at + 1;
       const words = (start, stop) => data.tokens.slice(start, stop).map((text) => piece("span", text));
       const button = make("button", { type: "button" },
-        `${nats(shown.increase[at])} nats, of ${plain4(shown.loss[at])}, token ${index}: `,
+        `${nats(shown.increase[at])} nats, of ${unsigned(shown.loss[at])}, token ${index}: `,
         ...words(Math.max(0, index - BEFORE), index), piece("mark", marked(data.tokens[index])), ...words(index + 1, index + 1 + AFTER));
       button.addEventListener("click", () => { goTo(index, true); find("text").focus({ preventScroll: true }); });
       return make("li", {}, button);
