@@ -108,6 +108,8 @@ def check_layer(found: dict[str, Any], layer: Any) -> None:
     for n, window in enumerate(layer.windows):
         expected = [mean(head[window:]) for head in layer.cut.mass[n, 0]]  # query i has i + 1 keys
         assert found["cut"][n] == pytest.approx(expected, rel=1e-5, abs=1e-6)
+        expected = [mean(head[window:]) for head in layer.cut.change[n, 0]]
+        assert found["change"][n] == pytest.approx(expected, rel=1e-5, abs=1e-6)
     codes = base64.b64decode(found["map"])
     heads, rows, columns = layer.map.mean.shape[1:]
     assert found["map_shape"] == [rows, columns] and len(codes) == heads * rows * columns
@@ -270,6 +272,14 @@ def test_the_tables_of_layers_and_cuts() -> None:
         assert row == [str(n), NAMES[n], sees, ["4", "3"][n], ["2", "1"][n], *shown]
 
 
+def test_queries_without_numbers_are_counted() -> None:
+    says = "Queries of heads that have no number, for NaN or inf, and are left out of the means: 12 in layer 1."
+    assert says in page_of(planted(), MOST)
+    seen = planted()
+    seen = seen._replace(recording=seen.recording._replace(layers=seen.recording.layers[:1]), prices=())
+    assert "have no number, for NaN" not in page_of(seen, MOST)
+
+
 def test_the_mask_in_effect_is_drawn_block_by_block() -> None:
     page = page_of(planted(), MOST)
     full, window = re.findall(r'<path class="seen" d="(.*?)"/>', page)
@@ -430,7 +440,8 @@ def test_prices_that_are_not_numbers_are_named_so() -> None:
     page = page_of(seen._replace(prices=(lost,)), MOST)
     title = "If one layer had a window of 3 tokens and 1 sink token, before training"
     assert rows_of(page, title)[1][2] == "no number"
-    assert "nan" not in re.sub(r"(?s)<script.*?</script>", "", page).lower()
+    shown = re.sub(r"(?s)<script.*?</script>|for NaN or inf", "", page)
+    assert "nan" not in shown.lower()
     assert len(marks_of(page, "Savings against price")) == 1
 
 

@@ -70,8 +70,10 @@ def test_cells_of_heads_say_the_numbers_of_seen(opened: Open) -> None:
         "weight on sinks": lambda layer: 100 * layer.mean(layer.sinks.first + layer.sinks.learned)[0],
     }
     for n, window in enumerate(WINDOWS):
-        name = f"cut by a window of {window}, 1 sink token kept"
-        means[name] = lambda layer, n=n, window=window: 100 * layer.cut.mass[n, 0, :, window:].mean(1)
+        for name, part in (("cut", "mass"), ("change", "change")):
+            means[f"{name} by a window of {window}, 1 sink token kept"] = lambda layer, n=n, window=window, part=part: (
+                100 * getattr(layer.cut, part)[n, 0, :, window:].mean(1)
+            )
     assert page.locator("#number option").all_inner_texts() == list(means)
     for name, number in means.items():
         page.select_option("#number", label=name)
@@ -79,7 +81,7 @@ def test_cells_of_heads_say_the_numbers_of_seen(opened: Open) -> None:
         expected = []
         for n, layer in enumerate(layers):
             for head, value in enumerate(number(layer).tolist()):
-                share = "%" if name[:3] in ("cut", "wei") else ""
+                share = "%" if name[:3] in ("cut", "cha", "wei") else ""
                 written = f"{value:.1f}{share}" if value == value else "no number"
                 expected.append(f"Layer {n}, head {head}: {name} {written}")
         assert labels == expected

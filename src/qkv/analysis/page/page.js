@@ -135,6 +135,7 @@
 
   // Heads at a glance.
   const withSinks = data.sink_tokens ? `, ${counted(data.sink_tokens, "sink token")} kept` : "";
+  const none = (layer) => Array(layer.heads).fill(null);
   const numbers = [
     { name: "keys in effect", of: (layer) => layer.keys_in_effect, text: plain, isLog: true,
       says: "the number of keys that a head attends to, as exp of the entropy, in the mean over queries" },
@@ -142,9 +143,12 @@
       says: "how many tokens back the keys of a head lie, by weight, in the mean over queries" },
     { name: "weight on sinks", of: (layer) => layer.sinks, text: percent,
       says: `the weight on the first ${counted(Math.max(1, data.sink_tokens), "token")} and a learned sink, in the mean over queries` },
-    ...data.windows.map((window, n) => ({
-      name: `cut by a window of ${window}${withSinks}`, of: (layer) => layer.cut[n] ?? layer.keys_in_effect.map(() => null), text: percent,
-      says: `the weight on keys that a window of ${window} hides${withSinks}, in the mean over queries that lose keys, before training` })),
+    ...data.windows.flatMap((window, n) => [
+      { name: `cut by a window of ${window}${withSinks}`, of: (layer) => layer.cut[n] ?? none(layer), text: percent,
+        says: `the weight on keys that a window of ${window} hides${withSinks}, in the mean over queries that lose keys, before training` },
+      { name: `change by a window of ${window}${withSinks}`, of: (layer) => layer.change[n] ?? none(layer), text: percent,
+        says: `how far a window of ${window}${withSinks} moves a head's output, as a share of its length, in the mean over queries that lose keys, before training` },
+    ]),
   ];
   let number = numbers[0];
   let cells = [];
@@ -236,7 +240,7 @@
     };
     const group = Math.floor(head / (of.heads / of.kv_heads));
     find("head-name").textContent = `Layer ${layer}, head ${head} (${of.name}, KV head ${group})`;
-    const cuts = of.cut.map((row, n) => `cut by a window of ${data.windows[n]}${withSinks}: ${percent(row[head])}`);
+    const cuts = of.cut.map((row, n) => `cut by a window of ${data.windows[n]}${withSinks}: ${percent(row[head])}, which moves the output by ${percent(of.change[n][head])}`);
     find("head-numbers").textContent = [
       `Keys in effect: ${plain(of.keys_in_effect[head])}`,
       `distance: ${plain(of.distance[head])}, with a spread of ${plain(of.spread[head])}`,

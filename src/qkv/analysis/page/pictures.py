@@ -239,7 +239,18 @@ def layers(seen: Seen, even: Sequence[Tensor]) -> Markup:
                 else "A cell is filled if some pair in it is visible; it does not show which keys get weight.",
             )
         )
-    return joined(element("div", *pictures, class_="row"), _summary(seen))
+    return joined(element("div", *pictures, class_="row"), _summary(seen), *_lost(seen))
+
+
+def _lost(seen: Seen) -> list[Markup]:
+    """What the means leave out, since a query or a key has NaN or inf."""
+    found = [int((~layer.keys_in_effect[0].isfinite()).sum()) for layer in seen.recording.layers]
+    says = ", ".join(f"{count:,} in layer {n}" for n, count in enumerate(found) if count)
+    if not says:
+        return []
+    return [
+        element("p", f"Queries of heads that have no number, for NaN or inf, and are left out of the means: {says}.")
+    ]
 
 
 def _sees(layer: LayerRecord) -> str:
