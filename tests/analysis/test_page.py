@@ -430,6 +430,8 @@ def test_layers_of_a_context() -> None:
     assert "sees a context (across)" in page and "sees all keys (across)" in page
     layers = data_of(page)["layers"]
     assert [layer["cut"] == [] for layer in layers] == [layer.is_cross for layer in recording.layers]
+    assert [layer["queries"] for layer in layers] == [12, 12, 9, 9, 9, 9]
+    assert [layer["keys"] for layer in layers] == [12, 12, 9, None, 9, None]
 
 
 def test_prices_that_are_not_numbers_are_named_so() -> None:

@@ -10,8 +10,9 @@ import pytest
 import torch
 from analysis.browser import axe, chromium, is_here
 from analysis.planted import HOSTILE, TOKENS, WINDOWS, planted
+from families.small import build
 
-from qkv.analysis import Seen
+from qkv.analysis import Seen, record
 from qkv.analysis.page import document, page_of
 from qkv.analysis.page.data import even_maps
 
@@ -134,6 +135,20 @@ def test_the_map_of_a_head_is_drawn_as_its_numbers(opened: Open) -> None:
             assert cells[at] == f"{100 * drawn:.1f}%"
 
 
+@pytest.mark.filterwarnings("ignore")  # of transformers' own making
+def test_layers_of_a_context_have_maps_without_a_length(opened: Open) -> None:
+    ids = torch.randint(3, 96, (1, 12), generator=torch.Generator().manual_seed(0))
+    recording = record(build("bart"), ids, decoder_input_ids=ids[:, :9], windows=[4])
+    page = opened(Seen("bart", "t", tuple("x" * 12), 0, 4, recording, ()))
+    assert not page.is_visible("#tokens")
+    page.select_option("#number", label="cut by a window of 4")
+    assert page.locator("#grid td").nth(3 * 6).get_attribute("aria-label").endswith("no number")
+    page.locator("#grid td").nth(3 * 6).click()
+    page.locator("#map-box").press("ArrowUp")
+    weight = f"{100 * round(recording.layers[3].map.mean[0, 0, 7, 0].item() ** 0.5 * 255) ** 2 / 255**2:.1f}%"
+    assert page.inner_text("#map-now").startswith(f"Queries 7, keys of block 0 of 12: weight {weight}, ")
+
+
 def test_costly_tokens_are_those_of_seen_with_their_context(opened: Open) -> None:
     page, seen = opened(planted()), planted()
     names = page.locator("#change option").all_inner_texts()
@@ -221,6 +236,7 @@ def test_the_keyboard_reaches_everything(opened: Open) -> None:
         assert said
         walked.append((int(said[1]), int(said[2])))
     assert walked == [(0, 1), (1, 1), (1, 2), (1, 2), (0, 2), (0, 3), (0, 0), (1, 2), (1, 2)]
+    assert page.eval_on_selector_all("#grid td", "all => all.map((cell) => cell.tabIndex)") == [-1] * 6 + [0]
     page.keyboard.press("Enter")
     assert page.is_visible("#head") and page.evaluate("document.activeElement.id") == "head"
     page.locator("#map-box").focus()

@@ -225,7 +225,7 @@
 
   // One head: its numbers and its map.
   const OCTAVES = 4;
-  let map = { rows: 0, columns: 0, weights: [], even: [] };
+  let map = { rows: 0, columns: 0, queries: 0, keys: 0, weights: [], even: [] };
   let block = [0, 0];
 
   const openHead = () => {
@@ -234,7 +234,7 @@
     const [rows, columns] = of.map_shape;
     const start = head * rows * columns;
     map = {
-      rows, columns,
+      rows, columns, queries: of.queries, keys: of.keys,
       weights: shares8(of.map).subarray(start, start + rows * columns),
       even: shares16(data.even[of.even[head]]),
     };
@@ -270,13 +270,13 @@
   };
   const sayBlock = ([row, column]) => {
     const n = row * map.columns + column;
-    const where = `Queries ${part(row, map.rows)}, keys ${part(column, map.columns)}`;
+    const where = `Queries ${part(row, map.rows, map.queries)}, keys ${part(column, map.columns, map.keys)}`;
     if (map.even[n] === 0) return `${where}: hidden`;
     return `${where}: weight ${percent(map.weights[n])}, ${(map.weights[n] / map.even[n]).toFixed(2)} times an even one`;
   };
-  /** The tokens of a block: token i of n is in block floor(i * blocks / n). */
-  const part = (index, blocks) => {
-    const n = data.tokens.length;
+  /** The tokens of a block: token i of n is in block floor(i * blocks / n). The length of a context is not known. */
+  const part = (index, blocks, n) => {
+    if (n === null) return `of block ${index} of ${blocks}`;
     const first = Math.ceil(index * n / blocks);
     const last = Math.ceil((index + 1) * n / blocks) - 1;
     return first === last ? `${first}` : `${first}\u2013${last}`;
@@ -317,8 +317,8 @@
       const over = (length, each) => Array.from({ length }, (_, n) => each(n));
       find("map-table").append(make("table", {},
         make("caption", {}, "Weight of blocks of keys (across) in the mean over blocks of queries (down)"),
-        make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "queries"), ...over(map.columns, (n) => make("th", { scope: "col" }, part(n, map.columns))))),
-        make("tbody", {}, ...over(map.rows, (row) => make("tr", {}, make("th", { scope: "row" }, part(row, map.rows)), ...over(map.columns, (column) => cell(row, column)))))));
+        make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "queries"), ...over(map.columns, (n) => make("th", { scope: "col" }, part(n, map.columns, map.keys))))),
+        make("tbody", {}, ...over(map.rows, (row) => make("tr", {}, make("th", { scope: "row" }, part(row, map.rows, map.queries)), ...over(map.columns, (column) => cell(row, column)))))));
     });
   }
 }
