@@ -128,7 +128,6 @@ MUTANTS = [
     Mutant("the worst head of a page is the last one", "analysis/page/pictures.py", "_percent(by_layer[n, at].item())", "_percent(by_layer[-1, at].item())", PAGE),
     Mutant("cuts of a page in the order of another", "analysis/page/pictures.py", "order = sorted(range(len(windows)), key=windows.__getitem__)", "order = range(len(windows))", PAGE),
     Mutant("the cache of a page does not grow", "analysis/seen.py", "heads, length = layer.kv_heads, count", "heads, length = layer.kv_heads, len(self.tokens)", PAGE),
-    Mutant("a head's cut in the mean over all queries", "analysis/recording.py", "loses = is_token & (keys > windows[:, None, None])", "loses = is_token & (keys > 0 * windows[:, None, None])", PAGE),
     Mutant("the price of a window one token wider", "analysis/changes.py", "Mask.causal(window, sink", "Mask.causal(window + 1, sink", PRICING),
     Mutant("the price of a window instead of a layer's own mask", "analysis/changes.py", "return mask & self._mask  #", "return self._mask  #", PRICING),
     Mutant("a priced layer keeps its pooled heads", "analysis/changes.py", "self._model.set_submodule(name, layer)", "pass", PRICING),

@@ -17,7 +17,7 @@ from families.small import build
 from torch import Tensor
 
 from qkv import Mask, look
-from qkv.analysis import Recording, Seen, price, record
+from qkv.analysis import Against, Recording, Seen, price, record
 from qkv.analysis.page import document, page_of
 from qkv.analysis.page.data import even_maps
 
@@ -265,11 +265,10 @@ def test_the_tables_of_layers_and_cuts() -> None:
     head, *rows = rows_of(page, caption)
     assert head[-2:] == ["cut by 7", "cut by 3"]
     for n, (row, layer) in enumerate(zip(rows, layers, strict=True)):
-        sees = ["all keys before it and its own", "5 keys at most"][n]
         keys, distance = mean(layer.keys_in_effect.flatten()), mean(layer.distance.mean.flatten())
         sinks = 100 * mean((layer.sinks.first + layer.sinks.learned).flatten())
         shown = [f"{keys:.1f}", f"{distance:.1f}", f"{sinks:.1f}%", *(f"{100 * cut:.1f}%" for cut in worst[n])]
-        assert row == [str(n), NAMES[n], sees, ["4", "3"][n], ["2", "1"][n], *shown]
+        assert row == [str(n), NAMES[n], ["4", "3"][n], ["2", "1"][n], ["all keys", "5 keys"][n], *shown]
 
 
 def test_queries_without_numbers_are_counted() -> None:
@@ -300,6 +299,49 @@ def test_the_cache_grows_by_its_own_rule() -> None:
         assert row[1:4] == [f"{(2 * count + 5) * 28:,}", f"{4 * 3 * 28:,}", f"{(count + 5) * 28:,}"]
 
 
+def test_layers_have_their_numbers_in_the_model() -> None:
+    """As in models whose other layers keep no keys."""
+    names = "model.layers.3.self_attn", "model.layers.7.self_attn"
+    seen = planted()
+    records = tuple(layer._replace(name=name) for layer, name in zip(seen.recording.layers, names, strict=True))
+    found = tuple(price._replace(layers=names) for price in seen.prices)
+    page = page_of(seen._replace(recording=seen.recording._replace(layers=records), prices=found), 10.0)
+    data = data_of(page)
+    assert [layer["label"] for layer in data["layers"]] == ["3", "7"]
+    assert [price["labels"] for price in data["prices"]] == [["3", "7"]] * 2
+    rows = rows_of(page, "What changes save and cost on this text, before training")[2:]
+    assert [row[2] for row in rows] == ["7", "3, 7", "3, 7"]
+    assert "in 2 layers (3, 7), 336 B instead of 812 B" in page
+    for caption in (
+        "Weight cut from the KV head of a layer that loses most",
+        "If one layer had 1 KV head by mean pooling, before training",
+    ):
+        assert [row[0] for row in rows_of(page, caption)[1:]] == ["3", "7"]
+    for words in ("Layer 3 in effect", "Layer 7 in effect", "<title>layer 7: ", "means: 12 in layer 7."):
+        assert words in page
+    head, first, *_ = rows_of(page, "Bytes of keys and values")
+    assert head[4] == "the proposal" and first[2] == first[4] == "336"
+
+
+def test_another_model_is_compared_token_by_token() -> None:
+    seen = planted()
+    before = seen.prices[0].loss
+    other = Against('<b>"\u202e', before, before + Draw(3).between(-1, 2, *before.shape))
+    page = page_of(seen._replace(against=other, prices=()), MOST)
+    increase = (other.loss - before)[0]
+    after = mean(other.loss[0])
+    assert (
+        f"&lt;b&gt;&quot;\\u202e has a loss of {after:.4f} nats a token where toy has {mean(before[0]):.4f}: " in page
+    )
+    assert f": {mean(increase):+.4f}. Its tokens" in page
+    found = data_of(page)["against"]
+    assert found["model"] == '<b>"\\u202e'
+    assert found["increase"] == pytest.approx(mean(increase), rel=1e-5)
+    check_codes(found["loss"], before[0])
+    check_codes(found["tokens"], increase)
+    assert data_of(page_of(seen, MOST))["against"] is None
+
+
 def test_the_proposal_is_said_with_its_numbers_and_the_limit() -> None:
     seen = planted()
     proposal = seen.proposal(10.0)
@@ -309,8 +351,11 @@ def test_the_proposal_is_said_with_its_numbers_and_the_limit() -> None:
         "The measured windows that save most for at most 10 nats a token, before training: a window of 3 tokens and 1 "
         f"sink token in 2 layers (0-1), 336 B instead of 812 B, {proposal.increase:+.4f} nats."
     )
-    assert says in page
+    assert f"{says} Configurations of transformers have no sink tokens; qkv.SlidingKVCache has them." in page
     assert page.count('class="ring"') == 1
+    without = seen.prices[0]._replace(sink_tokens=0)
+    page_without = page_of(seen._replace(prices=(without,)), 10.0)
+    assert "nats. With the JSON report of qkv see, qkv convert --like writes that." in page_without
     page = page_of(seen, -1.0)
     assert "No measured window saves bytes for at most -1 nats a token." in page
     assert 'class="ring"' not in page
@@ -326,7 +371,7 @@ def test_every_figure_says_what_it_shows_and_what_it_does_not() -> None:
         assert re.search(r'<span class="not">.*?</span>', caption)
     for title in ("Shows what the cheapest", "If one layer had", "Weight that windows", "In the mean over queries"):
         assert title in page
-    for words in ("What changes save and cost on this text, before training", "If this were changed, before training"):
+    for words in ("What changes save and cost on this text, before training", " together, before training`"):
         assert words in page
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from analysis.browser import axe, chromium, is_here
-from analysis.planted import HOSTILE, TOKENS, WINDOWS, planted
+from analysis.planted import HOSTILE, TOKENS, WINDOWS, Draw, planted
 from families.small import build
 
-from qkv.analysis import Seen, record
+from qkv.analysis import Against, Seen, record
 from qkv.analysis.page import document, page_of
 from qkv.analysis.page.data import even_maps
 
@@ -150,20 +150,28 @@ def test_layers_of_a_context_have_maps_without_a_length(opened: Open) -> None:
 
 
 def test_costly_tokens_are_those_of_seen_with_their_context(opened: Open) -> None:
-    page, seen = opened(planted()), planted()
+    seen = planted()
+    before = seen.prices[0].loss
+    seen = seen._replace(against=Against("<b>", before, before + Draw(3).between(-1, 2, *before.shape)))
+    page = opened(seen)
     names = page.locator("#change option").all_inner_texts()
     window, pooled = (price.change for price in seen.prices)
     assert names == [
-        f"{window} in 2 layers together",
-        f"{window} in 1 layer together",
-        *(f"{window} in layer {n} alone" for n in range(2)),
-        f"{pooled} in 2 layers together",
-        *(f"{pooled} in layer {n} alone" for n in range(2)),
+        f"{window} in 2 layers together, before training",
+        f"{window} in 1 layer together, before training",
+        *(f"{window} in layer {n} alone, before training" for n in range(2)),
+        f"{pooled} in 2 layers together, before training",
+        *(f"{pooled} in layer {n} alone, before training" for n in range(2)),
+        "the other model, <b>",
     ]
-    for price, name in ((seen.prices[0], names[0]), (seen.prices[1], names[4])):
+    cases = [
+        (names[0], seen.costly(seen.prices[0], 20), seen.prices[0].together[-1].loss - before),
+        (names[4], seen.costly(seen.prices[1], 20), seen.prices[1].together[-1].loss - before),
+        (names[7], seen.against.costly(20), seen.against.loss - before),
+    ]
+    for name, costly, all_increases in cases:
         page.select_option("#change", label=name)
         lines = page.locator("#costly button").all_inner_texts()
-        costly = seen.costly(price, 20)
         assert len(lines) == len(costly) > 3
         for line, token in zip(lines, costly, strict=True):
             said = re.match(r"([+-][\d.]+) nats, of ([\d.]+), token (\d+): ", line)
@@ -177,7 +185,7 @@ def test_costly_tokens_are_those_of_seen_with_their_context(opened: Open) -> Non
         underlined = page.eval_on_selector_all("#text span", "all => all.map((one) => one.matches('.costly'))")
         assert {at for at, is_costly in enumerate(underlined) if is_costly} == {token.position for token in costly}
         backgrounds = page.eval_on_selector_all("#text span", "all => all.map((one) => one.style.backgroundColor)")
-        increase = (price.together[-1].loss - price.loss)[0].tolist()
+        increase = all_increases[0].tolist()
         known = [more for more in increase if more == more]
         assert f"The mean is {sum(known) / len(known):+.4f} nats a token" in page.inner_text("#tokens-say")
         assert backgrounds[0] == "" and backgrounds[4] == ""  # nothing predicts these

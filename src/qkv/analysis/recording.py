@@ -62,15 +62,15 @@ class LayerRecord(NamedTuple):
         """How far each window moves the output of each query head: ``(windows, B, H)``, over the same queries."""
         return self._mean_of_those_that_lose(self.cut.change)
 
-    def _mean_of_those_that_lose(self, number: Tensor) -> Tensor:
-        """The mean of a number ``(windows, B, H, Lq)`` over the queries from which a window may hide keys."""
+    def _mean_of_those_that_lose(self, lost: Tensor) -> Tensor:
+        """The mean of ``(windows, B, H, Lq)`` over the queries from which a window may hide keys."""
         is_token = self.is_token
         if is_token is None:
-            is_token = torch.ones(number.shape[1], number.shape[3], dtype=torch.bool, device=number.device)
-        keys = is_token.cumsum(1) + self.offset
-        windows = torch.tensor(self.windows, dtype=keys.dtype, device=keys.device)
-        loses = is_token & (keys > windows[:, None, None])  # (windows, B, Lq)
-        return number.masked_fill(~loses[:, :, None], torch.nan).nanmean(-1)
+            is_token = torch.ones(lost.shape[1], lost.shape[3], dtype=torch.bool, device=lost.device)
+        number = is_token.cumsum(1) + self.offset
+        windows = torch.tensor(self.windows, dtype=number.dtype, device=lost.device)
+        loses = is_token & (number > windows[:, None, None])  # (windows, B, Lq)
+        return lost.masked_fill(~loses[:, :, None], torch.nan).nanmean(-1)
 
     def cut_by_kv_head(self) -> Tensor:
         """The weight that each window cuts from each KV head: ``(windows, B, Hkv)``.

@@ -88,7 +88,7 @@ class Seen(NamedTuple):
 
     def savings(self, price: Price) -> list[Saving]:
         """One for each number of layers that were changed together."""
-        numbers = [int(label) if label.isdecimal() else index for index, label in enumerate(labels(price.layers))]
+        numbers = numbers_of(price.layers)
         return [
             Saving(
                 price,
@@ -216,6 +216,11 @@ def labels(names: Sequence[str]) -> list[str]:
     if len(around) == 1 and len(set(numbers)) == len(names):
         return numbers
     return [name.removeprefix("model.") for name in names]
+
+
+def numbers_of(names: Sequence[str]) -> list[int]:
+    """The numbers of layers in the model, as their names have them; else, their places among these."""
+    return [int(label) if label.isdecimal() else index for index, label in enumerate(labels(names))]
 
 
 def _numbers(values: Tensor) -> list[float | None]:

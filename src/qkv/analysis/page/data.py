@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from qkv.analysis.page import codes
+from qkv.analysis.page.markup import visible
 from qkv.analysis.pricing import Price
 from qkv.analysis.recording import LayerRecord, Recording
-from qkv.analysis.seen import Seen
+from qkv.analysis.seen import Against, Seen, labels
 
 ROWS_AT_ONCE = 256
 """Queries whose mask is written out at once: 8 MB for 4096 keys."""
@@ -20,7 +21,11 @@ ROWS_AT_ONCE = 256
 def data_of(seen: Seen, even: Sequence[Tensor]) -> dict[str, Any]:
     """A document for the page's script, with the maps of `even_maps`."""
     index: dict[str, int] = {}  # of each map, in the order in which they are found
-    layers = [_layer(layer, one, index) for layer, one in zip(seen.recording.layers, even, strict=True)]
+    short = labels([layer.name for layer in seen.recording.layers])
+    layers = [
+        {"label": label, **_layer(layer, one, index)}
+        for label, layer, one in zip(short, seen.recording.layers, even, strict=True)
+    ]
     return {
         "tokens": list(seen.tokens),
         "windows": list(seen.recording.windows),
@@ -28,6 +33,7 @@ def data_of(seen: Seen, even: Sequence[Tensor]) -> dict[str, Any]:
         "layers": layers,
         "even": list(index),
         "prices": [_price(seen, price) for price in seen.prices],
+        "against": None if seen.against is None else _against(seen.against),
     }
 
 
@@ -105,6 +111,7 @@ def _even_map(layer: LayerRecord) -> Tensor:
 def _price(seen: Seen, price: Price) -> dict[str, Any]:
     return {
         "change": price.change,
+        "labels": labels(price.layers),
         "loss": codes.signed(price.loss[0]),
         "alone": [codes.signed(increase[0]) for increase in price.increase],
         "by_layer": _numbers(price.by_layer),
@@ -116,4 +123,14 @@ def _price(seen: Seen, price: Price) -> dict[str, Any]:
             }
             for saving, some in zip(seen.savings(price), price.together, strict=True)
         ],
+    }
+
+
+def _against(against: Against) -> dict[str, Any]:
+    increase = against.loss - against.before
+    return {
+        "model": visible(against.model),
+        "loss": codes.signed(against.before[0]),
+        "increase": rounded(increase.nanmean().item()),
+        "tokens": codes.signed(increase[0]),
     }

@@ -44,6 +44,7 @@ def page_of(seen: Seen, most: float) -> str:
         ),
         "style": style,
         "prices": _prices(seen, most),
+        "against": _against(seen),
         "cuts": _cuts(seen),
         "layers": pictures.layers(seen, even),
         "cache": pictures.cache(seen, most),
@@ -79,6 +80,12 @@ def _prices(seen: Seen, most: float) -> Markup:
     bars = element("div", *(pictures.price_by_layer(price) for price in seen.prices), class_="row")
     by_layer = element("section", element("h2", "Which layers pay?"), bars)
     return joined(element("section", heading, pictures.savings(seen, most)), by_layer)
+
+
+def _against(seen: Seen) -> Markup:
+    if seen.against is None:
+        return Markup("")
+    return element("section", element("h2", "What does the other model lose?"), pictures.against(seen, seen.against))
 
 
 def _cuts(seen: Seen) -> Markup:

@@ -58,16 +58,20 @@
   const changes = data.prices.flatMap((price) => {
     const loss = () => signed(price.loss);
     const together = price.together.filter((some) => some.layers.length).map((some) => ({
-      name: `${price.change} in ${counted(some.layers.length, "layer")} together`, loss, mean: some.increase,
+      name: `${price.change} in ${counted(some.layers.length, "layer")} together, before training`, loss, mean: some.increase,
       increase: () => signed(some.tokens),
     }));
     const alone = price.alone.map((codes, layer) => ({
-      name: `${price.change} in layer ${layer} alone`, loss, mean: price.by_layer[layer], increase: () => signed(codes),
+      name: `${price.change} in layer ${price.labels[layer]} alone, before training`, loss, mean: price.by_layer[layer], increase: () => signed(codes),
     }));
     return [...together.reverse(), ...alone];
   });
+  if (data.against) {
+    const { model, loss, increase, tokens } = data.against;
+    changes.push({ name: `the other model, ${model}`, loss: () => signed(loss), mean: increase, increase: () => signed(tokens) });
+  }
   const spans = [];
-  let shown = { loss: [], increase: [] };
+  let shown = { name: "", loss: [], increase: [] };
   let token = 0;
 
   const marked = (text) => text.replace(/ /g, "\u2423").replace(/\n/g, "\u23ce");
@@ -79,11 +83,11 @@
     spans[token].classList.add("current");
     if (scrolls) spans[token].scrollIntoView({ block: "nearest" });
     const says = token === 0 ? "nothing predicts it" :
-      `loss ${unsigned(shown.loss[token - 1])}, ${nats(shown.increase[token - 1])} if changed, before training`;
+      `loss ${unsigned(shown.loss[token - 1])}, ${nats(shown.increase[token - 1])} with ${shown.name}`;
     find("token").replaceChildren(`Token ${token}, `, piece("q", marked(data.tokens[token])), `: ${says}`);
   };
   const showChange = (change) => {
-    shown = { loss: change.loss(), increase: change.increase() };
+    shown = { name: change.name, loss: change.loss(), increase: change.increase() };
     const finite = Array.from(shown.increase).filter(Number.isFinite);
     const most = Math.max(...finite.map(Math.abs), 1e-9);
     const order = Array.from(shown.increase.keys()).filter((at) => shown.increase[at] > 0);
@@ -99,7 +103,7 @@
     const positive = order.reduce((total, at) => total + shown.increase[at], 0);
     const part = positive > 0 ? dearest.reduce((total, at) => total + shown.increase[at], 0) / positive : 0;
     find("tokens-say").textContent =
-      `Shows the increase of each token's loss, before training, as background: orange for more, blue for less, by the square root, ` +
+      `Shows the increase of each token's loss with ${change.name}, as background: orange for more, blue for less, by the square root, ` +
       `up to ${unsigned(most)} nats. The mean is ${nats(change.mean, 4)} nats a token; the ` +
       `${counted(dearest.length, "token")} underlined ${dearest.length === 1 ? "makes" : "make"} up ${percent(part)} of all increases.`;
     find("costly").replaceChildren(...dearest.map((at) => {
@@ -156,7 +160,7 @@
 
   const sayHead = ([layer, head]) => {
     const value = number.of(data.layers[layer])[head];
-    return `Layer ${layer}, head ${head}: ${number.name} ${number.text(value)}`;
+    return `Layer ${data.layers[layer].label}, head ${head}: ${number.name} ${number.text(value)}`;
   };
   const showNumber = () => {
     const all = data.layers.flatMap((layer) => number.of(layer)).filter(isNumber);
@@ -205,7 +209,7 @@
       cell.addEventListener("pointerenter", () => { find("head-now").textContent = sayHead([row, column]); });
       return cell;
     }));
-    const rows = cells.map((row, layer) => make("tr", { role: "row" }, make("th", { scope: "row", role: "rowheader" }, `${layer}`), ...row));
+    const rows = cells.map((row, layer) => make("tr", { role: "row" }, make("th", { scope: "row", role: "rowheader" }, data.layers[layer].label), ...row));
     const grid = make("table", { role: "grid", "aria-label": "Heads: a row a layer, a column a query head" },
       make("thead", { role: "rowgroup" }, head), make("tbody", { role: "rowgroup" }, ...rows));
     grid.addEventListener("keydown", (event) => {
@@ -239,7 +243,7 @@
       even: shares16(data.even[of.even[head]]),
     };
     const group = Math.floor(head / (of.heads / of.kv_heads));
-    find("head-name").textContent = `Layer ${layer}, head ${head} (${of.name}, KV head ${group})`;
+    find("head-name").textContent = `Layer ${of.label}, head ${head} (${of.name}, KV head ${group})`;
     const cuts = of.cut.map((row, n) => `cut by a window of ${data.windows[n]}${withSinks}: ${percent(row[head])}, which moves the output by ${percent(of.change[n][head])}`);
     find("head-numbers").textContent = [
       `Keys in effect: ${plain(of.keys_in_effect[head])}`,

@@ -9,8 +9,9 @@ from torch import Tensor
 from qkv.analysis.page.charts import Chart, legend, linear, logarithmic, nearly_logarithmic
 from qkv.analysis.page.markup import Markup, element, figure, joined, table
 from qkv.analysis.pricing import Price
-from qkv.analysis.recording import LayerRecord
-from qkv.analysis.seen import Saving, Seen
+from qkv.analysis.recording import LayerRecord, Recording
+from qkv.analysis.seen import Against, Saving, Seen, labels, numbers_of
+from qkv.convert.families.windows import as_ranges
 
 UNIT = 0.01
 """Nats up to which the axis of increases has about equal steps."""
@@ -20,20 +21,16 @@ LABELS = 8
 """Layers, at most, whose numbers are written below a chart."""
 
 
-def ranges(numbers: Sequence[int]) -> str:
-    """Numbers in order, those that follow each other together.
+def listed(labels: Sequence[str]) -> str:
+    """Layers by their labels: numbers that follow each other together.
 
     Example:
-        >>> ranges([0, 1, 2, 5, 7, 8])
-        '0-2, 5, 7-8'
+        >>> listed(["0", "1", "2", "5"]), listed(["encoder.0", "decoder.0"])
+        ('0-2, 5', 'encoder.0, decoder.0')
     """
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    if all(label.isdecimal() for label in labels):
+        return as_ranges(map(int, labels))
+    return ", ".join(labels)
 
 
 def counted(number: int, noun: str) -> str:
@@ -63,10 +60,6 @@ def nats(number: float) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f}%" if math.isfinite(share) else "no number"
-
-
-def _plain(number: float) -> str:
-    return f"{number:.1f}" if math.isfinite(number) else "no number"
 
 
 def savings(seen: Seen, most: float) -> Markup:
@@ -107,7 +100,7 @@ def savings(seen: Seen, most: float) -> Markup:
 
 
 def _saving_row(saving: Saving, now: int) -> list[str]:
-    where = [str(len(saving.layers)), ranges(saving.layers)]
+    where = [str(len(saving.layers)), as_ranges(saving.layers)]
     return [
         saving.price.change,
         *where,
@@ -122,10 +115,15 @@ def _proposal(seen: Seen, proposal: Saving | None, most: float) -> str:
         return "No window was measured, so that none is proposed."
     if proposal is None:
         return f"No measured window saves bytes for at most {most:g} nats a token."
+    how = (
+        "Configurations of transformers have no sink tokens; qkv.SlidingKVCache has them."
+        if proposal.price.sink_tokens
+        else "With the JSON report of qkv see, qkv convert --like writes that."
+    )
     return (
         f"The measured windows that save most for at most {most:g} nats a token, before training: "
-        f"{proposal.price.change} in {counted(len(proposal.layers), 'layer')} ({ranges(proposal.layers)}), "
-        f"{size(proposal.cache_bytes)} instead of {size(seen.cache_bytes({}))}, {nats(proposal.increase)} nats."
+        f"{proposal.price.change} in {counted(len(proposal.layers), 'layer')} ({as_ranges(proposal.layers)}), "
+        f"{size(proposal.cache_bytes)} instead of {size(seen.cache_bytes({}))}, {nats(proposal.increase)} nats. {how}"
     )
 
 
@@ -133,21 +131,21 @@ def price_by_layer(price: Price) -> Markup:
     """Picture 8: the increase of the loss if a layer alone were changed."""
     costs = price.by_layer.tolist()
     finite = [cost for cost in costs if math.isfinite(cost)] or [0.0]
-    count = len(costs)
+    names, count = labels(price.layers), len(costs)
     every = -(-count // LABELS)
     least, most = min(0.0, *finite), max(0.0, *finite)
     base = linear("layer", -0.5, count - 0.5, str)
     chart = Chart(
-        base._replace(ticks=[(n, str(n)) for n in range(0, count, every)]),
+        base._replace(ticks=[(n, names[n]) for n in range(0, count, every)]),
         linear("more loss, nats a token", least, most, lambda x: f"{x:.3g}"),
     )
     for n, cost in enumerate(costs):
         if math.isfinite(cost):
-            chart.bar(n - 0.4, n + 0.4, cost, f"layer {n}: {nats(cost)} nats")
+            chart.bar(n - 0.4, n + 0.4, cost, f"layer {names[n]}: {nats(cost)} nats")
     dearest = max(range(count), key=lambda n: costs[n] if math.isfinite(costs[n]) else -math.inf)
     title = f"If one layer had {price.change}"
-    says = f"{title}: layer {dearest} costs most, {nats(costs[dearest])} nats a token before training."
-    rows = [[str(n), price.layers[n], nats(cost)] for n, cost in enumerate(costs)]
+    says = f"{title}: layer {names[dearest]} costs most, {nats(costs[dearest])} nats a token before training."
+    rows = [[names[n], price.layers[n], nats(cost)] for n, cost in enumerate(costs)]
     return figure(
         chart.drawn(says),
         f"Shows how much the loss of {price.loss.nanmean().item():.4f} nats increases if that layer alone is changed. "
@@ -161,6 +159,7 @@ def cuts(seen: Seen) -> Markup:
     """Picture 7: the weight that windows cut, a thin line a KV head and a thick one for the worst of all."""
     recording = seen.recording
     windows = recording.windows
+    names = _labels(recording)
     layers = [(n, layer) for n, layer in enumerate(recording.layers) if not layer.is_cross]
     chart = Chart(
         logarithmic("window, keys", [(window, f"{window}") for window in sorted(windows)], min(windows), max(windows)),
@@ -180,7 +179,7 @@ def cuts(seen: Seen) -> Markup:
         f"A window of {counted(window, 'key')} cuts {_percent(min(_column(by_layer, order[0])))} of the layer that "
         f"loses least and {_percent(worst[order[0]])} of the one that loses most."
     )
-    rows = [[str(n), *(_percent(by_layer[n, at].item()) for at in order)] for n, _ in layers]
+    rows = [[names[n], *(_percent(by_layer[n, at].item()) for at in order)] for n, _ in layers]
     return figure(
         chart.drawn(f"Weight that windows cut{kept}. {says}"),
         f"Shows the weight on keys that a window hides{kept}: a thin line is a KV head, the largest of its query heads "
@@ -212,14 +211,14 @@ def layers(seen: Seen, even: Sequence[Tensor]) -> Markup:
     ``even`` are the maps of `even_maps`.
     """
     kinds: dict[tuple[str, int, int, int | None, bool], list[int]] = {}
-    records = seen.recording.layers
+    records, names = seen.recording.layers, _labels(seen.recording)
     for n, layer in enumerate(records):
         kind = _outline(even[n]), layer.heads, layer.kv_heads, layer.window, layer.is_cross
         kinds.setdefault(kind, []).append(n)
     pictures = []
     for (outline, heads, kv_heads, _, is_cross), members in kinds.items():
         sees = _sees(records[members[0]])
-        which = f"{'Layer' if len(members) == 1 else 'Layers'} {ranges(members)}"
+        which = f"{'Layer' if len(members) == 1 else 'Layers'} {listed([names[n] for n in members])}"
         shares = f"{counted(heads, 'query head')} on {counted(kv_heads, 'KV head')}"
         square = element(
             "svg",
@@ -245,7 +244,9 @@ def layers(seen: Seen, even: Sequence[Tensor]) -> Markup:
 def _lost(seen: Seen) -> list[Markup]:
     """What the means leave out, since a query or a key has NaN or inf."""
     found = [int((~layer.keys_in_effect[0].isfinite()).sum()) for layer in seen.recording.layers]
-    says = ", ".join(f"{count:,} in layer {n}" for n, count in enumerate(found) if count)
+    says = ", ".join(
+        f"{count:,} in layer {name}" for name, count in zip(_labels(seen.recording), found, strict=True) if count
+    )
     if not says:
         return []
     return [
@@ -297,32 +298,39 @@ def _sharing(heads: int, kv_heads: int) -> Markup:
 
 
 def _summary(seen: Seen) -> Markup:
-    recording, by_layer = seen.recording, seen.recording.cut_by_layer().tolist()
-    heading = ["layer", "name", "sees", "query heads", "KV heads", "keys in effect", "distance", "on sinks"]
+    recording = seen.recording
+    heading = ["layer", "name", "query heads", "KV heads", "sees", "keys in effect", "distance", "on sinks"]
     heading += [f"cut by {window:,}" for window in recording.windows]
-    rows = []
-    for n, layer in enumerate(recording.layers):
-        means = [
-            layer.mean(number).nanmean().item()
-            for number in (layer.keys_in_effect, layer.distance.mean, layer.sinks.first + layer.sinks.learned)
-        ]
-        cut = ["" if layer.is_cross else _percent(share) for share in by_layer[n]]
-        counts = [str(layer.heads), str(layer.kv_heads)]
-        own = [_plain(means[0]), _plain(means[1]), _percent(means[2])]
-        rows.append([str(n), layer.name, _sees(layer), *counts, *own, *cut])
-    return table(
-        "What layers attend to, in the mean over heads and queries; cut: of the KV head that loses most", heading, rows
+    rows = [
+        [label, layer.name, str(layer.heads), str(layer.kv_heads), *row]
+        for label, layer, row in zip(_labels(recording), recording.layers, recording.rows(), strict=True)
+    ]
+    caption = "What layers attend to, in the mean over heads and queries; cut: of the KV head that loses most"
+    return table(caption, heading, rows)
+
+
+def _labels(recording: Recording) -> list[str]:
+    return labels([layer.name for layer in recording.layers])
+
+
+def against(seen: Seen, other: Against) -> Markup:
+    """The loss of another model on the same text."""
+    before, after = other.before.nanmean().item(), other.loss.nanmean().item()
+    return element(
+        "p",
+        f"{other.model} has a loss of {after:.4f} nats a token where {seen.model} has {before:.4f}: "
+        f"{nats(after - before)}. Its tokens are among the changes below.",
     )
 
 
 def cache(seen: Seen, most: float) -> Markup:
     """Picture 5: bytes of keys and values over the number of tokens."""
     length, proposal = len(seen.tokens), seen.proposal(most)
-    number = len(seen.recording.layers)
-    kinds: list[tuple[str, dict[int, Price]]] = [("as it is", {})]
-    kinds += [(f"{price.change} in all layers", dict.fromkeys(range(number), price)) for price in seen.prices]
+    kinds: list[tuple[str, dict[str, Price]]] = [("as it is", {})]
+    kinds += [(f"{price.change} in all layers", dict.fromkeys(price.layers, price)) for price in seen.prices]
     if proposal is not None:
-        kinds.append(("the proposal", dict.fromkeys(proposal.layers, proposal.price)))
+        names = zip(numbers_of(proposal.price.layers), proposal.price.layers, strict=True)
+        kinds.append(("the proposal", {name: proposal.price for number, name in names if number in proposal.layers}))
     most_tokens = max(LONGEST, 1 << (length - 1).bit_length())
     counts = [1 << n for n in range(6, most_tokens.bit_length())]
     lines = [[(float(count), float(seen.cache_bytes(changed, count))) for count in counts] for _, changed in kinds]
