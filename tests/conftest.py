@@ -26,10 +26,17 @@ SKIPS = {
     "memory is measured in forked processes": lambda: not hasattr(os, "fork"),
     "this torch has no varlen_attn": lambda: importlib.util.find_spec("torch.nn.attention.varlen") is None,
     "this torch has no DLPack exchange functions": lambda: not hasattr(_torch().Tensor, "__dlpack_c_exchange_api__"),
+    "needs playwright, axe-playwright-python and Chromium": lambda: not _has_browser(),
     "needs /dev/full": lambda: sys.platform != "linux",
     "this system does not allow mounting": lambda: os.system("unshare --mount --map-root-user true 2>/dev/null") != 0,
 }
 """The reasons for which a test may be skipped, up to a colon, and where each is true. Any other skip fails."""
+
+
+def _has_browser() -> bool:
+    from analysis.browser import is_here
+
+    return is_here()
 
 
 def _torch() -> Any:

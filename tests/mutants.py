@@ -41,6 +41,7 @@ FUNCTIONAL = ("test_functional.py",)
 LOOK = ("test_look.py",)
 RECORDING = ("analysis/test_recording.py",)
 PRICING = ("analysis/test_pricing.py",)
+PAGE = ("analysis/test_page.py",)
 KERNEL = ("kernels/test_native.py", "cache/test_int8.py", "contract/test_grid.py")
 LINEAR = ("kernels/test_linear.py",)
 NORM = ("kernels/test_rms_norm.py",)
@@ -111,6 +112,22 @@ MUTANTS = [
     Mutant("the mean over heads of a group", "layer_record.py", ".amax(3)", ".mean(3)", RECORDING),
     Mutant("windows of encoders to one side", "layer_record.py", "Mask.band(w - 1, w - 1, sink_tokens) if", "w if", RECORDING),
     Mutant("queries that lose nothing counted", "layer_record.py", "is_token & (number > windows[:, None, None])", "is_token.expand(len(windows), -1, -1)", RECORDING),
+    Mutant("tokens of a page end its script", "analysis/page/data.py", 'for character in "<>&":', 'for character in "&":', PAGE),
+    Mutant("names in a page are markup", "analysis/page/markup.py", "Markup(html.escape(visible(text)))", "Markup(visible(text))", PAGE),
+    Mutant("names in a page turn around", "analysis/page/markup.py", "html.escape(visible(text))", "html.escape(text)", PAGE),
+    Mutant("a page's policy has the hash of another source", "analysis/page/document.py", "script-src '{_hash(script)}'", "script-src '{_hash(style)}'", PAGE),
+    Mutant("a page's policy allows the network", "analysis/page/document.py", "default-src 'none'", "default-src *", PAGE),
+    Mutant("a notebook's frame ends at a quote", "analysis/page/document.py", '.replace(chr(34), "&quot;")', "", PAGE),
+    Mutant("codes of a page with the large byte first", "analysis/page/codes.py", 'newbyteorder("<")', 'newbyteorder(">")', PAGE),
+    Mutant("tokens without a loss cost nothing in a page", "analysis/page/codes.py", ".masked_fill(~is_finite, NO_NUMBER)", "", PAGE),
+    Mutant("small weights of a page are hidden", "analysis/page/codes.py", ".round().clamp(min=1)", ".round()", PAGE),
+    Mutant("the loss of a page instead of its increase", "analysis/page/data.py", "codes.signed((some.loss - price.loss)[0])", "codes.signed(some.loss[0])", PAGE),
+    Mutant("even weights of later queries by the mask of the first", "analysis/page/data.py", "layer.offset + start)", "layer.offset)", PAGE),
+    Mutant("even weights of all keys", "analysis/page/data.py", "blocks /= sees.sum(2, keepdim=True).clamp(min=1)", "blocks /= lk", PAGE),
+    Mutant("a chart of a page upside down", "analysis/page/charts.py", "HEIGHT - BOTTOM - self.y.place(y)", "TOP + self.y.place(y)", PAGE),
+    Mutant("the worst head of a page is the last one", "analysis/page/pictures.py", "_percent(by_layer[n, at].item())", "_percent(by_layer[-1, at].item())", PAGE),
+    Mutant("cuts of a page in the order of another", "analysis/page/pictures.py", "order = sorted(range(len(windows)), key=windows.__getitem__)", "order = range(len(windows))", PAGE),
+    Mutant("the cache of a page does not grow", "analysis/seen.py", "heads, length = layer.kv_heads, count", "heads, length = layer.kv_heads, len(self.tokens)", PAGE),
     Mutant("the price of a window one token wider", "analysis/changes.py", "Mask.causal(window, sink", "Mask.causal(window + 1, sink", PRICING),
     Mutant("the price of a window instead of a layer's own mask", "analysis/changes.py", "return mask & self._mask  #", "return self._mask  #", PRICING),
     Mutant("a priced layer keeps its pooled heads", "analysis/changes.py", "self._model.set_submodule(name, layer)", "pass", PRICING),

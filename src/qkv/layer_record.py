@@ -48,20 +48,33 @@ class LayerRecord(NamedTuple):
         lookback = self.mask.lookback
         return None if lookback is None else lookback + 1
 
+    def cut_by_head(self) -> Tensor:
+        """The weight that each window cuts from each query head: ``(windows, B, H)``.
+
+        In the mean over the queries that have as many keys before them; 0 where there are none.
+        """
+        return self._mean_of_those_that_lose(self.cut.mass).nan_to_num()
+
+    def change_by_head(self) -> Tensor:
+        """How far each window moves the output of each query head: ``(windows, B, H)``, over the same queries."""
+        return self._mean_of_those_that_lose(self.cut.change)
+
+    def _mean_of_those_that_lose(self, lost: Tensor) -> Tensor:
+        """The mean of ``(windows, B, H, Lq)`` over the queries from which a window may hide keys."""
+        is_token = self.is_token
+        if is_token is None:
+            is_token = torch.ones(lost.shape[1], lost.shape[3], dtype=torch.bool, device=lost.device)
+        number = is_token.cumsum(1) + self.offset
+        windows = torch.tensor(self.windows, dtype=number.dtype, device=lost.device)
+        loses = is_token & (number > windows[:, None, None])  # (windows, B, Lq)
+        return lost.masked_fill(~loses[:, :, None], torch.nan).nanmean(-1)
+
     def cut_by_kv_head(self) -> Tensor:
         """The weight that each window cuts from each KV head: ``(windows, B, Hkv)``.
 
-        The largest among the query heads of a group, since one that needs distant keys needs those of its group; in
-        the mean over the queries that have as many keys before them.
+        The largest among the query heads of a group, since one that needs distant keys needs those of its group.
         """
-        mass, is_token = self.cut.mass, self.is_token
-        if is_token is None:
-            is_token = torch.ones(mass.shape[1], mass.shape[3], dtype=torch.bool, device=mass.device)
-        number = is_token.cumsum(1) + self.offset
-        windows = torch.tensor(self.windows, dtype=number.dtype, device=mass.device)
-        loses = is_token & (number > windows[:, None, None])  # (windows, B, Lq)
-        by_head = mass.masked_fill(~loses[:, :, None], torch.nan).nanmean(-1).nan_to_num()
-        return by_head.unflatten(2, (self.kv_heads, -1)).amax(3)  # type: ignore[no-any-return]
+        return self.cut_by_head().unflatten(2, (self.kv_heads, -1)).amax(3)  # type: ignore[no-any-return]
 
 
 def check_options(windows: Sequence[int], sink_tokens: int, blocks: int) -> None:

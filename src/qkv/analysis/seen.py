@@ -13,6 +13,8 @@ from qkv.analysis.recording import Recording
 
 COSTLY = 20
 """Number of tokens in a document."""
+MOST = 0.01
+"""Nats a token that the proposal may cost in a notebook."""
 
 
 class Saving(NamedTuple):
@@ -66,12 +68,15 @@ class Seen(NamedTuple):
     prices: tuple[Price, ...]
     against: Against | None = None
 
-    def cache_bytes(self, changed: Mapping[str, Price]) -> int:
-        """Bytes of the keys and values of the text, in all layers, some of which, by name, are changed as priced."""
-        total = 0
+    def cache_bytes(self, changed: Mapping[str, Price], tokens: int | None = None) -> int:
+        """Bytes of the keys and values of the text or of so many tokens.
+
+        Of all layers, some of which, by name, are changed as priced.
+        """
+        count, total = len(self.tokens) if tokens is None else tokens, 0
         for layer in self.recording.layers:
             price = changed.get(layer.name)
-            heads, length = layer.kv_heads, len(self.tokens)
+            heads, length = layer.kv_heads, count
             if layer.window is not None:
                 length = min(length, layer.window)
             if price is not None and price.window is not None:
@@ -83,7 +88,7 @@ class Seen(NamedTuple):
 
     def savings(self, price: Price) -> list[Saving]:
         """One for each number of layers that were changed together."""
-        numbers = [int(label) if label.isdecimal() else index for index, label in enumerate(labels(price.layers))]
+        numbers = numbers_of(price.layers)
         return [
             Saving(
                 price,
@@ -150,6 +155,12 @@ class Seen(NamedTuple):
             },
         }
 
+    def _repr_html_(self) -> str:
+        """The page of `qkv.analysis.page`, in a frame of its own."""
+        from qkv.analysis.page import frame, page_of
+
+        return frame(page_of(self, MOST))
+
     def _price_as_json(self, price: Price) -> dict[str, Any]:
         return {
             "change": price.change,
@@ -205,6 +216,11 @@ def labels(names: Sequence[str]) -> list[str]:
     if len(around) == 1 and len(set(numbers)) == len(names):
         return numbers
     return [name.removeprefix("model.") for name in names]
+
+
+def numbers_of(names: Sequence[str]) -> list[int]:
+    """The numbers of layers in the model, as their names have them; else, their places among these."""
+    return [int(label) if label.isdecimal() else index for index, label in enumerate(labels(names))]
 
 
 def _numbers(values: Tensor) -> list[float | None]:

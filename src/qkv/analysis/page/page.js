@@ -1,0 +1,328 @@
+"use strict";
+{
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const find = (id) => document.getElementById(id);
+
+  /** A new element; texts among the children enter as text. */
+  const make = (name, attributes, ...children) => {
+    const made = document.createElement(name);
+    for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+    made.append(...children);
+    return made;
+  };
+
+  // Arrays: see codes.py.
+  const bytesOf = (text) => Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
+  const view = (text) => new DataView(bytesOf(text).buffer);
+  const signed = ({ step, codes }) => {
+    const from = view(codes);
+    return Float64Array.from({ length: from.byteLength / 2 }, (_, n) => {
+      const code = from.getInt16(2 * n, true);
+      return code === -32768 ? NaN : code * step;
+    });
+  };
+  const shares8 = (text) => Float64Array.from(bytesOf(text), (code) => (code / 255) ** 2);
+  const shares16 = (text) => {
+    const from = view(text);
+    return Float64Array.from({ length: from.byteLength / 2 }, (_, n) => (from.getUint16(2 * n, true) / 65535) ** 2);
+  };
+
+  // Numbers as words.
+  const isNumber = (number) => number !== null && Number.isFinite(number);
+  const nats = (number, digits = 3) => (isNumber(number) ? (number < 0 ? "" : "+") + number.toFixed(digits) : "no number");
+  const unsigned = (number) => (isNumber(number) ? number.toFixed(3) : "no number");
+  const plain = (number) => (isNumber(number) ? number.toFixed(1) : "no number");
+  const percent = (number) => (isNumber(number) ? (100 * number).toFixed(1) + "%" : "no number");
+  const counted = (number, noun) => `${number} ${noun}${number === 1 ? "" : "s"}`;
+
+  // Viridis, at equal distances.
+  const RAMP = ["440154", "482475", "414487", "355f8d", "2a788e", "21918c", "22a884", "44bf70", "7ad151", "bddf26", "fde725"]
+    .map((text) => [0, 2, 4].map((at) => parseInt(text.slice(at, at + 2), 16)));
+  const colour = (part) => {
+    const place = Math.min(1, Math.max(0, part)) * (RAMP.length - 1);
+    const left = Math.min(Math.floor(place), RAMP.length - 2);
+    return RAMP[left].map((from, n) => Math.round(from + (place - left) * (RAMP[left + 1][n] - from)));
+  };
+  const css = (rgb) => `rgb(${rgb.join(" ")})`;
+  const legendOf = (box, least, most, scale, note) => {
+    const ramp = make("span", { class: "ramp", "aria-hidden": "true" });
+    ramp.style.backgroundImage = `linear-gradient(to right, ${RAMP.map(css).join(",")})`;
+    const none = make("span", { class: "swatch none", "aria-hidden": "true" });
+    box.replaceChildren(make("span", {}, least), ramp, make("span", {}, `${most} (${scale})`), make("span", {}, none, note));
+  };
+
+  // Tokens that pay.
+  const COSTLY = 20;
+  const BEFORE = 12;
+  const AFTER = 4;
+  const changes = data.prices.flatMap((price) => {
+    const loss = () => signed(price.loss);
+    const together = price.together.filter((some) => some.layers.length).map((some) => ({
+      name: `${price.change} in ${counted(some.layers.length, "layer")} together, before training`, loss, mean: some.increase,
+      increase: () => signed(some.tokens),
+    }));
+    const alone = price.alone.map((codes, layer) => ({
+      name: `${price.change} in layer ${price.labels[layer]} alone, before training`, loss, mean: price.by_layer[layer], increase: () => signed(codes),
+    }));
+    return [...together.reverse(), ...alone];
+  });
+  if (data.against) {
+    const { model, loss, increase, tokens } = data.against;
+    changes.push({ name: `the other model, ${model}`, loss: () => signed(loss), mean: increase, increase: () => signed(tokens) });
+  }
+  const spans = [];
+  let shown = { name: "", loss: [], increase: [] };
+  let token = 0;
+
+  const marked = (text) => text.replace(/ /g, "\u2423").replace(/\n/g, "\u23ce");
+  const piece = (name, text) => make(name, { class: "piece" }, text);
+
+  const goTo = (index, scrolls) => {
+    spans[token].classList.remove("current");
+    token = Math.min(Math.max(index, 0), spans.length - 1);
+    spans[token].classList.add("current");
+    if (scrolls) spans[token].scrollIntoView({ block: "nearest" });
+    const says = token === 0 ? "nothing predicts it" :
+      `loss ${unsigned(shown.loss[token - 1])}, ${nats(shown.increase[token - 1])} with ${shown.name}`;
+    find("token").replaceChildren(`Token ${token}, `, piece("q", marked(data.tokens[token])), `: ${says}`);
+  };
+  const showChange = (change) => {
+    shown = { name: change.name, loss: change.loss(), increase: change.increase() };
+    const finite = Array.from(shown.increase).filter(Number.isFinite);
+    const most = Math.max(...finite.map(Math.abs), 1e-9);
+    const order = Array.from(shown.increase.keys()).filter((at) => shown.increase[at] > 0);
+    order.sort((a, b) => shown.increase[b] - shown.increase[a] || a - b);
+    const dearest = order.slice(0, COSTLY);
+    const costly = new Set(dearest);
+    spans.forEach((span, index) => {
+      const increase = index === 0 ? NaN : shown.increase[index - 1];
+      const strength = isNumber(increase) ? 0.5 * Math.sqrt(Math.abs(increase) / most) : 0;
+      span.style.backgroundColor = strength < 0.02 ? "" : `rgb(${increase > 0 ? "213 94 0" : "0 114 178"} / ${strength.toFixed(3)})`;
+      span.classList.toggle("costly", costly.has(index - 1));
+    });
+    const positive = order.reduce((total, at) => total + shown.increase[at], 0);
+    const part = positive > 0 ? dearest.reduce((total, at) => total + shown.increase[at], 0) / positive : 0;
+    find("tokens-say").textContent =
+      `Shows the increase of each token's loss with ${change.name}, as background: orange for more, blue for less, by the square root, ` +
+      `up to ${unsigned(most)} nats. The mean is ${nats(change.mean, 4)} nats a token; the ` +
+      `${counted(dearest.length, "token")} underlined ${dearest.length === 1 ? "makes" : "make"} up ${percent(part)} of all increases.`;
+    find("costly").replaceChildren(...dearest.map((at) => {
+      const index = at + 1;
+      const words = (start, stop) => data.tokens.slice(start, stop).map((text) => piece("span", text));
+      const button = make("button", { type: "button" },
+        `${nats(shown.increase[at])} nats, of ${unsigned(shown.loss[at])}, token ${index}: `,
+        ...words(Math.max(0, index - BEFORE), index), piece("mark", marked(data.tokens[index])), ...words(index + 1, index + 1 + AFTER));
+      button.addEventListener("click", () => { goTo(index, true); find("text").focus({ preventScroll: true }); });
+      return make("li", {}, button);
+    }));
+    goTo(token, false);
+  };
+
+  if (changes.length && data.tokens.length > 1) {
+    spans.push(...data.tokens.map((text) => make("span", {}, text)));
+    find("text").append(...spans);
+    find("change").append(...changes.map((change, n) => make("option", { value: n }, change.name)));
+    find("change").addEventListener("change", (event) => showChange(changes[event.target.value]));
+    find("text").addEventListener("keydown", (event) => {
+      const to = { ArrowRight: token + 1, ArrowLeft: token - 1, Home: 0, End: spans.length - 1 }[event.key];
+      if (to === undefined) return;
+      event.preventDefault();
+      goTo(to, true);
+    });
+    find("text").addEventListener("click", (event) => {
+      const index = spans.indexOf(event.target);
+      if (index >= 0) goTo(index, false);
+    });
+    find("tokens").hidden = false;
+    showChange(changes[0]);
+  }
+
+  // Heads at a glance.
+  const withSinks = data.sink_tokens ? `, ${counted(data.sink_tokens, "sink token")} kept` : "";
+  const none = (layer) => Array(layer.heads).fill(null);
+  const numbers = [
+    { name: "keys in effect", of: (layer) => layer.keys_in_effect, text: plain, isLog: true,
+      says: "the number of keys that a head attends to, as exp of the entropy, in the mean over queries" },
+    { name: "distance", of: (layer) => layer.distance, text: plain, isLog: true,
+      says: "how many tokens back the keys of a head lie, by weight, in the mean over queries" },
+    { name: "weight on sinks", of: (layer) => layer.sinks, text: percent,
+      says: `the weight on the first ${counted(Math.max(1, data.sink_tokens), "token")} and a learned sink, in the mean over queries` },
+    ...data.windows.flatMap((window, n) => [
+      { name: `cut by a window of ${window}${withSinks}`, of: (layer) => layer.cut[n] ?? none(layer), text: percent,
+        says: `the weight on keys that a window of ${window} hides${withSinks}, in the mean over queries that lose keys, before training` },
+      { name: `change by a window of ${window}${withSinks}`, of: (layer) => layer.change[n] ?? none(layer), text: percent,
+        says: `how far a window of ${window}${withSinks} moves a head's output, as a share of its length, in the mean over queries that lose keys, before training` },
+    ]),
+  ];
+  let number = numbers[0];
+  let cells = [];
+  let at = [0, 0];
+
+  const sayHead = ([layer, head]) => {
+    const value = number.of(data.layers[layer])[head];
+    return `Layer ${data.layers[layer].label}, head ${head}: ${number.name} ${number.text(value)}`;
+  };
+  const showNumber = () => {
+    const all = data.layers.flatMap((layer) => number.of(layer)).filter(isNumber);
+    let least = 0;
+    let most = 1;
+    if (number.isLog && all.length) {
+      least = Math.min(...all);
+      most = Math.max(...all);
+    }
+    // Logarithms, unless some keys lie after their query.
+    const place = number.isLog && least > 0 ? Math.log : (value) => value;
+    const wide = place(most) - place(least);
+    cells.forEach((row, layer) => row.forEach((cell, head) => {
+      const value = number.of(data.layers[layer])[head];
+      const part = wide > 0 ? (place(value) - place(least)) / wide : 0.5;
+      cell.style.backgroundColor = isNumber(value) ? css(colour(part)) : "";
+      cell.classList.toggle("none", !isNumber(value));
+      cell.setAttribute("aria-label", sayHead([layer, head]));
+      cell.title = sayHead([layer, head]);
+    }));
+    const scale = place === Math.log ? "log scale" : "equal steps";
+    legendOf(find("grid-legend"), number.text(least), number.text(most), scale, "no number");
+    find("heads-say").textContent = `Shows ${number.says}: from ${number.text(all.length ? Math.min(...all) : NaN)} to ` +
+      `${number.text(all.length ? Math.max(...all) : NaN)}, a row a layer, a column a query head.`;
+  };
+  const walk = (layer, head) => {
+    cells[at[0]][at[1]].tabIndex = -1;
+    const row = Math.min(Math.max(layer, 0), cells.length - 1);
+    at = [row, Math.min(Math.max(head, 0), cells[row].length - 1)];
+    const cell = cells[at[0]][at[1]];
+    cell.tabIndex = 0;
+    cell.focus();
+  };
+  const buildGrid = () => {
+    const widest = Math.max(...data.layers.map((layer) => layer.heads));
+    const head = make("tr", { role: "row" }, make("th", { scope: "col", role: "columnheader" }, "layer"));
+    const every = widest > 12 ? 4 : 1;
+    for (let n = 0; n < widest; n++) {
+      const name = make("th", { scope: "col", role: "columnheader", "aria-label": `head ${n}` }, n % every ? "" : `${n}`);
+      head.append(name);
+    }
+    cells = data.layers.map((layer, row) => Array.from({ length: layer.heads }, (_, column) => {
+      const cell = make("td", { role: "gridcell", tabindex: row || column ? -1 : 0 });
+      cell.addEventListener("click", () => { walk(row, column); openHead(); });
+      cell.addEventListener("focus", () => { find("head-now").textContent = sayHead([row, column]); });
+      cell.addEventListener("pointerenter", () => { find("head-now").textContent = sayHead([row, column]); });
+      return cell;
+    }));
+    const rows = cells.map((row, layer) => make("tr", { role: "row" }, make("th", { scope: "row", role: "rowheader" }, data.layers[layer].label), ...row));
+    const grid = make("table", { role: "grid", "aria-label": "Heads: a row a layer, a column a query head" },
+      make("thead", { role: "rowgroup" }, head), make("tbody", { role: "rowgroup" }, ...rows));
+    grid.addEventListener("keydown", (event) => {
+      const [layer, column] = at;
+      const to = {
+        ArrowRight: [layer, column + 1], ArrowLeft: [layer, column - 1], ArrowDown: [layer + 1, column],
+        ArrowUp: [layer - 1, column], Home: [event.ctrlKey ? 0 : layer, 0],
+        End: [event.ctrlKey ? cells.length - 1 : layer, Infinity],
+      }[event.key];
+      if (to) walk(...to);
+      else if (event.key === "Enter" || event.key === " ") openHead();
+      else return;
+      event.preventDefault();
+    });
+    find("grid").replaceChildren(grid);
+  };
+
+  // One head: its numbers and its map.
+  const OCTAVES = 4;
+  let map = { rows: 0, columns: 0, queries: 0, keys: 0, weights: [], even: [] };
+  let block = [0, 0];
+
+  const openHead = () => {
+    const [layer, head] = at;
+    const of = data.layers[layer];
+    const [rows, columns] = of.map_shape;
+    const start = head * rows * columns;
+    map = {
+      rows, columns, queries: of.queries, keys: of.keys,
+      weights: shares8(of.map).subarray(start, start + rows * columns),
+      even: shares16(data.even[of.even[head]]),
+    };
+    const group = Math.floor(head / (of.heads / of.kv_heads));
+    find("head-name").textContent = `Layer ${of.label}, head ${head} (${of.name}, KV head ${group})`;
+    const cuts = of.cut.map((row, n) => `cut by a window of ${data.windows[n]}${withSinks}: ${percent(row[head])}, which moves the output by ${percent(of.change[n][head])}`);
+    find("head-numbers").textContent = [
+      `Keys in effect: ${plain(of.keys_in_effect[head])}`,
+      `distance: ${plain(of.distance[head])}, with a spread of ${plain(of.spread[head])}`,
+      `on sinks: ${percent(of.sinks[head])}`, ...cuts,
+    ].join("; ") + ". In the mean over queries, before training.";
+    draw();
+    block = [rows - 1, 0];
+    find("map-now").textContent = "";
+    find("map-details").open = false;
+    find("map-table").replaceChildren();
+    find("head").hidden = false;
+    find("head").focus();
+  };
+  const draw = () => {
+    const canvas = find("map");
+    canvas.width = map.columns;
+    canvas.height = map.rows;
+    const context = canvas.getContext("2d");
+    const image = context.createImageData(map.columns, map.rows);
+    for (let n = 0; n < map.weights.length; n++) {
+      if (map.even[n] === 0) continue; // hidden: what is behind is seen
+      const times = map.weights[n] / map.even[n];
+      image.data.set([...colour((Math.log2(times) + OCTAVES) / (2 * OCTAVES)), 255], 4 * n);
+    }
+    context.putImageData(image, 0, 0);
+    legendOf(find("map-legend"), `1/${2 ** OCTAVES} of even`, `${2 ** OCTAVES} times`, "log scale", "hidden");
+  };
+  const sayBlock = ([row, column]) => {
+    const n = row * map.columns + column;
+    const where = `Queries ${part(row, map.rows, map.queries)}, keys ${part(column, map.columns, map.keys)}`;
+    if (map.even[n] === 0) return `${where}: hidden`;
+    return `${where}: weight ${percent(map.weights[n])}, ${(map.weights[n] / map.even[n]).toFixed(2)} times an even one`;
+  };
+  /** The tokens of a block: token i of n is in block floor(i * blocks / n). The length of a context is not known. */
+  const part = (index, blocks, n) => {
+    if (n === null) return `of block ${index} of ${blocks}`;
+    const first = Math.ceil(index * n / blocks);
+    const last = Math.ceil((index + 1) * n / blocks) - 1;
+    return first === last ? `${first}` : `${first}\u2013${last}`;
+  };
+  const showBlock = (row, column) => {
+    block = [Math.min(Math.max(row, 0), map.rows - 1), Math.min(Math.max(column, 0), map.columns - 1)];
+    find("map-now").textContent = sayBlock(block);
+  };
+  const closeHead = () => {
+    find("head").hidden = true;
+    walk(...at);
+  };
+
+  if (data.layers.length) {
+    buildGrid();
+    find("number").append(...numbers.map((one, n) => make("option", { value: n }, one.name)));
+    find("number").addEventListener("change", (event) => { number = numbers[event.target.value]; showNumber(); });
+    showNumber();
+    find("heads").hidden = false;
+    find("back").addEventListener("click", closeHead);
+    find("head").addEventListener("keydown", (event) => { if (event.key === "Escape") closeHead(); });
+    find("map-box").addEventListener("keydown", (event) => {
+      const by = { ArrowRight: [0, 1], ArrowLeft: [0, -1], ArrowDown: [1, 0], ArrowUp: [-1, 0] }[event.key];
+      if (!by) return;
+      event.preventDefault();
+      showBlock(block[0] + by[0], block[1] + by[1]);
+    });
+    find("map").addEventListener("pointermove", (event) => {
+      const box = find("map").getBoundingClientRect();
+      showBlock(Math.floor((event.clientY - box.top) / box.height * map.rows), Math.floor((event.clientX - box.left) / box.width * map.columns));
+    });
+    find("map-details").addEventListener("toggle", () => {
+      if (!find("map-details").open || find("map-table").firstChild) return;
+      const cell = (row, column) => {
+        const n = row * map.columns + column;
+        return make("td", {}, map.even[n] === 0 ? "hidden" : percent(map.weights[n]));
+      };
+      const over = (length, each) => Array.from({ length }, (_, n) => each(n));
+      find("map-table").append(make("table", {},
+        make("caption", {}, "Weight of blocks of keys (across) in the mean over blocks of queries (down)"),
+        make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "queries"), ...over(map.columns, (n) => make("th", { scope: "col" }, part(n, map.columns, map.keys))))),
+        make("tbody", {}, ...over(map.rows, (row) => make("tr", {}, make("th", { scope: "row" }, part(row, map.rows, map.queries)), ...over(map.columns, (column) => cell(row, column)))))));
+    });
+  }
+}

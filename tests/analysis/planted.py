@@ -1,0 +1,84 @@
+"""A `Seen` made by hand: no two numbers of it are the same, so that one in the place of another is noticed."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qkv import Mask, look
+from qkv.analysis import LayerRecord, Price, Recording, Seen, Together
+
+TOKENS = ("The", " king", " spoke", ",", "\n", "and", " no", " one", " heard", " the", " old", " king")
+WINDOWS, SINKS = (7, 3), 1  # not in order
+NAMES = "model.layers.0.self_attn", "model.layers.1.self_attn"
+HOSTILE = (
+    "</script><img src=x onerror=alert(1)>", '"', "'", "]]>", "<!--", "<script>", "\u2028\u2029", "\u202eabc", "\0",
+    "\ud83d", "\udc80", "&lt;&#0;", "{{script}}", "\r\n", "\x1b[31m", "a" * 10_000,
+)  # fmt: skip
+
+
+@dataclass
+class Draw:
+    """Numbers that differ."""
+
+    seed: int
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(self.seed)
+
+    def between(self, least: float, most: float, *shape: int) -> Tensor:
+        return least + (most - least) * torch.rand(*shape, generator=self.generator)
+
+
+def layer_record(
+    name: str, mask: Mask, heads: int, kv_heads: int, length: int, blocks: int, draw: Draw, windows: tuple[int, ...]
+) -> LayerRecord:
+    per_query = 1, heads, length
+    weights = draw.between(0, 1, 1, heads, length, length).masked_fill(~mask.visible(length, length), 0)
+    weights /= weights.sum(-1, keepdim=True)
+    block = torch.arange(length) * blocks // length
+    counts = block.bincount()[:, None]
+    by_key = torch.zeros(1, heads, length, blocks).index_add_(3, block, weights)
+    mean = torch.zeros(1, heads, blocks, blocks).index_add_(2, block, by_key) / counts
+    return LayerRecord(
+        name=name,
+        mask=mask,
+        offset=0,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=8,
+        value_dim=6,
+        is_cross=False,
+        windows=windows,
+        cut=look.WindowCut(draw.between(0, 1, len(windows), *per_query), draw.between(0, 1, len(windows), *per_query)),
+        keys_in_effect=draw.between(1, 9, *per_query),
+        distance=look.Distance(draw.between(0, 7, *per_query), draw.between(0, 3, *per_query)),
+        sinks=look.SinkShare(draw.between(0, 0.4, *per_query), draw.between(0, 0.4, *per_query)),
+        map=look.BlockMap(mean, None),
+        is_token=None,
+    )
+
+
+def planted(tokens: tuple[str, ...] = TOKENS, model: str = "toy", text: str = "king.txt") -> Seen:
+    """Two layers of different heads and masks, a head of no numbers, a window and pooled heads with their prices."""
+    length = len(tokens)
+    draw = Draw(0)
+    layers = [
+        layer_record(NAMES[0], Mask.causal(), 4, 2, length, 6, draw, WINDOWS),
+        layer_record(NAMES[1], Mask.causal(window=5), 3, 1, length, 6, draw, WINDOWS),
+    ]
+    layers[1].keys_in_effect[:, 2] = torch.nan
+    layers[1].distance.mean[:, 2] = torch.nan
+    return Seen(model, text, tokens, 40, 2, Recording(WINDOWS, SINKS, tuple(layers)), prices(length, draw))
+
+
+def prices(length: int, draw: Draw) -> tuple[Price, ...]:
+    loss = draw.between(1, 6, 1, length - 1)
+    loss[0, 3] = torch.nan  # a token that nothing predicts
+    increase = draw.between(-0.2, 0.6, 2, 1, length - 1) + loss - loss
+    together = [Together((1,), loss + draw.between(-0.1, 0.11, 1, length - 1))]
+    together += [Together((0, 1), loss + draw.between(-0.5, 2.5, 1, length - 1))]
+    window = Price("a window of 3 tokens and 1 sink token", 3, 1, None, NAMES, loss, increase, tuple(together))
+    increase = draw.between(-0.2, 3, 2, 1, length - 1) + loss - loss
+    pooled = Together((0, 1), loss + draw.between(0, 4, 1, length - 1))
+    return window, Price("1 KV head by mean pooling", None, 0, 1, NAMES, loss, increase, (pooled,))
