@@ -11,7 +11,8 @@ from torch import Tensor
 from qkv.analysis.page import codes
 from qkv.analysis.page.markup import visible
 from qkv.analysis.pricing import Price
-from qkv.analysis.recording import LayerRecord, Recording
+from qkv.analysis.recording import Recording
+from qkv.layer_record import LayerRecord
 from qkv.analysis.seen import Against, Seen, labels
 
 ROWS_AT_ONCE = 256

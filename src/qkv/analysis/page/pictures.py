@@ -9,7 +9,8 @@ from torch import Tensor
 from qkv.analysis.page.charts import Chart, legend, linear, logarithmic, nearly_logarithmic
 from qkv.analysis.page.markup import Markup, element, figure, joined, table
 from qkv.analysis.pricing import Price
-from qkv.analysis.recording import LayerRecord, Recording
+from qkv.analysis.recording import Recording
+from qkv.layer_record import LayerRecord
 from qkv.analysis.seen import Against, Saving, Seen, labels, numbers_of
 from qkv.convert.families.windows import as_ranges
 
