@@ -105,6 +105,23 @@ def test_the_report_says_it_in_words(capsys, llama, text):
     assert "for 0 nats a token or less; see --most." in captured.out or "qkv.SlidingKVCache has them." in captured.out
 
 
+def test_the_page_is_written_whole_or_not_at_all(capsys, llama, text, tmp_path):
+    out = tmp_path / "page.html"
+    arguments = (llama, "--text", text, "--window", "9", "--measure", "--out", str(out))
+    code, captured = _see(capsys, *arguments)
+    assert code == 0 and f"wrote {out}" in captured.err and "If one layer had a window of 9" in captured.out
+    page = out.read_text(encoding="utf-8")
+    assert page.startswith("<!DOCTYPE html>") and page.rstrip().endswith("</html>")
+    assert "words.txt" in page and "default-src 'none'" in page
+    code, captured = _see(capsys, *arguments)
+    assert (code, captured.out) == (1, "")
+    assert captured.err == f"qkv: --out: {out} exists; give another name, or --overwrite.\n"
+    out.write_text("old")
+    assert _see(capsys, *arguments, "--overwrite")[0] == 0
+    assert out.read_text(encoding="utf-8") == page
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+
+
 def test_another_model_is_compared_on_the_text(capsys, llama, text, tmp_path):
     other = AutoModelForCausalLM.from_pretrained(llama)
     torch.nn.init.normal_(other.model.layers[1].self_attn.v_proj.weight)

@@ -14,7 +14,7 @@ from qkv.analysis.recording import Recording
 COSTLY = 20
 """Number of tokens in a document."""
 MOST = 0.01
-"""Nats a token that the proposal may cost in a notebook."""
+"""Nats a token that a proposal may cost, unless told otherwise."""
 
 
 class Saving(NamedTuple):

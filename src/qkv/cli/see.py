@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 
 from qkv.analysis import Against, Price, Recording, Seen, losses, price, record
+from qkv.analysis.page import page_of
+from qkv.analysis.seen import MOST
 from qkv.cli.convert import Pool
 from qkv.cli.options import Dtype, count_option
 from qkv.cli.reports.see import print_mechanisms, print_seen
@@ -17,8 +19,9 @@ from qkv.convert import CheckpointError
 from qkv.models.default_weights import SMOLLM2_135M, cached_weights
 from qkv.models.errors import CommandError
 from qkv.models.language_model import LanguageModel, load, quiet
+from qkv.models.output_file import check_output, write_output
 from qkv.models.progress import Progress
-from qkv.models.source import ModelSource, find_model, gguf_source
+from qkv.models.source import ModelSource, expand_home, find_model, gguf_source
 from qkv.models.text import KING_LEAR, read_text
 
 CHARACTERS = 32
@@ -65,8 +68,13 @@ def see(
     ] = None,
     most: Annotated[
         float, typer.Option(help="Increase of the loss that the proposal may cost.", metavar="NATS", min=0)
-    ] = 0.01,
+    ] = MOST,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of the model.")] = Dtype.float32,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="HTML page to write, which needs nothing else.", metavar="FILE", show_default=False),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page if it exists.")] = False,
     as_document: Annotated[bool, typer.Option("--json", help="Print only a JSON document on standard output.")] = False,
 ) -> None:
     """Show what a model of transformers attends to on a text, and what a window or fewer KV heads would cost it.
@@ -77,7 +85,7 @@ def see(
     training, on this text alone. What --json prints is what qkv convert --like takes.
     """
     if model is None:
-        if text or window or kv_heads or measure or against or as_document:
+        if text or window or kv_heads or measure or against or out or as_document:
             raise typer.BadParameter("options need a MODEL; without one, the seven mechanisms are shown.")
         print_mechanisms(Console(file=sys.stdout))
         return
@@ -86,6 +94,9 @@ def see(
         raise typer.BadParameter("--kv-heads needs --measure.")
     if measure and not (windows or heads):
         raise typer.BadParameter("--measure needs --window or --kv-heads.")
+    if out is not None:
+        out = expand_home(out)
+        check_output(out, overwrite)
     progress = Progress()
     torch_dtype = getattr(torch, dtype.value)
     language_model = load(_source(model, progress), torch_dtype, progress)
@@ -106,6 +117,9 @@ def see(
         raise CommandError(str(error)) from error
     pieces = tuple(language_model.tokenizer.decode([token]) for token in token_ids[0].tolist())
     seen = Seen(language_model.name, path.name, pieces, left_out, torch_dtype.itemsize, recording, prices, other)
+    if out is not None:
+        write_output(out, page_of(seen, most), overwrite)
+        progress.notify(f"wrote {out}")
     if as_document:
         print(json.dumps(seen.as_json(most), indent=2, allow_nan=False))
     else:

@@ -12,8 +12,8 @@ from qkv.analysis.page import codes
 from qkv.analysis.page.markup import visible
 from qkv.analysis.pricing import Price
 from qkv.analysis.recording import Recording
-from qkv.layer_record import LayerRecord
 from qkv.analysis.seen import Against, Seen, labels
+from qkv.layer_record import LayerRecord
 
 ROWS_AT_ONCE = 256
 """Queries whose mask is written out at once: 8 MB for 4096 keys."""

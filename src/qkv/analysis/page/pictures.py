@@ -10,9 +10,9 @@ from qkv.analysis.page.charts import Chart, legend, linear, logarithmic, nearly_
 from qkv.analysis.page.markup import Markup, element, figure, joined, table
 from qkv.analysis.pricing import Price
 from qkv.analysis.recording import Recording
-from qkv.layer_record import LayerRecord
 from qkv.analysis.seen import Against, Saving, Seen, labels, numbers_of
 from qkv.convert.families.windows import as_ranges
+from qkv.layer_record import LayerRecord
 
 UNIT = 0.01
 """Nats up to which the axis of increases has about equal steps."""
