@@ -28,9 +28,10 @@ native-tests: $(VENV)/ready
 	$(BIN)/python tests/native_tests.py
 
 # All tests: in addition the whole grid through FlexAttention under Dynamo, the demo's default model from the registry,
-# timm and torchvision, the kernel under sanitizers, every family of transformers, and some of the planted bugs.
-test-all: check sanitize build/vision native-tests
-	$(PYTEST) -m "not vision"
+# timm and torchvision, pages in Chromium where there is one, the kernel under sanitizers, every family of transformers,
+# and some of the planted bugs.
+test-all: check sanitize build/vision build/browser native-tests
+	PYTHONPATH=build/browser $(PYTEST) -m "not vision"
 	PYTHONPATH=build/vision $(BIN)/python -m pytest -q -m vision tests/integrations/torch/test_models.py
 	PYTHONPATH=tests $(BIN)/python -m families.sweep --check
 	$(BIN)/python tests/mutants.py --sample 12
@@ -38,6 +39,11 @@ test-all: check sanitize build/vision native-tests
 # Not in .venv: with a torchvision of another build than torch, transformers cannot be imported.
 build/vision: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $@ --constraint constraints.txt timm torchvision
+
+# Not in .venv: 45 MB, for the tests of one file.
+build/browser: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $@ --constraint constraints.txt playwright greenlet \
+		pyee axe-playwright-python
 
 check: $(VENV)/ready
 	$(BIN)/ruff check --quiet
