@@ -108,6 +108,7 @@ bench: $(VENV)/peers
 	$(BIN)/python benchmarks/latent.py
 	$(BIN)/python benchmarks/sequences.py
 	$(BIN)/python benchmarks/paged.py
+	$(BIN)/python benchmarks/see.py
 	$(BIN)/python benchmarks/page.py
 
 # Each rewrites its page; they take 30 and 20 minutes on two idle cores.

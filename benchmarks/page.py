@@ -391,12 +391,36 @@ def paged_section(folder: Path) -> list[str]:
     ]
 
 
+def see_section(folder: Path) -> list[str]:
+    """Recording and prices."""
+    record = load(folder, "see")
+    if record is None:
+        return []
+    rows = record["measurements"]
+
+    def cells(row: Any) -> list[str]:
+        plain = [one for one in rows if one["task"] == "forward" and one["dtype"] == row["dtype"]]
+        seconds = row["seconds"] / min(one["seconds"] for one in plain)
+        memory = row["peak_kb"] / max(one["peak_kb"] for one in plain)
+        return [row["task"], row["dtype"], f"{row['seconds']:.1f} s", f"{seconds:.1f}", f"{memory:.2f}"]
+
+    what = (
+        f"{record['tokens']} tokens. A recording with windows of {', '.join(map(str, record['windows']))} and "
+        f"{record['sink_tokens']} sink tokens; the prices of a window of {record['windows'][2]} in each of 30 layers."
+    )
+    titles = ["task", "dtype", "time", "in forward passes", "peak of memory, of a forward pass"]
+    return [
+        f"## What `qkv see` takes on SmolLM2-135M\n\n{machine(record)} {what}",
+        table(titles, map(cells, rows), words=2),
+    ]
+
+
 def main() -> None:
     """Writes the pages, the plots, and the list of pages in README.md."""
     sections = [
         *(kernel_section, grid_section, avx2_section, interleaved_section),
         *(overhead_section, models_section, one_line_section, llamacpp_section, layer_section, step_section),
-        *(linear_section, sequences_section, paged_section),
+        *(linear_section, sequences_section, paged_section, see_section),
     ]
     pages = []
     for folder in sorted({path.parent for path in machines.RESULTS.glob("*/*.json")}):
