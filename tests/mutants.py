@@ -104,6 +104,7 @@ MUTANTS = [
     Mutant("a map's means as sums", "look.py", "    mean /= sizes[:, None]\n", "", LOOK),
     Mutant("top keys beyond what suffices", "look.py", "spare = (before >= coverage)", "spare = (before > 1)", LOOK),
     Mutant("a distance from the first query", "look.py", "position - (middle + reach * mean)", "-(middle + reach * mean)", LOOK),
+    Mutant("an overview's keys keep what the sink logit has", "look.py", "share, rows = share * kept[..., None], rows * kept[..., None]", "pass", LOOK),
     Mutant("numbers of 16 bits rounded again", "look.py", "torch.promote_types(problem.q.dtype, torch.float32)", "problem.q.dtype", LOOK),
     Mutant("padding on the left counted as keys before", "layer_record.py", "number = is_token.cumsum(1) + self.offset", "number = torch.ones_like(is_token).cumsum(1) + self.offset", RECORDING),
     Mutant("a few logits of a model that leaves out queries", "analysis/recording.py", "and not leaves_out", "", RECORDING),

@@ -117,11 +117,12 @@ def test_distance_is_mean_and_deviation(case: Case, dtype: torch.dtype) -> None:
     mean = (p * back).sum(-1)
     spread = (p * (back - mean[..., None]).square()).sum(-1).sqrt()
     empty = p.sum(-1) == 0
-    found, error = look.distance(q, k, **options), 4 * relative(case, dtype)
-    close(found.mean, mean.masked_fill(empty, torch.nan), error * (case.lk + 1))
-    # A variance is a difference of numbers up to the square of half the keys, so that its root is off by a root.
-    close(found.spread, spread.masked_fill(empty, torch.nan), case.lk * error**0.5)
-    assert torch.allclose(found.spread.double().nan_to_num() ** 2, spread**2, atol=case.lk**2 * error, rtol=0)
+    error = 4 * relative(case, dtype)
+    for found in (look.distance(q, k, **options), look.overview(q, k, **options).distance):
+        close(found.mean, mean.masked_fill(empty, torch.nan), error * (case.lk + 1))
+        # A variance is a difference of numbers up to the square of half the keys, so that its root is off by a root.
+        close(found.spread, spread.masked_fill(empty, torch.nan), case.lk * error**0.5)
+        assert torch.allclose(found.spread.double().nan_to_num() ** 2, spread**2, atol=case.lk**2 * error, rtol=0)
 
 
 @each_dtype
@@ -142,6 +143,7 @@ def test_block_maps_are_means_and_maxima(case: Case, dtype: torch.dtype, blocks:
     close(found.mean, mean, relative(case, dtype))
     close(found.most, most, relative(case, dtype))
     assert look.block_map(q, k, blocks=blocks, **options).most is None
+    close(look.overview(q, k, blocks=blocks, **options).map.mean, mean, 2 * relative(case, dtype))
 
 
 @each_dtype
@@ -157,9 +159,10 @@ def test_sink_share_is_that_of_the_first_keys_and_of_the_logit(case: Case, dtype
     (q, k, _), options = calls(case, dtype)
     p, error = weights(case, dtype), relative(case, dtype)
     for first in (0, 1, 3):
-        found = look.sink_share(q, k, first=first, **options)
-        close(found.first, p[..., :first].sum(-1), error)
-        close(found.learned, 1 - p.sum(-1) if case.sinks else torch.zeros(p.shape[:3]).double(), error)
+        learned = 1 - p.sum(-1) if case.sinks else torch.zeros(p.shape[:3]).double()
+        for found in (look.sink_share(q, k, first=first, **options), look.overview(q, k, first=first, **options).sinks):
+            close(found.first, p[..., :first].sum(-1), 2 * error)
+            close(found.learned, learned, 2 * error)
 
 
 @each_dtype
@@ -192,6 +195,7 @@ NUMBERS = {
     "received": lambda q, k, v, **options: [look.received(q, k, **options)],
     "sink_share": lambda q, k, v, **options: look.sink_share(q, k, **options),
     "top_keys": lambda q, k, v, **options: look.top_keys(q, k, **options),
+    "overview": lambda q, k, v, **options: [number for part in look.overview(q, k, **options)[:2] for number in part],
 }
 each_number = pytest.mark.parametrize("name", NUMBERS)
 

@@ -112,6 +112,7 @@ def record_call(
     sees_later_keys = q.shape[2] > 1 and mask.shows_later_keys(1)
     used = [Mask.band(w - 1, w - 1, sink_tokens) if sees_later_keys else w for w in windows]
     of_scores = {name: value for name, value in options.items() if name != "v_scale"}
+    found = look.overview(q, k, first=max(1, sink_tokens), blocks=blocks, **of_scores)
     return LayerRecord(
         name,
         mask,
@@ -124,8 +125,6 @@ def record_call(
         windows,
         look.window_cut(q, k, v, used, sink_tokens=sink_tokens, **options),
         look.keys_in_effect(q, k, **of_scores),
-        look.distance(q, k, **of_scores),
-        look.sink_share(q, k, first=max(1, sink_tokens), **of_scores),
-        look.block_map(q, k, blocks=blocks, **of_scores),
+        *found,
         mask.keep_keys(lk) if q.shape[2] == lk and not is_cross else None,
     )

@@ -62,6 +62,14 @@ class SinkShare(NamedTuple):
     """the weight of the head's sink logit"""
 
 
+class Overview(NamedTuple):
+    """Numbers that one call of attention gives together."""
+
+    distance: Distance
+    sinks: SinkShare
+    map: BlockMap
+
+
 class TopKeys(NamedTuple):
     """The keys of largest weight of each query, in order."""
 
@@ -190,17 +198,7 @@ def distance(q: Tensor, k: Tensor, **options: Unpack[Options]) -> Distance:
     """
     problem = _problem("distance", q, k, k, options, also=Mask.causal())
     problem = problem._replace(scores=problem.scores._replace(sink_logits=None))
-    middle, reach = (problem.lk - 1) / 2, max(problem.lk / 2, 1)
-    key = (torch.arange(problem.lk, device=problem.q.device, dtype=problem.q.dtype) - middle) / reach  # in -1 .. 1
-    out, lse = _solve(problem._replace(v=_as_values(torch.stack([key, key.square()], dim=1), problem)))
-    mean, square = out.unbind(-1)
-    offset = problem.offset[:, None, None] if isinstance(problem.offset, Tensor) else problem.offset
-    position = torch.arange(problem.lq, device=q.device) + offset
-    empty = lse == -torch.inf
-    return Distance(
-        (position - (middle + reach * mean)).masked_fill(empty, torch.nan),
-        (reach * (square - mean.square()).clamp(min=0).sqrt()).masked_fill(empty, torch.nan),
-    )
+    return _distance_of(_solve(problem._replace(v=_as_values(_places(problem), problem))), problem)
 
 
 def block_map(q: Tensor, k: Tensor, *, blocks: int = 64, maxima: bool = False, **options: Unpack[Options]) -> BlockMap:
@@ -229,9 +227,7 @@ def block_map(q: Tensor, k: Tensor, *, blocks: int = 64, maxima: bool = False, *
     problem = _problem("block_map", q, k, k, options)
     of_queries, of_keys = (_blocks(n, blocks, problem.q.device) for n in (problem.lq, problem.lk))
     rows, _ = _solve(problem._replace(v=_as_values(_indicator(of_keys, problem.q.dtype), problem)))
-    sizes = of_queries.bincount()
-    mean = rows.new_zeros(*rows.shape[:2], len(sizes), rows.shape[3]).index_add_(2, of_queries, rows)
-    mean /= sizes[:, None]
+    mean = _mean_of_blocks(rows, of_queries)
     if not maxima:
         return BlockMap(mean, None)
     most, start = torch.zeros_like(mean), 0
@@ -303,14 +299,53 @@ def sink_share(q: Tensor, k: Tensor, *, first: int = 1, **options: Unpack[Option
     """
     require_count("sink_share", "first", first, 0)
     problem = _problem("sink_share", q, k, k, options)
-    values = torch.ones(problem.lk, 1, dtype=problem.q.dtype, device=problem.q.device)
-    values[first:] = 0
-    out, lse = _solve(problem._replace(v=_as_values(values, problem)))
+    out, lse = _solve(problem._replace(v=_as_values(_is_first(problem, first), problem)))
     sink_logits = problem.scores.sink_logits
     if sink_logits is None:
         return SinkShare(out[..., 0], torch.zeros_like(lse))
     learned = (sink_logits[:, None] - lse).exp().masked_fill(lse == -torch.inf, 0)
     return SinkShare(out[..., 0], learned.to(lse.dtype))
+
+
+def overview(q: Tensor, k: Tensor, *, first: int = 1, blocks: int = 64, **options: Unpack[Options]) -> Overview:
+    """`distance`, `sink_share` and the means of `block_map` by one call of attention instead of three.
+
+    Args:
+        q, k, **options: as in `distance`.
+        first: as in `sink_share`.
+        blocks: as in `block_map`.
+
+    Raises:
+        TypeError, ValueError: as these.
+
+    Example:
+        >>> import torch
+        >>> from qkv import Mask, look
+        >>> q = torch.zeros(1, 1, 4, 8)
+        >>> found = look.overview(q, q, blocks=2, mask=Mask.causal())
+        >>> found.distance.mean, found.map.mean[0, 0, 1]
+        (tensor([[[0.0000, 0.5000, 1.0000, 1.5000]]]), tensor([0.5833, 0.4167]))
+    """
+    require_count("overview", "first", first, 0)
+    require_count("overview", "blocks", blocks)
+    problem = _problem("overview", q, k, k, options, also=Mask.causal())
+    sink_logits = problem.scores.sink_logits
+    problem = problem._replace(scores=problem.scores._replace(sink_logits=None))
+    of_queries, of_keys = (_blocks(n, blocks, problem.q.device) for n in (problem.lq, problem.lk))
+    columns = [_places(problem), _is_first(problem, first), _indicator(of_keys, problem.q.dtype)]
+    out, lse = _solve(problem._replace(v=_as_values(torch.cat(columns, dim=1), problem)))
+    places, share, rows = out.split([column.shape[1] for column in columns], dim=3)
+    learned = torch.zeros_like(lse)
+    if sink_logits is not None:  # the keys keep what it leaves them
+        logit = sink_logits[:, None].to(lse.dtype)
+        nothing = (lse == -torch.inf) & (logit == -torch.inf)
+        kept, learned = (torch.sigmoid(more).masked_fill(nothing, 0) for more in (lse - logit, logit - lse))
+        share, rows = share * kept[..., None], rows * kept[..., None]
+    return Overview(
+        _distance_of(Partial(places, lse), problem),
+        SinkShare(share[..., 0], learned),
+        BlockMap(_mean_of_blocks(rows, of_queries), None),
+    )
 
 
 def top_keys(q: Tensor, k: Tensor, *, coverage: float = 0.9, most: int = 32, **options: Unpack[Options]) -> TopKeys:
@@ -448,6 +483,39 @@ def _cut_of(kept: Partial, lost: Partial) -> tuple[Tensor, Tensor]:
 def _as_values(columns: Tensor, problem: Problem) -> Tensor:
     """Values ``(B, Hkv, Lk, n)`` that are the columns ``(Lk, n)``."""
     return columns.expand(*problem.k.shape[:2], *columns.shape)
+
+
+def _places(problem: Problem) -> Tensor:
+    """``(Lk, 2)``: where keys are, from -1 to 1, and the square of that."""
+    key = torch.arange(problem.lk, device=problem.q.device, dtype=problem.q.dtype)
+    place = (key - (problem.lk - 1) / 2) / max(problem.lk / 2, 1)
+    return torch.stack([place, place.square()], dim=1)
+
+
+def _distance_of(places: Partial, problem: Problem) -> Distance:
+    """The distance from the means of `_places`."""
+    mean, square = places.out.unbind(-1)
+    middle, reach = (problem.lk - 1) / 2, max(problem.lk / 2, 1)
+    offset = problem.offset[:, None, None] if isinstance(problem.offset, Tensor) else problem.offset
+    position = torch.arange(problem.lq, device=mean.device) + offset
+    empty = places.lse == -torch.inf
+    return Distance(
+        (position - (middle + reach * mean)).masked_fill(empty, torch.nan),
+        (reach * (square - mean.square()).clamp(min=0).sqrt()).masked_fill(empty, torch.nan),
+    )
+
+
+def _is_first(problem: Problem, first: int) -> Tensor:
+    """``(Lk, 1)``, 1 for the first keys."""
+    return (torch.arange(problem.lk, device=problem.q.device) < first).to(problem.q.dtype)[:, None]
+
+
+def _mean_of_blocks(rows: Tensor, of_queries: Tensor) -> Tensor:
+    """The mean of rows ``(B, H, Lq, n)`` over blocks of queries."""
+    sizes = of_queries.bincount()
+    mean = rows.new_zeros(*rows.shape[:2], len(sizes), rows.shape[3]).index_add_(2, of_queries, rows)
+    mean /= sizes[:, None]
+    return mean
 
 
 def _blocks(tokens: int, blocks: int, device: torch.device) -> Tensor:
