@@ -87,6 +87,12 @@ def check_options(windows: Sequence[int], sink_tokens: int, blocks: int) -> None
     require_count("record", "blocks", blocks)
 
 
+def cuts_nothing(window: int, sink_tokens: int, tokens: int) -> str:
+    """What is wrong with a window as long as the text, in words."""
+    sinks = f" and {sink_tokens} sink tokens" if sink_tokens else ""
+    return f"a window of {window}{sinks} cuts nothing of {tokens} tokens; give a longer text or a smaller window."
+
+
 def record_call(
     name: str,
     is_cross: bool,
@@ -105,10 +111,8 @@ def record_call(
     windows = () if is_cross else tuple(windows)
     mask, offset, lk = options["mask"], options["offset"], k.shape[2]
     for window in windows:
-        if window >= lk:
-            raise ValueError(
-                f"record: a window of {window} cuts nothing of {lk} tokens; give a longer text or a smaller window."
-            )
+        if window + sink_tokens >= lk:
+            raise ValueError(f"record: {cuts_nothing(window, sink_tokens, lk)}")
     sees_later_keys = q.shape[2] > 1 and mask.shows_later_keys(1)
     used = [Mask.band(w - 1, w - 1, sink_tokens) if sees_later_keys else w for w in windows]
     of_scores = {name: value for name, value in options.items() if name != "v_scale"}

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from families.compare import draw_weights
-from families.small import MODELS, build, decoder
+from families.small import BART, MODELS, SIZES, build, decoder
 from torch import Tensor, nn
 
 import qkv
@@ -113,7 +114,6 @@ def test_prices_of_fewer_heads_are_those_of_weights_that_groups_share(name: str)
         assert_near(increase, loss - want)
     with shared_heads(layers, 1):
         assert_near(found.together[0].loss, eager_loss(model, []))
-    assert torch.equal(price(model, IDS, kv_heads=2).increase, torch.zeros(2, 2, 22))
 
 
 def test_heads_that_are_alike_when_turned_cost_nothing_aligned() -> None:
@@ -162,13 +162,63 @@ def test_losses_of_many_tokens_are_those_of_all_logits(name: str, monkeypatch: p
     want = F.cross_entropy(model(ids).logits[:, :-1].double().mT, ids[:, 1:], reduction="none")
     for length in (2, some, some + 1, some + 2, ids.shape[1]):
         assert_near(losses(model, ids[:, :length]), want[:, : length - 1])
-    with pytest.raises(ValueError, match=r"losses: input_ids must be a tensor \(B, L\) of two tokens or more"):
+    with pytest.raises(ValueError, match=r"losses: input_ids must be a tensor \(B, L\) of integers, two"):
         losses(model, ids[:, :1])
 
 
-def test_a_window_beyond_the_one_of_a_layer_costs_nothing() -> None:
-    found = price(build("mistral"), IDS, window=7)
-    assert torch.equal(found.increase, torch.zeros_like(found.increase))
+def test_layers_that_see_as_few_keys_already_have_no_price() -> None:
+    with pytest.raises(ValueError, match="must change a layer; all of MistralForCausalLM see as few keys"):
+        price(build("mistral"), IDS, window=7)
+    found = price(build("gemma2"), IDS, window=7, together=[1])
+    assert found.layers == ("model.layers.1.self_attn",) and found.together[0].layers == (0,)
+    assert len(price(build("gemma2"), IDS, window=6).layers) == 2
+    with pytest.raises(ValueError, match="together must be at most 1, the layers; got 2"):
+        price(build("gemma2"), IDS, window=7, together=[2])
+
+
+@pytest.mark.parametrize("change", [{"window": WINDOW, "sink_tokens": SINKS}, {"kv_heads": 1}], ids=str)
+@pytest.mark.parametrize("place", ["layers.0", "layers.1", "layers.3", "layers.1.self_attn", "layers.2.mlp", "norm"])
+def test_hooks_are_called_as_ever(place: str, change: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = decoder("llama", num_hidden_layers=4)().eval()
+    draw_weights(model)
+    model.model.get_submodule(place).register_forward_hook(
+        lambda module, args, out: (out[0] * 1.3, *out[1:]) if isinstance(out, tuple) else out * 1.3
+    )
+    found = price(model, IDS, **change)
+    want = eager_loss(model, [])
+    for name, increase in zip(found.layers, found.increase, strict=True):
+        layer = model.get_submodule(name)
+        with shared_heads([layer], 1) if "kv_heads" in change else windowed([layer], WINDOW, SINKS):
+            assert_near(increase, eager_loss(model, []) - want)
+
+
+@pytest.mark.parametrize("kind", ["opt", "bart"])
+def test_heads_on_a_part_of_the_base_model(kind: str) -> None:
+    if kind == "opt":
+        config = transformers.OPTConfig(
+            **SIZES, ffn_dim=64, num_attention_heads=6, word_embed_proj_dim=48, attn_implementation="eager"
+        )
+        model: Any = transformers.OPTForCausalLM(config).eval()
+    else:
+        model = transformers.BartForCausalLM(transformers.BartConfig(**BART, attn_implementation="eager")).eval()
+    draw_weights(model)
+    assert_prices(model, price(model, IDS, window=WINDOW, sink_tokens=SINKS, together=[2]))
+
+
+def test_losses_that_are_not_finite() -> None:
+    model = build("llama")
+
+    def spoil(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        return out.index_fill(1, torch.tensor([10, 11]), torch.nan)
+
+    handle = model.model.norm.register_forward_hook(spoil)
+    assert losses(model, IDS)[:, 10:12].isposinf().all()
+    assert losses(model, IDS).isfinite().sum() == 2 * 20
+    with pytest.raises(ValueError, match="must have a finite loss at each token; 4 are not"):
+        price(model, IDS, window=WINDOW)
+    handle.remove()
+    assert losses(model, IDS).isfinite().all()
 
 
 def test_the_model_is_as_it_was() -> None:
@@ -227,7 +277,17 @@ def test_calls_that_are_refused() -> None:
         (lambda: price(build("deepseek_v3"), IDS, kv_heads=1), CheckpointError, "model_type must be one of llama"),
         (lambda: price(model, IDS[0], window=4), ValueError, r"input_ids must be a tensor \(B, L\)"),
         (lambda: price(model.model, IDS, window=4), ValueError, "must be a causal language model, with a head"),
-        (lambda: price(compiled, IDS, window=4), ValueError, "and not be compiled; got no call of one"),
+        (lambda: price(compiled, IDS, window=4), ValueError, "must not be compiled, .*; model.layers.0 is"),
+        (
+            lambda: price(model, IDS, window=4, sink_tokens=19),
+            ValueError,
+            "4 and 19 sink tokens cuts nothing",
+        ),
+        (lambda: price(model, IDS, window=4, together=3), TypeError, "together must be a sequence of counts; got int"),
+        (lambda: price(model, IDS, window=4, labels=IDS), ValueError, "labels must not be given"),
+        (lambda: price(model, IDS[:0], window=4), ValueError, "of integers, two tokens or more"),
+        (lambda: price(model, IDS.float(), window=4), ValueError, "of integers, two tokens or more"),
+        (lambda: price(model, IDS, kv_heads=2), ValueError, "kv_heads must be fewer than the model's 2; got 2"),
         (lambda: price(encoder, IDS, window=4), ValueError, "must be a causal language model, with a head"),
         (lambda: price(both, IDS, window=4), ValueError, "must be a causal language model, with a head"),
     ]

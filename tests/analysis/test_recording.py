@@ -187,7 +187,7 @@ def test_calls_that_are_refused() -> None:
         (lambda: record("model", IDS), TypeError, "must be, or contain, a model of transformers; got str"),
         (lambda: record(model, IDS, windows=5), TypeError, "windows must be a sequence of counts; got int"),
         (lambda: record(model, IDS, windows=iter([5])), TypeError, "windows must be a sequence of counts"),
-        (lambda: record(torch.compile(model, backend="eager"), IDS), ValueError, "and not be compiled"),
+        (lambda: record(torch.compile(model, backend="eager"), IDS), ValueError, "must not be compiled"),
         (lambda: record(model, IDS, windows=["4"]), TypeError, "each of windows must be an int"),
         (lambda: record(model, IDS, sink_tokens=-1), ValueError, "sink_tokens must be at least 0"),
         (lambda: record(copy.deepcopy(model).train(), IDS), ValueError, "must be in evaluation mode"),

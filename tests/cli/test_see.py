@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from cli import tiny_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, MambaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, GPTNeoXConfig, MambaConfig, MistralConfig
 
 from qkv.analysis import losses, price, record
 from qkv.cli import main
@@ -160,17 +160,50 @@ def test_a_proposal_is_converted_and_costs_what_the_report_says(capsys, llama, t
     assert loss["loss"] == pytest.approx(-logits.gather(1, ids[0, 1:, None]).mean().item(), abs=1e-5)
 
 
-def test_a_window_beyond_the_one_of_a_model_saves_nothing(capsys, text, tmp_path):
-    config = tiny_model.llama(num_hidden_layers=2).to_dict() | {"sliding_window": 7, "model_type": "mistral"}
-    from transformers import MistralConfig
+def test_windows_that_a_model_has_already(capsys, text, tmp_path):
+    def mistral(layers, **changes):
+        config = tiny_model.llama(num_hidden_layers=layers).to_dict() | {"sliding_window": 7, **changes}
+        config.pop("model_type")
+        return tiny_model.save(MistralConfig(**config), tmp_path / str(layers))
 
-    model = tiny_model.save(MistralConfig(**config), tmp_path)
-    found = _report(capsys, model, "--text", text, "--window", "9", "--measure")
+    model = mistral(2)
+    found = _report(capsys, model, "--text", text, "--window", "4", "--measure", "--most", "9")
     assert [layer["window"] for layer in found["layers"]] == [7, 7]
     assert found["cache_bytes"] == 2 * 7 * 2 * 16 * 4
-    assert found["proposal"] is None
-    _, captured = _see(capsys, model, "--text", text, "--window", "9", "--measure")
-    assert "No window of these saves memory for 0.01 nats a token or less; see --most." in captured.out
+    assert found["proposal"]["layers"] == [0, 1]
+    code, captured = _see(capsys, model, "--text", text, "--window", "9", "--measure")
+    assert code == 1 and "a window of 9 tokens must change a layer; all of MistralForCausalLM" in captured.err
+
+
+def test_the_report_says_whether_convert_can_write_it(capsys, text, tmp_path, llama):
+    def last_line(model, *arguments):
+        code, captured = _see(capsys, model, "--text", text, "--measure", "--most", "9", *arguments)
+        assert code == 0
+        return captured.out.splitlines()[-1]
+
+    assert last_line(llama, "--window", "9") == "With --json, qkv convert MODEL OUT --like REPORT.json writes that."
+    assert last_line(llama, "--window", "9", "--sinks", "1").endswith("qkv.SlidingKVCache has them.")
+    assert "window must be an integer, at least 2" in last_line(llama, "--window", "1")
+    sizes = {
+        "hidden_size": 48,
+        "num_hidden_layers": 2,
+        "vocab_size": 15,
+        "num_attention_heads": 6,
+        "intermediate_size": 40,
+    }
+    neox = tiny_model.save(GPTNeoXConfig(**sizes), tmp_path / "neox")
+    assert "the configuration of a gpt_neox model cannot express a window" in last_line(neox, "--window", "9")
+
+
+def test_numbers_that_are_not_finite_are_null(capsys, llama, text, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    model.lm_head.weight.data[3] = torch.nan
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(llama).save_pretrained(tmp_path)
+    found = _report(capsys, llama, "--text", text, "--against", str(tmp_path))["against"]
+    assert found["loss"] is None and found["costly_tokens"][0]["increase"] is None
+    code, captured = _see(capsys, str(tmp_path), "--text", text, "--window", "9", "--measure", "--json")
+    assert (code, captured.out) == (1, "") and "must have a finite loss at each token; 59 are not" in captured.err
 
 
 def test_letters_of_tokens_that_would_move_the_cursor_are_escaped(capsys, llama, tmp_path):
@@ -183,7 +216,7 @@ def test_letters_of_tokens_that_would_move_the_cursor_are_escaped(capsys, llama,
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["{llama}", "--text", "{text}", "--window", "60"], 1, "--window 60 cuts nothing of 60 tokens"),
+        (["{llama}", "--text", "{text}", "--window", "60"], 1, "--window: a window of 60 cuts nothing of 60 tokens"),
         (["{llama}", "--text", "{text}", "--window", "0"], 2, "it must be at least 1; got 0"),
         (["{llama}", "--text", "{text}", "--measure"], 2, "--measure needs --window or --kv-heads"),
         (["{llama}", "--text", "{text}", "--kv-heads", "1"], 2, "--kv-heads needs --measure"),
@@ -196,6 +229,12 @@ def test_letters_of_tokens_that_would_move_the_cursor_are_escaped(capsys, llama,
         (["{mamba}", "--text", "{text}"], 1, "must have heads of keys that queries attend to"),
         (["{bert}", "--text", "{text}"], 1, "must be a causal language model; got Bert"),
         (["--window", "4"], 2, "options need a MODEL"),
+        (["--most", "4"], 2, "options need a MODEL"),
+        (["{llama}", "--text", "{text}", "--window", "4", "--sinks", "56"], 1, "56 sink tokens cuts nothing of 60"),
+        (["{llama}", "--text", "{text}", "--sinks", "9" * 20], 2, "Input should be less than or equal to"),
+        (["{llama}", "--text", "{text}", "--against", "none!"], 1, "'none!' is not an existing file or folder"),
+        (["{llama}", "--text", "{text}", "--out", "{text}", "--overwrite"], 1, "is the text; give another name"),
+        (["{llama}", "--text", "{text}", "--out", "/proc/page.html"], 1, "--out: cannot write into /proc"),
     ],
 )  # fmt: skip
 def test_wrong_input(capsys, tmp_path, llama, text, arguments, code, message):

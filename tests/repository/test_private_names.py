@@ -31,6 +31,11 @@ TORCH = {
         ["_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"],
         "layers fail; in `unpadding`, a module without one counts as hooked and runs padded",
     ),
+    **dict.fromkeys(
+        ["_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"],
+        "`price` of fewer KV heads fails",
+    ),
+    "_torchdynamo_orig_callable": "a model with a compiled forward is recorded without that part",
     "_has_any_global_hook": "counts as hooked: every module is called",
     "_make_wrapper_subclass": "no lazy tensors: masks and int8 caches in transformers fail",
     "_pytree": "importing the integration with transformers fails",

@@ -13,6 +13,12 @@ from qkv.convert.state import convert_state_dict
 from qkv.integrations.transformers.attention import NAME, observed
 from qkv.masks import Mask
 
+HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+)
+"""What modules hold their hooks in."""
+
 
 class Change(ABC):
     """What a layer would have; its ``str`` names that."""
@@ -20,6 +26,10 @@ class Change(ABC):
     window: int | None = None
     sink_tokens: int = 0
     kv_heads: int | None = None
+
+    def alters(self, mask: Mask) -> bool:
+        """Whether it would change a layer with this mask."""
+        return True
 
     @abstractmethod
     def of(self, layers: Mapping[str, nn.Module]) -> AbstractContextManager[None]:
@@ -36,6 +46,10 @@ class Window(Change):
     def __str__(self) -> str:
         sinks = f" and {self.sink_tokens} sink tokens" if self.sink_tokens else ""
         return f"a window of {self.window:,} tokens{sinks}"
+
+    def alters(self, mask: Mask) -> bool:
+        assert self.window is not None
+        return mask.lookback is None or mask.lookback >= self.window
 
     @contextmanager
     def of(self, layers: Mapping[str, nn.Module]) -> Iterator[None]:
@@ -63,6 +77,9 @@ class FewerHeads(Change):
     def __init__(self, model: Any, kv_heads: int, how: ConversionMethod) -> None:
         self._model = model
         config = model.config.to_dict()
+        now = model.config.get_text_config().num_key_value_heads if "num_key_value_heads" in config else None
+        if kv_heads == now:
+            raise ValueError(f"price: kv_heads must be fewer than the model's {now}; got {kv_heads}.")
         converted = convert_state_dict(model.state_dict(), config, kv_heads, how=how)
         if converted.config["model_type"] != config["model_type"]:
             raise ValueError(
@@ -94,4 +111,8 @@ class FewerHeads(Change):
         """The module with the pooled weights."""
         made: nn.Module = self._pooled.get_submodule(name)
         made.load_state_dict({key: self._weights[f"{name}.{key}"] for key in made.state_dict()}, assign=True)
+        for key, part in self._model.get_submodule(name).named_modules():
+            if "forward" in vars(part):
+                raise ValueError(f"price: {name} must not have a forward of its own, as {key or 'it'} has.")
+            vars(made.get_submodule(key)).update({hooks: vars(part)[hooks] for hooks in HOOKS})
         return made

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from qkv.arguments import require_count
 from qkv.convert.heads.pooling import ConversionMethod
 from qkv.integrations.transformers.attention import observed
 from qkv.integrations.transformers.watching import Watched, watched
+from qkv.layer_record import cuts_nothing
 from qkv.masks import Mask
 
 LOGITS_AT_ONCE = 1 << 22
@@ -41,7 +43,7 @@ class Price(NamedTuple):
     sink_tokens: int
     kv_heads: int | None
     layers: tuple[str, ...]
-    """names of the attention modules, in the order of their calls"""
+    """names of the attention modules that the change alters, in the order of their calls"""
     loss: Tensor
     """(B, L - 1), of the model as it is"""
     increase: Tensor
@@ -95,20 +97,22 @@ def price(
     Raises:
         TypeError: for anything but a model of transformers.
         ValueError: for a model that is training, does not run on "qkv" or is not a causal language model, both or
-            neither of window and kv_heads, a text that is no longer than the window, and more layers together than
-            there are.
+            neither of window and kv_heads, a text that is no longer than the window, a change that alters no layer,
+            more layers together than it alters, and losses that are not finite.
         CheckpointError: for KV heads that the model cannot have, and families that `convert` does not know.
 
     Example:
         >>> from qkv.analysis import price
         >>> price(model, input_ids, window=256, sink_tokens=4).by_layer  # doctest: +SKIP
     """
+    if not isinstance(together, Sequence):
+        raise TypeError(f"price: together must be a sequence of counts; got {type(together).__name__}.")
     for number in together:
         require_count("price", "each of together", number, 0)
     with watched("price", model) as known:
         text = _Text("price", model, input_ids, inputs)
         change = _change(text, window, sink_tokens, kv_heads, pooling)
-        stack = _Stack(text, known)
+        stack = _Stack(text, known, change)
         names = tuple(known.names[id(layer)] for layer in stack.layers)
         for number in together:
             if number > len(names):
@@ -124,6 +128,11 @@ def price(
                 on_progress(done)
             return found
 
+        lost = (~stack.loss.isfinite() & text.is_predicted).sum()
+        if lost:
+            raise ValueError(
+                f"price: the model as it is must have a finite loss at each token; {lost} are not. Try another dtype."
+            )
         increase = torch.stack([loss([index]) - stack.loss for index in range(len(names))])
         of = change.window, change.sink_tokens, change.kv_heads
         alone = Price(str(change), *of, names, stack.loss, increase, ())
@@ -162,11 +171,9 @@ def _change(text: "_Text", window: int | None, sink_tokens: int, kv_heads: int |
     assert window is not None
     require_count("price", "window", window)
     require_count("price", "sink_tokens", sink_tokens, 0)
-    length = text.input_ids.shape[1]
-    if window >= length:
-        raise ValueError(
-            f"price: a window of {window} cuts nothing of {length} tokens; give a longer text or a smaller window."
-        )
+    length, shown = text.input_ids.shape[1], window + sink_tokens
+    if shown >= length:
+        raise ValueError(f"price: {cuts_nothing(window, sink_tokens, length)}")
     return Window(window, sink_tokens)
 
 
@@ -182,81 +189,101 @@ class _Text:
     """A text on a model, and its loss."""
 
     def __init__(self, caller: str, model: Any, input_ids: Tensor, inputs: dict[str, Any]) -> None:
-        if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.shape[1] < 2:
-            raise ValueError(f"{caller}: input_ids must be a tensor (B, L) of two tokens or more.")
-        self.model, self.input_ids, self.inputs = model, input_ids, {"use_cache": False, **inputs}
+        is_text = isinstance(input_ids, Tensor) and input_ids.dim() == 2 and not input_ids.is_floating_point()
+        if not is_text or input_ids.shape[0] < 1 or input_ids.shape[1] < 2:
+            raise ValueError(f"{caller}: input_ids must be a tensor (B, L) of integers, two tokens or more.")
+        for name in ("labels", "past_key_values"):
+            if inputs.get(name) is not None:
+                raise ValueError(f"{caller}: {name} must not be given; the text is input_ids, read as a whole.")
+        self.caller, self.model, self.input_ids = caller, model, input_ids.long()
+        self.inputs = {"use_cache": False, "return_dict": True, **inputs}
         self.body = getattr(model, "base_model", model)
-        if self.body is model:
+        if self.body is model or model.get_output_embeddings() is None:
             raise ValueError(
                 f"{caller}: model must be a causal language model, with a head; got {type(model).__name__}."
             )
         words = len(input_ids) * self.model.config.get_text_config().vocab_size
         self.tokens_at_once = max(1, LOGITS_AT_ONCE // words)
         keep = inputs.get("attention_mask")
+        input_ids = self.input_ids
         self.is_predicted = torch.ones_like(input_ids[:, 1:], dtype=torch.bool)
         if isinstance(keep, Tensor) and keep.dim() == 2:
             self.is_predicted = keep[:, 1:].bool() & keep[:, :-1].bool()
 
     def loss(self) -> Tensor:
-        """(B, L - 1). The model's own head is applied to a few tokens at a time."""
+        """(B, L - 1), inf where it is not a number. The model's own head is applied to a few tokens at a time."""
         outputs: list[Any] = []
-        run_body = self.body.forward
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            outputs.append(run_body(*args, **kwargs))
+            outputs.append(forward(*args, **kwargs))
             return of_tokens(-1, None)
 
         def of_tokens(start: int, stop: int | None) -> Any:
             return type(outputs[0])(last_hidden_state=outputs[0].last_hidden_state[:, start:stop])
 
-        with _forward_as(run, self.body):
-            self.model(input_ids=self.input_ids, **self.inputs)
+        # The head of a few models is applied to a part of the base model, its decoder.
+        for body in dict.fromkeys([self.body, self.model.get_decoder()]):
+            self.body, forward = body, body.forward
+            with _forward_as(run, body):
+                self.model(input_ids=self.input_ids, **self.inputs)
+            if outputs:
+                break
+        else:
+            name = type(self.model).__name__
+            raise ValueError(f"{self.caller}: the head of {name} must be applied to the output of its base model.")
         found = []
         step = self.tokens_at_once
         for start in range(0, self.input_ids.shape[1] - 1, step):
             following = self.input_ids[:, start + 1 : start + 1 + step]
             few = of_tokens(start, start + following.shape[1])
             with _forward_as(lambda *_, few=few, **__: few, self.body):
-                logits = self.model(input_ids=following, use_cache=False).logits.float()
+                logits = self.model(input_ids=following, use_cache=False, return_dict=True).logits.float()
             few_losses = F.cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="none")
             found.append(few_losses.view_as(following))
-        return torch.cat(found, dim=1).masked_fill(~self.is_predicted, torch.nan)
+        loss = torch.cat(found, dim=1)
+        return loss.masked_fill(loss.isnan(), torch.inf).masked_fill(~self.is_predicted, torch.nan)
 
 
 class _Stack:
     """The layers of a model, with their outputs on a text: those below a changed one are not computed again."""
 
     layers: list[nn.Module]
-    """attention modules, in the order of their calls"""
+    """attention modules that the change alters, in the order of their calls"""
 
-    def __init__(self, text: _Text, known: Watched) -> None:
+    def __init__(self, text: _Text, known: Watched, change: Change) -> None:
         self.text = text
         lists = [module for module in text.model.modules() if isinstance(module, nn.ModuleList)]
         within = {id(part) for outer in lists for part in outer.modules() if part is not outer}
         blocks = [block for blocks in lists if id(blocks) not in within for block in blocks]
         called: dict[nn.Module, int] = {}
+        seen: list[nn.Module] = []
         outputs: list[Any] = []
         self._blocks: list[nn.Module] = []
 
-        def keep(block: nn.Module, args: Any, output: Any) -> None:
+        def kept(block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)  # before hooks, which are called again
             self._blocks.append(block)
             outputs.append(_copied(output))
+            return output
 
         def observe(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> None:
             if known.is_cross(module, q, k, options) or _sees_later_keys(q, k, options):
                 name = known.names[id(module)]
                 raise ValueError(f"price: model must be causal; {name} attends to more than earlier tokens.")
-            called.setdefault(module, len(self._blocks))
+            seen.append(module)
+            if change.alters(options["mask"]):
+                called.setdefault(module, len(self._blocks))
 
-        handles = [block.register_forward_hook(keep) for block in blocks]
-        try:
-            with observed(observe):
-                self.loss = text.loss()
-        finally:
-            for handle in handles:
-                handle.remove()
-        if not called:
+        with ExitStack() as replaced, observed(observe):
+            for block in dict.fromkeys(blocks):
+                replaced.enter_context(_forward_as(partial(kept, block, block.forward), block))
+            self.loss = text.loss()
+        if not seen:
             raise known.no_calls("price")
+        if not called:
+            raise ValueError(
+                f"price: {change} must change a layer; all of {type(text.model).__name__} see as few keys already."
+            )
         self.layers, self._block_of, self._outputs = list(called), list(called.values()), outputs
         if not self._can_skip():
             self._block_of, self._outputs = [0] * len(called), []

@@ -167,10 +167,10 @@ class Seen(NamedTuple):
             "window": price.window,
             "sink_tokens": price.sink_tokens,
             "kv_heads": price.kv_heads,
-            "loss": price.loss.nanmean().item(),
+            "loss": _number(price.loss.nanmean().item()),
             "increase_by_layer": _numbers(price.by_layer),
             "together": [
-                {"layers": list(saving.layers), "increase": saving.increase, "cache_bytes": saving.cache_bytes}
+                {"layers": list(saving.layers), "increase": _number(saving.increase), "cache_bytes": saving.cache_bytes}
                 for saving in self.savings(price)
             ],
             "costly_tokens": self._tokens_as_json(self.costly(price, COSTLY)),
@@ -179,8 +179,8 @@ class Seen(NamedTuple):
     def _against_as_json(self, against: Against) -> dict[str, Any]:
         return {
             "model": against.model,
-            "loss_before": against.before.nanmean().item(),
-            "loss": against.loss.nanmean().item(),
+            "loss_before": _number(against.before.nanmean().item()),
+            "loss": _number(against.loss.nanmean().item()),
             "costly_tokens": self._tokens_as_json(against.costly(COSTLY)),
         }
 
@@ -189,8 +189,8 @@ class Seen(NamedTuple):
             {
                 "position": token.position,
                 "token": self.tokens[token.position],
-                "loss": token.loss,
-                "increase": token.increase,
+                "loss": _number(token.loss),
+                "increase": _number(token.increase),
             }
             for token in tokens
         ]
@@ -198,7 +198,7 @@ class Seen(NamedTuple):
 
 def _costly(loss: Tensor, increase: Tensor, count: int) -> list[CostlyToken]:
     """The tokens of the largest increase, of those that increase."""
-    found = increase[0].nan_to_num(-torch.inf).topk(min(count, increase.shape[1]))
+    found = increase[0].masked_fill(increase[0].isnan(), -torch.inf).topk(min(count, increase.shape[1]))
     pairs = zip(found.indices.tolist(), found.values.tolist(), strict=True)
     return [CostlyToken(at + 1, loss[0, at].item(), more) for at, more in pairs if more > 0]
 
@@ -225,4 +225,8 @@ def numbers_of(names: Sequence[str]) -> list[int]:
 
 def _numbers(values: Tensor) -> list[float | None]:
     """Finite numbers; None for others, which JSON does not have."""
-    return [value if math.isfinite(value) else None for value in values.tolist()]
+    return [_number(value) for value in values.tolist()]
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -18,7 +18,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _check_extras()
         code = _run_app(arguments)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed before the command started
+            sys.stdout.flush()
         return code
     except CommandError as error:
         print(f"qkv: {error}", file=sys.stderr)

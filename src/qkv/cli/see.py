@@ -9,13 +9,16 @@ import torch
 import typer
 from rich.console import Console
 
-from qkv.analysis import Against, Price, Recording, Seen, losses, price, record
+from qkv.analysis import Against, Price, Recording, Saving, Seen, losses, price, record
 from qkv.analysis.page import page_of
 from qkv.analysis.seen import MOST
 from qkv.cli.convert import Pool
-from qkv.cli.options import Dtype, count_option
+from qkv.cli.options import MAX_COUNT, Dtype, count_option
 from qkv.cli.reports.see import print_mechanisms, print_seen
 from qkv.convert import CheckpointError
+from qkv.convert.families.registry import find_family
+from qkv.convert.families.windows import require_windows, with_windows
+from qkv.layer_record import cuts_nothing
 from qkv.models.default_weights import SMOLLM2_135M, cached_weights
 from qkv.models.errors import CommandError
 from qkv.models.language_model import LanguageModel, load, quiet
@@ -31,6 +34,7 @@ TOGETHER = 8
 
 
 def see(
+    context: typer.Context,
     model: Annotated[
         str | None,
         typer.Argument(
@@ -49,7 +53,9 @@ def see(
         list[int] | None,
         typer.Option(help="Number of keys that a query would see at most; may be given several times.", metavar="KEYS"),
     ] = None,
-    sinks: Annotated[int, typer.Option(help="First keys that a window shows as well.", metavar="KEYS", min=0)] = 0,
+    sinks: Annotated[
+        int, typer.Option(help="First keys that a window shows as well.", metavar="KEYS", min=0, max=MAX_COUNT)
+    ] = 0,
     kv_heads: Annotated[
         list[int] | None,
         typer.Option(help="For --measure: number of KV heads; may be given several times.", metavar="HEADS"),
@@ -85,7 +91,8 @@ def see(
     training, on this text alone. What --json prints is what qkv convert --like takes.
     """
     if model is None:
-        if text or window or kv_heads or measure or against or out or as_document:
+        sources = map(context.get_parameter_source, context.params)
+        if any(source is not None and source.name == "COMMANDLINE" for source in sources):
             raise typer.BadParameter("options need a MODEL; without one, the seven mechanisms are shown.")
         print_mechanisms(Console(file=sys.stdout))
         return
@@ -97,22 +104,26 @@ def see(
     if out is not None:
         out = expand_home(out)
         check_output(out, overwrite)
+        if text is not None and out.exists() and out.samefile(expand_home(text)):
+            raise CommandError(f"--out: {out} is the text; give another name.")
     progress = Progress()
     torch_dtype = getattr(torch, dtype.value)
-    language_model = load(_source(model, progress), torch_dtype, progress)
+    source, other_source = (None if each is None else _source(each, progress) for each in (model, against))
+    assert source is not None
+    language_model = load(source, torch_dtype, progress)
     path = KING_LEAR if text is None else text
     token_ids, left_out = _tokenised(language_model, read_text(path, CHARACTERS * tokens), tokens)
     length = token_ids.shape[1]
     for number in windows:
-        if number >= length:
-            raise CommandError(
-                f"--window {number} cuts nothing of {length} tokens; give a longer text or a smaller window."
-            )
+        if number + sinks >= length:
+            raise CommandError(f"--window: {cuts_nothing(number, sinks, length)}")
     try:
         with progress.step("recording attention"), quiet():
             recording = record(language_model.model, token_ids, windows=windows, sink_tokens=sinks)
         prices = _prices(language_model, token_ids, recording, windows, sinks, heads, pool, progress) if measure else ()
-        other = None if against is None else _against(language_model, token_ids, against, torch_dtype, progress)
+        other = (
+            None if other_source is None else _against(language_model, token_ids, other_source, torch_dtype, progress)
+        )
     except (CheckpointError, TypeError, ValueError) as error:
         raise CommandError(str(error)) from error
     pieces = tuple(language_model.tokenizer.decode([token]) for token in token_ids[0].tolist())
@@ -123,7 +134,24 @@ def see(
     if as_document:
         print(json.dumps(seen.as_json(most), indent=2, allow_nan=False))
     else:
-        print_seen(seen, most, Console(file=sys.stdout))
+        print_seen(seen, most, _why_not(language_model, seen.proposal(most)), Console(file=sys.stdout))
+
+
+def _why_not(language_model: LanguageModel, proposal: Saving | None) -> str | None:
+    """Why `qkv convert` could not write the windows that are proposed; None if it could."""
+    if proposal is None or proposal.price.window is None:
+        return None
+    if proposal.price.sink_tokens:
+        return "Configurations of transformers have no sink tokens; qkv.SlidingKVCache has them."
+    config = language_model.model.config.to_dict()
+    try:
+        family = find_family("qkv convert", config)
+        require_windows("qkv convert", family, config["model_type"])
+        count = len(language_model.model.state_dict())
+        with_windows("qkv convert", family, config, proposal.price.window, list(proposal.layers), count)
+    except CheckpointError as error:
+        return f"No configuration for it: {error}"
+    return None
 
 
 def _source(model: str, progress: Progress) -> ModelSource:
@@ -134,11 +162,11 @@ def _source(model: str, progress: Progress) -> ModelSource:
 
 
 def _against(
-    language_model: LanguageModel, token_ids: torch.Tensor, other: str, dtype: torch.dtype, progress: Progress
+    language_model: LanguageModel, token_ids: torch.Tensor, other: ModelSource, dtype: torch.dtype, progress: Progress
 ) -> Against:
     with progress.step("predicting the text"), quiet():
         before = losses(language_model.model, token_ids)
-    loaded = load(_source(other, progress), dtype, progress)
+    loaded = load(other, dtype, progress)
     vocabulary = loaded.model.get_input_embeddings().num_embeddings
     if token_ids.max() >= vocabulary:
         raise CommandError(

@@ -15,8 +15,10 @@ def check_output(file: Path, overwrite: bool) -> None:
         raise CommandError(f"--out: {file} exists; give another name, or --overwrite.")
     if not file.parent.is_dir():
         raise CommandError(f"--out: the folder {file.parent} does not exist; make it first.")
-    if not os.access(file.parent, os.W_OK | os.X_OK):
-        raise CommandError(f"--out: the folder {file.parent} must be writable.")
+    try:
+        tempfile.TemporaryFile(dir=file.parent).close()
+    except OSError as error:
+        raise CommandError(f"--out: cannot write into {file.parent}: {error.strerror}.") from error
 
 
 def write_output(file: Path, text: str, overwrite: bool) -> None:

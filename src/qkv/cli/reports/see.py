@@ -63,8 +63,13 @@ def _costs(mechanism: Mechanism) -> list[str]:
     ]
 
 
-def print_seen(seen: Seen, most: float, console: Console) -> None:
-    """Prints what was found of a model; ``most`` nats is what the proposal may cost."""
+def print_seen(seen: Seen, most: float, why_not: str | None, console: Console) -> None:
+    """Prints what was found of a model.
+
+    Args:
+        most: nats that the proposal may cost.
+        why_not: why `qkv convert` could not write the proposal; None if it could.
+    """
     cut = f" (the first; {seen.tokens_left_out:,} left out)" if seen.tokens_left_out else ""
     console.print(
         Text(f"{seen.model} on {seen.text}: {counted(len(seen.tokens), 'token')}{cut}", style="bold"), soft_wrap=True
@@ -91,7 +96,7 @@ def print_seen(seen: Seen, most: float, console: Console) -> None:
         _print_tokens("Tokens that it predicts worse", seen, seen.against.costly(COSTLY), console)
     if seen.prices:
         console.print()
-        for line in _proposal(seen, most):
+        for line in _proposal(seen, most, why_not):
             console.print(Text(line), soft_wrap=True)
 
 
@@ -152,7 +157,7 @@ def _one_line(text: str) -> str:
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
-def _proposal(seen: Seen, most: float) -> list[str]:
+def _proposal(seen: Seen, most: float, why_not: str | None) -> list[str]:
     proposal: Saving | None = seen.proposal(most)
     if proposal is None:
         if all(price.window is None for price in seen.prices):
@@ -161,11 +166,7 @@ def _proposal(seen: Seen, most: float) -> list[str]:
     now = seen.cache_bytes({})
     saved = f"{readable_bytes(now)} to {readable_bytes(proposal.cache_bytes)} ({proposal.cache_bytes / now:.0%})"
     where = f"{len(proposal.layers)} of {len(seen.recording.layers)} layers, {as_ranges(proposal.layers)}"
-    how = (
-        "Configurations of transformers have no sink tokens; qkv.SlidingKVCache has them."
-        if proposal.price.sink_tokens
-        else "With --json, qkv convert MODEL OUT --like REPORT.json writes that."
-    )
+    how = "With --json, qkv convert MODEL OUT --like REPORT.json writes that." if why_not is None else why_not
     return [
         f"For {most:g} nats a token or less: {proposal.price.change} in {where}.",
         f"Keys and values: {saved}. Loss: {proposal.increase:+.4f}, before training.",

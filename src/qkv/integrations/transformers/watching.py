@@ -28,9 +28,16 @@ class Watched(NamedTuple):
     def no_calls(self, caller: str) -> ValueError:
         """The error of a model that did not call attention."""
         return ValueError(
-            f"{caller}: a layer of {type(self.model).__name__} must have heads of keys that queries attend to, and not "
-            "be compiled; got no call of one."
+            f"{caller}: a layer of {type(self.model).__name__} must have heads of keys that queries attend to; got no "
+            "call of one."
         )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile was called on a module, or on its forward."""
+    forward = vars(module).get("forward")
+    wrapped = type(module).__name__ == "OptimizedModule" or hasattr(forward, "_torchdynamo_orig_callable")
+    return wrapped or getattr(module, "_compiled_call_impl", None) is not None
 
 
 @contextmanager
@@ -42,7 +49,7 @@ def watched(caller: str, model: nn.Module) -> Iterator[Watched]:
 
     Raises:
         TypeError: for anything but a module with a model of transformers.
-        ValueError: for a model that is training or does not run on "qkv".
+        ValueError: for a model that is training, compiled, or does not run on "qkv".
     """
     roots_wanted = f"{caller}: model must be, or contain, a model of transformers; got {type(model).__name__}."
     if not isinstance(model, nn.Module):
@@ -57,6 +64,9 @@ def watched(caller: str, model: nn.Module) -> Iterator[Watched]:
             if reason is not None:
                 name = type(part).__name__
                 raise ValueError(f'{caller}: {name} does not run on attn_implementation="qkv": {reason}.')
+        for name, module in model.named_modules():
+            if _is_compiled(module):
+                raise ValueError(f"{caller}: model must not be compiled, in whole or in part; {name or 'it'} is.")
         found = Watched(model, {id(module): name for name, module in model.named_modules()}, set())
 
         def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
