@@ -106,13 +106,14 @@ def see(
         check_output(out, overwrite)
         if text is not None and out.exists() and out.samefile(expand_home(text)):
             raise CommandError(f"--out: {out} is the text; give another name.")
+    path = KING_LEAR if text is None else text
+    words = read_text(path, CHARACTERS * tokens)
     progress = Progress()
     torch_dtype = getattr(torch, dtype.value)
     source, other_source = (None if each is None else _source(each, progress) for each in (model, against))
     assert source is not None
     language_model = load(source, torch_dtype, progress)
-    path = KING_LEAR if text is None else text
-    token_ids, left_out = _tokenised(language_model, read_text(path, CHARACTERS * tokens), tokens)
+    token_ids, left_out = _tokenised(language_model, words, tokens)
     length = token_ids.shape[1]
     for number in windows:
         if number + sinks >= length:
