@@ -7,7 +7,15 @@ import re
 import pytest
 import torch
 from cli import tiny_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, GPTNeoXConfig, MambaConfig, MistralConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    Gemma2Config,
+    GPTNeoXConfig,
+    MambaConfig,
+    MistralConfig,
+)
 
 from qkv.analysis import losses, price, record
 from qkv.cli import main
@@ -172,7 +180,16 @@ def test_windows_that_a_model_has_already(capsys, text, tmp_path):
     assert found["cache_bytes"] == 2 * 7 * 2 * 16 * 4
     assert found["proposal"]["layers"] == [0, 1]
     code, captured = _see(capsys, model, "--text", text, "--window", "9", "--measure")
-    assert code == 1 and "a window of 9 tokens must change a layer; all of MistralForCausalLM" in captured.err
+    assert code == 1 and f"--window 9 changes no layer of {model}: each sees as few keys already" in captured.err
+    kinds = ["sliding_attention", "full_attention", "sliding_attention", "full_attention", "full_attention"]
+    sizes = {"head_dim": 8, "num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 40}
+    config = Gemma2Config(**tiny_model.SIZES | {"num_hidden_layers": 5}, **sizes, layer_types=kinds, sliding_window=7)
+    model = tiny_model.save(config, tmp_path / "gemma")
+    found = _report(capsys, model, "--text", text, "--window", "9", "--measure", "--most", "9")
+    assert [some["layers"] for some in found["prices"][0]["together"]][-1] == [1, 3, 4]
+    assert found["proposal"]["layers"] == [1, 3, 4]
+    assert found["proposal"]["cache_bytes"] == (2 * 7 + 3 * 9) * 2 * 16 * 4
+    assert _see(capsys, model, "--text", text, "--window", "9", "--measure", "--kv-heads", "1")[0] == 0
 
 
 def test_the_report_says_whether_convert_can_write_it(capsys, text, tmp_path, llama):

@@ -168,7 +168,7 @@ def _against(
     with progress.step("predicting the text"), quiet():
         before = losses(language_model.model, token_ids)
     loaded = load(other, dtype, progress)
-    vocabulary = loaded.model.get_input_embeddings().num_embeddings
+    vocabulary = loaded.vocabulary
     if token_ids.max() >= vocabulary:
         raise CommandError(
             f"--against: {loaded.name} must have the tokens of {language_model.name}; it has {vocabulary}, and the "
@@ -197,20 +197,22 @@ def _prices(
     pool: Pool,
     progress: Progress,
 ) -> tuple[Price, ...]:
-    layers = len(recording.layers)
-    some = sorted({-(-layers * part // TOGETHER) for part in range(1, TOGETHER + 1)})
-    changes: list[tuple[str, dict[str, Any]]] = [
-        *((f"a window of {number}", {"window": number, "sink_tokens": sinks, "together": some}) for number in windows),
-        *(
-            (f"KV heads: {number}", {"kv_heads": number, "pooling": pool.value, "together": [layers]})
-            for number in heads
-        ),
-    ]
+    own = {layer.name: layer.window for layer in recording.layers}
+    changes: list[tuple[str, int, list[int], dict[str, Any]]] = []
+    for number in windows:
+        count = sum(window is None or window > number for window in own.values())
+        if not count:
+            raise CommandError(
+                f"--window {number} changes no layer of {language_model.name}: each sees as few keys already."
+            )
+        some = sorted({-(-count * part // TOGETHER) for part in range(1, TOGETHER + 1)})
+        changes.append((f"a window of {number}", count, some, {"window": number, "sink_tokens": sinks}))
+    every = len(own)
+    changes += [(f"KV heads: {n}", every, [every], {"kv_heads": n, "pooling": pool.value}) for n in heads]
     found = []
-    for name, change in changes:
-        total = layers + len(change["together"])
-        with progress.step(f"measuring {name}", total, "passes") as on_progress, quiet():
-            found.append(price(language_model.model, token_ids, on_progress=on_progress, **change))
+    for name, count, some, change in changes:
+        with progress.step(f"measuring {name}", count + len(some), "passes") as on_progress, quiet():
+            found.append(price(language_model.model, token_ids, together=some, on_progress=on_progress, **change))
     return tuple(found)
 
 
@@ -222,10 +224,5 @@ def _tokenised(language_model: LanguageModel, text: str, most: int) -> tuple[tor
     kept = min(count, most, language_model.context_length or count)
     if kept < 2:
         raise CommandError(f"--text: the text must have at least two tokens; got {kept}. Give a longer text.")
-    vocabulary = language_model.model.get_input_embeddings().num_embeddings
-    if token_ids.max() >= vocabulary:
-        raise CommandError(
-            f"the tokenizer of {language_model.name} belongs to another model: it gives token {token_ids.max()}, but "
-            f"the model's vocabulary has {vocabulary} tokens."
-        )
+    language_model.check_vocabulary(token_ids)
     return token_ids[:, :kept], count - kept

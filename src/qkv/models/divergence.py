@@ -111,10 +111,5 @@ def _predict(folder: Path, dtype: torch.dtype, sample: Sample, progress: Progres
         token_ids = loaded.tokenizer(sample.text, truncation=True, max_length=length, return_tensors="pt").input_ids
         if token_ids.shape[1] < 2:
             raise CommandError(f"--text: {sample.name} must have at least two tokens; give a longer text.")
-        vocabulary = loaded.model.get_input_embeddings().num_embeddings
-        if token_ids.max() >= vocabulary:
-            raise CommandError(
-                f"the tokenizer in {folder} belongs to another model: it gives token {token_ids.max()}, but the "
-                f"model's vocabulary has {vocabulary} tokens."
-            )
+        loaded.check_vocabulary(token_ids)
         return Predictions(sample.name, token_ids, predict(loaded.model, token_ids))

@@ -57,6 +57,20 @@ class LanguageModel(NamedTuple):
         length: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return length
 
+    @property
+    def vocabulary(self) -> int:
+        """The number of tokens that the model knows."""
+        count: int = self.model.get_input_embeddings().num_embeddings
+        return count
+
+    def check_vocabulary(self, token_ids: Tensor) -> None:
+        """Raises a CommandError if the tokenizer gave tokens that the model does not know."""
+        if token_ids.max() >= self.vocabulary:
+            raise CommandError(
+                f"the tokenizer of {self.name} belongs to another model: it gives token {token_ids.max()}, but the "
+                f"model's vocabulary has {self.vocabulary} tokens."
+            )
+
     def cast(self, dtype: torch.dtype) -> None:
         """Converts the weights in place; buffers stay as ``from_pretrained(dtype=...)`` leaves them, such as the
         frequencies of rotary embeddings in fp32.
