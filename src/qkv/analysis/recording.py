@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from qkv.analysis.words import what_layers_see
 from qkv.integrations.transformers.attention import observed
 from qkv.integrations.transformers.watching import watched
 from qkv.layer_record import LayerRecord, check_options, record_call
@@ -30,28 +31,11 @@ class Recording(NamedTuple):
                 row.copy_(layer.cut_by_kv_head().amax((1, 2)))
         return found
 
-    def rows(self) -> list[list[str]]:
-        """What a layer sees, its numbers in the mean over queries and heads, and its cuts: a table in words."""
-        found = []
-        for layer, cuts in zip(self.layers, self.cut_by_layer().tolist(), strict=True):
-            spent = layer.mean(layer.sinks.first + layer.sinks.learned)
-            rest = "all keys" if layer.mask.allow is None else "a dense mask"
-            seen = rest if layer.window is None else f"{layer.window:,} keys"
-            found.append(
-                [
-                    "a context" if layer.is_cross else seen,
-                    f"{layer.mean(layer.keys_in_effect).nanmean():.1f}",
-                    f"{layer.mean(layer.distance.mean).nanmean():.1f}",
-                    f"{100 * spent.nanmean():.1f}%",
-                    *("" if cut != cut else f"{100 * cut:.1f}%" for cut in cuts),
-                ]
-            )
-        return found
-
     def __str__(self) -> str:
         sinks = f", with {self.sink_tokens} sink tokens" if self.sink_tokens else ""
         lines = [["layer", "sees", "in effect", "distance", "sinks", *(f"cut by {window}" for window in self.windows)]]
-        lines += [[layer.name, *row] for layer, row in zip(self.layers, self.rows(), strict=True)]
+        words = what_layers_see(self.layers, self.cut_by_layer())
+        lines += [[layer.name, *row] for layer, row in zip(self.layers, words, strict=True)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         rows = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]
         note = f"cut: the weight on keys that a window hides{sinks}, of the KV head that loses most; before training"

@@ -9,6 +9,7 @@ from qkv.analysis.page import pictures
 from qkv.analysis.page.data import as_script, data_of, even_maps
 from qkv.analysis.page.markup import Markup, element, escaped, joined
 from qkv.analysis.seen import Seen
+from qkv.analysis.words import counted
 
 LARGEST = 20_000_000
 """Bytes of a page at most."""
@@ -39,8 +40,7 @@ def page_of(seen: Seen, most: float) -> str:
         "policy": _policy(style, script),
         "title": escaped(f"{seen.model} on {seen.text}"),
         "about": escaped(
-            f"{pictures.counted(len(seen.recording.layers), 'layer')}, "
-            f"{pictures.counted(length, 'token')} of the text{left_out}"
+            f"{counted(len(seen.recording.layers), 'layer')}, {counted(length, 'token')} of the text{left_out}"
         ),
         "style": style,
         "prices": _prices(seen, most),

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from qkv.analysis import CostlyToken, Price, Recording, Saving, Seen
 from qkv.analysis.seen import labels
+from qkv.analysis.words import what_layers_see
 from qkv.bench.mechanisms import Mechanism, Sizes, mechanisms
 from qkv.cli.printing import counted, print_table
 from qkv.convert.families.windows import as_ranges
@@ -105,8 +106,8 @@ def _layers(recording: Recording) -> Table:
     table.add_column("layer", justify="right", no_wrap=True)
     for title in ("sees", "in effect", "distance", "on sinks", *(f"cut by {window:,}" for window in recording.windows)):
         table.add_column(title, justify="right", no_wrap=True)
-    rows = zip(labels([layer.name for layer in recording.layers]), recording.rows(), strict=True)
-    for label, row in rows:
+    words = what_layers_see(recording.layers, recording.cut_by_layer())
+    for label, row in zip(labels([layer.name for layer in recording.layers]), words, strict=True):
         table.add_row(label, *row)
     return table
 

@@ -1,0 +1,10 @@
+"""The pictures that stand without JavaScript, one subject a file."""
+
+from qkv.analysis.page.pictures.cache_growth import cache as cache
+from qkv.analysis.page.pictures.cut_curves import cuts as cuts
+from qkv.analysis.page.pictures.masks_and_groups import layers as layers
+from qkv.analysis.page.pictures.price_by_layer import against as against
+from qkv.analysis.page.pictures.price_by_layer import price_by_layer as price_by_layer
+from qkv.analysis.page.pictures.savings_against_price import savings as savings
+
+__all__ = ["against", "cache", "cuts", "layers", "price_by_layer", "savings"]
