@@ -113,6 +113,39 @@ def test_the_report_says_it_in_words(capsys, llama, text):
     assert "for 0 nats a token or less; see --most." in captured.out or "qkv.SlidingKVCache has them." in captured.out
 
 
+def test_what_a_token_attends_to(capsys, llama, text):
+    arguments = ("--text", text, "--query", "41", "--query", "-1", "--query", "59")
+    layers = _report(capsys, llama, *arguments, "--layer", "3", "--layer", "1")["layers"]
+    model = AutoModelForCausalLM.from_pretrained(llama, attn_implementation="eager").eval()
+    ids = AutoTokenizer.from_pretrained(llama)(" ".join(WORDS), return_tensors="pt").input_ids
+    eager = model(ids, output_attentions=True).attentions
+    for n, layer in enumerate(layers):
+        assert [row["position"] for row in layer["queries"]] == ([41, 59] if n in (1, 3) else [])
+        for row in layer["queries"]:
+            assert row["token"] == WORDS[row["position"]] and len(row["heads"]) == 6
+            for head, found in enumerate(row["heads"]):
+                weights = eager[n][0, head, row["position"]]
+                assert found["weights"] == pytest.approx(weights[found["keys"]].tolist(), abs=1e-5)
+                assert found["tokens"] == [WORDS[key] for key in found["keys"]]
+                most = weights.sort(descending=True).values[: len(found["keys"])].sum().item()
+                assert found["covered"] == pytest.approx(most, abs=1e-5)
+    code, captured = _see(capsys, llama, *arguments, "--layer", "3")
+    lines = captured.out.splitlines()
+    assert code == 0 and max(map(len, lines[1:])) <= 80
+    first = lines.index(f"What token 41, [{WORDS[41]}], attends to in layer 3")
+    head, count, share, weight, token, key = lines[first + 3].split()[:6]
+    found = layers[3]["queries"][0]["heads"][1]
+    assert (head, int(count), share) == ("1", len(found["keys"]), f"{100 * found['covered']:.1f}%")
+    assert (weight, token, int(key)) == (
+        f"{100 * found['weights'][0]:.1f}%",
+        f"[{found['tokens'][0]}]",
+        found["keys"][0],
+    )
+    assert "in layer 1" not in captured.out and "--layer shows other layers." not in lines
+    lines = _see(capsys, llama, *arguments)[1].out.splitlines()
+    assert f"What token 59, [{WORDS[59]}], attends to in layer 2" in lines and "--layer shows other layers." in lines
+
+
 def test_the_page_is_written_whole_or_not_at_all(capsys, llama, text, tmp_path):
     out = tmp_path / "page.html"
     arguments = (llama, "--text", text, "--window", "9", "--measure", "--out", str(out))
@@ -247,6 +280,9 @@ def test_letters_of_tokens_that_would_move_the_cursor_are_escaped(capsys, llama,
         (["{bert}", "--text", "{text}"], 1, "must be a causal language model; got Bert"),
         (["--window", "4"], 2, "options need a MODEL"),
         (["--most", "4"], 2, "options need a MODEL"),
+        (["{llama}", "--text", "{text}", "--query", "60"], 1, "60 tokens that are read, -60 to 59; got 60."),
+        (["{llama}", "--text", "{text}", "--query", "-61"], 1, "60 tokens that are read, -60 to 59; got -61."),
+        (["{llama}", "--text", "{text}", "--query", "1", "--layer", "5"], 1, "that attends, 0-4; got 5."),
         (["{llama}", "--text", "{text}", "--window", "4", "--sinks", "56"], 1, "56 sink tokens cuts nothing of 60"),
         (["{llama}", "--text", "{text}", "--sinks", "9" * 20], 2, "Input should be less than or equal to"),
         (["{llama}", "--text", "{text}", "--against", "none!"], 1, "'none!' is not an existing file or folder"),

@@ -49,6 +49,7 @@ def record(
     windows: Sequence[int] = (),
     sink_tokens: int = 0,
     blocks: int = 64,
+    queries: Sequence[int] = (),
     **inputs: Any,
 ) -> Recording:
     """Runs a model of transformers once, and records what its attention layers attend to: `qkv.look`, layer by layer.
@@ -65,18 +66,20 @@ def record(
         sink_tokens: number of first keys that these windows show too; also those that are counted as sinks, of which
             there is one at least.
         blocks: of `look.block_map`.
+        queries: places of the queries whose heaviest keys are recorded, as `look.top_keys` finds them; negative ones
+            count from the last.
         **inputs: other arguments of the model, such as ``attention_mask`` and ``decoder_input_ids``.
 
     Raises:
         TypeError: for anything but a model of transformers, and windows that are not integers.
-        ValueError: for a model that is training or does not run on "qkv", a window that hides no key, and a model
-            without a layer that has heads of keys.
+        ValueError: for a model that is training or does not run on "qkv", a window that hides no key, a query that
+            no layer has, and a model without a layer that has heads of keys.
 
     Example:
         >>> from qkv.analysis import record
         >>> print(record(model, input_ids, windows=[256, 512], sink_tokens=4))  # doctest: +SKIP
     """
-    check_options(windows, sink_tokens, blocks)
+    check_options(windows, sink_tokens, blocks, queries)
     found: list[LayerRecord] = []
     with watched("record", model) as known:
         given = {**inputs} if input_ids is None else {"input_ids": input_ids, **inputs}
@@ -86,12 +89,18 @@ def record(
             name, is_cross = known.names[id(module)], known.is_cross(module, q, k, options)
             if "sinks" in options:
                 raise ValueError(f"record: {name} has a sink logit for each query, of which there are no numbers.")
-            found.append(record_call(name, is_cross, (q, k, v, options), windows, sink_tokens, blocks))
+            found.append(record_call(name, is_cross, (q, k, v, options), windows, sink_tokens, blocks, queries))
 
         with observed(observe):
             model(**given)
         if not found:
             raise known.no_calls("record")
+    longest = max(layer.keys_in_effect.shape[2] for layer in found)
+    for query in queries:
+        if not -longest <= query < longest:
+            raise ValueError(
+                f"record: each of queries must be from {-longest} to {longest - 1}, for {longest} queries; got {query}."
+            )
     return Recording(tuple(windows), sink_tokens, tuple(found))
 
 

@@ -11,13 +11,13 @@ from rich.console import Console
 
 from qkv.analysis import Against, Price, Recording, Saving, Seen, losses, price, record
 from qkv.analysis.page import page_of
-from qkv.analysis.seen import MOST
+from qkv.analysis.seen import MOST, numbers_of
 from qkv.cli.convert import Pool
 from qkv.cli.options import MAX_COUNT, Dtype, count_option
 from qkv.cli.reports.see import print_mechanisms, print_seen
 from qkv.convert import CheckpointError
 from qkv.convert.families.registry import find_family
-from qkv.convert.families.windows import require_windows, with_windows
+from qkv.convert.families.windows import as_ranges, require_windows, with_windows
 from qkv.layer_record import cuts_nothing
 from qkv.models.default_weights import SMOLLM2_135M, cached_weights
 from qkv.models.errors import CommandError
@@ -72,6 +72,22 @@ def see(
             show_default=False,
         ),
     ] = None,
+    query: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Place of a token in the text, from 0, or from the end, from -1: shows which keys it attends to; may "
+            "be given several times.",
+            metavar="TOKEN",
+        ),
+    ] = None,
+    layer: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Number of a layer whose heads are shown one by one; may be given several times. Default: all on the "
+            "page, the middle one for --query in the report.",
+            metavar="LAYER",
+        ),
+    ] = None,
     most: Annotated[
         float, typer.Option(help="Increase of the loss that the proposal may cost.", metavar="NATS", min=0)
     ] = MOST,
@@ -118,9 +134,11 @@ def see(
     for number in windows:
         if number + sinks >= length:
             raise CommandError(f"--window: {cuts_nothing(number, sinks, length)}")
+    queries = _places(query or [], length)
     try:
         with progress.step("recording attention"), quiet():
-            recording = record(language_model.model, token_ids, windows=windows, sink_tokens=sinks)
+            recording = record(language_model.model, token_ids, windows=windows, sink_tokens=sinks, queries=queries)
+        shown = _shown(layer, recording, language_model.name)
         prices = _prices(language_model, token_ids, recording, windows, sinks, heads, pool, progress) if measure else ()
         other = (
             None if other_source is None else _against(language_model, token_ids, other_source, torch_dtype, progress)
@@ -128,7 +146,7 @@ def see(
     except (CheckpointError, TypeError, ValueError) as error:
         raise CommandError(str(error)) from error
     pieces = tuple(language_model.tokenizer.decode([token]) for token in token_ids[0].tolist())
-    seen = Seen(language_model.name, path.name, pieces, left_out, torch_dtype.itemsize, recording, prices, other)
+    seen = Seen(language_model.name, path.name, pieces, left_out, torch_dtype.itemsize, recording, prices, other, shown)
     if out is not None:
         write_output(out, page_of(seen, most), overwrite)
         progress.notify(f"wrote {out}")
@@ -185,6 +203,30 @@ def _distinct(option: str, numbers: list[int] | None) -> list[int]:
         if number < 1:
             raise typer.BadParameter(f"it must be at least 1; got {number}.", param_hint=option)
     return sorted(set(found))
+
+
+def _places(queries: list[int], length: int) -> list[int]:
+    """The places of tokens from the first one."""
+    for query in queries:
+        if not -length <= query < length:
+            raise CommandError(
+                f"--query: it must be the place of one of the {length:,} tokens that are read, {-length} to "
+                f"{length - 1}; got {query}. Give another, or more --tokens."
+            )
+    return list(dict.fromkeys(query % length for query in queries))
+
+
+def _shown(layers: list[int] | None, recording: Recording, name: str) -> tuple[int, ...] | None:
+    """The numbers of layers that are shown head by head; None for all."""
+    if not layers:
+        return None
+    known = numbers_of([layer.name for layer in recording.layers])
+    for layer in layers:
+        if layer not in known:
+            raise CommandError(
+                f"--layer: it must be the number of a layer of {name} that attends, {as_ranges(known)}; got {layer}."
+            )
+    return tuple(sorted(set(layers)))
 
 
 def _prices(
