@@ -1,5 +1,6 @@
 """A `Seen` made by hand: no two numbers of it are the same, so that one in the place of another is noticed."""
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from qkv.analysis import LayerRecord, Price, Recording, Seen, Together
 TOKENS = ("The", " king", " spoke", ",", "\n", "and", " no", " one", " heard", " the", " old", " king")
 WINDOWS, SINKS = (7, 3), 1  # not in order
 NAMES = "model.layers.0.self_attn", "model.layers.1.self_attn"
+QUERIES = 11, 4  # not in order
 HOSTILE = (
     "</script><img src=x onerror=alert(1)>", '"', "'", "]]>", "<!--", "<script>", "\u2028\u2029", "\u202eabc", "\0",
     "\ud83d", "\udc80", "&lt;&#0;", "{{script}}", "\r\n", "\x1b[31m", "a" * 10_000,
@@ -56,7 +58,22 @@ def layer_record(
         sinks=look.SinkShare(draw.between(0, 0.4, *per_query), draw.between(0, 0.4, *per_query)),
         map=look.BlockMap(mean, None),
         is_token=None,
+        queries=QUERIES if length > max(QUERIES) else (),
+        top=top_keys(weights[:, :, list(QUERIES)]) if length > max(QUERIES) else None,
     )
+
+
+def top_keys(rows: Tensor) -> look.TopKeys:
+    """The keys of weights (1, H, queries, keys), one by one."""
+    keys, weights = torch.full(rows.shape, -1), torch.zeros(rows.shape)
+    for place, row in ((place, rows[place]) for place in itertools.product(*map(range, rows.shape[:3]))):
+        total = 0.0
+        for n, key in enumerate(sorted(range(len(row)), key=lambda key: -row[key])):
+            if total >= 0.9 or row[key] == 0:
+                break
+            keys[place][n], weights[place][n] = key, row[key]
+            total += row[key].item()
+    return look.TopKeys(keys, weights, weights.sum(-1))
 
 
 def planted(tokens: tuple[str, ...] = TOKENS, model: str = "toy", text: str = "king.txt") -> Seen:

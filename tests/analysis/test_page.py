@@ -110,6 +110,14 @@ def check_layer(found: dict[str, Any], layer: Any) -> None:
         assert found["cut"][n] == pytest.approx(expected, rel=1e-5, abs=1e-6)
         expected = [mean(head[window:]) for head in layer.cut.change[n, 0]]
         assert found["change"][n] == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert [row["query"] for row in found["rows"]] == list(layer.queries)
+    for n, row in enumerate(found["rows"]):
+        assert len(row["heads"]) == layer.heads
+        for head, given in enumerate(row["heads"]):
+            keys = [key for key in layer.top.keys[0, head, n].tolist() if key >= 0]
+            assert given["keys"] == keys
+            assert given["weights"] == pytest.approx(layer.top.weights[0, head, n, : len(keys)].tolist(), rel=1e-5)
+            assert given["covered"] == pytest.approx(layer.top.covered[0, head, n].item(), rel=1e-5)
     codes = base64.b64decode(found["map"])
     heads, rows, columns = layer.map.mean.shape[1:]
     assert found["map_shape"] == [rows, columns] and len(codes) == heads * rows * columns
@@ -146,7 +154,7 @@ def test_the_script_gets_the_numbers_of_seen() -> None:
 def test_the_page_of_a_model_that_was_recorded_and_priced(name: str) -> None:
     model = build(name)
     token_ids = torch.randint(3, 96, (1, 40), generator=torch.Generator().manual_seed(0))
-    recording = record(model, token_ids, windows=[9, 5], sink_tokens=2)
+    recording = record(model, token_ids, windows=[9, 5], sink_tokens=2, queries=[30, -1])
     window = price(model, token_ids, window=5, sink_tokens=2, together=[0, 1, 2])
     tokens = tuple(f" t{index}" for index in token_ids[0].tolist())
     seen = Seen("a/b", "text", tokens, 0, 4, recording, (window,))
@@ -366,7 +374,7 @@ def test_the_proposal_is_said_with_its_numbers_and_the_limit() -> None:
 def test_every_figure_says_what_it_shows_and_what_it_does_not() -> None:
     page = page_of(planted(), MOST)
     captions = re.findall(r"<figcaption>(.*?)</figcaption>", page)
-    assert len(captions) == page.count("<figure>") >= 9
+    assert len(captions) == page.count("<figure") >= 10
     for caption in captions:
         assert re.search(r'<span class="not">.*?</span>', caption)
     for title in ("Shows what the cheapest", "If one layer had", "Weight that windows", "In the mean over queries"):
@@ -465,6 +473,20 @@ def test_a_recording_without_prices_windows_or_tokens_beyond_the_first() -> None
         page = page_of(Seen("m", "t", ("x",) * length, 0, 4, record(bare, ids), ()), MOST)
         assert "What would windows hide?" not in page and f"{length} token" in page
         check_data(page, Seen("m", "t", ("x",) * length, 0, 4, record(bare, ids), ()))
+
+
+def test_layers_that_are_not_shown_keep_their_numbers_alone() -> None:
+    seen = planted()
+    page = page_of(seen._replace(shown=(1,)), MOST)
+    one, other = data_of(page)["layers"]
+    full = data_of(page_of(seen, MOST))["layers"]
+    assert (one["map"], one["map_shape"], one["even"], one["rows"]) == (None, [0, 0], [], [])
+    for name in ("keys_in_effect", "distance", "spread", "sinks", "cut", "change", "label"):
+        assert one[name] == full[0][name]
+    assert other["map"] == full[1]["map"] and other["rows"] == full[1]["rows"] and len(other["rows"]) == 2
+    assert len(data_of(page)["even"]) == 1 and len(page) < len(page_of(seen, MOST))
+    table = "What layers attend to, in the mean over heads and queries; cut: of the KV head that loses most"
+    assert rows_of(page, table) == rows_of(page_of(seen, MOST), table)
 
 
 def test_layers_of_a_context() -> None:
@@ -581,6 +603,10 @@ def test_the_page_of_30_layers_and_4096_tokens_is_below_8_mb() -> None:
         "distance": look.Distance(*(numbers.repeat(1, 1, 32) for numbers in small.distance)),
         "sinks": look.SinkShare(*(numbers.repeat(1, 1, 32) for numbers in small.sinks)),
         "cut": look.WindowCut(*(numbers.repeat(1, 1, 1, 32) for numbers in small.cut)),
+        "queries": tuple(range(0, length, 256)),
+        "top": look.TopKeys(
+            torch.randint(length, (1, 9, 16, 32)), draw.between(0, 0.1, 1, 9, 16, 32), draw.between(0, 1, 1, 9, 16)
+        ),
     }
     recording = Recording((256, 512), 4, (small._replace(**large, windows=(256, 512)),) * layers)
     found = []

@@ -208,6 +208,56 @@ def test_hostile_tokens_are_shown_as_text(opened: Open) -> None:
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
+def test_the_keys_of_a_token_are_those_of_seen(opened: Open) -> None:
+    page, seen = opened(planted()), planted()
+    assert page.locator("#row-layer option").all_inner_texts() == ["0", "1"]
+    assert page.locator("#query option").all_inner_texts() == ["11: \u2423king", "4: \u23ce"]
+    for n, at, head in ((1, 0, 2), (0, 1, 3), (0, 0, 3)):
+        layer, query = seen.recording.layers[n], seen.recording.layers[n].queries[at]
+        page.select_option("#row-layer", str(n))
+        page.select_option("#query", str(query))
+        page.select_option("#row-head", str(head))
+        top = layer.top
+        assert top is not None
+        keys = [key for key in top.keys[0, head, at].tolist() if key >= 0]
+        weights = top.weights[0, head, at].tolist()
+        said = page.inner_text("#row-say")
+        covered = top.covered[0, head, at].item()
+        assert said.startswith(f"Shows token {query}, layer {n}, head {head}: the fewest keys with 90% of the weight")
+        some = f"{len(keys)} key{'s' * (len(keys) != 1)} with {100 * covered:.1f}% of its weight"
+        assert f"{some}; {100 * (1 - covered):.1f}% is left" in said
+        lines = page.locator("#row-keys li").all_inner_texts()
+        marks = page.locator("#row-keys mark").all_inner_texts()
+        assert len(lines) == len(marks) == len(keys) > 1
+        for line, mark, key, weight in zip(lines, marks, keys, weights, strict=False):
+            back = "itself" if key == query else f"{query - key} token{'s' * (query - key > 1)} back"
+            assert line.startswith(f"{100 * weight:.1f}%, key {key}, {back}: ")
+            assert mark.replace("\u2423", " ").replace("\u23ce", "\n") == TOKENS[key]
+        arcs = page.locator("#arcs .arc")
+        for arc, key, weight in zip(arcs.all(), keys, weights, strict=False):
+            numbers = [float(x) for x in re.findall(r"[\d.]+", arc.get_attribute("d") or "")]
+            assert numbers[0] == pytest.approx(10 + 700 * query / 11, abs=0.06)
+            assert numbers[6] == pytest.approx(10 + 700 * key / 11, abs=0.06)
+            assert float(arc.get_attribute("stroke-width") or 0) == pytest.approx(0.75 + 7 * weight**0.5, abs=0.01)
+        assert arcs.count() == len(keys)
+        rows = page.locator("#row-table tbody tr").all()
+        assert len(rows) == layer.heads
+        first = int(top.keys[0, head, at, 0])
+        shown = TOKENS[first].replace(" ", "\u2423").replace("\n", "\u23ce")
+        cells = rows[head].locator("td").all_text_contents()
+        assert cells[0] == str(len(keys)) and cells[1] == f"{100 * covered:.1f}%"
+        assert shown in cells[2] and cells[2].startswith(str(first)) and cells[3] == f"{100 * weights[0]:.1f}%"
+
+
+def test_a_layer_without_its_map_says_so(opened: Open) -> None:
+    page = opened(planted()._replace(shown=(1,)))
+    page.locator("#grid td").first.click()
+    assert "Its map was left out" in page.inner_text("#head-numbers") and not page.is_visible("#map")
+    page.locator("#grid td").nth(4).click()
+    assert page.is_visible("#map") and "left out" not in page.inner_text("#head-numbers")
+    assert page.locator("#row-layer option").all_inner_texts() == ["1"]
+
+
 FOCUS = """() => { const focus = document.activeElement;
     focus.dataset.times = Number(focus.dataset.times ?? 0) + 1;
     return [focus.id || focus.tagName, Number(focus.dataset.times), getComputedStyle(focus).outlineStyle]; }"""

@@ -12,7 +12,7 @@ from qkv.analysis.page import codes
 from qkv.analysis.page.markup import visible
 from qkv.analysis.pricing import Price
 from qkv.analysis.recording import Recording
-from qkv.analysis.seen import Against, Seen, labels
+from qkv.analysis.seen import Against, Row, Seen, labels, rows_of
 from qkv.layer_record import LayerRecord
 
 ROWS_AT_ONCE = 256
@@ -24,8 +24,8 @@ def data_of(seen: Seen, even: Sequence[Tensor]) -> dict[str, Any]:
     index: dict[str, int] = {}  # of each map, in the order in which they are found
     short = labels([layer.name for layer in seen.recording.layers])
     layers = [
-        {"label": label, **_layer(layer, one, index)}
-        for label, layer, one in zip(short, seen.recording.layers, even, strict=True)
+        {"label": label, **_layer(layer), **(_heads(layer, one, index) if is_shown else _NO_HEADS)}
+        for label, layer, one, is_shown in zip(short, seen.recording.layers, even, seen.is_shown(), strict=True)
     ]
     return {
         "tokens": list(seen.tokens),
@@ -55,9 +55,7 @@ def _numbers(numbers: Tensor) -> list[float | None]:
     return [rounded(number) for number in numbers.tolist()]
 
 
-def _layer(layer: LayerRecord, even: Tensor, index: dict[str, int]) -> dict[str, Any]:
-    weights = layer.map.mean[0]
-    of_heads = [index.setdefault(codes.share(one, 16), len(index)) for one in even]
+def _layer(layer: LayerRecord) -> dict[str, Any]:
     return {
         "name": layer.name,
         "heads": layer.heads,
@@ -70,10 +68,29 @@ def _layer(layer: LayerRecord, even: Tensor, index: dict[str, int]) -> dict[str,
         "sinks": _numbers(layer.mean(layer.sinks.first + layer.sinks.learned)[0]),
         "cut": [_numbers(row) for row in layer.cut_by_head()[:, 0]],
         "change": [_numbers(row) for row in layer.change_by_head()[:, 0]],
+        "is_cross": layer.is_cross,
+    }
+
+
+_NO_HEADS: dict[str, Any] = {"map": None, "map_shape": [0, 0], "even": [], "rows": []}
+"""of a layer whose heads are not shown one by one"""
+
+
+def _heads(layer: LayerRecord, even: Tensor, index: dict[str, int]) -> dict[str, Any]:
+    weights = layer.map.mean[0]
+    of_heads = [index.setdefault(codes.share(one, 16), len(index)) for one in even]
+    return {
         "map": codes.share(weights, 8),
         "map_shape": list(weights.shape[1:]),
         "even": of_heads if len(of_heads) == layer.heads else of_heads * layer.heads,
+        "rows": [
+            {"query": at, "heads": [_row(row) for row in rows_of(layer, n)]} for n, at in enumerate(layer.queries)
+        ],
     }
+
+
+def _row(row: Row) -> dict[str, Any]:
+    return {"keys": list(row.keys), "weights": list(map(rounded, row.weights)), "covered": rounded(row.covered)}
 
 
 def even_maps(recording: Recording) -> list[Tensor]:
