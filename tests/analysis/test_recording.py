@@ -1,6 +1,7 @@
 """`record`: its numbers, compared with those of weights that eager attention writes out; and a model left as it was."""
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -197,6 +198,18 @@ def test_recordings_are_printed_as_tables() -> None:
     assert lines[3].startswith("cut: the weight on keys that a window hides, with 2 sink tokens, of the KV head")
     assert all(len(line) <= 120 for line in lines)
     assert "a context" in str(record(build("bart"), windows=[4], **inputs_of("bart")))
+
+
+def test_a_notebook_shows_a_recording_as_a_table() -> None:
+    found = record(build("gemma2"), IDS, windows=[4], sink_tokens=2)
+    text = found._repr_html_()
+    cells = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>(.*?)</tr>", text)]
+    lines = str(found).splitlines()
+    assert [" ".join(row).split() for row in cells] == [line.split() for line in lines[:-1]]
+    assert f"<caption>{lines[-1]}</caption>" in text
+    named = found._replace(layers=(found.layers[0]._replace(name='<img src="x">'),), windows=())
+    text = named._replace(layers=tuple(layer._replace(windows=()) for layer in named.layers))._repr_html_()
+    assert "&lt;img src=&quot;x&quot;&gt;" in text and "<img" not in text and "cut" not in text
 
 
 def test_calls_that_are_refused() -> None:

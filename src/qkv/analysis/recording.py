@@ -31,15 +31,30 @@ class Recording(NamedTuple):
                 row.copy_(layer.cut_by_kv_head().amax((1, 2)))
         return found
 
-    def __str__(self) -> str:
-        sinks = f", with {self.sink_tokens} sink tokens" if self.sink_tokens else ""
-        lines = [["layer", "sees", "in effect", "distance", "sinks", *(f"cut by {window}" for window in self.windows)]]
+    def _lines(self) -> list[list[str]]:
+        """A table, with its heading."""
         words = what_layers_see(self.layers, self.cut_by_layer())
-        lines += [[layer.name, *row] for layer, row in zip(self.layers, words, strict=True)]
+        cuts = (f"cut by {window}" for window in self.windows)
+        rows = [[layer.name, *row] for layer, row in zip(self.layers, words, strict=True)]
+        return [["layer", "sees", "in effect", "distance", "sinks", *cuts], *rows]
+
+    def _note(self) -> str:
+        """What is meant by a cut."""
+        sinks = f", with {self.sink_tokens} sink tokens" if self.sink_tokens else ""
+        return f"cut: the weight on keys that a window hides{sinks}, of the KV head that loses most; before training"
+
+    def _repr_html_(self) -> str:
+        """The table, for notebooks."""
+        from qkv.analysis.page.markup import table
+
+        heading, *rows = self._lines()
+        return table(self._note() if self.windows else "What layers attend to", heading, rows)
+
+    def __str__(self) -> str:
+        lines = self._lines()
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         rows = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]
-        note = f"cut: the weight on keys that a window hides{sinks}, of the KV head that loses most; before training"
-        return "\n".join([*rows, *([note] if self.windows else [])])
+        return "\n".join([*rows, *([self._note()] if self.windows else [])])
 
 
 def record(
