@@ -7,12 +7,16 @@ import torch
 from torch import Tensor
 
 from qkv import Mask, look
-from qkv.analysis import LayerRecord, Price, Recording, Seen, Together
+from qkv.analysis import LayerRecord, Price, Recording, Seen, Seven, Together
+from qkv.analysis.seven import Mechanism
 
 TOKENS = ("The", " king", " spoke", ",", "\n", "and", " no", " one", " heard", " the", " old", " king")
 WINDOWS, SINKS = (7, 3), 1  # not in order
 NAMES = "model.layers.0.self_attn", "model.layers.1.self_attn"
 QUERIES = 11, 4  # not in order
+MECHANISMS = (
+    *("scaled dot-product", "multi-head", "cross", "causal", "sliding-window", "multi-query", "grouped-query"),
+)
 HOSTILE = (
     "</script><img src=x onerror=alert(1)>", '"', "'", "]]>", "<!--", "<script>", "\u2028\u2029", "\u202eabc", "\0",
     "\ud83d", "\udc80", "&lt;&#0;", "{{script}}", "\r\n", "\x1b[31m", "a" * 10_000,
@@ -86,7 +90,20 @@ def planted(tokens: tuple[str, ...] = TOKENS, model: str = "toy", text: str = "k
     ]
     layers[1].keys_in_effect[:, 2] = torch.nan
     layers[1].distance.mean[:, 2] = torch.nan
-    return Seen(model, text, tokens, 40, 2, Recording(WINDOWS, SINKS, tuple(layers)), prices(length, draw))
+    recording, priced = Recording(WINDOWS, SINKS, tuple(layers)), prices(length, draw)
+    return Seen(model, text, tokens, 40, 2, recording, priced, seven=seven(length, draw))
+
+
+def seven(length: int, draw: Draw) -> Seven:
+    """Of layer 0, whose 4 heads share 2 KV heads."""
+    half, at = max(1, length // 2), length - 2
+    ends = [(0, length), (0, length), (0, half), (0, at + 1), (max(0, at - 3), at + 1), (0, at + 1), (0, at + 1)]
+    mechanisms = []
+    for n, (name, (first, stop)) in enumerate(zip(MECHANISMS, ends, strict=True)):
+        weights = draw.between(0.01, 1, 1 if name == "multi-head" else 4, max(0, stop - first))
+        costs = 1000 * (n + 1) + n, 100 * (n + 1)
+        mechanisms.append(Mechanism(name, first, max(0, stop), weights / weights.sum(-1, keepdim=True), *costs))
+    return Seven(NAMES[0], at, 4, 4, 2, 2, tuple(mechanisms))
 
 
 def prices(length: int, draw: Draw) -> tuple[Price, ...]:

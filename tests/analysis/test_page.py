@@ -313,7 +313,7 @@ def test_layers_have_their_numbers_in_the_model() -> None:
     seen = planted()
     records = tuple(layer._replace(name=name) for layer, name in zip(seen.recording.layers, names, strict=True))
     found = tuple(price._replace(layers=names) for price in seen.prices)
-    page = page_of(seen._replace(recording=seen.recording._replace(layers=records), prices=found), 10.0)
+    page = page_of(seen._replace(recording=seen.recording._replace(layers=records), prices=found, seven=None), 10.0)
     data = data_of(page)
     assert [layer["label"] for layer in data["layers"]] == ["3", "7"]
     assert [price["labels"] for price in data["prices"]] == [["3", "7"]] * 2
@@ -473,6 +473,28 @@ def test_a_recording_without_prices_windows_or_tokens_beyond_the_first() -> None
         page = page_of(Seen("m", "t", ("x",) * length, 0, 4, record(bare, ids), ()), MOST)
         assert "What would windows hide?" not in page and f"{length} token" in page
         check_data(page, Seen("m", "t", ("x",) * length, 0, 4, record(bare, ids), ()))
+
+
+def test_the_seven_mechanisms_are_summed_in_blocks() -> None:
+    for tokens in (TOKENS, tuple(f"t{n}" for n in range(300))):
+        seen = planted(tokens)
+        found, given, n = data_of(page_of(seen, MOST))["seven"], seen.seven, len(tokens)
+        assert given is not None and found["columns"] == min(128, n)
+        assert (found["layer"], found["own"], found["query"]) == ("0", "all keys before it and its own", n - 2)
+        for one, expected in zip(found["mechanisms"], given.mechanisms, strict=True):
+            assert (one["name"], one["first"], one["stop"]) == expected[:3]
+            assert (one["scores"], one["bytes"]) == (expected.scores, 2 * expected.cache_numbers)
+            raw = base64.b64decode(one["strip"])
+            for head, weights in enumerate(expected.weights.tolist()):
+                sums = [0.0] * found["columns"]
+                for key, weight in enumerate(weights, expected.first):
+                    sums[key * found["columns"] // n] += weight
+                codes = raw[head * found["columns"] : (head + 1) * found["columns"]]
+                assert [(code / 255) ** 2 for code in codes] == pytest.approx(sums, abs=0.0041)
+                order = sorted(range(len(weights)), key=lambda key, weights=weights: -weights[key])[:5]
+                assert one["keys"][head] == [key + expected.first for key in order]
+                assert one["weights"][head] == pytest.approx([weights[key] for key in order], rel=1e-5)
+            assert len(one["keys"]) == len(expected.weights) and len(raw) == len(expected.weights) * found["columns"]
 
 
 def test_layers_that_are_not_shown_keep_their_numbers_alone() -> None:

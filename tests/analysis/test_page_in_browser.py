@@ -249,6 +249,39 @@ def test_the_keys_of_a_token_are_those_of_seen(opened: Open) -> None:
         assert shown in cells[2] and cells[2].startswith(str(first)) and cells[3] == f"{100 * weights[0]:.1f}%"
 
 
+def test_the_seven_mechanisms_are_drawn_as_their_numbers(opened: Open) -> None:
+    page, seen = opened(planted()), planted()
+    given = seen.seven
+    assert given is not None
+    for chosen in ("0", "3"):
+        page.select_option("#seven-head", chosen)
+        rows = page.locator("#seven-rows > div").all()
+        for row, one in zip(rows, given.mechanisms, strict=True):
+            weights = one.weights[int(chosen) if len(one.weights) > 1 else 0].tolist()
+            assert row.locator("strong").inner_text() == one.name
+            pixels = row.locator("canvas").evaluate(
+                "canvas => [...canvas.getContext('2d').getImageData(0, 0, canvas.width, 1).data]"
+            )
+            assert len(pixels) == 4 * len(TOKENS)
+            for key in range(len(TOKENS)):
+                pixel = pixels[4 * key : 4 * key + 4]
+                if not one.first <= key < one.stop:
+                    assert pixel[3] == 0
+                    continue
+                drawn = (round(weights[key - one.first] ** 0.5 * 255) / 255) ** 2
+                part = (torch.tensor(drawn * (one.stop - one.first)).log2().item() + 4) / 8
+                assert pixel[3] == 255 and pixel[:3] == pytest.approx(colour_of(part), abs=2)
+            heaviest = max(range(len(weights)), key=weights.__getitem__)
+            shown = TOKENS[heaviest + one.first].replace(" ", "\u2423").replace("\n", "\u23ce")
+            says = row.locator("p").inner_text()
+            assert says.startswith(f"{100 * weights[heaviest]:.1f}% {shown} {heaviest + one.first}, ")
+            size = (
+                f"{2 * one.cache_numbers / 1000:.1f} kB" if one.cache_numbers >= 500 else f"{2 * one.cache_numbers} B"
+            )
+            assert says.endswith(f"Of the text: {one.scores:,} scores, {size} of keys and values.")
+    assert f"token {given.query} lies in layer 0, query head 3" in page.inner_text("#seven-say")
+
+
 def test_a_layer_without_its_map_says_so(opened: Open) -> None:
     page = opened(planted()._replace(shown=(1,)))
     page.locator("#grid td").first.click()

@@ -10,6 +10,8 @@ from qkv.analysis.seen import Against as Against
 from qkv.analysis.seen import CostlyToken as CostlyToken
 from qkv.analysis.seen import Saving as Saving
 from qkv.analysis.seen import Seen as Seen
+from qkv.analysis.seven import Seven as Seven
+from qkv.analysis.seven import seven as seven
 from qkv.layer_record import LayerRecord as LayerRecord
 
 __all__ = [
@@ -20,8 +22,10 @@ __all__ = [
     "Recording",
     "Saving",
     "Seen",
+    "Seven",
     "Together",
     "losses",
     "price",
     "record",
+    "seven",
 ]

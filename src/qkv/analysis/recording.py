@@ -98,7 +98,7 @@ def record(
     found: list[LayerRecord] = []
     with watched("record", model) as known:
         given = {**inputs} if input_ids is None else {"input_ids": input_ids, **inputs}
-        given = _without_what_is_not_recorded(model, given)
+        given = without_what_is_not_recorded(model, given)
 
         def observe(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> None:
             name, is_cross = known.names[id(module)], known.is_cross(module, q, k, options)
@@ -119,7 +119,7 @@ def record(
     return Recording(tuple(windows), sink_tokens, tuple(found))
 
 
-def _without_what_is_not_recorded(model: Any, given: dict[str, Any]) -> dict[str, Any]:
+def without_what_is_not_recorded(model: Any, given: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call, without a cache and the logits of a text, unless they are asked for."""
     takes = inspect.signature(model.forward).parameters
     given = {"use_cache": False, **given} if "use_cache" in takes else given

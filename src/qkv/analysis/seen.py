@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qkv.analysis.pricing import Price
 from qkv.analysis.recording import Recording
+from qkv.analysis.seven import Seven
 from qkv.layer_record import LayerRecord
 
 COSTLY = 20
@@ -88,6 +89,8 @@ class Seen(NamedTuple):
     against: Against | None = None
     shown: tuple[int, ...] | None = None
     """numbers of the layers whose heads are shown one by one; None for all"""
+    seven: Seven | None = None
+    """one query under the masks and groupings of the seven mechanisms"""
 
     def is_shown(self) -> list[bool]:
         """For each layer of the recording, whether its heads are shown one by one."""

@@ -51,6 +51,17 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f}%" if math.isfinite(share) else "no number"
 
 
+def keys_seen(layer: LayerRecord) -> str:
+    """What a query of a layer sees."""
+    if layer.is_cross:
+        return "a context"
+    if layer.window is not None:
+        return counted(layer.window, "key") + " at most"
+    if layer.mask.allow is not None:
+        return "what a dense mask shows"
+    return "all keys before it and its own" if layer.mask.is_causal else "all keys"
+
+
 def what_layers_see(layers: Sequence[LayerRecord], cuts: Tensor) -> list[list[str]]:
     """What each layer sees, its numbers in the mean over queries and heads, and what windows cut: rows of a table.
 

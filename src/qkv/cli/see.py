@@ -9,7 +9,7 @@ import torch
 import typer
 from rich.console import Console
 
-from qkv.analysis import Against, Price, Recording, Saving, Seen, losses, price, record
+from qkv.analysis import Against, Price, Recording, Saving, Seen, Seven, losses, price, record, seven
 from qkv.analysis.page import page_of
 from qkv.analysis.seen import MOST, numbers_of
 from qkv.cli.convert import Pool
@@ -143,10 +143,13 @@ def see(
         other = (
             None if other_source is None else _against(language_model, token_ids, other_source, torch_dtype, progress)
         )
+        one = None if out is None else _seven(language_model, token_ids, recording, shown, queries, windows, progress)
     except (CheckpointError, TypeError, ValueError) as error:
         raise CommandError(str(error)) from error
     pieces = tuple(language_model.tokenizer.decode([token]) for token in token_ids[0].tolist())
-    seen = Seen(language_model.name, path.name, pieces, left_out, torch_dtype.itemsize, recording, prices, other, shown)
+    seen = Seen(
+        language_model.name, path.name, pieces, left_out, torch_dtype.itemsize, recording, prices, other, shown, one
+    )
     if out is not None:
         write_output(out, page_of(seen, most), overwrite)
         progress.notify(f"wrote {out}")
@@ -227,6 +230,25 @@ def _shown(layers: list[int] | None, recording: Recording, name: str) -> tuple[i
                 f"--layer: it must be the number of a layer of {name} that attends, {as_ranges(known)}; got {layer}."
             )
     return tuple(sorted(set(layers)))
+
+
+def _seven(
+    language_model: LanguageModel,
+    token_ids: torch.Tensor,
+    recording: Recording,
+    shown: tuple[int, ...] | None,
+    queries: list[int],
+    windows: list[int],
+    progress: Progress,
+) -> Seven | None:
+    """The seven mechanisms in the middle one of the layers that are shown; None where some attend to a context."""
+    names = [layer.name for layer in recording.layers]
+    chosen = [name for name, number in zip(names, numbers_of(names), strict=True) if shown is None or number in shown]
+    if any(layer.is_cross for layer in recording.layers):
+        return None
+    options = {"query": queries[0] if queries else -1, "window": min(windows, default=None)}
+    with progress.step("trying the seven mechanisms"), quiet():
+        return seven(language_model.model, token_ids, layer=chosen[len(chosen) // 2], **options)  # type: ignore[arg-type]
 
 
 def _prices(

@@ -13,8 +13,14 @@ from qkv.analysis.page.markup import visible
 from qkv.analysis.pricing import Price
 from qkv.analysis.recording import Recording
 from qkv.analysis.seen import Against, Row, Seen, labels, rows_of
+from qkv.analysis.seven import Mechanism, Seven
+from qkv.analysis.words import keys_seen
 from qkv.layer_record import LayerRecord
 
+STRIP = 128
+"""Blocks of keys, at most, in the strip of a mechanism."""
+HEAVIEST = 5
+"""Keys that are named below a strip."""
 ROWS_AT_ONCE = 256
 """Queries whose mask is written out at once: 8 MB for 4096 keys."""
 
@@ -35,6 +41,7 @@ def data_of(seen: Seen, even: Sequence[Tensor]) -> dict[str, Any]:
         "even": list(index),
         "prices": [_price(seen, price) for price in seen.prices],
         "against": None if seen.against is None else _against(seen.against),
+        "seven": None if seen.seven is None else _seven(seen, seen.seven),
     }
 
 
@@ -141,6 +148,39 @@ def _price(seen: Seen, price: Price) -> dict[str, Any]:
             }
             for saving, some in zip(seen.savings(price), price.together, strict=True)
         ],
+    }
+
+
+def _seven(seen: Seen, found: Seven) -> dict[str, Any]:
+    n, names = len(seen.tokens), [layer.name for layer in seen.recording.layers]
+    columns, at = min(STRIP, n), names.index(found.layer)
+    block = torch.arange(n) * columns // n
+
+    def mechanism(one: Mechanism) -> dict[str, Any]:
+        strip = one.weights.new_zeros(len(one.weights), columns)
+        heaviest = one.weights.topk(min(HEAVIEST, one.weights.shape[1]))
+        keys = (heaviest.indices + one.first).tolist()
+        return {
+            "name": one.name,
+            "first": one.first,
+            "stop": one.stop,
+            "scores": one.scores,
+            "bytes": one.cache_numbers * seen.bytes_per_number,
+            "strip": codes.share(strip.index_add_(1, block[one.first : one.stop], one.weights), 8),
+            "keys": keys,
+            "weights": [_numbers(row) for row in heaviest.values],
+        }
+
+    return {
+        "layer": labels(names)[at],
+        "own": keys_seen(seen.recording.layers[at]),
+        "query": found.query,
+        "window": found.window,
+        "heads": found.heads,
+        "kv_heads": found.kv_heads,
+        "groups": found.groups,
+        "columns": columns,
+        "mechanisms": list(map(mechanism, found.mechanisms)),
     }
 
 

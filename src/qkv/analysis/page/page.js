@@ -405,4 +405,53 @@
     showLayer();
     find("rows").hidden = false;
   }
+
+  // One query under the seven mechanisms.
+  const MEANS = {
+    "scaled dot-product": () => "one head, all keys",
+    "multi-head": ({ heads }) => `the mean of ${counted(heads, "head")}, all keys`,
+    "cross": () => "the first half of the text, as if it were another one",
+    "causal": () => "its own key and those before",
+    "sliding-window": ({ window }) => `the last ${counted(window, "key")}, its own included`,
+    "multi-query": ({ kv_heads }) => `causal, with the mean of the model's ${counted(kv_heads, "KV head")} for all heads`,
+    "grouped-query": ({ groups, kv_heads }) => `causal, on ${counted(groups, "KV head")}, ${groups === kv_heads ? "the model's own" : "the means of the model's"}`,
+  };
+  const bytes = (count) => {
+    const power = Math.min(3, Math.floor(Math.log10(Math.max(1, count)) / 3));
+    return `${(count / 1000 ** power).toFixed(power ? 1 : 0)} ${["B", "kB", "MB", "GB"][power]}`;
+  };
+  const showSeven = () => {
+    const seven = data.seven;
+    const { columns } = seven;
+    const n = data.tokens.length;
+    const chosen = Number(find("seven-head").value);
+    find("seven-rows").replaceChildren(...seven.mechanisms.map((one) => {
+      const head = one.keys.length === 1 ? 0 : chosen;
+      const weights = shares8(one.strip).subarray(head * columns, (head + 1) * columns);
+      const canvas = make("canvas", { width: columns, height: 1, "aria-hidden": "true" });
+      const image = canvas.getContext("2d").createImageData(columns, 1);
+      for (let column = 0; column < columns; column++) {
+        const start = Math.max(one.first, Math.ceil(column * n / columns));
+        const stop = Math.min(one.stop, Math.ceil((column + 1) * n / columns));
+        if (start >= stop) continue; // hidden: what is behind is seen
+        const times = weights[column] * (one.stop - one.first) / (stop - start);
+        image.data.set([...colour((Math.log2(times) + OCTAVES) / (2 * OCTAVES)), 255], 4 * column);
+      }
+      canvas.getContext("2d").putImageData(image, 0, 0);
+      const heaviest = one.keys[head].flatMap((key, at) => [at ? ", " : "", `${percent(one.weights[head][at])} `, piece("q", short(data.tokens[key])), ` ${key}`]);
+      return make("div", {}, make("strong", {}, one.name), `: ${MEANS[one.name](seven)}`, make("div", { class: "strip" }, canvas),
+        make("p", {}, ...heaviest, `. Of the text: ${one.scores.toLocaleString("en")} scores, ${bytes(one.bytes)} of keys and values.`));
+    }));
+    find("seven-say").textContent = `Shows where the weight of token ${seven.query} lies in layer ${seven.layer}, query head ${chosen}, from the first token (left) to the last, ` +
+      `against the same weight for all keys that it sees. The model was trained so that a query sees ${seven.own}, with ${counted(seven.heads, "query head")} on ` +
+      `${counted(seven.kv_heads, "KV head")}; the others are what its q and k would see. Scores and bytes are those of this layer with ${counted(seven.heads, "query head")} ` +
+      `(one for scaled dot-product), each with a KV head of its own but for the last two.`;
+  };
+  if (data.seven) {
+    find("seven-head").append(...Array.from({ length: data.seven.heads }, (_, head) => make("option", { value: head }, `${head}`)));
+    find("seven-head").addEventListener("change", showSeven);
+    legendOf(find("seven-legend"), `1/${2 ** OCTAVES} of even`, `${2 ** OCTAVES} times`, "log scale", "hidden");
+    find("seven").hidden = false;
+    showSeven();
+  }
 }

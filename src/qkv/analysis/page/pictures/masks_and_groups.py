@@ -7,8 +7,7 @@ from torch import Tensor
 from qkv.analysis.page.markup import Markup, element, figure, joined, table
 from qkv.analysis.recording import Recording
 from qkv.analysis.seen import Seen, labels
-from qkv.analysis.words import counted, listed, what_layers_see
-from qkv.layer_record import LayerRecord
+from qkv.analysis.words import counted, keys_seen, listed, what_layers_see
 
 
 def layers(seen: Seen, even: Sequence[Tensor]) -> Markup:
@@ -20,7 +19,7 @@ def layers(seen: Seen, even: Sequence[Tensor]) -> Markup:
         kinds.setdefault(kind, []).append(n)
     pictures = []
     for (outline, heads, kv_heads, _, is_cross), members in kinds.items():
-        sees = _sees(records[members[0]])
+        sees = keys_seen(records[members[0]])
         which = f"{'Layer' if len(members) == 1 else 'Layers'} {listed([names[n] for n in members])}"
         shares = f"{counted(heads, 'query head')} on {counted(kv_heads, 'KV head')}"
         square = element(
@@ -55,16 +54,6 @@ def _lost(seen: Seen) -> list[Markup]:
     return [
         element("p", f"Queries of heads that have no number, for NaN or inf, and are left out of the means: {says}.")
     ]
-
-
-def _sees(layer: LayerRecord) -> str:
-    if layer.is_cross:
-        return "a context"
-    if layer.window is not None:
-        return counted(layer.window, "key") + " at most"
-    if layer.mask.allow is not None:
-        return "what a dense mask shows"
-    return "all keys before it and its own" if layer.mask.is_causal else "all keys"
 
 
 def _outline(even: Tensor) -> str:
