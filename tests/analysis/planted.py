@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from qkv import Mask, look
-from qkv.analysis import LayerRecord, Price, Recording, Seen, Seven, Together
+from qkv.analysis import Agreement, LayerRecord, Price, Recording, Seen, Seven, Together
 from qkv.analysis.seven import Mechanism
+from qkv.convert import LayerAgreement
 
 TOKENS = ("The", " king", " spoke", ",", "\n", "and", " no", " one", " heard", " the", " old", " king")
 WINDOWS, SINKS = (7, 3), 1  # not in order
@@ -91,7 +92,18 @@ def planted(tokens: tuple[str, ...] = TOKENS, model: str = "toy", text: str = "k
     layers[1].keys_in_effect[:, 2] = torch.nan
     layers[1].distance.mean[:, 2] = torch.nan
     recording, priced = Recording(WINDOWS, SINKS, tuple(layers)), prices(length, draw)
-    return Seen(model, text, tokens, 40, 2, recording, priced, seven=seven(length, draw))
+    found = seven(length, draw), (agreement(draw),)
+    return Seen(model, text, tokens, 40, 2, recording, priced, seven=found[0], agreements=found[1])
+
+
+def agreement(draw: Draw) -> Agreement:
+    """Of two layers with four KV heads each, two of which are pooled, in another order in the first layer."""
+    layers = []
+    for n, groups in enumerate((((0, 2), (1, 3)), ((0, 1), (2, 3)))):
+        keys, values = draw.between(0, 1, 2, 4, 4)
+        keys, values = ((x + x.T) / 2 for x in (keys, values))
+        layers.append(LayerAgreement(n, keys.fill_diagonal_(1), values.fill_diagonal_(1), groups))
+    return Agreement("2 KV heads by aligned pooling", tuple(layers))
 
 
 def seven(length: int, draw: Draw) -> Seven:

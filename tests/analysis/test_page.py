@@ -475,6 +475,33 @@ def test_a_recording_without_prices_windows_or_tokens_beyond_the_first() -> None
         check_data(page, Seen("m", "t", ("x",) * length, 0, 4, record(bare, ids), ()))
 
 
+def test_the_agreement_of_heads_in_the_order_of_their_groups() -> None:
+    seen = planted()
+    page = page_of(seen, MOST)
+    (found,) = seen.agreements
+    rows = rows_of(page, "Agreement of KV heads, for 2 KV heads by aligned pooling")[1:]
+    pictures = re.findall(r'<svg viewBox="0 0 62 128"[^>]*>(.*?)</svg>', page)
+    assert len(pictures) == 2 and len(rows) == 4
+    for n, (layer, picture) in enumerate(zip(found.layers, pictures, strict=True)):
+        groups = [[0, 2], [1, 3]] if n == 0 else [[0, 1], [2, 3]]
+        order = [*groups[0], *groups[1]]
+        matrices = re.findall(r"<g transform.*?</g>", picture)
+        for at, (kind, numbers) in enumerate((("keys", layer.keys), ("values", layer.values))):
+            one, two = (numbers[a, b].item() for a, b in groups)
+            others = [numbers[a, b].item() for a in groups[0] for b in groups[1]]
+            written = f"{groups[0][0]}, {groups[0][1]} | {groups[1][0]}, {groups[1][1]}"
+            shown = [f"{(one + two) / 2:.3f}", f"{min(one, two):.3f}", f"{sum(others) / 4:.3f}"]
+            assert rows[2 * n + at] == [str(n), kind, written, *shown]
+            drawn = torch.full((4, 4), -1)
+            for path, opacity in re.findall(r'<path class="shade" d="(.*?)" fill-opacity="([\d.]+)"/>', matrices[at]):
+                for x, y in re.findall(r"M([\d.]+) ([\d.]+)h15.00v", path):
+                    drawn[int(float(y) // 15), int(float(x) // 15)] = round(10 * float(opacity))
+            assert torch.equal(drawn, (10 * numbers[order][:, order]).round().int())
+            outlines = re.findall(r'<rect class="group" x="(\d+)" y="(\d+)" width="30" height="30"/>', matrices[at])
+            assert outlines == [("0", "0"), ("30", "30")]
+    assert "Which KV heads are alike?" not in page_of(seen._replace(agreements=()), MOST)
+
+
 def test_the_seven_mechanisms_are_summed_in_blocks() -> None:
     for tokens in (TOKENS, tuple(f"t{n}" for n in range(300))):
         seen = planted(tokens)

@@ -19,6 +19,7 @@ from transformers import (
 
 from qkv.analysis import losses, price, record
 from qkv.cli import main
+from qkv.convert import agreement_by_layer
 
 NAMES = ["scaled dot-product", "multi-head", "cross", "causal", "sliding-window", "multi-query", "grouped-query"]
 WORDS = random.Random(0).choices(tiny_model.WORDS, k=60)
@@ -89,6 +90,13 @@ def test_the_document_has_the_numbers_of_record_and_price(capsys, llama, text):
         ((5 - k) * 60 + k * 11) * a_token for k in range(1, 6)
     ]
     assert found["prices"][2]["together"][0]["cache_bytes"] == 5 * 60 * a_token // 2
+    (agreement,) = found["agreements"]
+    of_layers = agreement_by_layer(model.state_dict(), model.config.to_dict(), 1)
+    assert agreement["change"] == "1 KV head by mean pooling"
+    for layer, one in zip(agreement["layers"], of_layers, strict=True):
+        torch.testing.assert_close(torch.tensor(layer["keys"]), one.keys)
+        torch.testing.assert_close(torch.tensor(layer["values"]), one.values)
+        assert layer["groups"] == [[0, 1]]
     proposal = found["proposal"]
     assert (proposal["window"], proposal["sink_tokens"], proposal["layers"]) == (4, 2, [0, 1, 2, 3, 4])
     token = measured["costly_tokens"][0]

@@ -7,6 +7,7 @@ from qkv.analysis.pricing import price as price
 from qkv.analysis.recording import Recording as Recording
 from qkv.analysis.recording import record as record
 from qkv.analysis.seen import Against as Against
+from qkv.analysis.seen import Agreement as Agreement
 from qkv.analysis.seen import CostlyToken as CostlyToken
 from qkv.analysis.seen import Saving as Saving
 from qkv.analysis.seen import Seen as Seen
@@ -16,6 +17,7 @@ from qkv.layer_record import LayerRecord as LayerRecord
 
 __all__ = [
     "Against",
+    "Agreement",
     "CostlyToken",
     "LayerRecord",
     "Price",

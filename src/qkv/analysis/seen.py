@@ -11,6 +11,7 @@ from torch import Tensor
 from qkv.analysis.pricing import Price
 from qkv.analysis.recording import Recording
 from qkv.analysis.seven import Seven
+from qkv.convert import LayerAgreement
 from qkv.layer_record import LayerRecord
 
 COSTLY = 20
@@ -54,6 +55,14 @@ class Against(NamedTuple):
         return _costly(self.before, self.loss - self.before, count)
 
 
+class Agreement(NamedTuple):
+    """How alike KV heads are that a change would make one."""
+
+    change: str
+    """as a `Price` names it"""
+    layers: tuple[LayerAgreement, ...]
+
+
 class Row(NamedTuple):
     """The heaviest keys of a query in one head, in order."""
 
@@ -91,6 +100,8 @@ class Seen(NamedTuple):
     """numbers of the layers whose heads are shown one by one; None for all"""
     seven: Seven | None = None
     """one query under the masks and groupings of the seven mechanisms"""
+    agreements: tuple[Agreement, ...] = ()
+    """for each change to fewer KV heads"""
 
     def is_shown(self) -> list[bool]:
         """For each layer of the recording, whether its heads are shown one by one."""
@@ -174,6 +185,21 @@ class Seen(NamedTuple):
             ],
             "prices": [self._price_as_json(price) for price in self.prices],
             "against": None if self.against is None else self._against_as_json(self.against),
+            "agreements": [
+                {
+                    "change": agreement.change,
+                    "layers": [
+                        {
+                            "layer": layer.layer,
+                            "keys": [_numbers(row) for row in layer.keys],
+                            "values": [_numbers(row) for row in layer.values],
+                            "groups": [list(group) for group in layer.groups],
+                        }
+                        for layer in agreement.layers
+                    ],
+                }
+                for agreement in self.agreements
+            ],
             "proposal": None
             if proposal is None
             else {

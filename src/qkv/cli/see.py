@@ -9,13 +9,13 @@ import torch
 import typer
 from rich.console import Console
 
-from qkv.analysis import Against, Price, Recording, Saving, Seen, Seven, losses, price, record, seven
+from qkv.analysis import Against, Agreement, Price, Recording, Saving, Seen, Seven, losses, price, record, seven
 from qkv.analysis.page import page_of
 from qkv.analysis.seen import MOST, numbers_of
 from qkv.cli.convert import Pool
 from qkv.cli.options import MAX_COUNT, Dtype, count_option
 from qkv.cli.reports.see import print_mechanisms, print_seen
-from qkv.convert import CheckpointError
+from qkv.convert import CheckpointError, agreement_by_layer
 from qkv.convert.families.registry import find_family
 from qkv.convert.families.windows import as_ranges, require_windows, with_windows
 from qkv.layer_record import cuts_nothing
@@ -140,6 +140,7 @@ def see(
             recording = record(language_model.model, token_ids, windows=windows, sink_tokens=sinks, queries=queries)
         shown = _shown(layer, recording, language_model.name)
         prices = _prices(language_model, token_ids, recording, windows, sinks, heads, pool, progress) if measure else ()
+        agreements = _agreements(language_model, prices, pool, progress) if out or as_document else ()
         other = (
             None if other_source is None else _against(language_model, token_ids, other_source, torch_dtype, progress)
         )
@@ -148,7 +149,17 @@ def see(
         raise CommandError(str(error)) from error
     pieces = tuple(language_model.tokenizer.decode([token]) for token in token_ids[0].tolist())
     seen = Seen(
-        language_model.name, path.name, pieces, left_out, torch_dtype.itemsize, recording, prices, other, shown, one
+        language_model.name,
+        path.name,
+        pieces,
+        left_out,
+        torch_dtype.itemsize,
+        recording,
+        prices,
+        against=other,
+        shown=shown,
+        seven=one,
+        agreements=agreements,
     )
     if out is not None:
         write_output(out, page_of(seen, most), overwrite)
@@ -277,6 +288,21 @@ def _prices(
     for name, count, some, change in changes:
         with progress.step(f"measuring {name}", count + len(some), "passes") as on_progress, quiet():
             found.append(price(language_model.model, token_ids, together=some, on_progress=on_progress, **change))
+    return tuple(found)
+
+
+def _agreements(
+    language_model: LanguageModel, prices: tuple[Price, ...], pool: Pool, progress: Progress
+) -> tuple[Agreement, ...]:
+    """How alike the KV heads are that changes pool; none for families of which that is not known."""
+    state, config = language_model.model.state_dict(), language_model.model.config.to_dict()
+    found = []
+    for each in prices:
+        if each.kv_heads is None or find_family("qkv see", config).layout is None:
+            continue
+        with progress.step("comparing KV heads"), quiet():
+            layers = agreement_by_layer(state, config, each.kv_heads, how=pool.value)
+        found.append(Agreement(each.change, tuple(layers)))
     return tuple(found)
 
 

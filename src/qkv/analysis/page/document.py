@@ -45,6 +45,7 @@ def page_of(seen: Seen, most: float) -> str:
         "style": style,
         "prices": _prices(seen, most),
         "against": _against(seen),
+        "agreements": _agreements(seen),
         "cuts": _cuts(seen),
         "layers": pictures.layers(seen, even),
         "cache": pictures.cache(seen, most),
@@ -86,6 +87,13 @@ def _against(seen: Seen) -> Markup:
     if seen.against is None:
         return Markup("")
     return element("section", element("h2", "What does the other model lose?"), pictures.against(seen, seen.against))
+
+
+def _agreements(seen: Seen) -> Markup:
+    if not seen.agreements:
+        return Markup("")
+    found = map(pictures.head_agreement, seen.agreements)
+    return element("section", element("h2", "Which KV heads are alike?"), *found)
 
 
 def _cuts(seen: Seen) -> Markup:
