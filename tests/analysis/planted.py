@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qkv import Mask, look
-from qkv.analysis import Agreement, LayerRecord, Price, Recording, Seen, Seven, Together
+from qkv.analysis import Agreement, LayerRecord, Price, Reach, Recording, Seen, Seven, Together
 from qkv.analysis.seven import Mechanism
 from qkv.convert import LayerAgreement
 
@@ -92,8 +92,18 @@ def planted(tokens: tuple[str, ...] = TOKENS, model: str = "toy", text: str = "k
     layers[1].keys_in_effect[:, 2] = torch.nan
     layers[1].distance.mean[:, 2] = torch.nan
     recording, priced = Recording(WINDOWS, SINKS, tuple(layers)), prices(length, draw)
-    found = seven(length, draw), (agreement(draw),)
-    return Seen(model, text, tokens, 40, 2, recording, priced, seven=found[0], agreements=found[1])
+    seen = Seen(model, text, tokens, 40, 2, recording, priced, seven=seven(length, draw))
+    return seen._replace(agreements=(agreement(draw),), reaches=(("As it is", reach(length, draw)),))
+
+
+def reach(length: int, draw: Draw) -> Reach:
+    """Of token 1, with windows of 3 and 4 tokens; one hidden state changes that is out of reach."""
+    stops = tuple(min(length, stop) for stop in (2, 4, 7))
+    change = 10 ** -draw.between(0, 4, 3, length)
+    for row, stop in zip(change, stops, strict=True):
+        row[:1] = row[stop:] = 0
+    change[1, -1] = 0.5
+    return Reach(1, (3, 4), stops, change)
 
 
 def agreement(draw: Draw) -> Agreement:

@@ -475,6 +475,40 @@ def test_a_recording_without_prices_windows_or_tokens_beyond_the_first() -> None
         check_data(page, Seen("m", "t", ("x",) * length, 0, 4, record(bare, ids), ()))
 
 
+def test_the_reach_of_a_token_is_drawn_as_measured_within_its_outline() -> None:
+    seen = planted()
+    ((_, found),) = seen.reaches
+    page = page_of(seen, MOST)
+    (chart,) = re.findall(r'<svg class="chart"[^>]*aria-label="As it is: reach of token 1.*?</svg>', page)
+    across, down = 286 / 12, 188 / 3
+    drawn = {}
+    for shade, box in re.findall(r'<rect class="change c(\d)" (.*?)/>', chart):
+        x, width, y, height = (float(number) for number in re.findall(r'="([\d.]+)"', box))
+        assert (width, height) == (pytest.approx(across, abs=0.02), pytest.approx(down, abs=0.02))
+        drawn[round(2 - (y - 12) / down), round((x - 60) / across)] = int(shade)
+    cells = {
+        (row, at): next(n for n, least in enumerate((0.1, 0.01, 0.001, 0)) if change >= least)
+        for row, numbers in enumerate(found.change.tolist())
+        for at, change in enumerate(numbers)
+        if change
+    }
+    assert drawn == cells and set(cells.values()) == {0, 1, 2, 3}
+    (line,) = re.findall(r'<path class="line" d="(.*?)"/>', chart)
+    points = [(float(x), float(y)) for x, y in re.findall(r"([\d.]+) ([\d.]+)", line)]
+    edge = [(1, 0), (2, 0), (2, 1), (4, 1), (4, 2), (7, 2), (7, 3), (1, 3), (1, 0)]
+    assert points == [
+        (pytest.approx(60 + x * across, abs=0.06), pytest.approx(200 - y * down, abs=0.06)) for x, y in edge
+    ]
+    assert "Of 26 hidden states out of reach, 1 change: this model computes some tokens together." in page
+    rows = rows_of(page, "As it is: tokens that one token reaches")[1:]
+    assert rows == [["0", "", "1", "1"], ["1", "3", "3", "11"], ["2", "4", "6", "6"]]
+    found.change[1, -1] = 0
+    assert "Of 26 hidden states out of reach, all are equal in bits." in page_of(
+        seen._replace(reaches=(("As it is", found),)), MOST
+    )
+    assert "How far does one token reach?" not in page_of(seen._replace(reaches=()), MOST)
+
+
 def test_the_agreement_of_heads_in_the_order_of_their_groups() -> None:
     seen = planted()
     page = page_of(seen, MOST)

@@ -162,6 +162,7 @@ def test_the_page_is_written_whole_or_not_at_all(capsys, llama, text, tmp_path):
     page = out.read_text(encoding="utf-8")
     assert page.startswith("<!DOCTYPE html>") and page.rstrip().endswith("</html>")
     assert "words.txt" in page and "default-src 'none'" in page
+    assert "Which KV heads are alike?" not in page
     code, captured = _see(capsys, *arguments)
     assert (code, captured.out) == (1, "")
     assert captured.err == f"qkv: --out: {out} exists; give another name, or --overwrite.\n"
@@ -169,6 +170,25 @@ def test_the_page_is_written_whole_or_not_at_all(capsys, llama, text, tmp_path):
     assert _see(capsys, *arguments, "--overwrite")[0] == 0
     assert out.read_text(encoding="utf-8") == page
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_the_page_has_all_pictures_of_what_was_asked(capsys, llama, text, tmp_path):
+    out = tmp_path / "page.html"
+    arguments = ("--query", "30", "--layer", "1", "--kv-heads", "1", "--most", "9", "--out", str(out))
+    code, captured = _see(capsys, llama, "--text", text, "--window", "9", "--window", "6", "--measure", *arguments)
+    assert code == 0 and "no picture" not in captured.err
+    page = out.read_text(encoding="utf-8")
+    rows = re.search(r"<caption>The proposal: tokens that one token reaches</caption>(.*?)</table>", page)
+    assert rows is not None and "<caption>As it is: tokens" not in page
+    found = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>(.*?)</tr>", rows[1])]
+    assert [row[2:] for row in found[1:]] == [[str(1 + 5 * n)] * 2 for n in range(6)]
+    assert "reach of token 7." in page and "hidden states out of reach, all are equal in bits." in page
+    assert "Agreement of KV heads, for 1 KV head by mean pooling" in page
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page)[1])
+    seven, layers = data["seven"], data["layers"]
+    assert (seven["layer"], seven["query"], seven["window"], seven["columns"]) == ("1", 30, 6, 60)
+    assert [layer["map"] is not None for layer in layers] == [n == 1 for n in range(5)]
+    assert [row["query"] for row in layers[1]["rows"]] == [30] and layers[0]["rows"] == []
 
 
 def test_another_model_is_compared_on_the_text(capsys, llama, text, tmp_path):

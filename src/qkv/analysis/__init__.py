@@ -4,6 +4,8 @@ from qkv.analysis.pricing import Price as Price
 from qkv.analysis.pricing import Together as Together
 from qkv.analysis.pricing import losses as losses
 from qkv.analysis.pricing import price as price
+from qkv.analysis.reach import Reach as Reach
+from qkv.analysis.reach import reach as reach
 from qkv.analysis.recording import Recording as Recording
 from qkv.analysis.recording import record as record
 from qkv.analysis.seen import Against as Against
@@ -21,6 +23,7 @@ __all__ = [
     "CostlyToken",
     "LayerRecord",
     "Price",
+    "Reach",
     "Recording",
     "Saving",
     "Seen",
@@ -28,6 +31,7 @@ __all__ = [
     "Together",
     "losses",
     "price",
+    "reach",
     "record",
     "seven",
 ]

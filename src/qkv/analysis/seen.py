@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qkv.analysis.pricing import Price
+from qkv.analysis.reach import Reach
 from qkv.analysis.recording import Recording
 from qkv.analysis.seven import Seven
 from qkv.convert import LayerAgreement
@@ -102,6 +103,8 @@ class Seen(NamedTuple):
     """one query under the masks and groupings of the seven mechanisms"""
     agreements: tuple[Agreement, ...] = ()
     """for each change to fewer KV heads"""
+    reaches: tuple[tuple[str, Reach], ...] = ()
+    """how far a token has an influence, each with what it is of"""
 
     def is_shown(self) -> list[bool]:
         """For each layer of the recording, whether its heads are shown one by one."""

@@ -9,7 +9,21 @@ import torch
 import typer
 from rich.console import Console
 
-from qkv.analysis import Against, Agreement, Price, Recording, Saving, Seen, Seven, losses, price, record, seven
+from qkv.analysis import (
+    Against,
+    Agreement,
+    Price,
+    Reach,
+    Recording,
+    Saving,
+    Seen,
+    Seven,
+    losses,
+    price,
+    reach,
+    record,
+    seven,
+)
 from qkv.analysis.page import page_of
 from qkv.analysis.seen import MOST, numbers_of
 from qkv.cli.convert import Pool
@@ -162,6 +176,7 @@ def see(
         agreements=agreements,
     )
     if out is not None:
+        seen = seen._replace(reaches=_reaches(language_model, token_ids, seen, most, progress))
         write_output(out, page_of(seen, most), overwrite)
         progress.notify(f"wrote {out}")
     if as_document:
@@ -288,6 +303,33 @@ def _prices(
     for name, count, some, change in changes:
         with progress.step(f"measuring {name}", count + len(some), "passes") as on_progress, quiet():
             found.append(price(language_model.model, token_ids, together=some, on_progress=on_progress, **change))
+    return tuple(found)
+
+
+def _reaches(
+    language_model: LanguageModel, token_ids: torch.Tensor, seen: Seen, most: float, progress: Progress
+) -> tuple[tuple[str, Reach], ...]:
+    """How far a token reaches in a causal model with windows, and with those that are proposed."""
+    layers = seen.recording.layers
+    if any(layer.is_cross or layer.mask.shows_later_keys(1) for layer in layers):
+        return ()
+    kinds: list[tuple[str, dict[str, int]]] = []
+    if any(layer.window is not None for layer in layers):
+        kinds.append(("As it is", {}))
+    proposal = seen.proposal(most)
+    if proposal is not None and proposal.price.window is not None:
+        names = zip(numbers_of(proposal.price.layers), proposal.price.layers, strict=True)
+        window = proposal.price.window
+        kinds.append(("The proposal", {name: window for number, name in names if number in proposal.layers}))
+    try:
+        with progress.step("following one token"), quiet():
+            position = token_ids.shape[1] // 8
+            found = [
+                (title, reach(language_model.model, token_ids, position, windows=windows)) for title, windows in kinds
+            ]
+    except ValueError as error:
+        progress.notify(f"no picture of the reach: {error}")
+        return ()
     return tuple(found)
 
 

@@ -46,6 +46,7 @@ def page_of(seen: Seen, most: float) -> str:
         "prices": _prices(seen, most),
         "against": _against(seen),
         "agreements": _agreements(seen),
+        "reaches": _reaches(seen),
         "cuts": _cuts(seen),
         "layers": pictures.layers(seen, even),
         "cache": pictures.cache(seen, most),
@@ -94,6 +95,13 @@ def _agreements(seen: Seen) -> Markup:
         return Markup("")
     found = map(pictures.head_agreement, seen.agreements)
     return element("section", element("h2", "Which KV heads are alike?"), *found)
+
+
+def _reaches(seen: Seen) -> Markup:
+    if not seen.reaches:
+        return Markup("")
+    found = (pictures.reach_by_layers(title, reach) for title, reach in seen.reaches)
+    return element("section", element("h2", "How far does one token reach?"), element("div", *found, class_="row"))
 
 
 def _cuts(seen: Seen) -> Markup:
