@@ -19,7 +19,7 @@ from qkv.analysis.page.data import even_maps
 if not is_here():
     pytest.skip("needs playwright, axe-playwright-python and Chromium", allow_module_level=True)
 
-pytestmark = pytest.mark.long
+long = pytest.mark.long
 
 Open = Callable[..., Any]
 
@@ -62,6 +62,7 @@ def test_it_opens_from_a_file_and_asks_for_nothing_else(opened: Open, offline: b
     assert page.locator("noscript p").count() == 0
 
 
+@long
 def test_cells_of_heads_say_the_numbers_of_seen(opened: Open) -> None:
     page, seen = opened(planted()), planted()
     layers = seen.recording.layers
@@ -110,6 +111,7 @@ PIXELS = """() => { const map = document.getElementById("map"), copy = document.
     return [map.width, map.height, [...context.getImageData(0, 0, map.width, map.height).data]]; }"""
 
 
+@long
 def test_the_map_of_a_head_is_drawn_as_its_numbers(opened: Open) -> None:
     page, seen = opened(planted()), planted()
     even = even_maps(seen.recording)
@@ -135,6 +137,7 @@ def test_the_map_of_a_head_is_drawn_as_its_numbers(opened: Open) -> None:
             assert cells[at] == f"{100 * drawn:.1f}%"
 
 
+@long
 @pytest.mark.filterwarnings("ignore")  # of transformers' own making
 def test_layers_of_a_context_have_maps_without_a_length(opened: Open) -> None:
     ids = torch.randint(3, 96, (1, 12), generator=torch.Generator().manual_seed(0))
@@ -149,6 +152,7 @@ def test_layers_of_a_context_have_maps_without_a_length(opened: Open) -> None:
     assert page.inner_text("#map-now").startswith(f"Queries 7, keys of block 0 of 12: weight {weight}, ")
 
 
+@long
 def test_costly_tokens_are_those_of_seen_with_their_context(opened: Open) -> None:
     seen = planted()
     before = seen.prices[0].loss
@@ -208,6 +212,7 @@ def test_hostile_tokens_are_shown_as_text(opened: Open) -> None:
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
+@long
 def test_the_keys_of_a_token_are_those_of_seen(opened: Open) -> None:
     page, seen = opened(planted()), planted()
     assert page.locator("#row-layer option").all_inner_texts() == ["0", "1"]
@@ -249,6 +254,7 @@ def test_the_keys_of_a_token_are_those_of_seen(opened: Open) -> None:
         assert shown in cells[2] and cells[2].startswith(str(first)) and cells[3] == f"{100 * weights[0]:.1f}%"
 
 
+@long
 def test_the_seven_mechanisms_are_drawn_as_their_numbers(opened: Open) -> None:
     page, seen = opened(planted()), planted()
     given = seen.seven
@@ -282,6 +288,7 @@ def test_the_seven_mechanisms_are_drawn_as_their_numbers(opened: Open) -> None:
     assert f"token {given.query} lies in layer 0, query head 3" in page.inner_text("#seven-say")
 
 
+@long
 def test_a_layer_without_its_map_says_so(opened: Open) -> None:
     page = opened(planted()._replace(shown=(1,)))
     page.locator("#grid td").first.click()
@@ -296,6 +303,7 @@ FOCUS = """() => { const focus = document.activeElement;
     return [focus.id || focus.tagName, Number(focus.dataset.times), getComputedStyle(focus).outlineStyle]; }"""
 
 
+@long
 def test_the_keyboard_reaches_everything(opened: Open) -> None:
     page = opened(planted())
     reached: list[str] = []
@@ -344,6 +352,7 @@ def test_the_keyboard_reaches_everything(opened: Open) -> None:
     assert page.evaluate("document.activeElement.getAttribute('aria-label')").startswith("Layer 1, head 2:")
 
 
+@long
 @pytest.mark.parametrize("width", [320, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark", "forced"])
 def test_axe_finds_nothing_wrong(opened: Open, scheme: str, width: int) -> None:
@@ -358,6 +367,7 @@ def test_axe_finds_nothing_wrong(opened: Open, scheme: str, width: int) -> None:
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
+@long
 def test_print_shows_tables_whole_and_no_controls(opened: Open) -> None:
     page = opened(planted())
     page.emulate_media(media="print")
@@ -365,17 +375,19 @@ def test_print_shows_tables_whole_and_no_controls(opened: Open) -> None:
     assert page.is_visible("#text") and page.is_visible(".chart >> nth=0")
 
 
+@long
 def test_without_javascript_the_charts_and_tables_stand(opened: Open) -> None:
     page = opened(planted(), java_script_enabled=False)
     for n in range(page.locator(".chart").count()):
         assert page.locator(".chart").nth(n).is_visible()
-    assert page.locator(".chart").count() == 5
+    assert page.locator(".chart").count() == 6
     assert page.locator(".mask").count() == 2 and page.locator(".sharing").count() == 2
     assert page.locator("table").first.is_visible()
     assert page.locator("noscript").is_visible()
     assert not page.is_visible("#tokens") and not page.is_visible("#heads")
 
 
+@long
 def test_two_frames_of_a_notebook_do_not_meet(opened: Open) -> None:
     first, second = planted(), planted(model="other <model>")
     page = opened(f"<!DOCTYPE html><title>host</title><p id=text>mine</p>{first._repr_html_()}{second._repr_html_()}")
@@ -386,6 +398,7 @@ def test_two_frames_of_a_notebook_do_not_meet(opened: Open) -> None:
     assert page.inner_text("#text") == "mine"
 
 
+@long
 def test_the_policy_stops_what_would_be_fetched_or_run(browser: Any, tmp_path: Path) -> None:
     path, context = tmp_path / "page.html", browser.new_context()
     with socket.create_server(("127.0.0.1", 0)) as server:
