@@ -118,7 +118,8 @@ def see(
     For each layer: the keys that it sees, the number of keys in effect, how far back they are, the weight on the first
     tokens, and the weight that a window would cut. With --measure, the loss if one layer had the window or the heads,
     for each; then with the cheapest layers together, the tokens that pay, and the bytes that it saves. All of it before
-    training, on this text alone. What --json prints is what qkv convert --like takes.
+    training, on this text alone. What --json prints is what qkv convert --like takes. With --query, the tokens that one
+    token attends to, head by head.
     """
     if model is None:
         sources = map(context.get_parameter_source, context.params)
