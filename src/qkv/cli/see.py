@@ -273,7 +273,9 @@ def _seven(
     chosen = [name for name, number in zip(names, numbers_of(names), strict=True) if shown is None or number in shown]
     if any(layer.is_cross for layer in recording.layers):
         return None
-    options = {"query": queries[0] if queries else -1, "window": min(windows, default=None)}
+    # Not the last token, before which all keys lie: with a causal mask it sees as many as without.
+    query = queries[0] if queries else token_ids.shape[1] * 3 // 4
+    options = {"query": query, "window": min(windows, default=None)}
     with progress.step("trying the seven mechanisms"), quiet():
         return seven(language_model.model, token_ids, layer=chosen[len(chosen) // 2], **options)  # type: ignore[arg-type]
 
@@ -322,6 +324,8 @@ def _reaches(
         names = zip(numbers_of(proposal.price.layers), proposal.price.layers, strict=True)
         window = proposal.price.window
         kinds.append(("The proposal", {name: window for number, name in names if number in proposal.layers}))
+    if not kinds:
+        return ()
     try:
         with progress.step("following one token"), quiet():
             position = token_ids.shape[1] // 8
