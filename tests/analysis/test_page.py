@@ -17,7 +17,7 @@ from families.small import build
 from torch import Tensor
 
 from qkv import Mask, look
-from qkv.analysis import Against, Recording, Seen, price, record
+from qkv.analysis import Against, Reach, Recording, Seen, Seven, price, record
 from qkv.analysis.page import document, page_of
 from qkv.analysis.page.data import even_maps
 
@@ -698,4 +698,11 @@ def test_the_page_of_30_layers_and_4096_tokens_is_below_8_mb() -> None:
         increase = given.increase[:1].expand(layers, -1, -1)
         found.append(given._replace(layers=tuple(map(str, range(layers))), increase=increase, together=together))
     seen = Seen("smol", "text", tuple(f" token{n % 997}" for n in range(length)), 0, 4, recording, tuple(found))
+    every = Reach(0, (None,) * layers, (length,) * (layers + 1), torch.ones(layers + 1, length))
+    mechanisms = tuple(
+        one._replace(first=0, stop=length, weights=draw.between(0, 0.1, 9, length))
+        for one in planted().seven.mechanisms  # type: ignore[union-attr]
+    )
+    seven = Seven(small.name, length - 1, 256, 9, 3, 3, mechanisms)
+    seen = seen._replace(seven=seven, reaches=(("As it is", every), ("The proposal", every)))
     assert 2_000_000 < len(page_of(seen, MOST).encode()) < 8_000_000
