@@ -21,7 +21,7 @@ test: $(VENV)/ready
 	$(MAKE) --no-print-directory --jobs=2 pytest check
 
 pytest: $(VENV)/ready native-tests
-	$(PYTEST) -m "not (long or network or vision)"
+	PYTHONPATH=$(wildcard build/browser) $(PYTEST) -m "not (long or network or vision)"
 
 # The kernel's own tests, on all cores before any test runs.
 native-tests: $(VENV)/ready

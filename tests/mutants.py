@@ -23,6 +23,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import NamedTuple
 
+from analysis import browser
+
 from qkv import kernels
 
 ROOT = Path(__file__).parents[1]
@@ -42,6 +44,10 @@ LOOK = ("test_look.py",)
 RECORDING = ("analysis/test_recording.py",)
 PRICING = ("analysis/test_pricing.py",)
 PAGE = ("analysis/test_page.py",)
+BROWSER = ("analysis/test_page_in_browser.py",)
+SEVEN = ("analysis/test_seven.py",)
+REACH = ("analysis/test_reach.py",)
+ALIGNMENT = ("convert/test_alignment.py",)
 KERNEL = ("kernels/test_native.py", "cache/test_int8.py", "contract/test_grid.py")
 LINEAR = ("kernels/test_linear.py",)
 NORM = ("kernels/test_rms_norm.py",)
@@ -126,9 +132,55 @@ MUTANTS = [
     Mutant("even weights of later queries by the mask of the first", "analysis/page/data.py", "layer.offset + start)", "layer.offset)", PAGE),
     Mutant("even weights of all keys", "analysis/page/data.py", "blocks /= sees.sum(2, keepdim=True).clamp(min=1)", "blocks /= lk", PAGE),
     Mutant("a chart of a page upside down", "analysis/page/charts.py", "HEIGHT - BOTTOM - self.y.place(y)", "TOP + self.y.place(y)", PAGE),
-    Mutant("the worst head of a page is the last one", "analysis/page/pictures.py", "_percent(by_layer[n, at].item())", "_percent(by_layer[-1, at].item())", PAGE),
-    Mutant("cuts of a page in the order of another", "analysis/page/pictures.py", "order = sorted(range(len(windows)), key=windows.__getitem__)", "order = range(len(windows))", PAGE),
+    Mutant("the worst head of a page is the last one", "analysis/page/pictures/cut_curves.py", "percent(by_layer[n, at].item())", "percent(by_layer[-1, at].item())", PAGE),
+    Mutant("cuts of a page in the order of another", "analysis/page/pictures/cut_curves.py", "order = sorted(range(len(windows)), key=windows.__getitem__)", "order = range(len(windows))", PAGE),
     Mutant("the cache of a page does not grow", "analysis/seen.py", "heads, length = layer.kv_heads, count", "heads, length = layer.kv_heads, len(self.tokens)", PAGE),
+    Mutant("chosen queries at the place of the first", "look.py", "yield _of_queries(problem, at % problem.lq, at % problem.lq + 1)", "yield _of_queries(problem, 0, 1)", LOOK),
+    Mutant("the mask of the first queries for the others", "look.py", "        mask=problem.mask.select_queries(start, stop),\n        offset=problem.offset + start,", "        mask=problem.mask,\n        offset=problem.offset + start,", LOOK),
+    Mutant("places from the end of the keys", "layer_record.py", "at % lq for at in queries", "at % k.shape[2] for at in queries", RECORDING, "heaviest"),
+    Mutant("queries that no layer has left out", "analysis/recording.py", "if not -longest <= query < longest:", "if False:", RECORDING, "refused"),
+    Mutant("keys after those that suffice in a row", "analysis/seen.py", "counts = (keys >= 0).sum(-1).tolist()", "counts = [keys.shape[-1]] * len(keys)", PAGE),
+    Mutant("maps of layers that are not shown", "analysis/page/data.py", "if is_shown else _NO_HEADS", "if layer else _NO_HEADS", PAGE),
+    Mutant("strips of keys from the first one", "analysis/page/data.py", "block[one.first : one.stop]", "block[: one.stop - one.first]", PAGE),
+    Mutant("grouped queries on the mean of all heads", "analysis/seven.py", "row(pooled(groups), causal)", "row(pooled(1), causal)", SEVEN),
+    Mutant("a mechanism's window one key wider", "analysis/seven.py", "Mask.causal(width)", "Mask.causal(width + 1)", SEVEN),
+    Mutant("cross-attention to all keys", "analysis/seven.py", "row(k[:, :, :half])", "row(k)[:, :half]", SEVEN),
+    Mutant("the last query for any", "analysis/seven.py", "own, half = q[:, :, at : at + 1]", "own, half = q[:, :, -1:]", SEVEN),
+    Mutant("mechanisms without the model's softcap", "analysis/seven.py", '"scale", "softcap", ', '"scale", ', SEVEN),
+    Mutant("scores of queries before the window is full", "analysis/seven.py", "near = width * n - width * (width - 1) // 2", "near = width * n", SEVEN),
+    Mutant("agreement without the offset of a norm", "convert/families/agreement.py", " + family.layout.norm_offset", "", ALIGNMENT, "agreement"),
+    Mutant("neighbours pooled that are not aligned", "convert/families/agreement.py", 'if how == "aligned":', "if False:", ALIGNMENT, "agreement"),
+    Mutant("QK norms forgotten in agreement", "convert/families/agreement.py", "normed=normed", "normed=False", ALIGNMENT, "agreement"),
+    Mutant("agreement out of the order of groups", "analysis/page/pictures/head_agreement.py", "_matrix(numbers[order][:, order], layer.groups)", "_matrix(numbers, layer.groups)", PAGE),
+    Mutant("the agreement of all pairs as of a group", "analysis/page/pictures/head_agreement.py", "for n, group in enumerate(groups) for other in groups[:n]", "for n, group in enumerate(groups) for other in groups", PAGE),
+    Mutant("a reach one token longer a layer", "analysis/reach.py", "stops[-1] + window - 1", "stops[-1] + window", REACH),
+    Mutant("hidden states that are nearly equal", "analysis/reach.py", "differs = (old != new).any(1)", "differs = (old - new).abs().amax(1) > 1e-2", REACH),
+    Mutant("windows that are added without effect", "analysis/reach.py", "return None if window is None else window.narrowed(q, k, options)", "return None", REACH),
+    Mutant("changes of earlier tokens taken for reached", "analysis/reach.py", "outside = (at < self.position) | (", "outside = (", REACH),
+    Mutant("cells of a chart on end", "analysis/page/charts.py", '"y": top, "height": bottom - top', '"y": bottom, "height": bottom - top', PAGE),
+    Mutant("changes in the shade of smaller ones", "analysis/page/pictures/reach_by_layers.py", "if change[row, column] >= least)", "if change[row, column] >= least / 10)", PAGE),
+    Mutant("masks turned in a notebook", "drawing.py", 'd="{_runs(pattern == kind)}"', 'd="{_runs((pattern == kind).T)}"', MASKS, "notebook"),
+    Mutant("titles of masks as markup", "drawing.py", "{html.escape(text)}", "{text}", MASKS, "notebook"),
+    Mutant("windows wider than their picture", "masks.py", "longest * 3 // 2", "0", MASKS, "notebook"),
+    Mutant("cells that are visible in part as in whole", "drawing.py", "((2, 1), (1, 0.5))", "((2, 1), (1, 1))", MASKS, "notebook"),
+    Mutant("a mask of an offset that is not known pictured", "masks.py", "(lq != lk and mask.is_positional):\n        return drawing", "False:\n        return drawing", MASKS, "pictured"),
+    Mutant("a recording in a notebook without its heading", "analysis/recording.py", "heading, *rows = self._lines()", "heading, *rows = self._lines()[1:]", RECORDING, "notebook"),
+    Mutant("codes of a page read with the large byte first", "analysis/page/page.js", "from.getInt16(2 * n, true)", "from.getInt16(2 * n, false)", BROWSER, "costly"),
+    Mutant("the map of the first head for all", "analysis/page/page.js", "const start = head * rows * columns;", "const start = 0;", BROWSER, "map_of_a_head"),
+    Mutant("a map from its last block", "analysis/page/page.js", "(2 * OCTAVES)), 255], 4 * n);", "(2 * OCTAVES)), 255], 4 * (map.weights.length - 1 - n));", BROWSER, "map_of_a_head"),
+    Mutant("hidden blocks of a map coloured", "analysis/page/page.js", "if (map.even[n] === 0) continue; //", "//", BROWSER, "map_of_a_head"),
+    Mutant("the grid of heads walked across", "analysis/page/page.js", "ArrowDown: [layer + 1, column],", "ArrowDown: [layer, column + 1],", BROWSER, "keyboard or keys_walk or arrow"),
+    Mutant("a head that Escape does not leave", "analysis/page/page.js", 'if (event.key === "Escape") closeHead();', "", BROWSER, "keyboard or keys_walk or arrow"),
+    Mutant("cells say the number of the first head", "analysis/page/page.js", "const value = number.of(data.layers[layer])[head];\n    return", "const value = number.of(data.layers[layer])[0];\n    return", BROWSER, "cells_of_heads"),
+    Mutant("the cheapest tokens as those that pay", "analysis/page/page.js", "shown.increase[b] - shown.increase[a]", "shown.increase[a] - shown.increase[b]", BROWSER, "costly"),
+    Mutant("tokens in the colour of their neighbours", "analysis/page/page.js", "const increase = index === 0 ? NaN : shown.increase[index - 1];", "const increase = shown.increase[index];", BROWSER, "costly"),
+    Mutant("the keys of another query", "analysis/page/page.js", 'layer.rows.find((one) => one.query === Number(find("query").value))', "layer.rows[0]", BROWSER, "keys_of_a_token"),
+    Mutant("the keys of another head", "analysis/page/page.js", "row.heads[head];", "row.heads[0];", BROWSER, "keys_of_a_token"),
+    Mutant("arcs by distance", "analysis/page/page.js", "const to = place(key);", "const to = place(row.query - key);", BROWSER, "keys_of_a_token"),
+    Mutant("what is shown as what is left", "analysis/page/page.js", "percent(Math.max(0, 1 - covered))", "percent(covered)", BROWSER, "keys_of_a_token"),
+    Mutant("mechanisms of the first head alone", "analysis/page/page.js", "const head = one.keys.length === 1 ? 0 : chosen;", "const head = 0;", BROWSER, "seven"),
+    Mutant("hidden keys of a mechanism coloured", "analysis/page/page.js", "const stop = Math.min(one.stop, ", "const stop = Math.min(n, ", BROWSER, "seven"),
+    Mutant("the map of a head that has none", "analysis/page/page.js", 'find("map-figure").hidden = of.map === null;', "", BROWSER, "without_its_map"),
     Mutant("the price of a window one token wider", "analysis/changes.py", "Mask.causal(window, sink", "Mask.causal(window + 1, sink", PRICING),
     Mutant("the price of a window instead of a layer's own mask", "analysis/changes.py", "return mask & self._mask  #", "return self._mask  #", PRICING),
     Mutant("a priced layer keeps its pooled heads", "analysis/changes.py", "self._model.set_submodule(name, layer)", "pass", PRICING),
@@ -579,7 +631,8 @@ class Copy:
 
     def test(self, mutant: Mutant) -> int:
         only = mutant.only or ("native" if mutant.tests == KERNEL else "")
-        selected = ["-m", "not (long or network or vision)", *(["-k", only] if only else [])]
+        taken = "network or vision" if mutant.tests == BROWSER else "long or network or vision"
+        selected = ["-m", f"not ({taken})", *(["-k", only] if only else [])]
         tests = [f"tests/{name}" for name in mutant.tests]
         assert self.server.stdin is not None and self.server.stdout is not None
         how = ["-q", "-x", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
@@ -617,7 +670,9 @@ def main() -> int:
     for mutant in mutants:
         if mutant.isa not in has:
             print(f"not here  {mutant.name}: its code is for {mutant.isa}")
-    mutants = [mutant for mutant in mutants if mutant.isa in has]
+        elif mutant.tests == BROWSER and not browser.is_here():
+            print(f"not here  {mutant.name}: its tests need a browser")
+    mutants = [m for m in mutants if m.isa in has and (m.tests != BROWSER or browser.is_here())]
     mutants.sort(key=lambda mutant: mutant.is_native)  # the others run with the kernel as it is
     every_test = tuple({name for mutant in mutants for name in mutant.tests})
     nothing = Mutant("nothing", "masks.py", "", "", every_test)

@@ -188,6 +188,29 @@ def test_top_keys_suffice_and_none_is_spare(case: Case, dtype: torch.dtype) -> N
         assert (found.covered - last < coverage + error)[counts > 0].all() if coverage else not used.any()
 
 
+@some_cases
+def test_top_keys_of_some_queries_are_those_of_all(case: Case) -> None:
+    (q, k, _), options = calls(case, torch.float32)
+    if case.lq == 0:
+        return
+    all_of, last = look.top_keys(q, k, most=5, **options), case.lq - 1
+    for places in ([0], [-1, 0], [last, last // 2, last]):
+        found = look.top_keys(q, k, most=5, queries=places, **options)
+        for some, every in zip(found, all_of, strict=True):
+            torch.testing.assert_close(some, every[:, :, places], rtol=1e-5, atol=1e-6, equal_nan=True)
+    assert look.top_keys(q, k, most=5, queries=[], **options).keys.shape[2] == 0
+
+
+@pytest.mark.parametrize("place", [9, -10])
+def test_top_keys_of_queries_that_are_not_there(place: int) -> None:
+    q, k, _ = qkv_of()
+    message = rf"top_keys: each of queries must be from -9 to 8, for 9 queries; got {place}\."
+    with pytest.raises(ValueError, match=message):
+        look.top_keys(q, k, queries=[0, place])
+    with pytest.raises(TypeError, match=r"each of queries must be an int; got 1\.5"):
+        look.top_keys(q, k, queries=[1.5])  # type: ignore[list-item]
+
+
 CAUSAL = Mask.causal()
 NUMBERS = {
     "window_cut": lambda q, k, v, **options: look.window_cut(q, k, v, [3], sink_tokens=1, **options),

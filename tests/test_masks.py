@@ -1,7 +1,9 @@
 """`Mask`: the algebra of masks, against the rule evaluated for each pair."""
 
 import copy
+import html
 import pickle
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from oracle import Rule
 from torch import Tensor
 
-from qkv import Mask
+from qkv import Mask, masks
 from qkv.masks import FIELDS
 
 LQ, LK = 7, 11
@@ -454,3 +456,72 @@ def test_integers_of_numpy_are_ints() -> None:
     mask = Mask.band(np.int64(3), np.int32(1), np.int64(2))
     assert mask == Mask.band(3, 1, 2)
     assert {type(bound) for bound in (mask.left, mask.right, mask.sink_tokens)} == {int}
+
+
+def pictures(text: str) -> list[tuple[tuple[int, int], dict[str, Tensor]]]:
+    """The size of each picture of a mask, and the cells that it fills, by opacity."""
+    found = []
+    for wide, high, parts in re.findall(r'<svg [^>]*viewBox="0 0 (\d+) (\d+)"[^>]*>(.*?)</svg>', text):
+        filled = {"1": torch.zeros(int(high), int(wide)), "0.5": torch.zeros(int(high), int(wide))}
+        for opacity, path in re.findall(r'<path fill="#0072b2" fill-opacity="([\d.]+)" d="(.*?)"/>', parts):
+            for left, row, width, back in re.findall(r"M(\d+) (\d+)h(\d+)v1h-(\d+)z", path):
+                assert width == back
+                filled[opacity][int(row), int(left) : int(left) + int(width)] += 1
+        found.append(((int(high), int(wide)), filled))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("mask", "lq", "lk"),
+    [
+        (Mask.causal(), 16, 16),
+        (Mask.full(), 16, 16),
+        (Mask.causal(window=31, sink_tokens=2), 45, 45),
+        (Mask.padding((torch.arange(23) > 4)[None]), 23, 23),
+        (Mask.causal() & Mask.documents(torch.tensor([[0, 0, 1, 1, 1, 2]])), 6, 6),
+        (Mask.padding(torch.tensor([40])), 60, 60),
+        (Mask.dense(torch.rand(1, 3, 5, 7, generator=torch.Generator().manual_seed(0)) > 0.5), 5, 7),
+    ],
+    ids=str,
+)
+def test_a_notebook_shows_what_a_mask_shows(mask: Mask, lq: int, lk: int) -> None:
+    seen = mask.visible(lq, lk).flatten(0, 1)
+    found = pictures(mask._repr_html_())
+    assert [size for size, _ in found] == [(lq, lk)] * len(seen)
+    for (_, filled), one in zip(found, seen, strict=True):
+        assert torch.equal(filled["1"], one.float()) and not filled["0.5"].any()
+    assert f"{lq} queries (down) and {lk} keys (across), those visible in blue<" in mask._repr_html_()
+
+
+def test_a_notebook_shows_long_masks_in_cells() -> None:
+    mask = Mask.causal(window=200)
+    text = mask._repr_html_()
+    assert "298 queries" in text and "a cell is 5 by 5 pairs, pale where some are visible" in text
+    (((high, wide), filled),) = pictures(text)
+    seen = torch.nn.functional.pad(mask.visible(298, 298)[0, 0].float(), (0, 2, 0, 2), value=torch.nan)
+    cells = seen.unflatten(1, (-1, 5)).unflatten(0, (-1, 5)).movedim(1, 2).flatten(2)
+    share = cells.nanmean(2)
+    assert (high, wide) == (60, 60)
+    assert torch.equal(filled["1"] == 1, share == 1) and torch.equal(filled["0.5"] == 1, (share > 0) & (share < 1))
+    assert "8,192 queries" in Mask.causal(window=10**6)._repr_html_()
+
+
+def test_a_notebook_shows_the_first_heads_and_escapes_what_stands_in_a_title() -> None:
+    found = Mask.dense(torch.ones(2, 5, 3, 3, dtype=torch.bool))._repr_html_()
+    assert len(pictures(found)) == 4 and "; 6 more of the batch and of heads<" in found
+    text = masks.html_of(Mask.causal(), '<b>&"</b>')
+    assert text.startswith("<figure><pre>&lt;b&gt;&amp;&quot;&lt;/b&gt;</pre>") and "<b>" not in text
+    assert "script" not in text and "http" not in text
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        Mask.causal() & Mask.dense(torch.ones(1, 1, 2, 7, dtype=torch.bool)),  # of an offset that is not known
+        Mask.dense(torch.ones(1, 1, 5, 5, dtype=torch.bool, device="meta")),
+        Mask.dense(torch.ones(1, 1, 0, 5, dtype=torch.bool)),
+    ],
+    ids=str,
+)
+def test_a_mask_that_cannot_be_pictured_is_written(mask: Mask) -> None:
+    assert mask._repr_html_() == f"<pre>{html.escape(repr(mask))}</pre>"

@@ -1,5 +1,6 @@
-"""`draw`: a pattern of pairs as text."""
+"""A pattern of pairs as text, `draw`, and as a picture, `figure`."""
 
+import html
 from collections.abc import Callable
 
 import torch
@@ -8,6 +9,10 @@ from torch import Tensor
 
 COLUMNS = 72
 """Most characters of a line, and most lines of a pattern."""
+PATTERNS = 4
+"""Rows of the batch and heads, at most, that a figure shows."""
+SIDE = 144
+"""Of a pattern in a figure, in pixels, at most."""
 
 
 def draw(rows: Callable[[int, int], Tensor], lq: int, lk: int) -> str:
@@ -19,9 +24,8 @@ def draw(rows: Callable[[int, int], Tensor], lq: int, lk: int) -> str:
     Args:
         rows: gives the query rows from the first number up to the second, boolean (B, H, rows, lk).
     """
-    size = max(1, -(-max(lq, lk) // COLUMNS))
-    strips = [_cells(rows(start, min(start + size, lq)), size) for start in range(0, lq, size)]
-    cells = torch.cat(strips, dim=2).tolist()
+    size, found = _pattern(rows, lq, lk)
+    cells = found.tolist()
     several = len(cells), len(cells[0])
     lines = [f"each character is {size} x {size} pairs, + where some are visible"] * (size > 1)
     for b, heads in enumerate(cells):
@@ -32,6 +36,56 @@ def draw(rows: Callable[[int, int], Tensor], lq: int, lk: int) -> str:
             lines += [", ".join(index) + ":"] * bool(index)
             lines += ["".join(".+#"[cell] for cell in line) for line in pattern]
     return "\n".join(lines)
+
+
+def figure(title: str, rows: Callable[[int, int], Tensor], lq: int, lk: int) -> str:
+    """Patterns as SVG below a title, in HTML that needs nothing else; arguments as in `draw`. Blue is visible."""
+    size, cells = _pattern(rows, lq, lk)
+    patterns = cells.flatten(0, 1)
+    of_a_cell = f"; a cell is {size} by {size} pairs, pale where some are visible" if size > 1 else ""
+    rest = len(patterns) - PATTERNS
+    more = f"; {rest} more of the batch and of heads" if rest > 0 else ""
+    caption = f"{lq:,} queries (down) and {lk:,} keys (across), those visible in blue{of_a_cell}{more}"
+    pictures = "".join(map(_svg, patterns[:PATTERNS]))
+    return f"<figure>{preformatted(title)}<div>{pictures}</div><figcaption>{caption}</figcaption></figure>"
+
+
+def preformatted(text: str) -> str:
+    """A text in HTML as it is."""
+    return f"<pre>{html.escape(text)}</pre>"
+
+
+def _svg(pattern: Tensor) -> str:
+    """A pattern (rows, columns) of cells."""
+    high, wide = pattern.shape
+    scale = SIDE / max(high, wide)
+    frame = f'<rect width="{wide}" height="{high}" fill="#808080" fill-opacity="0.2"/>'
+    cells = "".join(
+        f'<path fill="#0072b2" fill-opacity="{opacity}" d="{_runs(pattern == kind)}"/>'
+        for kind, opacity in ((2, 1), (1, 0.5))
+        if (pattern == kind).any()
+    )
+    return (
+        f'<svg role="img" aria-label="which keys queries see" width="{wide * scale:g}" '
+        f'height="{high * scale:g}" viewBox="0 0 {wide} {high}" style="margin:4px">{frame}{cells}</svg>'
+    )
+
+
+def _runs(cells: Tensor) -> str:
+    """A path around the cells that are True, one rectangle for those next to each other in a row."""
+    edges = F.pad(cells.int(), (1, 1)).diff(dim=1)
+    starts, stops = (edges == 1).nonzero().tolist(), (edges == -1).nonzero().tolist()
+    return "".join(
+        f"M{start} {row}h{stop - start}v1h{start - stop}z"
+        for (row, start), (_, stop) in zip(starts, stops, strict=True)
+    )
+
+
+def _pattern(rows: Callable[[int, int], Tensor], lq: int, lk: int) -> tuple[int, Tensor]:
+    """The size of square cells, and the cells (B, H, rows, columns), `COLUMNS` by `COLUMNS` at most."""
+    size = max(1, -(-max(lq, lk) // COLUMNS))
+    strips = [_cells(rows(start, min(start + size, lq)), size) for start in range(0, lq, size)]
+    return size, torch.cat(strips, dim=2)
 
 
 def _cells(rows: Tensor, size: int) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qkv import look
-from qkv.arguments import require_count
+from qkv.arguments import require_count, require_int
 from qkv.masks import Mask
 
 
@@ -35,6 +35,10 @@ class LayerRecord(NamedTuple):
     map: look.BlockMap
     is_token: Tensor | None
     """(B, Lq), which queries are not padding; None if all are, and where the mask does not tell"""
+    queries: tuple[int, ...] = ()
+    """places of those whose keys are in `top`"""
+    top: look.TopKeys | None = None
+    """the keys of these queries, in their order; None where there are none"""
 
     def mean(self, number: Tensor) -> Tensor:
         """The mean of a number ``(B, H, Lq)`` over the queries, padding apart: ``(B, H)``. NaN where there are none."""
@@ -77,8 +81,12 @@ class LayerRecord(NamedTuple):
         return self.cut_by_head().unflatten(2, (self.kv_heads, -1)).amax(3)  # type: ignore[no-any-return]
 
 
-def check_options(windows: Sequence[int], sink_tokens: int, blocks: int) -> None:
+def check_options(windows: Sequence[int], sink_tokens: int, blocks: int, queries: Sequence[int] = ()) -> None:
     """Raises a TypeError or ValueError unless they can be those of a record."""
+    if not isinstance(queries, Sequence):
+        raise TypeError(f"record: queries must be a sequence of places; got {type(queries).__name__}.")
+    for query in queries:
+        require_int("record", "each of queries", query)
     if not isinstance(windows, Sequence):
         raise TypeError(f"record: windows must be a sequence of counts; got {type(windows).__name__}.")
     for window in windows:
@@ -100,20 +108,26 @@ def record_call(
     windows: Sequence[int],
     sink_tokens: int,
     blocks: int,
+    queries: Sequence[int] = (),
 ) -> LayerRecord:
     """The record of a call with queries, keys, values and other arguments of `qkv.attention`.
+
+    Args:
+        queries: places of those whose heaviest keys are recorded; those that the call does not have are left out.
 
     Raises:
         TypeError, ValueError: for windows that are not counts, or hide nothing.
     """
-    check_options(windows, sink_tokens, blocks)
+    check_options(windows, sink_tokens, blocks, queries)
     q, k, v, options = given
+    lq = q.shape[2]
+    places = tuple(dict.fromkeys(at % lq for at in queries if -lq <= at < lq))
     windows = () if is_cross else tuple(windows)
     mask, offset, lk = options["mask"], options["offset"], k.shape[2]
     for window in windows:
         if window + sink_tokens >= lk:
             raise ValueError(f"record: {cuts_nothing(window, sink_tokens, lk)}")
-    sees_later_keys = q.shape[2] > 1 and mask.shows_later_keys(1)
+    sees_later_keys = lq > 1 and mask.shows_later_keys(1)
     used = [Mask.band(w - 1, w - 1, sink_tokens) if sees_later_keys else w for w in windows]
     of_scores = {name: value for name, value in options.items() if name != "v_scale"}
     found = look.overview(q, k, first=max(1, sink_tokens), blocks=blocks, **of_scores)
@@ -130,5 +144,7 @@ def record_call(
         look.window_cut(q, k, v, used, sink_tokens=sink_tokens, **options),
         look.keys_in_effect(q, k, **of_scores),
         *found,
-        mask.keep_keys(lk) if q.shape[2] == lk and not is_cross else None,
+        mask.keep_keys(lk) if lq == lk and not is_cross else None,
+        places,
+        look.top_keys(q, k, queries=places, **of_scores) if places else None,
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from qkv import backends
-from qkv.arguments import require_count, require_probability
+from qkv.arguments import require_count, require_int, require_probability
 from qkv.backends.reference import weights_and_lse
 from qkv.functional import Options
 from qkv.masks import Mask
@@ -348,17 +348,27 @@ def overview(q: Tensor, k: Tensor, *, first: int = 1, blocks: int = 64, **option
     )
 
 
-def top_keys(q: Tensor, k: Tensor, *, coverage: float = 0.9, most: int = 32, **options: Unpack[Options]) -> TopKeys:
+def top_keys(
+    q: Tensor,
+    k: Tensor,
+    *,
+    coverage: float = 0.9,
+    most: int = 32,
+    queries: Sequence[int] | None = None,
+    **options: Unpack[Options],
+) -> TopKeys:
     """The fewest keys of each query whose weights sum to ``coverage``, but ``most`` at most.
 
     Args:
         q, k: as in `qkv.attention`.
         coverage: the weight that suffices, less than 1.
         most: how many keys there are at most; fewer for fewer keys.
+        queries: the places of some queries among all, whose keys alone are found, in this order; negative ones count
+            from the last. None for all queries.
         **options: the keywords of `qkv.attention` except ``backend``; dropout has no effect.
 
     Raises:
-        TypeError, ValueError: as `qkv.attention`.
+        TypeError, ValueError: as `qkv.attention`, and for queries that are not there.
 
     Example:
         >>> import torch
@@ -371,6 +381,7 @@ def top_keys(q: Tensor, k: Tensor, *, coverage: float = 0.9, most: int = 32, **o
     require_probability("top_keys", "coverage", coverage)
     require_count("top_keys", "most", most)
     problem = _problem("top_keys", q, k, k, options)
+    parts = _rows(problem) if queries is None else _chosen(problem, queries)
 
     def of_rows(part: Problem) -> tuple[Tensor, Tensor]:
         weights, keys = weights_and_lse(part)[0].topk(min(most, part.lk), dim=-1)
@@ -378,7 +389,7 @@ def top_keys(q: Tensor, k: Tensor, *, coverage: float = 0.9, most: int = 32, **o
         spare = (before >= coverage) | (weights == 0)
         return keys.masked_fill(spare, -1), weights.masked_fill(spare, 0)
 
-    keys, weights = (torch.cat(parts, dim=2) for parts in zip(*map(of_rows, _rows(problem)), strict=True))
+    keys, weights = (torch.cat(parts, dim=2) for parts in zip(*map(of_rows, parts), strict=True))
     return TopKeys(keys, weights, weights.sum(-1))
 
 
@@ -417,13 +428,32 @@ def _rows(problem: Problem) -> Iterator[Problem]:
     """The problem, a few queries at a time, with all keys."""
     count = max(1, WEIGHTS_AT_ONCE // max(1, problem.q.shape[0] * problem.q.shape[1] * problem.lk))
     for start in range(0, max(problem.lq, 1), count):
-        stop = min(start + count, problem.lq)
-        yield problem._replace(
-            q=problem.q[:, :, start:stop],
-            mask=problem.mask.select_queries(start, stop),
-            offset=problem.offset + start,
-            scores=problem.scores.select_queries(start, stop),
-        )
+        yield _of_queries(problem, start, min(start + count, problem.lq))
+
+
+def _of_queries(problem: Problem, start: int, stop: int) -> Problem:
+    """The problem of some queries that follow each other, with all keys."""
+    return problem._replace(
+        q=problem.q[:, :, start:stop],
+        mask=problem.mask.select_queries(start, stop),
+        offset=problem.offset + start,
+        scores=problem.scores.select_queries(start, stop),
+    )
+
+
+def _chosen(problem: Problem, queries: Sequence[int]) -> Iterator[Problem]:
+    """The problem, one of some queries at a time, with all keys."""
+    for at in queries:
+        require_int("top_keys", "each of queries", at)
+        if not -problem.lq <= at < problem.lq:
+            raise ValueError(
+                f"top_keys: each of queries must be from {-problem.lq} to {problem.lq - 1}, for {problem.lq} queries; "
+                f"got {at}."
+            )
+    for at in queries:
+        yield _of_queries(problem, at % problem.lq, at % problem.lq + 1)
+    if not queries:
+        yield _of_queries(problem, 0, 0)
 
 
 def _cuts(problem: Problem, windows: list[int], sink_tokens: int) -> list[tuple[Tensor, Tensor]]:

@@ -14,6 +14,10 @@ from qkv.arguments import broadcasts, require_count, require_int, require_stride
 from qkv.bands import Band
 from qkv.tracing import can_read_values
 
+PICTURED = 16
+"""Tokens of a picture for notebooks, and more for wider windows."""
+LARGEST_PICTURE = 8192
+
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Mask:
@@ -413,6 +417,10 @@ class Mask:
             return self.select_queries(start, stop).visible(stop - start, lk, first + start)
 
         return drawing.draw(rows, lq, lk)
+
+    def _repr_html_(self) -> str:
+        """The mask as a picture, for notebooks."""
+        return html_of(self, repr(self))
 
     @property
     def _band(self) -> Band:
@@ -841,6 +849,36 @@ class TensorKind(NamedTuple):
     def of(self, mask: Mask) -> Tensor | None:
         tensor: Tensor | None = getattr(mask, self.field)
         return tensor
+
+
+def html_of(mask: Mask, title: str) -> str:
+    """A picture of a mask below a title; the title alone where the mask does not tell of which lengths."""
+    tensors = [tensor for _, tensor in mask.tensors()]
+    if not can_read_values(*tensors):
+        return drawing.preformatted(title)
+    lq, lk = _pictured(mask)
+    if not lq or not lk or (lq != lk and mask.is_positional):
+        return drawing.preformatted(title)
+
+    def rows(start: int, stop: int) -> Tensor:
+        return mask.select_queries(start, stop).visible(stop - start, lk, start)
+
+    return drawing.figure(title, rows, lq, lk)
+
+
+def _pictured(mask: Mask) -> tuple[int, int]:
+    """Lengths at which a picture shows what the mask does: those of its tensors, or beyond its bounds."""
+    lengths = [tensor.shape[1] for _, tensor in mask.tensors() if tensor.dim() == 2]
+    if mask.allow is not None:
+        lq, lk = mask.allow.shape[2:]
+        return lq, max([lk, *lengths])
+    if lengths:
+        return lengths[0], lengths[0]
+    bounds = [abs(bound) for bound in (mask.left, mask.right, mask.chunk) if bound is not None]
+    counts = [int(tensor.max()) for tensor in (mask.lengths, mask.prefix_lengths) if tensor is not None and len(tensor)]
+    longest = max([*bounds, *counts, mask.sink_tokens, mask.prefix_tokens])
+    length = min(max(PICTURED, longest * 3 // 2), LARGEST_PICTURE)
+    return length, length
 
 
 TENSORS = (

@@ -17,7 +17,7 @@ from families.small import build
 from torch import Tensor
 
 from qkv import Mask, look
-from qkv.analysis import Against, Recording, Seen, price, record
+from qkv.analysis import Against, Reach, Recording, Seen, Seven, price, record
 from qkv.analysis.page import document, page_of
 from qkv.analysis.page.data import even_maps
 
@@ -110,6 +110,14 @@ def check_layer(found: dict[str, Any], layer: Any) -> None:
         assert found["cut"][n] == pytest.approx(expected, rel=1e-5, abs=1e-6)
         expected = [mean(head[window:]) for head in layer.cut.change[n, 0]]
         assert found["change"][n] == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert [row["query"] for row in found["rows"]] == list(layer.queries)
+    for n, row in enumerate(found["rows"]):
+        assert len(row["heads"]) == layer.heads
+        for head, given in enumerate(row["heads"]):
+            keys = [key for key in layer.top.keys[0, head, n].tolist() if key >= 0]
+            assert given["keys"] == keys
+            assert given["weights"] == pytest.approx(layer.top.weights[0, head, n, : len(keys)].tolist(), rel=1e-5)
+            assert given["covered"] == pytest.approx(layer.top.covered[0, head, n].item(), rel=1e-5)
     codes = base64.b64decode(found["map"])
     heads, rows, columns = layer.map.mean.shape[1:]
     assert found["map_shape"] == [rows, columns] and len(codes) == heads * rows * columns
@@ -146,7 +154,7 @@ def test_the_script_gets_the_numbers_of_seen() -> None:
 def test_the_page_of_a_model_that_was_recorded_and_priced(name: str) -> None:
     model = build(name)
     token_ids = torch.randint(3, 96, (1, 40), generator=torch.Generator().manual_seed(0))
-    recording = record(model, token_ids, windows=[9, 5], sink_tokens=2)
+    recording = record(model, token_ids, windows=[9, 5], sink_tokens=2, queries=[30, -1])
     window = price(model, token_ids, window=5, sink_tokens=2, together=[0, 1, 2])
     tokens = tuple(f" t{index}" for index in token_ids[0].tolist())
     seen = Seen("a/b", "text", tokens, 0, 4, recording, (window,))
@@ -305,7 +313,7 @@ def test_layers_have_their_numbers_in_the_model() -> None:
     seen = planted()
     records = tuple(layer._replace(name=name) for layer, name in zip(seen.recording.layers, names, strict=True))
     found = tuple(price._replace(layers=names) for price in seen.prices)
-    page = page_of(seen._replace(recording=seen.recording._replace(layers=records), prices=found), 10.0)
+    page = page_of(seen._replace(recording=seen.recording._replace(layers=records), prices=found, seven=None), 10.0)
     data = data_of(page)
     assert [layer["label"] for layer in data["layers"]] == ["3", "7"]
     assert [price["labels"] for price in data["prices"]] == [["3", "7"]] * 2
@@ -366,7 +374,7 @@ def test_the_proposal_is_said_with_its_numbers_and_the_limit() -> None:
 def test_every_figure_says_what_it_shows_and_what_it_does_not() -> None:
     page = page_of(planted(), MOST)
     captions = re.findall(r"<figcaption>(.*?)</figcaption>", page)
-    assert len(captions) == page.count("<figure>") >= 9
+    assert len(captions) == page.count("<figure") >= 10
     for caption in captions:
         assert re.search(r'<span class="not">.*?</span>', caption)
     for title in ("Shows what the cheapest", "If one layer had", "Weight that windows", "In the mean over queries"):
@@ -465,6 +473,103 @@ def test_a_recording_without_prices_windows_or_tokens_beyond_the_first() -> None
         page = page_of(Seen("m", "t", ("x",) * length, 0, 4, record(bare, ids), ()), MOST)
         assert "What would windows hide?" not in page and f"{length} token" in page
         check_data(page, Seen("m", "t", ("x",) * length, 0, 4, record(bare, ids), ()))
+
+
+def test_the_reach_of_a_token_is_drawn_as_measured_within_its_outline() -> None:
+    seen = planted()
+    ((_, found),) = seen.reaches
+    page = page_of(seen, MOST)
+    (chart,) = re.findall(r'<svg class="chart"[^>]*aria-label="As it is: reach of token 1.*?</svg>', page)
+    across, down = 286 / 12, 188 / 3
+    drawn = {}
+    for shade, box in re.findall(r'<rect class="change c(\d)" (.*?)/>', chart):
+        x, width, y, height = (float(number) for number in re.findall(r'="([\d.]+)"', box))
+        assert (width, height) == (pytest.approx(across, abs=0.02), pytest.approx(down, abs=0.02))
+        drawn[round(2 - (y - 12) / down), round((x - 60) / across)] = int(shade)
+    cells = {
+        (row, at): next(n for n, least in enumerate((0.1, 0.01, 0.001, 0)) if change >= least)
+        for row, numbers in enumerate(found.change.tolist())
+        for at, change in enumerate(numbers)
+        if change
+    }
+    assert drawn == cells and set(cells.values()) == {0, 1, 2, 3}
+    (line,) = re.findall(r'<path class="line" d="(.*?)"/>', chart)
+    points = [(float(x), float(y)) for x, y in re.findall(r"([\d.]+) ([\d.]+)", line)]
+    edge = [(1, 0), (2, 0), (2, 1), (4, 1), (4, 2), (7, 2), (7, 3), (1, 3), (1, 0)]
+    assert points == [
+        (pytest.approx(60 + x * across, abs=0.06), pytest.approx(200 - y * down, abs=0.06)) for x, y in edge
+    ]
+    assert "Of 26 hidden states out of reach, 1 change: this model computes some tokens together." in page
+    rows = rows_of(page, "As it is: tokens that one token reaches")[1:]
+    assert rows == [["0", "", "1", "1"], ["1", "3", "3", "11"], ["2", "4", "6", "6"]]
+    found.change[1, -1] = 0
+    assert "Of 26 hidden states out of reach, all are equal in bits." in page_of(
+        seen._replace(reaches=(("As it is", found),)), MOST
+    )
+    assert "How far does one token reach?" not in page_of(seen._replace(reaches=()), MOST)
+
+
+def test_the_agreement_of_heads_in_the_order_of_their_groups() -> None:
+    seen = planted()
+    page = page_of(seen, MOST)
+    (found,) = seen.agreements
+    rows = rows_of(page, "Agreement of KV heads, for 2 KV heads by aligned pooling")[1:]
+    pictures = re.findall(r'<svg viewBox="0 0 62 128"[^>]*>(.*?)</svg>', page)
+    assert len(pictures) == 2 and len(rows) == 4
+    for n, (layer, picture) in enumerate(zip(found.layers, pictures, strict=True)):
+        groups = [[0, 2], [1, 3]] if n == 0 else [[0, 1], [2, 3]]
+        order = [*groups[0], *groups[1]]
+        matrices = re.findall(r"<g transform.*?</g>", picture)
+        for at, (kind, numbers) in enumerate((("keys", layer.keys), ("values", layer.values))):
+            one, two = (numbers[a, b].item() for a, b in groups)
+            others = [numbers[a, b].item() for a in groups[0] for b in groups[1]]
+            written = f"{groups[0][0]}, {groups[0][1]} | {groups[1][0]}, {groups[1][1]}"
+            shown = [f"{(one + two) / 2:.3f}", f"{min(one, two):.3f}", f"{sum(others) / 4:.3f}"]
+            assert rows[2 * n + at] == [str(n), kind, written, *shown]
+            drawn = torch.full((4, 4), -1)
+            for path, opacity in re.findall(r'<path class="shade" d="(.*?)" fill-opacity="([\d.]+)"/>', matrices[at]):
+                for x, y in re.findall(r"M([\d.]+) ([\d.]+)h15.00v", path):
+                    drawn[int(float(y) // 15), int(float(x) // 15)] = round(10 * float(opacity))
+            assert torch.equal(drawn, (10 * numbers[order][:, order]).round().int())
+            outlines = re.findall(r'<rect class="group" x="(\d+)" y="(\d+)" width="30" height="30"/>', matrices[at])
+            assert outlines == [("0", "0"), ("30", "30")]
+    assert "Which KV heads are alike?" not in page_of(seen._replace(agreements=()), MOST)
+
+
+def test_the_seven_mechanisms_are_summed_in_blocks() -> None:
+    for tokens in (TOKENS, tuple(f"t{n}" for n in range(300))):
+        seen = planted(tokens)
+        found, given, n = data_of(page_of(seen, MOST))["seven"], seen.seven, len(tokens)
+        assert given is not None and found["columns"] == min(128, n)
+        assert (found["layer"], found["own"], found["query"]) == ("0", "all keys before it and its own", n - 2)
+        for one, expected in zip(found["mechanisms"], given.mechanisms, strict=True):
+            assert (one["name"], one["first"], one["stop"]) == expected[:3]
+            assert (one["scores"], one["bytes"]) == (expected.scores, 2 * expected.cache_numbers)
+            raw = base64.b64decode(one["strip"])
+            for head, weights in enumerate(expected.weights.tolist()):
+                sums = [0.0] * found["columns"]
+                for key, weight in enumerate(weights, expected.first):
+                    sums[key * found["columns"] // n] += weight
+                codes = raw[head * found["columns"] : (head + 1) * found["columns"]]
+                assert [(code / 255) ** 2 for code in codes] == pytest.approx(sums, abs=0.0041)
+                order = sorted(range(len(weights)), key=lambda key, weights=weights: -weights[key])[:5]
+                assert one["keys"][head] == [key + expected.first for key in order]
+                assert one["weights"][head] == pytest.approx([weights[key] for key in order], rel=1e-5)
+            assert len(one["keys"]) == len(expected.weights) and len(raw) == len(expected.weights) * found["columns"]
+
+
+def test_layers_that_are_not_shown_keep_their_numbers_alone() -> None:
+    seen = planted()
+    page = page_of(seen._replace(shown=(1,)), MOST)
+    one, other = data_of(page)["layers"]
+    full = data_of(page_of(seen, MOST))["layers"]
+    assert (one["map"], one["map_shape"], one["even"], one["rows"]) == (None, [0, 0], [], [])
+    for name in ("keys_in_effect", "distance", "spread", "sinks", "cut", "change", "label"):
+        assert one[name] == full[0][name]
+    assert other["map"] == full[1]["map"] and other["rows"] == full[1]["rows"] and len(other["rows"]) == 2
+    assert len(data_of(page)["even"]) == 1 and len(page) < len(page_of(seen, MOST))
+    table = "What layers attend to, in the mean over heads and queries; cut: of the KV head that loses most"
+    assert rows_of(page, table) == rows_of(page_of(seen, MOST), table)
 
 
 def test_layers_of_a_context() -> None:
@@ -581,6 +686,10 @@ def test_the_page_of_30_layers_and_4096_tokens_is_below_8_mb() -> None:
         "distance": look.Distance(*(numbers.repeat(1, 1, 32) for numbers in small.distance)),
         "sinks": look.SinkShare(*(numbers.repeat(1, 1, 32) for numbers in small.sinks)),
         "cut": look.WindowCut(*(numbers.repeat(1, 1, 1, 32) for numbers in small.cut)),
+        "queries": tuple(range(0, length, 256)),
+        "top": look.TopKeys(
+            torch.randint(length, (1, 9, 16, 32)), draw.between(0, 0.1, 1, 9, 16, 32), draw.between(0, 1, 1, 9, 16)
+        ),
     }
     recording = Recording((256, 512), 4, (small._replace(**large, windows=(256, 512)),) * layers)
     found = []
@@ -589,4 +698,11 @@ def test_the_page_of_30_layers_and_4096_tokens_is_below_8_mb() -> None:
         increase = given.increase[:1].expand(layers, -1, -1)
         found.append(given._replace(layers=tuple(map(str, range(layers))), increase=increase, together=together))
     seen = Seen("smol", "text", tuple(f" token{n % 997}" for n in range(length)), 0, 4, recording, tuple(found))
+    every = Reach(0, (None,) * layers, (length,) * (layers + 1), torch.ones(layers + 1, length))
+    mechanisms = tuple(
+        one._replace(first=0, stop=length, weights=draw.between(0, 0.1, 9, length))
+        for one in planted().seven.mechanisms  # type: ignore[union-attr]
+    )
+    seven = Seven(small.name, length - 1, 256, 9, 3, 3, mechanisms)
+    seen = seen._replace(seven=seven, reaches=(("As it is", every), ("The proposal", every)))
     assert 2_000_000 < len(page_of(seen, MOST).encode()) < 8_000_000

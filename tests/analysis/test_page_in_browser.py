@@ -19,7 +19,7 @@ from qkv.analysis.page.data import even_maps
 if not is_here():
     pytest.skip("needs playwright, axe-playwright-python and Chromium", allow_module_level=True)
 
-pytestmark = pytest.mark.long
+long = pytest.mark.long
 
 Open = Callable[..., Any]
 
@@ -62,6 +62,7 @@ def test_it_opens_from_a_file_and_asks_for_nothing_else(opened: Open, offline: b
     assert page.locator("noscript p").count() == 0
 
 
+@long
 def test_cells_of_heads_say_the_numbers_of_seen(opened: Open) -> None:
     page, seen = opened(planted()), planted()
     layers = seen.recording.layers
@@ -110,6 +111,7 @@ PIXELS = """() => { const map = document.getElementById("map"), copy = document.
     return [map.width, map.height, [...context.getImageData(0, 0, map.width, map.height).data]]; }"""
 
 
+@long
 def test_the_map_of_a_head_is_drawn_as_its_numbers(opened: Open) -> None:
     page, seen = opened(planted()), planted()
     even = even_maps(seen.recording)
@@ -135,6 +137,7 @@ def test_the_map_of_a_head_is_drawn_as_its_numbers(opened: Open) -> None:
             assert cells[at] == f"{100 * drawn:.1f}%"
 
 
+@long
 @pytest.mark.filterwarnings("ignore")  # of transformers' own making
 def test_layers_of_a_context_have_maps_without_a_length(opened: Open) -> None:
     ids = torch.randint(3, 96, (1, 12), generator=torch.Generator().manual_seed(0))
@@ -149,6 +152,7 @@ def test_layers_of_a_context_have_maps_without_a_length(opened: Open) -> None:
     assert page.inner_text("#map-now").startswith(f"Queries 7, keys of block 0 of 12: weight {weight}, ")
 
 
+@long
 def test_costly_tokens_are_those_of_seen_with_their_context(opened: Open) -> None:
     seen = planted()
     before = seen.prices[0].loss
@@ -208,11 +212,98 @@ def test_hostile_tokens_are_shown_as_text(opened: Open) -> None:
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
+@long
+def test_the_keys_of_a_token_are_those_of_seen(opened: Open) -> None:
+    page, seen = opened(planted()), planted()
+    assert page.locator("#row-layer option").all_inner_texts() == ["0", "1"]
+    assert page.locator("#query option").all_inner_texts() == ["11: \u2423king", "4: \u23ce"]
+    for n, at, head in ((1, 0, 2), (0, 1, 3), (0, 0, 3)):
+        layer, query = seen.recording.layers[n], seen.recording.layers[n].queries[at]
+        page.select_option("#row-layer", str(n))
+        page.select_option("#query", str(query))
+        page.select_option("#row-head", str(head))
+        top = layer.top
+        assert top is not None
+        keys = [key for key in top.keys[0, head, at].tolist() if key >= 0]
+        weights = top.weights[0, head, at].tolist()
+        said = page.inner_text("#row-say")
+        covered = top.covered[0, head, at].item()
+        assert said.startswith(f"Shows token {query}, layer {n}, head {head}: the fewest keys with 90% of the weight")
+        some = f"{len(keys)} key{'s' * (len(keys) != 1)} with {100 * covered:.1f}% of its weight"
+        assert f"{some}; {100 * (1 - covered):.1f}% is left" in said
+        lines = page.locator("#row-keys li").all_inner_texts()
+        marks = page.locator("#row-keys mark").all_inner_texts()
+        assert len(lines) == len(marks) == len(keys) > 1
+        for line, mark, key, weight in zip(lines, marks, keys, weights, strict=False):
+            back = "itself" if key == query else f"{query - key} token{'s' * (query - key > 1)} back"
+            assert line.startswith(f"{100 * weight:.1f}%, key {key}, {back}: ")
+            assert mark.replace("\u2423", " ").replace("\u23ce", "\n") == TOKENS[key]
+        arcs = page.locator("#arcs .arc")
+        for arc, key, weight in zip(arcs.all(), keys, weights, strict=False):
+            numbers = [float(x) for x in re.findall(r"[\d.]+", arc.get_attribute("d") or "")]
+            assert numbers[0] == pytest.approx(10 + 700 * query / 11, abs=0.06)
+            assert numbers[6] == pytest.approx(10 + 700 * key / 11, abs=0.06)
+            assert float(arc.get_attribute("stroke-width") or 0) == pytest.approx(0.75 + 7 * weight**0.5, abs=0.01)
+        assert arcs.count() == len(keys)
+        rows = page.locator("#row-table tbody tr").all()
+        assert len(rows) == layer.heads
+        first = int(top.keys[0, head, at, 0])
+        shown = TOKENS[first].replace(" ", "\u2423").replace("\n", "\u23ce")
+        cells = rows[head].locator("td").all_text_contents()
+        assert cells[0] == str(len(keys)) and cells[1] == f"{100 * covered:.1f}%"
+        assert shown in cells[2] and cells[2].startswith(str(first)) and cells[3] == f"{100 * weights[0]:.1f}%"
+
+
+@long
+def test_the_seven_mechanisms_are_drawn_as_their_numbers(opened: Open) -> None:
+    page, seen = opened(planted()), planted()
+    given = seen.seven
+    assert given is not None
+    for chosen in ("0", "3"):
+        page.select_option("#seven-head", chosen)
+        rows = page.locator("#seven-rows > div").all()
+        for row, one in zip(rows, given.mechanisms, strict=True):
+            weights = one.weights[int(chosen) if len(one.weights) > 1 else 0].tolist()
+            assert row.locator("strong").inner_text() == one.name
+            pixels = row.locator("canvas").evaluate(
+                "canvas => [...canvas.getContext('2d').getImageData(0, 0, canvas.width, 1).data]"
+            )
+            assert len(pixels) == 4 * len(TOKENS)
+            for key in range(len(TOKENS)):
+                pixel = pixels[4 * key : 4 * key + 4]
+                if not one.first <= key < one.stop:
+                    assert pixel[3] == 0
+                    continue
+                drawn = (round(weights[key - one.first] ** 0.5 * 255) / 255) ** 2
+                part = (torch.tensor(drawn * (one.stop - one.first)).log2().item() + 4) / 8
+                assert pixel[3] == 255 and pixel[:3] == pytest.approx(colour_of(part), abs=2)
+            heaviest = max(range(len(weights)), key=weights.__getitem__)
+            shown = TOKENS[heaviest + one.first].replace(" ", "\u2423").replace("\n", "\u23ce")
+            says = row.locator("p").inner_text()
+            assert says.startswith(f"{100 * weights[heaviest]:.1f}% {shown} {heaviest + one.first}, ")
+            size = (
+                f"{2 * one.cache_numbers / 1000:.1f} kB" if one.cache_numbers >= 500 else f"{2 * one.cache_numbers} B"
+            )
+            assert says.endswith(f"Of the text: {one.scores:,} scores, {size} of keys and values.")
+    assert f"token {given.query} lies in layer 0, query head 3" in page.inner_text("#seven-say")
+
+
+@long
+def test_a_layer_without_its_map_says_so(opened: Open) -> None:
+    page = opened(planted()._replace(shown=(1,)))
+    page.locator("#grid td").first.click()
+    assert "Its map was left out" in page.inner_text("#head-numbers") and not page.is_visible("#map")
+    page.locator("#grid td").nth(4).click()
+    assert page.is_visible("#map") and "left out" not in page.inner_text("#head-numbers")
+    assert page.locator("#row-layer option").all_inner_texts() == ["1"]
+
+
 FOCUS = """() => { const focus = document.activeElement;
     focus.dataset.times = Number(focus.dataset.times ?? 0) + 1;
     return [focus.id || focus.tagName, Number(focus.dataset.times), getComputedStyle(focus).outlineStyle]; }"""
 
 
+@long
 def test_the_keyboard_reaches_everything(opened: Open) -> None:
     page = opened(planted())
     reached: list[str] = []
@@ -261,6 +352,7 @@ def test_the_keyboard_reaches_everything(opened: Open) -> None:
     assert page.evaluate("document.activeElement.getAttribute('aria-label')").startswith("Layer 1, head 2:")
 
 
+@long
 @pytest.mark.parametrize("width", [320, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark", "forced"])
 def test_axe_finds_nothing_wrong(opened: Open, scheme: str, width: int) -> None:
@@ -275,6 +367,7 @@ def test_axe_finds_nothing_wrong(opened: Open, scheme: str, width: int) -> None:
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
+@long
 def test_print_shows_tables_whole_and_no_controls(opened: Open) -> None:
     page = opened(planted())
     page.emulate_media(media="print")
@@ -282,17 +375,19 @@ def test_print_shows_tables_whole_and_no_controls(opened: Open) -> None:
     assert page.is_visible("#text") and page.is_visible(".chart >> nth=0")
 
 
+@long
 def test_without_javascript_the_charts_and_tables_stand(opened: Open) -> None:
     page = opened(planted(), java_script_enabled=False)
     for n in range(page.locator(".chart").count()):
         assert page.locator(".chart").nth(n).is_visible()
-    assert page.locator(".chart").count() == 5
+    assert page.locator(".chart").count() == 6
     assert page.locator(".mask").count() == 2 and page.locator(".sharing").count() == 2
     assert page.locator("table").first.is_visible()
     assert page.locator("noscript").is_visible()
     assert not page.is_visible("#tokens") and not page.is_visible("#heads")
 
 
+@long
 def test_two_frames_of_a_notebook_do_not_meet(opened: Open) -> None:
     first, second = planted(), planted(model="other <model>")
     page = opened(f"<!DOCTYPE html><title>host</title><p id=text>mine</p>{first._repr_html_()}{second._repr_html_()}")
@@ -303,6 +398,7 @@ def test_two_frames_of_a_notebook_do_not_meet(opened: Open) -> None:
     assert page.inner_text("#text") == "mine"
 
 
+@long
 def test_the_policy_stops_what_would_be_fetched_or_run(browser: Any, tmp_path: Path) -> None:
     path, context = tmp_path / "page.html", browser.new_context()
     with socket.create_server(("127.0.0.1", 0)) as server:

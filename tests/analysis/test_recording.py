@@ -1,6 +1,7 @@
 """`record`: its numbers, compared with those of weights that eager attention writes out; and a model left as it was."""
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -74,6 +75,26 @@ def test_numbers_are_those_of_the_weights_of_eager(name: str, padded: bool) -> N
 def check(got: Tensor, want: Tensor, tokens: Tensor) -> None:
     keep = tokens[:, None].expand(got.shape)
     torch.testing.assert_close(got.double()[keep], want[keep], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "bart"])
+def test_heaviest_keys_of_chosen_queries_are_those_of_eager(name: str) -> None:
+    model, inputs = build(name), inputs_of(name)
+    places = (20, 3, -1, 3)
+    found, expected = record(model, queries=places, **inputs), weights_of(model, **inputs)
+    for layer, eager in zip(found.layers, expected, strict=True):
+        lq = eager.shape[2]
+        assert layer.queries == ((20, 3, 22) if lq == 23 else (3, 16)) and layer.top is not None
+        rows, keys = eager[:, :, list(layer.queries)].double(), layer.top.keys
+        counts = (keys >= 0).sum(-1)
+        of_found = rows.gather(3, keys.clamp(min=0)) * (keys >= 0)
+        torch.testing.assert_close(layer.top.weights.double(), of_found, rtol=1e-3, atol=1e-5)
+        heaviest = rows.sort(dim=-1, descending=True).values
+        total = (heaviest * (torch.arange(rows.shape[3]) < counts[..., None])).sum(-1)
+        torch.testing.assert_close(layer.top.covered.double(), total, rtol=1e-3, atol=1e-5)
+        seen = (rows > 0).sum(-1)
+        assert ((total >= 0.9 - 1e-5) | (counts == seen)).all()
+    assert all(layer.top is None and layer.queries == () for layer in record(model, **inputs).layers)
 
 
 def test_masks_are_those_in_effect() -> None:
@@ -179,6 +200,18 @@ def test_recordings_are_printed_as_tables() -> None:
     assert "a context" in str(record(build("bart"), windows=[4], **inputs_of("bart")))
 
 
+def test_a_notebook_shows_a_recording_as_a_table() -> None:
+    found = record(build("gemma2"), IDS, windows=[4], sink_tokens=2)
+    text = found._repr_html_()
+    cells = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>(.*?)</tr>", text)]
+    lines = str(found).splitlines()
+    assert [" ".join(row).split() for row in cells] == [line.split() for line in lines[:-1]]
+    assert f"<caption>{lines[-1]}</caption>" in text
+    named = found._replace(layers=(found.layers[0]._replace(name='<img src="x">'),), windows=())
+    text = named._replace(layers=tuple(layer._replace(windows=()) for layer in named.layers))._repr_html_()
+    assert "&lt;img src=&quot;x&quot;&gt;" in text and "<img" not in text and "cut" not in text
+
+
 def test_calls_that_are_refused() -> None:
     model = build("llama")
     for call, error, message in (
@@ -192,6 +225,13 @@ def test_calls_that_are_refused() -> None:
         (lambda: record(model, IDS, sink_tokens=-1), ValueError, "sink_tokens must be at least 0"),
         (lambda: record(copy.deepcopy(model).train(), IDS), ValueError, "must be in evaluation mode"),
         (lambda: record(model, IDS, blocks=0), ValueError, "blocks must be at least 1"),
+        (
+            lambda: record(model, IDS, queries=[-24]),
+            ValueError,
+            "be from -23 to 22, for 23 queries; got -24",
+        ),
+        (lambda: record(model, IDS, queries=3), TypeError, "queries must be a sequence of places; got int"),
+        (lambda: record(model, IDS, queries=["3"]), TypeError, "each of queries must be an int"),
     ):
         with pytest.raises(error, match=message):
             call()

@@ -19,6 +19,7 @@ from transformers import (
 
 from qkv.analysis import losses, price, record
 from qkv.cli import main
+from qkv.convert import agreement_by_layer
 
 NAMES = ["scaled dot-product", "multi-head", "cross", "causal", "sliding-window", "multi-query", "grouped-query"]
 WORDS = random.Random(0).choices(tiny_model.WORDS, k=60)
@@ -89,6 +90,13 @@ def test_the_document_has_the_numbers_of_record_and_price(capsys, llama, text):
         ((5 - k) * 60 + k * 11) * a_token for k in range(1, 6)
     ]
     assert found["prices"][2]["together"][0]["cache_bytes"] == 5 * 60 * a_token // 2
+    (agreement,) = found["agreements"]
+    of_layers = agreement_by_layer(model.state_dict(), model.config.to_dict(), 1)
+    assert agreement["change"] == "1 KV head by mean pooling"
+    for layer, one in zip(agreement["layers"], of_layers, strict=True):
+        torch.testing.assert_close(torch.tensor(layer["keys"]), one.keys)
+        torch.testing.assert_close(torch.tensor(layer["values"]), one.values)
+        assert layer["groups"] == [[0, 1]]
     proposal = found["proposal"]
     assert (proposal["window"], proposal["sink_tokens"], proposal["layers"]) == (4, 2, [0, 1, 2, 3, 4])
     token = measured["costly_tokens"][0]
@@ -113,6 +121,39 @@ def test_the_report_says_it_in_words(capsys, llama, text):
     assert "for 0 nats a token or less; see --most." in captured.out or "qkv.SlidingKVCache has them." in captured.out
 
 
+def test_what_a_token_attends_to(capsys, llama, text):
+    arguments = ("--text", text, "--query", "41", "--query", "-1", "--query", "59")
+    layers = _report(capsys, llama, *arguments, "--layer", "3", "--layer", "1")["layers"]
+    model = AutoModelForCausalLM.from_pretrained(llama, attn_implementation="eager").eval()
+    ids = AutoTokenizer.from_pretrained(llama)(" ".join(WORDS), return_tensors="pt").input_ids
+    eager = model(ids, output_attentions=True).attentions
+    for n, layer in enumerate(layers):
+        assert [row["position"] for row in layer["queries"]] == ([41, 59] if n in (1, 3) else [])
+        for row in layer["queries"]:
+            assert row["token"] == WORDS[row["position"]] and len(row["heads"]) == 6
+            for head, found in enumerate(row["heads"]):
+                weights = eager[n][0, head, row["position"]]
+                assert found["weights"] == pytest.approx(weights[found["keys"]].tolist(), abs=1e-5)
+                assert found["tokens"] == [WORDS[key] for key in found["keys"]]
+                most = weights.sort(descending=True).values[: len(found["keys"])].sum().item()
+                assert found["covered"] == pytest.approx(most, abs=1e-5)
+    code, captured = _see(capsys, llama, *arguments, "--layer", "3")
+    lines = captured.out.splitlines()
+    assert code == 0 and max(map(len, lines[1:])) <= 80
+    first = lines.index(f"What token 41, [{WORDS[41]}], attends to in layer 3")
+    head, count, share, weight, token, key = lines[first + 3].split()[:6]
+    found = layers[3]["queries"][0]["heads"][1]
+    assert (head, int(count), share) == ("1", len(found["keys"]), f"{100 * found['covered']:.1f}%")
+    assert (weight, token, int(key)) == (
+        f"{100 * found['weights'][0]:.1f}%",
+        f"[{found['tokens'][0]}]",
+        found["keys"][0],
+    )
+    assert "in layer 1" not in captured.out and "--layer shows other layers." not in lines
+    lines = _see(capsys, llama, *arguments)[1].out.splitlines()
+    assert f"What token 59, [{WORDS[59]}], attends to in layer 2" in lines and "--layer shows other layers." in lines
+
+
 def test_the_page_is_written_whole_or_not_at_all(capsys, llama, text, tmp_path):
     out = tmp_path / "page.html"
     arguments = (llama, "--text", text, "--window", "9", "--measure", "--out", str(out))
@@ -121,6 +162,7 @@ def test_the_page_is_written_whole_or_not_at_all(capsys, llama, text, tmp_path):
     page = out.read_text(encoding="utf-8")
     assert page.startswith("<!DOCTYPE html>") and page.rstrip().endswith("</html>")
     assert "words.txt" in page and "default-src 'none'" in page
+    assert "Which KV heads are alike?" not in page
     code, captured = _see(capsys, *arguments)
     assert (code, captured.out) == (1, "")
     assert captured.err == f"qkv: --out: {out} exists; give another name, or --overwrite.\n"
@@ -128,6 +170,25 @@ def test_the_page_is_written_whole_or_not_at_all(capsys, llama, text, tmp_path):
     assert _see(capsys, *arguments, "--overwrite")[0] == 0
     assert out.read_text(encoding="utf-8") == page
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_the_page_has_all_pictures_of_what_was_asked(capsys, llama, text, tmp_path):
+    out = tmp_path / "page.html"
+    arguments = ("--query", "30", "--layer", "1", "--kv-heads", "1", "--most", "9", "--out", str(out))
+    code, captured = _see(capsys, llama, "--text", text, "--window", "9", "--window", "6", "--measure", *arguments)
+    assert code == 0 and "no picture" not in captured.err
+    page = out.read_text(encoding="utf-8")
+    rows = re.search(r"<caption>The proposal: tokens that one token reaches</caption>(.*?)</table>", page)
+    assert rows is not None and "<caption>As it is: tokens" not in page
+    found = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>(.*?)</tr>", rows[1])]
+    assert [row[2:] for row in found[1:]] == [[str(1 + 5 * n)] * 2 for n in range(6)]
+    assert "reach of token 7." in page and "hidden states out of reach, all are equal in bits." in page
+    assert "Agreement of KV heads, for 1 KV head by mean pooling" in page
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page)[1])
+    seven, layers = data["seven"], data["layers"]
+    assert (seven["layer"], seven["query"], seven["window"], seven["columns"]) == ("1", 30, 6, 60)
+    assert [layer["map"] is not None for layer in layers] == [n == 1 for n in range(5)]
+    assert [row["query"] for row in layers[1]["rows"]] == [30] and layers[0]["rows"] == []
 
 
 def test_another_model_is_compared_on_the_text(capsys, llama, text, tmp_path):
@@ -247,6 +308,9 @@ def test_letters_of_tokens_that_would_move_the_cursor_are_escaped(capsys, llama,
         (["{bert}", "--text", "{text}"], 1, "must be a causal language model; got Bert"),
         (["--window", "4"], 2, "options need a MODEL"),
         (["--most", "4"], 2, "options need a MODEL"),
+        (["{llama}", "--text", "{text}", "--query", "60"], 1, "60 tokens that are read, -60 to 59; got 60."),
+        (["{llama}", "--text", "{text}", "--query", "-61"], 1, "60 tokens that are read, -60 to 59; got -61."),
+        (["{llama}", "--text", "{text}", "--query", "1", "--layer", "5"], 1, "that attends, 0-4; got 5."),
         (["{llama}", "--text", "{text}", "--window", "4", "--sinks", "56"], 1, "56 sink tokens cuts nothing of 60"),
         (["{llama}", "--text", "{text}", "--sinks", "9" * 20], 2, "Input should be less than or equal to"),
         (["{llama}", "--text", "{text}", "--against", "none!"], 1, "'none!' is not an existing file or folder"),

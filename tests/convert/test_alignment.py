@@ -12,6 +12,7 @@ from qkv.convert import (
     CheckpointError,
     KeySymmetry,
     Projections,
+    agreement_by_layer,
     align_heads,
     convert_checkpoint,
     convert_layer,
@@ -185,6 +186,40 @@ def test_agreement_is_the_cosine_after_the_best_turn(symmetry, options):
     assert planted[0, 1] == pytest.approx(1) and planted[0, 2] < 0.99
     with pytest.raises(ValueError, match="head_agreement: keys and values must be finite"):
         head_agreement(projections(layer)._replace(v=turned.new_full((15, 24), torch.nan)), 3, symmetry)
+
+
+@pytest.mark.parametrize(("family", "offset"), [("llama", 0.0), ("gemma2", 1.0), ("qwen3", 0.0)])
+def test_the_agreement_of_a_models_layers_is_that_of_their_weights(family, offset):
+    model = models.build(family)
+    state, config = model.state_dict(), model.config.to_dict()
+    found = {how: agreement_by_layer(state, config, 2, how=how) for how in ("mean", "aligned")}
+    has_norms = family == "qwen3"
+    for n, block in enumerate(model.model.layers):
+        attention = block.self_attn
+        k, v = (
+            torch.cat([proj.weight, proj.bias[:, None]], dim=1) if proj.bias is not None else proj.weight
+            for proj in (attention.k_proj, attention.v_proj)
+        )
+        given = Projections(attention.q_proj.weight, k, v, attention.o_proj.weight)
+        gain = block.input_layernorm.weight + offset
+        symmetry = KeySymmetry(config.get("head_dim", 8), normed=has_norms)
+        with torch.no_grad():
+            want = head_agreement(given, 8, symmetry, gain=gain)
+            order = align_heads(given, 8, 2, symmetry, gain=gain).order.tolist()
+        for some in found.values():
+            assert some[n].layer == n
+            torch.testing.assert_close(some[n].keys, want.keys)
+            torch.testing.assert_close(some[n].values, want.values)
+        assert found["mean"][n].groups == ((0, 1, 2, 3), (4, 5, 6, 7))
+        assert found["aligned"][n].groups == (tuple(order[:4]), tuple(order[4:]))
+    assert any(layer.groups != found["mean"][0].groups for layer in found["aligned"])
+    with pytest.raises(CheckpointError, match="heads of bart models cannot be aligned"):
+        agreement_by_layer({}, {"model_type": "bart"}, 2)
+    with pytest.raises(CheckpointError, match=r"must divide the model's 8 KV heads \(8, 4, 2, 1\); got 3"):
+        agreement_by_layer(state, config, 3)
+    state["model.layers.1.self_attn.k_proj.weight"] = torch.full_like(k[:, :64], torch.nan)
+    with pytest.raises(CheckpointError, match="layer 1: head_agreement: keys and values must be finite"):
+        agreement_by_layer(state, config, 2)
 
 
 def test_equal_heads_are_not_changed():

@@ -1,5 +1,6 @@
 """`Attention`: the effect of each option."""
 
+import html
 import inspect
 from typing import Any, get_type_hints
 
@@ -157,3 +158,18 @@ def test_repr() -> None:
     text = repr(qkv.SlidingWindowAttention(24, 6, 4, num_kv_heads=2))
     assert "num_heads=6, num_kv_heads=2, head_dim=4" in text
     assert "mask=Mask.sliding(window=4)" in text
+
+
+def test_a_notebook_shows_the_mask_of_a_layer() -> None:
+    layers = [
+        qkv.SlidingWindowAttention(24, 6, 4),
+        qkv.CrossLayerAttention(24, 6),
+        qkv.DifferentialAttention(24, 3),
+        qkv.LatentAttention(24, 6, kv_rank=8, nope_dim=4, rope_dim=2),
+    ]
+    for layer in layers:
+        layer.register_module("<b>", torch.nn.Identity())
+        text = layer._repr_html_()
+        written, _, picture = text.removeprefix("<figure><pre>").partition("</pre>")
+        assert html.unescape(written) == repr(layer) and "<b>" not in text
+        assert picture == qkv.masks.html_of(layer.mask, "").removeprefix("<figure><pre></pre>")  # type: ignore[arg-type]

@@ -56,12 +56,13 @@ class Window(Change):
         changed = {id(layer) for layer in layers.values()}
 
         def narrow(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Mask | None:
-            return self._narrowed(q, k, options) if id(module) in changed else None
+            return self.narrowed(q, k, options) if id(module) in changed else None
 
         with observed(narrow):
             yield
 
-    def _narrowed(self, q: Tensor, k: Tensor, options: dict[str, Any]) -> Mask:
+    def narrowed(self, q: Tensor, k: Tensor, options: dict[str, Any]) -> Mask:
+        """The mask of a call of attention, with the window."""
         mask, offset = options["mask"], options["offset"]
         try:
             return mask & self._mask  # type: ignore[no-any-return]

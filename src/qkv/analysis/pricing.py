@@ -177,7 +177,8 @@ def _change(text: "_Text", window: int | None, sink_tokens: int, kv_heads: int |
     return Window(window, sink_tokens)
 
 
-def _sees_later_keys(q: Tensor, k: Tensor, options: dict[str, Any]) -> bool:
+def sees_later_keys(q: Tensor, k: Tensor, options: dict[str, Any]) -> bool:
+    """Whether a query of a call of attention sees keys after its own."""
     mask: Mask = options["mask"]
     if mask.allow is None:
         return mask.shows_later_keys(1)
@@ -267,7 +268,7 @@ class _Stack:
             return output
 
         def observe(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> None:
-            if known.is_cross(module, q, k, options) or _sees_later_keys(q, k, options):
+            if known.is_cross(module, q, k, options) or sees_later_keys(q, k, options):
                 name = known.names[id(module)]
                 raise ValueError(f"price: model must be causal; {name} attends to more than earlier tokens.")
             seen.append(module)

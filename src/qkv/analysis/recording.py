@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from qkv.analysis.words import what_layers_see
 from qkv.integrations.transformers.attention import observed
 from qkv.integrations.transformers.watching import watched
 from qkv.layer_record import LayerRecord, check_options, record_call
@@ -30,32 +31,30 @@ class Recording(NamedTuple):
                 row.copy_(layer.cut_by_kv_head().amax((1, 2)))
         return found
 
-    def rows(self) -> list[list[str]]:
-        """What a layer sees, its numbers in the mean over queries and heads, and its cuts: a table in words."""
-        found = []
-        for layer, cuts in zip(self.layers, self.cut_by_layer().tolist(), strict=True):
-            spent = layer.mean(layer.sinks.first + layer.sinks.learned)
-            rest = "all keys" if layer.mask.allow is None else "a dense mask"
-            seen = rest if layer.window is None else f"{layer.window:,} keys"
-            found.append(
-                [
-                    "a context" if layer.is_cross else seen,
-                    f"{layer.mean(layer.keys_in_effect).nanmean():.1f}",
-                    f"{layer.mean(layer.distance.mean).nanmean():.1f}",
-                    f"{100 * spent.nanmean():.1f}%",
-                    *("" if cut != cut else f"{100 * cut:.1f}%" for cut in cuts),
-                ]
-            )
-        return found
+    def _lines(self) -> list[list[str]]:
+        """A table, with its heading."""
+        words = what_layers_see(self.layers, self.cut_by_layer())
+        cuts = (f"cut by {window}" for window in self.windows)
+        rows = [[layer.name, *row] for layer, row in zip(self.layers, words, strict=True)]
+        return [["layer", "sees", "in effect", "distance", "sinks", *cuts], *rows]
+
+    def _note(self) -> str:
+        """What is meant by a cut."""
+        sinks = f", with {self.sink_tokens} sink tokens" if self.sink_tokens else ""
+        return f"cut: the weight on keys that a window hides{sinks}, of the KV head that loses most; before training"
+
+    def _repr_html_(self) -> str:
+        """The table, for notebooks."""
+        from qkv.analysis.page.markup import table
+
+        heading, *rows = self._lines()
+        return table(self._note() if self.windows else "What layers attend to", heading, rows)
 
     def __str__(self) -> str:
-        sinks = f", with {self.sink_tokens} sink tokens" if self.sink_tokens else ""
-        lines = [["layer", "sees", "in effect", "distance", "sinks", *(f"cut by {window}" for window in self.windows)]]
-        lines += [[layer.name, *row] for layer, row in zip(self.layers, self.rows(), strict=True)]
+        lines = self._lines()
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         rows = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]
-        note = f"cut: the weight on keys that a window hides{sinks}, of the KV head that loses most; before training"
-        return "\n".join([*rows, *([note] if self.windows else [])])
+        return "\n".join([*rows, *([self._note()] if self.windows else [])])
 
 
 def record(
@@ -65,6 +64,7 @@ def record(
     windows: Sequence[int] = (),
     sink_tokens: int = 0,
     blocks: int = 64,
+    queries: Sequence[int] = (),
     **inputs: Any,
 ) -> Recording:
     """Runs a model of transformers once, and records what its attention layers attend to: `qkv.look`, layer by layer.
@@ -81,37 +81,45 @@ def record(
         sink_tokens: number of first keys that these windows show too; also those that are counted as sinks, of which
             there is one at least.
         blocks: of `look.block_map`.
+        queries: places of the queries whose heaviest keys are recorded, as `look.top_keys` finds them; negative ones
+            count from the last.
         **inputs: other arguments of the model, such as ``attention_mask`` and ``decoder_input_ids``.
 
     Raises:
         TypeError: for anything but a model of transformers, and windows that are not integers.
-        ValueError: for a model that is training or does not run on "qkv", a window that hides no key, and a model
-            without a layer that has heads of keys.
+        ValueError: for a model that is training or does not run on "qkv", a window that hides no key, a query that
+            no layer has, and a model without a layer that has heads of keys.
 
     Example:
         >>> from qkv.analysis import record
         >>> print(record(model, input_ids, windows=[256, 512], sink_tokens=4))  # doctest: +SKIP
     """
-    check_options(windows, sink_tokens, blocks)
+    check_options(windows, sink_tokens, blocks, queries)
     found: list[LayerRecord] = []
     with watched("record", model) as known:
         given = {**inputs} if input_ids is None else {"input_ids": input_ids, **inputs}
-        given = _without_what_is_not_recorded(model, given)
+        given = without_what_is_not_recorded(model, given)
 
         def observe(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> None:
             name, is_cross = known.names[id(module)], known.is_cross(module, q, k, options)
             if "sinks" in options:
                 raise ValueError(f"record: {name} has a sink logit for each query, of which there are no numbers.")
-            found.append(record_call(name, is_cross, (q, k, v, options), windows, sink_tokens, blocks))
+            found.append(record_call(name, is_cross, (q, k, v, options), windows, sink_tokens, blocks, queries))
 
         with observed(observe):
             model(**given)
         if not found:
             raise known.no_calls("record")
+    longest = max(layer.keys_in_effect.shape[2] for layer in found)
+    for query in queries:
+        if not -longest <= query < longest:
+            raise ValueError(
+                f"record: each of queries must be from {-longest} to {longest - 1}, for {longest} queries; got {query}."
+            )
     return Recording(tuple(windows), sink_tokens, tuple(found))
 
 
-def _without_what_is_not_recorded(model: Any, given: dict[str, Any]) -> dict[str, Any]:
+def without_what_is_not_recorded(model: Any, given: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call, without a cache and the logits of a text, unless they are asked for."""
     takes = inspect.signature(model.forward).parameters
     given = {"use_cache": False, **given} if "use_cache" in takes else given

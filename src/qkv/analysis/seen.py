@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 
 from qkv.analysis.pricing import Price
+from qkv.analysis.reach import Reach
 from qkv.analysis.recording import Recording
+from qkv.analysis.seven import Seven
+from qkv.convert import LayerAgreement
+from qkv.layer_record import LayerRecord
 
 COSTLY = 20
 """Number of tokens in a document."""
@@ -52,6 +56,32 @@ class Against(NamedTuple):
         return _costly(self.before, self.loss - self.before, count)
 
 
+class Agreement(NamedTuple):
+    """How alike KV heads are that a change would make one."""
+
+    change: str
+    """as a `Price` names it"""
+    layers: tuple[LayerAgreement, ...]
+
+
+class Row(NamedTuple):
+    """The heaviest keys of a query in one head, in order."""
+
+    keys: tuple[int, ...]
+    weights: tuple[float, ...]
+    covered: float
+    """the sum of these weights"""
+
+
+def rows_of(layer: LayerRecord, n: int) -> list[Row]:
+    """What the n-th of the chosen queries attends to, by query head."""
+    assert layer.top is not None
+    keys, weights, covered = (number[0, :, n] for number in layer.top)
+    counts = (keys >= 0).sum(-1).tolist()
+    heads = zip(keys.tolist(), weights.tolist(), covered.tolist(), counts, strict=True)
+    return [Row(tuple(some[:count]), tuple(of_some[:count]), share) for some, of_some, share, count in heads]
+
+
 class Seen(NamedTuple):
     """What was found of a model on a text of one row."""
 
@@ -67,6 +97,19 @@ class Seen(NamedTuple):
     recording: Recording
     prices: tuple[Price, ...]
     against: Against | None = None
+    shown: tuple[int, ...] | None = None
+    """numbers of the layers whose heads are shown one by one; None for all"""
+    seven: Seven | None = None
+    """one query under the masks and groupings of the seven mechanisms"""
+    agreements: tuple[Agreement, ...] = ()
+    """for each change to fewer KV heads"""
+    reaches: tuple[tuple[str, Reach], ...] = ()
+    """how far a token has an influence, each with what it is of"""
+
+    def is_shown(self) -> list[bool]:
+        """For each layer of the recording, whether its heads are shown one by one."""
+        numbers = numbers_of([layer.name for layer in self.recording.layers])
+        return [self.shown is None or number in self.shown for number in numbers]
 
     def cache_bytes(self, changed: Mapping[str, Price], tokens: int | None = None) -> int:
         """Bytes of the keys and values of the text or of so many tokens.
@@ -139,11 +182,27 @@ class Seen(NamedTuple):
                     "distance": _numbers(layer.mean(layer.distance.mean)[0]),
                     "sinks": _numbers(layer.mean(layer.sinks.first + layer.sinks.learned)[0]),
                     "cut_by_kv_head": None if cut is None else [_numbers(row) for row in cut],
+                    "queries": self._rows_as_json(layer) if is_shown else [],
                 }
-                for layer, cut in zip(recording.layers, cuts, strict=True)
+                for layer, cut, is_shown in zip(recording.layers, cuts, self.is_shown(), strict=True)
             ],
             "prices": [self._price_as_json(price) for price in self.prices],
             "against": None if self.against is None else self._against_as_json(self.against),
+            "agreements": [
+                {
+                    "change": agreement.change,
+                    "layers": [
+                        {
+                            "layer": layer.layer,
+                            "keys": [_numbers(row) for row in layer.keys],
+                            "values": [_numbers(row) for row in layer.values],
+                            "groups": [list(group) for group in layer.groups],
+                        }
+                        for layer in agreement.layers
+                    ],
+                }
+                for agreement in self.agreements
+            ],
             "proposal": None
             if proposal is None
             else {
@@ -160,6 +219,25 @@ class Seen(NamedTuple):
         from qkv.analysis.page import frame, page_of
 
         return frame(page_of(self, MOST))
+
+    def _rows_as_json(self, layer: LayerRecord) -> list[dict[str, Any]]:
+        """The heaviest keys of the queries of a layer; tokens of another sequence have no text here."""
+        return [
+            {
+                "position": at,
+                "token": self.tokens[at],
+                "heads": [
+                    {
+                        "covered": _number(row.covered),
+                        "keys": list(row.keys),
+                        "tokens": None if layer.is_cross else [self.tokens[key] for key in row.keys],
+                        "weights": [_number(weight) for weight in row.weights],
+                    }
+                    for row in rows_of(layer, n)
+                ],
+            }
+            for n, at in enumerate(layer.queries)
+        ]
 
     def _price_as_json(self, price: Price) -> dict[str, Any]:
         return {

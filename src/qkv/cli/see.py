@@ -9,15 +9,29 @@ import torch
 import typer
 from rich.console import Console
 
-from qkv.analysis import Against, Price, Recording, Saving, Seen, losses, price, record
+from qkv.analysis import (
+    Against,
+    Agreement,
+    Price,
+    Reach,
+    Recording,
+    Saving,
+    Seen,
+    Seven,
+    losses,
+    price,
+    reach,
+    record,
+    seven,
+)
 from qkv.analysis.page import page_of
-from qkv.analysis.seen import MOST
+from qkv.analysis.seen import MOST, numbers_of
 from qkv.cli.convert import Pool
 from qkv.cli.options import MAX_COUNT, Dtype, count_option
 from qkv.cli.reports.see import print_mechanisms, print_seen
-from qkv.convert import CheckpointError
+from qkv.convert import CheckpointError, agreement_by_layer
 from qkv.convert.families.registry import find_family
-from qkv.convert.families.windows import require_windows, with_windows
+from qkv.convert.families.windows import as_ranges, require_windows, with_windows
 from qkv.layer_record import cuts_nothing
 from qkv.models.default_weights import SMOLLM2_135M, cached_weights
 from qkv.models.errors import CommandError
@@ -72,6 +86,22 @@ def see(
             show_default=False,
         ),
     ] = None,
+    query: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Place of a token in the text, from 0, or from the end, from -1: shows which keys it attends to; may "
+            "be given several times.",
+            metavar="TOKEN",
+        ),
+    ] = None,
+    layer: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Number of a layer whose heads are shown one by one; may be given several times. Default: all on the "
+            "page, the middle one for --query in the report.",
+            metavar="LAYER",
+        ),
+    ] = None,
     most: Annotated[
         float, typer.Option(help="Increase of the loss that the proposal may cost.", metavar="NATS", min=0)
     ] = MOST,
@@ -88,7 +118,8 @@ def see(
     For each layer: the keys that it sees, the number of keys in effect, how far back they are, the weight on the first
     tokens, and the weight that a window would cut. With --measure, the loss if one layer had the window or the heads,
     for each; then with the cheapest layers together, the tokens that pay, and the bytes that it saves. All of it before
-    training, on this text alone. What --json prints is what qkv convert --like takes.
+    training, on this text alone. What --json prints is what qkv convert --like takes. With --query, the tokens that one
+    token attends to, head by head.
     """
     if model is None:
         sources = map(context.get_parameter_source, context.params)
@@ -118,18 +149,35 @@ def see(
     for number in windows:
         if number + sinks >= length:
             raise CommandError(f"--window: {cuts_nothing(number, sinks, length)}")
+    queries = _places(query or [], length)
     try:
         with progress.step("recording attention"), quiet():
-            recording = record(language_model.model, token_ids, windows=windows, sink_tokens=sinks)
+            recording = record(language_model.model, token_ids, windows=windows, sink_tokens=sinks, queries=queries)
+        shown = _shown(layer, recording, language_model.name)
         prices = _prices(language_model, token_ids, recording, windows, sinks, heads, pool, progress) if measure else ()
+        agreements = _agreements(language_model, prices, pool, progress) if out or as_document else ()
         other = (
             None if other_source is None else _against(language_model, token_ids, other_source, torch_dtype, progress)
         )
+        one = None if out is None else _seven(language_model, token_ids, recording, shown, queries, windows, progress)
     except (CheckpointError, TypeError, ValueError) as error:
         raise CommandError(str(error)) from error
     pieces = tuple(language_model.tokenizer.decode([token]) for token in token_ids[0].tolist())
-    seen = Seen(language_model.name, path.name, pieces, left_out, torch_dtype.itemsize, recording, prices, other)
+    seen = Seen(
+        language_model.name,
+        path.name,
+        pieces,
+        left_out,
+        torch_dtype.itemsize,
+        recording,
+        prices,
+        against=other,
+        shown=shown,
+        seven=one,
+        agreements=agreements,
+    )
     if out is not None:
+        seen = seen._replace(reaches=_reaches(language_model, token_ids, seen, most, progress))
         write_output(out, page_of(seen, most), overwrite)
         progress.notify(f"wrote {out}")
     if as_document:
@@ -187,6 +235,51 @@ def _distinct(option: str, numbers: list[int] | None) -> list[int]:
     return sorted(set(found))
 
 
+def _places(queries: list[int], length: int) -> list[int]:
+    """The places of tokens from the first one."""
+    for query in queries:
+        if not -length <= query < length:
+            raise CommandError(
+                f"--query: it must be the place of one of the {length:,} tokens that are read, {-length} to "
+                f"{length - 1}; got {query}. Give another, or more --tokens."
+            )
+    return list(dict.fromkeys(query % length for query in queries))
+
+
+def _shown(layers: list[int] | None, recording: Recording, name: str) -> tuple[int, ...] | None:
+    """The numbers of layers that are shown head by head; None for all."""
+    if not layers:
+        return None
+    known = numbers_of([layer.name for layer in recording.layers])
+    for layer in layers:
+        if layer not in known:
+            raise CommandError(
+                f"--layer: it must be the number of a layer of {name} that attends, {as_ranges(known)}; got {layer}."
+            )
+    return tuple(sorted(set(layers)))
+
+
+def _seven(
+    language_model: LanguageModel,
+    token_ids: torch.Tensor,
+    recording: Recording,
+    shown: tuple[int, ...] | None,
+    queries: list[int],
+    windows: list[int],
+    progress: Progress,
+) -> Seven | None:
+    """The seven mechanisms in the middle one of the layers that are shown; None where some attend to a context."""
+    names = [layer.name for layer in recording.layers]
+    chosen = [name for name, number in zip(names, numbers_of(names), strict=True) if shown is None or number in shown]
+    if any(layer.is_cross for layer in recording.layers):
+        return None
+    # Not the last token, before which all keys lie: with a causal mask it sees as many as without.
+    query = queries[0] if queries else token_ids.shape[1] * 3 // 4
+    options = {"query": query, "window": min(windows, default=None)}
+    with progress.step("trying the seven mechanisms"), quiet():
+        return seven(language_model.model, token_ids, layer=chosen[len(chosen) // 2], **options)  # type: ignore[arg-type]
+
+
 def _prices(
     language_model: LanguageModel,
     token_ids: torch.Tensor,
@@ -213,6 +306,50 @@ def _prices(
     for name, count, some, change in changes:
         with progress.step(f"measuring {name}", count + len(some), "passes") as on_progress, quiet():
             found.append(price(language_model.model, token_ids, together=some, on_progress=on_progress, **change))
+    return tuple(found)
+
+
+def _reaches(
+    language_model: LanguageModel, token_ids: torch.Tensor, seen: Seen, most: float, progress: Progress
+) -> tuple[tuple[str, Reach], ...]:
+    """How far a token reaches in a causal model with windows, and with those that are proposed."""
+    layers = seen.recording.layers
+    if any(layer.is_cross or layer.mask.shows_later_keys(1) for layer in layers):
+        return ()
+    kinds: list[tuple[str, dict[str, int]]] = []
+    if any(layer.window is not None for layer in layers):
+        kinds.append(("As it is", {}))
+    proposal = seen.proposal(most)
+    if proposal is not None and proposal.price.window is not None:
+        names = zip(numbers_of(proposal.price.layers), proposal.price.layers, strict=True)
+        window = proposal.price.window
+        kinds.append(("The proposal", {name: window for number, name in names if number in proposal.layers}))
+    if not kinds:
+        return ()
+    try:
+        with progress.step("following one token"), quiet():
+            position = token_ids.shape[1] // 8
+            found = [
+                (title, reach(language_model.model, token_ids, position, windows=windows)) for title, windows in kinds
+            ]
+    except ValueError as error:
+        progress.notify(f"no picture of the reach: {error}")
+        return ()
+    return tuple(found)
+
+
+def _agreements(
+    language_model: LanguageModel, prices: tuple[Price, ...], pool: Pool, progress: Progress
+) -> tuple[Agreement, ...]:
+    """How alike the KV heads are that changes pool; none for families of which that is not known."""
+    state, config = language_model.model.state_dict(), language_model.model.config.to_dict()
+    found = []
+    for each in prices:
+        if each.kv_heads is None or find_family("qkv see", config).layout is None:
+            continue
+        with progress.step("comparing KV heads"), quiet():
+            layers = agreement_by_layer(state, config, each.kv_heads, how=pool.value)
+        found.append(Agreement(each.change, tuple(layers)))
     return tuple(found)
 
 

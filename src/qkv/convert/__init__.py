@@ -12,6 +12,8 @@ from qkv.convert.checkpoint import write_checkpoint as write_checkpoint
 from qkv.convert.divergence import Divergence as Divergence
 from qkv.convert.divergence import measure_divergence as measure_divergence
 from qkv.convert.errors import CheckpointError as CheckpointError
+from qkv.convert.families.agreement import LayerAgreement as LayerAgreement
+from qkv.convert.families.agreement import agreement_by_layer as agreement_by_layer
 from qkv.convert.heads.alignment import Alignment as Alignment
 from qkv.convert.heads.alignment import HeadAgreement as HeadAgreement
 from qkv.convert.heads.alignment import KeySymmetry as KeySymmetry
@@ -36,7 +38,9 @@ __all__ = [
     "HeadAgreement",
     "Inspection",
     "KeySymmetry",
+    "LayerAgreement",
     "Projections",
+    "agreement_by_layer",
     "align_heads",
     "convert_checkpoint",
     "convert_layer",

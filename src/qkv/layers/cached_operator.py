@@ -7,7 +7,7 @@ may have computed, and the handle of the cache, declared as written, for the ord
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, library, nn
@@ -16,7 +16,7 @@ from qkv.cache import Cache, Caches
 from qkv.cache.handle import Handled, find
 from qkv.kernels import schema_of
 from qkv.layers.operator_forward import call_with, may_be_operator, parameters_of
-from qkv.masks import FIELDS, FULL, Mask
+from qkv.masks import FIELDS, FULL, Mask, html_of
 
 _CALLS: dict[str, Callable[..., Tensor]] = {}
 """The methods that are operators, by name."""
@@ -24,6 +24,10 @@ _CALLS: dict[str, Callable[..., Tensor]] = {}
 
 class OperatorLayer(Handled, nn.Module):
     """Base of layers whose calls with a cache are operators of compiled programs."""
+
+    def _repr_html_(self) -> str:
+        """The layer with a picture of its mask, for notebooks."""
+        return html_of(cast(Mask, self.mask), repr(self))
 
 
 def register(name: str, call: Callable[..., Tensor]) -> str:

@@ -116,6 +116,12 @@ class Chart:
         box = {"x": x0, "width": x1 - x0, "y": min(zero, end), "height": abs(end - zero)}
         self.parts.append(element("g", element("rect", class_=kind, **box), element("title", title)))
 
+    def cell(self, least: Point, most: Point, shade: int) -> None:
+        """Fills a rectangle between two points, the darker the smaller the shade."""
+        (left, bottom), (right, top) = self.at(*least), self.at(*most)
+        box = {"x": left, "width": right - left, "y": top, "height": bottom - top}
+        self.parts.append(element("rect", class_=f"change c{shade}", **box))
+
     def drawn(self, label: str) -> Markup:
         """The picture, with a text in place of it."""
         return element(

@@ -12,9 +12,15 @@ from qkv.analysis.page import codes
 from qkv.analysis.page.markup import visible
 from qkv.analysis.pricing import Price
 from qkv.analysis.recording import Recording
-from qkv.analysis.seen import Against, Seen, labels
+from qkv.analysis.seen import Against, Row, Seen, labels, rows_of
+from qkv.analysis.seven import Mechanism, Seven
+from qkv.analysis.words import keys_seen
 from qkv.layer_record import LayerRecord
 
+STRIP = 128
+"""Blocks of keys, at most, in the strip of a mechanism."""
+HEAVIEST = 5
+"""Keys that are named below a strip."""
 ROWS_AT_ONCE = 256
 """Queries whose mask is written out at once: 8 MB for 4096 keys."""
 
@@ -24,8 +30,8 @@ def data_of(seen: Seen, even: Sequence[Tensor]) -> dict[str, Any]:
     index: dict[str, int] = {}  # of each map, in the order in which they are found
     short = labels([layer.name for layer in seen.recording.layers])
     layers = [
-        {"label": label, **_layer(layer, one, index)}
-        for label, layer, one in zip(short, seen.recording.layers, even, strict=True)
+        {"label": label, **_layer(layer), **(_heads(layer, one, index) if is_shown else _NO_HEADS)}
+        for label, layer, one, is_shown in zip(short, seen.recording.layers, even, seen.is_shown(), strict=True)
     ]
     return {
         "tokens": list(seen.tokens),
@@ -35,6 +41,7 @@ def data_of(seen: Seen, even: Sequence[Tensor]) -> dict[str, Any]:
         "even": list(index),
         "prices": [_price(seen, price) for price in seen.prices],
         "against": None if seen.against is None else _against(seen.against),
+        "seven": None if seen.seven is None else _seven(seen, seen.seven),
     }
 
 
@@ -55,9 +62,7 @@ def _numbers(numbers: Tensor) -> list[float | None]:
     return [rounded(number) for number in numbers.tolist()]
 
 
-def _layer(layer: LayerRecord, even: Tensor, index: dict[str, int]) -> dict[str, Any]:
-    weights = layer.map.mean[0]
-    of_heads = [index.setdefault(codes.share(one, 16), len(index)) for one in even]
+def _layer(layer: LayerRecord) -> dict[str, Any]:
     return {
         "name": layer.name,
         "heads": layer.heads,
@@ -70,10 +75,29 @@ def _layer(layer: LayerRecord, even: Tensor, index: dict[str, int]) -> dict[str,
         "sinks": _numbers(layer.mean(layer.sinks.first + layer.sinks.learned)[0]),
         "cut": [_numbers(row) for row in layer.cut_by_head()[:, 0]],
         "change": [_numbers(row) for row in layer.change_by_head()[:, 0]],
+        "is_cross": layer.is_cross,
+    }
+
+
+_NO_HEADS: dict[str, Any] = {"map": None, "map_shape": [0, 0], "even": [], "rows": []}
+"""of a layer whose heads are not shown one by one"""
+
+
+def _heads(layer: LayerRecord, even: Tensor, index: dict[str, int]) -> dict[str, Any]:
+    weights = layer.map.mean[0]
+    of_heads = [index.setdefault(codes.share(one, 16), len(index)) for one in even]
+    return {
         "map": codes.share(weights, 8),
         "map_shape": list(weights.shape[1:]),
         "even": of_heads if len(of_heads) == layer.heads else of_heads * layer.heads,
+        "rows": [
+            {"query": at, "heads": [_row(row) for row in rows_of(layer, n)]} for n, at in enumerate(layer.queries)
+        ],
     }
+
+
+def _row(row: Row) -> dict[str, Any]:
+    return {"keys": list(row.keys), "weights": list(map(rounded, row.weights)), "covered": rounded(row.covered)}
 
 
 def even_maps(recording: Recording) -> list[Tensor]:
@@ -124,6 +148,39 @@ def _price(seen: Seen, price: Price) -> dict[str, Any]:
             }
             for saving, some in zip(seen.savings(price), price.together, strict=True)
         ],
+    }
+
+
+def _seven(seen: Seen, found: Seven) -> dict[str, Any]:
+    n, names = len(seen.tokens), [layer.name for layer in seen.recording.layers]
+    columns, at = min(STRIP, n), names.index(found.layer)
+    block = torch.arange(n) * columns // n
+
+    def mechanism(one: Mechanism) -> dict[str, Any]:
+        strip = one.weights.new_zeros(len(one.weights), columns)
+        heaviest = one.weights.topk(min(HEAVIEST, one.weights.shape[1]))
+        keys = (heaviest.indices + one.first).tolist()
+        return {
+            "name": one.name,
+            "first": one.first,
+            "stop": one.stop,
+            "scores": one.scores,
+            "bytes": one.cache_numbers * seen.bytes_per_number,
+            "strip": codes.share(strip.index_add_(1, block[one.first : one.stop], one.weights), 8),
+            "keys": keys,
+            "weights": [_numbers(row) for row in heaviest.values],
+        }
+
+    return {
+        "layer": labels(names)[at],
+        "own": keys_seen(seen.recording.layers[at]),
+        "query": found.query,
+        "window": found.window,
+        "heads": found.heads,
+        "kv_heads": found.kv_heads,
+        "groups": found.groups,
+        "columns": columns,
+        "mechanisms": list(map(mechanism, found.mechanisms)),
     }
 
 

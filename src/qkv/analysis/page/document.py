@@ -9,6 +9,7 @@ from qkv.analysis.page import pictures
 from qkv.analysis.page.data import as_script, data_of, even_maps
 from qkv.analysis.page.markup import Markup, element, escaped, joined
 from qkv.analysis.seen import Seen
+from qkv.analysis.words import counted
 
 LARGEST = 20_000_000
 """Bytes of a page at most."""
@@ -39,12 +40,13 @@ def page_of(seen: Seen, most: float) -> str:
         "policy": _policy(style, script),
         "title": escaped(f"{seen.model} on {seen.text}"),
         "about": escaped(
-            f"{pictures.counted(len(seen.recording.layers), 'layer')}, "
-            f"{pictures.counted(length, 'token')} of the text{left_out}"
+            f"{counted(len(seen.recording.layers), 'layer')}, {counted(length, 'token')} of the text{left_out}"
         ),
         "style": style,
         "prices": _prices(seen, most),
         "against": _against(seen),
+        "agreements": _agreements(seen),
+        "reaches": _reaches(seen),
         "cuts": _cuts(seen),
         "layers": pictures.layers(seen, even),
         "cache": pictures.cache(seen, most),
@@ -86,6 +88,20 @@ def _against(seen: Seen) -> Markup:
     if seen.against is None:
         return Markup("")
     return element("section", element("h2", "What does the other model lose?"), pictures.against(seen, seen.against))
+
+
+def _agreements(seen: Seen) -> Markup:
+    if not seen.agreements:
+        return Markup("")
+    found = map(pictures.head_agreement, seen.agreements)
+    return element("section", element("h2", "Which KV heads are alike?"), *found)
+
+
+def _reaches(seen: Seen) -> Markup:
+    if not seen.reaches:
+        return Markup("")
+    found = (pictures.reach_by_layers(title, reach) for title, reach in seen.reaches)
+    return element("section", element("h2", "How far does one token reach?"), element("div", *found, class_="row"))
 
 
 def _cuts(seen: Seen) -> Markup:

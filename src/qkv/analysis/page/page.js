@@ -2,6 +2,7 @@
 {
   const data = JSON.parse(document.getElementById("data").textContent);
   const find = (id) => document.getElementById(id);
+  const SVG = find("arcs").namespaceURI;
 
   /** A new element; texts among the children enter as text. */
   const make = (name, attributes, ...children) => {
@@ -9,6 +10,13 @@
     for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
     made.append(...children);
     return made;
+  };
+
+  const draw = (name, attributes, ...children) => {
+    const drawn = document.createElementNS(SVG, name);
+    for (const [key, value] of Object.entries(attributes)) drawn.setAttribute(key, value);
+    drawn.append(...children);
+    return drawn;
   };
 
   // Arrays: see codes.py.
@@ -75,7 +83,14 @@
   let token = 0;
 
   const marked = (text) => text.replace(/ /g, "\u2423").replace(/\n/g, "\u23ce");
+  const short = (text) => marked([...text].slice(0, 40).join(""));
   const piece = (name, text) => make(name, { class: "piece" }, text);
+
+  /** A token marked between those before and after it. */
+  const inContext = (index) => {
+    const words = (start, stop) => data.tokens.slice(start, stop).map((text) => piece("span", text));
+    return [...words(Math.max(0, index - BEFORE), index), piece("mark", marked(data.tokens[index])), ...words(index + 1, index + 1 + AFTER)];
+  };
 
   const goTo = (index, scrolls) => {
     spans[token].classList.remove("current");
@@ -108,10 +123,8 @@
       `${counted(dearest.length, "token")} underlined ${dearest.length === 1 ? "makes" : "make"} up ${percent(part)} of all increases.`;
     find("costly").replaceChildren(...dearest.map((at) => {
       const index = at + 1;
-      const words = (start, stop) => data.tokens.slice(start, stop).map((text) => piece("span", text));
       const button = make("button", { type: "button" },
-        `${nats(shown.increase[at])} nats, of ${unsigned(shown.loss[at])}, token ${index}: `,
-        ...words(Math.max(0, index - BEFORE), index), piece("mark", marked(data.tokens[index])), ...words(index + 1, index + 1 + AFTER));
+        `${nats(shown.increase[at])} nats, of ${unsigned(shown.loss[at])}, token ${index}: `, ...inContext(index));
       button.addEventListener("click", () => { goTo(index, true); find("text").focus({ preventScroll: true }); });
       return make("li", {}, button);
     }));
@@ -237,7 +250,8 @@
     const of = data.layers[layer];
     const [rows, columns] = of.map_shape;
     const start = head * rows * columns;
-    map = {
+    find("map-figure").hidden = of.map === null;
+    if (of.map !== null) map = {
       rows, columns, queries: of.queries, keys: of.keys,
       weights: shares8(of.map).subarray(start, start + rows * columns),
       even: shares16(data.even[of.even[head]]),
@@ -249,8 +263,8 @@
       `Keys in effect: ${plain(of.keys_in_effect[head])}`,
       `distance: ${plain(of.distance[head])}, with a spread of ${plain(of.spread[head])}`,
       `on sinks: ${percent(of.sinks[head])}`, ...cuts,
-    ].join("; ") + ". In the mean over queries, before training.";
-    draw();
+    ].join("; ") + ". In the mean over queries, before training." + (of.map === null ? " Its map was left out: see qkv see --layer." : "");
+    if (of.map !== null) drawMap();
     block = [rows - 1, 0];
     find("map-now").textContent = "";
     find("map-details").open = false;
@@ -258,7 +272,7 @@
     find("head").hidden = false;
     find("head").focus();
   };
-  const draw = () => {
+  const drawMap = () => {
     const canvas = find("map");
     canvas.width = map.columns;
     canvas.height = map.rows;
@@ -324,5 +338,120 @@
         make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "queries"), ...over(map.columns, (n) => make("th", { scope: "col" }, part(n, map.columns, map.keys))))),
         make("tbody", {}, ...over(map.rows, (row) => make("tr", {}, make("th", { scope: "row" }, part(row, map.rows, map.queries)), ...over(map.columns, (column) => cell(row, column)))))));
     });
+  }
+
+  // What one token looks at.
+  const FIRST = 10;
+  const LAST = 710;
+  const GROUND = 140;
+  const withRows = data.layers.filter((layer) => layer.rows.length);
+  const keyName = (layer, key) => (layer.is_cross ? [`key ${key} of a context`] : [`${key} `, piece("q", short(data.tokens[key]))]);
+
+  const showRow = () => {
+    const layer = withRows[find("row-layer").value];
+    const row = layer.rows.find((one) => one.query === Number(find("query").value));
+    const head = Number(find("row-head").value);
+    const { keys, weights, covered } = row.heads[head];
+    const last = Math.max(1, ...(layer.is_cross ? row.heads.flatMap((one) => one.keys) : [data.tokens.length - 1]));
+    const place = (index) => FIRST + index / last * (LAST - FIRST);
+    const from = place(row.query);
+    const arcs = keys.map((key, n) => {
+      const to = place(key);
+      const high = GROUND - Math.min(130, 12 + Math.abs(to - from) / 2);
+      const title = draw("title", {}, `${key}: ${percent(weights[n])}`);
+      const width = (0.75 + 7 * Math.sqrt(isNumber(weights[n]) ? weights[n] : 0)).toFixed(2);
+      return draw("path", { class: "arc", "stroke-width": width, d: `M${from.toFixed(1)} ${GROUND}C${from.toFixed(1)} ${high} ${to.toFixed(1)} ${high} ${to.toFixed(1)} ${GROUND}` }, title);
+    });
+    const name = `Token ${row.query}, layer ${layer.label}, head ${head}`;
+    const left = isNumber(covered) ? percent(Math.max(0, 1 - covered)) : "no number";
+    const says = `${counted(keys.length, "key")} with ${percent(covered)} of its weight; ${left} is left to others${layer.is_cross ? "" : " and a learned sink"}`;
+    find("arcs").setAttribute("aria-label", `${name}: ${says}.`);
+    find("arcs").replaceChildren(
+      draw("line", { class: "axis", x1: FIRST, x2: LAST, y1: GROUND, y2: GROUND }), ...arcs,
+      draw("circle", { class: "query", cx: from.toFixed(1), cy: GROUND, r: 5 }),
+      draw("text", { x: FIRST, y: 162 }, "0"), draw("text", { x: LAST, y: 162, "text-anchor": "end" }, `${last}`));
+    find("row-say").textContent = `Shows ${name.toLowerCase()}: the fewest keys with 90% of the weight, 32 at most, here ${says}. An arc is as wide as the square root of its weight.`;
+    find("row-keys").replaceChildren(...keys.map((key, n) => {
+      const back = row.query - key;
+      const where = layer.is_cross ? "" : back > 0 ? `, ${counted(back, "token")} back` : back < 0 ? `, ${counted(-back, "token")} ahead` : ", itself";
+      return make("li", {}, `${percent(weights[n])}, key ${key}${where}${layer.is_cross ? "" : ": "}`, ...(layer.is_cross ? [] : inContext(key)));
+    }));
+    const cells = (one, number) => [
+      make("th", { scope: "row" }, `${number}`), make("td", {}, `${one.keys.length}`), make("td", {}, percent(one.covered)),
+      make("td", {}, ...(one.keys.length ? keyName(layer, one.keys[0]) : [""])), make("td", {}, one.keys.length ? percent(one.weights[0]) : ""),
+    ];
+    find("row-table").replaceChildren(make("table", {},
+      make("caption", {}, `Token ${row.query} in layer ${layer.label}`),
+      make("thead", {}, make("tr", {}, ...["head", "keys", "their weight", "the heaviest", "its weight"].map((text) => make("th", { scope: "col" }, text)))),
+      make("tbody", {}, ...row.heads.map((one, number) => make("tr", {}, ...cells(one, number))))));
+  };
+  /** The queries and heads of a layer: those that were chosen stay so, where it has them. */
+  const showLayer = () => {
+    const layer = withRows[find("row-layer").value];
+    const fill = (select, entries) => {
+      const before = select.value;
+      select.replaceChildren(...entries.map(([value, ...text]) => make("option", { value }, ...text)));
+      if (entries.some(([value]) => `${value}` === before)) select.value = before;
+    };
+    fill(find("query"), layer.rows.map(({ query }) => [query, `${query}: ${short(data.tokens[query])}`]));
+    fill(find("row-head"), layer.rows[0].heads.map((_, head) => [head, `${head}`]));
+    showRow();
+  };
+  if (withRows.length) {
+    find("row-layer").append(...withRows.map((layer, n) => make("option", { value: n }, layer.label)));
+    find("row-layer").value = Math.floor(withRows.length / 2);
+    find("row-layer").addEventListener("change", showLayer);
+    for (const id of ["query", "row-head"]) find(id).addEventListener("change", showRow);
+    showLayer();
+    find("rows").hidden = false;
+  }
+
+  // One query under the seven mechanisms.
+  const MEANS = {
+    "scaled dot-product": () => "one head, all keys",
+    "multi-head": ({ heads }) => `the mean of ${counted(heads, "head")}, all keys`,
+    "cross": () => "the first half of the text, as if it were another one",
+    "causal": () => "its own key and those before",
+    "sliding-window": ({ window }) => `the last ${counted(window, "key")}, its own included`,
+    "multi-query": ({ kv_heads }) => `causal, with the mean of the model's ${counted(kv_heads, "KV head")} for all heads`,
+    "grouped-query": ({ groups, kv_heads }) => `causal, on ${counted(groups, "KV head")}, ${groups === kv_heads ? "the model's own" : "the means of the model's"}`,
+  };
+  const bytes = (count) => {
+    const power = Math.min(3, Math.floor(Math.log10(Math.max(1, count)) / 3));
+    return `${(count / 1000 ** power).toFixed(power ? 1 : 0)} ${["B", "kB", "MB", "GB"][power]}`;
+  };
+  const showSeven = () => {
+    const seven = data.seven;
+    const { columns } = seven;
+    const n = data.tokens.length;
+    const chosen = Number(find("seven-head").value);
+    find("seven-rows").replaceChildren(...seven.mechanisms.map((one) => {
+      const head = one.keys.length === 1 ? 0 : chosen;
+      const weights = shares8(one.strip).subarray(head * columns, (head + 1) * columns);
+      const canvas = make("canvas", { width: columns, height: 1, "aria-hidden": "true" });
+      const image = canvas.getContext("2d").createImageData(columns, 1);
+      for (let column = 0; column < columns; column++) {
+        const start = Math.max(one.first, Math.ceil(column * n / columns));
+        const stop = Math.min(one.stop, Math.ceil((column + 1) * n / columns));
+        if (start >= stop) continue; // hidden: what is behind is seen
+        const times = weights[column] * (one.stop - one.first) / (stop - start);
+        image.data.set([...colour((Math.log2(times) + OCTAVES) / (2 * OCTAVES)), 255], 4 * column);
+      }
+      canvas.getContext("2d").putImageData(image, 0, 0);
+      const heaviest = one.keys[head].flatMap((key, at) => [at ? ", " : "", `${percent(one.weights[head][at])} `, piece("q", short(data.tokens[key])), ` ${key}`]);
+      return make("div", {}, make("strong", {}, one.name), `: ${MEANS[one.name](seven)}`, make("div", { class: "strip" }, canvas),
+        make("p", {}, ...heaviest, `. Of the text: ${one.scores.toLocaleString("en")} scores, ${bytes(one.bytes)} of keys and values.`));
+    }));
+    find("seven-say").textContent = `Shows where the weight of token ${seven.query} lies in layer ${seven.layer}, query head ${chosen}, from the first token (left) to the last, ` +
+      `against the same weight for all keys that it sees. The model was trained so that a query sees ${seven.own}, with ${counted(seven.heads, "query head")} on ` +
+      `${counted(seven.kv_heads, "KV head")}; the others are what its q and k would see. Scores and bytes are those of this layer with ${counted(seven.heads, "query head")} ` +
+      `(one for scaled dot-product), each with a KV head of its own but for the last two.`;
+  };
+  if (data.seven) {
+    find("seven-head").append(...Array.from({ length: data.seven.heads }, (_, head) => make("option", { value: head }, `${head}`)));
+    find("seven-head").addEventListener("change", showSeven);
+    legendOf(find("seven-legend"), `1/${2 ** OCTAVES} of even`, `${2 ** OCTAVES} times`, "log scale", "hidden");
+    find("seven").hidden = false;
+    showSeven();
   }
 }

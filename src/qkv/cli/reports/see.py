@@ -3,12 +3,14 @@
 from collections import Counter
 
 import torch
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from qkv.analysis import CostlyToken, Price, Recording, Saving, Seen
-from qkv.analysis.seen import labels
+from qkv.analysis.seen import labels, rows_of
+from qkv.analysis.words import what_layers_see
 from qkv.bench.mechanisms import Mechanism, Sizes, mechanisms
 from qkv.cli.printing import counted, print_table
 from qkv.convert.families.windows import as_ranges
@@ -16,6 +18,8 @@ from qkv.models.kv_cache_size import readable_bytes
 
 PICTURED = Sizes(1, 8, 4, 2, 64, 3, torch.bfloat16, decode=False, backward=False)
 COUNTED = PICTURED._replace(length=4096, num_heads=8, window=512)
+COLUMNS = 80
+"""of a line"""
 BAR = 24
 """Most characters of a bar."""
 COSTLY = 10
@@ -86,6 +90,7 @@ def print_seen(seen: Seen, most: float, why_not: str | None, console: Console) -
         sinks = f" (it shows {counted(seen.recording.sink_tokens, 'sink token')})" if seen.recording.sink_tokens else ""
         console.print(Text(f"cut: the weight on keys that a window hides{sinks},"), soft_wrap=True)
         console.print(Text("of the KV head that loses most in a layer; before training"), soft_wrap=True)
+    _print_rows(seen, console)
     for price in seen.prices:
         _print_price(seen, price, console)
     if seen.against is not None:
@@ -105,10 +110,35 @@ def _layers(recording: Recording) -> Table:
     table.add_column("layer", justify="right", no_wrap=True)
     for title in ("sees", "in effect", "distance", "on sinks", *(f"cut by {window:,}" for window in recording.windows)):
         table.add_column(title, justify="right", no_wrap=True)
-    rows = zip(labels([layer.name for layer in recording.layers]), recording.rows(), strict=True)
-    for label, row in rows:
+    words = what_layers_see(recording.layers, recording.cut_by_layer())
+    for label, row in zip(labels([layer.name for layer in recording.layers]), words, strict=True):
         table.add_row(label, *row)
     return table
+
+
+def _print_rows(seen: Seen, console: Console) -> None:
+    """What the chosen queries attend to, in the layers that are shown, or the middle one of all."""
+    records, is_shown = seen.recording.layers, seen.is_shown()
+    names = labels([layer.name for layer in records])
+    chosen = [n for n in range(len(records)) if is_shown[n]] if seen.shown else [len(records) // 2]
+    for n in chosen:
+        for at, query in enumerate(records[n].queries):
+            console.print()
+            title = f"What token {query}, [{_one_line(seen.tokens[query])[:TOKEN]}], attends to in layer {names[n]}"
+            console.print(Text(title, style="bold"), soft_wrap=True)
+            console.print(Text("head  keys  their weight  the heaviest, each with its place in the text"))
+            for head, row in enumerate(rows_of(records[n], at)):
+                share = "no number" if row.covered != row.covered else f"{100 * row.covered:.1f}%"
+                line = f"{head:4}  {len(row.keys):4}  {share:>12}"
+                for key, weight in zip(row.keys, row.weights, strict=True):
+                    token = "" if records[n].is_cross else f" [{_one_line(seen.tokens[key])[:TOKEN]}]"
+                    more = f"  {100 * weight:.1f}%{token} {key}"
+                    if weight != weight or cell_len(line + more) > COLUMNS:
+                        break
+                    line += more
+                console.print(Text(line), soft_wrap=True)
+    if seen.shown is None and any(layer.queries for layer in records):
+        console.print(Text("--layer shows other layers."), soft_wrap=True)
 
 
 def _print_price(seen: Seen, price: Price, console: Console) -> None:
