@@ -81,7 +81,7 @@ fuzz: $(VENV)/fuzz
 	PYTHONPATH=tests $(BIN)/python -m fuzz.caches --steps $$(($(CASES) / 10)) --seed $(SEED)
 	PYTHONPATH=tests $(BIN)/python -m fuzz.files --seconds $(SECONDS)
 
-# Tests on the oldest and the newest release of torch and of transformers that pyproject.toml allows: gigabytes.
+# Tests on the oldest and the newest release of torch, transformers and matplotlib that pyproject.toml allows: gigabytes.
 releases: $(VENV)/ready
 	$(BIN)/python tests/releases.py
 

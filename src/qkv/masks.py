@@ -393,26 +393,30 @@ class Mask:
             ..###
             ...##
         """
+        return drawing.draw(*self.cells("Mask.draw", lq, lk, offset, drawing.COLUMNS))
+
+    def cells(self, caller: str, lq: int, lk: int | None, offset: int | None, most: int) -> tuple[Tensor, int]:
+        """What is visible, in `drawing.cells` for each row of the batch and each head in which it may differ."""
         lk = lq if lk is None else lk
-        require_count("Mask.draw", "lq", lq)
-        require_count("Mask.draw", "lk", lk)
+        require_count(caller, "lq", lq)
+        require_count(caller, "lk", lk)
         if offset is None and lq != lk and self.is_positional:
             raise ValueError(
-                f"Mask.draw: {self!r} depends on the positions of queries, so {lq} queries with {lk} keys need an "
+                f"{caller}: {self!r} depends on the positions of queries, so {lq} queries with {lk} keys need an "
                 f"offset; got None. offset={lk - lq} aligns the last query with the last key."
             )
         offset = 0 if offset is None else offset
-        require_int("Mask.draw", "offset", offset)
+        require_int(caller, "offset", offset)
         tensors = [tensor for _, tensor in self.tensors()]
         batch = max((tensor.shape[0] for tensor in tensors), default=1)
         heads = 1 if self.allow is None else self.allow.shape[1]
-        self.require_fit("Mask.draw", batch, heads, lq, lk, tensors[0].device if tensors else torch.device("cpu"))
+        self.require_fit(caller, batch, heads, lq, lk, tensors[0].device if tensors else torch.device("cpu"))
         first = offset
 
         def rows(start: int, stop: int) -> Tensor:
             return self.select_queries(start, stop).visible(stop - start, lk, first + start)
 
-        return drawing.draw(rows, lq, lk)
+        return drawing.cells(rows, lq, lk, most)
 
     @property
     def _band(self) -> Band:
