@@ -17,7 +17,7 @@ from qkv.models.kv_cache_size import readable_bytes
 START = "<!-- From here on written by report.py. -->"
 PICTURED = Sizes(1, 10, 6, 2, 64, 4, torch.bfloat16, decode=False, backward=False)
 """The sizes of the seven mechanisms in their picture."""
-BLUE, VERMILLION = "#0072B2", "#D55E00"
+BLUE, VERMILION = "#0072B2", "#D55E00"
 
 
 def write(results: dict[str, Any], folder: Path) -> None:
@@ -67,7 +67,7 @@ def scale(results: dict[str, Any]) -> Figure:
     for panel, number, title in zip(
         figure.subplots(1, 2), ("gradient", "largest"), ("gradient at the scores", "largest weight"), strict=True
     ):
-        for kind, style, colour in (("scaled", "o-", BLUE), ("unscaled", "s--", VERMILLION)):
+        for kind, style, colour in (("scaled", "o-", BLUE), ("unscaled", "s--", VERMILION)):
             label = {"scaled": "divided by the root of d_k", "unscaled": "not divided"}[kind]
             panel.plot(widths, [row[f"{kind}_{number}"] for row in rows], style, color=colour, label=label)
         panel.set_xscale("log", base=2)
@@ -91,7 +91,7 @@ def cost(results: dict[str, Any]) -> Figure:
     found = results["sliding-window"]["cost"]
     lengths, (left, right) = found["lengths"], figure.subplots(1, 2)
     kinds = {"window": (f"a window of {results['settings']['long_window']}", "o-", BLUE)}
-    kinds["causal"] = ("all earlier keys", "s--", VERMILLION)
+    kinds["causal"] = ("all earlier keys", "s--", VERMILION)
     for kind, (label, style, colour) in kinds.items():
         times = [each["median_us"] / 1e3 for each in found["time_us"][f"{kind} both"]]
         left.plot(lengths, times, style, color=colour, label=f"{label}: power {power(lengths, times):.2f}")
@@ -113,7 +113,7 @@ def decoding(results: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(5, 3.4), layout="constrained")
     panel, found = figure.subplots(), results["multi-query"]
     sizes = [size / 2**20 for size in found["cache_bytes"].values()]
-    for library, style, colour in (("qkv", "o-", BLUE), ("torch", "s--", VERMILLION)):
+    for library, style, colour in (("qkv", "o-", BLUE), ("torch", "s--", VERMILION)):
         times = [each["median_us"] / 1e3 for each in found["step_us"][library].values()]
         panel.plot(sizes, times, style, color=colour, label=library)
     for size, heads in zip(sizes, found["cache_bytes"], strict=True):

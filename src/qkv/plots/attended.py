@@ -12,7 +12,7 @@ from qkv.look import BlockMap
 from qkv.plots.canvas import (
     BLUE,
     RAMP,
-    VERMILLION,
+    VERMILION,
     axes_for,
     counts_on,
     draw_cells,
@@ -164,7 +164,7 @@ def cut(recording: "Recording", *, ax: "Axes | None" = None) -> "Figure":
     for line in lines.tolist():
         ax.plot(widths, line, color=BLUE, linewidth=0.6, alpha=0.5)
     worst = lines.amax(0).tolist()
-    ax.plot(widths, worst, color=VERMILLION, linewidth=2.2, marker="o", markersize=4, label="the head that loses most")
+    ax.plot(widths, worst, color=VERMILION, linewidth=2.2, marker="o", markersize=4, label="the head that loses most")
     ax.plot([], [], color=BLUE, linewidth=0.6, label="a KV head")
     ax.set_xscale("log", base=2)
     ax.set_xticks(widths, [f"{width:,}" for width in widths])

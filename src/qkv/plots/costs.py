@@ -14,7 +14,7 @@ from qkv.plots.canvas import (
     ORANGE,
     RAMP,
     SERIES,
-    VERMILLION,
+    VERMILION,
     axes_for,
     counts_on,
     draw_cells,
@@ -58,7 +58,7 @@ def price(price: "Price", *, ax: "Axes | None" = None) -> "Figure":
     ax = axes_for("plots.price", ax, max(4.0, 1.2 + 0.2 * len(costs)), 3)
     for layer, cost in enumerate(costs):
         style: dict[str, Any] = (
-            {"color": VERMILLION} if cost > 0 else {"facecolor": "white", "edgecolor": BLUE, "hatch": "////"}
+            {"color": VERMILION} if cost > 0 else {"facecolor": "white", "edgecolor": BLUE, "hatch": "////"}
         )
         ax.bar(layer, cost, width=0.8, **style)
     ax.axhline(0, color="0.3", linewidth=0.8)

@@ -12,7 +12,7 @@ from qkv.plots.canvas import (
     ORANGE,
     SERIES,
     SKY,
-    VERMILLION,
+    VERMILION,
     axes_for,
     counts_on,
     draw_cells,
@@ -184,7 +184,7 @@ def reach(
         hatch = "///" if layer >= until else None
         ax.barh(layer, number, color=SKY, edgecolor=BLUE, linewidth=0.8, hatch=hatch)
     if measured is not None:
-        ax.plot(measured, range(len(measured)), "D", color=VERMILLION, markersize=5, label="measured")
+        ax.plot(measured, range(len(measured)), "D", color=VERMILION, markersize=5, label="measured")
         ax.legend(frameon=False, loc="lower right")
     label_ticks(ax.yaxis, [str(layer) for layer in range(len(windows))])
     ax.set(xlim=(0, 1.03 * longest), ylim=(-0.6, len(windows) - 0.4))
