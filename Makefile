@@ -111,11 +111,12 @@ bench: $(VENV)/peers
 	$(BIN)/python benchmarks/see.py
 	$(BIN)/python benchmarks/page.py
 
-# Each rewrites its page; they take 30, 20 and 2 minutes on two idle cores.
+# Each rewrites its page; they take 30, 20, 2 and 40 minutes on two idle cores.
 study: $(VENV)/ready
 	$(BIN)/python studies/grouped_query/run.py
 	$(BIN)/python studies/multi_query_smollm2/run.py
 	$(BIN)/python studies/the_review/run.py
+	$(BIN)/python studies/windows_smollm2/run.py
 
 wheel: $(VENV)/ready
 	$(BIN)/python -m build --outdir dist

@@ -1,37 +1,21 @@
 """The study of the review, with tiny sizes: it runs, its page follows from the numbers, and each verdict can fail."""
 
 import copy
-import importlib
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+from repository.studies import STUDIES, modules_of
 
 from qkv.bench.timing import interleaved
 
-STUDY = Path(__file__).parents[2] / "studies" / "the_review"
+STUDY = STUDIES / "the_review"
 
 
-def modules_of(folder: Path) -> dict[str, ModuleType]:
-    """The modules of a study, under names that other studies have too."""
-    names = {path.stem for path in folder.glob("*.py")}
-    others = {name: sys.modules.pop(name) for name in names if name in sys.modules}
-    sys.path.insert(0, str(folder))
-    try:
-        return {name: importlib.import_module(name) for name in sorted(names)}
-    finally:
-        sys.path.remove(str(folder))
-        for name in names:
-            sys.modules.pop(name, None)
-        sys.modules.update(others)
-
-
-M = modules_of(STUDY)
+M = modules_of("the_review")
 findings, heads, report, run, windows = (M[name] for name in ("findings", "heads", "report", "run", "windows"))
 TINY = M["settings"].Settings(
     widths=(4, 64, 1024), scored=32, depth=3, window=4, lengths=(64, 128, 256), long_window=16, num_heads=2, head_dim=8,
