@@ -130,7 +130,7 @@ MUTANTS = [
     Mutant("the worst head of a page is the last one", "analysis/page/pictures.py", "_percent(by_layer[n, at].item())", "_percent(by_layer[-1, at].item())", PAGE),
     Mutant("cuts of a page in the order of another", "analysis/page/pictures.py", "order = sorted(range(len(windows)), key=windows.__getitem__)", "order = range(len(windows))", PAGE),
     Mutant("the cache of a page does not grow", "analysis/seen.py", "heads, length = layer.kv_heads, count", "heads, length = layer.kv_heads, len(self.tokens)", PAGE),
-    Mutant("a plotted mask of other positions", "plots/mechanisms.py", "mask.cells(\"plots.mask\", lq, lk, offset, CELLS)", "mask.cells(\"plots.mask\", lq, lk, 0, CELLS)", PLOTS),
+    Mutant("a plotted mask of other positions", "plots/mechanisms.py", "mask.pattern(\"plots.mask\", lq, lk, offset)", "mask.pattern(\"plots.mask\", lq, lk, 0)", PLOTS),
     Mutant("a plotted grid the other way up", "plots/canvas.py", "ylim=(rows - 0.5, -0.5)", "ylim=(-0.5, rows - 0.5)", PLOTS),
     Mutant("cells of a plot between their numbers", "plots/canvas.py", "np.arange(count + 1) - 0.5", "np.arange(count + 1)", PLOTS),
     Mutant("query heads of a plot in turns on KV heads", "plots/mechanisms.py", "members = range(group * size, (group + 1) * size)", "members = range(group, num_heads, num_kv_heads)", PLOTS),

@@ -393,10 +393,12 @@ class Mask:
             ..###
             ...##
         """
-        return drawing.draw(*self.cells("Mask.draw", lq, lk, offset, drawing.COLUMNS))
+        return drawing.draw(*self.pattern("Mask.draw", lq, lk, offset))
 
-    def cells(self, caller: str, lq: int, lk: int | None, offset: int | None, most: int) -> tuple[Tensor, int]:
-        """What is visible, in `drawing.cells` for each row of the batch and each head in which it may differ."""
+    def pattern(
+        self, caller: str, lq: int, lk: int | None, offset: int | None
+    ) -> tuple[Callable[[int, int], Tensor], int, int]:
+        """What `drawing` draws: what queries see, from one number up to another, and the lengths."""
         lk = lq if lk is None else lk
         require_count(caller, "lq", lq)
         require_count(caller, "lk", lk)
@@ -416,7 +418,7 @@ class Mask:
         def rows(start: int, stop: int) -> Tensor:
             return self.select_queries(start, stop).visible(stop - start, lk, first + start)
 
-        return drawing.cells(rows, lq, lk, most)
+        return rows, lq, lk
 
     @property
     def _band(self) -> Band:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
+from qkv import drawing
 from qkv.arguments import require_count
 from qkv.masks import Mask
 from qkv.models.kv_cache_size import LayerShape, cache_bytes, int8_bytes, readable_bytes
@@ -67,7 +68,7 @@ def mask(
     """
     if not isinstance(mask, Mask):
         raise TypeError(f"plots.mask: mask must be a qkv.Mask; got {type(mask).__name__}.")
-    patterns, size = mask.cells("plots.mask", lq, lk, offset, CELLS)
+    size, patterns = drawing.cells(*mask.pattern("plots.mask", lq, lk, offset), CELLS)
     index = []
     for name, number, count in zip(("row", "head"), (row, head), patterns.shape, strict=False):
         require_count("plots.mask", name, number, 0)
