@@ -66,7 +66,7 @@ build/sanitize-thread: SANITIZE = thread
 build/sanitize-%: $(VENV)/ready FORCE
 	$(BIN)/cmake -S . -B $@ -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DQKV_TESTS=ON -DQKV_SANITIZE=$(SANITIZE)
 	$(BIN)/cmake --build $@
-	$(BIN)/ctest --test-dir $@ --output-on-failure --no-tests=error
+	$(BIN)/ctest --test-dir $@ --parallel 2 --output-on-failure --no-tests=error
 
 FORCE:
 

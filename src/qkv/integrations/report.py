@@ -12,11 +12,11 @@ from qkv.integrations import calls
 from qkv.integrations.calls import Calls
 from qkv.integrations.transformers import models
 from qkv.integrations.transformers.attention import NAME
-from qkv.integrations.transformers.attention_forms import form_of
-from qkv.integrations.transformers.decoder_forward import DecoderForward, is_known
 from qkv.integrations.transformers.latent import reads_latents
-from qkv.integrations.transformers.model_forward import ModelForward
-from qkv.integrations.transformers.rotated_forward import RotatedForward, rotates
+from qkv.integrations.transformers.steps.attention_forms import form_of
+from qkv.integrations.transformers.steps.decoder_forward import DecoderForward, is_known
+from qkv.integrations.transformers.steps.model_forward import ModelForward
+from qkv.integrations.transformers.steps.rotated_forward import RotatedForward, rotates
 from qkv.integrations.transformers.unpadding import is_unpadded, packable_layers
 from qkv.layers.gated_forward import GatedForward, is_gated_mlp, mlp_of
 from qkv.layers.instance_forward import InstanceForward

@@ -86,3 +86,21 @@ def _by_head(x: Tensor, weights: Tensor) -> Tensor:
     else:
         product = torch.bmm(rows, weights)
     return product.view(rows.shape[0], batch, length, weights.shape[2]).transpose(0, 1)
+
+
+def beside(left: Tensor, right: Tensor) -> Tensor:
+    """``torch.cat([left, right], dim=3)`` of tensors ``(B, heads, L, width)``; a view if they are one in memory."""
+    width = left.shape[3] + right.shape[3]
+    if (
+        type(left) is type(right) is Tensor
+        and not (left.requires_grad or right.requires_grad)
+        and left.dtype is right.dtype
+        and left.untyped_storage().data_ptr() == right.untyped_storage().data_ptr()
+        and right.storage_offset() == left.storage_offset() + left.shape[3]
+        and left.shape[:3] == right.shape[:3]
+        and left.stride() == right.stride()
+        and left.stride(3) == 1
+        and left.stride(2) >= width
+    ):
+        return left.as_strided((*left.shape[:3], width), left.stride(), left.storage_offset())
+    return torch.cat([left, right], dim=3)

@@ -30,12 +30,12 @@ from transformers.models.qwen3 import modeling_qwen3
 import qkv
 from qkv import QKVCache, kernels
 from qkv.cache import Keys
-from qkv.integrations.transformers import attention_step
 from qkv.integrations.transformers.attention import attend
-from qkv.integrations.transformers.attention_forms import _form_of_code, form_of
 from qkv.integrations.transformers.cache import AppendLayer
 from qkv.integrations.transformers.cache_argument import cache_name, wrapped
-from qkv.integrations.transformers.decoder_forms import _form_of_code as _form_of_layer
+from qkv.integrations.transformers.steps import attention_step
+from qkv.integrations.transformers.steps.attention_forms import _form_of_code, form_of
+from qkv.integrations.transformers.steps.decoder_forms import _form_of_code as _form_of_layer
 from qkv.kernels import Gain
 from qkv.layers.normed_forward import norm_of
 

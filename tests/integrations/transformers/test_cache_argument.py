@@ -14,9 +14,9 @@ from transformers.utils.deprecation import deprecate_kwarg
 import qkv
 from qkv import kernels
 from qkv.integrations.transformers import cache_argument
-from qkv.integrations.transformers.attention_forms import form_of
 from qkv.integrations.transformers.cache_argument import former_names, with_wrapped, wrapped
-from qkv.integrations.transformers.rotated_forward import rotates
+from qkv.integrations.transformers.steps.attention_forms import form_of
+from qkv.integrations.transformers.steps.rotated_forward import rotates
 from qkv.integrations.transformers.unpadding import _only_appends
 
 renames = deprecate_kwarg("former", "1000.0", new_name="position_embeddings")

@@ -38,10 +38,10 @@ from transformers.utils.deprecation import deprecate_kwarg
 
 import qkv
 from qkv import kernels
-from qkv.integrations.transformers import decoder_parts, decoder_step
 from qkv.integrations.transformers.cache_argument import wrapped
-from qkv.integrations.transformers.decoder_forms import _form_of_code, form_of, without_checkpointing
-from qkv.integrations.transformers.decoder_parts import found_in
+from qkv.integrations.transformers.steps import decoder_parts, decoder_step
+from qkv.integrations.transformers.steps.decoder_forms import _form_of_code, form_of, without_checkpointing
+from qkv.integrations.transformers.steps.decoder_parts import found_in
 from qkv.layers.tree_state import ClassState
 
 pytestmark = [

@@ -15,9 +15,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from qkv.integrations.transformers import QKVCache, latent
 from qkv.integrations.transformers.cache import Int8Layer, LatentLayer
-from qkv.integrations.transformers.latent import beside
 from qkv.integrations.transformers.lazy_tensor import LatentTensor
-from qkv.layers.latent_heads import LatentHeads
+from qkv.layers.latent_heads import LatentHeads, beside
 
 RANK, ROPE = 32, 16
 IDS = torch.randint(3, 97, (2, 30), generator=torch.Generator().manual_seed(0))

@@ -33,9 +33,9 @@ from transformers.models.llama import modeling_llama
 
 import qkv
 from qkv import QKVCache, kernels
-from qkv.integrations.transformers import decoder_step
-from qkv.integrations.transformers.layer_loops import Call, with_layers_at_once
-from qkv.integrations.transformers.model_forward import ModelForward
+from qkv.integrations.transformers.steps import decoder_step
+from qkv.integrations.transformers.steps.layer_loops import Call, with_layers_at_once
+from qkv.integrations.transformers.steps.model_forward import ModelForward
 
 pytestmark = [
     pytest.mark.skipif(kernels.absence() is not None, reason=str(kernels.absence())),

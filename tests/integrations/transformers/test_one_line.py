@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 import qkv
 from qkv.integrations.transformers import latent, rotated_forward
-from qkv.integrations.transformers.rotated_forward import RotatedForward
+from qkv.integrations.transformers.steps.rotated_forward import RotatedForward
 from qkv.layers.projection import ProjectedForward
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers' own making

@@ -15,10 +15,10 @@ from qkv.integrations.calls import Report as Report
 from qkv.integrations.torch.dispatcher import routed
 from qkv.integrations.torch.reachable import reaches_attention
 from qkv.integrations.transformers import models
-from qkv.integrations.transformers.decoder_forward import replace_decoder
 from qkv.integrations.transformers.latent import expand_latents, read_latents
-from qkv.integrations.transformers.model_forward import replace_model
-from qkv.integrations.transformers.rotated_forward import replace_rotary
+from qkv.integrations.transformers.steps.decoder_forward import replace_decoder
+from qkv.integrations.transformers.steps.model_forward import replace_model
+from qkv.integrations.transformers.steps.rotated_forward import replace_rotary
 from qkv.integrations.transformers.unpadding import note_labels, pack_layer, packable_layers, remove_hooks
 from qkv.layers.gated_forward import replace_mlp
 from qkv.layers.instance_forward import InstanceForward

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from qkv.integrations.transformers.attention import register as register
 from qkv.integrations.transformers.attention import unregister as unregister
 from qkv.integrations.transformers.latent import latent as latent
-from qkv.integrations.transformers.rotary import apply_rotary_pos_emb as apply_rotary_pos_emb
+from qkv.integrations.transformers.steps.rotary import apply_rotary_pos_emb as apply_rotary_pos_emb
 from qkv.integrations.transformers.unpadding import unpad as unpad
 
 if TYPE_CHECKING:

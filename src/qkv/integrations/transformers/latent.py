@@ -10,7 +10,7 @@ from qkv.cache.buffer import wants_grad
 from qkv.integrations.transformers.attention import NAME, register
 from qkv.integrations.transformers.lazy_tensor import LatentTensor
 from qkv.layers.instance_method import InstanceMethod
-from qkv.layers.latent_heads import LatentHeads
+from qkv.layers.latent_heads import LatentHeads, beside
 from qkv.layers.projection import plain_weight
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -90,24 +90,6 @@ def expand_latents(module: nn.Module) -> None:
 def reads_latents(module: nn.Module) -> bool:
     """Whether the expansion of a module is put off."""
     return _METHOD in module.__dict__
-
-
-def beside(left: Tensor, right: Tensor) -> Tensor:
-    """``torch.cat([left, right], dim=3)`` of tensors ``(B, heads, L, width)``; a view if they are one in memory."""
-    width = left.shape[3] + right.shape[3]
-    if (
-        type(left) is type(right) is Tensor
-        and not (left.requires_grad or right.requires_grad)
-        and left.dtype is right.dtype
-        and left.untyped_storage().data_ptr() == right.untyped_storage().data_ptr()
-        and right.storage_offset() == left.storage_offset() + left.shape[3]
-        and left.shape[:3] == right.shape[:3]
-        and left.stride() == right.stride()
-        and left.stride(3) == 1
-        and left.stride(2) >= width
-    ):
-        return left.as_strided((*left.shape[:3], width), left.stride(), left.storage_offset())
-    return torch.cat([left, right], dim=3)
 
 
 def _heads(module: Any) -> LatentHeads:

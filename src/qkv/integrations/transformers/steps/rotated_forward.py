@@ -15,8 +15,8 @@ from typing_extensions import Self
 from qkv import kernels
 from qkv.integrations import calls
 from qkv.integrations.transformers.cache_argument import with_wrapped, wrapped
-from qkv.integrations.transformers.cached_module import CachedForward
-from qkv.integrations.transformers.rotary import Apply, apply_rotary_pos_emb, is_usual
+from qkv.integrations.transformers.steps.cached_module import CachedForward
+from qkv.integrations.transformers.steps.rotary import Apply, apply_rotary_pos_emb, is_usual
 
 _NAME = "apply_rotary_pos_emb"
 
@@ -47,7 +47,7 @@ class RotatedForward(CachedForward):
         """The forward of the class; as it is where someone has replaced it, or the rotation, since."""
         if self.own is not None:
             return self.own(*args, **kwargs)
-        from qkv.integrations.transformers.attention_step import attention_step  # which imports transformers
+        from qkv.integrations.transformers.steps.attention_step import attention_step  # which imports transformers
 
         out = attention_step(self.module, args, kwargs)
         if isinstance(out, Tensor):

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from qkv import kernels
 from qkv.cache import Keys
-from qkv.integrations.transformers.attention_step import Step, count, step_of, step_with
 from qkv.integrations.transformers.cache_argument import former_names
-from qkv.integrations.transformers.decoder_forms import without_checkpointing
-from qkv.integrations.transformers.decoder_parts import Found, found_in, is_called_by, remember, remembered
+from qkv.integrations.transformers.steps.attention_step import Step, count, step_of, step_with
+from qkv.integrations.transformers.steps.decoder_forms import without_checkpointing
+from qkv.integrations.transformers.steps.decoder_parts import Found, found_in, is_called_by, remember, remembered
 from qkv.layers.instance_forward import InstanceForward
 from qkv.layers.step_call import arguments, decoder_layer
 from qkv.layers.tree_state import ClassState

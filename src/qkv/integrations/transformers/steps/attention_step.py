@@ -19,11 +19,11 @@ from qkv import kernels
 from qkv.cache import Keys
 from qkv.integrations import calls
 from qkv.integrations.transformers.attention import attend, compute_attention
-from qkv.integrations.transformers.attention_forms import Form, form_of
 from qkv.integrations.transformers.cache import AppendLayer, Int8Layer, Int8SlidingLayer, QKVCache, SlidingLayer
 from qkv.integrations.transformers.cache_argument import former_names, wrapped
 from qkv.integrations.transformers.masks import MaskTensor
-from qkv.integrations.transformers.rotary import is_usual
+from qkv.integrations.transformers.steps.attention_forms import Form, form_of
+from qkv.integrations.transformers.steps.rotary import is_usual
 from qkv.layers.normed_forward import Norm, norm_of
 from qkv.layers.plain import is_called_plainly, is_plain_linear, parameters_of
 from qkv.layers.step_call import Computed, step_call

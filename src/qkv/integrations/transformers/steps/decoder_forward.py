@@ -5,10 +5,10 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from qkv.integrations.transformers.attention_forms import form_of as form_of_attention
-from qkv.integrations.transformers.cached_module import CachedForward
-from qkv.integrations.transformers.decoder_forms import form_of
-from qkv.integrations.transformers.rotated_forward import RotatedForward
+from qkv.integrations.transformers.steps.attention_forms import form_of as form_of_attention
+from qkv.integrations.transformers.steps.cached_module import CachedForward
+from qkv.integrations.transformers.steps.decoder_forms import form_of
+from qkv.integrations.transformers.steps.rotated_forward import RotatedForward
 from qkv.layers.gated_forward import GatedForward
 from qkv.layers.instance_forward import InstanceForward
 from qkv.layers.normed_forward import NormedForward
@@ -27,7 +27,7 @@ class DecoderForward(CachedForward):
     @classmethod
     def output_of(cls, calls: list[tuple[Self, dict[str, Any]]], x: Tensor) -> Tensor:
         """The output of layers without hooks, or of one whose hooks the program has."""
-        from qkv.integrations.transformers.decoder_step import run_calls  # which imports transformers
+        from qkv.integrations.transformers.steps.decoder_step import run_calls  # which imports transformers
 
         if len(calls) > 1:
             return run_calls([(forward.module, given) for forward, given in calls], x, cls)  # type: ignore[no-any-return]
@@ -41,7 +41,7 @@ class DecoderForward(CachedForward):
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of the class, or of the instance."""
         if self.own is None and len(args) == 1:
-            from qkv.integrations.transformers.decoder_step import layer_of, run  # which import transformers
+            from qkv.integrations.transformers.steps.decoder_step import layer_of, run  # which import transformers
 
             layer = layer_of(self.module, args[0], kwargs)
             if layer is not None:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from qkv.integrations.transformers.cached_module import as_operator
-from qkv.integrations.transformers.decoder_forward import DecoderForward
-from qkv.integrations.transformers.layer_loops import Call, code_of, with_layers_at_once
+from qkv.integrations.transformers.steps.cached_module import as_operator
+from qkv.integrations.transformers.steps.decoder_forward import DecoderForward
+from qkv.integrations.transformers.steps.layer_loops import Call, code_of, with_layers_at_once
 from qkv.layers.instance_forward import InstanceForward
 from qkv.layers.plain import is_called_plainly
 
@@ -58,7 +58,7 @@ def replace_model(module: nn.Module) -> None:
 def _run(calls: Sequence[Call], x: Any) -> Any:
     if torch.compiler.is_compiling():
         return _run_in_program(calls, x)
-    from qkv.integrations.transformers.decoder_step import run_calls  # which imports transformers
+    from qkv.integrations.transformers.steps.decoder_step import run_calls  # which imports transformers
 
     return run_calls(calls, x, DecoderForward)
 

@@ -7,12 +7,12 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from torch import Tensor, nn
 
-from qkv.integrations.transformers.attention_forms import Form as AttentionForm
-from qkv.integrations.transformers.attention_forms import form_of as form_of_attention
-from qkv.integrations.transformers.attention_step import Parts, numbers_of, parts_of, projections_of, weights_in
-from qkv.integrations.transformers.decoder_forms import Form, form_of
 from qkv.integrations.transformers.output_capturing import is_idle
-from qkv.integrations.transformers.rotated_forward import RotatedForward
+from qkv.integrations.transformers.steps.attention_forms import Form as AttentionForm
+from qkv.integrations.transformers.steps.attention_forms import form_of as form_of_attention
+from qkv.integrations.transformers.steps.attention_step import Parts, numbers_of, parts_of, projections_of, weights_in
+from qkv.integrations.transformers.steps.decoder_forms import Form, form_of
+from qkv.integrations.transformers.steps.rotated_forward import RotatedForward
 from qkv.layers.gated_forward import GatedForward, Mlp, mlp_of
 from qkv.layers.instance_forward import InstanceForward
 from qkv.layers.normed_forward import Norm, NormedForward, norm_of

@@ -1,5 +1,5 @@
 """Which decoder layers of transformers are attention and an MLP amid norms and residuals, by the code of their
-forwards, as `qkv.integrations.transformers.attention_forms` does for attention modules.
+forwards, as `qkv.integrations.transformers.steps.attention_forms` does for attention modules.
 """
 
 import functools

@@ -13,8 +13,8 @@ from torch import Tensor, library, nn
 from typing_extensions import Self
 
 from qkv.cache.handle import find
-from qkv.integrations.transformers.attention_forms import form_of
 from qkv.integrations.transformers.masks import MaskKind, kind_of, mask_of_kind
+from qkv.integrations.transformers.steps.attention_forms import form_of
 from qkv.layers.operator_forward import OperatorForward, call_with, parameters_of
 
 _IGNORED = frozenset(("position_ids", "use_cache", "cache_position"))

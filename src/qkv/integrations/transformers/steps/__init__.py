@@ -1,0 +1,1 @@
+"""Models of transformers in few calls of the kernel: attention modules, decoder layers, all layers of a step."""
