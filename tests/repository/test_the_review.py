@@ -8,12 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from repository.studies import STUDIES, modules_of
+from repository.studies import modules_of
 
 from qkv.bench.timing import interleaved
-
-STUDY = STUDIES / "the_review"
-
 
 M = modules_of("the_review")
 findings, heads, report, run, windows = (M[name] for name in ("findings", "heads", "report", "run", "windows"))
@@ -75,13 +72,6 @@ def test_the_study_measures_what_it_says_and_makes_its_page(measured: dict[str, 
     report.write(measured, tmp_path)
     assert (tmp_path / "README.md").read_text() == page
     assert all((tmp_path / name).read_text() == text for name, text in figures.items())
-
-
-def test_the_published_page_is_that_of_the_published_numbers(tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text((STUDY / "README.md").read_text())
-    report.write(json.loads((STUDY / "results.json").read_text()), tmp_path)
-    assert (tmp_path / "README.md").read_text() == (STUDY / "README.md").read_text()
-    assert {path.name for path in STUDY.glob("*.svg")} == {f"{name}.svg" for name in report.FIGURES}
 
 
 def test_all_sentences_hold_where_the_review_is_right(planted: dict[str, Any]) -> None:
