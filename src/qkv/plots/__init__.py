@@ -1,7 +1,8 @@
 """Figures of matplotlib: of masks, heads and caches, of what layers attend to, and of what changes cost.
 
 Each function takes the axes to draw in, or makes a figure of its own, and returns the figure. None changes a setting of
-matplotlib, and none uses pyplot. Install them by ``pip install 'qkv[plots]'``.
+matplotlib, and none uses pyplot, so that notebooks show them after ``%matplotlib inline``. Install them by
+``pip install 'qkv[plots]'``.
 """
 
 from qkv.plots.attended import block_map as block_map
