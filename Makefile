@@ -83,7 +83,7 @@ fuzz: $(VENV)/fuzz
 	PYTHONPATH=tests $(BIN)/python -m fuzz.caches --steps $$(($(CASES) / 10)) --seed $(SEED)
 	PYTHONPATH=tests $(BIN)/python -m fuzz.files --seconds $(SECONDS)
 
-# Tests on the oldest and the newest release of torch and of transformers that pyproject.toml allows: gigabytes.
+# Tests on the oldest and the newest release of torch, transformers and matplotlib that pyproject.toml allows: gigabytes.
 releases: $(VENV)/ready
 	$(BIN)/python tests/releases.py
 
@@ -113,10 +113,12 @@ bench: $(VENV)/peers
 	$(BIN)/python benchmarks/see.py
 	$(BIN)/python benchmarks/page.py
 
-# Each rewrites its page; they take 30 and 20 minutes on two idle cores.
+# Each rewrites its page; they take 30, 20, 2 and 40 minutes on two idle cores.
 study: $(VENV)/ready
 	$(BIN)/python studies/grouped_query/run.py
 	$(BIN)/python studies/multi_query_smollm2/run.py
+	$(BIN)/python studies/the_review/run.py
+	$(BIN)/python studies/windows_smollm2/run.py
 
 wheel: $(VENV)/ready
 	$(BIN)/python -m build --outdir dist

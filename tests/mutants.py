@@ -48,6 +48,7 @@ BROWSER = ("analysis/test_page_in_browser.py",)
 SEVEN = ("analysis/test_seven.py",)
 REACH = ("analysis/test_reach.py",)
 ALIGNMENT = ("convert/test_alignment.py",)
+PLOTS = ("plots/test_plots.py",)
 KERNEL = ("kernels/test_native.py", "cache/test_int8.py", "contract/test_grid.py")
 LINEAR = ("kernels/test_linear.py",)
 NORM = ("kernels/test_rms_norm.py",)
@@ -181,6 +182,27 @@ MUTANTS = [
     Mutant("mechanisms of the first head alone", "analysis/page/page.js", "const head = one.keys.length === 1 ? 0 : chosen;", "const head = 0;", BROWSER, "seven"),
     Mutant("hidden keys of a mechanism coloured", "analysis/page/page.js", "const stop = Math.min(one.stop, ", "const stop = Math.min(n, ", BROWSER, "seven"),
     Mutant("the map of a head that has none", "analysis/page/page.js", 'find("map-figure").hidden = of.map === null;', "", BROWSER, "without_its_map"),
+    Mutant("a plotted mask of other positions", "plots/mechanisms.py", "mask.pattern(\"plots.mask\", lq, lk, offset)", "mask.pattern(\"plots.mask\", lq, lk, 0)", PLOTS),
+    Mutant("a plotted grid the other way up", "plots/canvas.py", "ylim=(rows - 0.5, -0.5)", "ylim=(-0.5, rows - 0.5)", PLOTS),
+    Mutant("cells of a plot between their numbers", "plots/canvas.py", "np.arange(count + 1) - 0.5", "np.arange(count + 1)", PLOTS),
+    Mutant("query heads of a plot in turns on KV heads", "plots/mechanisms.py", "members = range(group * size, (group + 1) * size)", "members = range(group, num_heads, num_kv_heads)", PLOTS),
+    Mutant("a plotted reach of windows without the query", "plots/mechanisms.py", "window - 1 for window in windows[:until]", "window for window in windows[:until]", PLOTS),
+    Mutant("a plotted reach past a layer that sees all", "plots/mechanisms.py", "+ [longest] * (len(windows) - until)", "+ [found[-1] if found else 1] * (len(windows) - until)", PLOTS),
+    Mutant("a plotted cache of a window that grows", "plots/mechanisms.py", "LayerShape(num_heads, kv_heads, head_dim, head_dim, seen)", "LayerShape(num_heads, kv_heads, head_dim, head_dim, None)", PLOTS),
+    Mutant("a plotted cut of the first window", "plots/attended.py", "return by_head[at].amax(0)", "return by_head[0].amax(0)", PLOTS),
+    Mutant("a plotted change instead of a cut", "plots/attended.py", "layer.cut_by_head() if of", "layer.change_by_head() if of", PLOTS),
+    Mutant("plotted cuts in the order of the recording", "plots/attended.py", "for layer in layers])[:, order]", "for layer in layers])", PLOTS),
+    Mutant("the best head as a thick line", "plots/attended.py", "worst = lines.amax(0)", "worst = lines.amin(0)", PLOTS),
+    Mutant("a plotted map transposed", "plots/attended.py", "shown = weights[row, head]\n", "shown = weights[row, head].mT\n", PLOTS),
+    Mutant("hidden blocks in the last colour", "plots/attended.py", "shown.masked_fill(shown <= 0, torch.nan)", "shown.clamp(min=1e-9)", PLOTS),
+    Mutant("the loss of a token on the one before", "plots/costs.py", "torch.cat([torch.tensor([math.nan]), price.by_token[row].float().cpu()])", "torch.cat([price.by_token[row].float().cpu(), torch.tensor([math.nan])])", PLOTS),
+    Mutant("tokens of a plot as formulas", "plots/costs.py", "parse_math=False", "parse_math=True", PLOTS),
+    Mutant("tokens of a plot as they are", "plots/costs.py", "c if c.isprintable() else", "c if True else", PLOTS),
+    Mutant("white words on any colour", "plots/costs.py", "luminance > 0.179", "luminance > 1.1", PLOTS),
+    Mutant("the stretch after the one that pays most", "plots/costs.py", "(sums[count:] - sums[:-count]).argmax()", "(sums[count:] - sums[:-count]).argmax() + 1", PLOTS),
+    Mutant("savings of a plot without a proposal", "plots/costs.py", "    if proposal is not None:", "    if False:", PLOTS),
+    Mutant("heads of a plot in their own order beside groups", "plots/costs.py", "matrix[order][:, order]", "matrix", PLOTS),
+    Mutant("a picture with random names", "plots/canvas.py", "\"svg.hashsalt\": \"qkv\", ", "", PLOTS),
     Mutant("the price of a window one token wider", "analysis/changes.py", "Mask.causal(window, sink", "Mask.causal(window + 1, sink", PRICING),
     Mutant("the price of a window instead of a layer's own mask", "analysis/changes.py", "return mask & self._mask  #", "return self._mask  #", PRICING),
     Mutant("a priced layer keeps its pooled heads", "analysis/changes.py", "self._model.set_submodule(name, layer)", "pass", PRICING),

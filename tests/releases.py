@@ -1,4 +1,4 @@
-"""The range in pyproject.toml is what is tested: the oldest and the newest release of torch and transformers in it.
+"""The range in pyproject.toml is what is tested: the oldest and the newest release of each in it.
 
 `python tests/releases.py` makes an environment for each under ``build/releases``, with everything else as in
 ``constraints.txt``, and runs there what touches the other library. `python tests/releases.py torch` runs the two
@@ -38,6 +38,7 @@ TESTS = {
         *("tests/integrations/transformers", "tests/test_tracing.py", "tests/families", "tests/upstream"),
         *(f"tests/convert/test_{name}.py" for name in ("families", "encoder_decoder", "windows")),
     ],
+    "matplotlib": ["tests/plots"],
 }
 """What runs on another release of each."""
 

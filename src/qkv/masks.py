@@ -397,26 +397,32 @@ class Mask:
             ..###
             ...##
         """
+        return drawing.draw(*self.pattern("Mask.draw", lq, lk, offset))
+
+    def pattern(
+        self, caller: str, lq: int, lk: int | None, offset: int | None
+    ) -> tuple[Callable[[int, int], Tensor], int, int]:
+        """What `drawing` draws: what queries see, from one number up to another, and the lengths."""
         lk = lq if lk is None else lk
-        require_count("Mask.draw", "lq", lq)
-        require_count("Mask.draw", "lk", lk)
+        require_count(caller, "lq", lq)
+        require_count(caller, "lk", lk)
         if offset is None and lq != lk and self.is_positional:
             raise ValueError(
-                f"Mask.draw: {self!r} depends on the positions of queries, so {lq} queries with {lk} keys need an "
+                f"{caller}: {self!r} depends on the positions of queries, so {lq} queries with {lk} keys need an "
                 f"offset; got None. offset={lk - lq} aligns the last query with the last key."
             )
         offset = 0 if offset is None else offset
-        require_int("Mask.draw", "offset", offset)
+        require_int(caller, "offset", offset)
         tensors = [tensor for _, tensor in self.tensors()]
         batch = max((tensor.shape[0] for tensor in tensors), default=1)
         heads = 1 if self.allow is None else self.allow.shape[1]
-        self.require_fit("Mask.draw", batch, heads, lq, lk, tensors[0].device if tensors else torch.device("cpu"))
+        self.require_fit(caller, batch, heads, lq, lk, tensors[0].device if tensors else torch.device("cpu"))
         first = offset
 
         def rows(start: int, stop: int) -> Tensor:
             return self.select_queries(start, stop).visible(stop - start, lk, first + start)
 
-        return drawing.draw(rows, lq, lk)
+        return rows, lq, lk
 
     def _repr_html_(self) -> str:
         """The mask as a picture, for notebooks."""
@@ -859,11 +865,7 @@ def html_of(mask: Mask, title: str) -> str:
     lq, lk = _pictured(mask)
     if not lq or not lk or (lq != lk and mask.is_positional):
         return drawing.preformatted(title)
-
-    def rows(start: int, stop: int) -> Tensor:
-        return mask.select_queries(start, stop).visible(stop - start, lk, start)
-
-    return drawing.figure(title, rows, lq, lk)
+    return drawing.figure(title, *mask.pattern("Mask", lq, lk, None))
 
 
 def _pictured(mask: Mask) -> tuple[int, int]:

@@ -26,8 +26,8 @@ def test_json(capsys):
     python = {"name": "python", "found": platform.python_version(), "tested": ">=3.10", "is_tested": True}
     assert versions["python"] == python
     assert versions["torch"] == {"name": "torch", "found": torch.__version__, "tested": ">=2.9,<3", "is_tested": True}
-    assert {"transformers", "typer", "rich", "gguf", "accelerate"} < versions.keys()
-    assert not versions.keys() & {"pytest", "matplotlib", "qkv"}
+    assert {"transformers", "matplotlib", "typer", "rich", "gguf", "accelerate"} < versions.keys()
+    assert not versions.keys() & {"pytest", "onnxruntime", "qkv"}
     assert found["transformers"]["attention"] == ["qkv"] and found["transformers"]["error"] is None
     assert {"qkv_t5", "qkv_latent_llama"} < set(found["transformers"]["model_types"])
 

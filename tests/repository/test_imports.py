@@ -35,7 +35,7 @@ ORDER = [
     {"qkv.analysis"},
     {"qkv.models"},
     {"qkv.bench"},
-    {"qkv.cli"},
+    {"qkv.cli", "qkv.plots"},
 ]
 
 
@@ -149,7 +149,10 @@ def test_the_public_names_are_these_and_every_one_has_a_docstring() -> None:
         assert inspect.getdoc(getattr(qkv, name)), f"qkv.{name} has no docstring"
 
 
-PACKAGES = ("qkv", "qkv.cache", "qkv.convert", "qkv.layers", "qkv.integrations.torch", "qkv.integrations.transformers")
+PACKAGES = (
+    *("qkv", "qkv.cache", "qkv.convert", "qkv.layers", "qkv.plots"),
+    *("qkv.integrations.torch", "qkv.integrations.transformers"),
+)
 
 
 @pytest.mark.parametrize("package", PACKAGES)

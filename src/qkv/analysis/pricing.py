@@ -57,6 +57,11 @@ class Price(NamedTuple):
         return self.increase.flatten(1).nanmean(1)
 
     @property
+    def by_token(self) -> Tensor:
+        """(B, L - 1), the increase with the most layers changed together; the mean over layers in turn if none were."""
+        return self.together[-1].loss - self.loss if self.together else self.increase.mean(0)
+
+    @property
     def cheapest(self) -> tuple[int, ...]:
         """The layers by their mean increase, the smallest first."""
         return tuple(self.by_layer.argsort(stable=True).tolist())

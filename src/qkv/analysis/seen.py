@@ -155,8 +155,7 @@ class Seen(NamedTuple):
 
     def costly(self, price: Price, count: int) -> list[CostlyToken]:
         """The tokens whose loss increases most with the most layers changed together, or all in turn."""
-        together = price.together[-1].loss - price.loss if price.together else price.increase.mean(0)
-        return _costly(price.loss, together, count)
+        return _costly(price.loss, price.by_token, count)
 
     def as_json(self, most: float) -> dict[str, Any]:
         """A document for `json.dumps`, with the proposal that ``qkv convert --like`` takes. None stands for NaN."""

@@ -20,7 +20,7 @@ from qkv import kernels
 from qkv.cli.printing import print_table
 from qkv.models.language_model import quiet
 
-EXTRAS = ("", "transformers", "cli")
+EXTRAS = ("", "transformers", "plots", "cli")
 """The extras whose packages are listed; the others are for work on qkv."""
 
 

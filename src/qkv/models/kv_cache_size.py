@@ -88,7 +88,7 @@ def cache_sizes(layers: tuple[LayerShape, ...], length: int, window: int, bytes_
             num_kv_heads=tuple(sorted({layer.num_kv_heads for layer in chosen}, reverse=True)),
             num_bytes=cache_bytes(chosen, length, bytes_per_number),
             window_bytes=cache_bytes(chosen, min(length, window), bytes_per_number),
-            int8_bytes=_int8_bytes(chosen, length),
+            int8_bytes=int8_bytes(chosen, length),
         )
         for attention, chosen in choices.items()
     ]
@@ -111,7 +111,7 @@ def cache_bytes(layers: tuple[LayerShape, ...], length: int, bytes_per_number: i
     )
 
 
-def _int8_bytes(layers: tuple[LayerShape, ...], length: int) -> int:
+def int8_bytes(layers: tuple[LayerShape, ...], length: int) -> int:
     """Bytes of a cache in int8, with a scale for each key and each value."""
     return cache_bytes(tuple(layer._replace(head_dim=layer.head_dim + SCALES) for layer in layers), length, 1)
 

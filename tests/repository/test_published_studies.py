@@ -1,0 +1,22 @@
+"""The pages of studies are those that their published numbers make."""
+
+import json
+from pathlib import Path
+
+import pytest
+from repository.studies import STUDIES, modules_of
+
+PUBLISHED = sorted(path.parent.name for path in STUDIES.glob("*/results.json"))
+
+
+@pytest.mark.parametrize("study", PUBLISHED)
+def test_a_page_follows_from_its_numbers(study: str, tmp_path: Path) -> None:
+    report, page = modules_of(study)["report"], tmp_path / "README.md"
+    results = json.loads((STUDIES / study / "results.json").read_text())
+    if study == "multi_query_smollm2":  # all of its page is written
+        report.write(results, page)
+    else:
+        page.write_text((STUDIES / study / "README.md").read_text())
+        report.write(results, tmp_path)
+    assert page.read_text() == (STUDIES / study / "README.md").read_text()
+    assert {path.name for path in tmp_path.glob("*.svg")} == {path.name for path in (STUDIES / study).glob("*.svg")}
