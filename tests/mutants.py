@@ -133,7 +133,7 @@ MUTANTS = [
     Mutant("the price of a window instead of a layer's own mask", "analysis/changes.py", "return mask & self._mask  #", "return self._mask  #", PRICING),
     Mutant("a priced layer keeps its pooled heads", "analysis/changes.py", "self._model.set_submodule(name, layer)", "pass", PRICING),
     Mutant("losses predicted from padding counted", "analysis/pricing.py", "keep[:, 1:].bool() & keep[:, :-1].bool()", "keep[:, 1:].bool()", PRICING),
-    Mutant("a loss of the token before", "analysis/pricing.py", "self.input_ids[:, start + 1 : start + 1 + step]", "self.input_ids[:, start : start + step][:, : self.input_ids.shape[1] - 1 - start]", PRICING),
+    Mutant("a loss of the token before", "analysis/pricing.py", "self.tokens[:, start + 1 : start + 1 + step]", "self.tokens[:, start : start + step][:, : self.tokens.shape[1] - 1 - start]", PRICING),
     Mutant("layers below skipped that hand on keys", "analysis/pricing.py", "if not self._can_skip():", "if False:", PRICING),
     Mutant("hooks of blocks below called on what they gave", "analysis/pricing.py", "            output = forward(*args, **kwargs)  # before hooks, which are called again\n", "            output = 1.3 * forward(*args, **kwargs)\n", PRICING),
     Mutant("hooks of a pooled layer left out", "analysis/changes.py", "for hooks in HOOKS}", "for hooks in ()}", PRICING),

@@ -18,6 +18,8 @@ class Recording(NamedTuple):
     windows: tuple[int, ...]
     sink_tokens: int
     layers: tuple[LayerRecord, ...]
+    without_heads: tuple[str, ...] = ()
+    """names of the layers that keep no keys by heads, such as recurrent ones between others"""
 
     def cut_by_layer(self) -> Tensor:
         """The weight that windows cut from layers, of the KV head which loses most: ``(layers, windows)``.
@@ -36,7 +38,8 @@ class Recording(NamedTuple):
         for layer, cuts in zip(self.layers, self.cut_by_layer().tolist(), strict=True):
             spent = layer.mean(layer.sinks.first + layer.sinks.learned)
             rest = "all keys" if layer.mask.allow is None else "a dense mask"
-            seen = rest if layer.window is None else f"{layer.window:,} keys"
+            side = " a side" if layer.sees_later_keys else ""
+            seen = rest if layer.window is None else f"{layer.window:,} keys{side}"
             found.append(
                 [
                     "a context" if layer.is_cross else seen,
@@ -54,8 +57,12 @@ class Recording(NamedTuple):
         lines += [[layer.name, *row] for layer, row in zip(self.layers, self.rows(), strict=True)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         rows = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]
-        note = f"cut: the weight on keys that a window hides{sinks}, of the KV head that loses most; before training"
-        return "\n".join([*rows, *([note] if self.windows else [])])
+        notes = [f"{name} keeps no keys by heads" for name in self.without_heads]
+        if self.windows:
+            notes += [
+                f"cut: the weight on keys that a window hides{sinks}, of the KV head that loses most; before training"
+            ]
+        return "\n".join([*rows, *notes])
 
 
 def record(
@@ -85,8 +92,8 @@ def record(
 
     Raises:
         TypeError: for anything but a model of transformers, and windows that are not integers.
-        ValueError: for a model that is training or does not run on "qkv", a window that hides no key, and a model
-            without a layer that has heads of keys.
+        ValueError: for a model that is training or does not run on "qkv", a window that hides no key of the longest
+            sequence, and a model without a layer that has heads of keys.
 
     Example:
         >>> from qkv.analysis import record
@@ -94,21 +101,26 @@ def record(
     """
     check_options(windows, sink_tokens, blocks)
     found: list[LayerRecord] = []
+    attended: set[int] = set()
     with watched("record", model) as known:
         given = {**inputs} if input_ids is None else {"input_ids": input_ids, **inputs}
         given = _without_what_is_not_recorded(model, given)
+        texts = (given.get(name) for name in ("input_ids", "decoder_input_ids"))
+        longest = max((text.shape[1] for text in texts if isinstance(text, Tensor)), default=0)
 
         def observe(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> None:
             name, is_cross = known.names[id(module)], known.is_cross(module, q, k, options)
             if "sinks" in options:
                 raise ValueError(f"record: {name} has a sink logit for each query, of which there are no numbers.")
-            found.append(record_call(name, is_cross, (q, k, v, options), windows, sink_tokens, blocks))
+            found.append(record_call(name, is_cross, (q, k, v, options), windows, sink_tokens, blocks, longest))
+            attended.add(id(module))
 
         with observed(observe):
             model(**given)
         if not found:
             raise known.no_calls("record")
-    return Recording(tuple(windows), sink_tokens, tuple(found))
+        without_heads = known.without_heads(attended)
+    return Recording(tuple(windows), sink_tokens, tuple(found), without_heads)
 
 
 def _without_what_is_not_recorded(model: Any, given: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qkv.analysis.pricing import Price
 from qkv.analysis.recording import Recording
+from qkv.convert.families.windows import as_ranges
 
 COSTLY = 20
 """Number of tokens in a document."""
@@ -52,31 +53,45 @@ class Against(NamedTuple):
         return _costly(self.before, self.loss - self.before, count)
 
 
+class Context(NamedTuple):
+    """The text that the encoder of an encoder-decoder reads."""
+
+    text: str
+    """its name"""
+    tokens: int
+    tokens_left_out: int | None
+
+
 class Seen(NamedTuple):
-    """What was found of a model on a text of one row."""
+    """What was found of a model on a text of one row; of an encoder-decoder, on the text that its decoder reads."""
 
     model: str
     text: str
     """its name"""
     tokens: tuple[str, ...]
     """each as it reads"""
-    tokens_left_out: int
-    """of the text, beyond those"""
+    tokens_left_out: int | None
+    """of the text, beyond those; None if there were more than were counted"""
     bytes_per_number: int
     """of keys and values in the cache"""
     recording: Recording
     prices: tuple[Price, ...]
     against: Against | None = None
+    context: Context | None = None
 
     def cache_bytes(self, changed: Mapping[str, Price], tokens: int | None = None) -> int:
         """Bytes of the keys and values of the text or of so many tokens.
 
-        Of all layers, some of which, by name, are changed as priced.
+        Of all layers but those of encoders, which keep none; some, by name, are changed as priced.
         """
         count, total = len(self.tokens) if tokens is None else tokens, 0
         for layer in self.recording.layers:
+            if layer.group == "encoder":
+                continue
             price = changed.get(layer.name)
             heads, length = layer.kv_heads, count
+            if layer.is_cross and self.context is not None:
+                length = self.context.tokens
             if layer.window is not None:
                 length = min(length, layer.window)
             if price is not None and price.window is not None:
@@ -124,6 +139,7 @@ class Seen(NamedTuple):
             "text": self.text,
             "tokens": len(self.tokens),
             "tokens_left_out": self.tokens_left_out,
+            "context": None if self.context is None else self.context._asdict(),
             "cache_bytes": self.cache_bytes({}),
             "windows": list(recording.windows),
             "sink_tokens": recording.sink_tokens,
@@ -133,15 +149,18 @@ class Seen(NamedTuple):
                     "mask": str(layer.mask),
                     "window": layer.window,
                     "is_cross": layer.is_cross,
+                    "group": layer.group,
                     "heads": layer.heads,
                     "kv_heads": layer.kv_heads,
                     "keys_in_effect": _numbers(layer.mean(layer.keys_in_effect)[0]),
                     "distance": _numbers(layer.mean(layer.distance.mean)[0]),
                     "sinks": _numbers(layer.mean(layer.sinks.first + layer.sinks.learned)[0]),
                     "cut_by_kv_head": None if cut is None else [_numbers(row) for row in cut],
+                    "queries_without_number": int(layer.no_number[0].sum()),
                 }
                 for layer, cut in zip(recording.layers, cuts, strict=True)
             ],
+            "without_heads": list(recording.without_heads),
             "prices": [self._price_as_json(price) for price in self.prices],
             "against": None if self.against is None else self._against_as_json(self.against),
             "proposal": None
@@ -168,6 +187,8 @@ class Seen(NamedTuple):
             "sink_tokens": price.sink_tokens,
             "kv_heads": price.kv_heads,
             "loss": _number(price.loss.nanmean().item()),
+            "layers": list(price.layers),
+            "layers_unmeasured": price.unmeasured,
             "increase_by_layer": _numbers(price.by_layer),
             "together": [
                 {"layers": list(saving.layers), "increase": _number(saving.increase), "cache_bytes": saving.cache_bytes}
@@ -216,6 +237,76 @@ def labels(names: Sequence[str]) -> list[str]:
     if len(around) == 1 and len(set(numbers)) == len(names):
         return numbers
     return [name.removeprefix("model.") for name in names]
+
+
+def labels_of(recording: Recording) -> list[str]:
+    """Short names of all layers: their numbers, with the group where there are several.
+
+    Example:
+        >>> labels_of(record(t5, text, decoder_input_ids=target))  # doctest: +SKIP
+        ['encoder 0', 'encoder 1', 'decoder 0', 'cross 0', 'decoder 1', 'cross 1']
+    """
+    groups = [layer.group for layer in recording.layers]
+    found = [""] * len(groups)
+    for group in dict.fromkeys(groups):
+        members = [index for index, other in enumerate(groups) if other == group]
+        names = [recording.layers[index].name for index in members]
+        if len(set(names)) < len(names):  # a module that is called several times, as in ALBERT
+            names = [f"{name}, call {call}" for call, name in enumerate(names)]
+        for index, label in zip(members, labels(names), strict=True):
+            found[index] = label if len(set(groups)) == 1 else f"{group} {label}"
+    return found
+
+
+def listed(labels: Iterable[str]) -> str:
+    """Layers by their labels: numbers that follow each other together.
+
+    Example:
+        >>> listed(["0", "1", "2", "5"]), listed(["encoder 0", "decoder 0", "decoder 1"]), listed(["a.0", "a.b"])
+        ('0-2, 5', 'encoder 0, decoder 0-1', 'a.0, a.b')
+    """
+    numbers: dict[str, list[int]] = {}
+    others: list[str] = []
+    for label in labels:
+        group, _, number = label.rpartition(" ")
+        if number.isdecimal():
+            numbers.setdefault(group, []).append(int(number))
+        else:
+            others.append(label)
+    return ", ".join([*(f"{group} {as_ranges(some)}".strip() for group, some in numbers.items()), *others])
+
+
+def narrow_layers(recording: Recording, window: int) -> str | None:
+    """Which layers a window does not change, since they see as few keys already; None if it changes all.
+
+    Example:
+        >>> narrow_layers(record(mistral, text), 8192)  # doctest: +SKIP
+        'layers 0-31 see 4,096 keys at most'
+    """
+    found: dict[int, list[str]] = {}
+    for label, layer in zip(labels_of(recording), recording.layers, strict=True):
+        if not layer.is_cross and layer.window is not None and layer.window <= window:
+            found.setdefault(layer.window, []).append(label)
+    return (
+        "; ".join(
+            f"{'layer' if len(some) == 1 else 'layers'} {listed(some)} {'sees' if len(some) == 1 else 'see'} "
+            f"{own:,} {'key' if own == 1 else 'keys'} at most"
+            for own, some in found.items()
+        )
+        or None
+    )
+
+
+def without_number(recording: Recording) -> str | None:
+    """What the means of a recording leave out, in words; None if nothing."""
+    found = [
+        f"{count:,} in layer {label}"
+        for label, layer in zip(labels_of(recording), recording.layers, strict=True)
+        if (count := int(layer.no_number[0].sum())) > 0
+    ]
+    if not found:
+        return None
+    return f"Queries of heads that have no number, for NaN or inf, and are left out of the means: {', '.join(found)}."
 
 
 def numbers_of(names: Sequence[str]) -> list[int]:

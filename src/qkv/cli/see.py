@@ -3,17 +3,19 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
 from rich.console import Console
 
-from qkv.analysis import Against, Price, Recording, Saving, Seen, losses, price, record
+from qkv.analysis import Against, Price, PriceInterrupted, Recording, Saving, Seen, losses, price, record
+from qkv.analysis.changes import check_kv_heads
 from qkv.analysis.page import page_of
-from qkv.analysis.seen import MOST
+from qkv.analysis.page.document import LARGEST, least_size
+from qkv.analysis.seen import MOST, Context, narrow_layers
 from qkv.cli.convert import Pool
-from qkv.cli.options import MAX_COUNT, Dtype, count_option
+from qkv.cli.options import MAX_COUNT, SINK_TOKENS, Dtype, count_option
 from qkv.cli.reports.see import print_mechanisms, print_seen
 from qkv.convert import CheckpointError
 from qkv.convert.families.registry import find_family
@@ -21,7 +23,7 @@ from qkv.convert.families.windows import require_windows, with_windows
 from qkv.layer_record import cuts_nothing
 from qkv.models.default_weights import SMOLLM2_135M, cached_weights
 from qkv.models.errors import CommandError
-from qkv.models.language_model import LanguageModel, load, quiet
+from qkv.models.language_model import LanguageModel, Opened, open_model, quiet
 from qkv.models.output_file import check_output, write_output
 from qkv.models.progress import Progress
 from qkv.models.source import ModelSource, expand_home, find_model, gguf_source
@@ -31,6 +33,19 @@ CHARACTERS = 32
 """that are read of a text for each token"""
 TOGETHER = 8
 """Numbers of layers, at most, that are changed together."""
+INTERRUPTED = 130
+"""Exit code, as shells have it."""
+
+
+class Sample(NamedTuple):
+    """A text as a model reads it."""
+
+    text: str
+    """its name"""
+    token_ids: torch.Tensor
+    """(1, L)"""
+    left_out: int | None
+    """Tokens beyond those; None if there were more than were counted."""
 
 
 def see(
@@ -48,13 +63,24 @@ def see(
         Path | None,
         typer.Option(help="Text in UTF-8. Default: a scene of King Lear.", metavar="FILE", show_default=False),
     ] = None,
-    tokens: Annotated[int, count_option("Most tokens of the text that are read.", "TOKENS")] = 4096,
+    target: Annotated[
+        Path | None,
+        typer.Option(
+            help="For an encoder-decoder: the text that its decoder writes, such as a translation.",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ] = None,
+    tokens: Annotated[int, count_option("Most tokens of each text that are read.", "TOKENS")] = 4096,
     window: Annotated[
         list[int] | None,
         typer.Option(help="Number of keys that a query would see at most; may be given several times.", metavar="KEYS"),
     ] = None,
-    sinks: Annotated[
-        int, typer.Option(help="First keys that a window shows as well.", metavar="KEYS", min=0, max=MAX_COUNT)
+    sink_tokens: Annotated[
+        int,
+        typer.Option(
+            *SINK_TOKENS, help="First tokens that a window shows as well.", metavar="TOKENS", min=0, max=MAX_COUNT
+        ),
     ] = 0,
     kv_heads: Annotated[
         list[int] | None,
@@ -89,10 +115,12 @@ def see(
     tokens, and the weight that a window would cut. With --measure, the loss if one layer had the window or the heads,
     for each; then with the cheapest layers together, the tokens that pay, and the bytes that it saves. All of it before
     training, on this text alone. What --json prints is what qkv convert --like takes.
+
+    Encoders such as BERT have no price, since they predict no next token. Encoder-decoders such as T5 need --target;
+    the price is that of windows in the layers of its decoder, by the loss of that text.
     """
     if model is None:
-        sources = map(context.get_parameter_source, context.params)
-        if any(source is not None and source.name == "COMMANDLINE" for source in sources):
+        if any(_is_given(context, parameter) for parameter in context.params):
             raise typer.BadParameter("options need a MODEL; without one, the seven mechanisms are shown.")
         print_mechanisms(Console(file=sys.stdout))
         return
@@ -104,38 +132,143 @@ def see(
     if out is not None:
         out = expand_home(out)
         check_output(out, overwrite)
-        if text is not None and out.exists() and out.samefile(expand_home(text)):
-            raise CommandError(f"--out: {out} is the text; give another name.")
+        for option, file in (("text", text), ("target", target)):
+            if file is not None and out.exists() and out.samefile(expand_home(file)):
+                raise CommandError(f"--out: {out} is the {option}; give another name.")
     path = KING_LEAR if text is None else text
     words = read_text(path, CHARACTERS * tokens)
+    target_words = None if target is None else read_text(target, CHARACTERS * tokens, "--target")
     progress = Progress()
     torch_dtype = getattr(torch, dtype.value)
     source, other_source = (None if each is None else _source(each, progress) for each in (model, against))
     assert source is not None
-    language_model = load(source, torch_dtype, progress)
-    token_ids, left_out = _tokenised(language_model, words, tokens)
-    length = token_ids.shape[1]
+    opened = open_model(source, progress)
+    _check_kind(opened, target, measure or against is not None, heads)
+    other_opened = None if other_source is None else open_model(other_source, progress)
+    if other_opened is not None and other_opened.kind != opened.kind:
+        raise CommandError(
+            f"--against: {against} must be of the kind of {model}, {opened.kind}; got {other_opened.kind}."
+        )
+    with quiet():
+        _check_heads(opened, heads, pool)
+    language_model = opened.load(torch_dtype, progress)
+    most_tokens = tokens if _is_given(context, "tokens") else None
+    sample = _read(language_model, "--text", path.name, words, tokens, most_tokens)
+    read, inputs = sample, dict[str, Any](input_ids=sample.token_ids)
+    if target is not None and target_words is not None:
+        read = _read(language_model, "--target", target.name, target_words, tokens, most_tokens)
+        inputs["decoder_input_ids"] = read.token_ids
+    length = read.token_ids.shape[1]
     for number in windows:
-        if number + sinks >= length:
-            raise CommandError(f"--window: {cuts_nothing(number, sinks, length)}")
+        longest = length if measure else max(length, sample.token_ids.shape[1])
+        if number + sink_tokens >= longest:
+            raise CommandError(f"--window: {cuts_nothing(number, sink_tokens, longest)}")
+    if out is not None:
+        _check_size(opened.config, length, len(windows), len(heads), measure)
+    interrupted = False
     try:
         with progress.step("recording attention"), quiet():
-            recording = record(language_model.model, token_ids, windows=windows, sink_tokens=sinks)
-        prices = _prices(language_model, token_ids, recording, windows, sinks, heads, pool, progress) if measure else ()
-        other = (
-            None if other_source is None else _against(language_model, token_ids, other_source, torch_dtype, progress)
-        )
+            recording = record(language_model.model, windows=windows, sink_tokens=sink_tokens, **inputs)
+        prices: tuple[Price, ...] = ()
+        _check_windows(recording, windows)
+        if measure:
+            prices, interrupted = _prices(
+                language_model, inputs, recording, windows, sink_tokens, heads, pool, progress
+            )
+        other = None
+        if other_opened is not None and not interrupted:
+            other = _against(language_model, inputs, other_opened, torch_dtype, progress)
     except (CheckpointError, TypeError, ValueError) as error:
         raise CommandError(str(error)) from error
-    pieces = tuple(language_model.tokenizer.decode([token]) for token in token_ids[0].tolist())
-    seen = Seen(language_model.name, path.name, pieces, left_out, torch_dtype.itemsize, recording, prices, other)
+    pieces = tuple(language_model.tokenizer.decode([token]) for token in read.token_ids[0].tolist())
+    seen = Seen(
+        language_model.name,
+        read.text,
+        pieces,
+        read.left_out,
+        torch_dtype.itemsize,
+        recording,
+        prices,
+        other,
+        None if target is None else Context(sample.text, sample.token_ids.shape[1], sample.left_out),
+    )
     if out is not None:
-        write_output(out, page_of(seen, most), overwrite)
+        try:
+            page = page_of(seen, most)
+        except ValueError as error:
+            raise CommandError(f"--out: {error}") from error
+        write_output(out, page, overwrite)
         progress.notify(f"wrote {out}")
     if as_document:
         print(json.dumps(seen.as_json(most), indent=2, allow_nan=False))
     else:
         print_seen(seen, most, _why_not(language_model, seen.proposal(most)), Console(file=sys.stdout))
+    if interrupted:
+        progress.notify("qkv: interrupted; what had been measured before is written.")
+        raise typer.Exit(INTERRUPTED)
+
+
+def _is_given(context: typer.Context, parameter: str) -> bool:
+    source = context.get_parameter_source(parameter)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _check_kind(opened: Opened, target: Path | None, needs_loss: bool, heads: list[int]) -> None:
+    """Raises a CommandError for options that a model of this kind does not have."""
+    name, kind = opened.source.name, opened.kind
+    if kind == "encoder" and needs_loss:
+        raise CommandError(
+            f"--measure and --against need the loss of each token by those before it; {name} predicts none, as an "
+            "encoder or a model without a head. Leave them out."
+        )
+    if kind == "encoder-decoder" and target is None:
+        raise CommandError(
+            f"--target: {name} is an encoder-decoder, which reads --text and writes another text; give that as well."
+        )
+    if kind != "encoder-decoder" and target is not None:
+        raise CommandError(f"--target is for encoder-decoders; {name} is not one. Leave it out.")
+    if kind == "encoder-decoder" and heads:
+        raise CommandError(
+            f"--kv-heads: {name} is an encoder-decoder, whose layers of all kinds have as many KV heads. Convert it, "
+            "and compare the whole: qkv convert --kv-heads, then qkv see --against."
+        )
+
+
+def _check_heads(opened: Opened, heads: list[int], pool: Pool) -> None:
+    """Raises a CommandError for KV heads that the model cannot have, before its weights are loaded."""
+    if not heads:
+        return
+    model = opened.without_weights()
+    try:
+        for number in heads:
+            check_kv_heads("--kv-heads", model, number, pool.value)
+    except (CheckpointError, ValueError) as error:
+        raise CommandError(str(error)) from error
+
+
+def _check_windows(recording: Recording, windows: list[int]) -> None:
+    """Raises a CommandError for a window that changes no layer."""
+    for window in windows:
+        own = [layer.window for layer in recording.layers if not layer.is_cross]
+        if all(each is not None and each <= window for each in own):
+            raise CommandError(f"--window {window}: {narrow_layers(recording, window)}; give a smaller window.")
+
+
+def _check_size(config: Any, length: int, windows: int, heads: int, measure: bool) -> None:
+    """Raises a CommandError for a page that would be too large, as far as its size is known before the work."""
+    config = config.get_text_config()
+    layers, query_heads = (getattr(config, name, None) for name in ("num_hidden_layers", "num_attention_heads"))
+    if not isinstance(layers, int) or not isinstance(query_heads, int):
+        return
+    passes = (layers + 1 + min(layers, TOGETHER)) * windows + (layers + 2) * heads if measure else 0
+    maps, losses_ = least_size(layers, query_heads, length, passes)
+    if maps + losses_ > LARGEST:
+        measured = f", and the losses of {length:,} tokens, {passes} times, {losses_ / 1e6:.1f} MB" if passes else ""
+        raise CommandError(
+            f"--out: the page would have {(maps + losses_) / 1e6:.1f} MB or more, and {LARGEST / 1e6:.0f} MB are "
+            f"allowed: maps of {layers} layers of {query_heads} heads take {maps / 1e6:.1f} MB{measured}. Give fewer "
+            "--tokens, or fewer of --window and --kv-heads; --json has all numbers without a page."
+        )
 
 
 def _why_not(language_model: LanguageModel, proposal: Saving | None) -> str | None:
@@ -163,19 +296,23 @@ def _source(model: str, progress: Progress) -> ModelSource:
 
 
 def _against(
-    language_model: LanguageModel, token_ids: torch.Tensor, other: ModelSource, dtype: torch.dtype, progress: Progress
+    language_model: LanguageModel,
+    inputs: dict[str, Any],
+    other: Opened,
+    dtype: torch.dtype,
+    progress: Progress,
 ) -> Against:
     with progress.step("predicting the text"), quiet():
-        before = losses(language_model.model, token_ids)
-    loaded = load(other, dtype, progress)
-    vocabulary = loaded.vocabulary
-    if token_ids.max() >= vocabulary:
+        before = losses(language_model.model, **inputs)
+    loaded = other.load(dtype, progress)
+    vocabulary, largest = loaded.vocabulary, max(int(token_ids.max()) for token_ids in inputs.values())
+    if largest >= vocabulary:
         raise CommandError(
             f"--against: {loaded.name} must have the tokens of {language_model.name}; it has {vocabulary}, and the "
-            f"text has token {token_ids.max()}."
+            f"text has token {largest}."
         )
     with progress.step("predicting the text with the other model"), quiet():
-        return Against(loaded.name, before, losses(loaded.model, token_ids))
+        return Against(loaded.name, before, losses(loaded.model, **inputs))
 
 
 def _distinct(option: str, numbers: list[int] | None) -> list[int]:
@@ -189,40 +326,59 @@ def _distinct(option: str, numbers: list[int] | None) -> list[int]:
 
 def _prices(
     language_model: LanguageModel,
-    token_ids: torch.Tensor,
+    inputs: dict[str, Any],
     recording: Recording,
     windows: list[int],
     sinks: int,
     heads: list[int],
     pool: Pool,
     progress: Progress,
-) -> tuple[Price, ...]:
-    own = {layer.name: layer.window for layer in recording.layers}
+) -> tuple[tuple[Price, ...], bool]:
+    """The prices, and whether they are not all since the user interrupted it."""
+    own = {layer.name: layer.window for layer in recording.layers if layer.group == "decoder"}
     changes: list[tuple[str, int, list[int], dict[str, Any]]] = []
     for number in windows:
         count = sum(window is None or window > number for window in own.values())
-        if not count:
-            raise CommandError(
-                f"--window {number} changes no layer of {language_model.name}: each sees as few keys already."
-            )
         some = sorted({-(-count * part // TOGETHER) for part in range(1, TOGETHER + 1)})
         changes.append((f"a window of {number}", count, some, {"window": number, "sink_tokens": sinks}))
     every = len(own)
     changes += [(f"KV heads: {n}", every, [every], {"kv_heads": n, "pooling": pool.value}) for n in heads]
-    found = []
-    for name, count, some, change in changes:
-        with progress.step(f"measuring {name}", count + len(some), "passes") as on_progress, quiet():
-            found.append(price(language_model.model, token_ids, together=some, on_progress=on_progress, **change))
-    return tuple(found)
+    found: list[Price] = []
+    try:
+        for name, count, some, change in changes:
+            with progress.step(f"measuring {name}", count + len(some), "passes") as on_progress, quiet():
+                found.append(price(language_model.model, together=some, on_progress=on_progress, **change, **inputs))
+    except PriceInterrupted as interrupt:
+        return (*found, interrupt.price), True
+    except KeyboardInterrupt:
+        if not found:
+            raise
+        return tuple(found), True
+    return tuple(found), False
 
 
-def _tokenised(language_model: LanguageModel, text: str, most: int) -> tuple[torch.Tensor, int]:
-    """The tokens of a text ``(1, L)``, at most so many, and the number of those left out."""
+def _read(
+    language_model: LanguageModel, option: str, name: str, text: str, tokens: int, most_tokens: int | None
+) -> Sample:
+    """The tokens of a text that a model reads; ``most_tokens`` are those that the user asked for."""
+    is_target = option == "--target"
     with quiet():
-        token_ids: torch.Tensor = language_model.tokenizer(text, return_tensors="pt").input_ids
-    count = token_ids.shape[1]
-    kept = min(count, most, language_model.context_length or count)
+        given = {"text_target": text} if is_target else {"text": text}
+        token_ids: torch.Tensor = language_model.tokenizer(**given, return_tensors="pt").input_ids
+    if token_ids.numel():
+        language_model.check_vocabulary(token_ids)
+    if is_target:
+        token_ids = language_model.after_start(token_ids)
+    count, limit = token_ids.shape[1], language_model.context_length
+    if limit is not None and most_tokens is not None and limit < min(count, most_tokens):
+        raise CommandError(
+            f"--tokens must fit into the context of {language_model.name}, {limit} tokens; got {most_tokens}. Give "
+            f"{limit} or fewer."
+        )
+    kept = min(count, tokens, limit or count)
     if kept < 2:
-        raise CommandError(f"--text: the text must have at least two tokens; got {kept}. Give a longer text.")
-    language_model.check_vocabulary(token_ids)
-    return token_ids[:, :kept], count - kept
+        remedy = "Give a longer text." if kept == count else "Give more --tokens."
+        raise CommandError(f"{option}: the text must have at least two tokens; got {kept}. {remedy}")
+    is_whole = len(text) < CHARACTERS * tokens
+    first = token_ids[:, :kept] if is_target else language_model.first(token_ids, kept)
+    return Sample(name, first, count - kept if is_whole else None)

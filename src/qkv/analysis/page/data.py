@@ -12,7 +12,7 @@ from qkv.analysis.page import codes
 from qkv.analysis.page.markup import visible
 from qkv.analysis.pricing import Price
 from qkv.analysis.recording import Recording
-from qkv.analysis.seen import Against, Seen, labels
+from qkv.analysis.seen import Against, Seen, labels, labels_of
 from qkv.layer_record import LayerRecord
 
 ROWS_AT_ONCE = 256
@@ -22,7 +22,7 @@ ROWS_AT_ONCE = 256
 def data_of(seen: Seen, even: Sequence[Tensor]) -> dict[str, Any]:
     """A document for the page's script, with the maps of `even_maps`."""
     index: dict[str, int] = {}  # of each map, in the order in which they are found
-    short = labels([layer.name for layer in seen.recording.layers])
+    short = labels_of(seen.recording)
     layers = [
         {"label": label, **_layer(layer, one, index)}
         for label, layer, one in zip(short, seen.recording.layers, even, strict=True)

@@ -10,7 +10,17 @@ from qkv.analysis.page.charts import Chart, legend, linear, logarithmic, nearly_
 from qkv.analysis.page.markup import Markup, element, figure, joined, table
 from qkv.analysis.pricing import Price
 from qkv.analysis.recording import Recording
-from qkv.analysis.seen import Against, Saving, Seen, labels, numbers_of
+from qkv.analysis.seen import (
+    Against,
+    Saving,
+    Seen,
+    labels,
+    labels_of,
+    listed,
+    narrow_layers,
+    numbers_of,
+    without_number,
+)
 from qkv.convert.families.windows import as_ranges
 from qkv.layer_record import LayerRecord
 
@@ -20,18 +30,6 @@ LONGEST = 1 << 17
 """Tokens at the right edge of the picture of the cache, and more for longer texts."""
 LABELS = 8
 """Layers, at most, whose numbers are written below a chart."""
-
-
-def listed(labels: Sequence[str]) -> str:
-    """Layers by their labels: numbers that follow each other together.
-
-    Example:
-        >>> listed(["0", "1", "2", "5"]), listed(["encoder.0", "decoder.0"])
-        ('0-2, 5', 'encoder.0, decoder.0')
-    """
-    if all(label.isdecimal() for label in labels):
-        return as_ranges(map(int, labels))
-    return ", ".join(labels)
 
 
 def counted(number: int, noun: str) -> str:
@@ -151,7 +149,8 @@ def price_by_layer(price: Price) -> Markup:
         chart.drawn(says),
         f"Shows how much the loss of {price.loss.nanmean().item():.4f} nats increases if that layer alone is changed. "
         + says,
-        "Does not show several layers at once, which may cost more than their sum.",
+        "Does not show several layers at once, which may cost more than their sum."
+        + (f" {price.note[0].upper()}{price.note[1:]}." if price.note else ""),
         table(f"{title}, before training", ["layer", "name", "more loss, nats a token"], rows),
     )
 
@@ -181,11 +180,16 @@ def cuts(seen: Seen) -> Markup:
         f"loses least and {_percent(worst[order[0]])} of the one that loses most."
     )
     rows = [[names[n], *(_percent(by_layer[n, at].item()) for at in order)] for n, _ in layers]
+    narrow = [
+        f" A window of {each:,} hides nothing where {some}."
+        for each in windows
+        if (some := narrow_layers(recording, each))
+    ]
     return figure(
         chart.drawn(f"Weight that windows cut{kept}. {says}"),
         f"Shows the weight on keys that a window hides{kept}: a thin line is a KV head, the largest of its query heads "
         f"in the mean over queries that lose keys; the thick line is the largest of all. {says}",
-        "Does not show what those keys hold: the loss does. It is before training.",
+        "Does not show what those keys hold: the loss does. It is before training." + "".join(narrow),
         table(
             "Weight cut from the KV head of a layer that loses most",
             ["layer", *(f"window of {windows[at]:,}" for at in order)],
@@ -239,27 +243,31 @@ def layers(seen: Seen, even: Sequence[Tensor]) -> Markup:
                 else "A cell is filled if some pair in it is visible; it does not show which keys get weight.",
             )
         )
-    return joined(element("div", *pictures, class_="row"), _summary(seen), *_lost(seen))
+    return joined(element("div", *pictures, class_="row"), *_without_heads(seen), _summary(seen), *_lost(seen))
+
+
+def _without_heads(seen: Seen) -> list[Markup]:
+    """The layers of which there are no pictures."""
+    names = labels(seen.recording.without_heads)
+    if not names:
+        return []
+    which = f"{'Layer' if len(names) == 1 else 'Layers'} {listed(names)}"
+    return [element("p", f"{which} {'keeps' if len(names) == 1 else 'keep'} no keys by heads.", class_="not")]
 
 
 def _lost(seen: Seen) -> list[Markup]:
     """What the means leave out, since a query or a key has NaN or inf."""
-    found = [int((~layer.keys_in_effect[0].isfinite()).sum()) for layer in seen.recording.layers]
-    says = ", ".join(
-        f"{count:,} in layer {name}" for name, count in zip(_labels(seen.recording), found, strict=True) if count
-    )
-    if not says:
-        return []
-    return [
-        element("p", f"Queries of heads that have no number, for NaN or inf, and are left out of the means: {says}.")
-    ]
+    says = without_number(seen.recording)
+    return [] if says is None else [element("p", says)]
 
 
 def _sees(layer: LayerRecord) -> str:
     if layer.is_cross:
         return "a context"
     if layer.window is not None:
-        return counted(layer.window, "key") + " at most"
+        return counted(layer.window, "key") + (
+            " to each side, its own counted, at most" if layer.sees_later_keys else " at most"
+        )
     if layer.mask.allow is not None:
         return "what a dense mask shows"
     return "all keys before it and its own" if layer.mask.is_causal else "all keys"
@@ -311,7 +319,7 @@ def _summary(seen: Seen) -> Markup:
 
 
 def _labels(recording: Recording) -> list[str]:
-    return labels([layer.name for layer in recording.layers])
+    return labels_of(recording)
 
 
 def against(seen: Seen, other: Against) -> Markup:
@@ -328,7 +336,9 @@ def cache(seen: Seen, most: float) -> Markup:
     """Picture 5: bytes of keys and values over the number of tokens."""
     length, proposal = len(seen.tokens), seen.proposal(most)
     kinds: list[tuple[str, dict[str, Price]]] = [("as it is", {})]
-    kinds += [(f"{price.change} in all layers", dict.fromkeys(price.layers, price)) for price in seen.prices]
+    for price in seen.prices:
+        where = "all layers" if price.unmeasured is None else counted(len(price.layers), "layer")
+        kinds.append((f"{price.change} in {where}", dict.fromkeys(price.layers, price)))
     if proposal is not None:
         names = zip(numbers_of(proposal.price.layers), proposal.price.layers, strict=True)
         kinds.append(("the proposal", {name: proposal.price for number, name in names if number in proposal.layers}))
