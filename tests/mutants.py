@@ -112,7 +112,7 @@ MUTANTS = [
     Mutant("a recording past layers that are one call", "integrations/transformers/watching.py", "for module in model.modules()]", "for module in ()]", RECORDING),
     Mutant("the mean over heads of a group", "layer_record.py", ".amax(3)", ".mean(3)", RECORDING),
     Mutant("windows of encoders to one side", "layer_record.py", "Mask.band(w - 1, w - 1, sink_tokens) if", "w if", RECORDING),
-    Mutant("queries that lose nothing counted", "layer_record.py", "is_token & (number > windows[:, None, None])", "is_token.expand(len(windows), -1, -1)", RECORDING),
+    Mutant("queries that lose nothing counted", "layer_record.py", "return is_token & loses", "return is_token.expand(len(self.windows), -1, -1)", RECORDING),
     Mutant("tokens of a page end its script", "analysis/page/data.py", 'for character in "<>&":', 'for character in "&":', PAGE),
     Mutant("names in a page are markup", "analysis/page/markup.py", "Markup(html.escape(visible(text)))", "Markup(visible(text))", PAGE),
     Mutant("names in a page turn around", "analysis/page/markup.py", "html.escape(visible(text))", "html.escape(text)", PAGE),

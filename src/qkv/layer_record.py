@@ -70,8 +70,8 @@ class LayerRecord(NamedTuple):
     def cut_by_head(self) -> Tensor:
         """The weight that each window cuts from each query head: ``(windows, B, H)``.
 
-        In the mean over the queries that have as many keys before them; 0 where there are none, and NaN where these
-        have no number.
+        In the mean over the queries that have as many keys before them, or after them if they see these; 0 where there
+        are none, and NaN where these have no number.
         """
         return self._mean_of_those_that_lose(self.cut.mass).masked_fill(~self._loses().any(-1, keepdim=True), 0)
 
@@ -89,8 +89,11 @@ class LayerRecord(NamedTuple):
         if is_token is None:
             is_token = torch.ones(rows, lq, dtype=torch.bool, device=self.keys_in_effect.device)
         number = is_token.cumsum(1) + self.offset
-        windows = torch.tensor(self.windows, dtype=number.dtype, device=number.device)
-        return is_token & (number > windows[:, None, None])
+        windows = torch.tensor(self.windows, dtype=number.dtype, device=number.device)[:, None, None]
+        loses = number > windows
+        if self.sees_later_keys:
+            loses = loses | (is_token.flip(1).cumsum(1).flip(1) > windows)
+        return is_token & loses
 
     def cut_by_kv_head(self) -> Tensor:
         """The weight that each window cuts from each KV head: ``(windows, B, Hkv)``.

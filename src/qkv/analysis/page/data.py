@@ -72,6 +72,7 @@ def _layer(layer: LayerRecord, even: Tensor, index: dict[str, int]) -> dict[str,
         "change": [_numbers(row) for row in layer.change_by_head()[:, 0]],
         "map": codes.share(weights, 8),
         "map_shape": list(weights.shape[1:]),
+        "map_gaps": weights.isnan().any(2).flatten().nonzero().flatten().tolist(),
         "even": of_heads if len(of_heads) == layer.heads else of_heads * layer.heads,
     }
 
