@@ -42,6 +42,8 @@ LOOK = ("test_look.py",)
 RECORDING = ("analysis/test_recording.py",)
 PRICING = ("analysis/test_pricing.py",)
 PAGE = ("analysis/test_page.py",)
+KINDS = ("cli/test_see_kinds.py",)
+BAD_INPUT = ("cli/test_see_bad_input.py",)
 KERNEL = ("kernels/test_native.py", "cache/test_int8.py", "contract/test_grid.py")
 LINEAR = ("kernels/test_linear.py",)
 NORM = ("kernels/test_rms_norm.py",)
@@ -113,6 +115,25 @@ MUTANTS = [
     Mutant("the mean over heads of a group", "layer_record.py", ".amax(3)", ".mean(3)", RECORDING),
     Mutant("windows of encoders to one side", "layer_record.py", "Mask.band(w - 1, w - 1, sink_tokens) if", "w if", RECORDING),
     Mutant("queries that lose nothing counted", "layer_record.py", "return is_token & loses", "return is_token.expand(len(self.windows), -1, -1)", RECORDING),
+    Mutant("windows of encoders to the keys before alone", "layer_record.py", "        if self.sees_later_keys:\n", "        if False:\n", RECORDING),
+    Mutant("a cut without a number is 0", "layer_record.py", ".masked_fill(~self._loses().any(-1, keepdim=True), 0)", ".nan_to_num()", RECORDING),
+    Mutant("layers between without heads left out", "integrations/transformers/watching.py", "if any(attend):", "if False:", RECORDING),
+    Mutant("a window must hide keys of both texts", "layer_record.py", "max(lk, longest)", "lk", RECORDING),
+    Mutant("an interrupt takes what was measured with it", "analysis/pricing.py", "            if not increases:\n                raise\n", "            raise\n", PRICING),
+    Mutant("an interrupted price is of all layers", "analysis/pricing.py", "unmeasured=len(names) - len(increases)", "unmeasured=0", PRICING),
+    Mutant("the padding of an encoder's text for its decoder's", "analysis/pricing.py", '"decoder_attention_mask" if self.is_encoder_decoder else "attention_mask"', '"attention_mask"', PRICING),
+    Mutant("encoders keep keys in a cache", "analysis/seen.py", 'if layer.group == "encoder":', "if False:", KINDS),
+    Mutant("a context as long as what the decoder reads", "analysis/seen.py", "length = self.context.tokens", "pass", KINDS),
+    Mutant("an encoder's text without its end", "models/language_model.py", "at_end = min(len(ids) - last, count - 1)", "at_end = 0", KINDS),
+    Mutant("positions of RoBERTa from 0", "models/language_model.py", "return length - module.padding_idx - 1", "return length", KINDS),
+    Mutant("a decoder without what it starts with", "models/language_model.py", "return torch.cat([starts.to(token_ids.dtype), token_ids], dim=1)", "return token_ids", KINDS),
+    Mutant("an encoder has a price", "cli/see.py", 'if kind == "encoder" and needs_loss:', "if False:", KINDS),
+    Mutant("KV heads that do not divide found late", "cli/see.py", "        _check_heads(opened, heads, pool)\n", "        pass\n", BAD_INPUT),
+    Mutant("a large page found late", "cli/see.py", "if maps + losses_ > LARGEST:", "if False:", BAD_INPUT),
+    Mutant("a window as wide as a layer's own hides keys", "analysis/seen.py", "layer.window <= window", "layer.window < window", BAD_INPUT),
+    Mutant("tokens counted of a text that was not read", "cli/see.py", "count - kept if is_whole else None", "count - kept", BAD_INPUT),
+    Mutant("blocks of a map without a number as weight 0", "analysis/page/data.py", "weights.isnan().any(2).flatten().nonzero().flatten().tolist()", "[]", BAD_INPUT),
+    Mutant("names in a report move the cursor", "cli/reports/see.py", "{_one_line(seen.model)} on {_one_line(seen.text)}", "{seen.model} on {seen.text}", BAD_INPUT),
     Mutant("tokens of a page end its script", "analysis/page/data.py", 'for character in "<>&":', 'for character in "&":', PAGE),
     Mutant("names in a page are markup", "analysis/page/markup.py", "Markup(html.escape(visible(text)))", "Markup(visible(text))", PAGE),
     Mutant("names in a page turn around", "analysis/page/markup.py", "html.escape(visible(text))", "html.escape(text)", PAGE),
