@@ -284,8 +284,9 @@ def test_an_interrupt_brings_what_was_measured(monkeypatch: pytest.MonkeyPatch) 
         return on_progress
 
     for number, layers, together in ((2, 1, 0), (4, 3, 0), (6, 4, 1)):  # the loss that just ended is not yet kept
-        with pytest.raises(pricing.PriceInterrupted) as caught:
+        with pytest.raises(KeyboardInterrupt) as caught:
             price(model, IDS, window=WINDOW, together=[1, 2], on_progress=stop_after(number))
+        assert isinstance(caught.value, pricing.PriceInterrupted)
         found = caught.value.price
         assert found.layers == want.layers[:layers] and found.unmeasured == 4 - layers
         assert torch.equal(found.increase, want.increase[:layers]) and torch.equal(found.loss, want.loss)

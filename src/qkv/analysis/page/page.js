@@ -241,7 +241,7 @@
       rows, columns, queries: of.queries, keys: of.keys,
       weights: shares8(of.map).subarray(start, start + rows * columns),
       even: shares16(data.even[of.even[head]]),
-      gaps: new Set(of.map_gaps.map((row) => row - head * rows)),
+      gaps: new Set(of.map_gaps.map((row) => row - head * rows).filter((row) => row >= 0 && row < rows)),
     };
     const group = Math.floor(head / (of.heads / of.kv_heads));
     find("head-name").textContent = `Layer ${of.label}, head ${head} (${of.name}, KV head ${group})`;
