@@ -128,6 +128,14 @@ def test_a_model_without_a_head_is_recorded_and_has_no_price(capsys, texts, tmp_
     assert "as an encoder or a model without a head" in capsys.readouterr().err
 
 
+def test_an_encoder_decoder_without_its_head_is_refused(capsys, texts, tmp_path):
+    config = transformers.BartConfig(**BART, tie_word_embeddings=False)
+    model = tiny_model.save(config, tmp_path, auto="AutoModel")
+    assert main(["see", model, "--text", texts[0], "--target", texts[1]]) == 1
+    says = "must have all weights of BartForConditionalGeneration; it lacks lm_head.weight. Give a complete"
+    assert says in capsys.readouterr().err
+
+
 def _expected(folder, changed=None, window=None):
     """Losses of the target by eager attention, with a window in a layer of the decoder, in fp64."""
     model = AutoModelForSeq2SeqLM.from_pretrained(folder, attn_implementation="eager").double().eval()

@@ -180,7 +180,7 @@ def see(
             other = _against(language_model, inputs, other_opened, torch_dtype, progress)
     except (CheckpointError, TypeError, ValueError) as error:
         raise CommandError(str(error)) from error
-    pieces = tuple(language_model.tokenizer.decode([token]) for token in read.token_ids[0].tolist())
+    pieces = language_model.pieces(read.token_ids)
     seen = Seen(
         language_model.name,
         read.text,

@@ -17,6 +17,8 @@ from qkv.models.source import ModelSource
 MAX_CAUSE = 400
 """Characters of a message of transformers that are shown."""
 
+SPACE = "\u2581"
+"""How tokens of SentencePiece begin that a space stands before."""
 Kind = Literal["language model", "encoder", "encoder-decoder"]
 """A causal language model; a model without a head, whatever its mask; one that reads a text and writes another."""
 
@@ -98,6 +100,23 @@ class LanguageModel(NamedTuple):
         at_end = min(len(ids) - last, count - 1)
         return torch.cat([token_ids[:, : count - at_end], token_ids[:, len(ids) - at_end :]], dim=1)
 
+    def pieces(self, token_ids: Tensor) -> tuple[str, ...]:
+        """Each of the tokens ``(1, L)`` as it reads within a text, with the space before it.
+
+        Tokenizers drop that space where a token stands alone; WordPiece marks tokens without one instead.
+        """
+        ids = token_ids[0].tolist()
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        joins = getattr(getattr(backend, "model", None), "continuing_subword_prefix", None)
+        special = set(self.tokenizer.all_special_ids)
+        found = []
+        for token, name in zip(ids, self.tokenizer.convert_ids_to_tokens(ids), strict=True):
+            text = self.tokenizer.decode([token])
+            if name.startswith(SPACE) or (joins and not name.startswith(joins) and token not in special):
+                text = text if text.startswith(" ") else f" {text}"
+            found.append(text.removeprefix(joins) if joins else text)
+        return tuple(found)
+
     def cast(self, dtype: torch.dtype) -> None:
         """Converts the weights in place; buffers stay as ``from_pretrained(dtype=...)`` leaves them, such as the
         frequencies of rotary embeddings in fp32.
@@ -143,8 +162,14 @@ class Opened(NamedTuple):
         dequantize = _dequantize_options() if file else {}
         with progress.step("loading the model"), _as_command_error(self.source, "weights"), quiet():
             # Passing the configuration saves seconds: reading it again from a GGUF file is slow.
-            model = classes[self.kind].from_pretrained(
-                self.source.location, config=self.config, dtype=dtype, **file, **dequantize
+            model, found = classes[self.kind].from_pretrained(
+                self.source.location, config=self.config, dtype=dtype, output_loading_info=True, **file, **dequantize
+            )
+        missing = sorted({*found["missing_keys"]} & {name for name, _ in model.named_parameters()})
+        if missing and self.kind != "encoder":  # those of a body alone are enough for an encoder, without its pooler
+            raise CommandError(
+                f"{self.source.path!r} must have all weights of {type(model).__name__}; it lacks {missing[0]}"
+                f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}. Give a complete checkpoint."
             )
         if model.main_input_name != "input_ids":
             raise CommandError(
