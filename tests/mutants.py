@@ -106,7 +106,6 @@ MUTANTS = [
     Mutant("a map's means as sums", "look.py", "    mean /= sizes[:, None]\n", "", LOOK),
     Mutant("top keys beyond what suffices", "look.py", "spare = (before >= coverage)", "spare = (before > 1)", LOOK),
     Mutant("top keys counted from the first that a row sees", "look.py", "(keys + first).masked_fill", "keys.masked_fill", LOOK, "left_out"),
-    Mutant("top keys of too few blocks", "look.py", "chosen = blocks.amax(-1).topk(most,", "chosen = blocks.amax(-1).topk(most - 1,", LOOK, "left_out"),
     Mutant("maxima of blocks from the first key that a row sees", "look.py", "max(begin - first, 0) : max(end - first, 0)", "begin:end", LOOK, "left_out"),
     Mutant("a distance from the first query", "look.py", "position - (middle + reach * mean)", "-(middle + reach * mean)", LOOK),
     Mutant("an overview's keys keep what the sink logit has", "look.py", "share, rows = share * kept[..., None], rows * kept[..., None]", "pass", LOOK),

@@ -233,9 +233,7 @@ def test_rows_at_a_time_change_nothing(name: str, monkeypatch: pytest.MonkeyPatc
     ids=str,
 )
 @pytest.mark.parametrize("offset", [0, 37, -37])
-def test_keys_that_no_row_sees_and_blocks_without_the_largest_are_left_out(
-    mask: Mask, offset: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_keys_that_no_row_sees_are_left_out(mask: Mask, offset: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(look, "WEIGHTS_AT_ONCE", 2 * 4 * 211 * 7)  # seven rows
     q, k, _ = qkv_of(150, 211)
     p = qkv.attention_weights(q, k, mask=mask, offset=offset)

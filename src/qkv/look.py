@@ -26,8 +26,6 @@ from qkv.scores import Scores
 
 WEIGHTS_AT_ONCE = 1 << 22
 """Number of weights that are written out at once: 16 MiB in fp32."""
-TOP_BLOCK = 16
-"""Keys of a block whose maximum is found before the largest weights."""
 
 
 class WindowCut(NamedTuple):
@@ -382,7 +380,7 @@ def top_keys(q: Tensor, k: Tensor, *, coverage: float = 0.9, most: int = 32, **o
 
     def of_rows(part: Problem) -> tuple[Tensor, Tensor]:
         first, seen = _seen(part)
-        weights, keys = _largest(weights_and_lse(seen)[0], min(most, seen.lk))
+        weights, keys = weights_and_lse(seen)[0].topk(min(most, seen.lk), dim=-1)
         before = weights.cumsum(-1) - weights
         spare = (before >= coverage) | (weights == 0)
         more = 0, min(most, part.lk) - keys.shape[-1]
@@ -442,20 +440,6 @@ def _seen(part: Problem) -> tuple[int, Problem]:
     if isinstance(part.offset, Tensor) or isinstance(seen.offset, Tensor):
         return 0, seen
     return part.offset - seen.offset, seen
-
-
-def _largest(weights: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """``weights.topk(most)``, of the few blocks that have the largest maxima: they hold all of these."""
-    count = weights.shape[-1]
-    if count <= 2 * most * TOP_BLOCK:
-        largest, keys = weights.topk(most, dim=-1)
-        return largest, keys
-    blocks = F.pad(weights, (0, -count % TOP_BLOCK), value=-1.0).unflatten(-1, (-1, TOP_BLOCK))
-    chosen = blocks.amax(-1).topk(most, dim=-1, sorted=False).indices[..., None]
-    found = blocks.gather(-2, chosen.expand(*chosen.shape[:-1], TOP_BLOCK)).flatten(-2)
-    keys = (chosen * TOP_BLOCK + torch.arange(TOP_BLOCK, device=weights.device)).flatten(-2)
-    largest, places = found.topk(most, dim=-1)
-    return largest, keys.gather(-1, places)
 
 
 def _cuts(problem: Problem, windows: list[int], sink_tokens: int) -> list[tuple[Tensor, Tensor]]:
