@@ -139,6 +139,22 @@ def test_a_window_may_hide_keys_of_one_of_two_texts() -> None:
         record(build("bart"), windows=[23], **inputs_of("bart"))
 
 
+def test_documents_that_are_packed() -> None:
+    """Told by positions that begin anew, as transformers has them; a window does not reach into another one."""
+    model = build("llama")
+    row, positions = IDS[:1], torch.cat([torch.arange(14), torch.arange(9)])[None]
+    found, p = (
+        record(model, row, position_ids=positions, windows=[4, 9]),
+        weights_of(model, input_ids=row, position_ids=positions),
+    )
+    back = torch.arange(23)[:, None] - torch.arange(23)
+    for layer, weights in zip(found.layers, p, strict=True):
+        assert not weights[:, :, 14:, :14].any() and layer.group == "decoder"
+        torch.testing.assert_close(layer.distance.mean, (weights * back).sum(-1), rtol=1e-3, atol=1e-4)
+        for n, window in enumerate((4, 9)):
+            torch.testing.assert_close(layer.cut.mass[n], (weights * (back >= window)).sum(-1), rtol=1e-3, atol=1e-4)
+
+
 def test_layers_without_heads_are_named() -> None:
     kinds = ["conv", "full_attention", "conv", "full_attention"]
     model = decoder("lfm2", num_hidden_layers=4, layer_types=kinds)().eval()
@@ -236,6 +252,9 @@ def test_recordings_are_printed_as_tables() -> None:
     assert lines[3].startswith("cut: the weight on keys that a window hides, with 2 sink tokens, of the KV head")
     assert all(len(line) <= 120 for line in lines)
     assert "a context" in str(record(build("bart"), windows=[4], **inputs_of("bart")))
+    assert "left out" not in text
+    padded = str(record(build("gemma2"), IDS, windows=[4], attention_mask=KEEP))
+    assert "left out: 6 queries of padding" in padded.splitlines()
 
 
 def test_calls_that_are_refused() -> None:

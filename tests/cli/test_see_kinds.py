@@ -95,6 +95,11 @@ def test_the_report_and_the_page_of_an_encoder_are_without_a_cache(capsys, folde
     assert "a query (down) sees 5 keys to each side, its own counted, at most (across)" in written
 
 
+def test_a_window_of_an_encoder_that_has_windows(capsys, folder, texts):
+    assert main(["see", folder("modernbert"), "--text", texts[0], "--window", "9"]) == 0
+    assert "--window 9 hides nothing more where layer 1 sees 5 keys a side at most" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("options", [["--measure", "--window", "4"], ["--against", "{other}"]])
 def test_an_encoder_has_no_price(capsys, folder, texts, options):
     options = [option.format(other=folder("bert")) for option in options]

@@ -58,6 +58,9 @@ class Recording(NamedTuple):
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         rows = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]
         notes = [f"{name} keeps no keys by heads" for name in self.without_heads]
+        padding = [int((~layer.is_token).sum()) for layer in self.layers if layer.is_token is not None]
+        if any(padding):
+            notes.append(f"left out: {max(padding)} queries of padding")
         if self.windows:
             notes += [
                 f"cut: the weight on keys that a window hides{sinks}, of the KV head that loses most; before training"

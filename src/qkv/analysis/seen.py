@@ -283,18 +283,16 @@ def narrow_layers(recording: Recording, window: int) -> str | None:
         >>> narrow_layers(record(mistral, text), 8192)  # doctest: +SKIP
         'layers 0-31 see 4,096 keys at most'
     """
-    found: dict[int, list[str]] = {}
+    found: dict[tuple[int, bool], list[str]] = {}
     for label, layer in zip(labels_of(recording), recording.layers, strict=True):
         if not layer.is_cross and layer.window is not None and layer.window <= window:
-            found.setdefault(layer.window, []).append(label)
-    return (
-        "; ".join(
-            f"{'layer' if len(some) == 1 else 'layers'} {listed(some)} {'sees' if len(some) == 1 else 'see'} "
-            f"{own:,} {'key' if own == 1 else 'keys'} at most"
-            for own, some in found.items()
-        )
-        or None
-    )
+            found.setdefault((layer.window, layer.sees_later_keys), []).append(label)
+    says = [
+        f"{'layer' if len(some) == 1 else 'layers'} {listed(some)} {'sees' if len(some) == 1 else 'see'} "
+        f"{own:,} {'key' if own == 1 else 'keys'}{' a side' if is_for_sides else ''} at most"
+        for (own, is_for_sides), some in found.items()
+    ]
+    return "; ".join(says) or None
 
 
 def without_number(recording: Recording) -> str | None:
