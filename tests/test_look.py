@@ -250,6 +250,32 @@ def test_rows_at_a_time_change_nothing(name: str, monkeypatch: pytest.MonkeyPatc
         monkeypatch.undo()
 
 
+@pytest.mark.parametrize(
+    "mask",
+    [Mask.full(), Mask.causal(), Mask.causal(31), Mask.causal(31, sink_tokens=3), Mask.sliding(window=40)],
+    ids=str,
+)
+@pytest.mark.parametrize("offset", [0, 37, -37])
+def test_keys_that_no_row_sees_are_left_out(mask: Mask, offset: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(look, "WEIGHTS_AT_ONCE", 2 * 4 * 211 * 7)  # seven rows
+    q, k, _ = qkv_of(150, 211)
+    p = qkv.attention_weights(q, k, mask=mask, offset=offset)
+    found = look.top_keys(q, k, coverage=0.999, most=5, mask=mask, offset=offset)
+    largest = p.topk(5, dim=-1).values
+    torch.testing.assert_close(found.weights, largest.masked_fill(found.keys < 0, 0), rtol=1e-4, atol=1e-6)
+    assert ((found.keys >= 0) == (largest > 0)).sum() > 0.9 * largest.numel()
+    used = found.keys >= 0
+    torch.testing.assert_close(p.gather(3, found.keys.clamp(min=0)) * used, found.weights, rtol=1e-4, atol=1e-6)
+    assert all(len({*keys}) == len(keys) for keys in (row[row >= 0].tolist() for row in found.keys.flatten(0, 2)))
+    most = look.block_map(q, k, blocks=13, maxima=True, mask=mask, offset=offset).most
+    assert most is not None
+    of_queries, of_keys = (torch.arange(n) * 13 // n for n in (150, 211))
+    for a in range(13):
+        for b in range(13):
+            want = p[:, :, of_queries == a][..., of_keys == b].amax((2, 3))
+            torch.testing.assert_close(most[:, :, a, b], want, rtol=1e-4, atol=1e-6)
+
+
 ALLOW = torch.rand(2, 4, 9, 9, generator=torch.Generator().manual_seed(1)) < 0.7
 
 

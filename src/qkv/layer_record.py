@@ -1,7 +1,7 @@
 """`LayerRecord`: what one call of an attention layer attends to, in the numbers of `qkv.look`."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,16 +48,36 @@ class LayerRecord(NamedTuple):
 
     @property
     def window(self) -> int | None:
-        """Number of keys that a query sees at most, its own and those before it; None for all, or a dense mask's."""
+        """Number of keys that a query sees at most, its own and those before it; None for all, or a dense mask's.
+
+        In a layer that sees later keys, as many to each side.
+        """
         lookback = self.mask.lookback
         return None if lookback is None else lookback + 1
+
+    @property
+    def sees_later_keys(self) -> bool:
+        """Whether queries see keys after their own, as in encoders."""
+        lq = self.keys_in_effect.shape[2]
+        return not self.is_cross and sees_later_keys(self.mask, lq, lq + self.offset, self.offset)
+
+    @property
+    def group(self) -> Literal["encoder", "decoder", "cross"]:
+        """What a layer attends to: all of its text, what stands before, or another sequence."""
+        return "cross" if self.is_cross else "encoder" if self.sees_later_keys else "decoder"
+
+    @property
+    def no_number(self) -> Tensor:
+        """(B, H, Lq), which queries have no number, since they or a key that they see have NaN or inf."""
+        return ~self.keys_in_effect.isfinite()
 
     def cut_by_head(self) -> Tensor:
         """The weight that each window cuts from each query head: ``(windows, B, H)``.
 
-        In the mean over the queries that have as many keys before them; 0 where there are none.
+        In the mean over the queries that have as many keys before them, or after them if they see these; 0 where there
+        are none, and NaN where these have no number.
         """
-        return self._mean_of_those_that_lose(self.cut.mass).nan_to_num()
+        return self._mean_of_those_that_lose(self.cut.mass).masked_fill(~self._loses().any(-1, keepdim=True), 0)
 
     def change_by_head(self) -> Tensor:
         """How far each window moves the output of each query head: ``(windows, B, H)``, over the same queries."""
@@ -65,13 +85,19 @@ class LayerRecord(NamedTuple):
 
     def _mean_of_those_that_lose(self, lost: Tensor) -> Tensor:
         """The mean of ``(windows, B, H, Lq)`` over the queries from which a window may hide keys."""
-        is_token = self.is_token
+        return lost.masked_fill(~self._loses()[:, :, None], torch.nan).nanmean(-1)
+
+    def _loses(self) -> Tensor:
+        """``(windows, B, Lq)``, from which queries a window may hide keys."""
+        is_token, (rows, _, lq) = self.is_token, self.keys_in_effect.shape
         if is_token is None:
-            is_token = torch.ones(lost.shape[1], lost.shape[3], dtype=torch.bool, device=lost.device)
+            is_token = torch.ones(rows, lq, dtype=torch.bool, device=self.keys_in_effect.device)
         number = is_token.cumsum(1) + self.offset
-        windows = torch.tensor(self.windows, dtype=number.dtype, device=lost.device)
-        loses = is_token & (number > windows[:, None, None])  # (windows, B, Lq)
-        return lost.masked_fill(~loses[:, :, None], torch.nan).nanmean(-1)
+        windows = torch.tensor(self.windows, dtype=number.dtype, device=number.device)[:, None, None]
+        loses = number > windows
+        if self.sees_later_keys:
+            loses = loses | (is_token.flip(1).cumsum(1).flip(1) > windows)
+        return is_token & loses
 
     def cut_by_kv_head(self) -> Tensor:
         """The weight that each window cuts from each KV head: ``(windows, B, Hkv)``.
@@ -101,6 +127,13 @@ def cuts_nothing(window: int, sink_tokens: int, tokens: int) -> str:
     return f"a window of {window}{sinks} cuts nothing of {tokens} tokens; give a longer text or a smaller window."
 
 
+def sees_later_keys(mask: Mask, lq: int, lk: int, offset: int) -> bool:
+    """Whether a mask shows a query a key after its own."""
+    if mask.allow is None:
+        return lq > 1 and mask.shows_later_keys(1)
+    return bool(mask.visible(lq, lk, offset).triu(offset + 1).any())
+
+
 def record_call(
     name: str,
     is_cross: bool,
@@ -109,11 +142,13 @@ def record_call(
     sink_tokens: int,
     blocks: int,
     queries: Sequence[int] = (),
+    longest: int = 0,
 ) -> LayerRecord:
     """The record of a call with queries, keys, values and other arguments of `qkv.attention`.
 
     Args:
         queries: places of those whose heaviest keys are recorded; those that the call does not have are left out.
+        longest: tokens of the longest sequence of a model. A window that hides a key of it may hide none here.
 
     Raises:
         TypeError, ValueError: for windows that are not counts, or hide nothing.
@@ -125,7 +160,7 @@ def record_call(
     windows = () if is_cross else tuple(windows)
     mask, offset, lk = options["mask"], options["offset"], k.shape[2]
     for window in windows:
-        if window + sink_tokens >= lk:
+        if window + sink_tokens >= max(lk, longest):
             raise ValueError(f"record: {cuts_nothing(window, sink_tokens, lk)}")
     sees_later_keys = lq > 1 and mask.shows_later_keys(1)
     used = [Mask.band(w - 1, w - 1, sink_tokens) if sees_later_keys else w for w in windows]

@@ -7,10 +7,11 @@ are computed with in fp32. No number has a gradient.
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -20,7 +21,7 @@ from qkv.backends.reference import weights_and_lse
 from qkv.functional import Options
 from qkv.masks import Mask
 from qkv.partial import Partial, merge_stacked
-from qkv.problem import Problem, make_problem
+from qkv.problem import Problem, make_problem, trim
 from qkv.scores import Scores
 
 WEIGHTS_AT_ONCE = 1 << 22
@@ -173,7 +174,7 @@ def keys_in_effect(q: Tensor, k: Tensor, **options: Unpack[Options]) -> Tensor:
         entropy: Tensor = torch.special.entr(weights).sum(-1)
         return entropy.exp().masked_fill(lse == -torch.inf, 0)
 
-    return torch.cat([of_rows(part) for part in _rows(problem)], dim=2)
+    return torch.cat([of_rows(trim(part)) for part in _rows(problem)], dim=2)
 
 
 def distance(q: Tensor, k: Tensor, **options: Unpack[Options]) -> Distance:
@@ -231,11 +232,16 @@ def block_map(q: Tensor, k: Tensor, *, blocks: int = 64, maxima: bool = False, *
     if not maxima:
         return BlockMap(mean, None)
     most, start = torch.zeros_like(mean), 0
+    edges = [*accumulate(of_keys.bincount(minlength=mean.shape[3]).tolist(), initial=0)]
     for part in _rows(problem):
-        weights, _ = weights_and_lse(part)
-        of_rows = of_queries[start : start + part.lq, None]
+        first, seen = _seen(part)
+        weights, _ = weights_and_lse(seen)
         columns = weights.new_zeros(*weights.shape[:3], mean.shape[3])
-        columns.scatter_reduce_(3, of_keys.expand_as(weights), weights, "amax")
+        for block, (begin, end) in enumerate(pairwise(edges)):
+            of_block = weights[..., max(begin - first, 0) : max(end - first, 0)]
+            if of_block.shape[3]:
+                columns[..., block] = of_block.amax(3)
+        of_rows = of_queries[start : start + part.lq, None]
         most.scatter_reduce_(2, of_rows.expand_as(columns), columns, "amax")
         start += part.lq
     return BlockMap(mean, most)
@@ -384,10 +390,12 @@ def top_keys(
     parts = _rows(problem) if queries is None else _chosen(problem, queries)
 
     def of_rows(part: Problem) -> tuple[Tensor, Tensor]:
-        weights, keys = weights_and_lse(part)[0].topk(min(most, part.lk), dim=-1)
+        first, seen = _seen(part)
+        weights, keys = weights_and_lse(seen)[0].topk(min(most, seen.lk), dim=-1)
         before = weights.cumsum(-1) - weights
         spare = (before >= coverage) | (weights == 0)
-        return keys.masked_fill(spare, -1), weights.masked_fill(spare, 0)
+        more = 0, min(most, part.lk) - keys.shape[-1]
+        return F.pad((keys + first).masked_fill(spare, -1), more, value=-1), F.pad(weights.masked_fill(spare, 0), more)
 
     keys, weights = (torch.cat(parts, dim=2) for parts in zip(*map(of_rows, parts), strict=True))
     return TopKeys(keys, weights, weights.sum(-1))
@@ -454,6 +462,14 @@ def _chosen(problem: Problem, queries: Sequence[int]) -> Iterator[Problem]:
         yield _of_queries(problem, at % problem.lq, at % problem.lq + 1)
     if not queries:
         yield _of_queries(problem, 0, 0)
+
+
+def _seen(part: Problem) -> tuple[int, Problem]:
+    """The problem without keys that none of its queries sees, and the number of those before the others."""
+    seen = trim(part)
+    if isinstance(part.offset, Tensor) or isinstance(seen.offset, Tensor):
+        return 0, seen
+    return part.offset - seen.offset, seen
 
 
 def _cuts(problem: Problem, windows: list[int], sink_tokens: int) -> list[tuple[Tensor, Tensor]]:

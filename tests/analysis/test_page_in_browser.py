@@ -15,6 +15,7 @@ from families.small import build
 from qkv.analysis import Against, Seen, record
 from qkv.analysis.page import document, page_of
 from qkv.analysis.page.data import even_maps
+from qkv.analysis.seen import Context
 
 if not is_here():
     pytest.skip("needs playwright, axe-playwright-python and Chromium", allow_module_level=True)
@@ -135,6 +136,40 @@ def test_the_map_of_a_head_is_drawn_as_its_numbers(opened: Open) -> None:
             part = (torch.tensor(drawn / uniform).log2().item() + 4) / 8
             assert pixel[:3] == pytest.approx(colour_of(part), abs=2)
             assert cells[at] == f"{100 * drawn:.1f}%"
+
+
+@long
+def test_blocks_of_queries_without_a_number_are_not_drawn(opened: Open) -> None:
+    seen = planted()
+    seen.recording.layers[0].map.mean[0, 2, 4] = torch.nan
+    page = opened(seen)
+    page.locator("#grid td").nth(2).click()
+    assert "hidden, or no number" in page.inner_text("#map-legend")
+    width, _, pixels = page.evaluate(PIXELS)
+    drawn = [pixels[4 * n + 3] == 255 for n in range(width * width)]
+    assert drawn == [column <= row != 4 for row in range(6) for column in range(6)]
+    page.locator("#map-box").focus()
+    page.keyboard.press("ArrowUp")
+    assert page.inner_text("#map-now") == "Queries 8\u20139, keys 0\u20131: no number"
+    page.locator("#map-details summary").click()
+    assert page.locator("#map-table tbody tr").nth(4).locator("td").all_inner_texts() == ["no number"] * 6
+    page.locator("#grid td").nth(1).click()
+    assert "no number" not in page.inner_text("#map-legend")
+
+
+@long
+@pytest.mark.filterwarnings("ignore")  # of transformers' own making
+def test_groups_of_an_encoder_decoder_and_an_encoder_without_a_cache(opened: Open) -> None:
+    model, encoder = build("bart"), build("bert")
+    ids = torch.randint(3, 96, (1, 12), generator=torch.Generator().manual_seed(0))
+    found = record(model, ids, decoder_input_ids=ids[:, :9])
+    page = opened(Seen("bart", "text", TOKENS[:9], 0, 4, found, (), None, Context("source", 12, 0)))
+    names = ["encoder 0", "encoder 1", "decoder 0", "cross 0", "decoder 1", "cross 1"]
+    assert page.locator("#grid tbody th").all_inner_texts() == names
+    page = opened(Seen("bert", "text", TOKENS, 0, 4, record(encoder, ids, windows=[3]), ()))
+    assert page.get_by_text("An encoder keeps no keys.").count() == 1
+    page.locator("#grid td").first.click()
+    assert page.inner_text("#head-name").startswith("Layer 0, head 0 (encoder.layer.0")
 
 
 @long

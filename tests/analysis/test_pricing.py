@@ -206,6 +206,108 @@ def test_heads_on_a_part_of_the_base_model(kind: str) -> None:
     assert_prices(model, price(model, IDS, window=WINDOW, sink_tokens=SINKS, together=[2]))
 
 
+BOTH = {
+    "bart": lambda: transformers.BartForConditionalGeneration(
+        transformers.BartConfig(**BART, attn_implementation="eager")
+    ),
+    "t5": lambda: transformers.T5ForConditionalGeneration(
+        transformers.T5Config(
+            vocab_size=97, d_model=48, d_kv=8, d_ff=64, num_layers=2, num_heads=6, attn_implementation="eager"
+        )
+    ),
+    "t5gemma": lambda: transformers.T5GemmaForConditionalGeneration(_t5gemma()),
+}
+
+
+def _t5gemma() -> Any:
+    part = {**SIZES, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 8}
+    part |= {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 11}
+    return transformers.T5GemmaConfig(encoder=part, decoder=part, vocab_size=97, attn_implementation="eager")
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
+@pytest.mark.parametrize("name", BOTH)
+def test_prices_of_encoder_decoders_are_of_the_layers_of_their_decoders(
+    name: str, padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The text of the decoder is as long as that of the encoder, so that no length tells layers apart."""
+    monkeypatch.setattr(pricing, "LOGITS_AT_ONCE", 2 * 97 * 5)
+    torch.manual_seed(0)
+    model = BOTH[name]().eval()
+    draw_weights(model)
+    texts = {"input_ids": IDS, "decoder_input_ids": IDS.flip(1)}
+    if padded:
+        texts |= {"attention_mask": KEEP, "decoder_attention_mask": KEEP.flip(1)}
+
+    def eager(changed: list[str]) -> Tensor:
+        model.set_attn_implementation("eager")
+
+        def narrow(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            given = "mask" if "mask" in kwargs else "attention_mask"
+            mask = kwargs[given]
+            query, key = (torch.arange(n) for n in mask.shape[2:])
+            hidden = (key <= query[:, None] - WINDOW) & (key >= SINKS)
+            return args, {**kwargs, given: mask.masked_fill(hidden, torch.finfo(mask.dtype).min)}
+
+        hooks = [model.get_submodule(one).register_forward_pre_hook(narrow, with_kwargs=True) for one in changed]
+        with torch.no_grad():
+            logits = model(**texts, use_cache=False).logits[:, :-1].double()
+        for hook in hooks:
+            hook.remove()
+        loss = F.cross_entropy(logits.mT, texts["decoder_input_ids"][:, 1:], reduction="none")
+        keep = texts.get("decoder_attention_mask", torch.ones_like(IDS)).bool()
+        return loss.masked_fill(~(keep[:, 1:] & keep[:, :-1]), torch.nan)
+
+    found = price(model, **texts, window=WINDOW, sink_tokens=SINKS, together=[2])
+    want = eager([])
+    assert len(found.layers) == 2 and all("decoder" in layer for layer in found.layers)
+    assert_near(found.loss, want)
+    for layer, increase in zip(found.layers, found.increase, strict=True):
+        changed = eager([layer]) - want
+        assert changed.nan_to_num().abs().max() > 1e-3
+        assert_near(increase, changed)
+    assert_near(found.together[0].loss, eager(list(found.layers)))
+    assert_near(losses(model, **texts), want)
+
+
+def test_an_interrupt_brings_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = decoder("llama", num_hidden_layers=4)().eval()
+    draw_weights(model)
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    want = price(model, IDS, window=WINDOW, together=[1, 2])
+
+    def stop_after(number: int) -> Any:
+        def on_progress(done: int) -> None:
+            if done == number:
+                raise KeyboardInterrupt
+
+        return on_progress
+
+    for number, layers, together in ((2, 1, 0), (4, 3, 0), (6, 4, 1)):  # the loss that just ended is not yet kept
+        with pytest.raises(KeyboardInterrupt) as caught:
+            price(model, IDS, window=WINDOW, together=[1, 2], on_progress=stop_after(number))
+        assert isinstance(caught.value, pricing.PriceInterrupted)
+        found = caught.value.price
+        assert found.layers == want.layers[:layers] and found.unmeasured == 4 - layers
+        assert torch.equal(found.increase, want.increase[:layers]) and torch.equal(found.loss, want.loss)
+        assert [some.layers for some in found.together] == [some.layers for some in want.together[:together]]
+        assert found.note == f"interrupted: {layers} of 4 layers measured, in the order of their calls"
+    with pytest.raises(KeyboardInterrupt) as plain:
+        price(model, IDS, window=WINDOW, on_progress=stop_after(1))
+    assert not isinstance(plain.value, pricing.PriceInterrupted)
+    assert want.note is None
+    assert {name: dict(vars(module)) for name, module in model.named_modules()} == before
+
+
+def test_losses_of_recurrent_layers_after_padding() -> None:
+    """Whose states are those of the padding too, in eager as well."""
+    options = {"num_attention_heads": 6, "lru_width": 48, "attention_window_size": 8}
+    config = transformers.RecurrentGemmaConfig(**{**SIZES, "num_hidden_layers": 3}, **options)
+    model = transformers.RecurrentGemmaForCausalLM(config).eval()
+    draw_weights(model)
+    assert_near(losses(model, IDS, attention_mask=KEEP), eager_loss(model, [], attention_mask=KEEP))
+
+
 def test_losses_that_are_not_finite() -> None:
     model = build("llama")
 
@@ -256,6 +358,9 @@ def test_calls_that_are_refused() -> None:
     model, encoder, both, compiled = build("llama"), build("bert"), build("bart"), build("llama")
     for layer in compiled.model.layers:
         layer.compile(backend="eager")
+    config = transformers.LlamaConfig(**SIZES, num_attention_heads=6, num_key_value_heads=2, head_dim=8, num_labels=97)
+    classifier = transformers.LlamaForTokenClassification(config).eval()
+    t5 = BOTH["t5"]().eval()
     another = "model must be, or contain, a model of transformers; got Linear"
     refused: list[tuple[Any, type[Exception], str]] = [
         (
@@ -290,6 +395,18 @@ def test_calls_that_are_refused() -> None:
         (lambda: price(model, IDS, kv_heads=2), ValueError, "kv_heads must be fewer than the model's 2; got 2"),
         (lambda: price(encoder, IDS, window=4), ValueError, "must be a causal language model, with a head"),
         (lambda: price(both, IDS, window=4), ValueError, "must be a causal language model, with a head"),
+        (lambda: price(classifier, IDS, window=4), ValueError, "got LlamaForTokenClassification"),
+        (lambda: price(t5, IDS, window=4), ValueError, "decoder_input_ids must be a tensor"),
+        (
+            lambda: price(t5, IDS, decoder_input_ids=IDS, kv_heads=1),
+            ValueError,
+            "kv_heads must be None for an encoder-decoder",
+        ),
+        (
+            lambda: price(t5, IDS, decoder_input_ids=IDS[:, :9], window=9),
+            ValueError,
+            "a window of 9 cuts nothing of 9 tokens",
+        ),
     ]
     for call, kind, message in refused:
         with pytest.raises(kind, match=message):

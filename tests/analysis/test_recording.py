@@ -133,6 +133,81 @@ def test_padding_on_either_side_is_not_among_the_queries_that_lose() -> None:
         torch.testing.assert_close(found, want, rtol=1e-3, atol=1e-4)
 
 
+def test_layers_of_encoders_lose_keys_to_both_sides() -> None:
+    model = build("bert")
+    found, p = record(model, IDS, windows=[9, 14]), weights_of(model, input_ids=IDS)
+    i, j = torch.arange(23)[:, None], torch.arange(23)
+    for n, window in enumerate((9, 14)):
+        hidden = (i - j).abs() >= window
+        loses = hidden.any(1)
+        assert loses.any() and (window == 9 or not loses.all())
+        for layer, weights in zip(found.layers, p, strict=True):
+            want = (weights * hidden).sum(-1)[..., loses].mean(-1)
+            torch.testing.assert_close(layer.cut_by_head()[n], want, rtol=1e-3, atol=1e-5)
+
+
+def test_groups_of_layers() -> None:
+    groups = {name: [layer.group for layer in record(build(name), **inputs_of(name)).layers] for name in MODELS}
+    assert groups.pop("bert") == ["encoder"] * 2
+    assert groups.pop("bart") == ["encoder", "encoder", "decoder", "cross", "decoder", "cross"]
+    assert all(found == ["decoder"] * 2 for found in groups.values())
+
+
+def test_a_window_may_hide_keys_of_one_of_two_texts() -> None:
+    found = record(build("bart"), windows=[20], **inputs_of("bart"))  # 23 tokens, and 17 of the decoder
+    assert all(cut > 0 for cut in found.cut_by_layer()[:2, 0]) and not found.cut_by_layer()[[2, 4]].any()
+    with pytest.raises(ValueError, match="a window of 23 cuts nothing of 23 tokens"):
+        record(build("bart"), windows=[23], **inputs_of("bart"))
+
+
+def test_documents_that_are_packed() -> None:
+    """Told by positions that begin anew, as transformers has them; a window does not reach into another one."""
+    model = build("llama")
+    row, positions = IDS[:1], torch.cat([torch.arange(14), torch.arange(9)])[None]
+    found, p = (
+        record(model, row, position_ids=positions, windows=[4, 9]),
+        weights_of(model, input_ids=row, position_ids=positions),
+    )
+    back = torch.arange(23)[:, None] - torch.arange(23)
+    for layer, weights in zip(found.layers, p, strict=True):
+        assert not weights[:, :, 14:, :14].any() and layer.group == "decoder"
+        torch.testing.assert_close(layer.distance.mean, (weights * back).sum(-1), rtol=1e-3, atol=1e-4)
+        for n, window in enumerate((4, 9)):
+            torch.testing.assert_close(layer.cut.mass[n], (weights * (back >= window)).sum(-1), rtol=1e-3, atol=1e-4)
+
+
+def test_layers_without_heads_are_named() -> None:
+    kinds = ["conv", "full_attention", "conv", "full_attention"]
+    model = decoder("lfm2", num_hidden_layers=4, layer_types=kinds)().eval()
+    found = record(model, IDS)
+    assert found.without_heads == ("model.layers.0", "model.layers.2")
+    assert "model.layers.2 keeps no keys by heads" in str(found).splitlines()
+    assert all(record(build(name), **inputs_of(name)).without_heads == () for name in ("llama", "gpt2", "bart"))
+
+
+def test_queries_without_a_number_are_known() -> None:
+    model = build("llama")
+
+    def spoil(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        return out.index_fill(1, torch.tensor([20]), torch.nan)
+
+    handle = model.model.layers[1].self_attn.q_proj.register_forward_hook(spoil)
+    first, second = record(model, IDS, windows=[4]).layers
+    handle.remove()
+    assert not first.no_number.any()
+    assert second.no_number.any((0, 1)).nonzero().tolist() == [[20]] and second.no_number[:, :, 20].all()
+    clean = record(model, IDS, windows=[4]).layers[1]
+    others = [i for i in range(23) if i != 20]
+    torch.testing.assert_close(second.mean(second.keys_in_effect), clean.keys_in_effect[..., others].mean(-1))
+    torch.testing.assert_close(second.cut_by_head()[0], clean.cut.mass[0][..., others[4:]].mean(-1))
+    handle = model.model.layers[1].self_attn.k_proj.register_forward_hook(
+        lambda module, args, out: out.index_fill(1, torch.tensor([0]), torch.nan)
+    )
+    second = record(model, IDS, windows=[4]).layers[1]
+    handle.remove()
+    assert second.no_number.all() and second.cut_by_head().isnan().all(), "not 0, which would be an answer"
+
+
 def test_what_is_asked_of_the_model_is_given() -> None:
     """Logits of all tokens for labels, and all queries of a model whose body leaves some out for a few logits."""
     assert len(record(build("qwen3"), IDS, labels=IDS).layers) == 2
@@ -198,6 +273,9 @@ def test_recordings_are_printed_as_tables() -> None:
     assert lines[3].startswith("cut: the weight on keys that a window hides, with 2 sink tokens, of the KV head")
     assert all(len(line) <= 120 for line in lines)
     assert "a context" in str(record(build("bart"), windows=[4], **inputs_of("bart")))
+    assert "left out" not in text
+    padded = str(record(build("gemma2"), IDS, windows=[4], attention_mask=KEEP))
+    assert "left out: 6 queries of padding" in padded.splitlines()
 
 
 def test_a_notebook_shows_a_recording_as_a_table() -> None:

@@ -15,24 +15,40 @@ def llama(**changes: Any) -> Any:
     return LlamaConfig(**SIZES | sizes | changes)
 
 
-def save(config: Any, folder: Path, *, chat_template: str | None = None) -> str:
-    """Saves a random model of ``config`` with its tokenizer, and returns the folder as ``--model`` takes it."""
+def save(
+    config: Any,
+    folder: Path,
+    *,
+    chat_template: str | None = None,
+    auto: str = "AutoModelForCausalLM",
+    has_ends: bool = False,
+    words: tuple[str, ...] = WORDS,
+) -> str:
+    """Saves a random model of ``config`` with its tokenizer, and returns the folder as ``--model`` takes it.
+
+    Args:
+        auto: the class of transformers that makes the model.
+        has_ends: whether the tokenizer puts an ``<unknown>`` in front of a text and an ``<end>`` after it.
+    """
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     torch.manual_seed(3)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tokenizer = _tokenizer()
+    getattr(transformers, auto).from_config(config).save_pretrained(folder)
+    tokenizer = _tokenizer(words, has_ends)
     tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(folder)
     return str(folder)
 
 
-def _tokenizer() -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers
+def _tokenizer(known: tuple[str, ...], has_ends: bool) -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {word: index for index, word in enumerate(["<unknown>", "<end>", *WORDS])}
+    vocabulary = {word: index for index, word in enumerate(["<unknown>", "<end>", *known])}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if has_ends:
+        ends = [("<unknown>", 0), ("<end>", 1)]
+        words.post_processor = processors.TemplateProcessing(single="<unknown> $A <end>", special_tokens=ends)
     return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unknown>", eos_token="<end>", pad_token="<end>")

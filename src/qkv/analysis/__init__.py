@@ -1,6 +1,7 @@
 """What models of transformers attend to on a text (`record`), and what changes would cost them (`price`)."""
 
 from qkv.analysis.pricing import Price as Price
+from qkv.analysis.pricing import PriceInterrupted as PriceInterrupted
 from qkv.analysis.pricing import Together as Together
 from qkv.analysis.pricing import losses as losses
 from qkv.analysis.pricing import price as price
@@ -23,6 +24,7 @@ __all__ = [
     "CostlyToken",
     "LayerRecord",
     "Price",
+    "PriceInterrupted",
     "Reach",
     "Recording",
     "Saving",

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from qkv.convert.heads.pooling import ConversionMethod
-from qkv.convert.state import convert_state_dict
+from qkv.convert.plan import plan_conversion
+from qkv.convert.state import convert_state_dict, specs_of
 from qkv.integrations.transformers.attention import NAME, observed
 from qkv.masks import Mask
 
@@ -76,17 +77,9 @@ class FewerHeads(Change):
     """Fewer KV heads: modules of the same class, with the weights that a conversion of the model would have."""
 
     def __init__(self, model: Any, kv_heads: int, how: ConversionMethod) -> None:
+        check_kv_heads("price", model, kv_heads, how)
         self._model = model
-        config = model.config.to_dict()
-        now = model.config.get_text_config().num_key_value_heads if "num_key_value_heads" in config else None
-        if kv_heads == now:
-            raise ValueError(f"price: kv_heads must be fewer than the model's {now}; got {kv_heads}.")
-        converted = convert_state_dict(model.state_dict(), config, kv_heads, how=how)
-        if converted.config["model_type"] != config["model_type"]:
-            raise ValueError(
-                f"price: {config['model_type']} becomes {converted.config['model_type']} with fewer KV heads, whose "
-                "layers do not fit into it. Convert it, and compare the whole: qkv convert --kv-heads."
-            )
+        converted = convert_state_dict(model.state_dict(), model.config.to_dict(), kv_heads, how=how)
         self._weights = converted.state_dict
         with torch.device("meta"):
             self._pooled = type(model)(type(model.config)(**converted.config))
@@ -117,3 +110,20 @@ class FewerHeads(Change):
                 raise ValueError(f"price: {name} must not have a forward of its own, as {key or 'it'} has.")
             vars(made.get_submodule(key)).update({hooks: vars(part)[hooks] for hooks in HOOKS})
         return made
+
+
+def check_kv_heads(caller: str, model: Any, kv_heads: int, how: ConversionMethod) -> None:
+    """Raises a CheckpointError or ValueError unless layers of a model can have so many KV heads.
+
+    From names and shapes alone: the model may be on the meta device.
+    """
+    config = model.config.to_dict()
+    now = model.config.get_text_config().num_key_value_heads if "num_key_value_heads" in config else None
+    if kv_heads == now:
+        raise ValueError(f"{caller}: kv_heads must be fewer than the model's {now}; got {kv_heads}.")
+    becomes = plan_conversion(caller, config, specs_of(model.state_dict()), kv_heads, how=how).config["model_type"]
+    if becomes != config["model_type"]:
+        raise ValueError(
+            f"{caller}: {config['model_type']} becomes {becomes} with fewer KV heads, whose layers do not fit into it. "
+            "Convert it, and compare the whole: qkv convert --kv-heads."
+        )

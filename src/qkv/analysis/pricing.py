@@ -14,9 +14,8 @@ from qkv.analysis.changes import Change, FewerHeads, Window
 from qkv.arguments import require_count
 from qkv.convert.heads.pooling import ConversionMethod
 from qkv.integrations.transformers.attention import observed
-from qkv.integrations.transformers.watching import Watched, watched
-from qkv.layer_record import cuts_nothing
-from qkv.masks import Mask
+from qkv.integrations.transformers.watching import Watched, stacks, watched
+from qkv.layer_record import cuts_nothing, sees_later_keys
 
 LOGITS_AT_ONCE = 1 << 22
 """Number of logits that are computed at once: 16 MiB in fp32, which allocators keep for the next ones."""
@@ -50,6 +49,16 @@ class Price(NamedTuple):
     """(layers, B, L - 1), of the loss, if this layer alone were changed"""
     together: tuple[Together, ...]
     """with the cheapest layers changed at once"""
+    unmeasured: int | None = None
+    """where it was interrupted: number of layers whose price was not found"""
+
+    @property
+    def note(self) -> str | None:
+        """How far it came, if it was interrupted."""
+        if self.unmeasured is None:
+            return None
+        found = len(self.layers)
+        return f"interrupted: {found} of {found + self.unmeasured} layers measured, in the order of their calls"
 
     @property
     def by_layer(self) -> Tensor:
@@ -67,6 +76,14 @@ class Price(NamedTuple):
         return tuple(self.by_layer.argsort(stable=True).tolist())
 
 
+class PriceInterrupted(KeyboardInterrupt):
+    """An interrupt while `price` ran, with what it had found."""
+
+    def __init__(self, price: Price) -> None:
+        super().__init__(price.note)
+        self.price = price
+
+
 def price(
     model: nn.Module,
     input_ids: Tensor,
@@ -79,7 +96,7 @@ def price(
     on_progress: Callable[[int], None] | None = None,
     **inputs: Any,
 ) -> Price:
-    """The loss on a text if one layer of a causal language model had a window or fewer KV heads, layer by layer.
+    """The loss on a text if one layer of a language model had a window or fewer KV heads, layer by layer.
 
     With ``p`` the model's probabilities, the loss of token t is ``-log p(token t | tokens before)``. For the price of a
     layer it alone is changed, and then several at once, the cheapest first. What lies below a changed layer is not
@@ -87,8 +104,12 @@ def price(
     each other than their output are computed as a whole. The outputs of all layers are kept meanwhile,
     ``B * L * layers * width`` numbers. It is the price before training, which lowers it.
 
+    Of an encoder-decoder, the loss is that of ``decoder_input_ids``, which start with the token that its decoder starts
+    with, and a window has a price in the layers in which the decoder attends to these.
+
     Args:
-        model: a causal language model of transformers, of any family that runs on "qkv", in evaluation mode.
+        model: a causal language model or encoder-decoder of transformers, of any family that runs on "qkv", in
+            evaluation mode.
         input_ids: ``(B, L)``.
         window: number of keys that a query would see at most, its own and those before it, as `Mask.causal` counts.
         sink_tokens: number of first keys that the window shows too.
@@ -100,10 +121,11 @@ def price(
         **inputs: other arguments of the model, such as ``attention_mask``.
 
     Raises:
+        PriceInterrupted: for a KeyboardInterrupt after the first layer, with those that were measured before it.
         TypeError: for anything but a model of transformers.
-        ValueError: for a model that is training, does not run on "qkv" or is not a causal language model, both or
-            neither of window and kv_heads, a text that is no longer than the window, a change that alters no layer,
-            more layers together than it alters, and losses that are not finite.
+        ValueError: for a model that is training, does not run on "qkv" or predicts no tokens from those before, both
+            or neither of window and kv_heads, kv_heads of an encoder-decoder, a text that is no longer than the window,
+            a change that alters no layer, more layers together than it alters, and losses that are not finite.
         CheckpointError: for KV heads that the model cannot have, and families that `convert` does not know.
 
     Example:
@@ -138,11 +160,25 @@ def price(
             raise ValueError(
                 f"price: the model as it is must have a finite loss at each token; {lost} are not. Try another dtype."
             )
-        increase = torch.stack([loss([index]) - stack.loss for index in range(len(names))])
         of = change.window, change.sink_tokens, change.kv_heads
-        alone = Price(str(change), *of, names, stack.loss, increase, ())
-        cheapest = [tuple(sorted(alone.cheapest[:number])) for number in together]
-        return alone._replace(together=tuple(Together(chosen, loss(chosen)) for chosen in cheapest))
+        increases: list[Tensor] = []
+        some: list[Together] = []
+
+        def so_far() -> Price:
+            return Price(str(change), *of, names[: len(increases)], stack.loss, torch.stack(increases), tuple(some))
+
+        try:
+            for index in range(len(names)):
+                increases.append(loss([index]) - stack.loss)  # noqa: PERF401 - those found so far
+            cheapest = so_far().cheapest
+            for number in together:
+                chosen = tuple(sorted(cheapest[:number]))
+                some.append(Together(chosen, loss(chosen)))
+        except KeyboardInterrupt as interrupt:
+            if not increases:
+                raise
+            raise PriceInterrupted(so_far()._replace(unmeasured=len(names) - len(increases))) from interrupt
+        return so_far()
 
 
 def losses(model: nn.Module, input_ids: Tensor, **inputs: Any) -> Tensor:
@@ -170,49 +206,53 @@ def _change(text: "_Text", window: int | None, sink_tokens: int, kv_heads: int |
         raise ValueError(f"price: give either window or kv_heads; got {window!r} and {kv_heads!r}.")
     if kv_heads is not None:
         require_count("price", "kv_heads", kv_heads)
+        if text.is_encoder_decoder:
+            raise ValueError(
+                f"price: kv_heads must be None for an encoder-decoder, whose layers of all kinds have as many; got "
+                f"{kv_heads}. Convert it, and compare the whole: qkv convert --kv-heads."
+            )
         if sink_tokens:
             raise ValueError(f"price: sink_tokens belong to a window; got {sink_tokens} with kv_heads={kv_heads}.")
         return FewerHeads(text.model, kv_heads, how)
     assert window is not None
     require_count("price", "window", window)
     require_count("price", "sink_tokens", sink_tokens, 0)
-    length, shown = text.input_ids.shape[1], window + sink_tokens
+    length, shown = text.tokens.shape[1], window + sink_tokens
     if shown >= length:
         raise ValueError(f"price: {cuts_nothing(window, sink_tokens, length)}")
     return Window(window, sink_tokens)
 
 
-def sees_later_keys(q: Tensor, k: Tensor, options: dict[str, Any]) -> bool:
-    """Whether a query of a call of attention sees keys after its own."""
-    mask: Mask = options["mask"]
-    if mask.allow is None:
-        return mask.shows_later_keys(1)
-    seen = mask.visible(q.shape[2], k.shape[2], options["offset"], device=q.device)
-    return bool(seen.triu(options["offset"] + 1).any())
+def _require_tokens(caller: str, name: str, token_ids: Any) -> None:
+    is_text = isinstance(token_ids, Tensor) and token_ids.dim() == 2 and not token_ids.is_floating_point()
+    if not is_text or token_ids.shape[0] < 1 or token_ids.shape[1] < 2:
+        raise ValueError(f"{caller}: {name} must be a tensor (B, L) of integers, two tokens or more.")
 
 
 class _Text:
     """A text on a model, and its loss."""
 
     def __init__(self, caller: str, model: Any, input_ids: Tensor, inputs: dict[str, Any]) -> None:
-        is_text = isinstance(input_ids, Tensor) and input_ids.dim() == 2 and not input_ids.is_floating_point()
-        if not is_text or input_ids.shape[0] < 1 or input_ids.shape[1] < 2:
-            raise ValueError(f"{caller}: input_ids must be a tensor (B, L) of integers, two tokens or more.")
+        _require_tokens(caller, "input_ids", input_ids)
         for name in ("labels", "past_key_values"):
             if inputs.get(name) is not None:
                 raise ValueError(f"{caller}: {name} must not be given; the text is input_ids, read as a whole.")
-        self.caller, self.model, self.input_ids = caller, model, input_ids.long()
-        self.inputs = {"use_cache": False, "return_dict": True, **inputs}
+        self.caller, self.model = caller, model
         self.body = getattr(model, "base_model", model)
-        if self.body is model or model.get_output_embeddings() is None:
+        self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
+        has_body = self.is_encoder_decoder or self.body is not model
+        if not has_body or model.get_output_embeddings() is None:
             raise ValueError(
                 f"{caller}: model must be a causal language model, with a head; got {type(model).__name__}."
             )
-        words = len(input_ids) * self.model.config.get_text_config().vocab_size
+        self.inputs = {"input_ids": input_ids, "use_cache": False, "return_dict": True, **inputs}
+        predicted = "decoder_input_ids" if self.is_encoder_decoder else "input_ids"
+        keep = inputs.get("decoder_attention_mask" if self.is_encoder_decoder else "attention_mask")
+        _require_tokens(caller, predicted, self.inputs.get(predicted))
+        self.tokens = self.inputs[predicted] = self.inputs[predicted].long()
+        words = len(self.tokens) * self.model.config.get_text_config().vocab_size
         self.tokens_at_once = max(1, LOGITS_AT_ONCE // words)
-        keep = inputs.get("attention_mask")
-        input_ids = self.input_ids
-        self.is_predicted = torch.ones_like(input_ids[:, 1:], dtype=torch.bool)
+        self.is_predicted = torch.ones_like(self.tokens[:, 1:], dtype=torch.bool)
         if isinstance(keep, Tensor) and keep.dim() == 2:
             self.is_predicted = keep[:, 1:].bool() & keep[:, :-1].bool()
 
@@ -227,11 +267,13 @@ class _Text:
         def of_tokens(start: int, stop: int | None) -> Any:
             return type(outputs[0])(last_hidden_state=outputs[0].last_hidden_state[:, start:stop])
 
-        # The head of a few models is applied to a part of the base model, its decoder.
+        # The head of a few models is applied to a part of the base model, its decoder; that of T5 has no base model.
         for body in dict.fromkeys([self.body, self.model.get_decoder()]):
+            if body is self.model:
+                continue
             self.body, forward = body, body.forward
             with _forward_as(run, body):
-                self.model(input_ids=self.input_ids, **self.inputs)
+                self.model(**self.inputs)
             if outputs:
                 break
         else:
@@ -239,11 +281,14 @@ class _Text:
             raise ValueError(f"{self.caller}: the head of {name} must be applied to the output of its base model.")
         found = []
         step = self.tokens_at_once
-        for start in range(0, self.input_ids.shape[1] - 1, step):
-            following = self.input_ids[:, start + 1 : start + 1 + step]
+        for start in range(0, self.tokens.shape[1] - 1, step):
+            following = self.tokens[:, start + 1 : start + 1 + step]
             few = of_tokens(start, start + following.shape[1])
+            given = {"input_ids": following}
+            if self.is_encoder_decoder:  # where the encoder is not part of the body, it is not called either
+                given = {"decoder_input_ids": following, "encoder_outputs": (few.last_hidden_state,)}
             with _forward_as(lambda *_, few=few, **__: few, self.body):
-                logits = self.model(input_ids=following, use_cache=False, return_dict=True).logits.float()
+                logits = self.model(**given, use_cache=False, return_dict=True).logits.float()
             few_losses = F.cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="none")
             found.append(few_losses.view_as(following))
         loss = torch.cat(found, dim=1)
@@ -258,9 +303,7 @@ class _Stack:
 
     def __init__(self, text: _Text, known: Watched, change: Change) -> None:
         self.text = text
-        lists = [module for module in text.model.modules() if isinstance(module, nn.ModuleList)]
-        within = {id(part) for outer in lists for part in outer.modules() if part is not outer}
-        blocks = [block for blocks in lists if id(blocks) not in within for block in blocks]
+        blocks = [block for blocks in stacks(text.model) for block in blocks]
         called: dict[nn.Module, int] = {}
         seen: list[nn.Module] = []
         outputs: list[Any] = []
@@ -273,7 +316,10 @@ class _Stack:
             return output
 
         def observe(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> None:
-            if known.is_cross(module, q, k, options) or sees_later_keys(q, k, options):
+            lengths = q.shape[2], k.shape[2]
+            if known.is_cross(module, q, k, options) or sees_later_keys(options["mask"], *lengths, options["offset"]):
+                if text.is_encoder_decoder:  # whose decoder's own layers have a price
+                    return
                 name = known.names[id(module)]
                 raise ValueError(f"price: model must be causal; {name} attends to more than earlier tokens.")
             seen.append(module)

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from qkv.analysis.changes import Window
-from qkv.analysis.pricing import sees_later_keys
 from qkv.analysis.recording import without_what_is_not_recorded
 from qkv.arguments import require_count, require_int
 from qkv.integrations.transformers.attention import observed
 from qkv.integrations.transformers.watching import watched
+from qkv.layer_record import sees_later_keys
 from qkv.masks import Mask
 
 
@@ -77,7 +77,8 @@ def reach(
 
         def observe(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Mask | None:
             name = known.names[id(module)]
-            if known.is_cross(module, q, k, options) or sees_later_keys(q, k, options):
+            lengths = q.shape[2], k.shape[2]
+            if known.is_cross(module, q, k, options) or sees_later_keys(options["mask"], *lengths, options["offset"]):
                 raise ValueError(f"reach: model must be causal; {name} attends to more than earlier tokens.")
             lookback, window = options["mask"].lookback, narrower.get(name)
             seen = [None if lookback is None else lookback + 1, None if window is None else window.window]

@@ -19,6 +19,8 @@ class Recording(NamedTuple):
     windows: tuple[int, ...]
     sink_tokens: int
     layers: tuple[LayerRecord, ...]
+    without_heads: tuple[str, ...] = ()
+    """names of the layers that keep no keys by heads, such as recurrent ones between others"""
 
     def cut_by_layer(self) -> Tensor:
         """The weight that windows cut from layers, of the KV head which loses most: ``(layers, windows)``.
@@ -38,23 +40,30 @@ class Recording(NamedTuple):
         rows = [[layer.name, *row] for layer, row in zip(self.layers, words, strict=True)]
         return [["layer", "sees", "in effect", "distance", "sinks", *cuts], *rows]
 
-    def _note(self) -> str:
-        """What is meant by a cut."""
-        sinks = f", with {self.sink_tokens} sink tokens" if self.sink_tokens else ""
-        return f"cut: the weight on keys that a window hides{sinks}, of the KV head that loses most; before training"
+    def _notes(self) -> list[str]:
+        """What is not in the table, and what is meant by a cut."""
+        notes = [f"{name} keeps no keys by heads" for name in self.without_heads]
+        padding = [int((~layer.is_token).sum()) for layer in self.layers if layer.is_token is not None]
+        if any(padding):
+            notes.append(f"left out: {max(padding)} queries of padding")
+        if self.windows:
+            sinks = f", with {self.sink_tokens} sink tokens" if self.sink_tokens else ""
+            what = f"the weight on keys that a window hides{sinks}, of the KV head that loses most; before training"
+            notes.append(f"cut: {what}")
+        return notes
 
     def _repr_html_(self) -> str:
         """The table, for notebooks."""
         from qkv.analysis.page.markup import table
 
         heading, *rows = self._lines()
-        return table(self._note() if self.windows else "What layers attend to", heading, rows)
+        return table("; ".join(self._notes()) or "What layers attend to", heading, rows)
 
     def __str__(self) -> str:
         lines = self._lines()
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         rows = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]
-        return "\n".join([*rows, *([self._note()] if self.windows else [])])
+        return "\n".join([*rows, *self._notes()])
 
 
 def record(
@@ -87,8 +96,8 @@ def record(
 
     Raises:
         TypeError: for anything but a model of transformers, and windows that are not integers.
-        ValueError: for a model that is training or does not run on "qkv", a window that hides no key, a query that
-            no layer has, and a model without a layer that has heads of keys.
+        ValueError: for a model that is training or does not run on "qkv", a window that hides no key of the longest
+            sequence, a query that no layer has, and a model without a layer that has heads of keys.
 
     Example:
         >>> from qkv.analysis import record
@@ -96,27 +105,33 @@ def record(
     """
     check_options(windows, sink_tokens, blocks, queries)
     found: list[LayerRecord] = []
+    attended: set[int] = set()
     with watched("record", model) as known:
         given = {**inputs} if input_ids is None else {"input_ids": input_ids, **inputs}
         given = without_what_is_not_recorded(model, given)
+        texts = (given.get(name) for name in ("input_ids", "decoder_input_ids"))
+        longest = max((text.shape[1] for text in texts if isinstance(text, Tensor)), default=0)
 
         def observe(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> None:
             name, is_cross = known.names[id(module)], known.is_cross(module, q, k, options)
             if "sinks" in options:
                 raise ValueError(f"record: {name} has a sink logit for each query, of which there are no numbers.")
-            found.append(record_call(name, is_cross, (q, k, v, options), windows, sink_tokens, blocks, queries))
+            call = q, k, v, options
+            found.append(record_call(name, is_cross, call, windows, sink_tokens, blocks, queries, longest))
+            attended.add(id(module))
 
         with observed(observe):
             model(**given)
         if not found:
             raise known.no_calls("record")
-    longest = max(layer.keys_in_effect.shape[2] for layer in found)
+        without_heads = known.without_heads(attended)
+    most = max(layer.keys_in_effect.shape[2] for layer in found)
     for query in queries:
-        if not -longest <= query < longest:
+        if not -most <= query < most:
             raise ValueError(
-                f"record: each of queries must be from {-longest} to {longest - 1}, for {longest} queries; got {query}."
+                f"record: each of queries must be from {-most} to {most - 1}, for {most} queries; got {query}."
             )
-    return Recording(tuple(windows), sink_tokens, tuple(found))
+    return Recording(tuple(windows), sink_tokens, tuple(found), without_heads)
 
 
 def without_what_is_not_recorded(model: Any, given: dict[str, Any]) -> dict[str, Any]:

@@ -1,13 +1,13 @@
 """`Seen`: what a model attends to on a text, what changes would cost it, and which layers could have a window."""
 
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from qkv.analysis.labels import numbers_of
 from qkv.analysis.pricing import Price
 from qkv.analysis.reach import Reach
 from qkv.analysis.recording import Recording
@@ -56,6 +56,15 @@ class Against(NamedTuple):
         return _costly(self.before, self.loss - self.before, count)
 
 
+class Context(NamedTuple):
+    """The text that the encoder of an encoder-decoder reads."""
+
+    text: str
+    """its name"""
+    tokens: int
+    tokens_left_out: int | None
+
+
 class Agreement(NamedTuple):
     """How alike KV heads are that a change would make one."""
 
@@ -83,20 +92,21 @@ def rows_of(layer: LayerRecord, n: int) -> list[Row]:
 
 
 class Seen(NamedTuple):
-    """What was found of a model on a text of one row."""
+    """What was found of a model on a text of one row; of an encoder-decoder, on the text that its decoder reads."""
 
     model: str
     text: str
     """its name"""
     tokens: tuple[str, ...]
     """each as it reads"""
-    tokens_left_out: int
-    """of the text, beyond those"""
+    tokens_left_out: int | None
+    """of the text, beyond those; None if there were more than were counted"""
     bytes_per_number: int
     """of keys and values in the cache"""
     recording: Recording
     prices: tuple[Price, ...]
     against: Against | None = None
+    context: Context | None = None
     shown: tuple[int, ...] | None = None
     """numbers of the layers whose heads are shown one by one; None for all"""
     seven: Seven | None = None
@@ -114,12 +124,16 @@ class Seen(NamedTuple):
     def cache_bytes(self, changed: Mapping[str, Price], tokens: int | None = None) -> int:
         """Bytes of the keys and values of the text or of so many tokens.
 
-        Of all layers, some of which, by name, are changed as priced.
+        Of all layers but those of encoders, which keep none; some, by name, are changed as priced.
         """
         count, total = len(self.tokens) if tokens is None else tokens, 0
         for layer in self.recording.layers:
+            if layer.group == "encoder":
+                continue
             price = changed.get(layer.name)
             heads, length = layer.kv_heads, count
+            if layer.is_cross and self.context is not None:
+                length = self.context.tokens
             if layer.window is not None:
                 length = min(length, layer.window)
             if price is not None and price.window is not None:
@@ -166,6 +180,7 @@ class Seen(NamedTuple):
             "text": self.text,
             "tokens": len(self.tokens),
             "tokens_left_out": self.tokens_left_out,
+            "context": None if self.context is None else self.context._asdict(),
             "cache_bytes": self.cache_bytes({}),
             "windows": list(recording.windows),
             "sink_tokens": recording.sink_tokens,
@@ -175,6 +190,7 @@ class Seen(NamedTuple):
                     "mask": str(layer.mask),
                     "window": layer.window,
                     "is_cross": layer.is_cross,
+                    "group": layer.group,
                     "heads": layer.heads,
                     "kv_heads": layer.kv_heads,
                     "keys_in_effect": _numbers(layer.mean(layer.keys_in_effect)[0]),
@@ -182,9 +198,11 @@ class Seen(NamedTuple):
                     "sinks": _numbers(layer.mean(layer.sinks.first + layer.sinks.learned)[0]),
                     "cut_by_kv_head": None if cut is None else [_numbers(row) for row in cut],
                     "queries": self._rows_as_json(layer) if is_shown else [],
+                    "queries_without_number": int(layer.no_number[0].sum()),
                 }
                 for layer, cut, is_shown in zip(recording.layers, cuts, self.is_shown(), strict=True)
             ],
+            "without_heads": list(recording.without_heads),
             "prices": [self._price_as_json(price) for price in self.prices],
             "against": None if self.against is None else self._against_as_json(self.against),
             "agreements": [
@@ -245,6 +263,8 @@ class Seen(NamedTuple):
             "sink_tokens": price.sink_tokens,
             "kv_heads": price.kv_heads,
             "loss": _number(price.loss.nanmean().item()),
+            "layers": list(price.layers),
+            "layers_unmeasured": price.unmeasured,
             "increase_by_layer": _numbers(price.by_layer),
             "together": [
                 {"layers": list(saving.layers), "increase": _number(saving.increase), "cache_bytes": saving.cache_bytes}
@@ -278,26 +298,6 @@ def _costly(loss: Tensor, increase: Tensor, count: int) -> list[CostlyToken]:
     found = increase[0].masked_fill(increase[0].isnan(), -torch.inf).topk(min(count, increase.shape[1]))
     pairs = zip(found.indices.tolist(), found.values.tolist(), strict=True)
     return [CostlyToken(at + 1, loss[0, at].item(), more) for at, more in pairs if more > 0]
-
-
-def labels(names: Sequence[str]) -> list[str]:
-    """Short names of layers: their numbers, where they differ in these alone.
-
-    Example:
-        >>> labels(["model.layers.0.self_attn", "model.layers.1.self_attn"])
-        ['0', '1']
-    """
-    parts = [re.fullmatch(r"(.*?)(\d+)(.*)", name) for name in names]
-    around = {(part[1], part[3]) for part in parts if part}
-    numbers = [part[2] for part in parts if part]
-    if len(around) == 1 and len(set(numbers)) == len(names):
-        return numbers
-    return [name.removeprefix("model.") for name in names]
-
-
-def numbers_of(names: Sequence[str]) -> list[int]:
-    """The numbers of layers in the model, as their names have them; else, their places among these."""
-    return [int(label) if label.isdecimal() else index for index, label in enumerate(labels(names))]
 
 
 def _numbers(values: Tensor) -> list[float | None]:

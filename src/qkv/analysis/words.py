@@ -5,20 +5,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from qkv.convert.families.windows import as_ranges
+from qkv.analysis.labels import labels_of, listed
 from qkv.layer_record import LayerRecord
-
-
-def listed(labels: Sequence[str]) -> str:
-    """Layers by their labels: numbers that follow each other together.
-
-    Example:
-        >>> listed(["0", "1", "2", "5"]), listed(["encoder.0", "decoder.0"])
-        ('0-2, 5', 'encoder.0, decoder.0')
-    """
-    if all(label.isdecimal() for label in labels):
-        return as_ranges(map(int, labels))
-    return ", ".join(labels)
 
 
 def counted(number: int, noun: str) -> str:
@@ -56,7 +44,9 @@ def keys_seen(layer: LayerRecord) -> str:
     if layer.is_cross:
         return "a context"
     if layer.window is not None:
-        return counted(layer.window, "key") + " at most"
+        return counted(layer.window, "key") + (
+            " to each side, its own counted, at most" if layer.sees_later_keys else " at most"
+        )
     if layer.mask.allow is not None:
         return "what a dense mask shows"
     return "all keys before it and its own" if layer.mask.is_causal else "all keys"
@@ -72,7 +62,8 @@ def what_layers_see(layers: Sequence[LayerRecord], cuts: Tensor) -> list[list[st
     for layer, row in zip(layers, cuts.tolist(), strict=True):
         spent = layer.mean(layer.sinks.first + layer.sinks.learned)
         rest = "all keys" if layer.mask.allow is None else "a dense mask"
-        seen = rest if layer.window is None else f"{layer.window:,} keys"
+        side = " a side" if layer.sees_later_keys else ""
+        seen = rest if layer.window is None else f"{layer.window:,} keys{side}"
         found.append(
             [
                 "a context" if layer.is_cross else seen,
@@ -83,3 +74,34 @@ def what_layers_see(layers: Sequence[LayerRecord], cuts: Tensor) -> list[list[st
             ]
         )
     return found
+
+
+def narrow_layers(layers: Sequence[LayerRecord], window: int) -> str | None:
+    """Which layers a window does not change, since they see as few keys already; None if it changes all.
+
+    Example:
+        >>> narrow_layers(record(mistral, text).layers, 8192)  # doctest: +SKIP
+        'layers 0-31 see 4,096 keys at most'
+    """
+    found: dict[tuple[int, bool], list[str]] = {}
+    for label, layer in zip(labels_of(layers), layers, strict=True):
+        if not layer.is_cross and layer.window is not None and layer.window <= window:
+            found.setdefault((layer.window, layer.sees_later_keys), []).append(label)
+    says = [
+        f"{'layer' if len(some) == 1 else 'layers'} {listed(some)} {'sees' if len(some) == 1 else 'see'} "
+        f"{own:,} {'key' if own == 1 else 'keys'}{' a side' if is_for_sides else ''} at most"
+        for (own, is_for_sides), some in found.items()
+    ]
+    return "; ".join(says) or None
+
+
+def without_number(layers: Sequence[LayerRecord]) -> str | None:
+    """What the means of layers leave out, in words; None if nothing."""
+    found = [
+        f"{count:,} in layer {label}"
+        for label, layer in zip(labels_of(layers), layers, strict=True)
+        if (count := int(layer.no_number[0].sum())) > 0
+    ]
+    if not found:
+        return None
+    return f"Queries of heads that have no number, for NaN or inf, and are left out of the means: {', '.join(found)}."

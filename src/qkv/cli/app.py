@@ -10,7 +10,7 @@ from qkv.cli.convert import convert
 from qkv.cli.demo import demo
 from qkv.cli.doctor import doctor
 from qkv.cli.inspect import inspect
-from qkv.cli.see import see
+from qkv.cli.see.command import see
 
 app = typer.Typer(
     help="Attention layers for PyTorch: see, inspect and convert models, compare, benchmark, check the installation.",

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qkv.cli.layers import LENGTH, describe, describe_kinds, kv_bytes
-from qkv.cli.options import count_option
+from qkv.cli.options import SINK_TOKENS, count_option
 from qkv.convert import (
     CheckpointError,
     CheckpointPlan,
@@ -92,6 +92,7 @@ def convert(
     sink_tokens: Annotated[
         int,
         typer.Option(
+            *SINK_TOKENS,
             help="First tokens that all queries see besides the window. No configuration can express them, so only 0 "
             "is taken.",
             metavar="TOKENS",

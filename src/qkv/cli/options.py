@@ -7,6 +7,9 @@ import typer
 MAX_COUNT = 10**12
 """Larger than any real size, and within 64 bits."""
 
+SINK_TOKENS = "--sink-tokens", "--sinks"
+"""Names of the option of first tokens that a window shows: the one in texts, and a short one."""
+
 
 class Dtype(str, Enum):
     """The values of ``--dtype``."""

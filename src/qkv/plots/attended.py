@@ -74,7 +74,7 @@ def heads(recording: "Recording", of: Of, *, window: int | None = None, ax: "Axe
         >>> from qkv import plots
         >>> plots.heads(record(model, input_ids, windows=[256]), "cut", window=256)  # doctest: +SKIP
     """
-    from qkv.analysis.seen import labels  # with transformers, which pictures of masks need not have
+    from qkv.analysis.labels import labels  # with transformers, which pictures of masks need not have
 
     known = ["cut", "change", *NUMBERS]
     if of not in known:

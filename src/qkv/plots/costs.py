@@ -52,7 +52,7 @@ def price(price: "Price", *, ax: "Axes | None" = None) -> "Figure":
         >>> from qkv import plots
         >>> plots.price(price(model, input_ids, window=256))  # doctest: +SKIP
     """
-    from qkv.analysis.seen import labels  # with transformers, which pictures of masks need not have
+    from qkv.analysis.labels import labels  # with transformers, which pictures of masks need not have
 
     costs = price.by_layer.tolist()
     ax = axes_for("plots.price", ax, max(4.0, 1.2 + 0.2 * len(costs)), 3)

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qkv.analysis.labels import labels, labels_of
 from qkv.analysis.page import codes
 from qkv.analysis.page.markup import visible
 from qkv.analysis.pricing import Price
 from qkv.analysis.recording import Recording
-from qkv.analysis.seen import Against, Row, Seen, labels, rows_of
+from qkv.analysis.seen import Against, Row, Seen, rows_of
 from qkv.analysis.seven import Mechanism, Seven
 from qkv.analysis.words import keys_seen
 from qkv.layer_record import LayerRecord
@@ -28,7 +29,7 @@ ROWS_AT_ONCE = 256
 def data_of(seen: Seen, even: Sequence[Tensor]) -> dict[str, Any]:
     """A document for the page's script, with the maps of `even_maps`."""
     index: dict[str, int] = {}  # of each map, in the order in which they are found
-    short = labels([layer.name for layer in seen.recording.layers])
+    short = labels_of(seen.recording.layers)
     layers = [
         {"label": label, **_layer(layer), **(_heads(layer, one, index) if is_shown else _NO_HEADS)}
         for label, layer, one, is_shown in zip(short, seen.recording.layers, even, seen.is_shown(), strict=True)
@@ -89,6 +90,7 @@ def _heads(layer: LayerRecord, even: Tensor, index: dict[str, int]) -> dict[str,
     return {
         "map": codes.share(weights, 8),
         "map_shape": list(weights.shape[1:]),
+        "map_gaps": weights.isnan().any(2).flatten().nonzero().flatten().tolist(),
         "even": of_heads if len(of_heads) == layer.heads else of_heads * layer.heads,
         "rows": [
             {"query": at, "heads": [_row(row) for row in rows_of(layer, n)]} for n, at in enumerate(layer.queries)

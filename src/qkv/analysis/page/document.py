@@ -13,6 +13,8 @@ from qkv.analysis.words import counted
 
 LARGEST = 20_000_000
 """Bytes of a page at most."""
+BLOCKS = 64
+"""Blocks of a map, as `record` makes them unless told otherwise."""
 
 
 def page_of(seen: Seen, most: float) -> str:
@@ -35,12 +37,15 @@ def page_of(seen: Seen, most: float) -> str:
     """
     style, script = _source("page.css"), _source("page.js")
     length, even = len(seen.tokens), even_maps(seen.recording)
-    left_out = f"; {seen.tokens_left_out:,} more were left out" if seen.tokens_left_out else ""
+    left_out = "; the rest was left out" if seen.tokens_left_out is None else ""
+    if seen.tokens_left_out:
+        left_out = f"; {seen.tokens_left_out:,} more were left out"
     parts = {
         "policy": _policy(style, script),
         "title": escaped(f"{seen.model} on {seen.text}"),
         "about": escaped(
-            f"{counted(len(seen.recording.layers), 'layer')}, {counted(length, 'token')} of the text{left_out}"
+            f"{counted(len(seen.recording.layers), 'layer')}, "
+            f"{counted(length, 'token')} of the text{left_out}{_context(seen)}"
         ),
         "style": style,
         "prices": _prices(seen, most),
@@ -49,7 +54,7 @@ def page_of(seen: Seen, most: float) -> str:
         "reaches": _reaches(seen),
         "cuts": _cuts(seen),
         "layers": pictures.layers(seen, even),
-        "cache": pictures.cache(seen, most),
+        "cache": pictures.cache(seen, most) if seen.cache_bytes({}) else element("p", "An encoder keeps no keys."),
         "data": as_script(data_of(seen, even)),
         "script": script,
     }
@@ -73,6 +78,23 @@ def frame(document: str) -> str:
         '<iframe sandbox="allow-scripts" title="What a model attends to" width="100%" height="800" frameborder="0" '
         f'srcdoc="{document.replace("&", "&amp;").replace(chr(34), "&quot;")}"></iframe>'
     )
+
+
+def least_size(layers: int, heads: int, tokens: int, passes: int) -> tuple[int, int]:
+    """Characters that a page has at least, before anything was computed: of maps, and of losses by token.
+
+    Args:
+        passes: how often the loss of all tokens is found.
+    """
+    blocks = min(tokens, BLOCKS) ** 2
+    return 4 * layers * heads * blocks // 3, 4 * passes * (tokens - 1) * 2 // 3
+
+
+def _context(seen: Seen) -> str:
+    if seen.context is None:
+        return ""
+    left_out = "" if seen.context.tokens_left_out == 0 else " (the first)"
+    return f", and {counted(seen.context.tokens, 'token')} of {seen.context.text}{left_out} for the encoder"
 
 
 def _prices(seen: Seen, most: float) -> Markup:

@@ -242,7 +242,7 @@
 
   // One head: its numbers and its map.
   const OCTAVES = 4;
-  let map = { rows: 0, columns: 0, queries: 0, keys: 0, weights: [], even: [] };
+  let map = { rows: 0, columns: 0, queries: 0, keys: 0, weights: [], even: [], gaps: new Set() };
   let block = [0, 0];
 
   const openHead = () => {
@@ -255,6 +255,7 @@
       rows, columns, queries: of.queries, keys: of.keys,
       weights: shares8(of.map).subarray(start, start + rows * columns),
       even: shares16(data.even[of.even[head]]),
+      gaps: new Set(of.map_gaps.map((row) => row - head * rows).filter((row) => row >= 0 && row < rows)),
     };
     const group = Math.floor(head / (of.heads / of.kv_heads));
     find("head-name").textContent = `Layer ${of.label}, head ${head} (${of.name}, KV head ${group})`;
@@ -279,16 +280,18 @@
     const context = canvas.getContext("2d");
     const image = context.createImageData(map.columns, map.rows);
     for (let n = 0; n < map.weights.length; n++) {
-      if (map.even[n] === 0) continue; // hidden: what is behind is seen
+      // Hidden, or with queries that have no number: what is behind is seen.
+      if (map.even[n] === 0 || map.gaps.has(Math.floor(n / map.columns))) continue;
       const times = map.weights[n] / map.even[n];
       image.data.set([...colour((Math.log2(times) + OCTAVES) / (2 * OCTAVES)), 255], 4 * n);
     }
     context.putImageData(image, 0, 0);
-    legendOf(find("map-legend"), `1/${2 ** OCTAVES} of even`, `${2 ** OCTAVES} times`, "log scale", "hidden");
+    legendOf(find("map-legend"), `1/${2 ** OCTAVES} of even`, `${2 ** OCTAVES} times`, "log scale", map.gaps.size ? "hidden, or no number" : "hidden");
   };
   const sayBlock = ([row, column]) => {
     const n = row * map.columns + column;
     const where = `Queries ${part(row, map.rows, map.queries)}, keys ${part(column, map.columns, map.keys)}`;
+    if (map.gaps.has(row)) return `${where}: no number`;
     if (map.even[n] === 0) return `${where}: hidden`;
     return `${where}: weight ${percent(map.weights[n])}, ${(map.weights[n] / map.even[n]).toFixed(2)} times an even one`;
   };
@@ -330,7 +333,8 @@
       if (!find("map-details").open || find("map-table").firstChild) return;
       const cell = (row, column) => {
         const n = row * map.columns + column;
-        return make("td", {}, map.even[n] === 0 ? "hidden" : percent(map.weights[n]));
+        const gap = map.gaps.has(row) ? "no number" : "hidden";
+        return make("td", {}, map.gaps.has(row) || map.even[n] === 0 ? gap : percent(map.weights[n]));
       };
       const over = (length, each) => Array.from({ length }, (_, n) => each(n));
       find("map-table").append(make("table", {},

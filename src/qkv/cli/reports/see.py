@@ -9,8 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from qkv.analysis import CostlyToken, Price, Recording, Saving, Seen
-from qkv.analysis.seen import labels, rows_of
-from qkv.analysis.words import what_layers_see
+from qkv.analysis.labels import labels, labels_of, listed
+from qkv.analysis.seen import rows_of
+from qkv.analysis.words import narrow_layers, what_layers_see, without_number
 from qkv.bench.mechanisms import Mechanism, Sizes, mechanisms
 from qkv.cli.printing import counted, print_table
 from qkv.convert.families.windows import as_ranges
@@ -28,6 +29,8 @@ BEFORE = 48
 """Characters before such a token."""
 TOKEN = 20
 """Most characters of it."""
+GROUPS = {"encoder": "Encoder", "decoder": "Decoder", "cross": "Cross-attention"}
+"""Kinds of layers, in order."""
 SENTENCES = {
     "scaled dot-product": "One head: weights softmax(q k / sqrt(d)) over all keys.",
     "multi-head": "Several heads, each with keys and values of its own.",
@@ -74,22 +77,40 @@ def print_seen(seen: Seen, most: float, why_not: str | None, console: Console) -
         most: nats that the proposal may cost.
         why_not: why `qkv convert` could not write the proposal; None if it could.
     """
-    cut = f" (the first; {seen.tokens_left_out:,} left out)" if seen.tokens_left_out else ""
-    console.print(
-        Text(f"{seen.model} on {seen.text}: {counted(len(seen.tokens), 'token')}{cut}", style="bold"), soft_wrap=True
-    )
+    title = f"{_one_line(seen.model)} on {_one_line(seen.text)}: {_read(len(seen.tokens), seen.tokens_left_out)}"
+    if seen.context is not None:
+        read = _read(seen.context.tokens, seen.context.tokens_left_out)
+        title += f", after {_one_line(seen.context.text)}: {read}"
+    console.print(Text(title, style="bold"), soft_wrap=True)
     for sizes, count in Counter(
         (layer.heads, layer.kv_heads, layer.head_dim) for layer in seen.recording.layers
     ).items():
         shape = f"{counted(sizes[0], 'query head')} on {counted(sizes[1], 'KV head')} of width {sizes[2]}"
         console.print(Text(f"{counted(count, 'layer')} of {shape}"), soft_wrap=True)
-    console.print(Text(f"{readable_bytes(seen.cache_bytes({}))} of keys and values"), soft_wrap=True)
-    console.print()
-    print_table("What layers attend to, in the mean over queries and heads", _layers(seen.recording), console)
+    if seen.cache_bytes({}):  # an encoder keeps none
+        console.print(Text(f"{readable_bytes(seen.cache_bytes({}))} of keys and values"), soft_wrap=True)
+    groups = [layer.group for layer in seen.recording.layers]
+    for group in sorted(set(groups), key=list(GROUPS).index):
+        console.print()
+        title = "What layers attend to, in the mean over queries and heads"
+        title = title if len(set(groups)) == 1 else f"{GROUPS[group]}: {title[0].lower()}{title[1:]}"
+        members = [index for index, other in enumerate(groups) if other == group]
+        print_table(title, _layers(seen.recording, members), console)
+    names = labels(seen.recording.without_heads)
+    if names:
+        which = f"layer {names[0]} keeps" if len(names) == 1 else f"layers {listed(names)} keep"
+        console.print(Text(f"not shown: {which} no keys by heads"), soft_wrap=True)
+    lost = without_number(seen.recording.layers)
+    if lost is not None:
+        console.print(Text(lost), soft_wrap=True)
     if seen.recording.windows:
         sinks = f" (it shows {counted(seen.recording.sink_tokens, 'sink token')})" if seen.recording.sink_tokens else ""
         console.print(Text(f"cut: the weight on keys that a window hides{sinks},"), soft_wrap=True)
         console.print(Text("of the KV head that loses most in a layer; before training"), soft_wrap=True)
+        for window in seen.recording.windows:
+            narrow = narrow_layers(seen.recording.layers, window)
+            if narrow is not None:
+                console.print(Text(f"--window {window} hides nothing more where {narrow}"), soft_wrap=True)
     _print_rows(seen, console)
     for price in seen.prices:
         _print_price(seen, price, console)
@@ -105,21 +126,30 @@ def print_seen(seen: Seen, most: float, why_not: str | None, console: Console) -
             console.print(Text(line), soft_wrap=True)
 
 
-def _layers(recording: Recording) -> Table:
+def _read(tokens: int, left_out: int | None) -> str:
+    """How much of a text was read."""
+    rest = "the rest" if left_out is None else f"{left_out:,}"
+    return counted(tokens, "token") + (f" (the first; {rest} left out)" if left_out != 0 else "")
+
+
+def _layers(recording: Recording, members: list[int]) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("layer", justify="right", no_wrap=True)
-    for title in ("sees", "in effect", "distance", "on sinks", *(f"cut by {window:,}" for window in recording.windows)):
+    is_cross = recording.layers[members[0]].is_cross
+    windows = () if is_cross else recording.windows
+    for title in ("sees", "in effect", "distance", "on sinks", *(f"cut by {window:,}" for window in windows)):
         table.add_column(title, justify="right", no_wrap=True)
-    words = what_layers_see(recording.layers, recording.cut_by_layer())
-    for label, row in zip(labels([layer.name for layer in recording.layers]), words, strict=True):
-        table.add_row(label, *row)
+    names = labels_of(recording.layers)
+    rows = what_layers_see(recording.layers, recording.cut_by_layer())
+    for index in members:
+        table.add_row(names[index].rpartition(" ")[2], *rows[index][: 4 + len(windows)])
     return table
 
 
 def _print_rows(seen: Seen, console: Console) -> None:
     """What the chosen queries attend to, in the layers that are shown, or the middle one of all."""
     records, is_shown = seen.recording.layers, seen.is_shown()
-    names = labels([layer.name for layer in records])
+    names = labels_of(records)
     chosen = [n for n in range(len(records)) if is_shown[n]] if seen.shown else [len(records) // 2]
     for n in chosen:
         for at, query in enumerate(records[n].queries):
@@ -154,6 +184,11 @@ def _print_price(seen: Seen, price: Price, console: Console) -> None:
         table.add_row(name, f"{cost:+.4f}", ("#" if cost > 0 else "-") * bar)
     console.print()
     print_table(f"If one layer had {price.change}: loss {loss:.3f}, before training", table, console)
+    if price.note is not None:
+        console.print(Text(price.note), soft_wrap=True)
+    if not price.together:
+        _print_tokens("Tokens that pay most in the mean of these", seen, seen.costly(price, COSTLY), console)
+        return
     table = Table(box=None, pad_edge=False)
     for title in ("layers", "nats a token", "keys and values", "of now"):
         table.add_column(title, justify="right", no_wrap=True)
@@ -195,7 +230,8 @@ def _proposal(seen: Seen, most: float, why_not: str | None) -> list[str]:
         return [f"No window of these saves memory for {most:g} nats a token or less; see --most."]
     now = seen.cache_bytes({})
     saved = f"{readable_bytes(now)} to {readable_bytes(proposal.cache_bytes)} ({proposal.cache_bytes / now:.0%})"
-    where = f"{len(proposal.layers)} of {len(seen.recording.layers)} layers, {as_ranges(proposal.layers)}"
+    count = sum(layer.group == "decoder" for layer in seen.recording.layers)
+    where = f"{len(proposal.layers)} of {count} layers, {as_ranges(proposal.layers)}"
     how = "With --json, qkv convert MODEL OUT --like REPORT.json writes that." if why_not is None else why_not
     return [
         f"For {most:g} nats a token or less: {proposal.price.change} in {where}.",

@@ -1,6 +1,6 @@
 """`watched`: a model of transformers, on "qkv" meanwhile, whose modules are all called by their forward."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -18,6 +18,8 @@ class Watched(NamedTuple):
     """by the ids of modules"""
     crossing: set[int]
     """ids of the modules that were handed a context, found while the model runs"""
+    called: dict[int, None]
+    """ids of the modules that were called, in order, found while the model runs"""
 
     def is_cross(self, module: nn.Module, q: Tensor, k: Tensor, options: dict[str, Any]) -> bool:
         """Whether a call of attention attends to another sequence."""
@@ -25,12 +27,33 @@ class Watched(NamedTuple):
         named = "cross" in self.names[id(module)].rpartition(".")[2]
         return id(module) in self.crossing or named or lengths_differ
 
+    def without_heads(self, attended: Collection[int]) -> tuple[str, ...]:
+        """The names of layers that were called and keep no keys by heads, such as recurrent ones between others.
+
+        Args:
+            attended: ids of the modules that called attention.
+        """
+        found: dict[int, None] = {}
+        for blocks in stacks(self.model):
+            attend = [any(id(part) in attended for part in block.modules()) for block in blocks]
+            if any(attend):
+                others = [id(block) for block, attends in zip(blocks, attend, strict=True) if not attends]
+                found.update(dict.fromkeys(others))
+        return tuple(self.names[block] for block in self.called if block in found)
+
     def no_calls(self, caller: str) -> ValueError:
         """The error of a model that did not call attention."""
         return ValueError(
             f"{caller}: a layer of {type(self.model).__name__} must have heads of keys that queries attend to; got no "
             "call of one."
         )
+
+
+def stacks(model: nn.Module) -> list[nn.ModuleList]:
+    """The lists of layers in a model, without those within layers."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    within = {id(part) for outer in lists for part in outer.modules() if part is not outer}
+    return [blocks for blocks in lists if id(blocks) not in within]
 
 
 def _is_compiled(module: nn.Module) -> bool:
@@ -67,9 +90,10 @@ def watched(caller: str, model: nn.Module) -> Iterator[Watched]:
         for name, module in model.named_modules():
             if _is_compiled(module):
                 raise ValueError(f"{caller}: model must not be compiled, in whole or in part; {name or 'it'} is.")
-        found = Watched(model, {id(module): name for name, module in model.named_modules()}, set())
+        found = Watched(model, {id(module): name for name, module in model.named_modules()}, set(), {})
 
         def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            found.called.setdefault(id(module))
             context = kwargs.get("key_value_states")
             context = kwargs.get("encoder_hidden_states") if context is None else context
             if context is not None:

@@ -1,9 +1,10 @@
 """Picture 5: bytes of keys and values over the number of tokens."""
 
+from qkv.analysis.labels import numbers_of
 from qkv.analysis.page.charts import Chart, legend, logarithmic
 from qkv.analysis.page.markup import Markup, figure, joined, table
 from qkv.analysis.pricing import Price
-from qkv.analysis.seen import Seen, numbers_of
+from qkv.analysis.seen import Seen
 from qkv.analysis.words import counted, size
 
 LONGEST = 1 << 17
@@ -14,7 +15,9 @@ def cache(seen: Seen, most: float) -> Markup:
     """A line a change, in all its layers."""
     length, proposal = len(seen.tokens), seen.proposal(most)
     kinds: list[tuple[str, dict[str, Price]]] = [("as it is", {})]
-    kinds += [(f"{price.change} in all layers", dict.fromkeys(price.layers, price)) for price in seen.prices]
+    for price in seen.prices:
+        where = "all layers" if price.unmeasured is None else counted(len(price.layers), "layer")
+        kinds.append((f"{price.change} in {where}", dict.fromkeys(price.layers, price)))
     if proposal is not None:
         names = zip(numbers_of(proposal.price.layers), proposal.price.layers, strict=True)
         kinds.append(("the proposal", {name: proposal.price for number, name in names if number in proposal.layers}))

@@ -6,17 +6,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from qkv.analysis.labels import labels_of
 from qkv.analysis.page.charts import Chart, linear, logarithmic
 from qkv.analysis.page.markup import Markup, figure, table
-from qkv.analysis.seen import Seen, labels
-from qkv.analysis.words import counted, percent
+from qkv.analysis.seen import Seen
+from qkv.analysis.words import counted, narrow_layers, percent
 
 
 def cuts(seen: Seen) -> Markup:
     """A thin line a KV head, and a thick one for the worst of all."""
     recording = seen.recording
     windows = recording.windows
-    names = labels([layer.name for layer in recording.layers])
+    names = labels_of(recording.layers)
     layers = [(n, layer) for n, layer in enumerate(recording.layers) if not layer.is_cross]
     chart = Chart(
         logarithmic("window, keys", [(window, f"{window}") for window in sorted(windows)], min(windows), max(windows)),
@@ -37,11 +38,16 @@ def cuts(seen: Seen) -> Markup:
         f"loses least and {percent(worst[order[0]])} of the one that loses most."
     )
     rows = [[names[n], *(percent(by_layer[n, at].item()) for at in order)] for n, _ in layers]
+    narrow = [
+        f" A window of {each:,} hides nothing where {some}."
+        for each in windows
+        if (some := narrow_layers(recording.layers, each))
+    ]
     return figure(
         chart.drawn(f"Weight that windows cut{kept}. {says}"),
         f"Shows the weight on keys that a window hides{kept}: a thin line is a KV head, the largest of its query heads "
         f"in the mean over queries that lose keys; the thick line is the largest of all. {says}",
-        "Does not show what those keys hold: the loss does. It is before training.",
+        "Does not show what those keys hold: the loss does. It is before training." + "".join(narrow),
         table(
             "Weight cut from the KV head of a layer that loses most",
             ["layer", *(f"window of {windows[at]:,}" for at in order)],

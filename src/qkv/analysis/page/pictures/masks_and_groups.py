@@ -4,16 +4,16 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from qkv.analysis.labels import labels, labels_of, listed
 from qkv.analysis.page.markup import Markup, element, figure, joined, table
-from qkv.analysis.recording import Recording
-from qkv.analysis.seen import Seen, labels
-from qkv.analysis.words import counted, keys_seen, listed, what_layers_see
+from qkv.analysis.seen import Seen
+from qkv.analysis.words import counted, keys_seen, what_layers_see, without_number
 
 
 def layers(seen: Seen, even: Sequence[Tensor]) -> Markup:
     """A picture of each kind of layer, and the table. ``even`` are the maps of `even_maps`."""
     kinds: dict[tuple[str, int, int, int | None, bool], list[int]] = {}
-    records, names = seen.recording.layers, _labels(seen.recording)
+    records, names = seen.recording.layers, labels_of(seen.recording.layers)
     for n, layer in enumerate(records):
         kind = _outline(even[n]), layer.heads, layer.kv_heads, layer.window, layer.is_cross
         kinds.setdefault(kind, []).append(n)
@@ -40,20 +40,22 @@ def layers(seen: Seen, even: Sequence[Tensor]) -> Markup:
                 else "A cell is filled if some pair in it is visible; it does not show which keys get weight.",
             )
         )
-    return joined(element("div", *pictures, class_="row"), _summary(seen), *_lost(seen))
+    return joined(element("div", *pictures, class_="row"), *_without_heads(seen), _summary(seen), *_lost(seen))
+
+
+def _without_heads(seen: Seen) -> list[Markup]:
+    """The layers of which there are no pictures."""
+    names = labels(seen.recording.without_heads)
+    if not names:
+        return []
+    which = f"{'Layer' if len(names) == 1 else 'Layers'} {listed(names)}"
+    return [element("p", f"{which} {'keeps' if len(names) == 1 else 'keep'} no keys by heads.", class_="not")]
 
 
 def _lost(seen: Seen) -> list[Markup]:
     """What the means leave out, since a query or a key has NaN or inf."""
-    found = [int((~layer.keys_in_effect[0].isfinite()).sum()) for layer in seen.recording.layers]
-    says = ", ".join(
-        f"{count:,} in layer {name}" for name, count in zip(_labels(seen.recording), found, strict=True) if count
-    )
-    if not says:
-        return []
-    return [
-        element("p", f"Queries of heads that have no number, for NaN or inf, and are left out of the means: {says}.")
-    ]
+    says = without_number(seen.recording.layers)
+    return [] if says is None else [element("p", says)]
 
 
 def _outline(even: Tensor) -> str:
@@ -96,11 +98,7 @@ def _summary(seen: Seen) -> Markup:
     words = what_layers_see(recording.layers, recording.cut_by_layer())
     rows = [
         [label, layer.name, str(layer.heads), str(layer.kv_heads), *row]
-        for label, layer, row in zip(_labels(recording), recording.layers, words, strict=True)
+        for label, layer, row in zip(labels_of(recording.layers), recording.layers, words, strict=True)
     ]
     caption = "What layers attend to, in the mean over heads and queries; cut: of the KV head that loses most"
     return table(caption, heading, rows)
-
-
-def _labels(recording: Recording) -> list[str]:
-    return labels([layer.name for layer in recording.layers])

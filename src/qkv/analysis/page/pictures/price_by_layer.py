@@ -2,10 +2,11 @@
 
 import math
 
+from qkv.analysis.labels import labels
 from qkv.analysis.page.charts import Chart, linear
 from qkv.analysis.page.markup import Markup, element, figure, table
 from qkv.analysis.pricing import Price
-from qkv.analysis.seen import Against, Seen, labels
+from qkv.analysis.seen import Against, Seen
 from qkv.analysis.words import nats
 
 LABELS = 8
@@ -35,7 +36,8 @@ def price_by_layer(price: Price) -> Markup:
         chart.drawn(says),
         f"Shows how much the loss of {price.loss.nanmean().item():.4f} nats increases if that layer alone is changed. "
         + says,
-        "Does not show several layers at once, which may cost more than their sum.",
+        "Does not show several layers at once, which may cost more than their sum."
+        + (f" {price.note[0].upper()}{price.note[1:]}." if price.note else ""),
         table(f"{title}, before training", ["layer", "name", "more loss, nats a token"], rows),
     )
 

@@ -2,10 +2,11 @@
 
 import torch
 
+from qkv.analysis.labels import listed
 from qkv.analysis.page.charts import Chart, linear
 from qkv.analysis.page.markup import Markup, element, figure, joined, table
 from qkv.analysis.reach import Reach
-from qkv.analysis.words import counted, listed
+from qkv.analysis.words import counted
 
 COLUMNS = 128
 """Blocks of tokens, at most."""
