@@ -250,7 +250,7 @@ def test_a_window_is_kept_whatever_the_length_of_the_example(length: int, strict
 
 @pytest.mark.long
 def test_a_window_is_kept_in_onnx_whatever_the_length_of_the_example() -> None:
-    model = OnnxModel(Window(), (torch.randn(2, 3, 300, 4),), [{2: OPEN}])
+    model = OnnxModel(Window().eval(), (torch.randn(2, 3, 300, 4),), [{2: OPEN}])
     for length in (3, 40, 400):
         x = torch.randn(2, 3, length, 4)
         want = Window()(x)

@@ -196,7 +196,7 @@ def test_the_table_of_layers(name: str, recorded: Any) -> None:
     recording, calls = recorded(name)
     caption = "What layers attend to, in the mean over heads and queries; cut: of the KV head that loses most"
     _, *rows = rows_of(page_of(seen_of(name, recording), 0.01), caption)
-    for row, label, layer, call in zip(rows, labels_of(recording), recording.layers, calls, strict=True):
+    for row, label, layer, call in zip(rows, labels_of(recording.layers), recording.layers, calls, strict=True):
         want = numbers_of(call, layer.is_cross)
         assert row[:4] == [label, layer.name, str(len(call.weights[0])), str(layer.kv_heads)]
         means = [want[key].mean().item() for key in ("keys_in_effect", "distance", "sinks")]

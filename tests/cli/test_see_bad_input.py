@@ -10,7 +10,8 @@ from cli import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qkv.analysis.pricing import _Stack
-from qkv.cli import main, see
+from qkv.cli import main
+from qkv.cli.see import reading
 
 WORDS = random.Random(0).choices(tiny_model.WORDS, k=60)
 SIZES = {**tiny_model.SIZES, "intermediate_size": 40, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8}
@@ -255,17 +256,17 @@ def test_a_page_that_cannot_be_written_is_found_before_the_work(capsys, llama, t
 
 
 def test_a_page_that_would_be_too_large_is_found_before_the_work(capsys, llama, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(see, "LARGEST", 200_000)
+    monkeypatch.setattr(reading, "LARGEST", 200_000)
     page = tmp_path / "page.html"
     arguments = (llama, "--text", text, "--out", str(page), "--window", "9")
     assert see_it(capsys, *arguments)[0] == 0
     size = len(page.read_text(encoding="utf-8"))
     page.unlink()
-    monkeypatch.setattr(see, "LARGEST", 140_000)
+    monkeypatch.setattr(reading, "LARGEST", 140_000)
     err = refused(capsys, *arguments)  # 5 layers of 6 heads, 60 by 60 blocks in 8 bits, in base64
     assert "--out: the page would have 0.1 MB or more" in err and "maps of 5 layers of 6 heads take 0.1 MB" in err
     assert 140_000 < 4 * 5 * 6 * 60 * 60 // 3 < size and not page.exists()
-    monkeypatch.setattr(see, "LARGEST", 145_000)
+    monkeypatch.setattr(reading, "LARGEST", 145_000)
     assert see_it(capsys, *arguments, "--overwrite")[0] == 0
     err = refused(capsys, *arguments, "--overwrite", "--measure")
     assert "and the losses of 60 tokens, 11 times, 0.0 MB. Give fewer --tokens, or fewer of --window" in err

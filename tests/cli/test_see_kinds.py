@@ -251,3 +251,26 @@ def test_options_that_do_not_belong_to_a_kind(capsys, folder, texts, tmp_path, m
     captured = capsys.readouterr()
     assert message.format(**files) in captured.err and captured.out == "" and "Traceback" not in captured.err
     assert "recording" not in captured.err
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_a_token_of_the_target_has_keys_in_the_layers_of_the_decoder(capsys, folder, texts, tmp_path, name):
+    options = [folder(name), "--text", texts[0], "--target", texts[1], "--query", "3", "--layer", "1"]
+    page = tmp_path / "page.html"
+    found = _report(capsys, *options, "--out", str(page))
+    groups = {kind: [] for kind in ("encoder", "decoder", "cross")}
+    for layer in found["layers"]:
+        groups[layer["group"]].append(layer["queries"])
+    assert groups["encoder"] == [[], []] and groups["decoder"][0] == groups["cross"][0] == []
+    own, cross = groups["decoder"][1], groups["cross"][1]
+    assert [query["position"] for query in own] == [query["position"] for query in cross] == [3]
+    for head in own[0]["heads"]:
+        assert {*head["keys"]} <= {0, 1, 2, 3}
+        assert len(head["tokens"]) == len(head["keys"]) > 0
+    assert all(head["tokens"] is None and max(head["keys"]) < 62 for head in cross[0]["heads"])
+    assert main(["see", *options]) == 0
+    out = capsys.readouterr().out
+    assert "attends to in layer decoder 1\n" in out and "attends to in layer cross 1\n" in out
+    assert "attends to in layer encoder" not in out
+    data = json.loads(page.read_text(encoding="utf-8").split('type="application/json" id="data">')[1].split("</")[0])
+    assert [len(layer["rows"]) for layer in data["layers"]] == [0, 0, 0, 0, 1, 1]

@@ -46,6 +46,12 @@ def numbers_of(names: Sequence[str]) -> list[int]:
     return [int(label) if label.isdecimal() else index for index, label in enumerate(labels(names))]
 
 
+def numbers_in(layers: Sequence[LayerRecord]) -> list[int]:
+    """The number of each layer within its group, as `labels_of` has it; else, its place among all."""
+    ends = [label.rpartition(" ")[2] for label in labels_of(layers)]
+    return [int(end) if end.isdecimal() else index for index, end in enumerate(ends)]
+
+
 def listed(labels: Iterable[str]) -> str:
     """Layers by their labels: numbers that follow each other together.
 

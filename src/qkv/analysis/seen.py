@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qkv.analysis.labels import numbers_of
+from qkv.analysis.labels import numbers_in, numbers_of
 from qkv.analysis.pricing import Price
 from qkv.analysis.reach import Reach
 from qkv.analysis.recording import Recording
@@ -118,8 +118,13 @@ class Seen(NamedTuple):
 
     def is_shown(self) -> list[bool]:
         """For each layer of the recording, whether its heads are shown one by one."""
-        numbers = numbers_of([layer.name for layer in self.recording.layers])
-        return [self.shown is None or number in self.shown for number in numbers]
+        return [self.shown is None or number in self.shown for number in numbers_in(self.recording.layers)]
+
+    def rows(self, layer: LayerRecord) -> list[tuple[int, list[Row]]]:
+        """The queries that were chosen in the text, and what each attends to; none of the encoder's own text."""
+        if layer.group == "encoder" and self.context is not None:
+            return []
+        return [(query, rows_of(layer, n)) for n, query in enumerate(layer.queries)]
 
     def cache_bytes(self, changed: Mapping[str, Price], tokens: int | None = None) -> int:
         """Bytes of the keys and values of the text or of so many tokens.
@@ -250,10 +255,10 @@ class Seen(NamedTuple):
                         "tokens": None if layer.is_cross else [self.tokens[key] for key in row.keys],
                         "weights": [_number(weight) for weight in row.weights],
                     }
-                    for row in rows_of(layer, n)
+                    for row in rows
                 ],
             }
-            for n, at in enumerate(layer.queries)
+            for at, rows in self.rows(layer)
         ]
 
     def _price_as_json(self, price: Price) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 import qkv
-from qkv.integrations.transformers import latent, rotated_forward
+from qkv.integrations.transformers import latent
+from qkv.integrations.transformers.steps import rotated_forward
 from qkv.integrations.transformers.steps.rotated_forward import RotatedForward
 from qkv.layers.projection import ProjectedForward
 

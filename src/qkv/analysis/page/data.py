@@ -13,7 +13,7 @@ from qkv.analysis.page import codes
 from qkv.analysis.page.markup import visible
 from qkv.analysis.pricing import Price
 from qkv.analysis.recording import Recording
-from qkv.analysis.seen import Against, Row, Seen, rows_of
+from qkv.analysis.seen import Against, Row, Seen
 from qkv.analysis.seven import Mechanism, Seven
 from qkv.analysis.words import keys_seen
 from qkv.layer_record import LayerRecord
@@ -31,7 +31,7 @@ def data_of(seen: Seen, even: Sequence[Tensor]) -> dict[str, Any]:
     index: dict[str, int] = {}  # of each map, in the order in which they are found
     short = labels_of(seen.recording.layers)
     layers = [
-        {"label": label, **_layer(layer), **(_heads(layer, one, index) if is_shown else _NO_HEADS)}
+        {"label": label, **_layer(layer), **(_heads(seen, layer, one, index) if is_shown else _NO_HEADS)}
         for label, layer, one, is_shown in zip(short, seen.recording.layers, even, seen.is_shown(), strict=True)
     ]
     return {
@@ -84,7 +84,7 @@ _NO_HEADS: dict[str, Any] = {"map": None, "map_shape": [0, 0], "even": [], "rows
 """of a layer whose heads are not shown one by one"""
 
 
-def _heads(layer: LayerRecord, even: Tensor, index: dict[str, int]) -> dict[str, Any]:
+def _heads(seen: Seen, layer: LayerRecord, even: Tensor, index: dict[str, int]) -> dict[str, Any]:
     weights = layer.map.mean[0]
     of_heads = [index.setdefault(codes.share(one, 16), len(index)) for one in even]
     return {
@@ -92,9 +92,7 @@ def _heads(layer: LayerRecord, even: Tensor, index: dict[str, int]) -> dict[str,
         "map_shape": list(weights.shape[1:]),
         "map_gaps": weights.isnan().any(2).flatten().nonzero().flatten().tolist(),
         "even": of_heads if len(of_heads) == layer.heads else of_heads * layer.heads,
-        "rows": [
-            {"query": at, "heads": [_row(row) for row in rows_of(layer, n)]} for n, at in enumerate(layer.queries)
-        ],
+        "rows": [{"query": query, "heads": list(map(_row, rows))} for query, rows in seen.rows(layer)],
     }
 
 

@@ -10,7 +10,6 @@ from rich.text import Text
 
 from qkv.analysis import CostlyToken, Price, Recording, Saving, Seen
 from qkv.analysis.labels import labels, labels_of, listed
-from qkv.analysis.seen import rows_of
 from qkv.analysis.words import narrow_layers, what_layers_see, without_number
 from qkv.bench.mechanisms import Mechanism, Sizes, mechanisms
 from qkv.cli.printing import counted, print_table
@@ -152,12 +151,12 @@ def _print_rows(seen: Seen, console: Console) -> None:
     names = labels_of(records)
     chosen = [n for n in range(len(records)) if is_shown[n]] if seen.shown else [len(records) // 2]
     for n in chosen:
-        for at, query in enumerate(records[n].queries):
+        for query, rows in seen.rows(records[n]):
             console.print()
             title = f"What token {query}, [{_one_line(seen.tokens[query])[:TOKEN]}], attends to in layer {names[n]}"
             console.print(Text(title, style="bold"), soft_wrap=True)
             console.print(Text("head  keys  their weight  the heaviest, each with its place in the text"))
-            for head, row in enumerate(rows_of(records[n], at)):
+            for head, row in enumerate(rows):
                 share = "no number" if row.covered != row.covered else f"{100 * row.covered:.1f}%"
                 line = f"{head:4}  {len(row.keys):4}  {share:>12}"
                 for key, weight in zip(row.keys, row.weights, strict=True):

@@ -7,7 +7,7 @@ import torch
 
 from qkv.analysis import Recording
 from qkv.analysis.changes import check_kv_heads
-from qkv.analysis.labels import numbers_of
+from qkv.analysis.labels import numbers_in
 from qkv.analysis.page.document import LARGEST, least_size
 from qkv.analysis.words import narrow_layers
 from qkv.cli.convert import Pool
@@ -143,7 +143,7 @@ def layers_shown(layers: list[int] | None, recording: Recording, name: str) -> t
     """The numbers of layers that are shown head by head; None for all."""
     if not layers:
         return None
-    known = numbers_of([layer.name for layer in recording.layers])
+    known = sorted(set(numbers_in(recording.layers)))
     for layer in layers:
         if layer not in known:
             raise CommandError(
