@@ -34,7 +34,7 @@ test-all: check sanitize build/vision build/browser native-tests
 	PYTHONPATH=build/browser $(PYTEST) -m "not vision"
 	PYTHONPATH=build/vision $(BIN)/python -m pytest -q -m vision tests/integrations/torch/test_models.py
 	PYTHONPATH=tests $(BIN)/python -m families.sweep --check
-	$(BIN)/python tests/mutants.py --sample 12
+	PYTHONPATH=build/browser $(BIN)/python tests/mutants.py --sample 12
 
 # Not in .venv: with a torchvision of another build than torch, transformers cannot be imported.
 build/vision: $(VENV)/ready
