@@ -21,8 +21,8 @@ from transformers.utils import logging
 
 from qkv.bench.timing import interleaved
 from qkv.cli import main as qkv
-from qkv.cli.convert import unpack_gguf
-from qkv.cli.layers import kv_bytes
+from qkv.models.model_folder import unpack_gguf
+from qkv.cli.reports.layers import kv_bytes
 from qkv.convert import inspect_checkpoint, measure_divergence
 from qkv.integrations.transformers import QKVCache
 from qkv.integrations.transformers.attention import register

@@ -180,7 +180,7 @@ def test_contradictory_folder_is_refused(capsys, tmp_path):
 
 
 def test_description_of_an_unusual_layer():
-    from qkv.cli.layers import describe
+    from qkv.cli.reports.layers import describe
     from qkv.convert.inspect.inspection import LayerAttention
 
     layer = LayerAttention(4, 1, 8, 6, 7, False, True, "", 10, 5)
