@@ -51,6 +51,9 @@ ALIGNMENT = ("convert/test_alignment.py",)
 PLOTS = ("plots/test_plots.py",)
 KINDS = ("cli/test_see_kinds.py",)
 BAD_INPUT = ("cli/test_see_bad_input.py",)
+CONVERT = ("cli/test_convert.py",)
+INSPECT = ("cli/test_inspect.py",)
+UPTRAIN = ("cli/test_uptrain.py",)
 KERNEL = ("kernels/test_native.py", "cache/test_int8.py", "contract/test_grid.py")
 LINEAR = ("kernels/test_linear.py",)
 NORM = ("kernels/test_rms_norm.py",)
@@ -600,6 +603,26 @@ MUTANTS = [
     Mutant("layers named twice", "convert/families/windows.py", "    if len(set(layers)) < len(layers):", "    if False:", WINDOWS),
     Mutant("ranges of layers without their last", "cli/convert.py", "range(first, last + 1)", "range(first, max(last, first + 1))", ("cli/test_convert.py",)),
     Mutant("layers of a report ignored", "cli/convert.py", 'return proposal["window"], proposal["layers"]', 'return proposal["window"], None', ("cli/test_convert.py",)),
+    Mutant("a model of 2 nats more called usable", "cli/reports/verdict.py", "after - before <= MOST", "after - before <= 2 * MOST", CONVERT, "usable"),
+    Mutant("a loss that is no number called usable", "cli/reports/verdict.py", "    if math.isnan(change):", "    if False:", CONVERT, "usable"),
+    Mutant("a window that cuts nothing called usable", "cli/reports/convert.py", "report.window >= compared.length", "report.window > compared.length", CONVERT, "windows_is_the_one"),
+    Mutant("a dry run keeps what it made", "cli/convert.py", "stack.enter_context(tempfile.TemporaryDirectory(prefix=\"qkv-trial-\"))", "tempfile.mkdtemp(prefix=\"qkv-trial-\")", CONVERT, "dry_run"),
+    Mutant("a dry run checks its output", "cli/convert.py", "if out is not None and not dry_run:", "if out is not None:", CONVERT, "dry_run"),
+    Mutant("--dry-run in the command to write", "cli/convert.py", ' and name != "dry_run"', "", CONVERT, "dry_run"),
+    Mutant("as many heads converted", "cli/convert.py", "    if kv_heads is None or has != {kv_heads}:", "    if True:", CONVERT, "as_many_heads"),
+    Mutant("pickles downloaded", "models/model_folder.py", 'f"*{suffix}" for', 'f"{suffix}" for', CONVERT, "hub"),
+    Mutant("scales of int8 forgotten", "cli/reports/layers.py", "int8_bytes(own, length)", "cache_bytes(own, length, 1)", INSPECT),
+    Mutant("contexts in int8", "cli/reports/layers.py", "if not layer.cross]", "]", INSPECT),
+    Mutant("encoders have a cache", "convert/inspect/modules.py", "        return True in says\n", "        return True\n", INSPECT),
+    Mutant("the output projection is no attention", "convert/inspect/modules.py", "_whole(name, modules).parameters()", "module.parameters()", INSPECT),
+    Mutant("layers without end built", "convert/inspect/modules.py", "            _check_counts(where, value)\n", "            pass\n", INSPECT, "refused"),
+    Mutant("an incomplete checkpoint resumed", "models/uptraining.py", '"checkpoint-*/trainer_state.json"', '"checkpoint-*/config.json"', UPTRAIN, "resumes"),
+    Mutant("training on what is held out", "models/uptraining.py", "self._blocks[: -self._held_out]", "self._blocks", UPTRAIN, "time_limit or resumes or reports"),
+    Mutant("a run resumed with other options", "models/uptraining.py", "            if changed:", "            if False:", UPTRAIN),
+    Mutant("two runs in one folder", "models/uptraining.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB", UPTRAIN, "another_text"),
+    Mutant("checkpoints through a link", "models/uptraining.py", " | os.O_NOFOLLOW", "", UPTRAIN, "link"),
+    Mutant("minutes converted again", "models/uptraining.py", '        if "steps" not in record:', "        if True:", UPTRAIN, "time_limit"),
+    Mutant("a trial's weights trained on", "models/uptraining.py", "            model = self._load(self._opened) if self._settings.max_steps is None else model\n", "", UPTRAIN, "time_limit"),
     Mutant("sink tokens of a report ignored", "cli/convert.py", 'proposal.get("sink_tokens", 0))', "0)", ("cli/test_convert.py",)),
 ]  # fmt: skip
 

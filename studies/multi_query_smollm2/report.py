@@ -24,7 +24,7 @@ def opening(results: dict[str, Any]) -> str:
 <!-- Written by run.py. -->
 
 SmolLM2-135M-Instruct has 9 query heads on 3 key/value heads. `qkv convert` pools them to a single one, and
-`examples/uptrain.py` trains the result for {results["minutes"]:g} minutes on a CPU: {original["steps"]} steps,
+`qkv uptrain` trains the result for {results["minutes"]:g} minutes on a CPU: {original["steps"]} steps,
 {original["tokens"]:,} tokens of Shakespeare's works, `{results["training"]}`. The original is trained for as many steps
 as well: the text differs from the model's training data, so training lowers the loss even without conversion.
 

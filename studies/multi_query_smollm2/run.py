@@ -21,22 +21,23 @@ from transformers.utils import logging
 
 from qkv.bench.timing import interleaved
 from qkv.cli import main as qkv
-from qkv.cli.convert import unpack_gguf
-from qkv.cli.layers import kv_bytes
+from qkv.cli.reports.layers import kv_bytes
 from qkv.convert import inspect_checkpoint, measure_divergence
 from qkv.integrations.transformers import QKVCache
 from qkv.integrations.transformers.attention import register
 from qkv.models.default_weights import SMOLLM2_135M, cached_weights
+from qkv.models.model_folder import unpack_gguf
 from qkv.models.progress import Progress
 from qkv.models.shakespeare import works
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-UPTRAIN = ROOT / "examples" / "uptrain.py"
+QKV = (sys.executable, "-c", "import sys; from qkv_command import main; sys.exit(main())")
+"""The command in a process of its own, which gives its memory back."""
 MACHINE = ROOT / "benchmarks" / "harness" / "machine.py"
 
 HELD_OUT = 60_000
-"""Held-out characters; 19 times as many are trained on, since uptrain.py holds out the last 1/20."""
+"""Held-out characters; 19 times as many are trained on, since qkv uptrain holds out the last 1/20."""
 TRAINING = ("--bf16", "--learning-rate", "3e-4", "--batch", "4", "--block", "256")
 ORIGINAL = "original"
 METHODS = ("mean", "aligned")
@@ -80,8 +81,8 @@ def study(folder: Path, minutes: float) -> dict[str, Any]:
 
 
 def uptrain(model: Path, text: Path, out: Path, length: tuple[str, str]) -> dict[str, Any]:
-    """Runs examples/uptrain.py in a subprocess and returns its report."""
-    command = [sys.executable, UPTRAIN, model, text, out, *TRAINING, *length, "--save-steps", "1000000"]
+    """Runs qkv uptrain in a subprocess and returns its report."""
+    command = [*QKV, "uptrain", model, text, out, *TRAINING, *length, "--save-steps", "1000000"]
     subprocess.run(list(map(str, command)), check=True)
     report: dict[str, Any] = json.loads((out / "uptraining.json").read_text())
     return report

@@ -23,9 +23,9 @@ from settings import Settings
 from training import trained
 from transformers.utils import logging
 
-from qkv.cli.convert import unpack_gguf
 from qkv.models.default_weights import SMOLLM2_135M, cached_weights
 from qkv.models.language_model import load
+from qkv.models.model_folder import unpack_gguf
 from qkv.models.progress import Progress
 from qkv.models.shakespeare import works
 from qkv.models.source import gguf_source

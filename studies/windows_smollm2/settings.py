@@ -17,6 +17,6 @@ class Settings(NamedTuple):
     minutes: float = 5.0
     """Training time of each model."""
     held_out: int = 60_000
-    """Held-out characters; 19 times as many are trained on, since uptrain.py holds out the last 1/20."""
+    """Held-out characters; 19 times as many are trained on, since qkv uptrain holds out the last 1/20."""
     training: tuple[str, ...] = ("--bf16", "--learning-rate", "3e-4", "--batch", "1", "--block", "1024")
-    """Options of uptrain.py; a block must be longer than the window."""
+    """Options of qkv uptrain; a block must be longer than the window."""

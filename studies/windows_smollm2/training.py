@@ -11,8 +11,8 @@ from settings import Settings
 
 from qkv.cli import main as qkv
 
-ROOT = Path(__file__).parents[2]
-UPTRAIN = ROOT / "examples" / "uptrain.py"
+QKV = (sys.executable, "-c", "import sys; from qkv_command import main; sys.exit(main())")
+"""The command in a process of its own, which gives its memory back."""
 Save = Callable[[], None]
 
 ORIGINAL, ALL, HALF = "original", "windows in all layers", "windows in the cheapest half"
@@ -45,8 +45,8 @@ def trained(
 
 
 def uptrain(model: Path, text: Path, out: Path, options: Sequence[str]) -> dict[str, Any]:
-    """Runs examples/uptrain.py in a process of its own and returns its report."""
-    command = [sys.executable, UPTRAIN, model, text, out, *options, "--save-steps", "1000000"]
+    """Runs qkv uptrain in a process of its own and returns its report."""
+    command = [*QKV, "uptrain", model, text, out, *options, "--save-steps", "1000000"]
     subprocess.run(list(map(str, command)), check=True)
     report: dict[str, Any] = json.loads((out / "uptraining.json").read_text())
     return report

@@ -40,9 +40,10 @@ def test_text(capsys, llama):
     assert code == 0
     lines = captured.out.splitlines()
     shape = "grouped-query attention: 6 query heads, 2 KV heads (2 groups of 3), head width 8, no window"
-    assert lines[:2] == [llama, f"  3 layers of {shape}"]
-    assert lines[3:5] == ["Prompt (6 tokens)", f"  {PROMPT}"]
-    assert lines[6] == "Answer of transformers and qkv in float32" and lines[7].strip() != ""
+    assert lines[0] == llama and " ".join(f"{lines[1]} {lines[2]}".split()) == f"3 layers of {shape}"
+    assert lines[4:6] == ["Prompt (6 tokens)", f"  {PROMPT}"]
+    assert lines[7] == "Answer of transformers and qkv in float32" and lines[8].strip() != ""
+    assert all(len(line) <= 80 for line in lines[1:])
     assert "The texts are identical: 12 tokens, greedy, in float32." in lines
     assert any(line.startswith("qkv.accelerate(model) took: attention, cache, ") for line in lines)
     # 3 layers * 1000 tokens * 6 heads * (8 + 8) numbers * 4 bytes = 1 152 000 bytes; in int8 a quarter, and

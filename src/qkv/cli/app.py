@@ -11,9 +11,10 @@ from qkv.cli.demo import demo
 from qkv.cli.doctor import doctor
 from qkv.cli.inspect import inspect
 from qkv.cli.see.command import see
+from qkv.cli.uptrain import uptrain
 
 app = typer.Typer(
-    help="Attention layers for PyTorch: see, inspect and convert models, compare, benchmark, check the installation.",
+    help="Attention layers for PyTorch: see, inspect, convert and train models, compare, benchmark, check.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -34,7 +35,7 @@ def options(
         bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Attention layers for PyTorch: see, inspect and convert models, compare, benchmark, check the installation."""
+    """Attention layers for PyTorch: see, inspect, convert and train models, compare, benchmark, check."""
 
 
 app.command()(demo)
@@ -42,4 +43,5 @@ app.command()(bench)
 app.command()(inspect)
 app.command()(see)
 app.command()(convert)
+app.command()(uptrain)
 app.command()(doctor)

@@ -1,40 +1,33 @@
 """`qkv convert`: converts a checkpoint to fewer key/value heads, windows in some layers, or latent attention."""
 
+import json
 import re
 import sys
 import tempfile
+from contextlib import ExitStack
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from qkv.cli.layers import LENGTH, describe, describe_kinds, kv_bytes
 from qkv.cli.options import SINK_TOKENS, count_option
-from qkv.convert import (
-    CheckpointError,
-    CheckpointPlan,
-    Inspection,
-    plan_checkpoint,
-    plan_latent_checkpoint,
-    write_checkpoint,
-)
+from qkv.cli.reports.convert import ConvertReport, as_json, next_command, print_changes, print_comparison
+from qkv.convert import CheckpointError, CheckpointPlan, plan_checkpoint, plan_latent_checkpoint, write_checkpoint
 from qkv.convert.files.fields import COUNT, SIZE, check_fields, list_of
-from qkv.convert.files.gguf import check_bounds, read_gguf
 from qkv.convert.files.json_document import read_document
-from qkv.convert.files.safetensors import BITS, TORCH_DTYPES
+from qkv.convert.files.safetensors import TORCH_DTYPES
 from qkv.convert.files.staging import resolve_output
+from qkv.convert.heads.pooling import divisors
 from qkv.convert.inspect.checkpoint import inspect_tensors
-from qkv.models.divergence import describe_divergence, predict_original
+from qkv.convert.inspect.inspection import Inspection
+from qkv.models.divergence import compare_with, predict_original
 from qkv.models.errors import CommandError
-from qkv.models.kv_cache_size import readable_bytes
-from qkv.models.language_model import load, quiet
+from qkv.models.language_model import quiet
+from qkv.models.model_folder import model_folder
 from qkv.models.progress import Progress
-from qkv.models.source import expand_home, gguf_source
+from qkv.models.source import expand_home
 
 RANGE = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?")
 """A layer number of ``--layers``, or two with all between them."""
@@ -52,10 +45,19 @@ class Pool(str, Enum):
 
 
 def convert(
+    context: typer.Context,
     model: Annotated[
-        Path, typer.Argument(help="Folder with config.json and safetensors, or a small GGUF file.", metavar="MODEL")
+        str,
+        typer.Argument(
+            help="Folder with config.json and safetensors, small GGUF file, or name of a model on the Hugging Face "
+            "Hub.",
+            metavar="MODEL",
+        ),
     ],
-    out: Annotated[Path, typer.Argument(help="Folder to write.", metavar="OUT")],
+    out: Annotated[
+        Path | None,
+        typer.Argument(help="Folder to write; not needed with --dry-run.", metavar="OUT", show_default=False),
+    ] = None,
     kv_heads: Annotated[int | None, count_option("KV heads of the result, a divisor of the model's.", "HEADS")] = None,
     latent: Annotated[
         int | None,
@@ -116,15 +118,22 @@ def convert(
             show_default=False,
         ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and report, but write nothing.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Check, compare and report, but write nothing that stays, whatever OUT is or contains."
+        ),
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a model.")] = False,
+    as_document: Annotated[bool, typer.Option("--json", help="Print only a JSON document on standard output.")] = False,
 ) -> None:
     """Convert a model to fewer KV heads (multi-head to grouped-query or multi-query attention), to sliding windows in
     some layers, to both, or to latent attention.
 
     Weights are streamed, so memory does not grow with the number of layers. OUT is written atomically and includes the
     tokenizer and all other files. Pooling changes what a model computes, so the result needs further training; the
-    report compares the predictions of original and result, for which each is loaded in turn.
+    report compares the predictions of original and result, for which each is loaded in turn, says whether the result
+    is usable before that (if its loss is up by 1 nat a token at most), and which command comes next.
 
     Windows are set in config.json; no weights change. Layers can differ in Llama, Mistral, Ministral, Qwen2, Qwen3,
     Gemma 2, Gemma 3 and SmolLM3; Phi-3 and StarCoder2 have one window for all. Llama, and Mistral with windows in some
@@ -139,37 +148,83 @@ def convert(
     _check_window_options(latent, window, layers, sink_tokens, like)
     if kv_heads is None and latent is None and window is None and like is None:
         raise typer.BadParameter("give --kv-heads, --latent, --window or --like.")
+    if out is None and not dry_run:
+        raise typer.BadParameter("give the folder to write, or --dry-run.", param_hint="'OUT'")
     chosen = None if layers is None else parse_layers(layers)
     progress, console = Progress(), Console(file=sys.stdout)
     try:
-        source = expand_home(model)
-        target = resolve_output(expand_home(out), source, overwrite)
-        if like is not None:
-            window, chosen = read_proposal(expand_home(like))
-        with tempfile.TemporaryDirectory(prefix="qkv-unpacked-") as temporary:
-            if source.is_file():
-                source = unpack_gguf(source, Path(temporary), progress)
+        with ExitStack() as stack:
+            target = None
+            if out is not None and not dry_run:
+                target = resolve_output(expand_home(out), expand_home(Path(model)), overwrite)
+            if like is not None:
+                window, chosen = read_proposal(expand_home(like))
+            source = stack.enter_context(model_folder(model, progress))
             with progress.step("reading configuration and headers"), quiet():
                 if latent is not None:
                     plan = plan_latent_checkpoint(source, latent, rope_heads=rope_heads)
                 else:
                     plan = plan_checkpoint(source, kv_heads, how=pool.value, seed=seed, window=window, layers=chosen)
                 before = inspect_tensors(str(source), plan.source.config, plan.source.tensors)
-                after = inspect_tensors(str(out), plan.conversion.config, plan.tensors)
-            if not dry_run:
-                dtype = TORCH_DTYPES[before.dtype]
-                original = predict_original(plan.source, dtype, text, progress)
-                with progress.step("converting", 2 * plan.num_bytes, "bytes") as on_progress:
-                    write_checkpoint(plan, target, overwrite=overwrite, on_progress=on_progress, notify=progress.notify)
-            _print(plan, before, after, "would write" if dry_run else "wrote", out, console)
-            if not dry_run:
-                for line in describe_divergence(original, target, dtype, progress):
-                    console.print(Text(line), soft_wrap=True)
-                if window is not None and not isinstance(original, str) and window >= original.token_ids.shape[1]:
-                    line = f"    a window of {window} cuts nothing of {original.token_ids.shape[1]} tokens"
-                    console.print(Text(line), soft_wrap=True)
+                after = inspect_tensors("the result", plan.conversion.config, plan.tensors)
+            _refuse_same_heads(model, before, kv_heads)
+            report = ConvertReport(model, None if target is None else out, plan, before, after, window)
+            original = predict_original(plan.source, TORCH_DTYPES[before.dtype], text, progress)
+            if target is not None:
+                written = target
+                _write(plan, written, overwrite, progress)
+            else:
+                written = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qkv-trial-")), "result")
+                if not isinstance(original, str):  # what cannot be compared need not be made
+                    _write(plan, written, False, progress)
+            if not as_document:
+                print_changes(report, console)
+            elif target is not None:
+                progress.notify(f"wrote {out}")
+            compared = compare_with(original, written, TORCH_DTYPES[before.dtype], progress)
+            command = _without_dry_run(context) if target is None else next_command(report, compared)
     except CheckpointError as error:
         raise CommandError(str(error)) from error
+    if as_document:
+        print(json.dumps(as_json(report, compared, command), indent=2, allow_nan=False))
+    else:
+        print_comparison(report, compared, command, console)
+
+
+def _write(plan: CheckpointPlan, target: Path, overwrite: bool, progress: Progress) -> None:
+    with progress.step("converting", 2 * plan.num_bytes, "bytes") as on_progress:
+        write_checkpoint(plan, target, overwrite=overwrite, on_progress=on_progress, notify=progress.notify)
+
+
+def _refuse_same_heads(model: str, before: Inspection, kv_heads: int | None) -> None:
+    """Raises a CommandError for as many KV heads as a model has: nothing would be pooled."""
+    has = {layer.num_kv_heads for layer in before.layers}
+    if kv_heads is None or has != {kv_heads}:
+        return
+    fewer = ", ".join(map(str, divisors(kv_heads)[1:]))
+    remedy = f"Give fewer: {fewer}." if fewer else "It has no fewer to pool to."
+    heads = "1 KV head" if kv_heads == 1 else f"{kv_heads} KV heads"
+    raise CommandError(f"--kv-heads: {model} has {heads} already, so nothing would be pooled. {remedy}")
+
+
+def _without_dry_run(context: typer.Context) -> list[str]:
+    """The command that was given, without --dry-run, as arguments."""
+    arguments = ["qkv", "convert"]
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        value = context.params[name]
+        if parameter.param_type_name == "argument":
+            arguments.append("OUT" if value is None else str(value))
+        elif _is_given(context, name) and name != "dry_run":
+            arguments.append(max(parameter.opts, key=len))
+            if not isinstance(value, bool):
+                arguments.append(str(value.value if isinstance(value, Enum) else value))
+    return arguments
+
+
+def _is_given(context: typer.Context, parameter: str) -> bool:
+    source = context.get_parameter_source(parameter)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _check_options(kv_heads: int | None, latent: int | None, rope_heads: int | None, pool: Pool) -> None:
@@ -242,51 +297,3 @@ def read_proposal(report: Path) -> tuple[int, list[int]]:
     check_fields(f"--like: proposal of {report}", proposal, PROPOSAL)
     _refuse_sink_tokens(f"--like: proposal of {report}", proposal.get("sink_tokens", 0))
     return proposal["window"], proposal["layers"]
-
-
-def unpack_gguf(file: Path, folder: Path, progress: Progress) -> Path:
-    """Dequantises a GGUF file to float32, saves the model in ``folder`` and returns that."""
-    source = gguf_source(file.absolute())
-    with progress.step("reading the header"):
-        check_bounds(file, read_gguf(file))  # transformers takes minutes to notice a truncated file
-    loaded = load(source, torch.float32, progress)
-    with progress.step("unpacking"), quiet():
-        loaded.model.save_pretrained(folder)
-        loaded.tokenizer.save_pretrained(folder)
-    return folder
-
-
-def _print(plan: CheckpointPlan, before: Inspection, after: Inspection, did: str, out: Path, console: Console) -> None:
-    def line(text: str, style: str = "") -> None:
-        console.print(Text(text, style=style), soft_wrap=True)
-
-    outputs = plan.conversion.outputs
-    changed = sum(output.compute is not None for output in outputs.values())
-    line(f"{did} {out}", "bold")
-    for found, becomes in ((before, ""), (after, "becomes ")):
-        own = [layer for layer in found.layers if not layer.cross]
-        for kind in [describe(own[0])] if len(set(own)) == 1 else describe_kinds(own):
-            line(f"  {becomes}{kind}")
-    line(f"  {changed} of {len(outputs)} tensors changed, {len(plan.copied)} other files copied")
-    if before.model_type != after.model_type:
-        line(f"  model type {before.model_type} becomes {after.model_type}")
-    if plan.skipped_weights:
-        line(f"  not copied (weights of the original model): {', '.join(map(str, plan.skipped_weights))}")
-    if plan.skipped_links:
-        line(f"  not copied (links to folders, dangling links): {', '.join(map(str, plan.skipped_links))}")
-    console.print()
-    table = Table("", box=None, pad_edge=False)
-    for title in ("before", "after", "of before"):
-        table.add_column(title, justify="right", no_wrap=True)
-    for name, old, new in (
-        ("  parameters", before.parameters, after.parameters),
-        ("  in attention", before.attention_parameters, after.attention_parameters),
-    ):
-        table.add_row(name, f"{old:,}", f"{new:,}", f"{new / old:.1%}")
-    width = BITS[after.dtype] // 8
-    old, new = kv_bytes(before, 1, 1, width), kv_bytes(after, 1, 1, width)
-    table.add_row("  KV cache a token", readable_bytes(old), readable_bytes(new), f"{new / old:.1%}")
-    if any(layer.window != other.window for layer, other in zip(before.layers, after.layers, strict=True)):
-        old, new = kv_bytes(before, LENGTH, 1, width), kv_bytes(after, LENGTH, 1, width)
-        table.add_row(f"  KV cache of {LENGTH} tokens", readable_bytes(old), readable_bytes(new), f"{new / old:.1%}")
-    console.print(table)

@@ -17,7 +17,7 @@ from rich.text import Text
 
 import qkv
 from qkv import kernels
-from qkv.cli.printing import print_table
+from qkv.cli.printing import print_line, print_table
 from qkv.models.language_model import quiet
 
 EXTRAS = ("", "transformers", "plots", "cli")
@@ -137,7 +137,7 @@ def _print(found: dict[str, Any], console: Console) -> None:
     if registered["error"]:
         lines["transformers"] = registered["error"]
     for name, line in lines.items():
-        console.print(Text(f"  {name:<12} {line}"), soft_wrap=True)
+        print_line(f"  {name:<12} {line}", console)
     console.print()
     table = Table(box=None, pad_edge=False)
     for title in ("", "installed", "tested", ""):

@@ -8,14 +8,17 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 import qkv
-from qkv.cli.layers import LENGTH, by_kind, describe_kinds, kv_bytes
 from qkv.cli.options import Dtype, count_option
-from qkv.cli.printing import counted, print_table
+from qkv.cli.printing import counted, print_line, print_table
+from qkv.cli.reports.layers import DTYPES, LENGTH, describe_kinds, kv_bytes, kv_bytes_in_int8, layers_as_json
 from qkv.convert import CheckpointError, Inspection, inspect_checkpoint
-from qkv.convert.inspect.inspection import LayerAttention
+from qkv.convert.files.fields import TENSOR, find_fault
+from qkv.convert.files.json_document import read_document
+from qkv.convert.files.safetensors import make_spec
+from qkv.convert.inspect.checkpoint import inspect_tensors
+from qkv.convert.inspect.modules import inspect_config
 from qkv.models.errors import CommandError
 from qkv.models.kv_cache_size import readable_bytes
 from qkv.models.language_model import quiet
@@ -25,28 +28,48 @@ NUM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(help="Folder, safetensors or GGUF file, or Hub name.", metavar="MODEL")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Folder, config.json, safetensors or GGUF file, or name of a model on the Hugging Face Hub.",
+            metavar="MODEL",
+        ),
+    ],
     length: Annotated[int, count_option("Sequence length for the size of the KV cache.", "TOKENS")] = LENGTH,
     batch: Annotated[int, count_option("Batch size for the size of the KV cache.", "SEQUENCES")] = 1,
-    dtype: Annotated[Dtype, typer.Option(help="Dtype of the KV cache.")] = Dtype.bfloat16,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(
+            help="Dtype of the KV cache. Default: that of the model, or bfloat16 where a cache has none like it.",
+            show_default=False,
+        ),
+    ] = None,
     as_document: Annotated[bool, typer.Option("--json", help="Print only a JSON document on standard output.")] = False,
 ) -> None:
     """Describe a model's attention and KV cache from its headers.
 
-    Loads no weights. Prints mechanism, heads, widths, window, biases and rotary embedding of each kind
-    of layer; then parameters and size of the KV cache, for the model and for each number of KV heads that qkv convert
-    can give it.
+    Loads no weights. Prints mechanism, heads, widths, window, biases and rotary embedding of each kind of layer; then
+    parameters and size of the KV cache, in --dtype and in int8, for the model and for each number of KV heads that qkv
+    convert can give it. Takes any model of transformers: decoders, and encoders of texts, images and speech, which keep
+    no cache.
     """
     try:
         with quiet():
             found = _inspect(model)
     except CheckpointError as error:
         raise CommandError(str(error)) from error
-    sizes = [_sizes_row(choice, length, batch, NUM_BYTES[dtype.value]) for choice in _choices(found)]
+    name = _cache_dtype(found) if dtype is None else dtype.value
+    sizes = [_sizes_row(choice, length, batch, NUM_BYTES[name]) for choice in _choices(found)]
     if as_document:
-        print(json.dumps(_as_json(model, found, length, batch, dtype.value, sizes), indent=2, allow_nan=False))
+        print(json.dumps(_as_json(model, found, length, batch, name, sizes), indent=2, allow_nan=False))
     else:
-        _print(model, found, length, batch, dtype.value, sizes, Console(file=sys.stdout))
+        _print(model, found, length, batch, name, sizes, Console(file=sys.stdout))
+
+
+def _cache_dtype(found: Inspection) -> str:
+    """The dtype of a cache of the model as it is stored."""
+    name = DTYPES.get(found.dtype, found.dtype)
+    return name if name in NUM_BYTES else Dtype.bfloat16.value
 
 
 def _inspect(model: str) -> Inspection:
@@ -59,17 +82,16 @@ def _inspect(model: str) -> Inspection:
 
 
 def _inspect_hub(name: str) -> Inspection:
-    """Inspects a model on the Hub; downloads its configuration and the headers of its files."""
+    """Inspects a model on the Hub; downloads its configuration and, if it has safetensors, their headers."""
     from huggingface_hub import get_safetensors_metadata, hf_hub_download
-
-    from qkv.convert.files.fields import TENSOR, find_fault
-    from qkv.convert.files.json_document import read_document
-    from qkv.convert.files.safetensors import make_spec
-    from qkv.convert.inspect.checkpoint import inspect_tensors
+    from huggingface_hub.errors import NotASafetensorsRepoError
 
     try:
         config = read_document(Path(hf_hub_download(name, "config.json")))
-        files = get_safetensors_metadata(name).files_metadata.values()
+        try:
+            files = get_safetensors_metadata(name).files_metadata.values()
+        except NotASafetensorsRepoError:
+            return inspect_config(name, config)
     except CheckpointError:
         raise
     except Exception as error:
@@ -90,6 +112,8 @@ def _inspect_hub(name: str) -> Inspection:
 
 def _choices(found: Inspection) -> list[Inspection]:
     """The model, and the model with each other possible number of KV heads."""
+    if not found.is_convertible or not found.layers:
+        return [found]
     others = (found.with_kv_heads(heads) for heads in found.possible_kv_heads)
     return [found, *(other for other in others if other.layers != found.layers)]
 
@@ -102,6 +126,7 @@ def _sizes_row(found: Inspection, length: int, batch: int, bytes_per_number: int
         "attention_parameters": found.attention_parameters,
         "kv_bytes_per_token": kv_bytes(found, 1, 1, bytes_per_number),
         "kv_bytes": kv_bytes(found, length, batch, bytes_per_number),
+        "kv_bytes_in_int8": kv_bytes_in_int8(found, length, batch, bytes_per_number),
     }
 
 
@@ -114,17 +139,11 @@ def _as_json(
         "model_type": found.model_type,
         "stored_dtype": found.dtype,
         "parameters": found.parameters,
-        "encoder": _layers_as_json(found.encoder),
-        "layers": _layers_as_json(found.layers),
+        "encoder": layers_as_json(found.encoder),
+        "layers": layers_as_json(found.layers),
+        "is_convertible": found.is_convertible,
         "kv_cache": {"length": length, "batch": batch, "dtype": dtype, "sizes": sizes},
     }
-
-
-def _layers_as_json(layers: tuple[LayerAttention, ...]) -> list[dict[str, Any]]:
-    return [
-        {"num_layers": len(numbers), "numbers": numbers, **layer._asdict()}
-        for layer, numbers in by_kind(layers).items()
-    ]
 
 
 def _print(
@@ -136,27 +155,43 @@ def _print(
     sizes: list[dict[str, Any]],
     console: Console,
 ) -> None:
-    title = f"{model} ({found.model_type}), {found.parameters:,} parameters, keys and values stored in {found.dtype}"
-    console.print(Text(title, style="bold"), soft_wrap=True)
-    in_decoder = " in the decoder" if found.encoder else ""
-    for where, layers in ((" in the encoder", found.encoder), (in_decoder, found.layers)):
-        for line in describe_kinds(layers, where):
-            console.print(Text(f"  {line}"), soft_wrap=True)
+    stored = "keys and values stored in" if found.layers else "stored in"
+    where = f"{stored} {found.dtype}" if found.is_stored else f"{found.dtype} by its configuration"
+    print_line(f"{model} ({found.model_type}), {found.parameters:,} parameters, {where}", console, "bold")
+    in_encoder, in_decoder = (" in the encoder", " in the decoder") if found.encoder and found.layers else ("", "")
+    for place, layers in ((in_encoder, found.encoder), (in_decoder, found.layers)):
+        for line in describe_kinds(layers, place):
+            print_line(f"  {line}", console)
     console.print()
-    sequences = f"{counted(batch, 'sequence')} of {length} tokens"
-    if found.encoder:
+    if not found.layers:
+        print_line(f"{sizes[0]['attention_parameters']:,} of the parameters are in attention.", console)
+        print_line("It keeps no keys and values, since each call reads its whole input.", console)
+        return
+    _print_sizes(found, length, batch, dtype, sizes, console)
+    if not found.is_convertible:
+        console.print()
+        print_line("qkv convert does not take this model.", console)
+
+
+def _print_sizes(
+    found: Inspection, length: int, batch: int, dtype: str, sizes: list[dict[str, Any]], console: Console
+) -> None:
+    sequences = f"{counted(batch, 'sequence')} of {counted(length, 'token')}"
+    if found.encoder and any(layer.cross for layer in found.layers):
         sequences += " (encoded and generated)"
     table = Table(box=None, pad_edge=False)
-    for column in ("  KV heads", "parameters", "in attention", "cache a token", "cache", "of now"):
-        table.add_column(column, justify="left" if column == "  KV heads" else "right", no_wrap=True)
+    for column in ("KV heads", "parameters", "in attention", "a token", "cache", "int8", "of now"):
+        table.add_column(column, justify="left" if column == "KV heads" else "right", no_wrap=True)
     for row, size in enumerate(sizes):
         heads = ", ".join(map(str, size["num_kv_heads"]))
+        in_int8 = size["kv_bytes_in_int8"]
         table.add_row(
-            f"  {heads} (this model)" if row == 0 else f"  {heads}",
+            f"{heads} (now)" if row == 0 else heads,
             f"{size['parameters']:,}",
             f"{size['attention_parameters']:,}",
             readable_bytes(size["kv_bytes_per_token"]),
             readable_bytes(size["kv_bytes"]),
+            "-" if in_int8 is None else readable_bytes(in_int8),
             f"{size['kv_bytes'] / sizes[0]['kv_bytes']:.1%}",
         )
-    print_table(f"Parameters, and the KV cache of {sequences} in {dtype}", table, console)
+    print_table(f"Parameters, and the KV cache of {sequences} in {dtype} and in int8", table, console)

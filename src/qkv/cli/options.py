@@ -11,6 +11,10 @@ SINK_TOKENS = "--sink-tokens", "--sinks"
 """Names of the option of first tokens that a window shows: the one in texts, and a short one."""
 
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+
 class Dtype(str, Enum):
     """The values of ``--dtype``."""
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qkv.convert.divergence import compare, predict
+from qkv.convert.divergence import Divergence, compare, predict
 from qkv.convert.families.encoder_decoder import ENCODER_DECODERS
 from qkv.convert.files.folder import Folder
 from qkv.models.errors import CommandError
@@ -87,20 +87,33 @@ def predict_original(source: Folder, dtype: torch.dtype, file: Path | None, prog
         return " ".join(str(error).split())
 
 
-def describe_divergence(original: Predictions | str, folder: Path, dtype: torch.dtype, progress: Progress) -> list[str]:
-    """The divergence of the model in ``folder`` from the original, as lines of a report."""
+class Compared(NamedTuple):
+    """The divergence of a converted model from the original on a sample."""
+
+    sample: str
+    """Name of the sample."""
+    length: int
+    """Tokens of the sample."""
+    divergence: Divergence
+
+    @property
+    def increase(self) -> float:
+        """Of the loss, in nats a token."""
+        return self.divergence.loss_after - self.divergence.loss_before
+
+
+def compare_with(original: Predictions | str, folder: Path, dtype: torch.dtype, progress: Progress) -> Compared | str:
+    """Compares the model in ``folder`` with the original; a reason why not is handed on.
+
+    Raises:
+        CommandError: where the model cannot be loaded.
+    """
     if isinstance(original, str):
-        return ["", f"  predictions not compared: {original}"]
+        return original
     model = load(ModelSource(str(folder), str(folder)), dtype, progress).model
     with progress.step("predicting the sample"), quiet():
-        result = compare(original.logits, predict(model, original.token_ids), original.token_ids)
-    return [
-        "",
-        f"  predictions of {result.num_tokens} tokens of {original.sample}",
-        f"    loss {result.loss_before:.3f} -> {result.loss_after:.3f} nats per token",
-        f"    perplexity {result.perplexity_before:,.1f} -> {result.perplexity_after:,.1f}",
-        f"    KL divergence {result.kl:.3f} nats per token, same most probable token: {result.agreement:.1%}",
-    ]
+        divergence = compare(original.logits, predict(model, original.token_ids), original.token_ids)
+    return Compared(original.sample, original.token_ids.shape[1], divergence)
 
 
 def _predict(folder: Path, dtype: torch.dtype, sample: Sample, progress: Progress) -> Predictions:

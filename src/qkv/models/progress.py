@@ -8,8 +8,9 @@ from typing import Literal, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, ProgressColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
+from rich.text import Text
 
-Unit = Literal["bytes", "tokens", "calls", "rounds", "passes"]
+Unit = Literal["bytes", "tokens", "calls", "rounds", "passes", "steps"]
 OnProgress = Callable[[int], None]
 """Called with the units done so far."""
 
@@ -28,8 +29,11 @@ class Progress:
         self._animated = self._stream.isatty() and not self._console.is_dumb_terminal
 
     def notify(self, line: str) -> None:
-        """Prints a permanent line."""
-        print(line, file=self._stream, flush=True)
+        """Prints a permanent line, above the bar of a step."""
+        if self._animated:
+            self._console.print(Text(line), soft_wrap=True)
+        else:
+            print(line, file=self._stream, flush=True)
 
     @contextmanager
     def step(self, title: str, total: int | None = None, unit: Unit | None = None) -> Iterator[OnProgress]:
@@ -62,4 +66,4 @@ def _amount_columns(unit: Unit | None) -> tuple[ProgressColumn, ...]:
     """The columns of a progress bar that show the amount done."""
     if unit is None:
         return ()
-    return (DownloadColumn(),) if unit == "bytes" else (MofNCompleteColumn(), TextColumn(unit))
+    return (DownloadColumn(binary_units=True),) if unit == "bytes" else (MofNCompleteColumn(), TextColumn(unit))

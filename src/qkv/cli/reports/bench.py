@@ -11,7 +11,7 @@ import qkv
 from qkv import kernels
 from qkv.bench.mechanisms import LIBRARIES, OURS, TORCH, Mechanism, Sizes
 from qkv.bench.timing import Spread
-from qkv.cli.printing import counted, print_table
+from qkv.cli.printing import counted, print_line, print_table
 from qkv.models.kv_cache_size import readable_bytes
 
 
@@ -73,11 +73,12 @@ def print_report(report: BenchReport, console: Console) -> None:
     """Prints the report as text."""
     sizes = report.sizes
     passes = "decoding one token" if sizes.decode else "forward and backward" if sizes.backward else "forward"
-    sequences, threads = counted(sizes.batch, "sequence"), counted(report.threads, "thread")
-    line = f"{sequences} of {sizes.length} tokens, head_dim {sizes.head_dim}, {_dtype(report)}, {passes}, {threads}"
-    console.print(Text(line, style="bold"), soft_wrap=True)
+    sequences = f"{counted(sizes.batch, 'sequence')} of {counted(sizes.length, 'token')}"
+    threads = counted(report.threads, "thread")
+    line = f"{sequences}, head_dim {sizes.head_dim}, {_dtype(report)}, {passes}, {threads}"
+    print_line(line, console, "bold")
     kernel = kernels.absence() or f"kernel for {kernels.loaded().isa}"
-    console.print(Text(f"qkv {qkv.__version__} ({kernel}) against torch {torch.__version__}"), soft_wrap=True)
+    print_line(f"qkv {qkv.__version__} ({kernel}) against torch {torch.__version__}", console)
     console.print()
     title = f"Time of a call, median of {report.rounds} interleaved rounds"
     print_table(title, _time_table(report), console)

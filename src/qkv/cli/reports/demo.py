@@ -14,7 +14,7 @@ from rich.text import Text
 import qkv
 from qkv import kernels
 from qkv.bench.machine import processor
-from qkv.cli.printing import counted, print_table
+from qkv.cli.printing import counted, print_line, print_table
 from qkv.models.comparison import DECODINGS, NAMES, OURS, REFERENCE, Comparison
 from qkv.models.kv_cache_size import CacheSize, LayerShape, readable_bytes
 
@@ -100,7 +100,10 @@ def _measurement_as_json(found: Measurement) -> dict[str, Any]:
 def print_report(report: DemoReport, console: Console) -> None:
     """Prints the report as text."""
     shapes = [_describe(shape, count) for shape, count in Counter(report.first.layers).items()]
-    _print_text(report.model, "\n".join(shapes), console)
+    console.print(Text(report.model, style="bold"), soft_wrap=True)
+    for shape in shapes:
+        print_line(f"  {shape}", console)
+    console.print()
     title = "Prompt" if report.text is None else f"Question on {report.text}"
     _print_text(f"{title} ({counted(report.prompt_tokens, 'token')})", report.prompt, console)
     for dtype, found in report.measurements.items():
@@ -108,7 +111,7 @@ def print_report(report: DemoReport, console: Console) -> None:
     title = f"Tokens per second on {_machine()}, median of {DECODINGS} decodings in turns"
     print_table(title, _speed_table(report), console)
     console.print()
-    console.print(Text(f"qkv.accelerate(model) took: {', '.join(report.first.comparison.taken)}."), soft_wrap=True)
+    print_line(f"qkv.accelerate(model) took: {', '.join(report.first.comparison.taken)}.", console)
     console.print()
     window = f"a window of {report.window} in {list(report.measurements)[-1]}"
     title = f"Size of the KV cache of {counted(report.length, 'token')}, and with {window}"
@@ -121,7 +124,7 @@ def _print_answers(dtype: str, found: Measurement, console: Console) -> None:
     texts = {" and ".join(NAMES): found.texts[REFERENCE]} if identical else found.texts
     for name, text in texts.items():
         _print_text(f"Answer of {name} in {dtype}", text or "(empty: the model generated no text)", console)
-    console.print(Text(verdict(dtype, found.comparison), style="green" if identical else "red"), soft_wrap=True)
+    print_line(verdict(dtype, found.comparison), console, "green" if identical else "red")
     console.print()
 
 

@@ -147,7 +147,7 @@ def check_tensors(where: str, config: Any, tensors: Mapping[str, TensorSpec]) ->
             others = sum(NUMBER.sub(".0.", other) == NUMBER.sub(".0.", name) for other in tensors)
             raise CheckpointError(
                 f"{where}: {cls.__name__} needs tensor {name!r} {list(shape)}, which the checkpoint does not have"
-                + (f" ({others} other layers do)" if others else "")
+                + (f" ({'1 other layer does' if others == 1 else f'{others} other layers do'})" if others else "")
                 + ". For sharded checkpoints, give the folder."
             )
         if spec is not None and (spec.shape != shape or spec.is_floating != parameter.is_floating_point()):

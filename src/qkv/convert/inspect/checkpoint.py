@@ -1,5 +1,6 @@
 """`inspect_checkpoint`: describes the attention of a model from its configuration and headers."""
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,25 +9,29 @@ from typing import Any
 from qkv.convert.families import transformers_schema
 from qkv.convert.families.family import Family
 from qkv.convert.families.latent_decoder import LATENT_DECODERS
-from qkv.convert.families.registry import find_family
-from qkv.convert.files.folder import CONFIG, read_folder
+from qkv.convert.families.registry import FAMILIES, find_family
+from qkv.convert.files.folder import CONFIG, INDEX, SINGLE, read_folder
 from qkv.convert.files.json_document import paused_gc, read_document
 from qkv.convert.files.safetensors import TensorSpec, read_header
 from qkv.convert.inspect.gguf import inspect_gguf
 from qkv.convert.inspect.inspection import Inspection, LayerAttention
-from qkv.layers.rotary_config import rope_parameters
+from qkv.convert.inspect.modules import inspect_config
+from qkv.convert.inspect.rotary_words import describe_rotary
 
 
 @paused_gc()
 def inspect_checkpoint(path: Path | str) -> Inspection:
     """Describes the attention of a model; reads configuration and headers, no weights.
 
+    Models that `convert_checkpoint` does not take (encoders of texts, images or speech, other decoders) are described
+    by the modules that transformers builds from their configuration.
+
     Args:
-        path: a folder written by ``save_pretrained``; a safetensors file of a whole model, next to its
-            ``config.json``; or a GGUF file.
+        path: a folder written by ``save_pretrained``, or only its ``config.json``; a safetensors file of a whole model,
+            next to its ``config.json``; or a GGUF file.
 
     Raises:
-        CheckpointError: for broken or inconsistent files, and model families that are not supported.
+        CheckpointError: for broken or inconsistent files, and model types of which transformers builds no model.
 
     Example:
         >>> from qkv.convert import inspect_checkpoint
@@ -36,9 +41,13 @@ def inspect_checkpoint(path: Path | str) -> Inspection:
     path = Path(path)
     if path.suffix == ".gguf":
         return inspect_gguf(path)
+    if path.suffix == ".json":
+        return inspect_config(str(path), read_document(path))
     if path.is_file():
         where = path.with_name(CONFIG)
         return inspect_tensors(str(where), read_document(where), read_header(path).tensors)
+    if (path / CONFIG).is_file() and not any(os.path.lexists(path / name) for name in (SINGLE, INDEX)):
+        return inspect_config(str(path / CONFIG), read_document(path / CONFIG))
     folder = read_folder(path)
     return inspect_tensors(str(folder.path / CONFIG), folder.config, folder.tensors)
 
@@ -47,15 +56,20 @@ def inspect_tensors(where: str, config: dict[str, Any], tensors: Mapping[str, Te
     """Describes the attention of a transformers model. ``where`` names the configuration in errors.
 
     Raises:
-        CheckpointError: for a model family that is not supported, and a configuration that does not match the tensors.
+        CheckpointError: for a configuration that does not match the tensors of a family that converts, and a model type
+            of which transformers builds no model.
     """
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES or config.get("quantization_config") is not None:
+        return _of_modules(where, config, tensors)
     family = find_family(where, config)
     hf_config = transformers_schema.read_config(where, config, len(tensors))
     transformers_schema.check_tensors(where, hf_config, tensors)
     heads, windows = transformers_schema.heads(where, hf_config), transformers_schema.windows(hf_config)
     parts = _by_layer(family.attention, tensors, len(windows))
     own = [
-        _layer(family, heads, windows[number], _rotary(hf_config, number), part) for number, part in enumerate(parts)
+        _layer(family, heads, windows[number], describe_rotary(hf_config, number), part)
+        for number, part in enumerate(parts)
     ]
     if config["model_type"] in LATENT_DECODERS:
         own = [_latent_layer(layer, hf_config) for layer in own]
@@ -67,6 +81,21 @@ def inspect_tensors(where: str, config: dict[str, Any], tensors: Mapping[str, Te
     dtype = next(spec.dtype for name, spec in tensors.items() if family.is_kv(name))
     parameters = sum(spec.numel for spec in tensors.values())
     return Inspection(config["model_type"], dtype, parameters, (*own, *cross), encoder)
+
+
+def _of_modules(where: str, config: dict[str, Any], tensors: Mapping[str, TensorSpec]) -> Inspection:
+    """The description of `inspect_config`, with parameters and dtype of the tensors."""
+    found = inspect_config(where, config)
+    if config.get("quantization_config") is not None:  # what is stored are not the parameters
+        return found
+    sizes: dict[str, int] = {}
+    for spec in tensors.values():
+        sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.numel
+    return found._replace(
+        dtype=max(sizes, key=lambda dtype: sizes[dtype], default=found.dtype),
+        parameters=sum(sizes.values()),
+        is_stored=True,
+    )
 
 
 def _by_layer(
@@ -116,16 +145,3 @@ def _latent_layer(layer: LayerAttention, config: Any) -> LayerAttention:
         value_dim=config.v_head_dim,
         latent=(config.kv_lora_rank, config.qk_rope_head_dim),
     )
-
-
-def _rotary(config: Any, layer: int) -> str:
-    """The rotary embedding of a layer in words, from transformers' ``rope_parameters``; empty without."""
-    by_type, kinds = rope_parameters(config), getattr(config, "layer_types", None)
-    parameters = by_type.get(kinds[layer] if kinds else None) or by_type.get(None)
-    uses = getattr(config, "no_rope_layers", None)
-    if not parameters or (uses and not uses[layer]):
-        return ""
-    theta, kind = parameters["rope_theta"], parameters["rope_type"]
-    partial = parameters.get("partial_rotary_factor", 1.0)
-    scaling = f", {kind} scaling" if kind != "default" else ""
-    return f"theta {theta:g}{scaling}" + (f", {partial:g} of the width" if partial != 1 else "")

@@ -30,6 +30,10 @@ class LayerAttention(NamedTuple):
     """Whether keys and values come from an encoder."""
     latent: tuple[int, int] | None = None
     """Widths of the latent and the rotary key that a cache stores for all heads; None where it stores KV heads."""
+    place: str = ""
+    """The module that the layers are in, where a model has attention in several."""
+    is_complete: bool = True
+    """Whether a window or a rotary embedding that is not stated is one that the layer does not have."""
 
     @property
     def cached_widths(self) -> tuple[int, int]:
@@ -48,13 +52,17 @@ class Inspection(NamedTuple):
 
     model_type: str
     dtype: str
-    """Storage dtype of keys and values, as named in the file format."""
+    """Storage dtype of keys and values, as named in the file format, or in the configuration."""
     parameters: int
     """Of the whole model."""
     layers: tuple[LayerAttention, ...]
     """Layers with a KV cache: the decoder's self-attention, then its cross-attention."""
     encoder: tuple[LayerAttention, ...] = ()
-    """The encoder's layers, which a conversion does not change."""
+    """Layers without one, which a conversion does not change: those of encoders, of texts, images or speech."""
+    is_convertible: bool = True
+    """Whether `convert_checkpoint` takes models of this type."""
+    is_stored: bool = True
+    """Whether parameters and dtype are those of files; else of the configuration."""
 
     @property
     def attention_parameters(self) -> int:
@@ -63,7 +71,7 @@ class Inspection(NamedTuple):
 
     @property
     def possible_kv_heads(self) -> list[int]:
-        """The numbers of KV heads that all layers can be pooled to, including the current one."""
+        """The numbers of KV heads that all layers can be pooled to, including the current one; none without a cache."""
         return divisors(math.gcd(*(layer.num_kv_heads for layer in self.layers)))
 
     def with_kv_heads(self, num_kv_heads: int) -> "Inspection":
