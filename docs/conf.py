@@ -111,7 +111,7 @@ def restore(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: li
 
 
 class SideBySide(SphinxPostTransform):
-    """Two blocks of code that follow each other on the pages "from" stand in two columns."""
+    """Two blocks of code that follow each other on the pages "from" stand in two columns; outputs stand below."""
 
     default_priority = 400
 
@@ -122,7 +122,7 @@ class SideBySide(SphinxPostTransform):
         for left in list(self.document.findall(nodes.literal_block)):
             place = left.parent.index(left)
             right = left.parent[place + 1] if place + 1 < len(left.parent) else None
-            if isinstance(right, nodes.literal_block):
+            if isinstance(right, nodes.literal_block) and not right.astext().startswith(">>>"):
                 left.parent.remove(right)
                 left.replace_self(nodes.container("", left.deepcopy(), right, classes=["columns"]))
 
