@@ -12,7 +12,7 @@ CPP := $(wildcard native/src/*.h native/src/*/*.h native/src/*/*.cpp native/test
 export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test test-all pytest native-tests check format sanitize fuzz releases mutants families bench study
-.PHONY: wheel clean
+.PHONY: docs pages wheel clean
 
 demo: $(VENV)/cli
 	$(BIN)/qkv demo
@@ -30,7 +30,7 @@ native-tests: $(VENV)/ready
 # All tests: in addition the whole grid through FlexAttention under Dynamo, the demo's default model from the registry,
 # timm and torchvision, pages in Chromium where there is one, the kernel under sanitizers, every family of transformers,
 # and some of the planted bugs.
-test-all: check sanitize build/vision build/browser native-tests
+test-all: check sanitize build/vision build/browser native-tests $(VENV)/docs
 	PYTHONPATH=build/browser $(PYTEST) -m "not vision"
 	PYTHONPATH=build/vision $(BIN)/python -m pytest -q -m vision tests/integrations/torch/test_models.py
 	PYTHONPATH=tests $(BIN)/python -m families.sweep --check
@@ -120,6 +120,15 @@ study: $(VENV)/ready
 	$(BIN)/python studies/the_review/run.py
 	$(BIN)/python studies/windows_smollm2/run.py
 
+# The site, opened by build/docs/index.html. A warning is an error; nothing is fetched.
+docs: $(VENV)/docs
+	$(BIN)/python -m sphinx -W -n --keep-going -q -b html docs build/docs
+
+# What is written by code: the page of the command line, and pictures.
+pages: $(VENV)/ready
+	$(BIN)/python docs/commands.py
+	$(BIN)/python docs/pictures.py
+
 wheel: $(VENV)/ready
 	$(BIN)/python -m build --outdir dist
 
@@ -139,6 +148,11 @@ $(VENV)/ready: $(VENV)/cli
 
 $(VENV)/fuzz: $(VENV)/ready
 	$(INSTALL) 'qkv[fuzz]'
+	touch $@
+
+# Python 3.11 or later.
+$(VENV)/docs: $(VENV)/cli
+	$(INSTALL) 'qkv[docs]'
 	touch $@
 
 # llama.cpp is built for this machine, in some ten minutes, without what reads pictures.

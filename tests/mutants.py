@@ -61,6 +61,7 @@ MLP = ("kernels/test_gated_mlp.py",)
 MODULES = ("integrations/transformers/test_norms_and_mlps.py",)
 APPEND = ("cache/test_buffer.py",)
 CACHES = ("cache/test_model.py",)
+DOCS = ("repository/test_docs.py",)
 PAGED = ("cache/test_paged.py",)
 WINDOWS = ("convert/test_windows.py",)
 NONFINITE = ("contract/test_nonfinite.py",)
@@ -624,6 +625,15 @@ MUTANTS = [
     Mutant("minutes converted again", "models/uptraining.py", '        if "steps" not in record:', "        if True:", UPTRAIN, "time_limit"),
     Mutant("a trial's weights trained on", "models/uptraining.py", "            model = self._load(self._opened) if self._settings.max_steps is None else model\n", "", UPTRAIN, "time_limit"),
     Mutant("sink tokens of a report ignored", "cli/convert.py", 'proposal.get("sink_tokens", 0))', "0)", ("cli/test_convert.py",)),
+    Mutant("a page with a window of another size", "../../docs/from/flash-attn.md", "mask=Mask.causal(window=4), offset=9 - 5", "mask=Mask.causal(window=5), offset=9 - 5", DOCS),
+    Mutant("a page with a wrong output", "../../docs/guides/cache.md", "'int8': 8.25", "'int8': 8.0", DOCS),
+    Mutant("a dead link", "../../docs/guides/models.md", "(../transformers.md)", "(../transformer.md)", DOCS),
+    Mutant("a dead anchor", "../../docs/guides/windows.md", "(kv-heads.md#train)", "(kv-heads.md#training)", DOCS),
+    Mutant("a page that no page leads to", "../../docs/index.md", "project/studies\n", "", DOCS),
+    Mutant("an option that does not exist on a page", "../../docs/guides/windows.md", "--layers 3-9", "--layer 3-9", DOCS),
+    Mutant("a public name that is on no page", "../../docs/reference/api/caches.md", ".. autoclass:: LatentKVCache\n", "", DOCS),
+    Mutant("help that the page of the command line does not have", "cli/bench.py", "Width of a head.", "Width of each head.", DOCS),
+    Mutant("a picture that is not drawn again", "../../docs/pictures.py", "Mask.prefix(5)", "Mask.prefix(6)", DOCS),
 ]  # fmt: skip
 
 

@@ -177,7 +177,7 @@ class Seen(NamedTuple):
         return _costly(price.loss, price.by_token, count)
 
     def as_json(self, most: float) -> dict[str, Any]:
-        """A document for `json.dumps`, with the proposal that ``qkv convert --like`` takes. None stands for NaN."""
+        """A document for ``json.dumps``, with the proposal that ``qkv convert --like`` takes. None stands for NaN."""
         recording, proposal = self.recording, self.proposal(most)
         cuts = [None if layer.is_cross else layer.cut_by_kv_head()[:, 0] for layer in recording.layers]
         return {

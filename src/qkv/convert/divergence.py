@@ -52,7 +52,7 @@ def measure_divergence(original: Any, converted: Any, token_ids: Tensor) -> Dive
     Raises:
         ValueError: for another shape, fewer than two tokens, and vocabularies that differ.
 
-    For models that do not fit into memory together, call `predict` on each and `compare` on the logits.
+    For models that do not fit into memory together, call ``predict`` on each and ``compare`` on the logits.
 
     Example:
         >>> from qkv.convert import measure_divergence

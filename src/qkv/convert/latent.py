@@ -43,7 +43,7 @@ def convert_to_latent(
         >>> torch.allclose(exact(x), layer(x), atol=1e-5), torch.allclose(small(x), layer(x), atol=1e-5)
         (True, False)
 
-    Source: as `qkv.convert.heads.latents.factorise`.
+    Source: TransMLA (Meng et al. 2025), sections 4.2 and 4.3; MHA2MLA (Ji et al. 2025) for the joint decomposition.
     """
     check_layer("convert_to_latent", layer)
     _check_options(layer)

@@ -109,7 +109,7 @@ class Report:
         return table((calls.row(where, answer(reason)) for (where, reason), calls in merged.items()))
 
     def count(self, frame: FrameType, query: Sequence[int], key: Sequence[int], reason: str | None) -> None:
-        """Counts a call; a `Callback`."""
+        """Counts a call; a ``Callback``."""
         self.calls[Call(place(frame), tuple(query), tuple(key), reason)] += 1
 
 

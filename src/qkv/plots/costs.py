@@ -183,7 +183,7 @@ def savings(seen: "Seen", *, most: float = UNIT, ax: "Axes | None" = None) -> "F
     most for at most ``most`` nats. Before training.
 
     Args:
-        seen: of `qkv see`, or made of a recording and of prices with ``together``.
+        seen: of ``qkv see``, or made of a recording and of prices with ``together``.
         most: nats a token that the proposal may cost.
         ax: axes of matplotlib to draw in; a new figure without.
 

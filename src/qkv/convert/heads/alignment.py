@@ -107,8 +107,8 @@ def align_heads(
     """Groups and rotates the heads of a layer so that `pool_heads` averages similar heads.
 
     KV heads are permuted together with their query heads; keys and queries of a head are rotated by an ``R`` that
-    `symmetry` allows, its values by any orthogonal ``S``, which the output projection undoes. None of this changes the
-    function of the layer. The search minimises::
+    ``symmetry`` allows, its values by any orthogonal ``S``, which the output projection undoes. None of this changes
+    the function of the layer. The search minimises::
 
         sum_g sum_{j in g} |K_j - mean_g K|^2 / |K|^2  +  the same of V
 
@@ -169,7 +169,7 @@ def head_agreement(
 ) -> HeadAgreement:
     """How well each pair of KV heads would agree if they were aligned, before they are pooled.
 
-    With ``K_i`` the rows of head i, columns scaled by ``gain``, and R the best rotation that `symmetry` allows::
+    With ``K_i`` the rows of head i, columns scaled by ``gain``, and R the best rotation that ``symmetry`` allows::
 
         keys[i, j] = max_R <R K_i, K_j> / (|K_i| |K_j|)
 

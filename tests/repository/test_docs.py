@@ -1,0 +1,214 @@
+"""The site: its code runs, its links lead somewhere, its generated parts are those of the code, no name is missing."""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import re
+import shlex
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from repository.fences import fences, run
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+NAMES = [page.relative_to(DOCS).as_posix() for page in PAGES]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "DESIGN.md", *PAGES]
+WITHOUT_A_FENCE = {"log.md", "transformers.md"}
+OUTSIDE = ("https://", "http://", "mailto:")
+
+
+@cache
+def _module(name: str) -> Any:
+    """A script of docs/, which is no package."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", DOCS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers' and torch's own making
+@pytest.mark.parametrize("name", [name for name in NAMES if "```python" in (DOCS / name).read_text()])
+def test_the_code_of_a_page_runs_and_prints_what_the_page_shows(name: str) -> None:
+    import qkv
+
+    try:
+        assert run(DOCS / name) or all(each.reason for each in fences((DOCS / name).read_text()))
+    finally:
+        qkv.unregister()
+
+
+def test_a_wrong_output_and_a_fence_without_a_reason_are_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "```python\na = 1\n```\n\n```python\n>>> a\n1\n```\n\n```python skip: nobody has that library\nb\n```\n"
+    )
+    assert run(page) == 2
+    page.write_text("```python\n>>> 1 + 1\n3\n```\n")
+    with pytest.raises(AssertionError, match=r"Expected:\n +3\nGot:\n +2"):
+        run(page)
+    page.write_text("text\n\n```python skip\na\n```\n")
+    with pytest.raises(ValueError, match="line 3: a fence has a language"):
+        run(page)
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_link_leads_to_a_file_and_to_an_anchor_in_it(page: Path) -> None:
+    dead = []
+    for target in _links(page.read_text()):
+        if target.startswith(OUTSIDE):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        if not file.exists() or (anchor and file.suffix == ".md" and anchor not in _anchors(file)):
+            dead.append(target)
+    assert not dead
+
+
+def _links(text: str) -> list[str]:
+    """The targets of links and pictures, and the pages of contents."""
+    plain = re.sub(r"^(`{3,})[^\n{]*\n.*?^\1$", "", text, flags=re.MULTILINE | re.DOTALL)
+    plain = re.sub(r"`[^`\n]*`", "`", plain)
+    listed = [
+        f"{entry}.md"
+        for contents in re.findall(r"^```\{toctree\}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+        for entry in re.findall(r"^[\w/-]+$", contents, flags=re.MULTILINE)
+    ]
+    figures = re.findall(r"^```\{figure\} (\S+)$", text, flags=re.MULTILINE)
+    return re.findall(r"\]\(<?([^)\s>]+)>?\)", plain) + listed + figures
+
+
+@cache
+def _anchors(file: Path) -> set[str]:
+    """Names that links into a page may end on: headings as forges write them, and those given by hand."""
+    text = re.sub(r"^(`{3,}).*?^\1$", "", file.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    plain = (re.sub(r"<[^>]*>|\[([^]]*)\]\([^)]*\)", r"\1", heading).strip().lower() for heading in headings)
+    slugs = {re.sub(r"[^\w\- ]", "", heading).replace(" ", "-") for heading in plain}
+    return slugs | set(re.findall(r'<a id="([^"]+)"', text))
+
+
+def test_every_page_is_reached_from_the_first_one() -> None:
+    reached, to_do = set(), [DOCS / "index.md"]
+    while to_do:
+        page = to_do.pop()
+        if page in reached:
+            continue
+        reached.add(page)
+        for target in _links(page.read_text()):
+            file = (page.parent / target.partition("#")[0]).resolve()
+            if file in PAGES:
+                to_do.append(file)
+    assert {page.relative_to(DOCS).as_posix() for page in PAGES if page not in reached} == set()
+
+
+def test_the_page_of_the_command_line_is_that_of_the_commands() -> None:
+    commands = _module("commands")
+    assert commands.PAGE.read_text() == commands.page(), "run make pages"
+
+
+def test_the_commands_on_the_pages_exist_with_their_options() -> None:
+    import typer
+
+    from qkv.cli.app import app
+
+    known: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    count = 0
+    for page in (ROOT / "README.md", *PAGES):
+        for fence in fences(page.read_text()):
+            for line in fence.text.splitlines() if fence.language == "sh" else ():
+                for command in re.split(r"&&|\|", line.partition("  #")[0]):
+                    words = shlex.split(command)
+                    if words[:1] != ["qkv"]:
+                        continue
+                    count += 1
+                    options = {name for each in known[words[1]].params for name in each.opts}
+                    assert {word for word in words if word.startswith("--")} <= options, f"{page.name}: {command}"
+    assert count >= 20
+
+
+@pytest.mark.parametrize("name", sorted(_module("pictures").PICTURES))
+def test_a_picture_is_the_one_that_its_code_draws(name: str) -> None:
+    pictures = _module("pictures")
+    drawn, kept = pictures.drawn(name), (pictures.FOLDER / f"{name}.svg").read_text()
+    pinned = re.search(r"^matplotlib==(.*)$", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE)
+    assert drawn.startswith("<?xml") and pinned
+    if importlib.metadata.version("matplotlib") == pinned[1]:
+        (words, numbers), (kept_words, kept_numbers) = _parts(drawn), _parts(kept)
+        assert words == kept_words, "run make pages"
+        assert numbers == pytest.approx(kept_numbers, abs=0.01), "run make pages"
+
+
+def _parts(picture: str) -> tuple[str, list[float]]:
+    """A picture without its numbers and the names made of them, which rounding changes; and the numbers."""
+    plain = re.sub(r'(id="|#)[pm][0-9a-f]{10}', r"\1", picture)
+    number = r"-?\d+\.\d+(?:e-?\d+)?|-?\d+"
+    return re.sub(number, "0", plain), [float(each) for each in re.findall(number, plain)]
+
+
+def test_every_picture_is_on_a_page_and_there_are_no_others() -> None:
+    pictures = _module("pictures")
+    files = {file.stem for file in pictures.FOLDER.glob("*.svg")}
+    shown = {Path(target).stem for page in PAGES for target in _links(page.read_text()) if target.endswith(".svg")}
+    assert files == set(pictures.PICTURES) and files <= shown
+
+
+MODULES = (
+    *("qkv", "qkv.cache", "qkv.convert", "qkv.analysis", "qkv.plots"),
+    *("qkv.integrations.torch", "qkv.integrations.transformers"),
+)
+
+
+def test_every_public_name_is_on_a_page_of_the_reference() -> None:
+    text = "\n".join(page.read_text() for page in (DOCS / "reference" / "api").glob("*.md"))
+    whole = set(re.findall(r"automodule:: (\S+)\n +:members:$", text, flags=re.MULTILINE))
+    named = set()
+    module = "qkv"
+    for kind, name in re.findall(r"(currentmodule|automodule|auto\w+):: (\S+)", text):
+        if kind.endswith("module"):
+            module = name
+        named |= {name, f"{module}.{name}"}
+    on_a_page = {_place(name) for name in named} | {
+        _place(f"{module}.{name}") for module in whole for name in _listed(module)
+    }
+    missing = [name for module in MODULES for name in _listed(module) if _place(f"{module}.{name}") not in on_a_page]
+    assert not missing
+
+
+def _listed(module: str) -> list[str]:
+    return [*getattr(importlib.import_module(module), "__all__", ())]
+
+
+def _place(name: str) -> str:
+    """Where the object of a dotted name is defined; the name itself if there is no such object."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        each = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError):
+        return name
+    return f"{getattr(each, '__module__', '')}.{getattr(each, '__qualname__', name)}"
+
+
+def test_public_functions_and_classes_have_an_example() -> None:
+    import qkv
+
+    without = []
+    for name in qkv.__all__:
+        text = inspect.getdoc(getattr(qkv, name)) or ""
+        if ">>>" not in text:
+            without.append(name)
+    assert without == ["BackendError"]
+
+
+@pytest.mark.long
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sphinx", "-W", "-n", "-q", "-b", "html", str(DOCS), str(tmp_path)]
+    subprocess.run(command, check=True)
+    assert (tmp_path / "search.html").exists()
