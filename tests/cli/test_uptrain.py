@@ -213,7 +213,7 @@ def test_latent_attention_is_trained(capsys, place, tmp_path):
             {"model": "none/of/these"},
             r"none/of/these' is not an existing file or folder, and not a valid Hub model name",
         ),
-        ({"model": "empty"}, r"cannot load the configuration or tokenizer of .*empty'"),
+        ({"model": "empty"}, r"the folder .*empty is not a model: it contains no config\.json\."),
         ({"model": "text.txt"}, r"text\.txt is not a GGUF file: it must start with b'GGUF'; got b'"),
         ({"model": "bare"}, r"cannot load the configuration or tokenizer of .*bare'"),
         ({"model": "t5"}, r"t5 must be a causal language model; got one of kind encoder-decoder\."),

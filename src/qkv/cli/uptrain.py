@@ -21,7 +21,7 @@ from qkv.models.errors import CommandError
 from qkv.models.language_model import Opened, open_model, quiet
 from qkv.models.model_folder import file_states, model_folder
 from qkv.models.progress import Progress
-from qkv.models.source import ModelSource, expand_home
+from qkv.models.source import expand_home, find_model
 from qkv.models.text import read_text
 from qkv.models.uptraining import Settings, Uptraining, blocks_of, claimed, fingerprint, release
 
@@ -140,7 +140,7 @@ def _open(model: str, folder: Path, progress: Progress) -> Opened:
     with quiet():
         register()
         register_latent_decoders()
-    opened = open_model(ModelSource(model, str(folder)), progress)
+    opened = open_model(find_model(str(folder))._replace(name=model), progress)
     if opened.kind != "language model":
         raise CommandError(f"{model} must be a causal language model; got one of kind {opened.kind}.")
     return opened
