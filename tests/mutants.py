@@ -147,6 +147,8 @@ MUTANTS = [
     Mutant("tokens counted of a text that was not read", "cli/see/reading.py", "count - kept if is_whole else None", "count - kept", BAD_INPUT),
     Mutant("blocks of a map without a number as weight 0", "analysis/page/data.py", "weights.isnan().any(2).flatten().nonzero().flatten().tolist()", "[]", BAD_INPUT),
     Mutant("names in a report move the cursor", "cli/reports/see.py", "{_one_line(seen.model)} on {_one_line(seen.text)}", "{seen.model} on {seen.text}", BAD_INPUT),
+    Mutant("devices replaced by a page", "models/output_file.py", "not (file.is_file() and _is_at_home(file))", "False", ("models/test_output_file.py",), "devices"),
+    Mutant("a table of nan", "analysis/words.py", 'if math.isfinite(number) else "no number"  # + 0.0', 'if True else ""  # + 0.0', RECORDING, "no_number"),
     Mutant("tokens of a page end its script", "analysis/page/data.py", 'for character in "<>&":', 'for character in "&":', PAGE),
     Mutant("names in a page are markup", "analysis/page/markup.py", "Markup(html.escape(visible(text)))", "Markup(visible(text))", PAGE),
     Mutant("names in a page turn around", "analysis/page/markup.py", "html.escape(visible(text))", "html.escape(text)", PAGE),

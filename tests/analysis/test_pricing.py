@@ -360,7 +360,7 @@ def test_calls_that_are_refused() -> None:
         layer.compile(backend="eager")
     config = transformers.LlamaConfig(**SIZES, num_attention_heads=6, num_key_value_heads=2, head_dim=8, num_labels=97)
     classifier = transformers.LlamaForTokenClassification(config).eval()
-    t5 = BOTH["t5"]().eval()
+    t5, wrapped = BOTH["t5"]().eval(), nn.Sequential(build("llama")).eval()
     another = "model must be, or contain, a model of transformers; got Linear"
     refused: list[tuple[Any, type[Exception], str]] = [
         (
@@ -390,6 +390,10 @@ def test_calls_that_are_refused() -> None:
         ),
         (lambda: price(model, IDS, window=4, together=3), TypeError, "together must be a sequence of counts; got int"),
         (lambda: price(model, IDS, window=4, labels=IDS), ValueError, "labels must not be given"),
+        (lambda: price(model, IDS, window=4, inputs_embeds=IDS), ValueError, "inputs_embeds must not be given"),
+        (lambda: price(wrapped, IDS, window=4), TypeError, "a model of transformers itself; got Sequential, which"),
+        (lambda: losses(wrapped, IDS), TypeError, "losses: model must be a model of transformers itself"),
+        (lambda: price(model, IDS, kv_heads=1, pooling="x"), ValueError, "pooling must be one of mean, .* got 'x'"),
         (lambda: price(model, IDS[:0], window=4), ValueError, "of integers, two tokens or more"),
         (lambda: price(model, IDS.float(), window=4), ValueError, "of integers, two tokens or more"),
         (lambda: price(model, IDS, kv_heads=2), ValueError, "kv_heads must be fewer than the model's 2; got 2"),

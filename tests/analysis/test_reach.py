@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from families.small import build, decoder
-from torch import Tensor
+from torch import Tensor, nn
 
 from qkv.analysis import reach
 
@@ -78,6 +78,8 @@ def test_calls_that_are_refused() -> None:
         (lambda: reach(model, IDS, 40), ValueError, "position must be from -40 to 39, for 40 tokens; got 40"),
         (lambda: reach(model, IDS, 1.0), TypeError, "position must be an int"),
         (lambda: reach(model, IDS[0], 1), ValueError, r"input_ids must be a tensor \(1, L\)"),
+        (lambda: reach(model, IDS, 1, inputs_embeds=IDS), ValueError, "reach: inputs_embeds must not be given"),
+        (lambda: reach(nn.Sequential(model).eval(), IDS, 1), TypeError, "reach: model must be a model of transf"),
         (lambda: reach(model, IDS, 1, windows={NAMES[0]: 0}), ValueError, "each of windows must be at least 1; got 0"),
         (
             lambda: reach(model, IDS, 1, windows={"x": 4}),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import qkv
 from qkv import Mask
 from qkv.analysis.recording import Recording, record
+from qkv.analysis.words import what_layers_see
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers' own making
 
@@ -294,6 +295,8 @@ def test_calls_that_are_refused() -> None:
     model = build("llama")
     for call, error, message in (
         (lambda: record(nn.Linear(3, 3), IDS), TypeError, "must be, or contain, a model of transformers; got Linear"),
+        (lambda: record(model, IDS[0]), ValueError, r"record: input_ids must be a tensor \(B, L\) of integers, one"),
+        (lambda: record(model, IDS[:, :0]), ValueError, "one token or more"),
         (lambda: record(model, IDS, windows=[0]), ValueError, "each of windows must be at least 1; got 0"),
         (lambda: record("model", IDS), TypeError, "must be, or contain, a model of transformers; got str"),
         (lambda: record(model, IDS, windows=5), TypeError, "windows must be a sequence of counts; got int"),
@@ -325,3 +328,17 @@ def test_a_recording_holds_numbers_alone() -> None:
     for layer in found.layers:
         for x in (*layer.cut, layer.keys_in_effect, *layer.distance, *layer.sinks, layer.map.mean):
             assert x.dtype is torch.float32 and not x.requires_grad
+
+
+def test_what_has_no_number_is_said_in_a_table() -> None:
+    model = copy.deepcopy(build("llama"))
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight[:8] = torch.nan
+    found = record(model, IDS, windows=[4])
+    text = str(found)
+    assert "nan" not in text and "no number" in text.splitlines()[2]
+    assert "Queries of heads that have no number, for NaN or inf" in text
+    assert "Queries of heads that have no number" in found._repr_html_()
+    first = found.layers[0]
+    near = first._replace(distance=first.distance._replace(mean=torch.full_like(first.distance.mean, -0.01)))
+    assert what_layers_see([near], found.cut_by_layer()[:1])[0][2] == "0.0"

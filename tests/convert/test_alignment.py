@@ -217,6 +217,8 @@ def test_the_agreement_of_a_models_layers_is_that_of_their_weights(family, offse
         agreement_by_layer({}, {"model_type": "bart"}, 2)
     with pytest.raises(CheckpointError, match=r"must divide the model's 8 KV heads \(8, 4, 2, 1\); got 3"):
         agreement_by_layer(state, config, 3)
+    with pytest.raises(ValueError, match="how must be one of mean, first, random, aligned; got 'x'"):
+        agreement_by_layer(state, config, 2, how="x")
     state["model.layers.1.self_attn.k_proj.weight"] = torch.full_like(k[:, :64], torch.nan)
     with pytest.raises(CheckpointError, match="layer 1: head_agreement: keys and values must be finite"):
         agreement_by_layer(state, config, 2)

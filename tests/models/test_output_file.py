@@ -37,6 +37,21 @@ def test_what_is_there_is_replaced_only_if_told_to(tmp_path: Path) -> None:
         write_output(dangling, "new", overwrite=False)
 
 
+def test_devices_and_links_of_the_system_stay(tmp_path: Path) -> None:
+    pipe, out = tmp_path / "pipe", tmp_path / "out"
+    os.mkfifo(pipe)
+    out.symlink_to("/proc/self/fd/1")  # as /dev/stdout is
+    to_pipe = tmp_path / "link"
+    to_pipe.symlink_to(pipe)
+    for path in (pipe, out, to_pipe):
+        for act in (check_output, lambda p, overwrite: write_output(p, "new", overwrite)):
+            with pytest.raises(CommandError, match="must be a file; it is a device or leads to one"):
+                act(path, overwrite=True)
+    assert stat.S_ISFIFO(pipe.stat().st_mode) and out.is_symlink() and to_pipe.is_symlink()
+    with pytest.raises(CommandError, match="- must be the name of a file"):
+        check_output(Path("-"), overwrite=True)
+
+
 def test_a_file_made_meanwhile_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, fsync = tmp_path / "page.html", os.fsync
 

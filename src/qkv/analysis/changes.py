@@ -107,7 +107,10 @@ class FewerHeads(Change):
         made.load_state_dict({key: self._weights[f"{name}.{key}"] for key in made.state_dict()}, assign=True)
         for key, part in self._model.get_submodule(name).named_modules():
             if "forward" in vars(part):
-                raise ValueError(f"price: {name} must not have a forward of its own, as {key or 'it'} has.")
+                raise ValueError(
+                    f"price: {name} must not have a forward of its own, as {key or 'it'} has. Those of qkv are taken "
+                    "back by qkv.accelerate(model, enabled=False)."
+                )
             vars(made.get_submodule(key)).update({hooks: vars(part)[hooks] for hooks in HOOKS})
         return made
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from qkv.analysis.changes import Change, FewerHeads, Window
+from qkv.analysis.recording import refuse_inputs, require_tokens
 from qkv.arguments import require_count
 from qkv.convert.heads.pooling import ConversionMethod
 from qkv.integrations.transformers.attention import observed
-from qkv.integrations.transformers.watching import Watched, stacks, watched
+from qkv.integrations.transformers.watching import Watched, require_itself, stacks, watched
 from qkv.layer_record import cuts_nothing, sees_later_keys
 
 LOGITS_AT_ONCE = 1 << 22
@@ -206,6 +207,8 @@ def _change(text: "_Text", window: int | None, sink_tokens: int, kv_heads: int |
         raise ValueError(f"price: give either window or kv_heads; got {window!r} and {kv_heads!r}.")
     if kv_heads is not None:
         require_count("price", "kv_heads", kv_heads)
+        if how not in get_args(ConversionMethod):
+            raise ValueError(f"price: pooling must be one of {', '.join(get_args(ConversionMethod))}; got {how!r}.")
         if text.is_encoder_decoder:
             raise ValueError(
                 f"price: kv_heads must be None for an encoder-decoder, whose layers of all kinds have as many; got "
@@ -223,20 +226,13 @@ def _change(text: "_Text", window: int | None, sink_tokens: int, kv_heads: int |
     return Window(window, sink_tokens)
 
 
-def _require_tokens(caller: str, name: str, token_ids: Any) -> None:
-    is_text = isinstance(token_ids, Tensor) and token_ids.dim() == 2 and not token_ids.is_floating_point()
-    if not is_text or token_ids.shape[0] < 1 or token_ids.shape[1] < 2:
-        raise ValueError(f"{caller}: {name} must be a tensor (B, L) of integers, two tokens or more.")
-
-
 class _Text:
     """A text on a model, and its loss."""
 
     def __init__(self, caller: str, model: Any, input_ids: Tensor, inputs: dict[str, Any]) -> None:
-        _require_tokens(caller, "input_ids", input_ids)
-        for name in ("labels", "past_key_values"):
-            if inputs.get(name) is not None:
-                raise ValueError(f"{caller}: {name} must not be given; the text is input_ids, read as a whole.")
+        require_tokens(caller, "input_ids", input_ids, 2)
+        require_itself(caller, model)
+        refuse_inputs(caller, inputs, "labels", "past_key_values", "inputs_embeds")
         self.caller, self.model = caller, model
         self.body = getattr(model, "base_model", model)
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
@@ -248,7 +244,7 @@ class _Text:
         self.inputs = {"input_ids": input_ids, "use_cache": False, "return_dict": True, **inputs}
         predicted = "decoder_input_ids" if self.is_encoder_decoder else "input_ids"
         keep = inputs.get("decoder_attention_mask" if self.is_encoder_decoder else "attention_mask")
-        _require_tokens(caller, predicted, self.inputs.get(predicted))
+        require_tokens(caller, predicted, self.inputs.get(predicted), 2)
         self.tokens = self.inputs[predicted] = self.inputs[predicted].long()
         words = len(self.tokens) * self.model.config.get_text_config().vocab_size
         self.tokens_at_once = max(1, LOGITS_AT_ONCE // words)

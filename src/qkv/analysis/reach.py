@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from qkv.analysis.changes import Window
-from qkv.analysis.recording import without_what_is_not_recorded
+from qkv.analysis.recording import refuse_inputs, require_tokens, without_what_is_not_recorded
 from qkv.arguments import require_count, require_int
 from qkv.integrations.transformers.attention import observed
-from qkv.integrations.transformers.watching import watched
+from qkv.integrations.transformers.watching import require_itself, watched
 from qkv.layer_record import sees_later_keys
 from qkv.masks import Mask
 
@@ -64,6 +64,8 @@ def reach(
     if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or len(input_ids) != 1:
         raise ValueError("reach: input_ids must be a tensor (1, L).")
     length = input_ids.shape[1]
+    require_tokens("reach", "input_ids", input_ids, 1)
+    refuse_inputs("reach", inputs, "inputs_embeds", "past_key_values")
     require_int("reach", "position", position)
     if not -length <= position < length:
         raise ValueError(
@@ -74,6 +76,7 @@ def reach(
     narrower = {name: Window(number, 0) for name, number in (windows or {}).items()}
     effective: dict[str, int | None] = {}
     with watched("reach", model) as known:
+        require_itself("reach", model)
 
         def observe(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Mask | None:
             name = known.names[id(module)]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qkv.analysis.words import what_layers_see
+from qkv.analysis.words import what_layers_see, without_number
 from qkv.integrations.transformers.attention import observed
 from qkv.integrations.transformers.watching import watched
 from qkv.layer_record import LayerRecord, check_options, record_call
@@ -46,6 +46,9 @@ class Recording(NamedTuple):
         padding = [int((~layer.is_token).sum()) for layer in self.layers if layer.is_token is not None]
         if any(padding):
             notes.append(f"left out: {max(padding)} queries of padding")
+        lost = without_number(self.layers)
+        if lost is not None:
+            notes.append(lost)
         if self.windows:
             sinks = f", with {self.sink_tokens} sink tokens" if self.sink_tokens else ""
             what = f"the weight on keys that a window hides{sinks}, of the KV head that loses most; before training"
@@ -104,6 +107,8 @@ def record(
         >>> print(record(model, input_ids, windows=[256, 512], sink_tokens=4))  # doctest: +SKIP
     """
     check_options(windows, sink_tokens, blocks, queries)
+    if input_ids is not None:
+        require_tokens("record", "input_ids", input_ids, 1)
     found: list[LayerRecord] = []
     attended: set[int] = set()
     with watched("record", model) as known:
@@ -132,6 +137,21 @@ def record(
                 f"record: each of queries must be from {-most} to {most - 1}, for {most} queries; got {query}."
             )
     return Recording(tuple(windows), sink_tokens, tuple(found), without_heads)
+
+
+def require_tokens(caller: str, name: str, token_ids: Any, fewest: int) -> None:
+    """Raises a ValueError for anything but so many tokens of one text or several."""
+    is_text = isinstance(token_ids, Tensor) and token_ids.dim() == 2 and not token_ids.is_floating_point()
+    if not is_text or token_ids.shape[0] < 1 or token_ids.shape[1] < fewest:
+        count = "two tokens" if fewest == 2 else "one token"
+        raise ValueError(f"{caller}: {name} must be a tensor (B, L) of integers, {count} or more.")
+
+
+def refuse_inputs(caller: str, inputs: dict[str, Any], *names: str) -> None:
+    """Raises a ValueError for arguments of a model by which it would read anything but a text as a whole."""
+    for name in names:
+        if inputs.get(name) is not None:
+            raise ValueError(f"{caller}: {name} must not be given; the text is input_ids, read as a whole.")
 
 
 def without_what_is_not_recorded(model: Any, given: dict[str, Any]) -> dict[str, Any]:

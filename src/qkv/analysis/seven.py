@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from qkv.analysis.recording import without_what_is_not_recorded
+from qkv.analysis.recording import refuse_inputs, require_tokens, without_what_is_not_recorded
 from qkv.arguments import require_count, require_int
 from qkv.functional import attention_weights
 from qkv.integrations.transformers.attention import observed
@@ -69,6 +69,8 @@ def seven(
     """
     if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or len(input_ids) != 1:
         raise ValueError("seven: input_ids must be a tensor (1, L).")
+    require_tokens("seven", "input_ids", input_ids, 1)
+    refuse_inputs("seven", inputs, "inputs_embeds", "past_key_values")
     require_int("seven", "query", query)
     if window is not None:
         require_count("seven", "window", window)

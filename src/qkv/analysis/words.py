@@ -67,13 +67,17 @@ def what_layers_see(layers: Sequence[LayerRecord], cuts: Tensor) -> list[list[st
         found.append(
             [
                 "a context" if layer.is_cross else seen,
-                f"{layer.mean(layer.keys_in_effect).nanmean():.1f}",
-                f"{layer.mean(layer.distance.mean).nanmean():.1f}",
-                f"{100 * spent.nanmean():.1f}%",
-                *("" if cut != cut else f"{100 * cut:.1f}%" for cut in row),
+                _tenths(layer.mean(layer.keys_in_effect).nanmean().item()),
+                _tenths(layer.mean(layer.distance.mean).nanmean().item()),
+                percent(spent.nanmean().item()),
+                *("" if layer.is_cross else percent(cut) for cut in row),
             ]
         )
     return found
+
+
+def _tenths(number: float) -> str:
+    return f"{round(number, 1) + 0.0:.1f}" if math.isfinite(number) else "no number"  # + 0.0, as there is a -0.0
 
 
 def narrow_layers(layers: Sequence[LayerRecord], window: int) -> str | None:

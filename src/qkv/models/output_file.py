@@ -11,6 +11,10 @@ def check_output(file: Path, overwrite: bool) -> None:
     """Raises a CommandError where `write_output` could not write a file: before the work that makes it."""
     if file.is_dir():
         raise CommandError(f"--out: {file} must be a file; it is a folder. Give a name within it.")
+    if str(file) == "-":
+        raise CommandError("--out: - must be the name of a file; pages are not written to standard output.")
+    if file.exists() and not (file.is_file() and _is_at_home(file)):
+        raise CommandError(f"--out: {file} must be a file; it is a device or leads to one. Give another name.")
     if not overwrite and (file.exists() or file.is_symlink()):
         raise CommandError(f"--out: {file} exists; give another name, or --overwrite.")
     if not file.parent.is_dir():
@@ -19,6 +23,11 @@ def check_output(file: Path, overwrite: bool) -> None:
         tempfile.TemporaryFile(dir=file.parent).close()
     except OSError as error:
         raise CommandError(f"--out: cannot write into {file.parent}: {error.strerror}.") from error
+
+
+def _is_at_home(file: Path) -> bool:
+    """Whether a file is no link into what the system makes up, such as /dev/stdout, which must stay."""
+    return not (file.is_symlink() and str(file.readlink()).startswith(("/proc/", "/dev/")))
 
 
 def write_output(file: Path, text: str, overwrite: bool) -> None:

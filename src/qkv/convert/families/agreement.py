@@ -1,7 +1,7 @@
 """`agreement_by_layer`: how alike the KV heads of each layer of a model are, and which of them would be pooled."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from torch import Tensor
 
@@ -36,11 +36,16 @@ def agreement_by_layer(
     Raises:
         CheckpointError: for a family whose heads cannot be aligned, a number that does not divide the model's KV heads,
             and weights that are not finite.
+        ValueError: for another ``how``.
 
     Example:
         >>> from qkv.convert import agreement_by_layer
         >>> agreement_by_layer(model.state_dict(), model.config.to_dict(), 1)[0].keys  # doctest: +SKIP
     """
+    if how not in get_args(ConversionMethod):
+        raise ValueError(
+            f"agreement_by_layer: how must be one of {', '.join(get_args(ConversionMethod))}; got {how!r}."
+        )
     family = find_family("config", config)
     if family.layout is None:
         raise CheckpointError(f"config: heads of {config['model_type']} models cannot be aligned.")

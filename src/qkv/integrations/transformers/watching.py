@@ -63,6 +63,15 @@ def _is_compiled(module: nn.Module) -> bool:
     return wrapped or getattr(module, "_compiled_call_impl", None) is not None
 
 
+def require_itself(caller: str, model: Any) -> None:
+    """Raises a TypeError for a module that contains a model of transformers, and is none."""
+    if not hasattr(model, "config") or not hasattr(model, "get_input_embeddings"):
+        raise TypeError(
+            f"{caller}: model must be a model of transformers itself; got {type(model).__name__}, which contains one. "
+            "Hand in that one."
+        )
+
+
 @contextmanager
 def watched(caller: str, model: nn.Module) -> Iterator[Watched]:
     """Has a model run on "qkv" meanwhile, without gradients, and as it was afterwards.
