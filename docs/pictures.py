@@ -159,8 +159,12 @@ PICTURES: dict[str, Callable[[], "Figure"]] = {
 
 
 def drawn(name: str) -> str:
-    """A picture as SVG."""
-    return plots.svg(PICTURES[name]())
+    """A picture as SVG, with the settings that matplotlib comes with, whatever the machine's are."""
+    import matplotlib as mpl
+
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        return plots.svg(PICTURES[name]())
 
 
 if __name__ == "__main__":

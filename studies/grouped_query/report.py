@@ -15,22 +15,22 @@ START = "<!-- From here on written by report.py. -->"
 FIGURE = "loss.svg"
 COLOURS = {"mean": "#1f5fa8", "first": "#e07b39", "random": "#8c8c8c", "aligned": "#7a9e7e"}
 
+STYLE = {
+    "svg.hashsalt": "qkv",  # The same numbers give the same file.
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
 plt.switch_backend("svg")
-plt.rcParams.update(
-    {
-        "svg.hashsalt": "qkv",  # The same numbers give the same file.
-        "svg.fonttype": "none",
-        "font.size": 9,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
-)
 
 
 def write(results: dict[str, Any], folder: Path) -> None:
     """Writes the figure, and the part of the page below START."""
     findings = Findings(results)
-    draw(findings, folder / FIGURE)
+    with plt.rc_context(STYLE):
+        draw(findings, folder / FIGURE)
     page = folder / "README.md"
     by_hand, _, _ = page.read_text().partition(START)
     parts = [sizes(results), answers(findings), numbers(findings), speed(results), machine(results)]

@@ -30,7 +30,7 @@ def test_name_that_the_terminal_cannot_show(tmp_path, llama, monkeypatch, encodi
     shutil.copytree(llama, folder)
     assert main(["inspect", str(folder)]) == 0
     letter = "\xfc" if encoding == "utf-8" else r"\xfc"
-    assert rf"l\udcffama-{letter} (llama)" in shown.buffer.getvalue().decode(encoding)
+    assert rf"l\udcffama-{letter} (llama)" in " ".join(shown.buffer.getvalue().decode(encoding).split())
 
 
 @pytest.mark.parametrize("command", [["inspect"], ["convert", "x", "--kv-heads", "1"]])
