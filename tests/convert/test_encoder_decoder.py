@@ -332,9 +332,10 @@ def test_commands(capsys, tmp_path):
     assert " 2 layers in the decoder of grouped-query attention: 8 query heads, 2 KV heads, " in out
     assert " 2 layers in the decoder of grouped-query cross-attention: 8 query heads, 2 KV heads, " in out
     assert " KV cache of 1 sequence of 100 tokens (encoded and generated) in float32 " in out
-    # 4 attentions * 2 heads * (8 + 8) numbers * 4 bytes = 512 bytes.
-    rows = [line.split()[-5:] for line in lines if line.endswith("100.0%")]
-    assert rows == [["512", "B", "50.0", "KiB", "100.0%"]]
+    # 4 attentions * 2 heads * (8 + 8) numbers * 4 bytes = 512 bytes; with those of the decoder's own in int8, with two
+    # scales of 4 bytes a head, 256 + 2 * 2 * (16 + 8) = 352.
+    rows = [line.split()[-7:] for line in lines if line.endswith("100.0%")]
+    assert rows == [["512", "B", "50.0", "KiB", "34.4", "KiB", "100.0%"]]
 
 
 @pytest.mark.parametrize(
