@@ -204,6 +204,15 @@ def test_missing_models_are_refused(capsys, name, message):
     assert message in captured.err
 
 
+def test_a_file_of_another_kind_is_refused(capsys, tmp_path):
+    (tmp_path / "text.txt").write_text("Nothing will come of nothing.")
+    code, captured = run(capsys, tmp_path / "text.txt")
+    assert (code, captured.out) == (1, "")
+    err = " ".join(captured.err.split())
+    assert f"{tmp_path / 'text.txt'} must be a folder written by save_pretrained, a GGUF file, or a safetensors" in err
+    assert f"{tmp_path / 'config.json'} is missing." in err
+
+
 def test_contradictory_folder_is_refused(capsys, tmp_path):
     folder = models.save(tmp_path, "llama")
     config = json.loads((folder / "config.json").read_text())

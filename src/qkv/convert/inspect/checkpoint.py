@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qkv.convert.errors import CheckpointError
 from qkv.convert.families import transformers_schema
 from qkv.convert.families.family import Family
 from qkv.convert.families.latent_decoder import LATENT_DECODERS
@@ -45,6 +46,11 @@ def inspect_checkpoint(path: Path | str) -> Inspection:
         return inspect_config(str(path), read_document(path))
     if path.is_file():
         where = path.with_name(CONFIG)
+        if not os.path.lexists(where):
+            raise CheckpointError(
+                f"{path} must be a folder written by save_pretrained, a GGUF file, or a safetensors file next to its "
+                f"{CONFIG}; {where} is missing."
+            )
         return inspect_tensors(str(where), read_document(where), read_header(path).tensors)
     if (path / CONFIG).is_file() and not any(os.path.lexists(path / name) for name in (SINGLE, INDEX)):
         return inspect_config(str(path / CONFIG), read_document(path / CONFIG))
