@@ -143,7 +143,7 @@ def test_a_picture_is_the_one_that_its_code_draws(name: str) -> None:
     if importlib.metadata.version("matplotlib") == pinned[1]:
         (words, numbers), (kept_words, kept_numbers) = _parts(drawn), _parts(kept)
         assert words == kept_words, "run make pages"
-        assert numbers == pytest.approx(kept_numbers, abs=0.01), "run make pages"
+        assert numbers == pytest.approx(kept_numbers, abs=0.02), "run make pages"
 
 
 def _parts(picture: str) -> tuple[str, list[float]]:
