@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from qkv.analysis.labels import labels_of, listed
+from qkv.convert import LayerAgreement
 from qkv.layer_record import LayerRecord
 
 
@@ -109,3 +110,48 @@ def without_number(layers: Sequence[LayerRecord]) -> str | None:
     if not found:
         return None
     return f"Queries of heads that have no number, for NaN or inf, and are left out of the means: {', '.join(found)}."
+
+
+def how_heads_agree(change: str, layers: Sequence[LayerAgreement]) -> str:
+    """How alike the KV heads are that a change would make one, in the mean over layers."""
+    keys = _mean([number for layer in layers for number in _in_groups(layer.keys, layer.groups)])
+    values = _mean([number for layer in layers for number in _in_groups(layer.values, layer.groups)])
+    return (
+        f"Heads that become one with {change} agree by {keys:.2f} in keys and {values:.2f} in values, in the mean over "
+        "layers."
+    )
+
+
+def agreement_by_group(layers: Sequence[LayerAgreement]) -> list[list[str]]:
+    """Rows of a table: layer, keys or values, groups; agreement in a group (mean, least) and of others (mean)."""
+    return [
+        [str(layer.layer), kind, groups_of(layer), *_within_and_without(numbers, layer.groups)]
+        for layer in layers
+        for kind, numbers in (("keys", layer.keys), ("values", layer.values))
+    ]
+
+
+def groups_of(layer: LayerAgreement) -> str:
+    """The KV heads of a layer, those together that would become one.
+
+    Example:
+        >>> groups_of(agreement_by_layer(state_dict, config, 2)[0])  # doctest: +SKIP
+        '0, 2 | 1, 3'
+    """
+    return " | ".join(", ".join(map(str, group)) for group in layer.groups)
+
+
+def _within_and_without(numbers: Tensor, groups: Sequence[Sequence[int]]) -> list[str]:
+    within = _in_groups(numbers, groups)
+    pairs = [(a, b) for n, group in enumerate(groups) for other in groups[:n] for a in group for b in other]
+    others = [numbers[a, b].item() for a, b in pairs]
+    return [f"{_mean(within):.3f}", f"{min(within, default=1):.3f}", f"{_mean(others):.3f}" if others else ""]
+
+
+def _in_groups(numbers: Tensor, groups: Sequence[Sequence[int]]) -> list[float]:
+    """The numbers of pairs of one group."""
+    return [numbers[a, b].item() for group in groups for a in group for b in group if a < b]
+
+
+def _mean(numbers: Sequence[float]) -> float:
+    return sum(numbers) / len(numbers) if numbers else 1.0
