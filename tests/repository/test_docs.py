@@ -3,7 +3,6 @@
 import importlib
 import importlib.metadata
 import importlib.util
-import inspect
 import re
 import shlex
 import subprocess
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 from repository.fences import fences, run
+from repository.test_docstrings import MODULES
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -160,12 +160,6 @@ def test_every_picture_is_on_a_page_and_there_are_no_others() -> None:
     assert files == set(pictures.PICTURES) and files <= shown
 
 
-MODULES = (
-    *("qkv", "qkv.cache", "qkv.convert", "qkv.analysis", "qkv.plots"),
-    *("qkv.integrations.torch", "qkv.integrations.transformers"),
-)
-
-
 def test_every_public_name_is_on_a_page_of_the_reference() -> None:
     text = "\n".join(page.read_text() for page in (DOCS / "reference" / "api").glob("*.md"))
     whole = set(re.findall(r"automodule:: (\S+)\n +:members:$", text, flags=re.MULTILINE))
@@ -194,17 +188,6 @@ def _place(name: str) -> str:
     except (ImportError, AttributeError, ValueError):
         return name
     return f"{getattr(each, '__module__', '')}.{getattr(each, '__qualname__', name)}"
-
-
-def test_public_functions_and_classes_have_an_example() -> None:
-    import qkv
-
-    without = []
-    for name in qkv.__all__:
-        text = inspect.getdoc(getattr(qkv, name)) or ""
-        if ">>>" not in text:
-            without.append(name)
-    assert without == ["BackendError"]
 
 
 @pytest.mark.long
