@@ -190,8 +190,23 @@ def _place(name: str) -> str:
     return f"{getattr(each, '__module__', '')}.{getattr(each, '__qualname__', name)}"
 
 
+def test_the_index_for_programs_has_every_page_with_what_it_answers() -> None:
+    llms = _module("llms")
+    listed = re.findall(r"^- \[([^]]+)\]\(([^)]+)\): (.{20,})$", llms.index(), flags=re.MULTILINE)
+    assert sorted(link for _, link, _ in listed) == sorted(
+        page.relative_to(DOCS).with_suffix(".html").as_posix() for page in PAGES if page.name != "index.md"
+    )
+    for name, link, says in listed:
+        text = (DOCS / link).with_suffix(".md").read_text()
+        assert text.startswith(f"# {name.split('`')[0].split(' ')[0]}") and says.split()[0].strip("`") in text
+        assert "](" not in says
+        assert (text in llms.whole()) == ((DOCS / link).with_suffix(".md").name not in llms.LONG)
+
+
 @pytest.mark.long
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "sphinx", "-W", "-n", "-q", "-b", "html", str(DOCS), str(tmp_path)]
     subprocess.run(command, check=True)
     assert (tmp_path / "search.html").exists()
+    assert (tmp_path / "llms.txt").read_text() == _module("llms").index()
+    assert (tmp_path / "llms-full.txt").read_text() == _module("llms").whole()
