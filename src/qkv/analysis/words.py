@@ -15,21 +15,6 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
-def size(count: float) -> str:
-    """A number of bytes, to three digits.
-
-    Example:
-        >>> size(512), size(20_000), size(188_743_680)
-        ('512 B', '20 kB', '189 MB')
-    """
-    for power, unit in ((9, "GB"), (6, "MB"), (3, "kB")):
-        if abs(count) >= 10**power:
-            number = count / 10**power
-            digits = f"{number:.{2 - math.floor(math.log10(abs(number)))}f}" if abs(number) < 100 else f"{number:.0f}"
-            return f"{digits.rstrip('0').rstrip('.') if '.' in digits else digits} {unit}"
-    return f"{count:.0f} B"
-
-
 def nats(number: float) -> str:
     """An increase of the loss, with its sign."""
     return f"{number:+.4f}" if math.isfinite(number) else "no number"
