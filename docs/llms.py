@@ -12,7 +12,7 @@ LONG = ("log.md", "transformers.md")
 LEAD = """# qkv
 
 > Attention for PyTorch on a CPU: a kernel with forward and backward pass, seven attention mechanisms as one layer, and
-> one line that runs an existing model on both. On a GPU, torch's own kernels compute the same.
+> one line that runs an existing model on that kernel. On a GPU, the same code runs torch's own kernels.
 
 True in a mask means "may attend". A window counts the query's own key. Queries and keys of different number need an
 offset. All code on the pages runs in the tests.

@@ -233,7 +233,7 @@ def test_the_page_has_all_pictures_of_what_was_asked(capsys, llama, text, tmp_pa
     out = tmp_path / "page.html"
     arguments = ("--query", "30", "--layer", "1", "--kv-heads", "1", "--most", "9", "--out", str(out))
     code, captured = _see(capsys, llama, "--text", text, "--window", "9", "--window", "6", "--measure", *arguments)
-    assert code == 0 and "no picture" not in captured.err
+    assert code == 0 and "not measured" not in captured.err
     page = out.read_text(encoding="utf-8")
     rows = re.search(r"<caption>The proposal: tokens that one token reaches</caption>(.*?)</table>", page)
     assert rows is not None and "<caption>As it is: tokens" not in page

@@ -212,7 +212,7 @@ def see(
         seven=one,
         agreements=agreements,
     )
-    if not interrupted:
+    if (measure or out is not None) and not interrupted:
         seen = seen._replace(reaches=reaches_of(language_model, predicted.token_ids, seen, most, progress))
     if out is not None:
         try:
