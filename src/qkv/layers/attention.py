@@ -1,6 +1,7 @@
 """`Attention`: one layer for all mechanisms."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -43,6 +44,7 @@ from qkv.layers.cached_call import (
 )
 from qkv.layers.cached_operator import OperatorLayer
 from qkv.layers.head_norm import HeadNorm
+from qkv.layers.head_share import HeadShare, share_heads
 from qkv.layers.jagged import PackedTokens, nested_like, pack_jagged, require_jagged
 from qkv.layers.options import Arguments, ConversionOptions
 from qkv.layers.packed import unpack_state
@@ -53,6 +55,9 @@ from qkv.layers.torch_arguments import answer_calls_of_torch, refuse_unknown_opt
 from qkv.layers.transformers_modules import Converted
 from qkv.masks import Mask
 from qkv.scores import ScoreOptions
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class Attention(OperatorLayer):
@@ -113,6 +118,9 @@ class Attention(OperatorLayer):
     """Arguments that the constructor of a named layer does not take."""
 
     sink_logits: Tensor | None
+
+    _share: HeadShare | None = None
+    """the rank's heads, where `qkv.parallel.Heads` has given them out"""
 
     def __init__(
         self,
@@ -228,15 +236,24 @@ class Attention(OperatorLayer):
 
     def reset_parameters(self) -> None:
         """Initialises all parameters, as the constructor does; needed after ``to_empty``."""
-        for projection in filter(None, (self.q_proj, self.k_proj, self.v_proj, self.out_proj, self.gate_proj)):
-            nn.init.xavier_uniform_(projection.weight)
-            if projection.bias is not None:
-                nn.init.zeros_(projection.bias)
-        for norm in (self.q_norm, self.k_norm):
-            if norm is not None:
-                norm.reset_parameters()
-        if self.sink_logits is not None:
-            nn.init.zeros_(self.sink_logits)
+        with self._whole_parameters():
+            for projection in filter(None, (self.q_proj, self.k_proj, self.v_proj, self.out_proj, self.gate_proj)):
+                nn.init.xavier_uniform_(projection.weight)
+                if projection.bias is not None:
+                    nn.init.zeros_(projection.bias)
+            for norm in (self.q_norm, self.k_norm):
+                if norm is not None:
+                    norm.reset_parameters()
+            if self.sink_logits is not None:
+                nn.init.zeros_(self.sink_logits)
+
+    def _whole_parameters(self) -> AbstractContextManager[None]:
+        """A context in which parameters are those of all ranks, to be written."""
+        return nullcontext() if self._share is None else self._share.whole(self)
+
+    def _share_heads(self, mesh: "DeviceMesh", source: int | None) -> None:
+        """Leaves a rank its part of the heads: see `qkv.parallel.Heads`, which calls it."""
+        self._share = share_heads(self, mesh, source)
 
     @answer_calls_of_torch
     @restore_cache_on_error
@@ -271,6 +288,8 @@ class Attention(OperatorLayer):
                 without rotary, and as `qkv.attention` and the cache.
             TypeError: for inputs that are not tensors, and a mask or a cache of the wrong kind.
         """
+        if self._share is not None:
+            x, context, bias = self._share.enter(x, context, bias)
         if _is_nested(x) or _is_nested(context):
             self._refuse_with_nested(bias=bias, positions=positions)
             return self._forward_jagged(x, context, mask, cache)
@@ -302,7 +321,10 @@ class Attention(OperatorLayer):
                 f"{type(self).__name__}: attention_weights takes no nested tensors; call it for each sequence, "
                 "(1, L, E), or on a padded batch with mask=Mask.padding(lengths)."
             )
-        return self._weights(self._inputs(x, context, call_options(self, mask, bias, positions, cache)))
+        if self._share is not None:
+            x, context, bias = self._share.enter(x, context, bias)
+        weights = self._weights(self._inputs(x, context, call_options(self, mask, bias, positions, cache)))
+        return weights if self._share is None else self._share.join(weights)
 
     @torch.no_grad()
     def record(
@@ -338,6 +360,11 @@ class Attention(OperatorLayer):
         """
         if _is_nested(x) or _is_nested(context):
             raise ValueError(f"{type(self).__name__}: record takes no nested tensors; call it for each sequence.")
+        if self._share is not None:
+            raise ValueError(
+                f"{type(self).__name__}: record is of layers that have all of their heads; got one whose heads are over "
+                "ranks by parallel.Heads. Call it on the whole layer, before."
+            )
         given = self._inputs(x, context, call_options(self, mask, bias, positions, None))
         q, keys, mask, bias = given if self.position_bias is None else self._add_position_bias(given)
         options = {"mask": mask, **self._scores(q, bias), **keys.options()}
@@ -487,7 +514,7 @@ class Attention(OperatorLayer):
 
     def _scores(self, q: Tensor, bias: Tensor | None) -> ScoreOptions:
         """The score options of the layer, as keywords of `qkv.attention`."""
-        return {
+        scores: ScoreOptions = {
             "scale": self.scale,
             "softcap": self.softcap,
             "bias": bias,
@@ -495,6 +522,7 @@ class Attention(OperatorLayer):
             "sink_logits": self.sink_logits,
             "dropout": self.dropout if self.training else 0.0,
         }
+        return scores if self._share is None else self._share.of_rank(scores)
 
     def _project_out(self, out: Tensor, x: Tensor) -> Tensor:
         """The output projection of all heads, gated by the tokens x: (B, H, L, value_dim) to (B, L, embed_dim)."""
@@ -523,7 +551,9 @@ class Attention(OperatorLayer):
         q, keys, _, bias = inputs
         assert self.position_bias is not None
         offset = 0 if keys.offset is None else keys.offset
-        of_positions = self.position_bias(q.shape[2], keys.lk, offset).to(q.dtype)
+        where = q.shape[2], keys.lk, offset
+        share, module = self._share, self.position_bias
+        of_positions = (module(*where) if share is None else share.call(module, *where)).to(q.dtype)
         return inputs._replace(bias=of_positions if bias is None else bias + of_positions)
 
     def _raise_input_error(self, error: RuntimeError, x: Tensor, context: Tensor | None) -> None:
@@ -707,6 +737,8 @@ class Attention(OperatorLayer):
     ) -> None:
         """As ``nn.Module``, for state dicts with packed projections too. No hook: copies of a layer would share it."""
         unpack_state(self, state_dict, prefix, reports[-1])
+        if self._share is not None:
+            self._share.to_rank(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *reports)
 
     def options(self) -> Arguments:

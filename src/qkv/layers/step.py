@@ -93,6 +93,8 @@ def weights_of(layer: "Attention", x: Tensor, context: Tensor | None, options: C
     reason = _why_not_context(layer, x, context, options) if of_context else _why_not_cache(x, context, cache)
     if reason:
         return reason
+    if layer._share is not None:
+        return "heads are over ranks, and outputs are summed over them"
     if functional.attention is not _ATTENTION:
         return "qkv.functional.attention is replaced"
     if layer.backend != "auto":
