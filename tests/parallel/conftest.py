@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable, Iterator
 
 import pytest
-
 from parallel.ranks import Ranks
 
 

@@ -28,7 +28,7 @@ ORDER = [
     {"qkv.problem", "qkv.kernels"},
     {"qkv.backends"},
     {"qkv.partial", "qkv.functional", "qkv.sequences", "qkv.cache"},
-    {"qkv.look", "qkv.layer_record"},
+    {"qkv.look", "qkv.layer_record", "qkv.parallel"},
     {"qkv.layers"},
     {"qkv.integrations"},
     {"qkv.convert"},
@@ -150,7 +150,7 @@ def test_the_public_names_are_these_and_every_one_has_a_docstring() -> None:
 
 
 PACKAGES = (
-    *("qkv", "qkv.cache", "qkv.convert", "qkv.layers", "qkv.plots"),
+    *("qkv", "qkv.cache", "qkv.convert", "qkv.layers", "qkv.parallel", "qkv.plots"),
     *("qkv.integrations.torch", "qkv.integrations.transformers"),
 )
 

@@ -48,7 +48,7 @@ from qkv.layers.head_share import HeadShare, share_heads
 from qkv.layers.jagged import PackedTokens, nested_like, pack_jagged, require_jagged
 from qkv.layers.options import Arguments, ConversionOptions
 from qkv.layers.packed import unpack_state
-from qkv.layers.projection import project
+from qkv.layers.projection import PROJECTIONS, project
 from qkv.layers.rotary import RotaryEmbedding, rotate_both
 from qkv.layers.step import Way, layer_step, weights_of
 from qkv.layers.torch_arguments import answer_calls_of_torch, refuse_unknown_options
@@ -362,8 +362,8 @@ class Attention(OperatorLayer):
             raise ValueError(f"{type(self).__name__}: record takes no nested tensors; call it for each sequence.")
         if self._share is not None:
             raise ValueError(
-                f"{type(self).__name__}: record is of layers that have all of their heads; got one whose heads are over "
-                "ranks by parallel.Heads. Call it on the whole layer, before."
+                f"{type(self).__name__}: record is of layers that have all of their heads; got one whose heads are "
+                "over ranks by parallel.Heads. Call it on the whole layer, before."
             )
         given = self._inputs(x, context, call_options(self, mask, bias, positions, None))
         q, keys, mask, bias = given if self.position_bias is None else self._add_position_bias(given)
@@ -503,12 +503,14 @@ class Attention(OperatorLayer):
 
     def _attend(self, inputs: Inputs) -> Tensor:
         """`qkv.attention` with the options of the layer."""
+        self._require_heads(inputs.q, inputs.keys.k)
         q, keys, mask, bias = inputs if self.position_bias is None else self._add_position_bias(inputs)
         scores = self._scores(q, bias)
         return functional.attention(q, keys.k, keys.v, mask=mask, backend=self.backend, **scores, **keys.options())
 
     def _weights(self, inputs: Inputs) -> Tensor:
         """`qkv.attention_weights` with the options of the layer."""
+        self._require_heads(inputs.q, inputs.keys.k)
         q, keys, mask, bias = inputs if self.position_bias is None else self._add_position_bias(inputs)
         return functional.attention_weights(q, keys.k, mask=mask, **self._scores(q, bias), **keys.options())
 
@@ -523,6 +525,32 @@ class Attention(OperatorLayer):
             "dropout": self.dropout if self.training else 0.0,
         }
         return scores if self._share is None else self._share.of_rank(scores)
+
+    def _require_heads(self, q: Tensor, k: Tensor) -> None:
+        """Raises ValueError for some of the layer's heads, as of projections that were cut, if all must be there."""
+        heads = q.shape[1], k.shape[1]
+        if self._share is None and heads[0] != self.num_heads:
+            reason = self._why_all_heads(*heads)
+            if reason:
+                raise ValueError(
+                    f"{type(self).__name__}: projections must return all heads, {self.num_heads} on "
+                    f"{self.num_kv_heads} KV heads, since {reason}; got {heads[0]} on {heads[1]}. Over ranks, cut the "
+                    "layer by qkv.parallel.Heads(), and not its projections."
+                )
+
+    def _why_all_heads(self, heads: int, kv_heads: int) -> str:
+        """Why a call must not have this part of the heads; empty if it may."""
+        if heads * self.num_kv_heads != kv_heads * self.num_heads:
+            return "a part has as many of each"
+        if self.sink_logits is not None or self._slopes is not None or self.position_bias is not None:
+            return "sink_logits, alibi and position_bias are of all of them"
+        if torch.is_grad_enabled():
+            known = (*PROJECTIONS, "sink_logits")
+            learned = [name for name, one in self.named_parameters() if one.requires_grad]
+            shared = [name for name in learned if name.partition(".")[0] not in known]
+            if shared:
+                return f"{', '.join(shared)} learn from all of them"
+        return ""
 
     def _project_out(self, out: Tensor, x: Tensor) -> Tensor:
         """The output projection of all heads, gated by the tokens x: (B, H, L, value_dim) to (B, L, embed_dim)."""
@@ -632,7 +660,13 @@ class Attention(OperatorLayer):
     @staticmethod
     def _split_heads(x: Tensor, width: int, norm: HeadNorm | None) -> Tensor:
         """(B, L, heads * width) to (B, heads, L, width), a view; then ``norm``. In tensor parallelism, of one rank."""
-        x = x.view(*x.shape[:2], x.shape[2] // width, width).transpose(1, 2)
+        heads, rest = divmod(x.shape[2], width)
+        if rest or not heads:
+            raise ValueError(
+                f"Attention: projections must return whole heads, of width {width}; got {x.shape[2]} channels. Over "
+                "ranks, cut the layer by qkv.parallel.Heads(), and not its projections."
+            )
+        x = x.view(*x.shape[:2], heads, width).transpose(1, 2)
         return x if norm is None else norm(x)
 
     @classmethod

@@ -49,7 +49,11 @@ class HeadShare:
         self, x: Tensor, context: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The inputs of a call, whose gradients are summed over ranks: once, however many projections read them."""
-        return self._enter(x), None if context is None else self._enter(context), None if bias is None else self._enter(bias)
+        return (
+            self._enter(x),
+            None if context is None else self._enter(context),
+            None if bias is None else self._enter(bias),
+        )
 
     def _enter(self, x: Tensor) -> Tensor:
         if isinstance(x, Tensor) and x.is_nested and x.layout is torch.jagged:
@@ -125,8 +129,8 @@ def share_heads(layer: "Attention", mesh: "DeviceMesh", source: int | None) -> H
     cut = [name for name, parameter in parameters.items() if isinstance(parameter, DTensor)]
     if cut:
         raise ValueError(
-            f"{_CALLER}: the parameters of the {type(layer).__name__} must be whole; got DTensors for {', '.join(cut)}. "
-            "Leave its projections out of the plan, and apply FSDP after it."
+            f"{_CALLER}: the parameters of the {type(layer).__name__} must be whole; got DTensors for "
+            f"{', '.join(cut)}. Leave its projections out of the plan, and apply FSDP after it."
         )
     projections = linear_projections(_CALLER, layer)
     norms = {name: module for name, module in modules.items() if "norm" in name}
@@ -207,7 +211,7 @@ class ColumnsOfRank(_OfRank):
     def call(self, x: Tensor) -> Tensor:
         linear: Any = self.module
         out = summed(product(x, _local(linear.weight), None), self.share.group)
-        return out if linear.bias is None else out + _local(linear.bias)
+        return out if linear.bias is None else out + _local(linear.bias).to(out.dtype)
 
 
 class NormOfRanks(_OfRank):
@@ -227,7 +231,7 @@ def _local(parameter: Any) -> Tensor:
         return parameter  # type: ignore[no-any-return]
     if len(parameter.placements) != 1:
         raise RuntimeError(
-            f"{_CALLER}: parameters must be gathered by FSDP before a layer reads them; got {parameter.placements} on a "
-            "mesh of several dimensions. Call the module that fully_shard was applied to, and not its parts."
+            f"{_CALLER}: parameters must be gathered by FSDP before a layer reads them; got {parameter.placements} "
+            "on a mesh of several dimensions. Call the module that fully_shard was applied to, and not its parts."
         )
     return parameter.to_local()

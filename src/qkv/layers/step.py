@@ -122,6 +122,11 @@ def weights_of(layer: "Attention", x: Tensor, context: Tensor | None, options: C
         if not is_plain_linear(linear):
             return f"{name} is watched, or is not an nn.Linear alone"
         projections[f"{short}_weight"], projections[f"{short}_bias"] = linear.weight, linear.bias
+    heads = projections["q_weight"].shape[0] // layer.head_dim
+    if heads != layer.num_heads:
+        keys = projections["k_weight"]
+        if layer._why_all_heads(heads, cache.keys().k.shape[1] if keys is None else keys.shape[0] // layer.head_dim):
+            return "projections return some of the heads, where all must be there"
     rotary, q_norm, k_norm = modules.get("rotary"), modules.get("q_norm"), modules.get("k_norm")
     if rotary is not None and (not _is_plain(rotary, RotaryEmbedding) or rotary.depends_on_length or rotary.sections):
         return "rotary is watched, or goes by more than a position"

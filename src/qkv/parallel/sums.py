@@ -13,13 +13,13 @@ def copied(x: Tensor, group: "distributed.ProcessGroup") -> Tensor:
     """
     if not torch.is_grad_enabled() or not x.requires_grad:
         return x
-    copy: Tensor = _Copied.apply(x, group)
+    copy: Tensor = _Copied.apply(x, group)  # type: ignore[no-untyped-call]
     return copy
 
 
 def summed(x: Tensor, group: "distributed.ProcessGroup") -> Tensor:
     """The sum over the ranks of the group, in the same bits on each. Its gradient, alike on all ranks, is that of x."""
-    total: Tensor = _Summed.apply(x, group)
+    total: Tensor = _Summed.apply(x, group)  # type: ignore[no-untyped-call]
     return total
 
 
@@ -36,7 +36,7 @@ class _Copied(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, d_copy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, d_copy: Tensor) -> tuple[Tensor, None]:
         return _sum(d_copy, ctx.group), None
 
 
@@ -46,5 +46,5 @@ class _Summed(torch.autograd.Function):
         return _sum(x, group)
 
     @staticmethod
-    def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor, None]:
         return d_total, None
