@@ -660,13 +660,16 @@ class Attention(OperatorLayer):
     @staticmethod
     def _split_heads(x: Tensor, width: int, norm: HeadNorm | None) -> Tensor:
         """(B, L, heads * width) to (B, heads, L, width), a view; then ``norm``. In tensor parallelism, of one rank."""
-        heads, rest = divmod(x.shape[2], width)
-        if rest or not heads:
+        heads = x.shape[2] // width
+        try:
+            x = x.view(*x.shape[:2], heads, width).transpose(1, 2)
+        except RuntimeError as error:
+            if x.shape[2] % width == 0:
+                raise
             raise ValueError(
                 f"Attention: projections must return whole heads, of width {width}; got {x.shape[2]} channels. Over "
                 "ranks, cut the layer by qkv.parallel.Heads(), and not its projections."
-            )
-        x = x.view(*x.shape[:2], heads, width).transpose(1, 2)
+            ) from error
         return x if norm is None else norm(x)
 
     @classmethod
