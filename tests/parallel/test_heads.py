@@ -437,3 +437,22 @@ def test_what_is_refused_is_refused_on_all_ranks(case: str, ranks: Of) -> None:
     count, kind, message = REFUSED[case]
     for got in ranks(count).try_run(refused, case):
         assert isinstance(got, Failure) and got.kind == kind and message in got.message, got
+
+
+def dropped(cut: bool) -> list[Tensor]:
+    """A training step with dropout, whose seed is that of the first rank."""
+    layer: Any = made("two KV heads").train()
+    layer.dropout = 0.4
+    if cut:
+        over_ranks(layer)
+    torch.manual_seed(6 + (mesh().get_local_rank() if cut else 0))
+    out = layer(BATCH) - layer(BATCH)  # of two seeds
+    out.square().mean().backward()
+    return [out.detach(), *(whole(parameter.grad) for parameter in layer.parameters())]
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_dropout_draws_what_one_process_does(count: int, ranks: Of) -> None:
+    want = dropped(False)
+    for got in ranks(count).run(dropped, True):
+        torch.testing.assert_close(got, want)

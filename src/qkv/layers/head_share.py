@@ -12,8 +12,8 @@ from qkv.layers.head_norm import HeadNorm
 from qkv.layers.instance_forward import InstanceForward
 from qkv.layers.jagged import nested_like
 from qkv.layers.projection import linear_projections, product
-from qkv.parallel.sums import copied, summed
-from qkv.scores import ScoreOptions
+from qkv.parallel.sums import copied, of_first_rank, summed
+from qkv.scores import Draw, ScoreOptions, new_seed
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -72,6 +72,10 @@ class HeadShare:
     def of_rank(self, scores: ScoreOptions) -> ScoreOptions:
         """The score options of all heads, for those of the rank."""
         alibi, bias, sinks = scores["alibi"], scores["bias"], scores["sink_logits"]
+        draw = None
+        if scores["dropout"]:
+            seed = of_first_rank(new_seed(), self.group, self.mesh.device_type)
+            draw = Draw(seed, first_head=self.query_heads.start)
         if bias is not None and bias.dim() > 2 and bias.shape[-3] == self.num_heads:
             bias = bias[..., self.query_heads, :, :]
         return {
@@ -79,6 +83,7 @@ class HeadShare:
             "alibi": None if alibi is None else alibi[self.query_heads],
             "bias": bias,
             "sink_logits": None if sinks is None else _local(sinks),
+            "draw": draw,
         }
 
     def join(self, weights: Tensor) -> Tensor:
