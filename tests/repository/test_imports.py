@@ -161,4 +161,4 @@ def test_a_package_lists_the_names_that_it_passes_on(package: str) -> None:
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     passed_on = {alias.name for node in imports for alias in node.names if alias.asname == alias.name}
     listed = importlib.import_module(package).__all__
-    assert sorted(listed) == listed and set(listed) == passed_on
+    assert sorted(listed) == sorted(passed_on)  # ruff has an order of its own for them, constants first
