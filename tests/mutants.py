@@ -72,6 +72,8 @@ MODULE_STEP = ("integrations/transformers/test_attention_step.py",)
 DECODER = ("integrations/transformers/test_decoder_step.py",)
 MODEL = ("integrations/transformers/test_model_forward.py",)
 SEQUENCES = ("test_packed.py", "test_paged.py")
+HEADS = ("parallel/test_heads.py",)
+DRAWS = ("test_draws.py",)
 
 
 class Mutant(NamedTuple):
@@ -108,6 +110,24 @@ class Mutant(NamedTuple):
 
 MUTANTS = [
     Mutant("scale dropped (reference)", "backends/reference.py", "scores = scale * _product(", "scores = 1.0 * _product(", GRID),
+    Mutant("a norm of all heads learns from a rank's", "layers/head_share.py", "norm.normalise(x, self.share.shared(norm.weight))", "norm.normalise(x, _local(norm.weight))", HEADS, "outputs_and"),
+    Mutant("x gets the gradient of a rank's heads", "layers/head_share.py", "return copied(x, self.group) if isinstance(x, Tensor) else x", "return x", HEADS, "outputs_and"),
+    Mutant("shared KV heads learn from one rank", "layers/head_share.py", "else self.share.shared(parameter)[self.rows]", "else _local(parameter)[self.rows]", HEADS, "outputs_and"),
+    Mutant("slopes of the first heads on each rank", "layers/head_share.py", "None if alibi is None else alibi[self.query_heads]", "None if alibi is None else alibi[: self.query_heads.stop - self.query_heads.start]", HEADS, "outputs_and"),
+    Mutant("the output's bias once for each rank", "layers/head_share.py", "out = summed(product(x, _local(linear.weight), None), self.share.group)\n        return out if linear.bias is None else out + _local(linear.bias).to(out.dtype)", "bias = None if linear.bias is None else _local(linear.bias)\n        return summed(product(x, _local(linear.weight), bias), self.share.group)", HEADS, "outputs_and"),
+    Mutant("lambda learns from a rank's heads", "layers/differential.py", "difference if self._share is None else self._share.shared(difference)", "difference if self._share is None else difference.to_local()", HEADS, "differential"),
+    Mutant("a position bias learns from a rank's heads", "layers/head_share.py", "{name: self.shared(parameter) for name", "{name: parameter for name", HEADS, "position_bias"),
+    Mutant("a nested tensor gets the gradient of a rank's heads", "layers/head_share.py", "copied(x.values(), self.group)[None]", "x.values()[None]", HEADS, "nested"),
+    Mutant("each rank draws weights of its own", "layers/head_share.py", "part.copy_(distribute_tensor(whole[name], part.device_mesh, part.placements))", "part.copy_(distribute_tensor(whole[name], part.device_mesh, part.placements, src_data_rank=None))", HEADS, "drawn"),
+    Mutant("each rank has a seed of its own", "parallel/sums.py", "numbers if distributed.get_rank(group) == 0 else torch.zeros_like(numbers)", "numbers // distributed.get_world_size(group)", HEADS, "dropout"),
+    Mutant("ranks drop alike", "layers/head_share.py", "Draw(seed, first_head=self.query_heads.start)", "Draw(seed)", HEADS, "dropout"),
+    Mutant("another layer's keys as many as all heads read", "layers/cross_layer.py", "own = -(-q.shape[1] * self.num_kv_heads // self.num_heads)", "own = self.num_kv_heads", HEADS, "another_layer"),
+    Mutant("norms of some heads learn unseen", "layers/attention.py", "        if torch.is_grad_enabled():\n            known =", "        if False:\n            known =", ("upstream/test_parallelism.py",)),
+    Mutant("slopes of all heads for some, in one call", "layers/step.py", "            return \"projections return some of the heads, where all must be there\"\n", "            pass\n", ("upstream/test_parallelism.py",)),
+    Mutant("keys that are cut off move a draw", "scores.py", "draw._replace(first_key=draw.first_key + start)", "draw", DRAWS),
+    Mutant("a draw by the row of a call", "backends/dropout.py", "position.expand(batch, lq)[:, None] + draw.first_key", "query.expand(batch, lq)[:, None] + draw.first_key", DRAWS),
+    Mutant("a draw by the key of a call", f"{NATIVE}/softmax/scores.h", "scatter(a ^ (key + first_key))", "scatter(a ^ key)", DRAWS),
+    Mutant("a draw by the head of a call", f"{NATIVE}/softmax/scores.h", "(uint32_t)(t.head[r] + p.first_head)", "(uint32_t)t.head[r]", DRAWS),
     Mutant("a window cuts one key less", "look.py", "beyond = [~Mask.band(window - 1, None)", "beyond = [~Mask.band(window, None)", LOOK),
     Mutant("sink tokens cut by a window", "look.py", "Mask.padding(~is_sink[None]) if sink_tokens else", "", LOOK),
     Mutant("the sink logit leaves with the keys", "look.py", "scores=problem.scores._replace(sink_logits=None)))", "scores=problem.scores))", LOOK),

@@ -50,7 +50,7 @@ class Ranks:
         for connection in self._connections:
             connection.send_bytes(message)
         results = [self._receive(connection) for connection in self._connections]
-        if any(isinstance(one, Failure) for one in results) and not all(isinstance(one, Failure) for one in results):
+        if len({one[:2] if isinstance(one, Failure) else None for one in results}) > 1:
             self.stop()  # some may stand at another collective than the others
         return results
 

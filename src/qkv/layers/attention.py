@@ -1,6 +1,7 @@
 """`Attention`: one layer for all mechanisms."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -43,11 +44,12 @@ from qkv.layers.cached_call import (
 )
 from qkv.layers.cached_operator import OperatorLayer
 from qkv.layers.head_norm import HeadNorm
+from qkv.layers.head_share import HeadShare, share_heads
 from qkv.layers.jagged import PackedTokens, nested_like, pack_jagged, require_jagged
 from qkv.layers.options import Arguments, ConversionOptions
 from qkv.layers.over_ranks import attend_over_ranks, layout_for, mask_over_ranks, options_over_ranks
 from qkv.layers.packed import unpack_state
-from qkv.layers.projection import project
+from qkv.layers.projection import PROJECTIONS, project
 from qkv.layers.rotary import RotaryEmbedding, rotate_both
 from qkv.layers.step import Way, layer_step, weights_of
 from qkv.layers.torch_arguments import answer_calls_of_torch, refuse_unknown_options
@@ -56,6 +58,9 @@ from qkv.masks import Mask
 from qkv.parallel.context import Mark, Over
 from qkv.parallel.tokens import Tokens, Whole
 from qkv.scores import ScoreOptions
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class Attention(OperatorLayer):
@@ -116,6 +121,9 @@ class Attention(OperatorLayer):
     """Arguments that the constructor of a named layer does not take."""
 
     sink_logits: Tensor | None
+
+    _share: HeadShare | None = None
+    """the rank's heads, where `qkv.parallel.Heads` has given them out"""
 
     def __init__(
         self,
@@ -231,15 +239,24 @@ class Attention(OperatorLayer):
 
     def reset_parameters(self) -> None:
         """Initialises all parameters, as the constructor does; needed after ``to_empty``."""
-        for projection in filter(None, (self.q_proj, self.k_proj, self.v_proj, self.out_proj, self.gate_proj)):
-            nn.init.xavier_uniform_(projection.weight)
-            if projection.bias is not None:
-                nn.init.zeros_(projection.bias)
-        for norm in (self.q_norm, self.k_norm):
-            if norm is not None:
-                norm.reset_parameters()
-        if self.sink_logits is not None:
-            nn.init.zeros_(self.sink_logits)
+        with self._whole_parameters():
+            for projection in filter(None, (self.q_proj, self.k_proj, self.v_proj, self.out_proj, self.gate_proj)):
+                nn.init.xavier_uniform_(projection.weight)
+                if projection.bias is not None:
+                    nn.init.zeros_(projection.bias)
+            for norm in (self.q_norm, self.k_norm):
+                if norm is not None:
+                    norm.reset_parameters()
+            if self.sink_logits is not None:
+                nn.init.zeros_(self.sink_logits)
+
+    def _whole_parameters(self) -> AbstractContextManager[None]:
+        """A context in which parameters are those of all ranks, to be written."""
+        return nullcontext() if self._share is None else self._share.whole(self)
+
+    def _share_heads(self, mesh: "DeviceMesh", source: int | None) -> None:
+        """Leaves a rank its part of the heads: see `qkv.parallel.Heads`, which calls it."""
+        self._share = share_heads(self, mesh, source)
 
     @answer_calls_of_torch
     @restore_cache_on_error
@@ -279,6 +296,8 @@ class Attention(OperatorLayer):
                 without rotary, and as `qkv.attention` and the cache.
             TypeError: for inputs that are not tensors, and a mask or a cache of the wrong kind.
         """
+        if self._share is not None:
+            x, context, bias = self._share.enter(x, context, bias)
         if _is_nested(x) or _is_nested(context):
             self._refuse_with_nested(bias=bias, positions=positions)
             return self._forward_jagged(x, context, mask, cache)
@@ -313,7 +332,10 @@ class Attention(OperatorLayer):
                 f"{type(self).__name__}: attention_weights takes no nested tensors; call it for each sequence, "
                 "(1, L, E), or on a padded batch with mask=Mask.padding(lengths)."
             )
-        return self._weights(self._inputs(x, context, call_options(self, mask, bias, positions, cache)))
+        if self._share is not None:
+            x, context, bias = self._share.enter(x, context, bias)
+        weights = self._weights(self._inputs(x, context, call_options(self, mask, bias, positions, cache)))
+        return weights if self._share is None else self._share.join(weights)
 
     @torch.no_grad()
     def record(
@@ -349,6 +371,11 @@ class Attention(OperatorLayer):
         """
         if _is_nested(x) or _is_nested(context):
             raise ValueError(f"{type(self).__name__}: record takes no nested tensors; call it for each sequence.")
+        if self._share is not None:
+            raise ValueError(
+                f"{type(self).__name__}: record is of layers that have all of their heads; got one whose heads are "
+                "over ranks by parallel.Heads. Call it on the whole layer, before."
+            )
         given = self._inputs(x, context, call_options(self, mask, bias, positions, None))
         q, keys, mask, bias, _ = given if self.position_bias is None else self._add_position_bias(given)
         options = {"mask": mask, **self._scores(q, bias), **keys.options()}
@@ -521,6 +548,7 @@ class Attention(OperatorLayer):
 
     def _attend(self, inputs: Inputs) -> Tensor:
         """`qkv.attention` with the options of the layer."""
+        self._require_heads(inputs.q, inputs.keys.k)
         if inputs.layout is not None:
             return attend_over_ranks(self, inputs)
         q, keys, mask, bias, _ = inputs if self.position_bias is None else self._add_position_bias(inputs)
@@ -529,12 +557,13 @@ class Attention(OperatorLayer):
 
     def _weights(self, inputs: Inputs) -> Tensor:
         """`qkv.attention_weights` with the options of the layer."""
+        self._require_heads(inputs.q, inputs.keys.k)
         q, keys, mask, bias, _ = inputs if self.position_bias is None else self._add_position_bias(inputs)
         return functional.attention_weights(q, keys.k, mask=mask, **self._scores(q, bias), **keys.options())
 
     def _scores(self, q: Tensor, bias: Tensor | None) -> ScoreOptions:
         """The score options of the layer, as keywords of `qkv.attention`."""
-        return {
+        scores: ScoreOptions = {
             "scale": self.scale,
             "softcap": self.softcap,
             "bias": bias,
@@ -542,6 +571,33 @@ class Attention(OperatorLayer):
             "sink_logits": self.sink_logits,
             "dropout": self.dropout if self.training else 0.0,
         }
+        return scores if self._share is None else self._share.of_rank(scores)
+
+    def _require_heads(self, q: Tensor, k: Tensor) -> None:
+        """Raises ValueError for some of the layer's heads, as of projections that were cut, if all must be there."""
+        heads = q.shape[1], k.shape[1]
+        if self._share is None and heads[0] != self.num_heads:
+            reason = self._why_all_heads(*heads)
+            if reason:
+                raise ValueError(
+                    f"{type(self).__name__}: projections must return all heads, {self.num_heads} on "
+                    f"{self.num_kv_heads} KV heads, since {reason}; got {heads[0]} on {heads[1]}. Over ranks, cut the "
+                    "layer by qkv.parallel.Heads(), and not its projections."
+                )
+
+    def _why_all_heads(self, heads: int, kv_heads: int) -> str:
+        """Why a call must not have this part of the heads; empty if it may."""
+        if heads * self.num_kv_heads != kv_heads * self.num_heads:
+            return "a part has as many of each"
+        if self.sink_logits is not None or self._slopes is not None or self.position_bias is not None:
+            return "sink_logits, alibi and position_bias are of all of them"
+        if torch.is_grad_enabled():
+            known = (*PROJECTIONS, "sink_logits")
+            learned = [name for name, one in self.named_parameters() if one.requires_grad]
+            shared = [name for name in learned if name.partition(".")[0] not in known]
+            if shared:
+                return f"{', '.join(shared)} learn from all of them"
+        return ""
 
     def _project_out(self, out: Tensor, x: Tensor) -> Tensor:
         """The output projection of all heads, gated by the tokens x: (B, H, L, value_dim) to (B, L, embed_dim)."""
@@ -572,9 +628,10 @@ class Attention(OperatorLayer):
         return inputs._replace(bias=of_positions if bias is None else bias + of_positions)
 
     def _bias_of_positions(self, lq: int, lk: int, offset: int | Tensor, q: Tensor) -> Tensor:
-        """What `position_bias` gives for these positions, in the dtype of q."""
+        """What `position_bias` gives for these positions, of all heads, in the dtype of q."""
         assert self.position_bias is not None
-        bias: Tensor = self.position_bias(lq, lk, offset)
+        share, module = self._share, self.position_bias
+        bias: Tensor = module(lq, lk, offset) if share is None else share.call(module, lq, lk, offset)
         return bias.to(q.dtype)
 
     def _raise_input_error(self, error: RuntimeError, x: Tensor, context: Tensor | None) -> None:
@@ -653,7 +710,16 @@ class Attention(OperatorLayer):
     @staticmethod
     def _split_heads(x: Tensor, width: int, norm: HeadNorm | None) -> Tensor:
         """(B, L, heads * width) to (B, heads, L, width), a view; then ``norm``. In tensor parallelism, of one rank."""
-        x = x.view(*x.shape[:2], x.shape[2] // width, width).transpose(1, 2)
+        heads = x.shape[2] // width
+        try:
+            x = x.view(*x.shape[:2], heads, width).transpose(1, 2)
+        except RuntimeError as error:
+            if x.shape[2] % width == 0:
+                raise
+            raise ValueError(
+                f"Attention: projections must return whole heads, of width {width}; got {x.shape[2]} channels. Over "
+                "ranks, cut the layer by qkv.parallel.Heads(), and not its projections."
+            ) from error
         return x if norm is None else norm(x)
 
     @classmethod
@@ -758,6 +824,8 @@ class Attention(OperatorLayer):
     ) -> None:
         """As ``nn.Module``, for state dicts with packed projections too. No hook: copies of a layer would share it."""
         unpack_state(self, state_dict, prefix, reports[-1])
+        if self._share is not None:
+            self._share.to_rank(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *reports)
 
     def options(self) -> Arguments:

@@ -62,8 +62,9 @@ class CrossLayerAttention(Attention):
         mask, _ = cache.split_padding(mask, *x.shape[:2], is_appended=True)
         keys = cache.latest(count)
         kv_heads, *widths = keys.k.shape[1], keys.k.shape[3], keys.v.shape[3]
-        # In tensor parallelism, both are the heads of one rank.
-        if kv_heads * self.num_heads != q.shape[1] * self.num_kv_heads or widths != [self.head_dim, self.value_dim]:
+        # With heads over ranks, both are those of one rank, which has a KV head at least.
+        own = -(-q.shape[1] * self.num_kv_heads // self.num_heads)
+        if kv_heads != own or widths != [self.head_dim, self.value_dim]:
             raise ValueError(
                 f"{caller}: the keys in cache must be of {self.num_kv_heads} KV heads, head_dim={self.head_dim} and "
                 f"value_dim={self.value_dim}, as the layer's; got {kv_heads}, {widths[0]} and {widths[1]}."

@@ -112,11 +112,12 @@ def attend_over_ranks(layer: "Attention", inputs: Inputs) -> Tensor:
 
 def _rows_of(layer: "Attention", module: Any, n_queries: int, n_keys: int, q: Tensor) -> Callable[[int, int], Tensor]:
     """The bias of a module for the query rows from one number up to another."""
+    heads = slice(None) if layer._share is None else layer._share.query_heads
     if isinstance(module, RelativePositionBias):
-        return lambda start, stop: layer._bias_of_positions(stop - start, n_keys, start, q)
+        return lambda start, stop: layer._bias_of_positions(stop - start, n_keys, start, q)[:, heads]
     # Those of images are made for all of a window or for none.
     whole = layer._bias_of_positions(n_queries, n_keys, 0, q)
-    return lambda start, stop: whole[:, :, start:stop]
+    return lambda start, stop: whole[:, heads, start:stop]
 
 
 def attend_latents_over_ranks(

@@ -11,17 +11,22 @@ from qkv.parallel.tokens import WHOLE as WHOLE
 from qkv.parallel.tokens import Tokens as Tokens
 
 if typing.TYPE_CHECKING:
+    from qkv.parallel.heads import Heads as Heads
     from qkv.parallel.style import Context as Context
 
-__all__ = ["WHOLE", "Context", "Tokens", "attention", "attention_with_lse", "explain", "merge", "over"]
+__all__ = ["WHOLE", "Context", "Heads", "Tokens", "attention", "attention_with_lse", "explain", "merge", "over"]
 
 
 def __getattr__(name: str) -> typing.Any:
-    """`Context`, whose base class takes torch a second to import."""
+    """`Context` and `Heads`, whose base class takes torch a second to import."""
     if name == "Context":
         from qkv.parallel.style import Context
 
         return Context
+    if name == "Heads":
+        from qkv.parallel.heads import Heads
+
+        return Heads
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
