@@ -1,6 +1,7 @@
 """`attention`, `attention_with_lse`, `merge` and `explain` over ranks: validate, choose a scheme, run it."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -445,9 +446,12 @@ def _solver(caller: str, backend: str) -> Solve:
         given: dict[str, Any] = {**options, "backend": backend}
         if scales:
             given |= {"k_scale": scales[0][..., 0], "v_scale": scales[1][..., 0]}
-        if wants_lse:
-            return functional.attend(caller, q, k, v, **given)
-        return functional.attention(q, k, v, **given), None
+        device = q.device.type
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+            # Tensors have the dtype of autocast, or for `merge` a wider one.
+            if wants_lse:
+                return functional.attend(caller, q, k, v, **given)
+            return functional.attention(q, k, v, **given), None
 
     return solve
 
