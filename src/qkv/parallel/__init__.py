@@ -6,13 +6,14 @@ from qkv.parallel.attention import attention as attention
 from qkv.parallel.attention import attention_with_lse as attention_with_lse
 from qkv.parallel.attention import explain as explain
 from qkv.parallel.attention import merge as merge
+from qkv.parallel.sharded_cache import ShardedKVCache as ShardedKVCache
 from qkv.parallel.tokens import WHOLE as WHOLE
 from qkv.parallel.tokens import Tokens as Tokens
 
 if typing.TYPE_CHECKING:
     from qkv.parallel.heads import Heads as Heads
 
-__all__ = ["WHOLE", "Heads", "Tokens", "attention", "attention_with_lse", "explain", "merge"]
+__all__ = ["WHOLE", "Heads", "ShardedKVCache", "Tokens", "attention", "attention_with_lse", "explain", "merge"]
 
 
 def __getattr__(name: str) -> typing.Any:
