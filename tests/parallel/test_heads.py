@@ -456,3 +456,18 @@ def test_dropout_draws_what_one_process_does(count: int, ranks: Of) -> None:
     want = dropped(False)
     for got in ranks(count).run(dropped, True):
         torch.testing.assert_close(got, want)
+
+
+def at_odds(is_told: bool) -> None:
+    layer, x = over_ranks(made("two KV heads")), torch.randn(2, 6, 24)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("QKV_CHECK", str(int(is_told)))
+        layer(x)
+        layer(x + mesh().get_local_rank())
+
+
+def test_ranks_with_other_inputs_raise_if_they_are_told_to_check(ranks: Of) -> None:
+    ranks(2).run(at_odds, False)
+    for got in ranks(2).try_run(at_odds, True):
+        assert isinstance(got, Failure), got
+        assert "Heads: all ranks must make the same call; got x <float32 (2, 6, 24) " in got.message, got

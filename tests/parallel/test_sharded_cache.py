@@ -308,3 +308,28 @@ def test_what_is_refused_is_refused_on_all_ranks(case: str, ranks: Of) -> None:
         assert isinstance(got, Failure), got
         assert got.kind == kind, got
         assert message in got.message, got
+
+
+def at_odds(what: str) -> None:
+    rank = mesh().get_local_rank()
+    layer, x = made("sinks and a cap"), torch.randn(2, 6, 16)
+    cache = ShardedKVCache(mesh(), 4 + (what == "blocks" and rank == 1))
+    mask = Mask.causal() | Mask.prefix(3) if what == "mask" and rank == 1 else Mask.causal()
+    with torch.no_grad(), pytest.MonkeyPatch.context() as environment:
+        environment.setenv("QKV_CHECK", "1")
+        layer(x, mask=Mask.causal(), cache=ShardedKVCache(mesh()))
+        layer(x + (what == "x" and rank == 1), mask=mask, cache=cache)
+
+
+AT_ODDS = {
+    "blocks": "got tokens 6 in blocks of 4 on rank 0 and 6 in blocks of 5 on rank 1",
+    "mask": "got mask Mask.causal() on rank 0 and ",
+    "x": "got q <float32 (2, 4, 6, 4) ",
+}
+
+
+@pytest.mark.parametrize("what", AT_ODDS)
+def test_ranks_that_disagree_raise_if_they_are_told_to_check(what: str, ranks: Of) -> None:
+    for got in ranks(2).try_run(at_odds, what):
+        assert isinstance(got, Failure), got
+        assert "ShardedKVCache: all ranks must make the same call; " + AT_ODDS[what] in got.message, got

@@ -16,7 +16,9 @@ from qkv.cache import Cache, Keys
 from qkv.cache.base import Owner, autocast_to
 from qkv.cache.rows import Rows
 from qkv.masks import FULL, Mask
+from qkv.parallel.agreement import agreed, digest
 from qkv.parallel.attention import merge
+from qkv.parallel.exchange import Route
 from qkv.partial import Partial
 from qkv.scores import ScoreOptions
 
@@ -75,6 +77,7 @@ class Shards(NamedTuple):
                 f"ShardedKVCache: it is for decoding, without gradients and dropout; got {got}. Call the layer under "
                 "torch.no_grad(), in eval mode; train with tokens=parallel.Tokens(...)."
             )
+        self._require_agreement(q, mask, scores)
         wide = accumulation_dtype(q.dtype)
         local: Partial | None = None
         for piece in self._pieces(q.to(wide), keys, mask, scores):
@@ -86,6 +89,16 @@ class Shards(NamedTuple):
         out, lse = merge(local, self.mesh)
         sinks = scores.get("sink_logits")
         return (out if sinks is None else add_sinks(out, lse, sinks)[0]).to(q.dtype)
+
+    def _require_agreement(self, q: Tensor, mask: Mask, scores: ScoreOptions) -> None:
+        """Raises ValueError, with QKV_CHECK=1, unless all ranks make the same call."""
+        given = {"q": q, **dict(mask.tensors()), "bias": scores.get("bias")}
+
+        def described(given: dict[str, Any]) -> dict[str, str]:
+            found = {name: "None" if one is None else digest(one) for name, one in given.items()}
+            return {"tokens": f"{self.length} in blocks of {self.blocks.block}", "mask": repr(mask), **found}
+
+        agreed("ShardedKVCache", Route(self.mesh.get_group(), *self.blocks[1:]), lambda: given, described)
 
     def _pieces(self, q: Tensor, keys: Keys, mask: Mask, scores: ScoreOptions) -> Iterator[dict[str, Any]]:
         """The calls of this rank: one over the blocks that all queries see, and one for each other block."""
