@@ -194,6 +194,33 @@ def test_caches_are_copied_cropped_repeated_and_stored(ranks: Of) -> None:
     ranks(3).run(operations)
 
 
+def dealt(name: str, zigzag: bool) -> list[Tensor]:
+    """A prompt of which each rank has its rows, and steps that all have."""
+    layer, x = made("rotary and norms"), torch.randn(2, N, 16, generator=torch.Generator().manual_seed(1))
+    make = qkv.parallel.Tokens.zigzag if zigzag else qkv.parallel.Tokens.even
+    tokens, cache, want = make(25, mesh()), ShardedKVCache(mesh(), 4), qkv.KVCache()
+    outs = []
+    with torch.no_grad():
+        first = layer(tokens.take(x[:, :25]), mask=of_step(MASKS[name], 25), cache=cache, tokens=tokens)
+        outs.append(tokens.join(first))
+        torch.testing.assert_close(outs[0], layer(x[:, :25], mask=of_step(MASKS[name], 25), cache=want))
+        for at in range(25, N):
+            step = {"mask": of_step(MASKS[name], at + 1)}
+            outs.append(layer(x[:, at : at + 1], cache=cache, **step))
+            torch.testing.assert_close(outs[-1], layer(x[:, at : at + 1], cache=want, **step))
+        with pytest.raises(ValueError, match="a call with tokens= must be the first; got a cache of 31 tokens"):
+            layer(tokens.take(x[:, :25]), mask=Mask.causal(), cache=cache, tokens=tokens)
+    return outs
+
+
+@pytest.mark.parametrize("zigzag", [False, True])
+@pytest.mark.parametrize("name, count", [("causal", 2), ("causal", 3), ("documents", 4), ("chunks", 3)])
+def test_the_keys_of_a_prompt_over_ranks_are_dealt_out(name: str, count: int, zigzag: bool, ranks: Of) -> None:
+    outs = ranks(count).run(dealt, name, zigzag)
+    for own in outs:
+        assert all(map(torch.equal, own, outs[0]))
+
+
 def with_heads() -> None:
     """Heads over one dimension of a mesh, and blocks over the other."""
     from torch.distributed.tensor.parallel import parallelize_module
