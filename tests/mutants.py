@@ -80,6 +80,7 @@ AGREEMENT = ("parallel/test_agreement.py",)
 LAYERS_OVER_RANKS = ("parallel/test_layers.py",)
 CONTEXT = ("parallel/test_context.py",)
 DRAWS = ("test_draws.py",)
+SHARDED = ("parallel/test_sharded_cache.py",)
 
 
 class Mutant(NamedTuple):
@@ -135,7 +136,7 @@ MUTANTS = [
     Mutant("other keys become sinks by their new numbers", "masks.py", "sink_tokens=min(max(self.sink_tokens - start, 0), stop - start)", "sink_tokens=self.sink_tokens", OVER_RANKS, "every_case and merge"),
     Mutant("a sink logit at each rank", "parallel/schemes.py", "call.scores._replace(sink_logits=None)", "call.scores", OVER_RANKS, "every_case and merge"),
     Mutant("dropout at the place within a rank", "parallel/schemes.py", "first_key=draw.first_key + first_key", "first_key=draw.first_key", OVER_RANKS, "dropout_drops"),
-    Mutant("dropout of each rank's own draw", "parallel/attention.py", "seed = of_first_rank(new_seed(), tokens.route.group, tokens.mesh.device_type)", "seed = new_seed()", OVER_RANKS, "without_a_draw"),
+    Mutant("dropout of each rank's own draw", "parallel/attention.py", "seed = of_first_rank(draw.seed, tokens.route.group, tokens.mesh.device_type)", "seed = draw.seed", OVER_RANKS, "without_a_draw"),
     Mutant("bytes of a lse forgotten", "parallel/schemes.py", "(call.value_width + 1) * wide", "call.value_width * wide", OVER_RANKS, "bytes_are"),
     Mutant("all runs at the position of the first", "parallel/schemes.py", "offset = call.offset + run.start + keys.shift()", "offset = call.offset + call.tokens.own[0].start + keys.shift()", CALLS_OVER_RANKS, "fp64"),
     Mutant("partial results in 16 bits", "parallel/schemes.py", "    wide = accumulation_dtype(call.q.dtype)\n    keys =", "    wide = call.q.dtype\n    keys =", CALLS_OVER_RANKS, "autocast"),
@@ -157,6 +158,15 @@ MUTANTS = [
     Mutant("keys that are cut off move a draw", "scores.py", "draw._replace(first_key=draw.first_key + start)", "draw", DRAWS),
     Mutant("a draw by the row of a call", "backends/dropout.py", "position.expand(batch, lq)[:, None] + draw.first_key", "query.expand(batch, lq)[:, None] + draw.first_key", DRAWS),
     Mutant("a draw by the key of a call", f"{NATIVE}/softmax/scores.h", "scatter(a ^ (key + first_key))", "scatter(a ^ key)", DRAWS),
+    Mutant("blocks of every other rank", "parallel/sharded_cache.py", "start // turn * turn + self.rank * self.block", "start // turn * turn + (self.rank ^ 1) * self.block", SHARDED, "steps_are"),
+    Mutant("a step sees the keys after it", "parallel/sharded_cache.py", "else offset + 1\n", "else offset + q.shape[2]\n", SHARDED, "steps_are"),
+    Mutant("distances among the keys of a rank", "parallel/sharded_cache.py", "bias is None and scores.get(\"alibi\") is None", "bias is None", SHARDED, "scores_of"),
+    Mutant("sinks on each rank", "parallel/sharded_cache.py", '**scores, "bias": None, "sink_logits": None}', '**scores, "bias": None}', SHARDED, "scores_of"),
+    Mutant("a crop to as many tokens on each rank", "parallel/sharded_cache.py", "part.crop(self._blocks.count(length))", "part.crop(min(length, part.length))", SHARDED, "copied"),
+    Mutant("a seen block from its first key", "parallel/sharded_cache.py", "                start += whole - rows.start\n", "", SHARDED, "steps_are"),
+    Mutant("a prompt dealt out by runs", "parallel/plan.py", "at = row + part.start - run.start\n", "at = row\n", SHARDED, "dealt"),
+    Mutant("ranks of tokens drop apart under heads", "parallel/attention.py", "seed = of_first_rank(draw.seed, tokens.route.group, tokens.mesh.device_type)", "seed = draw.seed", HEADS, "tokens_over"),
+    Mutant("results of 16 bits merged", "parallel/sharded_cache.py", "wide = accumulation_dtype(q.dtype)", "wide = q.dtype", SHARDED, "dtype"),
     Mutant("a draw by the head of a call", f"{NATIVE}/softmax/scores.h", "(uint32_t)(t.head[r] + p.first_head)", "(uint32_t)t.head[r]", DRAWS),
     Mutant("a window cuts one key less", "look.py", "beyond = [~Mask.band(window - 1, None)", "beyond = [~Mask.band(window, None)", LOOK),
     Mutant("sink tokens cut by a window", "look.py", "Mask.padding(~is_sink[None]) if sink_tokens else", "", LOOK),

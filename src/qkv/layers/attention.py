@@ -56,6 +56,7 @@ from qkv.layers.torch_arguments import answer_calls_of_torch, refuse_unknown_opt
 from qkv.layers.transformers_modules import Converted
 from qkv.masks import Mask
 from qkv.parallel.context import Mark, Over
+from qkv.parallel.sharded_cache import ShardedKVCache
 from qkv.parallel.tokens import Tokens, Whole
 from qkv.scores import ScoreOptions
 
@@ -460,7 +461,11 @@ class Attention(OperatorLayer):
         if self.context_dim is None and layout.context_tokens is not None and vars(self).get(Mark.NAME) is None:
             raise ValueError(f"{caller}: context_tokens must be None in self-attention; got {layout.context_tokens}.")
         options = options_over_ranks(self, x, layout, positions, cache)
-        if isinstance(cache, Cache):
+        mask = mask_over_ranks(self, mask, layout)
+        shards = cache if isinstance(cache, ShardedKVCache) else None
+        if shards is not None:
+            shards.admit(self._owner, mask)
+        elif isinstance(cache, Cache):
             count = x.shape[1] if self.k_proj is None else 0  # with the keys of another layer, or none yet
             if cache.columns != count:
                 raise ValueError(
@@ -468,9 +473,10 @@ class Attention(OperatorLayer):
                     f"of x from the layer that is read; got one of {cache.columns}."
                 )
         inputs = self._inputs(x, context, options)
-        if isinstance(cache, Cache):
+        if shards is not None:
+            shards.fill(inputs.keys.k, inputs.keys.v, layout.tokens)
+        elif isinstance(cache, Cache):
             cache.is_of_one_rank = True
-        mask = mask_over_ranks(self, mask, layout)
         out = self._attend(Inputs(inputs.q, inputs.keys, mask, bias, layout))
         return self._project_out(out, x)
 
@@ -553,11 +559,18 @@ class Attention(OperatorLayer):
             return attend_over_ranks(self, inputs)
         q, keys, mask, bias, _ = inputs if self.position_bias is None else self._add_position_bias(inputs)
         scores = self._scores(q, bias)
+        if keys.shards is not None:
+            return keys.shards.attend(q, keys, mask, scores, self.backend)
         return functional.attention(q, keys.k, keys.v, mask=mask, backend=self.backend, **scores, **keys.options())
 
     def _weights(self, inputs: Inputs) -> Tensor:
         """`qkv.attention_weights` with the options of the layer."""
         self._require_heads(inputs.q, inputs.keys.k)
+        if inputs.keys.shards is not None:
+            raise ValueError(
+                f"{type(self).__name__}: attention_weights is of caches that have all keys; got one with those of a "
+                "rank. Call it with another cache."
+            )
         q, keys, mask, bias, _ = inputs if self.position_bias is None else self._add_position_bias(inputs)
         return functional.attention_weights(q, keys.k, mask=mask, **self._scores(q, bias), **keys.options())
 

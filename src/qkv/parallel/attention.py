@@ -283,11 +283,12 @@ def _prepared(
 
 def _drawn(call: Call) -> Call:
     """The call with one draw of dropout for all ranks."""
-    if not call.scores.dropout or call.scores.draw is not None:
+    if not call.scores.dropout:
         return call
-    tokens = call.tokens
-    seed = of_first_rank(new_seed(), tokens.route.group, tokens.mesh.device_type)
-    return call._replace(scores=call.scores._replace(draw=Draw(seed)))
+    tokens, draw = call.tokens, call.scores.draw or Draw(new_seed())  # one of `Heads` is of another mesh
+    assert draw.seed is not None
+    seed = of_first_rank(draw.seed, tokens.route.group, tokens.mesh.device_type)
+    return call._replace(scores=call.scores._replace(draw=draw._replace(seed=seed)))
 
 
 def _chosen(scheme: str, sent: dict[str, tuple[int, ...]]) -> str:

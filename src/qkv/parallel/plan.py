@@ -480,6 +480,27 @@ def joining(layout: Layout, rank: int) -> Plan:
 
 
 @lru_cache(PLANS)
+def dealing(held: Layout, wanted: Layout, heads: int, rank: int) -> Plan:
+    """The plan by which rows go from one layout to another of the same positions."""
+    everything = (0, heads)
+    sends = tuple(
+        tuple(
+            Move(0, everything, (row, row + stop - start))
+            for run in runs
+            for start, stop, row in _own_parts(held[rank], run)
+        )
+        for runs in wanted
+    )
+    receives: list[list[Move]] = [[] for _ in held]
+    for run, row in numbered(wanted[rank]):
+        for part in _parts(held, run):
+            at = row + part.start - run.start
+            receives[part.rank].append(Move(0, everything, (at, at + part.stop - part.start)))
+    buffer = whole(heads, rows_of(wanted[rank]))
+    return Plan((buffer,), sends, tuple(map(tuple, receives)), len(held) == 1)
+
+
+@lru_cache(PLANS)
 def stacking(heads: int, rows: int, ranks: int) -> Plan:
     """The plan by which each rank receives the rows of all, one result for each rank."""
     places = [(rank * rows, (rank + 1) * rows) for rank in range(ranks)]
