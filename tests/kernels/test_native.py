@@ -16,7 +16,7 @@ from qkv import Mask, kernels
 from qkv.backends import native
 from qkv.cache import quantize
 from qkv.problem import make_problem
-from qkv.scores import ScoreOptions, Scores
+from qkv.scores import Draw, ScoreOptions, Scores
 
 ROOT = Path(__file__).parents[2]
 present = pytest.mark.skipif(kernels.absence() is not None, reason=str(kernels.absence()))
@@ -217,7 +217,7 @@ def test_auto_chooses_the_kernel_for_training_every_mask_and_every_score() -> No
 
 def test_a_call_has_the_fields_of_masks_of_scores_and_of_the_struct_in_their_order() -> None:
     fields = kernels.Call._fields
-    assert fields[9:] == (*(field.name for field in dataclasses.fields(Mask)), *Scores._fields, "seed")
+    assert fields[9:] == (*(field.name for field in dataclasses.fields(Mask)), *Scores._fields[:-1], *Draw._fields)
     header = (Path(__file__).parents[2] / "native" / "src" / "abi" / "problem.h").read_text()
     struct = re.sub(r"//.*", "", header).partition("struct Problem {")[2].partition("};")[0]
     members = [re.split(r"[*\s]", name)[-1] for name in re.split(r"[,;]", struct) if name.strip()]

@@ -14,6 +14,7 @@ from qkv.kernels.decoder_layer import DecoderLayer as DecoderLayer
 from qkv.kernels.decoder_layer import decoder_layers as decoder_layers
 from qkv.kernels.dispatch import can_bypass_dispatcher as can_bypass_dispatcher
 from qkv.kernels.dispatch import can_bypass_functions as can_bypass_functions
+from qkv.kernels.forward import KEY_PERIOD as KEY_PERIOD
 from qkv.kernels.forward import count_scores as count_scores
 from qkv.kernels.forward import fast_forward as fast_forward
 from qkv.kernels.forward import forward as forward
