@@ -48,6 +48,21 @@ def test_join_is_the_inverse_of_take_and_adds_the_gradients_of_all_ranks(ranks: 
             assert found["text"].startswith(f"Tokens({n} over 3 ranks; 0: ")
 
 
+def _large_and_small() -> Tensor:
+    """The gradient of a number that the first rank wants 256 times, and each other once."""
+    tokens = parallel.Tokens.even(3, mesh())
+    own = torch.ones(1, 1, dtype=torch.bfloat16, requires_grad=True)
+    (tokens.join(own) * (256 if tokens.rank == 0 else 1)).sum().backward()
+    assert own.grad is not None
+    return own.grad
+
+
+def test_gradients_of_ranks_are_added_in_fp32(ranks: Of) -> None:
+    """In bf16, 256 and 1 are 256."""
+    for found in ranks(3).run(_large_and_small):
+        assert found.item() == 258
+
+
 def _best(n: int, mask: Mask | None) -> tuple[tuple[int, int], ...]:
     return parallel.Tokens.best(n, mesh(), mask).runs[0]
 

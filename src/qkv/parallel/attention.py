@@ -166,17 +166,15 @@ def explain(
     call = _validated("parallel.explain", (q, k, v), tokens, key_tokens, scheme, False, options)
     sent, scores = bytes_sent(call), scores_computed(call)
     chosen = _chosen(scheme, sent)
-    least = sum(sent[chosen])
     reasons = {}
     for name in SCHEMES:
         if name not in sent:
             reasons[name] = "not for keys that each rank has whole"
         elif name != chosen:
-            total = sum(sent[name])
-            asked = scheme != "auto" or total == least
-            reasons[name] = (
-                "not asked for" if scheme != "auto" else "comes later in the order" if asked else "sends more"
-            )
+            sends_more = sum(sent[name]) > sum(sent[chosen])
+            reasons[name] = "sends more" if sends_more else "comes later in the order"
+            if scheme != "auto":
+                reasons[name] = "not asked for"
     return Explanation(chosen, sent, scores, reasons)
 
 

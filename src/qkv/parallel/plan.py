@@ -323,6 +323,7 @@ class Share(NamedTuple):
     """heads of queries and of keys, both counted from the first of the rank, of one call of attention each"""
 
 
+@lru_cache(PLANS)
 def shares(heads: int, kv_heads: int, ranks: int) -> tuple[Share, ...]:
     """The heads of each rank: as even as their number allows, each KV head with all ranks whose queries read it."""
     group, found = heads // kv_heads, []

@@ -206,19 +206,12 @@ def bytes_sent(call: Call) -> dict[str, tuple[int, ...]]:
     of_key = batch * sum(tensor.shape[3] * tensor.element_size() for tensor in call.keys)
     of_query, of_result = batch * width * size, batch * call.value_width * size
     of_result += batch * wide if call.wants_lse else 0
-    ranks = range(len(call.tokens.runs))
-    queries, keys = ([rows_of(runs) for runs in layout] for layout in (call.tokens.runs, call.key_layout))
-    of_heads = []
-    for rank in ranks:
-        own = call.shares[rank].queries
-        total = 0
-        for peer in ranks:
-            if peer != rank:
-                share = call.shares[peer]
-                total += queries[rank] * (share.queries[1] - share.queries[0]) * of_query
-                total += keys[rank] * (share.keys[1] - share.keys[0]) * of_key
-                total += queries[peer] * (own[1] - own[0]) * of_result
-        of_heads.append(total)
+    of_heads, copies = [], sum(share.keys[1] - share.keys[0] for share in call.shares)
+    for share, own, own_keys in zip(call.shares, call.tokens.runs, call.key_layout, strict=True):
+        heads, kv_heads = share.queries[1] - share.queries[0], share.keys[1] - share.keys[0]
+        rows = rows_of(own)
+        leaving = rows * (count - heads) * of_query + rows_of(own_keys) * (copies - kv_heads) * of_key
+        of_heads.append(leaving + (call.tokens.length - rows) * heads * of_result)
     sent, answered = visit_rows(call.seen, call.tokens.runs, call.key_layout)
     there, back = count * of_query, batch * count * (call.value_width + 1) * wide
     return {
