@@ -634,7 +634,7 @@ MUTANTS = [
     Mutant("a page that no page leads to", "../../docs/index.md", "project/studies\n", "", DOCS),
     Mutant("an option that does not exist on a page", "../../docs/guides/windows.md", "--layers 3-9", "--layer 3-9", DOCS),
     Mutant("a public name that is on no page", "../../docs/reference/api/caches.md", ".. autoclass:: LatentKVCache\n", "", DOCS),
-    Mutant("help that the page of the command line does not have", "cli/bench.py", "Width of a head.", "Width of each head.", DOCS),
+    Mutant("help that the page of the command line does not have", "bench/command.py", "Width of a head.", "Width of each head.", DOCS),
     Mutant("a picture that is not drawn again", "../../docs/pictures.py", "Mask.prefix(5)", "Mask.prefix(6)", DOCS),
 ]  # fmt: skip
 

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import platform
+import re
 
 import pytest
 import torch
@@ -35,7 +36,8 @@ def test_json(capsys):
 @pytest.mark.skipif(kernels.absence() is not None, reason="the kernel is of another architecture")
 def test_the_kernel_and_the_instruction_sets_of_the_machine(capsys):
     kernel = report(capsys)["kernel"]
-    assert kernel["isa"] == kernels.loaded().isa
+    assert (kernel["isa"], kernel["compiler"]) == (kernels.loaded().isa, kernels.loaded().compiler)
+    assert re.fullmatch(r"(GCC|Clang) \d+\.\d+\.\d+", kernel["compiler"])
     assert kernel["isa"] in kernel["supported"] and kernel["supported"][-1] == "generic"
     assert kernel["absence"] is None
 

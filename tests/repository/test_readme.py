@@ -21,7 +21,7 @@ def test_every_example_runs_and_prints_the_expected_output(capsys: pytest.Captur
         "cut by 16",
         "offset=7 aligns",
         "[7, 8, 9, 10, 11, 12, 13]",
-        "native     chosen",
+        "native     chosen: ",
         "Mask.causal(window=4)",
     ):
         assert words in printed

@@ -61,6 +61,11 @@ struct DecodeScratch {
     }
 };
 
+// The number of a bias or a mask for row r and a key.
+static inline float element(const Matrix& m, const Tile& t, int r, int64_t key) {
+    return read(m.dtype, m.data, t.batch * m.batch + t.head[r] * m.head + key * m.column);
+}
+
 // How lanes stand for (key, row) pairs in decoding: lane i is key first + i / ROWS, row i % ROWS. COUNT is the number
 // of rows and ROWS the next power of two; lanes without a row repeat the last one.
 template <int COUNT, int ROWS>
@@ -77,12 +82,8 @@ struct DecodeLanes {
         return x;
     }
 
-    float element(const Matrix& m, int r, int64_t key) const {
-        return read(m.dtype, m.data, t.batch * m.batch + t.head[r] * m.head + key * m.column);
-    }
-
     vec gather(const Matrix& m, int64_t first) const {
-        return each([&](int i) { return element(m, row(i), std::min(first + i / ROWS, p.lk - 1)); });
+        return each([&](int i) { return element(m, t, row(i), std::min(first + i / ROWS, p.lk - 1)); });
     }
 
     struct Repeated {
@@ -124,20 +125,20 @@ struct DecodeLanes {
 };
 
 // `add_visible_nonfinite` for the rows of one query: leaves the values of a block in scratch.values.
-template <class Products, int COUNT, int ROWS>
+template <class Products>
 [[gnu::noinline]] static void add_visible_nonfinite_decode(const Problem& p, const Tile& t, const Block& b,
                                                            const DecodeScratch& scratch, const DecodeState& state) {
-    const DecodeLanes<COUNT, ROWS> lanes{p, t};
+    const int lanes = lanes_of(t.count);
     const int64_t pitch = pitch_of(p.value_width), bytes = p.value_width * size_of(p.dtype);
     const auto clean = [&](int j) { return (char*)scratch.values + j * bytes; };
     for (int j = 0; j < b.size; ++j) std::memcpy(clean(j), row_of(p, p.v, t, b.first + j), bytes);
     separate_nonfinite(
         p, t, b, {0, b.size, 0, t.vecs},
         [&](int j, int r) {
-            return lanes.may_see(b.first + j) && (!p.allow.data || lanes.element(p.allow, r, b.first + j) != 0);
+            return may_see(p, t, 0, b.first + j) && (!p.allow.data || element(p.allow, t, r, b.first + j) != 0);
         },
         [&](int j, int r, int64_t d, float x) {
-            state.out[r * pitch + Products::column(d)] += scratch.scores[j * ROWS + r] * x;
+            state.out[r * pitch + Products::column(d)] += scratch.scores[j * lanes + r] * x;
         },
         [&](int j, int64_t d) { write(p.dtype, clean(j), d, 0.0f); });
 }
@@ -222,7 +223,7 @@ static void accumulate_keys_decode(const Problem& p, const Tile& t, const Dropou
             store(scratch.scores + j * ROWS, weight);
         }
         if (b.edge && !scaled && !all_finite(p, t, p.v, p.value_width, first + from, b.size - from)) {
-            add_visible_nonfinite_decode<Products, COUNT, ROWS>(p, t, b, scratch, state);
+            add_visible_nonfinite_decode<Products>(p, t, b, scratch, state);
             values = (const char*)scratch.values;
             value_stride = p.value_width * item;
         }
@@ -231,9 +232,9 @@ static void accumulate_keys_decode(const Problem& p, const Tile& t, const Dropou
                                                 p.value_width, scores, state.out, prefetcher);
         } else {
             const vec weight_scale = Products::template pack<ROWS>(scores, b.size - from);
-            Products::template add<COUNT, ROWS, true>(values + from * value_stride, value_stride, b.size - from,
+            Products::template add<COUNT, ROWS>(values + from * value_stride, value_stride, b.size - from,
                                                       p.value_width, scores, weight_scale, state.out,
-                                                      PrefetchStream{keys + BLOCK_N * key_stride, key_stride});
+                                                PrefetchStream{keys + BLOCK_N * key_stride, key_stride}, true);
         }
     }
     for (int r = 0; r < COUNT; ++r) {
@@ -263,32 +264,31 @@ static inline void with_count(int count, Work work) {
         with_count<LEAST, MOST - 1>(count, work);
 }
 
-// Calls work(products, count) with types for the dtype of the keys and the number of rows.
+// Calls work with the products for the dtype of the keys and the number of rows.
 template <class Work>
 static inline void for_decode(const Problem& p, Work work) {
-    const int rows = (int)group(p);
-    const auto with = [&](auto products) {
-        using Products = decltype(products);
-        with_count<Products::LEAST, Products::MOST>(rows, [&](auto count) { work(products, count); });
-    };
     switch (p.kv_dtype) {
-        case Dtype::f32: return with(Widened<Dtype::f32>());
+#if !defined(QKV_EXTENDS_BASE)
+        case Dtype::f32: return work(Widened<Dtype::f32>());
+        case Dtype::f16: return work(Widened<Dtype::f16>());
+#endif
 #if defined(__AMX_BF16__)
         case Dtype::bf16:
-            if (rows >= OnTiles::LEAST) return with(OnTiles());
-            return with_count<1, OnTiles::LEAST - 1>(rows, [&](auto count) { work(Dots<Halves>(), count); });
+            if (group(p) >= OnTiles::LEAST) return work(OnTiles());
+            return work(FewHalves());
 #elif defined(__AVX512BF16__)
-        case Dtype::bf16: return with(Dots<Halves>());
+        case Dtype::bf16: return work(Dots<Halves>());
 #else
-        case Dtype::bf16: return with(Widened<Dtype::bf16>());
+        case Dtype::bf16: return work(Widened<Dtype::bf16>());
 #endif
-        case Dtype::f16: return with(Widened<Dtype::f16>());
         default: break;
     }
-#if defined(__AVX512F__)
-    if (p.dtype != Dtype::f32 && p.width <= Codes::MOST) return with(Dots<Codes>());
+#if defined(__AVX512F__) && !defined(__AMX_BF16__)
+    if (p.dtype != Dtype::f32 && p.width <= Codes::MOST) return work(Dots<Codes>());
 #endif
-    with(Widened<Dtype::i8>());
+#if !defined(QKV_EXTENDS_BASE)
+    work(Widened<Dtype::i8>());
+#endif
 }
 
 }  // namespace QKV_ISA

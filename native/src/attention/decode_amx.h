@@ -7,6 +7,11 @@ namespace qkv {
 namespace QKV_ISA {
 
 #if defined(__AMX_BF16__)
+// Fewer rows than tiles take.
+struct FewHalves : Dots<Halves> {
+    static constexpr int MOST = AMX_DECODE_ROWS - 1;
+};
+
 // Calls work(0) to work(COUNT - 1), with constants.
 template <class Work, int... I>
 static inline void repeat(Work work, std::integer_sequence<int, I...>) {

@@ -8,6 +8,14 @@
 #include "runtime/parallel.h"
 
 namespace qkv {
+#if defined(QKV_EXTENDS_BASE)
+namespace QKV_BASE {
+void forward(const Problem&);
+void backward(const Problem&, const Gradients&);
+int64_t count_scores(const Problem&);
+}  // namespace QKV_BASE
+#endif
+
 namespace QKV_ISA {
 
 // A strategy, the template parameter of `run`, is how a tile of query rows is computed:
@@ -46,8 +54,8 @@ struct Prefill {
     static void finish(const Problem& p, const Tile& t, const State& state) { QKV_ISA::finish(p, t, state); }
 };
 
-// COUNT rows of a single query.
-template <class Products, int COUNT>
+// Rows of a single query. Their number is a constant in the loop over keys alone: this code is compiled once for all.
+template <class Products>
 struct Decode {
     using Scratch = DecodeScratch;
     using State = DecodeState;
@@ -62,9 +70,13 @@ struct Decode {
         Products::pack_queries(p, t, scratch.queries, scratch.q_scale);
     }
 
-    static void accumulate_keys(const Problem& p, const Tile& t, const PackedHeads&, const Dropout& dropout,
-                                int64_t begin, int64_t end, const Scratch& scratch, const State& state) {
-        accumulate_keys_decode<Products, COUNT, lanes_of(COUNT)>(p, t, dropout, begin, end, scratch, state);
+    [[gnu::noinline]] static void accumulate_keys(const Problem& p, const Tile& t, const PackedHeads&,
+                                                  const Dropout& dropout, int64_t begin, int64_t end,
+                                                  const Scratch& scratch, const State& state) {
+        with_count<Products::LEAST, Products::MOST>(t.count, [&](auto count) {
+            constexpr int COUNT = decltype(count)::value;
+            accumulate_keys_decode<Products, COUNT, lanes_of(COUNT)>(p, t, dropout, begin, end, scratch, state);
+        });
     }
 
     static void finish(const Problem& p, const Tile& t, const State& state) { QKV_ISA::finish<Products>(p, t, state); }
@@ -164,15 +176,35 @@ static std::vector<char> dequantized(const Problem& p, const View& view, const S
 template <class Work>
 static void for_kind([[maybe_unused]] const Problem& p, Work work) {
 #if defined(__AMX_BF16__)
-    if (p.dtype == Dtype::bf16) return work(Amx());
+    work(Amx());
 #elif defined(__AVX512BF16__)
-    if (p.dtype == Dtype::bf16) return work(Bf16Dot());
-#endif
+    work(Bf16Dot());
+#else
     work(F32());
+#endif
 }
 
+// Whether decoding takes a problem.
+static bool has_few_rows(const Problem& p) { return p.lq == 1 && group(p) <= decode_rows(p); }
+
+#if defined(QKV_EXTENDS_BASE)
+// Whether this instruction set computes a problem otherwise than the one that it extends, which computes all others:
+// compiled again here, they would be the same and take most of the time to compile.
+static bool is_own(const Problem& p) {
+    if (p.kv_dtype == p.dtype || !has_few_rows(p)) return p.dtype == Dtype::bf16;
+#if defined(__AMX_BF16__)
+    return false;
+#else
+    return p.dtype != Dtype::f32 && p.width <= Codes::MOST;
+#endif
+}
+#endif
+
 void forward(const Problem& p) {
-    const bool few = p.lq == 1 && group(p) <= decode_rows(p);
+#if defined(QKV_EXTENDS_BASE)
+    if (!is_own(p)) return QKV_BASE::forward(p);
+#endif
+    const bool few = has_few_rows(p);
     if (p.kv_dtype != p.dtype && !few) {
         std::vector<char> keys = dequantized(p, p.k, p.k_scale, p.width);
         std::vector<char> values = dequantized(p, p.v, p.v_scale, p.value_width);
@@ -190,11 +222,7 @@ void forward(const Problem& p) {
         if (tiles_of_head(p) > 1) return forward(ContiguousProblem(p).problem);
     }
     prefer_huge_pages(p.out.data, p.batch * p.heads * p.lq * p.value_width * size_of(p.dtype));
-    if (few) {
-        return for_decode(p, [&](auto products, auto count) {
-            run<Decode<decltype(products), decltype(count)::value>>(p);
-        });
-    }
+    if (few) return for_decode(p, [&](auto products) { run<Decode<decltype(products)>>(p); });
     const bool is_short = for_short_query(p, [&](auto kind) {
         using Kind = decltype(kind);
         run<Prefill<Kind, ShortQueryState<typename Kind::Products>>>(p);
@@ -203,6 +231,9 @@ void forward(const Problem& p) {
 }
 
 int64_t count_scores(const Problem& p) {
+#if defined(QKV_EXTENDS_BASE)
+    if (!is_own(p)) return QKV_BASE::count_scores(p);
+#endif
     const KeyVisibility visibility(p);
     const int64_t tiles = tiles_of_head(p);
     Grain grain;
@@ -230,6 +261,9 @@ void quantize(const Quantization& q) {
 }
 
 void backward(const Problem& p, const Gradients& g) {
+#if defined(QKV_EXTENDS_BASE)
+    if (!is_own(p)) return QKV_BASE::backward(p, g);
+#endif
     const int64_t item = size_of(p.dtype), keys = p.batch * p.kv_heads * p.lk;
     prefer_huge_pages(g.dq.data, p.batch * p.heads * p.lq * p.width * item);
     prefer_huge_pages(g.dk.data, keys * p.width * item);

@@ -189,22 +189,21 @@ static inline void sum_over_keys(ShortQuery<Kind, DTYPE>, const Tile& t, const S
         const char* const from = (const char*)(values.data + s.begin * values.stride);
         const float* const factors = weights + OperandPacking<Kind>::steps(s.begin) * LANES;
         const int64_t step = values.stride * (int64_t)sizeof *values.data;
-        const auto add = [&](auto first) {
-            Products::template add<decltype(rows)::value, LANES, decltype(first)::value>(
-                from, step, s.end - s.begin, width, factors, vec{}, to,
-                PrefetchStream{from + SHORT_PREFETCH_VALUES * step, step});
-        };
-        sum_first ? add(std::true_type()) : add(std::false_type());
+        Products::template add<decltype(rows)::value, LANES>(
+            from, step, s.end - s.begin, width, factors, vec{}, to,
+            PrefetchStream{from + SHORT_PREFETCH_VALUES * step, step}, sum_first);
     });
 }
 
 // Calls work with the kind of product for a short query. Returns whether there is one.
 template <class Work>
-static bool for_short_query(const Problem& p, Work work) {
+static bool for_short_query(const Problem& p, [[maybe_unused]] Work work) {
     if (rows_of_head(p) > LANES) return false;
     switch (p.dtype) {
+#if !defined(QKV_EXTENDS_BASE)
         case Dtype::f32: return work(ShortQuery<F32, Dtype::f32>()), true;
         case Dtype::f16: return work(ShortQuery<F32, Dtype::f16>()), true;
+#endif
 #if defined(__AMX_BF16__)
         default: return false;  // tiles multiply few rows as they are
 #elif defined(__AVX512BF16__)
