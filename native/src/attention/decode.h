@@ -67,13 +67,13 @@ static inline float element(const Matrix& m, const Tile& t, int r, int64_t key) 
 }
 
 // How lanes stand for (key, row) pairs in decoding: lane i is key first + i / ROWS, row i % ROWS. COUNT is the number
-// of rows and ROWS the next power of two; lanes without a row repeat the last one.
+// of rows, or 0 for that of the tile, and ROWS the next power of two; lanes without a row repeat the last one.
 template <int COUNT, int ROWS>
 struct DecodeLanes {
     const Problem& p;
     const Tile& t;
 
-    static int row(int lane) { return std::min(lane % ROWS, COUNT - 1); }
+    int row(int lane) const { return std::min(lane % ROWS, (COUNT ? COUNT : t.count) - 1); }
 
     template <class Value>
     static vec each(Value value) {
@@ -84,6 +84,11 @@ struct DecodeLanes {
 
     vec gather(const Matrix& m, int64_t first) const {
         return each([&](int i) { return element(m, t, row(i), std::min(first + i / ROWS, p.lk - 1)); });
+    }
+
+    // Never inlined: decoding seldom drops weights.
+    [[gnu::noinline]] vec dropout_of(const Dropout& dropout, int64_t first) const {
+        return dropout.factors_of(first, ROWS, [&](int lane) { return row(lane); });
     }
 
     struct Repeated {
@@ -104,7 +109,7 @@ struct DecodeLanes {
         vec bias() const { return of.gather(of.p.bias, first); }
         vec minus_alibi(vec x) const {
             const int64_t position = of.t.position[0];
-            return x - each([&](int i) { return of.t.slope[row(i)] * (float)std::abs(position - (first + i / ROWS)); });
+            return x - each([&](int i) { return of.t.slope[of.row(i)] * (float)std::abs(position - (first + i / ROWS)); });
         }
     };
 
@@ -115,8 +120,8 @@ struct DecodeLanes {
 
     bool may_see(int64_t key) const { return QKV_ISA::may_see(p, t, 0, key); }
 
-    // -inf for keys that are hidden, or do not exist.
-    vec hide(int64_t first, int64_t end, vec x) const {
+    // -inf for keys that are hidden, or do not exist. Never inlined, as `transform`: only blocks at an edge need it.
+    [[gnu::noinline]] vec hide(int64_t first, int64_t end, vec x) const {
         x = each([&](int i) { return first + i / ROWS < end && may_see(first + i / ROWS) ? 0.0f : -INF; }) == 0.0f
                 ? x
                 : set1(-INF);
@@ -143,7 +148,8 @@ template <class Products>
         [&](int j, int64_t d) { write(p.dtype, clean(j), d, 0.0f); });
 }
 
-// Makes `state` that of the keys [begin, end). COUNT is the number of rows, ROWS the next power of two.
+// Makes `state` that of the keys [begin, end). COUNT is the number of rows, or 0 for products that take it from the
+// tile, and ROWS the next power of two.
 template <class Products, int COUNT, int ROWS>
 static void accumulate_keys_decode(const Problem& p, const Tile& t, const Dropout& dropout, int64_t begin, int64_t end,
                                    const DecodeScratch& scratch, const DecodeState& state) {
@@ -155,8 +161,8 @@ static void accumulate_keys_decode(const Problem& p, const Tile& t, const Dropou
     const bool is_scaled = only_scaled(p);
     const float factor = exponent_factor(p);
     const int64_t item = size_of(p.kv_dtype), key_stride = p.k.row * item;
-    const bool scaled = p.k_scale.data;
-    const vec q_scale = Lanes::each([&](int i) { return scratch.q_scale[Lanes::row(i)]; });
+    const bool scaled = Products::SCALED && p.k_scale.data;
+    const vec q_scale = Lanes::each([&](int i) { return scratch.q_scale[lanes.row(i)]; });
     vec row_max = set1(-INF), sum = {};
     [[maybe_unused]] vec sums[LANES] = {};  // lanes without a row stay 0
     state.clear(p, t);
@@ -214,7 +220,7 @@ static void accumulate_keys_decode(const Problem& p, const Tile& t, const Dropou
             const vec score = load(scratch.scores + j * ROWS);
             vec weight = exp2(exponents(update.origin.fused, score, factor, update.origin));
             sum = sum + weight;
-            if (p.dropout > 0) weight = weight * dropout.factors_of(first + j, ROWS, Lanes::row);
+            if (p.dropout > 0) weight = weight * lanes.dropout_of(dropout, first + j);
             if (scaled) {
                 // The scale of a hidden key may be NaN. A score of -inf is a hidden key unless a bias made it.
                 const ivec hidden = p.bias.data ? lanes.hide(first + j, first + b.size, vec{}) != 0.0f : score == -INF;
@@ -228,8 +234,8 @@ static void accumulate_keys_decode(const Problem& p, const Tile& t, const Dropou
             value_stride = p.value_width * item;
         }
         if constexpr (Products::ON_TILES) {
-            Products::template add<COUNT, ROWS>(values + from * value_stride, value_stride, b.size - from,
-                                                p.value_width, scores, state.out, prefetcher);
+            Products::template add<ROWS>(values + from * value_stride, value_stride, b.size - from, p.value_width,
+                                         scores, state.out, t.count, prefetcher);
         } else {
             const vec weight_scale = Products::template pack<ROWS>(scores, b.size - from);
             Products::template add<COUNT, ROWS>(values + from * value_stride, value_stride, b.size - from,
@@ -237,7 +243,8 @@ static void accumulate_keys_decode(const Problem& p, const Tile& t, const Dropou
                                                 PrefetchStream{keys + BLOCK_N * key_stride, key_stride}, true);
         }
     }
-    for (int r = 0; r < COUNT; ++r) {
+    const int rows = COUNT ? COUNT : std::min(t.count, ROWS);
+    for (int r = 0; r < rows; ++r) {
         state.row_max[r] = row_max[r];
         for (int i = r; i < LANES; i += ROWS) state.row_sum[r] += sum[i];
     }

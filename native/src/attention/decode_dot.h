@@ -39,7 +39,9 @@ struct PrefetchStream {
 //
 //     LEAST, MOST                    rows that they take
 //     Registers                      as those of a kind of product
-//     ON_TILES                       whether `score` takes a block of keys, not one or two, and `add` needs no `pack`
+//     ON_TILES                       whether `score` takes a block of keys, not one or two, and `add` needs no `pack`;
+//                                    and whether the number of rows is no constant
+//     SCALED                         whether keys and values are int8, with a scale for each row
 //     pack_queries(p, t, to, q_scale)
 //                                    the rows of queries as `score` takes them, and the scale of each row, which
 //                                    products with its numbers are multiplied by (fixed point; 1 otherwise)
@@ -81,6 +83,8 @@ struct KeyByKey {
 // Both products in fp32, for keys and values of this dtype, widened in registers.
 template <Dtype DTYPE>
 struct Widened : KeyByKey {
+    static constexpr bool SCALED = DTYPE == Dtype::i8;
+
     static void pack_queries(const Problem& p, const Tile& t, float* to, float* q_scale) {
         std::fill(q_scale, q_scale + t.count, 1.0f);
         for (int r = 0; r < t.count; ++r, to += pitch_of(p.width))
@@ -228,6 +232,7 @@ struct Codes {
 template <class Numbers>
 struct Dots : KeyByKey {
     static constexpr int STEP = 2 * LANES;
+    static constexpr bool SCALED = Numbers::FIXED_POINT;
 
     static void pack_queries(const Problem& p, const Tile& t, float* to, float* q_scale) {
         for (int r = 0; r < t.count; ++r, to += pitch_of(p.width)) {

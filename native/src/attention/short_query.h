@@ -116,6 +116,19 @@ struct PrefetchLines {
     }
 };
 
+// Four steps of `count` keys and of the last of them again, where a vector of keys or a row ends. Never inlined: most
+// vectors are whole.
+template <class Keys>
+[[gnu::noinline]] static void load_edge(const typename Keys::Element* keys, int64_t stride, int count, int64_t left,
+                                        vec* square) {
+    float rows[LANES][4];
+    for (int i = 0; i < LANES; ++i) {
+        const vec row = Keys::take(keys + std::min(i, count - 1) * stride, left);
+        std::memcpy(rows[i], &row, sizeof rows[i]);
+    }
+    for (int i = 0; i < 4; ++i) square[i] = load_fours(Dtype::f32, (const char*)rows[i], 4 * sizeof rows[i]);
+}
+
 // Scores of `count` keys, up to a vector, whose rows are transposed in registers, four steps at a time.
 template <class Kind, Dtype DTYPE, int COUNT>
 static inline void multiply_vector(const typename ShortQuery<Kind, DTYPE>::Element* keys, int64_t stride, int count,
@@ -139,13 +152,7 @@ static inline void multiply_vector(const typename ShortQuery<Kind, DTYPE>::Eleme
                     asm("" : "+r"(row));  // without it compilers keep sixteen distances
                 }
             } else {
-                float rows[LANES][4];
-                for (int i = 0; i < LANES; ++i) {
-                    const vec row = Keys::take(keys + d + std::min(i, count - 1) * stride, width - d);
-                    std::memcpy(rows[i], &row, sizeof rows[i]);
-                }
-                for (int i = 0; i < 4; ++i)
-                    square[i] = load_fours(Dtype::f32, (const char*)rows[i], 4 * sizeof rows[i]);
+                load_edge<Keys>(keys + d, stride, count, width - d, square);
             }
             transpose<4>(square);
             for (int i = 0; i < 4; ++i) {
