@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[1]
 POLICY = "manylinux_2_28"
 """The oldest glibc that torch's own wheels for Linux support."""
 MOST_BYTES = 5_000_000
-CROSS = {"aarch64": (ROOT / "packaging" / "aarch64-linux.cmake", "aarch64-linux-gnu-g++")}
-"""For machines other than this one: CMake's toolchain file, and the compiler that it names."""
+CROSS = {"aarch64": ("aarch64-linux-gnu-g++", "g++-aarch64-linux-gnu")}
+"""For machines other than this one: the compiler that the toolchain file beside this one names, and Debian's package."""
 COMPILER_SETTINGS = ("CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS", "CC", "CXX", "CMAKE_ARGS", "CMAKE_GENERATOR")
 
 
@@ -39,13 +39,8 @@ def build(machine: str, out: Path) -> Path:
     environment = {name: value for name, value in os.environ.items() if name not in COMPILER_SETTINGS}
     environment["SOURCE_DATE_EPOCH"] = os.environ.get("SOURCE_DATE_EPOCH") or date_of_commit()
     environment["PIP_CONSTRAINT"] = str(ROOT / "constraints.txt")
-    environment["PYTHONHASHSEED"] = "0"
     if machine != platform.machine():
-        toolchain, compiler = find_cross(machine)
-        if shutil.which(compiler) is None:
-            raise WheelError(f"a wheel for {machine} needs {compiler}; install it (Debian: apt install {compiler[-3:]}"
-                             f"-{machine}-linux-gnu).")  # fmt: skip
-        settings = [f"--config-setting=cmake.define.CMAKE_TOOLCHAIN_FILE={toolchain}"]
+        settings = [f"--config-setting=cmake.define.CMAKE_TOOLCHAIN_FILE={toolchain(machine)}"]
         environment["_PYTHON_HOST_PLATFORM"] = f"linux-{machine}"
     os.umask(0o022)
     out.mkdir(parents=True, exist_ok=True)
@@ -72,11 +67,14 @@ def check(wheel: Path) -> None:
     run("check_wheel_contents", str(wheel))
 
 
-def find_cross(machine: str) -> tuple[Path, str]:
-    """The toolchain file and the compiler for a machine other than this one."""
+def toolchain(machine: str) -> Path:
+    """CMake's toolchain file for a machine other than this one, whose compiler is installed."""
     if machine not in CROSS:
-        raise WheelError(f"wheels for {machine} are not built on {platform.machine()}, only for {', '.join(CROSS)}.")
-    return CROSS[machine]
+        raise WheelError(f"--machine must be {platform.machine()} or one of {', '.join(CROSS)}; got {machine}.")
+    compiler, package = CROSS[machine]
+    if shutil.which(compiler) is None:
+        raise WheelError(f"a wheel for {machine} needs {compiler}; install it, in Debian by apt install {package}.")
+    return ROOT / "packaging" / f"{machine}-linux.cmake"
 
 
 def date_of_commit() -> str:
@@ -102,6 +100,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="folder for the wheel and the sdist; dist/")
     arguments = parser.parse_args()
     try:
+        if sys.platform != "linux":
+            raise WheelError(f"this builds wheels for Linux, on Linux; here, {sys.platform}, cibuildwheel does.")
         wheel = build(arguments.machine, arguments.out)
     except WheelError as error:
         print(f"wheel: {error}", file=sys.stderr)
