@@ -21,7 +21,7 @@ POLICY = "manylinux_2_28"
 """The oldest glibc that torch's own wheels for Linux support."""
 MOST_BYTES = 5_000_000
 CROSS = {"aarch64": ("aarch64-linux-gnu-g++", "g++-aarch64-linux-gnu")}
-"""For machines other than this one: the compiler that the toolchain file beside this one names, and Debian's package."""
+"""For machines other than this one: the compiler that the toolchain file names, and its package in Debian."""
 COMPILER_SETTINGS = ("CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS", "CC", "CXX", "CMAKE_ARGS", "CMAKE_GENERATOR")
 
 
@@ -51,16 +51,18 @@ def build(machine: str, out: Path) -> Path:
         if not any(name.endswith("/native.so") for name in zipfile.ZipFile(built).namelist()):
             raise WheelError("the wheel has no kernel; see what CMake says against the compiler.")
         repaired = Path(folder) / "repaired"
-        run(*("auditwheel", "repair", "--patcher", "none", "--plat", f"{POLICY}_{machine}"),
+        run(*("auditwheel", "repair", "--patcher", "none", "--plat", "auto"),
             *("--wheel-dir", str(repaired), str(built)), environment=environment)  # fmt: skip
         (wheel,) = repaired.glob("*.whl")
-        check(wheel)
+        check(wheel, machine)
         shutil.copy(sdist, out)
         return Path(shutil.copy(wheel, out))
 
 
-def check(wheel: Path) -> None:
-    """Raises a WheelError if a wheel is too large, or `check-wheel-contents` finds a fault."""
+def check(wheel: Path, machine: str) -> None:
+    """Raises a WheelError if a wheel is too large, needs a newer glibc, or `check-wheel-contents` finds a fault."""
+    if f"{POLICY}_{machine}" not in wheel.name:
+        raise WheelError(f"a wheel must run on {POLICY}; auditwheel found that it is {wheel.name}.")
     size = wheel.stat().st_size
     if size > MOST_BYTES:
         raise WheelError(f"{wheel.name} must have at most {MOST_BYTES:,} bytes; it has {size:,}.")

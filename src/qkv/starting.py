@@ -8,9 +8,7 @@ INTERRUPTED = 130
 """Exit code for Ctrl-C, as in shells."""
 
 
-def _end_without_traceback(
-    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
-) -> None:
+def _end_without_traceback(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     if issubclass(kind, KeyboardInterrupt):
         raise SystemExit(INTERRUPTED)
     sys.__excepthook__(kind, error, traceback)

@@ -109,7 +109,8 @@ struct DecodeLanes {
         vec bias() const { return of.gather(of.p.bias, first); }
         vec minus_alibi(vec x) const {
             const int64_t position = of.t.position[0];
-            return x - each([&](int i) { return of.t.slope[of.row(i)] * (float)std::abs(position - (first + i / ROWS)); });
+            return x -
+                   each([&](int i) { return of.t.slope[of.row(i)] * (float)std::abs(position - (first + i / ROWS)); });
         }
     };
 
@@ -239,7 +240,7 @@ static void accumulate_keys_decode(const Problem& p, const Tile& t, const Dropou
         } else {
             const vec weight_scale = Products::template pack<ROWS>(scores, b.size - from);
             Products::template add<COUNT, ROWS>(values + from * value_stride, value_stride, b.size - from,
-                                                      p.value_width, scores, weight_scale, state.out,
+                                                p.value_width, scores, weight_scale, state.out,
                                                 PrefetchStream{keys + BLOCK_N * key_stride, key_stride}, true);
         }
     }

@@ -124,7 +124,7 @@ static void run(const Problem& p, const Strategy& strategy = {}) {
         const Dropout dropout(p, t);
         if (!p.pages.table) return strategy.accumulate_keys(p, t, packed, dropout, begin, end, scratch, state);
         strategy.accumulate_keys(contiguous(p, t, begin, QKV_ISA::thread_scratch<PageScratch>(p)), t, packed, dropout,
-                                  begin, end, scratch, state);
+                                 begin, end, scratch, state);
     };
     const auto attend = [&](const PackedHeads& packed, const Tile& t) {
         const Scratch scratch = QKV_ISA::thread_scratch<Scratch>(p);

@@ -196,9 +196,9 @@ static inline void sum_over_keys(ShortQuery<Kind, DTYPE>, const Tile& t, const S
         const char* const from = (const char*)(values.data + s.begin * values.stride);
         const float* const factors = weights + OperandPacking<Kind>::steps(s.begin) * LANES;
         const int64_t step = values.stride * (int64_t)sizeof *values.data;
-        Products::template add<decltype(rows)::value, LANES>(
-            from, step, s.end - s.begin, width, factors, vec{}, to,
-            PrefetchStream{from + SHORT_PREFETCH_VALUES * step, step}, sum_first);
+        Products::template add<decltype(rows)::value, LANES>(from, step, s.end - s.begin, width, factors, vec{}, to,
+                                                             PrefetchStream{from + SHORT_PREFETCH_VALUES * step, step},
+                                                             sum_first);
     });
 }
 

@@ -102,10 +102,10 @@ def _wrapped(line: str) -> str:
 def _table(titles: list[str], rows: Iterable[list[str]]) -> list[str]:
     """Lines of a table: the first column to the left, the others to the right."""
     lines = [titles, *rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
     return [
-        f"{line[0]:<{widths[0]}}  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(line[1:], widths[1:], strict=True))
-        for line in lines
+        "  ".join([f"{name:<{first}}", *(f"{cell:>{width}}" for cell, width in zip(cells, others, strict=True))])
+        for name, *cells in lines
     ]
 
 

@@ -32,8 +32,14 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def options(
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version, the kernel's instruction set and its build.", callback=_print_version, is_eager=True)
+    show_version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            help="Print the version, the kernel's instruction set and what built it, and exit.",
+            callback=_print_version,
+            is_eager=True,
+        ),
     ] = False,
 ) -> None:
     """Attention layers for PyTorch: see, inspect, convert and train models, compare, benchmark, check."""

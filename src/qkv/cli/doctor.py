@@ -128,9 +128,9 @@ def _print(found: dict[str, Any], console: Console) -> None:
     kernel, threads, registered = found["kernel"], found["threads"], found["transformers"]
     console.print(Text(f"qkv {found['qkv']}", style="bold"))
     absent = f"none, torch's kernels run instead: {kernel['absence']}"
-    present = f"{kernel['isa']}, built by {kernel['compiler']} (here: {', '.join(kernel['supported'])})"
     lines = {
-        "kernel": absent if kernel["absence"] else present,
+        "kernel": absent if kernel["absence"] else f"{kernel['isa']} (here: {', '.join(kernel['supported'])})",
+        "built by": kernel["compiler"] or "nothing",
         "fast path": "yes" if kernel["has_fast_path"] else "no, it takes the kernel and DLPack's functions of torch",
         "threads": f"{threads['torch']} of torch, {threads['cores']} cores",
         "attention": ", ".join(registered["attention"]) or "not registered",

@@ -7,12 +7,12 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from qkv.bench.options import MAX_COUNT, Option, WrongUsageError, options_of
+from qkv.bench.options import MAX_COUNT as MAX_COUNT
 from qkv.bench.options import Dtype as Dtype
+from qkv.bench.options import Option, WrongUsageError, options_of
 
 SINK_TOKENS = "--sink-tokens", "--sinks"
 """Names of the option of first tokens that a window shows: the one in texts, and a short one."""
-
 
 
 def count_option(help_text: str, metavar: str, maximum: int = MAX_COUNT) -> typer.models.OptionInfo:
@@ -27,7 +27,9 @@ def _integer_option(option: Option) -> typer.models.OptionInfo:
             raise typer.BadParameter(fault)
         return number
 
-    info: typer.models.OptionInfo = typer.Option(*option.names, help=option.help, metavar=option.metavar, callback=check)
+    info: typer.models.OptionInfo = typer.Option(
+        *option.names, help=option.help, metavar=option.metavar, callback=check
+    )
     return info
 
 

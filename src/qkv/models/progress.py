@@ -67,7 +67,7 @@ def offset_progress(on_progress: OnProgress, offset: int) -> OnProgress:
 
 
 def _console(stream: TextIO) -> "Console | None":
-    """rich's console for a terminal that can draw bars; None elsewhere, and where there is no rich."""
+    """The console of a terminal that can draw bars; None elsewhere, and where rich is not installed."""
     if not stream.isatty() or importlib.util.find_spec("rich") is None:
         return None
     from rich.console import Console
