@@ -76,7 +76,7 @@ def toolchain(machine: str) -> Path:
     compiler, package = CROSS[machine]
     if shutil.which(compiler) is None:
         raise WheelError(f"a wheel for {machine} needs {compiler}; install it, in Debian by apt install {package}.")
-    return ROOT / "packaging" / f"{machine}-linux.cmake"
+    return ROOT / "native" / f"{machine}.cmake"
 
 
 def date_of_commit() -> str:
