@@ -107,9 +107,7 @@ def test_machines_without_a_compiler_are_named(script: ModuleType, monkeypatch: 
     with pytest.raises(script.WheelError, match=r"--machine must be \w+ or one of aarch64; got sparc"):
         script.toolchain("sparc")
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(
-        script.WheelError, match="needs aarch64-linux-gnu-g.*; install it, in Debian by apt"
-    ):
+    with pytest.raises(script.WheelError, match=r"needs aarch64-linux-gnu-g.*; install it, in Debian by apt"):
         script.toolchain("aarch64")
 
 
