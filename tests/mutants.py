@@ -706,7 +706,15 @@ MUTANTS = [
     Mutant("a page that no page leads to", "../../docs/index.md", "project/studies\n", "", DOCS),
     Mutant("an option that does not exist on a page", "../../docs/guides/windows.md", "--layers 3-9", "--layer 3-9", DOCS),
     Mutant("a public name that is on no page", "../../docs/reference/api/caches.md", ".. autoclass:: LatentKVCache\n", "", DOCS),
-    Mutant("help that the page of the command line does not have", "cli/bench.py", "Width of a head.", "Width of each head.", DOCS),
+    Mutant("the build left out of explain", "kernels/binding.py", "{_library.isa}, built by {_library.compiler}", "{_library.isa}", ("test_functional.py", "cli/test_main.py"), "build or version"),
+    Mutant("Ctrl-C of any program ends without a traceback", "starting.py", '.stem == "qkv"', '.stem != "k"', ("cli/test_main.py",), "another_program"),
+    Mutant("a traceback for Ctrl-C while torch is imported", "starting.py", '.stem == "qkv"', '.stem == "k"', ("cli/test_main.py",), "while_torch"),
+    Mutant("an option of bench without its bound where typer is missing", "bench/options.py", "if number < self.least:", "if number < 1:", ("cli/test_main.py",), "torch_alone"),
+    Mutant("bars where there is no terminal", "models/progress.py", "if not stream.isatty() or ", "if ", ("cli/test_main.py", "models/test_progress.py"), "torch_alone or plain"),
+    Mutant("an installation without a kernel keeps its remedy to itself", "kernels/binding.py", "--no-cache-dir ", "", ("kernels/test_native.py",), "without_the_library"),
+    Mutant("a wheel for newer systems", "../../packaging/wheel.py", 'not in wheel.name', 'in wheel.name + "?"', ("repository/test_wheel.py",), "newer_systems"),
+    Mutant("a wheel of any size", "../../packaging/wheel.py", "if size > MOST_BYTES:", "if size > 2 * MOST_BYTES:", ("repository/test_wheel.py",), "too_large"),
+    Mutant("help that the page of the command line does not have", "bench/command.py", "Width of a head.", "Width of each head.", DOCS),
     Mutant("a picture that is not drawn again", "../../docs/pictures.py", "Mask.prefix(5)", "Mask.prefix(6)", DOCS),
 ]  # fmt: skip
 
