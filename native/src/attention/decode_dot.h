@@ -192,9 +192,9 @@ static inline vec largest(vec x) {
     return x;
 }
 
-// The scale of each row of fixed point: its largest number is `largest_code` times that. At least FLT_MIN, so that it has an
-// inverse. inf if any number is NaN: all quantised numbers are then 0, and the products 0 * inf = NaN. `vectors(i)`
-// gives numbers i to i + LANES - 1; those of ROWS rows alternate.
+// The scale of each row of fixed point: its largest number is `largest_code` times that. At least FLT_MIN, so that it
+// has an inverse. inf if any number is NaN: all quantised numbers are then 0, and the products 0 * inf = NaN.
+// `vectors(i)` gives numbers i to i + LANES - 1; those of ROWS rows alternate.
 template <int ROWS, class Vectors>
 static inline vec fixed_point_scale(int64_t count, float largest_code, Vectors vectors) {
     vec most = {};
@@ -263,8 +263,7 @@ struct Dots : KeyByKey {
             vec scale = set1(1.0f);
             if constexpr (Numbers::FIXED_POINT) scale = fixed_point_scale<1>(p.width, Numbers::LARGEST, numbers);
             q_scale[r] = scale[0];
-            for (int64_t d = 0; d < p.width; d += LANES)
-                store_halves(to + d / 2, Numbers::factors(numbers(d) / scale));
+            for (int64_t d = 0; d < p.width; d += LANES) store_halves(to + d / 2, Numbers::factors(numbers(d) / scale));
         }
     }
 
@@ -296,11 +295,13 @@ struct Dots : KeyByKey {
     static vec pack(float* weights, int count) {
         vec scale = set1(1.0f);
         if constexpr (Numbers::FIXED_POINT)
-            scale = fixed_point_scale<ROWS>(count * ROWS, Numbers::LARGEST, [&](int64_t i) { return load(weights + i); });
+            scale =
+                fixed_point_scale<ROWS>(count * ROWS, Numbers::LARGEST, [&](int64_t i) { return load(weights + i); });
         const vec inverse = 1.0f / scale;
         if constexpr (ROWS == LANES) {
             for (int j = 0; j < count; j += 2) {
-                const vec low = load(weights + j * LANES), high = j + 1 < count ? load(weights + (j + 1) * LANES) : vec{};
+                const vec low = load(weights + j * LANES),
+                          high = j + 1 < count ? load(weights + (j + 1) * LANES) : vec{};
                 store(weights + j / 2 * LANES, pair_bf16(low, high));
             }
             return scale;

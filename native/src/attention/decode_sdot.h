@@ -10,8 +10,8 @@ namespace QKV_ISA {
 // int8 times int16 in fixed point: multiples of a scale, which is a 32639th of the largest number of a row. Each number
 // of 16 bits is 256 times a byte plus another, both signed, and takes two dot products.
 struct SplitCodes : KeyByKey {
-    static constexpr int STEP = 4 * LANES;           // columns of a vector of int8
-    static constexpr int LARGEST = 127 * 256 + 127;  // whose bytes are signed
+    static constexpr int STEP = 4 * LANES;                                               // columns of a vector of int8
+    static constexpr int LARGEST = 127 * 256 + 127;                                      // whose bytes are signed
     static constexpr int64_t MOST_PRODUCTS = LANES * (1ll << 31) / (LARGEST + 1) / 128;  // whose sums fit 32 bits
 
     // The bytes of LANES numbers: the first ones, and what is left.

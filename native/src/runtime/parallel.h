@@ -27,8 +27,8 @@ class Work {
 bool use_threads_of(const char* library);
 
 // Calls work(i) once for each i in [0, count), on up to `threads` threads, starting them in increasing order. If one
-// throws, starts no others and throws std::bad_alloc in the end. A thread that cannot be started leaves its share to the
-// others.
+// throws, starts no others and throws std::bad_alloc in the end. A thread that cannot be started leaves its share to
+// the others.
 void parallel_for(int64_t count, int threads, const Work& work, Sharing sharing = Sharing::single);
 
 }  // namespace qkv

@@ -100,7 +100,7 @@ def load(path: Path) -> Library | str:
         "interpreter": ctypes.sizeof(_Interpreter),
     }
     known = [hasattr(native, f"qkv_{name}_size") and getattr(native, f"qkv_{name}_size")() for name in sizes]
-    if known != [*sizes.values()]:
+    if known != [*sizes.values()] or not hasattr(native, "qkv_use_threads_of"):
         return f"{path} is from another version of qkv and must be rebuilt"
     native.qkv_isa.restype = ctypes.c_char_p
     isa = native.qkv_isa()
