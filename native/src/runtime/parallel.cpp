@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <exception>
 #include <new>
 #include <thread>
 #include <vector>
@@ -31,12 +32,12 @@ struct Loop {
         return true;
     }
 
-    // An exception that left a thread would end the process.
+    // An exception that left a thread would end the process. All there are say that memory is lacking.
     void run() {
         try {
             for (int64_t begin, end; take(begin, end);)
                 for (; begin < end; ++begin) work(begin);
-        } catch (const std::bad_alloc&) {
+        } catch (const std::exception&) {
             failed = true;
             next = count;
         }
@@ -45,11 +46,14 @@ struct Loop {
 
 using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
+std::atomic<GompParallel> known{nullptr};
+
 // torch's OpenMP workers spin for a while after each parallel region; a second pool would fight them for the cores.
-// Where torch brings libgomp, its symbols are global, and this is the one that compilers call.
+// Unless we know which library is torch's, a global one will do: on x86-64 it is.
 GompParallel gomp_parallel() {
-    static const GompParallel entry = (GompParallel)dlsym(RTLD_DEFAULT, "GOMP_parallel");
-    return entry;
+    static const GompParallel global = (GompParallel)dlsym(RTLD_DEFAULT, "GOMP_parallel");
+    const GompParallel entry = known.load(std::memory_order_relaxed);
+    return entry ? entry : global;
 }
 
 // How many of `threads` threads, this one included, can be started. libgomp ends the process if it fails to start one,
@@ -73,6 +77,16 @@ int startable(int threads) {
 }
 
 }  // namespace
+
+bool use_threads_of(const char* library) {
+    void* const loaded = dlopen(library, RTLD_LAZY | RTLD_NOLOAD);
+    if (!loaded) return false;
+    // What compilers call for a parallel region, in the library or in those that it needs.
+    const auto entry = (GompParallel)dlsym(loaded, "GOMP_parallel");
+    dlclose(loaded);  // which only undoes dlopen
+    if (entry) known.store(entry, std::memory_order_relaxed);
+    return entry;
+}
 
 void parallel_for(int64_t count, int threads, const Work& work, Sharing sharing) {
     if (threads > count) threads = (int)count;
