@@ -18,14 +18,17 @@ static inline void repeat(Work work) {
 }
 
 // Prefetches the keys and values of the next block step by step while this one is computed: few requests can be
-// outstanding, so bandwidth would drop after a burst.
+// outstanding, so bandwidth would drop after a burst. Values that lie in their keys, as those of latents do, come with
+// them.
 template <int ROWS>
 struct PrefetchBlock {
     PrefetchBlock(const Problem& p, const Tile& t, int64_t first)
         : key_stride(p.k.row * 2), value_stride(p.v.row * 2), key_bytes(p.width * 2), value_bytes(p.value_width * 2),
           keys(row_of(p, p.k, t, first) + BLOCK_N * key_stride),
           values(row_of(p, p.v, t, first) + BLOCK_N * value_stride),
-          count((int)std::max<int64_t>(0, std::min<int64_t>(BLOCK_N, t.end - first - BLOCK_N))) {}
+          count((int)std::max<int64_t>(0, std::min<int64_t>(BLOCK_N, t.end - first - BLOCK_N))),
+          total(key_stride == value_stride && keys <= values && values + value_bytes <= keys + key_bytes ? count
+                                                                                                         : 2 * count) {}
 
     // The parts of the work on a block in their order; each calls `step` `steps` times. A product of a key
     // costs about as much as 16 rows of its scores.
@@ -46,11 +49,12 @@ struct PrefetchBlock {
    private:
     static constexpr int WORK = (ROWS > 8 ? 48 : 32) + 4 * ROWS;
 
-    void plan(int work, int steps) { rate = (2 * count * 256 * work / WORK - due) / steps; }
+    void plan(int work, int steps) { rate = (total * 256 * work / WORK - due) / steps; }
 
     const int64_t key_stride, value_stride, key_bytes, value_bytes;
     const char *const keys, *const values;
     const int count;  // of keys, and of values
+    const int total;  // of rows to prefetch
     int done = 0;     // keys and values prefetched
     int due = 0;      // how many should be prefetched, times 256
     int rate = 0;     // growth of `due` per step

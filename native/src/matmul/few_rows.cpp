@@ -200,17 +200,30 @@ static void add_weights(const char* weight, int64_t stride, int64_t lines, int64
         if (count > 0) add_weights<Products, ROWS, WEIGHTS / 2>(weight, stride, lines, count, x, groups, next, sums);
 }
 
-// Writes columns [first, first + count) of out, from their sums.
+// Writes columns [first, first + count) of out, from their sums (column, row), at most FEW_ROWS_CHUNK.
 static inline void write_sums(const Projection& p, int64_t first, int64_t count, const vec* sums) {
+    constexpr int64_t PITCH = (FEW_ROWS_CHUNK + LANES - 1) / LANES * LANES;
+    alignas(64) float rows[MOST_ROWS * PITCH];
+    const int64_t numbers = count * p.rows;
+    int64_t column = 0, row = 0;
+    for (int64_t n = 0; n < numbers; n += LANES) {  // lanes of a vector full of columns and rows, in their order
+        const int64_t part = std::min<int64_t>(LANES, numbers - n);
+        vec each[LANES];
+        for (int64_t i = 0; i < LANES; ++i) each[i] = i < part ? sums[n + i] : vec{};
+        alignas(64) float sum[LANES];
+        store(sum, sum_each(each));
+        for (int64_t i = 0; i < part; ++i) {
+            rows[row * PITCH + column] = sum[i];
+            if (++row == p.rows) row = 0, ++column;
+        }
+    }
     for (int64_t n = 0; n < count; n += LANES) {
         const int64_t here = first + n, part = std::min<int64_t>(LANES, count - n);
         vec bias = {};
         if (p.bias) bias = load_part(p.dtype, (const char*)p.bias + here * size_of(p.dtype), part);
         for (int64_t r = 0; r < p.rows; ++r) {
-            vec each[LANES] = {};
-            for (int64_t i = 0; i < part; ++i) each[i] = sums[(n + i) * p.rows + r];
             char* const to = (char*)p.out + (r * p.out_row + here) * size_of(p.out_dtype);
-            store_part(p.out_dtype, to, sum_each(each) + bias, part);
+            store_part(p.out_dtype, to, load(rows + r * PITCH + n) + bias, part);
         }
     }
 }

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
@@ -14,7 +15,7 @@ from qkv.layers.arguments import INTEGERS
 from qkv.layers.cached_call import CallOptions
 from qkv.layers.head_norm import HeadNorm, is_rms_norm_torchs
 from qkv.layers.normed_forward import Norm
-from qkv.layers.plain import is_called_plainly, is_plain_linear
+from qkv.layers.plain import is_called_plainly, is_plain_linear, parameters_of
 from qkv.layers.rotary import RotaryEmbedding, shapes_of_tokens
 from qkv.layers.step_call import Computed, step_call
 from qkv.masks import Mask
@@ -34,13 +35,16 @@ REPLACED = (
 )
 """Methods of `Attention` that a step does the work of."""
 
-OPTIONAL_PARTS = ("rotary", "q_norm", "k_norm", "gate_proj", "position_bias")
-"""Modules of `Attention`, or None; a callable put in their place is no module."""
-
 CACHES = (KVCache, Int8KVCache, SlidingKVCache, PagedKVCache)
 
-PROJECTIONS = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "gate_proj": "gate", "out_proj": "out"}
-"""Their names in `StepTensors`."""
+PROJECTIONS = {
+    "q_proj": ("q_weight", "q_bias"),
+    "k_proj": ("k_weight", "k_bias"),
+    "v_proj": ("v_weight", "v_bias"),
+    "gate_proj": ("gate_weight", "gate_bias"),
+    "out_proj": ("out_weight", "out_bias"),
+}
+"""Where their parameters go in `StepTensors`."""
 
 OF_CONTEXT = ("k_proj", "v_proj")
 """Those that are not called once a cache has the context."""
@@ -85,7 +89,7 @@ def weights_of(layer: "Attention", x: Tensor, context: Tensor | None, options: C
         return f"x has not width {layer.embed_dim}"
     if bias is not None:
         return "a bias is given"
-    if type(mask) is not Mask or any(tensor is not None for tensor in (mask.document_ids, mask.is_global, mask.allow)):
+    if type(mask) is not Mask or not (mask.document_ids is mask.is_global is mask.allow is None):
         return "the mask has documents, global tokens or a dense part"
     if positions is not None and not _are_of_tokens(positions, x):
         return "positions are not integers (L,) or (B, L)"
@@ -104,22 +108,23 @@ def weights_of(layer: "Attention", x: Tensor, context: Tensor | None, options: C
     if not _has_usual_numbers(layer):
         return "scale, softcap, sink_logits, head_dim or value_dim are not as the constructor takes them"
     modules: dict[str, Any] = layer._modules
-    if any(layer.__dict__.get(name) is not None for name in OPTIONAL_PARTS):
+    its = layer.__dict__.get  # None of these, or a callable in place of a module
+    if not (its("rotary") is its("q_norm") is its("k_norm") is its("gate_proj") is its("position_bias") is None):
         return "a part of the layer is not a module"
     if modules.get("position_bias") is not None:
         return "the layer has a position bias"
     kind: Any = type(layer)
     if not _is_attention(kind) or not layer.__dict__.keys().isdisjoint(REPLACED):
         return "methods of the layer are not those of Attention"
-    projections: dict[str, Any] = {}
-    for name, short in PROJECTIONS.items():
-        linear = modules.get(name)
-        if (linear is None and name == "gate_proj") or (of_context and name in OF_CONTEXT):
-            projections |= {f"{short}_weight": None, f"{short}_bias": None}
-            continue
-        if not is_plain_linear(linear):
-            return f"{name} is watched, or is not an nn.Linear alone"
-        projections[f"{short}_weight"], projections[f"{short}_bias"] = linear.weight, linear.bias
+    missing = () if modules.get("gate_proj") is not None else ("gate_proj",)
+    names = [name for name in PROJECTIONS if name not in missing and not (of_context and name in OF_CONTEXT)]
+    linears = [modules.get(name) for name in names]
+    parameters = parameters_of(linears)
+    if parameters is None:
+        name = next(name for name, linear in zip(names, linears, strict=True) if not is_plain_linear(linear))
+        return f"{name} is watched, or is not an nn.Linear alone"
+    places = chain.from_iterable(map(PROJECTIONS.__getitem__, names))
+    projections: dict[str, Any] = dict(zip(places, parameters, strict=True))
     rotary, q_norm, k_norm = modules.get("rotary"), modules.get("q_norm"), modules.get("k_norm")
     if rotary is not None and (not _is_plain(rotary, RotaryEmbedding) or rotary.depends_on_length or rotary.sections):
         return "rotary is watched, or goes by more than a position"
