@@ -18,6 +18,10 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace qkv {
@@ -27,6 +31,13 @@ namespace qkv {
 #define ISA_X86 ISA
 #else
 #define ISA_X86(...)
+#endif
+#if defined(__aarch64__)
+#define ISA_ARM ISA
+#define ISA_NOT_ARM(...)
+#else
+#define ISA_ARM(...)
+#define ISA_NOT_ARM ISA
 #endif
 
 #define ISA(name, ...)                               \
@@ -58,6 +69,25 @@ bool grants_tiles() {
 #if defined(__linux__) && defined(SYS_arch_prctl)
     constexpr int REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+#else
+    return false;
+#endif
+}
+#endif
+
+#if defined(__aarch64__)
+// Whether the processor multiplies pairs of bf16 and fours of int8.
+bool has_dot_products() {
+#if defined(__linux__)
+    constexpr unsigned long INT8 = 1ul << 20, BF16 = 1ul << 14;  // HWCAP_ASIMDDP, HWCAP2_BF16
+    return (getauxval(AT_HWCAP) & INT8) && (getauxval(AT_HWCAP2) & BF16);
+#elif defined(__APPLE__)
+    const auto has = [](const char* feature) {
+        int found = 0;
+        size_t size = sizeof found;
+        return sysctlbyname(feature, &found, &size, nullptr, 0) == 0 && found == 1;
+    };
+    return has("hw.optional.arm.FEAT_DotProd") && has("hw.optional.arm.FEAT_BF16");
 #else
     return false;
 #endif

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "attention/decode_amx.h"
+#include "attention/decode_sdot.h"
 #include "attention/prefill.h"
 
 namespace qkv {
@@ -277,7 +278,7 @@ static inline void for_decode(const Problem& p, Work work) {
         case Dtype::bf16:
             if (rows >= OnTiles::LEAST) return with(OnTiles());
             return with_count<1, OnTiles::LEAST - 1>(rows, [&](auto count) { work(Dots<Halves>(), count); });
-#elif defined(__AVX512BF16__)
+#elif defined(QKV_DOT_BF16)
         case Dtype::bf16: return with(Dots<Halves>());
 #else
         case Dtype::bf16: return with(Widened<Dtype::bf16>());
@@ -287,6 +288,8 @@ static inline void for_decode(const Problem& p, Work work) {
     }
 #if defined(__AVX512F__)
     if (p.dtype != Dtype::f32 && p.width <= Codes::MOST) return with(Dots<Codes>());
+#elif defined(QKV_DOT_I8)
+    if (p.dtype != Dtype::f32 && p.width <= SplitCodes::MOST_PRODUCTS) return with(SplitCodes());
 #endif
     with(Widened<Dtype::i8>());
 }

@@ -165,7 +165,7 @@ template <class Work>
 static void for_kind([[maybe_unused]] const Problem& p, Work work) {
 #if defined(__AMX_BF16__)
     if (p.dtype == Dtype::bf16) return work(Amx());
-#elif defined(__AVX512BF16__)
+#elif defined(QKV_DOT_BF16)
     if (p.dtype == Dtype::bf16) return work(Bf16Dot());
 #endif
     work(F32());
