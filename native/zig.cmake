@@ -15,6 +15,7 @@ find_program(QKV_ZIG python-zig REQUIRED)
 set(CMAKE_CXX_COMPILER ${QKV_ZIG} c++)
 set(CMAKE_CXX_COMPILER_TARGET ${QKV_TARGET})
 set(CMAKE_CXX_FLAGS_INIT "-fno-sanitize=undefined") # on by default
+set(CMAKE_INSTALL_NAME_TOOL ${QKV_ZIG}) # CMake wants one for macOS, but uses it in installations alone
 
 # Programs for Windows run elsewhere by Wine.
 find_program(QKV_WINE NAMES wine64 wine PATHS /usr/lib/wine)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from convert import kill, models
+from convert.folders import kind_of_folder, only_by_descriptor  # noqa: F401  # a fixture for all tests
 
 from qkv.convert import CheckpointError, checkpoint, convert_checkpoint, plan_checkpoint, write_checkpoint
 from qkv.convert.files import open_folder, own_folder, renaming, staging
@@ -238,6 +239,7 @@ def test_dangling_link_in_place_of_a_file_is_refused(tmp_path, source, name):
         convert_checkpoint(copy, tmp_path / "out", 2)
 
 
+@only_by_descriptor
 def test_parent_folder_that_is_replaced_while_writing_is_an_error(tmp_path, source, victim, monkeypatch):
     """The run writes to the folder that it opened, and raises instead of leaving its result at another path."""
     (tmp_path / "around").mkdir()
@@ -272,6 +274,7 @@ def test_link_planted_in_the_work_folder_is_not_followed(tmp_path, source, victi
     assert [path.name for path in tmp_path.iterdir()] == ["victim"]
 
 
+@only_by_descriptor
 def test_permissions_follow_the_umask(tmp_path, source, monkeypatch):
     """Private while it is written, then as the umask says."""
     seen, check = [], checkpoint._check_shard
@@ -291,6 +294,7 @@ def test_permissions_follow_the_umask(tmp_path, source, monkeypatch):
     assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()} == {0o640}
 
 
+@only_by_descriptor
 @pytest.mark.parametrize("place", ["out", "out/deep"])
 def test_mount_is_neither_replaced_nor_emptied(tmp_path, source, monkeypatch, place):
     """With a patched mount id; the next test makes a real mount where the system allows it."""
@@ -312,6 +316,7 @@ def test_mount_is_neither_replaced_nor_emptied(tmp_path, source, monkeypatch, pl
     assert (tmp_path / "out" / "deep" / "precious.txt").is_file()
 
 
+@only_by_descriptor
 def test_real_mount_is_not_emptied(tmp_path, source):
     """The same folder mounted a second time, on one device, in its own mount namespace."""
     convert_checkpoint(source, tmp_path / "out", 4)
@@ -338,6 +343,7 @@ except OSError as error:
     assert (tmp_path / "victim" / "precious.txt").is_file()
 
 
+@only_by_descriptor
 def test_files_are_addressed_relative_to_an_open_folder():
     """The modules that write and remove files use no call that follows links or takes a path."""
     for module in (own_folder, staging, renaming, checkpoint):

@@ -80,7 +80,7 @@ class OpenFolder(ABC):
         """Removes an empty folder."""
 
     @abstractmethod
-    def rename(self, name: str, target: "OpenFolder", new_name: str) -> None:
+    def move_to(self, name: str, target: "OpenFolder", new_name: str) -> None:
         """Moves a folder into another open folder. On POSIX, an empty folder of that name is replaced."""
 
     @abstractmethod
@@ -208,7 +208,7 @@ class DescribedFolder(OpenFolder):
     def remove_folder(self, name: str) -> None:
         os.rmdir(name, dir_fd=self.descriptor)
 
-    def rename(self, name: str, target: OpenFolder, new_name: str) -> None:
+    def move_to(self, name: str, target: OpenFolder, new_name: str) -> None:
         assert isinstance(target, DescribedFolder)
         os.rename(name, new_name, src_dir_fd=self.descriptor, dst_dir_fd=target.descriptor)
 
@@ -268,7 +268,7 @@ class NamedFolder(OpenFolder):
             return [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in found]
 
     def open(self, name: str) -> OpenFolder:
-        return NamedFolder(self.path / name, self)
+        return type(self)(self.path / name, self)
 
     def open_file(self, name: str, flags: int, *, is_private: bool = False) -> int:
         path = self._at(name)
@@ -289,7 +289,7 @@ class NamedFolder(OpenFolder):
     def remove_folder(self, name: str) -> None:
         self._at(name).rmdir()
 
-    def rename(self, name: str, target: OpenFolder, new_name: str) -> None:
+    def move_to(self, name: str, target: OpenFolder, new_name: str) -> None:
         assert isinstance(target, NamedFolder)
         self._at(name).rename(target._at(new_name))
 

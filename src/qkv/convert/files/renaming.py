@@ -19,7 +19,7 @@ def move(name: str, source: OpenFolder, new_name: str, target: OpenFolder) -> No
         OSError: where ``new_name`` exists. On POSIX without renameat2, an empty folder of that name is replaced.
     """
     if not _rename(name, source, new_name, target, NOREPLACE):
-        source.rename(name, target, new_name)
+        source.move_to(name, target, new_name)
 
 
 def exchange(name: str, source: OpenFolder, other: str, target: OpenFolder) -> bool:
