@@ -41,6 +41,7 @@ constexpr int AMX_DECODE_ROWS = 3;         // the fewest rows of bf16 that go by
 constexpr int DECODE_KEYS = 2;             // keys that several rows read side by side: steps 11, 36
 constexpr int DECODE_PREFETCH_KEYS = 16;   // keys ahead that several rows prefetch: steps 7, 26, 68
 constexpr int SHORT_PREFETCH_VALUES = 32;  // values ahead that a short query prefetches: step 97; not 16
+constexpr int decode_vecs(int lanes) { return lanes == 4 ? 4 : 1; }  // vectors of a key or value for each prefetch
 constexpr int dot_spans(int rows) { return rows <= 4 ? 2 : 1; }  // vectors of pairs at a time: step 36
 
 // Few rows through a projection

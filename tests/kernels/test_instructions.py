@@ -142,4 +142,5 @@ def test_the_library_exports_its_own_functions_alone() -> None:
         "qkv_backward_sequences",
         "qkv_count_scores",
         "qkv_supported_isas",
+        "qkv_use_threads_of",
     }

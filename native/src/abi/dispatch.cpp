@@ -11,6 +11,7 @@
 #include "abi/gated_mlp.h"
 #include "abi/layer_step.h"
 #include "abi/rms_norm.h"
+#include "runtime/parallel.h"
 
 #if defined(QKV_X86)
 #include "abi/cpu_features.h"
@@ -157,6 +158,9 @@ QKV_EXPORT const char* qkv_supported_isas() {
     }();
     return names.c_str();
 }
+
+// Takes the path of torch's library, whose threads calls then use. Returns 0 if it has none that we know how to use.
+QKV_EXPORT int qkv_use_threads_of(const char* library) { return qkv::use_threads_of(library); }
 
 // Callers compare these with their own structs.
 QKV_EXPORT int qkv_problem_size() { return (int)sizeof(qkv::Problem); }

@@ -97,20 +97,30 @@ struct Widened : KeyByKey {
         for (int64_t begin = 0, end; begin < width; begin = end) {
             end = std::min(begin + F32::CHAIN * LANES, width);
             vec acc[KEYS][COUNT] = {};
-            for (int64_t d = begin; d < end; d += LANES) {
-                const bool whole = d + LANES <= width;
-                vec key[KEYS];
-                for (int j = 0; j < KEYS; ++j) {
-                    const char* const at = keys + j * stride + d * item;
-                    prefetch_ahead<COUNT>(at, stride);
-                    values.prefetch(j, d * item);
-                    key[j] = whole ? load_as(DTYPE, at) : load_part(DTYPE, at, width - d);
+            const auto add_columns = [&](int64_t d, auto vecs) {
+                for (int n = 0; n < decltype(vecs)::value; ++n, d += LANES) {
+                    const bool whole = decltype(vecs)::value > 1 || d + LANES <= width;
+                    vec key[KEYS];
+                    for (int j = 0; j < KEYS; ++j) {
+                        const char* const at = keys + j * stride + d * item;
+                        if (n == 0) {
+                            prefetch_ahead<COUNT>(at, stride);
+                            values.prefetch(j, d * item);
+                        }
+                        key[j] = whole ? load_as(DTYPE, at) : load_part(DTYPE, at, width - d);
+                    }
+                    for (int r = 0; r < COUNT; ++r) {
+                        const vec query = load(queries + r * pitch + d);
+                        for (int j = 0; j < KEYS; ++j) acc[j][r] += key[j] * query;
+                    }
                 }
-                for (int r = 0; r < COUNT; ++r) {
-                    const vec query = load(queries + r * pitch + d);
-                    for (int j = 0; j < KEYS; ++j) acc[j][r] += key[j] * query;
-                }
-            }
+            };
+            constexpr int VECS = decode_vecs(LANES);
+            int64_t d = begin;
+            if constexpr (VECS > 1)
+                for (; d + VECS * LANES <= std::min(end, width); d += VECS * LANES)
+                    add_columns(d, std::integral_constant<int, VECS>());
+            for (; d < end; d += LANES) add_columns(d, std::integral_constant<int, 1>());
             for (int j = 0; j < KEYS; ++j) {
                 for (int r = 0; r < COUNT; ++r) {
                     vec& sum = sums[j * ROWS + r];
@@ -159,7 +169,7 @@ struct Widened : KeyByKey {
         for (int j = 0; j < count; ++j, values += stride) {
             vec x[VECS];
             for (int n = 0; n < VECS; ++n) {
-                keys.prefetch(j, (d + n * LANES) * item);
+                if (n % decode_vecs(LANES) == 0) keys.prefetch(j, (d + n * LANES) * item);
                 const char* const at = values + n * LANES * item;
                 x[n] = n + 1 < VECS ? load_as(DTYPE, at) : load_part(DTYPE, at, left - n * LANES);
             }

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <exception>
 #include <new>
 #include <thread>
 #include <vector>
@@ -35,12 +36,12 @@ struct Loop {
         return true;
     }
 
-    // An exception that left a thread would end the process.
+    // An exception that left a thread would end the process. All there are say that memory is lacking.
     void run() {
         try {
             for (int64_t begin, end; take(begin, end);)
                 for (; begin < end; ++begin) work(begin);
-        } catch (const std::bad_alloc&) {
+        } catch (const std::exception&) {
             failed = true;
             next = count;
         }
@@ -92,11 +93,14 @@ RunOnThreads torch_threads() {
     return entries.thread && entries.push_threads && entries.fork ? run_on_kmpc : nullptr;
 }
 #else
-// Where torch brings libgomp, its symbols are global, and this is the one that compilers call. Clang's libomp, which it
-// brings on macOS, has it as well.
+std::atomic<RunOnThreads> known{nullptr};
+
+// What compilers call for a parallel region: libgomp's, or that of Clang's libomp, which torch brings on macOS. Unless
+// we know which library is torch's, a global one will do: on Linux with x86-64 it is.
 RunOnThreads torch_threads() {
-    static const RunOnThreads entry = (RunOnThreads)dlsym(RTLD_DEFAULT, "GOMP_parallel");
-    return entry;
+    static const RunOnThreads global = (RunOnThreads)dlsym(RTLD_DEFAULT, "GOMP_parallel");
+    const RunOnThreads entry = known.load(std::memory_order_relaxed);
+    return entry ? entry : global;
 }
 #endif
 
@@ -121,6 +125,20 @@ int startable(int threads) {
 }
 
 }  // namespace
+
+#if defined(_WIN32)
+bool use_threads_of(const char*) { return torch_threads(); }  // there is but one of that name
+#else
+bool use_threads_of(const char* library) {
+    void* const loaded = dlopen(library, RTLD_LAZY | RTLD_NOLOAD);
+    if (!loaded) return false;
+    // In the library or in those that it needs.
+    const auto entry = (RunOnThreads)dlsym(loaded, "GOMP_parallel");
+    dlclose(loaded);  // which only undoes dlopen
+    if (entry) known.store(entry, std::memory_order_relaxed);
+    return entry;
+}
+#endif
 
 void parallel_for(int64_t count, int threads, const Work& work, Sharing sharing) {
     if (threads > count) threads = (int)count;

@@ -109,6 +109,9 @@ def load(path: Path) -> Library | str:
         return (
             f"QKV_ISA={os.environ.get('QKV_ISA')!r} is not an instruction set that this machine and the kernel support"
         )
+    # On Linux with aarch64, the OpenMP of torch is no global library: it is found through one that needs it. Without it
+    # calls start threads of their own.
+    native.qkv_use_threads_of(os.fsencode(torch._C.__file__))
     functions: dict[str, Any] = {}
     for name, (types, result) in _FUNCTIONS.items():
         functions[name] = function = native[f"qkv_{name}"]
