@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import functools
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -185,8 +186,8 @@ def _load_calls_of_tensors(path: Path) -> dict[str, Any]:
     return calls
 
 
-LIBRARY = Path(__file__).parent / "native.so"
-"""Its path in an installation."""
+LIBRARY = Path(__file__).parent / ("native.dll" if sys.platform == "win32" else "native.so")
+"""Its path in an installation. CMakeLists.txt reads the names from this line."""
 
 # Loaded on import, since compilers cannot trace ctypes. Either the library or the reason for its absence is None.
 _found = load(LIBRARY)
