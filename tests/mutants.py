@@ -166,7 +166,7 @@ MUTANTS = [
     Mutant("a seen block from its first key", "parallel/sharded_cache.py", "                start += whole - rows.start\n", "", SHARDED, "steps_are"),
     Mutant("a prompt dealt out by runs", "parallel/plan.py", "at = row + part.start - run.start\n", "at = row\n", SHARDED, "dealt"),
     Mutant("ranks of tokens drop apart under heads", "parallel/attention.py", "seed = of_first_rank(draw.seed, tokens.route.group, tokens.mesh.device_type)", "seed = draw.seed", HEADS, "tokens_over"),
-    Mutant("results of 16 bits merged", "parallel/sharded_cache.py", "wide = accumulation_dtype(q.dtype)", "wide = q.dtype", SHARDED, "dtype"),
+    Mutant("results of 16 bits merged", "parallel/sharded_cache.py", "wide = accumulation_dtype(q.dtype)", "wide = q.dtype", SHARDED, "rounded"),
     Mutant("a draw by the head of a call", f"{NATIVE}/softmax/scores.h", "(uint32_t)(t.head[r] + p.first_head)", "(uint32_t)t.head[r]", DRAWS),
     Mutant("a window cuts one key less", "look.py", "beyond = [~Mask.band(window - 1, None)", "beyond = [~Mask.band(window, None)", LOOK),
     Mutant("sink tokens cut by a window", "look.py", "Mask.padding(~is_sink[None]) if sink_tokens else", "", LOOK),

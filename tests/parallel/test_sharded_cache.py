@@ -77,12 +77,7 @@ def compare(name: str, options: str, block: int, steps: list[int], dtype: torch.
     want = decoded(MASKS[name], options, qkv.KVCache(), steps, dtype)
     for one, two in zip(got, want, strict=True):
         assert one.dtype is two.dtype
-        if dtype is not torch.bfloat16:
-            torch.testing.assert_close(one, two)
-    if dtype is torch.bfloat16:  # both have rounded otherwise
-        exact = torch.cat(decoded(MASKS[name], options, qkv.KVCache(), steps, torch.float64), dim=1)
-        errors = [(torch.cat(each, dim=1) - exact).square().mean().sqrt() for each in (got, want)]
-        assert errors[0] < 1.1 * errors[1]
+        torch.testing.assert_close(one, two)
     assert cache.length == cache.columns == sum(steps)
     return torch.cat(got, dim=1)
 
@@ -104,9 +99,28 @@ def test_scores_of_every_kind(options: str, ranks: Of) -> None:
         ranks(3).run(compare, name, options, 4, STEPS, torch.float32)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_other_dtypes(dtype: torch.dtype, ranks: Of) -> None:
-    ranks(3).run(compare, "causal", "sinks and a cap", 4, STEPS, dtype)
+def test_fp64(ranks: Of) -> None:
+    ranks(3).run(compare, "causal", "sinks and a cap", 4, STEPS, torch.float64)
+
+
+def rounded(dtype: torch.dtype) -> float:
+    """The share of results over a sharded cache that are not the exact ones, rounded."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, n, 16, generator=generator).to(dtype) for heads, n in ((4, 3), (2, 60), (2, 60)))
+    cache = ShardedKVCache(mesh(), 4)
+    cache.append(k[:, :, :57], v[:, :, :57])
+    keys = cache.append(k[:, :, 57:], v[:, :, 57:])
+    assert keys.shards is not None
+    got = keys.shards.attend(q, keys, Mask.causal(), {}, "auto")
+    exact = qkv.attention(q.double(), k.double(), v.double(), mask=Mask.causal(), offset=57)
+    assert got.dtype is dtype
+    return float((got != exact.to(dtype)).double().mean())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_results_of_ranks_are_rounded_once(dtype: torch.dtype, ranks: Of) -> None:
+    """An error of 2^-20 moves one in 500 numbers, at most, to another neighbour in fp16, and fewer in bf16."""
+    assert all(share < 1 / 100 for share in ranks(3).run(rounded, dtype))
 
 
 def sent(lengths: list[int]) -> list[list[int]]:
