@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[1]
 
 NATIVE = "../../native/src"
 
-ISA_OF = {"__AVX512F__": "avx512", "__AVX512BF16__": "avx512bf16", "__AMX_BF16__": "amx"}
+ISA_OF = {"__AVX512F__": "avx512", "QKV_DOT_BF16": "avx512bf16", "__AMX_BF16__": "amx"}
 
 LEVEL = "-O1 -fexpensive-optimizations"
 """of optimisation, which takes half as long as -O3 and still merges products with sums, as -O3 does"""
@@ -466,7 +466,10 @@ MUTANTS = [
     Mutant("scale of values dropped (kernel)", f"{NATIVE}/attention/decode.h", "weight * lanes.scales_of(p.v_scale, first + j)", "weight", KERNEL),
     Mutant("scale of keys dropped (kernel)", f"{NATIVE}/attention/decode.h", "(lanes.scales_of(p.k_scale, first + j) * q_scale)", "q_scale", KERNEL),
     Mutant("scale of queries dropped (kernel)", f"{NATIVE}/attention/decode.h", "(lanes.scales_of(p.k_scale, first + j) * q_scale)", "lanes.scales_of(p.k_scale, first + j)", KERNEL, needs="avx512"),
-    Mutant("a visible NaN swallowed by the fixed-point scale", f"{NATIVE}/attention/decode_dot.h", "max(size == size ? size : set1(INF), most)", "max(size, most)", KERNEL),
+    Mutant("a visible NaN swallowed by the fixed-point scale", f"{NATIVE}/attention/decode_dot.h", "max(size == size ? size : set1(INF), most)", "max(size, most)", KERNEL, needs="avx512"),
+    Mutant("bytes of fixed point not rounded to the nearest (kernel)", f"{NATIVE}/attention/decode_sdot.h", "vadd_s16(whole, vdup_n_s16(128))", "whole", KERNEL, needs="neonbf16"),
+    Mutant("values of int8 paired with the wrong key (kernel)", f"{NATIVE}/attention/decode_sdot.h", "vzip1q_s8(row[0], row[2]), odd = vzip1q_s8(row[1], row[3]);\n        fours[0]", "vzip1q_s8(row[0], row[1]), odd = vzip1q_s8(row[2], row[3]);\n        fours[0]", KERNEL, needs="neonbf16"),
+    Mutant("threads of any library taken for torch's (kernel)", f"{NATIVE}/runtime/parallel.cpp", 'dlsym(loaded, "GOMP_parallel")', 'dlsym(RTLD_DEFAULT, "GOMP_parallel")', ("kernels/test_native.py",)),
     Mutant("lengths ignored on the fast path", f"{NATIVE}/abi/fast_forward.cpp", "if (is_given(call.lengths))", "if (false)", KERNEL),
     Mutant("one row of padding for all batches on the fast path", f"{NATIVE}/abi/fast_forward.cpp", "tensor.shape[0] == 1 ? 0 : tensor.strides[0]", "0", KERNEL),
     Mutant("packed sequences aligned top-left", "sequences.py", "offset=length - len(q)", "offset=0", ("test_packed.py",)),
