@@ -73,6 +73,15 @@ MODULE_STEP = ("integrations/transformers/test_attention_step.py",)
 DECODER = ("integrations/transformers/test_decoder_step.py",)
 MODEL = ("integrations/transformers/test_model_forward.py",)
 SEQUENCES = ("test_packed.py", "test_paged.py")
+HEADS = ("parallel/test_heads.py",)
+PLAN = ("parallel/test_plan.py",)
+OVER_RANKS = ("parallel/test_attention.py",)
+CALLS_OVER_RANKS = ("parallel/test_calls.py",)
+AGREEMENT = ("parallel/test_agreement.py",)
+LAYERS_OVER_RANKS = ("parallel/test_layers.py",)
+CONTEXT = ("parallel/test_context.py",)
+DRAWS = ("test_draws.py",)
+SHARDED = ("parallel/test_sharded_cache.py",)
 
 
 class Mutant(NamedTuple):
@@ -109,6 +118,57 @@ class Mutant(NamedTuple):
 
 MUTANTS = [
     Mutant("scale dropped (reference)", "backends/reference.py", "scores = scale * _product(", "scores = 1.0 * _product(", GRID),
+    Mutant("a norm of all heads learns from a rank's", "layers/head_share.py", "norm.normalise(x, self.share.shared(norm.weight))", "norm.normalise(x, _local(norm.weight))", HEADS, "outputs_and"),
+    Mutant("x gets the gradient of a rank's heads", "layers/head_share.py", "return copied(x, self.group) if isinstance(x, Tensor) else x", "return x", HEADS, "outputs_and"),
+    Mutant("shared KV heads learn from one rank", "layers/head_share.py", "else self.share.shared(parameter)[self.rows]", "else _local(parameter)[self.rows]", HEADS, "outputs_and"),
+    Mutant("slopes of the first heads on each rank", "layers/head_share.py", "None if alibi is None else alibi[self.query_heads]", "None if alibi is None else alibi[: self.query_heads.stop - self.query_heads.start]", HEADS, "outputs_and"),
+    Mutant("the output's bias once for each rank", "layers/head_share.py", "out = summed(product(x, _local(linear.weight), None), self.share.group)\n        return out if linear.bias is None else out + _local(linear.bias).to(out.dtype)", "bias = None if linear.bias is None else _local(linear.bias)\n        return summed(product(x, _local(linear.weight), bias), self.share.group)", HEADS, "outputs_and"),
+    Mutant("lambda learns from a rank's heads", "layers/differential.py", "difference if self._share is None else self._share.shared(difference)", "difference if self._share is None else difference.to_local()", HEADS, "differential"),
+    Mutant("a position bias learns from a rank's heads", "layers/head_share.py", "{name: self.shared(parameter) for name", "{name: parameter for name", HEADS, "position_bias"),
+    Mutant("a nested tensor gets the gradient of a rank's heads", "layers/head_share.py", "copied(x.values(), self.group)[None]", "x.values()[None]", HEADS, "nested"),
+    Mutant("each rank draws weights of its own", "layers/head_share.py", "part.copy_(distribute_tensor(whole[name], part.device_mesh, part.placements))", "part.copy_(distribute_tensor(whole[name], part.device_mesh, part.placements, src_data_rank=None))", HEADS, "drawn"),
+    Mutant("a window over ranks one key short", "parallel/plan.py", "else Keys(head, start, stop)", "else Keys(head, start + 1, stop)", PLAN),
+    Mutant("sink tokens are not sent", "parallel/plan.py", "head = min(mask.sink_tokens, stop)", "head = 0", PLAN),
+    Mutant("documents are read once", "parallel/plan.py", "known[0] == version and", "", PLAN, "read_again"),
+    Mutant("the KV head of a last query head left out", "parallel/plan.py", "(end - 1) // group + 1", "max(end // group, first // group + 1)", PLAN, "whole_groups"),
+    Mutant("sink tokens counted twice", "parallel/plan.py", " - count(high.clamp(max=mask.sink_tokens))", "", PLAN, "counted"),
+    Mutant("keys begin in memory where a run sees them", "parallel/plan.py", "keys.start // period * period", "keys.start", OVER_RANKS, "has_the_bits"),
+    Mutant("sink tokens nearer than they are", "parallel/schemes.py", "call.scores.alibi is not None or", "", OVER_RANKS, "has_the_bits and alibi"),
+    Mutant("other keys become sinks by their new numbers", "masks.py", "sink_tokens=min(max(self.sink_tokens - start, 0), stop - start)", "sink_tokens=self.sink_tokens", OVER_RANKS, "every_case and merge"),
+    Mutant("a sink logit at each rank", "parallel/schemes.py", "call.scores._replace(sink_logits=None)", "call.scores", OVER_RANKS, "every_case and merge"),
+    Mutant("dropout at the place within a rank", "parallel/schemes.py", "first_key=draw.first_key + first_key", "first_key=draw.first_key", OVER_RANKS, "dropout_drops"),
+    Mutant("dropout of each rank's own draw", "parallel/attention.py", "seed = of_first_rank(draw.seed, tokens.route.group, tokens.mesh.device_type)", "seed = draw.seed", OVER_RANKS, "without_a_draw"),
+    Mutant("bytes of a lse forgotten", "parallel/schemes.py", "(call.value_width + 1) * wide", "call.value_width * wide", OVER_RANKS, "bytes_are"),
+    Mutant("all runs at the position of the first", "parallel/schemes.py", "offset = call.offset + run.start + keys.shift()", "offset = call.offset + call.tokens.own[0].start + keys.shift()", CALLS_OVER_RANKS, "fp64"),
+    Mutant("partial results in 16 bits", "parallel/schemes.py", "    wide = accumulation_dtype(call.q.dtype)\n    keys =", "    wide = call.q.dtype\n    keys =", CALLS_OVER_RANKS, "autocast"),
+    Mutant("partial results under autocast", "parallel/attention.py", "if torch.is_autocast_enabled(device) else nullcontext()", "if False else nullcontext()", CALLS_OVER_RANKS, "autocast"),
+    Mutant("gradients of ranks added in 16 bits", "parallel/exchange.py", "wide = torch.promote_types(dtype, torch.float32)", "wide = dtype", AGREEMENT, "in_fp32"),
+    Mutant("ranks agree by the text of a mask", "parallel/agreement.py", "digest_size=6).hexdigest()", "digest_size=6).hexdigest()[:0]", AGREEMENT, "disagree"),
+    Mutant("tokens of a rank rotated as the first ones", "layers/over_ranks.py", "tokens.positions if positions is None else positions", "positions", LAYERS_OVER_RANKS, "is_the_layer and causal"),
+    Mutant("the length of a rank scales its rotations", "layers/over_ranks.py", "length = tokens.length", "length = tokens.rows", LAYERS_OVER_RANKS, "rotary_by_length or rotary"),
+    Mutant("keys of one rank for all in a later step", "layers/attention.py", "            cache.is_of_one_rank = True\n", "            pass\n", LAYERS_OVER_RANKS, "errors"),
+    Mutant("a rank without tokens learns nothing of latents", "layers/over_ranks.py", "    if not tokens.rows:", "    if False:", LAYERS_OVER_RANKS, "latent"),
+    Mutant("runs of a rank are documents", "integrations/transformers/over_ranks.py", "return replace(mask, document_ids=None) if", "return mask if", CONTEXT),
+    Mutant("positions of a rank's tokens not compared", "integrations/transformers/over_ranks.py", "if is_known and not", "if False and not", CONTEXT, "leave_out"),
+    Mutant("a marked layer alone with its tokens", "parallel/style.py", "if vars(module)[Mark.NAME].calls == vars(module).pop(_CALLS):", "if False:", CONTEXT, "leave_out"),
+    Mutant("each rank has a seed of its own", "parallel/sums.py", "numbers if distributed.get_rank(group) == 0 else torch.zeros_like(numbers)", "numbers // distributed.get_world_size(group)", HEADS, "dropout"),
+    Mutant("ranks drop alike", "layers/head_share.py", "Draw(seed, first_head=self.query_heads.start)", "Draw(seed)", HEADS, "dropout"),
+    Mutant("another layer's keys as many as all heads read", "layers/cross_layer.py", "own = -(-q.shape[1] * self.num_kv_heads // self.num_heads)", "own = self.num_kv_heads", HEADS, "another_layer"),
+    Mutant("norms of some heads learn unseen", "layers/attention.py", "        if torch.is_grad_enabled():\n            known =", "        if False:\n            known =", ("upstream/test_parallelism.py",)),
+    Mutant("slopes of all heads for some, in one call", "layers/step.py", "            return \"projections return some of the heads, where all must be there\"\n", "            pass\n", ("upstream/test_parallelism.py",)),
+    Mutant("keys that are cut off move a draw", "scores.py", "draw._replace(first_key=draw.first_key + start)", "draw", DRAWS),
+    Mutant("a draw by the row of a call", "backends/dropout.py", "position.expand(batch, lq)[:, None] + draw.first_key", "query.expand(batch, lq)[:, None] + draw.first_key", DRAWS),
+    Mutant("a draw by the key of a call", f"{NATIVE}/softmax/scores.h", "scatter(a ^ (key + first_key))", "scatter(a ^ key)", DRAWS),
+    Mutant("blocks of every other rank", "parallel/sharded_cache.py", "start // turn * turn + self.rank * self.block", "start // turn * turn + (self.rank ^ 1) * self.block", SHARDED, "steps_are"),
+    Mutant("a step sees the keys after it", "parallel/sharded_cache.py", "else offset + 1\n", "else offset + q.shape[2]\n", SHARDED, "steps_are"),
+    Mutant("distances among the keys of a rank", "parallel/sharded_cache.py", "bias is None and scores.get(\"alibi\") is None", "bias is None", SHARDED, "scores_of"),
+    Mutant("sinks on each rank", "parallel/sharded_cache.py", '**scores, "bias": None, "sink_logits": None}', '**scores, "bias": None}', SHARDED, "scores_of"),
+    Mutant("a crop to as many tokens on each rank", "parallel/sharded_cache.py", "part.crop(self._blocks.count(length))", "part.crop(min(length, part.length))", SHARDED, "copied"),
+    Mutant("a seen block from its first key", "parallel/sharded_cache.py", "                start += whole - rows.start\n", "", SHARDED, "steps_are"),
+    Mutant("a prompt dealt out by runs", "parallel/plan.py", "at = row + part.start - run.start\n", "at = row\n", SHARDED, "dealt"),
+    Mutant("ranks of tokens drop apart under heads", "parallel/attention.py", "seed = of_first_rank(draw.seed, tokens.route.group, tokens.mesh.device_type)", "seed = draw.seed", HEADS, "tokens_over"),
+    Mutant("results of 16 bits merged", "parallel/sharded_cache.py", "wide = accumulation_dtype(q.dtype)", "wide = q.dtype", SHARDED, "rounded"),
+    Mutant("a draw by the head of a call", f"{NATIVE}/softmax/scores.h", "(uint32_t)(t.head[r] + p.first_head)", "(uint32_t)t.head[r]", DRAWS),
     Mutant("a window cuts one key less", "look.py", "beyond = [~Mask.band(window - 1, None)", "beyond = [~Mask.band(window, None)", LOOK),
     Mutant("sink tokens cut by a window", "look.py", "Mask.padding(~is_sink[None]) if sink_tokens else", "", LOOK),
     Mutant("the sink logit leaves with the keys", "look.py", "scores=problem.scores._replace(sink_logits=None)))", "scores=problem.scores))", LOOK),
@@ -649,7 +709,15 @@ MUTANTS = [
     Mutant("a page that no page leads to", "../../docs/index.md", "project/studies\n", "", DOCS),
     Mutant("an option that does not exist on a page", "../../docs/guides/windows.md", "--layers 3-9", "--layer 3-9", DOCS),
     Mutant("a public name that is on no page", "../../docs/reference/api/caches.md", ".. autoclass:: LatentKVCache\n", "", DOCS),
-    Mutant("help that the page of the command line does not have", "cli/bench.py", "Width of a head.", "Width of each head.", DOCS),
+    Mutant("the build left out of explain", "kernels/binding.py", "{_library.isa}, built by {_library.compiler}", "{_library.isa}", ("test_functional.py", "cli/test_main.py"), "build or version"),
+    Mutant("Ctrl-C of any program ends without a traceback", "starting.py", '.stem == "qkv"', '.stem != "k"', ("cli/test_main.py",), "another_program"),
+    Mutant("a traceback for Ctrl-C while torch is imported", "starting.py", '.stem == "qkv"', '.stem == "k"', ("cli/test_main.py",), "while_torch"),
+    Mutant("an option of bench without its bound where typer is missing", "bench/options.py", "if number < self.least:", "if number < 1:", ("cli/test_main.py",), "torch_alone"),
+    Mutant("bars where there is no terminal", "models/progress.py", "if not stream.isatty() or ", "if ", ("cli/test_main.py", "models/test_progress.py"), "torch_alone or plain"),
+    Mutant("an installation without a kernel keeps its remedy to itself", "kernels/binding.py", "--no-cache-dir ", "", ("kernels/test_native.py",), "without_the_library"),
+    Mutant("a wheel for newer systems", "../../packaging/wheel.py", 'not in wheel.name', 'in wheel.name + "?"', ("repository/test_wheel.py",), "newer_systems"),
+    Mutant("a wheel of any size", "../../packaging/wheel.py", "if size > MOST_BYTES:", "if size > 2 * MOST_BYTES:", ("repository/test_wheel.py",), "too_large"),
+    Mutant("help that the page of the command line does not have", "bench/command.py", "Width of a head.", "Width of each head.", DOCS),
     Mutant("a picture that is not drawn again", "../../docs/pictures.py", "Mask.prefix(5)", "Mask.prefix(6)", DOCS),
 ]  # fmt: skip
 

@@ -15,7 +15,7 @@ from qkv.masks import FULL, Mask
 from qkv.pages import Pages
 from qkv.partial import Partial, merge_stacked
 from qkv.problem import make_problem
-from qkv.scores import ScoreOptions
+from qkv.scores import Draw, ScoreOptions
 
 
 class Options(ScoreOptions, total=False):
@@ -44,6 +44,7 @@ def attention(
     alibi: Tensor | None = None,
     sink_logits: Tensor | None = None,
     dropout: float = 0.0,
+    draw: Draw | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Scaled dot-product attention, ``softmax(scale * q @ k.mT + bias, where the mask allows) @ v``.
@@ -72,6 +73,8 @@ def attention(
         sink_logits: ``(H,)``, a learned logit per head that is added to the softmax normaliser of each row, so that the
             weights of a row sum to less than 1.
         dropout: probability with which a weight is zeroed; the others are scaled by ``1 / (1 - dropout)``.
+        draw: which weights that are, so that calls with some of the heads or tokens each drop what one call would, as
+            those of several processes; drawn from torch's generator if None.
         backend: ``"auto"``, or a name, which is used without fallback. See `explain`.
 
     Returns:
@@ -107,6 +110,7 @@ def attention(
         "alibi": alibi,
         "sink_logits": sink_logits,
         "dropout": dropout,
+        "draw": draw,
     }
     mask = FULL if mask is None else mask
     if backend == "auto":

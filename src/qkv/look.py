@@ -452,7 +452,7 @@ def _problem(caller: str, q: Tensor, k: Tensor, v: Tensor, options: Options, *, 
     wide = torch.promote_types(problem.q.dtype, torch.float32)
     q, k, v = (x.detach().to(wide) for x in (problem.q, problem.k, problem.v))
     bias, alibi, sink_logits = (None if x is None else x.detach() for x in problem.scores[2:5])
-    scores = problem.scores._replace(bias=bias, alibi=alibi, sink_logits=sink_logits, dropout=0.0)
+    scores = problem.scores._replace(bias=bias, alibi=alibi, sink_logits=sink_logits, dropout=0.0, draw=None)
     return problem._replace(q=q, k=k, v=v, scores=scores)
 
 

@@ -731,6 +731,35 @@ class Mask:
             return self
         return replace(self, allow=self.allow[:, :, start:stop])
 
+    def select_heads(self, start: int, stop: int) -> "Mask":
+        """The mask restricted to the query heads ``start .. stop - 1``."""
+        if self.allow is None or self.allow.shape[1] == 1:
+            return self
+        return replace(self, allow=self.allow[:, start:stop])
+
+    def select_apart(self, queries: tuple[int, int], keys: tuple[int, int], lk: int, offset: int | Tensor) -> "Mask":
+        """The mask of some query rows over some keys, which need not be those at the positions of the queries.
+
+        Documents and global tokens, which are read there, become a dense mask, unless the keys contain the positions.
+
+        Args:
+            queries: first row, and one past the last; their offset is larger by the first.
+            keys: first key, and one past the last, renumbered from 0; an offset is smaller by the first.
+            lk: number of keys of this mask.
+            offset: position of the first query of this mask.
+        """
+        (first, end), (start, stop) = queries, keys
+        rows = self.select_queries(first, end)
+        if (start, stop) == (0, lk):
+            return rows
+        if self.positional_tensors():
+            within = not isinstance(offset, Tensor) and start <= offset + first and offset + end <= stop
+            if not within:
+                return Mask.dense(rows.visible(end - first, lk, offset + first)[..., start:stop])
+        selected = rows.select_keys(start, stop)
+        # Other keys than the first must not become sinks by their new numbers.
+        return replace(selected, sink_tokens=min(max(self.sink_tokens - start, 0), stop - start))
+
     def to(self, device: torch.device | str) -> "Mask":
         """The mask with its tensors on ``device``."""
         return self._with_tensors({kind: tensor.to(device) for kind, tensor in self._present()})

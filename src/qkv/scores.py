@@ -3,10 +3,31 @@
 from collections.abc import Collection, Mapping
 from typing import NamedTuple, TypedDict
 
+import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
 from qkv.arguments import broadcasts, more, require_finite, require_positive, require_probability, require_strided
+
+
+class Draw(NamedTuple):
+    """Which weights dropout drops: a number for each row of the batch, head and position of query and key.
+
+    Calls with one seed, which have some of the heads, queries and keys each, drop what one call with all of them does.
+    The position of a query is that among the keys, by the offset of the call.
+    """
+
+    seed: Tensor | None
+    """integer (1,), on the CPU; see `new_seed`"""
+    first_head: int = 0
+    """the first query head of the call among all of them"""
+    first_key: int = 0
+    """position of the first key of the call"""
+
+
+def new_seed() -> Tensor:
+    """A seed from torch's generator on the CPU."""
+    return torch.randint(torch.iinfo(torch.int64).max, (1,))
 
 
 class Scores(NamedTuple):
@@ -25,6 +46,8 @@ class Scores(NamedTuple):
     sink_logits: Tensor | None
     """(H,)"""
     dropout: float
+    draw: Draw | None
+    """that of dropout; a new one if None"""
 
     def used(self) -> list[str]:
         """Names of the options in use, except scale."""
@@ -51,9 +74,13 @@ class Scores(NamedTuple):
 
     def select_keys(self, start: int, stop: int) -> "Scores":
         """The options of the keys ``start .. stop - 1``."""
-        if self.bias is None or self.bias.shape[3] == 1:
-            return self
-        return self._replace(bias=self.bias[..., start:stop])
+        draw, bias = self.draw, self.bias
+        if draw is not None:
+            draw = draw._replace(first_key=draw.first_key + start)
+        return self._replace(
+            bias=bias if bias is None or bias.shape[3] == 1 else bias[..., start:stop],
+            draw=draw,
+        )
 
 
 class ScoreOptions(TypedDict, total=False):
@@ -65,6 +92,7 @@ class ScoreOptions(TypedDict, total=False):
     alibi: Tensor | None
     sink_logits: Tensor | None
     dropout: float
+    draw: Draw | None
 
 
 DEFAULTS: ScoreOptions = {
@@ -74,6 +102,7 @@ DEFAULTS: ScoreOptions = {
     "alibi": None,
     "sink_logits": None,
     "dropout": 0.0,
+    "draw": None,
 }
 
 
@@ -109,7 +138,10 @@ def make_scores(caller: str, q: Tensor, k: Tensor, **options: Unpack[ScoreOption
     if sink_logits is not None:
         _check_per_head(caller, "sink_logits", sink_logits, q)
     require_probability(caller, "dropout", dropout)
-    return Scores(scale, softcap, bias, alibi, sink_logits, dropout)
+    draw = given["draw"]
+    if draw is not None:
+        _check_draw(caller, draw)
+    return Scores(scale, softcap, bias, alibi, sink_logits, dropout, draw if dropout else None)
 
 
 def _resolve_scale(caller: str, scale: float | None, width: int) -> float:
@@ -141,6 +173,18 @@ def _check_bias(caller: str, bias: Tensor, q: Tensor, k: Tensor) -> Tensor:
     if not broadcasts(bias, shape):
         raise ValueError(f"{caller}: bias must broadcast to {shape}; got shape {tuple(bias.shape)}.")
     return bias[(None,) * (4 - bias.dim())]
+
+
+def _check_draw(caller: str, draw: Draw) -> None:
+    if not isinstance(draw, Draw) or not isinstance(draw.seed, Tensor):
+        got = f"one with seed {draw.seed!r}" if isinstance(draw, Draw) else type(draw).__name__
+        raise TypeError(f"{caller}: draw must be a qkv.scores.Draw with a seed, a tensor, or None; got {got}.")
+    seed = draw.seed
+    if seed.dtype is not torch.int64 or seed.shape != (1,) or not (seed.is_cpu or seed.is_meta):
+        raise ValueError(
+            f"{caller}: the seed of draw must be int64 of shape (1,) on the CPU; got {seed.dtype} of shape "
+            f"{tuple(seed.shape)} on {seed.device}. Make it by qkv.scores.new_seed()."
+        )
 
 
 def _check_per_head(caller: str, name: str, tensor: Tensor, q: Tensor) -> None:

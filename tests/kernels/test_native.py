@@ -18,7 +18,7 @@ from qkv import Mask, kernels
 from qkv.backends import native
 from qkv.cache import quantize
 from qkv.problem import make_problem
-from qkv.scores import ScoreOptions, Scores
+from qkv.scores import Draw, ScoreOptions, Scores
 
 ROOT = Path(__file__).parents[2]
 present = pytest.mark.skipif(kernels.absence() is not None, reason=str(kernels.absence()))
@@ -45,7 +45,9 @@ def test_an_unknown_instruction_set_is_refused_and_auto_falls_back() -> None:
 def test_without_the_library_everything_works_and_explain_says_why(tmp_path: Path) -> None:
     reason = kernels.load(tmp_path / "native.so")
     assert reason == (
-        "this installation of qkv has no compiled kernel (it found no suitable C++ compiler when it was built)"
+        "this installation of qkv has no compiled kernel: no suitable C++ compiler was found when it was built. "
+        "Install one, then run pip install --no-cache-dir --force-reinstall --no-deps qkv, since pip's cache keeps the "
+        "build without a kernel"
     )
     q = torch.randn(1, 2, 64, 4)
     with kernels.use(reason):
@@ -229,7 +231,7 @@ def test_auto_chooses_the_kernel_for_training_every_mask_and_every_score() -> No
 
 def test_a_call_has_the_fields_of_masks_of_scores_and_of_the_struct_in_their_order() -> None:
     fields = kernels.Call._fields
-    assert fields[9:] == (*(field.name for field in dataclasses.fields(Mask)), *Scores._fields, "seed")
+    assert fields[9:] == (*(field.name for field in dataclasses.fields(Mask)), *Scores._fields[:-1], *Draw._fields)
     header = (Path(__file__).parents[2] / "native" / "src" / "abi" / "problem.h").read_text()
     struct = re.sub(r"//.*", "", header).partition("struct Problem {")[2].partition("};")[0]
     members = [re.split(r"[*\s]", name)[-1] for name in re.split(r"[,;]", struct) if name.strip()]

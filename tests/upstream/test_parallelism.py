@@ -2,6 +2,7 @@
 
 import copy
 from itertools import accumulate
+from typing import Any
 
 import pytest
 import torch
@@ -59,8 +60,42 @@ def test_torchtitan_2574_projections_may_be_sharded_in_place() -> None:
         return part
 
     torch.testing.assert_close(cut(0, 2)(x) + cut(1, 2)(x), layer(x))
-    with pytest.raises(RuntimeError, match=r"shape '\[2, 7, 0, 6\]' is invalid"):
+    with pytest.raises(ValueError, match=r"whole heads, of width 6; got 3 channels. Over ranks, .*parallel.Heads\(\)"):
         cut(0, 4)(x)
+
+
+def test_nemo_rl_3716_norms_of_all_heads_are_not_trained_by_a_part_of_them() -> None:
+    """Gains of q_norm and k_norm get the gradient of a rank's own heads, without an error (NVIDIA-NeMo/RL#3716).
+
+    A part of a layer refuses that, and whatever else is of all heads; without gradients, norms are no obstacle.
+    """
+    torch.manual_seed(0)
+    x = torch.randn(2, 7, 24)
+
+    def part(**options: Any) -> qkv.Attention:
+        layer = qkv.CausalAttention(24, 4, num_kv_heads=2, bias=False, **options)
+        for projection in (layer.q_proj, layer.k_proj, layer.v_proj):
+            projection.weight = nn.Parameter(projection.weight.chunk(2)[0])
+        layer.out_proj.weight = nn.Parameter(layer.out_proj.weight.chunk(2, dim=1)[0])
+        return layer
+
+    normed = part(qk_norm=True)
+    wrong = r"all heads, 4 on 2 KV heads, since q_norm.weight, k_norm.weight learn from all of them; got 2 on 1"
+    with pytest.raises(ValueError, match=wrong):
+        normed(x)
+    with torch.no_grad():
+        assert normed(x).isfinite().all() and normed(x[:1, :3]).isfinite().all()
+    for options in ({"sink_logits": True}, {"alibi": [1.0] * 4}, {"position_bias": qkv.RelativePositionBias(4)}):
+        layer = part(**options)
+        for tokens in (3, 7):  # by one call of the kernel and by its parts
+            wrong = "since sink_logits, alibi and position_bias are of all of them"
+            with pytest.raises(ValueError, match=wrong), torch.no_grad():
+                layer(x[:1, :tokens])
+    layer = part()
+    layer.k_proj, layer.v_proj = (nn.Linear(24, 12, bias=False) for _ in range(2))
+    for tokens in (3, 7):
+        with pytest.raises(ValueError, match="since a part has as many of each; got 2 on 2"), torch.no_grad():
+            layer(x[:1, :tokens])
 
 
 def test_a_rank_reads_the_keys_of_its_own_heads_from_another_layer() -> None:

@@ -4,13 +4,20 @@
 #include "abi/problem.h"
 #include "abi/rotation.h"
 
+#if defined(_WIN32)
+#define QKV_EXPORT extern "C" __declspec(dllexport)
+#else
 #define QKV_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
 
 namespace qkv {
 
 enum Status { DONE = 0, OUT_OF_MEMORY = 1, OTHER = 2 };
 
 }  // namespace qkv
+
+// The compiler that built the library, and its version.
+QKV_EXPORT const char* qkv_compiler();
 
 // Both return a Status: DONE; OUT_OF_MEMORY, and then results are written in part or not at all; or OTHER, and then
 // nothing was done, where `offsets` do not fit (abi/problem.h).

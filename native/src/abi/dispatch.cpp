@@ -14,7 +14,7 @@
 #include "runtime/parallel.h"
 
 #if defined(QKV_X86)
-#include <cpuid.h>
+#include "abi/cpu_features.h"
 #if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -60,12 +60,13 @@ namespace qkv {
 namespace {
 
 #if defined(QKV_X86)
-// Whether the processor multiplies tiles of bf16 and the system lets this process use them: it must be asked once, and
-// then grants that to all threads.
-bool grants_amx_tiles() {
-    unsigned a, b, c, d;
-    constexpr unsigned TILE = 1u << 24, BF16 = 1u << 22;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & TILE) || !(d & BF16)) return false;
+bool cpu_has(const char* feature) {
+    static const CpuAnswers cpu = ask_cpu();
+    return has_feature(cpu, feature);
+}
+
+// Whether the system lets this process use tiles: it must be asked once, and then grants that to all threads.
+bool grants_tiles() {
 #if defined(__linux__) && defined(SYS_arch_prctl)
     constexpr int REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
@@ -94,15 +95,10 @@ bool has_dot_products() {
 }
 #endif
 
-bool has_none() {
-#if defined(QKV_X86)
-    __builtin_cpu_init();
-#endif
-    return true;
-}
+bool has_none() { return true; }
 
 // bool has_avx2() and so on: whether this machine has an instruction set.
-#define CPU(feature) __builtin_cpu_supports(feature)
+#define CPU(feature) cpu_has(feature)
 #define ISA(name, base, flags, present) \
     bool has_##name() { return has_##base() && (present); }
 #include "abi/isas.def"

@@ -100,6 +100,7 @@ struct Problem {
     float dropout;             // probability that a weight is dropped
 
     uint64_t seed;
+    int64_t first_head, first_key;  // what dropout counts heads and keys from, where a call has some of them
 };
 
 // Where a key of a batch lies: in which of the first dimension of k and v, and in which row.

@@ -10,6 +10,7 @@ namespace QKV_ISA {
 // int8 times int16 in fixed point: multiples of a scale, which is a 32639th of the largest number of a row. Each number
 // of 16 bits is 256 times a byte plus another, both signed, and takes two dot products.
 struct SplitCodes : KeyByKey {
+    static constexpr bool SCALED = true;
     static constexpr int STEP = 4 * LANES;                                               // columns of a vector of int8
     static constexpr int LARGEST = 127 * 256 + 127;                                      // whose bytes are signed
     static constexpr int64_t MOST_PRODUCTS = LANES * (1ll << 31) / (LARGEST + 1) / 128;  // whose sums fit 32 bits
@@ -101,9 +102,9 @@ struct SplitCodes : KeyByKey {
         return scale;
     }
 
-    template <int COUNT, int ROWS, bool>
+    template <int COUNT, int ROWS>
     static void add(const char* values, int64_t stride, int count, int64_t width, const float* weights,
-                    vec weight_scale, float* out, PrefetchStream keys) {
+                    vec weight_scale, float* out, PrefetchStream keys, bool) {
         constexpr int VECS = COUNT <= 2 ? 4 : 2;
         for (int64_t d = 0; d < width; d += VECS * LANES)
             add_columns<COUNT, ROWS, VECS>(values, stride, count, d, width, weights, weight_scale, out, keys);
@@ -115,7 +116,7 @@ struct SplitCodes : KeyByKey {
    private:
     // A vector of numbers from `row`, of which `left` are left, and zeros.
     static int8x16_t take(const char* row, int64_t left) {
-        return vld1q_s8(left >= STEP ? (const int8_t*)row : Padded<int8_t, STEP>(row, left).data);
+        return vld1q_s8((left >= STEP ? (const int8_t*)row : Padded<int8_t, STEP>(row, left).data));  // a macro, with Clang
     }
 
     // The first COUNT = 8 or 16 of them, at least.

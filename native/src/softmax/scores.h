@@ -52,8 +52,8 @@ static inline vec tanh(vec x) {
 // equal weights.
 static inline vec bounded(vec bias) {
     constexpr float MOST = 2e38f;
-    const vec low = (bias < -MOST) & (bias > -INF) ? set1(-MOST) : bias;
-    return (low > MOST) & (low < INF) ? set1(MOST) : low;
+    const vec low = ((bias < -MOST) & (bias > -INF)) ? set1(-MOST) : bias;
+    return ((low > MOST) & (low < INF)) ? set1(MOST) : low;
 }
 
 static inline vec absolute(ivec distance) { return __builtin_convertvector(distance < 0 ? -distance : distance, vec); }
@@ -103,19 +103,24 @@ static void transform(const Problem& p, const Tile& t, const Block& b, const Seg
     }
 }
 
-// Which weights are dropped depends on the seed, the row and the key alone, so that the backward pass draws the same
-// ones, whatever the tiles and threads. Two rounds of a 32-bit mixer (Wellons' "lowbias32") with a key of 64 bits for
-// each row.
+// Which weights are dropped depends on the seed, the batch, the head and the positions of the query and the key alone,
+// so that the backward pass draws the same ones, whatever the tiles and threads, and so do calls that have some of the
+// heads, queries and keys. Two rounds of a 32-bit mixer (Wellons' "lowbias32") with a key of 64 bits for each row: the
+// number of splitmix64 that its position counts, from a state of each head. `scores.py` draws the same.
 struct Dropout {
     uint32_t low[BLOCK_M], high[BLOCK_M];
     uint32_t least;  // numbers below drop their weight
     float kept;      // factor of the others
+    uint32_t first_key;
 
     Dropout(const Problem& p, const Tile& t) {
         least = (uint32_t)std::min(p.dropout * 4294967296.0, 4294967295.0);
         kept = 1.0f / (1.0f - p.dropout);
+        first_key = (uint32_t)p.first_key;
         for (int r = 0; p.dropout > 0 && r < t.lanes(); ++r) {
-            const uint64_t key = mix(p.seed ^ mix((uint64_t)t.index_of(p, r) + 0x9e3779b97f4a7c15u));
+            const uint64_t head = (uint64_t)t.batch << 32 | (uint32_t)(t.head[r] + p.first_head);
+            const uint64_t state = mix(p.seed ^ mix(head + GOLDEN));
+            const uint64_t key = mix(state + (uint64_t)(t.position[r] + p.first_key) * GOLDEN);
             low[r] = (uint32_t)key;
             high[r] = (uint32_t)(key >> 32);
         }
@@ -142,7 +147,11 @@ struct Dropout {
     }
 
    private:
-    vec factors(uvec key, uvec a, uvec b) const { return scatter(scatter(a ^ key) + b) >= least ? set1(kept) : vec{}; }
+    static constexpr uint64_t GOLDEN = 0x9e3779b97f4a7c15u;
+
+    vec factors(uvec key, uvec a, uvec b) const {
+        return scatter(scatter(a ^ (key + first_key)) + b) >= least ? set1(kept) : vec{};
+    }
 
     static uint64_t mix(uint64_t x) {  // splitmix64
         x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;

@@ -12,7 +12,7 @@ from qkv.backends.result import Result
 from qkv.masks import FULL, Mask
 from qkv.pages import Pages
 from qkv.problem import Problem
-from qkv.scores import ScoreOptions, only_scale
+from qkv.scores import Draw, ScoreOptions, new_seed, only_scale
 
 NAME = "native"
 
@@ -107,8 +107,10 @@ def run(problem: Problem) -> Result:
 
 def call_of(problem: Problem) -> kernels.Call:
     """The arguments of the kernel for the problem."""
-    seed = torch.randint(torch.iinfo(torch.int64).max, (1,)) if problem.scores.dropout else None
-    q, k, v, k_scale, v_scale, mask, offset, scores, _, pages = problem
+    q, k, v, k_scale, v_scale, mask, offset, (*scores, draw), _, pages = problem
+    if draw is None:
+        draw = Draw(new_seed() if problem.scores.dropout else None)
     by_row = (0, offset) if isinstance(offset, Tensor) else (offset, None)
-    arguments: list[Any] = [q, k, v, k_scale, v_scale, *(pages or (None, 0)), *by_row, *mask.values(), *scores, seed]
+    of_keys: list[Any] = [k_scale, v_scale, *(pages or (None, 0))]
+    arguments: list[Any] = [q, k, v, *of_keys, *by_row, *mask.values(), *scores, *draw]
     return kernels.Call(*arguments)

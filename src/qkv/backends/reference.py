@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from qkv.backends.dropout import kept_weights
 from qkv.backends.nonfinite import add_visible_nonfinite, zero_nonfinite
 from qkv.backends.result import Result, accumulation_dtype
 from qkv.problem import Problem, trim
@@ -21,7 +22,9 @@ def why_rather_not(problem: Problem) -> list[str]:
 def run(problem: Problem) -> Result:
     clean, nonfinite = zero_nonfinite(trim(problem).dequantized())
     weights, lse = weights_and_lse(clean)
-    if clean.scores.dropout:
+    if clean.scores.draw is not None:
+        weights = weights * kept_weights(clean, weights.dtype)
+    elif clean.scores.dropout:
         weights = torch.dropout(weights, clean.scores.dropout, train=True)
     values = clean.v.to(weights.dtype).repeat_interleave(clean.group, dim=1)
     out = _product(weights, values).to(clean.q.dtype)

@@ -6,6 +6,7 @@ from qkv.kernels.append import quantize as quantize
 from qkv.kernels.binding import LIBRARY as LIBRARY
 from qkv.kernels.binding import Library as Library
 from qkv.kernels.binding import absence as absence
+from qkv.kernels.binding import description as description
 from qkv.kernels.binding import load as load
 from qkv.kernels.binding import loaded as loaded
 from qkv.kernels.binding import supported_isas as supported_isas
@@ -14,6 +15,7 @@ from qkv.kernels.decoder_layer import DecoderLayer as DecoderLayer
 from qkv.kernels.decoder_layer import decoder_layers as decoder_layers
 from qkv.kernels.dispatch import can_bypass_dispatcher as can_bypass_dispatcher
 from qkv.kernels.dispatch import can_bypass_functions as can_bypass_functions
+from qkv.kernels.forward import KEY_PERIOD as KEY_PERIOD
 from qkv.kernels.forward import count_scores as count_scores
 from qkv.kernels.forward import fast_forward as fast_forward
 from qkv.kernels.forward import forward as forward

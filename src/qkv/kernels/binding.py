@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import functools
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +29,8 @@ class Library(NamedTuple):
     """The functions of the library, which release the GIL, and the instruction set that it runs."""
 
     isa: str
+    compiler: str
+    """What built it, with its version."""
     forward: Callable[[bytes], int]
     """Takes a `PROBLEM`. Returns 0, 1 if memory ran out, or 2 for offsets out of bounds."""
     backward: Callable[[bytes, bytes], int]
@@ -82,10 +85,16 @@ class _Interpreter(ctypes.Structure):
     ]
 
 
+REINSTALL = "pip install --no-cache-dir --force-reinstall --no-deps qkv"
+
+
 def load(path: Path) -> Library | str:
     """The library at ``path``, or the reason why it cannot be loaded."""
     if not path.exists():
-        return "this installation of qkv has no compiled kernel (it found no suitable C++ compiler when it was built)"
+        return (
+            "this installation of qkv has no compiled kernel: no suitable C++ compiler was found when it was built. "
+            f"Install one, then run {REINSTALL}, since pip's cache keeps the build without a kernel"
+        )
     try:
         native = ctypes.CDLL(str(path))
     except OSError as error:
@@ -100,7 +109,7 @@ def load(path: Path) -> Library | str:
         "interpreter": ctypes.sizeof(_Interpreter),
     }
     known = [hasattr(native, f"qkv_{name}_size") and getattr(native, f"qkv_{name}_size")() for name in sizes]
-    if known != [*sizes.values()] or not hasattr(native, "qkv_use_threads_of"):
+    if known != [*sizes.values()] or not hasattr(native, "qkv_compiler"):
         return f"{path} is from another version of qkv and must be rebuilt"
     native.qkv_isa.restype = ctypes.c_char_p
     isa = native.qkv_isa()
@@ -108,6 +117,7 @@ def load(path: Path) -> Library | str:
         return (
             f"QKV_ISA={os.environ.get('QKV_ISA')!r} is not an instruction set that this machine and the kernel support"
         )
+    native.qkv_compiler.restype = ctypes.c_char_p
     # On Linux with aarch64, the OpenMP of torch is no global library: it is found through one that needs it. Without it
     # calls start threads of their own.
     native.qkv_use_threads_of(os.fsencode(torch._C.__file__))
@@ -115,7 +125,7 @@ def load(path: Path) -> Library | str:
     for name, (types, result) in _FUNCTIONS.items():
         functions[name] = function = native[f"qkv_{name}"]
         function.argtypes, function.restype = types, result
-    return Library(isa.decode(), **functions, **_load_calls_of_tensors(path))
+    return Library(isa.decode(), native.qkv_compiler().decode(), **functions, **_load_calls_of_tensors(path))
 
 
 class _Exchange(ctypes.Structure):
@@ -176,8 +186,8 @@ def _load_calls_of_tensors(path: Path) -> dict[str, Any]:
     return calls
 
 
-LIBRARY = Path(__file__).parent / "native.so"
-"""Its path in an installation."""
+LIBRARY = Path(__file__).parent / ("native.dll" if sys.platform == "win32" else "native.so")
+"""Its path in an installation. CMakeLists.txt reads the names from this line."""
 
 # Loaded on import, since compilers cannot trace ctypes. Either the library or the reason for its absence is None.
 _found = load(LIBRARY)
@@ -209,6 +219,11 @@ def supported_isas() -> list[str]:
 def absence() -> str | None:
     """Why there is no native library; None if it is loaded."""
     return _absence
+
+
+def description() -> str:
+    """The instruction set and the build of the library, such as ``amx, built by GCC 12.2.0``; or why there is none."""
+    return f"none, {_absence}" if _library is None else f"{_library.isa}, built by {_library.compiler}"
 
 
 @contextlib.contextmanager

@@ -21,6 +21,12 @@ from qkv.kernels.structs import Call, bounded, pack
 from qkv.pages import Pages
 from qkv.tracing import is_tracing
 
+KEY_PERIOD = 1440
+"""Over keys from a multiple of it on, forward and dq have the same bits as over all, where the mask hides those before.
+
+The kernel accumulates splits of KV_SPLIT keys, and gradients of BWD_BLOCK_N keys, each from the first key on; this is
+their least common multiple (native/src/sizes.h)."""
+
 
 def fast_forward(
     q: Tensor,

@@ -171,6 +171,9 @@ class Call(NamedTuple):
 
     seed: Annotated[Tensor | None, SEED]
     """integer (1,), seed of dropout"""
+    first_head: Annotated[int, POSITION]
+    """what dropout counts heads from, as first_key keys and queries"""
+    first_key: Annotated[int, POSITION]
 
 
 _HINTS = get_type_hints(Call, include_extras=True)

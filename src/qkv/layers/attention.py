@@ -1,6 +1,7 @@
 """`Attention`: one layer for all mechanisms."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -43,16 +44,24 @@ from qkv.layers.cached_call import (
 )
 from qkv.layers.cached_operator import OperatorLayer
 from qkv.layers.head_norm import HeadNorm
+from qkv.layers.head_share import HeadShare, share_heads
 from qkv.layers.jagged import PackedTokens, nested_like, pack_jagged, require_jagged
 from qkv.layers.options import Arguments, ConversionOptions
+from qkv.layers.over_ranks import attend_over_ranks, layout_for, mask_over_ranks, options_over_ranks
 from qkv.layers.packed import unpack_state
-from qkv.layers.projection import project
+from qkv.layers.projection import PROJECTIONS, project
 from qkv.layers.rotary import RotaryEmbedding, rotate_both
 from qkv.layers.step import Way, layer_step, weights_of
 from qkv.layers.torch_arguments import answer_calls_of_torch, refuse_unknown_options
 from qkv.layers.transformers_modules import Converted
 from qkv.masks import Mask
+from qkv.parallel.context import Mark, Over
+from qkv.parallel.sharded_cache import ShardedKVCache
+from qkv.parallel.tokens import Tokens, Whole
 from qkv.scores import ScoreOptions
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class Attention(OperatorLayer):
@@ -113,6 +122,9 @@ class Attention(OperatorLayer):
     """Arguments that the constructor of a named layer does not take."""
 
     sink_logits: Tensor | None
+
+    _share: HeadShare | None = None
+    """the rank's heads, where `qkv.parallel.Heads` has given them out"""
 
     def __init__(
         self,
@@ -228,15 +240,24 @@ class Attention(OperatorLayer):
 
     def reset_parameters(self) -> None:
         """Initialises all parameters, as the constructor does; needed after ``to_empty``."""
-        for projection in filter(None, (self.q_proj, self.k_proj, self.v_proj, self.out_proj, self.gate_proj)):
-            nn.init.xavier_uniform_(projection.weight)
-            if projection.bias is not None:
-                nn.init.zeros_(projection.bias)
-        for norm in (self.q_norm, self.k_norm):
-            if norm is not None:
-                norm.reset_parameters()
-        if self.sink_logits is not None:
-            nn.init.zeros_(self.sink_logits)
+        with self._whole_parameters():
+            for projection in filter(None, (self.q_proj, self.k_proj, self.v_proj, self.out_proj, self.gate_proj)):
+                nn.init.xavier_uniform_(projection.weight)
+                if projection.bias is not None:
+                    nn.init.zeros_(projection.bias)
+            for norm in (self.q_norm, self.k_norm):
+                if norm is not None:
+                    norm.reset_parameters()
+            if self.sink_logits is not None:
+                nn.init.zeros_(self.sink_logits)
+
+    def _whole_parameters(self) -> AbstractContextManager[None]:
+        """A context in which parameters are those of all ranks, to be written."""
+        return nullcontext() if self._share is None else self._share.whole(self)
+
+    def _share_heads(self, mesh: "DeviceMesh", source: int | None) -> None:
+        """Leaves a rank its part of the heads: see `qkv.parallel.Heads`, which calls it."""
+        self._share = share_heads(self, mesh, source)
 
     @answer_calls_of_torch
     @restore_cache_on_error
@@ -249,6 +270,8 @@ class Attention(OperatorLayer):
         bias: Tensor | None = None,
         positions: Tensor | None = None,
         cache: Cache | Caches | None = None,
+        tokens: Tokens | None = None,
+        context_tokens: Tokens | Whole | None = None,
     ) -> Tensor:
         """Attention with the tokens of x as queries.
 
@@ -262,6 +285,9 @@ class Attention(OperatorLayer):
             cache: keys and values of earlier calls of this layer, to which this call appends its own, apart from
                 padding; or the `Caches` of a model, of which the layer finds its own. A call that fails appends
                 nothing.
+            tokens: which tokens x has, in a call over ranks: see `qkv.parallel.attention`. Masks, biases and padding
+                are of all tokens then, positions of those of x; a cache is a new KVCache, for `CrossLayerAttention`.
+            context_tokens: which tokens ``context`` has; ``parallel.WHOLE`` if all.
 
         Returns:
             ``(B, Lq, embed_dim)``.
@@ -271,9 +297,14 @@ class Attention(OperatorLayer):
                 without rotary, and as `qkv.attention` and the cache.
             TypeError: for inputs that are not tensors, and a mask or a cache of the wrong kind.
         """
+        if self._share is not None:
+            x, context, bias = self._share.enter(x, context, bias)
         if _is_nested(x) or _is_nested(context):
             self._refuse_with_nested(bias=bias, positions=positions)
             return self._forward_jagged(x, context, mask, cache)
+        layout = layout_for(self, tokens, context_tokens)
+        if layout is not None:
+            return self._forward_over_ranks(x, context, layout, mask, bias, positions, cache)
         options = call_options(self, mask, bias, positions, cache)
         out = layer_step(self, x, context, options)
         return self._project_out(self._attend(self._inputs(x, context, options)), x) if out is None else out
@@ -302,7 +333,10 @@ class Attention(OperatorLayer):
                 f"{type(self).__name__}: attention_weights takes no nested tensors; call it for each sequence, "
                 "(1, L, E), or on a padded batch with mask=Mask.padding(lengths)."
             )
-        return self._weights(self._inputs(x, context, call_options(self, mask, bias, positions, cache)))
+        if self._share is not None:
+            x, context, bias = self._share.enter(x, context, bias)
+        weights = self._weights(self._inputs(x, context, call_options(self, mask, bias, positions, cache)))
+        return weights if self._share is None else self._share.join(weights)
 
     @torch.no_grad()
     def record(
@@ -338,8 +372,13 @@ class Attention(OperatorLayer):
         """
         if _is_nested(x) or _is_nested(context):
             raise ValueError(f"{type(self).__name__}: record takes no nested tensors; call it for each sequence.")
+        if self._share is not None:
+            raise ValueError(
+                f"{type(self).__name__}: record is of layers that have all of their heads; got one whose heads are "
+                "over ranks by parallel.Heads. Call it on the whole layer, before."
+            )
         given = self._inputs(x, context, call_options(self, mask, bias, positions, None))
-        q, keys, mask, bias = given if self.position_bias is None else self._add_position_bias(given)
+        q, keys, mask, bias, _ = given if self.position_bias is None else self._add_position_bias(given)
         options = {"mask": mask, **self._scores(q, bias), **keys.options()}
         is_cross = context is not None
         return record_call(type(self).__name__, is_cross, (q, keys.k, keys.v, options), windows, sink_tokens, blocks)
@@ -401,6 +440,45 @@ class Attention(OperatorLayer):
         if lookback is not None and not counts_keys and (capacity is None or capacity > lookback + 1):
             return SlidingKVCache(lookback + 1, mask.sink_tokens, dtype=kept)
         return KVCache(capacity) if kept is None else Int8KVCache(capacity)
+
+    def _forward_over_ranks(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        layout: Over,
+        mask: Mask | None,
+        bias: Tensor | None,
+        positions: Tensor | None,
+        cache: Cache | Caches | None,
+    ) -> Tensor:
+        """`forward` of the tokens of one rank."""
+        caller = type(self).__name__
+        if self.context_dim is not None and layout.context_tokens is None:
+            raise ValueError(
+                f"{caller}: context_tokens must say which tokens of the context this rank has; got None. Use "
+                "Tokens.even(length, mesh), or parallel.WHOLE if each rank has all of it."
+            )
+        if self.context_dim is None and layout.context_tokens is not None and vars(self).get(Mark.NAME) is None:
+            raise ValueError(f"{caller}: context_tokens must be None in self-attention; got {layout.context_tokens}.")
+        options = options_over_ranks(self, x, layout, positions, cache)
+        mask = mask_over_ranks(self, mask, layout)
+        shards = cache if isinstance(cache, ShardedKVCache) else None
+        if shards is not None:
+            shards.admit(self._owner, mask)
+        elif isinstance(cache, Cache):
+            count = x.shape[1] if self.k_proj is None else 0  # with the keys of another layer, or none yet
+            if cache.columns != count:
+                raise ValueError(
+                    f"{caller}: cache must have {count} tokens before this call over ranks: be new, or have the keys "
+                    f"of x from the layer that is read; got one of {cache.columns}."
+                )
+        inputs = self._inputs(x, context, options)
+        if shards is not None:
+            shards.fill(inputs.keys.k, inputs.keys.v, layout.tokens)
+        elif isinstance(cache, Cache):
+            cache.is_of_one_rank = True
+        out = self._attend(Inputs(inputs.q, inputs.keys, mask, bias, layout))
+        return self._project_out(out, x)
 
     def _refuse_with_nested(self, **options: Tensor | None) -> None:
         """Raises ValueError for options that nested tensors do not have."""
@@ -476,18 +554,29 @@ class Attention(OperatorLayer):
 
     def _attend(self, inputs: Inputs) -> Tensor:
         """`qkv.attention` with the options of the layer."""
-        q, keys, mask, bias = inputs if self.position_bias is None else self._add_position_bias(inputs)
+        self._require_heads(inputs.q, inputs.keys.k)
+        if inputs.layout is not None:
+            return attend_over_ranks(self, inputs)
+        q, keys, mask, bias, _ = inputs if self.position_bias is None else self._add_position_bias(inputs)
         scores = self._scores(q, bias)
+        if keys.shards is not None:
+            return keys.shards.attend(q, keys, mask, scores, self.backend)
         return functional.attention(q, keys.k, keys.v, mask=mask, backend=self.backend, **scores, **keys.options())
 
     def _weights(self, inputs: Inputs) -> Tensor:
         """`qkv.attention_weights` with the options of the layer."""
-        q, keys, mask, bias = inputs if self.position_bias is None else self._add_position_bias(inputs)
+        self._require_heads(inputs.q, inputs.keys.k)
+        if inputs.keys.shards is not None:
+            raise ValueError(
+                f"{type(self).__name__}: attention_weights is of caches that have all keys; got one with those of a "
+                "rank. Call it with another cache."
+            )
+        q, keys, mask, bias, _ = inputs if self.position_bias is None else self._add_position_bias(inputs)
         return functional.attention_weights(q, keys.k, mask=mask, **self._scores(q, bias), **keys.options())
 
     def _scores(self, q: Tensor, bias: Tensor | None) -> ScoreOptions:
         """The score options of the layer, as keywords of `qkv.attention`."""
-        return {
+        scores: ScoreOptions = {
             "scale": self.scale,
             "softcap": self.softcap,
             "bias": bias,
@@ -495,6 +584,33 @@ class Attention(OperatorLayer):
             "sink_logits": self.sink_logits,
             "dropout": self.dropout if self.training else 0.0,
         }
+        return scores if self._share is None else self._share.of_rank(scores)
+
+    def _require_heads(self, q: Tensor, k: Tensor) -> None:
+        """Raises ValueError for some of the layer's heads, as of projections that were cut, if all must be there."""
+        heads = q.shape[1], k.shape[1]
+        if self._share is None and heads[0] != self.num_heads:
+            reason = self._why_all_heads(*heads)
+            if reason:
+                raise ValueError(
+                    f"{type(self).__name__}: projections must return all heads, {self.num_heads} on "
+                    f"{self.num_kv_heads} KV heads, since {reason}; got {heads[0]} on {heads[1]}. Over ranks, cut the "
+                    "layer by qkv.parallel.Heads(), and not its projections."
+                )
+
+    def _why_all_heads(self, heads: int, kv_heads: int) -> str:
+        """Why a call must not have this part of the heads; empty if it may."""
+        if heads * self.num_kv_heads != kv_heads * self.num_heads:
+            return "a part has as many of each"
+        if self.sink_logits is not None or self._slopes is not None or self.position_bias is not None:
+            return "sink_logits, alibi and position_bias are of all of them"
+        if torch.is_grad_enabled():
+            known = (*PROJECTIONS, "sink_logits")
+            learned = [name for name, one in self.named_parameters() if one.requires_grad]
+            shared = [name for name in learned if name.partition(".")[0] not in known]
+            if shared:
+                return f"{', '.join(shared)} learn from all of them"
+        return ""
 
     def _project_out(self, out: Tensor, x: Tensor) -> Tensor:
         """The output projection of all heads, gated by the tokens x: (B, H, L, value_dim) to (B, L, embed_dim)."""
@@ -520,11 +636,16 @@ class Attention(OperatorLayer):
 
     def _add_position_bias(self, inputs: Inputs) -> Inputs:
         """The inputs with the bias of `position_bias`."""
-        q, keys, _, bias = inputs
-        assert self.position_bias is not None
-        offset = 0 if keys.offset is None else keys.offset
-        of_positions = self.position_bias(q.shape[2], keys.lk, offset).to(q.dtype)
+        q, keys, _, bias, _ = inputs
+        of_positions = self._bias_of_positions(q.shape[2], keys.lk, 0 if keys.offset is None else keys.offset, q)
         return inputs._replace(bias=of_positions if bias is None else bias + of_positions)
+
+    def _bias_of_positions(self, lq: int, lk: int, offset: int | Tensor, q: Tensor) -> Tensor:
+        """What `position_bias` gives for these positions, of all heads, in the dtype of q."""
+        assert self.position_bias is not None
+        share, module = self._share, self.position_bias
+        bias: Tensor = module(lq, lk, offset) if share is None else share.call(module, lq, lk, offset)
+        return bias.to(q.dtype)
 
     def _raise_input_error(self, error: RuntimeError, x: Tensor, context: Tensor | None) -> None:
         """Raises ValueError from ``error`` if inputs and weights differ in dtype or device."""
@@ -566,7 +687,7 @@ class Attention(OperatorLayer):
 
         Keys come from the context or from a filled cache; with both, the context must be the cached one.
         """
-        mask, bias, _, cache = options
+        mask, bias, _, cache, _ = options
         caller = type(self).__name__
         if cache is not None and not isinstance(cache, CrossKVCache):
             raise TypeError(f"{caller}: cache must be a CrossKVCache in cross-attention; got {type(cache).__name__}.")
@@ -602,7 +723,16 @@ class Attention(OperatorLayer):
     @staticmethod
     def _split_heads(x: Tensor, width: int, norm: HeadNorm | None) -> Tensor:
         """(B, L, heads * width) to (B, heads, L, width), a view; then ``norm``. In tensor parallelism, of one rank."""
-        x = x.view(*x.shape[:2], x.shape[2] // width, width).transpose(1, 2)
+        heads = x.shape[2] // width
+        try:
+            x = x.view(*x.shape[:2], heads, width).transpose(1, 2)
+        except RuntimeError as error:
+            if x.shape[2] % width == 0:
+                raise
+            raise ValueError(
+                f"Attention: projections must return whole heads, of width {width}; got {x.shape[2]} channels. Over "
+                "ranks, cut the layer by qkv.parallel.Heads(), and not its projections."
+            ) from error
         return x if norm is None else norm(x)
 
     @classmethod
@@ -707,6 +837,8 @@ class Attention(OperatorLayer):
     ) -> None:
         """As ``nn.Module``, for state dicts with packed projections too. No hook: copies of a layer would share it."""
         unpack_state(self, state_dict, prefix, reports[-1])
+        if self._share is not None:
+            self._share.to_rank(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *reports)
 
     def options(self) -> Arguments:

@@ -51,7 +51,7 @@ class CrossLayerAttention(Attention):
         self.k_proj = self.v_proj = self.k_norm = None  # type: ignore[assignment]
 
     def _self_inputs(self, x: Tensor, q: Tensor, options: CallOptions) -> Inputs:
-        caller, (mask, bias, positions, _) = type(self).__name__, options
+        caller, (mask, bias, positions, _, length) = type(self).__name__, options
         cache = self._require_cache(options.cache)
         count = x.shape[1]
         if cache.columns < count:
@@ -63,15 +63,16 @@ class CrossLayerAttention(Attention):
         mask, _ = cache.split_padding(mask, *x.shape[:2], is_appended=True)
         keys = cache.latest(count)
         kv_heads, *widths = keys.k.shape[1], keys.k.shape[3], keys.v.shape[3]
-        # In tensor parallelism, both are the heads of one rank.
-        if kv_heads * self.num_heads != q.shape[1] * self.num_kv_heads or widths != [self.head_dim, self.value_dim]:
+        # With heads over ranks, both are those of one rank, which has a KV head at least.
+        own = -(-q.shape[1] * self.num_kv_heads // self.num_heads)
+        if kv_heads != own or widths != [self.head_dim, self.value_dim]:
             raise ValueError(
                 f"{caller}: the keys in cache must be of {self.num_kv_heads} KV heads, head_dim={self.head_dim} and "
                 f"value_dim={self.value_dim}, as the layer's; got {kv_heads}, {widths[0]} and {widths[1]}."
             )
         if self.rotary is not None:
             where = {"offset": cache.offset_of_latest(count)} if positions is None else {"positions": positions}
-            q = self.rotary(q, **where)
+            q = self.rotary(q, **where if length is None else {**where, "length": length})
         return cached_inputs(q, keys, mask, bias, cache)
 
     make_cache = None  # type: ignore[assignment]  # it has no keys of its own

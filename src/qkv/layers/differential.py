@@ -33,6 +33,11 @@ class RotaryHalves(nn.Module):
         self.rotary = rotary
         self.head_dim = 2 * rotary.head_dim
 
+    @property
+    def depends_on_length(self) -> bool:
+        """As `RotaryEmbedding.depends_on_length`."""
+        return self.rotary.depends_on_length
+
     def forward(self, x: Tensor, **where: Any) -> Tensor:
         first, second = x.chunk(2, dim=-1)
         return torch.cat(rotate_both(self.rotary, first, second, where), dim=-1)
@@ -103,19 +108,21 @@ class DifferentialAttention(Attention):
 
     def reset_parameters(self) -> None:
         """As `Attention.reset_parameters`; those of lambda are drawn with standard deviation 0.1, as in the paper."""
-        super().reset_parameters()
-        for name, parameter in self.named_parameters():  # absent while `Attention.__init__` runs
-            if name in LAMBDAS:
-                nn.init.normal_(parameter, std=0.1)
-            elif name == "sub_norm.weight":
-                nn.init.ones_(parameter)
+        with self._whole_parameters():
+            super().reset_parameters()
+            for name, parameter in self.named_parameters():  # absent while `Attention.__init__` runs
+                if name in LAMBDAS:
+                    nn.init.normal_(parameter, std=0.1)
+                elif name == "sub_norm.weight":
+                    nn.init.ones_(parameter)
 
     def difference(self) -> Tensor:
         """Lambda, the factor of the second map, in fp32 or higher."""
         q1, k1, q2, k2 = (self.get_parameter(name) for name in LAMBDAS)
         dtype = torch.promote_types(q1.dtype, torch.float32)
         first, second = ((q.to(dtype) * k.to(dtype)).sum().exp() for q, k in ((q1, k1), (q2, k2)))
-        return first - second + self.lambda_init
+        difference = first - second + self.lambda_init
+        return difference if self._share is None else self._share.shared(difference)
 
     def _attend(self, inputs: Inputs) -> Tensor:
         first, second = (super(DifferentialAttention, self)._attend(one) for one in _halves(inputs))

@@ -21,7 +21,11 @@ class HeadNorm(nn.RMSNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        gains = self.weight.to(x.dtype)
+        return self.normalise(x, self.weight)
+
+    def normalise(self, x: Tensor, weight: Tensor) -> Tensor:
+        """`forward` with other gains."""
+        gains = weight.to(x.dtype)
         if self.eps is not None and is_rms_norm_torchs() and kernels.can_bypass_functions(x, gains):
             out = kernels.fast_rms_norm(x, gains, self.eps, Gain.WIDENED)
             if out is not None:

@@ -22,7 +22,14 @@ def project(linear: nn.Module, x: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or not is_plain_linear(linear):
         called: Tensor = linear(x)
         return called
-    return _product(linear, x, by_kernel=kernels.has_few_rows(x))
+    weight, bias = linear._parameters["weight"], linear._parameters["bias"]
+    assert weight is not None
+    return product(x, weight, bias)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x @ weight.mT + bias`` as a projection of an `Attention` computes it: few rows by the kernel."""
+    return _product(x, weight, bias, by_kernel=kernels.has_few_rows(x))
 
 
 class ProjectedForward(InstanceForward):
@@ -39,9 +46,9 @@ class ProjectedForward(InstanceForward):
         if self.own is not None or not multiplies_its_parameters(linear):
             called: Tensor = self.forward(input)
             return called
-        weight = linear._parameters["weight"]
+        weight, bias = linear._parameters["weight"], linear._parameters["bias"]
         assert weight is not None
-        return _product(linear, input, by_kernel=kernels.is_faster(input, weight))
+        return _product(input, weight, bias, by_kernel=kernels.is_faster(input, weight))
 
     def in_program(self, input: Tensor) -> Tensor:  # noqa: A002
         """The operator ``qkv::linear`` without gradients, where it may be faster; else the module's forward.
@@ -68,10 +75,8 @@ def reroute(model: nn.Module) -> None:
             ProjectedForward.set_on(module)
 
 
-def _product(linear: nn.Linear, x: Tensor, *, by_kernel: bool) -> Tensor:
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, *, by_kernel: bool) -> Tensor:
     """``x @ weight.mT + bias``. Torch does it where there is more to do: for a gradient, a mode, autocast."""
-    weight, bias = linear._parameters["weight"], linear._parameters["bias"]
-    assert weight is not None
     if by_kernel and kernels.can_bypass_functions(*((x, weight) if bias is None else (x, weight, bias))):
         out = kernels.fast_linear(x, weight, bias)
         if out is not None:
@@ -84,11 +89,17 @@ def linear_projections(caller: str, layer: object) -> dict[str, nn.Linear]:
 
     Raises:
         TypeError: unless each is ``F.linear`` of its weight and bias, which can then be copied.
+        ValueError: for a layer whose heads are over ranks.
     """
+    if getattr(layer, "_share", None) is not None:
+        raise ValueError(
+            f"{caller}: the layer must have all of its heads; got one whose heads are over ranks by parallel.Heads. "
+            "Call it on the whole layer, before."
+        )
     projections: dict[str, nn.Linear] = {}
     for name in PROJECTIONS:
         projection = getattr(layer, name)
-        if projection is None:
+        if projection is None:  # gate_proj, or keys of another layer
             continue
         projections[name] = require_linear(caller, name, projection)
     return projections

@@ -82,7 +82,7 @@ def weights_of(layer: "Attention", x: Tensor, context: Tensor | None, options: C
     """
     if kernels.is_tracing() or torch._C._len_torch_function_stack():
         return "a compiler, a tracer or a mode of torch is active"
-    mask, bias, positions, cache = options
+    mask, bias, positions, cache, _ = options
     if not isinstance(x, Tensor) or x.is_nested or x.dim() != 3 or not 0 < x.shape[0] * x.shape[1] <= MAX_TOKENS:
         return f"x has not 1 to {MAX_TOKENS} tokens"
     if x.shape[2] != layer.embed_dim:
@@ -97,6 +97,8 @@ def weights_of(layer: "Attention", x: Tensor, context: Tensor | None, options: C
     reason = _why_not_context(layer, x, context, options) if of_context else _why_not_cache(x, context, cache)
     if reason:
         return reason
+    if layer._share is not None:
+        return "heads are over ranks, and outputs are summed over them"
     if functional.attention is not _ATTENTION:
         return "qkv.functional.attention is replaced"
     if layer.backend != "auto":
@@ -125,6 +127,11 @@ def weights_of(layer: "Attention", x: Tensor, context: Tensor | None, options: C
         return f"{name} is watched, or is not an nn.Linear alone"
     places = chain.from_iterable(map(PROJECTIONS.__getitem__, names))
     projections: dict[str, Any] = dict(zip(places, parameters, strict=True))
+    heads = projections["q_weight"].shape[0] // layer.head_dim
+    if heads != layer.num_heads:
+        keys = projections.get("k_weight")
+        if layer._why_all_heads(heads, cache.keys().k.shape[1] if keys is None else keys.shape[0] // layer.head_dim):
+            return "projections return some of the heads, where all must be there"
     rotary, q_norm, k_norm = modules.get("rotary"), modules.get("q_norm"), modules.get("k_norm")
     if rotary is not None and (not _is_plain(rotary, RotaryEmbedding) or rotary.depends_on_length or rotary.sections):
         return "rotary is watched, or goes by more than a position"
