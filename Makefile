@@ -52,6 +52,7 @@ check: $(VENV)/ready
 	$(BIN)/typos
 	$(BIN)/zizmor --quiet --offline --min-severity medium .github
 	$(BIN)/mypy
+	$(BIN)/mypy --platform win32 --cache-dir .mypy_cache/win32 src
 
 format: $(VENV)/ready
 	$(BIN)/ruff check --fix
