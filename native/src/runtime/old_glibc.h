@@ -1,5 +1,6 @@
 // Included first in every file for Linux (CMakeLists.txt). glibc 2.34 took functions of libdl into libc under a new
-// version, so what is linked on a newer system does not load on an older one. Their older version is the same function.
+// version, so what is linked on a newer system does not load on an older one. Their older version is the same function; on an older
+// system it is in libdl, which torch has loaded.
 #pragma once
 
 #include <climits>  // defines __GLIBC__ where the C library is glibc
@@ -15,4 +16,5 @@
 #if defined(QKV_OLDEST_GLIBC)
 asm(".symver dlsym, dlsym@" QKV_OLDEST_GLIBC);
 asm(".symver dlopen, dlopen@" QKV_OLDEST_GLIBC);
+asm(".symver dlclose, dlclose@" QKV_OLDEST_GLIBC);
 #endif
