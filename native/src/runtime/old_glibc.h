@@ -1,6 +1,6 @@
 // Included first in every file for Linux (CMakeLists.txt). glibc 2.34 took functions of libdl into libc under a new
-// version, so what is linked on a newer system does not load on an older one. Their older version is the same function; on an older
-// system it is in libdl, which torch has loaded.
+// version, so what is linked on a newer system does not load on an older one. Their older version is the same function;
+// on an older system it is in libdl, which torch has loaded.
 #pragma once
 
 #include <climits>  // defines __GLIBC__ where the C library is glibc
