@@ -11,7 +11,7 @@ import torch
 from cases import CASES, Case
 from parallel.ranks import mesh
 from peer import formula
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qkv
@@ -209,3 +209,43 @@ def count_bytes(mask: Mask, layout: Layout, scheme: str, **options: Any) -> dict
         out.sum().backward()
     sent = found.sent[found.chosen][tokens.rank]
     return {"forward": forward.calls, "backward": backward.calls, "explained": sent, "chosen": found.chosen}
+
+
+def run_layer(
+    layer: nn.Module,
+    x: Tensor,
+    layout: Layout,
+    context: Tensor | None = None,
+    context_layout: Layout | None = None,
+    reader: nn.Module | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Output, gradient of x and of parameters of a layer over ranks, and of one that reads its keys."""
+    ranks = mesh()
+    tokens = parallel.Tokens(layout, ranks)
+    own = tokens.take(x).detach().requires_grad_()
+    if context is not None:
+        context_tokens: Any = parallel.WHOLE
+        if context_layout is not None:
+            context_tokens = parallel.Tokens(context_layout, ranks)
+            context = context_tokens.take(context)
+        options |= {"context": context.detach(), "context_tokens": context_tokens}
+    modules: list[nn.Module] = [layer]
+    if reader is None:
+        out = layer(own, tokens=tokens, **options)
+    else:
+        cache = qkv.KVCache()
+        modules.append(reader)
+        out = reader(layer(own, cache=cache, tokens=tokens), cache=cache, tokens=tokens)
+    (out * tokens.take(weights_like(x))).sum().backward()
+    names = {
+        f"{index}.{name}": parameter.grad
+        for index, module in enumerate(modules)
+        for name, parameter in module.named_parameters()
+    }
+    return {"out": out.detach(), "x": own.grad, **names}
+
+
+def weights_like(x: Tensor) -> Tensor:
+    """Numbers by which outputs are summed."""
+    return torch.randn(x.shape, generator=torch.Generator().manual_seed(3), dtype=x.dtype)

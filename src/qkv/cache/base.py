@@ -109,6 +109,8 @@ class Cache(Handled):
     """number of first tokens that are always kept"""
     name = ""
     """name of its layer within a model, for error messages"""
+    is_of_one_rank = False
+    """whether a call over ranks has filled it, so that it has some of the keys"""
     _format: Format = PLAIN
     """in which form tokens are stored"""
 

@@ -47,6 +47,7 @@ from qkv.layers.head_norm import HeadNorm
 from qkv.layers.head_share import HeadShare, share_heads
 from qkv.layers.jagged import PackedTokens, nested_like, pack_jagged, require_jagged
 from qkv.layers.options import Arguments, ConversionOptions
+from qkv.layers.over_ranks import attend_over_ranks, layout_for, mask_over_ranks, options_over_ranks
 from qkv.layers.packed import unpack_state
 from qkv.layers.projection import PROJECTIONS, project
 from qkv.layers.rotary import RotaryEmbedding, rotate_both
@@ -54,6 +55,8 @@ from qkv.layers.step import Way, layer_step, weights_of
 from qkv.layers.torch_arguments import answer_calls_of_torch, refuse_unknown_options
 from qkv.layers.transformers_modules import Converted
 from qkv.masks import Mask
+from qkv.parallel.context import Mark, Over
+from qkv.parallel.tokens import Tokens, Whole
 from qkv.scores import ScoreOptions
 
 if TYPE_CHECKING:
@@ -266,6 +269,8 @@ class Attention(OperatorLayer):
         bias: Tensor | None = None,
         positions: Tensor | None = None,
         cache: Cache | Caches | None = None,
+        tokens: Tokens | None = None,
+        context_tokens: Tokens | Whole | None = None,
     ) -> Tensor:
         """Attention with the tokens of x as queries.
 
@@ -279,6 +284,9 @@ class Attention(OperatorLayer):
             cache: keys and values of earlier calls of this layer, to which this call appends its own, apart from
                 padding; or the `Caches` of a model, of which the layer finds its own. A call that fails appends
                 nothing.
+            tokens: which tokens x has, in a call over ranks: see `qkv.parallel.attention`. Masks, biases and padding
+                are of all tokens then, positions of those of x; a cache is a new KVCache, for `CrossLayerAttention`.
+            context_tokens: which tokens ``context`` has; ``parallel.WHOLE`` if all.
 
         Returns:
             ``(B, Lq, embed_dim)``.
@@ -293,6 +301,9 @@ class Attention(OperatorLayer):
         if _is_nested(x) or _is_nested(context):
             self._refuse_with_nested(bias=bias, positions=positions)
             return self._forward_jagged(x, context, mask, cache)
+        layout = layout_for(self, tokens, context_tokens)
+        if layout is not None:
+            return self._forward_over_ranks(x, context, layout, mask, bias, positions, cache)
         options = call_options(self, mask, bias, positions, cache)
         out = layer_step(self, x, context, options)
         return self._project_out(self._attend(self._inputs(x, context, options)), x) if out is None else out
@@ -366,7 +377,7 @@ class Attention(OperatorLayer):
                 "over ranks by parallel.Heads. Call it on the whole layer, before."
             )
         given = self._inputs(x, context, call_options(self, mask, bias, positions, None))
-        q, keys, mask, bias = given if self.position_bias is None else self._add_position_bias(given)
+        q, keys, mask, bias, _ = given if self.position_bias is None else self._add_position_bias(given)
         options = {"mask": mask, **self._scores(q, bias), **keys.options()}
         is_cross = context is not None
         return record_call(type(self).__name__, is_cross, (q, keys.k, keys.v, options), windows, sink_tokens, blocks)
@@ -428,6 +439,40 @@ class Attention(OperatorLayer):
         if lookback is not None and not counts_keys and (capacity is None or capacity > lookback + 1):
             return SlidingKVCache(lookback + 1, mask.sink_tokens, dtype=kept)
         return KVCache(capacity) if kept is None else Int8KVCache(capacity)
+
+    def _forward_over_ranks(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        layout: Over,
+        mask: Mask | None,
+        bias: Tensor | None,
+        positions: Tensor | None,
+        cache: Cache | Caches | None,
+    ) -> Tensor:
+        """`forward` of the tokens of one rank."""
+        caller = type(self).__name__
+        if self.context_dim is not None and layout.context_tokens is None:
+            raise ValueError(
+                f"{caller}: context_tokens must say which tokens of the context this rank has; got None. Use "
+                "Tokens.even(length, mesh), or parallel.WHOLE if each rank has all of it."
+            )
+        if self.context_dim is None and layout.context_tokens is not None and vars(self).get(Mark.NAME) is None:
+            raise ValueError(f"{caller}: context_tokens must be None in self-attention; got {layout.context_tokens}.")
+        options = options_over_ranks(self, x, layout, positions, cache)
+        if isinstance(cache, Cache):
+            count = x.shape[1] if self.k_proj is None else 0  # with the keys of another layer, or none yet
+            if cache.columns != count:
+                raise ValueError(
+                    f"{caller}: cache must have {count} tokens before this call over ranks: be new, or have the keys "
+                    f"of x from the layer that is read; got one of {cache.columns}."
+                )
+        inputs = self._inputs(x, context, options)
+        if isinstance(cache, Cache):
+            cache.is_of_one_rank = True
+        mask = mask_over_ranks(self, mask, layout)
+        out = self._attend(Inputs(inputs.q, inputs.keys, mask, bias, layout))
+        return self._project_out(out, x)
 
     def _refuse_with_nested(self, **options: Tensor | None) -> None:
         """Raises ValueError for options that nested tensors do not have."""
@@ -504,14 +549,16 @@ class Attention(OperatorLayer):
     def _attend(self, inputs: Inputs) -> Tensor:
         """`qkv.attention` with the options of the layer."""
         self._require_heads(inputs.q, inputs.keys.k)
-        q, keys, mask, bias = inputs if self.position_bias is None else self._add_position_bias(inputs)
+        if inputs.layout is not None:
+            return attend_over_ranks(self, inputs)
+        q, keys, mask, bias, _ = inputs if self.position_bias is None else self._add_position_bias(inputs)
         scores = self._scores(q, bias)
         return functional.attention(q, keys.k, keys.v, mask=mask, backend=self.backend, **scores, **keys.options())
 
     def _weights(self, inputs: Inputs) -> Tensor:
         """`qkv.attention_weights` with the options of the layer."""
         self._require_heads(inputs.q, inputs.keys.k)
-        q, keys, mask, bias = inputs if self.position_bias is None else self._add_position_bias(inputs)
+        q, keys, mask, bias, _ = inputs if self.position_bias is None else self._add_position_bias(inputs)
         return functional.attention_weights(q, keys.k, mask=mask, **self._scores(q, bias), **keys.options())
 
     def _scores(self, q: Tensor, bias: Tensor | None) -> ScoreOptions:
@@ -576,13 +623,16 @@ class Attention(OperatorLayer):
 
     def _add_position_bias(self, inputs: Inputs) -> Inputs:
         """The inputs with the bias of `position_bias`."""
-        q, keys, _, bias = inputs
-        assert self.position_bias is not None
-        offset = 0 if keys.offset is None else keys.offset
-        where = q.shape[2], keys.lk, offset
-        share, module = self._share, self.position_bias
-        of_positions = (module(*where) if share is None else share.call(module, *where)).to(q.dtype)
+        q, keys, _, bias, _ = inputs
+        of_positions = self._bias_of_positions(q.shape[2], keys.lk, 0 if keys.offset is None else keys.offset, q)
         return inputs._replace(bias=of_positions if bias is None else bias + of_positions)
+
+    def _bias_of_positions(self, lq: int, lk: int, offset: int | Tensor, q: Tensor) -> Tensor:
+        """What `position_bias` gives for these positions, in the dtype of q."""
+        assert self.position_bias is not None
+        share, module, where = self._share, self.position_bias, (lq, lk, offset)
+        bias: Tensor = module(*where) if share is None else share.call(module, *where)
+        return bias.to(q.dtype)
 
     def _raise_input_error(self, error: RuntimeError, x: Tensor, context: Tensor | None) -> None:
         """Raises ValueError from ``error`` if inputs and weights differ in dtype or device."""
@@ -624,7 +674,7 @@ class Attention(OperatorLayer):
 
         Keys come from the context or from a filled cache; with both, the context must be the cached one.
         """
-        mask, bias, _, cache = options
+        mask, bias, _, cache, _ = options
         caller = type(self).__name__
         if cache is not None and not isinstance(cache, CrossKVCache):
             raise TypeError(f"{caller}: cache must be a CrossKVCache in cross-attention; got {type(cache).__name__}.")

@@ -12,6 +12,7 @@ from qkv.cache import Cache, Caches, Keys, Owner
 from qkv.layers.arguments import require_mask
 from qkv.layers.cached_operator import register, run_as_operator, runs_as_operator
 from qkv.masks import Mask
+from qkv.parallel.context import Over
 
 _Arguments = ParamSpec("_Arguments")
 
@@ -42,7 +43,8 @@ def restore_cache_on_error(
     @functools.wraps(call)
     def guarded(self: _Layer, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> Tensor:
         given = kwargs.get("cache")
-        if is_forward and runs_as_operator(self, args[0] if args else kwargs.get("x"), given):
+        alone = kwargs.get("tokens") is None
+        if is_forward and alone and runs_as_operator(self, args[0] if args else kwargs.get("x"), given):
             return run_as_operator(name, self, *args, **kwargs)
         cache = given.enter(self._owner) if isinstance(given, Caches) else given
         if not isinstance(cache, Cache):
@@ -80,6 +82,8 @@ class CallOptions(NamedTuple):
     positions: Tensor | None
     cache: Any
     """the layer checks its kind"""
+    length: int | None = None
+    """of the sequence, if others than x tell it"""
 
 
 def call_options(
@@ -89,9 +93,14 @@ def call_options(
 
     Raises:
         TypeError: for a mask of another type.
-        ValueError: for positions without rotary.
+        ValueError: for positions without rotary, and a cache with the keys of one rank.
     """
     caller = type(layer).__name__
+    if isinstance(cache, Cache) and cache.is_of_one_rank:
+        raise ValueError(
+            f"{caller}: cache must not be one that a call over ranks has filled, which has the keys of one rank; pass "
+            "tokens= in this call as well, or another cache."
+        )
     if positions is not None and layer.rotary is None:
         raise ValueError(f"{caller}: positions rotate queries and keys, so the layer needs a rotary; got None.")
     combined = layer.mask if mask is None else layer.mask & require_mask(caller, mask)
@@ -105,6 +114,8 @@ class Inputs(NamedTuple):
     keys: Keys
     mask: Mask
     bias: Tensor | None
+    layout: Over | None = None
+    """of a call over ranks; then mask and bias are of all tokens"""
 
 
 def cached_inputs(q: Tensor, keys: Keys, mask: Mask, bias: Tensor | None, cache: Cache) -> Inputs:
@@ -129,7 +140,7 @@ def new_tokens(options: CallOptions, owner: Owner, x: Tensor, rotary: object) ->
     Raises:
         ValueError: as `Cache.admit` and `Cache.split_padding`.
     """
-    mask, _, positions, cache = options
+    mask, _, positions, cache, length = options
     offset: int | Tensor = 0
     is_token = None
     if cache is not None:
@@ -140,4 +151,6 @@ def new_tokens(options: CallOptions, owner: Owner, x: Tensor, rotary: object) ->
     if cache is not None and is_token is not None and getattr(rotary, "depends_on_length", False):
         lengths: Tensor = cache.offset() + is_token.sum(1)  # padding does not count
         where["length"] = lengths[:, None].expand(is_token.shape)
+    if length is not None:
+        where["length"] = length
     return NewTokens(mask, is_token, where)

@@ -50,7 +50,7 @@ class CrossLayerAttention(Attention):
         self.k_proj = self.v_proj = self.k_norm = None  # type: ignore[assignment]
 
     def _self_inputs(self, x: Tensor, q: Tensor, options: CallOptions) -> Inputs:
-        caller, (mask, bias, positions, _) = type(self).__name__, options
+        caller, (mask, bias, positions, _, length) = type(self).__name__, options
         cache = self._require_cache(options.cache)
         count = x.shape[1]
         if cache.columns < count:
@@ -71,7 +71,7 @@ class CrossLayerAttention(Attention):
             )
         if self.rotary is not None:
             where = {"offset": cache.offset_of_latest(count)} if positions is None else {"positions": positions}
-            q = self.rotary(q, **where)
+            q = self.rotary(q, **where if length is None else {**where, "length": length})
         return cached_inputs(q, keys, mask, bias, cache)
 
     make_cache = None  # type: ignore[assignment]  # it has no keys of its own

@@ -33,6 +33,11 @@ class RotaryHalves(nn.Module):
         self.rotary = rotary
         self.head_dim = 2 * rotary.head_dim
 
+    @property
+    def depends_on_length(self) -> bool:
+        """As `RotaryEmbedding.depends_on_length`."""
+        return self.rotary.depends_on_length
+
     def forward(self, x: Tensor, **where: Any) -> Tensor:
         first, second = x.chunk(2, dim=-1)
         return torch.cat(rotate_both(self.rotary, first, second, where), dim=-1)

@@ -25,9 +25,12 @@ from qkv.layers.cached_call import (
 from qkv.layers.cached_operator import OperatorLayer
 from qkv.layers.head_norm import HeadNorm
 from qkv.layers.latent_heads import LatentHeads, split_heads
+from qkv.layers.over_ranks import attend_latents_over_ranks, layout_for, mask_over_ranks, options_over_ranks
 from qkv.layers.projection import project
 from qkv.layers.rotary import RotaryEmbedding, rotate_both
 from qkv.masks import FULL, Mask
+from qkv.parallel.context import Over
+from qkv.parallel.tokens import Tokens
 from qkv.scores import ScoreOptions
 
 
@@ -189,6 +192,7 @@ class LatentAttention(OperatorLayer):
         bias: Tensor | None = None,
         positions: Tensor | None = None,
         cache: LatentKVCache | Caches | None = None,
+        tokens: Tokens | None = None,
     ) -> Tensor:
         """Attention with the tokens of x as queries.
 
@@ -197,6 +201,7 @@ class LatentAttention(OperatorLayer):
             mask, bias, positions: as in `Attention.forward`.
             cache: latents of earlier calls of this layer, to which this call appends its own, apart from padding. A
                 call that fails appends nothing.
+            tokens: as in `Attention.forward`; ranks send each other latents. There is no cache then.
 
         Returns:
             ``(B, L, embed_dim)``.
@@ -206,7 +211,10 @@ class LatentAttention(OperatorLayer):
                 and the cache.
             TypeError: for an input that is not a tensor, and a mask or a cache of the wrong kind.
         """
-        q, keys, mask, bias = self._inputs(x, call_options(self, mask, bias, positions, cache))
+        layout = layout_for(self, tokens)
+        if layout is not None:
+            return self._forward_over_ranks(x, layout, mask, bias, positions, cache)
+        q, keys, mask, bias, _ = self._inputs(x, call_options(self, mask, bias, positions, cache))
         options = {**self._scores(bias), **keys.options()}
         out = self._heads.attend(q, keys.k, mask=mask, backend=self.backend, **options)
         return project(self.out_proj, out.transpose(1, 2).flatten(2))
@@ -225,7 +233,7 @@ class LatentAttention(OperatorLayer):
         cache: LatentKVCache | Caches | None = None,
     ) -> Tensor:
         """The softmax weights ``(B, num_heads, Lq, Lk)`` of `forward`, which takes the same arguments."""
-        q, keys, mask, bias = self._inputs(x, call_options(self, mask, bias, positions, cache))
+        q, keys, mask, bias, _ = self._inputs(x, call_options(self, mask, bias, positions, cache))
         k, _ = self._heads.expand(keys.k)
         return functional.attention_weights(q, k, mask=mask, **self._scores(bias), **keys.options())
 
@@ -242,7 +250,7 @@ class LatentAttention(OperatorLayer):
         positions: Tensor | None = None,
     ) -> LayerRecord:
         """What `forward` attends to, as `Attention.record`: each head has keys of its own, made of the latents."""
-        q, keys, mask, bias = self._inputs(x, call_options(self, mask, bias, positions, None))
+        q, keys, mask, bias, _ = self._inputs(x, call_options(self, mask, bias, positions, None))
         k, v = self._heads.expand(keys.k)
         options = {"mask": mask, **self._scores(bias), **keys.options()}
         return record_call(type(self).__name__, False, (q, k, v, options), windows, sink_tokens, blocks)
@@ -259,6 +267,25 @@ class LatentAttention(OperatorLayer):
         """
         format_of(type(self).__name__, dtype)
         return LatentKVCache(capacity)
+
+    def _forward_over_ranks(
+        self,
+        x: Tensor,
+        layout: Over,
+        mask: Mask | None,
+        bias: Tensor | None,
+        positions: Tensor | None,
+        cache: LatentKVCache | Caches | None,
+    ) -> Tensor:
+        """`forward` of the tokens of one rank."""
+        if cache is not None:
+            raise TypeError(
+                f"{type(self).__name__}: cache must be None in a call over ranks; got {type(cache).__name__}."
+            )
+        inputs = self._inputs(x, options_over_ranks(self, x, layout, positions, None))
+        mask = mask_over_ranks(self, mask, layout)
+        out = attend_latents_over_ranks(self, inputs.q, inputs.keys.k, mask, bias, layout)
+        return project(self.out_proj, out.transpose(1, 2).flatten(2))
 
     @property
     def _heads(self) -> LatentHeads:

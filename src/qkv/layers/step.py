@@ -82,7 +82,7 @@ def weights_of(layer: "Attention", x: Tensor, context: Tensor | None, options: C
     """
     if kernels.is_tracing() or torch._C._len_torch_function_stack():
         return "a compiler, a tracer or a mode of torch is active"
-    mask, bias, positions, cache = options
+    mask, bias, positions, cache, _ = options
     if not isinstance(x, Tensor) or x.is_nested or x.dim() != 3 or not 0 < x.shape[0] * x.shape[1] <= MAX_TOKENS:
         return f"x has not 1 to {MAX_TOKENS} tokens"
     if x.shape[2] != layer.embed_dim:

@@ -6,17 +6,23 @@ from qkv.parallel.attention import attention as attention
 from qkv.parallel.attention import attention_with_lse as attention_with_lse
 from qkv.parallel.attention import explain as explain
 from qkv.parallel.attention import merge as merge
+from qkv.parallel.context import over as over
 from qkv.parallel.tokens import WHOLE as WHOLE
 from qkv.parallel.tokens import Tokens as Tokens
 
 if typing.TYPE_CHECKING:
     from qkv.parallel.heads import Heads as Heads
+    from qkv.parallel.style import Context as Context
 
-__all__ = ["WHOLE", "Heads", "Tokens", "attention", "attention_with_lse", "explain", "merge"]
+__all__ = ["WHOLE", "Context", "Heads", "Tokens", "attention", "attention_with_lse", "explain", "merge", "over"]
 
 
 def __getattr__(name: str) -> typing.Any:
-    """`Heads`, whose base class takes torch a second to import."""
+    """The styles, whose base class takes torch a second to import."""
+    if name == "Context":
+        from qkv.parallel.style import Context
+
+        return Context
     if name == "Heads":
         from qkv.parallel.heads import Heads
 

@@ -219,6 +219,46 @@ def _route_of(group: Any) -> Route:
     return Route(group, distributed.get_rank(group), distributed.get_world_size(group))
 
 
+def attend(
+    caller: str,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    tokens: Tokens,
+    key_tokens: Tokens | Whole | None,
+    options: ShardedOptions,
+    *,
+    rows: Callable[[int, int], Tensor] | None = None,
+    carried: tuple[Tensor, ...] | None = None,
+    solve: Solve | None = None,
+) -> Tensor:
+    """`attention` for a layer ``caller``, which error messages name.
+
+    Args:
+        caller, qkv, tokens, key_tokens, options: as in `attention`.
+        rows: a further bias, of the query rows from one number up to another.
+        carried: what is sent in place of keys and values, for ``solve``; k and v are their shapes then.
+        solve: in place of `qkv.attention`.
+    """
+
+    def make() -> tuple[Call, str]:
+        call = _validated(caller, qkv, tokens, key_tokens, "auto", False, options)
+        call = call._replace(bias=_sum_of(call.bias, rows))
+        if carried is not None and solve is not None:
+            return call._replace(keys=carried, solve=solve), "gather"
+        return call, _chosen("auto", bytes_sent(call))
+
+    call, scheme = agreed(caller, tokens.route, make, _described)
+    return SCHEMES[scheme](call)[0]
+
+
+def _sum_of(
+    first: Callable[[int, int], Tensor] | None, second: Callable[[int, int], Tensor] | None
+) -> Callable[[int, int], Tensor] | None:
+    """The sum of two biases by rows."""
+    if first is None or second is None:
+        return second if first is None else first
+    return lambda start, stop: first(start, stop) + second(start, stop)
+
+
 def _prepared(
     caller: str,
     qkv: tuple[Tensor, Tensor, Tensor],
