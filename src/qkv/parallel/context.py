@@ -62,7 +62,7 @@ def over(tokens: Tokens, *, context_tokens: Tokens | Whole | None = None, mask: 
 class Mark:
     """What `Context` leaves on a module."""
 
-    NAME = "_over_ranks_of"
+    NAME = "_qkv_over_ranks"
     """attribute of the module"""
 
     def __init__(self, mesh: DeviceMesh) -> None:

@@ -8,7 +8,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from qkv.parallel.context import Mark
 
-_CALLS = "_over_ranks_calls"
+_CALLS = "_qkv_calls_over_ranks"
 
 
 class Context(ParallelStyle):

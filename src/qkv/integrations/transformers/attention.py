@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,10 @@ from qkv.functional import attention, attention_weights, attention_with_lse
 from qkv.integrations import calls
 from qkv.integrations.transformers.lazy_tensor import Int8Tensor, LatentTensor
 from qkv.integrations.transformers.masks import MaskTensor, make_mask
+from qkv.integrations.transformers.over_ranks import ConvertedMask, attend_over_ranks
 from qkv.masks import FULL, Mask
+from qkv.parallel.context import layout_of
+from qkv.scores import ScoreOptions
 
 NAME = "qkv"
 
@@ -191,6 +194,14 @@ def compute_attention(
     if query.shape[0] != batch:
         query = query.expand(batch, -1, -1, -1)
     converted = _convert_mask(attention_mask, query.shape[2], lk, is_causal)
+    layout = layout_of(module)
+    if layout is not None:
+        given = {"position_bias": position_bias, "sinks": sinks, "indices": indices, "block_indices": block_indices}
+        refused = [name for name, value in given.items() if value is not None]
+        refused += ["output_attentions"] * bool(output_attentions) + ["observer"] * (observer is not None)
+        scores: ScoreOptions = {"scale": scaling, "softcap": softcap, "sink_logits": s_aux, "dropout": dropout}
+        positions = ignored.get("position_ids")
+        return attend_over_ranks(module, layout, (query, key, value), converted, positions, refused, scores)
     mask, bias = converted.mask, converted.bias
     if indices is not None:
         mask = mask & Mask.dense(_one_hot(indices, lk)[:, None])
@@ -229,29 +240,21 @@ def compute_attention(
     return out.transpose(1, 2).contiguous(), weights
 
 
-class _ConvertedMask(NamedTuple):
-    """transformers' ``attention_mask`` as arguments of `attention`."""
-
-    mask: Mask
-    offset: int = 0
-    bias: Tensor | None = None
-
-
-def _convert_mask(attention_mask: Tensor | None, lq: int, lk: int, is_causal: bool | None) -> _ConvertedMask:
+def _convert_mask(attention_mask: Tensor | None, lq: int, lk: int, is_causal: bool | None) -> ConvertedMask:
     """Converts transformers' ``attention_mask``; None means full, or causal if ``is_causal``."""
     if attention_mask is None:
         # As in eager, all keys are visible. `module.is_causal` does not count: some bidirectional layers set it.
-        return _ConvertedMask(Mask.causal() if is_causal and lq > 1 else FULL)
+        return ConvertedMask(Mask.causal() if is_causal and lq > 1 else FULL)
     if isinstance(attention_mask, MaskTensor):
         *_, rows, keys = attention_mask.shape
         if keys == lk and (rows == lq or (rows == 1 and not attention_mask.mask.is_positional)):
-            return _ConvertedMask(attention_mask.mask, attention_mask.offset)
+            return ConvertedMask(attention_mask.mask, attention_mask.offset)
     attention_mask = attention_mask[..., :lk]
     if attention_mask.dtype == torch.bool:
-        return _ConvertedMask(Mask.dense(attention_mask))
+        return ConvertedMask(Mask.dense(attention_mask))
     # Additive masks hide keys by the dtype's minimum, possibly with a bias added to it.
     visible = attention_mask > torch.finfo(attention_mask.dtype).min / 2
-    return _ConvertedMask(Mask.dense(visible), bias=attention_mask.masked_fill(~visible, 0))
+    return ConvertedMask(Mask.dense(visible), bias=attention_mask.masked_fill(~visible, 0))
 
 
 def _one_hot(indices: Tensor, size: int) -> Tensor:
