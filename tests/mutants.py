@@ -74,6 +74,7 @@ MODEL = ("integrations/transformers/test_model_forward.py",)
 SEQUENCES = ("test_packed.py", "test_paged.py")
 HEADS = ("parallel/test_heads.py",)
 DRAWS = ("test_draws.py",)
+SHARDED = ("parallel/test_sharded_cache.py",)
 
 
 class Mutant(NamedTuple):
@@ -127,6 +128,13 @@ MUTANTS = [
     Mutant("keys that are cut off move a draw", "scores.py", "draw._replace(first_key=draw.first_key + start)", "draw", DRAWS),
     Mutant("a draw by the row of a call", "backends/dropout.py", "position.expand(batch, lq)[:, None] + draw.first_key", "query.expand(batch, lq)[:, None] + draw.first_key", DRAWS),
     Mutant("a draw by the key of a call", f"{NATIVE}/softmax/scores.h", "scatter(a ^ (key + first_key))", "scatter(a ^ key)", DRAWS),
+    Mutant("blocks of every other rank", "parallel/sharded_cache.py", "start // turn * turn + self.rank * self.block", "start // turn * turn + (self.rank ^ 1) * self.block", SHARDED, "steps_are"),
+    Mutant("a step sees the keys after it", "parallel/sharded_cache.py", "else offset + 1\n", "else offset + q.shape[2]\n", SHARDED, "steps_are"),
+    Mutant("distances among the keys of a rank", "parallel/sharded_cache.py", "bias is None and scores.get(\"alibi\") is None", "bias is None", SHARDED, "scores_of"),
+    Mutant("sinks on each rank", "parallel/sharded_cache.py", '**scores, "bias": None, "sink_logits": None}', '**scores, "bias": None}', SHARDED, "scores_of"),
+    Mutant("a crop to as many tokens on each rank", "parallel/sharded_cache.py", "part.crop(self._blocks.count(length))", "part.crop(min(length, part.length))", SHARDED, "copied"),
+    Mutant("a seen block from its first key", "parallel/sharded_cache.py", "                start += whole - rows.start\n", "", SHARDED, "steps_are"),
+    Mutant("results of 16 bits merged", "parallel/sharded_cache.py", "wide = accumulation_dtype(q.dtype)", "wide = q.dtype", SHARDED, "dtype"),
     Mutant("a draw by the head of a call", f"{NATIVE}/softmax/scores.h", "(uint32_t)(t.head[r] + p.first_head)", "(uint32_t)t.head[r]", DRAWS),
     Mutant("a window cuts one key less", "look.py", "beyond = [~Mask.band(window - 1, None)", "beyond = [~Mask.band(window, None)", LOOK),
     Mutant("sink tokens cut by a window", "look.py", "Mask.padding(~is_sink[None]) if sink_tokens else", "", LOOK),

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy, deepcopy
 from dataclasses import replace
-from typing import Any, ClassVar, NamedTuple, TypeGuard
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeGuard
 from weakref import WeakSet
 
 import torch
@@ -18,6 +18,17 @@ from qkv.cache.rows import Rows, padding_before, require_padding_at_the_ends
 from qkv.cache.state import load_state, state_of
 from qkv.masks import Mask, gather_keys
 from qkv.pages import Pages
+
+
+class Shards(Protocol):
+    """Keys that are over ranks."""
+
+    @property
+    def length(self) -> int:
+        """Number of keys of all ranks."""
+
+    def attend(self, q: Tensor, keys: "Keys", mask: Mask, scores: Any, backend: str) -> Tensor:
+        """`qkv.attention` over the keys of all ranks, of which ``keys`` are those of this one."""
 
 
 class Keys(NamedTuple):
@@ -39,6 +50,8 @@ class Keys(NamedTuple):
     k_scale: Tensor | None = None
     """(B, Hkv, Lk), or in pages, what each key is multiplied by, as v_scale for values; None unless both are in int8"""
     v_scale: Tensor | None = None
+    shards: Shards | None = None
+    """where the other keys are, if these are those of one rank"""
 
     @classmethod
     def of(
@@ -50,7 +63,8 @@ class Keys(NamedTuple):
     ) -> "Keys":
         """From keys and values, and the scales of both if they are in int8."""
         k, v, *scales = tokens
-        return cls(k, v, offset, lengths, pages, *scales)
+        k_scale, v_scale = scales or (None, None)
+        return cls(k, v, offset, lengths, pages, k_scale, v_scale)
 
     @property
     def tokens(self) -> list[Tensor]:
@@ -59,7 +73,9 @@ class Keys(NamedTuple):
 
     @property
     def lk(self) -> int:
-        """Lk, number of keys; of the longest row, if rows differ."""
+        """Lk, number of keys; of the longest row, if rows differ; of all ranks."""
+        if self.shards is not None:
+            return self.shards.length
         return self.k.shape[2] if self.pages is None else self.pages.length
 
     def gathered(self) -> "Keys":

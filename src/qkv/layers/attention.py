@@ -553,11 +553,18 @@ class Attention(OperatorLayer):
             return attend_over_ranks(self, inputs)
         q, keys, mask, bias, _ = inputs if self.position_bias is None else self._add_position_bias(inputs)
         scores = self._scores(q, bias)
+        if keys.shards is not None:
+            return keys.shards.attend(q, keys, mask, scores, self.backend)
         return functional.attention(q, keys.k, keys.v, mask=mask, backend=self.backend, **scores, **keys.options())
 
     def _weights(self, inputs: Inputs) -> Tensor:
         """`qkv.attention_weights` with the options of the layer."""
         self._require_heads(inputs.q, inputs.keys.k)
+        if inputs.keys.shards is not None:
+            raise ValueError(
+                f"{type(self).__name__}: attention_weights is of caches that have all keys; got one with those of a "
+                "rank. Call it with another cache."
+            )
         q, keys, mask, bias, _ = inputs if self.position_bias is None else self._add_position_bias(inputs)
         return functional.attention_weights(q, keys.k, mask=mask, **self._scores(q, bias), **keys.options())
 

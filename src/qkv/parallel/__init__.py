@@ -7,6 +7,7 @@ from qkv.parallel.attention import attention_with_lse as attention_with_lse
 from qkv.parallel.attention import explain as explain
 from qkv.parallel.attention import merge as merge
 from qkv.parallel.context import over as over
+from qkv.parallel.sharded_cache import ShardedKVCache as ShardedKVCache
 from qkv.parallel.tokens import WHOLE as WHOLE
 from qkv.parallel.tokens import Tokens as Tokens
 
@@ -14,7 +15,18 @@ if typing.TYPE_CHECKING:
     from qkv.parallel.heads import Heads as Heads
     from qkv.parallel.style import Context as Context
 
-__all__ = ["WHOLE", "Context", "Heads", "Tokens", "attention", "attention_with_lse", "explain", "merge", "over"]
+__all__ = [
+    "WHOLE",
+    "Context",
+    "Heads",
+    "ShardedKVCache",
+    "Tokens",
+    "attention",
+    "attention_with_lse",
+    "explain",
+    "merge",
+    "over",
+]
 
 
 def __getattr__(name: str) -> typing.Any:
