@@ -148,8 +148,13 @@ def held(call: Call) -> float:
     if call.scheme == "gather":
         return max(received(call))
     if call.scheme == "heads":
-        return call.tokens * max(1 / call.ranks, 1 / call.heads) * (2 * query + key * max(1, min(call.ranks, call.heads) / call.kv_heads))
+        return (
+            call.tokens
+            * max(1 / call.ranks, 1 / call.heads)
+            * (2 * query + key * max(1, min(call.ranks, call.heads) / call.kv_heads))
+        )
     visits, visited = _visiting(call)
     return max(
-        rows * query + (rows + own) * call.heads * (call.width + 1) * 4 for rows, own in zip(visited, visits, strict=True)
+        rows * query + (rows + own) * call.heads * (call.width + 1) * 4
+        for rows, own in zip(visited, visits, strict=True)
     )

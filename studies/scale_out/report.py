@@ -101,10 +101,11 @@ def seconds(results: dict[str, Any]) -> str:
     rates = list(results["measured"]["links"])
     for rate in rates:
         start, bandwidth = line(results, rate)
+        shares = " and ".join(f"{one:.2f}" for one in half(results, rate))
         words.append(
-            f"At {rate} Gbit/s the line is {start * 1e3:.2f} ms and {bandwidth * 8e-9:.2f} Gbit/s, and the farthest call "
-            f"{off_line(results, rate):.0%} from it; a causal gather over even runs takes "
-            f"{' and '.join(f'{one:.2f}' for one in half(results, rate))} of the time of a full one, with half its bytes."
+            f"At {rate} Gbit/s the line is {start * 1e3:.2f} ms and {bandwidth * 8e-9:.2f} Gbit/s, and the farthest "
+            f"call {off_line(results, rate):.0%} from it; a causal gather over even runs takes {shares} of the time of "
+            "a full one, with half its bytes."
         )
         right = [ratio <= ALIKE for _, _, ratio in chosen(results, rate)]
         picks.append(f"{sum(right)} of {len(right)} at {rate} Gbit/s")
@@ -120,10 +121,21 @@ def seconds(results: dict[str, Any]) -> str:
         ratio = median(times(results, rates[0])[call] / times(results, rates[-1])[call] for call in calls_of(results))
         gain = f" From {rates[0]} to {rates[-1]} Gbit/s, calls become {ratio:.1f} times as fast in the median."
     return (
-        "## Does time follow bytes?\n\nExchanges alone, attention replaced by zeros; the slowest rank of the fastest of "
-        f"{results['settings']['repeats']} calls, over the bytes of the rank that sends or receives most. "
-        f"{' '.join(words)}{gain} The scheme whose busiest rank moves least is the fastest, or takes at most {ALIKE} "
-        f"times as long, in {', '.join(picks)}.\n\n![Times over bytes](links.svg)\n\n{table(titles, rows, words=2)}"
+        "## Does time follow bytes?\n\nExchanges alone, attention replaced by zeros; the slowest rank of the fastest "
+        f"of {results['settings']['repeats']} calls, over the bytes of the rank that sends or receives most. "
+        f"{busy(results)}{' '.join(words)}{gain} The scheme whose busiest rank moves least is the fastest, or takes at "
+        f"most {ALIKE} times as long, in {', '.join(picks)}.\n\n![Times over bytes](links.svg)\n\n{table(titles, rows, words=2)}"
+    )
+
+
+def busy(results: dict[str, Any]) -> str:
+    """What must be said of times that were measured while others computed."""
+    load, cores = results["load"], results["machine"]["cores"]
+    if load <= cores:
+        return ""
+    return (
+        f"**The machine was busy**: its load average was {load:.0f} on {cores} cores, so these times, and the links of "
+        "the simulation, are those of ranks that wait for a processor; `run.py` replaces them on an idle one. "
     )
 
 
@@ -147,7 +159,8 @@ def simulation(results: dict[str, Any]) -> str:
     return (
         f"## Many ranks\n\nBy simulation: a forward pass of one layer, {HEADS} heads of width {WIDTH} on {KV_HEADS} KV "
         "heads, in 16 bits; zigzag under the causal mask, even under a window of "
-        f"{settings.simulated_window:,}. The fastest scheme of those whose buffers fit ({', '.join(memories(results))}), "
+        f"{settings.simulated_window:,}. The fastest scheme of those whose buffers fit "
+        f"({', '.join(memories(results))}), "
         "its time, and the share of it that is sending: the busiest rank sends or receives, then the busiest computes, "
         "and nothing overlaps.\n\n" + "\n\n".join(parts) + "\n\nOf 10^6 tokens under the causal mask, all schemes, "
         "whether they fit or not; sending dotted:\n\n![Time over ranks](ranks.svg)"
@@ -156,7 +169,9 @@ def simulation(results: dict[str, Any]) -> str:
 
 def memories(results: dict[str, Any]) -> list[str]:
     """The memory of the machines, in words."""
-    return list(dict.fromkeys(f"{kind.memory / 1e9:.0f} GB of {kind.name.partition(',')[0]}" for kind in machines(results)))
+    return list(
+        dict.fromkeys(f"{kind.memory / 1e9:.0f} GB of {kind.name.partition(',')[0]}" for kind in machines(results))
+    )
 
 
 def length(seconds: float) -> str:

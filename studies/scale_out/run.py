@@ -8,6 +8,7 @@ It needs Linux, with `unshare`, `ip` and `tc`, and no rights: all happens in net
 
 import argparse
 import json
+import os
 import runpy
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def main() -> None:
         settings = Settings()
         results = {
             "machine": runpy.run_path(str(MACHINE))["describe"](),
+            "load": os.getloadavg()[0],
             "settings": settings._asdict(),
             "operations": compute(settings),
             "measured": measured(settings),
