@@ -73,6 +73,12 @@ DECODER = ("integrations/transformers/test_decoder_step.py",)
 MODEL = ("integrations/transformers/test_model_forward.py",)
 SEQUENCES = ("test_packed.py", "test_paged.py")
 HEADS = ("parallel/test_heads.py",)
+PLAN = ("parallel/test_plan.py",)
+OVER_RANKS = ("parallel/test_attention.py",)
+CALLS_OVER_RANKS = ("parallel/test_calls.py",)
+AGREEMENT = ("parallel/test_agreement.py",)
+LAYERS_OVER_RANKS = ("parallel/test_layers.py",)
+CONTEXT = ("parallel/test_context.py",)
 DRAWS = ("test_draws.py",)
 SHARDED = ("parallel/test_sharded_cache.py",)
 
@@ -120,6 +126,30 @@ MUTANTS = [
     Mutant("a position bias learns from a rank's heads", "layers/head_share.py", "{name: self.shared(parameter) for name", "{name: parameter for name", HEADS, "position_bias"),
     Mutant("a nested tensor gets the gradient of a rank's heads", "layers/head_share.py", "copied(x.values(), self.group)[None]", "x.values()[None]", HEADS, "nested"),
     Mutant("each rank draws weights of its own", "layers/head_share.py", "part.copy_(distribute_tensor(whole[name], part.device_mesh, part.placements))", "part.copy_(distribute_tensor(whole[name], part.device_mesh, part.placements, src_data_rank=None))", HEADS, "drawn"),
+    Mutant("a window over ranks one key short", "parallel/plan.py", "else Keys(head, start, stop)", "else Keys(head, start + 1, stop)", PLAN),
+    Mutant("sink tokens are not sent", "parallel/plan.py", "head = min(mask.sink_tokens, stop)", "head = 0", PLAN),
+    Mutant("documents are read once", "parallel/plan.py", "known[0] == version and", "", PLAN, "read_again"),
+    Mutant("the KV head of a last query head left out", "parallel/plan.py", "(end - 1) // group + 1", "max(end // group, first // group + 1)", PLAN, "whole_groups"),
+    Mutant("sink tokens counted twice", "parallel/plan.py", " - count(high.clamp(max=mask.sink_tokens))", "", PLAN, "counted"),
+    Mutant("keys begin in memory where a run sees them", "parallel/plan.py", "keys.start // period * period", "keys.start", OVER_RANKS, "has_the_bits"),
+    Mutant("sink tokens nearer than they are", "parallel/schemes.py", "call.scores.alibi is not None or", "", OVER_RANKS, "has_the_bits and alibi"),
+    Mutant("other keys become sinks by their new numbers", "masks.py", "sink_tokens=min(max(self.sink_tokens - start, 0), stop - start)", "sink_tokens=self.sink_tokens", OVER_RANKS, "every_case and merge"),
+    Mutant("a sink logit at each rank", "parallel/schemes.py", "call.scores._replace(sink_logits=None)", "call.scores", OVER_RANKS, "every_case and merge"),
+    Mutant("dropout at the place within a rank", "parallel/schemes.py", "first_key=draw.first_key + first_key", "first_key=draw.first_key", OVER_RANKS, "dropout_drops"),
+    Mutant("dropout of each rank's own draw", "parallel/attention.py", "seed = of_first_rank(new_seed(), tokens.route.group, tokens.mesh.device_type)", "seed = new_seed()", OVER_RANKS, "without_a_draw"),
+    Mutant("bytes of a lse forgotten", "parallel/schemes.py", "(call.value_width + 1) * wide", "call.value_width * wide", OVER_RANKS, "bytes_are"),
+    Mutant("all runs at the position of the first", "parallel/schemes.py", "offset = call.offset + run.start + keys.shift()", "offset = call.offset + call.tokens.own[0].start + keys.shift()", CALLS_OVER_RANKS, "fp64"),
+    Mutant("partial results in 16 bits", "parallel/schemes.py", "    wide = accumulation_dtype(call.q.dtype)\n    keys =", "    wide = call.q.dtype\n    keys =", CALLS_OVER_RANKS, "autocast"),
+    Mutant("partial results under autocast", "parallel/attention.py", "if torch.is_autocast_enabled(device) else nullcontext()", "if False else nullcontext()", CALLS_OVER_RANKS, "autocast"),
+    Mutant("gradients of ranks added in 16 bits", "parallel/exchange.py", "wide = torch.promote_types(dtype, torch.float32)", "wide = dtype", AGREEMENT, "in_fp32"),
+    Mutant("ranks agree by the text of a mask", "parallel/agreement.py", "digest_size=6).hexdigest()", "digest_size=6).hexdigest()[:0]", AGREEMENT, "disagree"),
+    Mutant("tokens of a rank rotated as the first ones", "layers/over_ranks.py", "tokens.positions if positions is None else positions", "positions", LAYERS_OVER_RANKS, "is_the_layer and causal"),
+    Mutant("the length of a rank scales its rotations", "layers/over_ranks.py", "length = tokens.length", "length = tokens.rows", LAYERS_OVER_RANKS, "rotary_by_length or rotary"),
+    Mutant("keys of one rank for all in a later step", "layers/attention.py", "            cache.is_of_one_rank = True\n", "            pass\n", LAYERS_OVER_RANKS, "errors"),
+    Mutant("a rank without tokens learns nothing of latents", "layers/over_ranks.py", "    if not tokens.rows:", "    if False:", LAYERS_OVER_RANKS, "latent"),
+    Mutant("runs of a rank are documents", "integrations/transformers/over_ranks.py", "return replace(mask, document_ids=None) if", "return mask if", CONTEXT),
+    Mutant("positions of a rank's tokens not compared", "integrations/transformers/over_ranks.py", "if is_known and not", "if False and not", CONTEXT, "leave_out"),
+    Mutant("a marked layer alone with its tokens", "parallel/style.py", "if vars(module)[Mark.NAME].calls == vars(module).pop(_CALLS):", "if False:", CONTEXT, "leave_out"),
     Mutant("each rank has a seed of its own", "parallel/sums.py", "numbers if distributed.get_rank(group) == 0 else torch.zeros_like(numbers)", "numbers // distributed.get_world_size(group)", HEADS, "dropout"),
     Mutant("ranks drop alike", "layers/head_share.py", "Draw(seed, first_head=self.query_heads.start)", "Draw(seed)", HEADS, "dropout"),
     Mutant("another layer's keys as many as all heads read", "layers/cross_layer.py", "own = -(-q.shape[1] * self.num_kv_heads // self.num_heads)", "own = self.num_kv_heads", HEADS, "another_layer"),
@@ -134,7 +164,9 @@ MUTANTS = [
     Mutant("sinks on each rank", "parallel/sharded_cache.py", '**scores, "bias": None, "sink_logits": None}', '**scores, "bias": None}', SHARDED, "scores_of"),
     Mutant("a crop to as many tokens on each rank", "parallel/sharded_cache.py", "part.crop(self._blocks.count(length))", "part.crop(min(length, part.length))", SHARDED, "copied"),
     Mutant("a seen block from its first key", "parallel/sharded_cache.py", "                start += whole - rows.start\n", "", SHARDED, "steps_are"),
-    Mutant("results of 16 bits merged", "parallel/sharded_cache.py", "wide = accumulation_dtype(q.dtype)", "wide = q.dtype", SHARDED, "dtype"),
+    Mutant("a prompt dealt out by runs", "parallel/plan.py", "at = row + part.start - run.start\n", "at = row\n", SHARDED, "dealt"),
+    Mutant("ranks of tokens drop apart under heads", "parallel/attention.py", "seed = of_first_rank(draw.seed, tokens.route.group, tokens.mesh.device_type)", "seed = draw.seed", HEADS, "tokens_over"),
+    Mutant("results of 16 bits merged", "parallel/sharded_cache.py", "wide = accumulation_dtype(q.dtype)", "wide = q.dtype", SHARDED, "rounded"),
     Mutant("a draw by the head of a call", f"{NATIVE}/softmax/scores.h", "(uint32_t)(t.head[r] + p.first_head)", "(uint32_t)t.head[r]", DRAWS),
     Mutant("a window cuts one key less", "look.py", "beyond = [~Mask.band(window - 1, None)", "beyond = [~Mask.band(window, None)", LOOK),
     Mutant("sink tokens cut by a window", "look.py", "Mask.padding(~is_sink[None]) if sink_tokens else", "", LOOK),

@@ -124,7 +124,8 @@ def seconds(results: dict[str, Any]) -> str:
         "## Does time follow bytes?\n\nExchanges alone, attention replaced by zeros; the slowest rank of the fastest "
         f"of {results['settings']['repeats']} calls, over the bytes of the rank that sends or receives most. "
         f"{busy(results)}{' '.join(words)}{gain} The scheme whose busiest rank moves least is the fastest, or takes at "
-        f"most {ALIKE} times as long, in {', '.join(picks)}.\n\n![Times over bytes](links.svg)\n\n{table(titles, rows, words=2)}"
+        f"most {ALIKE} times as long, in {', '.join(picks)}.\n\n![Times over bytes](links.svg)\n\n"
+        f"{table(titles, rows, words=2)}"
     )
 
 

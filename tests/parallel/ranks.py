@@ -68,7 +68,7 @@ class Ranks:
         self.stop()
         self._folder = tempfile.mkdtemp()
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed.tensor.parallel", "transformers.modeling_utils"])
+        context.set_forkserver_preload(["torch", "torch.distributed.tensor.parallel"])
         finders = [_name(finder) for finder in sys.meta_path]
         for rank in range(self.count):
             ours, theirs = context.Pipe()

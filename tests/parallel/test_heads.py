@@ -456,3 +456,48 @@ def test_dropout_draws_what_one_process_does(count: int, ranks: Of) -> None:
     want = dropped(False)
     for got in ranks(count).run(dropped, True):
         torch.testing.assert_close(got, want)
+
+
+def at_odds(is_told: bool) -> None:
+    layer, x = over_ranks(made("two KV heads")), torch.randn(2, 6, 24)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("QKV_CHECK", str(int(is_told)))
+        layer(x)
+        layer(x + mesh().get_local_rank())
+
+
+def test_ranks_with_other_inputs_raise_if_they_are_told_to_check(ranks: Of) -> None:
+    ranks(2).run(at_odds, False)
+    for got in ranks(2).try_run(at_odds, True):
+        assert isinstance(got, Failure), got
+        assert "Heads: all ranks must make the same call; got x <float32 (2, 6, 24) " in got.message, got
+
+
+def over_both(cut: bool) -> list[Tensor]:
+    """Heads over one dimension of a mesh and tokens over the other, with dropout. Gradients are summed over tokens."""
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    layer: Any = made("all options").train()
+    layer.dropout = 0.4
+    torch.manual_seed(6)
+    x, tokens = BATCH.clone().requires_grad_(), None
+    if cut:
+        both = mesh(2, 2, names=("heads", "tokens"))
+        parallelize_module(layer, both["heads"], qkv.parallel.Heads())
+        tokens = qkv.parallel.Tokens.zigzag(7, both["tokens"])
+        torch.manual_seed(6 + torch.distributed.get_rank())
+    out = layer(x, tokens=tokens) if tokens is None else layer(tokens.take(x), tokens=tokens)
+    direction = torch.randn(out.shape[0], 7, 24, generator=torch.Generator().manual_seed(4))
+    (out * (direction if tokens is None else tokens.take(direction))).sum().backward()
+    gradients = [x.grad, *(parameter.grad for parameter in layer.parameters())]
+    if tokens is None:
+        return [out.detach(), *gradients]
+    for gradient in gradients:
+        own = gradient.to_local() if hasattr(gradient, "to_local") else gradient
+        torch.distributed.all_reduce(own, group=both["tokens"].get_group())
+    return [tokens.join(out.detach()), *map(whole, gradients)]
+
+
+def test_heads_and_tokens_over_ranks(ranks: Of) -> None:
+    for got in ranks(4).run(over_both, True):
+        torch.testing.assert_close(got, over_both(False))

@@ -143,8 +143,6 @@ def _call(change: str) -> str:
     elif change == "positions and length":
         layer = qkv.CausalAttention(24, 6, rotary=qkv.RotaryEmbedding(4, scaling=SCALING))
         options["positions"] = tokens.positions
-    elif change == "dropout":
-        layer = qkv.CausalAttention(24, 6, dropout=0.1)
     elif change == "latent cache":
         layer = qkv.LatentAttention(24, 6, kv_rank=8, nope_dim=4)
         options["cache"] = qkv.LatentKVCache()
@@ -165,7 +163,6 @@ MESSAGES = {
     "cache of one rank": r"cache must not be one that a call over ranks has filled, which has the keys of one rank",
     "positions": r"positions rotate queries and keys, so the layer needs a rotary",
     "positions and length": r"positions must be None in a call over ranks with a scaling that depends on the length",
-    "dropout": r"CausalAttention: dropout must be 0 in a call over ranks",
     "latent cache": r"LatentAttention: cache must be None in a call over ranks; got LatentKVCache",
 }
 

@@ -56,6 +56,7 @@ from qkv.layers.torch_arguments import answer_calls_of_torch, refuse_unknown_opt
 from qkv.layers.transformers_modules import Converted
 from qkv.masks import Mask
 from qkv.parallel.context import Mark, Over
+from qkv.parallel.sharded_cache import ShardedKVCache
 from qkv.parallel.tokens import Tokens, Whole
 from qkv.scores import ScoreOptions
 
@@ -460,7 +461,11 @@ class Attention(OperatorLayer):
         if self.context_dim is None and layout.context_tokens is not None and vars(self).get(Mark.NAME) is None:
             raise ValueError(f"{caller}: context_tokens must be None in self-attention; got {layout.context_tokens}.")
         options = options_over_ranks(self, x, layout, positions, cache)
-        if isinstance(cache, Cache):
+        mask = mask_over_ranks(self, mask, layout)
+        shards = cache if isinstance(cache, ShardedKVCache) else None
+        if shards is not None:
+            shards.admit(self._owner, mask)
+        elif isinstance(cache, Cache):
             count = x.shape[1] if self.k_proj is None else 0  # with the keys of another layer, or none yet
             if cache.columns != count:
                 raise ValueError(
@@ -468,9 +473,10 @@ class Attention(OperatorLayer):
                     f"of x from the layer that is read; got one of {cache.columns}."
                 )
         inputs = self._inputs(x, context, options)
-        if isinstance(cache, Cache):
+        if shards is not None:
+            shards.fill(inputs.keys.k, inputs.keys.v, layout.tokens)
+        elif isinstance(cache, Cache):
             cache.is_of_one_rank = True
-        mask = mask_over_ranks(self, mask, layout)
         out = self._attend(Inputs(inputs.q, inputs.keys, mask, bias, layout))
         return self._project_out(out, x)
 
@@ -635,10 +641,10 @@ class Attention(OperatorLayer):
         return inputs._replace(bias=of_positions if bias is None else bias + of_positions)
 
     def _bias_of_positions(self, lq: int, lk: int, offset: int | Tensor, q: Tensor) -> Tensor:
-        """What `position_bias` gives for these positions, in the dtype of q."""
+        """What `position_bias` gives for these positions, of all heads, in the dtype of q."""
         assert self.position_bias is not None
-        share, module, where = self._share, self.position_bias, (lq, lk, offset)
-        bias: Tensor = module(*where) if share is None else share.call(module, *where)
+        share, module = self._share, self.position_bias
+        bias: Tensor = module(lq, lk, offset) if share is None else share.call(module, lq, lk, offset)
         return bias.to(q.dtype)
 
     def _raise_input_error(self, error: RuntimeError, x: Tensor, context: Tensor | None) -> None:

@@ -12,6 +12,8 @@ from qkv.layers.head_norm import HeadNorm
 from qkv.layers.instance_forward import InstanceForward
 from qkv.layers.jagged import nested_like
 from qkv.layers.projection import linear_projections, product
+from qkv.parallel.agreement import agreed, digest
+from qkv.parallel.exchange import Route
 from qkv.parallel.sums import copied, of_first_rank, summed
 from qkv.scores import Draw, ScoreOptions, new_seed
 
@@ -49,6 +51,9 @@ class HeadShare:
         self, x: Tensor, context: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The inputs of a call, whose gradients are summed over ranks: once, however many projections read them."""
+        if not torch.compiler.is_compiling():
+            given = {"x": x, "context": context, "bias": bias}
+            agreed(_CALLER, Route(self.group, self.mesh.get_local_rank(), self.mesh.size()), lambda: given, _described)
         return (
             self._enter(x),
             None if context is None else self._enter(context),
@@ -226,6 +231,12 @@ class NormOfRanks(_OfRank):
         norm: Any = self.module
         normalised: Tensor = norm.normalise(x, self.share.shared(norm.weight))
         return normalised
+
+
+def _described(given: dict[str, Any]) -> dict[str, str]:
+    """What all ranks must pass alike."""
+    values = {name: x.values() if isinstance(x, Tensor) and x.is_nested else x for name, x in given.items()}
+    return {name: digest(x) if isinstance(x, Tensor) else repr(x) for name, x in values.items()}
 
 
 def _local(parameter: Any) -> Tensor:

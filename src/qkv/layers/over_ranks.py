@@ -69,16 +69,17 @@ def options_over_ranks(
             f"{caller}: x must have the {tokens.rows} rows that the layout gives rank {tokens.rank} of "
             f"{len(tokens.runs)}; got {x.shape[1]}. Use tokens.take(x) of all {tokens.length} rows."
         )
-    if cache is not None and type(cache) is not KVCache:
+    if cache is not None and type(cache) not in (KVCache, parallel.ShardedKVCache):
         raise TypeError(
-            f"{caller}: cache must be a KVCache or None in a call over ranks, for layers that share its keys; "
-            f"got {type(cache).__name__}."
+            f"{caller}: cache must be a KVCache or None in a call over ranks, for layers that share its keys, or a "
+            f"parallel.ShardedKVCache; got {type(cache).__name__}."
         )
+    own = None if isinstance(cache, parallel.ShardedKVCache) else cache  # which gets keys as they are dealt out
     rotary = layer.rotary
     if rotary is None:
         if positions is not None:
             raise ValueError(f"{caller}: positions rotate queries and keys, so the layer needs a rotary; got None.")
-        return CallOptions(FULL, None, None, cache)
+        return CallOptions(FULL, None, None, own)
     length = None
     if getattr(rotary, "depends_on_length", False):
         if positions is not None:
@@ -87,7 +88,7 @@ def options_over_ranks(
                 f"which one rank does not know from its own; got a tensor of shape {tuple(positions.shape)}."
             )
         length = tokens.length
-    return CallOptions(FULL, None, tokens.positions if positions is None else positions, cache, length)
+    return CallOptions(FULL, None, tokens.positions if positions is None else positions, own, length)
 
 
 def mask_over_ranks(layer: "Attention | LatentAttention", mask: Mask | None, layout: Over) -> Mask:
@@ -112,11 +113,12 @@ def attend_over_ranks(layer: "Attention", inputs: Inputs) -> Tensor:
 
 def _rows_of(layer: "Attention", module: Any, n_queries: int, n_keys: int, q: Tensor) -> Callable[[int, int], Tensor]:
     """The bias of a module for the query rows from one number up to another."""
+    heads = slice(None) if layer._share is None else layer._share.query_heads
     if isinstance(module, RelativePositionBias):
-        return lambda start, stop: layer._bias_of_positions(stop - start, n_keys, start, q)
+        return lambda start, stop: layer._bias_of_positions(stop - start, n_keys, start, q)[:, heads]
     # Those of images are made for all of a window or for none.
     whole = layer._bias_of_positions(n_queries, n_keys, 0, q)
-    return lambda start, stop: whole[:, :, start:stop]
+    return lambda start, stop: whole[:, heads, start:stop]
 
 
 def attend_latents_over_ranks(

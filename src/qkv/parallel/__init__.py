@@ -30,7 +30,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> typing.Any:
-    """The styles, whose base class takes torch a second to import."""
+    """`Context` and `Heads`, whose base class takes torch a second to import."""
     if name == "Context":
         from qkv.parallel.style import Context
 

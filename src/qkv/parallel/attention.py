@@ -1,6 +1,7 @@
 """`attention`, `attention_with_lse`, `merge` and `explain` over ranks: validate, choose a scheme, run it."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -16,9 +17,11 @@ from qkv.parallel.agreement import agreed, digest
 from qkv.parallel.exchange import Route, exchange
 from qkv.parallel.plan import stacking
 from qkv.parallel.schemes import SCHEMES, Call, PieceOptions, Solve, bytes_sent, scores_computed
+from qkv.parallel.sums import of_first_rank
 from qkv.parallel.tokens import Tokens, Whole
 from qkv.partial import Partial, merge_stacked
 from qkv.problem import Problem, make_problem
+from qkv.scores import Draw, new_seed
 
 
 class ShardedOptions(Options, total=False):
@@ -62,7 +65,8 @@ def attention(
             has all of them.
         scheme: one of the above, which is used without fallback; or ``"auto"``, the one that sends the fewest bytes in
             all. See `explain`.
-        **options: the keywords of `qkv.attention`, apart from ``pages``; ``dropout`` must be 0.
+        **options: the keywords of `qkv.attention`, apart from ``pages``. Dropout drops the same weights for any number
+            of ranks: those of a ``draw``, or of one from the generator of the first rank.
 
     Returns:
         ``(B, H, rows, Dv)`` in the dtype of q.
@@ -162,17 +166,15 @@ def explain(
     call = _validated("parallel.explain", (q, k, v), tokens, key_tokens, scheme, False, options)
     sent, scores = bytes_sent(call), scores_computed(call)
     chosen = _chosen(scheme, sent)
-    least = sum(sent[chosen])
     reasons = {}
     for name in SCHEMES:
         if name not in sent:
             reasons[name] = "not for keys that each rank has whole"
         elif name != chosen:
-            total = sum(sent[name])
-            asked = scheme != "auto" or total == least
-            reasons[name] = (
-                "not asked for" if scheme != "auto" else "comes later in the order" if asked else "sends more"
-            )
+            sends_more = sum(sent[name]) > sum(sent[chosen])
+            reasons[name] = "sends more" if sends_more else "comes later in the order"
+            if scheme != "auto":
+                reasons[name] = "not asked for"
     return Explanation(chosen, sent, scores, reasons)
 
 
@@ -247,7 +249,7 @@ def attend(
         return call, _chosen("auto", bytes_sent(call))
 
     call, scheme = agreed(caller, tokens.route, make, _described)
-    return SCHEMES[scheme](call)[0]
+    return SCHEMES[scheme](_drawn(call))[0]
 
 
 def _sum_of(
@@ -275,7 +277,18 @@ def _prepared(
         call = _validated(caller, qkv, tokens, key_tokens, scheme, wants_lse, options)
         return call, _chosen(scheme, bytes_sent(call)) if scheme == "auto" else scheme
 
-    return agreed(caller, tokens.route, make, _described)
+    call, chosen = agreed(caller, tokens.route, make, _described)
+    return _drawn(call), chosen
+
+
+def _drawn(call: Call) -> Call:
+    """The call with one draw of dropout for all ranks."""
+    if not call.scores.dropout:
+        return call
+    tokens, draw = call.tokens, call.scores.draw or Draw(new_seed())  # one of `Heads` is of another mesh
+    assert draw.seed is not None
+    seed = of_first_rank(draw.seed, tokens.route.group, tokens.mesh.device_type)
+    return call._replace(scores=call.scores._replace(draw=draw._replace(seed=seed)))
 
 
 def _chosen(scheme: str, sent: dict[str, tuple[int, ...]]) -> str:
@@ -303,11 +316,6 @@ def _validated(
     _require_tokens(caller, tokens)
     if options.get("pages") is not None:
         raise ValueError(f"{caller}: pages must be None in a call over ranks; pass the keys of each rank as k and v.")
-    if options.get("dropout"):
-        raise ValueError(
-            f"{caller}: dropout must be 0 in a call over ranks, which would drop other weights than one process; "
-            f"got {options['dropout']}."
-        )
     k_scale, v_scale = options.get("k_scale"), options.get("v_scale")
     require_tensors(caller, **dict(zip("qkv", qkv, strict=True)))
     for tensor in qkv:
@@ -437,9 +445,12 @@ def _solver(caller: str, backend: str) -> Solve:
         given: dict[str, Any] = {**options, "backend": backend}
         if scales:
             given |= {"k_scale": scales[0][..., 0], "v_scale": scales[1][..., 0]}
-        if wants_lse:
-            return functional.attend(caller, q, k, v, **given)
-        return functional.attention(q, k, v, **given), None
+        device = q.device.type
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+            # Tensors have the dtype of autocast, or for `merge` a wider one.
+            if wants_lse:
+                return functional.attend(caller, q, k, v, **given)
+            return functional.attention(q, k, v, **given), None
 
     return solve
 
@@ -457,7 +468,8 @@ def _described(made: tuple[Call, str]) -> dict[str, str]:
         "mask": mask,
         "offset": digest(offset) if isinstance(offset, Tensor) else str(offset),
         "q and keys": repr(tensors),
-        "scores": repr([digest(x) if isinstance(x, Tensor) else x for x in call.scores]),
+        "scores": repr([digest(x) if isinstance(x, Tensor) else x for x in call.scores._replace(draw=None)]),
+        "draw": repr([digest(x) if isinstance(x, Tensor) else x for x in call.scores.draw or ()]),
         "bias": repr(call.bias is not None),
         "lse": repr(call.wants_lse),
     }

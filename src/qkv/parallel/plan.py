@@ -323,6 +323,7 @@ class Share(NamedTuple):
     """heads of queries and of keys, both counted from the first of the rank, of one call of attention each"""
 
 
+@lru_cache(PLANS)
 def shares(heads: int, kv_heads: int, ranks: int) -> tuple[Share, ...]:
     """The heads of each rank: as even as their number allows, each KV head with all ranks whose queries read it."""
     group, found = heads // kv_heads, []
@@ -476,6 +477,27 @@ def joining(layout: Layout, rank: int) -> Plan:
     rows = tuple(Move(0, (0, 1), (row, row + run.stop - run.start)) for run, row in numbered(layout[rank]))
     receives = tuple(tuple(Move(0, (0, 1), run) for run in runs) for runs in layout)
     return Plan((whole(1, n),), (rows,) * len(layout), receives, len(layout) == 1)
+
+
+@lru_cache(PLANS)
+def dealing(held: Layout, wanted: Layout, heads: int, rank: int) -> Plan:
+    """The plan by which rows go from one layout to another of the same positions."""
+    everything = (0, heads)
+    sends = tuple(
+        tuple(
+            Move(0, everything, (row, row + stop - start))
+            for run in runs
+            for start, stop, row in _own_parts(held[rank], run)
+        )
+        for runs in wanted
+    )
+    receives: list[list[Move]] = [[] for _ in held]
+    for run, row in numbered(wanted[rank]):
+        for part in _parts(held, run):
+            at = row + part.start - run.start
+            receives[part.rank].append(Move(0, everything, (at, at + part.stop - part.start)))
+    buffer = whole(heads, rows_of(wanted[rank]))
+    return Plan((buffer,), sends, tuple(map(tuple, receives)), len(held) == 1)
 
 
 @lru_cache(PLANS)

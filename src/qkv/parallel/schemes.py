@@ -81,9 +81,13 @@ class Call(NamedTuple):
     def shares(self) -> tuple[Share, ...]:
         return shares(self.q.shape[1], self.keys[0].shape[1], len(self.tokens.runs))
 
-    def options(self, mask: Mask, offset: int | Tensor, bias: Tensor | None, heads: Interval) -> PieceOptions:
-        """The options of a piece, for some query heads, as their number may be less than all."""
-        first, end = heads
+    def options(
+        self, mask: Mask, offset: int | Tensor, bias: Tensor | None, heads: Interval, first_key: int
+    ) -> PieceOptions:
+        """The options of a piece of some query heads, whose keys begin at the position ``first_key``."""
+        (first, end), draw = heads, self.scores.draw
+        if draw is not None:
+            draw = draw._replace(first_head=draw.first_head + first, first_key=draw.first_key + first_key)
         alibi, sink_logits = self.scores.alibi, self.scores.sink_logits
         if end - first < self.q.shape[1]:
             mask = mask.select_heads(first, end)
@@ -98,6 +102,8 @@ class Call(NamedTuple):
             "bias": bias,
             "alibi": alibi,
             "sink_logits": sink_logits,
+            "dropout": self.scores.dropout,
+            "draw": draw,
         }
 
     def nothing(self, heads: int, rows: int) -> tuple[Tensor, Tensor]:
@@ -118,7 +124,8 @@ def gather(call: Call) -> tuple[Tensor, Tensor | None]:
         call.tokens.own, _by_run(call.q, call.tokens.own), found.keys, arrived.kinds[0], strict=True
     ):
         bias = None if call.bias is None else select_keys(call.bias(*run), keys.start, keys.stop, keys.head)
-        options = call.options(_mask_of(call, run, keys), call.offset + run.start + keys.shift(), bias, every_head)
+        offset = call.offset + run.start + keys.shift()
+        options = call.options(_mask_of(call, run, keys), offset, bias, every_head, keys.start - keys.head)
         parts.append(call.solve(q, tensors, options, wants_lse=call.wants_lse))
     out, lse = _joined(parts, 2) if parts else call.nothing(every_head[1], 0)
     return depend(out, arrived.link), lse
@@ -140,7 +147,7 @@ def heads(call: Call) -> tuple[Tensor, Tensor | None]:
     bias = None if call.bias is None else call.bias(0, n)
     parts = []
     for (start, stop), (first_key, end_key) in mine.groups:
-        options = call.options(call.mask, call.offset, bias, (first + start, first + stop))
+        options = call.options(call.mask, call.offset, bias, (first + start, first + stop), 0)
         of_group = [tensor[:, first_key:end_key] for tensor in keys]
         parts.append(call.solve(q[:, start:stop], of_group, options, wants_lse=call.wants_lse))
     out, lse = _joined(parts, 1) if parts else call.nothing(0, n)
@@ -164,7 +171,8 @@ def merge(call: Call) -> tuple[Tensor, Tensor | None]:
         for run, row in visit.keys:
             mask = call.mask.select_apart(visit.run, run, call.n_keys, call.offset)
             bias = None if call.bias is None else select_keys(call.bias(*visit.run), run.start, run.stop, 0)
-            options = at_keys.options(mask, call.offset + visit.run.start - run.start, bias, every_head)
+            offset = call.offset + visit.run.start - run.start
+            options = at_keys.options(mask, offset, bias, every_head, run.start)
             of_run = [tensor[:, :, row : row + run.stop - run.start] for tensor in keys]
             met.append(call.solve(q.to(wide), of_run, options, wants_lse=True))
         parts.append(_merged(met))
@@ -198,19 +206,12 @@ def bytes_sent(call: Call) -> dict[str, tuple[int, ...]]:
     of_key = batch * sum(tensor.shape[3] * tensor.element_size() for tensor in call.keys)
     of_query, of_result = batch * width * size, batch * call.value_width * size
     of_result += batch * wide if call.wants_lse else 0
-    ranks = range(len(call.tokens.runs))
-    queries, keys = ([rows_of(runs) for runs in layout] for layout in (call.tokens.runs, call.key_layout))
-    of_heads = []
-    for rank in ranks:
-        own = call.shares[rank].queries
-        total = 0
-        for peer in ranks:
-            if peer != rank:
-                share = call.shares[peer]
-                total += queries[rank] * (share.queries[1] - share.queries[0]) * of_query
-                total += keys[rank] * (share.keys[1] - share.keys[0]) * of_key
-                total += queries[peer] * (own[1] - own[0]) * of_result
-        of_heads.append(total)
+    of_heads, copies = [], sum(share.keys[1] - share.keys[0] for share in call.shares)
+    for share, own, own_keys in zip(call.shares, call.tokens.runs, call.key_layout, strict=True):
+        heads, kv_heads = share.queries[1] - share.queries[0], share.keys[1] - share.keys[0]
+        rows = rows_of(own)
+        leaving = rows * (count - heads) * of_query + rows_of(own_keys) * (copies - kv_heads) * of_key
+        of_heads.append(leaving + (call.tokens.length - rows) * heads * of_result)
     sent, answered = visit_rows(call.seen, call.tokens.runs, call.key_layout)
     there, back = count * of_query, batch * count * (call.value_width + 1) * wide
     return {
@@ -239,8 +240,8 @@ def scores_computed(call: Call) -> dict[str, tuple[int, ...]]:
 
 
 def _gathering(call: Call) -> Gathering:
-    # Distances to sink tokens count in ALiBi.
-    keeps_distances = call.scores.alibi is not None
+    # The distance to sink tokens counts in ALiBi, and their position in dropout.
+    keeps_distances = call.scores.alibi is not None or call.scores.dropout > 0
     kv_heads = call.keys[0].shape[1]
     return gathering(call.seen, call.key_layout, kv_heads, call.tokens.rank, keeps_distances=keeps_distances)
 

@@ -1,6 +1,6 @@
 """`ShardedKVCache`: the keys and values of a text over the ranks of a mesh, in blocks."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -16,7 +16,12 @@ from qkv.cache import Cache, Keys
 from qkv.cache.base import Owner, autocast_to
 from qkv.cache.rows import Rows
 from qkv.masks import FULL, Mask
+from qkv.parallel.agreement import agreed, digest
 from qkv.parallel.attention import merge
+from qkv.parallel.exchange import Route, exchange
+from qkv.parallel.plan import dealing
+from qkv.parallel.runs import Layout, Run
+from qkv.parallel.tokens import Tokens
 from qkv.partial import Partial
 from qkv.scores import ScoreOptions
 
@@ -38,6 +43,11 @@ class Blocks(NamedTuple):
             begin, end = max(first, start), min(first + self.block, stop)
             if begin < end:
                 yield begin, end
+
+    def layout(self, length: int) -> Layout:
+        """The runs of all ranks of a text."""
+        each = (self._replace(rank=rank) for rank in range(self.ranks))
+        return tuple(tuple(Run(*run) for run in blocks.runs(0, length)) for blocks in each)
 
     def count(self, stop: int) -> int:
         """Number of own positions before ``stop``."""
@@ -68,13 +78,8 @@ class Shards(NamedTuple):
         Raises:
             ValueError: for dropout, and gradients.
         """
-        parts = [tensor for tensor in (q, keys.k, keys.v) if tensor.requires_grad]
-        if scores.get("dropout") or (parts and torch.is_grad_enabled()):
-            got = f"dropout={scores['dropout']}" if scores.get("dropout") else "tensors that require a gradient"
-            raise ValueError(
-                f"ShardedKVCache: it is for decoding, without gradients and dropout; got {got}. Call the layer under "
-                "torch.no_grad(), in eval mode; train with tokens=parallel.Tokens(...)."
-            )
+        _refuse_training((q, keys.k, keys.v), scores.get("dropout", 0.0))
+        self._require_agreement(q, mask, scores)
         wide = accumulation_dtype(q.dtype)
         local: Partial | None = None
         for piece in self._pieces(q.to(wide), keys, mask, scores):
@@ -86,6 +91,16 @@ class Shards(NamedTuple):
         out, lse = merge(local, self.mesh)
         sinks = scores.get("sink_logits")
         return (out if sinks is None else add_sinks(out, lse, sinks)[0]).to(q.dtype)
+
+    def _require_agreement(self, q: Tensor, mask: Mask, scores: ScoreOptions) -> None:
+        """Raises ValueError, with QKV_CHECK=1, unless all ranks make the same call."""
+        given = {"q": q, **dict(mask.tensors()), "bias": scores.get("bias")}
+
+        def described(given: dict[str, Any]) -> dict[str, str]:
+            found = {name: "None" if one is None else digest(one) for name, one in given.items()}
+            return {"tokens": f"{self.length} in blocks of {self.blocks.block}", "mask": repr(mask), **found}
+
+        agreed("ShardedKVCache", Route(self.mesh.get_group(), *self.blocks[1:]), lambda: given, described)
 
     def _pieces(self, q: Tensor, keys: Keys, mask: Mask, scores: ScoreOptions) -> Iterator[dict[str, Any]]:
         """The calls of this rank: one over the blocks that all queries see, and one for each other block."""
@@ -121,7 +136,8 @@ class ShardedKVCache(Cache):
 
     Position p is on rank ``(p // block) % P``. All ranks pass the same tokens to the layer and get the same output, in
     the same bits. A call sends each rank's result for its queries, ``(B, H, Lq, Dv + 1)`` in fp32 or higher, to all
-    others, in one collective: as many bytes however long the text is. With `Heads`, on another dimension of the mesh,
+    others, in one collective: as many bytes however long the text is. A prompt may be over ranks itself, by the
+    ``tokens`` of the first call, whose keys are then dealt out. With `Heads`, on another dimension of the mesh,
     a rank has its heads of its blocks.
 
     Args:
@@ -141,7 +157,9 @@ class ShardedKVCache(Cache):
         >>> from qkv import parallel
         >>> mesh = init_device_mesh("cpu", (4,))  # doctest: +SKIP
         >>> cache = parallel.ShardedKVCache(mesh)  # doctest: +SKIP
-        >>> layer(prompt, cache=cache), layer(step, cache=cache)  # doctest: +SKIP
+        >>> tokens = parallel.Tokens.zigzag(n, mesh)  # doctest: +SKIP
+        >>> layer(tokens.take(prompt), cache=cache, tokens=tokens)  # doctest: +SKIP
+        >>> layer(step, cache=cache)  # doctest: +SKIP
 
     Source: vLLM's decode context parallelism (``cp_kv_cache_interleave_size``) and Helix (Bhatia et al. 2025), for
     blocks over ranks; Tree attention (Shyam et al. 2024) for the merge.
@@ -194,29 +212,57 @@ class ShardedKVCache(Cache):
         Raises:
             ValueError: for padding; for a batch, heads, width, dtype or device other than before; beyond capacity.
         """
-        caller, start = type(self).__name__, self._length
+        start = self._length
         if is_token is not None:
             raise ValueError(
-                f"{caller}: rows must have one length, so that a position is on one rank; got padding. Leave it out, "
-                "or give each row a cache of its own."
+                f"{type(self).__name__}: rows must have one length, so that a position is on one rank; got padding. "
+                "Leave it out, or give each row a cache of its own."
             )
+        own = [slice(first - start, end - start) for first, end in self._blocks.runs(start, start + k.shape[2])]
+        new = [torch.cat([x[:, :, each] for each in own], dim=2) if own else x[:, :, :0] for x in (k, v)]
+        return self._store(new[0], new[1], k.shape[2])
+
+    def fill(self, k: Tensor, v: Tensor, tokens: Tokens) -> None:
+        """Stores the first tokens, of which each rank passes those that a layout gives it, by one collective.
+
+        Args:
+            k, v: keys ``(B, Hkv, rows, D)`` and values ``(B, Hkv, rows, Dv)`` of this rank.
+            tokens: the layout.
+
+        Raises:
+            ValueError: for a cache that has tokens, a layout of another mesh, gradients, and beyond capacity.
+        """
+        caller = type(self).__name__
+        _refuse_training((k, v), 0.0)
+        if self._length:
+            raise ValueError(
+                f"{caller}: a call with tokens= must be the first; got a cache of {self._length} tokens. Pass later "
+                "ones to all ranks, without tokens=."
+            )
+        if tokens.mesh != self._mesh.mesh:
+            raise ValueError(f"{caller}: the layout must be of the mesh of the cache; got {tokens.mesh}.")
+        plan = dealing(tokens.runs, self._blocks.layout(tokens.length), k.shape[1], tokens.rank)
+        (own,) = exchange(plan, tokens.route, [k, v]).kinds[0]
+        self._store(own[0], own[1], tokens.length)
+
+    def _store(self, k: Tensor, v: Tensor, count: int) -> Keys:
+        """Appends the rank's own of ``count`` more tokens of all ranks."""
+        caller, start = type(self).__name__, self._length
         before = (None, None) if self._is_new else (self._parts[0].memory, self._parts[1].memory)
         self._check_append(k, v, *before)
-        stop = start + k.shape[2]
+        stop = start + count
         if self.capacity is not None and stop > self.capacity:
             raise ValueError(
-                f"{caller}: capacity is {self.capacity} tokens; got {k.shape[2]} more than the {start} in the cache. "
+                f"{caller}: capacity is {self.capacity} tokens; got {count} more than the {start} in the cache. "
                 "Pass a larger capacity, or None to grow."
             )
         if not start:
             self._autocast = autocast_to(k)
         mark = self.mark()
         try:
-            own = [slice(first - start, end - start) for first, end in self._blocks.runs(start, stop)]
-            new = [torch.cat([x[:, :, each] for each in own], dim=2) if own else x[:, :, :0] for x in (k, v)]
             most = self._blocks.count(stop)
             capacity = max(2 * most, MIN_CAPACITY) if self.capacity is None else self._blocks.count(self.capacity)
-            tokens = self._format.extend(self._parts, new[0], new[1], capacity)
+            tokens = self._format.extend(self._parts, k, v, capacity)
         except BaseException:  # out of memory or interrupted, with one part grown
             self.restore(mark)
             raise
@@ -284,6 +330,15 @@ class ShardedKVCache(Cache):
             "rank": f"{self._blocks.rank} of {self._blocks.ranks}",
             **super()._options(),
         }
+
+
+def _refuse_training(tensors: Sequence[Tensor], dropout: float) -> None:
+    if dropout or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+        got = f"dropout={dropout}" if dropout else "tensors that require a gradient"
+        raise ValueError(
+            f"ShardedKVCache: it is for decoding, without gradients and dropout; got {got}. Call the layer under "
+            "torch.no_grad(), in eval mode; train with tokens=parallel.Tokens(...)."
+        )
 
 
 class _Kept:
