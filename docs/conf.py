@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ from sphinx.application import Sphinx
 from sphinx.transforms.post_transforms import SphinxPostTransform
 
 import qkv
+
+sys.path.append(str(Path(__file__).parent))
+import llms
 
 project = "qkv"
 author = "the authors of qkv"
@@ -127,10 +131,18 @@ class SideBySide(SphinxPostTransform):
                 left.replace_self(nodes.container("", left.deepcopy(), right, classes=["columns"]))
 
 
+def write_for_programs(app: Sphinx, error: Exception | None) -> None:
+    """The site as text for programs: an index, and all pages in one file."""
+    if error is None:
+        (Path(app.outdir) / "llms.txt").write_text(llms.index())
+        (Path(app.outdir) / "llms-full.txt").write_text(llms.whole())
+
+
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
     app.connect("source-read", prepare)
     app.connect("missing-reference", resolve)
     app.connect("autodoc-process-docstring", tidy, priority=400)  # napoleon has 500
     app.connect("autodoc-process-docstring", restore, priority=600)
+    app.connect("build-finished", write_for_programs)
     app.add_post_transform(SideBySide)

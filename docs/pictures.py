@@ -10,12 +10,31 @@ import torch
 
 import qkv
 from qkv import Mask, plots
+from qkv.bench.mechanisms import Sizes, mechanisms
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 FOLDER = Path(__file__).parent / "pictures"
+
+
+def seven() -> "Figure":
+    """The seven mechanisms: above which keys a query sees, below which query heads share keys and values."""
+    sizes = Sizes(1, 10, 6, 2, 64, 4, torch.float32, decode=False, backward=False)
+    figure, axes = _row_of_axes(7, 2, width=1.75, height=1.75)
+    for column, each in enumerate(mechanisms(sizes)):
+        of_keys, of_heads = axes[column], axes[column + 7]
+        plots.mask(each.mask, each.num_queries, each.num_keys, offset=0, ax=of_keys)
+        of_keys.set_title(each.name)
+        of_keys.set(xticks=[], yticks=[], xlabel="keys", ylabel="queries" if column == 0 else "")
+        plots.groups(each.num_heads, each.num_kv_heads, ax=of_heads)
+        of_heads.set_title("")
+        middle = (each.num_heads - 1) / 2
+        of_heads.set_xlim(middle - sizes.num_heads / 2, middle + sizes.num_heads / 2)
+        if column:
+            of_heads.set_yticks([])
+    return figure
 
 
 def masks() -> "Figure":
@@ -45,6 +64,7 @@ def masks() -> "Figure":
     ):
         plots.mask(mask, 16, ax=ax)
         ax.set_title(title)
+        ax.label_outer()
     return figure
 
 
@@ -55,6 +75,7 @@ def windows() -> "Figure":
         axes, (Mask.causal(window=4), Mask.sliding(window=4), Mask.causal(window=4, sink_tokens=2)), strict=True
     ):
         plots.mask(mask, 12, ax=ax)
+        ax.label_outer()
     return figure
 
 
@@ -146,6 +167,7 @@ def _row_of_axes(columns: int, rows: int = 1, width: float = 3.4, height: float 
 
 
 PICTURES: dict[str, Callable[[], "Figure"]] = {
+    "seven": seven,
     "masks": masks,
     "windows": windows,
     "offsets": offsets,

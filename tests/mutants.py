@@ -49,6 +49,7 @@ SEVEN = ("analysis/test_seven.py",)
 REACH = ("analysis/test_reach.py",)
 ALIGNMENT = ("convert/test_alignment.py",)
 PLOTS = ("plots/test_plots.py",)
+SEE = ("cli/test_see.py",)
 KINDS = ("cli/test_see_kinds.py",)
 BAD_INPUT = ("cli/test_see_bad_input.py",)
 CONVERT = ("cli/test_convert.py",)
@@ -242,7 +243,7 @@ MUTANTS = [
     Mutant("neighbours pooled that are not aligned", "convert/families/agreement.py", 'if how == "aligned":', "if False:", ALIGNMENT, "agreement"),
     Mutant("QK norms forgotten in agreement", "convert/families/agreement.py", "normed=normed", "normed=False", ALIGNMENT, "agreement"),
     Mutant("agreement out of the order of groups", "analysis/page/pictures/head_agreement.py", "_matrix(numbers[order][:, order], layer.groups)", "_matrix(numbers, layer.groups)", PAGE),
-    Mutant("the agreement of all pairs as of a group", "analysis/page/pictures/head_agreement.py", "for n, group in enumerate(groups) for other in groups[:n]", "for n, group in enumerate(groups) for other in groups", PAGE),
+    Mutant("the agreement of all pairs as of a group", "analysis/words.py", "for n, group in enumerate(groups) for other in groups[:n]", "for n, group in enumerate(groups) for other in groups", PAGE),
     Mutant("a reach one token longer a layer", "analysis/reach.py", "stops[-1] + window - 1", "stops[-1] + window", REACH),
     Mutant("hidden states that are nearly equal", "analysis/reach.py", "differs = (old != new).any(1)", "differs = (old - new).abs().amax(1) > 1e-2", REACH),
     Mutant("windows that are added without effect", "analysis/reach.py", "return None if window is None else window.narrowed(q, k, options)", "return None", REACH),
@@ -291,6 +292,17 @@ MUTANTS = [
     Mutant("the stretch after the one that pays most", "plots/costs.py", "(sums[count:] - sums[:-count]).argmax()", "(sums[count:] - sums[:-count]).argmax() + 1", PLOTS),
     Mutant("savings of a plot without a proposal", "plots/costs.py", "    if proposal is not None:", "    if False:", PLOTS),
     Mutant("heads of a plot in their own order beside groups", "plots/costs.py", "matrix[order][:, order]", "matrix", PLOTS),
+    Mutant("ticks of bytes in decimal units", "byte_sizes.py", "return 1 << 10 * min", "return 10 ** 3 * min", ("analysis/test_page.py",)),
+    Mutant("a message that names another entry", "cache/sliding.py", "more('dropped-keys')", "more('offset')", ("repository/test_error_catalogue.py",)),
+    Mutant("layers of see by the cut", "cli/reports/see.py", "changes[index, first].nan_to_num", "cuts[index, first].nan_to_num", SEE),
+    Mutant("changes and cuts of see exchanged", "cli/reports/see.py", "for numbers in (changes, cuts))", "for numbers in (cuts, changes))", SEE),
+    Mutant("the change of a layer by its mean head", "analysis/recording.py", "layer.change_by_head().amax((1, 2))", "layer.change_by_head().mean((1, 2))", (*RECORDING, *SEE)),
+    Mutant("a measured reach without the last token", "analysis/reach.py", "return [one + 1 - self.position for one in last]", "return [one - self.position for one in last]", (*REACH, *SEE)),
+    Mutant("heads of other groups among those that agree", "analysis/words.py", "for a in group for b in group if a < b]", "for a in group for b in group]", SEE),
+    Mutant("cells of a short picture too wide", "plots/small_svg.py", "of_style[-1][0].append(x1)", "of_style[-1][0].append(x1 + 1)", PLOTS),
+    Mutant("a short picture without the edges of cells", "plots/small_svg.py", "for x in inner if has_edges else ()", "for x in ()", PLOTS),
+    Mutant("texts of a short picture rounded", "plots/small_svg.py", "TAG.sub(lambda tag: PLACES.sub(lambda place: NUMBER.sub(_rounded, place[0]), tag[0]), picture)", "PLACES.sub(lambda place: NUMBER.sub(_rounded, place[0]), picture)", PLOTS),
+    Mutant("one font for all texts of a short picture", "plots/small_svg.py", '"" if font[1] == usual else font[0]', '""', PLOTS),
     Mutant("a picture with random names", "plots/canvas.py", "\"svg.hashsalt\": \"qkv\", ", "", PLOTS),
     Mutant("the price of a window one token wider", "analysis/changes.py", "Mask.causal(window, sink", "Mask.causal(window + 1, sink", PRICING),
     Mutant("the price of a window instead of a layer's own mask", "analysis/changes.py", "return mask & self._mask  #", "return self._mask  #", PRICING),

@@ -9,6 +9,19 @@ from torch import Tensor
 NUMBERS = (float, int, Real, torch.SymFloat, torch.SymInt)
 """Types of numbers: Python's, NumPy's and symbolic ones of exported programs. No tensors, which may need a gradient."""
 
+ERRORS = "docs/reference/errors.md"
+"""The catalogue of errors in the documentation, with the cause and the remedy of each."""
+
+
+def more(entry: str) -> str:
+    """The end of a message whose remedy needs more words than it has: where the catalogue has them.
+
+    Example:
+        >>> more("offset")
+        ' More: docs/reference/errors.md#offset'
+    """
+    return f" More: {ERRORS}#{entry}"
+
 
 def require_int(caller: str, name: str, value: object, suffix: str = "") -> None:
     """Raises TypeError unless ``value`` is an int. ``suffix`` continues "must be an int" in the message."""

@@ -144,6 +144,8 @@ def attention_with_lse(
         >>> q, k = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 4, 8)
         >>> qkv.attention_with_lse(q, k, k).lse.shape
         torch.Size([1, 2, 3])
+
+    Source: FlashAttention (Dao et al. 2022), section 3.1, whose backward pass keeps it; ``softmax_lse`` of flash-attn.
     """
     return attend("attention_with_lse", q, k, v, backend=backend, **options)
 
@@ -160,6 +162,8 @@ def attend(
 
 def attention_weights(q: Tensor, k: Tensor, **options: Unpack[Options]) -> Tensor:
     """The weights with which `attention` sums the values, as a dense tensor: for inspection, not for speed.
+
+    ``exp(scores - lse)``, with the scores of `attention` and the lse of `attention_with_lse`.
 
     Args:
         q, k: as in `attention`.
@@ -179,6 +183,8 @@ def attention_weights(q: Tensor, k: Tensor, **options: Unpack[Options]) -> Tenso
         tensor([[1.0000, 0.0000, 0.0000],
                 [0.5000, 0.5000, 0.0000],
                 [0.3333, 0.3333, 0.3333]])
+
+    Source: Vaswani et al. 2017, section 3.2.1.
     """
     options["v_scale"] = options.get("k_scale")
     problem = make_problem("attention_weights", q, k, k, **options).gathered().dequantized()

@@ -123,7 +123,7 @@ def check_options(windows: Sequence[int], sink_tokens: int, blocks: int, queries
 
 def cuts_nothing(window: int, sink_tokens: int, tokens: int) -> str:
     """What is wrong with a window as long as the text, in words."""
-    sinks = f" and {sink_tokens} sink tokens" if sink_tokens else ""
+    sinks = f" and {sink_tokens} sink token{'' if sink_tokens == 1 else 's'}" if sink_tokens else ""
     return f"a window of {window}{sinks} cuts nothing of {tokens} tokens; give a longer text or a smaller window."
 
 

@@ -24,6 +24,23 @@ from qkv.partial import Partial, merge_stacked
 from qkv.problem import Problem, make_problem, trim
 from qkv.scores import Scores
 
+__all__ = [
+    "BlockMap",
+    "Distance",
+    "Overview",
+    "SinkShare",
+    "TopKeys",
+    "WindowCut",
+    "block_map",
+    "distance",
+    "keys_in_effect",
+    "overview",
+    "received",
+    "sink_share",
+    "top_keys",
+    "window_cut",
+]
+
 WEIGHTS_AT_ONCE = 1 << 22
 """Number of weights that are written out at once: 16 MiB in fp32."""
 
@@ -98,6 +115,9 @@ def window_cut(
         sink_tokens: number of first keys that a window given by its number shows as well.
         **options: the keywords of `qkv.attention` except ``backend``; dropout has no effect. ``mask`` is the one
             without the windows.
+
+    Returns:
+        `WindowCut`, whose numbers are ``(windows, B, H, Lq)``.
 
     Raises:
         TypeError, ValueError: as `qkv.attention`, and for windows that are neither counts nor masks.
@@ -185,7 +205,7 @@ def distance(q: Tensor, k: Tensor, **options: Unpack[Options]) -> Distance:
         **options: the keywords of `qkv.attention` except ``backend``; dropout has no effect. Sink logits neither.
 
     Returns:
-        Mean and standard deviation; NaN for a query that sees no key.
+        `Distance`, mean and standard deviation, ``(B, H, Lq)`` each; NaN for a query that sees no key.
 
     Raises:
         TypeError, ValueError: as `qkv.attention`, which needs an offset for lengths that differ.
@@ -205,6 +225,8 @@ def distance(q: Tensor, k: Tensor, **options: Unpack[Options]) -> Distance:
 def block_map(q: Tensor, k: Tensor, *, blocks: int = 64, maxima: bool = False, **options: Unpack[Options]) -> BlockMap:
     """The weights as a picture of at most ``blocks`` by ``blocks``: exact means, and maxima if asked for.
 
+    Block (a, b) has the mean over its queries i of ``sum(p_ij for j in b)``, so that a row of blocks sums to 1.
+
     Args:
         q, k: as in `qkv.attention`.
         blocks: how many blocks of queries and of keys, fewer for fewer tokens. Token i of n is in block
@@ -212,6 +234,9 @@ def block_map(q: Tensor, k: Tensor, *, blocks: int = 64, maxima: bool = False, *
         maxima: whether the largest weight of each block is found too, for which all weights are written out, a few rows
             at a time.
         **options: the keywords of `qkv.attention` except ``backend``; dropout has no effect.
+
+    Returns:
+        `BlockMap`, whose numbers are ``(B, H, blocks, blocks)``.
 
     Raises:
         TypeError, ValueError: as `qkv.attention`.
@@ -284,12 +309,15 @@ def received(q: Tensor, k: Tensor, **options: Unpack[Options]) -> Tensor:
 
 
 def sink_share(q: Tensor, k: Tensor, *, first: int = 1, **options: Unpack[Options]) -> SinkShare:
-    """What each query spends on the first keys, and on the sink logit of its head.
+    """What each query spends on the first keys, ``sum(p_j for j < first)``, and on the sink logit of its head.
 
     Args:
         q, k: as in `qkv.attention`.
         first: how many first keys.
         **options: the keywords of `qkv.attention` except ``backend``; dropout has no effect.
+
+    Returns:
+        `SinkShare`, whose numbers are ``(B, H, Lq)``.
 
     Raises:
         TypeError, ValueError: as `qkv.attention`.
@@ -320,6 +348,9 @@ def overview(q: Tensor, k: Tensor, *, first: int = 1, blocks: int = 64, **option
         q, k, **options: as in `distance`.
         first: as in `sink_share`.
         blocks: as in `block_map`.
+
+    Returns:
+        `Overview`, of numbers ``(B, H, Lq)`` and maps ``(B, H, blocks, blocks)``.
 
     Raises:
         TypeError, ValueError: as these.
@@ -365,6 +396,8 @@ def top_keys(
 ) -> TopKeys:
     """The fewest keys of each query whose weights sum to ``coverage``, but ``most`` at most.
 
+    With weights in descending order, the first n of them, ``n = min(n : sum(p[:n]) >= coverage)``.
+
     Args:
         q, k: as in `qkv.attention`.
         coverage: the weight that suffices, less than 1.
@@ -372,6 +405,9 @@ def top_keys(
         queries: the places of some queries among all, whose keys alone are found, in this order; negative ones count
             from the last. None for all queries.
         **options: the keywords of `qkv.attention` except ``backend``; dropout has no effect.
+
+    Returns:
+        `TopKeys`, keys and weights ``(B, H, Lq, most)``.
 
     Raises:
         TypeError, ValueError: as `qkv.attention`, and for queries that are not there.

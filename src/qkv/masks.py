@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qkv import bands, drawing
-from qkv.arguments import broadcasts, require_count, require_int, require_strided, require_tensors
+from qkv.arguments import broadcasts, more, require_count, require_int, require_strided, require_tensors
 from qkv.bands import Band
 from qkv.tracing import can_read_values
 
@@ -289,7 +289,7 @@ class Mask:
             raise ValueError(
                 "Mask.dense: allow must be boolean with 2 to 4 dimensions, broadcastable to (B, H, Lq, Lk), True where "
                 f"a query may attend; got {allow.dtype} of shape {tuple(allow.shape)}. "
-                "A float mask is a score: pass it as bias=."
+                f"A float mask is a score: pass it as bias=.{more('polarity')}"
             )
         return Mask(allow=allow[(None,) * (4 - allow.dim())])
 
@@ -409,7 +409,7 @@ class Mask:
         if offset is None and lq != lk and self.is_positional:
             raise ValueError(
                 f"{caller}: {self!r} depends on the positions of queries, so {lq} queries with {lk} keys need an "
-                f"offset; got None. offset={lk - lq} aligns the last query with the last key."
+                f"offset; got None. offset={lk - lq} aligns the last query with the last key.{more('offset')}"
             )
         offset = 0 if offset is None else offset
         require_int(caller, "offset", offset)

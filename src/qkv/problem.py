@@ -7,7 +7,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from qkv import kernels
-from qkv.arguments import require_strided
+from qkv.arguments import more, require_strided
 from qkv.masks import FULL, Mask, positions
 from qkv.pages import Pages
 from qkv.scores import ScoreOptions, Scores, make_scores
@@ -198,6 +198,7 @@ def _check_tensors(caller: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(
             f"{caller}: the number of heads of q must be a multiple of that of k and v; got {heads} and {kv_heads}."
+            f"{more('heads')}"
         )
 
 
@@ -241,7 +242,9 @@ def _check_int8(caller: str, name: str, tensor: Tensor, scale: Tensor | None) ->
 def _check_mask(caller: str, mask: Mask, q: Tensor, k: Tensor) -> None:
     if not isinstance(mask, Mask):
         remedy = "Mask.dense(allow)" if isinstance(mask, Tensor) else "Mask.causal(), Mask.padding(keep), ..."
-        raise TypeError(f"{caller}: mask must be a qkv.Mask; got {type(mask).__name__}. Use {remedy}.")
+        raise TypeError(
+            f"{caller}: mask must be a qkv.Mask; got {type(mask).__name__}. Use {remedy}.{more('polarity')}"
+        )
     batch, heads, lq, _ = q.shape
     mask.require_fit(caller, batch, heads, lq, k.shape[2], q.device)
 
@@ -258,6 +261,7 @@ def _resolve_offset(
                 f"{caller}: {positional} depends on the positions of queries, so {lq} queries with {lk} keys need an "
                 f"offset; got None. offset=0 aligns the first query with the first key (top-left: torch's is_causal); "
                 f"offset={lk - lq} aligns the last query with the last key (bottom-right: flash-attn, decoding)."
+                f"{more('offset')}"
             )
         return 0
     if isinstance(offset, Tensor):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from qkv.arguments import broadcasts, require_finite, require_positive, require_probability, require_strided
+from qkv.arguments import broadcasts, more, require_finite, require_positive, require_probability, require_strided
 
 
 class Draw(NamedTuple):
@@ -165,7 +165,7 @@ def _check_bias(caller: str, bias: Tensor, q: Tensor, k: Tensor) -> Tensor:
         got = bias.dtype if isinstance(bias, Tensor) else type(bias).__name__
         raise TypeError(
             f"{caller}: bias must be a floating-point tensor, added to the scores; got {got}. "
-            "Pass a boolean mask as mask=Mask.dense(allow)."
+            f"Pass a boolean mask as mask=Mask.dense(allow).{more('polarity')}"
         )
     require_strided(caller, "bias", bias)
     if bias.device != q.device:

@@ -44,7 +44,7 @@ def measured(model: Any, token_ids: Tensor, sinks: int, settings: Settings) -> d
 
 
 SCREEN = "weight cut, largest of KV heads"
-"""The screen by which layers are chosen: what `qkv see` prints."""
+"""The screen by which layers are chosen: what `qkv see` ranked them by when the study was made."""
 
 
 def screens(recording: Recording) -> dict[str, list[float]]:

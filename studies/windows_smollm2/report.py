@@ -79,9 +79,10 @@ def answers(results: dict[str, Any]) -> Iterator[str]:
     rows = [[name, *(f"{each:+.2f}" for each in numbers)] for name, numbers in found.items()]
     yield (
         "## Does one pass tell what a window costs?\n\n"
-        f"**{hold}**, by the screen that `qkv see` prints ({SCREEN}): its rank correlation with the prices is "
+        f"**{hold}**, by the screen that `qkv see` printed ({SCREEN}): its rank correlation with the prices is "
         f"{least:.2f} to {max(found[SCREEN]):.2f}, where {RANKS} and more counts. The largest in the mean is that "
-        f"of: {best}. Rank correlations (Spearman) of numbers by layer with the increase of the loss if it alone has "
+        f"of: {best}; `qkv see` ranks layers by the change of output since. Rank correlations (Spearman) of numbers by "
+        "layer with the increase of the loss if it alone has "
         f"the window:\n\n{table(('by layer', *map(written, stages)), rows)}\n\n![Prices by layer](price.svg)"
     )
     rows = [[written(one), written(other), f"{number:+.2f}"] for one, other, number in between_stages(results)]

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from qkv import Mask, look
 from qkv.analysis import Against, Reach, Recording, Seen, Seven, price, record
-from qkv.analysis.page import document, page_of
+from qkv.analysis.page import charts, document, page_of
 from qkv.analysis.page.data import even_maps
+from qkv.byte_sizes import unit_of, written_round
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers' own making
 
@@ -608,6 +609,18 @@ def test_charts_of_any_size_of_numbers(costs: tuple[float, float]) -> None:
         assert math.isfinite(float(number.removesuffix("%")))
         assert -1 <= float(number.removesuffix("%")) <= 800
     check_codes(data_of(page)["prices"][0]["alone"][0], increase[0, 0])
+
+
+@pytest.mark.parametrize("most", [40, 900, 5_000, 3_500_000, 7 << 30])
+def test_ticks_of_bytes_are_round_in_the_unit_that_they_are_written_in(most: int) -> None:
+    ticks = charts.linear("bytes", 0, most, written_round, unit_of(most)).ticks
+    units = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+    assert 3 <= len(ticks) <= 7 and ticks[0] == (0, "0 B")
+    for at, text in ticks[1:]:
+        number, unit = text.split()
+        assert units[unit] * float(number) == pytest.approx(at, rel=1e-9)
+        assert units[unit] <= at < 1024 * units[unit]
+        assert len(number) <= 3
 
 
 def test_a_page_that_would_be_too_large_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

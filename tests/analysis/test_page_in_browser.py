@@ -317,7 +317,7 @@ def test_the_seven_mechanisms_are_drawn_as_their_numbers(opened: Open) -> None:
             says = row.locator("p").inner_text()
             assert says.startswith(f"{100 * weights[heaviest]:.1f}% {shown} {heaviest + one.first}, ")
             size = (
-                f"{2 * one.cache_numbers / 1000:.1f} kB" if one.cache_numbers >= 500 else f"{2 * one.cache_numbers} B"
+                f"{2 * one.cache_numbers / 1024:.1f} KiB" if one.cache_numbers >= 512 else f"{2 * one.cache_numbers} B"
             )
             assert says.endswith(f"Of the text: {one.scores:,} scores, {size} of keys and values.")
     assert f"token {given.query} lies in layer 0, query head 3" in page.inner_text("#seven-say")

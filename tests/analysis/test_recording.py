@@ -122,6 +122,9 @@ def test_a_layer_loses_what_its_neediest_head_of_keys_loses() -> None:
             want = by_head.view(2, 2, 3).amax(2)
             torch.testing.assert_close(layer.cut_by_kv_head()[n], want, rtol=1e-3, atol=1e-5)
             torch.testing.assert_close(found.cut_by_layer()[index, n], want.max(), rtol=1e-3, atol=1e-5)
+            moved = layer.cut.change[n, ..., window:].mean(-1)
+            torch.testing.assert_close(found.change_by_layer()[index, n], moved.max(), rtol=1e-5, atol=1e-6)
+    assert found.change_by_layer().shape == (2, len(WINDOWS)) and found.change_by_layer().gt(0).all()
 
 
 def test_padding_on_either_side_is_not_among_the_queries_that_lose() -> None:

@@ -58,7 +58,7 @@ def test_text(capsys, llama):
     assert shown.startswith(f"{llama} (llama), 83,136 parameters, keys and values stored in BF16 ")
     kind = "multi-head attention: 8 query heads, 8 KV heads, head width 8, no window, biases, rotary (theta 10000)"
     assert f" 3 layers of {kind} " in shown
-    assert " Parameters, and the KV cache of 2 sequences of 1000 tokens in float32 and in int8 " in shown
+    assert " Parameters, and the KV cache of 2 sequences of 1,000 tokens in float32 and in int8 " in shown
     rows = [line.split() for line in captured.out.splitlines()[-4:]]
     # 3 layers * 8 heads * (8 + 8) numbers * 4 bytes = 1536 bytes a token; in int8 a quarter, and 3 * 8 * 8 of scales.
     assert rows[0] == ["8", "(now)", "83,136", "49,920", *["1.5", "KiB", "2.9", "MiB", "1.1", "MiB", "100.0%"]]

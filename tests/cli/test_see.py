@@ -72,6 +72,7 @@ def test_the_document_has_the_numbers_of_record_and_price(capsys, llama, text):
     for layer, expected in zip(found["layers"], want.layers, strict=True):
         assert (layer["name"], layer["window"], layer["kv_heads"]) == (expected.name, None, 2)
         torch.testing.assert_close(torch.tensor(layer["cut_by_kv_head"]), expected.cut_by_kv_head()[:, 0])
+        torch.testing.assert_close(torch.tensor(layer["change_by_head"]), expected.change_by_head()[:, 0])
         torch.testing.assert_close(torch.tensor(layer["keys_in_effect"]), expected.keys_in_effect[0].mean(-1))
     assert [each["change"] for each in found["prices"]] == [
         "a window of 4 tokens and 2 sink tokens",
@@ -111,13 +112,70 @@ def test_the_report_says_it_in_words(capsys, llama, text):
     lines = captured.out.splitlines()
     assert lines[0] == f"{llama} on words.txt: 40 tokens (the first; 20 left out)"
     assert lines[1:3] == ["5 layers of 6 query heads on 2 KV heads of width 8", "25.0 KiB of keys and values"]
-    assert next(line.split()[:3] for line in lines if line.startswith("    0 ")) == ["0", "all", "keys"]
+    assert _rows(lines, "What layers attend to, in the mean over queries and heads")[0][:3] == ["0", "all", "keys"]
     assert "If one layer had a window of 9 tokens: loss 2." in captured.out
     assert "For 9 nats a token or less: a window of 9 tokens in 5 of 5 layers, 0-4." in lines
     assert "With --json, qkv convert MODEL OUT --like REPORT.json writes that." in lines
     assert max(map(len, lines[1:])) <= 80
     _, captured = _see(capsys, llama, "--text", text, "--window", "9", "--measure", "--most", "0", "--sinks", "1")
     assert "for 0 nats a token or less; see --most." in captured.out or "qkv.SlidingKVCache has them." in captured.out
+
+
+def _rows(lines, start):
+    """The words of the rows below a title and a heading, up to the first line that is no row of it."""
+    first = lines.index(start) + 2
+    found = []
+    for line in lines[first:]:
+        if not re.match(r" *\d+ ", line):
+            break
+        found.append(line.split())
+    return found
+
+
+def test_layers_come_in_the_order_of_their_change_before_all_else(capsys, llama, text):
+    windows = ("--window", "20", "--window", "4", "--window", "9")
+    code, captured = _see(capsys, llama, "--text", text, *windows, "--sinks", "1")
+    assert code == 0
+    lines = captured.out.splitlines()
+    assert lines[4] == "What windows of 4 and 9 would change, the least by 4 first"
+    model = AutoModelForCausalLM.from_pretrained(llama).eval()
+    ids = AutoTokenizer.from_pretrained(llama)(" ".join(WORDS), return_tensors="pt").input_ids
+    want = record(model, ids, windows=[4, 9, 20], sink_tokens=1)
+    change = torch.stack(
+        [layer.cut.change[n, 0, :, w:].mean(-1).max() for n, w in enumerate((4, 9, 20)) for layer in want.layers]
+    )
+    change, cut = change.view(3, 5), want.cut_by_layer().T
+    for start, shown in ((lines[4], (0, 1)), ("What a window of 20 would change, the least first", (2,))):
+        rows = _rows(lines, start)
+        order = change[shown[0]].argsort().tolist()
+        assert [int(row[0]) for row in rows] == order != sorted(order)
+        for row in rows:
+            numbers = [x for n in shown for x in (change[n, int(row[0])], cut[n, int(row[0])])]
+            assert row[1:] == [f"{100 * x:.1f}%" for x in numbers]
+    assert "cut: the weight on keys that a window hides (it shows 1 sink token), of the KV" in lines
+    assert len(_rows(lines, "What layers attend to, in the mean over queries and heads")) == 5
+
+
+def test_agreement_and_reach_are_in_the_report_and_in_the_document(capsys, llama, text):
+    arguments = (llama, "--text", text, "--window", "9", "--kv-heads", "1", "--measure", "--most", "9")
+    code, captured = _see(capsys, *arguments)
+    assert code == 0
+    lines = captured.out.splitlines()
+    assert max(map(len, lines[1:])) <= 80
+    model = AutoModelForCausalLM.from_pretrained(llama).eval()
+    of_layers = agreement_by_layer(model.state_dict(), model.config.to_dict(), 1)
+    rows = _rows(lines, "How alike KV heads are, for 1 KV head by mean pooling: 1 for the same")
+    numbers = [n for layer in of_layers for n in (layer.keys[0, 1].item(), layer.values[0, 1].item())]
+    assert [row[:2] for row in rows] == [[str(n), kind] for n in range(5) for kind in ("keys", "values")]
+    assert [row[2:] for row in rows] == [["0,", "1", f"{n:.3f}", f"{n:.3f}"] for n in numbers]
+    mean = [sum(numbers[kind::2]) / 5 for kind in range(2)]
+    words = f"agree by {mean[0]:.2f} in keys and {mean[1]:.2f} in values"
+    assert words in " ".join(captured.out.split())
+    rows = _rows(lines, "The proposal: how many tokens token 7 reaches")
+    assert rows == [["0", "1", "1"], *([str(n), "9", str(1 + 8 * n), str(1 + 8 * n)] for n in range(1, 6))]
+    (reach,) = _report(capsys, *arguments)["reaches"]
+    assert (reach["what"], reach["position"], reach["windows"]) == ("The proposal", 7, [9] * 5)
+    assert reach["allowed"] == reach["measured"] == [1 + 8 * n for n in range(6)]
 
 
 def test_what_a_token_attends_to(capsys, llama, text):
@@ -175,7 +233,7 @@ def test_the_page_has_all_pictures_of_what_was_asked(capsys, llama, text, tmp_pa
     out = tmp_path / "page.html"
     arguments = ("--query", "30", "--layer", "1", "--kv-heads", "1", "--most", "9", "--out", str(out))
     code, captured = _see(capsys, llama, "--text", text, "--window", "9", "--window", "6", "--measure", *arguments)
-    assert code == 0 and "no picture" not in captured.err
+    assert code == 0 and "not measured" not in captured.err
     page = out.read_text(encoding="utf-8")
     rows = re.search(r"<caption>The proposal: tokens that one token reaches</caption>(.*?)</table>", page)
     assert rows is not None and "<caption>As it is: tokens" not in page
@@ -253,14 +311,14 @@ def test_windows_that_a_model_has_already(capsys, text, tmp_path):
 
 
 def test_the_report_says_whether_convert_can_write_it(capsys, text, tmp_path, llama):
-    def last_line(model, *arguments):
+    def end(model, *arguments):
         code, captured = _see(capsys, model, "--text", text, "--measure", "--most", "9", *arguments)
-        assert code == 0
-        return captured.out.splitlines()[-1]
+        assert code == 0 and max(map(len, captured.out.splitlines()[1:])) <= 80
+        return " ".join(captured.out.partition("Keys and values:")[2].split())
 
-    assert last_line(llama, "--window", "9") == "With --json, qkv convert MODEL OUT --like REPORT.json writes that."
-    assert last_line(llama, "--window", "9", "--sinks", "1").endswith("qkv.SlidingKVCache has them.")
-    assert "window must be an integer, at least 2" in last_line(llama, "--window", "1")
+    assert end(llama, "--window", "9").endswith("With --json, qkv convert MODEL OUT --like REPORT.json writes that.")
+    assert end(llama, "--window", "9", "--sinks", "1").endswith("qkv.SlidingKVCache has them.")
+    assert "window must be an integer, at least 2" in end(llama, "--window", "1")
     sizes = {
         "hidden_size": 48,
         "num_hidden_layers": 2,
@@ -269,7 +327,7 @@ def test_the_report_says_whether_convert_can_write_it(capsys, text, tmp_path, ll
         "intermediate_size": 40,
     }
     neox = tiny_model.save(GPTNeoXConfig(**sizes), tmp_path / "neox")
-    assert "the configuration of a gpt_neox model cannot express a window" in last_line(neox, "--window", "9")
+    assert "the configuration of a gpt_neox model cannot express a window" in end(neox, "--window", "9")
 
 
 def test_numbers_that_are_not_finite_are_null(capsys, llama, text, tmp_path):

@@ -198,7 +198,7 @@ def test_queries_and_keys_that_are_not_finite(capsys, llama, text, tmp_path):
     assert all(0 < cut < 1 for layer in found["layers"] for cut in layer["cut_by_kv_head"][0])
     code, out, _ = see_it(capsys, *arguments, "--out", str(page))
     says = "that have no number, for NaN or inf, and are left out of the means: 6 in layer 0, 6 in layer 1"
-    assert code == 0 and says in out and says in page.read_text(encoding="utf-8")
+    assert code == 0 and says in " ".join(out.split()) and says in page.read_text(encoding="utf-8")
     for layer in data_of(page.read_text(encoding="utf-8"))["layers"]:
         blocks = layer["map_shape"][0]
         assert layer["map_gaps"] == [blocks * head + blocks - 1 for head in range(6)]

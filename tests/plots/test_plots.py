@@ -2,11 +2,13 @@
 
 import io
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
+from xml.etree import ElementTree as ET
 
 import matplotlib as mpl
 import numpy as np
@@ -21,6 +23,7 @@ from torch import Tensor
 from qkv import Mask, look, plots
 from qkv.analysis import Recording
 from qkv.convert import HeadAgreement
+from qkv.plots import canvas
 
 SEEN = planted()
 RECORDING, PRICE = SEEN.recording, SEEN.prices[0]
@@ -100,6 +103,80 @@ def test_figures_made_alike_are_the_same_svg(name: str) -> None:
     assert picture.startswith("<?xml") and picture.endswith("</svg>\n")
     assert "<date>" not in picture and "dc:date" not in picture
     assert only(PLOTS[name]()).get_title().split()[0] in picture  # letters, not their outlines
+
+
+SVG, QUADS = "{http://www.w3.org/2000/svg}", re.compile(r"M([\d.]+) ([\d.]+)H([\d.]+)V([\d.]+)H\1z")
+
+
+def _of_grids(picture: str) -> list[ET.Element]:
+    root = ET.fromstring(picture)
+    return [each for each in root.iter(f"{SVG}g") if each.get("id", "").startswith("QuadMesh")]
+
+
+def _families(node: ET.Element, inherited: str = "") -> list[tuple[str, str]]:
+    """Each text with the font that it has."""
+    found = re.search("font-family: ([^;]*)", node.get("style", ""))
+    family = found[1] if found else node.get("font-family", inherited)
+    text = (node.text or "").strip(" \n") if node.tag in (f"{SVG}text", f"{SVG}tspan") else ""
+    own = [(text, family)] if text else []
+    return own + [one for child in node for one in _families(child, family)]
+
+
+WITHOUT_EDGES = {"a mask without edges of cells": lambda **ax: plots.mask(Mask.causal(window=9), 42, **ax)}
+
+
+@pytest.mark.parametrize("name", [*PLOTS, *WITHOUT_EDGES])
+def test_a_short_svg_shows_what_matplotlib_wrote(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = {**PLOTS, **WITHOUT_EDGES}[name]
+    figure, again = draw(), draw()
+    for each in (figure, again):
+        each.axes[0].set_title(' x="1.23456" 1.23456 <')
+        each.axes[0].title.set_family("monospace")
+    short = plots.svg(figure)
+    monkeypatch.setattr(canvas, "shortened", lambda picture: picture)
+    whole = plots.svg(again)
+    assert len(short) < 0.85 * len(whole)
+    assert _families(ET.fromstring(short)) == _families(ET.fromstring(whole))
+    for grid, shown in zip(_of_grids(whole), _of_grids(short), strict=True):
+        cells = _cells_and_edges(shown)
+        for path in grid.iter(f"{SVG}path"):
+            style, (left, right, top, bottom) = path.get("style", ""), _bounds(path)
+            around = [
+                (of, x0, x1)
+                for of, x0, x1, y0, y1 in cells
+                if x0 <= left + 0.01 and right - 0.01 <= x1 and y0 <= top + 0.01 and bottom - 0.01 <= y1
+            ]
+            assert [of for of, *_ in around] == [style]
+            assert around[0][1:] == pytest.approx((left, right), abs=0.0051) or "stroke: " not in style
+    places, expected = map(_places, (short, whole))
+    assert places == pytest.approx(expected, abs=0.0051) and len(places) > 20
+
+
+def _bounds(path: ET.Element) -> tuple[float, float, float, float]:
+    """Left, right, top and bottom of a cell as matplotlib writes it."""
+    numbers = [float(x) for x in re.findall(r"-?[\d.]+", path.get("d", ""))]
+    (left, right), (top, bottom) = sorted({*numbers[::2]}), sorted({*numbers[1::2]})
+    return left, right, top, bottom
+
+
+def _cells_and_edges(grid: ET.Element) -> list[tuple[str, float, float, float, float]]:
+    """The cells between the edges of a short picture, or of its whole rectangles where no edges are drawn."""
+    found = []
+    for path in grid.iter(f"{SVG}path"):
+        style, drawn = path.get("style", ""), path.get("d", "")
+        lines = [tuple(map(float, line)) for line in re.findall(r"M([\d.]+) ([\d.]+)V([\d.]+)", drawn)]
+        for left, top, right, bottom in (map(float, one) for one in QUADS.findall(drawn)):
+            inner = [x for x, y0, y1 in lines if left < x < right and y0 <= top and bottom <= y1]
+            edges = sorted([left, *inner, right])
+            found += [(style, x0, x1, top, bottom) for x0, x1 in pairwise(edges)]
+    return found
+
+
+def _places(picture: str) -> list[float]:
+    """The numbers of all paths and points but those of grids."""
+    rest = re.sub(r'<g id="QuadMesh.*?</g>', "", picture, flags=re.DOTALL)
+    attributes = re.findall(r'<[^<>]* (?:d|x|y)="([^"]*)"', rest)
+    return [float(x) for each in attributes for x in re.findall(r"-?\d[\d.]*", each)]
 
 
 @pytest.mark.parametrize("name", PLOTS)

@@ -3,7 +3,6 @@
 import importlib
 import importlib.metadata
 import importlib.util
-import inspect
 import re
 import shlex
 import subprocess
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 from repository.fences import fences, run
+from repository.test_docstrings import MODULES
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -143,7 +143,7 @@ def test_a_picture_is_the_one_that_its_code_draws(name: str) -> None:
     if importlib.metadata.version("matplotlib") == pinned[1]:
         (words, numbers), (kept_words, kept_numbers) = _parts(drawn), _parts(kept)
         assert words == kept_words, "run make pages"
-        assert numbers == pytest.approx(kept_numbers, abs=0.01), "run make pages"
+        assert numbers == pytest.approx(kept_numbers, abs=0.02), "run make pages"
 
 
 def _parts(picture: str) -> tuple[str, list[float]]:
@@ -158,12 +158,6 @@ def test_every_picture_is_on_a_page_and_there_are_no_others() -> None:
     files = {file.stem for file in pictures.FOLDER.glob("*.svg")}
     shown = {Path(target).stem for page in PAGES for target in _links(page.read_text()) if target.endswith(".svg")}
     assert files == set(pictures.PICTURES) and files <= shown
-
-
-MODULES = (
-    *("qkv", "qkv.cache", "qkv.convert", "qkv.analysis", "qkv.plots"),
-    *("qkv.integrations.torch", "qkv.integrations.transformers"),
-)
 
 
 def test_every_public_name_is_on_a_page_of_the_reference() -> None:
@@ -196,15 +190,17 @@ def _place(name: str) -> str:
     return f"{getattr(each, '__module__', '')}.{getattr(each, '__qualname__', name)}"
 
 
-def test_public_functions_and_classes_have_an_example() -> None:
-    import qkv
-
-    without = []
-    for name in qkv.__all__:
-        text = inspect.getdoc(getattr(qkv, name)) or ""
-        if ">>>" not in text:
-            without.append(name)
-    assert without == ["BackendError"]
+def test_the_index_for_programs_has_every_page_with_what_it_answers() -> None:
+    llms = _module("llms")
+    listed = re.findall(r"^- \[([^]]+)\]\(([^)]+)\): (.{20,})$", llms.index(), flags=re.MULTILINE)
+    assert sorted(link for _, link, _ in listed) == sorted(
+        page.relative_to(DOCS).with_suffix(".html").as_posix() for page in PAGES if page.name != "index.md"
+    )
+    for name, link, says in listed:
+        text = (DOCS / link).with_suffix(".md").read_text()
+        assert text.startswith(f"# {name.split('`')[0].split(' ')[0]}") and says.split()[0].strip("`") in text
+        assert "](" not in says
+        assert (text in llms.whole()) == ((DOCS / link).with_suffix(".md").name not in llms.LONG)
 
 
 @pytest.mark.long
@@ -212,3 +208,5 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "sphinx", "-W", "-n", "-q", "-b", "html", str(DOCS), str(tmp_path)]
     subprocess.run(command, check=True)
     assert (tmp_path / "search.html").exists()
+    assert (tmp_path / "llms.txt").read_text() == _module("llms").index()
+    assert (tmp_path / "llms-full.txt").read_text() == _module("llms").whole()

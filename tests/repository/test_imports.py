@@ -19,6 +19,7 @@ ORDER = [
         "qkv.arguments",
         "qkv.tracing",
         "qkv.bands",
+        "qkv.byte_sizes",
         "qkv.drawing",
         "qkv.masks",
         "qkv.scores",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qkv.analysis.words import counted
 from qkv.convert.heads.pooling import ConversionMethod
 from qkv.convert.plan import plan_conversion
 from qkv.convert.state import convert_state_dict, specs_of
@@ -45,7 +46,7 @@ class Window(Change):
         self._mask = Mask.causal(window, sink_tokens=sink_tokens)
 
     def __str__(self) -> str:
-        sinks = f" and {self.sink_tokens} sink tokens" if self.sink_tokens else ""
+        sinks = f" and {counted(self.sink_tokens, 'sink token')}" if self.sink_tokens else ""
         return f"a window of {self.window:,} tokens{sinks}"
 
     def alters(self, mask: Mask) -> bool:

@@ -27,6 +27,16 @@ class Reach(NamedTuple):
     change: Tensor
     """(layers + 1, L), how far hidden states move, ``norm(new - old) / norm(old)``; 0 for those equal in bits alone"""
 
+    def allowed(self) -> list[int]:
+        """The tokens that the windows let the token reach, its own included, before the first layer and after each."""
+        return [stop - self.position for stop in self.stops]
+
+    def measured(self) -> list[int]:
+        """The tokens from its own to the last one that changes; 0 where none does."""
+        moved = self.change.ne(0)
+        last = [int(row.nonzero().max()) if row.any() else self.position - 1 for row in moved]
+        return [one + 1 - self.position for one in last]
+
     def beyond(self) -> int:
         """The number of hidden states that change though the windows keep the token from them."""
         at = torch.arange(self.change.shape[1])

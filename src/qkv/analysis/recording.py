@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qkv.analysis.words import what_layers_see, without_number
+from qkv.analysis.words import counted, what_layers_see, without_number
 from qkv.integrations.transformers.attention import observed
 from qkv.integrations.transformers.watching import watched
 from qkv.layer_record import LayerRecord, check_options, record_call
@@ -33,6 +33,18 @@ class Recording(NamedTuple):
                 row.copy_(layer.cut_by_kv_head().amax((1, 2)))
         return found
 
+    def change_by_layer(self) -> Tensor:
+        """How far windows move the output of layers, of the head that moves most: ``(layers, windows)``.
+
+        Ranks layers by what a window would cost better than `cut_by_layer` does, see studies/windows_smollm2. NaN for
+        cross-attention.
+        """
+        found = torch.full((len(self.layers), len(self.windows)), torch.nan)
+        for row, layer in zip(found, self.layers, strict=True):
+            if not layer.is_cross:
+                row.copy_(layer.change_by_head().amax((1, 2)))
+        return found
+
     def _lines(self) -> list[list[str]]:
         """A table, with its heading."""
         words = what_layers_see(self.layers, self.cut_by_layer())
@@ -50,7 +62,7 @@ class Recording(NamedTuple):
         if lost is not None:
             notes.append(lost)
         if self.windows:
-            sinks = f", with {self.sink_tokens} sink tokens" if self.sink_tokens else ""
+            sinks = f", with {counted(self.sink_tokens, 'sink token')}" if self.sink_tokens else ""
             what = f"the weight on keys that a window hides{sinks}, of the KV head that loses most; before training"
             notes.append(f"cut: {what}")
         return notes

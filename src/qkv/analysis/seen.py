@@ -180,6 +180,7 @@ class Seen(NamedTuple):
         """A document for ``json.dumps``, with the proposal that ``qkv convert --like`` takes. None stands for NaN."""
         recording, proposal = self.recording, self.proposal(most)
         cuts = [None if layer.is_cross else layer.cut_by_kv_head()[:, 0] for layer in recording.layers]
+        changes = [None if layer.is_cross else layer.change_by_head()[:, 0] for layer in recording.layers]
         return {
             "model": self.model,
             "text": self.text,
@@ -202,10 +203,11 @@ class Seen(NamedTuple):
                     "distance": _numbers(layer.mean(layer.distance.mean)[0]),
                     "sinks": _numbers(layer.mean(layer.sinks.first + layer.sinks.learned)[0]),
                     "cut_by_kv_head": None if cut is None else [_numbers(row) for row in cut],
+                    "change_by_head": None if change is None else [_numbers(row) for row in change],
                     "queries": self._rows_as_json(layer) if is_shown else [],
                     "queries_without_number": int(layer.no_number[0].sum()),
                 }
-                for layer, cut, is_shown in zip(recording.layers, cuts, self.is_shown(), strict=True)
+                for layer, cut, change, is_shown in zip(recording.layers, cuts, changes, self.is_shown(), strict=True)
             ],
             "without_heads": list(recording.without_heads),
             "prices": [self._price_as_json(price) for price in self.prices],
@@ -224,6 +226,16 @@ class Seen(NamedTuple):
                     ],
                 }
                 for agreement in self.agreements
+            ],
+            "reaches": [
+                {
+                    "what": title,
+                    "position": reach.position,
+                    "windows": list(reach.windows),
+                    "allowed": reach.allowed(),
+                    "measured": reach.measured(),
+                }
+                for title, reach in self.reaches
             ],
             "proposal": None
             if proposal is None

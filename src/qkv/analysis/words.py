@@ -6,27 +6,13 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from qkv.analysis.labels import labels_of, listed
+from qkv.convert import LayerAgreement
 from qkv.layer_record import LayerRecord
 
 
 def counted(number: int, noun: str) -> str:
     """A number with its noun in the singular or plural."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
-
-
-def size(count: float) -> str:
-    """A number of bytes, to three digits.
-
-    Example:
-        >>> size(512), size(20_000), size(188_743_680)
-        ('512 B', '20 kB', '189 MB')
-    """
-    for power, unit in ((9, "GB"), (6, "MB"), (3, "kB")):
-        if abs(count) >= 10**power:
-            number = count / 10**power
-            digits = f"{number:.{2 - math.floor(math.log10(abs(number)))}f}" if abs(number) < 100 else f"{number:.0f}"
-            return f"{digits.rstrip('0').rstrip('.') if '.' in digits else digits} {unit}"
-    return f"{count:.0f} B"
 
 
 def nats(number: float) -> str:
@@ -109,3 +95,48 @@ def without_number(layers: Sequence[LayerRecord]) -> str | None:
     if not found:
         return None
     return f"Queries of heads that have no number, for NaN or inf, and are left out of the means: {', '.join(found)}."
+
+
+def how_heads_agree(change: str, layers: Sequence[LayerAgreement]) -> str:
+    """How alike the KV heads are that a change would make one, in the mean over layers."""
+    keys = _mean([number for layer in layers for number in _in_groups(layer.keys, layer.groups)])
+    values = _mean([number for layer in layers for number in _in_groups(layer.values, layer.groups)])
+    return (
+        f"Heads that become one with {change} agree by {keys:.2f} in keys and {values:.2f} in values, in the mean over "
+        "layers."
+    )
+
+
+def agreement_by_group(layers: Sequence[LayerAgreement]) -> list[list[str]]:
+    """Rows of a table: layer, keys or values, groups; agreement in a group (mean, least) and of others (mean)."""
+    return [
+        [str(layer.layer), kind, groups_of(layer), *_within_and_without(numbers, layer.groups)]
+        for layer in layers
+        for kind, numbers in (("keys", layer.keys), ("values", layer.values))
+    ]
+
+
+def groups_of(layer: LayerAgreement) -> str:
+    """The KV heads of a layer, those together that would become one.
+
+    Example:
+        >>> groups_of(agreement_by_layer(state_dict, config, 2)[0])  # doctest: +SKIP
+        '0, 2 | 1, 3'
+    """
+    return " | ".join(", ".join(map(str, group)) for group in layer.groups)
+
+
+def _within_and_without(numbers: Tensor, groups: Sequence[Sequence[int]]) -> list[str]:
+    within = _in_groups(numbers, groups)
+    pairs = [(a, b) for n, group in enumerate(groups) for other in groups[:n] for a in group for b in other]
+    others = [numbers[a, b].item() for a, b in pairs]
+    return [f"{_mean(within):.3f}", f"{min(within, default=1):.3f}", f"{_mean(others):.3f}" if others else ""]
+
+
+def _in_groups(numbers: Tensor, groups: Sequence[Sequence[int]]) -> list[float]:
+    """The numbers of pairs of one group."""
+    return [numbers[a, b].item() for group in groups for a in group for b in group if a < b]
+
+
+def _mean(numbers: Sequence[float]) -> float:
+    return sum(numbers) / len(numbers) if numbers else 1.0

@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol, cast
 import torch
 
 from qkv import kernels
+from qkv.arguments import more
 from qkv.backends import flex, native, reference, sdpa
 from qkv.backends.result import Result
 from qkv.problem import Problem
@@ -68,12 +69,13 @@ def choose(caller: str, problem: Problem, backend: str) -> Backend:
         for candidate in BACKENDS:
             if not candidate.why_not(problem) and not candidate.why_rather_not(problem):
                 return candidate
-        raise BackendError(f"{caller}: no backend can solve this call.\n{explain(problem)}")
+        raise BackendError(f"{caller}: no backend can solve this call.{more('backend')}\n{explain(problem)}")
     for candidate in BACKENDS:
         if backend == candidate.NAME:
             reasons = candidate.why_not(problem)
             if reasons:
-                raise BackendError(f"{caller}: backend {backend!r} cannot solve this call: {'; '.join(reasons)}.")
+                against = "; ".join(reasons)
+                raise BackendError(f"{caller}: backend {backend!r} cannot solve this call: {against}.{more('backend')}")
             return candidate
     names = ", ".join(repr(candidate.NAME) for candidate in BACKENDS)
     raise ValueError(f"{caller}: backend must be 'auto' or one of {names}; got {backend!r}.")
@@ -113,7 +115,8 @@ def _warn_without_kernel(caller: str, problem: Problem) -> None:
     _has_warned = True
     warnings.warn(
         f"{caller}: qkv runs without its compiled kernel: {absent}. Calls on a CPU take torch's attention, which is "
-        "slower. Install qkv where there is a C++ compiler, or from a wheel; this is said once.",
+        "slower. Install qkv where there is a C++ compiler, or from a wheel; this is said once."
+        f"{more('no-kernel')}",
         RuntimeWarning,
         stacklevel=4,
     )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from qkv.arguments import require_count
+from qkv.arguments import more, require_count
 from qkv.cache.buffer import AppendBuffer
 from qkv.cache.format import PLAIN, Format
 from qkv.cache.handle import Handled, require_readable
@@ -360,7 +360,7 @@ class Cache(Handled):
         if self._copied_owners is None or owner not in self._copied_owners:
             raise ValueError(
                 f"{type(self).__name__}: its {self.length} tokens are keys of another layer, {self._owner_name}; "
-                f"got a call of {owner.name}. Make one cache per layer, or reset it."
+                f"got a call of {owner.name}. Make one cache per layer, or reset it.{more('cache-of-another-layer')}"
             )
 
     @property

@@ -83,6 +83,8 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
         >>> from qkv.cache import quantize
         >>> quantize(torch.tensor([0.5, -1.0, 0.25]))
         (tensor([  64, -127,   32], dtype=torch.int8), tensor(0.0079))
+
+    Source: Dettmers et al. 2022 (LLM.int8), section 2.1, absmax quantization, of each row by itself.
     """
     if _kernel_can_quantize(x):
         codes, scale = x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:3], dtype=torch.float32)

@@ -185,10 +185,15 @@ class KVCache(FullCache):
 class Int8KVCache(KVCache):
     """A `KVCache` in int8: half the bytes of bf16, plus a scale of 4 bytes for each key and each value.
 
-    Keys and values are rounded as by `qkv.cache.quantize`. Integers, and tensors that require a gradient, are refused.
+    Keys and values ``(B, Hkv, L, width)`` are rounded as by `qkv.cache.quantize`, ``x ~ codes * scale``. Integers, and
+    tensors that require a gradient, are refused.
 
     Args:
         capacity: as in `KVCache`.
+
+    Raises:
+        ValueError: by a call with integers, or with tensors that require a gradient, outside of ``torch.no_grad()``.
+            For a capacity as `KVCache`.
 
     Example:
         >>> import torch, qkv

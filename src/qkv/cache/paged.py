@@ -18,7 +18,8 @@ class PagedKVCache(Cache):
     """A `KVCache` in pages: each row takes as many as its own length needs, and rows share those of a common prefix.
 
     `select`, `repeat`, `join`, `replace` and ``copy.copy`` copy no tokens: the new rows hold the same pages. A row that
-    appends to a last page which others hold gets a copy of that page. Pages that no row holds any longer are free.
+    appends to a last page which others hold gets a copy of that page. Pages that no row holds any longer are free. Keys
+    ``(B, Hkv, L, D)`` are appended as to any cache; a pool has them as ``(pages, Hkv, page_size, D)``.
 
     Args:
         pool: a pool that caches of one layer share; a new one if None.
@@ -44,6 +45,8 @@ class PagedKVCache(Cache):
         ...     y = layer(torch.randn(5, 1, 16), cache=answers)
         >>> answers.lengths.tolist(), pool.used
         ([9, 9, 9, 9, 9], 7)
+
+    Source: vLLM (Kwon et al. 2023), section 4.
     """
 
     def __init__(

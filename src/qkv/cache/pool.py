@@ -35,6 +35,9 @@ class PagePool:
     A page is in use while a row of any cache holds it. With gradients enabled, appending copies memory, as in a
     `KVCache`; a cache that shares its pool with others goes on in a pool of its own then.
 
+    Raises:
+        TypeError, ValueError: for numbers that are not counts, a page_size above its limit, and another dtype.
+
     Example:
         >>> import torch, qkv
         >>> pool = qkv.PagePool(page_size=4)

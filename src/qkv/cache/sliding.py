@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from qkv.arguments import described, require_int
+from qkv.arguments import described, more, require_int
 from qkv.cache.base import Cache, Keys, autocast_to
 from qkv.cache.buffer import AppendBuffer, append_in_place, slots_for
 from qkv.cache.int8 import Dtype, format_of
@@ -68,6 +68,7 @@ class SlidingKVCache(Cache):
             raise ValueError(
                 f"SlidingKVCache(window={self.window}, sink_tokens={self.sink_tokens}) drops keys that {mask!r} shows. "
                 f"Use Mask.causal(window={self.window}, sink_tokens={self.sink_tokens}), or a KVCache."
+                f"{more('dropped-keys')}"
             )
         super().require_visible(mask, earlier)
 

@@ -16,10 +16,10 @@ def counted(number: int, noun: str) -> str:
     """A number with its noun in the singular or plural.
 
     Example:
-        >>> counted(1, "token"), counted(2, "token")
-        ('1 token', '2 tokens')
+        >>> counted(1, "token"), counted(4096, "token")
+        ('1 token', '4,096 tokens')
     """
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    return f"{number} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def print_line(text: str, console: Console, style: str = "") -> None:

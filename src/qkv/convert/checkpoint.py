@@ -97,6 +97,11 @@ def plan_checkpoint(
 
     Raises:
         CheckpointError: as `convert_checkpoint`, for everything that can be checked without weights.
+
+    Example:
+        >>> from qkv.convert import plan_checkpoint, write_checkpoint
+        >>> plan = plan_checkpoint("llama", 2)  # doctest: +SKIP
+        >>> write_checkpoint(plan, "llama-gqa")  # doctest: +SKIP
     """
     folder = read_folder(Path(source))
     where = str(folder.path / CONFIG)
@@ -194,6 +199,10 @@ def write_checkpoint(
 
     Raises:
         CheckpointError: as `convert_checkpoint`.
+
+    Example:
+        >>> from qkv.convert import plan_checkpoint, write_checkpoint
+        >>> write_checkpoint(plan_checkpoint("llama", 2), "llama-gqa", overwrite=True)  # doctest: +SKIP
     """
     out = resolve_output(out, plan.source.path, overwrite)
     try:

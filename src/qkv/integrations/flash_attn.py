@@ -25,6 +25,14 @@ from qkv.partial import Partial
 from qkv.rotation import Rotation
 from qkv.sequences import PagedKeys, make_sequences
 
+__all__ = [
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_with_kvcache",
+]
+
 DENSE = "(batch, length, heads, width)"
 PACKED = "(T, heads, width)"
 PAGES = "(pages, page_size, heads, width)"
@@ -92,13 +100,18 @@ def flash_attn_qkvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """`flash_attn_func` of queries, keys and values in one tensor ``(B, L, 3, H, D)``.
+    """`flash_attn_func` of queries, keys and values in one tensor ``(B, L, 3, H, D)``: ``q, k, v = qkv.unbind(2)``.
+
+    Raises:
+        As `flash_attn_func`, and for another shape.
 
     Example:
         >>> import torch
         >>> from qkv.integrations.flash_attn import flash_attn_qkvpacked_func
         >>> flash_attn_qkvpacked_func(torch.randn(1, 5, 3, 2, 8), causal=True).shape
         torch.Size([1, 5, 2, 8])
+
+    Source: ``flash_attn.flash_attn_qkvpacked_func``, version 2.
     """
     require_tensors("flash_attn_qkvpacked_func", qkv=qkv)
     if qkv.dim() != 5 or qkv.shape[2] != 3:
@@ -122,13 +135,18 @@ def flash_attn_kvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """`flash_attn_func` of keys and values in one tensor ``(B, Lk, 2, Hkv, D)``.
+    """`flash_attn_func` of keys and values in one tensor ``(B, Lk, 2, Hkv, D)``: ``k, v = kv.unbind(2)``.
+
+    Raises:
+        As `flash_attn_func`, and for another shape.
 
     Example:
         >>> import torch
         >>> from qkv.integrations.flash_attn import flash_attn_kvpacked_func
         >>> flash_attn_kvpacked_func(torch.randn(1, 3, 4, 8), torch.randn(1, 5, 2, 2, 8)).shape
         torch.Size([1, 3, 4, 8])
+
+    Source: ``flash_attn.flash_attn_kvpacked_func``, version 2.
     """
     require_tensors("flash_attn_kvpacked_func", kv=kv)
     if kv.dim() != 5 or kv.shape[2] != 2:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qkv.arguments import more
 from qkv.backends import BACKENDS
 from qkv.layers.constants import Numbers
 from qkv.masks import FULL, Mask
@@ -19,7 +20,9 @@ def require_mask(caller: str, mask: object) -> Mask:
         return FULL
     if not isinstance(mask, Mask):
         remedy = "Mask.dense(allow)" if isinstance(mask, Tensor) else "Mask.causal(), Mask.padding(keep), ..."
-        raise TypeError(f"{caller}: mask must be a qkv.Mask; got {type(mask).__name__}. Use {remedy}.")
+        raise TypeError(
+            f"{caller}: mask must be a qkv.Mask; got {type(mask).__name__}. Use {remedy}.{more('polarity')}"
+        )
     return mask
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import ParamSpec
 
+from qkv.arguments import more
 from qkv.cache import Cache, Caches, Keys, Owner
 from qkv.layers.arguments import require_mask
 from qkv.layers.cached_operator import register, run_as_operator, runs_as_operator
@@ -70,6 +71,7 @@ def _refuse_in_backward(caller: str) -> None:
         raise RuntimeError(
             f"{caller}: a call with a cache must not run in a backward pass, where gradient checkpointing repeats it; "
             "the cache has its tokens already. Train without a cache, or call the layer outside of the checkpoint."
+            f"{more('checkpointing')}"
         )
 
 

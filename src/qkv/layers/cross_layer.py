@@ -15,8 +15,9 @@ from qkv.masks import Mask
 class CrossLayerAttention(Attention):
     """`Attention` without k_proj and v_proj: it reads the keys and values that another layer has put into its cache.
 
-    A call passes the cache of that layer, whose call with the same tokens comes first. In training, the cache is a new
-    `KVCache`, through which gradients reach the other layer.
+    ``softmax(q(x) @ k.mT / sqrt(head_dim)) @ v``, with k ``(B, Hkv, Lk, D)`` and v of the cache, from x ``(B, L,
+    embed_dim)`` to the same shape. A call passes the cache of that layer, whose call with the same tokens comes first.
+    In training, the cache is a new `KVCache`, through which gradients reach the other layer.
 
     Args:
         embed_dim: width of the input and of the output.

@@ -12,9 +12,14 @@ from qkv.masks import Mask
 class ScaledDotProductAttention(Attention):
     """`Attention` with a single head: ``softmax(q @ k.mT / sqrt(head_dim)) @ v`` between learned projections.
 
+    From x ``(B, L, embed_dim)`` to the same shape.
+
     Args:
         embed_dim: width of the input and of the output.
         **options: as in `Attention`, head counts apart. For the bare function, see `qkv.attention`.
+
+    Raises:
+        As `Attention`, and TypeError for head counts.
 
     Example:
         >>> import qkv
@@ -33,10 +38,16 @@ class ScaledDotProductAttention(Attention):
 class MultiHeadAttention(Attention):
     """`Attention` in which every query head has keys and values of its own.
 
+    Head h of H computes ``o_h = softmax(q_h @ k_h.mT / sqrt(head_dim)) @ v_h``; the output is
+    ``concat(o_1, ..., o_H) @ out_proj``. From x ``(B, L, embed_dim)`` to the same shape.
+
     Args:
         embed_dim: width of the input and of the output.
         num_heads: heads of queries, keys and values.
         **options: as in `Attention`, num_kv_heads apart.
+
+    Raises:
+        As `Attention`, and TypeError for num_kv_heads.
 
     Example:
         >>> import qkv
@@ -55,10 +66,16 @@ class MultiHeadAttention(Attention):
 class CrossAttention(Attention):
     """`Attention` with queries from one sequence, keys and values from another.
 
+    ``softmax(q(x) @ k(context).mT / sqrt(head_dim)) @ v(context)`` in each head, from x ``(B, Lq, embed_dim)`` and
+    context ``(B, Lk, context_dim)`` to ``(B, Lq, embed_dim)``.
+
     Args:
         embed_dim: width of the queries' sequence and of the output.
         num_heads: query heads.
         **options: as in `Attention`; context_dim, the width of the second sequence, is embed_dim if None.
+
+    Raises:
+        As `Attention`.
 
     Example:
         >>> import torch, qkv
@@ -78,10 +95,16 @@ class CrossAttention(Attention):
 class CausalAttention(Attention):
     """`Attention` in which a token sees itself and those before it.
 
+    Token i sees token j if ``i - j >= 0``, positions counted over all tokens of a cache. From x ``(B, L, embed_dim)``
+    to the same shape.
+
     Args:
         embed_dim: width of the input and of the output.
         num_heads: query heads.
         **options: as in `Attention`; a mask given is combined with the causal one.
+
+    Raises:
+        As `Attention`, and TypeError for a mask that is not a `Mask`.
 
     Example:
         >>> import qkv
@@ -99,6 +122,9 @@ class CausalAttention(Attention):
 class SlidingWindowAttention(Attention):
     """`Attention` in which a token sees a window of the keys around it; time and memory are linear in the length.
 
+    Token i sees token j if ``abs(i - j) <= window / 2``; with ``causal=True`` if ``0 <= i - j < window``. From x
+    ``(B, L, embed_dim)`` to the same shape.
+
     Args:
         embed_dim: width of the input and of the output.
         num_heads: query heads.
@@ -109,6 +135,9 @@ class SlidingWindowAttention(Attention):
         sink_tokens: number of first keys that stay visible.
         dilation: distance between the keys of the window, as many as without.
         **options: as in `Attention`; a mask given is combined with the window.
+
+    Raises:
+        As `Attention`, and for windows as `Mask.causal` and `Mask.sliding`.
 
     Example:
         >>> import qkv
@@ -141,10 +170,15 @@ class SlidingWindowAttention(Attention):
 class MultiQueryAttention(Attention):
     """`Attention` in which all query heads share one key head and one value head.
 
+    Head h computes ``o_h = softmax(q_h @ k.mT / sqrt(head_dim)) @ v``. From x ``(B, L, embed_dim)`` to the same shape.
+
     Args:
         embed_dim: width of the input and of the output.
         num_heads: query heads.
         **options: as in `Attention`, num_kv_heads apart.
+
+    Raises:
+        As `Attention`, and TypeError for num_kv_heads.
 
     Example:
         >>> import qkv
@@ -163,11 +197,16 @@ class MultiQueryAttention(Attention):
 class GroupedQueryAttention(Attention):
     """`Attention` in which groups of query heads share a key head and a value head.
 
+    Query head h of H reads KV head ``h // (H / num_kv_heads)``. From x ``(B, L, embed_dim)`` to the same shape.
+
     Args:
         embed_dim: width of the input and of the output.
         num_heads: query heads.
         num_kv_heads: groups, a divisor of num_heads; num_heads gives multi-head and 1 multi-query attention.
         **options: as in `Attention`.
+
+    Raises:
+        As `Attention`.
 
     Example:
         >>> import qkv

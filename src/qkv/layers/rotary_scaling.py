@@ -18,6 +18,9 @@ class RotaryScaling:
     A frozen value, built by one of the constructors below, whose names and arguments are those of a configuration of
     transformers (``rope_parameters``). `RotaryEmbedding.from_config` reads one.
 
+    Raises:
+        TypeError, ValueError: by the constructors, for factors that are not positive and lengths that are not counts.
+
     Example:
         >>> import qkv
         >>> qkv.RotaryScaling.linear(4.0)

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+from qkv.byte_sizes import readable_bytes as readable_bytes
 from qkv.models.errors import CommandError
 
 SCALES = 2 * 4
@@ -114,17 +115,3 @@ def cache_bytes(layers: tuple[LayerShape, ...], length: int, bytes_per_number: i
 def int8_bytes(layers: tuple[LayerShape, ...], length: int) -> int:
     """Bytes of a cache in int8, with a scale for each key and each value."""
     return cache_bytes(tuple(layer._replace(head_dim=layer.head_dim + SCALES) for layer in layers), length, 1)
-
-
-def readable_bytes(num_bytes: int) -> str:
-    """A number of bytes in the largest binary unit in which it is at least 1.
-
-    Example:
-        >>> readable_bytes(640), readable_bytes(188_743_680)
-        ('640 B', '180.0 MiB')
-    """
-    size, units = float(num_bytes), iter(("KiB", "MiB", "GiB", "TiB"))
-    unit = "B"
-    while size >= 1024 and unit != "TiB":
-        size, unit = size / 1024, next(units)
-    return f"{num_bytes} B" if unit == "B" else f"{size:.1f} {unit}"

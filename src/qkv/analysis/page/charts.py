@@ -24,13 +24,13 @@ class Axis(NamedTuple):
     ticks: Sequence[tuple[float, str]]
 
 
-def linear(name: str, least: float, most: float, text: Callable[[float], str]) -> Axis:
-    """An axis of equal steps, with ticks of 1, 2 or 5 times a power of ten."""
+def linear(name: str, least: float, most: float, text: Callable[[float], str], unit: float = 1) -> Axis:
+    """An axis of equal steps, with ticks of 1, 2 or 5 times a power of ten, of a unit."""
     if not most > least:
         least, most = least - 0.5, least + 0.5
-    rough = (most - least) / 5
+    rough = (most - least) / (5 * unit)
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(n * power for n in (1, 2, 5, 10) if n * power >= rough * (1 - 1e-9))
+    step = unit * next(n * power for n in (1, 2, 5, 10) if n * power >= rough * (1 - 1e-9))
     first = math.ceil(least / step - 1e-9)
     ticks = [n * step for n in range(first, math.floor(most / step + 1e-9) + 1)]
     return Axis(name, lambda x: (x - least) / (most - least), [(tick, text(tick)) for tick in ticks])

@@ -421,8 +421,8 @@
     "grouped-query": ({ groups, kv_heads }) => `causal, on ${counted(groups, "KV head")}, ${groups === kv_heads ? "the model's own" : "the means of the model's"}`,
   };
   const bytes = (count) => {
-    const power = Math.min(3, Math.floor(Math.log10(Math.max(1, count)) / 3));
-    return `${(count / 1000 ** power).toFixed(power ? 1 : 0)} ${["B", "kB", "MB", "GB"][power]}`;
+    const power = Math.min(3, Math.floor(Math.log2(Math.max(1, count)) / 10));
+    return `${(count / 1024 ** power).toFixed(power ? 1 : 0)} ${["B", "KiB", "MiB", "GiB"][power]}`;
   };
   const showSeven = () => {
     const seven = data.seven;

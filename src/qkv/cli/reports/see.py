@@ -1,6 +1,7 @@
 """The reports of `qkv see` as text."""
 
 from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from rich.cells import cell_len
@@ -8,18 +9,25 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qkv.analysis import CostlyToken, Price, Recording, Saving, Seen
+from qkv.analysis import Agreement, CostlyToken, Price, Reach, Recording, Saving, Seen
 from qkv.analysis.labels import labels, labels_of, listed
-from qkv.analysis.words import narrow_layers, what_layers_see, without_number
+from qkv.analysis.words import (
+    agreement_by_group,
+    how_heads_agree,
+    narrow_layers,
+    percent,
+    what_layers_see,
+    without_number,
+)
 from qkv.bench.mechanisms import Mechanism, Sizes, mechanisms
-from qkv.cli.printing import counted, print_table
+from qkv.cli.printing import COLUMNS, counted, print_line, print_table
 from qkv.convert.families.windows import as_ranges
 from qkv.models.kv_cache_size import readable_bytes
 
 PICTURED = Sizes(1, 8, 4, 2, 64, 3, torch.bfloat16, decode=False, backward=False)
 COUNTED = PICTURED._replace(length=4096, num_heads=8, window=512)
-COLUMNS = 80
-"""of a line"""
+WINDOWS = 2
+"""in a table; more of them are shown below each other"""
 BAR = 24
 """Most characters of a bar."""
 COSTLY = 10
@@ -89,30 +97,26 @@ def print_seen(seen: Seen, most: float, why_not: str | None, console: Console) -
     if seen.cache_bytes({}):  # an encoder keeps none
         console.print(Text(f"{readable_bytes(seen.cache_bytes({}))} of keys and values"), soft_wrap=True)
     groups = [layer.group for layer in seen.recording.layers]
+    _print_changes(seen.recording, console)
     for group in sorted(set(groups), key=list(GROUPS).index):
         console.print()
-        title = "What layers attend to, in the mean over queries and heads"
-        title = title if len(set(groups)) == 1 else f"{GROUPS[group]}: {title[0].lower()}{title[1:]}"
         members = [index for index, other in enumerate(groups) if other == group]
+        title = _titled("What layers attend to, in the mean over queries and heads", group, groups)
         print_table(title, _layers(seen.recording, members), console)
     names = labels(seen.recording.without_heads)
     if names:
         which = f"layer {names[0]} keeps" if len(names) == 1 else f"layers {listed(names)} keep"
-        console.print(Text(f"not shown: {which} no keys by heads"), soft_wrap=True)
+        print_line(f"not shown: {which} no keys by heads", console)
     lost = without_number(seen.recording.layers)
     if lost is not None:
-        console.print(Text(lost), soft_wrap=True)
-    if seen.recording.windows:
-        sinks = f" (it shows {counted(seen.recording.sink_tokens, 'sink token')})" if seen.recording.sink_tokens else ""
-        console.print(Text(f"cut: the weight on keys that a window hides{sinks},"), soft_wrap=True)
-        console.print(Text("of the KV head that loses most in a layer; before training"), soft_wrap=True)
-        for window in seen.recording.windows:
-            narrow = narrow_layers(seen.recording.layers, window)
-            if narrow is not None:
-                console.print(Text(f"--window {window} hides nothing more where {narrow}"), soft_wrap=True)
+        print_line(lost, console)
     _print_rows(seen, console)
     for price in seen.prices:
         _print_price(seen, price, console)
+    for agreement in seen.agreements:
+        _print_agreement(agreement, console)
+    for title, reach in seen.reaches:
+        _print_reach(title, reach, console)
     if seen.against is not None:
         before, after = (loss.nanmean().item() for loss in (seen.against.before, seen.against.loss))
         console.print()
@@ -122,7 +126,7 @@ def print_seen(seen: Seen, most: float, why_not: str | None, console: Console) -
     if seen.prices:
         console.print()
         for line in _proposal(seen, most, why_not):
-            console.print(Text(line), soft_wrap=True)
+            print_line(line, console)
 
 
 def _read(tokens: int, left_out: int | None) -> str:
@@ -131,17 +135,56 @@ def _read(tokens: int, left_out: int | None) -> str:
     return counted(tokens, "token") + (f" (the first; {rest} left out)" if left_out != 0 else "")
 
 
+def _titled(title: str, group: str, groups: Sequence[str]) -> str:
+    """A title, after the kind of layers where there are several."""
+    return title if len(set(groups)) == 1 else f"{GROUPS[group]}: {title[0].lower()}{title[1:]}"
+
+
+def _print_changes(recording: Recording, console: Console) -> None:
+    """What windows would change in layers, those first that change least."""
+    if not recording.windows:
+        return
+    groups = [layer.group for layer in recording.layers]
+    names = labels_of(recording.layers)
+    changes, cuts = recording.change_by_layer(), recording.cut_by_layer()
+    for group in sorted({*groups} - {"cross"}, key=list(GROUPS).index):
+        members = [index for index, other in enumerate(groups) if other == group]
+        for first in range(0, len(recording.windows), WINDOWS):
+            at = range(first, min(first + WINDOWS, len(recording.windows)))
+            table = Table(box=None, pad_edge=False)
+            table.add_column("layer", justify="right", no_wrap=True)
+            for n in at:
+                table.add_column(f"change by {recording.windows[n]:,}", justify="right", no_wrap=True)
+                table.add_column(f"cut by {recording.windows[n]:,}", justify="right", no_wrap=True)
+            for index in sorted(members, key=lambda index: changes[index, first].nan_to_num(torch.inf).item()):
+                cells = (percent(numbers[index, n].item()) for n in at for numbers in (changes, cuts))
+                table.add_row(names[index].rpartition(" ")[2], *cells)
+            named = " and ".join(f"{recording.windows[n]:,}" for n in at)
+            title = f"What {'a window' if len(at) == 1 else 'windows'} of {named} would change, the least"
+            title += " first" if len(at) == 1 else f" by {recording.windows[first]:,} first"
+            console.print()
+            print_table(_titled(title, group, groups), table, console)
+    sinks = f" (it shows {counted(recording.sink_tokens, 'sink token')})" if recording.sink_tokens else ""
+    for line in (
+        "change: how far the output moves, as a share of its length, of the head that moves most;",
+        f"cut: the weight on keys that a window hides{sinks}, of the KV head that loses most; before training.",
+        "Change ranks layers better than cut; --measure finds what they cost.",
+    ):
+        print_line(line, console)
+    for window in recording.windows:
+        narrow = narrow_layers(recording.layers, window)
+        if narrow is not None:
+            print_line(f"--window {window} hides nothing more where {narrow}", console)
+
+
 def _layers(recording: Recording, members: list[int]) -> Table:
     table = Table(box=None, pad_edge=False)
-    table.add_column("layer", justify="right", no_wrap=True)
-    is_cross = recording.layers[members[0]].is_cross
-    windows = () if is_cross else recording.windows
-    for title in ("sees", "in effect", "distance", "on sinks", *(f"cut by {window:,}" for window in windows)):
+    for title in ("layer", "sees", "in effect", "distance", "on sinks"):
         table.add_column(title, justify="right", no_wrap=True)
     names = labels_of(recording.layers)
     rows = what_layers_see(recording.layers, recording.cut_by_layer())
     for index in members:
-        table.add_row(names[index].rpartition(" ")[2], *rows[index][: 4 + len(windows)])
+        table.add_row(names[index].rpartition(" ")[2], *rows[index][:4])
     return table
 
 
@@ -184,7 +227,7 @@ def _print_price(seen: Seen, price: Price, console: Console) -> None:
     console.print()
     print_table(f"If one layer had {price.change}: loss {loss:.3f}, before training", table, console)
     if price.note is not None:
-        console.print(Text(price.note), soft_wrap=True)
+        print_line(price.note, console)
     if not price.together:
         _print_tokens("Tokens that pay most in the mean of these", seen, seen.costly(price, COSTLY), console)
         return
@@ -204,6 +247,28 @@ def _print_price(seen: Seen, price: Price, console: Console) -> None:
     console.print()
     print_table("If the cheapest had it together", table, console)
     _print_tokens("Tokens that pay most for that", seen, seen.costly(price, COSTLY), console)
+
+
+def _print_agreement(agreement: Agreement, console: Console) -> None:
+    table = Table(box=None, pad_edge=False)
+    for title in ("layer", "of", "groups", "in a group", "least", "of others"):
+        table.add_column(title, justify="left" if title in ("of", "groups") else "right", overflow="fold")
+    for row in agreement_by_group(agreement.layers):
+        table.add_row(*row)
+    console.print()
+    print_table(f"How alike KV heads are, for {agreement.change}: 1 for the same", table, console)
+    print_line(how_heads_agree(agreement.change, agreement.layers), console)
+
+
+def _print_reach(title: str, reach: Reach, console: Console) -> None:
+    table = Table(box=None, pad_edge=False)
+    for name in ("after layers", "window", "by the windows", "measured"):
+        table.add_column(name, justify="right", no_wrap=True)
+    windows = ["", *("none" if window is None else f"{window:,}" for window in reach.windows)]
+    for row, numbers in enumerate(zip(windows, reach.allowed(), reach.measured(), strict=True)):
+        table.add_row(str(row), numbers[0], *(f"{number:,}" for number in numbers[1:]))
+    console.print()
+    print_table(f"{title}: how many tokens token {reach.position} reaches", table, console)
 
 
 def _print_tokens(title: str, seen: Seen, costly: list[CostlyToken], console: Console) -> None:

@@ -119,8 +119,9 @@ def see(
 ) -> None:
     """Show what a model of transformers attends to on a text, and what a window or fewer KV heads would cost it.
 
-    For each layer: the keys that it sees, the number of keys in effect, how far back they are, the weight on the first
-    tokens, and the weight that a window would cut. With --measure, the loss if one layer had the window or the heads,
+    For each layer: the keys that it sees, the number of keys in effect, how far back they are, and the weight on the
+    first tokens. With --window, first how far its output would move and the weight that would be cut, layers in the
+    order of the change. With --measure, the loss if one layer had the window or the heads,
     for each; then with the cheapest layers together, the tokens that pay, and the bytes that it saves. All of it before
     training, on this text alone. What --json prints is what qkv convert --like takes. With --query, the tokens that one
     token attends to, head by head.
@@ -187,7 +188,7 @@ def see(
             prices, interrupted = measure_prices(
                 language_model, inputs, recording, windows, sink_tokens, heads, pool, progress
             )
-        agreements = agreements_of(language_model, prices, pool, progress) if out or as_document else ()
+        agreements = agreements_of(language_model, prices, pool, progress)
         other = None
         if other_opened is not None and not interrupted:
             other = against_other(language_model, inputs, other_opened, torch_dtype, progress)
@@ -211,9 +212,9 @@ def see(
         seven=one,
         agreements=agreements,
     )
+    if (measure or out is not None) and not interrupted:
+        seen = seen._replace(reaches=reaches_of(language_model, predicted.token_ids, seen, most, progress))
     if out is not None:
-        if not interrupted:
-            seen = seen._replace(reaches=reaches_of(language_model, predicted.token_ids, seen, most, progress))
         try:
             page = page_of(seen, most)
         except ValueError as error:

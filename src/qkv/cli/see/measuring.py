@@ -144,7 +144,7 @@ def reaches_of(
                 (title, reach(language_model.model, token_ids, position, windows=windows)) for title, windows in kinds
             ]
     except ValueError as error:
-        progress.notify(f"no picture of the reach: {error}")
+        progress.notify(f"the reach was not measured: {error}")
         return ()
     return tuple(found)
 

@@ -5,7 +5,8 @@ from qkv.analysis.page.charts import Chart, legend, logarithmic
 from qkv.analysis.page.markup import Markup, figure, joined, table
 from qkv.analysis.pricing import Price
 from qkv.analysis.seen import Seen
-from qkv.analysis.words import counted, size
+from qkv.analysis.words import counted
+from qkv.byte_sizes import readable_bytes, written_round
 
 LONGEST = 1 << 17
 """Tokens at the right edge of the picture, and more for longer texts."""
@@ -25,18 +26,23 @@ def cache(seen: Seen, most: float) -> Markup:
     counts = [1 << n for n in range(6, most_tokens.bit_length())]
     lines = [[(float(count), float(seen.cache_bytes(changed, count))) for count in counts] for _, changed in kinds]
     least, largest = (end(y for line in lines for _, y in line) for end in (min, max))
-    powers = [n for n in range(3, 15) if least <= 10**n <= largest]
+    powers = [n for n in range(10, 50, 5) if least <= 2**n <= largest]
     thousands = [(float(count), f"{count >> 10}k") for count in counts if count >= 1024 and count.bit_length() % 2]
     chart = Chart(
         logarithmic("tokens", [(64.0, "64"), (256.0, "256"), *thousands], 64, most_tokens),
-        logarithmic("keys and values", [(10.0**n, size(10**n)) for n in powers], least * 0.8, largest * 1.25),
+        logarithmic(
+            "keys and values",
+            [(2.0**n, written_round(2.0**n)) for n in powers],
+            least * 0.8,
+            largest * 1.25,
+        ),
     )
     if length >= 64:
         chart.line([(length, least * 0.8), (length, largest * 1.25)], "limit")
     for n, line in enumerate(lines):
         chart.line(line, f"line s{n % 4} d{n % 5}")
-        chart.mark(*line[-1], n, f"{kinds[n][0]}, {counts[-1]:,} tokens: {size(line[-1][1])}")
-    says = f"At {counts[-1]:,} tokens the model as it is keeps {size(lines[0][-1][1])}."
+        chart.mark(*line[-1], n, f"{kinds[n][0]}, {counts[-1]:,} tokens: {readable_bytes(int(line[-1][1]))}")
+    says = f"At {counts[-1]:,} tokens the model as it is keeps {readable_bytes(int(lines[0][-1][1]))}."
     rows = [[f"{count:,}", *(f"{line[at][1]:,.0f}" for line in lines)] for at, count in enumerate(counts)]
     return figure(
         joined(chart.drawn(f"Bytes of keys and values over tokens. {says}"), legend([name for name, _ in kinds])),

@@ -45,8 +45,8 @@ def reach_by_layers(title: str, reach: Reach) -> Markup:
     ]
     windows = ["", *("none" if window is None else f"{window:,}" for window in reach.windows)]
     body = [
-        [str(row), window, f"{stop - reach.position:,}", _furthest(reach, row)]
-        for row, (window, stop) in enumerate(zip(windows, reach.stops, strict=True))
+        [str(row), window, f"{allowed:,}", f"{measured:,}"]
+        for row, (window, allowed, measured) in enumerate(zip(windows, reach.allowed(), reach.measured(), strict=True))
     ]
     heading = ["after layers", "window", "by the windows", "measured"]
     drawn = chart.drawn(f"{title}: reach of token {reach.position}. {says}")
@@ -58,9 +58,3 @@ def reach_by_layers(title: str, reach: Reach) -> Markup:
         "Does not show whether the influence is of use.",
         table(f"{title}: tokens that one token reaches", heading, body),
     )
-
-
-def _furthest(reach: Reach, row: int) -> str:
-    """The number of tokens from the one that was changed to the last that moves."""
-    moved = reach.change[row].nonzero().flatten()
-    return f"{int(moved[-1]) + 1 - reach.position:,}" if len(moved) else "0"

@@ -5,7 +5,8 @@ import math
 from qkv.analysis.page.charts import Chart, legend, linear, nearly_logarithmic
 from qkv.analysis.page.markup import Markup, figure, joined, table
 from qkv.analysis.seen import Saving, Seen
-from qkv.analysis.words import counted, nats, size
+from qkv.analysis.words import counted, nats
+from qkv.byte_sizes import readable_bytes, unit_of, written_round
 from qkv.convert.families.windows import as_ranges
 
 UNIT = 0.01
@@ -21,7 +22,7 @@ def savings(seen: Seen, most: float) -> Markup:
     increases = [0.0, most, *(saving.increase for saving in points)]
     least, largest = min(increases), max(increases)
     chart = Chart(
-        linear("bytes of keys and values of this text", 0, now * 1.04, size),
+        linear("bytes of keys and values of this text", 0, now * 1.04, written_round, unit_of(now)),
         nearly_logarithmic("more loss, nats a token", min(least * 1.2, -UNIT / 5), max(largest * 1.3, UNIT), UNIT),
     )
     chart.line([(0, most), (now * 1.04, most)], "limit")
@@ -30,9 +31,9 @@ def savings(seen: Seen, most: float) -> Markup:
         for saving in some:
             if math.isfinite(saving.increase):
                 at = f"{saving.price.change} in {counted(len(saving.layers), 'layer')}"
-                words = f"{at}: {size(saving.cache_bytes)}, {nats(saving.increase)} nats"
+                words = f"{at}: {readable_bytes(saving.cache_bytes)}, {nats(saving.increase)} nats"
                 chart.mark(saving.cache_bytes, saving.increase, n, words)
-    chart.mark(now, 0, len(found), f"as it is: {size(now)}")
+    chart.mark(now, 0, len(found), f"as it is: {readable_bytes(now)}")
     if proposal is not None:
         chart.ring(proposal.cache_bytes, proposal.increase, "the proposal")
     sentence = _proposal(seen, proposal, most)
@@ -73,5 +74,6 @@ def _proposal(seen: Seen, proposal: Saving | None, most: float) -> str:
     return (
         f"The measured windows that save most for at most {most:g} nats a token, before training: "
         f"{proposal.price.change} in {counted(len(proposal.layers), 'layer')} ({as_ranges(proposal.layers)}), "
-        f"{size(proposal.cache_bytes)} instead of {size(seen.cache_bytes({}))}, {nats(proposal.increase)} nats. {how}"
+        f"{readable_bytes(proposal.cache_bytes)} instead of {readable_bytes(seen.cache_bytes({}))}, "
+        f"{nats(proposal.increase)} nats. {how}"
     )
