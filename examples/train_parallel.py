@@ -117,8 +117,9 @@ class Training:
         inputs, labels = self.tokens.take(batch[:, :-1]), self.tokens.take(batch[:, 1:])
         with parallel.over(self.tokens):
             logits = self.model(inputs)
-        total: Tensor = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
-        return total / (self.options.batch * self.options.length)
+        total = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        part: Tensor = total / (self.options.batch * self.options.length)
+        return part
 
     def clip(self, most: float) -> None:
         """Scales the gradients of the whole model to a norm of at most ``most``, as ``clip_grad_norm_``."""

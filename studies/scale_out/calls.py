@@ -3,6 +3,7 @@
 Bytes are those of a forward pass in fp32, for a batch of 1. Ranks divide the heads and, twice, the tokens.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -123,23 +124,27 @@ def _visiting(call: Call) -> tuple[list[float], list[float]]:
 
 def scores(call: Call) -> list[float]:
     """The scores that each rank computes."""
-    ranks, n, rows, each = call.ranks, call.tokens, call.tokens / call.ranks, range(call.ranks)
+    ranks, n, rows = call.ranks, call.tokens, call.tokens / call.ranks
     if call.mask == "full":
         of_all = [n * rows] * ranks
-    elif call.mask == "window":
-        w = min(call.window, n)
-        of_all = [rows * w] * ranks
-        of_all[0] -= min(w, rows) * (min(w, rows) - 1) / 2
-    elif call.layout == "even":
-        of_all = [rows * rows * (rank + 0.5) for rank in each]
+    elif call.layout == "zigzag":
+        of_all = [n * (n + 1) / 2 / ranks] * ranks
     else:
-        of_all = [n * rows / 2] * ranks
+        most = call.window if call.mask == "window" else n
+        before = [_seen_before(rank * rows, most) for rank in range(ranks + 1)]
+        of_all = [end - start for start, end in itertools.pairwise(before)]
     if call.scheme == "heads":
         busy = -(-call.heads // ranks) if ranks <= call.heads else 1
         return [busy * sum(of_all)] * min(ranks, call.heads) + [0.0] * max(0, ranks - call.heads)
     if call.scheme == "merge" and call.layout == "even":
         of_all = of_all[::-1]  # the first keys are seen by most queries
     return [call.heads * one for one in of_all]
+
+
+def _seen_before(position: float, most: int) -> float:
+    """The scores of all queries before a position, each of which sees itself and those before, at most so many."""
+    few = min(position, most)
+    return few * (few + 1) / 2 + (position - few) * most
 
 
 def held(call: Call) -> float:
