@@ -130,8 +130,10 @@ pages: $(VENV)/ready
 	$(BIN)/python docs/commands.py
 	$(BIN)/python docs/pictures.py
 
+# A wheel for Linux on this machine, or with MACHINE=aarch64 for another one, and the source distribution, in dist. The
+# same commit and compiler give the same bytes. On macOS and Windows, cibuildwheel builds them.
 wheel: $(VENV)/ready
-	$(BIN)/python -m build --outdir dist
+	$(BIN)/python packaging/wheel.py $(if $(MACHINE),--machine $(MACHINE))
 
 clean:
 	rm -rf $(VENV) dist build

@@ -16,7 +16,7 @@ from harness.peers import PEERS
 from harness.plots import plot_grid, plot_rates
 from kernel import skips
 
-from qkv.cli.reports.bench import readable_time
+from qkv.bench.report import readable_time
 
 HERE = Path(__file__).parent
 PAGE = HERE / "README.md"

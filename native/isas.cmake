@@ -1,5 +1,5 @@
 # Reads native/src/abi/isas.def. Sets QKV_ISAS, the names of the instruction sets of this processor, each after the one
-# that it extends, and QKV_ISA_FLAGS_<name>, all flags of each.
+# that it extends, QKV_ISA_BASE_<name>, which one that is, and QKV_ISA_FLAGS_<name>, all flags of each.
 set(QKV_ISA_LIST ${CMAKE_CURRENT_LIST_DIR}/src/abi/isas.def)
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${QKV_ISA_LIST})
 
@@ -20,5 +20,6 @@ foreach(line IN LISTS QKV_ISA_LINES)
   endif()
   list(APPEND QKV_ISAS ${CMAKE_MATCH_2})
   separate_arguments(flags UNIX_COMMAND "${CMAKE_MATCH_4}")
+  set(QKV_ISA_BASE_${CMAKE_MATCH_2} ${CMAKE_MATCH_3})
   set(QKV_ISA_FLAGS_${CMAKE_MATCH_2} ${QKV_ISA_FLAGS_${CMAKE_MATCH_3}} ${flags})
 endforeach()

@@ -2,7 +2,8 @@
 
 `python tests/releases.py` makes an environment for each under ``build/releases``, with everything else as in
 ``constraints.txt``, and runs there what touches the other library. `python tests/releases.py torch` runs the two
-releases of torch, `python tests/releases.py torch==2.9.0` a single one.
+releases of torch, `python tests/releases.py torch==2.9.0` a single one, and `python tests/releases.py torch --nightly
+INDEX` the newest build of torch that an index of its nightly builds has.
 """
 
 import os
@@ -17,6 +18,7 @@ RELEASES = ROOT / "build" / "releases"
 
 TESTS = {
     "torch": [
+        "tests/repository/test_private_names.py",  # first: it names what is gone
         *(
             "tests/contract/test_grid.py",
             "tests/test_functional.py",
@@ -35,6 +37,7 @@ TESTS = {
         *("tests/integrations/torch/test_accelerate.py", "tests/integrations/torch/test_varlen.py", "tests/upstream"),
     ],
     "transformers": [
+        "tests/repository/test_private_names.py",
         *("tests/integrations/transformers", "tests/test_tracing.py", "tests/families", "tests/upstream"),
         *(f"tests/convert/test_{name}.py" for name in ("families", "encoder_decoder", "windows")),
     ],
@@ -52,8 +55,11 @@ def ends(package: str) -> list[str]:
     return [f"{package}=={first}.0", f"{package}>={first},<{limit}"]
 
 
-def prepare(requirement: str) -> Path:
-    """The Python of an environment with qkv, this release, and everything else as in constraints.txt."""
+def prepare(requirement: str, options: tuple[str, ...]) -> Path:
+    """The Python of an environment with qkv, this release, and everything else as in constraints.txt.
+
+    ``options`` are more of pip's.
+    """
     folder = RELEASES / re.sub(r"[^\w.]+", "-", requirement)
     python = folder / "bin" / "python"
     package = re.split(r"\W", requirement, maxsplit=1)[0]
@@ -61,14 +67,14 @@ def prepare(requirement: str) -> Path:
     venv.create(folder, with_pip=True)
     constraints = folder / "constraints.txt"
     constraints.write_text("\n".join(line for line in pinned if not re.match(rf"{package}\W", line)))
-    install = [str(python), "-m", "pip", "install", "--quiet", "--constraint", str(constraints), "--upgrade"]
+    install = [str(python), "-m", "pip", "install", "--quiet", "--constraint", str(constraints), "--upgrade", *options]
     subprocess.run([*install, requirement, "setuptools", f"{ROOT}[dev]"], check=True)
     return python
 
 
-def run(requirement: str) -> bool:
+def run(requirement: str, options: tuple[str, ...] = ()) -> bool:
     """Whether the tests pass on a release."""
-    python = prepare(requirement)
+    python = prepare(requirement, options)
     package = re.split(r"\W", requirement, maxsplit=1)[0]
     version = f"import importlib.metadata as m; print('{package}', m.version('{package}'), flush=True)"
     subprocess.run([str(python), "-c", version], check=True)
@@ -80,6 +86,10 @@ def run(requirement: str) -> bool:
 
 def main() -> None:
     """Runs all that are asked for, all without arguments, and exits with 1 where one fails."""
+    if sys.argv[1:3] == ["torch", "--nightly"] and len(sys.argv) == 4 and sys.argv[3]:
+        sys.exit(not run(ends("torch")[1], ("--pre", "--extra-index-url", sys.argv[3])))
+    if "--nightly" in sys.argv:
+        raise SystemExit("releases: it must be `torch --nightly INDEX`, with the address of an index.")
     arguments = sys.argv[1:] or [*TESTS]
     wanted = [release for argument in arguments for release in (ends(argument) if argument in TESTS else [argument])]
     failed = [requirement for requirement in wanted if not run(requirement)]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qkv
-from qkv import Mask
+from qkv import Mask, kernels
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -204,6 +204,14 @@ def test_explain_names_the_chosen_backend_and_why_not_the_others() -> None:
     ]
     assert qkv.explain(q, q, q).chosen == "sdpa"
     assert "reference  comes later in the order" in str(qkv.explain(q, q, q))
+
+
+def test_explain_names_the_instruction_set_and_the_build_of_the_kernel() -> None:
+    q = torch.randn(1, 2, 64, 8)
+    library = kernels.loaded()._replace(isa="z80", compiler="GCC 99.1.2")
+    with kernels.use(library):
+        found = str(qkv.explain(q, q, q))
+    assert found.splitlines()[0] == "native     chosen: z80, built by GCC 99.1.2"
 
 
 def test_an_explicit_backend_never_falls_back() -> None:

@@ -6,6 +6,9 @@ query and a key, Dv width of a value, E width of a model. Tensors of heads are (
 
 import typing
 
+from qkv import starting as starting  # first, since importing the others takes a second
+
+# isort: split
 from qkv.backends import BackendError as BackendError
 from qkv.cache import Caches as Caches
 from qkv.cache import CrossKVCache as CrossKVCache

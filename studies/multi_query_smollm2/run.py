@@ -32,7 +32,7 @@ from qkv.models.shakespeare import works
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-QKV = (sys.executable, "-c", "import sys; from qkv_command import main; sys.exit(main())")
+QKV = (sys.executable, "-c", "import sys; sys.argv[0] = 'qkv'; from qkv.cli import main; sys.exit(main())")
 """The command in a process of its own, which gives its memory back."""
 MACHINE = ROOT / "benchmarks" / "harness" / "machine.py"
 

@@ -11,7 +11,7 @@ from settings import Settings
 
 from qkv.cli import main as qkv
 
-QKV = (sys.executable, "-c", "import sys; from qkv_command import main; sys.exit(main())")
+QKV = (sys.executable, "-c", "import sys; sys.argv[0] = 'qkv'; from qkv.cli import main; sys.exit(main())")
 """The command in a process of its own, which gives its memory back."""
 Save = Callable[[], None]
 

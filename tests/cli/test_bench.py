@@ -6,9 +6,10 @@ import os
 import pytest
 import torch
 
+from qkv.bench import command as bench
 from qkv.bench import peak_memory
 from qkv.bench.mechanisms import LIBRARIES, OURS, TORCH, Sizes, mechanisms
-from qkv.cli import bench, main
+from qkv.cli import main
 
 TINY = ("--length", "24", "--heads", "6", "--head-dim", "8", "--window", "5", "--rounds", "2")
 NAMES = [

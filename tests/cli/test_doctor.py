@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import platform
+import re
 
 import pytest
 import torch
@@ -35,7 +36,8 @@ def test_json(capsys):
 @pytest.mark.skipif(kernels.absence() is not None, reason="the kernel is of another architecture")
 def test_the_kernel_and_the_instruction_sets_of_the_machine(capsys):
     kernel = report(capsys)["kernel"]
-    assert kernel["isa"] == kernels.loaded().isa
+    assert (kernel["isa"], kernel["compiler"]) == (kernels.loaded().isa, kernels.loaded().compiler)
+    assert re.fullmatch(r"(GCC|Clang) \d+\.\d+\.\d+", kernel["compiler"])
     assert kernel["isa"] in kernel["supported"] and kernel["supported"][-1] == "generic"
     assert kernel["absence"] is None
 
@@ -44,8 +46,8 @@ def test_text(capsys):
     assert main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"qkv {qkv.__version__}"
-    names = ["kernel", "fast path", "threads", "attention", "model types"]
-    assert [line[2:15].strip() for line in lines[1:6]] == names
+    names = ["kernel", "built by", "fast path", "threads", "attention", "model types"]
+    assert [line[2:15].strip() for line in lines[1:7]] == names
     assert any(line.split() == ["torch", torch.__version__, ">=2.9,<3"] for line in lines)
 
 
@@ -68,7 +70,7 @@ def test_what_is_missing_or_of_another_version_is_said(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "kernel       none, torch's kernels run instead: it was not compiled\n" in out
     lines = [line.split() for line in out.splitlines()]
-    assert lines[2][:3] == ["fast", "path", "no,"]
+    assert lines[3][:3] == ["fast", "path", "no,"]
     assert ["transformers", "ImportError:", "no", "AttentionInterface"] in lines
     assert ["gguf", "-", ">=0.10", "missing"] in lines
     assert ["transformers", "6.1.0", ">=5.20,<6", "not", "tested"] in lines

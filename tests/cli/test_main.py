@@ -1,6 +1,7 @@
 """`qkv` itself: help, version, wrong usage, missing extras, exit codes."""
 
 import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -8,18 +9,29 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import qkv
-from qkv.cli import demo, main
+from qkv import kernels
+from qkv.cli import EXTRAS, demo, main
 from qkv.models.errors import CommandError
 
 FULL = Path("/dev/full")
-QKV = (sys.executable, "-c", "import sys; from qkv_command import main; sys.exit(main())")
+QKV = (sys.executable, "-c", "import sys; sys.argv[0] = 'qkv'; from qkv.cli import main; sys.exit(main())")
+
+
+VERSION = f"qkv {qkv.__version__} (torch {torch.__version__}, kernel {kernels.description()})\n"
 
 
 def test_version(capsys):
     assert main(["--version"]) == 0
-    assert capsys.readouterr().out == f"qkv {qkv.__version__}\n"
+    assert capsys.readouterr().out == VERSION
+
+
+def test_version_says_why_there_is_no_kernel(capsys):
+    with kernels.use("it was not compiled"):
+        assert main(["--version"]) == 0
+    assert capsys.readouterr().out.endswith(", kernel none, it was not compiled)\n")
 
 
 def test_help_names_the_commands(capsys):
@@ -72,11 +84,67 @@ def test_wrong_usage(capsys, arguments, message):
 
 def test_missing_extras_are_named_in_one_line(capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("typer", "gguf") else object())
-    assert main(["--version"]) == 1
+    assert main(["doctor"]) == 1
     expected = (
-        "qkv: the command line requires packages that are not installed: typer, gguf. Run pip install 'qkv[cli]'.\n"
+        "qkv: the command line requires packages that are not installed: typer, gguf. Run pip install 'qkv[cli]'. "
+        "Without them, only qkv bench and qkv --version run.\n"
     )
     assert capsys.readouterr().err == expected
+
+
+def without_extras(*arguments):
+    """Runs a command where no package of the extra can be imported."""
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({EXTRAS}))\n"
+        "import importlib.util as util; find = util.find_spec\n"
+        f"util.find_spec = lambda name: None if name in {EXTRAS} else find(name)\n"
+        "from qkv.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+
+
+def test_version_needs_torch_alone():
+    ended = without_extras("--version")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, VERSION, "")
+
+
+def test_bench_needs_torch_alone():
+    tiny = ("--length", "24", "--heads", "6", "--kv-heads", "2", "--head-dim", "8", "--rounds", "2")
+    ended = without_extras("bench", *tiny, "--json", "--decode")
+    assert ended.returncode == 0, ended.stderr
+    report = json.loads(ended.stdout)
+    assert report["sizes"]["num_kv_heads"] == 2 and report["sizes"]["decode"] and report["sizes"]["dtype"] == "float32"
+    assert len(report["mechanisms"]) == 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--length", "0"], "argument --length: it must be at least 1; got 0.\n"),
+        (["--rounds", "1"], "argument --rounds: it must be at least 2, for quartiles; got 1.\n"),
+        (["--dtype", "float64"], "argument --dtype: invalid Dtype value: 'float64'\n"),
+        (["--heads", "6", "--kv-heads", "4"], "'--kv-heads': it must divide --heads, 6; got 4.\n"),
+        (["--leng", "8"], "unrecognized arguments: --leng 8\n"),
+    ],
+)
+def test_wrong_usage_of_bench_with_torch_alone(capsys, monkeypatch, arguments, message):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in EXTRAS else object())
+    assert main(["bench", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.endswith(f"qkv bench: error: {message}") and captured.out == ""
+
+
+def test_an_interrupt_of_another_program_is_its_own(tmp_path):
+    """Importing qkv changes nothing for a program that is not the command."""
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    ended = subprocess.run(
+        [sys.executable, "-c", "import qkv"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode != 130 and ended.stderr.endswith("KeyboardInterrupt\n")
 
 
 @pytest.mark.parametrize(

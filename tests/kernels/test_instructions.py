@@ -114,6 +114,7 @@ def test_the_library_exports_its_own_functions_alone() -> None:
         "qkv_gated_mlp",
         "qkv_block_numbers_size",
         "qkv_block_size",
+        "qkv_compiler",
         "qkv_decoder_layers",
         "qkv_step_numbers_size",
         "qkv_fast_gated_mlp",

@@ -43,7 +43,9 @@ def test_an_unknown_instruction_set_is_refused_and_auto_falls_back() -> None:
 def test_without_the_library_everything_works_and_explain_says_why(tmp_path: Path) -> None:
     reason = kernels.load(tmp_path / "native.so")
     assert reason == (
-        "this installation of qkv has no compiled kernel (it found no suitable C++ compiler when it was built)"
+        "this installation of qkv has no compiled kernel: no suitable C++ compiler was found when it was built. "
+        "Install one, then run pip install --no-cache-dir --force-reinstall --no-deps qkv, since pip's cache keeps the "
+        "build without a kernel"
     )
     q = torch.randn(1, 2, 64, 4)
     with kernels.use(reason):

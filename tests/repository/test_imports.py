@@ -16,6 +16,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "qkv"
 # Each level may import itself and lower levels; the lowest is first.
 ORDER = [
     {
+        "qkv.starting",
         "qkv.arguments",
         "qkv.tracing",
         "qkv.bands",
@@ -80,7 +81,7 @@ def test_nothing_imports_upward(path: Path) -> None:
 
 FOLDERS = {
     "convert": (12, 7),
-    "cli": (11, 5),
+    "cli": (10, 5),
     "integrations": (5, 4),
     "integrations/transformers": (16, 7),
     "integrations/transformers/steps": (11, 8),
@@ -160,6 +161,6 @@ PACKAGES = (
 def test_a_package_lists_the_names_that_it_passes_on(package: str) -> None:
     tree = ast.parse((SOURCE.parent.joinpath(*package.split(".")) / "__init__.py").read_text())
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    passed_on = {alias.name for node in imports for alias in node.names if alias.asname == alias.name}
+    passed_on = {alias.name for node in imports for alias in node.names if alias.asname == alias.name} - {"starting"}
     listed = importlib.import_module(package).__all__
     assert sorted(listed) == sorted(passed_on)  # ruff has an order of its own for them, constants first

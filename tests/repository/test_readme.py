@@ -20,7 +20,7 @@ def test_every_example_runs_and_prints_the_expected_output(capsys: pytest.Captur
     printed = capsys.readouterr().out
     for words in (
         "torch.Size([2, 1, 8, 2048])",
-        "native     chosen",
+        "native     chosen: ",
         "Mask.causal(window=4)",
     ):
         assert words in printed

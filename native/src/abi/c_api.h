@@ -12,6 +12,9 @@ enum Status { DONE = 0, OUT_OF_MEMORY = 1, OTHER = 2 };
 
 }  // namespace qkv
 
+// The compiler that built the library, and its version.
+QKV_EXPORT const char* qkv_compiler();
+
 // Both return a Status: DONE; OUT_OF_MEMORY, and then results are written in part or not at all; or OTHER, and then
 // nothing was done, where `offsets` do not fit (abi/problem.h).
 QKV_EXPORT int qkv_forward(const void* problem);

@@ -61,14 +61,19 @@ struct DecodeScratch {
     }
 };
 
+// The number of a bias or a mask for row r and a key.
+static inline float element(const Matrix& m, const Tile& t, int r, int64_t key) {
+    return read(m.dtype, m.data, t.batch * m.batch + t.head[r] * m.head + key * m.column);
+}
+
 // How lanes stand for (key, row) pairs in decoding: lane i is key first + i / ROWS, row i % ROWS. COUNT is the number
-// of rows and ROWS the next power of two; lanes without a row repeat the last one.
+// of rows, or 0 for that of the tile, and ROWS the next power of two; lanes without a row repeat the last one.
 template <int COUNT, int ROWS>
 struct DecodeLanes {
     const Problem& p;
     const Tile& t;
 
-    static int row(int lane) { return std::min(lane % ROWS, COUNT - 1); }
+    int row(int lane) const { return std::min(lane % ROWS, (COUNT ? COUNT : t.count) - 1); }
 
     template <class Value>
     static vec each(Value value) {
@@ -77,12 +82,13 @@ struct DecodeLanes {
         return x;
     }
 
-    float element(const Matrix& m, int r, int64_t key) const {
-        return read(m.dtype, m.data, t.batch * m.batch + t.head[r] * m.head + key * m.column);
+    vec gather(const Matrix& m, int64_t first) const {
+        return each([&](int i) { return element(m, t, row(i), std::min(first + i / ROWS, p.lk - 1)); });
     }
 
-    vec gather(const Matrix& m, int64_t first) const {
-        return each([&](int i) { return element(m, row(i), std::min(first + i / ROWS, p.lk - 1)); });
+    // Never inlined: decoding seldom drops weights.
+    [[gnu::noinline]] vec dropout_of(const Dropout& dropout, int64_t first) const {
+        return dropout.factors_of(first, ROWS, [&](int lane) { return row(lane); });
     }
 
     struct Repeated {
@@ -103,7 +109,8 @@ struct DecodeLanes {
         vec bias() const { return of.gather(of.p.bias, first); }
         vec minus_alibi(vec x) const {
             const int64_t position = of.t.position[0];
-            return x - each([&](int i) { return of.t.slope[row(i)] * (float)std::abs(position - (first + i / ROWS)); });
+            return x -
+                   each([&](int i) { return of.t.slope[of.row(i)] * (float)std::abs(position - (first + i / ROWS)); });
         }
     };
 
@@ -114,8 +121,8 @@ struct DecodeLanes {
 
     bool may_see(int64_t key) const { return QKV_ISA::may_see(p, t, 0, key); }
 
-    // -inf for keys that are hidden, or do not exist.
-    vec hide(int64_t first, int64_t end, vec x) const {
+    // -inf for keys that are hidden, or do not exist. Never inlined, as `transform`: only blocks at an edge need it.
+    [[gnu::noinline]] vec hide(int64_t first, int64_t end, vec x) const {
         x = each([&](int i) { return first + i / ROWS < end && may_see(first + i / ROWS) ? 0.0f : -INF; }) == 0.0f
                 ? x
                 : set1(-INF);
@@ -124,25 +131,26 @@ struct DecodeLanes {
 };
 
 // `add_visible_nonfinite` for the rows of one query: leaves the values of a block in scratch.values.
-template <class Products, int COUNT, int ROWS>
+template <class Products>
 [[gnu::noinline]] static void add_visible_nonfinite_decode(const Problem& p, const Tile& t, const Block& b,
                                                            const DecodeScratch& scratch, const DecodeState& state) {
-    const DecodeLanes<COUNT, ROWS> lanes{p, t};
+    const int lanes = lanes_of(t.count);
     const int64_t pitch = pitch_of(p.value_width), bytes = p.value_width * size_of(p.dtype);
     const auto clean = [&](int j) { return (char*)scratch.values + j * bytes; };
     for (int j = 0; j < b.size; ++j) std::memcpy(clean(j), row_of(p, p.v, t, b.first + j), bytes);
     separate_nonfinite(
         p, t, b, {0, b.size, 0, t.vecs},
         [&](int j, int r) {
-            return lanes.may_see(b.first + j) && (!p.allow.data || lanes.element(p.allow, r, b.first + j) != 0);
+            return may_see(p, t, 0, b.first + j) && (!p.allow.data || element(p.allow, t, r, b.first + j) != 0);
         },
         [&](int j, int r, int64_t d, float x) {
-            state.out[r * pitch + Products::column(d)] += scratch.scores[j * ROWS + r] * x;
+            state.out[r * pitch + Products::column(d)] += scratch.scores[j * lanes + r] * x;
         },
         [&](int j, int64_t d) { write(p.dtype, clean(j), d, 0.0f); });
 }
 
-// Makes `state` that of the keys [begin, end). COUNT is the number of rows, ROWS the next power of two.
+// Makes `state` that of the keys [begin, end). COUNT is the number of rows, or 0 for products that take it from the
+// tile, and ROWS the next power of two.
 template <class Products, int COUNT, int ROWS>
 static void accumulate_keys_decode(const Problem& p, const Tile& t, const Dropout& dropout, int64_t begin, int64_t end,
                                    const DecodeScratch& scratch, const DecodeState& state) {
@@ -154,8 +162,8 @@ static void accumulate_keys_decode(const Problem& p, const Tile& t, const Dropou
     const bool is_scaled = only_scaled(p);
     const float factor = exponent_factor(p);
     const int64_t item = size_of(p.kv_dtype), key_stride = p.k.row * item;
-    const bool scaled = p.k_scale.data;
-    const vec q_scale = Lanes::each([&](int i) { return scratch.q_scale[Lanes::row(i)]; });
+    const bool scaled = Products::SCALED && p.k_scale.data;
+    const vec q_scale = Lanes::each([&](int i) { return scratch.q_scale[lanes.row(i)]; });
     vec row_max = set1(-INF), sum = {};
     [[maybe_unused]] vec sums[LANES] = {};  // lanes without a row stay 0
     state.clear(p, t);
@@ -213,7 +221,7 @@ static void accumulate_keys_decode(const Problem& p, const Tile& t, const Dropou
             const vec score = load(scratch.scores + j * ROWS);
             vec weight = exp2(exponents(update.origin.fused, score, factor, update.origin));
             sum = sum + weight;
-            if (p.dropout > 0) weight = weight * dropout.factors_of(first + j, ROWS, Lanes::row);
+            if (p.dropout > 0) weight = weight * lanes.dropout_of(dropout, first + j);
             if (scaled) {
                 // The scale of a hidden key may be NaN. A score of -inf is a hidden key unless a bias made it.
                 const ivec hidden = p.bias.data ? lanes.hide(first + j, first + b.size, vec{}) != 0.0f : score == -INF;
@@ -222,21 +230,22 @@ static void accumulate_keys_decode(const Problem& p, const Tile& t, const Dropou
             store(scratch.scores + j * ROWS, weight);
         }
         if (b.edge && !scaled && !all_finite(p, t, p.v, p.value_width, first + from, b.size - from)) {
-            add_visible_nonfinite_decode<Products, COUNT, ROWS>(p, t, b, scratch, state);
+            add_visible_nonfinite_decode<Products>(p, t, b, scratch, state);
             values = (const char*)scratch.values;
             value_stride = p.value_width * item;
         }
         if constexpr (Products::ON_TILES) {
-            Products::template add<COUNT, ROWS>(values + from * value_stride, value_stride, b.size - from,
-                                                p.value_width, scores, state.out, prefetcher);
+            Products::template add<ROWS>(values + from * value_stride, value_stride, b.size - from, p.value_width,
+                                         scores, state.out, t.count, prefetcher);
         } else {
             const vec weight_scale = Products::template pack<ROWS>(scores, b.size - from);
-            Products::template add<COUNT, ROWS, true>(values + from * value_stride, value_stride, b.size - from,
-                                                      p.value_width, scores, weight_scale, state.out,
-                                                      PrefetchStream{keys + BLOCK_N * key_stride, key_stride});
+            Products::template add<COUNT, ROWS>(values + from * value_stride, value_stride, b.size - from,
+                                                p.value_width, scores, weight_scale, state.out,
+                                                PrefetchStream{keys + BLOCK_N * key_stride, key_stride}, true);
         }
     }
-    for (int r = 0; r < COUNT; ++r) {
+    const int rows = COUNT ? COUNT : std::min(t.count, ROWS);
+    for (int r = 0; r < rows; ++r) {
         state.row_max[r] = row_max[r];
         for (int i = r; i < LANES; i += ROWS) state.row_sum[r] += sum[i];
     }
@@ -263,32 +272,31 @@ static inline void with_count(int count, Work work) {
         with_count<LEAST, MOST - 1>(count, work);
 }
 
-// Calls work(products, count) with types for the dtype of the keys and the number of rows.
+// Calls work with the products for the dtype of the keys and the number of rows.
 template <class Work>
 static inline void for_decode(const Problem& p, Work work) {
-    const int rows = (int)group(p);
-    const auto with = [&](auto products) {
-        using Products = decltype(products);
-        with_count<Products::LEAST, Products::MOST>(rows, [&](auto count) { work(products, count); });
-    };
     switch (p.kv_dtype) {
-        case Dtype::f32: return with(Widened<Dtype::f32>());
+#if !defined(QKV_EXTENDS_BASE)
+        case Dtype::f32: return work(Widened<Dtype::f32>());
+        case Dtype::f16: return work(Widened<Dtype::f16>());
+#endif
 #if defined(__AMX_BF16__)
         case Dtype::bf16:
-            if (rows >= OnTiles::LEAST) return with(OnTiles());
-            return with_count<1, OnTiles::LEAST - 1>(rows, [&](auto count) { work(Dots<Halves>(), count); });
+            if (group(p) >= OnTiles::LEAST) return work(OnTiles());
+            return work(FewHalves());
 #elif defined(__AVX512BF16__)
-        case Dtype::bf16: return with(Dots<Halves>());
+        case Dtype::bf16: return work(Dots<Halves>());
 #else
-        case Dtype::bf16: return with(Widened<Dtype::bf16>());
+        case Dtype::bf16: return work(Widened<Dtype::bf16>());
 #endif
-        case Dtype::f16: return with(Widened<Dtype::f16>());
         default: break;
     }
-#if defined(__AVX512F__)
-    if (p.dtype != Dtype::f32 && p.width <= Codes::MOST) return with(Dots<Codes>());
+#if defined(__AVX512F__) && !defined(__AMX_BF16__)
+    if (p.dtype != Dtype::f32 && p.width <= Codes::MOST) return work(Dots<Codes>());
 #endif
-    with(Widened<Dtype::i8>());
+#if !defined(QKV_EXTENDS_BASE)
+    work(Widened<Dtype::i8>());
+#endif
 }
 
 }  // namespace QKV_ISA

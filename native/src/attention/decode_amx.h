@@ -7,6 +7,11 @@ namespace qkv {
 namespace QKV_ISA {
 
 #if defined(__AMX_BF16__)
+// Fewer rows than tiles take.
+struct FewHalves : Dots<Halves> {
+    static constexpr int MOST = AMX_DECODE_ROWS - 1;
+};
+
 // Calls work(0) to work(COUNT - 1), with constants.
 template <class Work, int... I>
 static inline void repeat(Work work, std::integer_sequence<int, I...>) {
@@ -69,7 +74,7 @@ struct PrefetchBlock {
 // lie likewise: sixteen even ones, then the sixteen odd ones between them.
 struct OnTiles {
     static constexpr int LEAST = AMX_DECODE_ROWS, MOST = LANES;  // fewer are as fast in dot products, with less set-up
-    static constexpr bool ON_TILES = true;
+    static constexpr bool ON_TILES = true, SCALED = false;
     using Registers = TileRegisters;
     template <int ROWS>
     using Prefetcher = PrefetchBlock<ROWS>;
@@ -109,17 +114,16 @@ struct OnTiles {
     }
 
     // Adds weights times values to rows of out.
-    template <int COUNT, int ROWS>
+    template <int ROWS>
     static void add(const char* values, int64_t stride, int count, int64_t width, const float* weights, float* out,
-                    PrefetchBlock<ROWS>& prefetcher) {
+                    int rows, PrefetchBlock<ROWS>& prefetcher) {
         constexpr int SPANS = ROWS > 8 ? 2 : 4;
         alignas(64) float factors[BLOCK_N / GROUP * (ROWS > 8 ? 2 : 1) * FLOATS];
         prefetcher.sums(steps_of(count, width));
         for (int64_t d = 0; d < width;) {
             const auto run = [&](auto spans) {
-                add_columns<COUNT, ROWS, decltype(spans)::value>(values + 2 * d, stride, count, width - d, d == 0,
-                                                                 weights, factors, out + d, pitch_of(width),
-                                                                 prefetcher);
+                add_columns<ROWS, decltype(spans)::value>(values + 2 * d, stride, count, width - d, d == 0, weights,
+                                                          factors, out + d, pitch_of(width), rows, prefetcher);
                 d += spans * STEP;
             };
             const int64_t left = width - d;
@@ -199,9 +203,9 @@ struct OnTiles {
     }
 
     // `add` for SPANS * STEP columns. The `first` such call pairs the weights for all.
-    template <int COUNT, int ROWS, int SPANS>
+    template <int ROWS, int SPANS>
     static inline void add_columns(const char* values, int64_t stride, int count, int64_t left, bool first,
-                                   const float* weights, float* factors, float* out, int64_t pitch,
+                                   const float* weights, float* factors, float* out, int64_t pitch, int rows,
                                    PrefetchBlock<ROWS>& prefetcher) {
         constexpr bool SEPARATE = ROWS > 8;  // odd columns have tiles of their own
         constexpr int TILES = SEPARATE ? 2 : 1, ODD = SEPARATE ? SPANS * FLOATS : FLOATS / 2;
@@ -221,7 +225,7 @@ struct OnTiles {
             });
         }
         repeat<TILES * SPANS>([&](auto n) { tile_store<n>(sums + n * FLOATS, 64); });
-        for (int r = 0; r < COUNT; ++r) {
+        for (int r = 0; r < rows; ++r) {
             const float* const even = sums + r * LANES;
             float* const row = out + r * pitch;
             vec nonfinite = {};  // NaN where a sum is

@@ -39,7 +39,9 @@ struct PrefetchStream {
 //
 //     LEAST, MOST                    rows that they take
 //     Registers                      as those of a kind of product
-//     ON_TILES                       whether `score` takes a block of keys, not one or two, and `add` needs no `pack`
+//     ON_TILES                       whether `score` takes a block of keys, not one or two, and `add` needs no `pack`;
+//                                    and whether the number of rows is no constant
+//     SCALED                         whether keys and values are int8, with a scale for each row
 //     pack_queries(p, t, to, q_scale)
 //                                    the rows of queries as `score` takes them, and the scale of each row, which
 //                                    products with its numbers are multiplied by (fixed point; 1 otherwise)
@@ -81,6 +83,8 @@ struct KeyByKey {
 // Both products in fp32, for keys and values of this dtype, widened in registers.
 template <Dtype DTYPE>
 struct Widened : KeyByKey {
+    static constexpr bool SCALED = DTYPE == Dtype::i8;
+
     static void pack_queries(const Problem& p, const Tile& t, float* to, float* q_scale) {
         std::fill(q_scale, q_scale + t.count, 1.0f);
         for (int r = 0; r < t.count; ++r, to += pitch_of(p.width))
@@ -125,17 +129,17 @@ struct Widened : KeyByKey {
         return set1(1.0f);
     }
 
-    // SUM_FIRST sums the block on its own and then adds that.
-    template <int COUNT, int ROWS, bool SUM_FIRST>
+    // `sum_first` sums the block on its own and then adds that.
+    template <int COUNT, int ROWS>
     static void add(const char* values, int64_t stride, int count, int64_t width, const float* weights, vec, float* out,
-                    PrefetchStream keys) {
+                    PrefetchStream keys, bool sum_first) {
         int64_t d = 0;
         const auto run = [&](auto vecs) {
             constexpr int VECS = decltype(vecs)::value;
             // Sums, a row of values and a weight must fit the registers.
             if constexpr (VECS == 1 || (COUNT + 1) * VECS < REGISTERS - 1)
                 for (; d + (VECS - 1) * LANES < width; d += VECS * LANES)
-                    add_columns<COUNT, ROWS, VECS, SUM_FIRST>(values, stride, count, d, width, weights, out, keys);
+                    add_columns<COUNT, ROWS, VECS>(values, stride, count, d, width, weights, out, keys, sum_first);
         };
         run(std::integral_constant<int, 4>());
         run(std::integral_constant<int, 2>());
@@ -147,15 +151,15 @@ struct Widened : KeyByKey {
 
    private:
     // `add` for VECS vectors of columns from column d on.
-    template <int COUNT, int ROWS, int VECS, bool SUM_FIRST>
+    template <int COUNT, int ROWS, int VECS>
     static inline void add_columns(const char* values, int64_t stride, int count, int64_t d, int64_t width,
-                                   const float* weights, float* out, PrefetchStream keys) {
+                                   const float* weights, float* out, PrefetchStream keys, bool sum_first) {
         if (count < 1) __builtin_unreachable();  // otherwise compilers keep the sums in memory as well
         const int64_t pitch = pitch_of(width), item = size_of(DTYPE), left = width - d;
         values += d * item, out += d;
         vec acc[COUNT][VECS];
         for (int r = 0; r < COUNT; ++r)
-            for (int n = 0; n < VECS; ++n) acc[r][n] = SUM_FIRST ? vec{} : load(out + r * pitch + n * LANES);
+            for (int n = 0; n < VECS; ++n) acc[r][n] = sum_first ? vec{} : load(out + r * pitch + n * LANES);
         for (int j = 0; j < count; ++j, values += stride) {
             vec x[VECS];
             for (int n = 0; n < VECS; ++n) {
@@ -169,7 +173,7 @@ struct Widened : KeyByKey {
         for (int r = 0; r < COUNT; ++r) {
             for (int n = 0; n < VECS; ++n) {
                 float* const to = out + r * pitch + n * LANES;
-                store(to, SUM_FIRST ? load(to) + acc[r][n] : acc[r][n]);
+                store(to, sum_first ? load(to) + acc[r][n] : acc[r][n]);
             }
         }
     }
@@ -228,6 +232,7 @@ struct Codes {
 template <class Numbers>
 struct Dots : KeyByKey {
     static constexpr int STEP = 2 * LANES;
+    static constexpr bool SCALED = Numbers::FIXED_POINT;
 
     static void pack_queries(const Problem& p, const Tile& t, float* to, float* q_scale) {
         for (int r = 0; r < t.count; ++r, to += pitch_of(p.width)) {
@@ -282,9 +287,9 @@ struct Dots : KeyByKey {
         return scale;
     }
 
-    template <int COUNT, int ROWS, bool>
+    template <int COUNT, int ROWS>
     static void add(const char* values, int64_t stride, int count, int64_t width, const float* weights,
-                    vec weight_scale, float* out, PrefetchStream keys) {
+                    vec weight_scale, float* out, PrefetchStream keys, bool) {
         constexpr int SPANS = dot_spans(COUNT);
         int64_t d = 0;
         for (; d + SPANS * STEP <= width; d += SPANS * STEP)

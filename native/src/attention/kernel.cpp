@@ -8,6 +8,14 @@
 #include "runtime/parallel.h"
 
 namespace qkv {
+#if defined(QKV_EXTENDS_BASE)
+namespace QKV_BASE {
+void forward(const Problem&);
+void backward(const Problem&, const Gradients&);
+int64_t count_scores(const Problem&);
+}  // namespace QKV_BASE
+#endif
+
 namespace QKV_ISA {
 
 // A strategy, the template parameter of `run`, is how a tile of query rows is computed:
@@ -46,32 +54,57 @@ struct Prefill {
     static void finish(const Problem& p, const Tile& t, const State& state) { QKV_ISA::finish(p, t, state); }
 };
 
-// COUNT rows of a single query.
-template <class Products, int COUNT>
+// Rows of a single query. Products are chosen at run time, so that what is around them is compiled once for all.
+template <class AnyRegisters>
 struct Decode {
     using Scratch = DecodeScratch;
     using State = DecodeState;
-    using Registers = typename Products::Registers;
+    using Registers = AnyRegisters;
 
     // Nothing: every key and value is read once.
     struct PackedHeads {
         PackedHeads(const Problem&, const KeyVisibility&, const HeadRange&) {}
     };
 
-    static void pack_queries(const Problem& p, const Tile& t, const Scratch& scratch) {
-        Products::pack_queries(p, t, scratch.queries, scratch.q_scale);
+    void (*pack)(const Problem&, const Tile&, float* to, float* q_scale);
+    void (*accumulate)(const Problem&, const Tile&, const Dropout&, int64_t begin, int64_t end, const Scratch&,
+                       const State&);
+    void (*write)(const Problem&, const Tile&, const State&);
+
+    void pack_queries(const Problem& p, const Tile& t, const Scratch& scratch) const {
+        pack(p, t, scratch.queries, scratch.q_scale);
     }
 
-    static void accumulate_keys(const Problem& p, const Tile& t, const PackedHeads&, const Dropout& dropout,
-                                int64_t begin, int64_t end, const Scratch& scratch, const State& state) {
-        accumulate_keys_decode<Products, COUNT, lanes_of(COUNT)>(p, t, dropout, begin, end, scratch, state);
+    void accumulate_keys(const Problem& p, const Tile& t, const PackedHeads&, const Dropout& dropout, int64_t begin,
+                         int64_t end, const Scratch& scratch, const State& state) const {
+        accumulate(p, t, dropout, begin, end, scratch, state);
     }
 
-    static void finish(const Problem& p, const Tile& t, const State& state) { QKV_ISA::finish<Products>(p, t, state); }
+    void finish(const Problem& p, const Tile& t, const State& state) const { write(p, t, state); }
 };
 
+// With the number of rows as a constant in the loop over keys, for products that want it.
+template <class Products>
+static void accumulate_rows(const Problem& p, const Tile& t, const Dropout& dropout, int64_t begin, int64_t end,
+                            const DecodeScratch& scratch, const DecodeState& state) {
+    const auto accumulate = [&](auto count, auto rows) {
+        accumulate_keys_decode<Products, decltype(count)::value, decltype(rows)::value>(p, t, dropout, begin, end,
+                                                                                        scratch, state);
+    };
+    if constexpr (Products::ON_TILES) {
+        const std::integral_constant<int, 0> any;
+        if (t.count <= 4) return accumulate(any, std::integral_constant<int, 4>());
+        if (t.count <= 8) return accumulate(any, std::integral_constant<int, 8>());
+        accumulate(any, std::integral_constant<int, 16>());
+    } else {
+        with_count<1, Products::MOST>(t.count, [&](auto count) {
+            accumulate(count, std::integral_constant<int, lanes_of(decltype(count)::value)>());
+        });
+    }
+}
+
 template <class Strategy>
-static void run(const Problem& p) {
+static void run(const Problem& p, const Strategy& strategy = {}) {
     using Scratch = typename Strategy::Scratch;
     using State = typename Strategy::State;
     using PackedHeads = typename Strategy::PackedHeads;
@@ -89,13 +122,13 @@ static void run(const Problem& p) {
         [[maybe_unused]] const typename Strategy::Registers registers;
         const int64_t begin = split * KV_SPLIT, end = std::min(t.end, begin + KV_SPLIT);
         const Dropout dropout(p, t);
-        if (!p.pages.table) return Strategy::accumulate_keys(p, t, packed, dropout, begin, end, scratch, state);
-        Strategy::accumulate_keys(contiguous(p, t, begin, QKV_ISA::thread_scratch<PageScratch>(p)), t, packed, dropout,
-                                  begin, end, scratch, state);
+        if (!p.pages.table) return strategy.accumulate_keys(p, t, packed, dropout, begin, end, scratch, state);
+        strategy.accumulate_keys(contiguous(p, t, begin, QKV_ISA::thread_scratch<PageScratch>(p)), t, packed, dropout,
+                                 begin, end, scratch, state);
     };
     const auto attend = [&](const PackedHeads& packed, const Tile& t) {
         const Scratch scratch = QKV_ISA::thread_scratch<Scratch>(p);
-        Strategy::pack_queries(p, t, scratch);
+        strategy.pack_queries(p, t, scratch);
         const State total(scratch.total, t), state(scratch.state, t);
         bool any = false;
         for (int64_t split = 0; split < splits; ++split) {
@@ -105,7 +138,7 @@ static void run(const Problem& p) {
             any = true;
         }
         if (!any) total.clear(p, t);
-        Strategy::finish(p, t, total);
+        strategy.finish(p, t, total);
     };
     // With many heads a thread packs and keeps its own; all threads share the heads left over.
     const int64_t own = heads >= OWN_HEADS * p.threads ? heads - heads % p.threads : 0, left = heads - own;
@@ -126,7 +159,7 @@ static void run(const Problem& p) {
         const Tile t = tile_left(item / splits);
         if (!is_seen(t, item % splits)) return;
         const Scratch scratch = QKV_ISA::thread_scratch<Scratch>(p);
-        Strategy::pack_queries(p, t, scratch);
+        strategy.pack_queries(p, t, scratch);
         accumulate_keys(packed, t, item % splits, scratch, State(&states[item * floats], t));
     };
     parallel_for(left * tiles * splits, p.threads, accumulate_split, Sharing::runs);
@@ -137,7 +170,7 @@ static void run(const Problem& p) {
         total.clear(p, t);
         for (int64_t split = 0; split < splits; ++split)
             if (is_seen(t, split)) merge(p, t, total, State(&states[(item * splits + split) * floats], t));
-        Strategy::finish(p, t, total);
+        strategy.finish(p, t, total);
     });
 }
 
@@ -164,15 +197,35 @@ static std::vector<char> dequantized(const Problem& p, const View& view, const S
 template <class Work>
 static void for_kind([[maybe_unused]] const Problem& p, Work work) {
 #if defined(__AMX_BF16__)
-    if (p.dtype == Dtype::bf16) return work(Amx());
+    work(Amx());
 #elif defined(__AVX512BF16__)
-    if (p.dtype == Dtype::bf16) return work(Bf16Dot());
-#endif
+    work(Bf16Dot());
+#else
     work(F32());
+#endif
 }
 
+// Whether decoding takes a problem.
+static bool has_few_rows(const Problem& p) { return p.lq == 1 && group(p) <= decode_rows(p); }
+
+#if defined(QKV_EXTENDS_BASE)
+// Whether this instruction set computes a problem otherwise than the one that it extends, which computes all others:
+// compiled again here, they would be the same and take most of the time to compile.
+static bool is_own(const Problem& p) {
+    if (p.kv_dtype == p.dtype || !has_few_rows(p)) return p.dtype == Dtype::bf16;
+#if defined(__AMX_BF16__)
+    return false;
+#else
+    return p.dtype != Dtype::f32 && p.width <= Codes::MOST;
+#endif
+}
+#endif
+
 void forward(const Problem& p) {
-    const bool few = p.lq == 1 && group(p) <= decode_rows(p);
+#if defined(QKV_EXTENDS_BASE)
+    if (!is_own(p)) return QKV_BASE::forward(p);
+#endif
+    const bool few = has_few_rows(p);
     if (p.kv_dtype != p.dtype && !few) {
         std::vector<char> keys = dequantized(p, p.k, p.k_scale, p.width);
         std::vector<char> values = dequantized(p, p.v, p.v_scale, p.value_width);
@@ -191,8 +244,10 @@ void forward(const Problem& p) {
     }
     prefer_huge_pages(p.out.data, p.batch * p.heads * p.lq * p.value_width * size_of(p.dtype));
     if (few) {
-        return for_decode(p, [&](auto products, auto count) {
-            run<Decode<decltype(products), decltype(count)::value>>(p);
+        return for_decode(p, [&](auto products) {
+            using Products = decltype(products);
+            using Strategy = Decode<typename Products::Registers>;
+            run(p, Strategy{Products::pack_queries, accumulate_rows<Products>, QKV_ISA::finish<Products>});
         });
     }
     const bool is_short = for_short_query(p, [&](auto kind) {
@@ -203,6 +258,9 @@ void forward(const Problem& p) {
 }
 
 int64_t count_scores(const Problem& p) {
+#if defined(QKV_EXTENDS_BASE)
+    if (!is_own(p)) return QKV_BASE::count_scores(p);
+#endif
     const KeyVisibility visibility(p);
     const int64_t tiles = tiles_of_head(p);
     Grain grain;
@@ -230,6 +288,9 @@ void quantize(const Quantization& q) {
 }
 
 void backward(const Problem& p, const Gradients& g) {
+#if defined(QKV_EXTENDS_BASE)
+    if (!is_own(p)) return QKV_BASE::backward(p, g);
+#endif
     const int64_t item = size_of(p.dtype), keys = p.batch * p.kv_heads * p.lk;
     prefer_huge_pages(g.dq.data, p.batch * p.heads * p.lq * p.width * item);
     prefer_huge_pages(g.dk.data, keys * p.width * item);

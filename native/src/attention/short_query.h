@@ -116,6 +116,19 @@ struct PrefetchLines {
     }
 };
 
+// Four steps of `count` keys and of the last of them again, where a vector of keys or a row ends. Never inlined: most
+// vectors are whole.
+template <class Keys>
+[[gnu::noinline]] static void load_edge(const typename Keys::Element* keys, int64_t stride, int count, int64_t left,
+                                        vec* square) {
+    float rows[LANES][4];
+    for (int i = 0; i < LANES; ++i) {
+        const vec row = Keys::take(keys + std::min(i, count - 1) * stride, left);
+        std::memcpy(rows[i], &row, sizeof rows[i]);
+    }
+    for (int i = 0; i < 4; ++i) square[i] = load_fours(Dtype::f32, (const char*)rows[i], 4 * sizeof rows[i]);
+}
+
 // Scores of `count` keys, up to a vector, whose rows are transposed in registers, four steps at a time.
 template <class Kind, Dtype DTYPE, int COUNT>
 static inline void multiply_vector(const typename ShortQuery<Kind, DTYPE>::Element* keys, int64_t stride, int count,
@@ -139,13 +152,7 @@ static inline void multiply_vector(const typename ShortQuery<Kind, DTYPE>::Eleme
                     asm("" : "+r"(row));  // without it compilers keep sixteen distances
                 }
             } else {
-                float rows[LANES][4];
-                for (int i = 0; i < LANES; ++i) {
-                    const vec row = Keys::take(keys + d + std::min(i, count - 1) * stride, width - d);
-                    std::memcpy(rows[i], &row, sizeof rows[i]);
-                }
-                for (int i = 0; i < 4; ++i)
-                    square[i] = load_fours(Dtype::f32, (const char*)rows[i], 4 * sizeof rows[i]);
+                load_edge<Keys>(keys + d, stride, count, width - d, square);
             }
             transpose<4>(square);
             for (int i = 0; i < 4; ++i) {
@@ -189,22 +196,21 @@ static inline void sum_over_keys(ShortQuery<Kind, DTYPE>, const Tile& t, const S
         const char* const from = (const char*)(values.data + s.begin * values.stride);
         const float* const factors = weights + OperandPacking<Kind>::steps(s.begin) * LANES;
         const int64_t step = values.stride * (int64_t)sizeof *values.data;
-        const auto add = [&](auto first) {
-            Products::template add<decltype(rows)::value, LANES, decltype(first)::value>(
-                from, step, s.end - s.begin, width, factors, vec{}, to,
-                PrefetchStream{from + SHORT_PREFETCH_VALUES * step, step});
-        };
-        sum_first ? add(std::true_type()) : add(std::false_type());
+        Products::template add<decltype(rows)::value, LANES>(from, step, s.end - s.begin, width, factors, vec{}, to,
+                                                             PrefetchStream{from + SHORT_PREFETCH_VALUES * step, step},
+                                                             sum_first);
     });
 }
 
 // Calls work with the kind of product for a short query. Returns whether there is one.
 template <class Work>
-static bool for_short_query(const Problem& p, Work work) {
+static bool for_short_query(const Problem& p, [[maybe_unused]] Work work) {
     if (rows_of_head(p) > LANES) return false;
     switch (p.dtype) {
+#if !defined(QKV_EXTENDS_BASE)
         case Dtype::f32: return work(ShortQuery<F32, Dtype::f32>()), true;
         case Dtype::f16: return work(ShortQuery<F32, Dtype::f16>()), true;
+#endif
 #if defined(__AMX_BF16__)
         default: return false;  // tiles multiply few rows as they are
 #elif defined(__AVX512BF16__)

@@ -3,6 +3,9 @@
 
 #include "simd/avx512.h"
 
+// Attention with neither bf16 nor int8 is as in avx512, which computes it (attention/kernel.cpp).
+#define QKV_EXTENDS_BASE
+
 namespace qkv {
 namespace QKV_ISA {
 

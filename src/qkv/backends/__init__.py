@@ -53,7 +53,10 @@ class Explanation(NamedTuple):
         width = max(map(len, self.reasons))
         lines: list[str] = []
         for name, reasons in self.reasons.items():
-            verdict = "chosen" if name == self.chosen else "; ".join(reasons) or "comes later in the order"
+            if name == self.chosen:
+                verdict = f"chosen: {kernels.description()}" if name == native.NAME else "chosen"
+            else:
+                verdict = "; ".join(reasons) or "comes later in the order"
             lines.append(f"{name:<{width}}  {verdict}")
         return "\n".join(lines)
 
@@ -115,8 +118,7 @@ def _warn_without_kernel(caller: str, problem: Problem) -> None:
     _has_warned = True
     warnings.warn(
         f"{caller}: qkv runs without its compiled kernel: {absent}. Calls on a CPU take torch's attention, which is "
-        "slower. Install qkv where there is a C++ compiler, or from a wheel; this is said once."
-        f"{more('no-kernel')}",
+        f"slower; this is said once.{more('no-kernel')}",
         RuntimeWarning,
         stacklevel=4,
     )

@@ -1,4 +1,7 @@
-"""`main`: the command line. The library does not import it, and optional dependencies are imported on use."""
+"""`main`: the command line. The library does not import it, and optional dependencies are imported on use.
+
+Without the packages of the extra ``cli``, ``qkv --version`` and ``qkv bench`` run.
+"""
 
 import importlib.util
 import io
@@ -6,6 +9,10 @@ import os
 import sys
 from collections.abc import Sequence
 
+import torch
+
+import qkv
+from qkv import kernels
 from qkv.models.errors import CommandError
 
 EXTRAS = ("typer", "rich", "transformers", "gguf", "accelerate", "packaging")
@@ -15,9 +22,9 @@ EXTRAS = ("typer", "rich", "transformers", "gguf", "accelerate", "packaging")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command, by default that of ``sys.argv``; returns the exit code: 0, 1 for errors, 2 for wrong usage."""
     _escape_unprintable()
+    given = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        _check_extras()
-        code = _run_app(arguments)
+        code = _run(given)
         if sys.stdout is not None:  # closed before the command started
             sys.stdout.flush()
         return code
@@ -33,12 +40,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1
 
 
-def _run_app(arguments: Sequence[str] | None) -> int:
-    """Runs the typer application and returns its exit code."""
-    from qkv.cli.app import app
+def version() -> str:
+    """What ``qkv --version`` prints: the versions, and what the kernel is."""
+    return f"qkv {qkv.__version__} (torch {torch.__version__}, kernel {kernels.description()})"
 
+
+def _run(arguments: list[str]) -> int:
+    """Runs a command and returns its exit code."""
     try:
-        app(args=None if arguments is None else list(arguments), prog_name="qkv")
+        missing = [name for name in EXTRAS if importlib.util.find_spec(name) is None]
+        if not missing:
+            from qkv.cli.app import app
+
+            app(args=arguments, prog_name="qkv")
+        elif arguments == ["--version"]:
+            print(version())
+        elif arguments[:1] == ["bench"]:
+            from qkv.bench.command import bench
+            from qkv.bench.options import run
+
+            run("qkv bench", bench, arguments[1:])
+        else:
+            raise CommandError(
+                f"the command line requires packages that are not installed: {', '.join(missing)}. "
+                "Run pip install 'qkv[cli]'. Without them, only qkv bench and qkv --version run."
+            )
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     return 0
@@ -53,13 +79,3 @@ def _escape_unprintable() -> None:
 def _discard_output() -> None:
     """Redirects stdout to the null device, so that flushing its buffer at exit does not fail again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _check_extras() -> None:
-    """Raises a CommandError if packages of the extra ``cli`` are not installed."""
-    missing = [name for name in EXTRAS if importlib.util.find_spec(name) is None]
-    if missing:
-        raise CommandError(
-            f"the command line requires packages that are not installed: {', '.join(missing)}. "
-            "Run pip install 'qkv[cli]'."
-        )

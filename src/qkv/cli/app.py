@@ -4,12 +4,13 @@ from typing import Annotated
 
 import typer
 
-import qkv
-from qkv.cli.bench import bench
+from qkv.bench.command import bench
+from qkv.cli import version
 from qkv.cli.convert import convert
 from qkv.cli.demo import demo
 from qkv.cli.doctor import doctor
 from qkv.cli.inspect import inspect
+from qkv.cli.options import with_typer
 from qkv.cli.see.command import see
 from qkv.cli.uptrain import uptrain
 
@@ -25,21 +26,27 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"qkv {qkv.__version__}")
+        typer.echo(version())
         raise typer.Exit
 
 
 @app.callback()
 def options(
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    show_version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            help="Print the version, the kernel's instruction set and what built it, and exit.",
+            callback=_print_version,
+            is_eager=True,
+        ),
     ] = False,
 ) -> None:
     """Attention layers for PyTorch: see, inspect, convert and train models, compare, benchmark, check."""
 
 
 app.command()(demo)
-app.command()(bench)
+app.command()(with_typer(bench))
 app.command()(inspect)
 app.command()(see)
 app.command()(convert)

@@ -97,6 +97,7 @@ def _kernel() -> dict[str, Any]:
     absence = kernels.absence()
     return {
         "isa": None if absence else kernels.loaded().isa,
+        "compiler": None if absence else kernels.loaded().compiler,
         "supported": kernels.supported_isas(),
         "has_fast_path": absence is None and kernels.loaded().fast_forward is not None,
         "absence": absence,
@@ -129,6 +130,7 @@ def _print(found: dict[str, Any], console: Console) -> None:
     absent = f"none, torch's kernels run instead: {kernel['absence']}"
     lines = {
         "kernel": absent if kernel["absence"] else f"{kernel['isa']} (here: {', '.join(kernel['supported'])})",
+        "built by": kernel["compiler"] or "nothing",
         "fast path": "yes" if kernel["has_fast_path"] else "no, it takes the kernel and DLPack's functions of torch",
         "threads": f"{threads['torch']} of torch, {threads['cores']} cores",
         "attention": ", ".join(registered["attention"]) or "not registered",

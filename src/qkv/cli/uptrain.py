@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from qkv.cli.options import INTERRUPTED, count_option
+from qkv.cli.options import count_option
 from qkv.cli.reports.uptrain import as_json, print_report
 from qkv.convert import CheckpointError
 from qkv.convert.files.staging import resolve_output
@@ -24,6 +24,7 @@ from qkv.models.progress import Progress
 from qkv.models.source import expand_home, find_model
 from qkv.models.text import read_text
 from qkv.models.uptraining import Settings, Uptraining, blocks_of, claimed, fingerprint, release
+from qkv.starting import INTERRUPTED
 
 
 class Schedule(str, Enum):

@@ -6,6 +6,7 @@ from qkv.kernels.append import quantize as quantize
 from qkv.kernels.binding import LIBRARY as LIBRARY
 from qkv.kernels.binding import Library as Library
 from qkv.kernels.binding import absence as absence
+from qkv.kernels.binding import description as description
 from qkv.kernels.binding import load as load
 from qkv.kernels.binding import loaded as loaded
 from qkv.kernels.binding import supported_isas as supported_isas

@@ -28,6 +28,8 @@ class Library(NamedTuple):
     """The functions of the library, which release the GIL, and the instruction set that it runs."""
 
     isa: str
+    compiler: str
+    """What built it, with its version."""
     forward: Callable[[bytes], int]
     """Takes a `PROBLEM`. Returns 0, 1 if memory ran out, or 2 for offsets out of bounds."""
     backward: Callable[[bytes, bytes], int]
@@ -82,10 +84,16 @@ class _Interpreter(ctypes.Structure):
     ]
 
 
+REINSTALL = "pip install --no-cache-dir --force-reinstall --no-deps qkv"
+
+
 def load(path: Path) -> Library | str:
     """The library at ``path``, or the reason why it cannot be loaded."""
     if not path.exists():
-        return "this installation of qkv has no compiled kernel (it found no suitable C++ compiler when it was built)"
+        return (
+            "this installation of qkv has no compiled kernel: no suitable C++ compiler was found when it was built. "
+            f"Install one, then run {REINSTALL}, since pip's cache keeps the build without a kernel"
+        )
     try:
         native = ctypes.CDLL(str(path))
     except OSError as error:
@@ -100,7 +108,7 @@ def load(path: Path) -> Library | str:
         "interpreter": ctypes.sizeof(_Interpreter),
     }
     known = [hasattr(native, f"qkv_{name}_size") and getattr(native, f"qkv_{name}_size")() for name in sizes]
-    if known != [*sizes.values()]:
+    if known != [*sizes.values()] or not hasattr(native, "qkv_compiler"):
         return f"{path} is from another version of qkv and must be rebuilt"
     native.qkv_isa.restype = ctypes.c_char_p
     isa = native.qkv_isa()
@@ -108,11 +116,12 @@ def load(path: Path) -> Library | str:
         return (
             f"QKV_ISA={os.environ.get('QKV_ISA')!r} is not an instruction set that this machine and the kernel support"
         )
+    native.qkv_compiler.restype = ctypes.c_char_p
     functions: dict[str, Any] = {}
     for name, (types, result) in _FUNCTIONS.items():
         functions[name] = function = native[f"qkv_{name}"]
         function.argtypes, function.restype = types, result
-    return Library(isa.decode(), **functions, **_load_calls_of_tensors(path))
+    return Library(isa.decode(), native.qkv_compiler().decode(), **functions, **_load_calls_of_tensors(path))
 
 
 class _Exchange(ctypes.Structure):
@@ -206,6 +215,11 @@ def supported_isas() -> list[str]:
 def absence() -> str | None:
     """Why there is no native library; None if it is loaded."""
     return _absence
+
+
+def description() -> str:
+    """The instruction set and the build of the library, such as ``amx, built by GCC 12.2.0``; or why there is none."""
+    return f"none, {_absence}" if _library is None else f"{_library.isa}, built by {_library.compiler}"
 
 
 @contextlib.contextmanager

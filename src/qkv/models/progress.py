@@ -1,14 +1,14 @@
 """`Progress`: progress bars on a terminal, plain lines elsewhere, on stderr."""
 
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal, TextIO
+from typing import TYPE_CHECKING, Literal, TextIO
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, ProgressColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bars
-from rich.text import Text
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import ProgressColumn
 
 Unit = Literal["bytes", "tokens", "calls", "rounds", "passes", "steps"]
 OnProgress = Callable[[int], None]
@@ -25,12 +25,13 @@ class Progress:
     def __init__(self, stream: TextIO | None = None) -> None:
         # Bound now, so that bars are shown while `quiet` redirects sys.stderr.
         self._stream = sys.stderr if stream is None else stream
-        self._console = Console(file=self._stream)
-        self._animated = self._stream.isatty() and not self._console.is_dumb_terminal
+        self._console = _console(self._stream)
 
     def notify(self, line: str) -> None:
         """Prints a permanent line, above the bar of a step."""
-        if self._animated:
+        if self._console is not None:
+            from rich.text import Text
+
             self._console.print(Text(line), soft_wrap=True)
         else:
             print(line, file=self._stream, flush=True)
@@ -45,10 +46,13 @@ class Progress:
             ...     on_progress(2)
             counting ...
         """
-        if not self._animated:
+        if self._console is None:
             self.notify(f"{title} ...")
             yield lambda done: None
             return
+        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bars
+
         columns = (TextColumn("{task.description}"), BarColumn(), *_amount_columns(unit), TimeElapsedColumn())
         with Bars(
             *columns, console=self._console, transient=True, redirect_stdout=False, redirect_stderr=False
@@ -62,8 +66,20 @@ def offset_progress(on_progress: OnProgress, offset: int) -> OnProgress:
     return lambda done: on_progress(offset + done)
 
 
-def _amount_columns(unit: Unit | None) -> tuple[ProgressColumn, ...]:
+def _console(stream: TextIO) -> "Console | None":
+    """The console of a terminal that can draw bars; None elsewhere, and where rich is not installed."""
+    if not stream.isatty() or importlib.util.find_spec("rich") is None:
+        return None
+    from rich.console import Console
+
+    console = Console(file=stream)
+    return None if console.is_dumb_terminal else console
+
+
+def _amount_columns(unit: Unit | None) -> "tuple[ProgressColumn, ...]":
     """The columns of a progress bar that show the amount done."""
+    from rich.progress import DownloadColumn, MofNCompleteColumn, TextColumn
+
     if unit is None:
         return ()
     return (DownloadColumn(binary_units=True),) if unit == "bytes" else (MofNCompleteColumn(), TextColumn(unit))

@@ -35,9 +35,7 @@ from qkv.models.output_file import check_output, write_output
 from qkv.models.progress import Progress
 from qkv.models.source import expand_home
 from qkv.models.text import KING_LEAR, read_text
-
-INTERRUPTED = 130
-"""Exit code, as shells have it."""
+from qkv.starting import INTERRUPTED
 
 
 def see(

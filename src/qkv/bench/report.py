@@ -1,17 +1,15 @@
 """The report of `qkv bench`, as a JSON document and as text."""
 
+import textwrap
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 import qkv
 from qkv import kernels
 from qkv.bench.mechanisms import LIBRARIES, OURS, TORCH, Mechanism, Sizes
 from qkv.bench.timing import Spread
-from qkv.cli.printing import counted, print_line, print_table
 from qkv.models.kv_cache_size import readable_bytes
 
 
@@ -69,61 +67,64 @@ def _row_as_json(row: Row) -> dict[str, Any]:
     }
 
 
-def print_report(report: BenchReport, console: Console) -> None:
-    """Prints the report as text."""
+def as_text(report: BenchReport) -> str:
+    """The report as text of 80 columns."""
     sizes = report.sizes
     passes = "decoding one token" if sizes.decode else "forward and backward" if sizes.backward else "forward"
-    sequences = f"{counted(sizes.batch, 'sequence')} of {counted(sizes.length, 'token')}"
-    threads = counted(report.threads, "thread")
-    line = f"{sequences}, head_dim {sizes.head_dim}, {_dtype(report)}, {passes}, {threads}"
-    print_line(line, console, "bold")
+    what = f"{_counted(sizes.batch, 'sequence')} of {_counted(sizes.length, 'token')}, head_dim {sizes.head_dim}"
     kernel = kernels.absence() or f"kernel for {kernels.loaded().isa}"
-    print_line(f"qkv {qkv.__version__} ({kernel}) against torch {torch.__version__}", console)
-    console.print()
-    title = f"Time of a call, median of {report.rounds} interleaved rounds"
-    print_table(title, _time_table(report), console)
-    console.print()
-    title = "Memory: the KV cache, and the peak of a call without its inputs"
-    print_table(title, _memory_table(report), console)
+    return "\n".join(
+        [
+            _wrapped(f"{what}, {_dtype(report)}, {passes}, {_counted(report.threads, 'thread')}"),
+            _wrapped(f"qkv {qkv.__version__} ({kernel}) against torch {torch.__version__}"),
+            "",
+            f"Time of a call, median of {report.rounds} interleaved rounds",
+            *_table(["", "heads", "keys", "backend", OURS, TORCH, f"{TORCH} / {OURS}"], map(_time_row, report.rows)),
+            "",
+            "Memory: the KV cache, and the peak of a call without its inputs",
+            *_table(["", "KV cache", f"peak of {OURS}", f"peak of {TORCH}"], map(_memory_row, report.rows)),
+        ]
+    )
 
 
 def _dtype(report: BenchReport) -> str:
     return str(report.sizes.dtype).removeprefix("torch.")
 
 
-def _table(*titles: str) -> Table:
-    table = Table(box=None, pad_edge=False)
-    table.add_column(no_wrap=True)
-    for title in titles:
-        table.add_column(title, justify="right", no_wrap=True)
-    return table
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _time_table(report: BenchReport) -> Table:
-    table = _table("heads", "keys", "backend", OURS, TORCH, f"{TORCH} / {OURS}")
-    for row in report.rows:
-        mechanism = row.mechanism
-        table.add_row(
-            f"  {mechanism.name}",
-            f"{mechanism.num_heads} on {mechanism.num_kv_heads}",
-            str(mechanism.num_keys),
-            str(row.backend),
-            *(readable_time(row.times[library]["median_us"]) for library in (OURS, TORCH)),
-            Text(f"{row.ratio:.2f}", style="green" if row.ratio >= 1 else "red"),
-        )
-    return table
+def _wrapped(line: str) -> str:
+    return textwrap.fill(line, 80, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
-def _memory_table(report: BenchReport) -> Table:
-    table = _table("KV cache", f"peak of {OURS}", f"peak of {TORCH}")
-    for row in report.rows:
-        peaks = (row.peaks[library] for library in (OURS, TORCH))
-        table.add_row(
-            f"  {row.mechanism.name}",
-            readable_bytes(row.mechanism.kv_bytes()),
-            *("-" if peak is None else readable_bytes(peak) for peak in peaks),
-        )
-    return table
+def _table(titles: list[str], rows: Iterable[list[str]]) -> list[str]:
+    """Lines of a table: the first column to the left, the others to the right."""
+    lines = [titles, *rows]
+    first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
+    return [
+        "  ".join([f"{name:<{first}}", *(f"{cell:>{width}}" for cell, width in zip(cells, others, strict=True))])
+        for name, *cells in lines
+    ]
+
+
+def _time_row(row: Row) -> list[str]:
+    mechanism = row.mechanism
+    return [
+        f"  {mechanism.name}",
+        f"{mechanism.num_heads} on {mechanism.num_kv_heads}",
+        str(mechanism.num_keys),
+        str(row.backend),
+        *(readable_time(row.times[library]["median_us"]) for library in (OURS, TORCH)),
+        f"{row.ratio:.2f}",
+    ]
+
+
+def _memory_row(row: Row) -> list[str]:
+    peaks = (row.peaks[library] for library in (OURS, TORCH))
+    cells = ("-" if peak is None else readable_bytes(peak) for peak in peaks)
+    return [f"  {row.mechanism.name}", readable_bytes(row.mechanism.kv_bytes()), *cells]
 
 
 def readable_time(microseconds: float) -> str:

@@ -1,49 +1,37 @@
-"""`qkv bench`: benchmarks the seven mechanisms against torch's attention."""
+"""`qkv bench`: benchmarks the seven mechanisms against torch's attention. It needs torch alone."""
 
 import json
 import os
-import sys
 from typing import Annotated
 
 import torch
-import typer
-from rich.console import Console
 
 import qkv
 from qkv.bench.mechanisms import LIBRARIES, Mechanism, Sizes, mechanisms
+from qkv.bench.options import Dtype, Option, WrongUsageError
 from qkv.bench.peak_memory import peak_memory
+from qkv.bench.report import BenchReport, Row, as_json, as_text
 from qkv.bench.timing import Spread, interleaved
-from qkv.cli.options import Dtype, count_option
-from qkv.cli.reports.bench import BenchReport, Row, as_json, print_report
 from qkv.models.progress import Progress, offset_progress
 
 
-def _at_least_two(rounds: int) -> int:
-    if rounds < 2:
-        raise typer.BadParameter(f"it must be at least 2, for quartiles; got {rounds}.")
-    return rounds
-
-
 def bench(
-    length: Annotated[int, count_option("Sequence length: number of keys, and of queries.", "TOKENS")] = 2048,
-    batch: Annotated[int, count_option("Batch size.", "SEQUENCES")] = 1,
-    heads: Annotated[int, count_option("Query heads.", "HEADS")] = 8,
+    length: Annotated[int, Option("Sequence length: number of keys, and of queries.", "TOKENS")] = 2048,
+    batch: Annotated[int, Option("Batch size.", "SEQUENCES")] = 1,
+    heads: Annotated[int, Option("Query heads.", "HEADS")] = 8,
     kv_heads: Annotated[
-        int | None, count_option("KV heads of grouped-query attention. Default: a quarter of the query heads.", "HEADS")
+        int | None, Option("KV heads of grouped-query attention. Default: a quarter of the query heads.", "HEADS")
     ] = None,
-    head_dim: Annotated[int, count_option("Width of a head.", "WIDTH")] = 64,
-    window: Annotated[int, count_option("Sliding window, the query's own key included.", "TOKENS")] = 512,
-    dtype: Annotated[Dtype, typer.Option(help="Dtype of queries, keys and values.")] = Dtype.float32,
+    head_dim: Annotated[int, Option("Width of a head.", "WIDTH")] = 64,
+    window: Annotated[int, Option("Sliding window, the query's own key included.", "TOKENS")] = 512,
+    dtype: Annotated[Dtype, Option("Dtype of queries, keys and values.")] = Dtype.float32,
     threads: Annotated[
-        int | None,
-        count_option("Threads of both libraries. Default: torch's.", "THREADS", maximum=os.cpu_count() or 1),
+        int | None, Option("Threads of both libraries. Default: torch's.", "THREADS", most=os.cpu_count() or 1)
     ] = None,
-    rounds: Annotated[
-        int, typer.Option(help="Measurements of each library.", metavar="ROUNDS", callback=_at_least_two)
-    ] = 9,
-    decode: Annotated[bool, typer.Option("--decode", help="One query, at the end of the sequence.")] = False,
-    backward: Annotated[bool, typer.Option("--backward", help="Forward and backward pass.")] = False,
-    as_document: Annotated[bool, typer.Option("--json", help="Print only a JSON document on standard output.")] = False,
+    rounds: Annotated[int, Option("Measurements of each library.", "ROUNDS", least=2, why=", for quartiles")] = 9,
+    decode: Annotated[bool, Option("One query, at the end of the sequence.")] = False,
+    backward: Annotated[bool, Option("Forward and backward pass.")] = False,
+    as_document: Annotated[bool, Option("Print only a JSON document on standard output.", names=("--json",))] = False,
 ) -> None:
     """Benchmark the seven mechanisms against torch's attention.
 
@@ -55,14 +43,9 @@ def bench(
     if kv_heads is None:
         kv_heads = next(divisor for divisor in range(max(1, heads // 4), 0, -1) if heads % divisor == 0)
     if heads % kv_heads:
-        raise typer.BadParameter(
-            f"it must divide --heads, {heads}; got {kv_heads}.",
-            param_hint="'--kv-heads'",
-        )
+        raise WrongUsageError(f"it must divide --heads, {heads}; got {kv_heads}.", "'--kv-heads'")
     if decode and backward:
-        raise typer.BadParameter(
-            "decoding has no backward pass; give only one of the two.", param_hint="'--decode' / '--backward'"
-        )
+        raise WrongUsageError("decoding has no backward pass; give only one of the two.", "'--decode' / '--backward'")
     if threads is not None:
         torch.set_num_threads(threads)
     torch_dtype: torch.dtype = getattr(torch, dtype.value)
@@ -75,10 +58,7 @@ def bench(
         for mechanism, times, peak in zip(chosen, _times(chosen, rounds, progress), peaks, strict=True)
     ]
     report = BenchReport(sizes, rounds, torch.get_num_threads(), rows)
-    if as_document:
-        print(json.dumps(as_json(report), indent=2, allow_nan=False))
-    else:
-        print_report(report, Console(file=sys.stdout))
+    print(json.dumps(as_json(report), indent=2, allow_nan=False) if as_document else as_text(report))
 
 
 def _backend(mechanism: Mechanism) -> str | None:
