@@ -12,7 +12,7 @@ CPP := $(wildcard native/src/*.h native/src/*/*.h native/src/*/*.cpp native/test
 export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test test-all pytest native-tests check format sanitize fuzz releases mutants families bench study
-.PHONY: docs pages wheel clean
+.PHONY: docs pages wheel clean qemu
 
 demo: $(VENV)/cli
 	$(BIN)/qkv demo
@@ -52,6 +52,7 @@ check: $(VENV)/ready
 	$(BIN)/typos
 	$(BIN)/zizmor --quiet --offline --min-severity medium .github
 	$(BIN)/mypy
+	$(BIN)/mypy --platform win32 --cache-dir .mypy_cache/win32 src
 
 format: $(VENV)/ready
 	$(BIN)/ruff check --fix
@@ -69,6 +70,23 @@ build/sanitize-%: $(VENV)/ready FORCE
 	$(BIN)/cmake -S . -B $@ -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DQKV_TESTS=ON -DQKV_SANITIZE=$(SANITIZE)
 	$(BIN)/cmake --build $@
 	$(BIN)/ctest --test-dir $@ --parallel 2 --output-on-failure --no-tests=error --tests-regex "^$(or $(ISAS),.*)$$"
+
+# The kernel's own tests on processors that this machine is not, under QEMU: aarch64 with and without dot products, and
+# x86-64 with AVX2 and without; then the instructions of calls on aarch64. Needs qemu-user and g++-aarch64-linux-gnu. Not
+# the tests of all masks and scores, of threads and of lacking memory, which take hours there: EMULATED= runs them too.
+EMULATED ?= test_append test_few_rows test_gated_mlp test_int8 test_large_scores test_layer_step test_layouts \
+	test_nonfinite test_pages test_rms_norm test_rotation test_sequences test_sizes test_step_keys no_chunking
+
+qemu: build/qemu-aarch64 native-tests
+	$(BIN)/ctest --test-dir $< --parallel 2 --output-on-failure --no-tests=error
+	qemu-x86_64 -cpu Haswell build/native-tests/qkv_tests test_append test_few_rows test_nonfinite.cpp
+	qemu-x86_64 -cpu Westmere build/native-tests/qkv_tests test_append test_few_rows test_nonfinite.cpp test_int8
+	$(BIN)/python benchmarks/instructions.py
+
+build/qemu-aarch64: $(VENV)/ready FORCE
+	$(BIN)/cmake -S . -B $@ -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DQKV_TESTS=ON \
+		-DCMAKE_TOOLCHAIN_FILE=native/aarch64.cmake "-DQKV_SELECTED=$(subst $(eval) ,;,$(strip $(EMULATED)))"
+	$(BIN)/cmake --build $@
 
 FORCE:
 

@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[1]
 
 NATIVE = "../../native/src"
 
-ISA_OF = {"__AVX512F__": "avx512", "__AVX512BF16__": "avx512bf16", "__AMX_BF16__": "amx"}
+ISA_OF = {"__AVX512F__": "avx512", "QKV_DOT_BF16": "avx512bf16", "__AMX_BF16__": "amx"}
 
 LEVEL = "-O1 -fexpensive-optimizations"
 """of optimisation, which takes half as long as -O3 and still merges products with sums, as -O3 does"""
@@ -466,7 +466,10 @@ MUTANTS = [
     Mutant("scale of values dropped (kernel)", f"{NATIVE}/attention/decode.h", "weight * lanes.scales_of(p.v_scale, first + j)", "weight", KERNEL),
     Mutant("scale of keys dropped (kernel)", f"{NATIVE}/attention/decode.h", "(lanes.scales_of(p.k_scale, first + j) * q_scale)", "q_scale", KERNEL),
     Mutant("scale of queries dropped (kernel)", f"{NATIVE}/attention/decode.h", "(lanes.scales_of(p.k_scale, first + j) * q_scale)", "lanes.scales_of(p.k_scale, first + j)", KERNEL, needs="avx512"),
-    Mutant("a visible NaN swallowed by the fixed-point scale", f"{NATIVE}/attention/decode_dot.h", "max(size == size ? size : set1(INF), most)", "max(size, most)", KERNEL),
+    Mutant("a visible NaN swallowed by the fixed-point scale", f"{NATIVE}/attention/decode_dot.h", "max(size == size ? size : set1(INF), most)", "max(size, most)", KERNEL, needs="avx512"),
+    Mutant("bytes of fixed point not rounded to the nearest (kernel)", f"{NATIVE}/attention/decode_sdot.h", "vadd_s16(whole, vdup_n_s16(128))", "whole", KERNEL, needs="neonbf16"),
+    Mutant("values of int8 paired with the wrong key (kernel)", f"{NATIVE}/attention/decode_sdot.h", "vzip1q_s8(row[0], row[2]), odd = vzip1q_s8(row[1], row[3]);\n        fours[0]", "vzip1q_s8(row[0], row[1]), odd = vzip1q_s8(row[2], row[3]);\n        fours[0]", KERNEL, needs="neonbf16"),
+    Mutant("threads of any library taken for torch's (kernel)", f"{NATIVE}/runtime/parallel.cpp", 'dlsym(loaded, "GOMP_parallel")', 'dlsym(RTLD_DEFAULT, "GOMP_parallel")', ("kernels/test_native.py",)),
     Mutant("lengths ignored on the fast path", f"{NATIVE}/abi/fast_forward.cpp", "if (is_given(call.lengths))", "if (false)", KERNEL),
     Mutant("one row of padding for all batches on the fast path", f"{NATIVE}/abi/fast_forward.cpp", "tensor.shape[0] == 1 ? 0 : tensor.strides[0]", "0", KERNEL),
     Mutant("packed sequences aligned top-left", "sequences.py", "offset=length - len(q)", "offset=0", ("test_packed.py",)),
@@ -649,8 +652,14 @@ MUTANTS = [
     Mutant("fields not type-checked (GGUF)", "convert/inspect/gguf.py", "check_fields(str(path), header.fields,", "(lambda *_: None)(str(path), header.fields,", ("fuzz/test_files.py",)),
     Mutant("NaN accepted in JSON", "convert/files/json_document.py", "parse_constant=lambda word: refuse", "parse_constant=lambda word: float(word) or refuse", ("convert/test_json_document.py",)),
     Mutant("a link at the output path followed", "convert/files/staging.py", "if stat.S_ISLNK(found.st_mode):", "if False:", ("convert/test_links.py",)),
-    Mutant("leftovers recognised by name only", "convert/files/own_folder.py", "return own if header == expected else None", "return own", ("convert/test_links.py",)),
-    Mutant("mounts emptied", "convert/files/own_folder.py", "if mount_of(folder) != mount_of(parent):", "if False:", ("convert/test_links.py",)),
+    Mutant("leftovers recognised by name only", "convert/files/own_folder.py", "return bool(header == expected)", "return True", ("convert/test_links.py",)),
+    Mutant("mounts emptied", "convert/files/open_folder.py", "if inner.mount() != self.mount():", "if False:", ("convert/test_links.py",)),
+    Mutant("junctions of Windows entered", "convert/files/open_folder.py", 'str(self._place) if is_elsewhere else ""', '""', ("convert/test_open_folder.py",)),
+    Mutant("another folder in the place of one that was opened", "convert/files/open_folder.py", "if not os.path.samestat(self._place.lstat(), self._opened):", "if False:", ("convert/test_open_folder.py",)),
+    Mutant("a marker that names a path of Windows", "convert/files/own_folder.py", " and PurePath(name).parts == tuple(parts)", "", ("convert/test_open_folder.py",)),
+    Mutant("a marker removed while it is open", "convert/files/lock.py", "        os.close(descriptor)\n        remove()\n        return\n", "        remove()\n        os.close(descriptor)\n        return\n", ("convert/test_open_folder.py",)),
+    Mutant("a lock that does not hold", "convert/files/lock.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB", ("convert/test_open_folder.py",)),
+    Mutant("a POSIX module imported on Windows", "convert/files/lock.py", 'if sys.platform == "win32":\n    import msvcrt', 'import fcntl\nif sys.platform == "win32":\n    import msvcrt', ("repository/test_windows.py",), "lock.py or posix"),
     Mutant("latents absorbed by keys of values", "layers/latent_heads.py", "out, v_up.mT", "out, k_up.mT", ("layers/test_latent.py",)),
     Mutant("absorbed scores scaled by the width of latents", "layers/latent_heads.py", "scale=scale, **options)\n        return _by_head", "scale=None, **options)\n        return _by_head", ("layers/test_latent.py",)),
     Mutant("the dearer form of latent attention", "layers/latent_heads.py", "(2 * self.rank - widths) < 0", "(2 * self.rank - widths) > 0", ("layers/test_latent.py",)),
@@ -694,8 +703,8 @@ MUTANTS = [
     Mutant("an incomplete checkpoint resumed", "models/uptraining.py", '"checkpoint-*/trainer_state.json"', '"checkpoint-*/config.json"', UPTRAIN, "resumes"),
     Mutant("training on what is held out", "models/uptraining.py", "self._blocks[: -self._held_out]", "self._blocks", UPTRAIN, "time_limit or resumes or reports"),
     Mutant("a run resumed with other options", "models/uptraining.py", "            if changed:", "            if False:", UPTRAIN),
-    Mutant("two runs in one folder", "models/uptraining.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB", UPTRAIN, "another_text"),
-    Mutant("checkpoints through a link", "models/uptraining.py", " | os.O_NOFOLLOW", "", UPTRAIN, "link"),
+    Mutant("two runs in one folder", "models/uptraining.py", "if not lock(opened) or ", "if ", UPTRAIN, "another_text"),
+    Mutant("checkpoints through a link", "models/uptraining.py", "folder = parent.open(work.name)", "folder = open_folder(work)", UPTRAIN, "link"),
     Mutant("minutes converted again", "models/uptraining.py", '        if "steps" not in record:', "        if True:", UPTRAIN, "time_limit"),
     Mutant("a trial's weights trained on", "models/uptraining.py", "            model = self._load(self._opened) if self._settings.max_steps is None else model\n", "", UPTRAIN, "time_limit"),
     Mutant("sink tokens of a report ignored", "cli/convert.py", 'proposal.get("sink_tokens", 0))', "0)", ("cli/test_convert.py",)),

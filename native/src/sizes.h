@@ -14,10 +14,10 @@ constexpr int KV_SPLIT = 480;             // keys that are accumulated separatel
 constexpr int BWD_BLOCK_N = 3 * BLOCK_N;  // keys whose gradients a thread keeps: steps 9, 21; not 192
 
 // The micro-kernel
-constexpr int micro_vecs(int lanes) { return lanes == 16 ? 4 : 2; }  // vectors of C side by side: step 1
-constexpr int micro_rows(int lanes, int vecs) {                      // rows of C, in registers: steps 1, 3, 15
-    if (lanes == 16) return vecs <= 2 ? 12 : (vecs == 3 ? 8 : 6);    // up to 24 vectors of 32 registers
-    if (lanes == 8) return vecs == 1 ? 12 : 6;                       // 12 of 16
+constexpr int micro_vecs(int registers) { return registers == 32 ? 4 : 2; }  // vectors of C side by side: step 1
+constexpr int micro_rows(int registers, int lanes, int vecs) {               // rows of C, in registers: steps 1, 3, 15
+    if (registers == 32) return vecs <= 2 ? 12 : (vecs == 3 ? 8 : 6);        // up to 24 vectors of 32 registers
+    if (lanes == 8) return vecs == 1 ? 12 : 6;                               // 12 of 16
     return vecs == 1 ? 8 : 4;
 }
 constexpr int64_t F32_CHAIN = 32;       // multiply-adds of a sum along the width: steps 91, 98; not 16, 64
@@ -41,7 +41,8 @@ constexpr int AMX_DECODE_ROWS = 3;         // the fewest rows of bf16 that go by
 constexpr int DECODE_KEYS = 2;             // keys that several rows read side by side: steps 11, 36
 constexpr int DECODE_PREFETCH_KEYS = 16;   // keys ahead that several rows prefetch: steps 7, 26, 68
 constexpr int SHORT_PREFETCH_VALUES = 32;  // values ahead that a short query prefetches: step 97; not 16
-constexpr int dot_spans(int rows) { return rows <= 4 ? 2 : 1; }  // vectors of pairs at a time: step 36
+constexpr int decode_vecs(int lanes) { return lanes == 4 ? 4 : 1; }  // vectors of a key or value for each prefetch
+constexpr int dot_spans(int rows) { return rows <= 4 ? 2 : 1; }      // vectors of pairs at a time: step 36
 
 // Few rows through a projection
 constexpr int64_t FEW_ROWS_CHAIN = 256;              // columns of a chain of sums: step 106; not 512, 1024
@@ -50,8 +51,8 @@ constexpr int64_t FEW_ROWS_AT_ONCE = 4;              // rows of x in registers, 
 constexpr int64_t FEW_ROWS_AHEAD = 16 << 10;         // bytes of a row that are prefetched ahead: step 107; not 2, 4 KB
 constexpr int64_t FEW_ROWS_SHORT = 2 << 10;          // the most bytes of rows that are prefetched in order: step 108
 constexpr int64_t FEW_ROWS_THREAD_BYTES = 64 << 10;  // of weights for each thread
-constexpr int few_rows_weights(int lanes, int rows) {  // rows of the weight in registers beside them: step 106
-    return rows == 1 ? 6 : (rows == 2 ? 4 : (rows == 3 ? 3 : (lanes == 16 ? 4 : 2)));
+constexpr int few_rows_weights(int registers, int rows) {  // rows of the weight in registers beside them: step 106
+    return rows == 1 ? 6 : (rows == 2 ? 4 : (rows == 3 ? 3 : (registers == 32 ? 4 : 2)));
 }
 
 // Rotary embedding

@@ -11,13 +11,15 @@ namespace {
 
 // Whether the instruction set that runs is this one, or extends it.
 bool runs(const std::string& wanted) {
-#define ISA(name, base, ...) {#name, #base},
-#define ISA_X86 ISA
+#define ISA_NOT_ARM(name, base, ...) {#name, #base},
+#define ISA_X86 ISA_NOT_ARM
+#define ISA_ARM ISA_NOT_ARM
     static const std::map<std::string, std::string> bases = {
 #include "abi/isas.def"
     };
+#undef ISA_ARM
 #undef ISA_X86
-#undef ISA
+#undef ISA_NOT_ARM
     for (std::string isa = qkv_isa(); bases.count(isa); isa = bases.at(isa))
         if (isa == wanted) return true;
     return false;
@@ -199,13 +201,14 @@ void Call::backward() const { require(qkv_backward(&problem, &gradients) == 0, c
 void Call::check(const std::vector<bool>& kept) const {
     // Pairs of bf16 are multiplied as such, and int8 by numbers of 16 bits; for many rows, int8 is rounded to the dtype
     // of queries first. Everything else is in fp32.
-    const bool few = c.lq == 1 && c.group <= (runs("avx2") ? 8 : 4), fixed = runs("avx512");
+    const bool few = c.lq == 1 && c.group <= (runs("avx2") ? 8 : 4);
+    const double largest = runs("avx512") ? 32767 : runs("neonbf16") ? 32639 : 0;  // in fixed point
     Roundoff roundoff;
     if (c.int8 && few)
-        roundoff.fixed_point = fixed && c.dtype != Dtype::f32 ? 0.51 / 32767 : 0;
+        roundoff.fixed_point = largest && c.dtype != Dtype::f32 ? 0.51 / largest : 0;
     else if (c.int8)
         roundoff.keys = format_of(c.dtype).roundoff;
-    if (runs("avx512bf16") && c.dtype == Dtype::bf16 && !(c.int8 && few))
+    if ((runs("avx512bf16") || runs("neonbf16")) && c.dtype == Dtype::bf16 && !(c.int8 && few))
         roundoff.weights = format_of(c.dtype).roundoff;
     const Expected want = expect(problem, c.int8 ? nullptr : &gradients, kept, roundoff);
     try {

@@ -19,7 +19,7 @@ inline std::vector<Test>& tests() {
 
 struct Registered {
     Registered(const std::string& file, const std::string& name, void (*run)()) {
-        tests().push_back({file.substr(file.find_last_of('/') + 1) + ":" + name, run});
+        tests().push_back({file.substr(file.find_last_of("/\\") + 1) + ":" + name, run});
     }
 };
 

@@ -1,11 +1,34 @@
-// Runs all tests, or those whose names contain one of the arguments, on the instruction set that the library chooses.
+// Runs all tests, or those whose names contain one of the arguments, on the instruction set that the library chooses;
+// on the threads of the OpenMP library whose path QKV_OPENMP is, if it is one, and else on those of the standard
+// library.
+#if defined(_WIN32)
+#include <windows.h>
+#else
+#include <dlfcn.h>
+#endif
+
 #include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 
 #include "check.h"
 #include "library.h"
 
+// Whether a library is loaded, as torch loads its OpenMP before anyone calls the kernel.
+static bool is_loaded(const char* path) {
+#if defined(_WIN32)
+    return LoadLibraryA(path);
+#else
+    return dlopen(path, RTLD_NOW | RTLD_GLOBAL);
+#endif
+}
+
 int main(int count, char** arguments) {
+    const char* openmp = std::getenv("QKV_OPENMP");
+    if (openmp && *openmp && !is_loaded(openmp)) {
+        std::printf("%s, which QKV_OPENMP names, does not load\n", openmp);
+        return 1;
+    }
     constexpr int SKIPPED = 77;  // as automake and ctest have it
     if (!qkv_isa()) {
         std::puts("this machine lacks the instruction set that QKV_ISA names");

@@ -271,7 +271,8 @@ def test_another_text_does_not_resume_and_two_runs_do_not_mix(tmp_path):
     with uptraining.claimed(tmp_path / "out", options) as work:
         with pytest.raises(Exception, match=r"another run is training in .*out\.unfinished; wait for it"):
             uptraining.claimed(tmp_path / "out", options).__enter__()
-        assert names(work) == ["run.json"]
+        assert names(work) == ["run.json", "run.lock"]
+    assert names(work) == ["run.json"]
     with uptraining.claimed(tmp_path / "out", options):
         pass
     other = {"TEXT": uptraining.fingerprint(torch.arange(1, 10))}

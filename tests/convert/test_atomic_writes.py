@@ -8,6 +8,7 @@ import signal
 
 import pytest
 from convert import kill, models
+from convert.folders import kind_of_folder, only_by_descriptor  # noqa: F401  # a fixture for all tests
 
 from qkv.convert import CheckpointError, checkpoint, convert_checkpoint, plan_checkpoint, write_checkpoint
 from qkv.convert.files import staging
@@ -169,6 +170,7 @@ def test_interrupted_run_removes_what_it_wrote(tmp_path, source, monkeypatch, er
     assert not list(tmp_path.iterdir())
 
 
+@only_by_descriptor
 @pytest.mark.parametrize("can_exchange", [True, False])
 def test_old_model_stays_if_it_cannot_be_replaced(tmp_path, source, monkeypatch, can_exchange):
     """An I/O error while renaming or syncing."""

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 from convert import kill, models
+from convert.folders import kind_of_folder, only_by_descriptor  # noqa: F401  # a fixture for all tests
 
 from qkv.convert import CheckpointError, checkpoint, convert_checkpoint, plan_checkpoint, write_checkpoint
-from qkv.convert.files import own_folder, renaming, staging
+from qkv.convert.files import open_folder, own_folder, renaming, staging
 from qkv.convert.files.own_folder import CONTENT, MARKER, PREFIX
 
 
@@ -80,28 +81,27 @@ def test_entries_of_others_with_our_names_are_not_touched(tmp_path, source, vict
 
 @pytest.fixture
 def around(tmp_path):
-    opened = os.open(tmp_path, os.O_RDONLY)
-    yield opened
-    os.close(opened)
+    with open_folder.open_folder(tmp_path) as opened:
+        yield opened
 
 
-def leftover_without_weights(place, around):
+def leftover_without_weights(around):
     """The folder that a run leaves if it is killed before it writes a tensor."""
-    with own_folder.make_own_folder(place, around, "out") as own, own.create("deep/notes.txt"):
+    with own_folder.make_own_folder(around, "out") as own, own.create("deep/notes.txt"):
         return own.path
 
 
-def found(place, around):
-    return [left and left.path for left in own_folder.find_leftovers(place, around, "out")]
+def found(around):
+    return [left and left.path for left in own_folder.find_leftovers(around, "out")]
 
 
 def test_folder_with_our_marker_is_recognized(tmp_path, around):
-    left = leftover_without_weights(tmp_path, around)
-    assert found(tmp_path, around) == [left]
+    left = leftover_without_weights(around)
+    assert found(around) == [left]
     (left / MARKER).write_text((left / MARKER).read_text() + '"half of a na')
-    assert found(tmp_path, around) == [left]
-    with own_folder.make_own_folder(tmp_path, around, "out"):
-        assert None in found(tmp_path, around)
+    assert found(around) == [left]
+    with own_folder.make_own_folder(around, "out"):
+        assert None in found(around)
 
 
 @pytest.mark.parametrize(
@@ -121,26 +121,26 @@ def test_folder_with_our_marker_is_recognized(tmp_path, around):
     ],
 )
 def test_folder_with_another_marker_is_not_recognized(tmp_path, around, change):
-    marker = leftover_without_weights(tmp_path, around) / MARKER
+    marker = leftover_without_weights(around) / MARKER
     lines = [json.loads(line) for line in marker.read_text().splitlines()]
     change(marker, lines)
     marker.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert found(tmp_path, around) == []
+    assert found(around) == []
 
 
 def test_folder_of_another_user_is_not_recognized(tmp_path, around, monkeypatch):
-    leftover_without_weights(tmp_path, around)
+    leftover_without_weights(around)
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
-    assert found(tmp_path, around) == []
+    assert found(around) == []
 
 
 def test_copied_or_renamed_folder_is_not_recognized(tmp_path, around):
-    left = leftover_without_weights(tmp_path, around)
+    left = leftover_without_weights(around)
     shutil.copytree(left, tmp_path / "copy")
     left.rename(tmp_path / "elsewhere")
     (tmp_path / "copy").rename(left)
     (tmp_path / "elsewhere").rename(tmp_path / f"{PREFIX}{0:016x}")
-    assert found(tmp_path, around) == []
+    assert found(around) == []
 
 
 def test_cleanup_removes_only_files_that_the_run_created(tmp_path, source, victim):
@@ -239,6 +239,7 @@ def test_dangling_link_in_place_of_a_file_is_refused(tmp_path, source, name):
         convert_checkpoint(copy, tmp_path / "out", 2)
 
 
+@only_by_descriptor
 def test_parent_folder_that_is_replaced_while_writing_is_an_error(tmp_path, source, victim, monkeypatch):
     """The run writes to the folder that it opened, and raises instead of leaving its result at another path."""
     (tmp_path / "around").mkdir()
@@ -273,6 +274,7 @@ def test_link_planted_in_the_work_folder_is_not_followed(tmp_path, source, victi
     assert [path.name for path in tmp_path.iterdir()] == ["victim"]
 
 
+@only_by_descriptor
 def test_permissions_follow_the_umask(tmp_path, source, monkeypatch):
     """Private while it is written, then as the umask says."""
     seen, check = [], checkpoint._check_shard
@@ -292,30 +294,29 @@ def test_permissions_follow_the_umask(tmp_path, source, monkeypatch):
     assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()} == {0o640}
 
 
+@only_by_descriptor
 @pytest.mark.parametrize("place", ["out", "out/deep"])
 def test_mount_is_neither_replaced_nor_emptied(tmp_path, source, monkeypatch, place):
     """With a patched mount id; the next test makes a real mount where the system allows it."""
     convert_checkpoint(source, tmp_path / "out", 4)
     (tmp_path / "out" / "deep").mkdir()
     (tmp_path / "out" / "deep" / "precious.txt").write_text("")
-    mounted, mount_of = (tmp_path / place).stat().st_ino, own_folder.mount_of
+    mounted, mount = (tmp_path / place).stat().st_ino, open_folder.DescribedFolder.mount
 
     def counted(folder):
-        return (-1, "") if os.fstat(folder).st_ino == mounted else mount_of(folder)
+        return (-1, "") if folder.status().st_ino == mounted else mount(folder)
 
-    for module in (own_folder, sys.modules["qkv.convert.files.staging"]):
-        monkeypatch.setattr(module, "mount_of", counted)
+    monkeypatch.setattr(open_folder.DescribedFolder, "mount", counted)
     before = snapshot(tmp_path)
     with pytest.raises(CheckpointError, match=f"{place}: it is a mount point. Unmount it"):
         convert_checkpoint(source, tmp_path / "out", 2, overwrite=True)
     assert snapshot(tmp_path) == before
-    around = os.open(tmp_path, os.O_RDONLY)
-    with pytest.raises(OSError, match="a mount is not entered"):
-        own_folder.remove_tree("out", around)
-    os.close(around)
+    with open_folder.open_folder(tmp_path) as around, pytest.raises(OSError, match="a mount is not entered"):
+        around.remove_tree("out")
     assert (tmp_path / "out" / "deep" / "precious.txt").is_file()
 
 
+@only_by_descriptor
 def test_real_mount_is_not_emptied(tmp_path, source):
     """The same folder mounted a second time, on one device, in its own mount namespace."""
     convert_checkpoint(source, tmp_path / "out", 4)
@@ -323,13 +324,12 @@ def test_real_mount_is_not_emptied(tmp_path, source):
         (tmp_path / name).mkdir()
     (tmp_path / "victim" / "precious.txt").write_text("")
     code = f"""
-import os, sys
 from pathlib import Path
-from qkv.convert.files import own_folder, renaming, staging
-around = os.open({str(tmp_path)!r}, os.O_RDONLY)
-found = own_folder.find_mount(os.open("out", os.O_RDONLY, dir_fd=around))
+from qkv.convert.files.open_folder import open_folder
+around = open_folder(Path({str(tmp_path)!r}))
+found = around.open("out").find_mount()
 try:
-    own_folder.remove_tree("out", around)
+    around.remove_tree("out")
 except OSError as error:
     print(found, error.strerror)
 """
@@ -343,6 +343,7 @@ except OSError as error:
     assert (tmp_path / "victim" / "precious.txt").is_file()
 
 
+@only_by_descriptor
 def test_files_are_addressed_relative_to_an_open_folder():
     """The modules that write and remove files use no call that follows links or takes a path."""
     for module in (own_folder, staging, renaming, checkpoint):

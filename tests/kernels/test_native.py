@@ -1,6 +1,8 @@
 """The native kernel, in addition to the contract: instruction sets, bits, threads, and calls without it."""
 
+import ctypes
 import dataclasses
+import os
 import re
 import subprocess
 import sys
@@ -61,17 +63,27 @@ def test_without_the_library_everything_works_and_explain_says_why(tmp_path: Pat
 @present
 def test_every_instruction_set_of_the_machine_is_in_the_contract() -> None:
     names = kernels.supported_isas()
-    assert names[-1] == "generic"
+    assert names[-1] in ("generic", "neon")
     assert {solver.isa or kernels.loaded().isa for solver in SOLVERS if solver.backend is native} == set(names)
     for name in names:
         found = library(name)
         assert isinstance(found, kernels.Library) and found.isa == name
     q = torch.randn(1, 2, 64, 16)
     outs = []
-    for solver in (Solver(native), Solver(native, isa="generic")):
+    for solver in (Solver(native), Solver(native, isa=names[-1])):
         with solver.at_work():
             outs.append(qkv.attention(q, q, q, backend="native"))
     torch.testing.assert_close(*outs)
+
+
+@present
+def test_threads_of_torch_are_found_through_a_library_that_needs_them() -> None:
+    find = ctypes.CDLL(str(kernels.LIBRARY)).qkv_use_threads_of
+    assert find(os.fsencode(torch._C.__file__)) == 1
+    # One that the process has loaded and that has no OpenMP, and one that it has not: calls go on as before.
+    assert find(os.fsencode(kernels.LIBRARY)) == 0 and find(b"/nowhere/libtorch.so") == 0
+    q = torch.randn(1, 2, 64, 16)
+    assert qkv.attention(q, q, q, backend="native").isfinite().all()
 
 
 def test_a_broken_library_is_reported(tmp_path: Path) -> None:

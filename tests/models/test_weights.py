@@ -3,12 +3,14 @@
 import hashlib
 import io
 import os
+import shutil
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from qkv.convert.files.open_folder import open_folder
 from qkv.convert.files.own_folder import PREFIX, make_own_folder
 from qkv.models import default_weights as subject
 from qkv.models.default_weights import PackagedWeights, cache_folder, cached_weights
@@ -148,17 +150,17 @@ def test_only_leftovers_of_a_killed_run_are_removed(registry, place, shown, tmp_
     (folder / f"{PREFIX}{0:016x}").symlink_to(victim)
     (folder / f"{PREFIX}{1:016x}").mkdir()
     (folder / f"{PREFIX}{1:016x}" / "precious.txt").write_text("")
-    around = os.open(folder, os.O_RDONLY)
-    with make_own_folder(folder, around, TINY.name) as dead:
+    around = open_folder(folder)
+    with make_own_folder(around, TINY.name) as dead:
         (dead.share() / "half").write_text("")
         assert dead.path.exists()
-    with make_own_folder(folder, around, TINY.name) as working:
+    with make_own_folder(around, TINY.name) as working:
         assert _obtain(shown).read_bytes() == CONTENT
         assert not dead.path.exists()
         left = {path.name for path in folder.iterdir()}
         assert left == {place.name, f"{PREFIX}{0:016x}", f"{PREFIX}{1:016x}", working.path.name}
     assert (victim / "precious.txt").is_file()
-    os.close(around)
+    around.close()
 
 
 def test_link_in_place_of_the_file_is_replaced_and_not_written_through(registry, place, shown, tmp_path):
@@ -181,7 +183,7 @@ def test_cache_folder_that_cannot_be_written(registry, shown, monkeypatch, tmp_p
 
 
 def test_full_disk_is_reported_before_the_download(registry, shown, monkeypatch):
-    monkeypatch.setattr(subject.shutil, "disk_usage", lambda folder: SimpleNamespace(free=3999))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=3999))
     with pytest.raises(CommandError, match="only 0 MB free"):
         _obtain(shown)
     assert registry.downloads == 0

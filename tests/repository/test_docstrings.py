@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 MODULES = (
-    *("qkv", "qkv.analysis", "qkv.cache", "qkv.convert", "qkv.look", "qkv.plots"),
+    *("qkv", "qkv.analysis", "qkv.cache", "qkv.convert", "qkv.look", "qkv.parallel", "qkv.plots"),
     *("qkv.integrations.flash_attn", "qkv.integrations.torch", "qkv.integrations.transformers"),
 )
 

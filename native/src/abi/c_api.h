@@ -4,7 +4,11 @@
 #include "abi/problem.h"
 #include "abi/rotation.h"
 
+#if defined(_WIN32)
+#define QKV_EXPORT extern "C" __declspec(dllexport)
+#else
 #define QKV_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
 
 namespace qkv {
 

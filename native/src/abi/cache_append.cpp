@@ -2,7 +2,8 @@
 #include <algorithm>
 #include <cstring>
 #include <initializer_list>
-#include <vector>
+#include <memory>
+#include <new>
 
 #include "abi/python_tensor.h"
 #include "runtime/parallel.h"
@@ -140,10 +141,13 @@ QKV_EXPORT int qkv_append_pages(const void* interpreter, void* k, void* v, void*
     const qkv::dlpack::Tensor &tokens = tensors[0], &of_batches = tensors[7];
     if (!qkv::holds_heads(tokens)) return qkv::OTHER;
     const int64_t* where = nullptr;
-    std::vector<int64_t> same;
+    std::unique_ptr<int64_t[]> same;
     if (!qkv::is_given(of_batches)) {
-        same.assign(tokens.shape[0], start);
-        where = same.data();
+        const int64_t batch = tokens.shape[0];
+        same.reset(new (std::nothrow) int64_t[std::max<int64_t>(1, batch)]);
+        if (!same) return qkv::OUT_OF_MEMORY;
+        std::fill_n(same.get(), batch, start);
+        where = same.get();
     } else if (qkv::is(of_batches, qkv::dlpack::INT, 64, 1) && of_batches.shape[0] == tokens.shape[0] &&
                (of_batches.strides[0] == 1 || of_batches.shape[0] == 1)) {
         where = (const int64_t*)qkv::data_of(of_batches);

@@ -11,13 +11,18 @@
 #include "abi/gated_mlp.h"
 #include "abi/layer_step.h"
 #include "abi/rms_norm.h"
+#include "runtime/parallel.h"
 
 #if defined(QKV_X86)
-#include <cpuid.h>
+#include "abi/cpu_features.h"
 #if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace qkv {
@@ -27,6 +32,13 @@ namespace qkv {
 #define ISA_X86 ISA
 #else
 #define ISA_X86(...)
+#endif
+#if defined(__aarch64__)
+#define ISA_ARM ISA
+#define ISA_NOT_ARM(...)
+#else
+#define ISA_ARM(...)
+#define ISA_NOT_ARM ISA
 #endif
 
 #define ISA(name, ...)                               \
@@ -48,12 +60,13 @@ namespace qkv {
 namespace {
 
 #if defined(QKV_X86)
-// Whether the processor multiplies tiles of bf16 and the system lets this process use them: it must be asked once, and
-// then grants that to all threads.
-bool grants_amx_tiles() {
-    unsigned a, b, c, d;
-    constexpr unsigned TILE = 1u << 24, BF16 = 1u << 22;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & TILE) || !(d & BF16)) return false;
+bool cpu_has(const char* feature) {
+    static const CpuAnswers cpu = ask_cpu();
+    return has_feature(cpu, feature);
+}
+
+// Whether the system lets this process use tiles: it must be asked once, and then grants that to all threads.
+bool grants_tiles() {
 #if defined(__linux__) && defined(SYS_arch_prctl)
     constexpr int REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
@@ -63,15 +76,29 @@ bool grants_amx_tiles() {
 }
 #endif
 
-bool has_none() {
-#if defined(QKV_X86)
-    __builtin_cpu_init();
+#if defined(__aarch64__)
+// Whether the processor multiplies pairs of bf16 and fours of int8.
+bool has_dot_products() {
+#if defined(__linux__)
+    constexpr unsigned long INT8 = 1ul << 20, BF16 = 1ul << 14;  // HWCAP_ASIMDDP, HWCAP2_BF16
+    return (getauxval(AT_HWCAP) & INT8) && (getauxval(AT_HWCAP2) & BF16);
+#elif defined(__APPLE__)
+    const auto has = [](const char* feature) {
+        int found = 0;
+        size_t size = sizeof found;
+        return sysctlbyname(feature, &found, &size, nullptr, 0) == 0 && found == 1;
+    };
+    return has("hw.optional.arm.FEAT_DotProd") && has("hw.optional.arm.FEAT_BF16");
+#else
+    return false;
 #endif
-    return true;
 }
+#endif
+
+bool has_none() { return true; }
 
 // bool has_avx2() and so on: whether this machine has an instruction set.
-#define CPU(feature) __builtin_cpu_supports(feature)
+#define CPU(feature) cpu_has(feature)
 #define ISA(name, base, flags, present) \
     bool has_##name() { return has_##base() && (present); }
 #include "abi/isas.def"
@@ -131,6 +158,9 @@ QKV_EXPORT const char* qkv_supported_isas() {
     }();
     return names.c_str();
 }
+
+// Takes the path of torch's library, whose threads calls then use. Returns 0 if it has none that we know how to use.
+QKV_EXPORT int qkv_use_threads_of(const char* library) { return qkv::use_threads_of(library); }
 
 // Callers compare these with their own structs.
 QKV_EXPORT int qkv_problem_size() { return (int)sizeof(qkv::Problem); }

@@ -1,12 +1,13 @@
 // Steps of layers and gated MLPs from Python tensors, for the calls that take them.
 #pragma once
 
+#include "abi/c_api.h"
 #include "abi/gated_mlp.h"
 #include "abi/layer_step.h"
 #include "abi/python_tensor.h"
 
-extern "C" int qkv_layer_step_size();
-extern "C" int qkv_step_numbers_size();
+QKV_EXPORT int qkv_layer_step_size();
+QKV_EXPORT int qkv_step_numbers_size();
 
 namespace qkv {
 

@@ -466,7 +466,7 @@ static void run_backward(const Problem& p, const Gradients& g) {
     parallel_for(order.chunks * heads, p.threads, [&](int64_t item) {
         try {
             add_chunk(item);
-        } catch (const std::bad_alloc&) {
+        } catch (...) {
             order.give_up();
             throw;
         }

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "attention/decode_amx.h"
+#include "attention/decode_sdot.h"
 #include "attention/prefill.h"
 
 namespace qkv {
@@ -284,7 +285,7 @@ static inline void for_decode(const Problem& p, Work work) {
         case Dtype::bf16:
             if (group(p) >= OnTiles::LEAST) return work(OnTiles());
             return work(FewHalves());
-#elif defined(__AVX512BF16__)
+#elif defined(QKV_DOT_BF16)
         case Dtype::bf16: return work(Dots<Halves>());
 #else
         case Dtype::bf16: return work(Widened<Dtype::bf16>());
@@ -293,6 +294,8 @@ static inline void for_decode(const Problem& p, Work work) {
     }
 #if defined(__AVX512F__) && !defined(__AMX_BF16__)
     if (p.dtype != Dtype::f32 && p.width <= Codes::MOST) return work(Dots<Codes>());
+#elif defined(QKV_DOT_I8)
+    if (p.dtype != Dtype::f32 && p.width <= SplitCodes::MOST_PRODUCTS) return work(SplitCodes());
 #endif
 #if !defined(QKV_EXTENDS_BASE)
     work(Widened<Dtype::i8>());

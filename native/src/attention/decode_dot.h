@@ -101,20 +101,30 @@ struct Widened : KeyByKey {
         for (int64_t begin = 0, end; begin < width; begin = end) {
             end = std::min(begin + F32::CHAIN * LANES, width);
             vec acc[KEYS][COUNT] = {};
-            for (int64_t d = begin; d < end; d += LANES) {
-                const bool whole = d + LANES <= width;
-                vec key[KEYS];
-                for (int j = 0; j < KEYS; ++j) {
-                    const char* const at = keys + j * stride + d * item;
-                    prefetch_ahead<COUNT>(at, stride);
-                    values.prefetch(j, d * item);
-                    key[j] = whole ? load_as(DTYPE, at) : load_part(DTYPE, at, width - d);
+            const auto add_columns = [&](int64_t d, auto vecs) {
+                for (int n = 0; n < decltype(vecs)::value; ++n, d += LANES) {
+                    const bool whole = decltype(vecs)::value > 1 || d + LANES <= width;
+                    vec key[KEYS];
+                    for (int j = 0; j < KEYS; ++j) {
+                        const char* const at = keys + j * stride + d * item;
+                        if (n == 0) {
+                            prefetch_ahead<COUNT>(at, stride);
+                            values.prefetch(j, d * item);
+                        }
+                        key[j] = whole ? load_as(DTYPE, at) : load_part(DTYPE, at, width - d);
+                    }
+                    for (int r = 0; r < COUNT; ++r) {
+                        const vec query = load(queries + r * pitch + d);
+                        for (int j = 0; j < KEYS; ++j) acc[j][r] += key[j] * query;
+                    }
                 }
-                for (int r = 0; r < COUNT; ++r) {
-                    const vec query = load(queries + r * pitch + d);
-                    for (int j = 0; j < KEYS; ++j) acc[j][r] += key[j] * query;
-                }
-            }
+            };
+            constexpr int VECS = decode_vecs(LANES);
+            int64_t d = begin;
+            if constexpr (VECS > 1)
+                for (; d + VECS * LANES <= std::min(end, width); d += VECS * LANES)
+                    add_columns(d, std::integral_constant<int, VECS>());
+            for (; d < end; d += LANES) add_columns(d, std::integral_constant<int, 1>());
             for (int j = 0; j < KEYS; ++j) {
                 for (int r = 0; r < COUNT; ++r) {
                     vec& sum = sums[j * ROWS + r];
@@ -163,7 +173,7 @@ struct Widened : KeyByKey {
         for (int j = 0; j < count; ++j, values += stride) {
             vec x[VECS];
             for (int n = 0; n < VECS; ++n) {
-                keys.prefetch(j, (d + n * LANES) * item);
+                if (n % decode_vecs(LANES) == 0) keys.prefetch(j, (d + n * LANES) * item);
                 const char* const at = values + n * LANES * item;
                 x[n] = n + 1 < VECS ? load_as(DTYPE, at) : load_part(DTYPE, at, left - n * LANES);
             }
@@ -186,28 +196,41 @@ static inline vec largest(vec x) {
     return x;
 }
 
-#if defined(__AVX512F__)
-#if defined(__AVX512BF16__)
+// The scale of each row of fixed point: its largest number is `largest_code` times that. At least FLT_MIN, so that it
+// has an inverse. inf if any number is NaN: all quantised numbers are then 0, and the products 0 * inf = NaN.
+// `vectors(i)` gives numbers i to i + LANES - 1; those of ROWS rows alternate.
+template <int ROWS, class Vectors>
+static inline vec fixed_point_scale(int64_t count, float largest_code, Vectors vectors) {
+    vec most = {};
+    for (int64_t i = 0; i < count; i += LANES) {
+        const vec x = vectors(i), size = max(x, -x);
+        most = max(size == size ? size : set1(INF), most);
+    }
+    return max(largest<ROWS>(most) / largest_code, set1(std::numeric_limits<float>::min()));
+}
+
+#if defined(QKV_DOT_BF16)
 // bf16 times bf16.
 struct Halves {
     static constexpr int SIZE = 2;
     static constexpr bool FIXED_POINT = false;
 
     // A vector of pairs of numbers from `row`, of which `left` are left, and zeros.
-    static __m512i take(const char* row, int64_t left) {
-        if (left >= 2 * LANES) return _mm512_loadu_si512(row);
-        return _mm512_maskz_loadu_epi16((__mmask32)((1ull << left) - 1), row);
+    static pair_vec take(const char* row, int64_t left) {
+        return left >= 2 * LANES ? load_pairs(row) : load_first_pairs(row, left);
     }
 
     // Queries or weights in the form in which they multiply them.
-    static __m256i factors(vec x) { return round_to_bf16(x); }
+    static half_vec factors(vec x) { return round_to_bf16(x); }
+    static vec pair(vec low, vec high) { return pair_bf16(low, high); }
 
-    static vec dot(vec sum, __m512i a, __m512i b) { return dot_bf16(sum, a, (vec)b); }
+    static vec dot(vec sum, pair_vec a, pair_vec b) { return dot_bf16(sum, a, (vec)b); }
 
     static vec total(vec sum) { return sum; }
 };
 #endif
 
+#if defined(__AVX512F__)
 // int8 times int16 in fixed point: multiples of a scale, which is a 32767th of the largest number of a row.
 struct Codes {
     static constexpr int SIZE = 1;
@@ -227,6 +250,10 @@ struct Codes {
     static vec total(vec sum) { return (vec)_mm512_cvtepi32_ps((__m512i)sum); }
 };
 
+static_assert(BLOCK_N <= Codes::MOST / LANES);
+#endif
+
+#if defined(__AVX512F__) || defined(QKV_DOT_BF16)
 // Both products in dot products of pairs, for queries of 16 bits. Columns of out alternate as `pair` interleaves them:
 // runs of four in one vector, the next four in the other.
 template <class Numbers>
@@ -240,10 +267,9 @@ struct Dots : KeyByKey {
             const char* const row = t.row(p, p.q, r);
             const auto numbers = [&](int64_t d) { return load_part(p.dtype, row + 2 * d, p.width - d); };
             vec scale = set1(1.0f);
-            if (Numbers::FIXED_POINT) scale = fixed_point_scale<1>(p.width, numbers);
+            if constexpr (Numbers::FIXED_POINT) scale = fixed_point_scale<1>(p.width, Numbers::LARGEST, numbers);
             q_scale[r] = scale[0];
-            for (int64_t d = 0; d < p.width; d += LANES)
-                _mm256_storeu_si256((__m256i*)(to + d / 2), Numbers::factors(numbers(d) / scale));
+            for (int64_t d = 0; d < p.width; d += LANES) store_halves(to + d / 2, Numbers::factors(numbers(d) / scale));
         }
     }
 
@@ -254,7 +280,7 @@ struct Dots : KeyByKey {
         const int64_t pitch = pitch_of(width);
         vec acc[KEYS][COUNT] = {};
         for (int64_t d = 0; d < width; d += STEP) {
-            __m512i key[KEYS];
+            pair_vec key[KEYS];
             for (int j = 0; j < KEYS; ++j) {
                 const char* const at = keys + j * stride + Numbers::SIZE * d;
                 prefetch_ahead<COUNT>(at, stride);
@@ -262,7 +288,7 @@ struct Dots : KeyByKey {
                 key[j] = Numbers::take(at, width - d);
             }
             for (int r = 0; r < COUNT; ++r) {
-                const __m512i query = _mm512_loadu_si512(queries + r * pitch + d / 2);
+                const pair_vec query = load_pairs(queries + r * pitch + d / 2);
                 for (int j = 0; j < KEYS; ++j) acc[j][r] = Numbers::dot(acc[j][r], key[j], query);
             }
         }
@@ -274,16 +300,22 @@ struct Dots : KeyByKey {
     template <int ROWS>
     static vec pack(float* weights, int count) {
         vec scale = set1(1.0f);
-        if (Numbers::FIXED_POINT)
-            scale = fixed_point_scale<ROWS>(count * ROWS, [&](int64_t i) { return load(weights + i); });
+        if constexpr (Numbers::FIXED_POINT)
+            scale =
+                fixed_point_scale<ROWS>(count * ROWS, Numbers::LARGEST, [&](int64_t i) { return load(weights + i); });
         const vec inverse = 1.0f / scale;
+        if constexpr (ROWS == LANES) {
+            for (int j = 0; j < count; j += 2) {
+                const vec low = load(weights + j * LANES),
+                          high = j + 1 < count ? load(weights + (j + 1) * LANES) : vec{};
+                store(weights + j / 2 * LANES, Numbers::pair(low, high));
+            }
+            return scale;
+        }
         alignas(32) uint16_t from[LANES];
         for (int i = 0; i < LANES; ++i) from[i] = (uint16_t)((i / 2 / ROWS * 2 + i % 2) * ROWS + i / 2 % ROWS);
-        const __m256i order = _mm256_load_si256((const __m256i*)from);
-        for (int i = 0; i < count * ROWS; i += LANES) {
-            const __m256i factors = Numbers::factors(load(weights + i) * inverse);
-            _mm256_storeu_si256((__m256i*)(weights + i / 2), _mm256_permutexvar_epi16(order, factors));
-        }
+        for (int i = 0; i < count * ROWS; i += LANES)
+            store_halves(weights + i / 2, permute_halves(Numbers::factors(load(weights + i) * inverse), from));
         return scale;
     }
 
@@ -309,27 +341,14 @@ struct Dots : KeyByKey {
    private:
     template <int FROM>
     struct Merged {
-        static constexpr int at(int i) { return (FROM + i) / 8 * 4 + i % 4 + (i & 4 ? LANES : 0); }
+        static constexpr int at(int i) { return (FROM + i) / 8 * 4 + i % 4 + ((FROM + i) & 4 ? LANES : 0); }
     };
 
-    // The scale of each row: its largest number is 32767 times that. At least FLT_MIN, so that it has an inverse. inf
-    // if any number is NaN: all quantised numbers are then 0, and the products 0 * inf = NaN. `vectors(i)` gives
-    // numbers i to i + LANES - 1; those of ROWS rows alternate.
-    template <int ROWS, class Vectors>
-    static vec fixed_point_scale(int64_t count, Vectors vectors) {
-        vec most = {};
-        for (int64_t i = 0; i < count; i += LANES) {
-            const vec x = vectors(i), size = max(x, -x);
-            most = max(size == size ? size : set1(INF), most);
-        }
-        return max(largest<ROWS>(most) / (float)Codes::LARGEST, set1(std::numeric_limits<float>::min()));
-    }
-
     // Pairs of the numbers of two rows of values.
-    static void pair(const char* row, const char* next, int64_t left, __m512i* pairs) {
-        const __m512i low = Numbers::take(row, left), high = next ? Numbers::take(next, left) : __m512i{};
-        pairs[0] = _mm512_unpacklo_epi16(low, high);
-        pairs[1] = _mm512_unpackhi_epi16(low, high);
+    static void pair(const char* row, const char* next, int64_t left, pair_vec* pairs) {
+        const pair_vec low = Numbers::take(row, left), high = next ? Numbers::take(next, left) : pair_vec{};
+        pairs[0] = alternate_low(low, high);
+        pairs[1] = alternate_high(low, high);
     }
 
     // `add` for SPANS * STEP columns from column d on.
@@ -344,14 +363,14 @@ struct Dots : KeyByKey {
             for (int r = 0; r < COUNT; ++r)
                 for (int n = 0; n < 2 * SPANS; ++n) acc[r][n] = load(out + r * pitch + n * LANES);
         for (int j = 0; j < count; j += 2, values += 2 * stride) {
-            __m512i x[2 * SPANS];
+            pair_vec x[2 * SPANS];
             for (int n = 0; n < SPANS; ++n) {
                 const char* const row = values + n * STEP * Numbers::SIZE;
                 for (int i = 0; i < 2; ++i) keys.prefetch(j + i, (d + n * STEP) * Numbers::SIZE);
                 pair(row, j + 1 < count ? row + stride : nullptr, left - n * STEP, x + 2 * n);
             }
             for (int r = 0; r < COUNT; ++r) {
-                const __m512i weight = _mm512_set1_epi32(((const int32_t*)weights)[j / 2 * ROWS + r]);
+                const pair_vec weight = repeat_pair(((const uint32_t*)weights)[j / 2 * ROWS + r]);
                 for (int n = 0; n < 2 * SPANS; ++n) acc[r][n] = Numbers::dot(acc[r][n], x[n], weight);
             }
         }
@@ -363,7 +382,6 @@ struct Dots : KeyByKey {
     }
 };
 
-static_assert(BLOCK_N <= Codes::MOST / LANES);
 #endif
 
 }  // namespace QKV_ISA

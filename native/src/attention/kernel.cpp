@@ -198,9 +198,12 @@ template <class Work>
 static void for_kind([[maybe_unused]] const Problem& p, Work work) {
 #if defined(__AMX_BF16__)
     work(Amx());
-#elif defined(__AVX512BF16__)
+#elif defined(QKV_EXTENDS_BASE)
     work(Bf16Dot());
 #else
+#if defined(QKV_DOT_BF16)
+    if (p.dtype == Dtype::bf16) return work(Bf16Dot());
+#endif
     work(F32());
 #endif
 }

@@ -33,7 +33,7 @@ struct ShortQuery<F32, DTYPE> : F32 {
     static vec take(const Element* row, int64_t left) { return load_part(DTYPE, row, left); }
 };
 
-#if defined(__AVX512BF16__)
+#if defined(QKV_DOT_BF16)
 template <>
 struct ShortQuery<Bf16Dot, Dtype::bf16> : Bf16Dot {
     using Element = uint16_t;
@@ -213,7 +213,7 @@ static bool for_short_query(const Problem& p, [[maybe_unused]] Work work) {
 #endif
 #if defined(__AMX_BF16__)
         default: return false;  // tiles multiply few rows as they are
-#elif defined(__AVX512BF16__)
+#elif defined(QKV_DOT_BF16)
         default: return work(ShortQuery<Bf16Dot, Dtype::bf16>()), true;
 #else
         default: return work(ShortQuery<F32, Dtype::bf16>()), true;

@@ -88,7 +88,7 @@ struct Widening {
     }
 };
 
-#if defined(__AVX512BF16__)
+#if defined(QKV_DOT_BF16)
 // bf16 in dot products of pairs, as it is.
 struct PairsOfBf16 {
     static constexpr int64_t ITEM = 2, FLOATS = LANES;
@@ -101,8 +101,8 @@ struct PairsOfBf16 {
     template <int WEIGHTS, int ROWS>
     [[gnu::always_inline]] static void add(const char* weight, int64_t stride, const float* x,
                                            vec (&sums)[WEIGHTS][ROWS]) {
-        __m512i pairs[WEIGHTS];
-        for_weights<WEIGHTS>(weight, stride, [&](int i, const char* at) { pairs[i] = _mm512_loadu_si512(at); });
+        pair_vec pairs[WEIGHTS];
+        for_weights<WEIGHTS>(weight, stride, [&](int i, const char* at) { pairs[i] = load_pairs(at); });
         for (int r = 0; r < ROWS; ++r) {
             vec row = load(x + r * FLOATS);
             keep_in_register(row);
@@ -115,7 +115,7 @@ struct PairsOfBf16 {
 // Calls run with how numbers of this dtype are multiplied.
 template <class Run>
 static void for_products(Dtype dtype, Run run) {
-#if defined(__AVX512BF16__)
+#if defined(QKV_DOT_BF16)
     if (dtype == Dtype::bf16) return run(PairsOfBf16());
 #endif
     for_dtype(dtype, [&](auto constant) { run(Widening<decltype(constant)::value>()); });
@@ -181,7 +181,7 @@ struct RowGroups {
 };
 
 // The same for `count` rows of the weight and all rows of x.
-template <class Products, int ROWS, int WEIGHTS = few_rows_weights(LANES, ROWS)>
+template <class Products, int ROWS, int WEIGHTS = few_rows_weights(REGISTERS, ROWS)>
 static void add_weights(const char* weight, int64_t stride, int64_t lines, int64_t count, const float* x,
                         RowGroups<ROWS> groups, NextWeights next, vec* sums) {
     constexpr int64_t FLOATS = Products::FLOATS;

@@ -13,7 +13,7 @@
 namespace qkv {
 namespace QKV_ISA {
 
-constexpr int NV = micro_vecs(LANES);
+constexpr int NV = micro_vecs(REGISTERS);
 
 // A kind of product, the template parameter `Kind` of all code that multiplies:
 //
@@ -47,14 +47,14 @@ struct F32 {
     static inline void keep_amx_warm() {}
 };
 
-#if defined(__AVX512BF16__)
+#if defined(QKV_DOT_BF16)
 // bf16: a step takes two neighbours along k; an element is the pair.
 struct Bf16Dot {
     using Element = uint32_t;
     using Registers = NoRegisterState;
     static constexpr Grain GRAIN = {SUBBLOCK, 1};
     static constexpr int64_t CHAIN = std::numeric_limits<int64_t>::max() / 4;  // bf16 rounds more than any sum
-    static inline vec madd(vec c, uint32_t a, vec b) { return dot_bf16(c, _mm512_set1_epi32((int)a), b); }
+    static inline vec madd(vec c, uint32_t a, vec b) { return dot_bf16(c, repeat_pair(a), b); }
     static inline void keep_amx_warm() {}
 
     static inline vec of(vec low, vec high) { return pair_bf16(low, high); }
@@ -126,7 +126,7 @@ static inline void micro(int64_t steps, const typename Kind::Element* a, const f
 template <class Kind, Along ALONG, int VECS, bool ADD>
 static inline void rows(int64_t count, int64_t steps, const typename Kind::Element* a, const float* b, float* c,
                         Strides s, bool sum_first) {
-    constexpr int FULL = micro_rows(LANES, VECS);
+    constexpr int FULL = micro_rows(REGISTERS, LANES, VECS);
     int64_t m = 0;
     const auto run = [&](auto rows) {
         constexpr int ROWS = decltype(rows)::value;

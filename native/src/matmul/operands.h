@@ -123,7 +123,7 @@ struct OperandPacking<F32> {
     }
 };
 
-#if defined(__AVX512BF16__)
+#if defined(QKV_DOT_BF16)
 // Pairs of bf16, of neighbours along the dimension that a product sums over.
 template <>
 struct OperandPacking<Bf16Dot> {
@@ -203,7 +203,7 @@ struct OperandPacking<Bf16Dot> {
         for (int j = s.begin; j < s.end; ++j) {
             float* const row = weights + j * t.lanes();
             for (int n = s.first; n < s.last; ++n) {
-                _mm256_storeu_si256((__m256i*)(row + n * LANES / 2), round_to_bf16(load(row + n * LANES)));
+                store_halves(row + n * LANES / 2, round_to_bf16(load(row + n * LANES)));
             }
         }
     }

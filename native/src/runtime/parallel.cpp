@@ -1,9 +1,14 @@
 #include "runtime/parallel.h"
 
+#if defined(_WIN32)
+#include <windows.h>
+#else
 #include <dlfcn.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
+#include <exception>
 #include <new>
 #include <thread>
 #include <vector>
@@ -31,28 +36,75 @@ struct Loop {
         return true;
     }
 
-    // An exception that left a thread would end the process.
+    // An exception that left a thread would end the process. All there are say that memory is lacking.
     void run() {
         try {
             for (int64_t begin, end; take(begin, end);)
                 for (; begin < end; ++begin) work(begin);
-        } catch (const std::bad_alloc&) {
+        } catch (const std::exception&) {
             failed = true;
             next = count;
         }
     }
 };
 
-using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+// Calls work(data) on as many threads, this one included, and waits for all.
+using RunOnThreads = void (*)(void (*work)(void*), void* data, unsigned threads, unsigned flags);
 
 // torch's OpenMP workers spin for a while after each parallel region; a second pool would fight them for the cores.
-// Where torch brings libgomp, its symbols are global, and this is the one that compilers call.
-GompParallel gomp_parallel() {
-    static const GompParallel entry = (GompParallel)dlsym(RTLD_DEFAULT, "GOMP_parallel");
-    return entry;
+#if defined(_WIN32)
+// torch brings Intel's OpenMP there. These entries are the ones that Clang calls.
+struct Location {
+    int32_t unused_1 = 0, flags = 2, unused_2 = 0, unused_3 = 0;  // KMP_IDENT_KMPC
+    const char* source = ";qkv;parallel_for;0;0;;";
+};
+struct Kmpc {
+    int32_t (*thread)(Location*);
+    void (*push_threads)(Location*, int32_t thread, int32_t threads);
+    void (*fork)(Location*, int32_t arguments, void (*)(int32_t*, int32_t*, void (*)(void*), void*), ...);
+};
+
+template <class Function>
+void find(HMODULE library, const char* name, Function& function) {
+    function = (Function)(void*)GetProcAddress(library, name);
 }
 
-// How many of `threads` threads, this one included, can be started. libgomp ends the process if it fails to start one,
+const Kmpc& kmpc() {
+    static const Kmpc entries = [] {
+        Kmpc found{};
+        if (const HMODULE library = GetModuleHandleA("libiomp5md.dll")) {
+            find(library, "__kmpc_global_thread_num", found.thread);
+            find(library, "__kmpc_push_num_threads", found.push_threads);
+            find(library, "__kmpc_fork_call", found.fork);
+        }
+        return found;
+    }();
+    return entries;
+}
+
+void run_on_kmpc(void (*work)(void*), void* data, unsigned threads, unsigned) {
+    static Location here;
+    kmpc().push_threads(&here, kmpc().thread(&here), (int32_t)threads);
+    kmpc().fork(&here, 2, [](int32_t*, int32_t*, void (*work)(void*), void* data) { work(data); }, work, data);
+}
+
+RunOnThreads torch_threads() {
+    const Kmpc& entries = kmpc();
+    return entries.thread && entries.push_threads && entries.fork ? run_on_kmpc : nullptr;
+}
+#else
+std::atomic<RunOnThreads> known{nullptr};
+
+// What compilers call for a parallel region: libgomp's, or that of Clang's libomp, which torch brings on macOS. Unless
+// we know which library is torch's, a global one will do: on Linux with x86-64 it is.
+RunOnThreads torch_threads() {
+    static const RunOnThreads global = (RunOnThreads)dlsym(RTLD_DEFAULT, "GOMP_parallel");
+    const RunOnThreads entry = known.load(std::memory_order_relaxed);
+    return entry ? entry : global;
+}
+#endif
+
+// How many of `threads` threads, this one included, can be started. OpenMP ends the process if it fails to start one,
 // so they are tried when this thread wants more than before; their stacks stay cached.
 int startable(int threads) {
     static thread_local int most = 1;
@@ -74,9 +126,23 @@ int startable(int threads) {
 
 }  // namespace
 
+#if defined(_WIN32)
+bool use_threads_of(const char*) { return torch_threads(); }  // there is but one of that name
+#else
+bool use_threads_of(const char* library) {
+    void* const loaded = dlopen(library, RTLD_LAZY | RTLD_NOLOAD);
+    if (!loaded) return false;
+    // In the library or in those that it needs.
+    const auto entry = (RunOnThreads)dlsym(loaded, "GOMP_parallel");
+    dlclose(loaded);  // which only undoes dlopen
+    if (entry) known.store(entry, std::memory_order_relaxed);
+    return entry;
+}
+#endif
+
 void parallel_for(int64_t count, int threads, const Work& work, Sharing sharing) {
     if (threads > count) threads = (int)count;
-    const GompParallel parallel = gomp_parallel();
+    const RunOnThreads parallel = torch_threads();
     if (parallel) threads = startable(threads);
     if (threads <= 1) {
         for (int64_t i = 0; i < count; ++i) work(i);

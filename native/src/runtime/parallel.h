@@ -22,8 +22,13 @@ class Work {
     void (*call)(const void*, int64_t);
 };
 
+// Makes loops run on the OpenMP threads of a library that the process has loaded, or of those that it needs. Returns
+// false, and changes nothing, if there are none. Their symbols need not be global: on aarch64, torch's are not.
+bool use_threads_of(const char* library);
+
 // Calls work(i) once for each i in [0, count), on up to `threads` threads, starting them in increasing order. If one
-// throws std::bad_alloc, starts no others and throws it in the end.
+// throws, starts no others and throws std::bad_alloc in the end. A thread that cannot be started leaves its share to
+// the others.
 void parallel_for(int64_t count, int threads, const Work& work, Sharing sharing = Sharing::single);
 
 }  // namespace qkv

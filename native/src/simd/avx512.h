@@ -14,6 +14,8 @@ constexpr int LANES = 16, REGISTERS = 32;
 using vec = float __attribute__((vector_size(LANES * 4)));
 using ivec = int32_t __attribute__((vector_size(LANES * 4)));
 using uvec = uint32_t __attribute__((vector_size(LANES * 4)));
+using pair_vec = __m512i;
+using half_vec = __m256i;
 
 static inline bool any(ivec mask) { return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0; }
 
@@ -87,8 +89,20 @@ static inline void store_first_u16(void* data, uvec x, int64_t count) {
     _mm256_mask_storeu_epi16(data, first_lanes(count), _mm512_cvtepi32_epi16((__m512i)x));
 }
 
+static inline pair_vec repeat_pair(uint32_t x) { return _mm512_set1_epi32((int)x); }
+static inline pair_vec load_pairs(const void* data) { return _mm512_loadu_si512(data); }
+static inline pair_vec load_first_pairs(const void* data, int64_t count) {
+    return _mm512_maskz_loadu_epi16((__mmask32)((1ull << count) - 1), data);
+}
+static inline void store_halves(void* data, half_vec x) { _mm256_storeu_si256((__m256i*)data, x); }
+static inline half_vec permute_halves(half_vec x, const uint16_t* from) {
+    return _mm256_permutexvar_epi16(_mm256_loadu_si256((const __m256i*)from), x);
+}
+static inline pair_vec alternate_low(pair_vec a, pair_vec b) { return _mm512_unpacklo_epi16(a, b); }
+static inline pair_vec alternate_high(pair_vec a, pair_vec b) { return _mm512_unpackhi_epi16(a, b); }
+
 // sum[i] + a[2 i] b[2 i] + a[2 i + 1] b[2 i + 1], of int16.
-static inline vec dot_i16(vec sum, __m512i a, __m512i b) {
+static inline vec dot_i16(vec sum, pair_vec a, pair_vec b) {
 #if defined(__AVX512VNNI__)
     return (vec)_mm512_dpwssd_epi32((__m512i)sum, a, b);
 #else

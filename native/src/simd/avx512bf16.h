@@ -3,6 +3,7 @@
 
 #include "simd/avx512.h"
 
+#define QKV_DOT_BF16
 // Attention with neither bf16 nor int8 is as in avx512, which computes it (attention/kernel.cpp).
 #define QKV_EXTENDS_BASE
 
@@ -10,11 +11,11 @@ namespace qkv {
 namespace QKV_ISA {
 
 // sum[i] + a[2 i] b[2 i] + a[2 i + 1] b[2 i + 1].
-static inline vec dot_bf16(vec sum, __m512i a, vec b) {
+static inline vec dot_bf16(vec sum, pair_vec a, vec b) {
     return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)b, (__m512bh)a);
 }
 
-static inline __m256i round_to_bf16(vec x) { return (__m256i)_mm512_cvtneps_pbh((__m512)x); }
+static inline half_vec round_to_bf16(vec x) { return (half_vec)_mm512_cvtneps_pbh((__m512)x); }
 
 // Pairs of the numbers in the same lanes.
 static inline vec pair_bf16(vec low, vec high) {

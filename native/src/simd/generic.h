@@ -6,12 +6,7 @@
 namespace qkv {
 namespace QKV_ISA {
 
-constexpr int LANES = 4;
-#if defined(__aarch64__)
-constexpr int REGISTERS = 32;
-#else
-constexpr int REGISTERS = 16;
-#endif
+constexpr int LANES = 4, REGISTERS = 16;
 
 using vec = float __attribute__((vector_size(LANES * 4)));
 using ivec = int32_t __attribute__((vector_size(LANES * 4)));

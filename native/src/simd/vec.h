@@ -13,7 +13,19 @@
 //     load_fours_f32, _bf16, _f16        four neighbours of each of LANES / 4 rows, `stride` bytes apart
 //     store_first_f32, _f16, _u16        the first `count` <= LANES lanes; of _u16, their lower halves
 //
-// avx512 and those that extend it also have dot products of pairs: `dot_i16`, `dot_bf16`, and tile registers.
+// avx512 and those that extend it also have dot products of pairs of 16 bits, as does neonbf16:
+//
+//     pair_vec, half_vec                 LANES pairs; LANES numbers of 16 bits
+//     repeat_pair                        a pair in all lanes
+//     load_pairs, load_first_pairs       a vector of pairs; the first `count` < 2 LANES numbers of one, and zeros
+//     alternate_low, alternate_high      pairs of the numbers in the same places of two vectors: of each 16 bytes, from
+//                                        the first four and from the last four
+//     permute_halves(x, from)            number from[i] of x as number i
+//     store_halves                       LANES numbers of 16 bits
+//     dot_i16                            multiply-adds of pairs of int16. Only avx512 and those that extend it
+//     QKV_DOT_BF16                       defined for those with `dot_bf16`, `round_to_bf16` and `pair_bf16`
+//
+// neonbf16 has dot products of fours of int8 (QKV_DOT_I8), and amx has tile registers.
 #pragma once
 
 #include <cstdint>

@@ -52,8 +52,8 @@ static inline vec tanh(vec x) {
 // equal weights.
 static inline vec bounded(vec bias) {
     constexpr float MOST = 2e38f;
-    const vec low = (bias < -MOST) & (bias > -INF) ? set1(-MOST) : bias;
-    return (low > MOST) & (low < INF) ? set1(MOST) : low;
+    const vec low = ((bias < -MOST) & (bias > -INF)) ? set1(-MOST) : bias;
+    return ((low > MOST) & (low < INF)) ? set1(MOST) : low;
 }
 
 static inline vec absolute(ivec distance) { return __builtin_convertvector(distance < 0 ? -distance : distance, vec); }

@@ -23,7 +23,7 @@ def peak_memory(mechanism: Mechanism, library: str) -> int | None:
     Raises:
         CommandError: where the process runs out of memory.
     """
-    if "forkserver" not in multiprocessing.get_all_start_methods():
+    if sys.platform == "win32" or "forkserver" not in multiprocessing.get_all_start_methods():
         return None
     # Children of the fork server start with a low peak and without threads.
     context = multiprocessing.get_context("forkserver")
@@ -48,6 +48,8 @@ def peak_memory(mechanism: Mechanism, library: str) -> int | None:
 
 def _measure(sender: Connection, mechanism: Mechanism, library: str, threads: int) -> None:
     """Runs in the child process: sends the growth of its peak in bytes, or an error message."""
+    if sys.platform == "win32":
+        raise NotImplementedError("Windows has no fork server")
     import resource
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent handles the interrupt and ends this process.

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -214,7 +213,7 @@ def write_checkpoint(
 
 def _write_result(plan: CheckpointPlan, work: OwnFolder, on_progress: Callable[[int], None]) -> None:
     """Writes and verifies all files of the result, ``config.json`` last."""
-    free = shutil.disk_usage(work.descriptor).free
+    free = work.folder.free_bytes()
     if free < plan.num_bytes:
         raise CheckpointError(f"{work.path.parent} must have {plan.num_bytes} bytes free for the result; got {free}.")
     done = 0

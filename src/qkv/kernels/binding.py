@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import functools
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -117,6 +118,9 @@ def load(path: Path) -> Library | str:
             f"QKV_ISA={os.environ.get('QKV_ISA')!r} is not an instruction set that this machine and the kernel support"
         )
     native.qkv_compiler.restype = ctypes.c_char_p
+    # On Linux with aarch64, the OpenMP of torch is no global library: it is found through one that needs it. Without it
+    # calls start threads of their own.
+    native.qkv_use_threads_of(os.fsencode(torch._C.__file__))
     functions: dict[str, Any] = {}
     for name, (types, result) in _FUNCTIONS.items():
         functions[name] = function = native[f"qkv_{name}"]
@@ -182,8 +186,8 @@ def _load_calls_of_tensors(path: Path) -> dict[str, Any]:
     return calls
 
 
-LIBRARY = Path(__file__).parent / "native.so"
-"""Its path in an installation."""
+LIBRARY = Path(__file__).parent / ("native.dll" if sys.platform == "win32" else "native.so")
+"""Its path in an installation. CMakeLists.txt reads the names from this line."""
 
 # Loaded on import, since compilers cannot trace ctypes. Either the library or the reason for its absence is None.
 _found = load(LIBRARY)

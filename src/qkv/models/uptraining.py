@@ -4,19 +4,20 @@ A run keeps its checkpoints in a folder of its own beside the result, which it r
 like that of a conversion: it stands under its name when it is whole, or not at all.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from qkv.convert.files.lock import lock, remove_locked
+from qkv.convert.files.open_folder import OpenFolder, open_folder
 from qkv.convert.files.staging import staged
 from qkv.models.errors import CommandError
 from qkv.models.language_model import LanguageModel, Opened, quiet
@@ -31,6 +32,8 @@ TRIAL_STEPS = 4
 LINES = 20
 """Lines of progress, at most."""
 RECORD, FORMAT, REPORT = "run.json", "qkv uptraining, 1", "uptraining.json"
+LOCK = "run.lock"
+"""File that a run locks, and removes at its end."""
 
 
 class Settings(NamedTuple):
@@ -94,19 +97,8 @@ def claimed(out: Path, options: dict[str, Any]) -> Iterator[Path]:
         CommandError: for a folder of another kind, of a run with other options, or of one that is still active.
     """
     work = work_folder(out)
-    try:
-        work.mkdir(exist_ok=True)
-        folder = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError as error:
-        raise CommandError(f"cannot keep checkpoints in {work}: {error.strerror}.") from error
-    try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise CommandError(f"another run is training in {work}; wait for it, or give another OUT.") from error
+    with _opened(work) as folder, _locked(folder):
         record = _read(work)
-        if record is None and any(work.iterdir()):
-            raise CommandError(f"{work} must be new, or of an interrupted run; it contains other files. Remove it.")
         if record is None:
             _write(work, {"format": FORMAT, "options": options})
         else:
@@ -118,17 +110,52 @@ def claimed(out: Path, options: dict[str, Any]) -> Iterator[Path]:
                     "or remove that folder, or give another OUT."
                 )
         yield work
+    if not any(work.iterdir()):
+        work.rmdir()
+
+
+@contextmanager
+def _opened(work: Path) -> Iterator[OpenFolder]:
+    """The folder of checkpoints, which must be new or a run's."""
+    try:
+        work.mkdir(exist_ok=True)
+        parent = open_folder(work.parent)
+    except OSError as error:
+        raise CommandError(f"cannot keep checkpoints in {work}: {error.strerror}.") from error
+    with parent:
+        try:
+            folder = parent.open(work.name)
+        except OSError as error:
+            raise CommandError(f"cannot keep checkpoints in {work}: {error.strerror}.") from error
+        with folder:
+            if _read(work) is None and set(folder.names()) - {LOCK}:
+                raise CommandError(f"{work} must be new, or of an interrupted run; it contains other files. Remove it.")
+            yield folder
+
+
+@contextmanager
+def _locked(folder: OpenFolder) -> Iterator[None]:
+    """Locks the folder of checkpoints; raises a CommandError if another run has."""
+    try:
+        opened = folder.open_file(LOCK, os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        raise CommandError(f"cannot keep checkpoints in {folder.path}: {error.strerror}.") from error
+    # A run that has just ended may have removed what was opened here.
+    if not lock(opened) or folder.inode_of(LOCK) != os.fstat(opened).st_ino:
+        os.close(opened)
+        raise CommandError(f"another run is training in {folder.path}; wait for it, or give another OUT.")
+    try:
+        yield
     finally:
-        os.close(folder)
+        with suppress(OSError):  # on Windows, where another run tries to lock it
+            remove_locked(opened, lambda: folder.remove_file(LOCK))
 
 
 def release(work: Path) -> None:
-    """Removes the folder of a run that has ended, if it holds nothing but what the run put there."""
+    """Removes what a run that has ended put into its folder, which `claimed` removes if nothing else is in it."""
     for checkpoint in work.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     (work / RECORD).unlink()
-    if not any(work.iterdir()):
-        work.rmdir()
 
 
 class Uptraining:
@@ -269,7 +296,7 @@ class Uptraining:
             folder = own.share()
             model.save_pretrained(folder)
             self._opened.tokenizer.save_pretrained(folder)
-            (folder / REPORT).write_text(json.dumps(result._asdict(), indent=1) + "\n")
+            (folder / REPORT).write_text(json.dumps(result._asdict(), indent=1) + "\n", encoding="utf-8")
 
 
 def step_of(checkpoint: Path) -> int:
@@ -285,7 +312,7 @@ def fingerprint(token_ids: Tensor) -> str:
 def _read(work: Path) -> dict[str, Any] | None:
     """The record of a run; None without one."""
     try:
-        record = json.loads((work / RECORD).read_text())
+        record = json.loads((work / RECORD).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError:
@@ -298,5 +325,5 @@ def _read(work: Path) -> dict[str, Any] | None:
 def _write(work: Path, record: dict[str, Any]) -> None:
     """Replaces the record of a run, whole or not at all."""
     new = work / f"{RECORD}.new"
-    new.write_text(json.dumps(record, indent=1) + "\n")
+    new.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     new.replace(work / RECORD)

@@ -10,16 +10,19 @@ copies, and folders that merely have such a name are left alone.
 """
 
 import errno
-import fcntl
 import json
 import os
 import re
 import secrets
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, BinaryIO
+
+from qkv.convert.files.lock import lock, remove_locked
+from qkv.convert.files.open_folder import OpenFolder
 
 PREFIX = "qkv-unfinished-"
 NAME = re.compile(PREFIX + "([0-9a-f]{16})")
@@ -28,26 +31,21 @@ FORMAT = "qkv unfinished folder, 1"
 MAX_BYTES = 100_000_000
 """Bytes of a marker that are read."""
 
-FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
-
 
 class OwnFolder:
     """A folder of this run, or of a dead one whose lock this run has taken over."""
 
-    def __init__(self, parent_path: Path, parent: int, name: str, folder: int, marker: int, inode: int) -> None:
-        self.path = parent_path / name
+    def __init__(self, parent: OpenFolder, name: str, folder: OpenFolder, marker: int, inode: int) -> None:
+        self.path = parent.path / name
+        self.folder = folder
         self.inode = inode
         """Inode of `CONTENT` when it was created."""
         self.replaced: int | None = None
         """Inode of the folder that the run was about to replace."""
-        self._parent, self._name, self._folder, self._marker = parent, name, folder, marker
+        self._parent, self._name = parent, name
+        self._marker: int | None = marker
         self._made: list[str] = []
         self._is_shared = False
-
-    @property
-    def descriptor(self) -> int:
-        """Descriptor of the open folder."""
-        return self._folder
 
     def create(self, name: str) -> BinaryIO:
         """Creates a file in `CONTENT`, unbuffered, with its parent folders.
@@ -60,7 +58,7 @@ class OwnFolder:
             if f"{folder}/" not in self._made:
                 self._note_made(f"{folder}/")
                 with self._parent_of(folder) as parent:
-                    os.mkdir(folder.name, dir_fd=parent)
+                    parent.make_folder(folder.name)
         self._note_made(name)
         return os.fdopen(self._open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb", buffering=0)
 
@@ -83,21 +81,14 @@ class OwnFolder:
         """The name in this folder of the replaced folder, if it was moved in."""
         names = (REPLACED, CONTENT)
         return next(
-            (name for name in names if self.replaced is not None and self.inode_of(name) == self.replaced), None
+            (name for name in names if self.replaced is not None and self.folder.inode_of(name) == self.replaced), None
         )
-
-    def inode_of(self, name: str) -> int | None:
-        """The inode of an entry; None where it does not exist."""
-        try:
-            return os.stat(name, dir_fd=self._folder, follow_symlinks=False).st_ino
-        except FileNotFoundError:
-            return None
 
     def sync(self) -> None:
         """Flushes all directory entries of `CONTENT` to disk."""
         for name in ("", *(name for name in self._made if name.endswith("/"))):
             with self._parent_of(PurePosixPath(name) / "any") as folder:
-                os.fsync(folder)
+                folder.sync()
 
     def remove(self, *, with_replaced: bool = False) -> str | None:
         """Removes the created entries, optionally the replaced folder, and then this folder.
@@ -106,30 +97,38 @@ class OwnFolder:
             why the folder could not be removed, or None.
         """
         try:
-            if self.inode_of(CONTENT) == self.inode:
+            if self.folder.inode_of(CONTENT) == self.inode:
                 self._remove_made()
             if with_replaced and (name := self.find_replaced()) is not None:
-                remove_tree(name, self._folder)
-            foreign = sorted(set(names_in(self._folder)) - {MARKER})
+                self.folder.remove_tree(name)
+            foreign = sorted(set(self.folder.names()) - {MARKER})
             if not foreign:
-                os.unlink(MARKER, dir_fd=self._folder)
-                os.rmdir(self._name, dir_fd=self._parent)
+                assert self._marker is not None
+                marker, self._marker = self._marker, None
+                remove_locked(marker, lambda: self.folder.remove_file(MARKER))
+                self._parent.remove_folder(self._name)
         except (OSError, RecursionError) as error:
             return f"could not remove {self.path}: {error}"
         return f"did not remove {self.path}: it contains {foreign[0]!r}, which qkv did not create" if foreign else None
 
+    def close(self) -> None:
+        """Closes the marker, which ends its lock."""
+        if self._marker is not None:
+            os.close(self._marker)
+            self._marker = None
+
     def _remove_made(self) -> None:
         """Removes the recorded entries of `CONTENT`, in reverse order."""
         if self._is_shared:
-            remove_tree(CONTENT, self._folder)
+            self.folder.remove_tree(CONTENT)
             return
         for name in reversed(self._made):
             with suppress(FileNotFoundError), self._parent_of(path := PurePosixPath(name)) as parent:
                 if not name.endswith("/"):
-                    os.unlink(path.name, dir_fd=parent)
+                    parent.remove_file(path.name)
                 else:
                     _remove_if_empty(path.name, parent)
-        _remove_if_empty(CONTENT, self._folder)
+        _remove_if_empty(CONTENT, self.folder)
 
     def _note_made(self, name: str) -> None:
         """Records an entry of `CONTENT` that is about to be created."""
@@ -139,6 +138,7 @@ class OwnFolder:
     def _note(self, record: object) -> None:
         """Appends a line to the marker."""
         line = json.dumps(record).encode() + b"\n"
+        assert self._marker is not None
         if os.write(self._marker, line) != len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path / MARKER))
 
@@ -146,25 +146,24 @@ class OwnFolder:
         """Opens a file in `CONTENT`; returns its descriptor."""
         try:
             with self._parent_of(path) as parent:
-                return os.open(path.name, flags | os.O_NOFOLLOW, 0o666, dir_fd=parent)
+                return parent.open_file(path.name, flags)
         except OSError as error:
             error.filename = str(self.path / CONTENT / path)
             raise
 
     @contextmanager
-    def _parent_of(self, path: PurePosixPath) -> Iterator[int]:
+    def _parent_of(self, path: PurePosixPath) -> Iterator[OpenFolder]:
         """The open parent folder of an entry of `CONTENT`."""
-        with _opened(CONTENT, self._folder) as folder:
+        with self.folder.enter(CONTENT) as folder:
             yield from _descend(path.parts[:-1], folder)
 
 
 @contextmanager
-def make_own_folder(parent_path: Path, parent: int, purpose: str) -> Iterator[OwnFolder]:
-    """Creates a folder in the open folder ``parent``, accessible to the user only. The caller removes it.
+def make_own_folder(parent: OpenFolder, purpose: str) -> Iterator[OwnFolder]:
+    """Creates a folder in ``parent``, accessible to the user only. The caller removes it.
 
     Args:
-        parent_path: the path of ``parent``, for messages and for programs that need paths.
-        parent: descriptor of an open folder.
+        parent: an open folder.
         purpose: the key by which `find_leftovers` finds it.
 
     Raises:
@@ -172,81 +171,41 @@ def make_own_folder(parent_path: Path, parent: int, purpose: str) -> Iterator[Ow
     """
     run = secrets.token_hex(8)
     name = PREFIX + run
-    os.mkdir(name, 0o700, dir_fd=parent)
-    with _opened(name, parent) as folder:
-        if names_in(folder):
-            raise FileExistsError(errno.EEXIST, "another process put a folder there", str(parent_path / name))
+    parent.make_folder(name, is_private=True)
+    with parent.enter(name) as folder:
+        if folder.names():
+            raise FileExistsError(errno.EEXIST, "another process put a folder there", str(parent.path / name))
         # Only the outer folder is private: the contents have the permissions of the user's umask.
-        os.mkdir(CONTENT, dir_fd=folder)
-        inode = os.stat(CONTENT, dir_fd=folder, follow_symlinks=False).st_ino
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_NOFOLLOW
-        marker = os.open(MARKER, flags, 0o600, dir_fd=folder)
-        own = OwnFolder(parent_path, parent, name, folder, marker, inode)
+        folder.make_folder(CONTENT)
+        inode = folder.status_of(CONTENT).st_ino
+        marker = folder.open_file(MARKER, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND, is_private=True)
+        own = OwnFolder(parent, name, folder, marker, inode)
         try:
             try:
-                fcntl.flock(marker, fcntl.LOCK_EX)
-                own._note(_header(run, os.fstat(folder).st_ino, inode, purpose))
+                if not lock(marker):
+                    raise OSError(errno.EBUSY, "another process locked it", str(own.path / MARKER))
+                own._note(_header(run, folder.status().st_ino, inode, purpose))
             except OSError:
                 own.remove()
                 raise
             yield own
         finally:
-            os.close(marker)
+            own.close()
 
 
-def find_leftovers(parent_path: Path, parent: int, purpose: str) -> Iterator[OwnFolder | None]:
+def find_leftovers(parent: OpenFolder, purpose: str) -> Iterator[OwnFolder | None]:
     """The folders of earlier runs of the same user and purpose in ``parent``; None for a run that is still active."""
-    for name in sorted(names_in(parent)):
+    for name in sorted(parent.names()):
         if NAME.fullmatch(name) is None:
             continue
-        with suppress(OSError), _opened(name, parent) as folder, _opened_marker(folder) as marker:
-            own = _read_marker(parent_path, parent, name, folder, marker, purpose)
-            if own is None:
-                continue
-            yield own if _lock(marker) else None
-
-
-def remove_tree(name: str, parent: int) -> None:
-    """Removes a folder with its contents, ``config.json`` first, so that a partly removed model does not load.
-
-    Raises:
-        OSError: for entries that cannot be removed, and mounts, which are not entered.
-    """
-    with _opened(name, parent) as folder:
-        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name != "config.json"):
-            if entry.is_dir(follow_symlinks=False):
-                remove_tree(entry.name, folder)
-            else:
-                os.unlink(entry.name, dir_fd=folder)
-    os.rmdir(name, dir_fd=parent)
-
-
-def names_in(folder: int) -> list[str]:
-    """The names of the entries of an open folder."""
-    return [entry.name for entry in os.scandir(folder)]
-
-
-def find_mount(folder: int) -> PurePosixPath | None:
-    """The relative path of the first mount in an open folder; None without mounts."""
-    for name in [entry.name for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False)]:
-        inner = os.open(name, FOLDER, dir_fd=folder)
-        try:
-            mount = find_mount(inner) if mount_of(inner) == mount_of(folder) else PurePosixPath()
-        finally:
-            os.close(inner)
-        if mount is not None:
-            return name / mount
-    return None
-
-
-def mount_of(folder: int) -> tuple[int, str]:
-    """The device of an open folder and, on Linux, its mount id, since a device may be mounted twice."""
-    device = os.fstat(folder).st_dev
-    try:
-        match = re.search(r"^mnt_id:\s*(\d+)", Path(f"/proc/self/fdinfo/{folder}").read_text(), re.MULTILINE)
-    except OSError:
-        return device, ""
-    return device, match[1] if match else ""
+        with suppress(OSError), parent.enter(name) as folder:
+            marker = folder.open_file(MARKER, os.O_RDWR | os.O_APPEND)
+            own = OwnFolder(parent, name, folder, marker, 0)
+            try:
+                if _read_marker(own, marker, purpose):
+                    yield own if lock(marker) else None
+            finally:
+                own.close()
 
 
 def _header(run: str, folder: int, content: int, purpose: str) -> dict[str, Any]:
@@ -254,19 +213,20 @@ def _header(run: str, folder: int, content: int, purpose: str) -> dict[str, Any]
     return {"format": FORMAT, "run": run, "folder": folder, "content": content, "purpose": purpose}
 
 
-def _read_marker(parent_path: Path, parent: int, name: str, folder: int, marker: int, purpose: str) -> OwnFolder | None:
-    """The folder that a marker describes; None unless it is valid, belongs to this user and has this purpose."""
-    status, mine = os.fstat(folder), os.geteuid()
-    if not status.st_uid == os.fstat(marker).st_uid == mine:
-        return None
-    # An incomplete last line was being written when the run was killed; its entry was not created yet.
-    first, *lines = os.pread(marker, MAX_BYTES, 0).split(b"\n")[:-1] or [b""]
+def _read_marker(own: OwnFolder, marker: int, purpose: str) -> bool:
+    """Fills in what a marker says of a folder; False unless it is valid, belongs to this user and has this purpose."""
+    folder, file = own.folder.status(), os.fstat(marker)
+    if not stat.S_ISREG(file.st_mode) or not _is_mine(folder, file):
+        return False
+    with os.fdopen(marker, "rb", closefd=False) as opened:
+        # An incomplete last line was being written when the run was killed; its entry was not created yet.
+        first, *lines = opened.read(MAX_BYTES).split(b"\n")[:-1] or [b""]
     try:
         header, records = json.loads(first), [json.loads(line) for line in lines]
-        own = OwnFolder(parent_path, parent, name, folder, marker, header["content"])
-        expected = _header(name.removeprefix(PREFIX), status.st_ino, own.inode, purpose)
+        own.inode = header["content"]
+        expected = _header(own.path.name.removeprefix(PREFIX), folder.st_ino, own.inode, purpose)
     except (ValueError, TypeError, KeyError, RecursionError):
-        return None
+        return False
     for record in records:
         if isinstance(record, str) and _is_inside(record):
             own._made.append(record)
@@ -275,61 +235,35 @@ def _read_marker(parent_path: Path, parent: int, name: str, folder: int, marker:
         elif isinstance(record, dict) and record.keys() == {"replaces"}:
             own.replaced = record["replaces"]
         else:
-            return None
-    return own if header == expected else None
+            return False
+    return bool(header == expected)
+
+
+def _is_mine(*entries: os.stat_result) -> bool:
+    """Whether entries are this user's. On Windows, access to them decides."""
+    return sys.platform == "win32" or all(entry.st_uid == os.geteuid() for entry in entries)
 
 
 def _is_inside(name: str) -> bool:
     """Whether a name in a marker is a valid path inside of `CONTENT`."""
-    parts = name.removesuffix("/").split("/")
-    return "\0" not in name and not {"", ".", ".."} & set(parts)
+    name = name.removesuffix("/")
+    parts = name.split("/")
+    # On Windows, other characters than / make a path as well.
+    return "\0" not in name and not {"", ".", ".."} & set(parts) and PurePath(name).parts == tuple(parts)
 
 
-def _lock(marker: int) -> bool:
-    """Locks a marker without waiting; returns False if another run holds the lock."""
-    try:
-        fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-@contextmanager
-def _opened(name: str, parent: int) -> Iterator[int]:
-    """Opens a folder inside an open one; raises OSError for links and mounts."""
-    folder = os.open(name, FOLDER, dir_fd=parent)
-    try:
-        if mount_of(folder) != mount_of(parent):
-            raise OSError(errno.EBUSY, "a mount is not entered", name)
-        yield folder
-    finally:
-        os.close(folder)
-
-
-@contextmanager
-def _opened_marker(folder: int) -> Iterator[int]:
-    """Opens the marker; raises OSError unless it is a regular file. Does not block on a FIFO of that name."""
-    marker = os.open(MARKER, os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
-    try:
-        if not stat.S_ISREG(os.fstat(marker).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", MARKER)
-        yield marker
-    finally:
-        os.close(marker)
-
-
-def _descend(parts: tuple[str, ...], folder: int) -> Iterator[int]:
-    """Opens nested folders and yields the descriptor of the last one."""
+def _descend(parts: tuple[str, ...], folder: OpenFolder) -> Iterator[OpenFolder]:
+    """Opens nested folders and yields the last one."""
     if not parts:
         yield folder
         return
-    with _opened(parts[0], folder) as inner:
+    with folder.enter(parts[0]) as inner:
         yield from _descend(parts[1:], inner)
 
 
-def _remove_if_empty(name: str, parent: int) -> None:
+def _remove_if_empty(name: str, parent: OpenFolder) -> None:
     try:
-        os.rmdir(name, dir_fd=parent)
+        parent.remove_folder(name)
     except OSError as error:
         if error.errno != errno.ENOTEMPTY:
             raise

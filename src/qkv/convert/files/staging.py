@@ -4,7 +4,7 @@ The folder is written in an `OwnFolder` beside its destination and renamed at th
 with it in one step, or, where the system does not support that, in two renames; if a run is killed between the two, the
 next one restores the old folder.
 
-The parent folder is opened once. Everything else is relative to that descriptor, so a link that changes meanwhile
+The parent folder is opened once. Everything else is relative to that `OpenFolder`, so a link that changes meanwhile
 cannot redirect the run.
 """
 
@@ -16,19 +16,9 @@ from pathlib import Path
 
 from qkv.convert.errors import CheckpointError
 from qkv.convert.files.folder import CONFIG
-from qkv.convert.files.own_folder import (
-    CONTENT,
-    REPLACED,
-    OwnFolder,
-    find_leftovers,
-    find_mount,
-    make_own_folder,
-    mount_of,
-    names_in,
-)
+from qkv.convert.files.open_folder import OpenFolder, open_folder
+from qkv.convert.files.own_folder import CONTENT, REPLACED, OwnFolder, find_leftovers, make_own_folder
 from qkv.convert.files.renaming import exchange, move
-
-FOLDER = os.O_RDONLY | os.O_DIRECTORY
 
 
 @contextmanager
@@ -45,14 +35,13 @@ def staged(out: Path, *, overwrite: bool, notify: Callable[[str], None]) -> Iter
         OSError: where nothing can be written.
     """
     # Links in the path of the parent are followed; below it, none is.
-    parent = os.open(out.parent, FOLDER)
-    try:
-        for leftover in find_leftovers(out.parent, parent, out.name):
+    with open_folder(out.parent) as parent:
+        for leftover in find_leftovers(parent, out.name):
             if leftover is None:
                 raise CheckpointError(f"another run is writing {out}; wait for it, or give another folder.")
             notify(_recover(leftover, parent, out))
         _find_replaceable(out, parent, overwrite)
-        with make_own_folder(out.parent, parent, out.name) as own:
+        with make_own_folder(parent, out.name) as own:
             try:
                 yield own
                 own.sync()
@@ -61,8 +50,6 @@ def staged(out: Path, *, overwrite: bool, notify: Callable[[str], None]) -> Iter
                 _notify_if(_roll_back(own, parent, out) or own.remove(), notify)
                 raise
             _notify_if(own.remove(with_replaced=True), notify)
-    finally:
-        os.close(parent)
 
 
 def resolve_output(out: Path | str, source: Path, overwrite: bool) -> Path:
@@ -78,11 +65,8 @@ def resolve_output(out: Path | str, source: Path, overwrite: bool) -> Path:
         raise CheckpointError(
             f"cannot write {out}: the parent folder {out.parent} is not writable; give another folder."
         )
-    parent = os.open(out.parent, FOLDER)
-    try:
+    with open_folder(out.parent) as parent:
         _find_replaceable(out, parent, overwrite)
-    finally:
-        os.close(parent)
     return out
 
 
@@ -96,97 +80,78 @@ def _is_within(inner: Path, outer: Path) -> bool:
     return any(os.path.samestat(folder.stat(), wanted) for folder in (real, *real.parents) if folder.exists())
 
 
-def _find_replaceable(out: Path, parent: int, overwrite: bool) -> int | None:
+def _find_replaceable(out: Path, parent: OpenFolder, overwrite: bool) -> int | None:
     """The inode of ``out``, None where it does not exist; raises where it must not be replaced."""
     try:
-        found = os.stat(out.name, dir_fd=parent, follow_symlinks=False)
+        found = parent.status_of(out.name)
     except FileNotFoundError:
         return None
     if stat.S_ISLNK(found.st_mode):
         raise CheckpointError(
-            f"{out} is a link to {os.readlink(out.name, dir_fd=parent)!r}; links are not followed or replaced. "
+            f"{out} is a link to {parent.target_of(out.name)!r}; links are not followed or replaced. "
             "Give the folder itself, or remove the link."
         )
     if not overwrite:
         raise CheckpointError(f"{out} exists; give another folder, or --overwrite to replace it.")
     if not stat.S_ISDIR(found.st_mode):
         raise CheckpointError(f"refusing to replace {out}: it is not a folder. Remove it first.")
-    folder = os.open(out.name, FOLDER | os.O_NOFOLLOW, dir_fd=parent)
-    try:
-        mount = find_mount(folder) if mount_of(folder) == mount_of(parent) else Path()
+    with parent.open(out.name) as folder:
+        mount = folder.find_mount() if folder.mount() == parent.mount() else Path()
         if mount is not None:
             raise CheckpointError(
                 f"refusing to replace {out / mount}: it is a mount point. Unmount it, or give another folder."
             )
-        if not _is_model(folder) and names_in(folder):
+        if not folder.has_file(CONFIG) and folder.names():
             raise CheckpointError(f"refusing to replace {out}: it contains no {CONFIG}. Remove it first.")
-        return os.fstat(folder).st_ino
-    finally:
-        os.close(folder)
+        return folder.status().st_ino
 
 
-def _is_model(folder: int) -> bool:
-    """Whether an open folder contains a configuration."""
-    try:
-        return stat.S_ISREG(os.stat(CONFIG, dir_fd=folder).st_mode)
-    except OSError:
-        return False
-
-
-def _install(own: OwnFolder, parent: int, out: Path, overwrite: bool) -> None:
+def _install(own: OwnFolder, parent: OpenFolder, out: Path, overwrite: bool) -> None:
     """Moves the result to ``out``, after checking again that this is allowed: hours may have passed."""
-    if not out.parent.is_dir() or not os.path.samestat(out.parent.stat(), os.fstat(parent)):
+    if not out.parent.is_dir() or not os.path.samestat(out.parent.stat(), parent.status()):
         raise CheckpointError(f"{out.parent} was moved or replaced by another process meanwhile. Nothing was kept.")
     replaced = _find_replaceable(out, parent, overwrite)
     if replaced is None:
-        move(CONTENT, own.descriptor, out.name, parent)
+        move(CONTENT, own.folder, out.name, parent)
     else:
         own.note_replaced(replaced)
-        if not exchange(CONTENT, own.descriptor, out.name, parent):
-            move(out.name, parent, REPLACED, own.descriptor)
-            move(CONTENT, own.descriptor, out.name, parent)
+        if not exchange(CONTENT, own.folder, out.name, parent):
+            move(out.name, parent, REPLACED, own.folder)
+            move(CONTENT, own.folder, out.name, parent)
         if own.find_replaced() is None:
             raise CheckpointError(f"{out} was replaced by another process meanwhile and not touched. Nothing was kept.")
-    os.fsync(parent)
+    parent.sync()
 
 
-def _roll_back(own: OwnFolder, parent: int, out: Path) -> str | None:
+def _roll_back(own: OwnFolder, parent: OpenFolder, out: Path) -> str | None:
     """Undoes `_install`, however far it got; returns an error message, or None on success."""
-    moved_in = next((name for name in (REPLACED, CONTENT) if own.inode_of(name) not in (None, own.inode)), None)
-    is_installed = _inode(out.name, parent) == own.inode
+    moved_in = next((name for name in (REPLACED, CONTENT) if own.folder.inode_of(name) not in (None, own.inode)), None)
+    is_installed = parent.inode_of(out.name) == own.inode
     try:
         if is_installed and moved_in == CONTENT:
-            exchange(CONTENT, own.descriptor, out.name, parent)
+            exchange(CONTENT, own.folder, out.name, parent)
         else:
             if is_installed:
-                move(out.name, parent, CONTENT, own.descriptor)
+                move(out.name, parent, CONTENT, own.folder)
             if moved_in is not None:
-                move(moved_in, own.descriptor, out.name, parent)
+                move(moved_in, own.folder, out.name, parent)
     except OSError as error:
         return f"could not restore {out}; its former contents are in {own.path}: {error.strerror}"
     return None
 
 
-def _recover(leftover: OwnFolder, parent: int, out: Path) -> str:
+def _recover(leftover: OwnFolder, parent: OpenFolder, out: Path) -> str:
     """Restores ``out`` after a killed run, or removes what that left; returns a message for the user."""
     replaced = leftover.find_replaced()
-    now = _inode(out.name, parent)
+    now = parent.inode_of(out.name)
     if replaced is not None and now is None:
-        move(replaced, leftover.descriptor, out.name, parent)
+        move(replaced, leftover.folder, out.name, parent)
         message = f"restored {out}, which an interrupted run was about to replace"
     elif replaced is None or now == leftover.inode:
         message = f"removed {leftover.path.name} of an interrupted run"
     else:
         return f"kept {leftover.path / replaced}: it was {out} before an interrupted run, but {out} exists now"
     return leftover.remove(with_replaced=now is not None) or message
-
-
-def _inode(name: str, folder: int) -> int | None:
-    """The inode of an entry; None where it does not exist."""
-    try:
-        return os.stat(name, dir_fd=folder, follow_symlinks=False).st_ino
-    except FileNotFoundError:
-        return None
 
 
 def _notify_if(fault: str | None, notify: Callable[[str], None]) -> None:
