@@ -26,7 +26,7 @@ foreach(line IN LISTS QKV_ISA_LINES)
   separate_arguments(flags UNIX_COMMAND "${CMAKE_MATCH_4}")
   set(QKV_ISA_BASE_${CMAKE_MATCH_2} ${CMAKE_MATCH_3})
   if(QKV_ZIG) # as native/zig.cmake sets it; zig has names of its own
-    list(TRANSFORM flags REPLACE "^-march=armv8.2-a" "-mcpu=generic+v8_2a")
+    list(TRANSFORM flags REPLACE "^-march=armv8.2-a" "-mcpu=generic+v8_2a+neon")
   endif()
   set(QKV_ISA_FLAGS_${CMAKE_MATCH_2} ${QKV_ISA_FLAGS_${CMAKE_MATCH_3}} ${flags})
 endforeach()

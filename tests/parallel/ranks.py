@@ -30,8 +30,8 @@ class Failure(NamedTuple):
 class Ranks:
     """Processes with one rank each. A function that is sent to them is found by its name, as by pickle."""
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    def __init__(self, count: int, timeout: float = TIMEOUT) -> None:
+        self.count, self.timeout = count, timeout
         self._processes: list[ForkServerProcess] = []
         self._connections: list[Connection] = []
         self._folder = ""
@@ -56,7 +56,7 @@ class Ranks:
 
     def _receive(self, connection: Connection) -> Any:
         try:
-            if connection.poll(TIMEOUT + 60):
+            if connection.poll(self.timeout + 60):
                 return pickle.loads(connection.recv_bytes())
             return Failure("TimeoutError", "the rank does not answer", "the rank does not answer")
         except EOFError:
@@ -72,7 +72,7 @@ class Ranks:
         finders = [_name(finder) for finder in sys.meta_path]
         for rank in range(self.count):
             ours, theirs = context.Pipe()
-            arguments = (rank, self.count, str(Path(self._folder) / "group"), theirs, finders)
+            arguments = (rank, self.count, str(Path(self._folder) / "group"), self.timeout, theirs, finders)
             process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
@@ -94,7 +94,7 @@ def _name(finder: object) -> str:
     return getattr(finder, "__name__", type(finder).__name__)
 
 
-def _serve(rank: int, count: int, file: str, connection: Connection, finders: list[str]) -> None:
+def _serve(rank: int, count: int, file: str, timeout: float, connection: Connection, finders: list[str]) -> None:
     """What a rank does until its pipe is closed."""
     # The tests may have been told to import another copy of the library than the installed one.
     sys.meta_path[:] = [finder for finder in sys.meta_path if _name(finder) in finders]
@@ -103,7 +103,7 @@ def _serve(rank: int, count: int, file: str, connection: Connection, finders: li
 
     torch.set_num_threads(1)
     distributed.init_process_group(
-        "gloo", init_method=f"file://{file}", rank=rank, world_size=count, timeout=timedelta(seconds=TIMEOUT)
+        "gloo", init_method=f"file://{file}", rank=rank, world_size=count, timeout=timedelta(seconds=timeout)
     )
     with contextlib.suppress(EOFError, OSError):
         while True:

@@ -11,6 +11,7 @@ from parallel.sharded import joined
 from torch import Tensor, nn
 from torch.distributed.tensor.parallel import parallelize_module
 from transformers import (
+    DynamicCache,
     Gemma2Config,
     Gemma2ForCausalLM,
     GptOssConfig,
@@ -139,7 +140,7 @@ def _call(change: str) -> str:
     if change == "attention of torch":
         model.set_attn_implementation("sdpa")
     if change == "cache":
-        given["past_key_values"] = qkv.QKVCache(model)
+        given["past_key_values"] = DynamicCache(config=model.config)
         with parallel.over(tokens):
             model(ids, **given)
             model(ids, **given)

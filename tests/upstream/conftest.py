@@ -1,9 +1,10 @@
-"""Prints whether the complaint still applies to the installed version of upstream."""
+"""`upstream` prints whether a complaint still applies to the installed version; `ranks` is that of ``parallel``."""
 
 from collections.abc import Callable
 
 import pytest
 import torch
+from parallel.conftest import ranks as ranks
 
 
 @pytest.fixture

@@ -222,6 +222,7 @@ struct Halves {
 
     // Queries or weights in the form in which they multiply them.
     static half_vec factors(vec x) { return round_to_bf16(x); }
+    static vec pair(vec low, vec high) { return pair_bf16(low, high); }
 
     static vec dot(vec sum, pair_vec a, pair_vec b) { return dot_bf16(sum, a, (vec)b); }
 
@@ -307,7 +308,7 @@ struct Dots : KeyByKey {
             for (int j = 0; j < count; j += 2) {
                 const vec low = load(weights + j * LANES),
                           high = j + 1 < count ? load(weights + (j + 1) * LANES) : vec{};
-                store(weights + j / 2 * LANES, pair_bf16(low, high));
+                store(weights + j / 2 * LANES, Numbers::pair(low, high));
             }
             return scale;
         }
