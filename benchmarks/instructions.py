@@ -65,16 +65,34 @@ CALLS = [
 
 def build(folder: Path) -> None:
     """The plugin of QEMU and the program that it counts."""
-    plugin = ["gcc", "-O2", "-Wall", "-Wextra", "-shared", "-fPIC", "-o", folder / "count.so"]
+    plugin: list[str | Path] = ["gcc", "-O2", "-Wall", "-Wextra", "-shared", "-fPIC", "-o", folder / "count.so"]
     subprocess.run([*plugin, HERE / "instructions/count.c"], check=True)
-    program = ["aarch64-linux-gnu-g++", "-O1", "-std=c++17", "-Wall", "-Wextra", "-I", HERE.parent / "native/src"]
-    linked = [BUILD / "native.so", f"-Wl,-rpath,{BUILD}", "-o", folder / "calls"]
+    program: list[str | Path] = [
+        "aarch64-linux-gnu-g++",
+        "-O1",
+        "-std=c++17",
+        "-Wall",
+        "-Wextra",
+        "-I",
+        HERE.parent / "native/src",
+    ]
+    linked: list[str | Path] = [BUILD / "native.so", f"-Wl,-rpath,{BUILD}", "-o", folder / "calls"]
     subprocess.run([*program, HERE / "instructions/calls.cpp", *linked], check=True)
 
 
 def executed(folder: Path, isa: str, call: Call, calls: int) -> int:
     """Instructions of a process with so many calls."""
-    qemu = ["qemu-aarch64", "-cpu", "max", "-L", SYSROOT, "-plugin", folder / "count.so", "-d", "plugin"]
+    qemu: list[str | Path] = [
+        "qemu-aarch64",
+        "-cpu",
+        "max",
+        "-L",
+        SYSROOT,
+        "-plugin",
+        folder / "count.so",
+        "-d",
+        "plugin",
+    ]
     done = subprocess.run(
         [*qemu, folder / "calls", *call.arguments(calls)],
         env=os.environ | {"QKV_ISA": isa},

@@ -351,7 +351,7 @@ MUTANTS = [
     Mutant("offsets by row taken for the first of them (flex)", "backends/flex.py", "offset[b] if", "offset[b * 0] if", GRID, "flex"),
     Mutant("offsets by row dropped on the fast path", "backends/native.py", "v_scale, pages, offsets, mask.keep", "v_scale, pages, None, mask.keep", ("test_offsets.py",)),
     Mutant("window one wider in the kernel", "backends/native.py", "*mask.values()", "*(mask.left if mask.left is None else mask.left + 1, *mask.values()[1:])", GRID, "native"),
-    Mutant("scale dropped in the kernel", "backends/native.py", "*scores, seed]", "1.0, *scores[1:], seed]", GRID, "native"),
+    Mutant("scale dropped in the kernel", "backends/native.py", "*scores, *draw]", "1.0, *scores[1:], *draw]", GRID, "native"),
     Mutant("gradient of the lse lost in the kernel", "kernels/operators.py", "*(d_lse.data_ptr(), delta.data_ptr())", "*(0, delta.data_ptr())", ("kernels/test_numbers.py", "test_packed.py")),
     Mutant("gradient of the sinks of the wrong sign", "kernels/operators.py", 'gradients["sink_logits"] = -terms', 'gradients["sink_logits"] = terms', GRID, "native and gradients"),
     Mutant("groups interleaved (kernel)", f"{NATIVE}/mask/query_tile.h", "kv_head * members + member", "member * p.kv_heads + kv_head", KERNEL),

@@ -50,6 +50,8 @@ WITHOUT: dict[str, dict[str, str]] = {
         "draws what others have computed": DRAWINGS,
         "runs a model, whose layers have it": f"{ON_MODELS} unpad analysis.record analysis.seven",
         "of look.distance, look.sink_share and look.block_map": "look.overview",
+        "of parallel.attention and merge, and layouts": """parallel.attention_with_lse parallel.explain parallel.merge
+            parallel.Context parallel.over parallel.WHOLE""",
         "of convert.pool_heads, head_agreement and convert_to_latent": CHECKPOINTS,
     },
     "shapes": {
@@ -57,20 +59,22 @@ WITHOUT: dict[str, dict[str, str]] = {
         "numbers, and results that have them": """analysis.Agreement analysis.CostlyToken analysis.PriceInterrupted
             analysis.Saving analysis.Seen analysis.Seven convert.CheckpointPlan convert.Divergence convert.Inspection
             look.Overview""",
-        "those of attention": "explain",
+        "those of attention": "explain parallel.explain",
+        "styles and layouts of modules": "parallel.Context parallel.Heads parallel.over parallel.WHOLE",
         "those of checkpoints and layers": f"{CHECKPOINTS} convert.head_agreement convert.write_checkpoint",
         "draws what others have computed": f"{DRAWINGS} plots.reach",
     },
     "errors": {
         "results of functions, which raise": f"{RESULTS} analysis.Reach look.WindowCut convert.Projections",
         "an error itself": EXCEPTIONS,
-        "nothing to be wrong about": f"{ARGUMENTS} cache.quantize plots.svg",
+        "nothing to be wrong about": f"{ARGUMENTS} cache.quantize parallel.WHOLE plots.svg",
     },
     "example": {
         "results of functions, which have one": f"{RESULTS} {MORE_RESULTS} convert.Projections",
         "raised, never made": EXCEPTIONS,
         "arguments, in the examples of functions": ARGUMENTS,
         "a base class": "cache.Cache",
+        "a value of an argument": "parallel.WHOLE",
     },
     "source": {
         "results of functions, which have one": f"{RESULTS} {MORE_RESULTS} convert.Projections",
@@ -78,7 +82,9 @@ WITHOUT: dict[str, dict[str, str]] = {
         "arguments": ARGUMENTS,
         "of qkv's own": f"""cache.Cache Caches CrossKVCache Int8KVCache KVCache QKVCache explain register report
             unregister analysis.losses analysis.price analysis.record analysis.seven look.block_map look.distance
-            look.overview look.received look.top_keys {DRAWINGS.replace("plots.agreement ", "")}""",
+            look.overview look.received look.top_keys parallel.explain parallel.over parallel.WHOLE
+            {DRAWINGS.replace("plots.agreement ", "")}""",
+        "that of parallel.attention": "parallel.attention_with_lse",
         "that of convert.pool_heads, or files": """convert.agreement_by_layer convert.convert_layer
             convert.convert_state_dict convert.group_heads convert.inspect_checkpoint convert.measure_divergence
             convert.plan_checkpoint convert.plan_latent_checkpoint convert.prune_state_dict convert.write_checkpoint""",

@@ -116,7 +116,8 @@ struct SplitCodes : KeyByKey {
    private:
     // A vector of numbers from `row`, of which `left` are left, and zeros.
     static int8x16_t take(const char* row, int64_t left) {
-        return vld1q_s8((left >= STEP ? (const int8_t*)row : Padded<int8_t, STEP>(row, left).data));  // a macro, with Clang
+        return vld1q_s8((left >= STEP ? (const int8_t*)row
+                                      : Padded<int8_t, STEP>(row, left).data));  // a macro, with Clang
     }
 
     // The first COUNT = 8 or 16 of them, at least.

@@ -110,6 +110,9 @@ def attention_with_lse(
 
     Raises:
         As `attention`.
+
+    Example:
+        >>> out, lse = parallel.attention_with_lse(q, k, v, tokens, mask=Mask.causal())  # doctest: +SKIP
     """
     call, chosen = _prepared("parallel.attention_with_lse", (q, k, v), tokens, key_tokens, scheme, True, options)
     out, lse = SCHEMES[chosen](call)
@@ -162,6 +165,9 @@ def explain(
 
     Raises:
         As `attention`.
+
+    Example:
+        >>> print(parallel.explain(q, k, v, tokens, mask=Mask.causal(window=512)))  # doctest: +SKIP
     """
     call = _validated("parallel.explain", (q, k, v), tokens, key_tokens, scheme, False, options)
     sent, scores = bytes_sent(call), scores_computed(call)
@@ -195,6 +201,10 @@ def merge(partial: Partial | tuple[Tensor, Tensor], group: DeviceMesh | Any) -> 
     Raises:
         TypeError: for anything but a pair of tensors.
         ValueError: for other shapes than ``(B, H, Lq, Dv)`` and ``(B, H, Lq)``.
+
+    Example:
+        >>> partial = qkv.attention_with_lse(q, k_of_rank, v_of_rank)  # doctest: +SKIP
+        >>> out, lse = parallel.merge(partial, mesh)  # doctest: +SKIP
 
     Source: Tree attention (Shyam et al. 2024), with one exchange in place of three sums, whose order is a library's.
     """
