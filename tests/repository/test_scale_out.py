@@ -1,5 +1,7 @@
 """The study of attention over ranks: its formulas are what plans count, and its words follow the numbers."""
 
+import shutil
+import subprocess
 from collections.abc import Iterator
 from typing import Any
 
@@ -90,3 +92,18 @@ def test_more_ranks_than_heads_idle() -> None:
     assert many.computing == pytest.approx(few.computing)
     gathered = simulating.costs("causal", 10**6, 1024, kind, settings)[0]
     assert gathered.computing == pytest.approx(few.computing / 32)
+
+
+@pytest.mark.long
+def test_small_calls_are_measured() -> None:
+    separate = M["measuring"].SEPARATE
+    done = shutil.which("unshare") and subprocess.run([*separate, "true"], capture_output=True, text=True)
+    if not done or done.returncode:
+        pytest.skip(f"this system does not allow mounting: {done and done.stderr}")
+    settings = M["settings"].Settings(tokens=2048, width=16, window=64, long_tokens=4096, rates=(1,), repeats=1)
+    found = M["measuring"].measured(settings)
+    made = [*calls.calls(settings), calls.long_window(settings)]
+    for call, (forward, backward) in zip(made, found["wire"], strict=True):
+        assert 1 <= forward / sum(calls.sent(call)) < 1.3
+        assert backward is None or 1 <= backward / sum(calls.sent(call)) < 1.3
+    assert len(found["links"]["1"]) == len(made) - 1 and min(found["links"]["1"]) > 0
