@@ -240,9 +240,9 @@ static void accumulate_keys_decode(const Problem& p, const Tile& t, const Dropou
                                          scores, state.out, t.count, prefetcher);
         } else {
             const vec weight_scale = Products::template pack<ROWS>(scores, b.size - from);
-            Products::template add<COUNT, ROWS>(values + from * value_stride, value_stride, b.size - from,
-                                                p.value_width, scores, weight_scale, state.out,
-                                                PrefetchStream{keys + BLOCK_N * key_stride, key_stride}, true);
+            Products::template add<COUNT, ROWS, true>(values + from * value_stride, value_stride, b.size - from,
+                                                      p.value_width, scores, weight_scale, state.out,
+                                                      PrefetchStream{keys + BLOCK_N * key_stride, key_stride});
         }
     }
     const int rows = COUNT ? COUNT : std::min(t.count, ROWS);

@@ -139,17 +139,18 @@ struct Widened : KeyByKey {
         return set1(1.0f);
     }
 
-    // `sum_first` sums the block on its own and then adds that.
-    template <int COUNT, int ROWS>
+    // SUM_FIRST sums the block on its own and then adds that. It is a constant: sums of a short query would leave the
+    // registers otherwise.
+    template <int COUNT, int ROWS, bool SUM_FIRST>
     static void add(const char* values, int64_t stride, int count, int64_t width, const float* weights, vec, float* out,
-                    PrefetchStream keys, bool sum_first) {
+                    PrefetchStream keys) {
         int64_t d = 0;
         const auto run = [&](auto vecs) {
             constexpr int VECS = decltype(vecs)::value;
             // Sums, a row of values and a weight must fit the registers.
             if constexpr (VECS == 1 || (COUNT + 1) * VECS < REGISTERS - 1)
                 for (; d + (VECS - 1) * LANES < width; d += VECS * LANES)
-                    add_columns<COUNT, ROWS, VECS>(values, stride, count, d, width, weights, out, keys, sum_first);
+                    add_columns<COUNT, ROWS, VECS, SUM_FIRST>(values, stride, count, d, width, weights, out, keys);
         };
         run(std::integral_constant<int, 4>());
         run(std::integral_constant<int, 2>());
@@ -161,15 +162,15 @@ struct Widened : KeyByKey {
 
    private:
     // `add` for VECS vectors of columns from column d on.
-    template <int COUNT, int ROWS, int VECS>
+    template <int COUNT, int ROWS, int VECS, bool SUM_FIRST>
     static inline void add_columns(const char* values, int64_t stride, int count, int64_t d, int64_t width,
-                                   const float* weights, float* out, PrefetchStream keys, bool sum_first) {
+                                   const float* weights, float* out, PrefetchStream keys) {
         if (count < 1) __builtin_unreachable();  // otherwise compilers keep the sums in memory as well
         const int64_t pitch = pitch_of(width), item = size_of(DTYPE), left = width - d;
         values += d * item, out += d;
         vec acc[COUNT][VECS];
         for (int r = 0; r < COUNT; ++r)
-            for (int n = 0; n < VECS; ++n) acc[r][n] = sum_first ? vec{} : load(out + r * pitch + n * LANES);
+            for (int n = 0; n < VECS; ++n) acc[r][n] = SUM_FIRST ? vec{} : load(out + r * pitch + n * LANES);
         for (int j = 0; j < count; ++j, values += stride) {
             vec x[VECS];
             for (int n = 0; n < VECS; ++n) {
@@ -183,7 +184,7 @@ struct Widened : KeyByKey {
         for (int r = 0; r < COUNT; ++r) {
             for (int n = 0; n < VECS; ++n) {
                 float* const to = out + r * pitch + n * LANES;
-                store(to, sum_first ? load(to) + acc[r][n] : acc[r][n]);
+                store(to, SUM_FIRST ? load(to) + acc[r][n] : acc[r][n]);
             }
         }
     }
@@ -319,9 +320,9 @@ struct Dots : KeyByKey {
         return scale;
     }
 
-    template <int COUNT, int ROWS>
+    template <int COUNT, int ROWS, bool>
     static void add(const char* values, int64_t stride, int count, int64_t width, const float* weights,
-                    vec weight_scale, float* out, PrefetchStream keys, bool) {
+                    vec weight_scale, float* out, PrefetchStream keys) {
         constexpr int SPANS = dot_spans(COUNT);
         int64_t d = 0;
         for (; d + SPANS * STEP <= width; d += SPANS * STEP)

@@ -102,9 +102,9 @@ struct SplitCodes : KeyByKey {
         return scale;
     }
 
-    template <int COUNT, int ROWS>
+    template <int COUNT, int ROWS, bool>
     static void add(const char* values, int64_t stride, int count, int64_t width, const float* weights,
-                    vec weight_scale, float* out, PrefetchStream keys, bool) {
+                    vec weight_scale, float* out, PrefetchStream keys) {
         constexpr int VECS = COUNT <= 2 ? 4 : 2;
         for (int64_t d = 0; d < width; d += VECS * LANES)
             add_columns<COUNT, ROWS, VECS>(values, stride, count, d, width, weights, weight_scale, out, keys);

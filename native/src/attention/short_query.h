@@ -152,7 +152,9 @@ static inline void multiply_vector(const typename ShortQuery<Kind, DTYPE>::Eleme
                     asm("" : "+r"(row));  // without it compilers keep sixteen distances
                 }
             } else {
-                load_edge<Keys>(keys + d, stride, count, width - d, square);
+                vec edge[4];  // of its own: `square` would be kept in memory if its address were taken
+                load_edge<Keys>(keys + d, stride, count, width - d, edge);
+                for (int i = 0; i < 4; ++i) square[i] = edge[i];
             }
             transpose<4>(square);
             for (int i = 0; i < 4; ++i) {
@@ -196,9 +198,12 @@ static inline void sum_over_keys(ShortQuery<Kind, DTYPE>, const Tile& t, const S
         const char* const from = (const char*)(values.data + s.begin * values.stride);
         const float* const factors = weights + OperandPacking<Kind>::steps(s.begin) * LANES;
         const int64_t step = values.stride * (int64_t)sizeof *values.data;
-        Products::template add<decltype(rows)::value, LANES>(from, step, s.end - s.begin, width, factors, vec{}, to,
-                                                             PrefetchStream{from + SHORT_PREFETCH_VALUES * step, step},
-                                                             sum_first);
+        const auto add = [&](auto first) {
+            Products::template add<decltype(rows)::value, LANES, decltype(first)::value>(
+                from, step, s.end - s.begin, width, factors, vec{}, to,
+                PrefetchStream{from + SHORT_PREFETCH_VALUES * step, step});
+        };
+        sum_first ? add(std::true_type()) : add(std::false_type());
     });
 }
 
