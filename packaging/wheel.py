@@ -9,6 +9,7 @@ import argparse
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -17,8 +18,8 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-POLICY = "manylinux_2_28"
-"""The oldest glibc that torch's own wheels for Linux support."""
+NEWEST_GLIBC = 28
+"""A wheel must run on glibc 2.28, the oldest that torch's own wheels for Linux support."""
 MOST_BYTES = 5_000_000
 CROSS = {"aarch64": ("aarch64-linux-gnu-g++", "g++-aarch64-linux-gnu")}
 """For machines other than this one: the compiler that the toolchain file names, and its package in Debian."""
@@ -61,8 +62,9 @@ def build(machine: str, out: Path) -> Path:
 
 def check(wheel: Path, machine: str) -> None:
     """Raises a WheelError if a wheel is too large, needs a newer glibc, or `check-wheel-contents` finds a fault."""
-    if f"{POLICY}_{machine}" not in wheel.name:
-        raise WheelError(f"a wheel must run on {POLICY}; auditwheel found that it is {wheel.name}.")
+    needed = [int(minor) for minor in re.findall(rf"manylinux_2_(\d+)_{machine}\b", wheel.name)]
+    if min(needed, default=NEWEST_GLIBC + 1) > NEWEST_GLIBC:
+        raise WheelError(f"a wheel must run on manylinux_2_{NEWEST_GLIBC}; auditwheel found that it is {wheel.name}.")
     size = wheel.stat().st_size
     if size > MOST_BYTES:
         raise WheelError(f"{wheel.name} must have at most {MOST_BYTES:,} bytes; it has {size:,}.")

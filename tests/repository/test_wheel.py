@@ -53,7 +53,7 @@ def test_two_builds_have_the_same_bytes(folders: list[Path]) -> None:
 @pytest.mark.long
 @pytest.mark.network
 def test_one_wheel_serves_all_pythons_and_old_systems(wheel: Path) -> None:
-    assert re.fullmatch(r"qkv-[\d.]+-py3-none-[\w.]*manylinux_2_28_\w+\.whl", wheel.name)
+    assert re.fullmatch(r"qkv-[\d.]+-py3-none-[\w.]*manylinux_2_(1\d|2[0-8])_\w+\.whl", wheel.name)
     assert wheel.stat().st_size <= 5_000_000
     archive = zipfile.ZipFile(wheel)
     tops = {name.split("/")[0] for name in archive.namelist()}
