@@ -721,7 +721,7 @@ MUTANTS = [
     Mutant("an option of bench without its bound where typer is missing", "bench/options.py", "if number < self.least:", "if number < 1:", ("cli/test_main.py",), "torch_alone"),
     Mutant("bars where there is no terminal", "models/progress.py", "if not stream.isatty() or ", "if ", ("cli/test_main.py", "models/test_progress.py"), "torch_alone or plain"),
     Mutant("an installation without a kernel keeps its remedy to itself", "kernels/binding.py", "--no-cache-dir ", "", ("kernels/test_native.py",), "without_the_library"),
-    Mutant("a wheel for newer systems", "../../packaging/wheel.py", 'not in wheel.name', 'in wheel.name + "?"', ("repository/test_wheel.py",), "newer_systems"),
+    Mutant("a wheel for newer systems", "../../packaging/wheel.py", '> NEWEST_GLIBC:', '> NEWEST_GLIBC + 9:', ("repository/test_wheel.py",), "newer_systems"),
     Mutant("a wheel of any size", "../../packaging/wheel.py", "if size > MOST_BYTES:", "if size > 2 * MOST_BYTES:", ("repository/test_wheel.py",), "too_large"),
     Mutant("help that the page of the command line does not have", "bench/command.py", "Width of a head.", "Width of each head.", DOCS),
     Mutant("a picture that is not drawn again", "../../docs/pictures.py", "Mask.prefix(5)", "Mask.prefix(6)", DOCS),
