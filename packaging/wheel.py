@@ -107,7 +107,7 @@ def main() -> int:
         if sys.platform != "linux":
             raise WheelError(f"this builds wheels for Linux, on Linux; here, {sys.platform}, cibuildwheel does.")
         wheel = build(arguments.machine, arguments.out)
-    except WheelError as error:
+    except (WheelError, OSError) as error:  # such as an --out that is no folder
         print(f"wheel: {error}", file=sys.stderr)
         return 1
     content = wheel.read_bytes()

@@ -89,7 +89,10 @@ def test_backends_whose_draws_are_torchs_refuse_one() -> None:
 
 def test_a_draw_has_a_seed() -> None:
     q = torch.randn(1, 2, 5, 8)
-    with pytest.raises(TypeError, match=r"attention: draw must be a qkv.scores.Draw with a seed, .* got one with seed"):
+    with pytest.raises(
+        TypeError,
+        match=r"attention: draw must be a qkv.scores.Draw with a seed, .* got one with seed None. Use Draw\(qkv",
+    ):
         qkv.attention(q, q, q, dropout=0.5, draw=Draw(None))
     with pytest.raises(TypeError, match=r"got int"):
         qkv.attention(q, q, q, dropout=0.5, draw=3)  # type: ignore[arg-type]

@@ -178,7 +178,10 @@ def _check_bias(caller: str, bias: Tensor, q: Tensor, k: Tensor) -> Tensor:
 def _check_draw(caller: str, draw: Draw) -> None:
     if not isinstance(draw, Draw) or not isinstance(draw.seed, Tensor):
         got = f"one with seed {draw.seed!r}" if isinstance(draw, Draw) else type(draw).__name__
-        raise TypeError(f"{caller}: draw must be a qkv.scores.Draw with a seed, a tensor, or None; got {got}.")
+        raise TypeError(
+            f"{caller}: draw must be a qkv.scores.Draw with a seed, a tensor, or None; got {got}. "
+            "Use Draw(qkv.scores.new_seed())."
+        )
     seed = draw.seed
     if seed.dtype is not torch.int64 or seed.shape != (1,) or not (seed.is_cpu or seed.is_meta):
         raise ValueError(

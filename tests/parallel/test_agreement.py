@@ -98,6 +98,11 @@ def _wrong_layout(change: str) -> None:
         parallel.Tokens.best(10, mesh(), torch.ones(3))  # type: ignore[arg-type]
     if change == "merge":
         parallel.merge(torch.zeros(3), mesh())  # type: ignore[arg-type]
+    if change == "merged over":
+        parallel.merge((torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3)), "cp")
+    if change == "merged over two dimensions":
+        two = init_device_mesh("cpu", (3, 1), mesh_dim_names=("a", "b"))
+        parallel.merge((torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3)), two)
     if change == "merged shapes":
         parallel.merge((torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 4)), mesh())
     raise AssertionError
@@ -112,6 +117,8 @@ MESSAGES = {
     "joined rows": r"Tokens.join: the layout gives rank \d [34] rows, so x must have as many in dimension 1",
     "mask": r"Tokens.best: mask must be a qkv.Mask or None; got Tensor",
     "merge": r"parallel.merge: partial must be a pair of tensors \(out, lse\); got Tensor",
+    "merged over": r"parallel.merge: group must be a DeviceMesh, a process group, or None .*; got str",
+    "merged over two dimensions": r"parallel.merge: group must have one dimension; got a mesh of 2. Take one of them",
     "merged shapes": r"parallel.merge: partial must be .*; got \(1, 2, 3, 4\) and \(1, 2, 4\)",
 }
 

@@ -121,3 +121,14 @@ def test_dates_are_those_of_the_commit(script: ModuleType, monkeypatch: pytest.M
     commit = ("git", "-C", tmp_path, "commit", "--quiet", "--allow-empty", "-m", "first")
     run(*commit, env={**os.environ, **identity, "GIT_COMMITTER_DATE": "1700000000 +0000"})
     assert script.date_of_commit() == "1700000000"
+
+
+def test_an_output_that_is_no_folder_is_named(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    taken = tmp_path / "taken"
+    taken.write_text("mine")
+    monkeypatch.setattr("sys.argv", ["wheel.py", "--out", str(taken / "dist")])
+    assert script.main() == 1
+    assert re.fullmatch(r"wheel: .*Not a directory: '.*/taken/dist'\n", capsys.readouterr().err)
+    assert taken.read_text() == "mine"

@@ -199,8 +199,8 @@ def merge(partial: Partial | tuple[Tensor, Tensor], group: DeviceMesh | Any) -> 
         those of the sum of all ranks' losses.
 
     Raises:
-        TypeError: for anything but a pair of tensors.
-        ValueError: for other shapes than ``(B, H, Lq, Dv)`` and ``(B, H, Lq)``.
+        TypeError: for anything but a pair of tensors, and a group of another type.
+        ValueError: for other shapes than ``(B, H, Lq, Dv)`` and ``(B, H, Lq)``, and a mesh of more dimensions.
 
     Example:
         >>> partial = qkv.attention_with_lse(q, k_of_rank, v_of_rank)  # doctest: +SKIP
@@ -226,7 +226,17 @@ def merge(partial: Partial | tuple[Tensor, Tensor], group: DeviceMesh | Any) -> 
 
 
 def _route_of(group: Any) -> Route:
+    if not (group is None or isinstance(group, (DeviceMesh, distributed.ProcessGroup))):
+        raise TypeError(
+            "parallel.merge: group must be a DeviceMesh, a process group, or None for all processes; "
+            f"got {type(group).__name__}."
+        )
     if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(
+                f"parallel.merge: group must have one dimension; got a mesh of {group.ndim}. Take one of them by its "
+                "name: mesh['cp']."
+            )
         return Route(group.get_group(), group.get_local_rank(), group.size())
     return Route(group, distributed.get_rank(group), distributed.get_world_size(group))
 
