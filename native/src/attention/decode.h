@@ -273,6 +273,20 @@ static inline void with_count(int count, Work work) {
         with_count<LEAST, MOST - 1>(count, work);
 }
 
+// Whether keys and values of int8 are multiplied in fixed point: by queries of 16 bits, whose sums fit 32. AMX leaves
+// that to the instruction set that it extends.
+static inline bool is_in_fixed_point([[maybe_unused]] const Problem& p) {
+#if defined(__AMX_BF16__)
+    return false;
+#elif defined(__AVX512F__)
+    return p.kv_dtype == Dtype::i8 && p.dtype != Dtype::f32 && p.width <= Codes::MOST_PRODUCTS;
+#elif defined(QKV_DOT_I8)
+    return p.kv_dtype == Dtype::i8 && p.dtype != Dtype::f32 && p.width <= SplitCodes::MOST_PRODUCTS;
+#else
+    return false;
+#endif
+}
+
 // Calls work with the products for the dtype of the keys and the number of rows.
 template <class Work>
 static inline void for_decode(const Problem& p, Work work) {
@@ -293,9 +307,9 @@ static inline void for_decode(const Problem& p, Work work) {
         default: break;
     }
 #if defined(__AVX512F__) && !defined(__AMX_BF16__)
-    if (p.dtype != Dtype::f32 && p.width <= Codes::MOST) return work(Dots<Codes>());
+    if (is_in_fixed_point(p)) return work(Dots<Codes>());
 #elif defined(QKV_DOT_I8)
-    if (p.dtype != Dtype::f32 && p.width <= SplitCodes::MOST_PRODUCTS) return work(SplitCodes());
+    if (is_in_fixed_point(p)) return work(SplitCodes());
 #endif
 #if !defined(QKV_EXTENDS_BASE)
     work(Widened<Dtype::i8>());

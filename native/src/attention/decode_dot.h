@@ -237,7 +237,7 @@ struct Codes {
     static constexpr int SIZE = 1;
     static constexpr bool FIXED_POINT = true;
     static constexpr int LARGEST = 32767;
-    static constexpr int64_t MOST = LANES * (1ll << 31) / (LARGEST + 1) / 128;  // products, whose sums fit 32 bits
+    static constexpr int64_t MOST_PRODUCTS = LANES * (1ll << 31) / (LARGEST + 1) / 128;  // whose sums fit 32 bits
 
     static __m512i take(const char* row, int64_t left) {
         if (left >= 2 * LANES) return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)row));
@@ -251,7 +251,7 @@ struct Codes {
     static vec total(vec sum) { return (vec)_mm512_cvtepi32_ps((__m512i)sum); }
 };
 
-static_assert(BLOCK_N <= Codes::MOST / LANES);
+static_assert(BLOCK_N <= Codes::MOST_PRODUCTS / LANES);
 #endif
 
 #if defined(__AVX512F__) || defined(QKV_DOT_BF16)

@@ -216,11 +216,7 @@ static bool has_few_rows(const Problem& p) { return p.lq == 1 && group(p) <= dec
 // compiled again here, they would be the same and take most of the time to compile.
 static bool is_own(const Problem& p) {
     if (p.kv_dtype == p.dtype || !has_few_rows(p)) return p.dtype == Dtype::bf16;
-#if defined(__AMX_BF16__)
-    return false;
-#else
-    return p.dtype != Dtype::f32 && p.width <= Codes::MOST;
-#endif
+    return is_in_fixed_point(p);
 }
 #endif
 

@@ -5,6 +5,8 @@
 
 #define QKV_DOT_BF16
 #define QKV_DOT_I8
+// Attention with neither bf16 nor int8 is as in neon, which computes it (attention/kernel.cpp).
+#define QKV_EXTENDS_BASE
 
 namespace qkv {
 namespace QKV_ISA {
