@@ -34,6 +34,9 @@ NATIVE = "../../native/src"
 
 ISA_OF = {"__AVX512F__": "avx512", "QKV_DOT_BF16": "avx512bf16", "__AMX_BF16__": "amx"}
 
+EMULATED = ("neon", "neonbf16")
+"""Instruction sets that this machine may lack: the kernel's own tests find bugs in their code, under QEMU."""
+
 LEVEL = "-O1 -fexpensive-optimizations"
 """of optimisation, which takes half as long as -O3 and still merges products with sums, as -O3 does"""
 
@@ -85,7 +88,10 @@ SHARDED = ("parallel/test_sharded_cache.py",)
 
 
 class Mutant(NamedTuple):
-    """One planted bug: in ``file`` of the package, the first ``right`` becomes ``wrong``, which ``tests`` find."""
+    """One planted bug: in ``file`` of the package, the first ``right`` becomes ``wrong``, which ``tests`` find.
+
+    Those that need an instruction set of `EMULATED` name files in ``native/tests``, the others such in ``tests``.
+    """
 
     name: str
     file: str
@@ -114,6 +120,11 @@ class Mutant(NamedTuple):
                 conditions.append(line)
         found = [ISA_OF[name] for line in conditions for name in ISA_OF if line == f"#if defined({name})"]
         return found[-1] if found else self.needs
+
+    @property
+    def is_emulated(self) -> bool:
+        """Whether tests of the kernel find it under QEMU."""
+        return self.needs in EMULATED
 
 
 MUTANTS = [
@@ -467,8 +478,14 @@ MUTANTS = [
     Mutant("scale of keys dropped (kernel)", f"{NATIVE}/attention/decode.h", "(lanes.scales_of(p.k_scale, first + j) * q_scale)", "q_scale", KERNEL),
     Mutant("scale of queries dropped (kernel)", f"{NATIVE}/attention/decode.h", "(lanes.scales_of(p.k_scale, first + j) * q_scale)", "lanes.scales_of(p.k_scale, first + j)", KERNEL, needs="avx512"),
     Mutant("a visible NaN swallowed by the fixed-point scale", f"{NATIVE}/attention/decode_dot.h", "max(size == size ? size : set1(INF), most)", "max(size, most)", KERNEL, needs="avx512"),
-    Mutant("bytes of fixed point not rounded to the nearest (kernel)", f"{NATIVE}/attention/decode_sdot.h", "vadd_s16(whole, vdup_n_s16(128))", "whole", KERNEL, needs="neonbf16"),
-    Mutant("values of int8 paired with the wrong key (kernel)", f"{NATIVE}/attention/decode_sdot.h", "vzip1q_s8(row[0], row[2]), odd = vzip1q_s8(row[1], row[3]);\n        fours[0]", "vzip1q_s8(row[0], row[1]), odd = vzip1q_s8(row[2], row[3]);\n        fours[0]", KERNEL, needs="neonbf16"),
+    Mutant("bytes of fixed point not rounded to the nearest (kernel)", f"{NATIVE}/attention/decode_sdot.h", "vadd_s16(whole, vdup_n_s16(128))", "whole", ("test_int8",), needs="neonbf16"),
+    Mutant("values of int8 paired with the wrong key (kernel)", f"{NATIVE}/attention/decode_sdot.h", "vzip1q_s8(row[0], row[2]), odd = vzip1q_s8(row[1], row[3]);\n        fours[0]", "vzip1q_s8(row[0], row[1]), odd = vzip1q_s8(row[2], row[3]);\n        fours[0]", ("test_int8",), needs="neonbf16"),
+    Mutant("sums of int8 beyond 32 bits on ARM", f"{NATIVE}/attention/decode_sdot.h", "/ 128 / 4 * STEP", "/ 128 * LANES", ("test_int8",), needs="neonbf16"),
+    Mutant("int8 of fp32 queries in fixed point on ARM", f"{NATIVE}/attention/decode.h", "p.dtype != Dtype::f32 && p.width <= SplitCodes", "p.width <= SplitCodes", ("test_int8",), needs="neonbf16"),
+    Mutant("pairs of bf16 of other keys on ARM", f"{NATIVE}/simd/neonbf16.h", "vdup_n_u16(0x0100)", "vdup_n_u16(0x0001)", ("test_step_keys", "test_sizes.cpp:groups"), needs="neonbf16"),
+    Mutant("half of a vector of bf16 not read on ARM", f"{NATIVE}/simd/neonbf16.h", "vzip2q_u16(a, b)", "vzip1q_u16(a, b)", ("test_sizes.cpp:widths",), needs="neonbf16"),
+    Mutant("NaN lost in exponents on ARM", f"{NATIVE}/simd/neon.h", "vmaxq_f32((float32x4_t)x, least)", "vmaxnmq_f32((float32x4_t)x, least)", ("test_nonfinite.cpp:a_visible",), needs="neon"),
+    Mutant("numbers of bf16 stored behind the last column on ARM", f"{NATIVE}/simd/neon.h", "std::memcpy(data, &x, count * sizeof(uint16_t));", "std::memcpy(data, &x, sizeof x);", ("test_sizes.cpp:widths",), needs="neon"),
     Mutant("threads of any library taken for torch's (kernel)", f"{NATIVE}/runtime/parallel.cpp", 'dlsym(loaded, "GOMP_parallel")', 'dlsym(RTLD_DEFAULT, "GOMP_parallel")', ("kernels/test_native.py",)),
     Mutant("lengths ignored on the fast path", f"{NATIVE}/abi/fast_forward.cpp", "if (is_given(call.lengths))", "if (false)", KERNEL),
     Mutant("one row of padding for all batches on the fast path", f"{NATIVE}/abi/fast_forward.cpp", "tensor.shape[0] == 1 ? 0 : tensor.strides[0]", "0", KERNEL),
@@ -758,13 +775,15 @@ class Copy:
     optimisation, which takes half as long.
     """
 
+    UNCHANGED = "masks.py"
+    """The file in which no bug is planted first, to see that the tests pass."""
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         ignored = shutil.ignore_patterns(".venv", ".git", "__pycache__", ".*_cache", "build*")
         shutil.copytree(ROOT, folder, ignore=ignored)
         _compile_two(folder / "native")
-        script = folder / "CMakeLists.txt"
-        script.write_text(script.read_text().replace("set(QKV_LEVEL -O3)", f"set(QKV_LEVEL {LEVEL})"))
+        _optimise_less(folder)
         self.server = subprocess.Popen(
             [sys.executable, "-c", SERVER], cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -793,9 +812,12 @@ class Copy:
             os.utime(path, (when, when))
 
     def compile(self) -> None:
+        self.build("-DSKBUILD_STATE=editable")
+
+    def build(self, *settings: str) -> None:
         tools, build = Path(sys.executable).parent, self.folder / "build"
-        there = f"-S {self.folder} -B {build} -G Ninja -DCMAKE_MAKE_PROGRAM={tools}/ninja -DSKBUILD_STATE=editable"
-        for arguments in (there.split(), ["--build", build]):
+        there = f"-S {self.folder} -B {build} -G Ninja -DCMAKE_MAKE_PROGRAM={tools}/ninja"
+        for arguments in ([*there.split(), *settings], ["--build", build]):
             subprocess.run([tools / "cmake", *arguments], check=True, capture_output=True)
 
     def test(self, mutant: Mutant) -> int:
@@ -807,6 +829,38 @@ class Copy:
         how = ["-q", "-x", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
         print(json.dumps([*how, *selected, *tests]), file=self.server.stdin, flush=True)
         return int(self.server.stdout.readline())
+
+
+class EmulatedCopy(Copy):
+    """The kernel for aarch64 in a folder of its own, and its own tests under QEMU."""
+
+    UNCHANGED = f"{NATIVE}/sizes.h"
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        shutil.copytree(ROOT / "native", folder / "native")
+        for name in ("CMakeLists.txt", "src/qkv/kernels/binding.py"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+        _optimise_less(folder)
+
+    @staticmethod
+    def is_possible() -> bool:
+        return all(map(shutil.which, ("qemu-aarch64", "aarch64-linux-gnu-g++")))
+
+    def compile(self) -> None:
+        self.build("-DQKV_TESTS=ON", f"-DCMAKE_TOOLCHAIN_FILE={self.folder}/native/aarch64.cmake")
+
+    def test(self, mutant: Mutant) -> int:
+        under = ["qemu-aarch64", "-cpu", "max", "-L", "/usr/aarch64-linux-gnu"]
+        program = [*under, self.folder / "build/native/tests/qkv_tests", *mutant.tests]
+        done = subprocess.run(program, env={**os.environ, "QKV_ISA": mutant.needs or ""}, capture_output=True)
+        return int(done.returncode != 0)  # a crash as well
+
+
+def _optimise_less(folder: Path) -> None:
+    script = folder / "CMakeLists.txt"
+    script.write_text(script.read_text().replace("set(QKV_LEVEL -O3)", f"set(QKV_LEVEL {LEVEL})"))
 
 
 def _compile_two(native: Path) -> None:
@@ -835,23 +889,32 @@ def main() -> int:
     mutants = [m for m in MUTANTS if not arguments.names or any(name in m.name for name in arguments.names)]
     if arguments.sample is not None:
         mutants = random.Random(dt.date.today().toordinal()).sample(mutants, min(arguments.sample, len(mutants)))
-    has = {None, *kernels.supported_isas()}
+    has = {None, *kernels.supported_isas(), *(EMULATED if EmulatedCopy.is_possible() else ())}
     for mutant in mutants:
         if mutant.isa not in has:
             print(f"not here  {mutant.name}: its code is for {mutant.isa}")
         elif mutant.tests == BROWSER and not browser.is_here():
             print(f"not here  {mutant.name}: its tests need a browser")
     mutants = [m for m in mutants if m.isa in has and (m.tests != BROWSER or browser.is_here())]
+    alive = 0
+    for kind in (Copy, EmulatedCopy):
+        planted = [mutant for mutant in mutants if mutant.is_emulated == (kind is EmulatedCopy)]
+        alive += plant(planted, kind, arguments.jobs) if planted else 0
+    return 1 if alive else 0
+
+
+def plant(mutants: list[Mutant], kind: type[Copy], jobs: int) -> int:
+    """Plants one after the other into so many copies; returns how many survive."""
     mutants.sort(key=lambda mutant: mutant.is_native)  # the others run with the kernel as it is
-    every_test = {name for mutant in mutants for name in mutant.tests}
-    nothing = [Mutant("nothing", "masks.py", "", "", tuple(every_test))]
+    every_test = tuple({name for mutant in mutants for name in mutant.tests})
+    nothing = [Mutant("nothing", kind.UNCHANGED, "", "", every_test, needs=mutants[0].needs)]
     in_browser = [mutant.only for mutant in mutants if mutant.tests == BROWSER]
     if in_browser:  # tests that are long, too
         nothing.append(nothing[0]._replace(tests=BROWSER, only=" or ".join(dict.fromkeys(in_browser))))
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.jobs) as pool:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
         copies: SimpleQueue[Copy] = SimpleQueue()
-        for job in range(arguments.jobs):
-            copies.put(Copy(Path(folder) / str(job) / "qkv"))
+        for job in range(jobs):
+            copies.put(kind(Path(folder) / str(job) / "qkv"))
 
         def survives(mutant: Mutant) -> bool:
             copied = copies.get()
@@ -867,7 +930,7 @@ def main() -> int:
         for mutant, survived in zip(mutants, results, strict=True):
             alive += survived
             print(f"{'SURVIVED' if survived else 'found   '}  {mutant.name}", flush=True)
-    return 1 if alive else 0
+    return alive
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ TEST(int8_masks_and_scores) {
 // The widest rows that are multiplied in fixed point have the largest sums, which must fit 32 bits.
 TEST(int8_sums_do_not_overflow) {
     for (Dtype dtype : DTYPES)
-        for (int64_t width : {8192, 8193})
+        for (int64_t width : {2048, 2056, 8192, 8193})  // the widest ones and others, in both fixed points
             for (double sign : {1, -1}) {
                 Case c;
                 c.int8 = true;

@@ -11,9 +11,10 @@ namespace QKV_ISA {
 // of 16 bits is 256 times a byte plus another, both signed, and takes two dot products.
 struct SplitCodes : KeyByKey {
     static constexpr bool SCALED = true;
-    static constexpr int STEP = 4 * LANES;                                               // columns of a vector of int8
-    static constexpr int LARGEST = 127 * 256 + 127;                                      // whose bytes are signed
-    static constexpr int64_t MOST_PRODUCTS = LANES * (1ll << 31) / (LARGEST + 1) / 128;  // whose sums fit 32 bits
+    static constexpr int STEP = 4 * LANES;           // columns of a vector of int8
+    static constexpr int LARGEST = 127 * 256 + 127;  // whose bytes are signed
+    // Whose sums fit 32 bits: a lane sums up four columns of each STEP, also of the last, which may lack some.
+    static constexpr int64_t MOST_PRODUCTS = (1ll << 31) / (LARGEST + 1) / 128 / 4 * STEP;
 
     // The bytes of LANES numbers: the first ones, and what is left.
     struct Bytes {
