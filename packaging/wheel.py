@@ -7,6 +7,7 @@ so that two machines agree if their compilers do; `qkv --version` names it.
 
 import argparse
 import hashlib
+import importlib.util
 import os
 import platform
 import re
@@ -23,6 +24,8 @@ NEWEST_GLIBC = 28
 MOST_BYTES = 5_000_000
 CROSS = {"aarch64": ("aarch64-linux-gnu-g++", "g++-aarch64-linux-gnu")}
 """For machines other than this one: the compiler that the toolchain file names, and its package in Debian."""
+TOOLS = ("build", "auditwheel", "check_wheel_contents")
+"""Modules of this Python that are run."""
 COMPILER_SETTINGS = ("CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS", "CC", "CXX", "CMAKE_ARGS", "CMAKE_GENERATOR")
 
 
@@ -45,6 +48,11 @@ def build(machine: str, out: Path) -> Path:
         environment["_PYTHON_HOST_PLATFORM"] = f"linux-{machine}"
     os.umask(0o022)
     out.mkdir(parents=True, exist_ok=True)
+    missing = [tool for tool in TOOLS if importlib.util.find_spec(tool) is None]
+    if missing:  # the kernel compiles for minutes first
+        raise WheelError(
+            f"needs {' and '.join(missing)}, which this Python lacks; run make wheel, which installs them."
+        )
     with tempfile.TemporaryDirectory() as folder:
         run("build", "--outdir", folder, *settings, str(ROOT), environment=environment)
         (sdist,) = Path(folder).glob("*.tar.gz")

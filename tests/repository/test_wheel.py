@@ -128,7 +128,18 @@ def test_an_output_that_is_no_folder_is_named(
 ) -> None:
     taken = tmp_path / "taken"
     taken.write_text("mine")
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")  # not that of a commit, which a copy lacks
     monkeypatch.setattr("sys.argv", ["wheel.py", "--out", str(taken / "dist")])
     assert script.main() == 1
     assert re.fullmatch(r"wheel: .*Not a directory: '.*/taken/dist'\n", capsys.readouterr().err)
     assert taken.read_text() == "mine"
+
+
+def test_a_missing_tool_is_named_before_anything_is_built(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    monkeypatch.setattr(script, "TOOLS", ("hashlib", "no_such_tool"))
+    monkeypatch.setattr(script, "run", lambda *command, **options: pytest.fail("was run"))
+    with pytest.raises(script.WheelError, match="needs no_such_tool, which this Python lacks; run make wheel"):
+        script.build("x86_64", tmp_path)
