@@ -20,6 +20,7 @@ from qkv.layers.rotary import RotaryEmbedding, shapes_of_tokens
 from qkv.layers.step_call import Computed, step_call
 from qkv.masks import Mask
 from qkv.rotation import Rotation
+from qkv.torch_internals import function_modes
 
 if TYPE_CHECKING:
     from qkv.layers.attention import Attention
@@ -80,7 +81,7 @@ def weights_of(layer: "Attention", x: Tensor, context: Tensor | None, options: C
     What is watched or replaced is called: hooks, patches, adapters, subclasses of modules and methods, functions that
     the composed layer looks up in a public place.
     """
-    if kernels.is_tracing() or torch._C._len_torch_function_stack():
+    if kernels.is_tracing() or function_modes():
         return "a compiler, a tracer or a mode of torch is active"
     mask, bias, positions, cache, _ = options
     if not isinstance(x, Tensor) or x.is_nested or x.dim() != 3 or not 0 < x.shape[0] * x.shape[1] <= MAX_TOKENS:
