@@ -80,6 +80,8 @@ CALLS_OVER_RANKS = ("parallel/test_calls.py",)
 AGREEMENT = ("parallel/test_agreement.py",)
 LAYERS_OVER_RANKS = ("parallel/test_layers.py",)
 CONTEXT = ("parallel/test_context.py",)
+COMPILING = ("parallel/test_compiling.py",)
+DATA_PARALLEL = ("parallel/test_data_parallel.py",)
 DRAWS = ("test_draws.py",)
 SHARDED = ("parallel/test_sharded_cache.py",)
 
@@ -143,6 +145,8 @@ MUTANTS = [
     Mutant("partial results in 16 bits", "parallel/schemes.py", "    wide = accumulation_dtype(call.q.dtype)\n    keys =", "    wide = call.q.dtype\n    keys =", CALLS_OVER_RANKS, "autocast"),
     Mutant("partial results under autocast", "parallel/attention.py", "if torch.is_autocast_enabled(device) else nullcontext()", "if False else nullcontext()", CALLS_OVER_RANKS, "autocast"),
     Mutant("gradients of ranks added in 16 bits", "parallel/exchange.py", "wide = torch.promote_types(dtype, torch.float32)", "wide = dtype", AGREEMENT, "in_fp32"),
+    Mutant("a compiler follows the plan of a call over ranks", "parallel/attention.py", "@between_graphs\ndef attend(", "def attend(", COMPILING, "causal"),
+    Mutant("a rank without tokens leaves out the weights of queries", "parallel/schemes.py", "for tensor in (self.q, *self.keys,", "for tensor in (*self.keys,", DATA_PARALLEL, "DDP and one_process"),
     Mutant("ranks agree by the text of a mask", "parallel/agreement.py", "digest_size=6).hexdigest()", "digest_size=6).hexdigest()[:0]", AGREEMENT, "disagree"),
     Mutant("tokens of a rank rotated as the first ones", "layers/over_ranks.py", "tokens.positions if positions is None else positions", "positions", LAYERS_OVER_RANKS, "is_the_layer and causal"),
     Mutant("the length of a rank scales its rotations", "layers/over_ranks.py", "length = tokens.length", "length = tokens.rows", LAYERS_OVER_RANKS, "rotary_by_length or rotary"),

@@ -14,6 +14,7 @@ from qkv.arguments import require_tensors
 from qkv.backends.result import accumulation_dtype
 from qkv.functional import Options
 from qkv.parallel.agreement import agreed, digest
+from qkv.parallel.compiling import between_graphs
 from qkv.parallel.exchange import Route, exchange
 from qkv.parallel.plan import stacking
 from qkv.parallel.schemes import SCHEMES, Call, PieceOptions, Solve, bytes_sent, scores_computed
@@ -30,6 +31,7 @@ class ShardedOptions(Options, total=False):
     backend: str
 
 
+@between_graphs
 def attention(
     q: Tensor,
     k: Tensor,
@@ -93,6 +95,7 @@ def attention(
     return SCHEMES[chosen](call)[0]
 
 
+@between_graphs
 def attention_with_lse(
     q: Tensor,
     k: Tensor,
@@ -146,6 +149,7 @@ class Explanation(NamedTuple):
         return "\n".join(lines)
 
 
+@between_graphs
 def explain(
     q: Tensor,
     k: Tensor,
@@ -184,6 +188,7 @@ def explain(
     return Explanation(chosen, sent, scores, reasons)
 
 
+@between_graphs
 def merge(partial: Partial | tuple[Tensor, Tensor], group: DeviceMesh | Any) -> Partial:
     """`qkv.merge` over ranks: each has the result of the same queries over its own keys, and gets that over all keys.
 
@@ -241,6 +246,7 @@ def _route_of(group: Any) -> Route:
     return Route(group, distributed.get_rank(group), distributed.get_world_size(group))
 
 
+@between_graphs
 def attend(
     caller: str,
     qkv: tuple[Tensor, Tensor, Tensor],

@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from qkv.arguments import require_count, require_int, require_tensors
 from qkv.masks import FULL, Mask
+from qkv.parallel.compiling import between_graphs
 from qkv.parallel.exchange import Route, exchange
 from qkv.parallel.plan import joining, pairs
 from qkv.parallel.runs import Layout, Runs, even, require_layout, rows_of, zigzag
@@ -121,6 +122,7 @@ class Tokens:
             return parts[0]
         return torch.cat(parts, dim) if parts else x.narrow(dim, 0, 0)
 
+    @between_graphs
     def join(self, x: Tensor, dim: int = 1) -> Tensor:
         """The rows of all ranks, in order, on each of them: the inverse of `take`.
 
