@@ -17,9 +17,9 @@ from qkv.cache.base import Owner, autocast_to
 from qkv.cache.rows import Rows
 from qkv.masks import FULL, Mask
 from qkv.parallel.agreement import agreed, digest
-from qkv.parallel.attention import merge
 from qkv.parallel.compiling import between_graphs
 from qkv.parallel.exchange import Route, exchange
+from qkv.parallel.merging import merge
 from qkv.parallel.plan import dealing
 from qkv.parallel.runs import Layout, Run
 from qkv.parallel.tokens import Tokens
@@ -245,7 +245,7 @@ class ShardedKVCache(Cache):
         if tokens.mesh != self._mesh.mesh:
             raise ValueError(f"{caller}: the layout must be of the mesh of the cache; got {tokens.mesh}.")
         plan = dealing(tokens.runs, self._blocks.layout(tokens.length), k.shape[1], tokens.rank)
-        (own,) = exchange(plan, tokens.route, [k, v]).kinds[0]
+        (own,) = exchange(plan, tokens.route._replace(caller=caller), [k, v]).kinds[0]
         self._store(own[0], own[1], tokens.length)
 
     def _store(self, k: Tensor, v: Tensor, count: int) -> Keys:

@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from qkv.arguments import require_count, require_int, require_tensors
 from qkv.masks import FULL, Mask
+from qkv.parallel.agreement import agreed, number_of
 from qkv.parallel.compiling import between_graphs
 from qkv.parallel.exchange import Route, exchange
 from qkv.parallel.plan import joining, pairs
@@ -135,12 +136,22 @@ class Tokens:
 
         Raises:
             TypeError: unless x is a tensor.
-            ValueError: for another number of rows than the layout gives to this rank.
+            ValueError: for another number of rows than the layout gives to this rank, and for rows of other shapes on
+                other ranks.
         """
-        self._require_rows("Tokens.join", x, dim, self.rows, f"the layout gives rank {self.rank}", "rows")
-        first = x.movedim(dim, 0)
+        route = self.route._replace(caller="Tokens.join")
+
+        def make() -> Tensor:
+            self._require_rows("Tokens.join", x, dim, self.rows, f"the layout gives rank {self.rank}", "rows")
+            return x.movedim(dim, 0)
+
+        def described(first: Tensor) -> dict[str, str]:
+            return {"tokens": repr(self.runs), "x": f"<{first.dtype}, rows of {tuple(first.shape[1:])}>"}
+
+        first = agreed("Tokens.join", route, make, described)
         rows = first.reshape(1, 1, len(first), math.prod(first.shape[1:]))
-        found = exchange(joining(self.runs, self.rank), self.route, [rows])
+        route = route._replace(call=number_of(described(first)))
+        found = exchange(joining(self.runs, self.rank), route, [rows])
         joined = found.kinds[0][0][0]
         return joined.reshape(self.length, *first.shape[1:]).movedim(0, dim)
 
