@@ -157,7 +157,7 @@ class Tokens:
 
     @property
     def route(self) -> Route:
-        """The ranks, for `exchange`."""
+        """The ranks, for exchanges."""
         return Route(self.mesh.get_group(), self.rank, self.mesh.size())
 
     def _require_rows(self, caller: str, x: object, dim: int, rows: int, whose: str, what: str) -> None:
