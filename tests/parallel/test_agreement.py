@@ -48,6 +48,18 @@ def test_join_is_the_inverse_of_take_and_adds_the_gradients_of_all_ranks(ranks: 
             assert found["text"].startswith(f"Tokens({n} over 3 ranks; 0: ")
 
 
+def _join_kinds() -> None:
+    tokens = parallel.Tokens(ragged(17, 3), mesh())
+    for dtype in (torch.bool, torch.uint8, torch.int64, torch.float16, torch.float64, torch.complex64):
+        whole = (torch.arange(17 * 3) % 2).reshape(17, 3).to(dtype)
+        found = tokens.join(tokens.take(whole, dim=0), dim=0)
+        assert found.dtype is dtype and torch.equal(found, whole), dtype
+
+
+def test_tensors_of_every_kind_are_joined(ranks: Of) -> None:
+    ranks(3).run(_join_kinds)
+
+
 def _large_and_small() -> Tensor:
     """The gradient of a number that the first rank wants 256 times, and each other once."""
     tokens = parallel.Tokens.even(3, mesh())

@@ -106,6 +106,9 @@ def validated(
         if tensor.dim() != 4:
             make_problem(caller, *qkv)
     layout, n_keys = _require_layouts(caller, qkv, tokens, options.get("key_tokens"), options.get("scheme", "auto"))
+    for name, x in (("v", qkv[2]), ("k_scale", k_scale), ("v_scale", v_scale)):
+        if x is not None:
+            _require_rows_of_keys(caller, name, x, qkv[1])
     q, k, v = _autocast(qkv)
     stand_ins = [_stand_in(x, n) for x, n in ((q, tokens.length), (k, n_keys), (v, n_keys))]
     given = {name: value for name, value in options.items() if name not in _OF_THE_CALL}
@@ -205,6 +208,15 @@ def _require_rows(caller: str, name: str, x: Tensor, tokens: Tokens) -> None:
         raise ValueError(
             f"{caller}: {name} must have the {tokens.rows} rows that the layout gives rank {tokens.rank} of "
             f"{len(tokens.runs)}; got {x.shape[2]}. Use tokens.take({name}, dim=2) of all {tokens.length} rows."
+        )
+
+
+def _require_rows_of_keys(caller: str, name: str, x: Tensor, k: Tensor) -> None:
+    require_tensors(caller, **{name: x})
+    if x.dim() < 3 or x.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"{caller}: {name} must have the {k.shape[2]} rows that k has on this rank, in dimension 2; "
+            f"got shape {tuple(x.shape)}."
         )
 
 

@@ -226,7 +226,7 @@ def _all_to_all(
     packed, received = like.new_empty(sum(sizes)), like.new_zeros(sum(expected_sizes))
     for of_peer, count, message in zip(leaving, sent, packed.split(sizes), strict=True):
         if count and heading:
-            message[:heading] = _heading(route, count, like)
+            message[:heading].view(torch.uint8).copy_(_heading(route, count, like))
         parts = [_part(source.tensor, move) for source, move in of_peer]
         for part, space in zip(parts, message[heading:].split([part.numel() for part in parts]), strict=True):
             space.view(part.shape).copy_(part)
@@ -235,7 +235,7 @@ def _all_to_all(
     for peer, (of_peer, count, message) in enumerate(
         zip(arriving, expected, received.split(expected_sizes), strict=True)
     ):
-        if count and heading and not _is_same(message[:heading], _heading(route, count, like)):
+        if count and heading and not torch.equal(message[:heading].view(torch.uint8), _heading(route, count, like)):
             raise ValueError(
                 f"{route.caller}: all ranks must make the same call; rank {peer} has made another than rank "
                 f"{route.rank}. Set the environment variable QKV_CHECK=1: ranks then compare calls before anything is "
@@ -251,11 +251,6 @@ HEADING = 16
 
 
 def _heading(route: Route, count: int, like: Tensor) -> Tensor:
-    """What a message of so many numbers begins with, if it is of the same call. On a GPU, it would have to be read."""
+    """The bytes before so many numbers, in a message of the same call. On a GPU, they would have to be waited for."""
     numbers = torch.tensor([route.call, count * like.element_size()], dtype=torch.int64, device="cpu")
-    return numbers.view(like.dtype)
-
-
-def _is_same(heading: Tensor, wanted: Tensor) -> bool:
-    """By bits, as they may be no number in their dtype."""
-    return torch.equal(heading.clone().view(torch.int64), wanted.view(torch.int64))
+    return numbers.view(torch.uint8)

@@ -129,7 +129,7 @@ def gather(call: Call) -> tuple[Tensor, Tensor | None]:
         options = call.options(_mask_of(call, run, keys), offset, bias, every_head, keys.start - keys.head)
         parts.append(call.solve(q, tensors, options, wants_lse=call.wants_lse))
     out, lse = _joined(parts, 2) if parts else call.nothing(every_head[1], 0)
-    return depend(out, arrived.link), lse
+    return depend(out, arrived.link), None if lse is None else depend(lse, arrived.link)
 
 
 def _mask_of(call: Call, run: Run, keys: Keys) -> Mask:
@@ -190,7 +190,7 @@ def merge(call: Call) -> tuple[Tensor, Tensor | None]:
     assert lse is not None
     if call.scores.sink_logits is not None:
         out, lse = add_sinks(out, lse, call.scores.sink_logits)
-    return depend(out.to(call.q.dtype), exchanged.link), lse if call.wants_lse else None
+    return depend(out.to(call.q.dtype), exchanged.link), depend(lse, exchanged.link) if call.wants_lse else None
 
 
 SCHEMES: dict[str, Callable[[Call], tuple[Tensor, Tensor | None]]] = {"gather": gather, "heads": heads, "merge": merge}
