@@ -80,6 +80,8 @@ CALLS_OVER_RANKS = ("parallel/test_calls.py",)
 AGREEMENT = ("parallel/test_agreement.py",)
 LAYERS_OVER_RANKS = ("parallel/test_layers.py",)
 CONTEXT = ("parallel/test_context.py",)
+COMPILING = ("parallel/test_compiling.py",)
+DATA_PARALLEL = ("parallel/test_data_parallel.py",)
 DRAWS = ("test_draws.py",)
 SHARDED = ("parallel/test_sharded_cache.py",)
 
@@ -137,12 +139,21 @@ MUTANTS = [
     Mutant("other keys become sinks by their new numbers", "masks.py", "sink_tokens=min(max(self.sink_tokens - start, 0), stop - start)", "sink_tokens=self.sink_tokens", OVER_RANKS, "every_case and merge"),
     Mutant("a sink logit at each rank", "parallel/schemes.py", "call.scores._replace(sink_logits=None)", "call.scores", OVER_RANKS, "every_case and merge"),
     Mutant("dropout at the place within a rank", "parallel/schemes.py", "first_key=draw.first_key + first_key", "first_key=draw.first_key", OVER_RANKS, "dropout_drops"),
-    Mutant("dropout of each rank's own draw", "parallel/attention.py", "seed = of_first_rank(draw.seed, tokens.route.group, tokens.mesh.device_type)", "seed = draw.seed", OVER_RANKS, "without_a_draw"),
+    Mutant("dropout of each rank's own draw", "parallel/calls.py", "seed = of_first_rank(draw.seed, tokens.route.group, tokens.mesh.device_type)", "seed = draw.seed", OVER_RANKS, "without_a_draw"),
     Mutant("bytes of a lse forgotten", "parallel/schemes.py", "(call.value_width + 1) * wide", "call.value_width * wide", OVER_RANKS, "bytes_are"),
     Mutant("all runs at the position of the first", "parallel/schemes.py", "offset = call.offset + run.start + keys.shift()", "offset = call.offset + call.tokens.own[0].start + keys.shift()", CALLS_OVER_RANKS, "fp64"),
     Mutant("partial results in 16 bits", "parallel/schemes.py", "    wide = accumulation_dtype(call.q.dtype)\n    keys =", "    wide = call.q.dtype\n    keys =", CALLS_OVER_RANKS, "autocast"),
-    Mutant("partial results under autocast", "parallel/attention.py", "if torch.is_autocast_enabled(device) else nullcontext()", "if False else nullcontext()", CALLS_OVER_RANKS, "autocast"),
+    Mutant("partial results under autocast", "parallel/calls.py", "if torch.is_autocast_enabled(device) else nullcontext()", "if False else nullcontext()", CALLS_OVER_RANKS, "autocast"),
     Mutant("gradients of ranks added in 16 bits", "parallel/exchange.py", "wide = torch.promote_types(dtype, torch.float32)", "wide = dtype", AGREEMENT, "in_fp32"),
+    Mutant("a compiler follows the plan of a call over ranks", "parallel/attention.py", "@between_graphs\ndef attend(", "def attend(", COMPILING, "causal"),
+    Mutant("a rank without tokens leaves out the weights of queries", "parallel/schemes.py", "for tensor in (self.q, *self.keys,", "for tensor in (*self.keys,", OVER_RANKS, "every_case and gather"),
+    Mutant("a rank without tokens leaves the others waiting for gradients", "parallel/schemes.py", "    return depend(out, arrived.link), None", "    return out, None", DATA_PARALLEL, "DDP and one_process"),
+    Mutant("a rank without tokens leaves the others waiting for those of the lse", "parallel/schemes.py", "None if lse is None else depend(lse, arrived.link)", "lse", CALLS_OVER_RANKS, "lse"),
+    Mutant("values of another length over ranks", "parallel/calls.py", "x.dim() < 3 or x.shape[2] != k.shape[2]", "x.dim() < 3", OVER_RANKS, "errors"),
+    Mutant("headings in the dtype of the rows", "parallel/exchange.py", "message[:heading].view(torch.uint8).copy_(_heading(route, count, like))", "message[:heading] = _heading(route, count, like).view(like.dtype)", AGREEMENT, "every_kind"),
+    Mutant("messages of other calls are taken", "parallel/exchange.py", "if count and heading and not torch.equal(", "if False and not torch.equal(", AGREEMENT, "another_call"),
+    Mutant("calls are told apart by the length of messages", "parallel/calls.py", "call=number_of(common)", "call=0", AGREEMENT, "another_call"),
+    Mutant("tensors of other shapes are compared after all", "parallel/merging.py", "agreed(_CALLER, route, lambda: _required(partial), _described)", "_required(partial)", AGREEMENT, "say_in_what"),
     Mutant("ranks agree by the text of a mask", "parallel/agreement.py", "digest_size=6).hexdigest()", "digest_size=6).hexdigest()[:0]", AGREEMENT, "disagree"),
     Mutant("tokens of a rank rotated as the first ones", "layers/over_ranks.py", "tokens.positions if positions is None else positions", "positions", LAYERS_OVER_RANKS, "is_the_layer and causal"),
     Mutant("the length of a rank scales its rotations", "layers/over_ranks.py", "length = tokens.length", "length = tokens.rows", LAYERS_OVER_RANKS, "rotary_by_length or rotary"),
@@ -166,7 +177,7 @@ MUTANTS = [
     Mutant("a crop to as many tokens on each rank", "parallel/sharded_cache.py", "part.crop(self._blocks.count(length))", "part.crop(min(length, part.length))", SHARDED, "copied"),
     Mutant("a seen block from its first key", "parallel/sharded_cache.py", "                start += whole - rows.start\n", "", SHARDED, "steps_are"),
     Mutant("a prompt dealt out by runs", "parallel/plan.py", "at = row + part.start - run.start\n", "at = row\n", SHARDED, "dealt"),
-    Mutant("ranks of tokens drop apart under heads", "parallel/attention.py", "seed = of_first_rank(draw.seed, tokens.route.group, tokens.mesh.device_type)", "seed = draw.seed", HEADS, "tokens_over"),
+    Mutant("ranks of tokens drop apart under heads", "parallel/calls.py", "seed = of_first_rank(draw.seed, tokens.route.group, tokens.mesh.device_type)", "seed = draw.seed", HEADS, "tokens_over"),
     Mutant("results of 16 bits merged", "parallel/sharded_cache.py", "wide = accumulation_dtype(q.dtype)", "wide = q.dtype", SHARDED, "rounded"),
     Mutant("a draw by the head of a call", f"{NATIVE}/softmax/scores.h", "(uint32_t)(t.head[r] + p.first_head)", "(uint32_t)t.head[r]", DRAWS),
     Mutant("a window cuts one key less", "look.py", "beyond = [~Mask.band(window - 1, None)", "beyond = [~Mask.band(window, None)", LOOK),
