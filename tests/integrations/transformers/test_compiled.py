@@ -21,6 +21,9 @@ IDS = torch.randint(3, 97, (2, 9), generator=torch.Generator().manual_seed(0))
 KEEP = torch.ones_like(IDS)
 KEEP[0, :3] = 0
 
+CACHED = {"qkv.cached_layers", "qkv.cached_module"}
+"""Operators that append to a cache."""
+
 
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> Iterator[None]:
@@ -182,7 +185,7 @@ def test_a_module_with_our_cache_is_one_operator_which_takes_padding() -> None:
         got, want = logits(program, QKVCache(model), keep), logits(model.forward, QKVCache(model), keep)
         torch.testing.assert_close(got[keep.bool()], want[keep.bool()], rtol=1e-4, atol=1e-5)
     assert len(operators.found) <= 3
-    assert all(found == {"qkv.kind_of_mask": 1, "qkv.cached_modules": 1} for found in operators.found)
+    assert all(found == {"qkv.kind_of_mask": 1, "qkv.cached_layers": 1} for found in operators.found)
 
 
 @pytest.mark.long
@@ -205,8 +208,8 @@ def test_each_kind_of_module_and_cache(kind: str) -> None:
         got, want = logits(program, caches[0], keep), logits(model.forward, caches[1], keep)
         torch.testing.assert_close(got[keep.bool()], want[keep.bool()], rtol=1e-3, atol=1e-4)
     assert len(operators.found) <= 4
-    layers_at_once = kind != "granite"
-    assert all(found["qkv.cached_modules"] == (1 if layers_at_once else 2) for found in operators.found)
+    expected = ("qkv.cached_module", 2) if kind == "granite" else ("qkv.cached_layers", 1)
+    assert all(found[expected[0]] == expected[1] for found in operators.found)
 
 
 @pytest.mark.long
@@ -219,7 +222,7 @@ def test_a_gated_mlp_in_16_bits_is_one_operator() -> None:
     keep = torch.ones_like(IDS)
     got, want = logits(program, QKVCache(model), keep), logits(model.forward, QKVCache(model), keep)
     torch.testing.assert_close(got, want, rtol=0.02, atol=0.02)
-    assert operators.found[-1] == {"qkv.kind_of_mask": 1, "qkv.cached_modules": 1, "qkv.module": 1}
+    assert operators.found[-1] == {"qkv.kind_of_mask": 1, "qkv.cached_module": 1, "qkv.module": 1}
 
 
 @pytest.mark.long
@@ -236,7 +239,7 @@ def test_what_is_watched_trained_or_cached_otherwise_is_followed() -> None:
         want = model(IDS, use_cache=False).logits
         got = program(IDS, past_key_values=cache, use_cache=True).logits
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-        assert all("qkv.cached_modules" not in found for found in operators.found)
+        assert all(found.keys().isdisjoint(CACHED) for found in operators.found)
     static = llama()
     want = generate(static, max_new_tokens=5)
     static.forward = program_of(static)
@@ -269,7 +272,7 @@ def test_copies_of_models_and_caches_have_handles_of_their_own() -> None:
             got = program(IDS[:, 5:6], past_key_values=each, use_cache=True).logits
             torch.testing.assert_close(got, want[:, 5:], rtol=1e-4, atol=1e-5)
             assert (each.get_seq_length(), cache.get_seq_length()) == (6, 5)
-        assert operators.found and all(found["qkv.cached_modules"] == 1 for found in operators.found)
+        assert operators.found and all(found["qkv.cached_layers"] == 1 for found in operators.found)
 
 
 def test_a_length_read_after_a_call_is_the_length_after_it() -> None:
@@ -319,7 +322,7 @@ def test_a_model_that_is_given_back_is_followed() -> None:
         cache = QKVCache(model) if enabled else transformers.DynamicCache()
         got = program(IDS, past_key_values=cache, use_cache=True).logits
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-        assert all(("qkv.cached_modules" in found) == operators_in_graph for found in operators.found)
+        assert all(("qkv.cached_layers" in found) == operators_in_graph for found in operators.found)
 
 
 @pytest.mark.long
