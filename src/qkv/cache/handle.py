@@ -109,8 +109,8 @@ def _is_written(handle: Any, node: Any) -> bool:
 
 
 def example_of(node: Any) -> Any:
-    """The value for which a compiler takes an input of a graph; None if it does not tell."""
-    return getattr(node.meta.get("grapharg"), "example", None)
+    """The value for which a compiler takes an input of a graph. Raises KeyError or AttributeError if it does not tell."""
+    return node.meta["grapharg"].example
 
 
 def _names(operator: str) -> tuple[Any, Any]:
