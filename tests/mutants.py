@@ -72,6 +72,7 @@ STEP = ("layers/test_step.py",)
 MODULE_STEP = ("integrations/transformers/test_attention_step.py",)
 DECODER = ("integrations/transformers/test_decoder_step.py",)
 MODEL = ("integrations/transformers/test_model_forward.py",)
+COMPILED = ("integrations/transformers/test_compiled.py",)
 SEQUENCES = ("test_packed.py", "test_paged.py")
 HEADS = ("parallel/test_heads.py",)
 PLAN = ("parallel/test_plan.py",)
@@ -507,7 +508,12 @@ MUTANTS = [
     Mutant("transformers' window one wider", "integrations/transformers/masks.py", 'Mask.band(cells["sliding_window"] - 1, None)', 'Mask.band(cells["sliding_window"], None)', ("integrations/transformers/test_attention.py",)),
     Mutant("transformers' padding dropped", "integrations/transformers/masks.py", "if not keep.all():", "if False:", ("integrations/transformers/test_attention.py",)),
     Mutant("a cache read before the calls of its graph", "cache/handle.py", "    if is_written:", "    if False:", ("cache/test_compiled.py",)),
-    Mutant("a cache of transformers read before the calls of its graph", "cache/handle.py", "any(written in node.all_input_nodes for node in appending)", "False", ("integrations/transformers/test_compiled.py",)),
+    Mutant("a cache of transformers read before the calls of its graph", "cache/handle.py", "    return any(each is layer for each in cache.layers)\n", "    return False\n", COMPILED),
+    Mutant("layers of a program from the last to the first", "integrations/transformers/steps/cached_layers.py", "        calls.append((listed[place], given))\n", "        calls.insert(0, (listed[place], given))\n", COMPILED, "noticed"),
+    Mutant("parameters that a program has written before its layers", "integrations/transformers/steps/cached_layers.py", "                and read.isdisjoint(map(_memory, parameters_of(module)))\n", "", COMPILED, "writes_before"),
+    Mutant("parts that a program has replaced in its layers", "integrations/transformers/steps/cached_layers.py", "                and not any(_is_changed(part, effects) for part in module.modules())\n", "", COMPILED, "a_part"),
+    Mutant("parameters that a program writes while its layers run", "integrations/transformers/steps/cached_layers.py", "            node.args = (*node.args[:-1], read)\n", "", COMPILED, "writes_after"),
+    Mutant("layers of a program that return what it hands in", "integrations/transformers/steps/cached_layers.py", "    return out.clone() if out.data_ptr() == x.data_ptr() else out.contiguous()\n", "    return out.contiguous()\n", COMPILED, "share"),
     Mutant("parameters that a program computes ignored", "layers/operator_forward.py", "if all(map(_is_same, parameters, own)):", "if True:", ("cache/test_compiled.py",)),
     Mutant("a mask of a program known by its last row", "integrations/transformers/masks.py", "(rows == 1 and mask.left is None)", "mask.left is None", ("integrations/transformers/test_compiled.py",)),
     Mutant("padding of a program's mask lost", "integrations/transformers/masks.py", "if kind.hides_keys:", "if False:", ("integrations/transformers/test_compiled.py",)),

@@ -288,6 +288,7 @@ def test_what_is_changed_later_is_noticed(name: str) -> None:
     program, operators = operators_of(model)
     keep = torch.ones_like(IDS)
     before = logits(program, QKVCache(model), keep)
+    torch.testing.assert_close(before, logits(model.forward, QKVCache(model), keep), rtol=1e-4, atol=1e-5)
     compiled = len(operators.found)
     LATER[name](model)
     got, want = logits(program, QKVCache(model), keep), logits(model.forward, QKVCache(model), keep)
@@ -409,18 +410,36 @@ def test_the_length_of_another_cache_is_read_in_the_same_graph() -> None:
     torch.testing.assert_close(got, call(IDS, QKVCache(model)), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.long
-def test_parameters_that_a_program_computes() -> None:
+@pytest.mark.parametrize("by", ["program", "caller"])
+def test_parameters_that_are_not_those_of_the_model(by: str) -> None:
     model = llama()
+    given = {name: 3 * weight for name, weight in model.named_parameters()}
 
-    def call(ids: torch.Tensor, cache: Any) -> torch.Tensor:
-        weights = {name: 2 * weight for name, weight in model.named_parameters()}
+    def call(ids: torch.Tensor, cache: Any, weights: Any) -> torch.Tensor:
+        weights = {name: 2 * weight for name, weight in model.named_parameters()} if by == "program" else weights
         options = {"past_key_values": cache, "use_cache": True}
         out: torch.Tensor = torch.func.functional_call(model, weights, (ids,), options).logits
         return out
 
-    got = torch.compile(call, backend="aot_eager")(IDS, QKVCache(model))
-    torch.testing.assert_close(got, call(IDS, QKVCache(model)), rtol=1e-4, atol=1e-5)
+    got = torch.compile(call, backend="aot_eager")(IDS, QKVCache(model), given)
+    torch.testing.assert_close(got, call(IDS, QKVCache(model), given), rtol=1e-4, atol=1e-5)
+
+
+def test_a_part_that_a_program_replaces() -> None:
+    """The program puts it into the module at its end."""
+    model, twin = llama(layers=2), llama(layers=2)
+    parts = [copy.deepcopy(each.model.layers[0].mlp) for each in (model, twin)]
+    for part in parts:
+        part.down_proj.weight.mul_(3)
+
+    def call(model: Any, part: Any, cache: Any) -> torch.Tensor:
+        model.model.layers[1].mlp = part
+        out: torch.Tensor = model(IDS, past_key_values=cache, use_cache=True).logits
+        return out
+
+    want = call(twin, parts[1], QKVCache(twin))
+    program = torch.compile(lambda cache: call(model, parts[0], cache), backend="aot_eager")
+    torch.testing.assert_close(program(QKVCache(model)), want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.long
