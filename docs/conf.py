@@ -46,7 +46,7 @@ nitpick_ignore_regex = [
         r"(Any|Callable|Number|types.FrameType|contextlib.AbstractContextManager|Iterable|Iterator|Mapping|Sequence|Unpack|Tensor|TypeVar|nn|Axes|Figure|Path|Never)(\..*)?",
     ),
     # In signatures: types of the code inside, which no page has.
-    ("py:class", r"qkv\.(analysis|convert|integrations|layers)\.[\w.]+"),
+    ("py:class", r"qkv\.(analysis|convert|integrations|layers|parallel)\.[\w.]+|qkv\.cache\.base\.Shards"),
     # In signatures: the keywords of a call as a type, whose meanings its docstring gives; type variables.
     ("py:.*", r"(.*\.)?(Options|LayerOptions|HeadOptions|ScoreOptions|Model|Self)"),
 ]

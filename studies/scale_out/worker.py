@@ -174,7 +174,7 @@ def links(settings: Settings, mesh: DeviceMesh) -> list[float]:
 
 def without_attention() -> Any:
     """A context in which calls exchange what they do, and return zeros that depend on it."""
-    return mock.patch("qkv.parallel.attention._solver", return_value=zeros)
+    return mock.patch("qkv.parallel.calls._solver", return_value=zeros)
 
 
 def zeros(q: Tensor, keys: Sequence[Tensor], options: Any, *, wants_lse: bool) -> tuple[Tensor, Tensor | None]:

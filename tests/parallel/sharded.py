@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import qkv
 from qkv import Mask, parallel
+from qkv.parallel.exchange import HEADING
 from qkv.parallel.runs import Layout, even, normalised, zigzag
 
 BY_NAME = {case.name: case for case in CASES}
@@ -160,7 +161,7 @@ def solve_long(mask: Mask, layout: Layout, dtype: torch.dtype, scheme: str, **op
 
 
 class BytesSent(TorchDispatchMode):
-    """Counts the bytes that this process hands to collectives for others."""
+    """Counts the bytes that this process hands to collectives for others, without those before each message."""
 
     def __init__(self, rank: int) -> None:
         super().__init__()
@@ -174,7 +175,7 @@ class BytesSent(TorchDispatchMode):
 
     def count(self, packed: Tensor, splits: Sequence[int]) -> None:
         assert splits[self.rank] == 0, "a rank sends to itself"
-        self.calls.append(sum(splits) * packed.element_size())
+        self.calls.append(sum(splits) * packed.element_size() - HEADING * sum(count > 0 for count in splits))
 
 
 @contextlib.contextmanager

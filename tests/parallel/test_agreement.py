@@ -48,6 +48,18 @@ def test_join_is_the_inverse_of_take_and_adds_the_gradients_of_all_ranks(ranks: 
             assert found["text"].startswith(f"Tokens({n} over 3 ranks; 0: ")
 
 
+def _join_kinds() -> None:
+    tokens = parallel.Tokens(ragged(17, 3), mesh())
+    for dtype in (torch.bool, torch.uint8, torch.int64, torch.float16, torch.float64, torch.complex64):
+        whole = (torch.arange(17 * 3) % 2).reshape(17, 3).to(dtype)
+        found = tokens.join(tokens.take(whole, dim=0), dim=0)
+        assert found.dtype is dtype and torch.equal(found, whole), dtype
+
+
+def test_tensors_of_every_kind_are_joined(ranks: Of) -> None:
+    ranks(3).run(_join_kinds)
+
+
 def _large_and_small() -> Tensor:
     """The gradient of a number that the first rank wants 256 times, and each other once."""
     tokens = parallel.Tokens.even(3, mesh())
@@ -202,7 +214,7 @@ DISAGREEMENTS = {
     "documents": r"got mask .*Mask.documents.* on rank 0 and .* on rank 1",
     "layout": r"got tokens .* on rank 0 and .* on rank 1",
     "scheme": r"got scheme gather on rank 0 and heads on rank 1",
-    "gradient": r"got q and keys .* on rank 0 and .* on rank 1",
+    "gradient": r"got requires_grad \[False, False, False\] on rank 0 and \[False, True, False\] on rank 1",
     "scores": r"got scores .* on rank 0 and .*3.0.* on rank 1",
     "rows": r"rank 1 raised ValueError: parallel.attention: q must have the 8 rows .*; got 7|q must have the 8 rows",
 }
@@ -214,6 +226,126 @@ def test_ranks_that_disagree_raise_where_they_would_wait(checked: Ranks) -> None
         for one in checked.try_run(_disagree, change):
             assert isinstance(one, Failure) and one.kind == "ValueError", f"{change}: {one}"
             assert re.search(message, one.message), f"{change}: {one.message}"
+
+
+def _alone(change: str, scheme: str) -> tuple[Tensor, Tensor]:
+    """A call of which the second rank makes another; the rows of the output and of what one process has."""
+    n, tokens = 24, parallel.Tokens.even(24, mesh())
+    whole = sharded.long_inputs(torch.float32, n)[:3]
+    q, k, v = (tokens.take(x, dim=2) for x in whole)
+    mask, want = Mask.causal(), tokens.take(qkv.attention(*whole, mask=Mask.causal()), dim=2)
+    if tokens.rank == 1:
+        if change == "gone":
+            os._exit(3)
+        if change == "error":
+            raise KeyError("its own")
+        if change == "rows":
+            q = q[:, :, 1:]
+        if change == "dtype":
+            q, k, v = (x.bfloat16() for x in (q, k, v))
+        if change == "wider dtype":
+            q, k, v = (x.double() for x in (q, k, v))
+        if change == "fewer KV heads":
+            k, v = k[:, :1], v[:, :1]
+        if change == "more KV heads":
+            k, v = k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1)
+        if change == "batch":
+            q, k, v = (x.repeat(2, 1, 1, 1) for x in (q, k, v))
+        if change == "mask":
+            mask = Mask.causal(window=5)
+        if change == "layout":
+            tokens = parallel.Tokens((((0, 7),), ((8, 16),), ((7, 8), (16, 24))), mesh())
+        if change == "scheme":
+            scheme = "gather" if scheme == "heads" else "heads"
+    return parallel.attention(q, k, v, tokens, mask=mask, scheme=scheme), want
+
+
+OTHERS = [
+    ("gone", "gather"),
+    ("error", "gather"),
+    ("rows", "merge"),
+    ("dtype", "gather"),
+    ("wider dtype", "merge"),
+    ("fewer KV heads", "gather"),
+    ("fewer KV heads", "heads"),
+    ("more KV heads", "merge"),
+    ("batch", "gather"),
+    ("mask", "gather"),
+    ("mask", "heads"),
+    ("mask", "merge"),
+    ("layout", "heads"),
+    ("scheme", "gather"),
+]
+
+
+@pytest.fixture(scope="module")
+def hasty() -> Iterator[Ranks]:
+    """Three ranks that do not wait long."""
+    group = Ranks(3, timeout=2)
+    yield group
+    group.stop()
+
+
+@pytest.mark.parametrize(("change", "scheme"), OTHERS, ids=str)
+def test_a_rank_that_makes_another_call_makes_no_other_wrong(hasty: Ranks, change: str, scheme: str) -> None:
+    """A rank that needs nothing of it may be done; each other has an error, of ours, of torch, or of gloo's process."""
+    found = hasty.try_run(_alone, change, scheme)
+    failed = [one for one in found if isinstance(one, Failure)]
+    assert any(isinstance(one, Failure) for one in (found[0], found[2])), "no other rank has noticed"
+    for rank in (0, 2):
+        if not isinstance(found[rank], Failure):
+            got, want = found[rank]
+            torch.testing.assert_close(got, want, msg="a wrong result on another rank")
+    assert not any(one.kind == "TimeoutError" for one in failed), "a rank hangs"
+    if (change, scheme) in (("mask", "heads"), ("fewer KV heads", "heads")):  # messages of as many bytes
+        assert re.search(
+            r"parallel.attention: all ranks must make the same call; rank \d has made another .* QKV_CHECK=1",
+            next(one for one in failed if one.kind == "ValueError").message,
+        )
+
+
+@pytest.mark.parametrize("what", ["join", "merge"])
+def test_ranks_that_join_or_merge_other_tensors_say_in_what_they_differ(checked: Ranks, what: str) -> None:
+    caller, differs = {
+        "join": ("Tokens.join", r"got x <torch.float32, rows of \(2, 3\)> on rank 0 and .*\(2, 4\)> on rank 1"),
+        "merge": (
+            "parallel.merge",
+            r"got out <torch.float32 \(1, 2, 4, 8\)> on rank 0 and .*\(1, 2, 5, 8\)> on rank 1",
+        ),
+    }[what]
+    for one in checked.try_run(_join_and_merge_others, what):
+        assert isinstance(one, Failure) and one.kind == "ValueError", one
+        assert re.search(f"{caller}: all ranks must make the same call; {differs}", one.message), one.message
+
+
+def _backward_of_another() -> str:
+    """A backward pass of which the second rank takes that of another call."""
+    tokens = parallel.Tokens.even(24, mesh())
+    q, k, v = (tokens.take(x, dim=2).requires_grad_() for x in sharded.long_inputs(torch.float32, 24)[:3])
+    first = parallel.attention(q, k, v, tokens, mask=Mask.causal(), scheme="heads")
+    second = parallel.attention(q, k, v, tokens, mask=Mask.causal(window=5), scheme="heads")
+    (second if tokens.rank == 1 else first).sum().backward()
+    return "done"
+
+
+def test_backward_passes_of_other_calls_raise(hasty: Ranks) -> None:
+    for one in hasty.try_run(_backward_of_another):
+        assert isinstance(one, Failure) and one.kind == "ValueError", one
+        assert "parallel.attention: all ranks must make the same call" in one.message
+
+
+def _join_and_merge_others(what: str) -> Any:
+    rank, tokens = mesh().get_local_rank(), parallel.Tokens.even(24, mesh())
+    if what == "join":
+        return tokens.join(torch.zeros(2, 8, 3 + (rank == 1)))
+    rows = 4 + (rank == 1)
+    return parallel.merge((torch.zeros(1, 2, rows, 8), torch.zeros(1, 2, rows)), mesh())
+
+
+@pytest.mark.parametrize("what", ["join", "merge"])
+def test_tensors_of_other_shapes_are_not_joined_or_merged(hasty: Ranks, what: str) -> None:
+    for one in hasty.try_run(_join_and_merge_others, what):
+        assert isinstance(one, Failure), one
 
 
 def _die(rank: int) -> float:

@@ -222,6 +222,15 @@ def _call(change: str) -> str:
         q = q[:, :, 1:]
     elif change == "key rows":
         k, v = k[:, :, 1:], v[:, :, 1:]
+    elif change == "value rows":
+        v = v[:, :, 1:]
+    elif change == "value rows of whole keys":
+        k, v, options["key_tokens"] = torch.randn(1, 2, 9, 8), torch.randn(1, 2, 8, 8), parallel.WHOLE
+    elif change == "scale rows":
+        k, v = k.to(torch.int8), v.to(torch.int8)
+        options |= {"k_scale": torch.ones(1, 2, 20), "v_scale": torch.ones(1, 2, 20)}
+    elif change == "scale type":
+        options["k_scale"] = 1.0
     elif change == "key layout":
         options["key_tokens"] = parallel.Tokens.even(21, ranks)
         k, v = (options["key_tokens"].take(torch.randn(1, 2, 21, 8), dim=2) for _ in range(2))
@@ -254,6 +263,10 @@ def _call(change: str) -> str:
 MESSAGES = {
     "rows": r"q must have the [67] rows that the layout gives rank \d of 3; got [56]. Use tokens.take\(q, dim=2\)",
     "key rows": r"k must have the [67] rows that the layout gives rank \d of 3; got [56]",
+    "value rows": r"v must have the [67] rows that k has on this rank, in dimension 2; got shape \(1, 2, [56], 8\)",
+    "value rows of whole keys": r"v must have the 9 rows that k has on this rank, in dimension 2; got .*8, 8\)",
+    "scale rows": r"k_scale must have the [67] rows that k has on this rank, in dimension 2; got shape \(1, 2, 20\)",
+    "scale type": r"k_scale must be a tensor; got float",
     "key layout": r"Mask.causal\(\) depends on the positions of queries, so 20 queries with 21 keys need an offset",
     "scheme": r"scheme must be 'auto' or one of 'gather', 'heads', 'merge'; got 'ring'",
     "no layout": r"tokens must be a qkv.parallel.Tokens; got int. Use Tokens.even\(n, mesh\)",

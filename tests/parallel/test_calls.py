@@ -158,3 +158,20 @@ def test_keys_that_each_rank_has_are_not_sent(ranks: Of) -> None:
     assert found.chosen == "gather" and found.sent == {"gather": (0, 0, 0)}
     assert found.scores == {"gather": (480, 480, 480)}
     assert "heads   not for keys that each rank has whole" in str(found)
+
+
+def _of_lse(layout: Any, scheme: str) -> Tensor:
+    """The gradient of q, k and v alike, of a loss of the lse alone."""
+    tokens = parallel.Tokens(layout, mesh())
+    x = tokens.take(sharded.long_inputs(torch.float32, N)[0], dim=2).requires_grad_()
+    lse = parallel.attention_with_lse(x, x, x, tokens, mask=Mask.causal(), scheme=scheme).lse
+    (gradient,) = torch.autograd.grad(lse.sin().sum(), x)
+    return gradient
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_loss_of_the_lse_alone_reaches_the_keys_of_a_rank_without_queries(ranks: Of, scheme: str) -> None:
+    x = sharded.long_inputs(torch.float32, N)[0].requires_grad_()
+    (want,) = torch.autograd.grad(qkv.attention_with_lse(x, x, x, mask=Mask.causal()).lse.sin().sum(), x)
+    layout = ((), *even(N, 2))
+    torch.testing.assert_close(joined(ranks(3).run(_of_lse, layout, scheme), layout), want, rtol=1e-4, atol=1e-5)

@@ -14,6 +14,7 @@ from torch import Tensor, distributed, nn
 import qkv
 from qkv import Mask
 from qkv.parallel import ShardedKVCache
+from qkv.parallel.exchange import HEADING
 
 Of = Callable[[int], Ranks]
 
@@ -146,7 +147,7 @@ def sent(lengths: list[int]) -> list[list[int]]:
 def test_a_step_is_one_collective_whose_bytes_do_not_grow(ranks: Of) -> None:
     for numbers in ranks(3).run(sent, [1, 5, 100, 1000]):
         to_others, queries, width = 2, 2 * 4, 4 + 1
-        assert numbers == [[to_others * queries * width * 4]] * 4
+        assert numbers == [[to_others * (queries * width * 4 + HEADING)]] * 4
 
 
 def memory(capacity: int | None) -> tuple[int, int]:

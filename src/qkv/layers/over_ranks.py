@@ -11,7 +11,8 @@ from qkv.layers.arguments import input_error, require_mask
 from qkv.layers.cached_call import CallOptions, Inputs
 from qkv.layers.position_bias import RelativePositionBias
 from qkv.masks import FULL, Mask
-from qkv.parallel.attention import ShardedOptions, attend
+from qkv.parallel.attention import attend
+from qkv.parallel.calls import ShardedOptions
 from qkv.parallel.context import Over, count_call, layout_of
 from qkv.parallel.schemes import PieceOptions
 from qkv.parallel.tokens import Whole

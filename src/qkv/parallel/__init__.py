@@ -4,9 +4,9 @@ import typing
 
 from qkv.parallel.attention import attention as attention
 from qkv.parallel.attention import attention_with_lse as attention_with_lse
-from qkv.parallel.attention import explain as explain
-from qkv.parallel.attention import merge as merge
 from qkv.parallel.context import over as over
+from qkv.parallel.explaining import explain as explain
+from qkv.parallel.merging import merge as merge
 from qkv.parallel.sharded_cache import ShardedKVCache as ShardedKVCache
 from qkv.parallel.tokens import WHOLE as WHOLE
 from qkv.parallel.tokens import Tokens as Tokens

@@ -49,6 +49,11 @@ def agreed(caller: str, route: Route, make: Callable[[], _Made], describe: Calla
     return made
 
 
+def number_of(described: dict[str, str]) -> int:
+    """A number that calls have in common whose descriptions are the same, and others only by chance."""
+    return int.from_bytes(hashlib.blake2b(repr(described).encode(), digest_size=7).digest(), "big")
+
+
 def digest(tensor: Tensor) -> str:
     """Dtype, shape and a hash of the numbers of a tensor."""
     values = tensor.detach().cpu().contiguous()

@@ -11,11 +11,15 @@ from qkv.parallel.plan import Buffer, Move, Plan
 
 
 class Route(NamedTuple):
-    """A process group, and the place of this process in it."""
+    """A process group, the place of this process in it, and for what ranks exchange rows."""
 
     group: Any
     rank: int
     ranks: int
+    caller: str = "qkv.parallel"
+    """which error messages name"""
+    call: int = 0
+    """a number that ranks have in common which make the same call"""
 
 
 class Exchanged(NamedTuple):
@@ -203,7 +207,11 @@ def _part(tensor: Tensor, move: Move) -> Tensor:
 def _all_to_all(
     outgoing: Sequence[Sequence[Move]], incoming: Sequence[Sequence[Move]], route: Route, sources: Sequence[_Source]
 ) -> list[Tensor]:
-    """What arrives from other ranks, part by part."""
+    """What arrives from other ranks, part by part.
+
+    Raises:
+        ValueError: on a CPU, if a rank sends what belongs to another call.
+    """
 
     def others(moves: Sequence[Sequence[Move]]) -> list[list[tuple[_Source, Move]]]:
         return [[] if peer == route.rank else _each(of_peer, sources) for peer, of_peer in enumerate(moves)]
@@ -212,12 +220,37 @@ def _all_to_all(
     sent, expected = (
         [sum(source.numbers(move) for source, move in of_peer) for of_peer in moves] for moves in (leaving, arriving)
     )
-    packed = torch.empty(sum(sent), dtype=sources[0].dtype, device=sources[0].tensor.device)
-    parts = [_part(source.tensor, move) for of_peer in leaving for source, move in of_peer]
-    for part, space in zip(parts, packed.split([part.numel() for part in parts]), strict=True):
-        space.view(part.shape).copy_(part)
-    received = packed.new_empty(sum(expected))
-    distributed.all_to_all_single(received, packed, expected, sent, group=route.group)
-    moves = [pair for of_peer in arriving for pair in of_peer]
-    parts = list(received.split([source.numbers(move) for source, move in moves]))
-    return [part.view(source.shape(move)) for part, (source, move) in zip(parts, moves, strict=True)]
+    like = sources[0].tensor
+    heading = HEADING // like.element_size() if like.is_cpu else 0
+    sizes, expected_sizes = ([count + heading if count else 0 for count in each] for each in (sent, expected))
+    packed, received = like.new_empty(sum(sizes)), like.new_zeros(sum(expected_sizes))
+    for of_peer, count, message in zip(leaving, sent, packed.split(sizes), strict=True):
+        if count and heading:
+            message[:heading].view(torch.uint8).copy_(_heading(route, count, like))
+        parts = [_part(source.tensor, move) for source, move in of_peer]
+        for part, space in zip(parts, message[heading:].split([part.numel() for part in parts]), strict=True):
+            space.view(part.shape).copy_(part)
+    distributed.all_to_all_single(received, packed, expected_sizes, sizes, group=route.group)
+    found: list[Tensor] = []
+    for peer, (of_peer, count, message) in enumerate(
+        zip(arriving, expected, received.split(expected_sizes), strict=True)
+    ):
+        if count and heading and not torch.equal(message[:heading].view(torch.uint8), _heading(route, count, like)):
+            raise ValueError(
+                f"{route.caller}: all ranks must make the same call; rank {peer} has made another than rank "
+                f"{route.rank}. Set the environment variable QKV_CHECK=1: ranks then compare calls before anything is "
+                "sent, and say in what they differ."
+            )
+        parts = list(message[heading:].split([source.numbers(move) for source, move in of_peer]))
+        found += [part.view(source.shape(move)) for part, (source, move) in zip(parts, of_peer, strict=True)]
+    return found
+
+
+HEADING = 16
+"""Bytes before the rows of a message on a CPU, where gloo takes messages that are too short without an error."""
+
+
+def _heading(route: Route, count: int, like: Tensor) -> Tensor:
+    """The bytes before so many numbers, in a message of the same call. On a GPU, they would have to be waited for."""
+    numbers = torch.tensor([route.call, count * like.element_size()], dtype=torch.int64, device="cpu")
+    return numbers.view(torch.uint8)

@@ -9,7 +9,7 @@ from torch import Tensor
 from qkv.backends.result import accumulation_dtype
 from qkv.backends.sinks import add_sinks
 from qkv.masks import Mask, select_keys
-from qkv.parallel.exchange import depend, exchange
+from qkv.parallel.exchange import Route, depend, exchange
 from qkv.parallel.plan import (
     Gathering,
     Interval,
@@ -59,6 +59,7 @@ class Call(NamedTuple):
     """(B, Hkv, rows, width) of this rank: keys and values, and where they are in int8 their scales, of width 1"""
     value_width: int
     tokens: Tokens
+    route: Route
     key_layout: Layout | None
     """None where each rank has all keys"""
     n_keys: int
@@ -117,7 +118,7 @@ class Call(NamedTuple):
 def gather(call: Call) -> tuple[Tensor, Tensor | None]:
     """Each rank receives the keys that its queries may see, and computes its rows over them."""
     found = _gathering(call)
-    arrived = exchange(found.plan, call.tokens.route, call.keys)
+    arrived = exchange(found.plan, call.route, call.keys)
     every_head = (0, call.q.shape[1])
     parts = []
     for run, q, keys, tensors in zip(
@@ -128,7 +129,7 @@ def gather(call: Call) -> tuple[Tensor, Tensor | None]:
         options = call.options(_mask_of(call, run, keys), offset, bias, every_head, keys.start - keys.head)
         parts.append(call.solve(q, tensors, options, wants_lse=call.wants_lse))
     out, lse = _joined(parts, 2) if parts else call.nothing(every_head[1], 0)
-    return depend(out, arrived.link), lse
+    return depend(out, arrived.link), None if lse is None else depend(lse, arrived.link)
 
 
 def _mask_of(call: Call, run: Run, keys: Keys) -> Mask:
@@ -141,7 +142,7 @@ def _mask_of(call: Call, run: Run, keys: Keys) -> Mask:
 def heads(call: Call) -> tuple[Tensor, Tensor | None]:
     """Each rank receives all queries and keys of some heads, and sends results back (DeepSpeed-Ulysses)."""
     plan, mine, count = _by_heads(call), call.shares[call.tokens.rank], call.q.shape[1]
-    arrived = exchange(plan, call.tokens.route, [call.q], call.keys)
+    arrived = exchange(plan, call.route, [call.q], call.keys)
     (q,), keys = arrived.kinds[0][0], arrived.kinds[1][0]
     n, first = call.tokens.length, mine.queries[0]
     bias = None if call.bias is None else call.bias(0, n)
@@ -154,13 +155,13 @@ def heads(call: Call) -> tuple[Tensor, Tensor | None]:
     out = depend(out, arrived.link)
     back = of_kind(plan, 0).reversed((whole(count, call.tokens.rows),))
     results = [out] if lse is None or not call.wants_lse else [out, lse[..., None]]
-    found = exchange(back, call.tokens.route, results).kinds[0][0]
+    found = exchange(back, call.route, results).kinds[0][0]
     return found[0], found[1][..., 0] if call.wants_lse else None
 
 
 def merge(call: Call) -> tuple[Tensor, Tensor | None]:
     """Queries go to the ranks whose keys they may see; partial results, in fp32 or higher, come back and are merged."""
-    plans, route, every_head = _visiting(call), call.tokens.route, (0, call.q.shape[1])
+    plans, route, every_head = _visiting(call), call.route, (0, call.q.shape[1])
     wide = accumulation_dtype(call.q.dtype)
     keys = [tensor if tensor.dtype is torch.int8 else tensor.to(wide) for tensor in call.keys]
     arrived = exchange(plans.there, route, [call.q])
@@ -189,7 +190,7 @@ def merge(call: Call) -> tuple[Tensor, Tensor | None]:
     assert lse is not None
     if call.scores.sink_logits is not None:
         out, lse = add_sinks(out, lse, call.scores.sink_logits)
-    return depend(out.to(call.q.dtype), exchanged.link), lse if call.wants_lse else None
+    return depend(out.to(call.q.dtype), exchanged.link), depend(lse, exchanged.link) if call.wants_lse else None
 
 
 SCHEMES: dict[str, Callable[[Call], tuple[Tensor, Tensor | None]]] = {"gather": gather, "heads": heads, "merge": merge}

@@ -17,8 +17,9 @@ from qkv.cache.base import Owner, autocast_to
 from qkv.cache.rows import Rows
 from qkv.masks import FULL, Mask
 from qkv.parallel.agreement import agreed, digest
-from qkv.parallel.attention import merge
+from qkv.parallel.compiling import between_graphs
 from qkv.parallel.exchange import Route, exchange
+from qkv.parallel.merging import merge
 from qkv.parallel.plan import dealing
 from qkv.parallel.runs import Layout, Run
 from qkv.parallel.tokens import Tokens
@@ -63,6 +64,7 @@ class Shards(NamedTuple):
     length: int
     """of all ranks"""
 
+    @between_graphs
     def attend(self, q: Tensor, keys: Keys, mask: Mask, scores: ScoreOptions, backend: str) -> Tensor:
         """`qkv.attention` over the keys of all ranks, by one collective, whose bytes are those of the queries' results.
 
@@ -222,6 +224,7 @@ class ShardedKVCache(Cache):
         new = [torch.cat([x[:, :, each] for each in own], dim=2) if own else x[:, :, :0] for x in (k, v)]
         return self._store(new[0], new[1], k.shape[2])
 
+    @between_graphs
     def fill(self, k: Tensor, v: Tensor, tokens: Tokens) -> None:
         """Stores the first tokens, of which each rank passes those that a layout gives it, by one collective.
 
@@ -242,7 +245,7 @@ class ShardedKVCache(Cache):
         if tokens.mesh != self._mesh.mesh:
             raise ValueError(f"{caller}: the layout must be of the mesh of the cache; got {tokens.mesh}.")
         plan = dealing(tokens.runs, self._blocks.layout(tokens.length), k.shape[1], tokens.rank)
-        (own,) = exchange(plan, tokens.route, [k, v]).kinds[0]
+        (own,) = exchange(plan, tokens.route._replace(caller=caller), [k, v]).kinds[0]
         self._store(own[0], own[1], tokens.length)
 
     def _store(self, k: Tensor, v: Tensor, count: int) -> Keys:

@@ -9,6 +9,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from qkv.arguments import require_count, require_int, require_tensors
 from qkv.masks import FULL, Mask
+from qkv.parallel.agreement import agreed, number_of
+from qkv.parallel.compiling import between_graphs
 from qkv.parallel.exchange import Route, exchange
 from qkv.parallel.plan import joining, pairs
 from qkv.parallel.runs import Layout, Runs, even, require_layout, rows_of, zigzag
@@ -121,6 +123,7 @@ class Tokens:
             return parts[0]
         return torch.cat(parts, dim) if parts else x.narrow(dim, 0, 0)
 
+    @between_graphs
     def join(self, x: Tensor, dim: int = 1) -> Tensor:
         """The rows of all ranks, in order, on each of them: the inverse of `take`.
 
@@ -133,18 +136,28 @@ class Tokens:
 
         Raises:
             TypeError: unless x is a tensor.
-            ValueError: for another number of rows than the layout gives to this rank.
+            ValueError: for another number of rows than the layout gives to this rank, and for rows of other shapes on
+                other ranks.
         """
-        self._require_rows("Tokens.join", x, dim, self.rows, f"the layout gives rank {self.rank}", "rows")
-        first = x.movedim(dim, 0)
+        route = self.route._replace(caller="Tokens.join")
+
+        def make() -> Tensor:
+            self._require_rows("Tokens.join", x, dim, self.rows, f"the layout gives rank {self.rank}", "rows")
+            return x.movedim(dim, 0)
+
+        def described(first: Tensor) -> dict[str, str]:
+            return {"tokens": repr(self.runs), "x": f"<{first.dtype}, rows of {tuple(first.shape[1:])}>"}
+
+        first = agreed("Tokens.join", route, make, described)
         rows = first.reshape(1, 1, len(first), math.prod(first.shape[1:]))
-        found = exchange(joining(self.runs, self.rank), self.route, [rows])
+        route = route._replace(call=number_of(described(first)))
+        found = exchange(joining(self.runs, self.rank), route, [rows])
         joined = found.kinds[0][0][0]
         return joined.reshape(self.length, *first.shape[1:]).movedim(0, dim)
 
     @property
     def route(self) -> Route:
-        """The ranks, for `exchange`."""
+        """The ranks, for exchanges."""
         return Route(self.mesh.get_group(), self.rank, self.mesh.size())
 
     def _require_rows(self, caller: str, x: object, dim: int, rows: int, whose: str, what: str) -> None:
