@@ -110,7 +110,7 @@ def _is_written(handle: Any, node: Any) -> bool:
 
 
 def example_of(node: Any) -> Any:
-    """The value for which a compiler takes an input of a graph. Raises KeyError or AttributeError if it does not tell."""
+    """The value for which a compiler takes an input of a graph. Raises KeyError or AttributeError if nothing tells."""
     return node.meta["grapharg"].example
 
 
