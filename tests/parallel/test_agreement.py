@@ -115,6 +115,15 @@ def _wrong_layout(change: str) -> None:
     if change == "merged over two dimensions":
         two = init_device_mesh("cpu", (3, 1), mesh_dim_names=("a", "b"))
         parallel.merge((torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3)), two)
+    if change in ("DTensor", "DTensor to join"):
+        from torch.distributed.tensor import DTensor, Replicate
+
+        own = DTensor.from_local(tokens.take(torch.zeros(1, 10, 2, 8)), mesh(), [Replicate()])
+        if change == "DTensor":
+            parallel.attention(*[own.transpose(1, 2)] * 3, tokens)
+        tokens.join(own)
+    if change == "merged integers":
+        parallel.merge((torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, dtype=torch.int64)), mesh())
     if change == "merged shapes":
         parallel.merge((torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 4)), mesh())
     raise AssertionError
@@ -131,6 +140,9 @@ MESSAGES = {
     "merge": r"parallel.merge: partial must be a pair of tensors \(out, lse\); got Tensor",
     "merged over": r"parallel.merge: group must be a DeviceMesh, a process group, or None .*; got str",
     "merged over two dimensions": r"parallel.merge: group must have one dimension; got a mesh of 2. Take one of them",
+    "DTensor": r"parallel.attention: tensors must be plain ones, .*; got a DTensor. Pass x.to_local\(\)",
+    "DTensor to join": r"Tokens.join: tensors must be plain ones, .*; got a DTensor",
+    "merged integers": r"parallel.merge: out and lse must be floating-point; got torch.float32 and torch.int64",
     "merged shapes": r"parallel.merge: partial must be .*; got \(1, 2, 3, 4\) and \(1, 2, 4\)",
 }
 
