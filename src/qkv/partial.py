@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from qkv.torch_internals import tracing_state
+
 
 class Partial(NamedTuple):
     """Attention over some keys and the log of its softmax normaliser."""
@@ -18,7 +20,7 @@ class Partial(NamedTuple):
 def merge_stacked(outs: Tensor, lses: Tensor) -> Partial:
     """Attention over all keys from n pieces, ``outs (n, B, H, Lq, Dv)`` and ``lses (n, B, H, Lq)``. Differentiable."""
     wants_grad = torch.is_grad_enabled() and (outs.requires_grad or lses.requires_grad)
-    if not wants_grad or torch._C._get_tracing_state():  # which cannot record an autograd.Function
+    if not wants_grad or tracing_state():  # which cannot record an autograd.Function
         return _merge(outs, lses)
     function = _Merge if torch.compiler.is_compiling() else _MergeWithJvp
     return Partial(*function.apply(outs, lses))  # type: ignore[no-untyped-call]

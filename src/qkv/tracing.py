@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
+from qkv.torch_internals import dispatch_modes, is_legacy_batched, tracing_state, transforms_are_active
+
 
 def is_tracing() -> bool:
     """Whether a compiler, a tracer or a dispatch mode records operators."""
-    return bool(
-        torch.compiler.is_compiling() or torch._C._get_tracing_state() or torch._C._len_torch_dispatch_stack() > 0
-    )
+    return bool(torch.compiler.is_compiling() or tracing_state() or dispatch_modes() > 0)
 
 
 def is_exact_tensor(tensor: object) -> bool:
@@ -22,6 +22,6 @@ def can_read_values(*tensors: Tensor) -> bool:
         all(map(is_exact_tensor, tensors))
         and not any(tensor.is_meta for tensor in tensors)
         and not is_tracing()
-        and not torch._C._are_functorch_transforms_active()
-        and not any(map(torch._C._functorch.is_legacy_batchedtensor, tensors))
+        and not transforms_are_active()
+        and not any(map(is_legacy_batched, tensors))
     )

@@ -427,3 +427,27 @@ def test_the_kernel_rounds_into_no_other_shape() -> None:
     x, codes, scale = torch.randn(2, 2, 3, 4), torch.zeros(1, 2, 3, 4, dtype=torch.int8), torch.zeros(2, 2, 3)
     with pytest.raises(ValueError, match=r"codes and scale must be \(2, 2, 3, 4\) and \(2, 2, 3\); got \(1, 2, 3, 4\)"):
         kernels.quantize(x, codes, scale)
+
+
+@pytest.mark.parametrize(
+    "shape, dtype",
+    [
+        ((3, 2, 1, 4), torch.float32),
+        ((2, 3, 1, 4), torch.float32),
+        ((2, 2, 1, 5), torch.float32),
+        ((2, 2, 1, 4), torch.bfloat16),
+    ],
+    ids=["batch", "heads", "width", "dtype"],
+)
+@each_cache
+@torch.no_grad()
+def test_slots_for_other_tokens_are_not_claimed(
+    make: Callable[[], Any], shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    cache, k = make(), torch.randn(2, 2, 3, 4)
+    cache.append(k, k)
+    before = [x.clone() for x in cache.keys().gathered().tokens]
+    assert cache.claim(shape, shape, torch.empty(1, dtype=dtype)) is None
+    assert cache.length == 3
+    assert all(map(torch.equal, cache.keys().gathered().tokens, before))
+    assert cache.claim((2, 2, 1, 4), (2, 2, 1, 4), k) is not None, "tokens like those before"

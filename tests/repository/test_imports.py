@@ -18,6 +18,7 @@ ORDER = [
     {
         "qkv.starting",
         "qkv.arguments",
+        "qkv.torch_internals",
         "qkv.tracing",
         "qkv.bands",
         "qkv.byte_sizes",

@@ -1,9 +1,16 @@
 """Every private name of torch and transformers that the library reads is listed, with what happens where it is gone."""
 
 import ast
+import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qkv import torch_internals
 
 SOURCE = Path(__file__).parents[2] / "src" / "qkv"
 
@@ -14,17 +21,25 @@ _ENDINGS = {"_bias", "_proj_weight", "_size", "_weight"}
 """Strings that are ends of names of ours."""
 
 IMPORT = "`import qkv` or the first call of a layer fails: no release in the range is without it"
-TORCH = {
-    **dict.fromkeys(["_C", "_functorch", "_nn"], "as the names in it"),
-    # What a call must know before it goes past the dispatcher. There is no other way to ask, and no safe answer but
-    # torch's own kernels for all calls.
+QUESTIONS = {
     **dict.fromkeys(
-        [
-            *("_are_functorch_transforms_active", "_current_level", "_get_tracing_state", "_len_torch_dispatch_stack"),
-            *("_len_torch_function_stack", "_current_graph_task_id", "_is_zerotensor"),
-        ],
-        IMPORT,
+        ["_are_functorch_transforms_active", "_functorch"],
+        "a transform counts as active: the kernel is called as an operator, caches concatenate",
     ),
+    **dict.fromkeys(
+        ["_len_torch_dispatch_stack", "_len_torch_function_stack"], "a mode counts as active: layers run in parts"
+    ),
+    "_current_level": "derivatives count as computed in forward mode, which backend='native' refuses",
+    "_get_tracing_state": "nothing counts as traced",
+    "_current_graph_task_id": "gradient checkpoints around a layer with a cache are not refused",
+    "_is_zerotensor": "`accelerate` leaves calls to torch",
+    "_fused_sdp_choice": "`accelerate` returns contiguous outputs",
+    "_has_any_global_hook": "counts as hooked: every module is called",
+}
+"""Read in qkv.torch_internals alone, which has an answer where a release lacks one."""
+TORCH = {
+    **QUESTIONS,
+    **dict.fromkeys(["_C", "_nn"], "as the names in it"),
     # Where a module keeps its parts; documented attributes are slower, and may be properties of a subclass.
     **dict.fromkeys(["_buffers", "_modules", "_parameters", "_call_impl", "_compiled_call_impl"], IMPORT),
     **dict.fromkeys(
@@ -36,7 +51,6 @@ TORCH = {
         "`price` of fewer KV heads fails",
     ),
     "_torchdynamo_orig_callable": "a model with a compiled forward is recorded without that part",
-    "_has_any_global_hook": "counts as hooked: every module is called",
     "_make_wrapper_subclass": "no lazy tensors: masks and int8 caches in transformers fail",
     "_pytree": "importing the integration with transformers fails",
     "_version": "a CrossKVCache fails",
@@ -51,7 +65,7 @@ TORCH = {
         ],
         "`sdpa` fails where an lse is asked for on a CPU; the kernel does not need it",
     ),
-    **dict.fromkeys(["_fused_sdp_choice", "_native_multi_head_attention"], "`accelerate` of torch's attention fails"),
+    "_native_multi_head_attention": "`accelerate` of torch's attention fails",
     **dict.fromkeys(
         ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"],
         "names of layers in `Caches` contain the name of the wrapper",
@@ -73,13 +87,65 @@ def test_all_private_names_are_listed() -> None:
     assert read_in_source() == {*TORCH, *TRANSFORMERS}
 
 
+def test_questions_to_torch_are_asked_in_one_module() -> None:
+    readers = {
+        str(path.relative_to(SOURCE))
+        for path in SOURCE.rglob("*.py")
+        if {*read(ast.parse(path.read_text()))} & QUESTIONS.keys()
+    }
+    assert readers == {"torch_internals.py"}
+
+
+CAUTION: dict[str, tuple[str, str, Any]] = {
+    "_are_functorch_transforms_active": ("torch._C", "transforms_are_active()", True),
+    "_functorch": ("torch._C", "is_batched(torch.zeros(1))", True),
+    "_len_torch_dispatch_stack": ("torch._C", "dispatch_modes()", 1),
+    "_len_torch_function_stack": ("torch._C", "function_modes()", 1),
+    "_current_level": ("torch.autograd.forward_ad", "forward_mode_is_active()", True),
+    "_get_tracing_state": ("torch._C", "tracing_state()", None),
+    "_current_graph_task_id": ("torch._C", "graph_task()", -1),
+    "_is_zerotensor": ("torch", "is_zero_tensor(torch.zeros(1))", True),
+    "_fused_sdp_choice": ("torch", "choice_of_kernel()", 0),
+    "_has_any_global_hook": ("torch.nn.modules.module", "has_global_hooks()", True),
+}
+"""Where each of `QUESTIONS` is, what asks it, and the answer without it."""
+
+
+def test_each_question_has_an_answer_of_caution() -> None:
+    assert CAUTION.keys() == QUESTIONS.keys()
+
+
+@pytest.mark.parametrize("name", CAUTION)
+def test_a_question_that_torch_does_not_answer(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    owner, question, answer = CAUTION[name]
+    path = SOURCE / "torch_internals.py"
+    monkeypatch.delattr(importlib.import_module(owner), name)
+    names: dict[str, Any] = {}
+    exec(compile(path.read_text(), str(path), "exec"), names)
+    assert eval(question, names) == answer
+
+
+def test_questions_that_torch_answers() -> None:
+    assert not torch_internals.transforms_are_active()
+    assert not torch_internals.forward_mode_is_active()
+    assert torch_internals.dispatch_modes() == torch_internals.function_modes() == 0
+    assert torch_internals.graph_task() == -1
+    assert not torch_internals.is_zero_tensor(torch.zeros(1))
+    assert torch_internals.is_zero_tensor(torch._efficientzerotensor((1,)))
+    found = []
+
+    def see(x: torch.Tensor) -> torch.Tensor:
+        found.append((torch_internals.transforms_are_active(), torch_internals.is_batched(x)))
+        return x
+
+    torch.vmap(see)(torch.zeros(2))
+    torch.func.grad(lambda x: see(x).sum())(torch.zeros(2))
+    assert found == [(True, True), (True, False)]
+
+
 def test_names_of_torch_are_there() -> None:
     """Those that have no fallback: this fails first on a release without one."""
-    import torch
-    from torch import nn
-    from torch.autograd import forward_ad
-
-    owners = [torch, torch._C, torch._C._functorch, torch.ops.aten, torch.Tensor, nn.Linear(1, 1), forward_ad]
+    owners = [torch, torch._C, torch.ops.aten, torch.Tensor, torch.nn.Linear(1, 1)]
     gone = [name for name, what in TORCH.items() if what == IMPORT and not any(hasattr(one, name) for one in owners)]
     assert not gone
 

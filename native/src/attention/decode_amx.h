@@ -32,14 +32,14 @@ struct PrefetchBlock {
           keys(row_of(p, p.k, t, first) + BLOCK_N * key_stride),
           values(row_of(p, p.v, t, first) + BLOCK_N * value_stride),
           count((int)std::max<int64_t>(0, std::min<int64_t>(BLOCK_N, t.end - first - BLOCK_N))),
-          total(key_stride == value_stride && keys <= values && values + value_bytes <= keys + key_bytes ? count
-                                                                                                         : 2 * count) {}
+          latents(key_stride == value_stride && keys <= values && values + value_bytes <= keys + key_bytes),
+          total(latents ? count : 2 * count) {}
 
     // The parts of the work on a block in their order; each calls `step` `steps` times. A product of a key
-    // costs about as much as 16 rows of its scores.
-    void scores(int steps) { plan(16, steps); }
-    void maxima(int steps) { plan(16 + ROWS, steps); }
-    void weights(int steps) { plan(16 + 3 * ROWS, steps); }
+    // costs about as much as 16 rows of its scores, and that of a latent far more.
+    void scores(int steps) { plan(latents ? LATENT_SCORES : 16, steps); }
+    void maxima(int steps) { plan(latents ? LATENT_MAXIMA : 16 + ROWS, steps); }
+    void weights(int steps) { plan(latents ? LATENT_WEIGHTS : 16 + 3 * ROWS, steps); }
     void sums(int steps) { plan(WORK, steps); }
 
     void step() {
@@ -53,16 +53,19 @@ struct PrefetchBlock {
 
    private:
     static constexpr int WORK = (ROWS > 8 ? 48 : 32) + 4 * ROWS;
+    static constexpr int LATENT_SCORES = WORK * 35 / 100, LATENT_MAXIMA = WORK * 38 / 100,  // step 132
+        LATENT_WEIGHTS = WORK * 43 / 100;
 
     void plan(int work, int steps) { rate = (total * 256 * work / WORK - due) / steps; }
 
     const int64_t key_stride, value_stride, key_bytes, value_bytes;
     const char *const keys, *const values;
-    const int count;  // of keys, and of values
-    const int total;  // of rows to prefetch
-    int done = 0;     // keys and values prefetched
-    int due = 0;      // how many should be prefetched, times 256
-    int rate = 0;     // growth of `due` per step
+    const int count;     // of keys, and of values
+    const bool latents;  // whether values lie in their keys
+    const int total;     // of rows to prefetch
+    int done = 0;        // keys and values prefetched
+    int due = 0;         // how many should be prefetched, times 256
+    int rate = 0;        // growth of `due` per step
 };
 
 // Both products of a block of keys of bf16, on tiles, which take keys and values as they lie in memory.

@@ -30,7 +30,7 @@ struct Loop {
         begin = next.load(std::memory_order_relaxed);
         do {
             if (begin >= count) return false;
-            const int64_t length = sharing == Sharing::runs ? (count - begin) / (2 * threads) : 1;
+            const int64_t length = sharing == Sharing::runs ? (count - begin) / threads : 1;
             end = begin + std::max<int64_t>(1, length);
         } while (!next.compare_exchange_weak(begin, end, std::memory_order_relaxed));
         return true;

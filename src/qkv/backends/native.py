@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from qkv import kernels
 from qkv.backends.result import Result
@@ -13,6 +12,7 @@ from qkv.masks import FULL, Mask
 from qkv.pages import Pages
 from qkv.problem import Problem
 from qkv.scores import Draw, ScoreOptions, new_seed, only_scale
+from qkv.torch_internals import forward_mode_is_active, transforms_are_active
 
 NAME = "native"
 
@@ -82,9 +82,9 @@ def why_not(problem: Problem) -> list[str]:
         reasons.append("ONNX has no operator for the kernel")
     elif torch.compiler.is_compiling():
         pass
-    elif torch._C._are_functorch_transforms_active() or not all(map(kernels.is_exact_tensor, (q, k, v))):
+    elif transforms_are_active() or not all(map(kernels.is_exact_tensor, (q, k, v))):
         reasons.append("the kernel takes neither tensor subclasses nor functorch transforms")
-    if forward_ad._current_level >= 0:
+    if forward_mode_is_active():
         reasons.append("the kernel has no forward-mode derivatives")
     if q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1:
         reasons.append("the last dimension of q, k and v must be contiguous for the kernel")

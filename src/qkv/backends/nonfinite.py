@@ -22,6 +22,7 @@ from qkv import kernels
 from qkv.backends.result import Result, accumulation_dtype
 from qkv.masks import NUMBERS, Mask, positions
 from qkv.problem import Problem
+from qkv.torch_internals import tracing_state
 
 
 class NonfiniteTerms(NamedTuple):
@@ -60,7 +61,7 @@ def add_visible_nonfinite(result: Result, nonfinite: NonfiniteTerms | None) -> R
         return result
     problem, mask = nonfinite.problem, nonfinite.problem.mask
     # A trace or an exported program cannot contain an autograd.Function.
-    if problem.needs_grad and not (torch._C._get_tracing_state() or torch.compiler.is_exporting()):
+    if problem.needs_grad and not (tracing_state() or torch.compiler.is_exporting()):
         scores = problem.scores
         inputs = distinct(problem.q, problem.k, problem.v, scores.bias, scores.alibi, scores.sink_logits)
         function = _AddTerms if torch.compiler.is_compiling() else _AddTermsWithJvp

@@ -5,13 +5,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from qkv.backends import blocks, flex
 from qkv.backends.nonfinite import add_visible_nonfinite, distinct, zero_nonfinite
 from qkv.backends.result import Result, accumulation_dtype, empty_result
 from qkv.backends.sinks import add_sinks
 from qkv.problem import Problem, trim
+from qkv.torch_internals import forward_mode_is_active, is_batched, tracing_state, transforms_are_active
 
 NAME = "sdpa"
 
@@ -37,15 +37,15 @@ def why_not(problem: Problem) -> list[str]:
             reasons.append(f"{wanted} the lse, which torch's kernels do not return with dropout")
         if problem.needs_grad and _has_learned_bias(problem):
             reasons.append(f"{wanted} the lse, which torch's kernels do not return with a bias that needs a gradient")
-        if problem.needs_grad and torch._C._get_tracing_state():
+        if problem.needs_grad and tracing_state():
             reasons.append(f"{wanted} the lse, whose gradient torch.jit.trace cannot record")
     return reasons
 
 
 def why_rather_not(problem: Problem) -> list[str]:
-    if forward_ad._current_level >= 0:
+    if forward_mode_is_active():
         return ["torch's fused kernels have no forward-mode derivatives"]
-    if torch._C._are_functorch_transforms_active() and any(map(_is_batched, (problem.q, problem.k, problem.v))):
+    if transforms_are_active() and any(map(is_batched, (problem.q, problem.k, problem.v))):
         return ["torch.vmap has no rule for the fused kernels and would run them one by one"]
     if problem.q.is_cuda and _dense_mask_size(problem) > MAX_DENSE_MASK and not flex.why_not(problem):
         return ["the mask is large, and FlexAttention needs no dense one"]
@@ -82,16 +82,6 @@ def _dense_mask_size(problem: Problem) -> int:
 def _has_learned_bias(problem: Problem) -> bool:
     bias, alibi = problem.scores.bias, problem.scores.alibi
     return any(score is not None and score.requires_grad for score in (bias, alibi))
-
-
-def _is_batched(tensor: Tensor) -> bool:
-    """Whether the tensor is batched by vmap, at any level of functorch."""
-    functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        if functorch.is_batchedtensor(tensor):
-            return True
-        tensor = functorch.get_unwrapped(tensor)
-    return False
 
 
 def _fused(problem: Problem) -> Result:

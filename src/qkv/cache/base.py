@@ -185,13 +185,17 @@ class Cache(Handled):
         """
         return None
 
-    def _fits(self, part: AppendBuffer, shape: Sequence[int], device: torch.device) -> bool:
-        """Whether tokens of a shape may follow those of a part."""
-        memory = part.memory
-        if self._is_new or memory is None:
-            return True
-        sizes = memory.shape
-        return sizes[:2] == (*shape[:2],) and sizes[3:] == (*shape[3:],) and memory.device == device
+    def _may_follow(self, shapes: Sequence[tuple[Sequence[int], torch.dtype]], like: Tensor) -> bool:
+        """Whether new tokens, of these shapes in each part, may be next to those that the cache has."""
+        if like.dtype is not self._dtype:
+            return False
+        for part, (shape, _) in zip(self._parts, shapes, strict=True):
+            memory = part.memory
+            if memory is not None:
+                sizes = memory.shape
+                if sizes[:2] != (*shape[:2],) or sizes[3:] != (*shape[3:],) or memory.device != like.device:
+                    return False
+        return True
 
     def offset(self, is_token: Tensor | None = None) -> int | Tensor:
         """The position of the next column, ``(B,)`` if rows differ. Padding before the first token moves it back.
@@ -323,10 +327,8 @@ class Cache(Handled):
 
     def _settle(self) -> None:
         """Undoes what compiled calls (they count slots) and inference mode (it leaves inference tensors) have left."""
-        if torch.compiler.is_compiling():
+        if self._rows is None or torch.compiler.is_compiling():
             require_readable()
-            return
-        if self._rows is None:
             return
         if self._rows.lengths.is_inference() and not torch.is_inference_mode_enabled():
             self._rows = self._rows.clone()

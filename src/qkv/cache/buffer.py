@@ -11,6 +11,7 @@ from typing_extensions import Self
 
 from qkv import kernels
 from qkv.cache.rows import Placement
+from qkv.torch_internals import transforms_are_active
 
 MIN_SLOTS = 1024
 """What a cache of a window allocates at least, or all of it: so most windows never move to larger memory."""
@@ -68,7 +69,7 @@ class AppendBuffer:
         # Under torch.vmap, memory has no batch dimension to write to.
         if (
             torch.is_grad_enabled()
-            or torch._C._are_functorch_transforms_active()
+            or transforms_are_active()
             or (memory is not None and self.length and memory.dtype is not new.dtype)
         ):
             tokens = self.tensor
@@ -95,7 +96,7 @@ class AppendBuffer:
         values = placement.of(new)
         if (
             torch.is_grad_enabled()
-            or torch._C._are_functorch_transforms_active()
+            or transforms_are_active()
             or (tokens is not None and self.length and tokens.dtype is not new.dtype)
         ):
             parts = [new.new_zeros(*new.shape[:2], added, *new.shape[3:])]

@@ -12,6 +12,7 @@ from qkv import kernels
 from qkv.cache.base import Cache, Keys, Owner, autocast_reason, autocast_to, check_append
 from qkv.cache.rows import place, require_is_token
 from qkv.masks import Mask
+from qkv.torch_internals import transforms_are_active
 
 
 class CrossKVCache(Cache):
@@ -193,6 +194,4 @@ _MULTIPLIER = 0x5851F42D4C957F2D
 
 def _can_read_values(tensor: Tensor) -> bool:
     """Whether values can be read: of an exact tensor with data, outside of tracing and functorch transforms."""
-    return kernels.is_exact_tensor(tensor) and not (
-        tensor.is_meta or kernels.is_tracing() or torch._C._are_functorch_transforms_active()
-    )
+    return kernels.is_exact_tensor(tensor) and not (tensor.is_meta or kernels.is_tracing() or transforms_are_active())

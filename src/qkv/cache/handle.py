@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from qkv.torch_internals import transforms_are_active
 from qkv.tracing import is_tracing
 
 _OBJECTS: WeakValueDictionary[int, Any] = WeakValueDictionary()
@@ -30,7 +31,7 @@ class Handle:
     def of(cls, thing: object) -> Self:
         """A new handle of an object, which it does not keep alive."""
         handle = cls()
-        if not is_tracing() and not torch._C._are_functorch_transforms_active():
+        if not is_tracing() and not transforms_are_active():
             number = next(_NUMBERS)
             with torch.inference_mode(False):
                 handle.tensor = torch.tensor(number, device="cpu")

@@ -47,16 +47,13 @@ class FullCache(Cache):
     def _claim(self, k: Sequence[int], v: Sequence[int], like: Tensor) -> tuple[list[Tensor], int | Tensor] | None:
         """`claim` of each part. Returns all tokens of each, and the offset."""
         slots, rows = self._parts[0].length, self._rows
-        stop = slots + k[2]
-        if torch.is_grad_enabled() or not (self._is_new or like.dtype is self._dtype):
+        stop, shapes = slots + k[2], self._format.shapes(k, v, like.dtype)
+        if torch.is_grad_enabled() or (self.capacity is not None and stop > self.capacity):
             return None
-        if self.capacity is not None and stop > self.capacity:
-            return None
-        shapes = self._format.shapes(k, v, like.dtype)
-        if not all(self._fits(part, shape, like.device) for part, (shape, _) in zip(self._parts, shapes, strict=True)):
-            return None
-        if self._is_new:
+        if rows is None and not slots:
             self._autocast = autocast_to(like)
+        elif not self._may_follow(shapes, like):
+            return None
         self._dtype, capacity = like.dtype, self._capacity_for(stop)
         pairs = zip(self._parts, shapes, strict=True)
         tokens = [part.claim(shape, dtype, like.device, capacity) for part, (shape, dtype) in pairs]

@@ -14,6 +14,7 @@ from qkv.arguments import require_count
 from qkv.cache.buffer import compact_copy, may_write, send_by_value
 from qkv.cache.int8 import Dtype, format_of
 from qkv.cache.rows import Placement
+from qkv.torch_internals import transforms_are_active
 
 SPLIT = 480
 """number of keys that the kernel reads in place if their pages follow each other: KV_SPLIT of native/src/sizes.h"""
@@ -284,7 +285,7 @@ class PagePool:
 
 def _is_recording() -> bool:
     """Whether a graph or a transform may need the tokens of each step, so that memory is not overwritten."""
-    return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+    return torch.is_grad_enabled() or transforms_are_active()
 
 
 class PageTable:

@@ -93,14 +93,13 @@ class SlidingKVCache(Cache):
 
     def claim(self, k: Sequence[int], v: Sequence[int], like: Tensor) -> Keys | None:
         """As `Cache.claim`; None for tokens beyond a window as well, some of which are dropped once they were read."""
-        count, rows = k[2], self._rows
-        if torch.is_grad_enabled() or count > self.window + 1 or not (self._is_new or like.dtype is self._dtype):
+        count, rows, shapes = k[2], self._rows, self._format.shapes(k, v, like.dtype)
+        if torch.is_grad_enabled() or count > self.window + 1:
             return None
-        shapes = self._format.shapes(k, v, like.dtype)
-        if not all(self._fits(part, shape, like.device) for part, (shape, _) in zip(self._parts, shapes, strict=True)):
-            return None
-        if self._is_new:
+        if rows is None and not self._length:
             self._autocast, self._dtype = autocast_to(like), like.dtype
+        elif not self._may_follow(shapes, like):
+            return None
         if rows is not None:
             rows = self._keep_recent(rows, rows.stored + count > self._capacity)
             self._rows = rows.append(count, None)

@@ -2,10 +2,10 @@
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from qkv.kernels.binding import absence
+from qkv.torch_internals import forward_mode_is_active, function_modes, is_legacy_batched, transforms_are_active
 from qkv.tracing import is_tracing
 
 
@@ -16,12 +16,7 @@ def can_bypass_dispatcher(*tensors: Tensor) -> bool:
     device, strided and not lazily negated. (Memory of a lazy negation, such as ``z.conj().imag``, has the wrong sign;
     the dispatcher would negate it.)
     """
-    if (
-        is_tracing()
-        or absence() is not None
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    ):
+    if is_tracing() or absence() is not None or transforms_are_active() or forward_mode_is_active():
         return False
     records = torch.is_grad_enabled()
     for tensor in tensors:  # in a loop, and without `is_exact_tensor`: this is most of what a short call costs
@@ -35,11 +30,7 @@ def can_bypass_dispatcher(*tensors: Tensor) -> bool:
 
 def can_bypass_functions(*tensors: Tensor) -> bool:
     """`can_bypass_dispatcher` for what stands for functions of torch: modes that watch those, and autocast, are off."""
-    return (
-        can_bypass_dispatcher(*tensors)
-        and not torch._C._len_torch_function_stack()
-        and not torch.is_autocast_enabled("cpu")
-    )
+    return can_bypass_dispatcher(*tensors) and not function_modes() and not torch.is_autocast_enabled("cpu")
 
 
 def can_backward_bypass_dispatcher(d_out: Tensor) -> bool:
@@ -48,10 +39,10 @@ def can_backward_bypass_dispatcher(d_out: Tensor) -> bool:
     Raises:
         NotImplementedError: for batched gradients.
     """
-    if torch._C._functorch.is_legacy_batchedtensor(d_out):
+    if is_legacy_batched(d_out):
         raise NotImplementedError(
             "qkv's kernel has no batched gradients (is_grads_batched=True, vectorize=True): "
             "compute them one by one, or pass attention(..., backend='sdpa')."
         )
-    recorded = torch.is_grad_enabled() or is_tracing() or torch._C._are_functorch_transforms_active()
+    recorded = torch.is_grad_enabled() or is_tracing() or transforms_are_active()
     return not recorded and type(d_out) is Tensor

@@ -10,6 +10,7 @@ from qkv.kernels.binding import absence, loaded
 from qkv.kernels.dispatch import can_bypass_dispatcher
 from qkv.kernels.structs import DTYPES, ROTATION, view
 from qkv.rotation import Rotation, rotate_by_operators
+from qkv.torch_internals import is_legacy_batched, transforms_are_active
 from qkv.tracing import is_exact_tensor, is_tracing
 
 _MIN_PARALLEL = 1 << 14
@@ -54,7 +55,7 @@ def rotate(x: Sequence[Tensor], rotation: Rotation) -> Sequence[Tensor]:
     if bypasses:
         return _rotate(x, rotation)
     applied: tuple[Tensor, ...]
-    if torch._C._are_functorch_transforms_active():
+    if transforms_are_active():
         applied = TransformedRotate.apply(*rotation, *x)  # type: ignore[no-untyped-call]
         return applied
     applied = Rotate.apply(*rotation, *x)  # type: ignore[no-untyped-call]
@@ -85,11 +86,9 @@ def _is_supported(x: Sequence[Tensor], rotation: Rotation, tensors: list[Tensor]
         return False
     if torch.compiler.is_compiling():
         return True
-    if is_tracing() and torch._C._are_functorch_transforms_active():
+    if is_tracing() and transforms_are_active():
         return False
-    return all(
-        is_exact_tensor(tensor) and not torch._C._functorch.is_legacy_batchedtensor(tensor) for tensor in (*x, *tensors)
-    )
+    return all(is_exact_tensor(tensor) and not is_legacy_batched(tensor) for tensor in (*x, *tensors))
 
 
 def _fast_rotate(x: Sequence[Tensor], rotation: Rotation) -> list[Tensor] | None:

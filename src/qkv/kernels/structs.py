@@ -1,5 +1,6 @@
 """The structs of native/src/abi. `Call` is the table of arguments that struct and operator schema are made from."""
 
+import functools
 import struct
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, NamedTuple, get_type_hints
@@ -325,10 +326,18 @@ STEP_NUMBERS = struct.Struct("=10q i 2f i 3f i")
 
 def pack_step(numbers: StepNumbers) -> bytes:
     """The `STEP_NUMBERS` of a step on torch's threads."""
-    key_count, offset, position, left, right, sink_tokens, prefix_tokens, dilation, chunk, chunk_start, *rest = numbers
-    band = (bounded(left), bounded(right), bounded(sink_tokens), bounded(prefix_tokens), min(dilation, LARGEST_STEP))
-    chunks = (bounded(chunk), bounded(chunk_start))
-    return STEP_NUMBERS.pack(key_count, offset, position, *band, *chunks, *rest, torch.get_num_threads())
+    return STEP_NUMBERS.pack(*numbers[:3], *_bounded_band(*numbers[3:10]), *numbers[10:], torch.get_num_threads())
+
+
+@functools.lru_cache(maxsize=1024)
+def _bounded_band(
+    left: int | None, right: int | None, sinks: int, prefix: int, dilation: int, chunk: int, chunk_start: int
+) -> tuple[int, ...]:
+    """These numbers of a mask for C; cached, since all steps of a layer have the same."""
+    return (
+        *(bounded(left), bounded(right), bounded(sinks), bounded(prefix)),
+        *(min(dilation, LARGEST_STEP), bounded(chunk), bounded(chunk_start)),
+    )
 
 
 class BlockTensors(NamedTuple):

@@ -14,6 +14,7 @@ from qkv.layers.arguments import require_mask
 from qkv.layers.cached_operator import register, run_as_operator, runs_as_operator
 from qkv.masks import Mask
 from qkv.parallel.context import Over
+from qkv.torch_internals import graph_task
 
 _Arguments = ParamSpec("_Arguments")
 
@@ -67,7 +68,7 @@ def restore_cache_on_error(
 
 def _refuse_in_backward(caller: str) -> None:
     """Raises RuntimeError where gradient checkpointing repeats a call, which would append its tokens once more."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and graph_task() != -1:
         raise RuntimeError(
             f"{caller}: a call with a cache must not run in a backward pass, where gradient checkpointing repeats it; "
             "the cache has its tokens already. Train without a cache, or call the layer outside of the checkpoint."

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qkv import kernels
+from qkv.torch_internals import transforms_are_active, without_functions
 
 
 class Numbers(NamedTuple):
@@ -29,14 +30,14 @@ def constant(compute: Callable[..., Tensor], *arguments: Hashable) -> Tensor:
 
     Not cached while tracing or transforming: tensors made there are fake, and cached ones are unknown to the tracer.
     """
-    if kernels.is_tracing() or torch._C._are_functorch_transforms_active():
+    if kernels.is_tracing() or transforms_are_active():
         return compute(*arguments)
     return _cached(compute, *arguments)
 
 
 @functools.lru_cache(maxsize=1024)
 def _cached(compute: Callable[..., Tensor], *arguments: Hashable) -> Tensor:
-    with torch.inference_mode(False), torch._C.DisableTorchFunction():
+    with torch.inference_mode(False), without_functions():
         return compute(*arguments)
 
 

@@ -13,6 +13,7 @@ from torch.nn.utils import stateless
 
 from qkv.cache.handle import Handled, find
 from qkv.layers.instance_forward import InstanceForward
+from qkv.torch_internals import transforms_are_active
 from qkv.tracing import is_exact_tensor
 
 
@@ -28,7 +29,7 @@ def may_be_operator(x: object, module: nn.Module) -> bool:
         and not torch.compiler.is_exporting()
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
-        and not torch._C._are_functorch_transforms_active()
+        and not transforms_are_active()
         and isinstance(x, Tensor)
         and is_exact_tensor(x)
         and x.is_cpu

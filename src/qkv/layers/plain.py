@@ -10,6 +10,7 @@ from torch.nn.modules import linear as torch_linear
 from torch.nn.modules import module as torch_module
 
 from qkv.layers.instance_forward import InstanceForward
+from qkv.torch_internals import has_global_hooks
 
 
 def is_called_plainly(module: nn.Module, forward: type[InstanceForward] | None = None) -> bool:
@@ -103,5 +104,3 @@ _FORWARD = _of_torch(nn.Linear.forward, torch_linear)
 _GETATTR = _of_torch(nn.Module.__getattr__, torch_module)
 _CALL = _of_torch(nn.Linear.__call__, torch_module)
 _CALL_IMPL = _of_torch(nn.Linear._call_impl, torch_module)
-has_global_hooks: Callable[[], object] = getattr(torch_module, "_has_any_global_hook", lambda: True)
-"""whether a hook of all modules is set"""

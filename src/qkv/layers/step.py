@@ -20,6 +20,7 @@ from qkv.layers.rotary import RotaryEmbedding, shapes_of_tokens
 from qkv.layers.step_call import Computed, step_call
 from qkv.masks import Mask
 from qkv.rotation import Rotation
+from qkv.torch_internals import function_modes
 
 if TYPE_CHECKING:
     from qkv.layers.attention import Attention
@@ -80,7 +81,7 @@ def weights_of(layer: "Attention", x: Tensor, context: Tensor | None, options: C
     What is watched or replaced is called: hooks, patches, adapters, subclasses of modules and methods, functions that
     the composed layer looks up in a public place.
     """
-    if kernels.is_tracing() or torch._C._len_torch_function_stack():
+    if kernels.is_tracing() or function_modes():
         return "a compiler, a tracer or a mode of torch is active"
     mask, bias, positions, cache, _ = options
     if not isinstance(x, Tensor) or x.is_nested or x.dim() != 3 or not 0 < x.shape[0] * x.shape[1] <= MAX_TOKENS:
@@ -118,14 +119,12 @@ def weights_of(layer: "Attention", x: Tensor, context: Tensor | None, options: C
     kind: Any = type(layer)
     if not _is_attention(kind) or not layer.__dict__.keys().isdisjoint(REPLACED):
         return "methods of the layer are not those of Attention"
-    missing = () if modules.get("gate_proj") is not None else ("gate_proj",)
-    names = [name for name in PROJECTIONS if name not in missing and not (of_context and name in OF_CONTEXT)]
-    linears = [modules.get(name) for name in names]
+    names, places = _projections(modules.get("gate_proj") is not None, of_context)
+    linears = [*map(modules.get, names)]
     parameters = parameters_of(linears)
     if parameters is None:
         name = next(name for name, linear in zip(names, linears, strict=True) if not is_plain_linear(linear))
         return f"{name} is watched, or is not an nn.Linear alone"
-    places = chain.from_iterable(map(PROJECTIONS.__getitem__, names))
     projections: dict[str, Any] = dict(zip(places, parameters, strict=True))
     heads = projections["q_weight"].shape[0] // layer.head_dim
     if heads != layer.num_heads:
@@ -157,6 +156,14 @@ def weights_of(layer: "Attention", x: Tensor, context: Tensor | None, options: C
         if is_token is not None:
             return "some of the new tokens are padding"
     return Weights(projections, q_norm, k_norm, rotary, mask)
+
+
+@functools.cache
+def _projections(is_gated: bool, of_context: bool) -> tuple[list[str], list[str]]:
+    """The modules that a step multiplies by, and where their parameters go in `StepTensors`."""
+    left_out = (*(() if is_gated else ("gate_proj",)), *(OF_CONTEXT if of_context else ()))
+    names = [name for name in PROJECTIONS if name not in left_out]
+    return names, [*chain.from_iterable(map(PROJECTIONS.__getitem__, names))]
 
 
 def _are_of_tokens(positions: object, x: Tensor) -> bool:
@@ -221,7 +228,9 @@ def _has_usual_numbers(layer: "Attention") -> bool:
         (scale is None or (type(scale) in (float, int) and -math.inf < scale < math.inf))
         and (softcap is None or (type(softcap) in (float, int) and 0 < softcap < math.inf))
         and (sinks is None or sinks.is_floating_point())
-        and all(type(width) is int and width > 0 for width in (layer.head_dim, layer.value_dim))
+        and (type(layer.head_dim) is type(layer.value_dim) is int)
+        and layer.head_dim > 0
+        and layer.value_dim > 0
     )
 
 

@@ -18,6 +18,7 @@ from qkv.parallel.sums import of_first_rank
 from qkv.parallel.tokens import Tokens, Whole
 from qkv.problem import Problem, make_problem
 from qkv.scores import Draw, new_seed
+from qkv.torch_internals import transforms_are_active
 
 
 class ShardedOptions(Options, total=False):
@@ -174,7 +175,7 @@ def _require_layouts(
     if scheme not in ("auto", *SCHEMES):
         names = ", ".join(map(repr, SCHEMES))
         raise ValueError(f"{caller}: scheme must be 'auto' or one of {names}; got {scheme!r}.")
-    if torch._C._are_functorch_transforms_active():
+    if transforms_are_active():
         raise ValueError(f"{caller}: a call over ranks has no functorch transforms; call it outside of them.")
     q, k, _ = qkv
     if q.device.type != tokens.mesh.device_type:

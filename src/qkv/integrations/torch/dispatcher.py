@@ -23,6 +23,7 @@ from qkv.integrations.calls import Callback, block, current_callback
 from qkv.masks import FULL, Mask
 from qkv.problem import make_problem
 from qkv.scores import ScoreOptions
+from qkv.torch_internals import choice_of_kernel, dispatch_modes, is_zero_tensor
 
 _TORCH_SDPA = library.get_kernel("aten::scaled_dot_product_attention", "CPU")
 _TORCH_MHA = library.get_kernel("aten::_native_multi_head_attention", "CPU")
@@ -128,7 +129,7 @@ def _solve_sdpa(
     if rank != 4:
         out = out.reshape(*query.shape[:-1], value.shape[-1])
     # Keep torch's layout, since callers view the result in other shapes. Which calls are fused differs by release.
-    if query.is_contiguous() or not torch._fused_sdp_choice(
+    if query.is_contiguous() or not choice_of_kernel(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     ):
         return out.contiguous()
@@ -218,12 +219,12 @@ def solve(
 
 def _why_not(*tensors: Tensor | None) -> str | None:
     """The reason why a call cannot be routed because of modes and tensor types; None if there is none."""
-    if torch._C._len_torch_dispatch_stack():
+    if dispatch_modes():
         return "a compiler or another dispatch mode is active"
     given = [tensor for tensor in tensors if tensor is not None]
     if any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in given):
         return "tensor subclasses"
-    if any(tensor.is_neg() or torch._is_zerotensor(tensor) for tensor in given):
+    if any(tensor.is_neg() or is_zero_tensor(tensor) for tensor in given):
         return "lazily negated or zero tensors, which the dispatcher materialises"
     if any(tensor.layout is not torch.strided for tensor in given):
         return "sparse tensors"

@@ -18,6 +18,7 @@ from torch import Tensor
 from qkv import kernels
 from qkv.integrations.transformers.lazy_tensor import LazyTensor
 from qkv.masks import FULL, Mask
+from qkv.torch_internals import transforms_are_active
 
 MaskFunction = Callable[..., Any]
 
@@ -82,7 +83,7 @@ def make_mask(
     mask_function = mask_function or masking_utils.causal_mask_function
     sizes = (batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask)
     options |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False, "device": device}
-    if kernels.is_tracing() or torch._C._are_functorch_transforms_active():
+    if kernels.is_tracing() or transforms_are_active():
         additive: Tensor = masking_utils.eager_mask(*sizes, dtype=dtype, **options)
         if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
             additive.qkv_kinds = {}  # type: ignore[attr-defined]

@@ -21,6 +21,7 @@ from qkv.integrations.transformers.masks import MaskTensor
 from qkv.integrations.transformers.output_capturing import MODULE, is_capturing
 from qkv.layers.instance_forward import InstanceForward
 from qkv.masks import Mask
+from qkv.torch_internals import has_global_hooks
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -30,7 +31,6 @@ _HANDLES = "_qkv_unpadding"
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 """Attributes of ``nn.Module`` with hooks. A module without one of them counts as hooked."""
 
-_has_any_global_hook = getattr(nn.modules.module, "_has_any_global_hook", lambda: True)
 
 _LABELS = "labels"
 """The argument of models with the targets of their loss, (B, L) where there is one for each token."""
@@ -508,7 +508,7 @@ def _cache_type() -> Any:
 
 def _why_modified(layer: nn.Module) -> str | None:
     """What has been attached to or put in a layer and might mix tokens; None if nothing has."""
-    if _has_any_global_hook():
+    if has_global_hooks():
         return "global hooks of modules"
     ignored = None if is_capturing() else MODULE
     for module in layer.modules():

@@ -29,6 +29,7 @@ from qkv.layers.plain import is_called_plainly, is_plain_linear, parameters_of
 from qkv.layers.step_call import Computed, step_call
 from qkv.masks import FULL, Mask
 from qkv.rotation import Rotation
+from qkv.torch_internals import function_modes
 
 MAX_TOKENS = 16
 """Tokens of a batch up to which one call is faster than its parts."""
@@ -130,7 +131,7 @@ def step_of(module: Any, form: Form, given: dict[str, Any], parts: Parts | None 
         return "a compiler or tracer is active"
     x = given.get("hidden_states")
     forward: Any = wrapped(type(module).forward)
-    if torch._C._len_torch_function_stack():
+    if function_modes():
         return "a mode of torch is active"
     if not isinstance(x, Tensor) or x.is_nested or x.dim() != 3 or not 0 < x.shape[0] * x.shape[1] <= MAX_TOKENS:
         return f"hidden_states has not 1 to {MAX_TOKENS} tokens"

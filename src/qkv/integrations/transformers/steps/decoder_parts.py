@@ -16,9 +16,10 @@ from qkv.integrations.transformers.steps.rotated_forward import RotatedForward
 from qkv.layers.gated_forward import GatedForward, Mlp, mlp_of
 from qkv.layers.instance_forward import InstanceForward
 from qkv.layers.normed_forward import Norm, NormedForward, norm_of
-from qkv.layers.plain import are_called_plainly, has_global_hooks, is_called_plainly
+from qkv.layers.plain import are_called_plainly, is_called_plainly
 from qkv.layers.step_call import Block
 from qkv.layers.tree_state import ClassState, TreeState
+from qkv.torch_internals import has_global_hooks
 
 
 class Found(NamedTuple):

@@ -8,7 +8,6 @@ import functools
 from types import FunctionType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -17,6 +16,7 @@ from qkv.integrations import calls
 from qkv.integrations.transformers.cache_argument import with_wrapped, wrapped
 from qkv.integrations.transformers.steps.cached_module import CachedForward
 from qkv.integrations.transformers.steps.rotary import Apply, apply_rotary_pos_emb, is_usual
+from qkv.torch_internals import transforms_are_active
 
 _NAME = "apply_rotary_pos_emb"
 
@@ -109,7 +109,7 @@ def _apply(theirs: Apply, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsque
 
 def _is_ours(theirs: Apply, *tensors: Tensor) -> bool:
     """Whether `apply_rotary_pos_emb` computes the same of q, k, cos and sin, in the same dtype."""
-    if kernels.is_tracing() or torch._C._are_functorch_transforms_active():
+    if kernels.is_tracing() or transforms_are_active():
         return False
     q, k, cos, sin = tensors
     if not (q.dtype is k.dtype is cos.dtype is sin.dtype and all(map(kernels.is_exact_tensor, tensors))):
