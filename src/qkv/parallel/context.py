@@ -6,12 +6,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from qkv.masks import Mask
 from qkv.parallel.tokens import Tokens, Whole
+from qkv.torch_internals import graph_task
 
 
 class Over(NamedTuple):
@@ -71,7 +71,7 @@ def _of_backward() -> Over | None:
 
     None outside of backward passes, and where several threads have entered `over`.
     """
-    in_backward = torch._C._current_graph_task_id() != -1
+    in_backward = graph_task() != -1
     return _entered[-1][1] if in_backward and len({thread for thread, _ in _entered}) == 1 else None
 
 

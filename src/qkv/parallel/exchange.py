@@ -8,6 +8,7 @@ from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 
 from qkv.parallel.plan import Buffer, Move, Plan
+from qkv.torch_internals import tracing_state
 from qkv.tracing import is_exact_tensor
 
 
@@ -46,7 +47,7 @@ def exchange(plan: Plan, route: Route, *kinds: Sequence[Tensor]) -> Exchanged:
         TypeError: for DTensors.
         ValueError: while a program is exported or traced, and for rows of another call.
     """
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state():
+    if torch.compiler.is_compiling() or tracing_state():
         raise ValueError(
             f"{route.caller}: a call over ranks is no part of an exported or traced program, as each rank has its own; "
             "export the model without a layout."
