@@ -210,3 +210,20 @@ def test_exported_and_traced_programs_are_refused(ranks: Of, by: str) -> None:
     for one in ranks(2).try_run(_exported, by):
         assert isinstance(one, Failure) and one.kind == "ValueError", one
         assert "CausalAttention: a call over ranks is no part of an exported or traced program" in one.message
+
+
+def _of_transformers() -> None:
+    from parallel.test_context import MODELS, marked
+
+    model, tokens = marked(MODELS["Mistral"]()), parallel.Tokens(FIRST, mesh())
+    torch._dynamo.reset()
+    program = torch.compile(model, backend="aot_eager")
+    with parallel.over(tokens):
+        program(tokens.take(torch.zeros(1, N, dtype=torch.int64)), position_ids=tokens.positions[None], use_cache=False)
+
+
+@pytest.mark.long
+def test_a_compiled_model_of_transformers_is_refused(ranks: Of) -> None:
+    for one in ranks(2).try_run(_of_transformers):
+        assert isinstance(one, Failure) and one.kind == "ValueError", one
+        assert "leave the model uncompiled" in one.message
