@@ -152,6 +152,8 @@ MUTANTS = [
     Mutant("a rank without tokens leaves the others waiting for those of the lse", "parallel/schemes.py", "None if lse is None else depend(lse, arrived.link)", "lse", CALLS_OVER_RANKS, "lse"),
     Mutant("values of another length over ranks", "parallel/calls.py", "x.dim() < 3 or x.shape[2] != k.shape[2]", "x.dim() < 3", OVER_RANKS, "errors"),
     Mutant("headings in the dtype of the rows", "parallel/exchange.py", "message[:heading].view(torch.uint8).copy_(_heading(route, count, like))", "message[:heading] = _heading(route, count, like).view(like.dtype)", AGREEMENT, "every_kind"),
+    Mutant("a layout of the thread alone", "parallel/context.py", "_current.get() or _of_backward()", "_current.get()", CONTEXT, "another_thread"),
+    Mutant("a layout of any thread", "parallel/context.py", "in_backward and len({thread for thread, _ in _entered}) == 1", "in_backward and _entered", CONTEXT, "another_thread"),
     Mutant("messages of other calls are taken", "parallel/exchange.py", "if count and heading and not torch.equal(", "if False and not torch.equal(", AGREEMENT, "another_call"),
     Mutant("calls are told apart by the length of messages", "parallel/calls.py", "call=number_of(common)", "call=0", AGREEMENT, "another_call"),
     Mutant("tensors of other shapes are compared after all", "parallel/merging.py", "agreed(_CALLER, route, lambda: _required(partial), _described)", "_required(partial)", AGREEMENT, "say_in_what"),
