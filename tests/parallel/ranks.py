@@ -125,3 +125,12 @@ def mesh(*shape: int, names: tuple[str, ...] = ("ranks",)) -> Any:
     from torch.distributed.device_mesh import init_device_mesh
 
     return init_device_mesh("cpu", shape or (distributed.get_world_size(),), mesh_dim_names=names)
+
+
+@functools.cache
+def hasty_mesh() -> Any:
+    """A mesh of all ranks, which do not wait long for each other."""
+    from torch import distributed
+    from torch.distributed.device_mesh import DeviceMesh
+
+    return DeviceMesh.from_group(distributed.new_group(timeout=timedelta(seconds=5)), "cpu")

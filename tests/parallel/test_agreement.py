@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from parallel import sharded
-from parallel.ranks import Failure, Ranks, mesh
+from parallel.ranks import Failure, Ranks, hasty_mesh, mesh
 from parallel.sharded import LAYOUTS, joined, ragged
 from torch import Tensor
 
@@ -115,6 +115,15 @@ def _wrong_layout(change: str) -> None:
     if change == "merged over two dimensions":
         two = init_device_mesh("cpu", (3, 1), mesh_dim_names=("a", "b"))
         parallel.merge((torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3)), two)
+    if change in ("DTensor", "DTensor to join"):
+        from torch.distributed.tensor import DTensor, Replicate
+
+        own = DTensor.from_local(tokens.take(torch.zeros(1, 10, 2, 8)), mesh(), [Replicate()])
+        if change == "DTensor":
+            parallel.attention(*[own.transpose(1, 2)] * 3, tokens)
+        tokens.join(own)
+    if change == "merged integers":
+        parallel.merge((torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, dtype=torch.int64)), mesh())
     if change == "merged shapes":
         parallel.merge((torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 4)), mesh())
     raise AssertionError
@@ -131,6 +140,9 @@ MESSAGES = {
     "merge": r"parallel.merge: partial must be a pair of tensors \(out, lse\); got Tensor",
     "merged over": r"parallel.merge: group must be a DeviceMesh, a process group, or None .*; got str",
     "merged over two dimensions": r"parallel.merge: group must have one dimension; got a mesh of 2. Take one of them",
+    "DTensor": r"parallel.attention: tensors must be plain ones, .*; got a DTensor. Pass x.to_local\(\)",
+    "DTensor to join": r"Tokens.join: tensors must be plain ones, .*; got a DTensor",
+    "merged integers": r"parallel.merge: out and lse must be floating-point; got torch.float32 and torch.int64",
     "merged shapes": r"parallel.merge: partial must be .*; got \(1, 2, 3, 4\) and \(1, 2, 4\)",
 }
 
@@ -230,7 +242,7 @@ def test_ranks_that_disagree_raise_where_they_would_wait(checked: Ranks) -> None
 
 def _alone(change: str, scheme: str) -> tuple[Tensor, Tensor]:
     """A call of which the second rank makes another; the rows of the output and of what one process has."""
-    n, tokens = 24, parallel.Tokens.even(24, mesh())
+    n, tokens = 24, parallel.Tokens.even(24, hasty_mesh())
     whole = sharded.long_inputs(torch.float32, n)[:3]
     q, k, v = (tokens.take(x, dim=2) for x in whole)
     mask, want = Mask.causal(), tokens.take(qkv.attention(*whole, mask=Mask.causal()), dim=2)
@@ -254,7 +266,7 @@ def _alone(change: str, scheme: str) -> tuple[Tensor, Tensor]:
         if change == "mask":
             mask = Mask.causal(window=5)
         if change == "layout":
-            tokens = parallel.Tokens((((0, 7),), ((8, 16),), ((7, 8), (16, 24))), mesh())
+            tokens = parallel.Tokens((((0, 7),), ((8, 16),), ((7, 8), (16, 24))), hasty_mesh())
         if change == "scheme":
             scheme = "gather" if scheme == "heads" else "heads"
     return parallel.attention(q, k, v, tokens, mask=mask, scheme=scheme), want
@@ -278,18 +290,10 @@ OTHERS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def hasty() -> Iterator[Ranks]:
-    """Three ranks that do not wait long."""
-    group = Ranks(3, timeout=2)
-    yield group
-    group.stop()
-
-
 @pytest.mark.parametrize(("change", "scheme"), OTHERS, ids=str)
-def test_a_rank_that_makes_another_call_makes_no_other_wrong(hasty: Ranks, change: str, scheme: str) -> None:
+def test_a_rank_that_makes_another_call_makes_no_other_wrong(ranks: Of, change: str, scheme: str) -> None:
     """A rank that needs nothing of it may be done; each other has an error, of ours, of torch, or of gloo's process."""
-    found = hasty.try_run(_alone, change, scheme)
+    found = ranks(3).try_run(_alone, change, scheme)
     failed = [one for one in found if isinstance(one, Failure)]
     assert any(isinstance(one, Failure) for one in (found[0], found[2])), "no other rank has noticed"
     for rank in (0, 2):
@@ -320,7 +324,7 @@ def test_ranks_that_join_or_merge_other_tensors_say_in_what_they_differ(checked:
 
 def _backward_of_another() -> str:
     """A backward pass of which the second rank takes that of another call."""
-    tokens = parallel.Tokens.even(24, mesh())
+    tokens = parallel.Tokens.even(24, hasty_mesh())
     q, k, v = (tokens.take(x, dim=2).requires_grad_() for x in sharded.long_inputs(torch.float32, 24)[:3])
     first = parallel.attention(q, k, v, tokens, mask=Mask.causal(), scheme="heads")
     second = parallel.attention(q, k, v, tokens, mask=Mask.causal(window=5), scheme="heads")
@@ -328,23 +332,23 @@ def _backward_of_another() -> str:
     return "done"
 
 
-def test_backward_passes_of_other_calls_raise(hasty: Ranks) -> None:
-    for one in hasty.try_run(_backward_of_another):
+def test_backward_passes_of_other_calls_raise(ranks: Of) -> None:
+    for one in ranks(3).try_run(_backward_of_another):
         assert isinstance(one, Failure) and one.kind == "ValueError", one
         assert "parallel.attention: all ranks must make the same call" in one.message
 
 
 def _join_and_merge_others(what: str) -> Any:
-    rank, tokens = mesh().get_local_rank(), parallel.Tokens.even(24, mesh())
+    rank, tokens = hasty_mesh().get_local_rank(), parallel.Tokens.even(24, hasty_mesh())
     if what == "join":
         return tokens.join(torch.zeros(2, 8, 3 + (rank == 1)))
     rows = 4 + (rank == 1)
-    return parallel.merge((torch.zeros(1, 2, rows, 8), torch.zeros(1, 2, rows)), mesh())
+    return parallel.merge((torch.zeros(1, 2, rows, 8), torch.zeros(1, 2, rows)), hasty_mesh())
 
 
 @pytest.mark.parametrize("what", ["join", "merge"])
-def test_tensors_of_other_shapes_are_not_joined_or_merged(hasty: Ranks, what: str) -> None:
-    for one in hasty.try_run(_join_and_merge_others, what):
+def test_tensors_of_other_shapes_are_not_joined_or_merged(ranks: Of, what: str) -> None:
+    for one in ranks(3).try_run(_join_and_merge_others, what):
         assert isinstance(one, Failure), one
 
 

@@ -59,6 +59,20 @@ def test_autocast_casts_before_anything_is_sent(ranks: Of, scheme: str) -> None:
     assert results[0]["d_k"].dtype is torch.float32
 
 
+def _of_16_bits(layout: Any, dtype: torch.dtype) -> Tensor:
+    return sharded.solve_long(Mask.causal(), layout, dtype, "merge")["out"]
+
+
+@pytest.mark.parametrize(("dtype", "half"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)], ids=str)
+def test_partial_results_are_not_rounded(ranks: Of, dtype: torch.dtype, half: float) -> None:
+    """What is left is that of the result, half a unit in the last place; results of 16 bits would add theirs."""
+    layout = zigzag(N, 3)
+    *inputs, _ = sharded.long_inputs(dtype, N)
+    want = qkv.attention(*(x.float() for x in inputs), mask=Mask.causal())
+    got = joined(ranks(3).run(_of_16_bits, layout, dtype), layout)
+    torch.testing.assert_close(got.float(), want, rtol=1.001 * half, atol=2e-6)
+
+
 def _backend(layout: Any, scheme: str, backend: str) -> dict[str, Tensor]:
     return sharded.solve_long(Mask.causal(window=9), layout, torch.float64, scheme, backend=backend)
 

@@ -183,3 +183,47 @@ def test_one_graph_of_all_is_refused_with_what_to_do(ranks: Of, what: str) -> No
         assert isinstance(one, Failure) and one.kind == "Unsupported", one
         assert "qkv: calls over ranks must be outside of graphs" in one.message
         assert "Compile without fullgraph" in one.message
+
+
+class Exported(nn.Module):
+    def __init__(self, layer: nn.Module, tokens: parallel.Tokens) -> None:
+        super().__init__()
+        self.layer, self.tokens = layer, tokens
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.layer(x, tokens=self.tokens)
+        return found
+
+
+def _exported(by: str) -> None:
+    tokens = parallel.Tokens(FIRST, mesh())
+    model, x = Exported(qkv.CausalAttention(24, 6), tokens), tokens.take(torch.randn(1, N, 24))
+    if by == "export":
+        torch.export.export(model, (x,))
+    else:
+        torch.jit.trace(model, x)
+
+
+@pytest.mark.parametrize("by", ["export", "trace"])
+@pytest.mark.filterwarnings("ignore")  # torch's own
+def test_exported_and_traced_programs_are_refused(ranks: Of, by: str) -> None:
+    for one in ranks(2).try_run(_exported, by):
+        assert isinstance(one, Failure) and one.kind == "ValueError", one
+        assert "CausalAttention: a call over ranks is no part of an exported or traced program" in one.message
+
+
+def _of_transformers() -> None:
+    from parallel.test_context import MODELS, marked
+
+    model, tokens = marked(MODELS["Mistral"]()), parallel.Tokens(FIRST, mesh())
+    torch._dynamo.reset()
+    program = torch.compile(model, backend="aot_eager")
+    with parallel.over(tokens):
+        program(tokens.take(torch.zeros(1, N, dtype=torch.int64)), position_ids=tokens.positions[None], use_cache=False)
+
+
+@pytest.mark.long
+def test_a_compiled_model_of_transformers_is_refused(ranks: Of) -> None:
+    for one in ranks(2).try_run(_of_transformers):
+        assert isinstance(one, Failure) and one.kind == "ValueError", one
+        assert "leave the model uncompiled" in one.message

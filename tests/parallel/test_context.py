@@ -1,6 +1,7 @@
 """`Context` and `over`: models that cannot pass a layout along, and what would leave out tokens of other ranks."""
 
 import re
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from parallel.ranks import Failure, Ranks, mesh
 from parallel.sharded import joined
 from torch import Tensor, nn
 from torch.distributed.tensor.parallel import parallelize_module
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     DynamicCache,
     Gemma2Config,
@@ -108,6 +110,54 @@ def test_a_layer_of_ours_may_be_marked_too(ranks: Of) -> None:
 def of_layers_without_gradients(layer: nn.Module, x: Tensor, layout: Any) -> Tensor:
     with torch.no_grad():
         return of_layers(layer, x, layout)
+
+
+def of_other_threads() -> None:
+    """Gradient checkpointing whose backward pass is in another thread, as torch's own of a GPU."""
+    tokens = parallel.Tokens.zigzag(N, mesh())
+    layer = parallelize_module(qkv.CausalAttention(24, 6), mesh(), parallel.Context())
+    x = tokens.take(torch.randn(1, N, 24))
+    gradients, errors = [], []
+
+    def backward(leaf: Tensor, out: Tensor) -> None:
+        try:
+            gradients.append(torch.autograd.grad(out.square().sum(), leaf)[0])
+        except ValueError as error:
+            errors.append(str(error))
+
+    def run(leaf: Tensor, out: Tensor) -> None:
+        thread = threading.Thread(target=backward, args=(leaf, out))
+        thread.start()
+        thread.join()
+
+    with parallel.over(parallel.Tokens.even(N, mesh())), parallel.over(tokens):
+        leaf = x.clone().requires_grad_()
+        backward(leaf, layer(leaf))
+        leaf = x.clone().requires_grad_()
+        run(leaf, checkpoint(layer, leaf, use_reentrant=False))
+        torch.testing.assert_close(gradients[1], gradients[0])
+        leaf = x.clone().requires_grad_()
+        out = checkpoint(layer, leaf, use_reentrant=False)
+        is_open, may_close = threading.Event(), threading.Event()
+
+        def other() -> None:
+            with parallel.over(tokens):
+                is_open.set()
+                may_close.wait()
+
+        thread = threading.Thread(target=other)
+        thread.start()
+        is_open.wait()
+        run(leaf, out)  # of which thread is it?
+        may_close.set()
+        thread.join()
+    assert len(gradients) == 2 and "must be within `with parallel.over(tokens):`" in errors[0]
+    run(leaf, out)
+    assert len(gradients) == 2 and len(errors) == 2
+
+
+def test_forward_passes_that_are_repeated_in_another_thread(ranks: Of) -> None:
+    ranks(2).run(of_other_threads)
 
 
 def _call(change: str) -> str:

@@ -1,5 +1,6 @@
 """`over`: the layout of calls to layers that `Context` has marked, where a model stands between."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -10,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from qkv.masks import Mask
 from qkv.parallel.tokens import Tokens, Whole
+from qkv.torch_internals import graph_task
 
 
 class Over(NamedTuple):
@@ -21,6 +23,8 @@ class Over(NamedTuple):
 
 
 _current: ContextVar[Over | None] = ContextVar("over", default=None)
+_entered: list[tuple[int, Over]] = []
+"""those of all threads, by thread, in the order in which they were entered"""
 
 
 @contextmanager
@@ -52,11 +56,23 @@ def over(tokens: Tokens, *, context_tokens: Tokens | Whole | None = None, mask: 
         )
     if not (mask is None or isinstance(mask, Mask)):
         raise TypeError(f"parallel.over: mask must be a qkv.Mask or None; got {type(mask).__name__}.")
-    token = _current.set(Over(tokens, context_tokens, mask))
+    entered = threading.get_ident(), Over(tokens, context_tokens, mask)
+    token = _current.set(entered[1])
+    _entered.append(entered)
     try:
         yield
     finally:
         _current.reset(token)
+        _entered[:] = [one for one in _entered if one is not entered]
+
+
+def _of_backward() -> Over | None:
+    """The layout of a forward pass that is repeated in a backward pass: on a GPU, torch does so in a thread of its own.
+
+    None outside of backward passes, and where several threads have entered `over`.
+    """
+    in_backward = graph_task() != -1
+    return _entered[-1][1] if in_backward and len({thread for thread, _ in _entered}) == 1 else None
 
 
 class Mark:
@@ -90,7 +106,7 @@ def layout_of(module: nn.Module) -> Over | None:
     mark: Any = vars(module).get(Mark.NAME)
     if mark is None:
         return None
-    found, caller = _current.get(), type(module).__name__
+    found, caller = _current.get() or _of_backward(), type(module).__name__
     if found is None:
         raise ValueError(
             f"{caller}: a layer that parallel.Context() has marked has the tokens of one rank, so its calls must be "

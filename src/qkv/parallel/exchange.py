@@ -8,6 +8,8 @@ from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 
 from qkv.parallel.plan import Buffer, Move, Plan
+from qkv.torch_internals import tracing_state
+from qkv.tracing import is_exact_tensor
 
 
 class Route(NamedTuple):
@@ -40,9 +42,19 @@ def exchange(plan: Plan, route: Route, *kinds: Sequence[Tensor]) -> Exchanged:
         kinds: the tensors of each kind of the plan, which move together.
 
     Gradients travel back in the dtype of the tensors, and are summed in fp32 or higher, in the order of ranks.
+
+    Raises:
+        TypeError: for DTensors.
+        ValueError: while a program is exported or traced, and for rows of another call.
     """
+    if torch.compiler.is_compiling() or tracing_state():
+        raise ValueError(
+            f"{route.caller}: a call over ranks is no part of an exported or traced program, as each rank has its own; "
+            "export the model without a layout."
+        )
     kind_of = [kind for kind, tensors in enumerate(kinds) for _ in tensors]
     flat = [tensor for tensors in kinds for tensor in tensors]
+    _require_local(route.caller, flat)
     link, *outputs = _Exchange.apply(plan, route, kind_of, *flat)  # type: ignore[no-untyped-call]
     found = iter(outputs)
     by_tensor = [[next(found) for _ in plan.buffers[kind].outputs] for kind in kind_of]
@@ -51,6 +63,18 @@ def exchange(plan: Plan, route: Route, *kinds: Sequence[Tensor]) -> Exchanged:
         own = [each for each, of in zip(by_tensor, kind_of, strict=True) if of == kind]
         results.append(list(zip(*own, strict=True)))
     return Exchanged(results, link)
+
+
+def _require_local(caller: str, tensors: Sequence[Tensor]) -> None:
+    if all(map(is_exact_tensor, tensors)):
+        return
+    from torch.distributed.tensor import DTensor  # takes a second
+
+    if any(isinstance(tensor, DTensor) for tensor in tensors):
+        raise TypeError(
+            f"{caller}: tensors must be plain ones, of the rows of this rank; got a DTensor. Pass x.to_local() of one "
+            "that is sharded by the layout, or tokens.take(x.full_tensor())."
+        )
 
 
 def depend(out: Tensor, link: Tensor) -> Tensor:

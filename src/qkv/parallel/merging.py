@@ -32,8 +32,8 @@ def merge(partial: Partial | tuple[Tensor, Tensor], group: DeviceMesh | Any) -> 
 
     Raises:
         TypeError: for anything but a pair of tensors, and a group of another type.
-        ValueError: for other shapes than ``(B, H, Lq, Dv)`` and ``(B, H, Lq)``, those of other ranks included, and a
-            mesh of more dimensions.
+        ValueError: for other shapes than ``(B, H, Lq, Dv)`` and ``(B, H, Lq)``, and than those of other ranks, for
+            integers, and a mesh of more dimensions.
 
     Example:
         >>> partial = qkv.attention_with_lse(q, k_of_rank, v_of_rank)  # doctest: +SKIP
@@ -65,6 +65,8 @@ def _required(partial: Any) -> tuple[Tensor, Tensor]:
             f"{_CALLER}: partial must be out (B, H, Lq, Dv) and lse (B, H, Lq); "
             f"got {tuple(out.shape)} and {tuple(lse.shape)}."
         )
+    if not (out.is_floating_point() and lse.is_floating_point()):
+        raise ValueError(f"{_CALLER}: out and lse must be floating-point; got {out.dtype} and {lse.dtype}.")
     return out, lse
 
 

@@ -58,7 +58,8 @@ def attend_over_ranks(
     if mask.has_tensors or converted.bias is not None or converted.offset:
         raise ValueError(
             f"{caller}: padding, documents and other masks of single tokens must be those of all ranks; got "
-            f"{mask!r} for the tokens of one. Leave out attention_mask and pass `parallel.over(tokens, mask=...)`."
+            f"{mask!r} for the tokens of one. Leave out attention_mask and pass `parallel.over(tokens, mask=...)`; "
+            "leave the model uncompiled, as a compiled one makes masks of its positions."
         )
     has_documents = layout.mask is not None and layout.mask.document_ids is not None
     if isinstance(position_ids, Tensor) and not has_documents:
