@@ -102,7 +102,8 @@ class Mutant(NamedTuple):
     wrong: str
     tests: tuple[str, ...]
     only: str = ""
-    """pytest's ``-k``: which of them, if some take long before they come to those that find it"""
+    """pytest's ``-k``, or how names in ``native/tests`` begin: which of them, if some take long before they come to those
+    that find it"""
     needs: str | None = None
     """the instruction set without which the code has no effect, if it is compiled for others too"""
 
@@ -494,14 +495,14 @@ MUTANTS = [
     Mutant("scale of keys dropped (kernel)", f"{NATIVE}/attention/decode.h", "(lanes.scales_of(p.k_scale, first + j) * q_scale)", "q_scale", KERNEL),
     Mutant("scale of queries dropped (kernel)", f"{NATIVE}/attention/decode.h", "(lanes.scales_of(p.k_scale, first + j) * q_scale)", "lanes.scales_of(p.k_scale, first + j)", KERNEL, needs="avx512"),
     Mutant("a visible NaN swallowed by the fixed-point scale", f"{NATIVE}/attention/decode_dot.h", "max(size == size ? size : set1(INF), most)", "max(size, most)", KERNEL, needs="avx512"),
-    Mutant("bytes of fixed point not rounded to the nearest (kernel)", f"{NATIVE}/attention/decode_sdot.h", "vadd_s16(whole, vdup_n_s16(128))", "whole", ("test_int8",), needs="neonbf16"),
-    Mutant("values of int8 paired with the wrong key (kernel)", f"{NATIVE}/attention/decode_sdot.h", "vzip1q_s8(row[0], row[2]), odd = vzip1q_s8(row[1], row[3]);\n        fours[0]", "vzip1q_s8(row[0], row[1]), odd = vzip1q_s8(row[2], row[3]);\n        fours[0]", ("test_int8",), needs="neonbf16"),
-    Mutant("sums of int8 beyond 32 bits on ARM", f"{NATIVE}/attention/decode_sdot.h", "/ 128 / 4 * STEP", "/ 128 * LANES", ("test_int8",), needs="neonbf16"),
-    Mutant("int8 of fp32 queries in fixed point on ARM", f"{NATIVE}/attention/decode.h", "p.dtype != Dtype::f32 && p.width <= SplitCodes", "p.width <= SplitCodes", ("test_int8",), needs="neonbf16"),
-    Mutant("pairs of bf16 of other keys on ARM", f"{NATIVE}/simd/neonbf16.h", "vdup_n_u16(0x0100)", "vdup_n_u16(0x0001)", ("test_step_keys", "test_sizes.cpp:groups"), needs="neonbf16"),
-    Mutant("half of a vector of bf16 not read on ARM", f"{NATIVE}/simd/neonbf16.h", "vzip2q_u16(a, b)", "vzip1q_u16(a, b)", ("test_sizes.cpp:widths",), needs="neonbf16"),
-    Mutant("NaN lost in exponents on ARM", f"{NATIVE}/simd/neon.h", "vmaxq_f32((float32x4_t)x, least)", "vmaxnmq_f32((float32x4_t)x, least)", ("test_nonfinite.cpp:a_visible",), needs="neon"),
-    Mutant("numbers of bf16 stored behind the last column on ARM", f"{NATIVE}/simd/neon.h", "std::memcpy(data, &x, count * sizeof(uint16_t));", "std::memcpy(data, &x, sizeof x);", ("test_sizes.cpp:widths",), needs="neon"),
+    Mutant("bytes of fixed point not rounded to the nearest (kernel)", f"{NATIVE}/attention/decode_sdot.h", "vadd_s16(whole, vdup_n_s16(128))", "whole", ("test_int8.cpp",), needs="neonbf16"),
+    Mutant("values of int8 paired with the wrong key (kernel)", f"{NATIVE}/attention/decode_sdot.h", "vzip1q_s8(row[0], row[2]), odd = vzip1q_s8(row[1], row[3]);\n        fours[0]", "vzip1q_s8(row[0], row[1]), odd = vzip1q_s8(row[2], row[3]);\n        fours[0]", ("test_int8.cpp",), needs="neonbf16"),
+    Mutant("sums of int8 beyond 32 bits on ARM", f"{NATIVE}/attention/decode_sdot.h", "/ 128 / 4 * STEP", "/ 128 * LANES", ("test_int8.cpp",), needs="neonbf16"),
+    Mutant("int8 of fp32 queries in fixed point on ARM", f"{NATIVE}/attention/decode.h", "p.dtype != Dtype::f32 && p.width <= SplitCodes", "p.width <= SplitCodes", ("test_int8.cpp",), needs="neonbf16"),
+    Mutant("pairs of bf16 of other keys on ARM", f"{NATIVE}/simd/neonbf16.h", "vdup_n_u16(0x0100)", "vdup_n_u16(0x0001)", ("test_step_keys.cpp", "test_sizes.cpp"), needs="neonbf16"),
+    Mutant("half of a vector of bf16 not read on ARM", f"{NATIVE}/simd/neonbf16.h", "vzip2q_u16(a, b)", "vzip1q_u16(a, b)", ("test_sizes.cpp",), "widths", needs="neonbf16"),
+    Mutant("NaN lost in exponents on ARM", f"{NATIVE}/simd/neon.h", "vmaxq_f32((float32x4_t)x, least)", "vmaxnmq_f32((float32x4_t)x, least)", ("test_nonfinite.cpp",), "a_visible", needs="neon"),
+    Mutant("numbers of bf16 stored behind the last column on ARM", f"{NATIVE}/simd/neon.h", "std::memcpy(data, &x, count * sizeof(uint16_t));", "std::memcpy(data, &x, sizeof x);", ("test_sizes.cpp",), "widths", needs="neon"),
     Mutant("threads of any library taken for torch's (kernel)", f"{NATIVE}/runtime/parallel.cpp", 'dlsym(loaded, "GOMP_parallel")', 'dlsym(RTLD_DEFAULT, "GOMP_parallel")', ("kernels/test_native.py",)),
     Mutant("lengths ignored on the fast path", f"{NATIVE}/abi/fast_forward.cpp", "if (is_given(call.lengths))", "if (false)", KERNEL),
     Mutant("one row of padding for all batches on the fast path", f"{NATIVE}/abi/fast_forward.cpp", "tensor.shape[0] == 1 ? 0 : tensor.strides[0]", "0", KERNEL),
@@ -874,7 +875,11 @@ class EmulatedCopy(Copy):
 
     def test(self, mutant: Mutant) -> int:
         under = ["qemu-aarch64", "-cpu", "max", "-L", "/usr/aarch64-linux-gnu"]
-        program = [*under, self.folder / "build/native/tests/qkv_tests", *mutant.tests]
+        program = [
+            *under,
+            self.folder / "build/native/tests/qkv_tests",
+            *(f"{name}:{mutant.only}" for name in mutant.tests),
+        ]
         done = subprocess.run(program, env={**os.environ, "QKV_ISA": mutant.needs or ""}, capture_output=True)
         return int(done.returncode != 0)  # a crash as well
 

@@ -9,4 +9,5 @@ def test_the_text_that_a_mutant_replaces_exists(mutant: Mutant) -> None:
     assert mutant.right in (ROOT / "src" / "qkv" / mutant.file).read_text()
     assert mutant.right != mutant.wrong
     assert mutant.isa is None or mutant.is_native
-    assert all((ROOT / "tests" / name).exists() for name in mutant.tests)
+    folder = ROOT / ("native/tests" if mutant.is_emulated else "tests")
+    assert all((folder / name).exists() for name in mutant.tests)
