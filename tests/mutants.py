@@ -72,6 +72,7 @@ STEP = ("layers/test_step.py",)
 MODULE_STEP = ("integrations/transformers/test_attention_step.py",)
 DECODER = ("integrations/transformers/test_decoder_step.py",)
 MODEL = ("integrations/transformers/test_model_forward.py",)
+COMPILED = ("integrations/transformers/test_compiled.py",)
 SEQUENCES = ("test_packed.py", "test_paged.py")
 HEADS = ("parallel/test_heads.py",)
 PLAN = ("parallel/test_plan.py",)
@@ -522,7 +523,12 @@ MUTANTS = [
     Mutant("transformers' window one wider", "integrations/transformers/masks.py", 'Mask.band(cells["sliding_window"] - 1, None)', 'Mask.band(cells["sliding_window"], None)', ("integrations/transformers/test_attention.py",)),
     Mutant("transformers' padding dropped", "integrations/transformers/masks.py", "if not keep.all():", "if False:", ("integrations/transformers/test_attention.py",)),
     Mutant("a cache read before the calls of its graph", "cache/handle.py", "    if is_written:", "    if False:", ("cache/test_compiled.py",)),
-    Mutant("a cache of transformers read before the calls of its graph", "cache/handle.py", "any(written in node.all_input_nodes for node in appending)", "False", ("integrations/transformers/test_compiled.py",)),
+    Mutant("a cache of transformers read before the calls of its graph", "cache/handle.py", "    return any(each is layer for each in cache.layers)\n", "    return False\n", COMPILED),
+    Mutant("layers of a program from the last to the first", "integrations/transformers/steps/cached_layers.py", "        calls.append((listed[place], given))\n", "        calls.insert(0, (listed[place], given))\n", COMPILED, "noticed"),
+    Mutant("parameters that a program has written before its layers", "integrations/transformers/steps/cached_layers.py", "                and read.isdisjoint(map(_memory, parameters_of(module)))\n", "", COMPILED, "writes_before"),
+    Mutant("parts that a program has replaced in its layers", "integrations/transformers/steps/cached_layers.py", "                and not any(_is_changed(part, effects) for part in module.modules())\n", "", COMPILED, "a_part"),
+    Mutant("parameters that a program writes while its layers run", "integrations/transformers/steps/cached_layers.py", "            node.args = (*node.args[:-1], read)\n", "", COMPILED, "writes_after"),
+    Mutant("layers of a program that return what it hands in", "integrations/transformers/steps/cached_layers.py", "    return out.clone() if out.data_ptr() == x.data_ptr() else out.contiguous()\n", "    return out.contiguous()\n", COMPILED, "share"),
     Mutant("parameters that a program computes ignored", "layers/operator_forward.py", "if all(map(_is_same, parameters, own)):", "if True:", ("cache/test_compiled.py",)),
     Mutant("a mask of a program known by its last row", "integrations/transformers/masks.py", "(rows == 1 and mask.left is None)", "mask.left is None", ("integrations/transformers/test_compiled.py",)),
     Mutant("padding of a program's mask lost", "integrations/transformers/masks.py", "if kind.hides_keys:", "if False:", ("integrations/transformers/test_compiled.py",)),
@@ -539,11 +545,11 @@ MUTANTS = [
     Mutant("a remembered layer past forwards that were taken back", "layers/tree_state.py", " or any(map(_IS_TAKEN_BACK, self._forwards))", "", ("layers/test_instance_forward.py", "layers/test_tree_state.py", "integrations/transformers/test_decoder_step.py")),
     Mutant("a remembered layer past other attributes", "layers/tree_state.py", "if owns != attributes or ", "if ", ("layers/test_tree_state.py",)),
     Mutant("a remembered layer past another class", "layers/tree_state.py", " or [*map(type, modules)] != self.kinds", "", ("layers/test_tree_state.py",)),
-    Mutant("a remembered layer past other parameters", "layers/tree_state.py", "if (_places(parameters), _places(parts)) != self._places:", "if _places(parts) != self._places[1]:", ("layers/test_tree_state.py",)),
+    Mutant("a remembered layer past other parameters", "layers/tree_state.py", "if _places(parameters, parts, tensors) != self._places:", "if _places(parameters, parts, tensors)[2] != self._places[2]:", ("layers/test_tree_state.py",)),
     Mutant("a state that keeps what is gone", "layers/tree_state.py", "            attributes.clear()\n", "            pass\n", ("layers/test_tree_state.py",)),
     Mutant("remembered classes never asked again", "layers/tree_state.py", "        return same and [*self._inherited()] == self._bases and _functions() == self._functions\n", "        return True\n", ("layers/test_tree_state.py",)),
     Mutant("a remembered layer with the tensors of another", "integrations/transformers/steps/decoder_parts.py", "    q_gains, k_gains, a,", "    k_gains, q_gains, a,", DECODER),
-    Mutant("a step of all layers past the arguments of each", "integrations/transformers/steps/decoder_step.py", "        and all(name in like.given and like.given[name] is value for name, value in given.items())\n", "", DECODER),
+    Mutant("a step of all layers past the arguments of each", "integrations/transformers/steps/decoder_step.py", "        and all(map(is_, given.values(), map(like.given.get, given, repeat(_MISSING))))\n", "", DECODER),
     Mutant("layers that share a cache at once", "integrations/transformers/steps/decoder_step.py", "layer.step.layer in caches", "False", MODEL),
     Mutant("layers after a refused one stay counted", "integrations/transformers/steps/decoder_step.py", "[written:]):\n            layer.step.restore(mark)", "[len(layers):]):\n            layer.step.restore(mark)", MODEL),
     Mutant("a loop that computes its arguments at once", "integrations/transformers/steps/layer_loops.py", "all(_is_read(value) and x not in _names(value) for value in values)", "True", MODEL),

@@ -34,6 +34,7 @@ TESTS = {
             "tests/test_tracing.py",
             "tests/mechanisms",
         ),
+        "tests/integrations/transformers/test_compiled.py",  # which reads what Dynamo knows
         *("tests/integrations/torch/test_accelerate.py", "tests/integrations/torch/test_varlen.py", "tests/upstream"),
     ],
     "transformers": [

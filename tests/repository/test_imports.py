@@ -85,7 +85,7 @@ FOLDERS = {
     "cli": (10, 5),
     "integrations": (5, 4),
     "integrations/transformers": (16, 7),
-    "integrations/transformers/steps": (11, 8),
+    "integrations/transformers/steps": (12, 8),
 }
 """Files and folders that a folder may have, and how many of them may build on each other."""
 

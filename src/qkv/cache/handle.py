@@ -90,14 +90,28 @@ def _end_graph(context: Any) -> None:
     if handle.is_python_constant():
         is_written = any(node.target in _names("cached_layer") for node in graph.nodes)
     else:
-        written = handle.as_proxy().node
-        appending = [node for node in graph.nodes if node.target in _names("cached_modules")]
-        is_written = any(written in node.all_input_nodes for node in appending)
+        read = handle.as_proxy().node
+        is_written = any(_is_written(read, node) for node in graph.nodes)
     if is_written:
         context.graph_break(
             "qkv: the state of a cache must be read or changed in a graph of its own, after the calls of layers with "
             "it have run; got both in one graph. Do it outside of the compiled function, or compile without fullgraph."
         )
+
+
+def _is_written(handle: Any, node: Any) -> bool:
+    """Whether a node of a graph appends to the layer of a cache with a handle."""
+    if node.target in _names("cached_module"):
+        return handle in node.all_input_nodes
+    if node.target not in _names("cached_layers"):
+        return False
+    layer, cache = (find(example_of(each)) for each in (handle, node.args[1]))
+    return any(each is layer for each in cache.layers)
+
+
+def example_of(node: Any) -> Any:
+    """The value for which a compiler takes an input of a graph. Raises KeyError or AttributeError if nothing tells."""
+    return node.meta["grapharg"].example
 
 
 def _names(operator: str) -> tuple[Any, Any]:

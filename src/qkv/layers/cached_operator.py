@@ -92,7 +92,7 @@ def _cached_layer(
         options["positions"] = positions
     if context is not None:
         options["context"] = context.detach()  # a tensor of this call alone, whose identity tells nothing
-    return call_with(parameters, [module], lambda: call(module, x, **options))
+    return call_with(parameters, module, lambda: call(module, x, **options))
 
 
 def _like_x(name: str, layer: Tensor, cache: Tensor, parameters: list[Tensor], x: Tensor, *others: Any) -> Tensor:

@@ -18,8 +18,12 @@ from qkv.tracing import is_exact_tensor
 
 
 def may_be_operator(x: object, module: nn.Module) -> bool:
-    """Whether a call of a module with x may be an operator: in a program of `torch.compile`, on a CPU, without
-    gradients and autocast.
+    """Whether a call of a module with x may be an operator."""
+    return takes_operators(x) and all(is_exact_tensor(parameter) for parameter in parameters_of(module))
+
+
+def takes_operators(x: object) -> bool:
+    """Whether calls with x may be operators: in a program of `torch.compile`, on a CPU, without gradients and autocast.
 
     Other calls are followed by the compiler, which sees all that they do: exported programs, graphs with gradients,
     programs that a GPU replays.
@@ -34,7 +38,6 @@ def may_be_operator(x: object, module: nn.Module) -> bool:
         and is_exact_tensor(x)
         and x.is_cpu
         and x.dim() == 3
-        and all(is_exact_tensor(parameter) for parameter in parameters_of(module))
     )
 
 
@@ -47,12 +50,11 @@ def parameters_of(module: nn.Module) -> list[Tensor]:
     return found
 
 
-def call_with(parameters: list[Tensor], modules: list[nn.Module], call: Callable[[], Tensor]) -> Tensor:
-    """A call with these tensors, which a program may have computed, as the `parameters_of` one module after another."""
-    own = [parameter for module in modules for parameter in parameters_of(module)]
+def call_with(parameters: list[Tensor], module: nn.Module, call: Callable[[], Tensor]) -> Tensor:
+    """A call with these tensors, which a program may have computed, as the `parameters_of` a module."""
+    own = parameters_of(module)
     if all(map(_is_same, parameters, own)):
         return call().contiguous()
-    module = nn.ModuleList(modules)
     names = {id(parameter): path for path, parameter in module.named_parameters()}
     computed: dict[str, Any] = {names[id(one)]: two for one, two in zip(own, parameters, strict=True)}
     with stateless._reparametrize_module(module, computed):
@@ -72,17 +74,21 @@ class OperatorForward(Handled, InstanceForward):
     """whether the module is one that may be an operator"""
 
     def may_be_operator(self, x: object) -> bool:
-        """Whether a call with x may be one. Its parts must have no hooks, no buffers, and the dtype of x."""
+        """Whether a call with x may be one."""
+        return takes_operators(x) and self.is_ready(x.dtype, x.shape[-1])  # type: ignore[attr-defined]
+
+    def is_ready(self, dtype: torch.dtype, width: int) -> bool:
+        """Whether calls with x of this dtype and width may be. Parts must have no hooks, no buffers, and its dtype."""
         module = self.module
         if self.own is not None or self.is_taken_back or not self.is_operator or self.handle.tensor is None:
             return False
-        if module.training or not may_be_operator(x, module) or not _have_parameters_alone(module):
+        if module.training or not _have_parameters_alone(module):
             return False
         if self.last_projection is not None:
             last = module._modules.get(self.last_projection)
-            if type(last) is not nn.Linear or last.weight.shape[0] != x.shape[-1]:  # type: ignore[attr-defined]
+            if type(last) is not nn.Linear or last.weight.shape[0] != width:
                 return False
-        return all(parameter.dtype is x.dtype for parameter in parameters_of(module))  # type: ignore[attr-defined]
+        return all(is_exact_tensor(each) and each.dtype is dtype for each in parameters_of(module))
 
 
 def _have_parameters_alone(module: nn.Module) -> bool:
@@ -104,7 +110,7 @@ def as_operator(forward: OperatorForward, x: Tensor) -> Tensor:
 def _module(forward: Tensor, parameters: list[Tensor], x: Tensor) -> Tensor:
     """``qkv::module``: what a forward computes of x."""
     found: OperatorForward = find(forward)
-    return call_with(parameters, [found.module], lambda: found.call(x))
+    return call_with(parameters, found.module, lambda: found.call(x))
 
 
 def _like_x(forward: Tensor, parameters: list[Tensor], x: Tensor) -> Tensor:

@@ -33,12 +33,12 @@ class TreeState:
             attributes.clear()
 
         parameters, parts, *_ = zip(*map(_LIVE, owns), strict=True)
-        tensors = chain.from_iterable(map(dict.values, parameters))
+        tensors = [*_values(parameters)]
         self._references = [ref(module, forget) for module in modules]
         self._tensors = [ref(tensor, forget) for tensor in tensors if tensor is not None]
         self.kinds = [*map(type, modules)]
         """the class of each module"""
-        self._places = _places(parameters), _places(parts)
+        self._places = _places(parameters, parts, tensors)
         self._forwards = [own["forward"] for own in owns if isinstance(own.get("forward"), InstanceForward)]
 
     def parameters(self) -> list[Tensor | None] | None:
@@ -54,11 +54,12 @@ class TreeState:
             parameters, parts, *hooks = zip(*map(_LIVE, owns), strict=True)
             if any(chain.from_iterable(hooks)) or any(map(_IS_TAKEN_BACK, self._forwards)):
                 return None
-            if (_places(parameters), _places(parts)) != self._places:
+            tensors = [*_values(parameters)]
+            if _places(parameters, parts, tensors) != self._places:
                 return None
         except Exception:  # of attributes that do not compare, such as tensors: they are others then
             return None
-        return [*chain.from_iterable(map(dict.values, parameters))]
+        return tensors
 
 
 class ClassState:
@@ -90,9 +91,13 @@ def _within(module: nn.Module) -> Iterator[nn.Module]:
             yield from _within(part)
 
 
-def _places(dicts: Any) -> tuple[list[str], list[int]]:
-    """Names in dictionaries, and which objects they have."""
-    return [*chain.from_iterable(dicts)], [*map(id, chain.from_iterable(map(dict.values, dicts)))]
+def _values(dicts: Any) -> "chain[Any]":
+    return chain.from_iterable(map(dict.values, dicts))
+
+
+def _places(parameters: Any, parts: Any, tensors: list[Any]) -> tuple[list[str], list[int], list[int]]:
+    """Names in dictionaries of parameters and parts, and which tensors and parts they have."""
+    return [*chain.from_iterable(parameters + parts)], [*map(id, tensors)], [*map(id, _values(parts))]
 
 
 def _functions() -> list[Any]:

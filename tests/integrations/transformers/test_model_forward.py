@@ -733,7 +733,7 @@ def of_file(tmp_path: Path, source: str, name: str = "one") -> Any:
     return found
 
 
-def one_by_one(calls: Sequence[Call], x: Any) -> Any:
+def one_by_one(calls: Sequence[Call], x: Any, model: Any) -> Any:
     for layer, given in calls:
         x = layer(x, **given)
     return x
@@ -745,9 +745,9 @@ def test_a_loop_is_taken_or_left(name: str, tmp_path: Path) -> None:
     kind = of_file(tmp_path, HEAD + {**TAKEN, **LEFT}[name]).Model
     runs: list[int] = []
 
-    def run(calls: Sequence[Call], x: Any) -> Any:
+    def run(calls: Sequence[Call], x: Any, model: Any) -> Any:
         runs.append(len(calls))
-        return one_by_one(calls, x)
+        return one_by_one(calls, x, model)
 
     forward = with_layers_at_once(kind.forward, run)
     assert (forward is not None) == (name in TAKEN)

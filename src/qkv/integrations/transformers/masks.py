@@ -122,6 +122,8 @@ def kind_of(additive: Tensor, window: int | None) -> tuple[MaskKind, Tensor]:
     batch, heads, rows, keys = additive.shape
     if heads != 1 or not additive.is_floating_point():
         return MaskKind(0, False), torch.ones(batch, keys, dtype=torch.bool)
+    if not additive.any():  # that of most steps
+        return MaskKind(_NUMBER_OF_FULL, False), torch.ones(batch, keys, dtype=torch.bool)
     visible = additive[:, 0] == 0
     keep = visible.any(dim=1)
     if (visible | (additive[:, 0] <= torch.finfo(additive.dtype).min)).all():
@@ -147,9 +149,13 @@ def mask_of_kind(additive: Tensor, kind: MaskKind, keep: Tensor, window: int | N
     return MaskTensor(mask, keys - rows, additive.shape, additive.dtype, additive.device)
 
 
+@functools.lru_cache(maxsize=64)
 def _masks(window: int | None) -> tuple[Mask | None, ...]:
     """The masks that are known by their numbers; None for any other, and for a window if there is none."""
     return None, FULL, Mask.causal(), None if window is None else Mask.causal(window=window)
+
+
+_NUMBER_OF_FULL = _masks(None).index(FULL)
 
 
 def recognise_mask(mask_function: MaskFunction, keys: range) -> Mask | None:

@@ -1,8 +1,8 @@
-"""``qkv::cached_modules``: a call of an attention module of transformers with our cache, or of decoder layers one after
-another, as one operator of a compiled program.
+"""``qkv::cached_module``: a call of an attention module of transformers with our cache, or of a decoder layer, as one
+operator of a compiled program.
 
-As ``qkv::cached_layer`` is for our own layers: the operator finds modules and cache by their `Handle`, and calls them
-as eager code does. So a program does not depend on how long a cache is, and its steps are those of eager.
+As ``qkv::cached_layer`` is for our own layers: the operator finds module and cache by their `Handle`, and calls the
+module as eager code does. So a program does not depend on how long a cache is, and its steps are those of eager.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, library, nn
-from typing_extensions import Self
 
 from qkv.cache.handle import find
 from qkv.integrations.transformers.masks import MaskKind, kind_of, mask_of_kind
@@ -41,16 +40,15 @@ class CachedForward(OperatorForward):
         given.update(kwargs)
         if len(args) > len(self.positional) + 1 or self.layer_of(given) is None:
             return super().in_program(*args, **kwargs)
-        return self.returned(as_operator([(self, given)]))
+        return self.returned(as_operator(self, given))
 
     @property
     def attention(self) -> Any:
         """The attention module, which knows its layer of the cache and its window."""
         raise NotImplementedError
 
-    @classmethod
-    def output_of(cls, calls: list[tuple[Self, dict[str, Any]]], x: Tensor) -> Tensor:
-        """The output of eager code for forwards of this kind one after another, with these arguments beside x."""
+    def output_of(self, x: Tensor, given: dict[str, Any]) -> Tensor:
+        """The output of eager code with these arguments beside x."""
         raise NotImplementedError
 
     def returned(self, out: Tensor) -> Any:
@@ -66,98 +64,93 @@ class CachedForward(OperatorForward):
 
     def layer_of(self, given: dict[str, Any]) -> Any:
         """The layer of the cache to which a call appends, if the call is to be an operator; else None."""
-        from qkv.integrations.transformers.cache import QKVCache, is_ours
+        if not is_usual(given, self.cache_name) or not self.may_be_operator(given.get("hidden_states")):
+            return None
+        return self.layer_in(given[self.cache_name])
 
-        cache, mask, tables = (given.get(name) for name in (self.cache_name, "attention_mask", "position_embeddings"))
-        if type(cache) is not QKVCache or not self.may_be_operator(given.get("hidden_states")):
-            return None
-        if cache.offloading or cache.handle.tensor is None:
-            return None
-        read = ("hidden_states", "attention_mask", "position_embeddings", self.cache_name)
-        for name in given:
-            if name not in read and name not in _IGNORED and given[name] is not None and given[name] is not False:
-                return None
-        if not (tables is None or (type(tables) is tuple and len(tables) == 2)):
-            return None
-        if not (mask is None or (isinstance(mask, Tensor) and mask.dim() == 4)):
-            return None
+    def layer_in(self, cache: Any) -> Any:
+        """The layer of a `QKVCache` to which a call appends; None if it is not one of ours."""
+        from qkv.integrations.transformers.cache import is_ours
+
         index = self.attention.layer_idx
         layer = cache.layers[index] if index < len(cache.layers) else None
         return layer if is_ours(layer) and layer.handle.tensor is not None else None  # type: ignore[union-attr]
 
 
-def as_operator(calls: Sequence[tuple[CachedForward, dict[str, Any]]]) -> Tensor:
-    """The output of the last of these forwards, each of which has a `layer_of` the cache and the same one, as an
-    operator.
-    """
-    first, given = calls[0]
-    layers: list[Tensor] = []
-    parameters: list[Tensor] = []
-    tables: list[Tensor | None] = []
-    masks: list[Tensor | None] = []
-    windows: list[int] = []
-    for forward, each in calls:
-        layers.append(forward.layer_of(each).handle.tensor)
-        parameters += parameters_of(forward.module)
-        tables += each.get("position_embeddings") or (None, None)
-        mask, window = each.get("attention_mask"), forward.window
-        masks += (None, None, None) if mask is None else (mask, *_kind_of(mask, window))
-        windows.append(-1 if window is None else window)
-    forwards, cache = [forward.handle.tensor for forward, _ in calls], given[first.cache_name].handle.tensor
-    out: Tensor = torch.ops.qkv.cached_modules(
-        forwards, cache, layers, parameters, given["hidden_states"], tables, masks, windows
-    )
+def is_usual(given: dict[str, Any], cache_name: str) -> bool:
+    """Whether a call, of whichever module, has a `QKVCache` and no arguments but those that operators take."""
+    from qkv.integrations.transformers.cache import QKVCache
+
+    cache, mask, tables = (given.get(name) for name in (cache_name, "attention_mask", "position_embeddings"))
+    if type(cache) is not QKVCache or cache.offloading or cache.handle.tensor is None:
+        return False
+    read = ("hidden_states", "attention_mask", "position_embeddings", cache_name)
+    for name in given:
+        if name not in read and name not in _IGNORED and given[name] is not None and given[name] is not False:
+            return False
+    if not (tables is None or (type(tables) is tuple and len(tables) == 2)):
+        return False
+    return mask is None or (isinstance(mask, Tensor) and mask.dim() == 4)
+
+
+def as_operator(forward: CachedForward, given: dict[str, Any]) -> Tensor:
+    """The output of a forward that has a `layer_of` the cache, as an operator."""
+    window, mask = forward.window, given.get("attention_mask")
+    layer, cache = forward.layer_of(given), given[forward.cache_name]
+    handles = forward.handle.tensor, cache.handle.tensor, layer.handle.tensor
+    tables = given.get("position_embeddings") or ()
+    masks = () if mask is None else with_kind(mask, window)
+    parameters, x = parameters_of(forward.module), given["hidden_states"]
+    out: Tensor = torch.ops.qkv.cached_module(*handles, parameters, x, tables, masks, window)
     return out
 
 
-def _kind_of(mask: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
-    """The kind of a mask, found once for all modules with this window if `make_mask` made it."""
+def with_kind(mask: Tensor, window: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """A mask, its `MaskKind`, and the keys that padding leaves, as operators take them.
+
+    The kind is found once for all modules with this window if `make_mask` made the mask.
+    """
     found: dict[int | None, tuple[Tensor, Tensor]] = getattr(mask, "qkv_kinds", {})
     if window not in found:
         found[window] = torch.ops.qkv.kind_of_mask(mask, window)
-    return found[window]
+    return mask, *found[window]
 
 
-def _cached_modules(
-    forwards: list[Tensor],
+def mask_in(given: Sequence[Tensor], window: int | None) -> Tensor | None:
+    """What eager code is to take for a mask that is given `with_kind`."""
+    mask, kind, keep = given
+    return mask_of_kind(mask, MaskKind(*kind.tolist()), keep, window)
+
+
+def _cached_module(
+    forward: Tensor,
     cache: Tensor,
-    layers: list[Tensor],
+    layer: Tensor,
     parameters: list[Tensor],
     x: Tensor,
-    tables: list[Tensor | None],
-    masks: list[Tensor | None],
-    windows: list[int],
+    tables: list[Tensor],
+    masks: list[Tensor],
+    window: int | None,
 ) -> Tensor:
-    """``qkv::cached_modules``: the output of modules for tokens ``x (B, L, width)``, which are appended.
+    """``qkv::cached_module``: the output of a module for tokens ``x (B, L, width)``, which are appended.
 
     Args:
-        layers: of the cache, which are written to.
-        parameters: of all modules.
-        tables: cos and sin of each, or None.
-        masks: of each, with its `MaskKind` and the keys that padding leaves; or None.
-        windows: of each; -1 for none.
+        layer: of the cache, which is written to.
+        parameters: of the module.
+        tables: cos and sin, if there are any.
+        masks: a mask `with_kind`, if there is one.
+        window: number of keys that a query sees; None for all.
     """
-    found: list[CachedForward] = [find(forward) for forward in forwards]
-    of, known = find(cache), {}
-    calls = []
-    for index, forward in enumerate(found):
-        cos, sin = tables[2 * index : 2 * index + 2]
-        mask, kind, keep = masks[3 * index : 3 * index + 3]
-        if mask is not None and kind is not None and keep is not None:
-            key = id(mask), windows[index]
-            if key not in known:
-                window = None if windows[index] < 0 else windows[index]
-                known[key] = mask_of_kind(mask, MaskKind(*kind.tolist()), keep, window)
-            mask = known[key]
-        position_embeddings = None if cos is None else (cos, sin)
-        given = {"attention_mask": mask, "position_embeddings": position_embeddings, forward.cache_name: of}
-        calls.append((forward, given))
-    return call_with(parameters, [forward.module for forward in found], lambda: type(found[0]).output_of(calls, x))
+    found: CachedForward = find(forward)
+    given = {
+        "attention_mask": mask_in(masks, window) if masks else None,
+        "position_embeddings": tuple(tables) or None,
+        found.cache_name: find(cache),
+    }
+    return call_with(parameters, found.module, lambda: found.output_of(x, given))
 
 
-def _like_x(
-    forwards: list[Tensor], cache: Tensor, layers: list[Tensor], parameters: list[Tensor], x: Tensor, *others: object
-) -> Tensor:
+def _like_x(forward: Tensor, cache: Tensor, layer: Tensor, parameters: list[Tensor], x: Tensor, *_: object) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -173,11 +166,11 @@ def _kind_and_keys(mask: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
 
 _LIBRARY = library.Library("qkv", "FRAGMENT")
 _LIBRARY.define(
-    "cached_modules(Tensor[] forwards, Tensor cache, Tensor(a!)[] layers, Tensor[] parameters, Tensor x, "
-    "Tensor?[] tables, Tensor?[] masks, int[] windows) -> Tensor"
+    "cached_module(Tensor forward, Tensor cache, Tensor(a!) layer, Tensor[] parameters, Tensor x, Tensor[] tables, "
+    "Tensor[] masks, int? window) -> Tensor"
 )
 _LIBRARY.define("kind_of_mask(Tensor mask, int? window) -> (Tensor, Tensor)")
-_LIBRARY.impl("cached_modules", _cached_modules, "CPU")
+_LIBRARY.impl("cached_module", _cached_module, "CPU")
 _LIBRARY.impl("kind_of_mask", _kind_of_mask, "CPU")
-library.register_fake("qkv::cached_modules", _like_x, lib=_LIBRARY)
+library.register_fake("qkv::cached_module", _like_x, lib=_LIBRARY)
 library.register_fake("qkv::kind_of_mask", _kind_and_keys, lib=_LIBRARY)

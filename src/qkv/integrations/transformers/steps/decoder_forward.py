@@ -3,7 +3,6 @@
 from typing import Any
 
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from qkv.integrations.transformers.steps.attention_forms import form_of as form_of_attention
 from qkv.integrations.transformers.steps.cached_module import CachedForward
@@ -24,15 +23,9 @@ class DecoderForward(CachedForward):
         """The attention module of the layer."""
         return self.module._modules["self_attn"]
 
-    @classmethod
-    def output_of(cls, calls: list[tuple[Self, dict[str, Any]]], x: Tensor) -> Tensor:
-        """The output of layers without hooks, or of one whose hooks the program has."""
-        from qkv.integrations.transformers.steps.decoder_step import run_calls  # which imports transformers
-
-        if len(calls) > 1:
-            return run_calls([(forward.module, given) for forward, given in calls], x, cls)  # type: ignore[no-any-return]
-        ((forward, given),) = calls
-        return forward(x, **given)  # type: ignore[no-any-return]
+    def output_of(self, x: Tensor, given: dict[str, Any]) -> Tensor:
+        """The output of the layer."""
+        return self(x, **given)  # type: ignore[no-any-return]
 
     def returned(self, out: Tensor) -> Tensor:
         """The output alone."""

@@ -4,6 +4,8 @@ for which calls are: those whose attention, MLP and norms would each be one.
 
 import functools
 from collections.abc import Sequence
+from itertools import repeat
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -78,8 +80,11 @@ def _asks_the_same(like: Layer, module: nn.Module, given: dict[str, Any], found:
         and found.parts.head_dim == like.found.parts.head_dim
         and found.block.mlp.gate[0].shape == like.found.block.mlp.gate[0].shape
         and len(given) == len(like.given) - 1
-        and all(name in like.given and like.given[name] is value for name, value in given.items())
+        and all(map(is_, given.values(), map(like.given.get, given, repeat(_MISSING))))
     )
+
+
+_MISSING = object()
 
 
 def run(layers: Sequence[Layer], x: Tensor) -> tuple[int, Tensor]:

@@ -19,8 +19,9 @@ from torch import nn
 Call = tuple[nn.Module, dict[str, Any]]
 """A layer, and its arguments after the first."""
 
-Run = Callable[[Sequence[Call], Any], Any]
-"""Takes the calls of a loop, and the first argument of the first one; returns what the last one returns."""
+Run = Callable[[Sequence[Call], Any, Any], Any]
+"""Takes the calls of a loop, the first argument of the first one, and the module whose forward has the loop; returns
+what the last one returns."""
 
 _RUN, _CALL, _CALLS, _IS_LIST = "_qkv_run", "_qkv_call", "_qkv_calls", "_qkv_is_list"
 """Names in the code of these forwards."""
@@ -46,9 +47,9 @@ def _with_layers_at_once(forward: Any, inner: FunctionType, code: CodeType, run:
         warnings.simplefilter("ignore")
         function = _source_of(inner)
         loops = [] if function is None else [place for place, part in enumerate(function.body) if _is_loop(part, code)]
-        if function is None or len(loops) != 1:
+        if function is None or len(loops) != 1 or not function.args.args:
             return None
-        function.body[loops[0]] = _at_once(function.body[loops[0]])
+        function.body[loops[0]] = _at_once(function.body[loops[0]], function.args.args[0].arg)
         return _within_wrappers(forward, inner, _compiled(function, inner, run))
 
 
@@ -154,12 +155,15 @@ def _names(part: ast.AST) -> set[str]:
     return {each.id for each in ast.walk(part) if isinstance(each, ast.Name)}
 
 
-def _at_once(loop: Any) -> ast.stmt:
-    """The statement in place of a loop: over a list of modules, collect the calls, then make them."""
+def _at_once(loop: Any, owner: str) -> ast.stmt:
+    """The statement in place of a loop of a method of ``owner``: over a list of modules, collect the calls, then make
+    them.
+    """
     assign = loop.body[0]
     call = ast.Call(ast.Name(_CALL, ast.Load()), [assign.value.func], assign.value.keywords)
     append = ast.Call(ast.Attribute(ast.Name(_CALLS, ast.Load()), "append", ast.Load()), [call], [])
-    run = ast.Call(ast.Name(_RUN, ast.Load()), [ast.Name(_CALLS, ast.Load()), assign.value.args[0]], [])
+    given = [ast.Name(_CALLS, ast.Load()), assign.value.args[0], ast.Name(owner, ast.Load())]
+    run = ast.Call(ast.Name(_RUN, ast.Load()), given, [])
     made = [
         ast.copy_location(ast.Assign([ast.Name(_CALLS, ast.Store())], ast.List([], ast.Load())), loop),
         ast.copy_location(ast.For(loop.target, loop.iter, [_at(assign, ast.Expr, append)], []), loop),

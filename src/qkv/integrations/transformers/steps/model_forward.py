@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from qkv.integrations.transformers.steps.cached_module import as_operator
+from qkv.cache.handle import Handled
+from qkv.integrations.transformers.steps.cached_layers import run_in_program
 from qkv.integrations.transformers.steps.decoder_forward import DecoderForward
 from qkv.integrations.transformers.steps.layer_loops import Call, code_of, with_layers_at_once
 from qkv.layers.instance_forward import InstanceForward
-from qkv.layers.plain import is_called_plainly
 
 
-class ModelForward(InstanceForward):
+class ModelForward(Handled, InstanceForward):
     """The forward of a model: that of its class, but that it hands on all calls of its layers at once."""
 
     def _enter(self) -> None:
@@ -55,29 +55,9 @@ def replace_model(module: nn.Module) -> None:
         ModelForward.set_on(module)
 
 
-def _run(calls: Sequence[Call], x: Any) -> Any:
+def _run(calls: Sequence[Call], x: Any, model: nn.Module) -> Any:
     if torch.compiler.is_compiling():
-        return _run_in_program(calls, x)
+        return run_in_program(calls, x, model)
     from qkv.integrations.transformers.steps.decoder_step import run_calls  # which imports transformers
 
     return run_calls(calls, x, DecoderForward)
-
-
-def _run_in_program(calls: Sequence[Call], x: Any) -> Any:
-    """The output of layers: of those that may be operators, and follow one another, as one."""
-    waiting: list[tuple[DecoderForward, dict[str, Any]]] = []
-    for module, given in calls:
-        forward: Any = module.forward
-        given_all = {**given, "hidden_states": x}
-        if (
-            type(forward) is DecoderForward
-            and is_called_plainly(module, DecoderForward)
-            and forward.layer_of(given_all) is not None
-        ):
-            waiting.append((forward, given_all))
-            continue
-        if waiting:
-            x = as_operator(waiting)
-            waiting = []
-        x = module(x, **given)
-    return as_operator(waiting) if waiting else x

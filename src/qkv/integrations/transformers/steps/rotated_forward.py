@@ -9,7 +9,6 @@ from types import FunctionType
 from typing import Any
 
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from qkv import kernels
 from qkv.integrations import calls
@@ -32,11 +31,9 @@ class RotatedForward(CachedForward):
         """The module itself."""
         return self.module
 
-    @classmethod
-    def output_of(cls, calls: list[tuple[Self, dict[str, Any]]], x: Tensor) -> Tensor:
-        """The output of the only module."""
-        ((forward, given),) = calls
-        out: Tensor = forward(hidden_states=x, **given)[0]
+    def output_of(self, x: Tensor, given: dict[str, Any]) -> Tensor:
+        """The output without the weights."""
+        out: Tensor = self(hidden_states=x, **given)[0]
         return out
 
     def returned(self, out: Tensor) -> tuple[Tensor, None]:
