@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from parallel import sharded
-from parallel.ranks import Failure, Ranks, hasty_mesh, mesh
+from parallel.ranks import Failure, Ranks, mesh, mesh_that_waits
 from parallel.sharded import LAYOUTS, joined, ragged
 from torch import Tensor
 
@@ -242,7 +242,7 @@ def test_ranks_that_disagree_raise_where_they_would_wait(checked: Ranks) -> None
 
 def _alone(change: str, scheme: str) -> tuple[Tensor, Tensor]:
     """A call of which the second rank makes another; the rows of the output and of what one process has."""
-    n, tokens = 24, parallel.Tokens.even(24, hasty_mesh())
+    n, tokens = 24, parallel.Tokens.even(24, mesh_that_waits(5))
     whole = sharded.long_inputs(torch.float32, n)[:3]
     q, k, v = (tokens.take(x, dim=2) for x in whole)
     mask, want = Mask.causal(), tokens.take(qkv.attention(*whole, mask=Mask.causal()), dim=2)
@@ -266,7 +266,7 @@ def _alone(change: str, scheme: str) -> tuple[Tensor, Tensor]:
         if change == "mask":
             mask = Mask.causal(window=5)
         if change == "layout":
-            tokens = parallel.Tokens((((0, 7),), ((8, 16),), ((7, 8), (16, 24))), hasty_mesh())
+            tokens = parallel.Tokens((((0, 7),), ((8, 16),), ((7, 8), (16, 24))), mesh_that_waits(5))
         if change == "scheme":
             scheme = "gather" if scheme == "heads" else "heads"
     return parallel.attention(q, k, v, tokens, mask=mask, scheme=scheme), want
@@ -324,7 +324,7 @@ def test_ranks_that_join_or_merge_other_tensors_say_in_what_they_differ(checked:
 
 def _backward_of_another() -> str:
     """A backward pass of which the second rank takes that of another call."""
-    tokens = parallel.Tokens.even(24, hasty_mesh())
+    tokens = parallel.Tokens.even(24, mesh_that_waits(5))
     q, k, v = (tokens.take(x, dim=2).requires_grad_() for x in sharded.long_inputs(torch.float32, 24)[:3])
     first = parallel.attention(q, k, v, tokens, mask=Mask.causal(), scheme="heads")
     second = parallel.attention(q, k, v, tokens, mask=Mask.causal(window=5), scheme="heads")
@@ -339,11 +339,11 @@ def test_backward_passes_of_other_calls_raise(ranks: Of) -> None:
 
 
 def _join_and_merge_others(what: str) -> Any:
-    rank, tokens = hasty_mesh().get_local_rank(), parallel.Tokens.even(24, hasty_mesh())
+    rank, tokens = mesh_that_waits(5).get_local_rank(), parallel.Tokens.even(24, mesh_that_waits(5))
     if what == "join":
         return tokens.join(torch.zeros(2, 8, 3 + (rank == 1)))
     rows = 4 + (rank == 1)
-    return parallel.merge((torch.zeros(1, 2, rows, 8), torch.zeros(1, 2, rows)), hasty_mesh())
+    return parallel.merge((torch.zeros(1, 2, rows, 8), torch.zeros(1, 2, rows)), mesh_that_waits(5))
 
 
 @pytest.mark.parametrize("what", ["join", "merge"])
