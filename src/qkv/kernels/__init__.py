@@ -25,6 +25,7 @@ from qkv.kernels.gated_mlp import fast_gated_mlp as fast_gated_mlp
 from qkv.kernels.layer_step import layer_step as layer_step
 from qkv.kernels.linear import fast_linear as fast_linear
 from qkv.kernels.linear import gains_from_few_rows as gains_from_few_rows
+from qkv.kernels.linear import gains_from_rows as gains_from_rows
 from qkv.kernels.linear import has_few_rows as has_few_rows
 from qkv.kernels.linear import is_faster as is_faster
 from qkv.kernels.linear import is_faster_in_programs as is_faster_in_programs

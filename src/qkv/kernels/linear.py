@@ -89,19 +89,23 @@ def _is_as_fast_by_torch(x: Tensor) -> bool:
     return x.numel() == x.shape[-1] and x.dtype is torch.float32 and torch.get_num_threads() == 1
 
 
+def gains_from_rows(x: Tensor) -> bool:
+    """Whether the kernel multiplies so many rows with some weight faster than torch: the first thing to ask of a call,
+    before its modules are looked at.
+    """
+    if not has_few_rows(x):
+        return False
+    rows, fewest = x.numel() // x.shape[-1], _FEWEST.get((loaded().isa, x.dtype))
+    return fewest is not None and rows <= MOST_ROWS and fewest[rows] != _NEVER
+
+
 def gains_from_few_rows(x: Tensor, weight: Tensor) -> bool:
     """Whether a call of the kernel that takes the place of several products with such weights is faster than torch.
 
     It also saves what Python takes between them, so for 1 to `MOST_ROWS` rows it is where `is_faster` holds for some
     weight; not where torch reads large weights at the speed of memory.
     """
-    if not has_few_rows(x):
-        return False
-    numbers, columns = x.numel(), x.shape[-1]
-    fewest = _FEWEST.get((loaded().isa, x.dtype))
-    if fewest is None or numbers > MOST_ROWS * columns or fewest[numbers // columns] == _NEVER:
-        return False
-    return weight.numel() < _LARGE or not _is_as_fast_by_torch(x)
+    return gains_from_rows(x) and (weight.numel() < _LARGE or not _is_as_fast_by_torch(x))
 
 
 def is_faster_in_programs(x: Tensor, weight: Tensor) -> bool:

@@ -29,7 +29,7 @@ class GatedForward(OperatorForward):
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """The MLP of the only argument."""
-        if len(args) == 1 and not kwargs and self.own is None and kernels.has_few_rows(args[0]):
+        if len(args) == 1 and not kwargs and self.own is None and kernels.gains_from_rows(args[0]):
             out = self._by_kernel(args[0])
             if out is not None:
                 return out

@@ -68,6 +68,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(decoder_step, "run", counted)
     monkeypatch.setattr(kernels, "is_faster", lambda x, weight: kernels.has_few_rows(x))
+    monkeypatch.setattr(kernels, "gains_from_rows", lambda x: kernels.has_few_rows(x) and x.numel() <= 16 * x.shape[-1])
     monkeypatch.setattr(kernels, "gains_from_few_rows", lambda x, weight: x.numel() <= 16 * x.shape[-1])
     return counts
 

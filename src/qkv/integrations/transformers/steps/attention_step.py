@@ -144,6 +144,9 @@ def step_of(module: Any, form: Form, given: dict[str, Any], parts: Parts | None 
             return f"{name} is given"
     if not _reaches(forward, module.config._attn_implementation):
         return "the attention function is not qkv's"
+    cache = given.get(form.cache)
+    if cache is not None and isinstance(layer := _layer_of(cache, module.layer_idx), str):  # as in every prompt
+        return layer
     if parts is None:
         found = parts_of(module, form)
         if isinstance(found, str):
@@ -293,6 +296,9 @@ def _tables_of(
     return cos, sin
 
 
+_REFUSED = "the cache is empty, or moves its window"
+
+
 def _layer_of(cache: Any, index: Any) -> CacheLayer | str:
     """The layer of a cache to which the kernel may append."""
     if type(cache) is not QKVCache:
@@ -302,6 +308,8 @@ def _layer_of(cache: Any, index: Any) -> CacheLayer | str:
     layer = cache.layers[index] if type(index) is int and 0 <= index < len(cache.layers) else None
     if type(layer) not in (AppendLayer, SlidingLayer, Int8Layer, Int8SlidingLayer):
         return f"the layer of the cache is a {type(layer).__name__}"
+    if not layer.is_initialized:  # type: ignore[union-attr]
+        return _REFUSED
     if cache.offloading:
         return "the cache is offloaded"
     if any(kind.update is not update for kind, update in _UPDATES) or "update" in {*vars(cache), *vars(layer)}:
@@ -339,7 +347,7 @@ def run_step(module: Any, x: Tensor, step: Step) -> Tensor | str:
         step.restore(mark)
         raise
     if keys is None:
-        return "the cache is empty, or moves its window"
+        return _REFUSED
     if out is None:
         step.restore(mark)
         return "the kernel refuses these tensors"

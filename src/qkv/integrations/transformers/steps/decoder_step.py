@@ -57,7 +57,7 @@ def layer_of(
             return None
         if not former_names(without_checkpointing(type(module).forward)).isdisjoint(given):
             return None
-        if not isinstance(x, Tensor) or not kernels.has_few_rows(x):
+        if not isinstance(x, Tensor) or not kernels.gains_from_rows(x):
             return None
         found = found or found_in(module)
         if found is None or not kernels.gains_from_few_rows(x, found.block.mlp.gate[0]):
@@ -125,6 +125,10 @@ def run_calls(calls: Sequence[tuple[nn.Module, dict[str, Any]]], x: Any, forward
         forward: of decoder layers, whose work is done here.
     """
     at, most = 0, len(calls)
+    if not isinstance(x, Tensor) or not kernels.gains_from_rows(x):  # a prompt, whose layers need not be looked at
+        for module, given in calls:
+            x = module(x, **given)
+        return x
     while at < len(calls):
         layers: list[Layer] = []
         caches: list[Any] = []
