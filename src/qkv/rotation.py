@@ -38,19 +38,19 @@ class Rotation(NamedTuple):
     inverse: bool = False
     """whether x and y are multiplied by the transposed matrix instead, as gradients are"""
 
-    @property
-    def tensors(self) -> list[Tensor]:
-        """The tensors among its fields."""
-        fields = (self.positions, self.offsets, self.axes, self.frequencies, self.cos, self.sin)
-        return [field for field in fields if field is not None]
 
-    @property
-    def pairs(self) -> int:
-        """n, the number of pairs."""
-        if self.frequencies is not None:
-            return self.frequencies.shape[-1]
-        assert self.cos is not None
-        return self.cos.shape[-1] // 2 if self.halves else self.cos.shape[-1]
+def pairs_of(rotation: Rotation) -> int:
+    """n, the number of pairs. No property, as `tensors_of`."""
+    if rotation.frequencies is not None:
+        return rotation.frequencies.shape[-1]
+    assert rotation.cos is not None
+    return rotation.cos.shape[-1] // 2 if rotation.halves else rotation.cos.shape[-1]
+
+
+def tensors_of(rotation: Rotation) -> list[Tensor]:
+    """The tensors among the fields. No property, which Dynamo does not find on a named tuple before torch 2.11."""
+    fields = (rotation.positions, rotation.offsets, rotation.axes, rotation.frequencies, rotation.cos, rotation.sin)
+    return [field for field in fields if field is not None]
 
 
 def positions_of(rotation: Rotation, x: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ def tables(rotation: Rotation, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def rotate_by_tables(x: Tensor, cos: Tensor, sin: Tensor, rotation: Rotation) -> Tensor:
     """Rotates ``x (..., width)`` in fp32 or higher, by tables that broadcast to ``(..., n)``, or 2 n with halves."""
-    pairs = rotation.pairs
+    pairs = pairs_of(rotation)
     rotated, rest = x.split([2 * pairs, x.shape[-1] - 2 * pairs], dim=-1)
     wide = rotated.to(torch.promote_types(x.dtype, torch.float32))
     if rotation.interleaved:

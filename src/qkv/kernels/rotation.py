@@ -9,7 +9,7 @@ from torch import Tensor, library
 from qkv.kernels.binding import absence, loaded
 from qkv.kernels.dispatch import can_bypass_dispatcher
 from qkv.kernels.structs import DTYPES, ROTATION, view
-from qkv.rotation import Rotation, rotate_by_operators
+from qkv.rotation import Rotation, pairs_of, rotate_by_operators, tensors_of
 from qkv.torch_internals import is_legacy_batched, transforms_are_active
 from qkv.tracing import is_exact_tensor, is_tracing
 
@@ -41,7 +41,7 @@ def rotate(x: Sequence[Tensor], rotation: Rotation) -> Sequence[Tensor]:
     | ``torch.ops.qkv.rotate`` | operators are being recorded | 35 us |
     | `rotate_by_operators` | fp64, other devices, ONNX, no kernel, subclasses of tensors | 150 us |
     """
-    tensors = rotation.tensors
+    tensors = tensors_of(rotation)
     bypasses = can_bypass_dispatcher(*x, *tensors)
     if bypasses:
         rotated = _fast_rotate(x, rotation)
@@ -69,7 +69,7 @@ def _is_supported(x: Sequence[Tensor], rotation: Rotation, tensors: list[Tensor]
     """Whether the kernel computes a rotation, in any of these ways."""
     if absence() is not None or not all(tensor.is_cpu for tensor in (*x, *tensors)):
         return False
-    first, pairs = x[0], rotation.pairs
+    first, pairs = x[0], pairs_of(rotation)
     if first.dtype not in _DTYPES or not 0 < 2 * pairs <= first.shape[-1]:
         return False
     if not -_LARGEST_OFFSET < rotation.offset < _LARGEST_OFFSET:
@@ -104,7 +104,7 @@ def _fast_rotate(x: Sequence[Tensor], rotation: Rotation) -> list[Tensor] | None
     rotated = [_new_out(one, rotation.inverse) for one in x]
     q, k = x if len(x) == 2 else (x[0], None)
     q_out, k_out = rotated if k is not None else (rotated[0], None)
-    pairs = rotation.pairs
+    pairs = pairs_of(rotation)
     failed = call(
         *(q, k, q_out, k_out),
         *(rotation.positions, rotation.offsets, rotation.axes, rotation.frequencies, rotation.cos, rotation.sin),
@@ -138,7 +138,7 @@ def _rotate(x: Sequence[Tensor], rotation: Rotation) -> list[Tensor]:
                 "qkv's kernel: tensors that are rotated together must differ only in the number of heads; got "
                 f"{x[0].dtype} {tuple(x[0].shape)} and {one.dtype} {tuple(one.shape)}."
             )
-    pairs = rotation.pairs
+    pairs = pairs_of(rotation)
     if 2 * pairs > width:
         raise ValueError(f"qkv's kernel: heads of {pairs} pairs must have at least {2 * pairs} channels; got {width}.")
     given = [_rows(one) for one in x]
@@ -180,7 +180,7 @@ def _pack_angles(rotation: Rotation, batch: int, tokens: int) -> tuple[list[floa
     # One more dimension of size 1, so that positions may have any stride between tokens.
     of_tokens = expanded(None if positions is None else positions[..., None], torch.int64, axis_count, batch, tokens, 1)
     offsets = expanded(None if rotation.offsets is None else rotation.offsets[:, None], torch.int64, batch, 1)
-    pairs = rotation.pairs
+    pairs = pairs_of(rotation)
     dtype = torch.float32 if cos is None or sin is None else torch.promote_types(cos.dtype, sin.dtype)
     columns = 2 * pairs if rotation.halves else pairs
     cos_address, *cos_strides = expanded(cos, dtype, batch, tokens, columns)
@@ -208,7 +208,7 @@ _FIELDS = len(Rotation._fields)
 
 def _run(x: Sequence[Tensor], rotation: Rotation) -> list[Tensor]:
     """Rotates plain tensors, below autograd and transforms."""
-    is_negated = any(tensor.is_neg() for tensor in (*x, *rotation.tensors))
+    is_negated = any(tensor.is_neg() for tensor in (*x, *tensors_of(rotation)))
     rotated = None if is_negated else _fast_rotate(x, rotation)
     return _rotate(x, rotation) if rotated is None else rotated
 

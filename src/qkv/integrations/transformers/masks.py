@@ -78,16 +78,21 @@ def make_mask(
         a `MaskTensor`, with a dense `Mask` if ``mask_function`` is not recognised; an ordinary additive mask while
         tracing or under functorch transforms, so that the padding of this call does not become a constant.
     """
-    from transformers import masking_utils
+    from transformers.masking_utils import (
+        causal_mask_function,
+        eager_mask,
+    )  # torch 2.9 cannot follow transformers itself
 
-    mask_function = mask_function or masking_utils.causal_mask_function
+    mask_function = mask_function or causal_mask_function
     sizes = (batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask)
     options |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False, "device": device}
     if kernels.is_tracing() or transforms_are_active():
-        additive: Tensor = masking_utils.eager_mask(*sizes, dtype=dtype, **options)
+        additive: Tensor = eager_mask(*sizes, dtype=dtype, **options)
         if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
             additive.qkv_kinds = {}  # type: ignore[attr-defined]
         return additive
+    from transformers import masking_utils
+
     mask = recognise_mask(mask_function, range(kv_offset, kv_offset + kv_length))
     prepare_padding = getattr(masking_utils, "prepare_padding_mask", None)
     if mask is None or prepare_padding is None:

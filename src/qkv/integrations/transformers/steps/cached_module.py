@@ -36,9 +36,12 @@ class CachedForward(OperatorForward):
 
     def in_program(self, *args: Any, **kwargs: Any) -> Any:
         """One operator for calls with a `QKVCache` that may be one; others are followed."""
-        given = dict(zip((*self.positional, self.cache_name), args, strict=False))
+        names = (*self.positional, self.cache_name)
+        if len(args) > len(names):
+            return super().in_program(*args, **kwargs)
+        given = {names[place]: args[place] for place in range(len(args))}  # zip(strict=False): not in torch 2.9
         given.update(kwargs)
-        if len(args) > len(self.positional) + 1 or self.layer_of(given) is None:
+        if self.layer_of(given) is None:
             return super().in_program(*args, **kwargs)
         return self.returned(as_operator(self, given))
 
