@@ -77,9 +77,10 @@ class LatentAttention(OperatorLayer):
 
     Example:
         >>> import torch, qkv
-        >>> sizes = {"kv_rank": 16, "nope_dim": 8, "rope_dim": 4}
         >>> rotary = qkv.RotaryEmbedding(4, interleaved=True)
-        >>> layer = qkv.LatentAttention(64, 8, **sizes, mask=qkv.Mask.causal(), rotary=rotary)
+        >>> layer = qkv.LatentAttention(
+        ...     64, 8, kv_rank=16, nope_dim=8, rope_dim=4, mask=qkv.Mask.causal(), rotary=rotary
+        ... )
         >>> cache = qkv.LatentKVCache()
         >>> prompt = layer(torch.randn(1, 5, 64), cache=cache)
         >>> step = layer(torch.randn(1, 1, 64), cache=cache)
