@@ -52,9 +52,7 @@ def test_a_call_is_a_step_unless_an_argument_has_its_former_name(
     with pytest.warns(FutureWarning, match="`former` is deprecated"):
         got = attention(X, former=TABLES, attention_mask=None)[0]
     assert steps == [3] and "an argument is given by its former name" in str(qkv.report(attention))
-    # Four products one after another, of 32 columns at most, each rounded otherwise than torch's.
-    bound = 4 * 32 * torch.finfo(want.dtype).eps * float(want.abs().max())
-    torch.testing.assert_close(got, want, atol=bound, rtol=0)
+    torch.testing.assert_close(got, want)
 
 
 def test_a_copy_has_the_wrappers_of_the_original() -> None:
