@@ -431,8 +431,15 @@ class Mask:
     @property
     def _band(self) -> Band:
         """What positions alone show, global tokens apart."""
-        prefix = self.prefix_tokens if self.prefix_lengths is None else self.prefix_lengths
-        return Band(self.left, self.right, self.sink_tokens, prefix, self.dilation, self.chunk, self.chunk_start)
+        return Band(
+            *(self.left, self.right, self.sink_tokens, self._prefix),
+            *(self.dilation, self.chunk, self.chunk_start),
+        )
+
+    @property
+    def _prefix(self) -> int | Tensor:
+        """Number of first keys that all queries see."""
+        return self.prefix_tokens if self.prefix_lengths is None else self.prefix_lengths
 
     def _require_mask(self, operation: str, other: object) -> None:
         if not isinstance(other, Mask):
@@ -538,9 +545,9 @@ class Mask:
         """
         if self.is_global is not None:
             return True
-        ends_chunk = self.chunk is not None and _is_all_true((length - self.chunk_start) % self.chunk == 0)
-        hides_ahead = self.right is not None and self.right <= 0 and _is_all_true(self._band.prefix <= length)
-        return not (ends_chunk or hides_ahead)
+        if self.right is not None and self.right <= 0 and _is_all_true(self._prefix <= length):
+            return False
+        return self.chunk is None or not _is_all_true((length - self.chunk_start) % self.chunk == 0)
 
     def _has_any(self, names: tuple[str, ...]) -> bool:
         return any(getattr(self, name) is not None for name in names)

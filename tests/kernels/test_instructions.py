@@ -149,6 +149,7 @@ def test_the_library_exports_its_own_functions_alone() -> None:
         "qkv_fast_project",
         "qkv_layer_step",
         "qkv_layer_step_size",
+        "qkv_methods",
         "qkv_project",
         "qkv_projection_size",
         "qkv_quantize",

@@ -572,3 +572,46 @@ def test_a_head_among_many_has_the_bits_of_one_alone(dtype: torch.dtype, threads
             assert torch.equal(out[heads], alone)
     finally:
         torch.set_num_threads(before)
+
+
+@has_fast_path
+def test_calls_of_tensors_refuse_other_arguments() -> None:
+    library, q = kernels.loaded(), torch.randn(1, 2, 3, 4)
+    assert library.fast_project is not None and library.layer_step is not None and library.decoder_layers is not None
+    for call in (library.fast_project, library.layer_step, library.decoder_layers):
+        with pytest.raises(TypeError):
+            call()
+    with pytest.raises(TypeError):
+        library.fast_project(q, q, None, q)
+    with pytest.raises(TypeError, match="integer"):
+        library.fast_project(q, q, None, q, "2")
+    with pytest.raises(OverflowError):
+        library.fast_project(q, q, None, q, 1 << 70)
+    tensors = [None] * len(kernels.StepTensors._fields)
+    with pytest.raises(TypeError, match="bytes"):
+        library.layer_step(*tensors, 1)
+    assert library.fast_project(1, q, None, q, 2) == 2, "no tensor"
+
+
+@present
+def test_more_threads_than_blocks_of_a_loop_have_its_bits() -> None:
+    x, weight, before = torch.randn(1, 512), torch.randn(1536, 512), torch.get_num_threads()
+    alone = kernels.fast_linear(x, weight, None)
+    torch.set_num_threads(67)
+    try:
+        many = kernels.fast_linear(x, weight, None)
+    finally:
+        torch.set_num_threads(before)
+    assert (many is None) == (alone is None)
+    assert many is None or alone is None or torch.equal(many, alone)
+
+
+@present
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "GOMP_parallel"), reason="no OpenMP of this process is known")
+def test_a_loop_within_a_parallel_region_has_one_thread_and_all_items() -> None:
+    x, weight, found = torch.randn(1, 512), torch.randn(1536, 512), []
+    body = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: found.append(kernels.fast_linear(x, weight, None)))
+    ctypes.CDLL(None).GOMP_parallel(body, None, 2, 0)
+    expected = kernels.fast_linear(x, weight, None)
+    assert len(found) == 2
+    assert all(out is expected is None or torch.equal(out, expected) for out in found)

@@ -47,9 +47,9 @@ each_layer = pytest.mark.parametrize("make", BUILDERS)
 def empty_cache_of_constants() -> Iterator[None]:
     """Clears the cache of constants, so that tests do not depend on each other."""
     torch.manual_seed(0)
-    constants._cached.cache_clear()
+    constants.kept.cache_clear()
     yield
-    constants._cached.cache_clear()
+    constants.kept.cache_clear()
 
 
 def by_buffers(module: nn.Module) -> nn.Module:
@@ -315,7 +315,7 @@ def test_the_first_call_does_not_affect_later_ones(first: str, make: Callable[[]
     x.requires_grad_()
     got = layer(x)
     got.square().sum().backward()
-    constants._cached.cache_clear()
+    constants.kept.cache_clear()
     y = x.detach().clone().requires_grad_()
     want = layer(y)
     want.square().sum().backward()
@@ -326,7 +326,7 @@ def test_the_first_call_does_not_affect_later_ones(first: str, make: Callable[[]
 def test_constants_are_computed_once() -> None:
     layer, x = build(), torch.randn(1, 1, 32)
     layer(x)
-    before = constants._cached.cache_info().misses
+    before = constants.kept.cache_info().misses
     for _ in range(3):
         layer(x)
-    assert constants._cached.cache_info().misses == before > 0
+    assert constants.kept.cache_info().misses == before > 0

@@ -183,6 +183,38 @@ def composed(layer: qkv.Attention, *call: Any, **options: Any) -> Tensor:
 
 @pytest.mark.parametrize("kind", [*CACHES, *WINDOWS])
 @torch.no_grad()
+def test_slots_to_spare_are_neither_read_nor_written(kind: str) -> None:
+    layer = qkv.CausalAttention(32, 4, num_kv_heads=2, mask=Mask.causal(7), rotary=qkv.RotaryEmbedding(8)).eval()
+    make = {**CACHES, **WINDOWS}[kind]
+    cache, peer, x = make(), make(), torch.randn(3, 9, 32)
+    for part in x.split([4, 1, 2, 1, 1], dim=1):
+        spare = [
+            buffer.memory[:, :, buffer.stop + part.shape[1] :] for buffer in cache._parts if buffer.memory is not None
+        ]
+        for slots in spare:
+            slots.fill_(float("nan") if slots.is_floating_point() else 127)
+        kept = [slots.clone() for slots in spare]
+        assert layer.explain(part, cache=cache).is_one_call
+        got = layer(part, cache=cache)
+        assert torch.equal(got, composed(layer, part, cache=peer))
+        assert all(torch.equal(a.nan_to_num(3), b.nan_to_num(3)) for a, b in zip(spare, kept, strict=True))
+
+
+@torch.no_grad()
+def test_memory_of_values_may_be_shorter_than_that_of_keys() -> None:
+    layer = qkv.CausalAttention(32, 4, num_kv_heads=2).eval()
+    cache, peer, x = qkv.KVCache(), qkv.KVCache(), torch.randn(1, 6, 32)
+    for each in (cache, peer):
+        layer(x[:, :4], cache=each)
+    _, values = cache._parts
+    values._set_memory(values.memory[:, :, :5].clone(), 4, is_writable=True)
+    for token in (x[:, 4:5], x[:, 5:]):  # the second moves values alone to larger memory
+        assert torch.equal(layer(token, cache=cache), layer(token, cache=peer))
+    assert all(map(torch.equal, cache.keys().tokens, peer.keys().tokens))
+
+
+@pytest.mark.parametrize("kind", [*CACHES, *WINDOWS])
+@torch.no_grad()
 def test_positions_given_by_the_caller(kind: str) -> None:
     layer = qkv.CausalAttention(32, 4, num_kv_heads=2, mask=Mask.causal(7), rotary=qkv.RotaryEmbedding(8)).eval()
     make = {**CACHES, **WINDOWS}[kind]

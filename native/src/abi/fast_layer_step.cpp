@@ -59,10 +59,15 @@ bool keep_of(const dlpack::Tensor& tensor, Problem& p) {
     return tensor.shape[1] == p.lk && (p.lk == 1 || tensor.strides[1] == 1);
 }
 
-// Where the keys are: one row of memory for each batch; or in pages, of which a table names those of each batch.
+// Where the keys are: one row of memory for each batch, with slots to spare if there is a count; or in pages, of which
+// a table names those of each batch.
 bool places_of(const dlpack::Tensor& table, const dlpack::Tensor& keys, int64_t key_count, Problem& p) {
     p.lk = keys.shape[2];
-    if (!is_given(table)) return keys.shape[0] == p.batch;
+    if (!is_given(table)) {
+        if (key_count < 0 || key_count > p.lk) return false;
+        if (key_count > 0) p.lk = key_count;
+        return keys.shape[0] == p.batch;
+    }
     if (!is(table, dlpack::INT, 64, 2) || table.shape[0] != p.batch) return false;
     if (table.strides[1] != 1 || key_count < 0 || key_count > p.lk * table.shape[1]) return false;
     p.pages = {(const int64_t*)data_of(table), table.strides[0], p.lk, 0, keys.shape[0]};
@@ -105,8 +110,13 @@ bool make_step(const Tensors& t, int64_t key_count, LayerStep& step) {
     p.kv_heads = t.keys.shape[1], p.width = t.keys.shape[3], p.value_width = t.values.shape[3];
     const int64_t rows = p.batch * p.lq, embed = t.x.shape[2];
     if (rows < 1 || rows > MOST_ROWS || embed < 1 || !places_of(t.table, t.keys, key_count, p)) return false;
-    for (int i : {0, 1, 2})
+    // Of pages all slots, of rows those of keys: their memory may grow apart.
+    const auto is_long_enough = [&](const dlpack::Tensor& tensor) {
+        return is_given(t.table) ? tensor.shape[2] == t.keys.shape[2] : tensor.shape[2] >= p.lk;
+    };
+    for (int i : {0, 1})
         if (t.values.shape[i] != t.keys.shape[i]) return false;
+    if (!is_long_enough(t.values)) return false;
     if (t.q_weight.dimensions != 2 || !is_given(t.out_weight) || is_given(t.k_weight) != is_given(t.v_weight))
         return false;
     p.heads = t.q_weight.shape[0] / p.width;
@@ -114,8 +124,7 @@ bool make_step(const Tensors& t, int64_t key_count, LayerStep& step) {
     if (!view_of(t.keys, p.k) || !view_of(t.values, p.v)) return false;
     if (scaled != is_given(t.k_scale) || scaled != is_given(t.v_scale)) return false;
     for (const auto& [tensor, scales] : {std::pair(&t.k_scale, &p.k_scale), std::pair(&t.v_scale, &p.v_scale)})
-        if (scaled &&
-            !(scales_of(*tensor, t.keys.shape[0], p.kv_heads, *scales) && tensor->shape[2] == t.keys.shape[2]))
+        if (scaled && !(scales_of(*tensor, t.keys.shape[0], p.kv_heads, *scales) && is_long_enough(*tensor)))
             return false;
     const struct {
         const dlpack::Tensor &weight, &bias;

@@ -24,7 +24,7 @@ struct LayerStep {
 
 // The numbers of a step. As STEP_NUMBERS of src/qkv/kernels/structs.py.
 struct StepNumbers {
-    int64_t key_count;  // of keys in pages
+    int64_t key_count;  // of keys in pages or before spare slots
     int64_t offset, position, left, right, sink_tokens, prefix_tokens, dilation, chunk, chunk_start;
     int32_t interleaved;
     float position_scale, attention_factor;

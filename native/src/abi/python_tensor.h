@@ -14,6 +14,14 @@ struct Interpreter {
     void (*take_lock)(void*);
     void (*forget_exception)();
 
+    // Of abi/python_calls.cpp alone.
+    int64_t (*as_integer)(void*) = nullptr;
+    double (*as_real)(void*) = nullptr;
+    const char* (*as_bytes)(void*) = nullptr;
+    void* (*integer)(long) = nullptr;  // a new object
+    void* (*exception)() = nullptr;    // null unless one is set
+    int (*refuse_arguments)() = nullptr;
+
     // Whether the object is a tensor that DLPack can describe, or None, whose `dimensions` become -1.
     bool look(void* object, dlpack::Tensor& tensor) const {
         tensor.dimensions = -1;

@@ -46,7 +46,7 @@ void decoder_layer(const DecoderLayer& given) {
     char *const out = (char*)last.out, *const rows = (char*)thread_scratch<LayerScratch>(layer).rows;
     const int64_t x_row = step.q_proj.x_row * item, out_row = last.out_row * item, row = width * item;
     const int threads = last.rows * width >= PARALLEL_STEP ? step.attention.threads : 1;
-    const auto for_tokens = [&](auto work) { parallel_for(last.rows, threads, work, Sharing::runs); };
+    const auto for_tokens = [&](auto work) { parallel_for(last.rows, threads, work, Sharing::blocks); };
 
     if (layer.before_attention.gains) {
         for_tokens([&](int64_t t) { rms_norm_row(layer.before_attention, x + t * x_row, rows + t * row); });

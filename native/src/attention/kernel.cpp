@@ -150,7 +150,9 @@ static void run(const Problem& p, const Strategy& strategy = {}) {
     const PackedHeads packed(p, visibility, {own, left, p.threads});
     const auto tile_left = [&](int64_t item) { return tile_of(own + item / tiles, item % tiles); };
     if (own > 0 || left * tiles >= SPLIT_TILES * p.threads || splits <= 1) {
-        parallel_for(left * tiles, p.threads, [&](int64_t item) { attend(packed, tile_left(item)); });
+        parallel_for(
+            left * tiles, p.threads, [&](int64_t item) { attend(packed, tile_left(item)); },
+            tiles == 1 ? Sharing::blocks : Sharing::single);
         return;
     }
     // Few tiles: different threads take their splits, which are merged in the same order.
@@ -162,7 +164,7 @@ static void run(const Problem& p, const Strategy& strategy = {}) {
         strategy.pack_queries(p, t, scratch);
         accumulate_keys(packed, t, item % splits, scratch, State(&states[item * floats], t));
     };
-    parallel_for(left * tiles * splits, p.threads, accumulate_split, Sharing::runs);
+    parallel_for(left * tiles * splits, p.threads, accumulate_split, Sharing::blocks);
     parallel_for(left * tiles, p.threads, [&](int64_t item) {
         const Tile t = tile_left(item);
         const Scratch scratch = QKV_ISA::thread_scratch<Scratch>(p);

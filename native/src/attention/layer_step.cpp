@@ -129,7 +129,7 @@ void layer_step(const LayerStep& given) {
     r.from[0] = r.to[0] = p.q, r.from[1] = r.to[1] = heads.k;
     const int64_t tokens = p.batch * p.lq;
     const int threads = tokens * p.heads * p.width >= PARALLEL_STEP ? p.threads : 1;
-    parallel_for(tokens, threads, [&](int64_t token) { heads.prepare(token); }, Sharing::runs);
+    parallel_for(tokens, threads, [&](int64_t token) { heads.prepare(token); }, Sharing::blocks);
 
     forward(p);
     step.out_proj.x = scratch.outputs;

@@ -153,11 +153,19 @@ struct NextWeights {
     }
 };
 
-// Adds to sums (weight, row of x) a chain of products: `lines` lines of WEIGHTS rows of the weight with ROWS of `rows`
-// rows of x.
+// The sums of a chunk, (row of x, row of the weight), over lanes that are still to be added up.
+struct ChunkSums {
+    vec* first;
+    int64_t row;  // vectors from one row of x to the next: rows of the weight in the chunk
+    bool is_new;  // whether there is nothing in them yet
+
+    ChunkSums from(int64_t x_row, int64_t weight_row) const { return {first + x_row * row + weight_row, row, is_new}; }
+};
+
+// Adds to sums a chain of products: `lines` lines of WEIGHTS rows of the weight with ROWS of `rows` rows of x.
 template <class Products, int WEIGHTS, int ROWS>
 [[gnu::noinline]] static void add_chain(const char* weight, int64_t stride, int64_t lines, const float* x, int64_t rows,
-                                        NextWeights next, vec* sums) {
+                                        NextWeights next, ChunkSums sums) {
     if (lines < 1) __builtin_unreachable();
     constexpr int64_t BYTES = LINE<Products> * Products::ITEM, SPANS = LINE<Products> / SPAN;
     const int64_t pitch = rows * Products::FLOATS;
@@ -168,8 +176,11 @@ template <class Products, int WEIGHTS, int ROWS>
         for (int64_t span = 0; span < SPANS; ++span, weight += BYTES / SPANS, x += pitch)
             Products::add(weight, stride, x, acc);
     }
-    for (int i = 0; i < WEIGHTS; ++i)
-        for (int r = 0; r < ROWS; ++r) sums[i * rows + r] += acc[i][r];
+    for (int r = 0; r < ROWS; ++r)
+        for (int i = 0; i < WEIGHTS; ++i) {
+            vec& sum = sums.first[r * sums.row + i];
+            sum = sums.is_new ? acc[i][r] : sum + acc[i][r];
+        }
 }
 
 // The rows of x in groups that fit the registers beside their weights: `large` groups of ROWS, the others of one less.
@@ -183,47 +194,49 @@ struct RowGroups {
 // The same for `count` rows of the weight and all rows of x.
 template <class Products, int ROWS, int WEIGHTS = few_rows_weights(REGISTERS, ROWS)>
 static void add_weights(const char* weight, int64_t stride, int64_t lines, int64_t count, const float* x,
-                        RowGroups<ROWS> groups, NextWeights next, vec* sums) {
+                        RowGroups<ROWS> groups, NextWeights next, ChunkSums sums) {
     constexpr int64_t FLOATS = Products::FLOATS;
     const int64_t rows = groups.rows;
     const int64_t row_bytes = lines * LINE<Products> * Products::ITEM;
-    for (; count >= WEIGHTS; count -= WEIGHTS, weight += WEIGHTS * stride, sums += WEIGHTS * rows) {
+    for (; count >= WEIGHTS; count -= WEIGHTS, weight += WEIGHTS * stride, sums = sums.from(0, WEIGHTS)) {
         int64_t r = 0;
         for (; r < groups.large * ROWS; r += ROWS)
-            add_chain<Products, WEIGHTS, ROWS>(weight, stride, lines, x + r * FLOATS, rows, next, sums + r);
+            add_chain<Products, WEIGHTS, ROWS>(weight, stride, lines, x + r * FLOATS, rows, next, sums.from(r, 0));
         if constexpr (ROWS > 1)
             for (; r < rows; r += ROWS - 1)
-                add_chain<Products, WEIGHTS, ROWS - 1>(weight, stride, lines, x + r * FLOATS, rows, next, sums + r);
+                add_chain<Products, WEIGHTS, ROWS - 1>(weight, stride, lines, x + r * FLOATS, rows, next,
+                                                       sums.from(r, 0));
         next = next.after(WEIGHTS, row_bytes);
     }
     if constexpr (WEIGHTS > 1)
         if (count > 0) add_weights<Products, ROWS, WEIGHTS / 2>(weight, stride, lines, count, x, groups, next, sums);
 }
 
-// Writes columns [first, first + count) of out, from their sums (column, row), at most FEW_ROWS_CHUNK.
-static inline void write_sums(const Projection& p, int64_t first, int64_t count, const vec* sums) {
-    constexpr int64_t PITCH = (FEW_ROWS_CHUNK + LANES - 1) / LANES * LANES;
-    alignas(64) float rows[MOST_ROWS * PITCH];
+// Lane i is the sum over the lanes of sums[i], for the first COUNT, which are LANES or half as many.
+template <int COUNT>
+static inline vec sum_first(const vec* sums) {
+    vec each[COUNT];
+    std::copy(sums, sums + COUNT, each);
+    const vec sum = sum_each<1, COUNT>(each);
+    return COUNT == LANES ? sum : sum + shuffle(sum, sum, Across<COUNT>());
+}
+
+// Writes columns [first, first + count) of out, at most FEW_ROWS_CHUNK, from their sums (row, column), which have room
+// for LANES more.
+static inline void write_sums(const Projection& p, int64_t first, int64_t count, vec* sums) {
+    alignas(64) float rows[MOST_ROWS * FEW_ROWS_CHUNK + LANES];
     const int64_t numbers = count * p.rows;
-    int64_t column = 0, row = 0;
-    for (int64_t n = 0; n < numbers; n += LANES) {  // lanes of a vector full of columns and rows, in their order
-        const int64_t part = std::min<int64_t>(LANES, numbers - n);
-        vec each[LANES];
-        for (int64_t i = 0; i < LANES; ++i) each[i] = i < part ? sums[n + i] : vec{};
-        alignas(64) float sum[LANES];
-        store(sum, sum_each(each));
-        for (int64_t i = 0; i < part; ++i) {
-            rows[row * PITCH + column] = sum[i];
-            if (++row == p.rows) row = 0, ++column;
-        }
-    }
+    std::fill(sums + numbers, sums + (numbers + LANES / 2 - 1) / (LANES / 2) * (LANES / 2), vec{});
+    int64_t n = 0;
+    for (; n + LANES / 2 < numbers; n += LANES) store(rows + n, sum_first<LANES>(sums + n));
+    if (n < numbers) store(rows + n, sum_first<LANES / 2>(sums + n));
     for (int64_t n = 0; n < count; n += LANES) {
         const int64_t here = first + n, part = std::min<int64_t>(LANES, count - n);
         vec bias = {};
         if (p.bias) bias = load_part(p.dtype, (const char*)p.bias + here * size_of(p.dtype), part);
         for (int64_t r = 0; r < p.rows; ++r) {
             char* const to = (char*)p.out + (r * p.out_row + here) * size_of(p.out_dtype);
-            store_part(p.out_dtype, to, load(rows + r * PITCH + n) + bias, part);
+            store_part(p.out_dtype, to, load(rows + r * count + n) + bias, part);
         }
     }
 }
@@ -244,20 +257,22 @@ static void project_chunk(const Projection& p, const float* x, int64_t first, in
     const int64_t stride = p.weight_row * ITEM, pitch = p.rows * Products::FLOATS;
     const RowGroups<ROWS> groups(p.rows);
     const char* const weight = (const char*)p.weight + first * stride;
-    vec sums[FEW_ROWS_CHUNK * MOST_ROWS];
-    std::fill(sums, sums + count * p.rows, vec{});
+    vec sums[FEW_ROWS_CHUNK * MOST_ROWS + LANES];
+    ChunkSums chunk = {sums, count, true};
     for (int64_t d = 0, columns; d < p.in_features; d += columns, x += columns / SPAN * pitch) {
         columns = std::min(FEW_ROWS_CHAIN, p.in_features - d);
         const char* const from = weight + d * ITEM;
         const NextWeights next = next_weights(from, stride, d * ITEM, p.in_features * ITEM, count);
         const int64_t lines = columns / COLUMNS, left = columns % COLUMNS;
-        if (lines > 0) add_weights<Products, ROWS>(from, stride, lines, count, x, groups, next, sums);
+        if (lines > 0) add_weights<Products, ROWS>(from, stride, lines, count, x, groups, next, chunk);
+        chunk.is_new &= lines == 0;
         if (left > 0) {
             alignas(64) char padded[FEW_ROWS_CHUNK][COLUMNS * ITEM] = {};
             for (int64_t i = 0; i < count; ++i)
                 std::memcpy(padded[i], from + i * stride + lines * COLUMNS * ITEM, left * ITEM);
             add_weights<Products, ROWS>(padded[0], COLUMNS * ITEM, 1, count, x + lines * COLUMNS / SPAN * pitch, groups,
-                                        next, sums);
+                                        next, chunk);
+            chunk.is_new = false;
         }
     }
     write_sums(p, first, count, sums);
@@ -334,7 +349,7 @@ void project(const Projection* products, int count, int threads) {
         bytes += products[i].out_features * products[i].in_features * size_of(products[i].dtype);
     const FewRows work(products, count);
     threads = (int)std::min<int64_t>(threads, 1 + bytes / FEW_ROWS_THREAD_BYTES);
-    parallel_for(work.items(), threads, work, Sharing::runs);
+    parallel_for(work.items(), threads, work, Sharing::blocks);
 }
 
 }  // namespace QKV_ISA

@@ -5,9 +5,10 @@
 
 namespace qkv {
 
-// Whether threads take the items of a loop one by one, or in shrinking runs (OpenMP's guided schedule), for items of
-// similar cost that prefetch the next item's memory.
-enum class Sharing { single, runs };
+// How threads share the items of a loop: one by one, in increasing order; or, for items of similar cost, in blocks of
+// neighbours, each of which one thread begins and others help to finish. In later loops of the same items a thread then
+// finds in its caches what it has read and written, and an item may prefetch the memory of the next.
+enum class Sharing { single, blocks };
 
 // A non-owning reference to the loop body (no std::function: a loop allocates nothing).
 class Work {
@@ -26,8 +27,8 @@ class Work {
 // false, and changes nothing, if there are none. Their symbols need not be global: on aarch64, torch's are not.
 bool use_threads_of(const char* library);
 
-// Calls work(i) once for each i in [0, count), on up to `threads` threads, starting them in increasing order. If one
-// throws, starts no others and throws std::bad_alloc in the end. A thread that cannot be started leaves its share to
+// Calls work(i) once for each i in [0, count), on up to `threads` threads. If one throws, starts no others and throws
+// std::bad_alloc in the end. A thread that cannot be started leaves its share to
 // the others.
 void parallel_for(int64_t count, int threads, const Work& work, Sharing sharing = Sharing::single);
 

@@ -52,6 +52,8 @@ class Keys(NamedTuple):
     v_scale: Tensor | None = None
     shards: Shards | None = None
     """where the other keys are, if these are those of one rank"""
+    key_count: int | None = None
+    """Lk, if k and v have slots to spare after these keys; None if they have none, or are in pages"""
 
     @classmethod
     def of(
@@ -60,11 +62,12 @@ class Keys(NamedTuple):
         offset: int | Tensor | None,
         lengths: Tensor | None = None,
         pages: Pages | None = None,
+        key_count: int | None = None,
     ) -> "Keys":
         """From keys and values, and the scales of both if they are in int8."""
         k, v, *scales = tokens
         k_scale, v_scale = scales or (None, None)
-        return cls(k, v, offset, lengths, pages, k_scale, v_scale)
+        return cls(k, v, offset, lengths, pages, k_scale, v_scale, None, key_count)
 
     @property
     def tokens(self) -> list[Tensor]:
@@ -76,6 +79,8 @@ class Keys(NamedTuple):
         """Lk, number of keys; of the longest row, if rows differ; of all ranks."""
         if self.shards is not None:
             return self.shards.length
+        if self.key_count is not None:
+            return self.key_count
         return self.k.shape[2] if self.pages is None else self.pages.length
 
     def gathered(self) -> "Keys":
@@ -174,7 +179,8 @@ class Cache(Handled):
     def claim(self, k: Sequence[int], v: Sequence[int], like: Tensor) -> Keys | None:
         """Counts tokens of these shapes as appended, for the caller to write; returns as `append`.
 
-        Their slots, from the offset of the result on, are uninitialised, as are those after shorter rows.
+        Their slots, from the offset of the result on, are uninitialised, as are those after shorter rows. The result
+        has slots to spare, unless its ``key_count`` is None.
 
         Args:
             k, v: shapes of keys ``(B, Hkv, L, D)`` and values ``(B, Hkv, L, Dv)``.
@@ -192,7 +198,7 @@ class Cache(Handled):
         for part, (shape, _) in zip(self._parts, shapes, strict=True):
             memory = part.memory
             if memory is not None:
-                sizes = memory.shape
+                sizes = (*memory.shape,)
                 if sizes[:2] != (*shape[:2],) or sizes[3:] != (*shape[3:],) or memory.device != like.device:
                     return False
         return True

@@ -161,7 +161,11 @@ class AppendBuffer:
         return memory.narrow(2, start, added)
 
     def claim(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, capacity: int) -> Tensor:
-        """Appends uninitialised slots for tokens of this shape, which the kernel fills; returns a view of all."""
+        """Appends uninitialised slots for tokens of this shape, which the kernel fills.
+
+        Returns:
+            The tokens, and after them any slots to spare. A view of the tokens alone would take longer than a token.
+        """
         count, memory = shape[2], self.memory
         if (
             memory is None
@@ -174,7 +178,9 @@ class AppendBuffer:
             assert memory is not None
         if self._cropped and not memory.is_inference():
             torch.autograd.graph.increment_version(memory)  # for views that contain these slots
-        return self.grow(count)
+        self.length, self._current_view = self.length + count, None
+        self._cropped = max(0, self._cropped - count)
+        return memory.narrow(2, self._start, memory.shape[2] - self._start) if self._start else memory
 
     def crop(self, length: int) -> None:
         """Removes all tokens after the first ``length``."""

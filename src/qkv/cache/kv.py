@@ -45,7 +45,7 @@ class FullCache(Cache):
             raise
 
     def _claim(self, k: Sequence[int], v: Sequence[int], like: Tensor) -> tuple[list[Tensor], int | Tensor] | None:
-        """`claim` of each part. Returns all tokens of each, and the offset."""
+        """`claim` of each part. Returns the slots of each, and the offset."""
         slots, rows = self._parts[0].length, self._rows
         stop, shapes = slots + k[2], self._format.shapes(k, v, like.dtype)
         if torch.is_grad_enabled() or (self.capacity is not None and stop > self.capacity):
@@ -157,7 +157,7 @@ class KVCache(FullCache):
     def claim(self, k: Sequence[int], v: Sequence[int], like: Tensor) -> Keys | None:
         """As `Cache.claim`."""
         claimed = self._claim(k, v, like)
-        return None if claimed is None else Keys.of(*claimed, self._returned)
+        return None if claimed is None else Keys.of(*claimed, self._returned, key_count=self._parts[0].length)
 
     def latest(self, count: int) -> Keys:
         """What `append` returned for the last ``count`` columns."""

@@ -111,8 +111,8 @@ class SlidingKVCache(Cache):
         capacity = slots_for(slots + count, self._capacity)
         tokens = [part.claim(shape, dtype, like.device, capacity) for part, (shape, dtype) in pairs]
         if rows is None or self._rows is None:
-            return Keys.of(tokens, slots)
-        return Keys.of(tokens, rows.stored, self._rows.stored)
+            return Keys.of(tokens, slots, key_count=slots + count)
+        return Keys.of(tokens, rows.stored, self._rows.stored, key_count=slots + count)
 
     def _append_equally(self, k: Tensor, v: Tensor) -> Keys:
         """Appends the same number of tokens to each row."""
@@ -270,7 +270,7 @@ class SlidingKVCache(Cache):
 
     def restrict(self, mask: Mask, keys: Keys, queries: int) -> Mask:
         """A mask over all columns as one over the keys that the last append, of ``queries`` columns, returned."""
-        returned = keys.k.shape[2]
+        returned = keys.lk
         if self._rows is not None and mask.counts_from_first_key:
             raise ValueError(
                 f"SlidingKVCache: {mask!r} counts from the first key, of which rows of different lengths have dropped "
@@ -284,7 +284,7 @@ class SlidingKVCache(Cache):
 
     def restrict_bias(self, bias: Tensor | None, keys: Keys) -> Tensor | None:
         """A bias ``(B or 1, H or 1, Lq, columns)`` as one over the keys that the last append returned."""
-        returned = keys.k.shape[2]
+        returned = keys.lk
         if self._rows is not None or returned == self._length:
             return super().restrict_bias(bias, keys)
         if not self._has_columns(bias, keys):

@@ -13,8 +13,10 @@ from qkv.kernels.binding import supported_isas as supported_isas
 from qkv.kernels.binding import use as use
 from qkv.kernels.decoder_layer import DecoderLayer as DecoderLayer
 from qkv.kernels.decoder_layer import decoder_layers as decoder_layers
+from qkv.kernels.dispatch import are_plain as are_plain
 from qkv.kernels.dispatch import can_bypass_dispatcher as can_bypass_dispatcher
 from qkv.kernels.dispatch import can_bypass_functions as can_bypass_functions
+from qkv.kernels.dispatch import dispatcher_is_idle as dispatcher_is_idle
 from qkv.kernels.forward import KEY_PERIOD as KEY_PERIOD
 from qkv.kernels.forward import count_scores as count_scores
 from qkv.kernels.forward import fast_forward as fast_forward

@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -66,22 +65,42 @@ class Library(NamedTuple):
     """Takes k, v, the pages of keys and of values, then k_scale and v_scale, tensors or None, then block_table, starts,
     a tensor or None, start and threads. Returns as `fast_forward`."""
     layer_step: Callable[..., int] | None
-    """Takes an array of the `StepTensors`, then `STEP_NUMBERS`. Returns as `fast_forward`."""
+    """Takes each of the `StepTensors`, then `STEP_NUMBERS`. Returns as `fast_forward`."""
     decoder_layers: Callable[..., int] | None
-    """Takes the number of layers, then an array with the `StepTensors` and `BlockTensors` of each, and their
-    `STEP_NUMBERS` and `BLOCK_NUMBERS`. Returns the number of layers that are written, or -1 if memory for scratch is
-    lacking. None as `fast_forward`."""
+    """Takes the `StepTensors` and `BlockTensors` of each layer, then the `STEP_NUMBERS` and `BLOCK_NUMBERS` of each.
+    Returns the number of layers that are written, or -1 if memory for scratch is lacking. None as `fast_forward`."""
     fast_rotate: Callable[..., int] | None
     """Takes q, k and results for both; of k, tensors or None, as are positions, offsets, axes, frequencies, cos,
     sin; then offset, position_scale, attention_factor, pairs, second, interleaved, inverse and threads. Returns as
     `fast_forward`."""
 
 
+_API = {
+    "release_lock": "PyEval_SaveThread",
+    "take_lock": "PyEval_RestoreThread",
+    "forget_exception": "PyErr_Clear",
+    "as_integer": "PyLong_AsLongLong",
+    "as_real": "PyFloat_AsDouble",
+    "as_bytes": "PyBytes_AsString",
+    "integer": "PyLong_FromLong",
+    "exception": "PyErr_Occurred",
+    "refuse_arguments": "PyErr_BadArgument",
+}
+"""Functions of Python that the library calls, all of its stable ABI."""
+
+
 class _Interpreter(ctypes.Structure):
-    """Functions of Python and torch that the library calls. As in native/src/abi/fast_forward.cpp."""
+    """Functions of torch and Python that the library calls. As in native/src/abi/python_tensor.h."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("tensors", "none", *_API)]
+
+
+class _Method(ctypes.Structure):
+    """PyMethodDef: https://docs.python.org/3/c-api/structures.html#c.PyMethodDef."""
 
     _fields_ = [
-        (name, ctypes.c_void_p) for name in ("tensors", "none", "release_lock", "take_lock", "forget_exception")
+        *(("name", ctypes.c_char_p), ("call", ctypes.c_void_p)),
+        *(("flags", ctypes.c_int), ("doc", ctypes.c_char_p)),
     ]
 
 
@@ -125,7 +144,7 @@ def load(path: Path) -> Library | str:
     for name, (types, result) in _FUNCTIONS.items():
         functions[name] = function = native[f"qkv_{name}"]
         function.argtypes, function.restype = types, result
-    return Library(isa.decode(), native.qkv_compiler().decode(), **functions, **_load_calls_of_tensors(path))
+    return Library(isa.decode(), native.qkv_compiler().decode(), **functions, **_calls_of_tensors(native))
 
 
 class _Exchange(ctypes.Structure):
@@ -136,7 +155,7 @@ class _Exchange(ctypes.Structure):
     ]
 
 
-_STRUCT, _TENSOR, _NUMBER = ctypes.c_char_p, ctypes.py_object, ctypes.c_int64
+_STRUCT = ctypes.c_char_p
 
 _FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
     "forward": ([_STRUCT], ctypes.c_int),
@@ -150,22 +169,16 @@ _FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
 }
 """Argument and result types of the functions of `Library` that take structs."""
 
-_CALLS_OF_TENSORS: dict[str, list[Any]] = {
-    "fast_forward": [*[_TENSOR] * 10, *[_NUMBER] * 5, ctypes.c_float, ctypes.c_int],
-    "fast_project": [*[_TENSOR] * 4, ctypes.c_int],
-    "fast_gated_mlp": [*[_TENSOR] * 8, *[ctypes.c_int] * 2],
-    "fast_rms_norm": [*[_TENSOR] * 3, ctypes.c_float, *[ctypes.c_int] * 2],
-    "append": [*[_TENSOR] * 6, _NUMBER, ctypes.c_int],
-    "append_pages": [*[_TENSOR] * 8, _NUMBER, ctypes.c_int],
-    "fast_rotate": [*[_TENSOR] * 10, _NUMBER, *[ctypes.c_float] * 2, *[_NUMBER] * 2, *[ctypes.c_int] * 3],
-    "layer_step": [ctypes.POINTER(_TENSOR), _STRUCT],
-    "decoder_layers": [ctypes.c_int, ctypes.POINTER(_TENSOR), _STRUCT],
-}
-"""Argument types of the functions of `Library` that take Python tensors, after the `_Interpreter`."""
+_CALLS_OF_TENSORS = (
+    *("fast_forward", "fast_project", "fast_gated_mlp", "fast_rms_norm", "append", "append_pages", "fast_rotate"),
+    *("layer_step", "decoder_layers"),
+)
+"""Functions of `Library` that take Python tensors. They are functions of Python, not of ctypes, which takes 3 us to
+convert 17 arguments."""
 
 
-def _load_calls_of_tensors(path: Path) -> dict[str, Any]:
-    """The functions of `_CALLS_OF_TENSORS`; None for each if torch has no DLPack exchange functions."""
+def _calls_of_tensors(native: ctypes.CDLL) -> dict[str, Any]:
+    """The `_CALLS_OF_TENSORS`; None for each if torch has no DLPack exchange functions."""
     capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     if capsule is None:
         return dict.fromkeys(_CALLS_OF_TENSORS)
@@ -175,14 +188,15 @@ def _load_calls_of_tensors(path: Path) -> dict[str, Any]:
     exchange = _Exchange.from_address(tensors)
     if exchange.major != 1 or not exchange.look:
         return dict.fromkeys(_CALLS_OF_TENSORS)
-    functions = (python.PyEval_SaveThread, python.PyEval_RestoreThread, python.PyErr_Clear)
-    interpreter = _Interpreter(tensors, id(None), *(ctypes.cast(function, ctypes.c_void_p) for function in functions))
-    native = ctypes.PyDLL(str(path))  # keeps the GIL, which the library releases itself
+    functions = (ctypes.cast(python[name], ctypes.c_void_p) for name in _API.values())
+    native.qkv_methods.restype = ctypes.c_void_p
+    address = native.qkv_methods(ctypes.byref(_Interpreter(tensors, id(None), *functions)))
+    prototype = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+    function = prototype(("PyCFunction_NewEx", python))
     calls: dict[str, Any] = {}
-    for name, types in _CALLS_OF_TENSORS.items():
-        call = native[f"qkv_{name}"]
-        call.argtypes = [ctypes.c_void_p, *types]
-        calls[name] = functools.partial(call, ctypes.byref(interpreter))
+    while name := _Method.from_address(address).name:
+        calls[name.decode()] = function(address, None, None)
+        address += ctypes.sizeof(_Method)
     return calls
 
 

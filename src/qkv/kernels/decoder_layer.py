@@ -1,6 +1,5 @@
 """Calls of decoder layers with few tokens, one after another, from the input of the first to the output of the last."""
 
-import ctypes
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -48,7 +47,7 @@ def decoder_layers(layers: Sequence[DecoderLayer]) -> int:
     objects: Any = [tensor for layer in layers for tensors in (layer.tensors, layer.block) for tensor in tensors]
     packed = functools.cache(_packed)  # those of all layers are mostly the same
     numbers = [packed(layer.numbers, layer.activation, layer.gain, layer.eps) for layer in layers]
-    written = call(len(layers), (ctypes.py_object * len(objects))(*objects), b"".join(numbers))
+    written = call(*objects, b"".join(numbers))
     if written < 0:
         raise MemoryError(
             f"qkv's kernel: not enough scratch memory for {tuple(layers[0].tensors.x.shape)} tokens; pass fewer."

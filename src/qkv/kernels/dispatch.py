@@ -1,5 +1,7 @@
 """Whether a call may bypass torch's dispatcher, which costs more than a short call of the kernel."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.nn import Parameter
@@ -16,8 +18,16 @@ def can_bypass_dispatcher(*tensors: Tensor) -> bool:
     device, strided and not lazily negated. (Memory of a lazy negation, such as ``z.conj().imag``, has the wrong sign;
     the dispatcher would negate it.)
     """
-    if is_tracing() or absence() is not None or transforms_are_active() or forward_mode_is_active():
-        return False
+    return dispatcher_is_idle() and are_plain(tensors)
+
+
+def dispatcher_is_idle() -> bool:
+    """The part of `can_bypass_dispatcher` that is about the call and not about its arguments."""
+    return not is_tracing() and absence() is None and not transforms_are_active() and not forward_mode_is_active()
+
+
+def are_plain(tensors: Iterable[Tensor]) -> bool:
+    """The part of `can_bypass_dispatcher` that is about the arguments."""
     records = torch.is_grad_enabled()
     for tensor in tensors:  # in a loop, and without `is_exact_tensor`: this is most of what a short call costs
         kind = type(tensor)

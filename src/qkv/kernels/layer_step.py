@@ -1,12 +1,7 @@
 """A layer's call with few tokens, from its input to its output, by the kernel."""
 
-import ctypes
-from typing import Any
-
 from qkv.kernels.binding import loaded
 from qkv.kernels.structs import StepNumbers, StepTensors, pack_step
-
-_Objects: Any = ctypes.py_object * len(StepTensors._fields)
 
 
 def layer_step(tensors: StepTensors, numbers: StepNumbers) -> bool:
@@ -22,7 +17,7 @@ def layer_step(tensors: StepTensors, numbers: StepNumbers) -> bool:
     call = loaded().layer_step
     if call is None:
         return False
-    status = call(_Objects(*tensors), pack_step(numbers))
+    status = call(*tensors, pack_step(numbers))
     if status == 1:
         raise MemoryError(f"qkv's kernel: not enough scratch memory for {tuple(tensors.x.shape)} tokens; pass fewer.")
     return status == 0

@@ -296,7 +296,7 @@ class StepNumbers(NamedTuple):
     """The numbers of `layer_step`."""
 
     key_count: int
-    """Lk, if keys are in pages"""
+    """Lk, if keys are in pages or have slots to spare; else 0"""
     offset: int
     """slot of the first new key"""
     position: int

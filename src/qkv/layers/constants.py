@@ -5,7 +5,7 @@ A buffer would be rounded when the module is cast, and left uninitialised by ``t
 
 import functools
 from collections.abc import Callable, Hashable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,11 @@ class Numbers(NamedTuple):
 
     def on(self, device: torch.device) -> Tensor:
         """The vector as a tensor, which must not be written to."""
-        return constant(_to_tensor, *self, device)
+        return constant(*self.formula(device))
+
+    def formula(self, device: torch.device) -> tuple[Any, ...]:
+        """What `constant` computes it from."""
+        return _to_tensor, *self, device
 
 
 def constant(compute: Callable[..., Tensor], *arguments: Hashable) -> Tensor:
@@ -32,11 +36,12 @@ def constant(compute: Callable[..., Tensor], *arguments: Hashable) -> Tensor:
     """
     if kernels.is_tracing() or transforms_are_active():
         return compute(*arguments)
-    return _cached(compute, *arguments)
+    return kept(compute, *arguments)
 
 
 @functools.lru_cache(maxsize=1024)
-def _cached(compute: Callable[..., Tensor], *arguments: Hashable) -> Tensor:
+def kept(compute: Callable[..., Tensor], *arguments: Hashable) -> Tensor:
+    """`constant`, for callers that know that nothing is traced or transformed."""
     with torch.inference_mode(False), without_functions():
         return compute(*arguments)
 

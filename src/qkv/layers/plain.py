@@ -69,29 +69,30 @@ def is_plain_linear(linear: object) -> TypeGuard[nn.Linear]:
 
 def parameters_of(linears: Sequence[object]) -> list[Any] | None:
     """The weight and bias of each module, one after the other; None unless each satisfies `is_plain_linear`."""
-    found: list[Any] = []
-    for linear in linears:
-        if not multiplies_its_parameters(linear):
-            return None
-        parameters = linear._parameters
-        found += parameters["weight"], parameters["bias"]
-    return found if are_called_plainly(linears) else None  # type: ignore[arg-type]
+    found = _multiplied(linears)
+    return None if found is None or not are_called_plainly(linears) else found  # type: ignore[arg-type]
 
 
 def multiplies_its_parameters(linear: object) -> TypeGuard[nn.Linear]:
     """Whether the forward is ``F.linear`` of the parameters of an ``nn.Linear``, and nothing hides those."""
-    if type(linear) is not nn.Linear:
-        return False
-    own, parameters = linear.__dict__, linear._parameters
-    return not (
-        nn.Linear.forward is not _FORWARD
-        or F.linear is not _LINEAR
+    return _multiplied((linear,)) is not None
+
+
+def _multiplied(linears: Sequence[object]) -> list[Any] | None:
+    """The weight and bias of each module; None unless each satisfies `multiplies_its_parameters`."""
+    if nn.Linear.forward is not _FORWARD or F.linear is not _LINEAR:
+        return None
+    found: list[Any] = []
+    for linear in linears:
+        if type(linear) is not nn.Linear:
+            return None
+        own, parameters = linear.__dict__, linear._parameters
+        weight = parameters.get("weight")
         # Instance attributes hide parameters. Pruning, MAML and DataParallel set them.
-        or "weight" in own
-        or "bias" in own
-        or parameters.get("weight") is None
-        or "bias" not in parameters
-    )
+        if weight is None or "bias" not in parameters or "weight" in own or "bias" in own:
+            return None
+        found += weight, parameters["bias"]
+    return found
 
 
 def _of_torch(function: Callable[..., Any], module: Any) -> Callable[..., Any] | None:

@@ -260,11 +260,15 @@ class RotaryEmbedding(nn.Module):
 
     def frequencies_on(self, device: torch.device) -> Tensor:
         """Frequencies in fp32, regardless of the dtype of the module: bf16 represents integers up to 256 only."""
+        return constant(*self.frequency_formula(device))
+
+    def frequency_formula(self, device: torch.device) -> tuple[Any, ...]:
+        """What `constant` computes `frequencies_on` from."""
         if self._custom is not None:
-            return self._custom.on(device)
+            return self._custom.formula(device)
         if self.scaling is not None:
-            return constant(_scaled, self.scaling, self.base, self.rotary_dim, device)
-        return constant(geometric, self.base, self.rotary_dim, device)
+            return _scaled, self.scaling, self.base, self.rotary_dim, device
+        return geometric, self.base, self.rotary_dim, device
 
     def _require_width(self, x: Tensor) -> None:
         if x.shape[-1] != self.head_dim:

@@ -13,6 +13,7 @@ from qkv.cache import CrossKVCache, Int8KVCache, Keys, KVCache, PagedKVCache, Sl
 from qkv.kernels import Gain
 from qkv.layers.arguments import INTEGERS
 from qkv.layers.cached_call import CallOptions
+from qkv.layers.constants import kept
 from qkv.layers.head_norm import HeadNorm, is_rms_norm_torchs
 from qkv.layers.normed_forward import Norm
 from qkv.layers.plain import is_called_plainly, is_plain_linear, parameters_of
@@ -73,6 +74,8 @@ class Weights(NamedTuple):
     rotary: RotaryEmbedding | None
     mask: Mask
     """of the call; in self-attention with padding over all columns"""
+    kv_heads: int
+    """of keys; in tensor parallelism, those of one rank"""
 
 
 def weights_of(layer: "Attention", x: Tensor, context: Tensor | None, options: CallOptions) -> Weights | str:
@@ -81,8 +84,8 @@ def weights_of(layer: "Attention", x: Tensor, context: Tensor | None, options: C
     What is watched or replaced is called: hooks, patches, adapters, subclasses of modules and methods, functions that
     the composed layer looks up in a public place.
     """
-    if kernels.is_tracing() or function_modes():
-        return "a compiler, a tracer or a mode of torch is active"
+    if not kernels.dispatcher_is_idle() or function_modes():
+        return kernels.absence() or "a compiler, a tracer, a transform or a mode of torch is active"
     mask, bias, positions, cache, _ = options
     if not isinstance(x, Tensor) or x.is_nested or x.dim() != 3 or not 0 < x.shape[0] * x.shape[1] <= MAX_TOKENS:
         return f"x has not 1 to {MAX_TOKENS} tokens"
@@ -127,10 +130,10 @@ def weights_of(layer: "Attention", x: Tensor, context: Tensor | None, options: C
         return f"{name} is watched, or is not an nn.Linear alone"
     projections: dict[str, Any] = dict(zip(places, parameters, strict=True))
     heads = projections["q_weight"].shape[0] // layer.head_dim
-    if heads != layer.num_heads:
-        keys = projections.get("k_weight")
-        if layer._why_all_heads(heads, cache.keys().k.shape[1] if keys is None else keys.shape[0] // layer.head_dim):
-            return "projections return some of the heads, where all must be there"
+    keys = projections.get("k_weight")
+    kv_heads = cache.keys().k.shape[1] if keys is None else keys.shape[0] // layer.head_dim
+    if heads != layer.num_heads and layer._why_all_heads(heads, kv_heads):
+        return "projections return some of the heads, where all must be there"
     rotary, q_norm, k_norm = modules.get("rotary"), modules.get("q_norm"), modules.get("k_norm")
     if rotary is not None and (not _is_plain(rotary, RotaryEmbedding) or rotary.depends_on_length or rotary.sections):
         return "rotary is watched, or goes by more than a position"
@@ -145,17 +148,17 @@ def weights_of(layer: "Attention", x: Tensor, context: Tensor | None, options: C
         if q_norm.eps is None or q_norm.eps != k_norm.eps:
             return "q_norm and k_norm differ in eps"
         read += q_norm.weight, k_norm.weight
-    if not kernels.can_bypass_dispatcher(*[tensor for tensor in read if tensor is not None]):
-        return kernels.absence() or "gradients, a transform or a subclass of Tensor are in use"
+    if not kernels.are_plain([tensor for tensor in read if tensor is not None]):
+        return "gradients or a subclass of Tensor are in use"
     if x.dtype is torch.float64 or not x.is_cpu:
         return f"the kernel has no {x.dtype} on {x.device.type}"
     if of_context:
-        return Weights(projections, q_norm, None, None, mask)
+        return Weights(projections, q_norm, None, None, mask, kv_heads)
     if cache is not None:
         mask, is_token = cache.split_padding(mask, *x.shape[:2])
         if is_token is not None:
             return "some of the new tokens are padding"
-    return Weights(projections, q_norm, k_norm, rotary, mask)
+    return Weights(projections, q_norm, k_norm, rotary, mask, kv_heads)
 
 
 @functools.cache
@@ -209,6 +212,7 @@ def _why_not_context(layer: "Attention", x: Tensor, context: object, options: Ca
 _APPENDS: dict[type, Any] = {kind: kind.append for kind in CACHES}
 _ATTENTION = functional.attention
 _FORWARDS: dict[type, Any] = {kind: kind.forward for kind in (HeadNorm, RotaryEmbedding)}
+_NAMES: dict[type, Any] = {kind: frozenset(("weight", *vars(kind))) for kind in _FORWARDS}
 
 
 def _is_plain(module: object, kind: type[_Module]) -> TypeGuard[_Module]:
@@ -217,7 +221,7 @@ def _is_plain(module: object, kind: type[_Module]) -> TypeGuard[_Module]:
         type(module) is kind
         and is_called_plainly(module)
         and kind.forward is _FORWARDS[kind]
-        and module.__dict__.keys().isdisjoint(("weight", *vars(kind)))
+        and module.__dict__.keys().isdisjoint(_NAMES[kind])
     )
 
 
@@ -278,7 +282,7 @@ def _run(
         k_norm=_norm(weights.k_norm, x.dtype),
         rotation=None if weights.rotary is None else _rotation(weights.rotary, x, position),
         softcap=layer.softcap or 0.0,
-        alibi=None if slopes is None else slopes.on(x.device),
+        alibi=None if slopes is None else kept(*slopes.formula(x.device)),
         sink_logits=layer.sink_logits,
     )
     return step_call(x, keys, computed)
@@ -295,7 +299,7 @@ def _rotation(rotary: RotaryEmbedding, x: Tensor, position: int | Tensor | None)
         positions=position if by_token else None,  # type: ignore[arg-type]
         offset=0 if isinstance(position, Tensor) else position or 0,
         offsets=position if isinstance(position, Tensor) and not by_token else None,
-        frequencies=rotary.frequencies_on(x.device),
+        frequencies=kept(*rotary.frequency_formula(x.device)),
         position_scale=rotary.position_scale,
         attention_factor=rotary.attention_factor,
         interleaved=rotary.interleaved,
@@ -303,10 +307,9 @@ def _rotation(rotary: RotaryEmbedding, x: Tensor, position: int | Tensor | None)
 
 
 def _shapes(layer: "Attention", weights: Weights, x: Tensor) -> list[tuple[int, ...]]:
-    """The shapes of the keys and values of x. In tensor parallelism, with the heads of one rank."""
+    """The shapes of the keys and values of x."""
     batch, tokens, _ = x.shape
-    heads = weights.projections["k_weight"].shape[0] // layer.head_dim
-    return [(batch, heads, tokens, width) for width in (layer.head_dim, layer.value_dim)]
+    return [(batch, weights.kv_heads, tokens, width) for width in (layer.head_dim, layer.value_dim)]
 
 
 @functools.cache

@@ -85,7 +85,7 @@ def arguments(x: Tensor, out: Tensor, keys: Keys, computed: Computed) -> tuple[S
         out,
     )
     numbers = StepNumbers(
-        0 if pages is None else pages.length,
+        (keys.key_count or 0) if pages is None else pages.length,
         offset,
         rotation.offset,
         mask.left,

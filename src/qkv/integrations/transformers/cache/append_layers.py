@@ -67,10 +67,12 @@ class _BufferedLayer(HandledLayer):
             if cached.dtype is not like.dtype or cached.device != like.device:
                 return None
             memory.adopt(cached)
-        return (
-            self._keys.claim(k, like.dtype, like.device, capacity),
-            self._values.claim(v, like.dtype, like.device, capacity),
-        )
+        self._keys.claim(k, like.dtype, like.device, capacity)
+        self._values.claim(v, like.dtype, like.device, capacity)
+        keys, values = self._keys.view(), self._values.view()
+        assert keys is not None
+        assert values is not None
+        return keys, values
 
 
 class AppendLayer(_BufferedLayer):

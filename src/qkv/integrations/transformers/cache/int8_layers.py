@@ -180,7 +180,7 @@ class Int8SlidingLayer(_RoundedLayer, DynamicSlidingWindowLayer):  # type: ignor
     def _seen(self, cached: Keys, count: int) -> Keys:
         first = max(0, cached.lk - (self.sliding_window - 1 + count))
         k, v, k_scale, v_scale = (
-            x if x is None else x[:, :, first:] for x in (cached.k, cached.v, cached.k_scale, cached.v_scale)
+            x if x is None else x[:, :, first : cached.lk] for x in (cached.k, cached.v, cached.k_scale, cached.v_scale)
         )
         return Keys(k, v, cached.lk - first - count, k_scale=k_scale, v_scale=v_scale)  # type: ignore[arg-type]
 

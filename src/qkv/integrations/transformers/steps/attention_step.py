@@ -360,7 +360,7 @@ def count(module: nn.Module, x: Tensor, step: Step, keys: Keys) -> None:
     batch, tokens, _ = x.shape
     head_dim = step.parts.head_dim
     query = (batch, step.parts.weights["q_weight"].shape[0] // head_dim, tokens, head_dim)
-    key = tuple(keys.k.shape)
+    key = (*keys.k.shape[:2], keys.lk, keys.k.shape[3])
     calls.tally(module, type(module).__name__, calls.ONE_CALL, query, key)
     notify = calls.current_callback()
     if notify is not None and not isinstance(notify, calls.TallyFor):
