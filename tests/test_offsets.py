@@ -100,11 +100,11 @@ def test_the_fast_path_takes_offsets_by_row(mask: Mask) -> None:
     for lq in (1, 4):
         q, k, v = draw(lq)
         for offset in (OFFSET, torch.stack([OFFSET, OFFSET], dim=1)[:, 1]):
-            fast = native.fast_path(q, k, v, None, None, mask, offset, {})
+            fast = native.fast_path(q, k, v, None, None, mask, offset, None)
             want = qkv.attention(q, k, v, mask=mask, offset=OFFSET, backend="native")
             assert fast is not None and torch.equal(fast, want)
         for other in (OFFSET.int(), OFFSET.float(), OFFSET[:1], OFFSET[:, None], OFFSET.to("meta"), OFFSET + 2**31):
-            assert native.fast_path(q, k, v, None, None, mask, other, {}) is None
+            assert native.fast_path(q, k, v, None, None, mask, other, None) is None
 
 
 @present

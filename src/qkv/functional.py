@@ -15,7 +15,7 @@ from qkv.masks import FULL, Mask
 from qkv.pages import Pages
 from qkv.partial import Partial, merge_stacked
 from qkv.problem import make_problem
-from qkv.scores import Draw, ScoreOptions
+from qkv.scores import Draw, ScoreOptions, only_scale
 
 
 class Options(ScoreOptions, total=False):
@@ -103,6 +103,11 @@ def attention(
     for ALiBi; gpt-oss for sink logits. Matches torch's ``scaled_dot_product_attention``, which aligns causal masks
     top-left whatever the lengths, and in offsets by row flash-attn's ``cache_seqlens``.
     """
+    mask = FULL if mask is None else mask
+    if backend == "auto" and only_scale(softcap, bias, alibi, sink_logits, dropout, draw):
+        out = native.fast_path(q, k, v, k_scale, v_scale, mask, offset, scale, pages)
+        if out is not None:
+            return out
     scores: ScoreOptions = {
         "scale": scale,
         "softcap": softcap,
@@ -112,11 +117,6 @@ def attention(
         "dropout": dropout,
         "draw": draw,
     }
-    mask = FULL if mask is None else mask
-    if backend == "auto":
-        out = native.fast_path(q, k, v, k_scale, v_scale, mask, offset, scores, pages)
-        if out is not None:
-            return out
     problem = make_problem(
         "attention", q, k, v, k_scale=k_scale, v_scale=v_scale, pages=pages, mask=mask, offset=offset, **scores
     )

@@ -1,6 +1,6 @@
 """`Scores`: the options between ``q @ k.mT`` and the sum of values. Each is listed here once."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import NamedTuple, TypedDict
 
 import torch
@@ -106,14 +106,9 @@ DEFAULTS: ScoreOptions = {
 }
 
 
-def only_scale(options: ScoreOptions) -> bool:
-    """Whether scores are ``scale * q @ k.mT`` and nothing else."""
-    defaults: Mapping[str, object] = DEFAULTS
-    for name, value in options.items():
-        default = defaults[name]
-        if value is not default and name != "scale" and (type(value) is not float or value != default):
-            return False
-    return True
+def only_scale(softcap: object, bias: object, alibi: object, sinks: object, dropout: object, draw: object) -> bool:
+    """Whether these options of `qkv.attention` leave scores as ``scale * q @ k.mT``."""
+    return softcap is bias is alibi is sinks is draw is None and type(dropout) is float and dropout == 0
 
 
 def make_scores(caller: str, q: Tensor, k: Tensor, **options: Unpack[ScoreOptions]) -> Scores:

@@ -127,7 +127,7 @@ def test_the_fast_path_gives_the_bits_of_the_validated_path(dtype: torch.dtype, 
     for offset in (-1, 0, 4, 2**29):
         for scale in (None, 0.7):
             for keys, values, *scales in ((k, v, None, None), quantized(k, v)):
-                fast = native.fast_path(q, keys, values, *scales, mask, offset, {"scale": scale})
+                fast = native.fast_path(q, keys, values, *scales, mask, offset, scale)
                 options = {"k_scale": scales[0], "v_scale": scales[1], "mask": mask, "offset": offset, "scale": scale}
                 validated = qkv.attention(q, keys, values, **options, backend="native")
                 assert fast is not None and torch.equal(fast, validated)
@@ -166,7 +166,7 @@ def test_the_fast_path_takes_eligible_calls_only() -> None:
         offset: object = None,
         scale: object = None,
     ) -> bool:
-        return native.fast_path(q, k, v, k_scale, v_scale, mask, offset, {"scale": scale}) is not None  # type: ignore[arg-type]
+        return native.fast_path(q, k, v, k_scale, v_scale, mask, offset, scale) is not None  # type: ignore[arg-type]
 
     assert is_eligible()
     assert is_eligible(mask=Mask.causal(), offset=3)

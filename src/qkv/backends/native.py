@@ -11,7 +11,7 @@ from qkv.backends.result import Result
 from qkv.masks import FULL, Mask
 from qkv.pages import Pages
 from qkv.problem import Problem
-from qkv.scores import Draw, ScoreOptions, new_seed, only_scale
+from qkv.scores import Draw, new_seed
 from qkv.torch_internals import forward_mode_is_active, transforms_are_active
 
 NAME = "native"
@@ -28,7 +28,7 @@ def fast_path(
     v_scale: Tensor | None,
     mask: Mask,
     offset: int | Tensor | None,
-    scores: ScoreOptions,
+    scale: float | None,
     pages: Pages | None = None,
 ) -> Tensor | None:
     """`attention` without validation, which costs more than attention over a few tokens.
@@ -39,7 +39,7 @@ def fast_path(
     Returns:
         None for a call that is not eligible, or invalid; the caller then validates it, which says what is wrong.
     """
-    if not only_scale(scores) or not kernels.can_bypass_dispatcher(q, k, v) or torch.is_autocast_enabled("cpu"):
+    if not kernels.can_bypass_dispatcher(q, k, v) or torch.is_autocast_enabled("cpu"):
         return None
     if not q.dim() == k.dim() == v.dim() == 4:
         return None
@@ -59,7 +59,6 @@ def fast_path(
         offset = 0
     elif type(offset) is not int or not -MAX_POSITION < offset < MAX_POSITION:
         return None
-    scale = scores.get("scale")
     if scale is None:
         scale = (q.shape[3] or 1) ** -0.5
     elif type(scale) is not float or not -math.inf < scale < math.inf:

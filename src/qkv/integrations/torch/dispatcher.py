@@ -22,7 +22,7 @@ from qkv.backends import native, sdpa
 from qkv.integrations.calls import Callback, block, current_callback
 from qkv.masks import FULL, Mask
 from qkv.problem import make_problem
-from qkv.scores import ScoreOptions
+from qkv.scores import ScoreOptions, only_scale
 from qkv.torch_internals import choice_of_kernel, dispatch_modes, is_zero_tensor
 
 _TORCH_SDPA = library.get_kernel("aten::scaled_dot_product_attention", "CPU")
@@ -206,9 +206,10 @@ def solve(
 ) -> Tensor | str:
     """`attention` by the native kernel, with offset 0, or the reasons why `attention` would not choose it."""
     scores: ScoreOptions = {"scale": scale, "bias": bias, "dropout": dropout}
-    out = native.fast_path(q, k, v, None, None, mask, 0, scores)
-    if out is not None:
-        return out
+    if only_scale(None, bias, None, None, dropout, None):
+        out = native.fast_path(q, k, v, None, None, mask, 0, scale)
+        if out is not None:
+            return out
     try:
         problem = make_problem("attention", q, k, v, mask=mask, offset=0, **scores)
     except (TypeError, ValueError) as error:
