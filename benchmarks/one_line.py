@@ -4,8 +4,8 @@
     python benchmarks/one_line.py NAME ...    measures models whose name contains it, and prints
 
 - Llamas of SmolLM2-135M's sizes and of one billion parameters: the prompt is computed three times by each, in turns, as
-  are the steps that follow. A step reads each weight and the KV cache once; its GB/s are beside the read bandwidth of
-  the run.
+  are the steps that follow. A step reads each weight and the KV cache once; its GB/s are beside those of reading memory
+  in turns with it.
 - An encoder of MiniLM-L6's sizes on 256 sentences in batches of 32, also with ``unpad=True``.
 
 All have transformers' default settings. Models before and after share their weights, so memory has them once.
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from harness import limits, machine
+from harness import limits, machine, reading
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, LlamaConfig
 
@@ -88,8 +88,10 @@ def twin(model: Any) -> Any:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in model.parameters()})
 
 
-def measure(models: dict[str, Any], prompt: Tensor, steps: int = STEPS) -> dict[str, dict[str, float]]:
-    """Seconds of the prompt and of a step, each in the median, by kind."""
+def measure(
+    models: dict[str, Any], prompt: Tensor, read_memory: reading.Reading, steps: int = STEPS
+) -> tuple[dict[str, dict[str, float]], float]:
+    """Seconds of the prompt and of a step, each in the median, by kind; and GB/s of reading memory between steps."""
     caches: dict[str, Any] = {}
     prefills: dict[str, list[float]] = {kind: [] for kind in models}
     times: dict[str, list[float]] = {kind: [] for kind in models}
@@ -103,11 +105,14 @@ def measure(models: dict[str, Any], prompt: Tensor, steps: int = STEPS) -> dict[
         taken, out = run(kind, prompt)
         prefills[kind].append(taken)
         caches[kind] = out.past_key_values
+    readings = []
     for _ in range(steps):
         for kind in models:
             times[kind].append(run(kind, prompt[:, :1])[0])
+        readings.append(seconds(read_memory)[0])
     medians = {kind: (statistics.median(prefills[kind]), statistics.median(times[kind])) for kind in models}
-    return {kind: {"prefill": prefill, "step": step} for kind, (prefill, step) in medians.items()}
+    rate = read_memory.gb_per_s(statistics.median(readings) * 1e6)
+    return {kind: {"prefill": prefill, "step": step} for kind, (prefill, step) in medians.items()}, rate
 
 
 def step_bytes(model: Any, tokens: int) -> int:
@@ -118,22 +123,23 @@ def step_bytes(model: Any, tokens: int) -> int:
     return weights + numbers * int(model.dtype.itemsize)
 
 
-def measure_decoder(name: str, dtype: str, read_gb_per_s: float | None) -> list[dict[str, Any]]:
+def measure_decoder(name: str, dtype: str, read_memory: reading.Reading) -> list[dict[str, Any]]:
     """The prompts of a Llama."""
     torch.manual_seed(0)
     config, prompts = DECODERS[name]
     stock = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype]).eval()
     models = {STOCK: stock, OURS: qkv.accelerate(twin(stock))}
-    measure(models, torch.randint(config.vocab_size, (1, 16)), steps=2)
+    measure(models, torch.randint(config.vocab_size, (1, 16)), read_memory, steps=2)
     found = []
     for tokens in prompts:
-        times = measure(models, torch.randint(config.vocab_size, (1, tokens)))
+        times, limit = measure(models, torch.randint(config.vocab_size, (1, tokens)), read_memory)
         read = step_bytes(stock, tokens)
-        found.append({"model": name, "dtype": dtype, "tokens": tokens, "step_bytes": read, "seconds": times})
+        case = {"model": name, "dtype": dtype, "tokens": tokens, "step_bytes": read}
+        found.append({**case, "seconds": times, "reading_gb_per_s": limit})
         ratios = {part: round(times[STOCK][part] / times[OURS][part], 2) for part in times[OURS]}
         rate = read / times[OURS]["step"] / 1e9
-        share = "" if read_gb_per_s is None else f", {rate / read_gb_per_s:.0%} of reading"
-        print(f"{name}, {dtype}, {tokens} tokens: {times}, times as fast {ratios}, {rate:.1f} GB/s{share}", flush=True)
+        share = f"{rate:.1f} GB/s, {rate / limit:.0%} of reading"
+        print(f"{name}, {dtype}, {tokens} tokens: {times}, times as fast {ratios}, {share}", flush=True)
     return found
 
 
@@ -179,13 +185,13 @@ def main() -> None:
     if not chosen:
         parser.error(f"no model's name contains {' or '.join(names)}. Give a part of one of: {'; '.join(known)}")
     transformers.logging.set_verbosity_error()
-    bounds = limits.measure(torch.get_num_threads())
+    bounds, read_memory = limits.measure(torch.get_num_threads()), reading.Reading()
     decoders = [
         found
         for name in chosen
         if name in DECODERS
         for dtype in DTYPES
-        for found in measure_decoder(name, dtype, bounds["read_gb_per_s"])
+        for found in measure_decoder(name, dtype, read_memory)
     ]
     encoders = [measure_encoder(dtype) for dtype in DTYPES if ENCODER in chosen]
     if not names:

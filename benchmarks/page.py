@@ -53,6 +53,12 @@ def limits(bounds: Limits) -> str:
     return f"Limits of the machine: {', '.join(known) or 'not measured'}."
 
 
+def share_of_reading(rate: float, row: dict[str, Any], bounds: Limits) -> str:
+    """A rate beside that of reading memory in turns with it; in older results, beside the limit of the run."""
+    read = row.get("reading_gb_per_s", bounds["read_gb_per_s"])
+    return "-" if read is None else f"{rate / read:.0%}"
+
+
 def rates(rows: list[Measurement], bounds: Limits) -> str:
     """A table with a row for each case and dtype."""
     unit = "GB/s" if rows[0].case.is_decoding else "GF/s"
@@ -285,11 +291,10 @@ def step_section(folder: Path) -> list[str]:
     if record is None:
         return []
     bounds: Limits = record["limits"]
-    read = bounds["read_gb_per_s"]
 
     def of_steps(row: Any) -> list[str]:
         width, heads, kv_heads = row["layer"]
-        share = "" if read is None else f"{row['gb_per_s'] / read:.0%}"
+        share = share_of_reading(row["gb_per_s"], row, bounds)
         time = readable_time(row["times"]["step"]["median_us"])
         return [f"{width}, {heads} on {kv_heads}", row["dtype"], time, f"{row['gb_per_s']:.1f}", share]
 
@@ -304,7 +309,7 @@ def step_section(folder: Path) -> list[str]:
     what = "A step with 4096 tokens behind it, in GB/s of weights and cache; few MB stay in the last-level cache."
     return [
         f"## Whole layers\n\n{machine(record)} {limits(bounds)} {what}",
-        table(["layer", "dtype", "step", "GB/s", "of the limit"], map(of_steps, record["steps"]), words=2),
+        table(["layer", "dtype", "step", "GB/s", "of reading"], map(of_steps, record["steps"]), words=2),
         table(["case", "dtype", "of", "time", "times as long"], rows, words=3),
     ]
 
@@ -314,14 +319,13 @@ def one_line_section(folder: Path) -> list[str]:
     record = load(folder, "one_line")
     if record is None:
         return []
-    read = record["limits"]["read_gb_per_s"]
 
     def cells(row: Any) -> list[str]:
         theirs, ours = row["seconds"]["transformers"], row["seconds"]["accelerated"]
         times = [readable_time(ours[part] * 1e6) for part in ("prefill", "step")]
         ratios = [f"{theirs[part] / ours[part]:.2f}" for part in ("prefill", "step")]
         rate = row["step_bytes"] / ours["step"] / 1e9
-        share = "" if read is None else f"{rate / read:.0%}"
+        share = share_of_reading(rate, row, record["limits"])
         case = [row["model"], row["dtype"], str(row["tokens"])]
         return [*case, times[0], ratios[0], times[1], ratios[1], f"{rate:.1f}", share]
 
@@ -332,7 +336,7 @@ def one_line_section(folder: Path) -> list[str]:
         return [row["model"], row["dtype"], f"{row['padding']:.0%}", readable_time(stock * 1e6), *ours]
 
     late = "transformers, times as long"
-    titles = ["model", "dtype", "prompt", "prefill", late, "step", late, "GB/s", "of the limit"]
+    titles = ["model", "dtype", "prompt", "prefill", late, "step", late, "GB/s", "of reading"]
     what = "Random weights. A step in GB/s of weights and cache."
     parts = [
         f"## `qkv.accelerate(model)`\n\n{machine(record)} {limits(record['limits'])} {what}",

@@ -3,7 +3,7 @@
     python benchmarks/step.py      measures, prints, and writes results/PROCESSOR/step.json
 
 - A step of a layer with rotary and 4096 tokens behind it: its time, and the rate at which it reads weights and cache,
-  beside the read bandwidth of the same run.
+  beside that of reading memory in turns with it.
 - A step of the README's first layer at 64, 512 and 4096 tokens against the same written by hand in torch: cached tables
   of rotary, ``torch.cat`` and ``scaled_dot_product_attention``.
 - A call of 16 tokens against the fused inference of ``nn.MultiheadAttention``.
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import limits, machine
+from harness import limits, machine, reading
 from torch import Tensor, nn
 
 import qkv
@@ -118,19 +118,20 @@ def times(calls: dict[str, Call], rounds: int = ROUNDS) -> dict[str, Any]:
 def main() -> None:
     """Measures fp32 and bf16."""
     bounds = limits.measure(torch.get_num_threads())
+    read_memory = reading.Reading()
     results: dict[str, list[Any]] = {"steps": [], "by_hand": [], "short": [], "forward": []}
     for name, dtype in DTYPES.items():
         for sizes in STEPS:
             layer = causal(*sizes, dtype)
-            found = times({"step": step(layer, CONTEXT)})
+            found = times({"step": step(layer, CONTEXT), reading.NAME: read_memory})
             read = sum(parameter.nbytes for parameter in layer.parameters())
             read += 2 * CONTEXT * layer.num_kv_heads * layer.head_dim * dtype.itemsize
             rate = read / found["step"]["median_us"] / 1e3
-            results["steps"].append({"layer": sizes, "dtype": name, "times": found, "gb_per_s": rate})
-            share = rate / bounds["read_gb_per_s"] if bounds["read_gb_per_s"] else float("nan")
-            print(
-                f"step {sizes} {name} {found['step']['median_us']:9.1f} us, {rate:5.1f} GB/s, {share:.0%}", flush=True
-            )
+            limit = read_memory.gb_per_s(found[reading.NAME]["median_us"])
+            case = {"layer": sizes, "dtype": name, "times": found}
+            results["steps"].append({**case, "gb_per_s": rate, "reading_gb_per_s": limit})
+            took = found["step"]["median_us"]
+            print(f"step {sizes} {name} {took:9.1f} us, {rate:5.1f} GB/s, {rate / limit:.0%} of reading", flush=True)
         layer = causal(512, 8, 2, dtype)
         for tokens in (64, 512, 4096):
             found = times({"layer": step(layer, tokens), "by hand": step_by_hand(layer, tokens)}, rounds=5 * ROUNDS)
