@@ -52,6 +52,13 @@ def summary(page: Path) -> str:
     raise ValueError(f"{page} must say in its first paragraph what it answers.")
 
 
+def pages_of_files() -> dict[Path, Path]:
+    """Files of the repository that the site shows as pages of its own, and those pages, which name them."""
+    shows = re.compile(r"^<!-- The site shows (\S+) here. -->$", flags=re.MULTILINE)
+    found = ((page, shows.search(page.read_text())) for page in DOCS.rglob("*.md"))
+    return {page.parent.joinpath(each[1]).resolve(): page for page, each in found if each}
+
+
 def groups() -> list[tuple[str, list[Path]]]:
     """The contents of the site: captions, and their pages."""
     found = []
