@@ -82,8 +82,9 @@ def prepare(app: Sphinx, page: str, source: list[str]) -> None:
     """
     docs = Path(app.srcdir)
     here = (docs / page).parent
-    pages = llms.pages_of_files()
-    file = next((file for file, its_page in pages.items() if its_page == docs / f"{page}.md"), docs / f"{page}.md")
+    shown = llms.pages_of_files()
+    file = next((file for file, its_page in shown.items() if its_page == docs / f"{page}.md"), docs / f"{page}.md")
+    pages = {docs.parent / "README.md": docs / "index.md", **shown}
     text = source[0] if file.is_relative_to(docs) else file.read_text()
     text = re.sub(r'^(#+ )<a id="([\w.-]+)"></a> *', r"(\2)=\n\1", text, flags=re.MULTILINE)
 

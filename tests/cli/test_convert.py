@@ -17,6 +17,27 @@ from qkv.convert import measure_divergence
 from qkv.models.errors import CommandError
 
 
+def test_heads_are_aligned_unless_another_method_is_chosen_or_none_can_be(capsys, tmp_path):
+    source = models.save(tmp_path / "source", "mistral")
+    digests = {}
+    for out, options in (("default", ()), ("aligned", ("--pool", "aligned")), ("mean", ("--pool", "mean"))):
+        code, captured = run(capsys, source, tmp_path / out, "--kv-heads", "2", "--json", *options)
+        assert code == 0 and json.loads(captured.out)["pooling"] == ("mean" if out == "mean" else "aligned")
+        digests[out] = models.digest(tmp_path / out)["model.safetensors"]
+    assert digests["default"] == digests["aligned"] != digests["mean"]
+    t5 = models.save(tmp_path / "t5", "t5")
+    for out, options in (("t5-default", ()), ("t5-mean", ("--pool", "mean"))):
+        code, captured = run(capsys, t5, tmp_path / out, "--kv-heads", "2", *options)
+        assert code == 0 and "\n  heads pooled: mean\n" in captured.out
+        digests[out] = models.digest(tmp_path / out)["model.safetensors"]
+    assert digests["t5-default"] == digests["t5-mean"]
+    code, captured = run(capsys, t5, tmp_path / "t5-aligned", "--kv-heads", "2", "--pool", "aligned")
+    assert code == 1 and "heads of t5 models cannot be aligned" in captured.err
+    assert "Choose another method: mean, first or random." in captured.err
+    code, captured = run(capsys, source, tmp_path / "window", "--window", "3", "--json")
+    assert code == 0 and json.loads(captured.out)["pooling"] is None
+
+
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     return models.save(tmp_path_factory.mktemp("llama"), "llama", shards="60KB")
@@ -42,7 +63,8 @@ def test_report(capsys, tmp_path, llama):
     shown = words(captured.out)
     assert captured.out.startswith(f"wrote {tmp_path / 'out'}\n  multi-head attention: 8 query heads, 8 KV heads, ")
     assert " becomes grouped-query attention: 8 query heads, 2 KV heads, head width 8" in shown
-    assert "\n  12 of 42 tensors changed, 2 other files copied\n" in captured.out
+    assert "\n  heads pooled: aligned\n" in captured.out
+    assert "\n  24 of 42 tensors changed, 2 other files copied\n" in captured.out
     assert "\n  not copied (weights of the original model): pytorch_model.bin\n" in captured.out
     lines = captured.out.splitlines()
     title = lines.index("Parameters, and the KV cache in float32")

@@ -3,6 +3,7 @@
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import re
 import shlex
 import subprocess
@@ -19,7 +20,6 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 NAMES = [page.relative_to(DOCS).as_posix() for page in PAGES]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "DESIGN.md", *PAGES]
 WITHOUT_A_FENCE = {"log.md", "transformers.md"}
 OUTSIDE = ("https://", "http://", "mailto:")
 
@@ -32,6 +32,10 @@ def _module(name: str) -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+SHOWN = _module("llms").pages_of_files()
+DOCUMENTS = [ROOT / "README.md", *SHOWN, *PAGES]
 
 
 @pytest.mark.filterwarnings("ignore")  # of transformers' and torch's own making
@@ -104,9 +108,25 @@ def test_every_page_is_reached_from_the_first_one() -> None:
         reached.add(page)
         for target in _links(page.read_text()):
             file = (page.parent / target.partition("#")[0]).resolve()
+            file = SHOWN.get(file, file)
             if file in PAGES:
                 to_do.append(file)
     assert {page.relative_to(DOCS).as_posix() for page in PAGES if page not in reached} == set()
+
+
+def test_the_site_shows_every_page_of_results_every_study_and_what_its_pages_link_to() -> None:
+    written = {file for folder in ("benchmarks", "studies") for file in (ROOT / folder).rglob("README.md")}
+    assert written <= set(SHOWN)
+    linked = {(page.parent / target.partition("#")[0]).resolve() for page in PAGES for target in _links(page.read_text())}
+    outside = {file for file in linked if file.suffix == ".md" and not file.is_relative_to(DOCS)}
+    assert outside == set(SHOWN)
+
+
+def test_a_page_that_shows_a_file_links_to_it_for_forges_and_has_its_title() -> None:
+    for file, page in SHOWN.items():
+        title, link = page.read_text().splitlines()[0], os.path.relpath(file, page.parent)
+        assert f"]({link})" in page.read_text()
+        assert title == file.read_text().splitlines()[0] or file.is_relative_to(ROOT / "benchmarks")
 
 
 def test_the_page_of_the_command_line_is_that_of_the_commands() -> None:
@@ -210,3 +230,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert (tmp_path / "search.html").exists()
     assert (tmp_path / "llms.txt").read_text() == _module("llms").index()
     assert (tmp_path / "llms-full.txt").read_text() == _module("llms").whole()
+    assert not list((tmp_path / "_downloads").rglob("*.md")), "a link to Markdown leads to a page"
+    for page in tmp_path.rglob("*.html"):
+        for picture in re.findall(r'<img [^>]*src="([^":]+)"', page.read_text()):
+            assert (page.parent / picture).exists(), (page, picture)

@@ -78,7 +78,7 @@ def convert_tensors(
             supported = ", ".join(name for name, other in FAMILIES.items() if other.layout is not None)
             raise CheckpointError(
                 f"{where}: heads of {hf_config.model_type} models cannot be aligned, those of {supported} can. "
-                "Choose another pooling method."
+                "Choose another method: mean, first or random."
             )
         outputs = align_outputs(where, family, family.layout, hf_config, tensors, outputs, pooling)
     for output in outputs.values():
