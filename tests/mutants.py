@@ -719,6 +719,7 @@ MUTANTS = [
     Mutant("rotary components in the order of heads", "integrations/transformers/latent_decoders.py", "repeat_interleave(repeats, dim=2)", "repeat(1, 1, repeats)", ("convert/test_latent_checkpoint.py",)),
     Mutant("agreement that grows with a head", "convert/heads/alignment.py", "(size[:, None] * size).clamp_min", "size.clamp_min", ("convert/test_alignment.py",)),
     Mutant("partial rotary ignored while heads are aligned", "convert/families/aligned_outputs.py", "KeySymmetry(rotary_dim(where, hf_config)", "KeySymmetry(pooling.heads.head_dim", ("convert/test_alignment.py",)),
+    Mutant("heads pooled by their mean unless another method is chosen", "convert/plan.py", '"mean" if family.layout is None else "aligned"', '"mean"', ("cli/test_convert.py",)),
     Mutant("a window one key short in the configuration", "convert/families/window_settings.py", '"sliding_window": next(filter(None, windows))}', '"sliding_window": next(filter(None, windows)) - 1}', WINDOWS),
     Mutant("windows in the other layers", "convert/families/window_settings.py", '"full_attention" if window is None', '"full_attention" if window is not None', WINDOWS),
     Mutant("Qwen's switch of windows forgotten", "convert/families/window_settings.py", '{**new, "use_sliding_window": True, "max', '{**new, "max', WINDOWS),

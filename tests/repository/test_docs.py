@@ -117,7 +117,9 @@ def test_every_page_is_reached_from_the_first_one() -> None:
 def test_the_site_shows_every_page_of_results_every_study_and_what_its_pages_link_to() -> None:
     written = {file for folder in ("benchmarks", "studies") for file in (ROOT / folder).rglob("README.md")}
     assert written <= set(SHOWN)
-    linked = {(page.parent / target.partition("#")[0]).resolve() for page in PAGES for target in _links(page.read_text())}
+    linked = {
+        (page.parent / target.partition("#")[0]).resolve() for page in PAGES for target in _links(page.read_text())
+    }
     outside = {file for file in linked if file.suffix == ".md" and not file.is_relative_to(DOCS)}
     assert outside == set(SHOWN)
 
