@@ -89,7 +89,7 @@ def prepare(app: Sphinx, page: str, source: list[str]) -> None:
     text = re.sub(r'^(#+ )<a id="([\w.-]+)"></a> *', r"(\2)=\n\1", text, flags=re.MULTILINE)
 
     def link(found: re.Match[str]) -> str:
-        """To a page or a picture; what the site has no page of is copied into it, and lines of it a forge alone shows."""
+        """To a page or a picture. Other files are copied into the site, and lines of them a forge alone shows."""
         target = (file.parent / found[1]).resolve()
         if target.is_dir():
             target /= "README.md"

@@ -22,11 +22,11 @@ def more(entry: str) -> str:
 
     Example:
         >>> more("offset")
-        ' More: "offset" on the page Errors of qkv\'s documentation'
+        ' More: "offset" on the page Errors of the documentation of qkv'
     """
     address = None if torch.compiler.is_compiling() else documentation()
     if address is None:
-        return f' More: "{entry}" on the page Errors of qkv\'s documentation'
+        return f' More: "{entry}" on the page Errors of the documentation of qkv'
     return f" More: {address}/{CATALOGUE}.html#{entry}"
 
 

@@ -53,7 +53,7 @@ def run(path: Path) -> int:
     page = types.ModuleType(f"page_{re.sub(r'[^a-z]', '_', path.stem.lower())}")  # compilers look up names in modules
     sys.modules[page.__name__] = page
     try:
-        with mock.patch.object(arguments, "documentation", lambda: None):  # messages as pages quote them
+        with mock.patch.object(arguments, "documentation", return_value=None):  # messages as pages quote them
             return _run_in(page.__dict__, path)
     finally:
         del sys.modules[page.__name__]

@@ -73,7 +73,7 @@ def _entries() -> list[tuple[str | None, str]]:
     return found
 
 
-with mock.patch.object(arguments, "documentation", lambda: None):
+with mock.patch.object(arguments, "documentation", return_value=None):
     TEMPLATES, ENTRIES = _templates(), _entries()
 NAMED = {each.entry for each in TEMPLATES if each.entry is not None}
 
@@ -125,8 +125,8 @@ class Metadata(dict[str, list[str]]):
 @pytest.mark.parametrize(
     "urls, words",
     [
-        ((), ' More: "offset" on the page Errors of qkv\'s documentation'),
-        (("Source, https://example.org/source",), ' More: "offset" on the page Errors of qkv\'s documentation'),
+        ((), ' More: "offset" on the page Errors of the documentation of qkv'),
+        (("Source, https://example.org/source",), ' More: "offset" on the page Errors of the documentation of qkv'),
         (
             ("Source, https://example.org/source", "Documentation, https://example.org/qkv/"),
             " More: https://example.org/qkv/reference/errors.html#offset",

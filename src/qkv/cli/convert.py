@@ -19,7 +19,7 @@ from qkv.convert.files.fields import COUNT, SIZE, check_fields, list_of
 from qkv.convert.files.json_document import read_document
 from qkv.convert.files.safetensors import TORCH_DTYPES
 from qkv.convert.files.staging import resolve_output
-from qkv.convert.heads.pooling import divisors
+from qkv.convert.heads.pooling import ConversionMethod, divisors
 from qkv.convert.inspect.checkpoint import inspect_tensors
 from qkv.convert.inspect.inspection import Inspection
 from qkv.models.divergence import compare_with, predict_original
@@ -165,7 +165,7 @@ def convert(
                 if latent is not None:
                     plan = plan_latent_checkpoint(source, latent, rope_heads=rope_heads)
                 else:
-                    how = None if pool is None else pool.value
+                    how: ConversionMethod | None = None if pool is None else pool.value
                     plan = plan_checkpoint(source, kv_heads, how=how, seed=seed, window=window, layers=chosen)
                 before = inspect_tensors(str(source), plan.source.config, plan.source.tensors)
                 after = inspect_tensors("the result", plan.conversion.config, plan.tensors)
