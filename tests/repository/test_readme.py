@@ -60,7 +60,7 @@ def test_the_figures_of_the_guide_to_speed_are_those_of_the_machine_that_it_name
     for one in measured["measurements"]:
         times = one["times"]
         if "torch" in times:
-            ratios.setdefault(one["case"], []).append(times["torch"]["median_us"] / times["qkv"]["median_us"])
+            ratios.setdefault(one["case"]["name"], []).append(times["torch"]["median_us"] / times["qkv"]["median_us"])
     rows = re.findall(r"^\| ([^|]+) \|((?: [\d.]+ \|){3})$", guide, flags=re.MULTILINE)
     assert len(rows) == 5
     for words, cells in rows:
