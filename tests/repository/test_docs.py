@@ -1,5 +1,8 @@
 """The site: its code runs, its links lead somewhere, its generated parts are those of the code, no name is missing."""
 
+import ast
+import builtins
+import doctest
 import importlib
 import importlib.metadata
 import importlib.util
@@ -61,6 +64,39 @@ def test_a_wrong_output_and_a_fence_without_a_reason_are_found(tmp_path: Path) -
     page.write_text("text\n\n```python skip\na\n```\n")
     with pytest.raises(ValueError, match="line 3: a fence has a language"):
         run(page)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "```python" in (DOCS / name).read_text()])
+def test_the_code_of_a_page_uses_no_name_that_a_reader_has_not_seen_above(name: str) -> None:
+    """Also that of fences which do not run here."""
+    seen, unknown = set(dir(builtins)), []
+    for fence in fences((DOCS / name).read_text()):
+        if fence.language != "python":
+            continue
+        code = "".join(each.source for each in doctest.DocTestParser().get_examples(fence.text)) or fence.text
+        if "Traceback" in fence.text:  # calls that raise
+            continue
+        loads, stores = _names_in(ast.parse(code))
+        unknown += [f"line {fence.line}: {one}" for one in sorted(loads - stores - seen)]
+        seen |= stores
+    assert not unknown
+
+
+def _names_in(tree: ast.Module) -> tuple[set[str], set[str]]:
+    """The names that code reads, and those that it binds."""
+    loads, stores = set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            (loads if isinstance(node.ctx, ast.Load) else stores).add(node.id)
+        elif isinstance(node, ast.alias):
+            stores.add((node.asname or node.name).partition(".")[0])
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            stores.add(node.name)
+        elif isinstance(node, ast.arg):
+            stores.add(node.arg)
+        elif isinstance(node, ast.ExceptHandler) and node.name:
+            stores.add(node.name)
+    return loads, stores
 
 
 @pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: page.relative_to(ROOT).as_posix())
