@@ -272,3 +272,39 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     for page in tmp_path.rglob("*.html"):
         for picture in re.findall(r'<img [^>]*src="([^":]+)"', page.read_text()):
             assert (page.parent / picture).exists(), (page, picture)
+
+
+def test_the_table_of_versions_has_the_ranges_of_the_package_and_what_is_tested_here() -> None:
+    from qkv.cli.doctor import versions
+
+    text = (DOCS / "project" / "versioning.md").read_text()
+    rows = re.findall(r"^\| (\w+) \| `([^`]+)` \| ([\d.]+) \| ([\d.]+) \|$", text, flags=re.MULTILINE)
+    ranges = {each.name: each.tested for each in versions()}
+    assert [row[0].lower() for row in rows] == ["python", "torch", "transformers", "matplotlib"]
+    constraints = (ROOT / "constraints.txt").read_text()
+    for name, admitted, oldest, newest in rows:
+        assert ranges[name.lower()] == admitted and admitted.startswith(f">={oldest}")
+        pinned = re.search(rf"^{name}==([\d.]+)", constraints, flags=re.MULTILINE)
+        assert pinned is None or _numbers(pinned[1])[:2] <= _numbers(newest)
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in version.split(".")]
+
+
+def test_the_version_is_that_of_the_changelog_or_comes_after_it() -> None:
+    import qkv
+
+    text = (ROOT / "CHANGELOG.md").read_text()
+    headings = re.findall(r"^## \[([^]]+)\](?: - (\S+))?$", text, flags=re.MULTILINE)
+    cited = (ROOT / "CITATION.cff").read_text()
+    version, date = next(heading for heading in headings if heading[0] != "Unreleased")
+    assert f"version: {version}\n" in cited and f"date-released: {date}\n" in cited
+    if headings[0][0] == "Unreleased":
+        plain, dev = qkv.__version__.split(".dev")
+        assert (
+            _numbers(plain) > _numbers(version)
+            and f"it will be {plain}. `qkv --version` says {plain}.dev{dev}." in text
+        )
+    else:
+        assert qkv.__version__ == version
