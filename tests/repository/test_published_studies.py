@@ -29,3 +29,8 @@ def test_the_guide_of_kv_heads_has_the_losses_of_the_study() -> None:
         losses = models[name]["losses"]
         assert f"| {name} | {losses['converted']:.3f} | {losses['uptrained']:.3f} |" in guide
     assert f"{models['aligned']['steps']} steps of training" in guide
+
+
+def test_the_readme_counts_the_studies() -> None:
+    words = {4: "Four", 5: "Five", 6: "Six", 7: "Seven"}
+    assert f"{words[len(PUBLISHED)]} [studies](docs/project/studies.md)" in (STUDIES.parent / "README.md").read_text()
