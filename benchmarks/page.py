@@ -394,9 +394,9 @@ def compiled_section(folder: Path) -> list[str]:
     ]
 
 
-def train_section(folder: Path) -> list[str]:
+def training_section(folder: Path) -> list[str]:
     """A small GPT on both attentions."""
-    record = load(folder, "train")
+    record = load(folder, "training")
     if record is None:
         return []
 
@@ -501,7 +501,7 @@ def see_section(folder: Path) -> list[str]:
 
 SECTIONS = (
     *(kernel_section, grid_section, avx2_section, interleaved_section),
-    *(overhead_section, models_section, one_line_section, compiled_section, llamacpp_section, train_section),
+    *(overhead_section, models_section, one_line_section, compiled_section, llamacpp_section, training_section),
     *(layer_section, step_section, rotary_section, linear_section, latent_section, sequences_section),
     *(paged_section, see_section),
 )

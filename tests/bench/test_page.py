@@ -64,7 +64,7 @@ def test_a_model_beside_llamacpp(page: Any, tmp_path: Path) -> None:
     assert [cell.strip() for cell in table.splitlines()[-1].strip("|").split("|")] == [
         *("bf16", "64", "2.00 s", "1.50", "10.0 ms", "1.20", "1.2e-02"),
     ]
-    assert page.train_section(tmp_path) == []
+    assert page.training_section(tmp_path) == []
 
 
 def test_training_beside_torch(page: Any, tmp_path: Path) -> None:
@@ -76,8 +76,8 @@ def test_training_beside_torch(page: Any, tmp_path: Path) -> None:
         "loss": {"qkv": 2.5, "torch": 2.5001},
         "held_out": {"qkv": 2.6, "torch": 2.61},
     }
-    (tmp_path / "train.json").write_text(json.dumps({"machine": MACHINE, "measurements": [one]}))
-    heading, table = page.train_section(tmp_path)
+    (tmp_path / "training.json").write_text(json.dumps({"machine": MACHINE, "measurements": [one]}))
+    heading, table = page.training_section(tmp_path)
     assert heading.startswith("## Training a small GPT\n\n2026-12-01, 2 threads on 2 cores of a processor")
     assert [cell.strip() for cell in table.splitlines()[-1].strip("|").split("|")] == [
         *("fp32", "100", "3,200", "4,096", "1.28", "2.5001", "2.5000", "2.6100", "2.6000"),
