@@ -396,7 +396,7 @@ def compiled_section(folder: Path) -> list[str]:
 
 def training_section(folder: Path) -> list[str]:
     """A small GPT on both attentions."""
-    record = load(folder, "training")
+    record = load(folder, "train_gpt")
     if record is None:
         return []
 

@@ -76,7 +76,7 @@ def test_training_beside_torch(page: Any, tmp_path: Path) -> None:
         "loss": {"qkv": 2.5, "torch": 2.5001},
         "held_out": {"qkv": 2.6, "torch": 2.61},
     }
-    (tmp_path / "training.json").write_text(json.dumps({"machine": MACHINE, "measurements": [one]}))
+    (tmp_path / "train_gpt.json").write_text(json.dumps({"machine": MACHINE, "measurements": [one]}))
     heading, table = page.training_section(tmp_path)
     assert heading.startswith("## Training a small GPT\n\n2026-12-01, 2 threads on 2 cores of a processor")
     assert [cell.strip() for cell in table.splitlines()[-1].strip("|").split("|")] == [

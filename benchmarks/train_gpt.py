@@ -1,7 +1,7 @@
 """The GPT of examples/train.py, trained on qkv's attention and on torch's, step by step in turns.
 
-    python benchmarks/training.py              measures, prints, and writes results/PROCESSOR/training.json
-    python benchmarks/training.py --steps 5    fewer steps, printed only
+    python benchmarks/train_gpt.py              measures, prints, and writes results/PROCESSOR/train_gpt.json
+    python benchmarks/train_gpt.py --steps 5    fewer steps, printed only
 
 6 layers of 384, 16 sequences of 256 bytes, the same weights and batches. What both leave to torch is most of a step.
 """
@@ -48,7 +48,7 @@ def main() -> None:
     results = [compare(dtype, given or STEPS) for dtype in DTYPES]
     print(json.dumps(results, indent=1))
     if given is None:
-        machine.save("training", {"measurements": results})
+        machine.save("train_gpt", {"measurements": results})
 
 
 if __name__ == "__main__":
