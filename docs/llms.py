@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 DOCS = Path(__file__).parent
-LONG = ("log.md", "transformers.md")
+LONG = (DOCS / "log.md", DOCS / "transformers.md")
 """Pages that are not in the second: records of experiments, and of tests."""
 LEAD = """# qkv
 
@@ -32,7 +32,7 @@ def index() -> str:
 
 def whole() -> str:
     """All pages but two long ones, one after another, as they are written."""
-    pages = [page for _, pages in groups() for page in pages if page.name not in LONG]
+    pages = [page for _, pages in groups() for page in pages if page not in LONG]
     return "\n\n".join([LEAD, *(page.read_text() for page in pages)])
 
 
