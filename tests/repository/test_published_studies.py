@@ -29,6 +29,8 @@ def test_the_guide_of_kv_heads_has_the_losses_of_the_study() -> None:
         losses = models[name]["losses"]
         assert f"| {name} | {losses['converted']:.3f} | {losses['uptrained']:.3f} |" in guide
     assert f"{models['aligned']['steps']} steps of training" in guide
+    study = (STUDIES / "grouped_query" / "README.md").read_text()
+    assert "| aligned < mean | 9 of 9 | 9 of 9 | 9 of 9 |" in study and "in 9 of 9 comparisons" in guide
 
 
 def test_the_readme_counts_the_studies() -> None:
