@@ -320,6 +320,7 @@ MUTANTS = [
     Mutant("heads of a plot in their own order beside groups", "plots/costs.py", "matrix[order][:, order]", "matrix", PLOTS),
     Mutant("ticks of bytes in decimal units", "byte_sizes.py", "return 1 << 10 * min", "return 10 ** 3 * min", ("analysis/test_page.py",)),
     Mutant("a message that names another entry", "cache/sliding.py", "more('dropped-keys')", "more('offset')", ("repository/test_error_catalogue.py",)),
+    Mutant("a message without the address that the package has", "arguments.py", 'found.get("Documentation", "")', 'found.get("Source", "")', ("repository/test_error_catalogue.py",)),
     Mutant("layers of see by the cut", "cli/reports/see.py", "changes[index, first].nan_to_num", "cuts[index, first].nan_to_num", SEE),
     Mutant("changes and cuts of see exchanged", "cli/reports/see.py", "for numbers in (changes, cuts))", "for numbers in (cuts, changes))", SEE),
     Mutant("the change of a layer by its mean head", "analysis/recording.py", "layer.change_by_head().amax((1, 2))", "layer.change_by_head().mean((1, 2))", (*RECORDING, *SEE)),
