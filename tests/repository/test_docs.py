@@ -149,6 +149,15 @@ def test_every_page_is_reached_from_the_first_one() -> None:
     assert {page.relative_to(DOCS).as_posix() for page in PAGES if page not in reached} == set()
 
 
+def test_the_text_of_pages_leads_to_every_page_and_not_the_contents_alone() -> None:
+    linked = {DOCS / "index.md"}
+    for page in PAGES:
+        text = re.sub(r"^```\{toctree\}\n.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+        files = ((page.parent / target.partition("#")[0]).resolve() for target in _links(text))
+        linked |= {SHOWN.get(file, file) for file in files} - {page}
+    assert set(PAGES) <= linked
+
+
 def test_the_site_shows_every_page_of_results_every_study_and_what_its_pages_link_to() -> None:
     written = {file for folder in ("benchmarks", "studies") for file in (ROOT / folder).rglob("README.md")}
     assert written <= set(SHOWN)
@@ -309,3 +318,19 @@ def test_the_version_is_that_of_the_changelog_or_comes_after_it() -> None:
         )
     else:
         assert qkv.__version__ == version
+
+
+def test_the_guide_to_speed_has_all_instruction_sets() -> None:
+    sets = re.findall(
+        r"^ISA_\w+\((\w+),", (ROOT / "native" / "src" / "abi" / "isas.def").read_text(), flags=re.MULTILINE
+    )
+    guide = (DOCS / "guides" / "speed.md").read_text()
+    assert len(sets) >= 7 and all(f"`{name}`" in guide for name in sets)
+
+
+def test_environment_variables_of_the_code_are_on_the_page_of_the_command_line() -> None:
+    files = [*(ROOT / "src").rglob("*.py"), *(ROOT / "native" / "src").rglob("*.cpp")]
+    sources = "".join(file.read_text() for file in files)
+    read = set(re.findall(r"""(?:environ\.get|getenv)\(["'](QKV_\w+)["']""", sources))
+    page = (DOCS / "reference" / "cli.md").read_text()
+    assert read == set(re.findall(r"^\| `(QKV_\w+)` \|", page, flags=re.MULTILINE))
