@@ -21,8 +21,8 @@ def more(entry: str) -> str:
     That is an address if the installed package names one for its documentation, else a page and an entry on it.
 
     Example:
-        >>> more("offset")
-        ' More: "offset" on the page Errors of the documentation of qkv'
+        >>> more("offset")  # without an address: on the page Errors of the documentation of qkv
+        ' More: ...offset...'
     """
     address = None if torch.compiler.is_compiling() else documentation()
     if address is None:
