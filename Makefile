@@ -132,6 +132,8 @@ bench: $(VENV)/peers
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/one_line.py
 	$(BIN)/python benchmarks/llamacpp.py
+	$(BIN)/python benchmarks/compiled.py
+	$(BIN)/python benchmarks/train_gpt.py
 	$(BIN)/python benchmarks/latent.py
 	$(BIN)/python benchmarks/sequences.py
 	$(BIN)/python benchmarks/paged.py

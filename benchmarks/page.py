@@ -378,6 +378,90 @@ def llamacpp_section(folder: Path) -> list[str]:
     ]
 
 
+def compiled_section(folder: Path) -> list[str]:
+    """Steps under torch.compile."""
+    record = load(folder, "compiled")
+    if record is None:
+        return []
+
+    def cells(name: str, ways: Any) -> list[str]:
+        steps = [f"{found['step'] * 1e3:.1f} ms" for found in ways.values()]
+        return [name, *steps, *(f"{found['first text']:.0f} s" for way, found in ways.items() if "compiled" in way)]
+
+    titles = ["model", "transformers", "compiled", "qkv", "compiled", "compiling transformers", "compiling qkv"]
+    what = (
+        "A step with 64 to 88 tokens behind it. Compiled: transformers with its static cache, and after `accelerate`."
+    )
+    return [
+        f"## Steps under torch.compile\n\n{machine(record)} {what}",
+        table(titles, (cells(name, ways) for name, ways in record["results"].items()), words=1),
+    ]
+
+
+def training_section(folder: Path) -> list[str]:
+    """A small GPT on both attentions."""
+    record = load(folder, "train_gpt")
+    if record is None:
+        return []
+
+    def cells(row: Any) -> list[str]:
+        rates = [row["tokens"] / row["seconds"][peer] for peer in ("torch", "qkv")]
+        losses = [f"{row[kind][peer]:.4f}" for kind in ("loss", "held_out") for peer in ("torch", "qkv")]
+        return [
+            row["dtype"],
+            str(row["steps"]),
+            *(f"{rate:,.0f}" for rate in rates),
+            f"{rates[1] / rates[0]:.2f}",
+            *losses,
+        ]
+
+    titles = ["dtype", "steps", "torch", "qkv", "times as fast"]
+    titles += [f"{kind}, {peer}" for kind in ("last loss", "held out") for peer in ("torch", "qkv")]
+    what = "Tokens a second, the whole step with the optimizer; losses in nats a byte. 6 layers of 384, 16 x 256 bytes."
+    return [
+        f"## Training a small GPT\n\n{machine(record)} {what}",
+        table(titles, map(cells, record["measurements"]), words=1),
+    ]
+
+
+def rotary_section(folder: Path) -> list[str]:
+    """Rotary embedding, alone and in a layer."""
+    record = load(folder, "rotary")
+    if record is None:
+        return []
+
+    def cells(what: str, times: Any) -> list[str]:
+        return [what, *(readable_time(times[way]["median_us"]) for way in ("by hand", "operators", "kernel"))]
+
+    parts = [(f"rotation, {name}", times) for name, times in record["rotation alone"].items()]
+    parts += [(f"a step with {name}", times) for name, times in record["step"].items()]
+    parts.append(("a prompt of 2048 tokens", record["prefill of 2048"]))
+    what = "The first layer of the README, fp32. By hand: torch's SDPA, with tables made once. Operators: torch's."
+    return [
+        f"## Rotary embedding\n\n{machine(record)} {what}",
+        table(["case", "by hand", "operators", "kernel"], (cells(*part) for part in parts), words=1),
+    ]
+
+
+def latent_section(folder: Path) -> list[str]:
+    """Steps of latent attention."""
+    record = load(folder, "latent")
+    if record is None:
+        return []
+
+    def cells(row: Any) -> list[str]:
+        theirs, ours, attention = (times["median_us"] for times in row["times"].values())
+        found = [readable_time(time) for time in (ours, attention, theirs)]
+        return [row["dtype"], *found, f"{theirs / ours:.0f}", f"{row['read_gb_per_s']:.1f}"]
+
+    titles = ["dtype", "step", "attention of it", "transformers", "times as long", "GB/s of latents"]
+    what = "Sizes of DeepSeek-V2-Lite, 4096 tokens in the cache."
+    return [
+        f"## A step of latent attention\n\n{machine(record)} {limits(record['limits'])} {what}",
+        table(titles, map(cells, record["measurements"]), words=1),
+    ]
+
+
 def paged_section(folder: Path) -> list[str]:
     """Steps from pages."""
     record = load(folder, "paged")
@@ -419,17 +503,21 @@ def see_section(folder: Path) -> list[str]:
     ]
 
 
+SECTIONS = (
+    *(kernel_section, grid_section, avx2_section, interleaved_section),
+    *(overhead_section, models_section, one_line_section, compiled_section, llamacpp_section, training_section),
+    *(layer_section, step_section, rotary_section, linear_section, latent_section, sequences_section),
+    *(paged_section, see_section),
+)
+"""In the order of a page. Each returns nothing where its benchmark was not run."""
+
+
 def main() -> None:
     """Writes the pages, the plots, and the list of pages in README.md."""
-    sections = [
-        *(kernel_section, grid_section, avx2_section, interleaved_section),
-        *(overhead_section, models_section, one_line_section, llamacpp_section, layer_section, step_section),
-        *(linear_section, sequences_section, paged_section, see_section),
-    ]
     pages = []
     for folder in sorted({path.parent for path in machines.RESULTS.glob("*/*.json")}):
         (folder / "plots").mkdir(exist_ok=True)
-        parts = [part for section in sections for part in section(folder)]
+        parts = [part for section in SECTIONS for part in section(folder)]
         m = json.loads(min(folder.glob("*.json")).read_text())["machine"]
         name = m["cpu"] or folder.name
         (folder / "README.md").write_text("\n\n".join([f"# Benchmarks on {name}", *parts]) + "\n")

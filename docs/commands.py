@@ -15,6 +15,12 @@ What each command takes. Install it by `pip install 'qkv[cli]'`; `qkv COMMAND --
 the commands at work: [windows](../guides/windows.md), [KV heads](../guides/kv-heads.md), [speed](../guides/speed.md).
 Errors are one line on standard error, with exit code 1; wrong usage exits with 2. `--json` prints one JSON document
 on standard output and nothing else.
+
+| environment variable | meaning |
+|---|---|
+| `QKV_ISA` | The kernel's instruction set, one of those that `qkv doctor` lists. Default: the best of the machine. |
+| `QKV_CACHE` | Folder of the model that `qkv demo` downloads. Default: `~/.cache/qkv`. |
+| `QKV_CHECK` | 1 compares calls over ranks before anything is sent ([many machines](../guides/many-machines.md)). |
 """
 
 

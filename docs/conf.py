@@ -80,22 +80,26 @@ def prepare(app: Sphinx, page: str, source: list[str]) -> None:
     """Turns what forges understand into what MyST does: anchors of headings, files of the repository, and a page that
     stands for one of them.
     """
-    text, folder = source[0], (Path(app.srcdir) / page).parent
-    included = re.search(r"^<!-- The site shows (\S+) here. -->$", text, flags=re.MULTILINE)
-    if included:
-        folder = folder.joinpath(included[1]).resolve().parent
-        text = (Path(app.srcdir) / page).parent.joinpath(included[1]).read_text()
+    docs = Path(app.srcdir)
+    here = (docs / page).parent
+    shown = llms.pages_of_files()
+    file = next((file for file, its_page in shown.items() if its_page == docs / f"{page}.md"), docs / f"{page}.md")
+    pages = {docs.parent / "README.md": docs / "index.md", **shown}
+    text = source[0] if file.is_relative_to(docs) else file.read_text()
     text = re.sub(r'^(#+ )<a id="([\w.-]+)"></a> *', r"(\2)=\n\1", text, flags=re.MULTILINE)
 
     def link(found: re.Match[str]) -> str:
-        """A file outside of docs/ is copied into the site; what stands on a line of it, a forge alone shows."""
-        file = (folder / found[1]).resolve()
-        inside = file.is_relative_to(app.srcdir)
-        if not file.exists() or (inside and not included):
+        """To a page or a picture. Other files are copied into the site, and lines of them a forge alone shows."""
+        target = (file.parent / found[1]).resolve()
+        if target.is_dir():
+            target /= "README.md"
+        target = pages.get(target, target)
+        if not target.exists():
             return found[0]
-        if file.is_dir():
-            file /= "README.md"
-        return f"](<path:{os.path.relpath(file, (Path(app.srcdir) / page).parent)}>)"
+        path = os.path.relpath(target, here)
+        if target.is_relative_to(docs) or target.suffix == ".svg":
+            return f"]({path}{found[2] or ''})"
+        return f"](<path:{path}>)"
 
     source[0] = re.sub(r"\]\(([\w./-]+)(#[\w.-]+)?\)", link, text)
 

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 DOCS = Path(__file__).parent
-LONG = ("log.md", "transformers.md")
+LONG = (DOCS / "log.md", DOCS / "transformers.md")
 """Pages that are not in the second: records of experiments, and of tests."""
 LEAD = """# qkv
 
@@ -32,7 +32,7 @@ def index() -> str:
 
 def whole() -> str:
     """All pages but two long ones, one after another, as they are written."""
-    pages = [page for _, pages in groups() for page in pages if page.name not in LONG]
+    pages = [page for _, pages in groups() for page in pages if page not in LONG]
     return "\n\n".join([LEAD, *(page.read_text() for page in pages)])
 
 
@@ -50,6 +50,13 @@ def summary(page: Path) -> str:
             plain = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", " ".join(paragraph.split()))
             return plain.replace("`", "")
     raise ValueError(f"{page} must say in its first paragraph what it answers.")
+
+
+def pages_of_files() -> dict[Path, Path]:
+    """Files of the repository that the site shows as pages of its own, and those pages, which name them."""
+    shows = re.compile(r"^<!-- The site shows (\S+) here. -->$", flags=re.MULTILINE)
+    found = ((page, shows.search(page.read_text())) for page in DOCS.rglob("*.md"))
+    return {page.parent.joinpath(each[1]).resolve(): page for page, each in found if each}
 
 
 def groups() -> list[tuple[str, list[Path]]]:

@@ -1,5 +1,7 @@
 """Argument checks, one function per kind, shared by all public functions. Imports nothing from qkv."""
 
+import functools
+import importlib.metadata
 import math
 from numbers import Integral, Real
 
@@ -9,18 +11,34 @@ from torch import Tensor
 NUMBERS = (float, int, Real, torch.SymFloat, torch.SymInt)
 """Types of numbers: Python's, NumPy's and symbolic ones of exported programs. No tensors, which may need a gradient."""
 
-ERRORS = "docs/reference/errors.md"
-"""The catalogue of errors in the documentation, with the cause and the remedy of each."""
+CATALOGUE = "reference/errors"
+"""The page "Errors" of the documentation, with the cause and the remedy of each."""
 
 
 def more(entry: str) -> str:
-    """The end of a message whose remedy needs more words than it has: where the catalogue has them.
+    """The end of a message whose remedy needs more words than it has: where the catalogue of errors has them.
+
+    That is an address if the installed package names one for its documentation, else a page and an entry on it.
 
     Example:
-        >>> more("offset")
-        ' More: docs/reference/errors.md#offset'
+        >>> more("offset")  # without an address: on the page Errors of the documentation of qkv
+        ' More: ...offset...'
     """
-    return f" More: {ERRORS}#{entry}"
+    address = None if torch.compiler.is_compiling() else documentation()
+    if address is None:
+        return f' More: "{entry}" on the page Errors of the documentation of qkv'
+    return f" More: {address}/{CATALOGUE}.html#{entry}"
+
+
+@functools.cache
+def documentation() -> str | None:
+    """The address of the site that `project.urls` of pyproject.toml names; None without one."""
+    try:
+        urls = importlib.metadata.metadata("qkv").get_all("Project-URL", ())
+    except importlib.metadata.PackageNotFoundError:  # imported from a folder of sources
+        return None
+    found = dict(each.split(", ", 1) for each in urls)
+    return found.get("Documentation", "").removesuffix("/") or None
 
 
 def require_int(caller: str, name: str, value: object, suffix: str = "") -> None:

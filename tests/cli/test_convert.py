@@ -17,6 +17,18 @@ from qkv.convert import measure_divergence
 from qkv.models.errors import CommandError
 
 
+def test_heads_are_aligned_unless_another_method_is_chosen(capsys, tmp_path):
+    source = models.save(tmp_path / "source", "mistral")
+    digests = {}
+    for out, options in (("default", ()), ("aligned", ("--pool", "aligned")), ("mean", ("--pool", "mean"))):
+        code, captured = run(capsys, source, tmp_path / out, "--kv-heads", "2", "--json", *options)
+        assert code == 0 and json.loads(captured.out)["pooling"] == ("mean" if out == "mean" else "aligned")
+        digests[out] = models.digest(tmp_path / out)["model.safetensors"]
+    assert digests["default"] == digests["aligned"] != digests["mean"]
+    code, captured = run(capsys, source, tmp_path / "window", "--window", "3", "--json")
+    assert code == 0 and json.loads(captured.out)["pooling"] is None
+
+
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     return models.save(tmp_path_factory.mktemp("llama"), "llama", shards="60KB")
@@ -42,7 +54,8 @@ def test_report(capsys, tmp_path, llama):
     shown = words(captured.out)
     assert captured.out.startswith(f"wrote {tmp_path / 'out'}\n  multi-head attention: 8 query heads, 8 KV heads, ")
     assert " becomes grouped-query attention: 8 query heads, 2 KV heads, head width 8" in shown
-    assert "\n  12 of 42 tensors changed, 2 other files copied\n" in captured.out
+    assert "\n  heads pooled: aligned\n" in captured.out
+    assert "\n  21 of 42 tensors changed, 2 other files copied\n" in captured.out
     assert "\n  not copied (weights of the original model): pytorch_model.bin\n" in captured.out
     lines = captured.out.splitlines()
     title = lines.index("Parameters, and the KV cache in float32")
@@ -238,7 +251,7 @@ def test_a_document_says_what_the_report_says(capsys, tmp_path):
     assert (found["model"], found["out"], found["tensors"]) == (
         source,
         str(tmp_path / "out"),
-        {"changed": 6, "all": 30},
+        {"changed": 12, "all": 30},
     )
     assert [layers[0]["num_kv_heads"] for layers in (found["before"]["layers"], found["after"]["layers"])] == [2, 1]
     sizes = found["before"]["kv_cache"], found["after"]["kv_cache"]
@@ -292,11 +305,12 @@ def test_an_unusable_model_is_called_that(capsys, tmp_path, monkeypatch):
 
     monkeypatch.setattr(verdict, "MOST", 0.001)  # a random model has little to lose
     source = tiny_model.save(tiny_model.llama(), tmp_path / "source")
-    code, captured = run(capsys, source, tmp_path / "out", "--kv-heads", "1", "--json")
+    options = ("--kv-heads", "1", "--pool", "mean")
+    code, captured = run(capsys, source, tmp_path / "out", *options, "--json")
     found = json.loads(captured.out)
     loss = found["compared"]["loss"]
     assert code == 0 and loss["after"] - loss["before"] > 0.001 and found["usable"] is False
-    captured = run(capsys, source, "--kv-heads", "1", "--dry-run")[1]
+    captured = run(capsys, source, *options, "--dry-run")[1]
     assert "\n  not usable until trained: the loss is up by 0.022 nats a token, of which" in captured.out
 
 

@@ -77,7 +77,7 @@ def test_the_document_has_the_numbers_of_record_and_price(capsys, llama, text):
     assert [each["change"] for each in found["prices"]] == [
         "a window of 4 tokens and 2 sink tokens",
         "a window of 9 tokens and 2 sink tokens",
-        "1 KV head by mean pooling",
+        "1 KV head by aligned pooling",
     ]
     expected = price(model, ids, window=9, sink_tokens=2, together=[1, 2, 3, 4, 5])
     measured = found["prices"][1]
@@ -92,7 +92,7 @@ def test_the_document_has_the_numbers_of_record_and_price(capsys, llama, text):
     assert found["prices"][2]["together"][0]["cache_bytes"] == 5 * 60 * a_token // 2
     (agreement,) = found["agreements"]
     of_layers = agreement_by_layer(model.state_dict(), model.config.to_dict(), 1)
-    assert agreement["change"] == "1 KV head by mean pooling"
+    assert agreement["change"] == "1 KV head by aligned pooling"
     for layer, one in zip(agreement["layers"], of_layers, strict=True):
         torch.testing.assert_close(torch.tensor(layer["keys"]), one.keys)
         torch.testing.assert_close(torch.tensor(layer["values"]), one.values)
@@ -164,7 +164,7 @@ def test_agreement_and_reach_are_in_the_report_and_in_the_document(capsys, llama
     assert max(map(len, lines[1:])) <= 80
     model = AutoModelForCausalLM.from_pretrained(llama).eval()
     of_layers = agreement_by_layer(model.state_dict(), model.config.to_dict(), 1)
-    rows = _rows(lines, "How alike KV heads are, for 1 KV head by mean pooling: 1 for the same")
+    rows = _rows(lines, "How alike KV heads are, for 1 KV head by aligned pooling: 1 for the same")
     numbers = [n for layer in of_layers for n in (layer.keys[0, 1].item(), layer.values[0, 1].item())]
     assert [row[:2] for row in rows] == [[str(n), kind] for n in range(5) for kind in ("keys", "values")]
     assert [row[2:] for row in rows] == [["0,", "1", f"{n:.3f}", f"{n:.3f}"] for n in numbers]
@@ -240,7 +240,7 @@ def test_the_page_has_all_pictures_of_what_was_asked(capsys, llama, text, tmp_pa
     found = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>(.*?)</tr>", rows[1])]
     assert [row[2:] for row in found[1:]] == [[str(1 + 5 * n)] * 2 for n in range(6)]
     assert "reach of token 7." in page and "hidden states out of reach, all are equal in bits." in page
-    assert "Agreement of KV heads, for 1 KV head by mean pooling" in page
+    assert "Agreement of KV heads, for 1 KV head by aligned pooling" in page
     data = json.loads(re.search(r'id="data">(.*?)</script>', page)[1])
     seven, layers = data["seven"], data["layers"]
     assert (seven["layer"], seven["query"], seven["window"], seven["columns"]) == ("1", 30, 6, 60)

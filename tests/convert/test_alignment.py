@@ -411,7 +411,10 @@ def test_models_that_cannot_be_aligned():
 
     model = models.build("llama")
     state = {**model.state_dict(), "model.layers.1.self_attn.v_proj.weight": torch.full((64, 64), float("nan"))}
-    message = r"config: model\.layers\.1\.self_attn cannot be aligned: align_heads: keys and values must be finite"
+    message = (
+        r"config: model\.layers\.1\.self_attn cannot be aligned: align_heads: keys and values must be finite; got NaN "
+        r"or infinity\. Choose another method: mean, first or random\."
+    )
     with pytest.raises(CheckpointError, match=message):
         convert_state_dict(state, model.config.to_dict(), GROUPS, how="aligned")
     # A model with a head reads names without their beginning as well.

@@ -314,6 +314,20 @@ def test_inspection(tmp_path, name):
         assert found.possible_kv_heads == [n for n in (8, 4, 2, 1) if n <= num_kv_heads]
 
 
+def test_heads_are_pooled_by_their_mean_unless_another_method_is_chosen(capsys, tmp_path):
+    source = save(tmp_path / "source", "t5")
+    weights = {}
+    for out, options in (("default", []), ("mean", ["--pool", "mean"]), ("first", ["--pool", "first"])):
+        assert main(["convert", str(source), str(tmp_path / out), "--kv-heads", "2", *options]) == 0
+        method = options[-1] if options else "mean"
+        assert f"\n  heads pooled: {method}\n" in capsys.readouterr().out
+        weights[out] = (tmp_path / out / "model.safetensors").read_bytes()
+    assert weights["default"] == weights["mean"] != weights["first"]
+    assert main(["convert", str(source), str(tmp_path / "out"), "--kv-heads", "2", "--pool", "aligned"]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "heads of t5 models cannot be aligned" in said and "Choose another method: mean, first or random." in said
+
+
 def test_commands(capsys, tmp_path):
     source = save(tmp_path / "source", "bart")
     (source / "tokenizer.json").write_text("{}")

@@ -43,8 +43,9 @@ model, what not and why, and counts calls.
   `output_attentions` in the configuration.
 - **The cache** that a model makes itself, in `generate` and in a call with `use_cache`: layers with and without
   windows, of latents, and of decoders in encoder-decoder models. Not one that is passed or named
-  (`cache_implementation`), and none in compiled and traced calls. Layers of linear attention, with indexers, or of a
-  model's own class stay transformers' own, beside ours in one cache.
+  (`cache_implementation`). Within a compiled or traced call none is made: `generate` makes it before, and so do you, by
+  `QKVCache(model)`. Layers of linear attention, with indexers, or of a model's own class stay transformers' own, beside
+  ours in one cache.
 - **Latents** of attention as in DeepSeek-V3: read as they are cached, where a module expands them as ours does.
 - **Linear layers**: each `nn.Linear`, with its hooks. Not subclasses, quantised layers, `Conv1D`, and those with a
   forward that a library has set.

@@ -7,6 +7,9 @@ import sys
 import types
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
+
+from qkv import arguments
 
 FENCE = re.compile(r"^(?P<marks>`{3,})(?P<info>[^\n`]*)\n(?P<text>.*?)^(?P=marks)$", flags=re.MULTILINE | re.DOTALL)
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
@@ -50,7 +53,8 @@ def run(path: Path) -> int:
     page = types.ModuleType(f"page_{re.sub(r'[^a-z]', '_', path.stem.lower())}")  # compilers look up names in modules
     sys.modules[page.__name__] = page
     try:
-        return _run_in(page.__dict__, path)
+        with mock.patch.object(arguments, "documentation", return_value=None):  # messages as pages quote them
+            return _run_in(page.__dict__, path)
     finally:
         del sys.modules[page.__name__]
 

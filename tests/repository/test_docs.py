@@ -1,8 +1,12 @@
 """The site: its code runs, its links lead somewhere, its generated parts are those of the code, no name is missing."""
 
+import ast
+import builtins
+import doctest
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import re
 import shlex
 import subprocess
@@ -19,8 +23,6 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 NAMES = [page.relative_to(DOCS).as_posix() for page in PAGES]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "DESIGN.md", *PAGES]
-WITHOUT_A_FENCE = {"log.md", "transformers.md"}
 OUTSIDE = ("https://", "http://", "mailto:")
 
 
@@ -32,6 +34,10 @@ def _module(name: str) -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+SHOWN = _module("llms").pages_of_files()
+DOCUMENTS = [ROOT / "README.md", *SHOWN, *PAGES]
 
 
 @pytest.mark.filterwarnings("ignore")  # of transformers' and torch's own making
@@ -57,6 +63,39 @@ def test_a_wrong_output_and_a_fence_without_a_reason_are_found(tmp_path: Path) -
     page.write_text("text\n\n```python skip\na\n```\n")
     with pytest.raises(ValueError, match="line 3: a fence has a language"):
         run(page)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "```python" in (DOCS / name).read_text()])
+def test_the_code_of_a_page_uses_no_name_that_a_reader_has_not_seen_above(name: str) -> None:
+    """Also that of fences which do not run here."""
+    seen, unknown = set(dir(builtins)), []
+    for fence in fences((DOCS / name).read_text()):
+        if fence.language != "python":
+            continue
+        code = "".join(each.source for each in doctest.DocTestParser().get_examples(fence.text)) or fence.text
+        if "Traceback" in fence.text:  # calls that raise
+            continue
+        loads, stores = _names_in(ast.parse(code))
+        unknown += [f"line {fence.line}: {one}" for one in sorted(loads - stores - seen)]
+        seen |= stores
+    assert not unknown
+
+
+def _names_in(tree: ast.Module) -> tuple[set[str], set[str]]:
+    """The names that code reads, and those that it binds."""
+    loads, stores = set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            (loads if isinstance(node.ctx, ast.Load) else stores).add(node.id)
+        elif isinstance(node, ast.alias):
+            stores.add((node.asname or node.name).partition(".")[0])
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            stores.add(node.name)
+        elif isinstance(node, ast.arg):
+            stores.add(node.arg)
+        elif isinstance(node, ast.ExceptHandler) and node.name:
+            stores.add(node.name)
+    return loads, stores
 
 
 @pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -104,9 +143,36 @@ def test_every_page_is_reached_from_the_first_one() -> None:
         reached.add(page)
         for target in _links(page.read_text()):
             file = (page.parent / target.partition("#")[0]).resolve()
+            file = SHOWN.get(file, file)
             if file in PAGES:
                 to_do.append(file)
     assert {page.relative_to(DOCS).as_posix() for page in PAGES if page not in reached} == set()
+
+
+def test_the_text_of_pages_leads_to_every_page_and_not_the_contents_alone() -> None:
+    linked = {DOCS / "index.md"}
+    for page in PAGES:
+        text = re.sub(r"^```\{toctree\}\n.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+        files = ((page.parent / target.partition("#")[0]).resolve() for target in _links(text))
+        linked |= {SHOWN.get(file, file) for file in files} - {page}
+    assert set(PAGES) <= linked
+
+
+def test_the_site_shows_every_page_of_results_every_study_and_what_its_pages_link_to() -> None:
+    written = {file for folder in ("benchmarks", "studies") for file in (ROOT / folder).rglob("README.md")}
+    assert written <= set(SHOWN)
+    linked = {
+        (page.parent / target.partition("#")[0]).resolve() for page in PAGES for target in _links(page.read_text())
+    }
+    outside = {file for file in linked if file.suffix == ".md" and not file.is_relative_to(DOCS)}
+    assert outside == set(SHOWN)
+
+
+def test_a_page_that_shows_a_file_links_to_it_for_forges_and_has_its_title() -> None:
+    for file, page in SHOWN.items():
+        title, link = page.read_text().splitlines()[0], os.path.relpath(file, page.parent)
+        assert f"]({link})" in page.read_text()
+        assert title == file.read_text().splitlines()[0] or file.is_relative_to(ROOT / "benchmarks")
 
 
 def test_the_page_of_the_command_line_is_that_of_the_commands() -> None:
@@ -119,7 +185,8 @@ def test_the_commands_on_the_pages_exist_with_their_options() -> None:
 
     from qkv.cli.app import app
 
-    known: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    whole: Any = typer.main.get_command(app)
+    known: dict[str, Any] = whole.commands
     count = 0
     for page in (ROOT / "README.md", *PAGES):
         for fence in fences(page.read_text()):
@@ -129,7 +196,8 @@ def test_the_commands_on_the_pages_exist_with_their_options() -> None:
                     if words[:1] != ["qkv"]:
                         continue
                     count += 1
-                    options = {name for each in known[words[1]].params for name in each.opts}
+                    command_of = whole if words[1].startswith("--") else known[words[1]]
+                    options = {name for each in command_of.params for name in each.opts}
                     assert {word for word in words if word.startswith("--")} <= options, f"{page.name}: {command}"
     assert count >= 20
 
@@ -200,7 +268,7 @@ def test_the_index_for_programs_has_every_page_with_what_it_answers() -> None:
         text = (DOCS / link).with_suffix(".md").read_text()
         assert text.startswith(f"# {name.split('`')[0].split(' ')[0]}") and says.split()[0].strip("`") in text
         assert "](" not in says
-        assert (text in llms.whole()) == ((DOCS / link).with_suffix(".md").name not in llms.LONG)
+        assert (text in llms.whole()) == (link not in ("log.html", "transformers.html"))
 
 
 @pytest.mark.long
@@ -210,3 +278,59 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert (tmp_path / "search.html").exists()
     assert (tmp_path / "llms.txt").read_text() == _module("llms").index()
     assert (tmp_path / "llms-full.txt").read_text() == _module("llms").whole()
+    assert not list((tmp_path / "_downloads").rglob("*.md")), "a link to Markdown leads to a page"
+    for page in tmp_path.rglob("*.html"):
+        for picture in re.findall(r'<img [^>]*src="([^":]+)"', page.read_text()):
+            assert (page.parent / picture).exists(), (page, picture)
+
+
+def test_the_table_of_versions_has_the_ranges_of_the_package_and_what_is_tested_here() -> None:
+    from qkv.cli.doctor import versions
+
+    text = (DOCS / "project" / "versioning.md").read_text()
+    rows = re.findall(r"^\| (\w+) \| `([^`]+)` \| ([\d.]+) \| ([\d.]+) \|$", text, flags=re.MULTILINE)
+    ranges = {each.name: each.tested for each in versions()}
+    assert [row[0].lower() for row in rows] == ["python", "torch", "transformers", "matplotlib"]
+    constraints = (ROOT / "constraints.txt").read_text()
+    for name, admitted, oldest, newest in rows:
+        assert ranges[name.lower()] == admitted and admitted.startswith(f">={oldest}")
+        pinned = re.search(rf"^{name}==([\d.]+)", constraints, flags=re.MULTILINE)
+        assert pinned is None or _numbers(pinned[1])[:2] <= _numbers(newest)
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in version.split(".")]
+
+
+def test_the_version_is_that_of_the_changelog_or_comes_after_it() -> None:
+    import qkv
+
+    text = (ROOT / "CHANGELOG.md").read_text()
+    headings = re.findall(r"^## \[([^]]+)\](?: - (\S+))?$", text, flags=re.MULTILINE)
+    cited = (ROOT / "CITATION.cff").read_text()
+    version, date = next(heading for heading in headings if heading[0] != "Unreleased")
+    assert f"version: {version}\n" in cited and f"date-released: {date}\n" in cited
+    if headings[0][0] == "Unreleased":
+        plain, dev = qkv.__version__.split(".dev")
+        assert (
+            _numbers(plain) > _numbers(version)
+            and f"it will be {plain}. `qkv --version` says {plain}.dev{dev}." in text
+        )
+    else:
+        assert qkv.__version__ == version
+
+
+def test_the_guide_to_speed_has_all_instruction_sets() -> None:
+    sets = re.findall(
+        r"^ISA_\w+\((\w+),", (ROOT / "native" / "src" / "abi" / "isas.def").read_text(), flags=re.MULTILINE
+    )
+    guide = (DOCS / "guides" / "speed.md").read_text()
+    assert len(sets) >= 7 and all(f"`{name}`" in guide for name in sets)
+
+
+def test_environment_variables_of_the_code_are_on_the_page_of_the_command_line() -> None:
+    files = [*(ROOT / "src").rglob("*.py"), *(ROOT / "native" / "src").rglob("*.cpp")]
+    sources = "".join(file.read_text() for file in files)
+    read = set(re.findall(r"""(?:environ\.get|getenv)\(["'](QKV_\w+)["']""", sources))
+    page = (DOCS / "reference" / "cli.md").read_text()
+    assert read == set(re.findall(r"^\| `(QKV_\w+)` \|", page, flags=re.MULTILINE))

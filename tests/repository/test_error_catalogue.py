@@ -1,14 +1,19 @@
 """The catalogue of errors: its messages are those of the code, and messages that name an entry are in it."""
 
 import ast
+import importlib.metadata
 import re
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
-from qkv.arguments import ERRORS, more
+import pytest
+
+from qkv import arguments
+from qkv.arguments import CATALOGUE, more
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / ERRORS
+PAGE = ROOT / "docs" / f"{CATALOGUE}.md"
 LEAST = 10
 """Letters of a text in the code, without its numbers, from which on it can be told from others."""
 
@@ -68,7 +73,8 @@ def _entries() -> list[tuple[str | None, str]]:
     return found
 
 
-TEMPLATES, ENTRIES = _templates(), _entries()
+with mock.patch.object(arguments, "documentation", return_value=None):
+    TEMPLATES, ENTRIES = _templates(), _entries()
 NAMED = {each.entry for each in TEMPLATES if each.entry is not None}
 
 
@@ -85,7 +91,7 @@ def test_messages_of_the_catalogue_are_those_of_the_code() -> None:
         raised = re.findall(r"^(?:\w+\.)*\w*Error: (.*?)^```$", section, flags=re.MULTILINE | re.DOTALL)
         for message in map(str.strip, raised):
             entries = {each.entry for each in TEMPLATES if each.pattern.fullmatch(message)}
-            named = re.search(rf"{re.escape(ERRORS)}#([\w-]+)$", message)
+            named = re.search(r'More:\s"([\w-]+)" on the page Errors', message)
             assert entries == {named[1] if named else None}, message
             assert name is None or (named and named[1] == name), message
             count += 1
@@ -101,3 +107,44 @@ def test_each_named_entry_shows_a_message_or_quotes_it_and_says_what_to_do() -> 
         first = re.escape(title.split(",")[0]).replace(r"\ ", r"\s+")
         assert "Error: " in section or any(first in pattern for pattern in of_code), title
         assert "**Cause**" in section and "**Do**" in section, title
+
+
+def test_the_first_table_of_the_page_has_the_named_entries_with_their_messages() -> None:
+    rows = re.findall(r"^\| \[([\w-]+)\]\(#\1\) \| (.*) \|$", PAGE.read_text(), flags=re.MULTILINE)
+    assert rows == [(name, section.splitlines()[0].partition("</a>")[2]) for name, section in ENTRIES if name]
+
+
+class Metadata(dict[str, list[str]]):
+    """Of an installed package, as `importlib.metadata` has it."""
+
+    def get_all(self, name: str, default: object = None) -> object:
+        """All lines of that name."""
+        return self.get(name, default)
+
+
+@pytest.mark.parametrize(
+    "urls, words",
+    [
+        ((), ' More: "offset" on the page Errors of the documentation of qkv'),
+        (("Source, https://example.org/source",), ' More: "offset" on the page Errors of the documentation of qkv'),
+        (
+            ("Source, https://example.org/source", "Documentation, https://example.org/qkv/"),
+            " More: https://example.org/qkv/reference/errors.html#offset",
+        ),
+    ],
+)
+def test_a_message_has_an_address_where_the_package_names_one(
+    urls: tuple[str, ...], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = Metadata({"Project-URL": list(urls)} if urls else {})
+    monkeypatch.setattr("importlib.metadata.metadata", {"qkv": fields}.__getitem__)
+    monkeypatch.setattr(arguments, "documentation", arguments.documentation.__wrapped__)
+    assert more("offset") == words
+
+
+def test_a_folder_of_sources_without_metadata_has_no_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: str) -> None:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.metadata", refuse)
+    assert arguments.documentation.__wrapped__() is None

@@ -1,4 +1,4 @@
-"""Ten questions of a fresh reader, and the three of the plan: each answer is two clicks from the start page at most.
+"""Questions of fresh readers: each answer is two clicks from the start page at most.
 
 One click leads to a page that the start page links to, the next to a heading of it, which its contents list.
 """
@@ -90,6 +90,45 @@ QUESTIONS = (
         r"fullgraph=True\)` \| yes.*autocast.*yes.*FSDP, DDP \| yes",
     ),
     Question(
+        "How do I get attention weights?",
+        "see.md",
+        "attention-weights",
+        r"qkv\.attention_weights\(q, k.*layer\.attention_weights\(",
+    ),
+    Question(
+        "How do I pad prompts on the left?",
+        "guides/cache.md",
+        "prompts-of-different-lengths",
+        r'padding_side="left".*mask=qkv\.Mask\.padding\(keep\), cache=cache',
+    ),
+    Question(
+        "How do I use it on several machines?",
+        "guides/many-machines.md",
+        "",
+        r"`qkv\.parallel\.Heads\(\)`.*Tokens\.best.*torchrun --nnodes 4",
+    ),
+    Question(
+        "What is not faster?", "guides/speed.md", "what-is-not-faster", r"fp64 \| no kernel.*a GPU \| qkv has no kernel"
+    ),
+    Question(
+        "How do I turn it off?",
+        "guides/models.md",
+        "turn-it-off",
+        r"`qkv\.accelerate\(model, enabled=False\)`.*`qkv\.unregister\(\)`",
+    ),
+    Question(
+        "Which instruction set runs, and how do I choose another?",
+        "guides/speed.md",
+        "which-instruction-set-runs",
+        r"`avx2`.*qkv --version.*QKV_ISA=avx2",
+    ),
+    Question(
+        "My model is from x-transformers with kv_heads: may I load its weights?",
+        "from/x-transformers.md",
+        "weights",
+        "the order of query heads",
+    ),
+    Question(
         "I get other numbers on another machine: is something broken?",
         "why/same-bits.md",
         "",
@@ -122,5 +161,12 @@ def _kept(fence: re.Match[str]) -> str:
     return re.sub(r"^#", " #", fence[0], flags=re.MULTILINE)
 
 
-def test_there_are_ten_besides_the_three() -> None:
-    assert len(QUESTIONS) == 13 and len({question.page for question in QUESTIONS}) >= 9
+def test_there_are_enough_questions_on_enough_pages() -> None:
+    assert len(QUESTIONS) >= 20 and len({question.page for question in QUESTIONS}) >= 11
+
+
+def test_questions_of_the_start_page_lead_to_answers_that_are_asked_for_here() -> None:
+    table = _section((DOCS / "index.md").read_text(), "questions")
+    links = re.findall(r"^\| [^|]+\? \| \[[^]]+\]\(([^)#]+)(?:#([^)]+))?\) \|$", table, flags=re.MULTILINE)
+    assert len(links) == 10
+    assert set(links) <= {(question.page, question.anchor) for question in QUESTIONS}

@@ -51,3 +51,20 @@ def test_its_figures_are_the_newest_of_the_machine_that_it_names() -> None:
     release = machine["torch"].partition("+")[0]
     assert f"{machine['date']}, {machine['cores']} cores of an Intel Xeon with AMX, torch {release};" in README
     assert machine["kernel"] == "amx" and "Xeon" in machine["cpu"]
+
+
+def test_the_figures_of_the_guide_to_speed_are_those_of_the_machine_that_it_names() -> None:
+    measured = json.loads((ROOT / "benchmarks" / "results" / "amd-epyc" / "kernel.json").read_text())
+    guide = (ROOT / "docs" / "guides" / "speed.md").read_text()
+    ratios: dict[str, list[float]] = {}
+    for one in measured["measurements"]:
+        times = one["times"]
+        if "torch" in times:
+            ratios.setdefault(one["case"]["name"], []).append(times["torch"]["median_us"] / times["qkv"]["median_us"])
+    rows = re.findall(r"^\| ([^|]+) \|((?: [\d.]+ \|){3})$", guide, flags=re.MULTILINE)
+    assert len(rows) == 5
+    for words, cells in rows:
+        case = {"decoding, 4096 keys, 32 heads of 128": "decoding, 4096 keys, 32 heads on 32"}.get(words, words)
+        assert cells.strip(" |").split(" | ") == [f"{ratio:.2f}" for ratio in ratios[case]], words
+    machine = measured["machine"]
+    assert machine["kernel"] == "avx512bf16" and f"AMD EPYC (AVX-512 with bf16), {machine['date']}," in guide

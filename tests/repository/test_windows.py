@@ -127,7 +127,7 @@ def test_a_model_is_converted_without_posix(tmp_path: Path) -> None:
     from qkv.convert import convert_checkpoint
 
     source = models.save(tmp_path / "source", "llama", shards="60KB")
-    convert_checkpoint(source, tmp_path / "wanted", 2)
+    convert_checkpoint(source, tmp_path / "wanted", 2, how=None)
     code = """
 from qkv.cli import main
 arguments = ["convert", sys.argv[1], sys.argv[2], "--kv-heads", "2"]

@@ -190,3 +190,22 @@ def test_models_are_converted_and_trained_for_as_many_steps(tmp_path: Path, monk
     ]
     training.trained(*arguments)
     assert saved == [1, 2, 3]
+
+
+def test_the_guide_has_the_numbers_of_the_study() -> None:
+    root = Path(__file__).parents[2]
+    results = json.loads((root / "studies" / "windows_smollm2" / "results.json").read_text())
+    guide = (root / "docs" / "guides" / "windows.md").read_text()
+    stages = results["measured"].values()
+    for place, words in ((-1, "all 30"), (3, "the 15 cheapest"), (0, "the 4 cheapest")):
+        some = [stage["together"][place] for stage in stages]
+        assert words.split()[-1] == "30" or {len(each["layers"]) for each in some} == {int(words.split()[1])}
+        assert f"| {words} | {' | '.join(format(each['increase'], '.3f') for each in some)} |" in guide
+    gaps = {name: findings.closed(results, name, report.ORIGINAL) for name in (report.ALL, report.HALF)}
+    for before, after in gaps.values():
+        assert f"{after:.3f} of {before:.3f}" in " ".join(guide.split())
+    assert results["settings"]["tokens"] == 2048 and results["settings"]["window"] == 256
+    first = results["measured"]["King Lear, 0"], results["measured"]["King Lear, 4"]
+    without, with_sinks = (stage["together"][-1]["increase"] for stage in first)
+    sinks = " ".join((root / "docs" / "why" / "sinks.md").read_text().split())
+    assert f"a loss of {with_sinks:.2f} instead of {without:.2f} nats a token" in sinks

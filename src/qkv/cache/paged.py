@@ -87,7 +87,8 @@ class PagedKVCache(Cache):
 
         Raises:
             ValueError: for a batch, heads, width, dtype or device other than before, and if the pool is full.
-            NotImplementedError: in a graph of torch.compile(fullgraph=True) or torch.export.
+            NotImplementedError: in a graph of torch.compile(fullgraph=True) or torch.export. (A layer without gradients
+                on a CPU is one operator there, within which it runs.)
         """
         if torch.compiler.is_compiling():
             raise NotImplementedError(

@@ -19,7 +19,7 @@ from qkv.convert.files.fields import COUNT, SIZE, check_fields, list_of
 from qkv.convert.files.json_document import read_document
 from qkv.convert.files.safetensors import TORCH_DTYPES
 from qkv.convert.files.staging import resolve_output
-from qkv.convert.heads.pooling import divisors
+from qkv.convert.heads.pooling import ConversionMethod, divisors
 from qkv.convert.inspect.checkpoint import inspect_tensors
 from qkv.convert.inspect.inspection import Inspection
 from qkv.models.divergence import compare_with, predict_original
@@ -72,12 +72,13 @@ def convert(
         ),
     ] = None,
     pool: Annotated[
-        Pool,
+        Pool | None,
         typer.Option(
             help="How to pool the heads of a group: their mean, the first, a random initialisation, or the mean after "
-            "aligning (reordering and rotating) similar heads.",
+            "aligning (reordering and rotating) similar heads. Default: aligned; mean for encoder-decoders.",
+            show_default=False,
         ),
-    ] = Pool.mean,
+    ] = None,
     seed: Annotated[int, typer.Option(help="Random seed, for --pool random.", metavar="NUMBER")] = 0,
     window: Annotated[
         int | None,
@@ -164,7 +165,8 @@ def convert(
                 if latent is not None:
                     plan = plan_latent_checkpoint(source, latent, rope_heads=rope_heads)
                 else:
-                    plan = plan_checkpoint(source, kv_heads, how=pool.value, seed=seed, window=window, layers=chosen)
+                    how: ConversionMethod | None = None if pool is None else pool.value
+                    plan = plan_checkpoint(source, kv_heads, how=how, seed=seed, window=window, layers=chosen)
                 before = inspect_tensors(str(source), plan.source.config, plan.source.tensors)
                 after = inspect_tensors("the result", plan.conversion.config, plan.tensors)
             _refuse_same_heads(model, before, kv_heads)
@@ -227,13 +229,13 @@ def _is_given(context: typer.Context, parameter: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-def _check_options(kv_heads: int | None, latent: int | None, rope_heads: int | None, pool: Pool) -> None:
+def _check_options(kv_heads: int | None, latent: int | None, rope_heads: int | None, pool: Pool | None) -> None:
     """Raises BadParameter unless options belong to the same kind of conversion."""
     if kv_heads is not None and latent is not None:
         raise typer.BadParameter("give either --kv-heads or --latent.")
     if latent is None and rope_heads is not None:
         raise typer.BadParameter("--rope-heads belongs to --latent.")
-    if kv_heads is None and pool is not Pool.mean:
+    if kv_heads is None and pool is not None:
         raise typer.BadParameter("--pool belongs to --kv-heads.")
 
 

@@ -23,6 +23,8 @@ class ConversionPlan(NamedTuple):
     """The new ``config.json``."""
     outputs: dict[str, Output]
     """The new tensors, by name."""
+    pooling: ConversionMethod | None = None
+    """How heads are pooled; None if none are."""
 
 
 def plan_conversion(
@@ -31,7 +33,7 @@ def plan_conversion(
     tensors: Mapping[str, TensorSpec],
     num_kv_heads: int | None,
     *,
-    how: ConversionMethod = "mean",
+    how: ConversionMethod | None = "mean",
     seed: int = 0,
     window: int | None = None,
     layers: Sequence[int] | None = None,
@@ -66,6 +68,8 @@ def plan_conversion(
             f"{where}: num_kv_heads must divide the model's {heads.num_kv_heads} KV heads ({possible}); "
             f"got {num_kv_heads}."
         )
+    if how is None:  # aligned costs least (studies/grouped_query)
+        how = "mean" if family.layout is None else "aligned"
     pooling = Pooling(heads, num_kv_heads, "mean" if how == "aligned" else how, seed)
     outputs = convert_tensors(where, family, hf_config, tensors, pooling, aligned=how == "aligned")
     try:
@@ -80,7 +84,7 @@ def plan_conversion(
     transformers_schema.check_tensors(result, converted, specs)
     if transformers_schema.heads(result, converted) != heads._replace(num_kv_heads=num_kv_heads):
         raise AssertionError(f"{result}: transformers reads {transformers_schema.heads(result, converted)} from it")
-    return ConversionPlan(new, outputs)
+    return ConversionPlan(new, outputs, how if pooling.changes else None)
 
 
 def plan_latent_conversion(

@@ -24,7 +24,7 @@ def convert_state_dict(
     config: Mapping[str, Any],
     num_kv_heads: int | None = None,
     *,
-    how: ConversionMethod = "mean",
+    how: ConversionMethod | None = "mean",
     seed: int = 0,
     window: int | None = None,
     layers: Sequence[int] | None = None,
@@ -36,6 +36,7 @@ def convert_state_dict(
         config: ``model.config.to_dict()``, including ``model_type``.
         num_kv_heads: a divisor of the model's; None keeps them.
         how: as in `pool_heads`; or ``aligned``: the mean of heads that `align_heads` has reordered and rotated first.
+            None takes ``aligned``, or ``mean`` for encoder-decoders, whose heads cannot be aligned, as ``qkv convert``.
         seed: for ``random``; each tensor has its own draws.
         window: sets a sliding window: a query sees this many keys at most, its own included. One that is there can
             only be narrowed.

@@ -1,4 +1,4 @@
-"""The native library, called through ctypes with packed structs."""
+"""The native library: functions of Python for tensors, and of ctypes for packed structs."""
 
 import contextlib
 import ctypes

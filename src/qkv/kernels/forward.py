@@ -7,7 +7,8 @@
 | `forward` with gradients: `operators.Forward` | the same | 35 us |
 | ``torch.ops.qkv.forward`` | operators are being recorded | 190 us |
 
-The overhead is that of an entry point alone, with gradients in the last two, as benchmarks/overhead.py measures it.
+The overhead is that of an entry point alone, with gradients in the last two, as benchmarks/overhead.py measures it:
+with a function that does nothing in the place of the kernel's.
 `qkv.backends.native` decides which calls take the first; `forward` chooses among the others. `qkv.kernels.sequences`
 has the last three for several sequences in one call.
 """

@@ -263,7 +263,7 @@ class RotaryEmbedding(nn.Module):
         return constant(*self.frequency_formula(device))
 
     def frequency_formula(self, device: torch.device) -> tuple[Any, ...]:
-        """What `constant` computes `frequencies_on` from."""
+        """A function and its arguments, which give `frequencies_on`."""
         if self._custom is not None:
             return self._custom.formula(device)
         if self.scaling is not None:

@@ -51,6 +51,7 @@ def as_json(report: ConvertReport, compared: Compared | str, command: list[str])
         "versions": {"qkv": qkv.__version__},
         "model": report.model,
         "out": None if report.out is None else str(report.out),
+        "pooling": plan.conversion.pooling,
         "tensors": {"changed": report.changed, "all": len(plan.conversion.outputs)},
         "copied": list(map(str, plan.copied)),
         "not_copied": list(map(str, (*plan.skipped_weights, *plan.skipped_links))),
@@ -101,6 +102,8 @@ def print_changes(report: ConvertReport, console: Console) -> None:
         own = [layer for layer in found.layers if not layer.cross]
         for kind in [describe(own[0])] if len(set(own)) == 1 else describe_kinds(own):
             print_line(f"  {becomes}{kind}", console)
+    if plan.conversion.pooling is not None:
+        print_line(f"  heads pooled: {plan.conversion.pooling}", console)
     tensors, copied = counted(len(plan.conversion.outputs), "tensor"), counted(len(plan.copied), "other file")
     print_line(f"  {report.changed} of {tensors} changed, {copied} copied", console)
     if before.model_type != after.model_type:

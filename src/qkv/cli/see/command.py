@@ -76,7 +76,7 @@ def see(
         list[int] | None,
         typer.Option(help="For --measure: number of KV heads; may be given several times.", metavar="HEADS"),
     ] = None,
-    pool: Annotated[Pool, typer.Option(help="For --kv-heads: how heads are pooled.")] = Pool.mean,
+    pool: Annotated[Pool, typer.Option(help="For --kv-heads: how heads are pooled.")] = Pool.aligned,
     measure: Annotated[
         bool, typer.Option("--measure", help="Measure the loss with each layer changed, and with several.")
     ] = False,

@@ -12,6 +12,9 @@ from qkv.convert.families.transformers_schema import rotary_dim
 from qkv.convert.files.safetensors import TensorSpec
 from qkv.convert.heads.alignment import Alignment, KeySymmetry, align_heads
 
+OTHER_METHODS = "Choose another method: mean, first or random."
+"""For heads that cannot be aligned."""
+
 
 def align_outputs(
     where: str,
@@ -72,6 +75,8 @@ class _Aligner:
             try:
                 alignment = align_heads(projections, heads.num_kv_heads, groups, self._freedom, gain=gain)
             except ValueError as error:
-                raise CheckpointError(f"{self._where}: {layer.removesuffix('.')} cannot be aligned: {error}") from error
+                raise CheckpointError(
+                    f"{self._where}: {layer.removesuffix('.')} cannot be aligned: {error} {OTHER_METHODS}"
+                ) from error
             self._last = layer, alignment
         return self._layout.replace(parts, self._last[1].apply(projections), heads)

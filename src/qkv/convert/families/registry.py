@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qkv.convert.errors import CheckpointError
-from qkv.convert.families.aligned_outputs import align_outputs
+from qkv.convert.families.aligned_outputs import OTHER_METHODS, align_outputs
 from qkv.convert.families.encoder_decoder import ENCODER_DECODERS
 from qkv.convert.families.family import Family, Output, Pooling
 from qkv.convert.families.gpt import GPT2, GPT_BIGCODE, GPT_NEOX
@@ -78,7 +78,7 @@ def convert_tensors(
             supported = ", ".join(name for name, other in FAMILIES.items() if other.layout is not None)
             raise CheckpointError(
                 f"{where}: heads of {hf_config.model_type} models cannot be aligned, those of {supported} can. "
-                "Choose another pooling method."
+                f"{OTHER_METHODS}"
             )
         outputs = align_outputs(where, family, family.layout, hf_config, tensors, outputs, pooling)
     for output in outputs.values():
