@@ -3,6 +3,7 @@
 python benchmarks/page.py
 """
 
+import argparse
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -417,6 +418,9 @@ def see_section(folder: Path) -> list[str]:
 
 def main() -> None:
     """Writes the pages, the plots, and the list of pages in README.md."""
+    argparse.ArgumentParser(
+        description="Write a page of tables and plots for each processor in benchmarks/results."
+    ).parse_args()
     sections = [
         *(kernel_section, grid_section, avx2_section, interleaved_section),
         *(overhead_section, models_section, one_line_section, llamacpp_section, layer_section, step_section),
