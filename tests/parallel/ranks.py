@@ -45,14 +45,26 @@ class Ranks:
 
     def try_run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """As `run`, with a `Failure` for each rank that raises or is gone."""
+        results = self._results(function, args)
+        if len({one[:2] if isinstance(one, Failure) else None for one in results}) > 1:
+            self.stop()  # some may stand at another collective than the others
+        return results
+
+    def refused(self, function: Callable[..., Any], *args: Any) -> list[Failure]:
+        """The errors of a call that all ranks refuse before a collective, so that they go on, whatever each names."""
+        results = self._results(function, args)
+        failures = [one for one in results if isinstance(one, Failure) and one.kind in ("ValueError", "TypeError")]
+        if len(failures) < self.count:
+            self.stop()
+            raise AssertionError(f"refused by {len(failures)} of {self.count} ranks: {results}")
+        return failures
+
+    def _results(self, function: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
         self._start()
         message = pickle.dumps((function, args))
         for connection in self._connections:
             connection.send_bytes(message)
-        results = [self._receive(connection) for connection in self._connections]
-        if len({one[:2] if isinstance(one, Failure) else None for one in results}) > 1:
-            self.stop()  # some may stand at another collective than the others
-        return results
+        return [self._receive(connection) for connection in self._connections]
 
     def _receive(self, connection: Connection) -> Any:
         try:
