@@ -14,11 +14,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 HOME = ROOT / "build" / "aarch64-python"
-SYSTEM, SITE, TREE = HOME / "system", HOME / "site", HOME / "qkv"
 KERNEL = ROOT / "build" / "qemu-aarch64" / "native.so"
 CONTRACT = ("tests/contract", "-k", "native")
-TORCH = "torch==2.9.1"
-"""whose wheel for aarch64 computes on a CPU and needs nothing of CUDA"""
+TORCH = "torch==2.10.0"
+"""whose wheel for aarch64 needs nothing of CUDA; the first that gives tensors to functions of C"""
+SYSTEM, SITE, TREE = HOME / "system", HOME / f"site of {TORCH}", HOME / "qkv"
 OTHERS = (
     *("numpy", "typing-extensions", "sympy", "mpmath", "networkx", "jinja2", "markupsafe", "fsspec", "filelock"),
     *("pytest", "pluggy", "iniconfig", "packaging", "pygments", "hypothesis", "sortedcontainers"),

@@ -18,6 +18,12 @@ from typing import Any, NamedTuple
 TIMEOUT = 30.0
 """Seconds after which a collective that a rank does not join is an error."""
 
+PRELOADED = [
+    *("torch", "torch.distributed.tensor.parallel", "torch.distributed.fsdp"),
+    *("torch._dynamo.backends.debugging", "torch._inductor.compile_fx", "transformers.models.mistral.modeling_mistral"),
+]
+"""What takes seconds to import, once for all ranks; nothing that imports qkv, of which a test may have another copy."""
+
 
 class Failure(NamedTuple):
     """What a rank raised."""
@@ -80,7 +86,7 @@ class Ranks:
         self.stop()
         self._folder = tempfile.mkdtemp()
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed.tensor.parallel"])
+        context.set_forkserver_preload(PRELOADED)
         finders = [_name(finder) for finder in sys.meta_path]
         for rank in range(self.count):
             ours, theirs = context.Pipe()
