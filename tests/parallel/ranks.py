@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import multiprocessing
 import pickle
 import shutil
@@ -114,6 +115,7 @@ def _name(finder: object) -> str:
 
 def _serve(rank: int, count: int, file: str, timeout: float, connection: Connection, finders: list[str]) -> None:
     """What a rank does until its pipe is closed."""
+    gc.freeze()  # which would look through all that is imported, and so copy memory that ranks share
     # The tests may have been told to import another copy of the library than the installed one.
     sys.meta_path[:] = [finder for finder in sys.meta_path if _name(finder) in finders]
     import torch
