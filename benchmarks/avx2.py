@@ -3,6 +3,7 @@
 python benchmarks/avx2.py     measures in a subprocess, prints, and writes results/PROCESSOR/avx2.json
 """
 
+import argparse
 import os
 import subprocess
 import sys
@@ -41,6 +42,7 @@ def measure_avx2() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description="qkv and torch's SDPA restricted to AVX2.").parse_args()
     if AVX2_ONLY.items() <= os.environ.items():
         measure_avx2()
     else:

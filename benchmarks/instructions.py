@@ -7,6 +7,7 @@ numbers (fmla) the two products need, hidden keys not counted. Less than 1 needs
 four numbers, or tiles that are not computed.
 """
 
+import argparse
 import json
 import os
 import re
@@ -106,6 +107,9 @@ def executed(folder: Path, isa: str, call: Call, calls: int) -> int:
 
 def main() -> int:
     """Counts, prints and writes. Returns 1 if a call takes more instructions than it may."""
+    argparse.ArgumentParser(
+        description="Count instructions of the kernel on aarch64; writes instructions.json."
+    ).parse_args()
     measured = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -6,6 +6,7 @@ This shows whether the kernel's threads compete with torch's. A product also evi
 which no kernel can avoid, so attention is also timed after only reading the product's weights.
 """
 
+import argparse
 import time
 from collections.abc import Callable
 
@@ -53,6 +54,7 @@ def alone_and_between(call: PreparedCall, x: Tensor, weight: Tensor) -> dict[str
 
 def main() -> None:
     """Measures every case in fp32 and bf16."""
+    argparse.ArgumentParser(description="Attention between matrix products against attention alone.").parse_args()
     print(f"{'case':<38} {'dtype':<5} {'library':<7} {'alone us':>10} {'between us':>10} {'ratio':>6} {'read us':>10}")
     results = []
     for case in CASES:

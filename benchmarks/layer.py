@@ -6,6 +6,7 @@ Thirty layers of the size of SmolLM2-135M with 4096 cached tokens. Each is measu
 weights, which evict keys, values and code from the CPU caches as in a model, and alone, repeatedly.
 """
 
+import argparse
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -89,6 +90,9 @@ def measure(dtype: torch.dtype, *, alone: bool) -> dict[str, dict[str, Spread]]:
 @torch.no_grad()
 def main() -> None:
     """Measures fp32 and bf16."""
+    argparse.ArgumentParser(
+        description="One layer of a decoding step in transformers: the cache update and attention."
+    ).parse_args()
     register()
     print(f"{'dtype':<6} {'where':<16} {'kind':<10} {'update us':>10} {'attention us':>13} {'both us':>9}")
     results = []

@@ -3,6 +3,7 @@
 python benchmarks/page.py
 """
 
+import argparse
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -514,6 +515,9 @@ SECTIONS = (
 
 def main() -> None:
     """Writes the pages, the plots, and the list of pages in README.md."""
+    argparse.ArgumentParser(
+        description="Write a page of tables and plots for each processor in benchmarks/results."
+    ).parse_args()
     pages = []
     for folder in sorted({path.parent for path in machines.RESULTS.glob("*/*.json")}):
         (folder / "plots").mkdir(exist_ok=True)

@@ -6,6 +6,7 @@
 a batch take their pages in turns. Times are those that the thread spent computing, which other processes change less.
 """
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -60,6 +61,9 @@ def measure(candidates: dict[str, Call]) -> dict[str, float]:
 @torch.no_grad()
 def main() -> None:
     """Measures fp32 and bf16, one row and eight."""
+    argparse.ArgumentParser(
+        description="A decoding step from a paged cache against one that is contiguous."
+    ).parse_args()
     torch.set_num_threads(1)
     results = []
     for batch, name, tokens, kind in product((1, 8), DTYPES, (512, 2048, 16384), ("update and attention", "layer")):

@@ -6,6 +6,7 @@ A decoding step over pages is compared with gathering them first, on qkv and on 
 attention over a padded batch, without the time of padding.
 """
 
+import argparse
 from collections.abc import Callable, Iterator
 from itertools import accumulate, product
 from typing import Any
@@ -98,6 +99,9 @@ def cases() -> Iterator[tuple[str, str, dict[str, Candidate]]]:
 
 def main() -> None:
     """Measures every case in fp32 and bf16."""
+    argparse.ArgumentParser(
+        description="Packed sequences and paged KV caches against gathering and padding."
+    ).parse_args()
     results = []
     for name, dtype, candidates in cases():
         times = interleaved(candidates, rounds=ROUNDS, rest_seconds=REST_SECONDS)

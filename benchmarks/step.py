@@ -12,6 +12,7 @@
 All are called in turns. Between two calls, nothing else runs; weights larger than the caches come from memory.
 """
 
+import argparse
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -117,6 +118,7 @@ def times(calls: dict[str, Call], rounds: int = ROUNDS) -> dict[str, Any]:
 @torch.no_grad()
 def main() -> None:
     """Measures fp32 and bf16."""
+    argparse.ArgumentParser(description="Whole layers on few tokens and on many, beside what bounds them.").parse_args()
     bounds = limits.measure(torch.get_num_threads())
     read_memory = reading.Reading()
     results: dict[str, list[Any]] = {"steps": [], "by_hand": [], "short": [], "forward": []}

@@ -7,6 +7,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # A cache of the compiler: to find symbolic sizes in it takes longer than to compute with them.
 os.environ.setdefault("TORCH_FAKE_TENSOR_DISPATCH_CACHE", "0")
 
+import ctypes
 import gc
 import importlib.util
 import platform
@@ -26,6 +27,9 @@ SKIPS = {
     "memory is measured on Linux": lambda: sys.platform != "linux",
     "memory is measured in forked processes": lambda: not hasattr(os, "fork"),
     "this torch has no varlen_attn": lambda: importlib.util.find_spec("torch.nn.attention.varlen") is None,
+    "torch's OpenMP is no global library": lambda: (
+        sys.platform == "win32" or not hasattr(ctypes.CDLL(None), "GOMP_parallel")
+    ),
     "this torch has no DLPack exchange functions": lambda: not hasattr(_torch().Tensor, "__dlpack_c_exchange_api__"),
     "needs playwright, axe-playwright-python and Chromium": lambda: not _has_browser(),
     "needs /dev/full": lambda: sys.platform != "linux",

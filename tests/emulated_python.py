@@ -1,6 +1,6 @@
 """A Python for aarch64 under QEMU, in ``build/aarch64-python``, and tests in it: `make qemu-python`.
 
-python tests/emulated_python.py [ARGUMENTS OF PYTEST]     by default, the contract on the kernel, in all dtypes
+python tests/emulated_python.py [ARGUMENTS OF PYTEST]     by default, the contract on the kernel, and calls in Python
 
 Debian's Python and the libraries that it needs, of the release of this machine, and torch from the package index. Both
 are kept. The kernel is that of ``build/qemu-aarch64``.
@@ -14,11 +14,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 HOME = ROOT / "build" / "aarch64-python"
-SYSTEM, SITE, TREE = HOME / "system", HOME / "site", HOME / "qkv"
 KERNEL = ROOT / "build" / "qemu-aarch64" / "native.so"
-CONTRACT = ("tests/contract", "-k", "native")
-TORCH = "torch==2.9.1"
-"""whose wheel for aarch64 computes on a CPU and needs nothing of CUDA"""
+CALLS = ("calls_of_tensors_refuse_other_arguments", "the_fast_path_gives_the_bits_of_the_validated_path")
+CONTRACT = ("tests/contract", *(f"tests/kernels/test_native.py::test_{name}" for name in CALLS), "-k", "native")
+"""and functions of Python that the kernel makes"""
+TORCH = "torch==2.10.0"
+"""whose wheel for aarch64 needs nothing of CUDA; the first that gives tensors to functions of C"""
+SYSTEM, SITE, TREE = HOME / "system", HOME / f"site of {TORCH}", HOME / "qkv"
 OTHERS = (
     *("numpy", "typing-extensions", "sympy", "mpmath", "networkx", "jinja2", "markupsafe", "fsspec", "filelock"),
     *("pytest", "pluggy", "iniconfig", "packaging", "pygments", "hypothesis", "sortedcontainers"),

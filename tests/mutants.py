@@ -40,6 +40,9 @@ EMULATED = ("neon", "neonbf16")
 LEVEL = "-O1 -fexpensive-optimizations"
 """of optimisation, which takes half as long as -O3 and still merges products with sums, as -O3 does"""
 
+LEFT_OUT = shutil.ignore_patterns(".venv", ".git", "__pycache__", ".*_cache", "build")
+"""of a copy of the repository"""
+
 MASKS = ("test_masks.py",)
 GRID = ("contract/test_grid.py",)
 FUNCTIONAL = ("test_functional.py",)
@@ -812,8 +815,7 @@ class Copy:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        ignored = shutil.ignore_patterns(".venv", ".git", "__pycache__", ".*_cache", "build*")
-        shutil.copytree(ROOT, folder, ignore=ignored)
+        shutil.copytree(ROOT, folder, ignore=LEFT_OUT)
         _compile_two(folder / "native")
         _optimise_less(folder)
         self.server = subprocess.Popen(
@@ -850,7 +852,8 @@ class Copy:
         tools, build = Path(sys.executable).parent, self.folder / "build"
         there = f"-S {self.folder} -B {build} -G Ninja -DCMAKE_MAKE_PROGRAM={tools}/ninja"
         for arguments in ([*there.split(), *settings], ["--build", build]):
-            subprocess.run([tools / "cmake", *arguments], check=True, capture_output=True)
+            done = subprocess.run([tools / "cmake", *arguments], capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
 
     def test(self, mutant: Mutant) -> int:
         only = mutant.only or ("native" if mutant.tests == KERNEL else "")

@@ -81,7 +81,8 @@ def test_threads_of_torch_are_found_through_a_library_that_needs_them() -> None:
     find = ctypes.CDLL(str(kernels.LIBRARY)).qkv_use_threads_of
     assert find(os.fsencode(torch._C.__file__)) == 1
     # One that the process has loaded and that has no OpenMP, and one that it has not: calls go on as before.
-    assert find(os.fsencode(kernels.LIBRARY)) == 0 and find(b"/nowhere/libtorch.so") == 0
+    if sys.platform != "win32":  # where there is but one OpenMP, known by its name
+        assert find(os.fsencode(kernels.LIBRARY)) == 0 and find(b"/nowhere/libtorch.so") == 0
     q = torch.randn(1, 2, 64, 16)
     assert qkv.attention(q, q, q, backend="native").isfinite().all()
 
@@ -607,7 +608,10 @@ def test_more_threads_than_blocks_of_a_loop_have_its_bits() -> None:
 
 
 @present
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "GOMP_parallel"), reason="no OpenMP of this process is known")
+@pytest.mark.skipif(
+    sys.platform == "win32" or not hasattr(ctypes.CDLL(None), "GOMP_parallel"),
+    reason="torch's OpenMP is no global library",
+)
 def test_a_loop_within_a_parallel_region_has_one_thread_and_all_items() -> None:
     x, weight, found = torch.randn(1, 512), torch.randn(1536, 512), []
     body = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: found.append(kernels.fast_linear(x, weight, None)))

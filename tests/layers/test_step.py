@@ -213,6 +213,20 @@ def test_memory_of_values_may_be_shorter_than_that_of_keys() -> None:
     assert all(map(torch.equal, cache.keys().tokens, peer.keys().tokens))
 
 
+@pytest.mark.parametrize("name", ["keys", "values", "k_scale", "v_scale"])
+@torch.no_grad()
+def test_memory_of_fewer_slots_than_keys_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, cache = qkv.CausalAttention(32, 4, num_kv_heads=2).eval(), qkv.Int8KVCache()
+    call, calls, x = kernels.layer_step, [], torch.randn(1, 5, 32)
+    monkeypatch.setattr("qkv.kernels.layer_step", lambda *given: calls.append(given) or call(*given))
+    for part in x.split([4, 1], dim=1):
+        layer(part, cache=cache)
+    tensors, numbers = calls[-1]
+    assert call(tensors, numbers)
+    shorter = getattr(tensors, name)[:, :, : numbers.key_count - 1]
+    assert not call(tensors._replace(**{name: shorter}), numbers)
+
+
 @pytest.mark.parametrize("kind", [*CACHES, *WINDOWS])
 @torch.no_grad()
 def test_positions_given_by_the_caller(kind: str) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import multiprocessing
 import pickle
 import shutil
@@ -17,6 +18,12 @@ from typing import Any, NamedTuple
 
 TIMEOUT = 30.0
 """Seconds after which a collective that a rank does not join is an error."""
+
+PRELOADED = [
+    *("torch", "torch.distributed.tensor.parallel", "torch.distributed.fsdp"),
+    *("torch._dynamo.backends.debugging", "torch._inductor.compile_fx", "transformers.models.mistral.modeling_mistral"),
+]
+"""What takes seconds to import, once for all ranks; nothing that imports qkv, of which a test may have another copy."""
 
 
 class Failure(NamedTuple):
@@ -45,14 +52,26 @@ class Ranks:
 
     def try_run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """As `run`, with a `Failure` for each rank that raises or is gone."""
+        results = self._results(function, args)
+        if len({one[:2] if isinstance(one, Failure) else None for one in results}) > 1:
+            self.stop()  # some may stand at another collective than the others
+        return results
+
+    def refused(self, function: Callable[..., Any], *args: Any) -> list[Failure]:
+        """The errors of a call that all ranks refuse before a collective, so that they go on, whatever each names."""
+        results = self._results(function, args)
+        failures = [one for one in results if isinstance(one, Failure) and one.kind in ("ValueError", "TypeError")]
+        if len(failures) < self.count:
+            self.stop()
+            raise AssertionError(f"refused by {len(failures)} of {self.count} ranks: {results}")
+        return failures
+
+    def _results(self, function: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
         self._start()
         message = pickle.dumps((function, args))
         for connection in self._connections:
             connection.send_bytes(message)
-        results = [self._receive(connection) for connection in self._connections]
-        if len({one[:2] if isinstance(one, Failure) else None for one in results}) > 1:
-            self.stop()  # some may stand at another collective than the others
-        return results
+        return [self._receive(connection) for connection in self._connections]
 
     def _receive(self, connection: Connection) -> Any:
         try:
@@ -68,7 +87,7 @@ class Ranks:
         self.stop()
         self._folder = tempfile.mkdtemp()
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed.tensor.parallel"])
+        context.set_forkserver_preload(PRELOADED)
         finders = [_name(finder) for finder in sys.meta_path]
         for rank in range(self.count):
             ours, theirs = context.Pipe()
@@ -96,6 +115,7 @@ def _name(finder: object) -> str:
 
 def _serve(rank: int, count: int, file: str, timeout: float, connection: Connection, finders: list[str]) -> None:
     """What a rank does until its pipe is closed."""
+    gc.freeze()  # which would look through all that is imported, and so copy memory that ranks share
     # The tests may have been told to import another copy of the library than the installed one.
     sys.meta_path[:] = [finder for finder in sys.meta_path if _name(finder) in finders]
     import torch

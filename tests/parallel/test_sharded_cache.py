@@ -346,8 +346,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_refused_is_refused_on_all_ranks(case: str, ranks: Of) -> None:
     kind, message = REFUSED[case]
-    for got in ranks(2).try_run(refused, case):
-        assert isinstance(got, Failure), got
+    for got in ranks(2).refused(refused, case):
         assert got.kind == kind, got
         assert message in got.message, got
 
