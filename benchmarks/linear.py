@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from harness import limits, machine
+from harness import limits, machine, reading
 from harness.case import DTYPES
 from torch import Tensor, nn
 
@@ -29,7 +29,6 @@ WEIGHTS = (
 BYTES = 96 << 20
 """of all copies of a weight, at most `COPIES` of them"""
 COPIES = 256
-READING = "reading"
 
 
 def in_turn(call: Callable[[nn.Linear], object], layers: list[nn.Linear]) -> Callable[[], object]:
@@ -63,7 +62,7 @@ def measure(columns: int, features: int, dtype: torch.dtype) -> Iterator[dict[st
             "F.linear": in_turn(by_torch, layers),
             "nn.Linear": in_turn(by_call, layers),
             "qkv": in_turn(by_qkv, layers),
-            READING: in_turn(read, layers),
+            reading.NAME: in_turn(read, layers),
         }
         times = interleaved(calls, rounds=5, seconds_per_round=0.002)
         yield {
