@@ -101,7 +101,7 @@ def of_layouts(mark: bool) -> None:
     if mark:
         parallelize_module(layer, mesh(), parallel.Context())
     torch._dynamo.reset()
-    program = torch.compile(layer, backend="eager")
+    program = torch.compile(layer, backend="aot_eager")
     for layout in (FIRST, SECOND, FIRST):
         tokens = parallel.Tokens(layout, mesh())
         with parallel.over(tokens):
@@ -158,7 +158,7 @@ def of_caches(kind: str) -> None:
     layer, x = qkv.CausalAttention(24, 6, num_kv_heads=2, rotary=qkv.RotaryEmbedding(4)), torch.randn(1, N, 24)
     tokens = parallel.Tokens(FIRST, mesh())
     torch._dynamo.reset()
-    program = torch.compile(layer, backend="eager")
+    program = torch.compile(layer, backend="aot_eager")
     with torch.no_grad(), without_warnings():
         results = []
         for call in (layer, program):
